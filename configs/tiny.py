@@ -1,0 +1,36 @@
+"""The embedded default: a tiny SDXL-shaped model of a small captioned world, tuned on two CPU cores in minutes.
+
+`configs/tiny.py:base` is how the base model itself was trained (plain denoising of captioned images).
+"""
+
+from dpo_jax.training.config import default_config, tiny_variant
+
+
+def get_config(arg: str | None = None):
+    c = default_config()
+    c.model = "dpo_jax/tiny/model"
+    c.dtype = c.vae_dtype = "float32"  # CPUs emulate bfloat16
+    c.steps = 200
+    c.loss.beta = 500.0  # the latents are 256 times smaller than SDXL's, and differences of errors larger
+    c.data.path = "runs/tiny/data"
+    c.data.batch_size = 32
+    c.data.resolution = 32
+    c.data.caption_dropout = 0.1  # as the base was trained
+    c.data.random_flip = False  # left and right are part of the caption
+    c.data.num_workers = 0  # decoding 32-pixel images costs less than a process
+    c.optimizer.learning_rate = 2e-4
+    c.optimizer.scale_by_batch = False
+    c.optimizer.schedule = "linear"  # the policy is still moving at the end otherwise, and both errors grow
+    c.optimizer.warmup_steps = 10
+    c.checkpoint.every = 50
+    c.validation.every = 100
+    c.validation.draws = 8
+    c.sample.every = 100
+    c.sample.prompts = ("a red circle at the top left", "a blue square at the bottom right")
+    c.sample.seeds = 3
+    c.sample.guidance = 2.5
+    if arg == "tiny":
+        tiny_variant(c, "sdxl")
+    elif arg is not None:
+        raise ValueError(f"configs/tiny.py has no variant {arg!r}; it has :tiny and :base")
+    return c

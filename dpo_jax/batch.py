@@ -1,0 +1,53 @@
+"""What flows between the parts: a batch of preferences, the text conditioning, and the scores a loss reads.
+
+Axes: B prompts, K candidates of a prompt (best first), H x W pixels or latent cells, C channels, E text encoders,
+L tokens, D context width, P pooled width. NamedTuples, so that they are pytrees without importing JAX here: the data
+loader's worker processes must never start it.
+"""
+
+from typing import Any, NamedTuple
+
+# NumPy on the host, jax.Array inside a step.
+Array = Any
+
+
+class PreferenceBatch(NamedTuple):
+    """One batch of prompts with K ranked candidates each."""
+
+    images_BKHWC: Array
+    """uint8 RGB, best candidate first."""
+    token_ids_BEL: Array
+    """int32 token ids, one row per text encoder; the caption is shared by all candidates."""
+    size_cond_BK6: Array
+    """float32 (original height, original width, crop top, crop left, target height, target width)."""
+    preference_BK: Array
+    """float32, sums to 1 over K: (1, 0) for a clear winner; soft labels and votes are fractions."""
+    valid_BK: Array
+    """bool, False for a padded candidate."""
+    weight_B: Array
+    """float32 weight of a prompt in the loss; 0 gives no gradient."""
+    index_B: Array
+    """int32 position of the sample in the endless training stream: with the seed and the step it determines every
+    random draw for this sample, whatever the number of devices or the accumulation."""
+
+
+class Conditioning(NamedTuple):
+    """What the UNet is conditioned on, one row per prompt (N = B) or per candidate (N = B * K)."""
+
+    context_NLD: Array
+    """Token embeddings for cross-attention, all text encoders concatenated along D."""
+    pooled_NP: Array | None = None
+    """Pooled text embedding (SDXL family only)."""
+    time_ids_NT: Array | None = None
+    """Size conditioning as added time ids (SDXL: 6 numbers, refiner: 5)."""
+
+
+class Scores(NamedTuple):
+    """What the losses are functions of; all float32 (float64 in tests), all per candidate."""
+
+    log_ratio_BK: Array
+    """log policy / reference. Offline: -(e_policy - e_reference) / 2, with e the mean squared denoising error."""
+    error_BK: Array
+    """e_policy, the raw denoising error."""
+    reference_error_BK: Array | None = None
+    """e_reference; None where the objective needs no reference."""

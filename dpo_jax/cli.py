@@ -1,0 +1,96 @@
+"""What every command shares: flags, `--help`, and errors told in one sentence."""
+
+import difflib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import flags, logging
+from ml_collections import ConfigDict
+
+TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the whole traceback of an error instead of one sentence.")
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Parses the flags, runs `main` and exits: 0 when it returned, 1 after an error, 2 for wrong flags."""
+    if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):
+        print(f"{inspect.getdoc(inspect.getmodule(main))}\n\nFlags:\n{flags.FLAGS.main_module_help()}")
+        sys.exit(0)
+    try:
+        _check_overrides(sys.argv[1:])
+        rest = flags.FLAGS(sys.argv)
+    except (flags.Error, ValueError, OSError) as error:
+        _fail(f"{str(error).rstrip('.')}. Run with --help to see the flags.", code=2)
+    if len(rest) > 1:
+        _fail(f"unexpected argument {rest[1]!r}; every option is a flag. Run with --help to see them.", code=2)
+    logging.set_verbosity(logging.ERROR)
+    try:
+        main()
+    except KeyboardInterrupt:
+        _fail("interrupted", code=130)
+    except (ValueError, OSError) as error:
+        if TRACEBACK.value:
+            raise
+        _fail(str(error), code=1)
+    sys.exit(0)
+
+
+def load_config(spec: str) -> ConfigDict:
+    """The config that `FILE` or `FILE:variant` describes."""
+    path, _, argument = spec.partition(":")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no config file {path}; the ones that come with the project are in configs/")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} has no function get_config(arg), so it is not a config file")
+    return module.get_config(argument or None)
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """Every leaf of a config by its dotted path."""
+
+    def walk(node: ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in node.items():
+            if isinstance(value, ConfigDict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    return dict(walk(config, ""))
+
+
+def unflatten(fields: dict[str, Any]) -> ConfigDict:
+    """The config that `flatten` made these fields of."""
+    config = ConfigDict()
+    for path, value in fields.items():
+        *parents, leaf = path.split(".")
+        node = config
+        for parent in parents:
+            node = node.setdefault(parent, ConfigDict())
+        node[leaf] = value
+    return config
+
+
+def _check_overrides(arguments: list[str]) -> None:
+    """Refuses a `--config.field` that the config does not have, and says which field comes nearest."""
+    files = [argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")]
+    if not files:
+        return
+    fields = flatten(load_config(files[-1]))
+    for argument in arguments:
+        field = argument.removeprefix("--config.").split("=")[0]
+        if argument.startswith("--config.") and field not in fields:
+            near = difflib.get_close_matches(field, fields, n=1, cutoff=0.5)
+            hint = f"did you mean --config.{near[0]}?" if near else f"it has {', '.join(fields)}"
+            raise ValueError(f"the config {files[-1]} has no field {field!r}; {hint}")
+
+
+def _fail(message: str, *, code: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)

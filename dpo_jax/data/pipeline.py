@@ -1,0 +1,273 @@
+"""From a prepared data set to batches: Grain shuffles, shards, decodes, crops, tokenises and batches.
+
+Every sample is a function of the seed and its position in one endless stream, so the samples of a run don't depend on
+the number of processes or workers, and an iterator resumes anywhere. NumPy only: worker processes never start JAX.
+
+Axes: B prompts, K candidates (best first), H x W pixels, C channels, E text encoders, L tokens.
+"""
+
+import dataclasses
+import io
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import grain
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from dpo_jax.batch import PreferenceBatch
+from dpo_jax.data import images
+from dpo_jax.data.builder import open_prepared
+
+TokenizeCaptions = Callable[[Sequence[str]], np.ndarray]
+SizeConditioning = Literal["constant", "real"]
+Relabel = Literal["none", "swapped", "shuffled"]
+
+
+class Pairs(Protocol):
+    """Random access to records: dicts of `caption`, `images` (encoded, best first) and `preference`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+def make_iterator(
+    path: str | Path,
+    *,
+    batch_size: int,
+    resolution: int,
+    tokenizers: TokenizeCaptions,
+    seed: int,
+    split: str = "train",
+    num_candidates: int = 2,
+    caption_dropout: float = 0.0,
+    random_crop: bool = False,
+    random_flip: bool = False,
+    size_conditioning: SizeConditioning = "constant",
+    relabel: Relabel = "none",
+    shard_index: int = 0,
+    shard_count: int = 1,
+    num_workers: int = 0,
+) -> "BatchIterator":
+    """Endless shuffled training batches, each epoch in another order.
+
+    Args:
+        path: a folder that `dpo_jax.prepare` wrote, or `random:N` for N made pairs.
+        batch_size: prompts a batch of this process; all processes together read `batch_size * shard_count`.
+        resolution: side of the square images in pixels.
+        tokenizers: captions -> token_ids_BEL.
+        num_candidates: K; shorter records are filled up with candidates that aren't valid.
+        caption_dropout: probability of training on the empty caption instead.
+        random_crop: where to crop, drawn once for all candidates of a prompt; otherwise the centre.
+        random_flip: mirror half of the prompts, all candidates alike.
+        size_conditioning: `constant` tells the model (res, res, 0, 0, res, res) as the official Diffusion-DPO trainer
+            does; `real` the original size and the crop, as diffusers' SDXL trainers do.
+        relabel: for control experiments: `swapped` reverses the order of the candidates of every record, `shuffled`
+            that of half of the records, the same ones in each epoch.
+        shard_index: this process; it reads positions `shard_index + n * shard_count` of the stream.
+        num_workers: processes that prepare batches; 0 uses threads of this one.
+    """
+    source = open_pairs(path, split)
+    if relabel != "none":
+        source = _Relabelled(source, seed if relabel == "shuffled" else None)
+    to_sample = _ToSample(
+        resolution, tokenizers, num_candidates, size_conditioning, caption_dropout, random_crop, random_flip
+    )
+    # Sharded last: an epoch needn't divide by the shards, and Grain's random generators count global positions.
+    stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
+    stream = stream.map_with_index(_with_position).random_map(to_sample)
+    return BatchIterator(stream, batch_size, shard_index, shard_count, num_workers)
+
+
+def validation_batches(
+    path: str | Path,
+    *,
+    batch_size: int,
+    resolution: int,
+    tokenizers: TokenizeCaptions,
+    split: str = "validation",
+    num_candidates: int = 2,
+    size_conditioning: SizeConditioning = "constant",
+    shard_index: int = 0,
+    shard_count: int = 1,
+) -> "BatchIterator":
+    """Every record of the split once, in order, centre crop; then it ends, in all processes after as many batches.
+
+    What is missing from the last batches is filled with samples of weight 0. Arguments as in `make_iterator`.
+    """
+    source = open_pairs(path, split)
+    to_sample = _ToSample(resolution, tokenizers, num_candidates, size_conditioning)
+
+    def sample(position: int) -> PreferenceBatch:
+        weight = np.float32(position < len(source))
+        return to_sample((position, source[position % len(source)]))._replace(weight_B=weight)
+
+    everyone = batch_size * shard_count
+    padded = -(-len(source) // everyone) * everyone
+    stream = grain.MapDataset.range(padded).map(sample)
+    return BatchIterator(stream, batch_size, shard_index, shard_count)
+
+
+class BatchIterator(Iterator[PreferenceBatch]):
+    """Batches of this process's share of a stream of samples.
+
+    The state is the position in the stream, a JSON-able dict: it can be resumed with other numbers of workers and
+    processes and another batch size. Close the iterator, or use it as a context manager, to end its workers.
+    """
+
+    def __init__(
+        self,
+        stream: grain.MapDataset,
+        batch_size: int,
+        shard_index: int,
+        shard_count: int,
+        num_workers: int = 0,
+    ):
+        self._stream, self._batch_size, self._num_workers = stream, batch_size, num_workers
+        self._shard_index, self._shard_count = shard_index, shard_count
+        self._position = 0
+        self._batches: grain.DatasetIterator | None = None
+
+    def __next__(self) -> PreferenceBatch:
+        if self._batches is None:
+            self._batches = self._start()
+        batch = next(self._batches)
+        self._position += self._batch_size * self._shard_count
+        # Workers hand over shared memory, which must not outlive them.
+        return PreferenceBatch(*map(np.array, batch)) if self._num_workers else batch
+
+    def get_state(self) -> dict[str, int]:
+        return {"position": self._position}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes on behind the last batch that was handed out when `get_state` gave this state."""
+        self.close()
+        self._position = state["position"]
+
+    def close(self) -> None:
+        """Ends threads and workers; the iterator can still go on, with new ones."""
+        if self._batches is not None:
+            self._batches.close()
+        self._batches = None
+
+    def __enter__(self) -> "BatchIterator":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _start(self) -> grain.DatasetIterator:
+        share = self._stream[self._position + self._shard_index :: self._shard_count]
+        threads = 2 if self._num_workers else 8
+        batches = share.batch(self._batch_size, drop_remainder=True).to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+        )
+        if self._num_workers:
+            if not flags.FLAGS.is_parsed():  # Grain hands the flags to its workers, notebooks and tests have none
+                flags.FLAGS.mark_as_parsed()
+            batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers))
+        return iter(batches)
+
+
+def open_pairs(path: str | Path, split: str) -> Pairs:
+    """The records of one split of a prepared folder, or of `random:N`."""
+    if str(path).startswith("random:"):
+        return RandomPairs(int(str(path).removeprefix("random:")), seed=0 if split == "train" else 1)
+    return open_prepared(Path(path), split)
+
+
+class RandomPairs:
+    """Made pairs for tests and dry runs: coloured noise in several shapes, each pair with a caption of its own."""
+
+    def __init__(self, length: int, seed: int):
+        self._length, self._seed = length, seed
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = np.random.default_rng((self._seed, index))
+        height, width = rng.choice([48, 64, 80], 2)
+        return {
+            "caption": f"made pair number {index}",
+            "images": [_noise_png(rng, height, width) for _ in range(2)],
+            "preference": np.asarray([1, 0], np.float32),
+        }
+
+
+def _noise_png(rng: np.random.Generator, height: int, width: int) -> bytes:
+    noise = np.clip(rng.integers(256, size=3) + rng.normal(0, 30, (height, width, 3)), 0, 255)
+    file = io.BytesIO()
+    Image.fromarray(noise.astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def _with_position(position: int, record: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    return position, record
+
+
+class _Relabelled:
+    """Records with their candidates in the opposite order: all of them, or those that a coin chooses."""
+
+    def __init__(self, pairs: Pairs, coin_seed: int | None):
+        self._pairs, self._coin_seed = pairs, coin_seed
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._pairs[index]
+        if self._coin_seed is not None and np.random.default_rng((self._coin_seed, index)).random() < 0.5:
+            return record
+        return record | {"images": list(record["images"])[::-1]}
+
+
+@dataclasses.dataclass(frozen=True)
+class _ToSample:
+    """A record to one row of a `PreferenceBatch`; without a random generator nothing is drawn."""
+
+    resolution: int
+    tokenizers: TokenizeCaptions
+    num_candidates: int
+    size_conditioning: SizeConditioning
+    caption_dropout: float = 0.0
+    random_crop: bool = False
+    random_flip: bool = False
+
+    def __call__(self, element: tuple[int, dict[str, Any]], rng: np.random.Generator | None = None) -> PreferenceBatch:
+        position, record = element
+        caption, view = record["caption"], images.View()
+        if isinstance(caption, bytes):
+            caption = caption.decode()
+        if rng is not None:
+            # All four numbers are drawn always, so that switching one option on leaves the others' draws alone.
+            drop, top, left, flip = rng.random(4)
+            caption = "" if drop < self.caption_dropout else caption
+            if self.random_crop:
+                view = view._replace(top=top, left=left)
+            if self.random_flip:
+                view = view._replace(flip=bool(flip < 0.5))
+        size, number = self.resolution, len(record["images"])
+        if number > self.num_candidates:
+            raise ValueError(f"a record has {number} candidates, more than num_candidates={self.num_candidates}")
+        images_KHWC = np.zeros((self.num_candidates, size, size, 3), np.uint8)
+        size_cond_K6 = np.tile(np.asarray([size, size, 0, 0, size, size], np.float32), (self.num_candidates, 1))
+        for k, data in enumerate(record["images"]):
+            image = images.decode(data)
+            images_KHWC[k], offsets = images.fit(image, size, view)
+            if self.size_conditioning == "real":
+                size_cond_K6[k, :4] = image.height, image.width, *offsets
+        preference_K = np.zeros(self.num_candidates, np.float32)
+        preference_K[:number] = record["preference"]
+        return PreferenceBatch(
+            images_BKHWC=images_KHWC,
+            token_ids_BEL=self.tokenizers([caption])[0],
+            size_cond_BK6=size_cond_K6,
+            preference_BK=preference_K,
+            valid_BK=np.arange(self.num_candidates) < number,
+            weight_B=np.float32(1),
+            index_B=np.int32(position),
+        )

@@ -1,0 +1,57 @@
+"""Captions to token ids, by the tokenizers of a diffusers folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import CLIPTokenizer
+
+
+class Tokenizers:
+    """One tokenizer for each text encoder; safe to share by threads and to send to worker processes.
+
+    Holds the compiled tokenizers with padding and truncation set once: transformers' wrapper sets them at each call,
+    which fails when two threads do it together.
+    """
+
+    def __init__(self, tokenizers: Sequence[Tokenizer]):
+        self._tokenizers = tuple(tokenizers)
+
+    def __call__(self, captions: Sequence[str]) -> np.ndarray:
+        """token_ids_BEL int32: begin, caption, end and padding; what is too long is cut before the end token."""
+        ids_EBL = [[text.ids for text in tokenizer.encode_batch(captions)] for tokenizer in self._tokenizers]
+        return np.asarray(ids_EBL, np.int32).transpose(1, 0, 2)
+
+
+def load_tokenizers(folder: str | Path, names: Sequence[str]) -> Tokenizers:
+    """Reads `folder/name` for each name, e.g. `("tokenizer", "tokenizer_2")` of SDXL.
+
+    Captions are padded to the tokenizer's `model_max_length` with its own padding token; SDXL's second pads with "!".
+
+    Raises:
+        FileNotFoundError: a tokenizer is missing.
+        ValueError: their lengths differ, or one states none.
+    """
+    loaded = {name: _load(Path(folder) / name) for name in names}
+    lengths = {name: tokenizer.model_max_length for name, tokenizer in loaded.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"the tokenizers of {folder} have different model_max_length: {lengths}")
+    for tokenizer in loaded.values():
+        tokenizer.backend_tokenizer.enable_truncation(tokenizer.model_max_length)
+        tokenizer.backend_tokenizer.enable_padding(
+            length=tokenizer.model_max_length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token
+        )
+    return Tokenizers([tokenizer.backend_tokenizer for tokenizer in loaded.values()])
+
+
+def _load(folder: Path) -> CLIPTokenizer:
+    # from_pretrained would take a missing folder for a name on the hub, and missing files for an empty vocabulary.
+    if not (folder / "tokenizer.json").is_file() and not (
+        (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    ):
+        raise FileNotFoundError(f"no tokenizer at {folder}: it needs vocab.json and merges.txt, or tokenizer.json")
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    if tokenizer.model_max_length > 1024:  # transformers' stand-in for "not stated" is 1e30
+        raise ValueError(f"{folder}/tokenizer_config.json doesn't state model_max_length")
+    return tokenizer

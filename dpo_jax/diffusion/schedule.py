@@ -1,0 +1,196 @@
+"""Noise schedules as data: every model family is the same few tables, filled differently.
+
+A noisy latent is `x_t = signal[t] x0 + noise[t] eps`, and what the network is trained to predict is
+`target = target_x0[t] x0 + target_noise[t] eps`:
+
+    epsilon prediction   (0, 1)
+    v-prediction         (-noise, signal)     Salimans & Ho 2022, arXiv 2202.00512
+    flow matching        (-1, 1)              with signal = 1 - t, noise = t
+
+Axes: N images, H x W latent cells, C channels, T training timesteps.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Schedule(NamedTuple):
+    """Tables over the training timesteps, float64 NumPy, so that inside jit they are constants."""
+
+    signal_T: np.ndarray
+    noise_T: np.ndarray
+    target_x0_T: np.ndarray
+    target_noise_T: np.ndarray
+    training_timesteps: np.ndarray
+    """int32, the timesteps that training draws from, uniformly."""
+    final_signal: float
+    """Signal of what the last sampling step returns: 1, or `signal_T[0]` where `set_alpha_to_one` is false."""
+    final_noise: float
+    timestep_spacing: str
+    """How a sampler picks its timesteps: leading, trailing or linspace (arXiv 2305.08891, table 2)."""
+    steps_offset: int
+    """Added to the timesteps of the leading spacing."""
+
+
+# Fields that steer other samplers than ours, or nothing at all: they leave the training tables and DDIM alone.
+_IGNORED_FIELDS = {
+    *("_class_name", "_diffusers_version", "skip_prk_steps", "interpolation_type", "variance_type"),
+    *("clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio", "use_karras_sigmas"),
+    *("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "sigma_min", "sigma_max", "final_sigmas_type"),
+    *("lambda_min_clipped", "algorithm_type", "solver_order", "solver_type", "lower_order_final", "euler_at_final"),
+}
+# Fields of which we compute one value only; a missing field has that value.
+_ONLY_VALUES = {
+    "trained_betas": None,
+    "clip_sample": False,
+    "thresholding": False,
+    "timestep_type": "discrete",
+    "use_flow_sigmas": False,
+}
+_REQUIRED_FIELDS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
+_SPACINGS = ("leading", "trailing", "linspace")
+
+
+def make_schedule(
+    scheduler_config: dict[str, Any],
+    *,
+    training_timesteps: Sequence[int] | None = None,
+    zero_terminal_snr: bool = False,
+) -> Schedule:
+    """The schedule of a diffusers `scheduler_config.json`, whichever sampler class wrote it.
+
+    The training fields are shared by all of them; fields that only steer another sampler are ignored. A missing
+    sampling field has the default of `DDIMScheduler`, except that samples are never clipped. Betas and their cumulative
+    products are rounded to float32 where PyTorch rounds them, so the tables are bit for bit those of diffusers.
+
+    Args:
+        scheduler_config: the parsed JSON.
+        training_timesteps: the timesteps to train on (SDXL-Turbo: 249, 499, 749, 999); all of them by default.
+        zero_terminal_snr: rescale the betas so that the last timestep is pure noise (arXiv 2305.08891, algorithm 1),
+            as `rescale_betas_zero_snr` in the file does.
+
+    Raises:
+        ValueError: a field is missing, unknown, or has a value that would need another computation.
+    """
+    config = dict(scheduler_config)
+    problems = [f"{field} is missing" for field in _REQUIRED_FIELDS if field not in config]
+    problems += [
+        f"{field}={config[field]!r} (only {value!r} is supported)"
+        for field, value in _ONLY_VALUES.items()
+        if config.get(field, value) != value
+    ]
+    known = {*_IGNORED_FIELDS, *_ONLY_VALUES, *_REQUIRED_FIELDS}
+    known |= {"prediction_type", "timestep_spacing", "steps_offset", "set_alpha_to_one", "rescale_betas_zero_snr"}
+    problems += [f"{field} is unknown" for field in sorted(config.keys() - known)]
+    if problems:
+        raise ValueError(f"scheduler_config.json cannot be used: {'; '.join(problems)}")
+
+    betas_T = _betas(config)
+    if zero_terminal_snr or config.get("rescale_betas_zero_snr", False):
+        betas_T = _rescale_to_zero_terminal_snr(betas_T)
+    alphas_bar_T = _cumulative_product(np.float32(1) - betas_T).astype(np.float64)
+    signal_T, noise_T = np.sqrt(alphas_bar_T), np.sqrt(1 - alphas_bar_T)
+
+    prediction_type = config.get("prediction_type", "epsilon")
+    targets = {"epsilon": (np.zeros_like(signal_T), np.ones_like(signal_T)), "v_prediction": (-noise_T, signal_T)}
+    if prediction_type not in targets:
+        raise ValueError(f"scheduler_config.json: prediction_type={prediction_type!r}, expected one of {list(targets)}")
+    spacing = config.get("timestep_spacing", "leading")
+    if spacing not in _SPACINGS:
+        raise ValueError(f"scheduler_config.json: timestep_spacing={spacing!r}, expected one of {list(_SPACINGS)}")
+
+    num_timesteps = len(signal_T)
+    chosen = np.arange(num_timesteps) if training_timesteps is None else np.asarray(training_timesteps)
+    if chosen.size == 0 or chosen.min() < 0 or chosen.max() >= num_timesteps:
+        raise ValueError(f"training_timesteps={training_timesteps} must be some of 0..{num_timesteps - 1}")
+    to_one = config.get("set_alpha_to_one", True)
+    return Schedule(
+        signal_T=signal_T,
+        noise_T=noise_T,
+        target_x0_T=targets[prediction_type][0],
+        target_noise_T=targets[prediction_type][1],
+        training_timesteps=chosen.astype(np.int32),
+        final_signal=1.0 if to_one else float(signal_T[0]),
+        final_noise=0.0 if to_one else float(noise_T[0]),
+        timestep_spacing=spacing,
+        steps_offset=config.get("steps_offset", 0),
+    )
+
+
+def add_noise(schedule: Schedule, x0_NHWC: jax.Array, noise_NHWC: jax.Array, t_N: jax.Array) -> jax.Array:
+    """`x_t`, the latent at timestep t (arXiv 2006.11239, equation 4)."""
+    signal, noise = _at(schedule.signal_T, t_N, x0_NHWC), _at(schedule.noise_T, t_N, x0_NHWC)
+    return signal * x0_NHWC + noise * noise_NHWC
+
+
+def training_target(schedule: Schedule, x0_NHWC: jax.Array, noise_NHWC: jax.Array, t_N: jax.Array) -> jax.Array:
+    """What the network should predict at `x_t`."""
+    a, b = _at(schedule.target_x0_T, t_N, x0_NHWC), _at(schedule.target_noise_T, t_N, x0_NHWC)
+    return a * x0_NHWC + b * noise_NHWC
+
+
+def predict_x0_and_noise(
+    schedule: Schedule, x_NHWC: jax.Array, t_N: jax.Array, prediction_NHWC: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The (x0, eps) of which `x_t` and the prediction are made: two linear equations, solved.
+
+    Infinite where they have no solution: epsilon prediction at zero signal.
+    """
+    signal, noise = _at(schedule.signal_T, t_N, x_NHWC), _at(schedule.noise_T, t_N, x_NHWC)
+    a, b = _at(schedule.target_x0_T, t_N, x_NHWC), _at(schedule.target_noise_T, t_N, x_NHWC)
+    determinant = signal * b - noise * a
+    x0_NHWC = (b * x_NHWC - noise * prediction_NHWC) / determinant
+    noise_NHWC = (signal * prediction_NHWC - a * x_NHWC) / determinant
+    return x0_NHWC, noise_NHWC
+
+
+def _at(table_T: np.ndarray, t_N: jax.Array, like_NHWC: jax.Array) -> jax.Array:
+    """The table's values at t, at least float32, shaped to multiply an image."""
+    values_N = jnp.asarray(table_T, jnp.promote_types(like_NHWC.dtype, jnp.float32))[t_N]
+    return values_N.reshape(-1, *[1] * (like_NHWC.ndim - 1))
+
+
+def _betas(config: dict[str, Any]) -> np.ndarray:
+    kind, start, end = config["beta_schedule"], config["beta_start"], config["beta_end"]
+    num_timesteps = config["num_train_timesteps"]
+    if kind == "linear":
+        return _torch_linspace(start, end, num_timesteps)
+    if kind == "scaled_linear":
+        return _torch_linspace(start**0.5, end**0.5, num_timesteps) ** 2
+    if kind == "squaredcos_cap_v2":  # arXiv 2102.09672, equation 17
+        alpha_bar = [math.cos((i / num_timesteps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(num_timesteps + 1)]
+        betas = [min(1 - after / before, 0.999) for before, after in itertools.pairwise(alpha_bar)]
+        return np.asarray(betas, np.float32)
+    raise ValueError(
+        f"scheduler_config.json: beta_schedule={kind!r}, expected 'linear', 'scaled_linear' or 'squaredcos_cap_v2'"
+    )
+
+
+def _torch_linspace(start: float, end: float, num: int) -> np.ndarray:
+    """`torch.linspace` in float32: a float32 step, walked from both ends with one rounding (fused multiply-add)."""
+    first, last = np.float32(start), np.float32(end)
+    step = np.float64((last - first) / np.float32(num - 1))
+    index = np.arange(num)
+    rising = np.float64(first) + step * index
+    falling = np.float64(last) - step * (num - 1 - index)
+    return np.where(index < num // 2, rising, falling).astype(np.float32)
+
+
+def _cumulative_product(alphas_T: np.ndarray) -> np.ndarray:
+    """`torch.cumprod` of a float32 tensor: accumulated in float64, each value rounded to float32."""
+    return np.cumprod(alphas_T.astype(np.float64)).astype(np.float32)
+
+
+def _rescale_to_zero_terminal_snr(betas_T: np.ndarray) -> np.ndarray:
+    """Betas whose last signal is 0 and whose first is unchanged (arXiv 2305.08891, algorithm 1), in float32."""
+    signal_T = np.sqrt(_cumulative_product(np.float32(1) - betas_T))
+    signal_T = (signal_T - signal_T[-1]) * (signal_T[0] / (signal_T[0] - signal_T[-1]))
+    alphas_bar_T = signal_T**2
+    alphas_T = np.concatenate([alphas_bar_T[:1], alphas_bar_T[1:] / alphas_bar_T[:-1]])
+    return np.float32(1) - alphas_T

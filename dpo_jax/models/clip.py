@@ -1,0 +1,214 @@
+"""CLIP's text encoder (Radford et al., arXiv 2103.00020) with the structure and parameter names of transformers.
+
+N captions, L tokens, D hidden width, P pooled width (D, or the projection's).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from dpo_jax.models.config_json import read_config
+from dpo_jax.models.layers import Embedding, LayerNorm, Linear, attention
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """The sigmoid approximation of GELU that OpenAI's CLIP was trained with."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU by the error function, not its tanh approximation; OpenCLIP's choice."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+# Published files carry 2 here, which was never the id of the token; transformers then takes the largest id instead.
+LEGACY_EOS_TOKEN_ID = 2
+
+# What transformers 4 and 5 write beside the fields that decide the computation: training, generation, bookkeeping.
+METADATA = frozenset(
+    """
+    architectures attention_dropout bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout dtype early_stopping
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id id2label initializer_factor initializer_range label2id length_penalty max_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
+    output_scores pad_token_id prefix problem_type remove_invalid_values repetition_penalty return_dict
+    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript transformers_version
+    typical_p use_bfloat16
+    """.split()  # noqa: SIM905
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig:
+    """The fields of a transformers CLIP text config.json that decide the computation; defaults are transformers'."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+    projection_dim: int = 512
+    with_projection: bool = False
+    """Whether `pooled` goes through `text_projection`: the CLIPTextModelWithProjection of transformers."""
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], where: str) -> "CLIPTextConfig":
+        """Reads the config.json of a text model, or the text half of a whole CLIP's.
+
+        Raises ValueError naming `where` and the field that this code does not support.
+        """
+        architectures = config.get("architectures") or ()
+        with_projection = any(name.endswith(("CLIPTextModelWithProjection", "CLIPModel")) for name in architectures)
+        if "text_config" in config:
+            shared = {"projection_dim": config["projection_dim"]} if "projection_dim" in config else {}
+            # Old files repeat the text half in `text_config_dict`, which transformers lets win.
+            config = {**config["text_config"], **(config.get("text_config_dict") or {}), **shared}
+        supported = {
+            "model_type": ("clip_text_model",),
+            "hidden_act": tuple(ACTIVATIONS),
+            "add_cross_attention": (False,),
+            "is_decoder": (False,),
+            "is_encoder_decoder": (False,),
+            "pruned_heads": ({}, None),
+        }
+        result = read_config(cls, config, where, supported=supported, metadata=METADATA)
+        if not isinstance(result.eos_token_id, int):
+            raise ValueError(f"{where}: eos_token_id = {result.eos_token_id!r} is not supported, only one integer")
+        return dataclasses.replace(result, with_projection=with_projection)
+
+
+class TextOutput(NamedTuple):
+    """What the diffusion models condition on: each family reads one or two of these."""
+
+    last_hidden_NLD: jax.Array
+    """After the last layer and the final norm (SD1.5, SD2)."""
+    penultimate_NLD: jax.Array
+    """Before the last layer, without the final norm (SDXL)."""
+    pooled_NP: jax.Array
+    """`last_hidden_NLD` at the end-of-text token, projected if the model has a projection (SDXL)."""
+
+
+class CLIPTextModel(nnx.Module):
+    """CLIPTextModel or, with `config.with_projection`, CLIPTextModelWithProjection of transformers."""
+
+    def __init__(self, config: CLIPTextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.text_model = CLIPTextTransformer(config, dtype=dtype, rngs=rngs)
+        self.text_projection = (
+            Linear(config.hidden_size, config.projection_dim, use_bias=False, dtype=dtype, rngs=rngs)
+            if config.with_projection
+            else None
+        )
+
+    def __call__(self, token_ids_NL: jax.Array) -> TextOutput:
+        output = self.text_model(token_ids_NL)
+        if self.text_projection is None:
+            return output
+        return output._replace(pooled_NP=self.text_projection(output.pooled_NP))
+
+
+class CLIPTextTransformer(nnx.Module):
+    """Embeddings, layers, final norm, and pooling at the end-of-text token."""
+
+    def __init__(self, config: CLIPTextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.embeddings = CLIPTextEmbeddings(config, dtype=dtype, rngs=rngs)
+        self.encoder = CLIPEncoder(config, dtype=dtype, rngs=rngs)
+        self.final_layer_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
+        self.eos_token_id = config.eos_token_id
+
+    def __call__(self, token_ids_NL: jax.Array) -> TextOutput:
+        hidden_NLD, penultimate_NLD = self.encoder(self.embeddings(token_ids_NL))
+        last_hidden_NLD = self.final_layer_norm(hidden_NLD)
+        end_N = end_of_text(token_ids_NL, self.eos_token_id)
+        pooled_ND = jnp.take_along_axis(last_hidden_NLD, end_N[:, None, None], axis=1)[:, 0]
+        return TextOutput(last_hidden_NLD, penultimate_NLD, pooled_ND)
+
+
+def end_of_text(token_ids_NL: jax.Array, eos_token_id: int) -> jax.Array:
+    """Position of the first end-of-text token of each caption, as transformers finds it."""
+    if eos_token_id == LEGACY_EOS_TOKEN_ID:
+        return token_ids_NL.argmax(axis=-1)
+    return (token_ids_NL == eos_token_id).argmax(axis=-1)
+
+
+class CLIPTextEmbeddings(nnx.Module):
+    """Token plus learned position embeddings."""
+
+    def __init__(self, config: CLIPTextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.token_embedding = Embedding(config.vocab_size, width, dtype=dtype, rngs=rngs)
+        self.position_embedding = Embedding(config.max_position_embeddings, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, token_ids_NL: jax.Array) -> jax.Array:
+        length, longest = token_ids_NL.shape[1], self.position_embedding.embedding.shape[0]
+        if length > longest:  # JAX would repeat the last position without a word.
+            raise ValueError(f"captions of {length} tokens do not fit a text model of {longest} positions")
+        return self.token_embedding(token_ids_NL) + self.position_embedding(jnp.arange(length))
+
+
+class CLIPEncoder(nnx.Module):
+    """The layers; returns the output of the last and its input, which is what SDXL conditions on."""
+
+    def __init__(self, config: CLIPTextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.layers = nnx.List(
+            [CLIPEncoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)]
+        )
+
+    def __call__(self, hidden_NLD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        for layer in self.layers:
+            penultimate_NLD, hidden_NLD = hidden_NLD, layer(hidden_NLD)
+        return hidden_NLD, penultimate_NLD
+
+
+class CLIPEncoderLayer(nnx.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, config: CLIPTextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        width, epsilon = config.hidden_size, config.layer_norm_eps
+        self.layer_norm1 = LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
+        self.self_attn = CLIPAttention(width, config.num_attention_heads, dtype=dtype, rngs=rngs)
+        self.layer_norm2 = LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
+        self.mlp = CLIPMLP(width, config.intermediate_size, config.hidden_act, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_NLD: jax.Array) -> jax.Array:
+        x_NLD = x_NLD + self.self_attn(self.layer_norm1(x_NLD))
+        return x_NLD + self.mlp(self.layer_norm2(x_NLD))
+
+
+class CLIPAttention(nnx.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, width: int, num_heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.q_proj = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.out_proj = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.num_heads = num_heads
+
+    def __call__(self, x_NLD: jax.Array) -> jax.Array:
+        query, key, value = self.q_proj(x_NLD), self.k_proj(x_NLD), self.v_proj(x_NLD)
+        return self.out_proj(attention(query, key, value, self.num_heads, is_causal=True))
+
+
+class CLIPMLP(nnx.Module):
+    """Two linear layers with the config's activation between."""
+
+    def __init__(self, width: int, inner_width: int, activation: str, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.fc1 = Linear(width, inner_width, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(inner_width, width, dtype=dtype, rngs=rngs)
+        self.activation = ACTIVATIONS[activation]
+
+    def __call__(self, x_NLD: jax.Array) -> jax.Array:
+        return self.fc2(self.activation(self.fc1(x_NLD)))

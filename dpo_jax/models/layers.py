@@ -1,0 +1,156 @@
+"""The layers every model here is built of.
+
+Arrays are channels-last: images `x_NHWC`, sequences `x_NLD`. Parameters are stored as the module's owner made them
+(float32 masters for the policy, bfloat16 for a frozen reference) and cast to the compute `dtype` where they are used.
+Normalisation and softmax accumulate in float32, or in float64 when that is the compute dtype, which is how the parity
+tests run everything at double precision.
+
+A parameter's `torch_axes` says how its axes lie in a PyTorch checkpoint; see `weights/layout.py`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+Initializer = Callable[..., jax.Array]
+
+LINEAR_AXES = (1, 0)  # ours (in, out), torch (out, in)
+CONV_AXES = (3, 2, 0, 1)  # ours (height, width, in, out), torch (out, in, height, width)
+
+# PyTorch's default for linear and convolution layers: uniform of variance 1 / (3 fan_in).
+torch_default_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype in which norms, softmax and errors are reduced: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def make_param(
+    init: Initializer, rngs: nnx.Rngs, shape: Sequence[int], torch_axes: Sequence[int] | None = None
+) -> nnx.Param:
+    """A float32 parameter that knows its PyTorch layout (the same as ours unless `torch_axes` says otherwise)."""
+    axes = tuple(torch_axes) if torch_axes is not None else tuple(range(len(shape)))
+    # What `rngs.params()` does, but there the update costs a walk over everything traced so far: minutes for SDXL.
+    stream = rngs.params
+    key = jax.random.fold_in(stream.key[...], stream.count[...])
+    stream.count.set_value(stream.count[...] + 1)
+    return nnx.Param(init(key, tuple(shape), jnp.float32), torch_axes=axes)
+
+
+class Linear(nnx.Module):
+    """`y = x @ kernel + bias` over the last axis."""
+
+    def __init__(self, in_features: int, out_features: int, *, use_bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.kernel = make_param(torch_default_init, rngs, (in_features, out_features), LINEAR_AXES)
+        self.bias = make_param(nnx.initializers.zeros, rngs, (out_features,)) if use_bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class Conv(nnx.Module):
+    """2D convolution of `x_NHWC`; `padding` is PyTorch's symmetric integer or explicit ((top, bottom), (left, right))."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        *,
+        stride: int = 1,
+        padding: int | tuple[tuple[int, int], tuple[int, int]] = 1,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        shape = (kernel_size, kernel_size, in_channels, out_channels)
+        self.kernel = make_param(torch_default_init, rngs, shape, CONV_AXES)
+        self.bias = make_param(nnx.initializers.zeros, rngs, (out_channels,))
+        self.stride = stride
+        self.padding = ((padding, padding), (padding, padding)) if isinstance(padding, int) else padding
+        self.dtype = dtype
+
+    def __call__(self, x_NHWC: jax.Array) -> jax.Array:
+        y_NHWC = jax.lax.conv_general_dilated(
+            x_NHWC.astype(self.dtype),
+            self.kernel[...].astype(self.dtype),
+            window_strides=(self.stride, self.stride),
+            padding=self.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y_NHWC + self.bias[...].astype(self.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation over all axes but the first, channels last."""
+
+    def __init__(self, num_groups: int, channels: int, *, epsilon: float, dtype: DTypeLike, rngs: nnx.Rngs):
+        if channels % num_groups:
+            raise ValueError(f"GroupNorm: {channels} channels do not divide into {num_groups} groups")
+        self.scale = make_param(nnx.initializers.ones, rngs, (channels,))
+        self.bias = make_param(nnx.initializers.zeros, rngs, (channels,))
+        self.num_groups, self.epsilon, self.dtype = num_groups, epsilon, dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        high = accumulation_dtype(self.dtype)
+        grouped = x.astype(high).reshape(x.shape[0], -1, self.num_groups, x.shape[-1] // self.num_groups)
+        mean = grouped.mean(axis=(1, 3), keepdims=True)
+        variance = jnp.square(grouped - mean).mean(axis=(1, 3), keepdims=True)
+        normed = ((grouped - mean) * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
+        return (normed * self.scale[...].astype(high) + self.bias[...].astype(high)).astype(self.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis."""
+
+    def __init__(self, features: int, *, epsilon: float = 1e-5, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.scale = make_param(nnx.initializers.ones, rngs, (features,))
+        self.bias = make_param(nnx.initializers.zeros, rngs, (features,))
+        self.epsilon, self.dtype = epsilon, dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        high = accumulation_dtype(self.dtype)
+        x = x.astype(high)
+        mean = x.mean(axis=-1, keepdims=True)
+        variance = jnp.square(x - mean).mean(axis=-1, keepdims=True)
+        normed = (x - mean) * jax.lax.rsqrt(variance + self.epsilon)
+        return (normed * self.scale[...].astype(high) + self.bias[...].astype(high)).astype(self.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of vectors looked up by integer ids."""
+
+    def __init__(self, num_embeddings: int, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.embedding = make_param(nnx.initializers.normal(0.02), rngs, (num_embeddings, features))
+        self.dtype = dtype
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return self.embedding[...].astype(self.dtype)[ids]
+
+
+def attention(
+    query_NQD: jax.Array, key_NSD: jax.Array, value_NSD: jax.Array, num_heads: int, *, is_causal: bool = False
+) -> jax.Array:
+    """Multi-head scaled dot-product attention; softmax in `accumulation_dtype`. Returns [N, Q, D].
+
+    Written out because `jax.nn.dot_product_attention` takes the softmax in float32 even of float64 inputs.
+    """
+
+    def heads(x_NSD: jax.Array) -> jax.Array:
+        return x_NSD.reshape(*x_NSD.shape[:2], num_heads, -1)
+
+    query_NQhd, key_NShd, value_NShd = heads(query_NQD), heads(key_NSD), heads(value_NSD)
+    high = accumulation_dtype(query_NQD.dtype)
+    logits_NhQS = jnp.einsum("NQhd,NShd->NhQS", query_NQhd, key_NShd, preferred_element_type=high)
+    logits_NhQS *= query_NQhd.shape[-1] ** -0.5
+    if is_causal:
+        sees_QS = jnp.tri(query_NQD.shape[1], key_NSD.shape[1], dtype=bool)
+        logits_NhQS = jnp.where(sees_QS, logits_NhQS, -jnp.inf)
+    weights_NhQS = jax.nn.softmax(logits_NhQS, axis=-1).astype(value_NSD.dtype)
+    y_NQhd = jnp.einsum("NhQS,NShd->NQhd", weights_NhQS, value_NShd)
+    return y_NQhd.reshape(query_NQD.shape)

@@ -1,0 +1,55 @@
+"""A model split at the edge of jit: its static structure here, its parameters a flat dict that the caller holds.
+
+The dict is keyed by diffusers' names (`"down_blocks.1.attentions.0.proj_in.kernel"`), so sharding rules, freezing and
+LoRA targets are regular expressions over names, and a checkpoint reads like the model.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from dpo_jax.weights.layout import Params, ParamSpec, Specs
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A pure function of parameters. `network(params, *args)` runs the module's `__call__` (or `method`)."""
+
+    graphdef: nnx.GraphDef
+    specs: Specs
+    config: Any
+
+    @classmethod
+    def build(cls, make: Callable[[nnx.Rngs], nnx.Module], config: Any) -> "Network":
+        """Traces `make` abstractly: no memory is allocated, whatever the size of the model."""
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+        specs = {_name(path): ParamSpec(tuple(p.shape), p.torch_axes) for path, p in nnx.to_flat_state(state)}
+        return cls(graphdef, specs, config)
+
+    def __call__(self, params: Params, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+        return getattr(self._bind(params), method)(*args, **kwargs)
+
+    def _bind(self, params: Params) -> nnx.Module:
+        return nnx.merge(self.graphdef, nnx.from_flat_state([(_path(name), value) for name, value in params.items()]))
+
+
+def init_params(make: Callable[[nnx.Rngs], nnx.Module], seed: int) -> Params:
+    """Random parameters of the module that `make` builds, as a flat dict."""
+
+    @jax.jit
+    def init() -> Params:
+        _, state = nnx.split(make(nnx.Rngs(seed)))
+        return {_name(path): param[...] for path, param in nnx.to_flat_state(state)}
+
+    return init()
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))
+
+
+def _path(name: str) -> tuple[str | int, ...]:
+    return tuple(int(part) if part.isdigit() else part for part in name.split("."))

@@ -1,0 +1,205 @@
+"""Tiny random models: complete diffusers folders with each family's structure, for tests and the `:tiny` configs.
+
+32x32 pixel images, latents of 8x8x4, captions of at most 16 tokens; a few hundred thousand parameters.
+"""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jax.typing import DTypeLike
+
+from dpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from dpo_jax.models.families import FAMILIES
+from dpo_jax.models.network import Network
+from dpo_jax.models.unet import UNet2DConditionModel
+from dpo_jax.models.unet_config import UNetConfig
+from dpo_jax.models.vae import AutoencoderKL, VAEConfig
+from dpo_jax.weights.io import new_folder, save_component
+from dpo_jax.weights.layout import Specs
+
+MAX_TOKENS = 16
+WORDS = ("a", "red", "green", "blue", "circle", "square", "photo", "of", "the")
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+VAE = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [8, 16, 16],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "out_channels": 3,
+    "sample_size": 32,
+    "scaling_factor": 0.18215,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+}
+UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "act_fn": "silu",
+    "attention_head_dim": 2,
+    "block_out_channels": [16, 32],
+    "cross_attention_dim": 32,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "in_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "out_channels": 4,
+    "sample_size": 8,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+}
+UNET_SD21 = UNET | {"attention_head_dim": [1, 2], "cross_attention_dim": 48, "use_linear_projection": True}
+UNET_SDXL = UNET_SD21 | {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "cross_attention_dim": 32 + 48,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "projection_class_embeddings_input_dim": 40 + 6 * 8,
+    "transformer_layers_per_block": [1, 2],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+}
+UNET_REFINER = UNET_SDXL | {
+    "attention_head_dim": [1, 2, 2],
+    "block_out_channels": [16, 32, 32],
+    "cross_attention_dim": 48,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "projection_class_embeddings_input_dim": 40 + 5 * 8,
+    "transformer_layers_per_block": 2,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+}
+CLIP_L = {
+    "architectures": ["CLIPTextModel"],
+    "hidden_act": "quick_gelu",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "max_position_embeddings": MAX_TOKENS,
+    "model_type": "clip_text_model",
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "projection_dim": 32,
+}
+OPEN_CLIP = CLIP_L | {"hidden_act": "gelu", "hidden_size": 48, "num_hidden_layers": 3, "projection_dim": 40}
+CLIP_BIG_G = OPEN_CLIP | {"architectures": ["CLIPTextModelWithProjection"]}
+
+SCHEDULER = {
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+DDIM = SCHEDULER | {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False}
+EULER = SCHEDULER | {"_class_name": "EulerDiscreteScheduler"}
+TURBO = SCHEDULER | {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}
+
+SDXL_PIPELINE = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+REFINER_PIPELINE = {
+    "_class_name": "StableDiffusionXLImg2ImgPipeline",
+    "force_zeros_for_empty_prompt": False,
+    "requires_aesthetics_score": True,
+    "text_encoder": [None, None],
+    "tokenizer": [None, None],
+}
+SD_PIPELINE = {
+    "_class_name": "StableDiffusionPipeline",
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+}
+
+# Family -> model_index.json without its components, UNet, text encoders, scheduler.
+RANDOM_MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[dict[str, Any], ...], dict[str, Any]]] = {
+    "sd15": (SD_PIPELINE, UNET, (CLIP_L,), DDIM),
+    "sd21": (SD_PIPELINE, UNET_SD21, (OPEN_CLIP,), DDIM | {"prediction_type": "v_prediction"}),
+    "sdxl": (SDXL_PIPELINE, UNET_SDXL, (CLIP_L, CLIP_BIG_G), EULER),
+    "sdxl_turbo": (SDXL_PIPELINE, UNET_SDXL, (CLIP_L, CLIP_BIG_G), TURBO),
+    "sdxl_refiner": (REFINER_PIPELINE, UNET_REFINER, (CLIP_BIG_G,), EULER),
+}
+
+
+def write_random_model(family: str, folder: epath.PathLike, *, seed: int = 0, dtype: DTypeLike = "float32") -> None:
+    """Writes a complete diffusers folder of the named family. Raises ValueError if `folder` exists and is not empty."""
+    if family not in RANDOM_MODELS:
+        raise ValueError(f"unknown model family {family!r}, expected one of {', '.join(RANDOM_MODELS)}")
+    model_index, unet, text_encoders, scheduler = RANDOM_MODELS[family]
+    vocabulary, merges = byte_vocabulary(WORDS)
+    model_index = model_index | {
+        "unet": ["diffusers", unet["_class_name"]],
+        "vae": ["diffusers", VAE["_class_name"]],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+    }
+    with new_folder(folder) as target:
+        unet_config = UNetConfig.from_dict(unet, "unet")
+        vae_config = VAEConfig.from_dict(VAE, "vae")
+        _write(target / "unet", unet, UNet2DConditionModel, unet_config, seed, dtype)
+        _write(target / "vae", VAE, AutoencoderKL, vae_config, seed + 1, dtype)
+        for number, (encoder, clip) in enumerate(zip(FAMILIES[family].text_encoders, text_encoders, strict=True)):
+            ids = {"bos_token_id": vocabulary[START], "eos_token_id": vocabulary[END], "pad_token_id": vocabulary[END]}
+            clip = clip | ids | {"vocab_size": len(vocabulary)}
+            clip_config = CLIPTextConfig.from_dict(clip, encoder.folder)
+            _write(target / encoder.folder, clip, CLIPTextModel, clip_config, seed + 2 + number, dtype)
+            # SDXL's second tokenizer pads with "!", its first token.
+            pad_token = "!" if encoder.tokenizer == "tokenizer_2" else END
+            write_tokenizer(target / encoder.tokenizer, vocabulary, merges, pad_token=pad_token)
+            model_index[encoder.folder] = ["transformers", clip["architectures"][0]]
+            model_index[encoder.tokenizer] = ["transformers", "CLIPTokenizer"]
+        _write_json(target / "scheduler" / "scheduler_config.json", scheduler)
+        _write_json(target / "model_index.json", model_index)
+
+
+def byte_vocabulary(words: tuple[str, ...]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a CLIP tokenizer: every byte, and `words` spelled from left to right.
+
+    Laid out as CLIP's own: the byte characters, the same at the end of a word, the merges, the two special tokens.
+    """
+    # GPT-2 writes the 68 bytes that are blank or control characters as letters from 256 on.
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    characters = [chr(byte) for byte in printable] + [chr(256 + number) for number in range(256 - len(printable))]
+    merges: dict[tuple[str, str], None] = {}
+    for word in words:
+        letters = [*word[:-1], word[-1] + "</w>"]
+        for end in range(1, len(letters)):
+            merges["".join(letters[:end]), letters[end]] = None
+    tokens = [*characters, *(character + "</w>" for character in characters), *map("".join, merges), START, END]
+    return {token: index for index, token in enumerate(tokens)}, list(merges)
+
+
+def write_tokenizer(
+    folder: epath.Path, vocabulary: dict[str, int], merges: list[tuple[str, str]], *, pad_token: str = END
+) -> None:
+    """Writes the files that transformers' CLIPTokenizer reads."""
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
+    config = {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True, "model_max_length": MAX_TOKENS, **special}
+    _write_json(folder / "vocab.json", vocabulary)
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
+    _write_json(folder / "special_tokens_map.json", special)
+    _write_json(folder / "tokenizer_config.json", config)
+
+
+def random_params(specs: Specs, seed: int) -> dict[str, np.ndarray]:
+    """Kernels of variance 1 / fan-in, and scales and biases off their usual 1 and 0, so that tests see every one."""
+    random = np.random.default_rng(seed)
+    params = {}
+    for name, spec in specs.items():
+        std = math.prod(spec.shape[:-1]) ** -0.5 if name.endswith(".kernel") else 0.1
+        center = 1.0 if name.endswith(".scale") else 0.0
+        params[name] = random.normal(center, std, spec.shape).astype(np.float32)
+    return params
+
+
+def _write(
+    folder: epath.Path, config_json: dict[str, Any], module: Any, config: Any, seed: int, dtype: DTypeLike
+) -> None:
+    specs = Network.build(lambda rngs: module(config, dtype="float32", rngs=rngs), config).specs
+    save_component(folder, config_json, random_params(specs, seed), specs, dtype=dtype)
+
+
+def _write_json(path: epath.Path, value: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,102 @@
+"""UNet2DConditionModel: the denoiser of Stable Diffusion (Rombach et al., arXiv 2112.10752) and SDXL (Podell et al.,
+arXiv 2307.01952), with the structure and parameter names of diffusers.
+
+N images, H x W latent cells, C channels, T time features; the conditioning's axes are in `batch.py`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from dpo_jax.batch import Conditioning
+from dpo_jax.models.layers import Conv, GroupNorm, Linear, accumulation_dtype
+from dpo_jax.models.unet_blocks import DownBlock2D, UNetMidBlock2DCrossAttn, UpBlock2D
+from dpo_jax.models.unet_config import UNetConfig
+
+
+class UNet2DConditionModel(nnx.Module):
+    """Predicts the training target (noise or velocity) from noisy latents, their timestep and the caption."""
+
+    def __init__(self, config: UNetConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        widths, levels = config.block_out_channels, range(len(config.block_out_channels))
+        time_features, high = 4 * widths[0], accumulation_dtype(dtype)
+        self.conv_in = Conv(config.in_channels, widths[0], dtype=dtype, rngs=rngs)
+        # Neighbouring timesteps differ by less than bfloat16 resolves, and these layers cost nothing.
+        self.time_embedding = TimestepEmbedding(widths[0], time_features, dtype=high, rngs=rngs)
+        self.add_embedding = (
+            TimestepEmbedding(config.projection_class_embeddings_input_dim, time_features, dtype=high, rngs=rngs)
+            if config.projection_class_embeddings_input_dim is not None
+            else None
+        )
+        self.down_blocks = nnx.List([DownBlock2D(config, level, dtype=dtype, rngs=rngs) for level in levels])
+        self.mid_block = UNetMidBlock2DCrossAttn(config, dtype=dtype, rngs=rngs)
+        self.up_blocks = nnx.List([UpBlock2D(config, level, dtype=dtype, rngs=rngs) for level in reversed(levels)])
+        self.conv_norm_out = GroupNorm(
+            config.norm_num_groups, widths[0], epsilon=config.norm_eps, dtype=dtype, rngs=rngs
+        )
+        self.conv_out = Conv(widths[0], config.out_channels, dtype=dtype, rngs=rngs)
+        self.config, self.dtype = config, dtype
+
+    def __call__(self, x_NHWC: jax.Array, t_N: jax.Array, conditioning: Conditioning) -> jax.Array:
+        """The prediction [N, H, W, C] in the compute dtype. Raises ValueError if the conditioning does not fit."""
+        needed, given = self.config.cross_attention_dim, conditioning.context_NLD.shape[-1]
+        if set(needed) != {given}:
+            raise ValueError(f"this UNet has cross_attention_dim = {needed}, but the captions have {given} features")
+        high = accumulation_dtype(self.dtype)
+        emb_NT = self.time_embedding(sinusoids(t_N, self.config.block_out_channels[0], high))
+        if self.add_embedding is not None:
+            emb_NT = emb_NT + self.add_embedding(self._added_features(conditioning, high))
+        temb_NT = jax.nn.silu(emb_NT)
+
+        x_NHWC = self.conv_in(x_NHWC)
+        skips = [x_NHWC]
+        for down_block in self.down_blocks:
+            skips += down_block(skips[-1], temb_NT, conditioning.context_NLD)
+        x_NHWC = self.mid_block(skips[-1], temb_NT, conditioning.context_NLD)
+        for up_block in self.up_blocks:
+            x_NHWC = up_block(x_NHWC, skips, temb_NT, conditioning.context_NLD)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x_NHWC)))
+
+    def _added_features(self, conditioning: Conditioning, dtype: DTypeLike) -> jax.Array:
+        """Pooled caption and embedded time ids, side by side."""
+        pooled_NP, time_ids_NT = conditioning.pooled_NP, conditioning.time_ids_NT
+        if pooled_NP is None or time_ids_NT is None:
+            missing = "pooled_NP" if pooled_NP is None else "time_ids_NT"
+            raise ValueError(f"this UNet has addition_embed_type = 'text_time', but its conditioning has no {missing}")
+        each, needed = self.config.addition_time_embed_dim, self.config.projection_class_embeddings_input_dim
+        assert each is not None  # `UNetConfig.from_dict` has checked it
+        pooled, ids = pooled_NP.shape[-1], time_ids_NT.shape[-1]
+        if pooled + ids * each != needed:
+            raise ValueError(
+                f"this UNet takes projection_class_embeddings_input_dim = {needed} added features, but the "
+                f"conditioning has {pooled} pooled + {ids} time ids * {each} = {pooled + ids * each}"
+            )
+        embedded_NTD = sinusoids(time_ids_NT, each, dtype)
+        return jnp.concatenate([pooled_NP.astype(dtype), embedded_NTD.reshape(len(pooled_NP), -1)], axis=-1)
+
+
+class TimestepEmbedding(nnx.Module):
+    """Two linear layers with silu between them."""
+
+    def __init__(self, in_features: int, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.linear_1 = Linear(in_features, features, dtype=dtype, rngs=rngs)
+        self.linear_2 = Linear(features, features, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear_2(jax.nn.silu(self.linear_1(x)))
+
+
+def sinusoids(t: jax.Array, features: int, dtype: DTypeLike) -> jax.Array:
+    """Cosines, then sines, of `t` times frequencies from 1 down to about 1 / 10000: [*t.shape, features].
+
+    Each rounding is diffusers': in float32 at t = 999 another one moves a feature by 1e-4.
+    """
+    half = features // 2
+    exponent = -math.log(10_000) * np.arange(half, dtype=dtype) / half
+    frequencies = np.exp(exponent.astype(np.float64)).astype(dtype)
+    angles = t.astype(dtype)[..., None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

@@ -1,0 +1,142 @@
+"""The config.json of a diffusers UNet2DConditionModel."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_jax.models.config_json import read_config
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """The fields that decide a UNet's shape or its use; names and defaults are diffusers'.
+
+    The tuples have one entry a level, finest resolution first. Where a config.json gives one number for all levels,
+    `from_dict` repeats it.
+    """
+
+    sample_size: int | None = None
+    """Height and width of the latents it was trained on; the network itself takes any size."""
+    in_channels: int = 4
+    out_channels: int = 4
+    down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
+    up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
+    """Coarsest resolution first, the order in which they run."""
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: tuple[int, ...] = (2, 2, 2, 2)
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: tuple[int, ...] = (1280, 1280, 1280, 1280)
+    transformer_layers_per_block: tuple[int, ...] = (1, 1, 1, 1)
+    attention_head_dim: tuple[int, ...] = (8, 8, 8, 8)
+    """The NUMBER of attention heads: a misnomer that diffusers keeps because every published config has it."""
+    use_linear_projection: bool = False
+    addition_embed_type: str | None = None
+    """"text_time" (SDXL): the pooled caption and the size conditioning are added to the time embedding."""
+    addition_time_embed_dim: int | None = None
+    """Features of each time id."""
+    projection_class_embeddings_input_dim: int | None = None
+    """Width of the pooled caption plus that of all embedded time ids."""
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], where: str) -> "UNetConfig":
+        """Reads a config.json; raises ValueError naming `where` and the field that this code does not support."""
+        levels = len(config.get("block_out_channels", cls.block_out_channels))
+        repeated = {}
+        for name in _PER_LEVEL:
+            value = config.get(name, getattr(cls, name)[0])
+            repeated[name] = value if isinstance(value, list | tuple) else [value] * levels
+        supported = _SUPPORTED | {"only_cross_attention": (False, [False] * levels)}
+        result = read_config(cls, {**config, **repeated}, where, supported=supported, metadata=_METADATA)
+        result._check(where)
+        return result
+
+    def _check(self, where: str) -> None:
+        levels = len(self.block_out_channels)
+        for name in (*_PER_LEVEL, "down_block_types", "up_block_types"):
+            if len(getattr(self, name)) != levels:
+                raise ValueError(
+                    f"{where}: {name} = {getattr(self, name)} does not fit the {levels} levels of "
+                    f"block_out_channels = {self.block_out_channels}"
+                )
+        for name in ("transformer_layers_per_block", "cross_attention_dim", "attention_head_dim"):
+            if not all(isinstance(value, int) for value in getattr(self, name)):
+                raise ValueError(f"{where}: {name} = {getattr(self, name)} is not supported, only one integer a level")
+        for name, choices in _BLOCKS.items():
+            for block in getattr(self, name):
+                if block not in choices:
+                    raise ValueError(f"{where}: {block!r} in {name} is not supported, only {' or '.join(choices)}")
+        for width, heads in zip(self.block_out_channels, self.attention_head_dim, strict=True):
+            if width % heads:
+                raise ValueError(
+                    f"{where}: block_out_channels = {self.block_out_channels} do not divide into "
+                    f"attention_head_dim = {self.attention_head_dim} heads"
+                )
+            if width % self.norm_num_groups:
+                raise ValueError(
+                    f"{where}: block_out_channels = {self.block_out_channels} do not divide into "
+                    f"norm_num_groups = {self.norm_num_groups} groups"
+                )
+        if self.addition_embed_type not in (None, "text_time"):
+            raise ValueError(
+                f"{where}: addition_embed_type = {self.addition_embed_type!r} is not supported, "
+                "only None or 'text_time'"
+            )
+        if self.addition_embed_type is None and self.projection_class_embeddings_input_dim is not None:
+            raise ValueError(
+                f"{where}: projection_class_embeddings_input_dim = {self.projection_class_embeddings_input_dim} "
+                "needs addition_embed_type = 'text_time'"
+            )
+        sizes = (self.addition_time_embed_dim, self.projection_class_embeddings_input_dim)
+        if self.addition_embed_type == "text_time" and None in sizes:
+            raise ValueError(
+                f"{where}: addition_embed_type = 'text_time' needs addition_time_embed_dim and "
+                f"projection_class_embeddings_input_dim, not {sizes}"
+            )
+
+
+_PER_LEVEL = ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim")
+
+_BLOCKS = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+
+# What no Stable Diffusion checkpoint sets to anything else.
+_SUPPORTED: dict[str, Any] = {
+    "_class_name": ("UNet2DConditionModel", "FlaxUNet2DConditionModel"),
+    "act_fn": ("silu", "swish"),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "class_embeddings_concat": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
+    "downsample_padding": (1,),
+    "dropout": (0.0,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "num_attention_heads": (None,),
+    "num_class_embeds": (None,),
+    "resnet_out_scale_factor": (1.0,),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
+    # SD2.1 asks for float32 attention scores; `layers.attention` always accumulates them so.
+    "upcast_attention": (None, False, True),
+}
+
+# The first belongs to an unsupported addition_embed_type, the others are from legacy Flax checkpoints.
+_METADATA = ("addition_embed_type_num_heads", "dtype", "split_head_dim", "use_memory_efficient_attention")

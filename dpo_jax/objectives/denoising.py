@@ -1,0 +1,103 @@
+"""From a batch of latents to the scores that a loss reads: how well policy and reference denoise each candidate.
+
+Axes: B prompts, K candidates of a prompt, N = B * K images, H x W latent cells, C channels.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from dpo_jax.batch import Conditioning, Scores
+from dpo_jax.diffusion.schedule import Schedule, add_noise, training_target
+
+Denoise = Callable[[Any, jax.Array, jax.Array, Conditioning], jax.Array]
+"""`denoise(params, x_NHWC, t_N, conditioning) -> prediction_NHWC`."""
+
+
+def keys_for(key: jax.Array, index_B: jax.Array) -> jax.Array:
+    """One key per sample, a function of `key` and the sample's index alone.
+
+    So no draw depends on how many devices share the batch or how it is accumulated. `key` must be of this step and for
+    this purpose only.
+    """
+    return jax.vmap(lambda index: jax.random.fold_in(key, index))(index_B)
+
+
+def draw(
+    key: jax.Array,
+    index_B: jax.Array,
+    schedule: Schedule,
+    latent_shape: tuple[int, ...],
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[jax.Array, jax.Array]:
+    """One timestep and one noise image per prompt, shared by its candidates (arXiv 2311.12908, section 4).
+
+    Args:
+        key: this step's key for this purpose.
+        index_B: the prompts' positions in the training stream.
+        schedule: says which timesteps are trained on; they are drawn uniformly.
+        latent_shape: (H, W, C).
+        dtype: of the noise.
+
+    Returns:
+        t_B (int32) and noise_BHWC.
+    """
+
+    def draw_one(sample_key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        t_key, noise_key = jax.random.split(sample_key)
+        t = jax.random.choice(t_key, jnp.asarray(schedule.training_timesteps))
+        return t, jax.random.normal(noise_key, latent_shape, dtype)
+
+    return jax.vmap(draw_one)(keys_for(key, index_B))
+
+
+def score_candidates(
+    denoise: Denoise,
+    policy: Any,
+    reference: Any | None,
+    schedule: Schedule,
+    latents_BKHWC: jax.Array,
+    noise_BHWC: jax.Array,
+    t_B: jax.Array,
+    conditioning: Conditioning,
+) -> Scores:
+    """The denoising errors of all candidates and the log-ratio they stand for (arXiv 2311.12908, equation 14).
+
+    `log_ratio = -(e_policy - e_reference) / 2` with e the MEAN squared error over H, W and C: the unit of the paper's
+    released code, whose beta of 5000 therefore holds here. (The paper's equation sums, without the 1/2.)
+
+    Candidates are folded into the batch by a reshape, `[B, K, ...] -> [B * K, ...]`, which needs no communication when
+    B is sharded. Errors are reduced in float32 at least.
+
+    Args:
+        denoise: the network, called once with each set of weights.
+        policy: weights that are trained.
+        reference: frozen weights, or None where the loss compares with nothing; then `log_ratio = -e_policy / 2`.
+        schedule: the noise schedule.
+        latents_BKHWC: clean latents, scaled as the network expects.
+        noise_BHWC: noise, shared by the candidates of a prompt.
+        t_B: timestep, likewise.
+        conditioning: each field with B rows (shared by the candidates) or B * K (one per candidate).
+    """
+    B, K = latents_BKHWC.shape[:2]
+
+    def per_candidate(x: jax.Array) -> jax.Array:
+        return x if x.shape[0] == B * K else jnp.repeat(x, K, axis=0)
+
+    x0_NHWC = latents_BKHWC.reshape(B * K, *latents_BKHWC.shape[2:])
+    noise_NHWC, t_N, conditioning = jax.tree.map(per_candidate, (noise_BHWC, t_B, conditioning))
+    x_NHWC = add_noise(schedule, x0_NHWC, noise_NHWC, t_N)
+    target_NHWC = training_target(schedule, x0_NHWC, noise_NHWC, t_N)
+
+    def errors_BK(params: Any) -> jax.Array:
+        prediction_NHWC = denoise(params, x_NHWC, t_N, conditioning).astype(target_NHWC.dtype)
+        return jnp.square(prediction_NHWC - target_NHWC).mean(axis=(1, 2, 3)).reshape(B, K)
+
+    error_BK = errors_BK(policy)
+    if reference is None:
+        return Scores(log_ratio_BK=-error_BK / 2, error_BK=error_BK)
+    reference_error_BK = jax.lax.stop_gradient(errors_BK(reference))
+    return Scores(-(error_BK - reference_error_BK) / 2, error_BK, reference_error_BK)

@@ -1,0 +1,81 @@
+"""Where arrays live on the device mesh.
+
+Two axes: `data` holds copies of the model, `fsdp` splits every large parameter; the batch is split over both. jit
+inserts the collectives (GSPMD), so the same step runs on one device and on a pod.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dpo_jax.weights.layout import ParamSpec, Specs
+
+DATA_AXES = ("data", "fsdp")
+SMALL = 2**16
+"""Parameters with fewer elements than this are copied to every device: splitting them costs more than it saves."""
+
+
+def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
+    """A `data` x `fsdp` mesh over all devices; one of the two may be -1 and takes what is left."""
+    count = jax.device_count()
+    sizes = [data, fsdp]
+    if -1 in sizes:
+        known = -int(np.prod(sizes)) if sizes.count(-1) == 1 else 1
+        sizes[sizes.index(-1)] = max(count // known, 1)
+    if int(np.prod(sizes)) != count or min(sizes) < 1:
+        raise ValueError(
+            f"mesh.data={data} x mesh.fsdp={fsdp} does not make {count} devices; "
+            "set one of them to -1 to let it take what is left"
+        )
+    # Explicit axis types, JAX's default, would make every FSDP matmul name its output sharding.
+    return jax.make_mesh(tuple(sizes), DATA_AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(DATA_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def param_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Splits the largest axis that the fsdp axis divides; small parameters are copied."""
+    fsdp = mesh.shape["fsdp"]
+    if fsdp == 1 or np.prod(shape, dtype=np.int64) < SMALL:
+        return replicated(mesh)
+    divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
+    if not divisible:
+        return replicated(mesh)
+    axis = max(divisible, key=lambda axis: shape[axis])
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "fsdp"))
+
+
+def placement(mesh: Mesh) -> Callable[[str, ParamSpec], NamedSharding]:
+    """`param_sharding` in the form that loading weights asks for."""
+    return lambda name, spec: param_sharding(mesh, spec.shape)
+
+
+def state_sharding(mesh: Mesh, specs: Specs, state: Any) -> Any:
+    """Shardings for a pytree of shapes in which a parameter's statistics are keyed by the parameter's name.
+
+    Whatever has its parameter's shape (parameter, moment, average) lies as the parameter does; the rest (step counters,
+    factored moments: vectors) is copied.
+    """
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in specs]
+        same = bool(names) and tuple(leaf.shape) == specs[names[-1]].shape
+        return param_sharding(mesh, tuple(leaf.shape)) if same else replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def to_devices(mesh: Mesh) -> Callable[[Any], Any]:
+    """A function that places this process's rows of a batch (NumPy) as the global, sharded batch."""
+    sharding = batch_sharding(mesh)
+    return lambda batch: jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

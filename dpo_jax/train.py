@@ -1,0 +1,29 @@
+"""Fine-tunes a latent diffusion model on preference pairs.
+
+  python -m dpo_jax.train --config=configs/sdxl.py --workdir=runs/sdxl \
+      --config.model=MODEL_FOLDER --config.data.path=PREPARED_FOLDER [--config.field=value ...]
+
+FILE:tiny runs the same experiment with a small random model and made pairs, in seconds. Run the same command again to
+continue where a run stopped. The work directory receives config.json, checkpoints/, tensorboard/, metrics.jsonl and
+samples/. The fields and their meaning are in dpo_jax/training/config.py.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from dpo_jax import cli
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, or FILE:variant.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder that receives, or already holds, the run.", required=True)
+
+
+def main() -> None:
+    if CONFIG.value is None:
+        raise ValueError("--config is missing; give one of the files in configs/, such as --config=configs/tiny.py")
+    from dpo_jax.training.trainer import train  # after the flags are checked: importing JAX takes seconds
+
+    train(CONFIG.value, WORKDIR.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

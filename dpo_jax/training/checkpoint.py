@@ -1,0 +1,87 @@
+"""Checkpoints: Orbax, asynchronous, atomic, the newest few kept.
+
+A work directory holds `config.json` (the resolved experiment) and `checkpoints/STEP/` with two items: `state` (step,
+parameters, optimizer state) and `position` (samples seen, which places the data stream exactly, whatever the number of
+processes or loader workers, as {"position": N}).
+"""
+
+import json
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from dpo_jax.training.step import TrainState
+from dpo_jax.weights.layout import Params
+
+
+class Checkpoints:
+    """Saves and restores the training state under `workdir/checkpoints`."""
+
+    def __init__(self, workdir: epath.PathLike, *, keep: int | None = None):
+        self.folder = epath.Path(workdir).absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, position: dict[str, int]) -> None:
+        """Copies the state to the host and returns; the write goes on in the background."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state._asdict()),
+                position=ocp.args.JsonSave(position),
+            ),
+        )
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, int]] | None:
+        """The newest checkpoint as (state placed like `abstract`, data position), or None where there is none."""
+        step = self.latest_step()
+        if step is None:
+            return None
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract._asdict()), position=ocp.args.JsonRestore()
+            ),
+        )
+        return TrainState(**restored["state"]), restored["position"]
+
+    def restore_params(self, abstract: Params) -> tuple[Params, int]:
+        """Parameters alone of the newest checkpoint, with its step; no memory for the optimizer's state."""
+        step = self.latest_step()
+        if step is None:
+            raise FileNotFoundError(f"no checkpoint in {self.folder}; train first: python -m dpo_jax.train --help")
+        restore_args = ocp.checkpoint_utils.construct_restore_args({"params": abstract})
+        restored = ocp.PyTreeCheckpointer().restore(
+            self.folder / str(step) / "state",
+            args=ocp.args.PyTreeRestore({"params": abstract}, restore_args=restore_args, partial_restore=True),
+        )
+        return restored["params"], step
+
+    def close(self) -> None:
+        """Waits for the last write."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
+    """The flat config that the work directory was begun with."""
+    path = epath.Path(workdir) / "config.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_config(workdir: epath.PathLike, flat: dict[str, Any]) -> None:
+    """Written whole or not at all, by the first process."""
+    if jax.process_index() == 0:
+        folder = epath.Path(workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / ".config.json.unfinished"
+        unfinished.write_text(json.dumps(flat, indent=2) + "\n")
+        unfinished.rename(folder / "config.json")

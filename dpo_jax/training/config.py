@@ -1,0 +1,145 @@
+"""The fields of an experiment, and what is derived from them, once.
+
+A file in `configs/` starts from `default_config()` and changes what is particular to it. Nothing is computed inside a
+config: a value derived there would go stale under `--config.field=value`. `resolve` derives, checks and prints.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dpo_jax.cli import flatten
+
+# A work directory may be continued with other values of these; any other difference is another experiment.
+FREE_TO_CHANGE = ("steps", "log_every", "mesh.", "checkpoint.", "validation.", "sample.", "data.num_workers")
+
+
+def default_config() -> ConfigDict:
+    """Every field with its default. Published hyperparameters are in the files of `configs/`."""
+    c = ConfigDict()
+    c.model = ""  # diffusers model folder; "random:FAMILY" makes a small one with random weights
+    c.steps = 2000  # optimizer steps in all
+    c.seed = 0  # of shuffling, augmentation, timesteps, noise and posterior samples
+    c.dtype = "bfloat16"  # compute dtype and dtype of the frozen models; the trained weights are always float32
+    c.vae_dtype = "bfloat16"  # the same for the VAE; "float32" for VAEs that lose detail in bfloat16
+    c.log_every = 10  # steps between two lines of metrics
+
+    c.loss = ConfigDict()
+    c.loss.name = "dpo"  # "dpo", or "sft": plain denoising of the preferred image
+    c.loss.beta = 5000.0  # strength of the pull towards the reference; in the unit of the published code
+
+    c.data = ConfigDict()
+    c.data.path = ""  # folder that `python -m dpo_jax.prepare` wrote; "random:N" makes N pairs
+    c.data.batch_size = 2048  # pairs in one optimizer step, over all devices and micro-batches
+    c.data.accumulation = 1  # micro-batches in one optimizer step: more of them, less memory
+    c.data.resolution = 512  # pixels, height and width
+    c.data.random_crop = False  # otherwise the centre; always the same for the images of a pair
+    c.data.random_flip = True  # horizontal; always the same for the images of a pair
+    c.data.caption_dropout = 0.2  # share of captions replaced by the empty one
+    c.data.size_conditioning = "constant"  # SDXL's size input: "constant" (resolution, no crop) or "real"
+    c.data.relabel = "none"  # control experiments: "swapped" or "shuffled" labels
+    c.data.num_workers = 8  # loader processes on each host; 0 loads in the training process
+
+    c.optimizer = ConfigDict()
+    c.optimizer.name = "adamw"  # or "adafactor": transformers' variant, without parameter scaling
+    c.optimizer.learning_rate = 1e-8  # before scaling
+    c.optimizer.scale_by_batch = True  # multiply the learning rate by data.batch_size, as the published runs do
+    c.optimizer.schedule = "constant_with_warmup"  # or "constant", "linear", "cosine" (the last two end at 0)
+    c.optimizer.warmup_steps = 500  # steps from 0 to the full learning rate
+    c.optimizer.beta1 = 0.9  # AdamW
+    c.optimizer.beta2 = 0.999  # AdamW
+    c.optimizer.epsilon = 1e-8  # AdamW
+    c.optimizer.weight_decay = 1e-2  # decoupled, times the learning rate
+    c.optimizer.clip_norm = 1.0  # largest global norm of the gradient
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # copies of the model; -1 takes the devices that are left
+    c.mesh.fsdp = 1  # devices that one copy is split over
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 200  # steps
+    c.checkpoint.keep = 3  # the newest this many stay
+
+    c.validation = ConfigDict()
+    c.validation.every = 200  # steps; 0 turns it off
+    c.validation.max_pairs = 1024  # at most this many held-out pairs
+    c.validation.draws = 4  # timesteps and noises drawn for each
+
+    c.sample = ConfigDict()
+    c.sample.every = 200  # steps between two image grids, policy beside reference; 0 turns them off
+    c.sample.prompts = ("a photo of an astronaut riding a horse", "a watercolour of a lighthouse at dusk")
+    c.sample.seeds = 2  # images of each prompt
+    c.sample.steps = 20  # DDIM steps
+    c.sample.guidance = 7.5  # classifier-free guidance scale
+    return c
+
+
+def tiny_variant(c: ConfigDict, family: str) -> ConfigDict:
+    """The same experiment on a small random model and made pairs: seconds on a laptop, to see that it runs."""
+    c.model = f"random:{family}"
+    c.steps = 4
+    c.dtype = c.vae_dtype = "float32"
+    c.log_every = 1
+    c.data.path = "random:32"
+    c.data.batch_size = 4
+    c.data.accumulation = 1
+    c.data.resolution = 32
+    c.data.num_workers = 0
+    c.optimizer.warmup_steps = 2
+    c.checkpoint.every = 2
+    c.validation.every = 4
+    c.validation.max_pairs = 8
+    c.validation.draws = 1
+    c.sample.every = 4
+    c.sample.prompts = ("a red square", "a blue square")
+    c.sample.seeds = 1
+    c.sample.steps = 2
+    return c
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """Values that follow from the config and the machine."""
+
+    local_batch_size: int
+    """Pairs that this process loads for one optimizer step."""
+    micro_batch_per_device: int
+    """Pairs on one device at a time."""
+    learning_rate: float
+    """Peak learning rate after scaling."""
+
+
+def resolve(config: ConfigDict, *, device_count: int, process_count: int) -> Derived:
+    """Derives and checks; raises ValueError with the values and the remedy."""
+    for field in ("model", "data.path"):
+        if not flatten(config)[field]:
+            raise ValueError(f"config.{field} is empty; set it in the config file or with --config.{field}=...")
+    for field in ("steps", "data.batch_size", "data.accumulation", "data.resolution", "checkpoint.every"):
+        if flatten(config)[field] < 1:
+            raise ValueError(f"config.{field}={flatten(config)[field]} must be at least 1")
+    batch, accumulation = config.data.batch_size, config.data.accumulation
+    if batch % (accumulation * device_count):
+        unit = accumulation * device_count
+        raise ValueError(
+            f"data.batch_size={batch} does not divide over {device_count} devices x {accumulation} micro-batches; "
+            f"take a multiple of {unit}, such as {max(1, round(batch / unit)) * unit}"
+        )
+    return Derived(
+        local_batch_size=batch // process_count,
+        micro_batch_per_device=batch // (accumulation * device_count),
+        learning_rate=config.optimizer.learning_rate * (batch if config.optimizer.scale_by_batch else 1),
+    )
+
+
+def check_same_experiment(config: ConfigDict, saved: dict[str, Any], workdir: Any) -> None:
+    """Refuses to continue a work directory that another config began; names the fields that differ."""
+    now = json.loads(json.dumps(flatten(config)))
+    fields = [f for f in sorted(now.keys() | saved.keys()) if not f.startswith(FREE_TO_CHANGE)]
+    differing = [f"{f} was {saved.get(f)!r}, now {now.get(f)!r}" for f in fields if now.get(f) != saved.get(f)]
+    if differing:
+        raise ValueError(
+            f"{workdir} was begun with another config ({'; '.join(differing)}); "
+            "choose another --workdir, or the former values to continue it"
+        )

@@ -1,0 +1,86 @@
+"""Where numbers go: TensorBoard, a JSON-lines file, and a progress bar that says how long is left."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+import jax
+import numpy as np
+from etils import epath
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+
+class MetricWriter:
+    """Writes scalars and images of the first process to `workdir` (TensorBoard events and `metrics.jsonl`)."""
+
+    def __init__(self, workdir: epath.PathLike):
+        self._folder = epath.Path(workdir)
+        self._active = jax.process_index() == 0
+        if self._active:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._board = SummaryWriter(str(self._folder / "tensorboard"))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        if not self._active:
+            return
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        with (self._folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        if self._active:
+            self._board.add_image(name, image_HWC, step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self._active:
+            self._board.close()
+
+
+class ProgressBar:
+    """Steps done, loss, pair accuracy, pairs per second and time left; plain lines where there is no terminal."""
+
+    def __init__(self, total: int, start: int):
+        self._console = Console(stderr=True, quiet=jax.process_index() != 0)
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total, completed=start, numbers="compiling")
+        self._total = total
+
+    def __enter__(self) -> "ProgressBar":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        self._bar.update(self._task, completed=step)
+
+    def show(self, step: int, metrics: Mapping[str, float], seconds_left: float) -> None:
+        shown = {"train/loss": "loss", "pair/accuracy": "accuracy", "speed/pairs_per_second": "pairs/s"}
+        numbers = "  ".join(f"{label} {metrics[name]:.4g}" for name, label in shown.items() if name in metrics)
+        self._bar.update(self._task, completed=step, numbers=numbers)
+        if not self._console.is_terminal:
+            left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
+            self._console.print(f"step {step}/{self._total}  {numbers}  left {left}", highlight=False)
+            sys.stderr.flush()
+
+    def say(self, message: str) -> None:
+        """A line above the bar."""
+        self._bar.console.print(message, highlight=False)

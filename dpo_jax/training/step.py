@@ -1,0 +1,155 @@
+"""The training step: batch -> latents -> scores -> loss -> update, one jitted function of arrays.
+
+Read together with `objectives/denoising.py` (what a score is) and `objectives/losses.py` (what is minimised). This is
+the only place that differentiates.
+
+Axes: B prompts of a batch, A micro-batches, K candidates.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dpo_jax.batch import Conditioning, PreferenceBatch, Scores
+from dpo_jax.diffusion.schedule import Schedule
+from dpo_jax.objectives.denoising import Denoise, draw, keys_for, score_candidates
+from dpo_jax.objectives.losses import implicit_accuracy, margin
+from dpo_jax.weights.layout import Params
+
+Metrics = dict[str, jax.Array]
+Frozen = dict[str, Params]
+"""Parameters that are never trained, by component: "reference", "vae", "text_encoder", ..."""
+Encode = Callable[[Frozen, PreferenceBatch, jax.Array], tuple[jax.Array, Conditioning]]
+"""(frozen, batch, keys_B) -> latents_BKHWC and the conditioning of its candidates."""
+Score = Callable[[Params, Frozen, PreferenceBatch, jax.Array], Scores]
+"""(params, frozen, batch, step) -> scores."""
+
+
+class TrainState(NamedTuple):
+    """All that changes from step to step; this and the data position are what a checkpoint holds."""
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is minimised: a loss over scores, and which candidates and models it looks at."""
+
+    loss: Callable[[Scores, jax.Array], jax.Array]
+    """(scores, preference_BK) -> loss_B"""
+    needs_reference: bool = True
+    num_candidates: int | None = None
+    """Only the best this many candidates enter the step (SFT: 1); None means all."""
+
+
+def make_score(encode: Encode, denoise: Denoise, schedule: Schedule, objective: Objective, seed: int) -> Score:
+    """`score(params, frozen, batch, step)`: encodes the batch, draws t and noise, and scores every candidate.
+
+    Every draw is a function of (seed, step, global sample index) alone, so it is the same on 1 or 64 devices and with
+    any accumulation.
+    """
+
+    def score(params: Params, frozen: Frozen, batch: PreferenceBatch, step: jax.Array) -> Scores:
+        batch = keep_candidates(batch, objective.num_candidates)
+        posterior_key, diffusion_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
+        latents_BKHWC, conditioning = encode(frozen, batch, keys_for(posterior_key, batch.index_B))
+        t_B, noise_BHWC = draw(diffusion_key, batch.index_B, schedule, latents_BKHWC.shape[2:], latents_BKHWC.dtype)
+        reference = frozen["reference"] if objective.needs_reference else None
+        return score_candidates(denoise, params, reference, schedule, latents_BKHWC, noise_BHWC, t_B, conditioning)
+
+    return score
+
+
+def make_train_step(
+    score: Score,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulation: int = 1,
+) -> Callable[[TrainState, Frozen, PreferenceBatch], tuple[TrainState, Metrics]]:
+    """`step(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
+
+    The loss is the mean over the batch weighted by `weight_B`. With accumulation the batch is cut into micro-batches
+    whose gradients are summed before the one update, which gives the gradient of the whole batch.
+    """
+
+    def summed_loss(
+        params: Params, frozen: Frozen, batch: PreferenceBatch, step: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        scores = score(params, frozen, batch, step)
+        loss_B = objective.loss(scores, batch.preference_BK[:, : scores.error_BK.shape[1]])
+        metrics = {"train/loss": loss_B} | score_metrics(scores)
+        sums = {name: jnp.sum(value * batch.weight_B) for name, value in metrics.items()}
+        return sums["train/loss"], sums
+
+    gradient = jax.grad(summed_loss, has_aux=True)
+
+    def step(state: TrainState, frozen: Frozen, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
+        def of_batch(batch: PreferenceBatch) -> tuple[Params, Metrics]:
+            return gradient(state.params, frozen, batch, state.step)
+
+        if accumulation == 1:  # XLA's CPU backend runs convolution gradients inside a scan far slower
+            grads, sums = of_batch(batch)
+        else:
+            micro = jax.tree.map(lambda x: split_micro_batches(x, accumulation), batch)
+            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_batch, jax.tree.map(lambda x: x[0], micro)))
+            add = jax.tree_util.Partial(jax.tree.map, jnp.add)
+            (grads, sums), _ = jax.lax.scan(lambda total, one: (add(total, of_batch(one)), None), zeros, micro)
+
+        total_weight = jnp.maximum(jnp.sum(batch.weight_B), 1e-8)
+        grads, metrics = jax.tree.map(lambda x: x / total_weight.astype(x.dtype), (grads, sums))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics["train/gradient_norm"] = optax.global_norm(grads)
+        metrics["train/update_norm"] = optax.global_norm(updates)
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+    return step
+
+
+def make_eval_step(
+    score: Score,
+) -> Callable[[Params, Frozen, PreferenceBatch, jax.Array], tuple[Metrics, jax.Array]]:
+    """`evaluate(params, frozen, batch, draw_number) -> (weighted sums, total weight)`, no gradient."""
+
+    def evaluate(
+        params: Params, frozen: Frozen, batch: PreferenceBatch, number: jax.Array
+    ) -> tuple[Metrics, jax.Array]:
+        metrics = score_metrics(score(params, frozen, batch, number))
+        return {name: jnp.sum(value * batch.weight_B) for name, value in metrics.items()}, jnp.sum(batch.weight_B)
+
+    return evaluate
+
+
+def score_metrics(scores: Scores) -> Metrics:
+    """Per prompt: errors of the best and the worst candidate and, where there are two, accuracy and margin."""
+    metrics = {"error/winner": scores.error_BK[:, 0]}
+    if scores.error_BK.shape[1] > 1:
+        metrics["error/loser"] = scores.error_BK[:, -1]
+        metrics["pair/accuracy"] = implicit_accuracy(scores)
+        metrics["reward/margin"] = margin(scores)
+    if scores.reference_error_BK is not None:
+        metrics["error/reference_winner"] = scores.reference_error_BK[:, 0]
+        if scores.error_BK.shape[1] > 1:
+            metrics["error/reference_loser"] = scores.reference_error_BK[:, -1]
+    return metrics
+
+
+def keep_candidates(batch: PreferenceBatch, count: int | None) -> PreferenceBatch:
+    """The batch with only its best `count` candidates."""
+    return batch._replace(
+        images_BKHWC=batch.images_BKHWC[:, :count],
+        size_cond_BK6=batch.size_cond_BK6[:, :count],
+        preference_BK=batch.preference_BK[:, :count],
+        valid_BK=batch.valid_BK[:, :count],
+    )
+
+
+def split_micro_batches(x: Any, count: int) -> Any:
+    """[B, ...] -> [count, B / count, ...] by stride, so that every device keeps its own rows and nothing moves."""
+    return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)

@@ -1,0 +1,83 @@
+"""One rule between our parameter names and those of a checkpoint.
+
+Our names are the dotted PyTorch names of diffusers and transformers with the last part renamed to say what the
+parameter is: `down_blocks.1.attentions.0.proj_in.kernel` is their `down_blocks.1.attentions.0.proj_in.weight`.
+Everything maps from our names outward: a legacy Flax `linear_1` may be a layer called `linear_1` or item 1 of a list
+called `linear`, so the other direction is ambiguous.
+"""
+
+import re
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+
+class ParamSpec(NamedTuple):
+    """Shape and place of one parameter, known before any weight is read."""
+
+    shape: tuple[int, ...]
+    """Shape in our layout (linear: in, out; convolution: height, width, in, out)."""
+    torch_axes: tuple[int, ...]
+    """`torch_array = our_array.transpose(torch_axes)`."""
+
+    @property
+    def torch_shape(self) -> tuple[int, ...]:
+        return tuple(self.shape[axis] for axis in self.torch_axes)
+
+
+Specs = dict[str, ParamSpec]
+Params = dict[str, jax.Array]
+
+# diffusers once named the VAE's attention layers as on the right; published VAEs and every Flax one still do.
+OLD_VAE_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def torch_name(name: str) -> str:
+    """The name under which PyTorch stores our parameter `name`, and under which we write it."""
+    return re.sub(r"\b(kernel|scale|embedding)$", "weight", name)
+
+
+def torch_aliases(name: str) -> list[str]:
+    """Every name under which a PyTorch checkpoint may hold `name`, the usual one first."""
+    return [torch_name(alias) for alias in _aliases(name)]
+
+
+def flax_aliases(name: str) -> list[str]:
+    """Every dotted path under which a legacy Flax checkpoint may hold `name`.
+
+    diffusers joined list indices to the list's name (`down_blocks_0`), transformers nested them (`layers/0`).
+    """
+    return [path for alias in _aliases(name) for path in (re.sub(r"\.(?=\d)", "_", alias), alias)]
+
+
+def to_torch(array: np.ndarray, spec: ParamSpec) -> np.ndarray:
+    """Our array as a view in PyTorch's layout."""
+    return array.transpose(spec.torch_axes)
+
+
+def from_torch(array: np.ndarray, spec: ParamSpec) -> np.ndarray:
+    """A PyTorch array as a view in our layout. Raises ValueError where the shape differs.
+
+    A 1x1 convolution and a linear layer hold the same numbers (old VAEs and SD1.x differ only so): either is accepted.
+    """
+    return _squeezed(array, spec.torch_shape).transpose(np.argsort(spec.torch_axes))
+
+
+def from_flax(array: np.ndarray, spec: ParamSpec) -> np.ndarray:
+    """A legacy Flax array in our layout, which is the same up to the two axes of a 1x1 convolution."""
+    return _squeezed(array, spec.shape)
+
+
+def _squeezed(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if [size for size in array.shape if size > 1] != [size for size in shape if size > 1]:
+        raise ValueError(f"stored as {array.shape}, the model needs {shape}")
+    return array.reshape(shape)
+
+
+def _aliases(name: str) -> list[str]:
+    old_vae = name
+    for ours, old in OLD_VAE_ATTENTION.items():
+        old_vae = old_vae.replace(f".{ours}.", f".{old}.")
+    # transformers 5 writes CLIPTextModel without the prefix that versions 2 to 4 wrote.
+    return list(dict.fromkeys([name, old_vae, name.removeprefix("text_model.")]))

@@ -1,0 +1,78 @@
+"""The safetensors format, read lazily and written one tensor at a time.
+
+A file is the length of a JSON header (8 bytes, little endian), the header (name -> dtype, shape, byte offsets) and the
+tensors' bytes. Reading maps the file into memory, so only what is looked at is read from disk, bfloat16 included; the
+official NumPy bindings read whole tensors and know no bfloat16.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+def read(path: epath.Path) -> dict[str, np.ndarray]:
+    """Every tensor of a file as a read-only view. Raises ValueError for a truncated or damaged file, before any use."""
+    data = _bytes_of(path)
+    header_end = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    try:
+        if header_end > len(data):
+            raise ValueError("the header ends after the file")
+        header = json.loads(data[8:header_end].tobytes())
+        header.pop("__metadata__", None)
+        ends = [info["data_offsets"][1] for info in header.values()]
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{path} is truncated or no safetensors file: no header; copy it again") from error
+    expected = header_end + max(ends, default=0)
+    if len(data) != expected:
+        raise ValueError(f"{path} is truncated or damaged: {len(data)} bytes instead of {expected}; copy it again")
+    return {name: _view(data[header_end:], name, info, path) for name, info in header.items()}
+
+
+def write(path: epath.Path, tensors: Iterable[tuple[str, np.ndarray]], header: Mapping[str, tuple]) -> None:
+    """Writes `tensors`, consumed one at a time; `header` gives name -> (shape, dtype) in the same order."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    entries: dict = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, (shape, dtype) in header.items():
+        end = start + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    encoded = json.dumps(entries).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, tensor in tensors:
+            assert (tensor.shape, tensor.dtype) == header[name]
+            file.write(tensor.tobytes())
+
+
+def _bytes_of(path: epath.Path) -> np.ndarray:
+    """The file's bytes: mapped where the file system can, downloaded from a bucket."""
+    if path.as_posix().startswith("gs:/"):
+        return np.frombuffer(path.read_bytes(), np.uint8)
+    return np.memmap(path, np.uint8, mode="r") if path.stat().length else np.zeros(0, np.uint8)
+
+
+def _view(data: np.ndarray, name: str, info: dict, path: epath.Path) -> np.ndarray:
+    if info["dtype"] not in DTYPES:
+        raise ValueError(f"{path}: {name} is stored as {info['dtype']}; supported are {', '.join(DTYPES)}")
+    start, end = info["data_offsets"]
+    dtype, shape = DTYPES[info["dtype"]], tuple(info["shape"])
+    if end - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{path} is damaged: {name} of shape {shape} has {end - start} bytes; copy it again")
+    return data[start:end].view(dtype).reshape(shape)

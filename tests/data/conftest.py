@@ -1,0 +1,68 @@
+"""A small Pick-a-Pic file, and CLIP tokenizers whose ids can be worked out by hand."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from tokenizers.pre_tokenizers import ByteLevel
+
+MERGES = ["a t</w>", "c at</w>", "d o", "do g</w>"]
+
+
+def encode(pixels_HWC: np.ndarray, format: str = "JPEG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels_HWC).save(file, format, **options)
+    return file.getvalue()
+
+
+def noise_jpeg(seed: int) -> bytes:
+    """40 x 56 pixels, odd seeds 56 x 40."""
+    shape = (56, 40, 3) if seed % 2 else (40, 56, 3)
+    return encode(np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
+
+
+@pytest.fixture
+def write_pairs(tmp_path: Path) -> Callable[..., Path]:
+    """write_pairs(n, column=values ...) writes n clean pairs in Pick-a-Pic's schema; a column of None is left out."""
+
+    def write(number: int, name: str = "pairs.parquet", **columns: Any) -> Path:
+        table = {
+            "jpg_0": [noise_jpeg(2 * i) for i in range(number)],
+            "jpg_1": [noise_jpeg(2 * i + 1) for i in range(number)],
+            "caption": [f"prompt {i // 2}" for i in range(number)],
+            "label_0": [float(i % 2) for i in range(number)],
+            "label_1": [float(1 - i % 2) for i in range(number)],
+            "has_label": [True] * number,
+            "model_0": ["a"] * number,
+            "model_1": ["b"] * number,
+        } | columns
+        path = tmp_path / name
+        pq.write_table(pa.table({k: v for k, v in table.items() if v is not None}), path, row_group_size=5)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tokenizer` pads with the end token, `tokenizer_2` with "!", as SDXL's do; 8 tokens long."""
+    folder = tmp_path_factory.mktemp("model")
+    letters = sorted(ByteLevel.alphabet())
+    tokens = letters + [f"{letter}</w>" for letter in letters] + [merge.replace(" ", "") for merge in MERGES]
+    vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        path = folder / name
+        path.mkdir()
+        (path / "vocab.json").write_text(json.dumps(vocabulary))
+        (path / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES]) + "\n")
+        special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": pad}
+        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 8, "unk_token": "<|endoftext|>"} | special
+        (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder

@@ -1,0 +1,74 @@
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import CLIPTokenizer
+
+from dpo_jax.data.tokenizers import load_tokenizers
+
+NAMES = ("tokenizer", "tokenizer_2")
+
+
+def test_ids_by_hand(tokenizer_folder: Path) -> None:
+    vocabulary = json.loads((tokenizer_folder / "tokenizer" / "vocab.json").read_text())
+    begin, cat, dog, end, mark = (
+        vocabulary[token] for token in ("<|startoftext|>", "cat</w>", "dog</w>", "<|endoftext|>", "!")
+    )
+    ids_BEL = load_tokenizers(tokenizer_folder, NAMES)(["Cat  DOG", ""])
+    assert ids_BEL.dtype == np.int32
+    np.testing.assert_array_equal(
+        ids_BEL,
+        [
+            [[begin, cat, dog, end, end, end, end, end], [begin, cat, dog, end, mark, mark, mark, mark]],
+            [[begin, end, end, end, end, end, end, end], [begin, end, mark, mark, mark, mark, mark, mark]],
+        ],
+    )
+
+
+def test_same_as_transformers(tokenizer_folder: Path) -> None:
+    captions = ["a cat", "", "dog dog dog dog dog dog dog dog dog", "Ünïcode — 猫!", "it's 42"]
+    ids_BEL = load_tokenizers(tokenizer_folder, NAMES)(captions)
+    for e, name in enumerate(NAMES):
+        tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder / name)
+        expected = tokenizer(captions, padding="max_length", truncation=True, return_tensors="np").input_ids
+        np.testing.assert_array_equal(ids_BEL[:, e], expected)
+
+
+def test_pickled_and_shared_by_threads(tokenizer_folder: Path) -> None:
+    tokenizers = load_tokenizers(tokenizer_folder, NAMES)
+    captions = [f"cat {i} " * (i % 7) for i in range(50)]
+    expected_BEL = tokenizers(captions)
+    copy = pickle.loads(pickle.dumps(tokenizers))
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda caption: copy([caption])[0], captions))
+    np.testing.assert_array_equal(got, expected_BEL)
+
+
+def test_missing_and_unlike_tokenizers(tokenizer_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer at .*tokenizer_3: it needs vocab.json"):
+        load_tokenizers(tokenizer_folder, ["tokenizer_3"])
+    shutil.copytree(tokenizer_folder, tmp_path / "m")
+    file = tmp_path / "m" / "tokenizer_2" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 9}))
+    with pytest.raises(ValueError, match=r"different model_max_length: {'tokenizer': 8, 'tokenizer_2': 9}"):
+        load_tokenizers(tmp_path / "m", NAMES)
+    config = json.loads(file.read_text())
+    del config["model_max_length"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="doesn't state model_max_length"):
+        load_tokenizers(tmp_path / "m", ["tokenizer_2"])
+
+
+def test_needs_neither_torch_nor_jax(tokenizer_folder: Path) -> None:
+    code = (
+        "import sys; from dpo_jax.data.tokenizers import load_tokenizers; "
+        f"load_tokenizers({str(tokenizer_folder)!r}, ['tokenizer'])(['cat']); "
+        "print([name for name in ('torch', 'jax', 'tensorflow') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

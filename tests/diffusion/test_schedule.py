@@ -1,0 +1,123 @@
+"""Schedules against diffusers' DDPMScheduler."""
+
+import json
+
+import diffusers
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from dpo_jax.diffusion.schedule import Schedule, add_noise, make_schedule, predict_x0_and_noise, training_target
+
+SD15 = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+CONFIGS = {
+    "sd15": SD15,
+    "linear": SD15 | {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+    "cosine": SD15 | {"beta_schedule": "squaredcos_cap_v2"},
+    "short": SD15 | {"num_train_timesteps": 37},
+    "sd2": SD15 | {"prediction_type": "v_prediction"},
+    "zero snr": SD15 | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_tables_are_those_of_diffusers(config):
+    alphas_bar_T = diffusers.DDPMScheduler(**config).alphas_cumprod.double().numpy()
+
+    schedule = make_schedule(config)
+
+    # Bit for bit, but for the float32 square root inside the rescaling, which PyTorch rounds as the machine likes.
+    rtol = 1e-5 if "rescale_betas_zero_snr" in config else 0
+    np.testing.assert_allclose(schedule.signal_T, np.sqrt(alphas_bar_T), rtol=rtol, atol=0)
+    np.testing.assert_allclose(schedule.noise_T, np.sqrt(1 - alphas_bar_T), rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_noise_and_target_match_diffusers(x64, config):
+    rng = np.random.default_rng(0)
+    x0_NHWC, noise_NHWC = rng.normal(size=(2, 5, 3, 4, 2))
+    last = config["num_train_timesteps"] - 1
+    t_N = np.array([0, 1, last // 2, last - 1, last])
+    schedule = make_schedule(config)
+    oracle = diffusers.DDPMScheduler(**config)
+    oracle.alphas_cumprod = torch.from_numpy(schedule.signal_T**2)
+    x0, noise, t = map(torch.from_numpy, (x0_NHWC, noise_NHWC, t_N))
+    target = oracle.get_velocity(x0, noise, t) if "prediction_type" in config else noise
+
+    arrays = jnp.asarray(x0_NHWC), jnp.asarray(noise_NHWC), jnp.asarray(t_N)
+
+    np.testing.assert_allclose(add_noise(schedule, *arrays), oracle.add_noise(x0, noise, t), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(training_target(schedule, *arrays), target, rtol=1e-12, atol=1e-12)
+
+
+def flow_schedule() -> Schedule:
+    """Not a file's yet, but the same tables hold it."""
+    noise_T = np.linspace(0, 1, 1000)
+    return make_schedule(SD15)._replace(
+        signal_T=1 - noise_T, noise_T=noise_T, target_x0_T=-np.ones(1000), target_noise_T=np.ones(1000)
+    )
+
+
+@pytest.mark.parametrize("schedule", [make_schedule(SD15), make_schedule(CONFIGS["zero snr"]), flow_schedule()])
+def test_x0_and_noise_are_recovered_from_the_target(x64, schedule):
+    rng = np.random.default_rng(1)
+    x0_NHWC, noise_NHWC = jnp.asarray(rng.normal(size=(2, 3, 2, 2, 4)))
+    t_N = jnp.asarray([1, 500, 999])
+    x_NHWC = add_noise(schedule, x0_NHWC, noise_NHWC, t_N)
+    target_NHWC = training_target(schedule, x0_NHWC, noise_NHWC, t_N)
+
+    recovered = predict_x0_and_noise(schedule, x_NHWC, t_N, target_NHWC)
+
+    np.testing.assert_allclose(recovered[0], x0_NHWC, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(recovered[1], noise_NHWC, rtol=1e-10, atol=1e-12)
+
+
+def test_zero_terminal_snr_can_be_asked_for():
+    rescaled = make_schedule(SD15, zero_terminal_snr=True)
+
+    np.testing.assert_array_equal(rescaled.signal_T, make_schedule(SD15 | {"rescale_betas_zero_snr": True}).signal_T)
+    assert rescaled.signal_T[-1] == 0
+    assert rescaled.signal_T[0] == make_schedule(SD15).signal_T[0]
+
+
+def test_bfloat16_latents_are_noised_in_float32():
+    x0_NHWC = jnp.ones((1, 2, 2, 4), jnp.bfloat16)
+
+    assert add_noise(make_schedule(SD15), x0_NHWC, x0_NHWC, jnp.asarray([500])).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", ["PNDM", "EulerDiscrete", "DDIM", "EulerAncestralDiscrete", "DDPM", "LMSDiscrete"])
+def test_every_sampler_class_of_published_folders_is_read(name):
+    """Whatever the class saves, defaults included; latents are just never clipped."""
+    saved = json.loads(getattr(diffusers, f"{name}Scheduler")(**SD15).to_json_string()) | {"clip_sample": False}
+
+    np.testing.assert_array_equal(make_schedule(saved).signal_T, make_schedule(SD15).signal_T)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
+        ({"clip_sample": True}, "clip_sample"),
+        ({"thresholding": True}, "thresholding"),
+        ({"timestep_type": "continuous"}, "timestep_type"),
+        ({"shift": 3.0}, "shift is unknown"),
+        ({"prediction_type": "sample"}, "prediction_type='sample'"),
+        ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid'"),
+        ({"timestep_spacing": "karras"}, "timestep_spacing='karras'"),
+    ],
+)
+def test_a_field_that_would_change_the_computation_is_an_error(change, named):
+    with pytest.raises(ValueError, match=named):
+        make_schedule(SD15 | change)
+
+
+def test_a_missing_field_is_an_error():
+    with pytest.raises(ValueError, match="beta_start is missing; beta_end is missing"):
+        make_schedule({"num_train_timesteps": 1000, "beta_schedule": "linear"})
+
+
+def test_training_timesteps_must_exist():
+    with pytest.raises(ValueError, match="1000"):
+        make_schedule(SD15, training_timesteps=[249, 1000])

@@ -1,0 +1,129 @@
+"""Scores against a loop over single images in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.batch import Conditioning
+from dpo_jax.diffusion.schedule import make_schedule
+from dpo_jax.objectives.denoising import draw, keys_for, score_candidates
+
+SCHEDULE = make_schedule(
+    {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+)
+B, K, H, W, C = 3, 2, 4, 5, 4
+
+
+def denoise(params, x_NHWC, t_N, conditioning):
+    """Mixes up nothing: each image sees its own timestep, caption and size."""
+    shift_N = params["t"] * t_N + conditioning.context_NLD[:, 0, 0] + conditioning.time_ids_NT[:, 0]
+    return params["x"] * x_NHWC + shift_N[:, None, None, None]
+
+
+def inputs(dtype=None):
+    rng = np.random.default_rng(0)
+    arrays = (
+        rng.normal(size=(B, K, H, W, C)),
+        rng.normal(size=(B, H, W, C)),
+        np.array([1, 500, 999]),
+        Conditioning(rng.normal(size=(B, 1, 1)), None, rng.normal(size=(B * K, 1))),
+    )
+    return jax.tree.map(jnp.asarray, arrays)
+
+
+POLICY, REFERENCE = {"x": jnp.array(0.9), "t": jnp.array(1e-3)}, {"x": jnp.array(1.1), "t": jnp.array(2e-3)}
+
+
+def test_each_candidate_is_scored_with_its_prompts_noise_time_and_caption(x64):
+    latents_BKHWC, noise_BHWC, t_B, conditioning = inputs()
+    expected = {}
+    for name, params in (("policy", POLICY), ("reference", REFERENCE)):
+        expected[name] = np.zeros((B, K))
+        for b in range(B):
+            for k in range(K):
+                x = SCHEDULE.signal_T[t_B[b]] * latents_BKHWC[b, k] + SCHEDULE.noise_T[t_B[b]] * noise_BHWC[b]
+                shift = (
+                    params["t"] * t_B[b] + conditioning.context_NLD[b, 0, 0] + conditioning.time_ids_NT[b * K + k, 0]
+                )
+                expected[name][b, k] = np.mean((params["x"] * x + shift - noise_BHWC[b]) ** 2)
+
+    scores = score_candidates(denoise, POLICY, REFERENCE, SCHEDULE, *inputs())
+
+    np.testing.assert_allclose(scores.error_BK, expected["policy"], rtol=1e-9)
+    np.testing.assert_allclose(scores.reference_error_BK, expected["reference"], rtol=1e-9)
+    np.testing.assert_allclose(scores.log_ratio_BK, (expected["reference"] - expected["policy"]) / 2, rtol=1e-9)
+
+
+def test_without_a_reference_only_the_policy_is_run():
+    runs = []
+
+    def counting(*args):
+        runs.append(args)
+        return denoise(*args)
+
+    scores = score_candidates(counting, POLICY, None, SCHEDULE, *inputs())
+
+    assert len(runs) == 1
+    assert scores.reference_error_BK is None
+    np.testing.assert_array_equal(scores.log_ratio_BK, -scores.error_BK / 2)
+
+
+def test_policy_equal_to_reference_gives_a_log_ratio_of_zero():
+    scores = score_candidates(denoise, POLICY, POLICY, SCHEDULE, *inputs())
+
+    np.testing.assert_array_equal(scores.log_ratio_BK, np.zeros((B, K)))
+
+
+def test_no_gradient_reaches_the_reference():
+    def total(policy, reference):
+        return score_candidates(denoise, policy, reference, SCHEDULE, *inputs()).log_ratio_BK.sum()
+
+    policy_grads, reference_grads = jax.grad(total, argnums=(0, 1))(POLICY, REFERENCE)
+
+    assert all(grad != 0 for grad in policy_grads.values())
+    assert all(grad == 0 for grad in reference_grads.values())
+
+
+def test_errors_of_a_bfloat16_network_are_reduced_in_float32():
+    def rounded(*args):
+        return denoise(*args).astype(jnp.bfloat16)
+
+    scores = score_candidates(rounded, POLICY, REFERENCE, SCHEDULE, *inputs())
+    exact = score_candidates(denoise, POLICY, REFERENCE, SCHEDULE, *inputs())
+
+    assert scores.error_BK.dtype == jnp.float32
+    np.testing.assert_allclose(scores.error_BK, exact.error_BK, rtol=2e-3)
+
+
+def test_draws_depend_on_the_sample_not_on_its_place_in_the_batch():
+    t_B, noise_BHWC = draw(jax.random.key(0), jnp.array([7, 8, 9, 10]), SCHEDULE, (4, 4, 2))
+    t_part, noise_part = draw(jax.random.key(0), jnp.array([10, 8]), SCHEDULE, (4, 4, 2))
+
+    np.testing.assert_array_equal(t_part, t_B[jnp.array([3, 1])])
+    np.testing.assert_array_equal(noise_part, noise_BHWC[jnp.array([3, 1])])
+    assert len(np.unique(noise_BHWC[:, 0, 0, 0])) == 4
+
+
+def test_draws_are_uniform_over_the_training_timesteps_and_standard_normal():
+    schedule = SCHEDULE._replace(training_timesteps=np.array([249, 499, 749, 999], np.int32))
+
+    t_B, noise_BHWC = draw(jax.random.key(0), jnp.arange(4000), schedule, (2, 2, 2))
+
+    timesteps, counts = np.unique(t_B, return_counts=True)
+    np.testing.assert_array_equal(timesteps, schedule.training_timesteps)
+    assert t_B.dtype == jnp.int32
+    assert np.abs(counts - 1000).max() < 110  # four standard deviations
+    assert abs(noise_BHWC.mean()) < 0.03
+    assert abs(noise_BHWC.std() - 1) < 0.02
+
+
+def test_another_key_gives_other_draws():
+    first, second = (keys_for(jax.random.key(seed), jnp.arange(3)) for seed in (0, 1))
+
+    assert not np.any(jax.random.key_data(first) == jax.random.key_data(second))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_noise_has_the_asked_dtype(dtype):
+    assert draw(jax.random.key(0), jnp.arange(2), SCHEDULE, (2, 2, 2), dtype)[1].dtype == dtype

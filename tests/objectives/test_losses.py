@@ -1,0 +1,78 @@
+"""Losses against the formulas of the official Diffusion-DPO code, written out in PyTorch."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from dpo_jax.batch import Scores
+from dpo_jax.objectives.losses import dpo, implicit_accuracy, margin, sft
+
+WINNER = jnp.array([[1.0, 0.0]] * 5)
+
+
+def scores_of(error_BK: np.ndarray, reference_error_BK: np.ndarray) -> Scores:
+    error_BK, reference_error_BK = jnp.asarray(error_BK), jnp.asarray(reference_error_BK)
+    return Scores(-(error_BK - reference_error_BK) / 2, error_BK, reference_error_BK)
+
+
+def random_errors() -> np.ndarray:
+    return 0.1 + 1e-3 * np.random.default_rng(0).normal(size=(2, 5, 2))
+
+
+def test_dpo_is_the_official_formula(x64):
+    error_BK, reference_error_BK = random_errors()
+    model, reference = torch.from_numpy(error_BK), torch.from_numpy(reference_error_BK)
+    beta = 5000
+    inside = -0.5 * beta * ((model[:, 0] - model[:, 1]) - (reference[:, 0] - reference[:, 1]))
+    expected = -torch.nn.functional.logsigmoid(inside)
+    expected_accuracy = np.mean(inside.numpy() > 0)
+
+    scores = scores_of(error_BK, reference_error_BK)
+
+    np.testing.assert_allclose(dpo(scores, WINNER, beta=beta), expected, rtol=1e-9)
+    np.testing.assert_allclose(beta * margin(scores), inside, rtol=1e-9)
+    assert implicit_accuracy(scores).mean() == expected_accuracy
+
+
+def test_soft_preferences_mix_both_directions(x64):
+    scores = scores_of(*random_errors())
+    p = np.array([1.0, 0.9, 0.5, 0.25, 0.0])
+    z = 5000 * np.asarray(margin(scores))
+    expected = p * np.log1p(np.exp(-z)) + (1 - p) * np.log1p(np.exp(z))
+
+    np.testing.assert_allclose(dpo(scores, jnp.stack([p, 1 - p], axis=1), beta=5000), expected, rtol=1e-9)
+
+
+def test_policy_equal_to_reference_gives_log_2():
+    error_BK, _ = random_errors()
+    scores = scores_of(error_BK, error_BK)
+
+    np.testing.assert_array_equal(dpo(scores, WINNER, beta=5000), np.full(5, np.log(np.float32(2))))
+    np.testing.assert_array_equal(implicit_accuracy(scores), np.full(5, 0.5))
+
+
+def test_swapping_the_candidates_negates_the_margin():
+    scores = scores_of(*random_errors())
+    swapped = Scores(*(field[:, ::-1] for field in scores))
+
+    np.testing.assert_array_equal(margin(swapped), -margin(scores))
+    np.testing.assert_array_equal(implicit_accuracy(swapped), 1 - implicit_accuracy(scores))
+    np.testing.assert_array_equal(dpo(swapped, WINNER[:, ::-1], beta=5000), dpo(scores, WINNER, beta=5000))
+
+
+def test_a_hopeless_pair_still_has_a_finite_loss():
+    scores = scores_of(np.array([[9e3, 0.0]]), np.zeros((1, 2)))
+
+    np.testing.assert_allclose(dpo(scores, WINNER[:1], beta=5000), 2.25e7)
+
+
+def test_sft_is_the_winners_error():
+    error_BK, _ = random_errors()
+
+    np.testing.assert_array_equal(sft(Scores(-error_BK / 2, error_BK), WINNER), error_BK[:, 0])
+
+
+def test_more_than_two_candidates_are_refused():
+    with pytest.raises(ValueError, match="has 3"):
+        margin(Scores(jnp.zeros((4, 3)), jnp.zeros((4, 3))))

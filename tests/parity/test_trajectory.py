@@ -1,0 +1,191 @@
+"""Twenty optimiser steps of the official Diffusion-DPO formula in PyTorch, and ours, in float64.
+
+B pairs, K = 2 candidates, H x W latent cells, C channels, L tokens, D context width, P pooled width.
+"""
+
+from typing import Any, NamedTuple
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import Adafactor
+
+from dpo_jax.batch import Conditioning, PreferenceBatch
+from dpo_jax.diffusion.schedule import make_schedule
+from dpo_jax.models.network import Network
+from dpo_jax.models.unet import UNet2DConditionModel
+from dpo_jax.models.unet_config import UNetConfig
+from dpo_jax.objectives.denoising import score_candidates
+from dpo_jax.objectives.losses import dpo
+from dpo_jax.training.optim import learning_rate_schedule, make_optimizer
+from dpo_jax.training.step import Objective, TrainState, make_train_step
+from dpo_jax.weights.layout import from_torch, torch_name
+
+UNET = {
+    "sample_size": 8,
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": [2, 4],
+    "cross_attention_dim": 12,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 6 + 6 * 4,
+}
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+}
+B, K, H, W, C, L, D, P = 2, 2, 8, 8, 4, 3, 12, 6
+STEPS, WARMUP, BETA = 20, 3, 5000.0
+LEARNING_RATE = {"adamw": 2e-4, "adafactor": 2e-4}
+WEIGHT_DECAY, CLIP_NORM = 1e-2, 1.0
+
+
+class Inputs(NamedTuple):
+    """The same pairs, noise and timesteps at every step, so that the loss falls."""
+
+    latents_BKHWC: np.ndarray
+    noise_BHWC: np.ndarray
+    t_B: np.ndarray
+    conditioning: Conditioning
+
+
+def make_inputs() -> Inputs:
+    rng = np.random.default_rng(0)
+    sizes = [[64, 48, 3, 0, 64, 64], [80, 64, 0, 7, 64, 64]]
+    conditioning = Conditioning(rng.normal(size=(B, L, D)), rng.normal(size=(B, P)), np.array(sizes, np.float64))
+    return Inputs(
+        rng.normal(size=(B, K, H, W, C)),
+        rng.normal(size=(B, H, W, C)),
+        rng.integers(0, 1000, size=B).astype(np.int32),
+        conditioning,
+    )
+
+
+def double_sinusoids(timesteps: torch.Tensor, embedding_dim: int, **_: Any) -> torch.Tensor:
+    """What diffusers computes in float32 whatever the model's dtype."""
+    half = embedding_dim // 2
+    angles = timesteps.double()[:, None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def torch_unet() -> diffusers.UNet2DConditionModel:
+    torch.manual_seed(0)
+    return diffusers.UNet2DConditionModel.from_config(UNET).double()
+
+
+def torch_trajectory(inputs: Inputs, name: str) -> tuple[list[float], dict[str, np.ndarray]]:
+    """The training loop of the official train.py: winners and losers as the two halves of one batch."""
+    policy, reference = torch_unet(), torch_unet().requires_grad_(False)
+    scheduler = diffusers.DDPMScheduler(**SCHEDULER)
+    if name == "adamw":
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE[name], weight_decay=WEIGHT_DECAY)
+    else:
+        optimizer = Adafactor(
+            policy.parameters(),
+            lr=LEARNING_RATE[name],
+            weight_decay=WEIGHT_DECAY,
+            scale_parameter=False,
+            relative_step=False,
+        )
+    schedule = diffusers.optimization.get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=WARMUP)
+    latents = torch.from_numpy(np.concatenate([inputs.latents_BKHWC[:, 0], inputs.latents_BKHWC[:, 1]]))
+    latents = latents.permute(0, 3, 1, 2)
+    context, pooled, time_ids = (
+        torch.from_numpy(array).repeat(2, *[1] * (array.ndim - 1)) for array in inputs.conditioning
+    )
+    losses = []
+    for step in range(STEPS):
+        noise = torch.from_numpy(inputs.noise_BHWC).permute(0, 3, 1, 2).repeat(2, 1, 1, 1)
+        timesteps = torch.from_numpy(inputs.t_B).long().repeat(2)
+        noisy_latents = scheduler.add_noise(latents, noise, timesteps)
+
+        def errors(unet: torch.nn.Module) -> torch.Tensor:
+            added = {"text_embeds": pooled, "time_ids": time_ids}
+            prediction = unet(noisy_latents, timesteps, context, added_cond_kwargs=added).sample  # noqa: B023
+            return (prediction - noise).pow(2).mean(dim=[1, 2, 3])  # noqa: B023
+
+        model_losses_w, model_losses_l = errors(policy).chunk(2)
+        with torch.no_grad():
+            ref_losses_w, ref_losses_l = errors(reference).chunk(2)
+        inside = -0.5 * BETA * ((model_losses_w - model_losses_l) - (ref_losses_w - ref_losses_l))
+        loss = -torch.nn.functional.logsigmoid(inside).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), CLIP_NORM)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, {key: value.numpy() for key, value in policy.state_dict().items()}
+
+
+def our_trajectory(
+    inputs: Inputs, name: str, network: Network, params: dict[str, jax.Array]
+) -> tuple[list[float], dict[str, jax.Array]]:
+    latents_BKHWC, noise_BHWC, t_B, conditioning = jax.tree.map(jnp.asarray, inputs)
+    schedule = make_schedule(SCHEDULER)
+
+    def score(params, frozen, batch, step):
+        return score_candidates(
+            network, params, frozen["reference"], schedule, latents_BKHWC, noise_BHWC, t_B, conditioning
+        )
+
+    optimizer = make_optimizer(
+        name,
+        learning_rate_schedule("constant_with_warmup", LEARNING_RATE[name], warmup_steps=WARMUP, total_steps=STEPS),
+        network.specs,
+        weight_decay=WEIGHT_DECAY,
+        clip_norm=CLIP_NORM,
+    )
+    objective = Objective(loss=lambda scores, preference_BK: dpo(scores, preference_BK, beta=BETA))
+    step = jax.jit(make_train_step(score, objective, optimizer))
+    batch = PreferenceBatch(
+        images_BKHWC=jnp.zeros((B, K, 1, 1, 3)),  # the latents are given
+        token_ids_BEL=jnp.zeros((B, 1, L), jnp.int32),
+        size_cond_BK6=jnp.zeros((B, K, 6)),
+        preference_BK=jnp.array([[1.0, 0.0]] * B),
+        valid_BK=jnp.ones((B, K), bool),
+        weight_B=jnp.ones(B),
+        index_B=jnp.arange(B),
+    )
+    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    losses = []
+    for _ in range(STEPS):
+        state, metrics = step(state, {"reference": params}, batch)
+        losses.append(float(metrics["train/loss"]))
+    return losses, state.params
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_twenty_steps_of_the_official_formula(name, monkeypatch):
+    monkeypatch.setattr("diffusers.models.embeddings.get_timestep_embedding", double_sinusoids)
+    config = UNetConfig.from_dict(UNET, "UNET")
+    network = Network.build(lambda rngs: UNet2DConditionModel(config, dtype=jnp.float64, rngs=rngs), config)
+    before = {key: value.numpy() for key, value in torch_unet().state_dict().items()}
+    params = {key: jnp.asarray(from_torch(before[torch_name(key)], spec)) for key, spec in network.specs.items()}
+    inputs = make_inputs()
+
+    expected_losses, expected = torch_trajectory(inputs, name)
+    losses, trained = our_trajectory(inputs, name, network, params)
+
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-9)
+    assert losses[0] == pytest.approx(np.log(2), rel=1e-12)
+    assert losses[-1] < 0.9 * losses[0]
+    for key, spec in network.specs.items():
+        update = trained[key] - params[key]
+        expected_update = from_torch(expected[torch_name(key)] - before[torch_name(key)], spec)
+        difference = np.linalg.norm(update - expected_update) / np.linalg.norm(expected_update)
+        assert difference < 1e-6, f"{key}: {difference:.1e}"
+    ranks = {len(spec.shape) for spec in network.specs.values()}
+    assert ranks == {1, 2, 4}, "Adafactor should meet factored matrices and convolutions, and plain vectors"
