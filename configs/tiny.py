@@ -3,10 +3,12 @@
 `configs/tiny.py:base` is how the base model itself was trained (plain denoising of captioned images).
 """
 
+from ml_collections import ConfigDict
+
 from dpo_jax.training.config import default_config, tiny_variant
 
 
-def get_config(arg: str | None = None):
+def get_config(arg: str | None = None) -> ConfigDict:
     c = default_config()
     c.model = "dpo_jax/tiny/model"
     c.dtype = c.vae_dtype = "float32"  # CPUs emulate bfloat16
@@ -30,7 +32,16 @@ def get_config(arg: str | None = None):
     c.sample.seeds = 3
     c.sample.guidance = 2.5
     if arg == "tiny":
-        tiny_variant(c, "sdxl")
-    elif arg is not None:
+        return tiny_variant(c, "sdxl")
+    if arg == "base":
+        c.loss.name = "sft"
+        c.steps = 250  # stopped while it still has something to learn
+        c.data.path = "runs/make_tiny/data"
+        c.data.batch_size = 64
+        c.optimizer.learning_rate = 2e-3
+        c.optimizer.schedule = "constant_with_warmup"
+        c.optimizer.warmup_steps = 50
+        return c
+    if arg is not None:
         raise ValueError(f"configs/tiny.py has no variant {arg!r}; it has :tiny and :base")
     return c

@@ -44,7 +44,8 @@ def load_config(spec: str) -> ConfigDict:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no config file {path}; the ones that come with the project are in configs/")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert module_spec is not None and module_spec.loader is not None
+    assert module_spec is not None
+    assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
@@ -72,7 +73,9 @@ def unflatten(fields: dict[str, Any]) -> ConfigDict:
         *parents, leaf = path.split(".")
         node = config
         for parent in parents:
-            node = node.setdefault(parent, ConfigDict())
+            if parent not in node:
+                node[parent] = ConfigDict()
+            node = node[parent]
         node[leaf] = value
     return config
 

@@ -16,11 +16,11 @@ DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "float16", "bfloat16"]
 
 def main() -> None:
     from dpo_jax.models.pipeline import save_pipeline
-    from dpo_jax.training.trainer import restore_policy
+    from dpo_jax.training.experiment import open_run
 
-    _, pipeline, params, step = restore_policy(WORKDIR.value)
-    save_pipeline(pipeline, OUTPUT.value, params, dtype=DTYPE.value)
-    print(f"exported the model after step {step} to {OUTPUT.value}")
+    run = open_run(WORKDIR.value)
+    save_pipeline(run.pipeline, OUTPUT.value, run.params, dtype=DTYPE.value)
+    print(f"exported the model after step {run.step} to {OUTPUT.value}")
 
 
 if __name__ == "__main__":

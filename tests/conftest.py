@@ -1,10 +1,20 @@
 """Shared fixtures."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
-import dpo_jax  # noqa: F401  sets XLA_FLAGS before JAX starts
+# Compiled functions are kept beside pytest's own cache, for tests in this and in other processes.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+
 import jax
 import pytest
+from ml_collections import ConfigDict
+
+import dpo_jax  # noqa: F401  sets XLA_FLAGS before JAX starts
+from dpo_jax.cli import load_config
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -12,3 +22,22 @@ def x64() -> Iterator[None]:
     """Double precision inside the test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def tiny_config() -> Callable[..., ConfigDict]:
+    """`tiny_config("sd15", steps=2, **{"loss.beta": 1.0})`: the `:tiny` variant of a config with fields replaced."""
+
+    def make(name: str, **fields: object) -> ConfigDict:
+        config = load_config(f"{ROOT}/configs/{name}.py:tiny")
+        config.validation.every = config.sample.every = 0
+        with config.unlocked():
+            for path, value in fields.items():
+                *parents, leaf = path.split(".")
+                node = config
+                for parent in parents:
+                    node = node[parent]
+                node[leaf] = value
+        return config
+
+    return make

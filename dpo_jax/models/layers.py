@@ -55,7 +55,7 @@ class Linear(nnx.Module):
 
 
 class Conv(nnx.Module):
-    """2D convolution of `x_NHWC`; `padding` is PyTorch's symmetric integer or explicit ((top, bottom), (left, right))."""
+    """2D convolution of `x_NHWC`; `padding` is symmetric, or ((top, bottom), (left, right))."""
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from flax import nnx
 from dpo_jax.weights.layout import Params, ParamSpec, Specs
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Network:
     """A pure function of parameters. `network(params, *args)` runs the module's `__call__` (or `method`)."""
 

@@ -84,7 +84,7 @@ class Pipeline:
 def load_pipeline(
     folder: epath.PathLike, *, dtype: DTypeLike, vae_dtype: DTypeLike | None = None, family: str | None = None
 ) -> Pipeline:
-    """Reads the configs of a diffusers model folder and builds its networks for compute in `dtype` (the VAE in `vae_dtype`).
+    """Reads the configs of a diffusers model folder and builds its networks, computing in `dtype` (VAE: `vae_dtype`).
 
     No weight is read and no memory allocated. `family` names one of `families.FAMILIES` where the contents can't tell
     (SDXL-Turbo). Raises FileNotFoundError or ValueError when this is no model folder or not one we can train.
@@ -94,14 +94,14 @@ def load_pipeline(
     absent = [name for name in ("unet", "vae", "scheduler") if not has_component(model_index, name)]
     if absent:
         raise ValueError(
-            f"{folder} is a {model_index.get('_class_name')} without {', '.join(absent)}; only Stable Diffusion 1, 2 and "
-            "XL (base, Turbo, refiner) are supported"
+            f"{folder} is a {model_index.get('_class_name')} without {', '.join(absent)}; only Stable Diffusion 1, 2 "
+            "and XL (base, Turbo, refiner) are supported"
         )
     unet = UNetConfig.from_dict(*_config(folder / "unet"))
     vae = VAEConfig.from_dict(*_config(folder / "vae"))
     if unet.in_channels != vae.latent_channels:
         raise ValueError(
-            f"{folder}: the UNet takes {unet.in_channels} channels and the VAE makes {vae.latent_channels}; models that "
+            f"{folder}: the UNet takes {unet.in_channels} channels and the VAE makes {vae.latent_channels}; those that "
             "take an image beside the noise (inpainting, upscaling) can't be trained here"
         )
     found = find_family(model_index, unet, str(folder), family)

@@ -49,23 +49,27 @@ def read(images_NHWC: np.ndarray) -> list[Reading]:
     drawings_MP, shapes_M, centres_M2 = _drawings()
     colours = np.asarray(list(world.COLOURS.values()), np.float64)
     places = np.asarray(list(world.PLACES.values()), np.float64)
+    pixels_NHWC = images_NHWC.astype(np.float32)
+    edges = [pixels_NHWC[:, 0], pixels_NHWC[:, -1], pixels_NHWC[:, :, 0], pixels_NHWC[:, :, -1]]
+    background_NC = np.median(np.concatenate(edges, axis=1), axis=1)
+    difference_NHW = np.linalg.norm(pixels_NHWC - background_NC[:, None, None], axis=-1)
+    contrast_N = np.quantile(difference_NHW, 0.97, axis=(1, 2))
+    cover_NHW = (difference_NHW / np.maximum(contrast_N, MIN_CONTRAST)[:, None, None]).clip(0, 1)
+    cover_NHW[cover_NHW < 0.2] = 0
+    match_NM = cover_NHW.reshape(-1, world.SIZE**2) @ drawings_MP.T
+
     readings = []
-    for image_HWC in images_NHWC.astype(np.float64):
-        border = np.concatenate([image_HWC[0], image_HWC[-1], image_HWC[:, 0], image_HWC[:, -1]])
-        difference_HW = np.linalg.norm(image_HWC - np.median(border, axis=0), axis=-1)
-        contrast = np.quantile(difference_HW, 0.97)
+    for image_HWC, cover_HW, contrast, match_M in zip(pixels_NHWC, cover_NHW, contrast_N, match_NM, strict=True):
         if contrast < MIN_CONTRAST:
             readings.append(Reading(None, None, None))
             continue
-        cover_HW = (difference_HW / contrast).clip(0, 1)
-        cover_HW[cover_HW < 0.2] = 0
-        match_M = drawings_MP @ cover_HW.ravel() / np.linalg.norm(cover_HW)
         best = int(match_M.argmax())
+        is_named = match_M[best] > MIN_MATCH * np.linalg.norm(cover_HW)
         colour_distance = np.linalg.norm(colours - image_HWC[cover_HW > 0.8].mean(axis=0), axis=1)
         place_distance = abs(places - centres_M2[best]).max(axis=1)
         readings.append(
             Reading(
-                shapes_M[best] if match_M[best] > MIN_MATCH else None,
+                shapes_M[best] if is_named else None,
                 _nearest(list(world.COLOURS), colour_distance, MAX_COLOUR_DISTANCE),
                 _nearest(list(world.PLACES), place_distance, MAX_PLACE_DISTANCE),
             )
@@ -82,6 +86,6 @@ def _drawings() -> tuple[np.ndarray, list[str], np.ndarray]:
     """Outlines of every shape at every pixel and three sizes, each of norm 1; with their shapes and centres."""
     centres = [(down, right) for down in range(4, world.SIZE - 3) for right in range(4, world.SIZE - 3)]
     kinds = [(s, c, r) for s in world.SHAPES for r in np.linspace(*world.RADII, 3) for c in centres]
-    drawings_MP = np.stack([world.draw(*kind).ravel() for kind in kinds])
+    drawings_MP = np.stack([world.draw(*kind).ravel() for kind in kinds]).astype(np.float32)
     drawings_MP /= np.linalg.norm(drawings_MP, axis=1, keepdims=True)
     return drawings_MP, [kind[0] for kind in kinds], np.asarray([kind[1] for kind in kinds], np.float64)

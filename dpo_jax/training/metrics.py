@@ -1,8 +1,7 @@
 """Where numbers go: TensorBoard, a JSON-lines file, and a progress bar that says how long is left."""
 
+import datetime
 import json
-import sys
-import time
 from collections.abc import Mapping
 from types import TracebackType
 
@@ -72,15 +71,22 @@ class ProgressBar:
     def advance(self, step: int) -> None:
         self._bar.update(self._task, completed=step)
 
-    def show(self, step: int, metrics: Mapping[str, float], seconds_left: float) -> None:
+    def show(self, step: int, metrics: Mapping[str, float], seconds_left: float | None) -> None:
         shown = {"train/loss": "loss", "pair/accuracy": "accuracy", "speed/pairs_per_second": "pairs/s"}
         numbers = "  ".join(f"{label} {metrics[name]:.4g}" for name, label in shown.items() if name in metrics)
         self._bar.update(self._task, completed=step, numbers=numbers)
         if not self._console.is_terminal:
-            left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
-            self._console.print(f"step {step}/{self._total}  {numbers}  left {left}", highlight=False)
-            sys.stderr.flush()
+            left = f"  left {datetime.timedelta(seconds=round(seconds_left))}" if seconds_left is not None else ""
+            self._console.print(f"step {step}/{self._total}  {numbers}{left}", highlight=False, soft_wrap=True)
 
     def say(self, message: str) -> None:
         """A line above the bar."""
-        self._bar.console.print(message, highlight=False)
+        self._console.print(message, highlight=False, soft_wrap=True)
+
+
+def last_validation(workdir: epath.PathLike) -> dict[str, float]:
+    """The newest validation figures in `metrics.jsonl`; empty where there are none."""
+    path = epath.Path(workdir) / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [row for row in map(json.loads, lines) if any(name.startswith("validation/") for name in row)]
+    return rows[-1] if rows else {}

@@ -83,7 +83,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """
 
     def update(grads: Params) -> Params:
-        coefficient = jnp.minimum(1, max_norm / (optax.global_norm(grads) + 1e-6))
+        coefficient = jnp.minimum(1, max_norm / (optax.tree.norm(grads) + 1e-6))
         return jax.tree.map(lambda grad: grad * coefficient, grads)
 
     return optax.stateless(lambda grads, params: update(grads))

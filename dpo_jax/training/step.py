@@ -32,8 +32,10 @@ Score = Callable[[Params, Frozen, PreferenceBatch, jax.Array], Scores]
 class TrainState(NamedTuple):
     """All that changes from step to step; this and the data position are what a checkpoint holds."""
 
-    step: jax.Array
-    params: Params
+    step: Any
+    """int32 scalar: optimizer steps made."""
+    params: Any
+    """The trained weights (`Params`), float32."""
     opt_state: optax.OptState
 
 
@@ -105,8 +107,8 @@ def make_train_step(
         total_weight = jnp.maximum(jnp.sum(batch.weight_B), 1e-8)
         grads, metrics = jax.tree.map(lambda x: x / total_weight.astype(x.dtype), (grads, sums))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics["train/gradient_norm"] = optax.global_norm(grads)
-        metrics["train/update_norm"] = optax.global_norm(updates)
+        metrics["train/gradient_norm"] = optax.tree.norm(grads)
+        metrics["train/update_norm"] = optax.tree.norm(updates)
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
     return step

@@ -47,8 +47,7 @@ SCHEDULER = {
 }
 B, K, H, W, C, L, D, P = 2, 2, 8, 8, 4, 3, 12, 6
 STEPS, WARMUP, BETA = 20, 3, 5000.0
-LEARNING_RATE = {"adamw": 2e-4, "adafactor": 2e-4}
-WEIGHT_DECAY, CLIP_NORM = 1e-2, 1.0
+LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 1e-6, 1e-2, 1.0
 
 
 class Inputs(NamedTuple):
@@ -89,11 +88,11 @@ def torch_trajectory(inputs: Inputs, name: str) -> tuple[list[float], dict[str, 
     policy, reference = torch_unet(), torch_unet().requires_grad_(False)
     scheduler = diffusers.DDPMScheduler(**SCHEDULER)
     if name == "adamw":
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE[name], weight_decay=WEIGHT_DECAY)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     else:
         optimizer = Adafactor(
             policy.parameters(),
-            lr=LEARNING_RATE[name],
+            lr=LEARNING_RATE,
             weight_decay=WEIGHT_DECAY,
             scale_parameter=False,
             relative_step=False,
@@ -104,17 +103,17 @@ def torch_trajectory(inputs: Inputs, name: str) -> tuple[list[float], dict[str, 
     context, pooled, time_ids = (
         torch.from_numpy(array).repeat(2, *[1] * (array.ndim - 1)) for array in inputs.conditioning
     )
+    noise = torch.from_numpy(inputs.noise_BHWC).permute(0, 3, 1, 2).repeat(2, 1, 1, 1)
+    timesteps = torch.from_numpy(inputs.t_B).long().repeat(2)
+    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
+
+    def errors(unet: torch.nn.Module) -> torch.Tensor:
+        added = {"text_embeds": pooled, "time_ids": time_ids}
+        prediction = unet(noisy_latents, timesteps, context, added_cond_kwargs=added).sample
+        return (prediction - noise).pow(2).mean(dim=[1, 2, 3])
+
     losses = []
-    for step in range(STEPS):
-        noise = torch.from_numpy(inputs.noise_BHWC).permute(0, 3, 1, 2).repeat(2, 1, 1, 1)
-        timesteps = torch.from_numpy(inputs.t_B).long().repeat(2)
-        noisy_latents = scheduler.add_noise(latents, noise, timesteps)
-
-        def errors(unet: torch.nn.Module) -> torch.Tensor:
-            added = {"text_embeds": pooled, "time_ids": time_ids}
-            prediction = unet(noisy_latents, timesteps, context, added_cond_kwargs=added).sample  # noqa: B023
-            return (prediction - noise).pow(2).mean(dim=[1, 2, 3])  # noqa: B023
-
+    for _ in range(STEPS):
         model_losses_w, model_losses_l = errors(policy).chunk(2)
         with torch.no_grad():
             ref_losses_w, ref_losses_l = errors(reference).chunk(2)
@@ -142,7 +141,7 @@ def our_trajectory(
 
     optimizer = make_optimizer(
         name,
-        learning_rate_schedule("constant_with_warmup", LEARNING_RATE[name], warmup_steps=WARMUP, total_steps=STEPS),
+        learning_rate_schedule("constant_with_warmup", LEARNING_RATE, warmup_steps=WARMUP, total_steps=STEPS),
         network.specs,
         weight_decay=WEIGHT_DECAY,
         clip_norm=CLIP_NORM,

@@ -1,6 +1,9 @@
 """Reading and writing a component's folder, against torch, safetensors and diffusers."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -92,6 +95,27 @@ def test_placed_by_sharding(folder: Path) -> None:
     assert asked == list(SPECS.items())
     assert params["norm.scale"].sharding.spec == jax.sharding.PartitionSpec()
     assert params["down_blocks.0.conv.kernel"].sharding.spec == jax.sharding.PartitionSpec("data")
+
+
+def test_each_device_gets_its_own_slice(folder: Path) -> None:
+    # Devices are counted when JAX starts, so two of them need a process of their own.
+    program = """
+import sys, jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 2)
+from dpo_jax.weights.io import load_params
+from dpo_jax.weights.layout import ParamSpec
+mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "data"))
+specs = {"time_embedding.linear_1.kernel": ParamSpec((4, 6), (1, 0))}
+(kernel,) = load_params(sys.argv[1], specs, dtype="float32", sharding=lambda name, spec: split).values()
+assert [shard.data.shape for shard in kernel.addressable_shards] == [(4, 3), (4, 3)]
+np.save(sys.argv[2], kernel)
+"""
+    tensor = torch_tensors()["time_embedding.linear_1.weight"]
+    save_file({"time_embedding.linear_1.weight": tensor}, folder / FILE)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", program, folder, folder / "out.npy"], check=True, env=environment)
+    np.testing.assert_array_equal(np.load(folder / "out.npy"), tensor.T.numpy())
 
 
 def test_all_faults_in_one_error(tmp_path: Path) -> None:

@@ -1,0 +1,247 @@
+"""What a config and a machine determine: models, frozen weights, data streams, objective and optimizer.
+
+`build` makes an `Experiment` for the trainer; `open_run` opens a work directory to look at what it has trained.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dpo_jax.batch import PreferenceBatch
+from dpo_jax.cli import unflatten
+from dpo_jax.data.pipeline import BatchIterator, make_iterator, validation_batches
+from dpo_jax.data.tokenizers import Tokenizers, load_tokenizers
+from dpo_jax.encode.images import encode_images
+from dpo_jax.encode.text import encode_text
+from dpo_jax.evaluation.generate import Generator
+from dpo_jax.models.pipeline import Pipeline, load_pipeline
+from dpo_jax.models.random_model import write_random_model
+from dpo_jax.objectives.losses import dpo, sft
+from dpo_jax.sharding import make_mesh, param_sharding, placement, replicated, state_sharding
+from dpo_jax.training.checkpoint import Checkpoints, read_config
+from dpo_jax.training.config import Derived, resolve
+from dpo_jax.training.optim import learning_rate_schedule, make_optimizer
+from dpo_jax.training.step import Frozen, Objective, Score, TrainState, make_score
+from dpo_jax.weights.layout import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that a config and a machine determine and training does not change."""
+
+    config: ConfigDict
+    derived: Derived
+    mesh: Mesh
+    pipeline: Pipeline
+    tokenizers: Tokenizers
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    frozen: Frozen
+    score: Score
+
+    def abstract_state(self) -> Any:
+        params = abstract_params(self.pipeline, self.mesh)
+        state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(self.optimizer.init, params))
+        shardings = state_sharding(self.mesh, self.pipeline.unet.specs, state)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+
+    def initial_state(self) -> TrainState:
+        """The model folder's UNet, in float32, with fresh optimizer state."""
+        abstract = self.abstract_state()
+        params = self.pipeline.load("unet", dtype=jnp.float32, sharding=placement(self.mesh))
+        place = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
+        opt_state = jax.jit(self.optimizer.init, out_shardings=place)(params)
+        return TrainState(jax.device_put(jnp.zeros((), jnp.int32), replicated(self.mesh)), params, opt_state)
+
+
+def build(config: ConfigDict, workdir: epath.PathLike) -> Experiment:
+    """Reads the model's structure and its frozen weights; raises ValueError for whatever the config has wrong."""
+    derived = resolve(config, device_count=jax.device_count(), process_count=jax.process_count())
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    pipeline = open_model(config, workdir)
+    objective = make_objective(config)
+    frozen = load_frozen(config, pipeline, mesh)
+    if objective.needs_reference:
+        frozen["reference"] = pipeline.load("unet", dtype=pipeline.dtype, sharding=placement(mesh))
+    o = config.optimizer
+    learning_rate = learning_rate_schedule(
+        o.schedule, derived.learning_rate, warmup_steps=o.warmup_steps, total_steps=config.steps
+    )
+    optimizer = make_optimizer(
+        o.name,
+        learning_rate,
+        pipeline.unet.specs,
+        beta1=o.beta1,
+        beta2=o.beta2,
+        epsilon=o.epsilon,
+        weight_decay=o.weight_decay,
+        clip_norm=o.clip_norm,
+    )
+
+    def encode(frozen: Frozen, batch: PreferenceBatch, keys_B: jax.Array) -> Any:
+        latents_BKHWC = encode_images(pipeline.vae, frozen["vae"], batch.images_BKHWC, keys_B)
+        size_cond_N6 = batch.size_cond_BK6.reshape(-1, 6)
+        return latents_BKHWC, encode_text(pipeline, frozen, batch.token_ids_BEL, size_cond_N6)
+
+    return Experiment(
+        config=config,
+        derived=derived,
+        mesh=mesh,
+        pipeline=pipeline,
+        tokenizers=load_tokenizers_of(pipeline),
+        objective=objective,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        frozen=frozen,
+        score=make_score(encode, pipeline.denoise, pipeline.schedule, objective, config.seed),
+    )
+
+
+def open_model(config: ConfigDict, workdir: epath.PathLike) -> Pipeline:
+    """The structure of `config.model`; "random:FAMILY" is first written to `workdir/model`, once."""
+    folder = config.model
+    if folder.startswith("random:"):
+        folder = epath.Path(workdir) / "model"
+        if not folder.exists() and jax.process_index() == 0:
+            write_random_model(config.model.removeprefix("random:"), folder)
+        multihost_utils.sync_global_devices("random model written")
+    return load_pipeline(folder, dtype=jnp.dtype(config.dtype), vae_dtype=jnp.dtype(config.vae_dtype))
+
+
+def make_objective(config: ConfigDict) -> Objective:
+    """The loss that the config names, with its hyperparameters bound."""
+    objectives = {
+        "dpo": Objective(functools.partial(dpo, beta=config.loss.beta)),
+        "sft": Objective(sft, needs_reference=False, num_candidates=1),
+    }
+    if config.loss.name not in objectives:
+        raise ValueError(f"loss.name={config.loss.name!r}; the losses are {', '.join(objectives)}")
+    return objectives[config.loss.name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished or running experiment, opened to be looked at: the newest policy and the base it came from."""
+
+    config: ConfigDict
+    pipeline: Pipeline
+    mesh: Mesh
+    params: Params
+    """Trained weights, float32."""
+    step: int
+
+    @functools.cached_property
+    def base(self) -> Params:
+        """The model folder's UNet, in the compute dtype."""
+        return self.pipeline.load("unet", dtype=self.pipeline.dtype, sharding=placement(self.mesh))
+
+    @functools.cached_property
+    def policy(self) -> Params:
+        return for_sampling(self.pipeline, self.params)
+
+    def generator(self, batch_size: int) -> Generator:
+        return make_generator(
+            self.config, self.pipeline, load_frozen(self.config, self.pipeline, self.mesh), self.mesh, batch_size
+        )
+
+
+def open_run(workdir: epath.PathLike) -> Run:
+    """Reads the config and the newest checkpoint of a work directory, without its optimizer state."""
+    saved = read_config(workdir)
+    if saved is None:
+        raise FileNotFoundError(f"no training run at {workdir}: it has no config.json; train first, see dpo_jax.train")
+    config = unflatten(saved)
+    pipeline = open_model(config, workdir)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    params, step = Checkpoints(workdir).restore_params(abstract_params(pipeline, mesh))
+    return Run(config, pipeline, mesh, params, step)
+
+
+def load_frozen(config: ConfigDict, pipeline: Pipeline, mesh: Mesh) -> Frozen:
+    """VAE and text encoders."""
+    return {
+        name: pipeline.load(
+            name, dtype=jnp.dtype(config.vae_dtype if name == "vae" else config.dtype), sharding=placement(mesh)
+        )
+        for name in pipeline.components
+        if name != "unet"
+    }
+
+
+def load_tokenizers_of(pipeline: Pipeline) -> Tokenizers:
+    return load_tokenizers(pipeline.folder, [encoder.tokenizer for encoder in pipeline.family.text_encoders])
+
+
+def make_generator(config: ConfigDict, pipeline: Pipeline, frozen: Frozen, mesh: Mesh, batch_size: int) -> Generator:
+    """The sampler that `config.sample` describes."""
+    return Generator(
+        pipeline,
+        frozen,
+        load_tokenizers_of(pipeline),
+        mesh,
+        resolution=config.data.resolution,
+        num_steps=config.sample.steps,
+        guidance_scale=config.sample.guidance,
+        batch_size=batch_size,
+    )
+
+
+def for_sampling(pipeline: Pipeline, params: Params) -> Params:
+    """Trained weights as the frozen ones are kept, so that both run through one compiled sampler."""
+    return {name: value.astype(pipeline.dtype) for name, value in params.items()}
+
+
+def abstract_params(pipeline: Pipeline, mesh: Mesh) -> Any:
+    """Shapes and places of the trained weights: float32 masters."""
+    return {
+        name: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=param_sharding(mesh, spec.shape))
+        for name, spec in pipeline.unet.specs.items()
+    }
+
+
+def open_training_batches(experiment: Experiment) -> BatchIterator:
+    """This process's share of the endless training stream; reads nothing but the data set's index yet."""
+    data = experiment.config.data
+    return make_iterator(
+        data.path,
+        tokenizers=experiment.tokenizers,
+        batch_size=experiment.derived.local_batch_size,
+        seed=experiment.config.seed,
+        caption_dropout=data.caption_dropout,
+        random_crop=data.random_crop,
+        random_flip=data.random_flip,
+        relabel=data.relabel,
+        num_workers=data.num_workers,
+        **_data_options(experiment),
+    )
+
+
+def open_validation_batches(experiment: Experiment) -> BatchIterator:
+    """This process's share of the held-out pairs, once, in order; the last batches may hold rows of weight 0."""
+    config = experiment.config
+    return validation_batches(
+        config.data.path,
+        tokenizers=experiment.tokenizers,
+        batch_size=experiment.derived.local_batch_size // config.data.accumulation,
+        **_data_options(experiment),
+    )
+
+
+def _data_options(experiment: Experiment) -> dict[str, Any]:
+    """What training and validation share."""
+    data = experiment.config.data
+    return {
+        "resolution": data.resolution,
+        "size_conditioning": data.size_conditioning,
+        "shard_index": jax.process_index(),
+        "shard_count": jax.process_count(),
+    }

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# The main job on the embedded default, on any machine with Python and git: prepare, train, export, evaluate.
+source "$(dirname "${BASH_SOURCE[0]}")/install.sh" ""
+workdir=${1:-runs/tiny}
+if [ -e "$workdir" ]; then
+  echo "error: $workdir already exists; remove it, or name another folder: bash launch/demo.sh FOLDER" >&2
+  exit 1
+fi
+
+python -m dpo_jax.prepare --source=pickapic --input=dpo_jax/tiny/pairs.parquet --output="$workdir/data" \
+  --validation_fraction=0.1
+python -m dpo_jax.train --config=configs/tiny.py --workdir="$workdir" --config.data.path="$workdir/data"
+python -m dpo_jax.export --workdir="$workdir" --output="$workdir/exported"
+python -m dpo_jax.evaluate --workdir="$workdir" --prompts=dpo_jax/tiny/heldout.txt --reward=shapes
+
+echo
+echo "the tuned model, a diffusers folder: $workdir/exported"
+echo "curves: pip install tensorboard && tensorboard --logdir $workdir/tensorboard"

@@ -1,0 +1,58 @@
+"""Flags, help and errors, as a user meets them: in a process of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from dpo_jax.cli import flatten, load_config, unflatten
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("command", ["train", "prepare", "export", "evaluate"])
+def test_help_shows_the_flags_and_succeeds(command):
+    result = run(f"dpo_jax.{command}", "--help")
+    assert result.returncode == 0
+    assert "python -m dpo_jax." in result.stdout
+    assert "--traceback" not in result.stdout.split("Flags:")[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/tiny.py", "--config.loss.betta=3"], "did you mean --config.loss.beta?"),
+        (["--config=configs/tiny.py", "--config.setps=3"], "did you mean --config.steps?"),
+        (["--config=configs/tini.py"], "no config file configs/tini.py"),
+        (["--config=configs/tiny.py:big"], "no variant 'big'"),
+        (["--config=configs/tiny.py", "--config.steps=many"], "--config.steps=many"),
+        (["--config=configs/tiny.py", "--wrokdir=x"], "Did you mean: workdir"),
+        (["--config=configs/tiny.py", "stray"], "unexpected argument 'stray'"),
+        ([], "--config is missing"),
+    ],
+)
+def test_wrong_flags_are_one_sentence(arguments, message, tmp_path):
+    result = run("dpo_jax.train", f"--workdir={tmp_path / 'run'}", *arguments)
+    assert result.returncode in (1, 2)
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_config_loads_and_every_field_is_known():
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        for variant in ("", ":tiny"):
+            config = load_config(f"{path}{variant}")
+            assert flatten(unflatten(flatten(config))) == flatten(config)
+            assert set(flatten(config)) == set(flatten(load_config(str(ROOT / "configs/tiny.py"))))
+
+
+def test_unflatten_restores_nesting():
+    config = ConfigDict({"a": {"b": {"c": 1}}, "d": "x"})
+    assert unflatten(flatten(config)).to_dict() == config.to_dict()

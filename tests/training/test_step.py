@@ -1,0 +1,160 @@
+"""The step's properties, on a UNet of a few thousand parameters in double precision."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from dpo_jax.batch import Conditioning, PreferenceBatch
+from dpo_jax.diffusion.schedule import make_schedule
+from dpo_jax.objectives.losses import dpo, sft
+from dpo_jax.sharding import param_sharding, state_sharding
+from dpo_jax.training.step import Objective, TrainState, make_score, make_train_step, score_metrics, split_micro_batches
+from dpo_jax.weights.layout import ParamSpec
+
+SCHEDULE = make_schedule(
+    {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+)
+DPO = Objective(functools.partial(dpo, beta=500.0))
+SFT = Objective(sft, needs_reference=False, num_candidates=1)
+
+
+def denoise(params, x_NHWC, t_N, conditioning):
+    """A small nonlinear denoiser that hears its timestep and its caption."""
+    h = x_NHWC @ params["in"] + conditioning.context_NLD.mean(1)[:, None, None, :] + t_N[:, None, None, None] / 1000
+    return jnp.tanh(h) @ params["out"]
+
+
+def encode(frozen, batch, keys_B):
+    noise = jax.vmap(lambda key: jax.random.normal(key, (*batch.images_BKHWC.shape[1:-1], 4)))(keys_B)
+    pixels = batch.images_BKHWC.astype(noise.dtype).mean(-1, keepdims=True) / 127.5 - 1
+    return pixels + 0.1 * noise, Conditioning(frozen["text"]["table"][batch.token_ids_BEL[:, 0]])
+
+
+@pytest.fixture
+def params(x64):
+    keys = jax.random.split(jax.random.key(0), 2)
+    return {"in": jax.random.normal(keys[0], (4, 8)) * 0.3, "out": jax.random.normal(keys[1], (8, 4)) * 0.3}
+
+
+def make_batch(B=8, K=2, start=0):
+    rng = np.random.default_rng(start)
+    return PreferenceBatch(
+        images_BKHWC=rng.integers(0, 256, (B, K, 8, 8, 3), dtype=np.uint8),
+        token_ids_BEL=rng.integers(0, 5, (B, 1, 3)).astype(np.int32),
+        size_cond_BK6=np.zeros((B, K, 6), np.float32),
+        preference_BK=np.tile(np.float32([1, 0]), (B, 1)),
+        valid_BK=np.ones((B, K), bool),
+        weight_B=np.ones(B, np.float32),
+        index_B=np.arange(start, start + B, dtype=np.int32),
+    )
+
+
+def frozen_like(params):
+    return {"reference": params, "text": {"table": jnp.linspace(-1, 1, 40).reshape(5, 8)}}
+
+
+def run(params, batch, *, objective=DPO, accumulation=1, reference=None, steps=1, optimizer=None):
+    optimizer = optimizer or optax.sgd(1e-2)
+    score = make_score(encode, denoise, SCHEDULE, objective, seed=3)
+    step = jax.jit(make_train_step(score, objective, optimizer, accumulation=accumulation))
+    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    for _ in range(steps):
+        state, metrics = step(state, frozen_like(reference or params), batch)
+    return state, jax.device_get(metrics)
+
+
+def perturbed(params):
+    return jax.tree.map(lambda x: x + 0.05 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
+
+
+def test_policy_equal_to_reference_has_loss_log_2(params):
+    _, metrics = run(params, make_batch())
+    assert metrics["train/loss"] == pytest.approx(np.log(2), abs=1e-12)
+
+
+def test_swapped_candidates_negate_the_margin(params):
+    batch = make_batch()
+    swapped = batch._replace(images_BKHWC=batch.images_BKHWC[:, ::-1])
+
+    def without_posterior_noise(frozen, batch, keys_B):  # which an image would lose to the other by the swap
+        pixels = jnp.asarray(batch.images_BKHWC).astype(jnp.float64) / 127.5 - 1
+        return jnp.repeat(pixels[..., :1], 4, axis=-1), encode(frozen, batch, keys_B)[1]
+
+    score = make_score(without_posterior_noise, denoise, SCHEDULE, DPO, seed=3)
+    margins = [
+        score_metrics(score(perturbed(params), frozen_like(params), b, jnp.int32(0)))["reward/margin"]
+        for b in (batch, swapped)
+    ]
+    np.testing.assert_allclose(margins[0], -margins[1], rtol=1e-9)
+    assert np.abs(margins[0]).min() > 0
+
+
+def test_weight_zero_gives_no_gradient(params):
+    batch = make_batch()
+    _, metrics = run(params, batch._replace(weight_B=np.zeros(8, np.float32)), reference=perturbed(params))
+    assert metrics["train/gradient_norm"] == 0
+    some = np.float32([1, 1, 1, 1, 0, 0, 0, 0])
+    half, _ = run(params, batch._replace(weight_B=some), reference=perturbed(params))
+    first = jax.tree.map(lambda x: x[:4], batch)
+    expected, _ = run(params, first, reference=perturbed(params))
+    for name in params:
+        np.testing.assert_allclose(half.params[name], expected.params[name], rtol=1e-12)
+        assert not np.allclose(half.params[name], params[name], rtol=1e-9)
+
+
+@pytest.mark.parametrize("accumulation", [2, 8])
+@pytest.mark.parametrize("objective", [DPO, SFT], ids=["dpo", "sft"])
+def test_accumulation_equals_the_large_batch(params, accumulation, objective):
+    batch = make_batch()._replace(weight_B=np.float32([1, 2, 0, 1, 1, 0.5, 1, 1]))
+    whole, metrics = run(params, batch, reference=perturbed(params), objective=objective, steps=2)
+    parts, metrics_of_parts = run(
+        params, batch, reference=perturbed(params), objective=objective, steps=2, accumulation=accumulation
+    )
+    for name in params:
+        np.testing.assert_allclose(parts.params[name], whole.params[name], rtol=1e-10)
+        assert not np.allclose(whole.params[name], params[name], rtol=1e-6)
+    for name in metrics:
+        np.testing.assert_allclose(metrics_of_parts[name], metrics[name], rtol=1e-9, err_msg=name)
+
+
+def test_draws_depend_on_the_sample_and_not_on_its_row(params):
+    batch = make_batch()
+    order = np.array([3, 1, 0, 2, 7, 6, 5, 4])
+    shuffled = jax.tree.map(lambda x: x[order], batch)
+    score = make_score(encode, denoise, SCHEDULE, DPO, 3)
+    a, b = (score(perturbed(params), frozen_like(params), x, jnp.int32(5)).error_BK for x in (batch, shuffled))
+    np.testing.assert_allclose(np.asarray(a)[order], b, rtol=1e-12)
+    later = score(perturbed(params), frozen_like(params), batch, jnp.int32(6)).error_BK
+    assert not np.allclose(a, later)
+
+
+def test_sft_looks_at_the_winner_only(params):
+    batch = make_batch()
+    other_losers = batch._replace(
+        images_BKHWC=np.concatenate([batch.images_BKHWC[:, :1], 255 - batch.images_BKHWC[:, 1:]], 1)
+    )
+    a, _ = run(params, batch, objective=SFT)
+    b, _ = run(params, other_losers, objective=SFT)
+    np.testing.assert_array_equal(a.params["in"], b.params["in"])
+
+
+def test_micro_batches_take_rows_by_stride():
+    x = np.arange(6)
+    np.testing.assert_array_equal(split_micro_batches(x, 2), [[0, 2, 4], [1, 3, 5]])
+
+
+def test_statistics_lie_where_their_parameter_lies():
+    specs = {"big.kernel": ParamSpec((512, 256), (1, 0)), "bias": ParamSpec((8,), (0,))}
+    mesh = jax.sharding.AbstractMesh((1, 4), ("data", "fsdp"))
+    params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in specs.items()}
+    adam = jax.eval_shape(optax.adam(1e-3).init, params)
+    placed = state_sharding(mesh, specs, adam)
+    assert placed[0].mu["big.kernel"].spec == PartitionSpec("fsdp")
+    assert placed[0].mu["bias"].spec == PartitionSpec()
+    assert placed[0].count.spec == PartitionSpec()
+    assert param_sharding(mesh, (3, 3, 510, 512)).spec == PartitionSpec(None, None, None, "fsdp")

@@ -1,0 +1,132 @@
+"""Whole runs of the trainer on small random models: they resume, they stop, they refuse."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from dpo_jax.training import trainer
+from dpo_jax.training.experiment import open_run
+from dpo_jax.training.trainer import train
+
+ROOT = Path(__file__).parents[2]
+
+
+def metrics_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def state_of(workdir, step):
+    folder = (workdir / "checkpoints" / str(step)).absolute()
+    state = ocp.PyTreeCheckpointer().restore(folder / "state")
+    return jax.tree.map(np.asarray, state), json.loads((folder / "position" / "metadata").read_text())
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "tiny"])
+def test_tiny_variant_of_every_config_trains_validates_and_samples(tiny_config, tmp_path, name):
+    assert name in {path.stem for path in (ROOT / "configs").glob("*.py")}
+    config = tiny_config(name, **{"validation.every": 4, "sample.every": 4, "loss.beta": 10.0})
+    train(config, tmp_path)
+    rows = metrics_of(tmp_path)
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert len(losses) == 4
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses[-1] != losses[0]
+    assert 0 <= rows[-1]["validation/pair_accuracy"] <= 1
+    assert (tmp_path / "samples" / "step_000004.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((tmp_path / "tensorboard").iterdir())
+    assert open_run(tmp_path).step == 4
+
+
+def test_configs_that_the_test_above_runs_are_all_there_are():
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} == {"sd15", "sdxl", "tiny"}
+
+
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
+    def command(workdir):
+        fields = ["steps=20", "checkpoint.every=10", "validation.every=0", "sample.every=0", "data.random_crop=True"]
+        flags = [f"--config.{field}" for field in fields]
+        return [sys.executable, "-m", "dpo_jax.train", "--config=configs/sd15.py:tiny", f"--workdir={workdir}", *flags]
+
+    subprocess.run(command(tmp_path / "whole"), cwd=ROOT, check=True, capture_output=True)
+
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(command(killed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (killed / "checkpoints" / "10").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "checkpoints" / "20").exists()
+    resumed = subprocess.run(command(killed), cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "continuing after step 10" in resumed.stdout
+
+    (whole, whole_position), (again, again_position) = state_of(tmp_path / "whole", 20), state_of(killed, 20)
+    assert whole_position == again_position == {"position": 20 * 4}
+    jax.tree.map(np.testing.assert_array_equal, whole, again)
+    assert int(whole["step"]) == 20
+
+
+def test_stops_on_a_loss_that_is_not_finite_and_keeps_the_last_good_checkpoint(tiny_config, tmp_path, monkeypatch):
+    config = tiny_config("sd15", steps=6, **{"checkpoint.every": 2, "optimizer.warmup_steps": 0})
+
+    def poisoned(*arguments, **options):
+        step = make_train_step(*arguments, **options)
+
+        def poisoned_step(state, frozen, batch):
+            scale = jax.numpy.where(state.step == 3, jax.numpy.nan, 1.0)
+            return step(state._replace(params={n: p * scale for n, p in state.params.items()}), frozen, batch)
+
+        return poisoned_step
+
+    make_train_step = trainer.make_train_step
+    monkeypatch.setattr(trainer, "make_train_step", poisoned)
+    with pytest.raises(ValueError, match=r"train/loss is nan at step 4; last good checkpoint: step 2 .*learning_rate"):
+        train(config, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2"]
+    assert all(np.isfinite(p).all() for p in open_run(tmp_path).params.values())
+
+
+def test_refuses_the_work_directory_of_another_config(tiny_config, tmp_path):
+    train(tiny_config("sd15", steps=1), tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"loss.beta was 5000.0, now 1.0.*another --workdir"):
+        train(tiny_config("sd15", steps=1, **{"loss.beta": 1.0}), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    train(tiny_config("sd15", steps=2), tmp_path)  # more steps of the same are welcome
+    assert open_run(tmp_path).step == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": "nowhere"}, r"no diffusers model folder at nowhere"),
+        ({"model": ""}, r"config.model is empty"),
+        ({"data.path": "nowhere"}, r"no prepared data set at nowhere.*dpo_jax.prepare"),
+        ({"data.batch_size": 6, "data.accumulation": 4}, r"batch_size=6 does not divide over 1 devices x 4.*such as 8"),
+        ({"loss.name": "dop"}, r"loss.name='dop'; the losses are dpo, sft"),
+        ({"optimizer.name": "adam"}, r"adamw"),
+        ({"mesh.data": 3}, r"mesh.data=3 x mesh.fsdp=1 does not make 1 devices"),
+    ],
+)
+def test_wrong_configs_are_one_sentence_and_leave_no_run_behind(tiny_config, tmp_path, fields, message):
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        train(tiny_config("sd15", **fields), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_export_and_evaluate_need_a_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no training run"):
+        open_run(tmp_path)
