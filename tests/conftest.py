@@ -9,12 +9,14 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1]
 
 import jax
 import pytest
+import torch
 from ml_collections import ConfigDict
 
 import dpo_jax  # noqa: F401  sets XLA_FLAGS before JAX starts
 from dpo_jax.cli import load_config
 
 ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)  # the models are tiny, and more threads only wait for each other
 
 
 @pytest.fixture

@@ -175,7 +175,10 @@ class BatchIterator(Iterator[PreferenceBatch]):
 def open_pairs(path: str | Path, split: str) -> Pairs:
     """The records of one split of a prepared folder, or of `random:N`."""
     if str(path).startswith("random:"):
-        return RandomPairs(int(str(path).removeprefix("random:")), seed=0 if split == "train" else 1)
+        number = str(path).removeprefix("random:")
+        if not number.isdigit():
+            raise ValueError(f"data path {path}: random:N makes N pairs, and {number!r} is no number")
+        return RandomPairs(int(number), seed=0 if split == "train" else 1)
     return open_prepared(Path(path), split)
 
 

@@ -67,7 +67,7 @@ class Generator:
             denoise = classifier_free_guidance(
                 lambda x, t, c: pipeline.denoise(unet, x, t, c), conditioning, unconditional, guidance_scale
             )
-            latents = ddim(denoise, pipeline.schedule, x_T, num_steps=num_steps)
+            latents = ddim(denoise, pipeline.sampling_schedule, x_T, num_steps=num_steps)
             return decode_latents(pipeline.vae, frozen["vae"], latents)
 
         self._generate = jax.jit(generate, out_shardings=replicated(mesh))

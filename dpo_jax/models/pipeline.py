@@ -31,6 +31,9 @@ class Pipeline:
     vae: Network
     text_encoders: tuple[Network, ...]
     schedule: Schedule
+    """What training noises by."""
+    sampling_schedule: Schedule
+    """What sampling follows: the same but for Turbo, whose training rescales the schedule to end in pure noise."""
     force_zeros_for_empty_prompt: bool
     """SDXL: an empty caption is embedded as zeros, not by the text encoders."""
     dtype: jnp.dtype
@@ -115,6 +118,7 @@ def load_pipeline(
         schedule=make_schedule(
             scheduler, training_timesteps=found.training_timesteps, zero_terminal_snr=found.zero_terminal_snr
         ),
+        sampling_schedule=make_schedule(scheduler),
         force_zeros_for_empty_prompt=model_index.get("force_zeros_for_empty_prompt", False),
         dtype=jnp.dtype(dtype),
     )

@@ -24,9 +24,6 @@ def sft(scores: Scores, preference_BK: jax.Array) -> jax.Array:
     return scores.error_BK[:, 0]
 
 
-LOSSES = {"dpo": dpo, "sft": sft}
-
-
 def margin(scores: Scores) -> jax.Array:
     """`log_ratio_w - log_ratio_l` per prompt; times beta it is the difference of implicit rewards."""
     if scores.log_ratio_BK.shape[1] != 2:

@@ -1,9 +1,11 @@
 """Writes rendered pictures of the world as pairs, to train the base on: the right picture wins over a wrong one.
 
-    python -m dpo_jax.tiny.make_world --output=runs/tiny/world.parquet
+    python -m dpo_jax.tiny.make_world --output=world.parquet --heldout=heldout.txt
 
-Only training captions are used: those held out stay unseen by everything that is shipped.
+Only training captions are used: those held out, listed in the text file, stay unseen by everything that is shipped.
 """
+
+from pathlib import Path
 
 from absl import flags
 
@@ -11,13 +13,15 @@ from dpo_jax import cli
 from dpo_jax.tiny import pairs, world
 
 OUTPUT = flags.DEFINE_string("output", None, "Parquet file to write.", required=True)
+HELDOUT = flags.DEFINE_string("heldout", None, "Text file to write the held-out captions to.", required=True)
 PAIRS = flags.DEFINE_integer("pairs", 2048, "Number of pairs.")
 
 
 def main() -> None:
     """Writes the file."""
-    captions, _ = world.split()
+    captions, heldout = world.split()
     pairs.write(OUTPUT.value, pairs.rendered_pairs(captions, PAIRS.value))
+    Path(HELDOUT.value).write_text("\n".join(heldout) + "\n")
     print(f"wrote {PAIRS.value} pairs to {OUTPUT.value}")
 
 

@@ -19,7 +19,7 @@ from dpo_jax.weights.layout import Params
 class Checkpoints:
     """Saves and restores the training state under `workdir/checkpoints`."""
 
-    def __init__(self, workdir: epath.PathLike, *, keep: int | None = None):
+    def __init__(self, workdir: epath.PathLike, *, keep: int):
         self.folder = epath.Path(workdir).absolute() / "checkpoints"
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -53,32 +53,37 @@ class Checkpoints:
         )
         return TrainState(**restored["state"]), restored["position"]
 
-    def restore_params(self, abstract: Params) -> tuple[Params, int]:
-        """Parameters alone of the newest checkpoint, with its step; no memory for the optimizer's state."""
-        step = self.latest_step()
-        if step is None:
-            raise FileNotFoundError(f"no checkpoint in {self.folder}; train first: python -m dpo_jax.train --help")
-        restore_args = ocp.checkpoint_utils.construct_restore_args({"params": abstract})
-        restored = ocp.PyTreeCheckpointer().restore(
-            self.folder / str(step) / "state",
-            args=ocp.args.PyTreeRestore({"params": abstract}, restore_args=restore_args, partial_restore=True),
-        )
-        return restored["params"], step
-
     def close(self) -> None:
         """Waits for the last write."""
         self._manager.wait_until_finished()
         self._manager.close()
 
 
+def restore_params(workdir: epath.PathLike, abstract: Params) -> tuple[Params, int]:
+    """Parameters alone of the newest checkpoint, placed like `abstract`, and its step; no optimizer state is read."""
+    folder = epath.Path(workdir).absolute() / "checkpoints"
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+    if not steps:
+        raise FileNotFoundError(f"no checkpoint in {folder} yet; let python -m dpo_jax.train reach its first one")
+    restored = ocp.PyTreeCheckpointer().restore(
+        folder / str(max(steps)) / "state",
+        args=ocp.args.PyTreeRestore(
+            {"params": abstract},
+            restore_args=ocp.checkpoint_utils.construct_restore_args({"params": abstract}),
+            partial_restore=True,
+        ),
+    )
+    return restored["params"], max(steps)
+
+
 def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
-    """The flat config that the work directory was begun with."""
+    """What `write_config` wrote, or None in a new work directory."""
     path = epath.Path(workdir) / "config.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def write_config(workdir: epath.PathLike, flat: dict[str, Any]) -> None:
-    """Written whole or not at all, by the first process."""
+    """Records the fields of the experiment, whole or not at all, by the first process."""
     if jax.process_index() == 0:
         folder = epath.Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)

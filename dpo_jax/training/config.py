@@ -133,11 +133,11 @@ def resolve(config: ConfigDict, *, device_count: int, process_count: int) -> Der
     )
 
 
-def check_same_experiment(config: ConfigDict, saved: dict[str, Any], workdir: Any) -> None:
-    """Refuses to continue a work directory that another config began; names the fields that differ."""
-    now = json.loads(json.dumps(flatten(config)))
-    fields = [f for f in sorted(now.keys() | saved.keys()) if not f.startswith(FREE_TO_CHANGE)]
-    differing = [f"{f} was {saved.get(f)!r}, now {now.get(f)!r}" for f in fields if now.get(f) != saved.get(f)]
+def check_same_experiment(fields: dict[str, Any], saved: dict[str, Any], workdir: Any) -> None:
+    """Refuses to continue a work directory that another config or another model began; names the fields that differ."""
+    now = json.loads(json.dumps(fields))
+    names = [f for f in sorted(now.keys() | saved.keys()) if not f.startswith(FREE_TO_CHANGE)]
+    differing = [f"{f} was {saved.get(f)!r}, now {now.get(f)!r}" for f in names if now.get(f) != saved.get(f)]
     if differing:
         raise ValueError(
             f"{workdir} was begun with another config ({'; '.join(differing)}); "

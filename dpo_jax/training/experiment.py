@@ -26,8 +26,8 @@ from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.objectives.losses import dpo, sft
 from dpo_jax.sharding import make_mesh, param_sharding, placement, replicated, state_sharding
-from dpo_jax.training.checkpoint import Checkpoints, read_config
-from dpo_jax.training.config import Derived, resolve
+from dpo_jax.training.checkpoint import read_config, restore_params
+from dpo_jax.training.config import Derived
 from dpo_jax.training.optim import learning_rate_schedule, make_optimizer
 from dpo_jax.training.step import Frozen, Objective, Score, TrainState, make_score
 from dpo_jax.weights.layout import Params
@@ -63,11 +63,9 @@ class Experiment:
         return TrainState(jax.device_put(jnp.zeros((), jnp.int32), replicated(self.mesh)), params, opt_state)
 
 
-def build(config: ConfigDict, workdir: epath.PathLike) -> Experiment:
-    """Reads the model's structure and its frozen weights; raises ValueError for whatever the config has wrong."""
-    derived = resolve(config, device_count=jax.device_count(), process_count=jax.process_count())
+def build(config: ConfigDict, derived: Derived, pipeline: Pipeline) -> Experiment:
+    """Reads the frozen weights and composes what is to be run; raises ValueError for what the config has wrong."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    pipeline = open_model(config, workdir)
     objective = make_objective(config)
     frozen = load_frozen(config, pipeline, mesh)
     if objective.needs_reference:
@@ -162,7 +160,7 @@ def open_run(workdir: epath.PathLike) -> Run:
     config = unflatten(saved)
     pipeline = open_model(config, workdir)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    params, step = Checkpoints(workdir).restore_params(abstract_params(pipeline, mesh))
+    params, step = restore_params(workdir, abstract_params(pipeline, mesh))
     return Run(config, pipeline, mesh, params, step)
 
 

@@ -1,8 +1,8 @@
 """Runs an experiment: load, resume, loop.
 
 Order of a start or a resume:
-  1. the work directory's `config.json`, if there is one, must describe the same experiment;
-  2. the model's structure is read from its folder, without memory;
+  1. the model's structure is read from its folder, without memory;
+  2. the work directory's `config.json`, if there is one, must describe the same experiment on the same model;
   3. the frozen models (reference, VAE, text encoders) are read from the model folder, at every start: a resumed run can
      never drift onto its own policy;
   4. the training state comes from the newest checkpoint, or else the policy's weights from the model folder;
@@ -27,29 +27,34 @@ from dpo_jax.evaluation.generate import Generator
 from dpo_jax.evaluation.report import save_grid
 from dpo_jax.sharding import replicated, to_devices
 from dpo_jax.training.checkpoint import Checkpoints, read_config, write_config
-from dpo_jax.training.config import check_same_experiment
+from dpo_jax.training.config import check_same_experiment, resolve
 from dpo_jax.training.experiment import (
     Experiment,
     build,
     for_sampling,
     make_generator,
+    open_model,
     open_training_batches,
     open_validation_batches,
 )
 from dpo_jax.training.metrics import MetricWriter, ProgressBar
 from dpo_jax.training.step import TrainState, make_eval_step, make_train_step
+from dpo_jax.weights.io import fingerprint
 from dpo_jax.weights.layout import Params
 
 
 def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Trains to `config.steps`, continuing what the work directory holds."""
     workdir = epath.Path(workdir)
+    derived = resolve(config, device_count=jax.device_count(), process_count=jax.process_count())
+    pipeline = open_model(config, workdir)
+    fields = flatten(config) | {"model_fingerprint": fingerprint(pipeline.folder / "unet")}
     saved = read_config(workdir)
     if saved is not None:
-        check_same_experiment(config, saved, workdir)
-    experiment = build(config, workdir)
+        check_same_experiment(fields, saved, workdir)
+    experiment = build(config, derived, pipeline)
     batches = open_training_batches(experiment)
-    write_config(workdir, flatten(config))
+    write_config(workdir, fields)
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     writer = MetricWriter(workdir)
     try:
@@ -58,6 +63,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
         batches.set_state(position)
         start = int(state.step)
         _announce(experiment, workdir, start)
+        if start >= config.steps:
+            print(f"all {config.steps} steps are done; raise --config.steps to train on", flush=True)
         with batches, ProgressBar(config.steps, start) as bar:
             Loop(experiment, workdir, checkpoints, writer, bar).run(state, batches, start)
     finally:
