@@ -21,14 +21,16 @@ SEEDS = flags.DEFINE_integer("seeds", 20, "Images of each prompt and model.", lo
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images sampled at a time.", lower_bound=1)
 GRID_ROWS = flags.DEFINE_integer("grid_rows", 8, "Prompts shown in the grid.", lower_bound=1)
 
+SINCE = flags.DEFINE_float("since", None, "Unix time that `seconds` counts from; by default this command's start.")
+
 
 def main() -> None:
     from dpo_jax.evaluation.compare import compare, read_prompts
-    from dpo_jax.evaluation.report import save_grid
+    from dpo_jax.evaluation.report import image_grid, save_png
     from dpo_jax.training.experiment import open_run
     from dpo_jax.training.metrics import last_validation
 
-    started = time.monotonic()
+    since = SINCE.value or time.time()
     prompts = read_prompts(PROMPTS.value)
     run = open_run(WORKDIR.value)
     result, base_images, tuned_images = compare(
@@ -36,16 +38,13 @@ def main() -> None:
     )
     workdir = epath.Path(WORKDIR.value)
     columns = min(SEEDS.value, 4)
-    save_grid(
-        workdir / "comparison.png",
-        [
-            (prompt, [image for pair in zip(base, tuned, strict=True) for image in pair][: 2 * columns])
-            for prompt, base, tuned in list(zip(prompts, base_images, tuned_images, strict=True))[: GRID_ROWS.value]
-        ],
-        ["base", "tuned"] * columns,
-    )
+    rows = [
+        (prompt, [image for pair in zip(base[:columns], tuned[:columns], strict=True) for image in pair])
+        for prompt, base, tuned in zip(prompts[: GRID_ROWS.value], base_images, tuned_images, strict=False)
+    ]
+    save_png(workdir / "comparison.png", image_grid(rows, ["base", "tuned"] * columns))
     result["pair_accuracy"] = last_validation(workdir).get("validation/pair_accuracy")
-    result["seconds"] = time.monotonic() - started
+    result["seconds"] = time.time() - since
     (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(
         f"win rate of tuned over base: {result['win_rate']:.1%}, 95% interval [{result['win_rate_low']:.1%}, "
@@ -55,6 +54,7 @@ def main() -> None:
     print(f"judge's mean score: base {result['base_score']:.1%}, tuned {result['tuned_score']:.1%}")
     if result["pair_accuracy"] is not None:
         print(f"implicit accuracy on held-out pairs: {result['pair_accuracy']:.1%}")
+    print(f"seconds: {result['seconds']:.0f}")
     print(f"figures: {workdir / 'result.json'}\nimages:  {workdir / 'comparison.png'}")
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The main job on the embedded default, on any machine with Python and git: prepare, train, export, evaluate.
+started=$(date +%s)
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh" ""
 workdir=${1:-runs/tiny}
 if [ -e "$workdir" ]; then
@@ -11,7 +12,8 @@ python -m dpo_jax.prepare --source=pickapic --input=dpo_jax/tiny/pairs.parquet -
   --validation_fraction=0.1
 python -m dpo_jax.train --config=configs/tiny.py --workdir="$workdir" --config.data.path="$workdir/data"
 python -m dpo_jax.export --workdir="$workdir" --output="$workdir/exported"
-python -m dpo_jax.evaluate --workdir="$workdir" --prompts=dpo_jax/tiny/heldout.txt --reward=shapes
+python -m dpo_jax.evaluate --workdir="$workdir" --prompts=dpo_jax/tiny/heldout.txt --reward=shapes \
+  --since="$started"
 
 echo
 echo "the tuned model, a diffusers folder: $workdir/exported"

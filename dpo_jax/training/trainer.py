@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from dpo_jax.cli import flatten
 from dpo_jax.data.pipeline import BatchIterator
 from dpo_jax.evaluation.generate import Generator
-from dpo_jax.evaluation.report import save_grid
+from dpo_jax.evaluation.report import image_grid, save_png
 from dpo_jax.sharding import replicated, to_devices
 from dpo_jax.training.checkpoint import Checkpoints, read_config, write_config
 from dpo_jax.training.config import check_same_experiment, resolve
@@ -198,16 +198,19 @@ class Loop:
             if "reference" in e.frozen:
                 self._reference_images = self._generator(e.frozen["reference"], captions, seeds)
         images = self._generator(for_sampling(self.experiment.pipeline, params), captions, seeds)
+        references = self._reference_images
+        rows = []
+        for p, caption in enumerate(sample.prompts):
+            cells = range(p * sample.seeds, (p + 1) * sample.seeds)
+            if references is None:
+                rows.append((caption, [images[i] for i in cells]))
+            else:
+                rows.append((caption, [image for i in cells for image in (references[i], images[i])]))
+        grid = image_grid(rows, (["policy"] if references is None else ["reference", "policy"]) * sample.seeds)
+        self.writer.image(step, "samples", np.asarray(grid))
         if jax.process_index() == 0:
-            columns = [title for _ in range(sample.seeds) for title in ("reference", "policy")]
-            rows = []
-            for p, caption in enumerate(sample.prompts):
-                row = []
-                for i in range(p * sample.seeds, (p + 1) * sample.seeds):
-                    row += [images[i]] if self._reference_images is None else [self._reference_images[i], images[i]]
-                rows.append((caption, row))
             path = self.workdir / "samples" / f"step_{step:06d}.png"
-            save_grid(path, rows, columns if self._reference_images is not None else ["policy"] * sample.seeds)
+            save_png(path, grid)
             self.bar.say(f"step {step} samples: {path}")
 
 

@@ -130,3 +130,22 @@ def test_wrong_configs_are_one_sentence_and_leave_no_run_behind(tiny_config, tmp
 def test_export_and_evaluate_need_a_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="no training run"):
         open_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_loss_before_the_first_update_is_log_2_in_bfloat16(tiny_config, tmp_path, name):
+    """Float32 masters and a bfloat16 reference must round alike, or beta = 5000 shows the difference."""
+    config = tiny_config(name, steps=1, **{"dtype": "bfloat16", "vae_dtype": "bfloat16"})
+    assert config.loss.beta == 5000
+    train(config, tmp_path)
+    assert metrics_of(tmp_path)[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_refuses_a_model_folder_that_changed_since_the_run_began(tiny_config, tmp_path):
+    train(tiny_config("sd15", steps=1), tmp_path)
+    weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="model_fingerprint was"):
+        train(tiny_config("sd15", steps=2), tmp_path)
