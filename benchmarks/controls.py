@@ -8,6 +8,7 @@ OUTPUT/controls.json; the last result is committed beside this file.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,10 +31,11 @@ RUNS = {
 
 
 def main() -> None:
-    from dpo_jax.evaluation.compare import compare, read_prompts
+    from dpo_jax.evaluation.compare import compare, judged_samples, read_prompts
     from dpo_jax.training.experiment import open_run
 
-    output = Path(OUTPUT.value)
+    output = Path(OUTPUT.value).absolute()
+    os.chdir(ROOT)  # the config names its folders from there
     if output.exists():
         raise ValueError(f"{output} already exists; choose another --output or remove it")
     data = output / "data"
@@ -58,9 +60,13 @@ def main() -> None:
     runs = {name: open_run(output / name) for name in RUNS}
     generator = runs["dpo"].generator(batch_size=32)
     models = {"base": runs["dpo"].base} | {name: run.policy for name, run in runs.items()}
+    scores = {
+        name: judged_samples(generator, params, prompts, seeds=SEEDS.value, reward="shapes")[1]
+        for name, params in models.items()
+    }
     results: dict[str, Any] = {}
     for tuned, base in (*((name, "base") for name in RUNS), ("dpo", "sft")):
-        figures, _, _ = compare(generator, models[base], models[tuned], prompts, seeds=SEEDS.value, reward="shapes")
+        figures = compare(scores[tuned], scores[base])
         results[f"{tuned} over {base}"] = figures
         rate, low, high = (figures[name] for name in ("win_rate", "win_rate_low", "win_rate_high"))
         print(f"{tuned} over {base}: {rate:.3f} [{low:.3f}, {high:.3f}]")
@@ -68,7 +74,7 @@ def main() -> None:
 
 
 def run(module: str, *arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", module, *arguments], check=True)
 
 
 if __name__ == "__main__":

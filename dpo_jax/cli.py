@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,15 +84,20 @@ def unflatten(fields: dict[str, Any]) -> ConfigDict:
 def _check_overrides(arguments: list[str]) -> None:
     """Refuses a `--config.field` that the config does not have, and says which field comes nearest."""
     files = [argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")]
+    files += [value for flag, value in itertools.pairwise(arguments) if flag == "--config"]
     if not files:
         return
     fields = flatten(load_config(files[-1]))
     for argument in arguments:
         field = argument.removeprefix("--config.").split("=")[0]
-        if argument.startswith("--config.") and field not in fields:
-            near = difflib.get_close_matches(field, fields, n=1, cutoff=0.5)
-            hint = f"did you mean --config.{near[0]}?" if near else f"it has {', '.join(fields)}"
-            raise ValueError(f"the config {files[-1]} has no field {field!r}; {hint}")
+        if not argument.startswith("--config.") or field in fields:
+            continue
+        inside = [name for name in fields if name.startswith(f"{field}.")]
+        near = difflib.get_close_matches(field, fields, n=1, cutoff=0.5)
+        hint = f"did you mean --config.{near[0]}?" if near else f"it has {', '.join(fields)}"
+        if inside:
+            hint = f"it is a group of {', '.join(inside)}"
+        raise ValueError(f"the config {files[-1]} has no field {field!r}; {hint}")
 
 
 def _fail(message: str, *, code: int) -> NoReturn:

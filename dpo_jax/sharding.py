@@ -63,14 +63,17 @@ def placement(mesh: Mesh) -> Callable[[str, ParamSpec], NamedSharding]:
 def state_sharding(mesh: Mesh, specs: Specs, state: Any) -> Any:
     """Shardings for a pytree of shapes in which a parameter's statistics are keyed by the parameter's name.
 
-    Whatever has its parameter's shape (parameter, moment, average) lies as the parameter does; the rest (step counters,
-    factored moments: vectors) is copied.
+    Whatever has its parameter's axes (parameter, moment, factored moment with reduced axes of size 1) lies as the
+    parameter does; the rest (step counters) is copied.
     """
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in specs]
-        same = bool(names) and tuple(leaf.shape) == specs[names[-1]].shape
-        return param_sharding(mesh, tuple(leaf.shape)) if same else replicated(mesh)
+        if not names or leaf.ndim != len(specs[names[-1]].shape):
+            return replicated(mesh)
+        axes = param_sharding(mesh, specs[names[-1]].shape).spec
+        kept = [axis if size > 1 else None for axis, size in zip(axes, leaf.shape, strict=False)]
+        return NamedSharding(mesh, PartitionSpec(*kept))
 
     return jax.tree_util.tree_map_with_path(place, state)
 

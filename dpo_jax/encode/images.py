@@ -27,9 +27,13 @@ def encode_images(vae: Network, params: Params, images_BKHWC: jax.Array, keys_B:
     mean_NhwC, logvar_NhwC = vae(params, images_NHWC, method="encode")
     mean, logvar = (moment.reshape(B, K, *moment.shape[1:]).astype(jnp.float32) for moment in (mean_NhwC, logvar_NhwC))
     noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys_B)
-    return (mean + jnp.exp(0.5 * logvar) * noise) * vae.config.scaling_factor
+    return (mean + jnp.exp(0.5 * logvar) * noise - _shift(vae)) * vae.config.scaling_factor
 
 
 def decode_latents(vae: Network, params: Params, latents_NhwC: jax.Array) -> jax.Array:
     """Scaled latents to uint8 images_NHWC."""
-    return to_pixels(vae(params, latents_NhwC / vae.config.scaling_factor, method="decode"))
+    return to_pixels(vae(params, latents_NhwC / vae.config.scaling_factor + _shift(vae), method="decode"))
+
+
+def _shift(vae: Network) -> float:
+    return vae.config.shift_factor or 0.0

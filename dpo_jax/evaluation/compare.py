@@ -13,36 +13,40 @@ from dpo_jax.evaluation.winrate import win_rate
 from dpo_jax.rewards import REWARDS
 from dpo_jax.weights.layout import Params
 
+FIRST_SEED = 10**6
+"""Far from the seeds that anyone samples training images with, so that held-out prompts get held-out noise."""
+
 Generate = Callable[[Params, Sequence[str], Sequence[int]], np.ndarray]
 
 
-def compare(
-    generate: Generate, base: Params, tuned: Params, prompts: Sequence[str], *, seeds: int, reward: str
-) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    """Figures of the comparison, and the images [P, S, H, W, 3] of base and tuned.
+def judged_samples(
+    generate: Generate, params: Params, prompts: Sequence[str], *, seeds: int, reward: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images [P, S, H, W, 3] of one model and the judge's scores_PS.
 
-    Every prompt and seed has a starting noise of its own, which both models share.
+    Every prompt and seed has a starting noise of its own, the same for every model.
     """
     if reward not in REWARDS:
         raise ValueError(f"reward {reward!r}; the judges are {', '.join(REWARDS)}")
     P, S = len(prompts), seeds
     captions = [prompt for prompt in prompts for _ in range(S)]
-    images, scores = {}, {}
-    for name, params in {"base": base, "tuned": tuned}.items():
-        flat = generate(params, captions, range(P * S))
-        images[name] = flat.reshape(P, S, *flat.shape[1:])
-        scores[name] = np.asarray(REWARDS[reward](flat, captions)).reshape(P, S)
-    rate = win_rate(scores["tuned"], scores["base"])
-    figures = {
+    images = generate(params, captions, range(FIRST_SEED, FIRST_SEED + P * S))
+    scores_PS = np.asarray(REWARDS[reward](images, captions)).reshape(P, S)
+    return images.reshape(P, S, *images.shape[1:]), scores_PS
+
+
+def compare(scores_PS: np.ndarray, base_scores_PS: np.ndarray) -> dict[str, Any]:
+    """The figures of `result.json`: win rate of tuned over base with its interval, and both mean scores."""
+    rate = win_rate(scores_PS, base_scores_PS)
+    return {
         "win_rate": rate.rate,
         "win_rate_low": rate.low,
         "win_rate_high": rate.high,
         "ties": rate.ties,
         "comparisons": rate.comparisons,
-        "base_score": float(scores["base"].mean()),
-        "tuned_score": float(scores["tuned"].mean()),
+        "base_score": float(base_scores_PS.mean()),
+        "tuned_score": float(scores_PS.mean()),
     }
-    return figures, images["base"], images["tuned"]
 
 
 def read_prompts(path: epath.PathLike) -> list[str]:

@@ -17,7 +17,7 @@ from dpo_jax.models.network import Network
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.models.vae import AutoencoderKL, VAEConfig
-from dpo_jax.weights.io import LEGACY_FLAX, Sharding, load_params, new_folder, save_component
+from dpo_jax.weights.io import LEGACY_FLAX, Sharding, fingerprint, load_params, new_folder, save_component
 from dpo_jax.weights.layout import Params
 
 
@@ -49,19 +49,14 @@ class Pipeline:
         return self.unet(rounded, x_NHWC, t_N, conditioning)
 
     @property
-    def vae_scaling_factor(self) -> float:
-        """The UNet's latents are the VAE's times this."""
-        return self.vae.config.scaling_factor
-
-    @property
     def vae_factor(self) -> int:
         """Pixels per latent cell, along each axis."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
-    def tokenizer_folders(self) -> tuple[epath.Path, ...]:
-        """One per text encoder."""
-        return tuple(self.folder / encoder.tokenizer for encoder in self.family.text_encoders)
+    def tokenizer_names(self) -> tuple[str, ...]:
+        """Subfolders of the tokenizers, one per text encoder."""
+        return tuple(encoder.tokenizer for encoder in self.family.text_encoders)
 
     @property
     def components(self) -> dict[str, Network]:
@@ -69,19 +64,14 @@ class Pipeline:
         names = [encoder.folder for encoder in self.family.text_encoders]
         return {"unet": self.unet, "vae": self.vae, **dict(zip(names, self.text_encoders, strict=True))}
 
-    def load(
-        self,
-        component: str,
-        *,
-        dtype: DTypeLike,
-        sharding: Sharding | None = None,
-        folder: epath.PathLike | None = None,
-    ) -> Params:
-        """The parameters of one component, from here or from another model's (or that component's own) `folder`."""
-        source = self.folder if folder is None else epath.Path(folder)
-        if folder is None or (source / component).is_dir():
-            source = source / component
-        return load_params(source, self.components[component].specs, dtype=dtype, sharding=sharding)
+    def load(self, component: str, *, dtype: DTypeLike, sharding: Sharding | None = None) -> Params:
+        """The parameters of one component; see `weights.io.load_params`."""
+        specs = self.components[component].specs
+        return load_params(self.folder / component, specs, dtype=dtype, sharding=sharding)
+
+    def fingerprint(self) -> str:
+        """A digest of all its weights, to tell later that this is still the same model."""
+        return "-".join(fingerprint(self.folder / component)[:16] for component in self.components)
 
 
 def load_pipeline(
@@ -135,7 +125,10 @@ def save_pipeline(pipeline: Pipeline, output: epath.PathLike, unet_params: Param
     model_index = _without_flax(read_model_index(source))
     with new_folder(output) as target:
         for name in [name for name, value in model_index.items() if isinstance(value, list)]:
-            files = {path.name: path for path in (source / name).iterdir()} if has_component(model_index, name) else {}
+            if not (source / name).is_dir():  # a safety checker that nobody downloaded
+                model_index[name] = [None, None]
+                continue
+            files = {path.name: path for path in (source / name).iterdir()}
             is_flax = any(file in files for file in LEGACY_FLAX) and not any(map(_is_torch, files))
             if name == "unet":
                 config, _ = _config(source / name)
@@ -148,7 +141,7 @@ def save_pipeline(pipeline: Pipeline, output: epath.PathLike, unet_params: Param
                 save_component(target / name, _without_flax(config), params, specs, dtype="float32")
             elif is_flax:
                 model_index[name] = [None, None]
-            elif files:
+            else:
                 (target / name).mkdir()
                 for file, path in files.items():
                     path.copy(target / name / _without_variant(file, files))

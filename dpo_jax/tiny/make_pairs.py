@@ -31,7 +31,7 @@ def main() -> None:
     pipeline = load_pipeline(MODEL.value, dtype=jnp.float32)
     weights = {component: pipeline.load(component, dtype=jnp.float32) for component in pipeline.components}
     unet = weights.pop("unet")
-    tokenizers = load_tokenizers(MODEL.value, [encoder.tokenizer for encoder in pipeline.family.text_encoders])
+    tokenizers = load_tokenizers(MODEL.value, pipeline.tokenizer_names)
     generator = Generator(
         pipeline,
         weights,

@@ -40,11 +40,9 @@ class Checkpoints:
             ),
         )
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, int]] | None:
-        """The newest checkpoint as (state placed like `abstract`, data position), or None where there is none."""
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, int]]:
+        """The newest checkpoint: the state, placed like `abstract`, and the data position."""
         step = self.latest_step()
-        if step is None:
-            return None
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -59,21 +57,30 @@ class Checkpoints:
         self._manager.close()
 
 
+def latest_step(workdir: epath.PathLike) -> int | None:
+    """The newest finished checkpoint of a work directory; writes nothing."""
+    folder = epath.Path(workdir).absolute() / "checkpoints"
+    if not folder.exists():
+        return None
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        return manager.latest_step()
+
+
 def restore_params(workdir: epath.PathLike, abstract: Params) -> tuple[Params, int]:
     """Parameters alone of the newest checkpoint, placed like `abstract`, and its step; no optimizer state is read."""
     folder = epath.Path(workdir).absolute() / "checkpoints"
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
-    if not steps:
+    step = latest_step(workdir)
+    if step is None:
         raise FileNotFoundError(f"no checkpoint in {folder} yet; let python -m dpo_jax.train reach its first one")
     restored = ocp.PyTreeCheckpointer().restore(
-        folder / str(max(steps)) / "state",
+        folder / str(step) / "state",
         args=ocp.args.PyTreeRestore(
             {"params": abstract},
             restore_args=ocp.checkpoint_utils.construct_restore_args({"params": abstract}),
             partial_restore=True,
         ),
     )
-    return restored["params"], max(steps)
+    return restored["params"], step
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:

@@ -13,13 +13,25 @@ from ml_collections import ConfigDict
 from dpo_jax.cli import flatten
 
 # A work directory may be continued with other values of these; any other difference is another experiment.
-FREE_TO_CHANGE = ("steps", "log_every", "mesh.", "checkpoint.", "validation.", "sample.", "data.num_workers")
+FREE_TO_CHANGE = ("log_every", "mesh.", "checkpoint.", "validation.", "sample.", "data.num_workers")
+
+AT_LEAST_1 = (
+    *("steps", "log_every", "data.batch_size", "data.accumulation", "data.resolution", "checkpoint.every"),
+    *("checkpoint.keep", "validation.max_pairs", "validation.draws", "sample.seeds", "sample.steps"),
+)
+CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "vae_dtype": ("float32", "bfloat16"),
+    "data.size_conditioning": ("constant", "real"),
+    "data.relabel": ("none", "swapped", "shuffled"),
+}
 
 
 def default_config() -> ConfigDict:
     """Every field with its default. Published hyperparameters are in the files of `configs/`."""
     c = ConfigDict()
     c.model = ""  # diffusers model folder; "random:FAMILY" makes a small one with random weights
+    c.family = ""  # only where the folder cannot tell: "sdxl_turbo"
     c.steps = 2000  # optimizer steps in all
     c.seed = 0  # of shuffling, augmentation, timesteps, noise and posterior samples
     c.dtype = "bfloat16"  # compute dtype and dtype of the frozen models; the trained weights are always float32
@@ -116,9 +128,14 @@ def resolve(config: ConfigDict, *, device_count: int, process_count: int) -> Der
     for field in ("model", "data.path"):
         if not flatten(config)[field]:
             raise ValueError(f"config.{field} is empty; set it in the config file or with --config.{field}=...")
-    for field in ("steps", "data.batch_size", "data.accumulation", "data.resolution", "checkpoint.every"):
+    for field in AT_LEAST_1:
         if flatten(config)[field] < 1:
             raise ValueError(f"config.{field}={flatten(config)[field]} must be at least 1")
+    for field, choices in CHOICES.items():
+        if flatten(config)[field] not in choices:
+            raise ValueError(f"config.{field}={flatten(config)[field]!r}; choose from {', '.join(choices)}")
+    if not 0 <= config.data.caption_dropout <= 1:
+        raise ValueError(f"config.data.caption_dropout={config.data.caption_dropout} is a share, from 0 to 1")
     batch, accumulation = config.data.batch_size, config.data.accumulation
     if batch % (accumulation * device_count):
         unit = accumulation * device_count
@@ -136,7 +153,10 @@ def resolve(config: ConfigDict, *, device_count: int, process_count: int) -> Der
 def check_same_experiment(fields: dict[str, Any], saved: dict[str, Any], workdir: Any) -> None:
     """Refuses to continue a work directory that another config or another model began; names the fields that differ."""
     now = json.loads(json.dumps(fields))
-    names = [f for f in sorted(now.keys() | saved.keys()) if not f.startswith(FREE_TO_CHANGE)]
+    # The learning rates of the other two schedules follow from the number of steps.
+    steps_are_free = now["optimizer.schedule"] not in ("linear", "cosine")
+    free = (*FREE_TO_CHANGE, "steps") if steps_are_free else FREE_TO_CHANGE
+    names = [f for f in sorted(now.keys() | saved.keys()) if not f.startswith(free)]
     differing = [f"{f} was {saved.get(f)!r}, now {now.get(f)!r}" for f in names if now.get(f) != saved.get(f)]
     if differing:
         raise ValueError(

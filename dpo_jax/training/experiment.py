@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax.batch import PreferenceBatch
 from dpo_jax.cli import unflatten
-from dpo_jax.data.pipeline import BatchIterator, make_iterator, validation_batches
+from dpo_jax.data.pipeline import BatchIterator, make_iterator, open_pairs, validation_batches
 from dpo_jax.data.tokenizers import Tokenizers, load_tokenizers
 from dpo_jax.encode.images import encode_images
 from dpo_jax.encode.text import encode_text
@@ -106,13 +106,18 @@ def build(config: ConfigDict, derived: Derived, pipeline: Pipeline) -> Experimen
 
 def open_model(config: ConfigDict, workdir: epath.PathLike) -> Pipeline:
     """The structure of `config.model`; "random:FAMILY" is first written to `workdir/model`, once."""
-    folder = config.model
+    folder, family = config.model, config.family or None
     if folder.startswith("random:"):
+        family = folder.removeprefix("random:")
         folder = epath.Path(workdir) / "model"
         if not folder.exists() and jax.process_index() == 0:
-            write_random_model(config.model.removeprefix("random:"), folder)
+            write_random_model(family, folder)
         multihost_utils.sync_global_devices("random model written")
-    return load_pipeline(folder, dtype=jnp.dtype(config.dtype), vae_dtype=jnp.dtype(config.vae_dtype))
+    dtype, vae_dtype = jnp.dtype(config.dtype), jnp.dtype(config.vae_dtype)
+    pipeline = load_pipeline(folder, dtype=dtype, vae_dtype=vae_dtype, family=family)
+    if config.data.resolution % pipeline.vae_factor:
+        raise ValueError(f"data.resolution={config.data.resolution} is not a multiple of {pipeline.vae_factor}")
+    return pipeline
 
 
 def make_objective(config: ConfigDict) -> Objective:
@@ -159,7 +164,9 @@ def open_run(workdir: epath.PathLike) -> Run:
         raise FileNotFoundError(f"no training run at {workdir}: it has no config.json; train first, see dpo_jax.train")
     config = unflatten(saved)
     pipeline = open_model(config, workdir)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    if pipeline.fingerprint() != saved["model_fingerprint"]:
+        raise ValueError(f"the model in {pipeline.folder} has changed since {workdir} began; put the former one back")
+    mesh = make_mesh(data=1, fsdp=-1)  # whatever devices are here, not those that trained
     params, step = restore_params(workdir, abstract_params(pipeline, mesh))
     return Run(config, pipeline, mesh, params, step)
 
@@ -176,7 +183,7 @@ def load_frozen(config: ConfigDict, pipeline: Pipeline, mesh: Mesh) -> Frozen:
 
 
 def load_tokenizers_of(pipeline: Pipeline) -> Tokenizers:
-    return load_tokenizers(pipeline.folder, [encoder.tokenizer for encoder in pipeline.family.text_encoders])
+    return load_tokenizers(pipeline.folder, pipeline.tokenizer_names)
 
 
 def make_generator(config: ConfigDict, pipeline: Pipeline, frozen: Frozen, mesh: Mesh, batch_size: int) -> Generator:
@@ -204,6 +211,14 @@ def abstract_params(pipeline: Pipeline, mesh: Mesh) -> Any:
         name: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=param_sharding(mesh, spec.shape))
         for name, spec in pipeline.unet.specs.items()
     }
+
+
+def check_data(config: ConfigDict) -> None:
+    """Opens the splits that the run will read, before anything else takes time."""
+    if not len(open_pairs(config.data.path, "train")):
+        raise ValueError(f"data.path={config.data.path} has no pair to train on")
+    if config.validation.every:
+        open_pairs(config.data.path, "validation")
 
 
 def open_training_batches(experiment: Experiment) -> BatchIterator:

@@ -16,12 +16,14 @@ from tensorboardX import SummaryWriter
 class MetricWriter:
     """Writes scalars and images of the first process to `workdir` (TensorBoard events and `metrics.jsonl`)."""
 
-    def __init__(self, workdir: epath.PathLike):
+    def __init__(self, workdir: epath.PathLike, start: int):
+        """Continues after step `start`: what a killed run wrote beyond it will be written again, and is dropped."""
         self._folder = epath.Path(workdir)
         self._active = jax.process_index() == 0
         if self._active:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._board = SummaryWriter(str(self._folder / "tensorboard"))
+            kept = [row for row in read_metrics(workdir) if row["step"] <= start]
+            (self._folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         if not self._active:
@@ -77,16 +79,21 @@ class ProgressBar:
         self._bar.update(self._task, completed=step, numbers=numbers)
         if not self._console.is_terminal:
             left = f"  left {datetime.timedelta(seconds=round(seconds_left))}" if seconds_left is not None else ""
-            self._console.print(f"step {step}/{self._total}  {numbers}{left}", highlight=False, soft_wrap=True)
+            self.say(f"step {step}/{self._total}  {numbers}{left}")
 
     def say(self, message: str) -> None:
         """A line above the bar."""
-        self._console.print(message, highlight=False, soft_wrap=True)
+        self._console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, float]]:
+    """The rows of `metrics.jsonl`, without a last one that a kill left unfinished."""
+    path = epath.Path(workdir) / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def last_validation(workdir: epath.PathLike) -> dict[str, float]:
-    """The newest validation figures in `metrics.jsonl`; empty where there are none."""
-    path = epath.Path(workdir) / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [row for row in map(json.loads, lines) if any(name.startswith("validation/") for name in row)]
+    """The newest validation figures; empty where there are none."""
+    rows = [row for row in read_metrics(workdir) if any(name.startswith("validation/") for name in row)]
     return rows[-1] if rows else {}

@@ -87,7 +87,8 @@ def make_train_step(
         scores = score(params, frozen, batch, step)
         loss_B = objective.loss(scores, batch.preference_BK[:, : scores.error_BK.shape[1]])
         metrics = {"train/loss": loss_B} | score_metrics(scores)
-        sums = {name: jnp.sum(value * batch.weight_B) for name, value in metrics.items()}
+        weight_B = prompt_weights(batch)
+        sums = {name: jnp.sum(value * weight_B) for name, value in metrics.items()}
         return sums["train/loss"], sums
 
     gradient = jax.grad(summed_loss, has_aux=True)
@@ -100,11 +101,13 @@ def make_train_step(
             grads, sums = of_batch(batch)
         else:
             micro = jax.tree.map(lambda x: split_micro_batches(x, accumulation), batch)
-            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_batch, jax.tree.map(lambda x: x[0], micro)))
+            _, no_sums = jax.eval_shape(of_batch, jax.tree.map(lambda x: x[0], micro))
+            # Zeros made of the parameters lie where the parameters lie.
+            zeros = jax.tree.map(jnp.zeros_like, (state.params, no_sums))
             add = jax.tree_util.Partial(jax.tree.map, jnp.add)
             (grads, sums), _ = jax.lax.scan(lambda total, one: (add(total, of_batch(one)), None), zeros, micro)
 
-        total_weight = jnp.maximum(jnp.sum(batch.weight_B), 1e-8)
+        total_weight = jnp.maximum(jnp.sum(prompt_weights(batch)), 1e-8)
         grads, metrics = jax.tree.map(lambda x: x / total_weight.astype(x.dtype), (grads, sums))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics["train/gradient_norm"] = optax.tree.norm(grads)
@@ -122,8 +125,8 @@ def make_eval_step(
     def evaluate(
         params: Params, frozen: Frozen, batch: PreferenceBatch, number: jax.Array
     ) -> tuple[Metrics, jax.Array]:
-        metrics = score_metrics(score(params, frozen, batch, number))
-        return {name: jnp.sum(value * batch.weight_B) for name, value in metrics.items()}, jnp.sum(batch.weight_B)
+        metrics, weight_B = score_metrics(score(params, frozen, batch, number)), prompt_weights(batch)
+        return {name: jnp.sum(value * weight_B) for name, value in metrics.items()}, jnp.sum(weight_B)
 
     return evaluate
 
@@ -140,6 +143,11 @@ def score_metrics(scores: Scores) -> Metrics:
         if scores.error_BK.shape[1] > 1:
             metrics["error/reference_loser"] = scores.reference_error_BK[:, -1]
     return metrics
+
+
+def prompt_weights(batch: PreferenceBatch) -> jax.Array:
+    """weight_B, 0 where a candidate is only padding."""
+    return batch.weight_B * batch.valid_BK.all(axis=1)
 
 
 def keep_candidates(batch: PreferenceBatch, count: int | None) -> PreferenceBatch:

@@ -26,11 +26,12 @@ from dpo_jax.data.pipeline import BatchIterator
 from dpo_jax.evaluation.generate import Generator
 from dpo_jax.evaluation.report import image_grid, save_png
 from dpo_jax.sharding import replicated, to_devices
-from dpo_jax.training.checkpoint import Checkpoints, read_config, write_config
+from dpo_jax.training.checkpoint import Checkpoints, latest_step, read_config, write_config
 from dpo_jax.training.config import check_same_experiment, resolve
 from dpo_jax.training.experiment import (
     Experiment,
     build,
+    check_data,
     for_sampling,
     make_generator,
     open_model,
@@ -39,7 +40,6 @@ from dpo_jax.training.experiment import (
 )
 from dpo_jax.training.metrics import MetricWriter, ProgressBar
 from dpo_jax.training.step import TrainState, make_eval_step, make_train_step
-from dpo_jax.weights.io import fingerprint
 from dpo_jax.weights.layout import Params
 
 
@@ -47,24 +47,26 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Trains to `config.steps`, continuing what the work directory holds."""
     workdir = epath.Path(workdir)
     derived = resolve(config, device_count=jax.device_count(), process_count=jax.process_count())
+    check_data(config)
     pipeline = open_model(config, workdir)
-    fields = flatten(config) | {"model_fingerprint": fingerprint(pipeline.folder / "unet")}
+    fields = flatten(config) | {"model_fingerprint": pipeline.fingerprint()}
     saved = read_config(workdir)
     if saved is not None:
         check_same_experiment(fields, saved, workdir)
     experiment = build(config, derived, pipeline)
     batches = open_training_batches(experiment)
-    write_config(workdir, fields)
+    state = experiment.initial_state() if latest_step(workdir) is None else None
+    write_config(workdir, fields)  # all that is read has been read
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
-    writer = MetricWriter(workdir)
-    try:
-        restored = checkpoints.restore(experiment.abstract_state())
-        state, position = restored or (experiment.initial_state(), batches.get_state())
+    if state is None:
+        state, position = checkpoints.restore(experiment.abstract_state())
         batches.set_state(position)
-        start = int(state.step)
+    start = int(state.step)
+    writer = MetricWriter(workdir, start)
+    try:
         _announce(experiment, workdir, start)
         if start >= config.steps:
-            print(f"all {config.steps} steps are done; raise --config.steps to train on", flush=True)
+            print(f"all {config.steps} steps are done", flush=True)
         with batches, ProgressBar(config.steps, start) as bar:
             Loop(experiment, workdir, checkpoints, writer, bar).run(state, batches, start)
     finally:
@@ -143,13 +145,14 @@ class Loop:
     def _fetch(self, metrics: Mapping[str, jax.Array], step: int) -> dict[str, float]:
         """Metrics as numbers; stops the run where the loss or the gradient is not finite."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        bad = [name for name in ("train/loss", "train/gradient_norm") if not math.isfinite(values[name])]
+        watched = ("train/loss", "train/gradient_norm", "train/update_norm")
+        bad = [name for name in watched if not math.isfinite(values[name])]
         if bad:
             last = self.checkpoints.latest_step()
             kept = f"step {last} in {self.checkpoints.folder}" if last is not None else "none yet"
             raise ValueError(
                 f"{bad[0]} is {values[bad[0]]} at step {step}; last good checkpoint: {kept}. "
-                "Try a lower optimizer.learning_rate or loss.beta, or dtype=float32"
+                "In a new --workdir, try a lower optimizer.learning_rate or loss.beta, or dtype=float32"
             )
         return values
 
@@ -175,7 +178,8 @@ class Loop:
         with open_validation_batches(experiment) as batches:
             pairs_a_batch = experiment.derived.local_batch_size // self.config.data.accumulation * jax.process_count()
             for batch in itertools.islice(batches, -(-validation.max_pairs // pairs_a_batch)):
-                on_device = self.place(batch)
+                counted = batch.weight_B * (batch.index_B < validation.max_pairs)
+                on_device = self.place(batch._replace(weight_B=counted.astype(np.float32)))
                 for number in range(validation.draws):
                     values, w = jax.device_get(self.eval_step(params, experiment.frozen, on_device, jnp.int32(number)))
                     weight += float(w)

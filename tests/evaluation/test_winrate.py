@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dpo_jax.evaluation.compare import compare, read_prompts
+from dpo_jax.evaluation.compare import compare, judged_samples, read_prompts
 from dpo_jax.evaluation.winrate import win_rate
 
 
@@ -45,14 +45,17 @@ def test_both_models_get_the_same_seeds_and_every_pair_its_own():
         return np.full((len(captions), 32, 32, 3), 200, np.uint8)
 
     prompts = ["a red circle at the top left", "a blue square at the top left"]
-    figures, base, tuned = compare(generate, {"w": 0}, {"w": 1}, prompts, seeds=3, reward="shapes")
+    (base, base_scores), (tuned, scores) = (
+        judged_samples(generate, {"w": w}, prompts, seeds=3, reward="shapes") for w in (0, 1)
+    )
     assert calls[0] == calls[1]
     assert calls[0][0] == [prompts[0]] * 3 + [prompts[1]] * 3
     assert len(set(calls[0][1])) == 6
     assert base.shape == tuned.shape == (2, 3, 32, 32, 3)
-    assert (figures["win_rate"], figures["ties"]) == (0.5, 6)
+    figures = compare(scores, base_scores)
+    assert (figures["win_rate"], figures["ties"], figures["comparisons"]) == (0.5, 6, 6)
     with pytest.raises(ValueError, match="reward 'beauty'"):
-        compare(generate, {}, {}, prompts, seeds=1, reward="beauty")
+        judged_samples(generate, {}, prompts, seeds=1, reward="beauty")
 
 
 def test_prompts_are_the_lines_of_a_file(tmp_path):

@@ -36,7 +36,7 @@ def test_vae_reconstructs_held_out_pictures(pipeline):
     @jax.jit
     def reconstruct(images_NHWC):
         latents_NhwC, _ = pipeline.vae(params, images_NHWC, method="encode")
-        return latents_NhwC * pipeline.vae_scaling_factor, pipeline.vae(params, latents_NhwC, method="decode")
+        return latents_NhwC * pipeline.vae.config.scaling_factor, pipeline.vae(params, latents_NhwC, method="decode")
 
     latents_NhwC, decoded_NHWC = reconstruct(images_NHWC / 127.5 - 1.0)
     pixels_NHWC = (127.5 * np.asarray(decoded_NHWC) + 127.5).round().clip(0, 255).astype(np.uint8)

@@ -157,4 +157,9 @@ def test_statistics_lie_where_their_parameter_lies():
     assert placed[0].mu["big.kernel"].spec == PartitionSpec("fsdp")
     assert placed[0].mu["bias"].spec == PartitionSpec()
     assert placed[0].count.spec == PartitionSpec()
+    conv = {"conv.kernel": ParamSpec((3, 3, 512, 256), (3, 2, 0, 1))}
+    factors = {"row": {"conv.kernel": jax.ShapeDtypeStruct((3, 1, 512, 256), jnp.float32)}}
+    assert state_sharding(mesh, conv, factors)["row"]["conv.kernel"].spec == PartitionSpec(None, None, "fsdp")
+    vector = {"row": {"big.kernel": jax.ShapeDtypeStruct((1, 256), jnp.float32)}}
+    assert state_sharding(mesh, specs, vector)["row"]["big.kernel"].spec == PartitionSpec(None)
     assert param_sharding(mesh, (3, 3, 510, 512)).spec == PartitionSpec(None, None, None, "fsdp")
