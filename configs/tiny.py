@@ -22,7 +22,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.num_workers = 0  # decoding 32-pixel images costs less than a process
     c.optimizer.learning_rate = 1e-4
     c.optimizer.scale_by_batch = False
-    c.optimizer.schedule = "linear"  # to 0: a base that is still moving would gain by any training that slows it down
+    c.optimizer.schedule = "linear"  # to 0: the last steps of a constant rate leave noise in the weights
     c.optimizer.warmup_steps = 10
     c.checkpoint.every = 50
     c.validation.every = 100
@@ -35,10 +35,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         return tiny_variant(c, "sdxl")
     if arg == "base":
         c.loss.name = "sft"
-        c.steps = 265  # stopped while it still has something to learn
+        c.steps = 450  # stopped while it still has something to learn
         c.data.path = "runs/make_tiny/data"
         c.data.batch_size = 64
-        c.optimizer.learning_rate = 2e-3
+        c.optimizer.learning_rate = 7e-4
+        c.optimizer.schedule = "constant_with_warmup"
         c.optimizer.warmup_steps = 50
         return c
     if arg is not None:

@@ -96,4 +96,4 @@ def write_config(workdir: epath.PathLike, flat: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = folder / ".config.json.unfinished"
         unfinished.write_text(json.dumps(flat, indent=2) + "\n")
-        unfinished.rename(folder / "config.json")
+        unfinished.replace(folder / "config.json")

@@ -52,15 +52,18 @@ def test_configs_that_the_test_above_runs_are_all_there_are():
 
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
-    def command(workdir):
-        fields = ["steps=20", "checkpoint.every=10", "validation.every=0", "sample.every=0", "data.random_crop=True"]
+    def command(workdir, steps=20):
+        fields = [f"steps={steps}", "checkpoint.every=10", "validation.every=0", "sample.every=0"]
+        fields += ["data.batch_size=16", "data.random_crop=True"]
         flags = [f"--config.{field}" for field in fields]
         return [sys.executable, "-m", "dpo_jax.train", "--config=configs/sd15.py:tiny", f"--workdir={workdir}", *flags]
 
     subprocess.run(command(tmp_path / "whole"), cwd=ROOT, check=True, capture_output=True)
 
     killed = tmp_path / "killed"
-    process = subprocess.Popen(command(killed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(killed, steps=1000), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 300
     while not (killed / "checkpoints" / "10").exists():
         assert process.poll() is None
@@ -73,7 +76,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
     assert "continuing after step 10" in resumed.stdout
 
     (whole, whole_position), (again, again_position) = state_of(tmp_path / "whole", 20), state_of(killed, 20)
-    assert whole_position == again_position == {"position": 20 * 4}
+    assert whole_position == again_position == {"position": 20 * 16}
     jax.tree.map(np.testing.assert_array_equal, whole, again)
     assert int(whole["step"]) == 20
 
