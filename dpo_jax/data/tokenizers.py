@@ -1,10 +1,13 @@
 """Captions to token ids, by the tokenizers of a diffusers folder."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch, at every start
 from transformers import CLIPTokenizer
 
 
