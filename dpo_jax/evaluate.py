@@ -20,7 +20,6 @@ REWARD = flags.DEFINE_string("reward", None, "Judge; one of dpo_jax.rewards.REWA
 SEEDS = flags.DEFINE_integer("seeds", 20, "Images of each prompt and model.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images sampled at a time.", lower_bound=1)
 GRID_ROWS = flags.DEFINE_integer("grid_rows", 8, "Prompts shown in the grid.", lower_bound=1)
-
 SINCE = flags.DEFINE_float("since", None, "Unix time that `seconds` counts from; by default this command's start.")
 
 

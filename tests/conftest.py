@@ -14,7 +14,6 @@ import pytest
 import torch
 from ml_collections import ConfigDict
 
-import dpo_jax  # noqa: F401  sets XLA_FLAGS before JAX starts
 from dpo_jax.cli import load_config
 
 ROOT = Path(__file__).parents[1]
