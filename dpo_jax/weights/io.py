@@ -1,11 +1,14 @@
-"""Reading one component's folder (`unet/`, `vae/`, `text_encoder/`) into parameters, and writing it back.
+"""Reading one component (`unet/`, `vae/`, `text_encoder/`) into parameters, and writing it back.
 
-Reads what people hold: safetensors, sharded or of the `fp16` variant, and legacy Flax msgpack. Writes what everybody
-reads: PyTorch-layout safetensors with diffusers' file names. Pickles (.bin, .ckpt) are refused: opening one runs code.
+Reads what people hold: a folder of safetensors, sharded or of the `fp16` variant, or of legacy Flax msgpack, or one
+file that holds the whole model in the original layout. Writes what everybody reads: PyTorch-layout safetensors with
+diffusers' file names. Pickles (.bin, .ckpt) are refused: opening one runs code.
 """
 
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -14,10 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
-from flax import serialization
 from jax.typing import DTypeLike
 
-from dpo_jax.weights import safetensors_file
+from dpo_jax.weights import flax_msgpack, original, safetensors_file
 from dpo_jax.weights.layout import (
     Params,
     ParamSpec,
@@ -29,6 +31,7 @@ from dpo_jax.weights.layout import (
     torch_aliases,
     torch_name,
 )
+from dpo_jax.weights.mapped_file import fetch
 
 Sharding = Callable[[str, ParamSpec], jax.sharding.Sharding]
 
@@ -45,48 +48,73 @@ SAFETENSORS = (  # in order of preference; the index of a sharded checkpoint nam
 LEGACY_FLAX = ("diffusion_flax_model.msgpack", "flax_model.msgpack")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
+CONVERT_PICKLE = (
+    'opening a pickle can run code; if you trust it, convert it once in PyTorch: python -c "import diffusers; '
+    "diffusers.DiffusionPipeline.from_pretrained('FOLDER').save_pretrained('NEW_FOLDER')\" (one .ckpt file: "
+    "diffusers.StableDiffusionPipeline.from_single_file('FILE'))"
+)
+
 # Stored beside the parameters by some versions of transformers, and no part of the computation here.
 HARMLESS = ("text_model.embeddings.position_ids", "embeddings.position_ids", "logit_scale")
 
 MAX_SHARD_BYTES = 10 * 10**9  # diffusers' own default
 
 
-class _Checkpoint(NamedTuple):
+class _Stored(NamedTuple):
     arrays: dict[str, np.ndarray]
+    """Views of what is on disk, by the names that the file gives them."""
     aliases: Callable[[str], list[str]]
     """Our name to the names it may have in `arrays`."""
     convert: Callable[[np.ndarray, ParamSpec], np.ndarray]
     """A stored array to our layout; raises ValueError where the shape differs."""
 
 
-def load_params(folder: epath.PathLike, specs: Specs, *, dtype: DTypeLike, sharding: Sharding | None = None) -> Params:
-    """The parameters that `specs` names, read from `folder`, cast to `dtype` and placed tensor by tensor.
+def load_params(
+    path: epath.PathLike, specs: Specs, *, dtype: DTypeLike, sharding: Sharding | None = None, prefix: str = ""
+) -> Params:
+    """The parameters that `specs` names, read from `path`, cast to `dtype` and placed tensor by tensor.
 
     With `sharding` (name, spec -> placement) each process reads from disk only the slices its devices hold; without,
-    everything goes to the default device. Raises one ValueError that lists all missing, unexpected and misshapen names.
+    everything goes to the default device. `path`, `prefix` and errors: see `read_params`.
     """
-    folder = epath.Path(folder)
-    checkpoint = _open(folder)
+    stored = read_params(path, specs, prefix=prefix)
+    return {name: _place(array, dtype, sharding and sharding(name, specs[name])) for name, array in stored.items()}
+
+
+def read_params(path: epath.PathLike, specs: Specs, *, prefix: str = "") -> dict[str, np.ndarray]:
+    """The parameters that `specs` names as they are stored, in our layout: views of the files, nothing is read yet.
+
+    `path` is a component's folder, or a single file in which the component's names begin with `prefix`. Raises one
+    ValueError that lists all missing, unexpected and misshapen names.
+    """
+    path = epath.Path(path)
+    stored = _open_folder(path) if path.is_dir() else _open_file(path, specs, prefix)
     found, missing, misshapen = {}, [], []
-    unused = set(checkpoint.arrays) - set(HARMLESS)
+    unused = set(stored.arrays) - set(HARMLESS)
     for name, spec in specs.items():
-        stored = next((alias for alias in checkpoint.aliases(name) if alias in unused), None)
-        if stored is None:
-            missing.append(checkpoint.aliases(name)[0])
+        key = next((alias for alias in stored.aliases(name) if alias in unused), None)
+        if key is None:
+            missing.append(stored.aliases(name)[0])
             continue
-        unused.remove(stored)
+        unused.remove(key)
         try:
-            found[name] = checkpoint.convert(checkpoint.arrays[stored], spec)
+            found[name] = stored.convert(stored.arrays[key], spec)
         except ValueError as error:
-            misshapen.append(f"{stored} ({error})")
+            misshapen.append(f"{key} ({error})")
     problems = [
-        _first_several(names, kind)
+        first_several(names, kind)
         for kind, names in (("missing", missing), ("unexpected", sorted(unused)), ("misshapen", misshapen))
         if names
     ]
     if problems:
-        raise ValueError(f"{folder} does not hold the model that its config.json describes: {'; '.join(problems)}")
-    return {name: _place(array, dtype, sharding and sharding(name, specs[name])) for name, array in found.items()}
+        raise ValueError(f"{path} does not hold the model that its config.json describes: {'; '.join(problems)}")
+    return found
+
+
+def tensor_names(file: epath.Path) -> set[str]:
+    """The names of what a single file holds. Raises ValueError for a pickle or a damaged file."""
+    _refuse_pickle(file)
+    return set(safetensors_file.read(file))
 
 
 def save_component(
@@ -95,16 +123,18 @@ def save_component(
     params: Mapping[str, jax.Array | np.ndarray],
     specs: Specs,
     *,
-    dtype: DTypeLike,
+    dtype: DTypeLike | None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    card: str | None = None,
 ) -> None:
     """Writes `config.json` and the parameters as diffusers (or transformers) would, all of it or nothing.
 
-    Parameters are brought to the host one at a time. Raises ValueError if `folder` exists and is not empty.
+    Parameters are brought to the host one at a time. A `dtype` of None keeps each one's own; `card` becomes README.md.
+    Raises ValueError if `folder` exists and is not empty.
     """
-    dtype = np.dtype(dtype)
     stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
-    shards = _shards(specs, dtype.itemsize, max_shard_bytes)
+    dtypes = {name: np.dtype(dtype or params[name].dtype) for name in specs}
+    shards = _shards(specs, dtypes, max_shard_bytes)
     files = (
         [f"{stem}.safetensors"]
         if len(shards) == 1
@@ -112,33 +142,43 @@ def save_component(
     )
     with new_folder(folder) as target:
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if card is not None:
+            (target / "README.md").write_text(card)
         for file, names in zip(files, shards, strict=True):
-            header = {torch_name(name): (specs[name].torch_shape, dtype) for name in names}
+            header = {torch_name(name): (specs[name].torch_shape, dtypes[name]) for name in names}
             tensors = (
-                (torch_name(name), to_torch(np.asarray(params[name]), specs[name]).astype(dtype)) for name in names
+                (torch_name(name), to_torch(fetch(params[name]), specs[name]).astype(dtypes[name])) for name in names
             )
             safetensors_file.write(target / file, tensors, header)
         if len(shards) > 1:
-            total = sum(math.prod(spec.shape) for spec in specs.values()) * dtype.itemsize
+            total = sum(math.prod(spec.shape) * dtypes[name].itemsize for name, spec in specs.items())
             weight_map = {torch_name(name): file for file, names in zip(files, shards, strict=True) for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (target / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def fingerprint(folder: epath.PathLike, *, places: int = 64, chunk: int = 2**14) -> str:
-    """A digest of a component's weight files that another model's would not have: names, sizes, and `places` evenly
-    spaced chunks of each, so that 10 GB take no longer than 10 MB."""
+def fingerprint(path: epath.PathLike, *, places: int = 64, chunk: int = 2**14) -> str:
+    """A digest of a component's weight files (or of one file) that another model's would not have: names, sizes, and
+    `places` evenly spaced chunks of each, so that 10 GB take no longer than 10 MB."""
     digest = hashlib.sha256()
-    for path in sorted(epath.Path(folder).iterdir()):
-        if path.suffix not in (".safetensors", ".msgpack"):
+    path = epath.Path(path)
+    for weights in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if weights.suffix not in (".safetensors", ".msgpack"):
             continue
-        size = path.stat().length
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
+        size = weights.stat().length
+        digest.update(f"{weights.name} {size}".encode())
+        with weights.open("rb") as file:
             for place in range(places):
                 file.seek(place * max(size - chunk, 0) // max(places - 1, 1))
                 digest.update(file.read(chunk))
     return digest.hexdigest()
+
+
+def first_several(names: list[str], kind: str, several: int = 5) -> str:
+    """ "12 missing: a, b, c, d, e and 7 more", for errors; names given twice are told once."""
+    names = list(dict.fromkeys(names))
+    more = f" and {len(names) - several} more" if len(names) > several else ""
+    return f"{len(names)} {kind}: {', '.join(names[:several])}{more}"
 
 
 @contextlib.contextmanager
@@ -164,22 +204,29 @@ def new_folder(folder: epath.PathLike) -> Iterator[epath.Path]:
         raise
 
 
-def _open(folder: epath.Path) -> _Checkpoint:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}; a diffusers model folder keeps each component in one of its own")
+def _open_file(path: epath.Path, specs: Specs, prefix: str) -> _Stored:
+    if not path.exists():
+        raise FileNotFoundError(f"no folder {path}; a diffusers model folder keeps each component in one of its own")
+    _refuse_pickle(path)
+    return _Stored(original.read(path, specs, prefix), torch_aliases, from_torch)
+
+
+def _refuse_pickle(file: epath.Path) -> None:
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{file} is no .safetensors file; {CONVERT_PICKLE}")
+
+
+def _open_folder(folder: epath.Path) -> _Stored:
     names = {path.name for path in folder.iterdir()}
     for name in SAFETENSORS:
         if name in names:
-            return _Checkpoint(_read_safetensors(folder, name), torch_aliases, from_torch)
+            return _Stored(_read_safetensors(folder, name), torch_aliases, from_torch)
     for name in LEGACY_FLAX:
         if name in names:
-            return _Checkpoint(_read_legacy_flax(folder / name), flax_aliases, from_flax)
+            return _Stored(flax_msgpack.read(folder / name), flax_aliases, from_flax)
     pickles = sorted(name for name in names if name.endswith(PICKLES))
     if pickles:
-        raise ValueError(
-            f"{folder} holds only pickled weights ({', '.join(pickles)}), and opening a pickle can run code; if you "
-            "trust them, convert them once in PyTorch with from_pretrained(...).save_pretrained(...)"
-        )
+        raise ValueError(f"{folder} holds only pickled weights ({', '.join(pickles)}); {CONVERT_PICKLE}")
     raise FileNotFoundError(f"no weights in {folder}; looked for {', '.join(SAFETENSORS + LEGACY_FLAX)}")
 
 
@@ -193,33 +240,27 @@ def _read_safetensors(folder: epath.Path, name: str) -> dict[str, np.ndarray]:
     return {key: array for file in files for key, array in safetensors_file.read(folder / file).items()}
 
 
-def _read_legacy_flax(path: epath.Path) -> dict[str, np.ndarray]:
-    """The arrays of a Flax msgpack by dotted path; big arrays stored in chunks come back whole."""
-    try:
-        tree = serialization.msgpack_restore(path.read_bytes())
-    except Exception as error:  # msgpack raises many kinds for damaged input
-        raise ValueError(f"{path} is truncated or no Flax msgpack; copy it again") from error
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {".".join(key.key for key in path): np.asarray(array) for path, array in leaves}
-
-
-def _first_several(names: list[str], kind: str, several: int = 5) -> str:
-    more = f" and {len(names) - several} more" if len(names) > several else ""
-    return f"{len(names)} {kind}: {', '.join(names[:several])}{more}"
-
-
 def _place(array: np.ndarray, dtype: DTypeLike, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """The stored array on its devices. Each part is read once, also where several devices here hold copies of it."""
+
+    @functools.cache
+    def part(*bounds: tuple[int | None, int | None]) -> np.ndarray:
+        view = array[tuple(itertools.starmap(slice, bounds))]
+        return np.array(fetch(view), dtype, order="C")
+
     if sharding is None:
-        return jax.device_put(np.array(array, dtype, order="C"))
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: np.array(array[index], dtype, order="C"))
+        return jax.device_put(part())
+    return jax.make_array_from_callback(
+        array.shape, sharding, lambda index: part(*((axis.start, axis.stop) for axis in index or ()))
+    )
 
 
-def _shards(specs: Specs, itemsize: int, max_shard_bytes: int) -> list[list[str]]:
+def _shards(specs: Specs, dtypes: Mapping[str, np.dtype], max_shard_bytes: int) -> list[list[str]]:
     """Names in order, cut where the next parameter would make a file larger than `max_shard_bytes`."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, spec in specs.items():
-        bytes_here = math.prod(spec.shape) * itemsize
+        bytes_here = math.prod(spec.shape) * dtypes[name].itemsize
         if shards[-1] and size + bytes_here > max_shard_bytes:
             shards.append([])
             size = 0

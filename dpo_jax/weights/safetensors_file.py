@@ -13,6 +13,8 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from dpo_jax.weights.mapped_file import open_bytes
+
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -23,34 +25,38 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+METADATA = "__metadata__"
 
 
 def read(path: epath.Path) -> dict[str, np.ndarray]:
     """Every tensor of a file as a read-only view. Raises ValueError for a truncated or damaged file, before any use."""
-    data = _bytes_of(path)
-    header_end = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    try:
-        if header_end > len(data):
-            raise ValueError("the header ends after the file")
-        header = json.loads(data[8:header_end].tobytes())
-        header.pop("__metadata__", None)
-        ends = [info["data_offsets"][1] for info in header.values()]
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path} is truncated or no safetensors file: no header; copy it again") from error
-    expected = header_end + max(ends, default=0)
-    if len(data) != expected:
-        raise ValueError(f"{path} is truncated or damaged: {len(data)} bytes instead of {expected}; copy it again")
-    return {name: _view(data[header_end:], name, info, path) for name, info in header.items()}
+    data = open_bytes(path)
+    header, header_end = _header(data, path)
+    return {name: _view(data[header_end:], name, info, path) for name, info in header.items() if name != METADATA}
 
 
-def write(path: epath.Path, tensors: Iterable[tuple[str, np.ndarray]], header: Mapping[str, tuple]) -> None:
-    """Writes `tensors`, consumed one at a time; `header` gives name -> (shape, dtype) in the same order."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    entries: dict = {"__metadata__": {"format": "pt"}}
+def read_metadata(path: epath.Path) -> dict[str, str]:
+    """What the file says about itself. Raises ValueError for a truncated or damaged file."""
+    header, _ = _header(open_bytes(path), path)
+    return header.get(METADATA, {})
+
+
+def write(
+    path: epath.Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    header: Mapping[str, tuple],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes `tensors`, consumed one at a time; `header` gives name -> (shape, dtype) in the same order.
+
+    `metadata` is what the file says about itself, beside being PyTorch's.
+    """
+    dtype_names = {dtype: name for name, dtype in DTYPES.items()}
+    entries: dict = {METADATA: {"format": "pt"} | dict(metadata or {})}
     start = 0
     for name, (shape, dtype) in header.items():
         end = start + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        entries[name] = {"dtype": dtype_names[dtype], "shape": list(shape), "data_offsets": [start, end]}
         start = end
     encoded = json.dumps(entries).encode()
     encoded += b" " * (-len(encoded) % 8)
@@ -61,11 +67,20 @@ def write(path: epath.Path, tensors: Iterable[tuple[str, np.ndarray]], header: M
             file.write(tensor.tobytes())
 
 
-def _bytes_of(path: epath.Path) -> np.ndarray:
-    """The file's bytes: mapped where the file system can, downloaded from a bucket."""
-    if path.as_posix().startswith("gs:/"):
-        return np.frombuffer(path.read_bytes(), np.uint8)
-    return np.memmap(path, np.uint8, mode="r") if path.stat().length else np.zeros(0, np.uint8)
+def _header(data: np.ndarray, path: epath.Path) -> tuple[dict, int]:
+    """The file's header, and where its tensors begin."""
+    header_end = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    try:
+        if header_end > len(data):
+            raise ValueError("the header ends after the file")
+        header = json.loads(data[8:header_end].tobytes())
+        ends = [info["data_offsets"][1] for name, info in header.items() if name != METADATA]
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{path} is truncated or no safetensors file: no header; copy it again") from error
+    expected = header_end + max(ends, default=0)
+    if len(data) != expected:
+        raise ValueError(f"{path} is truncated or damaged: {len(data)} bytes instead of {expected}; copy it again")
+    return header, header_end
 
 
 def _view(data: np.ndarray, name: str, info: dict, path: epath.Path) -> np.ndarray:

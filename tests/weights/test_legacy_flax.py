@@ -16,8 +16,9 @@ from flax import serialization
 from dpo_jax.batch import Conditioning
 from dpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from dpo_jax.models.network import Network
-from dpo_jax.models.pipeline import load_pipeline, save_pipeline
+from dpo_jax.models.pipeline import load_pipeline
 from dpo_jax.models.random_model import write_random_model
+from dpo_jax.models.save import save_pipeline
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.models.vae import AutoencoderKL, VAEConfig
@@ -138,6 +139,7 @@ def test_save_pipeline_converts_a_legacy_folder(legacy: Path, tmp_path: Path) ->
         shutil.rmtree(base / name)
         shutil.copytree(legacy / name, base / name)
     (base / "safety_checker").mkdir()
+    (base / "safety_checker" / "config.json").write_text("{}")
     (base / "safety_checker" / "flax_model.msgpack").write_bytes(b"no model of ours")
     index = json.loads((base / "model_index.json").read_text())
     for name, library in (("unet", "diffusers"), ("vae", "diffusers"), ("text_encoder", "transformers")):
@@ -147,9 +149,9 @@ def test_save_pipeline_converts_a_legacy_folder(legacy: Path, tmp_path: Path) ->
     (base / "model_index.json").write_text(json.dumps(index))
 
     pipeline = load_pipeline(base, dtype="float32")
-    save_pipeline(pipeline, tmp_path / "tuned", pipeline.load("unet", dtype="float32"), dtype="float32")
+    save_pipeline(pipeline, tmp_path / "tuned", pipeline.read("unet"), dtype=None, card="")
     oracle = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "tuned")
     twin = json.loads((HERE / "twin.json").read_text())
     for name in ("unet", "vae", "text_encoder"):
-        stored = {digest_of(tensor.numpy()) for tensor in getattr(oracle, name).state_dict().values()}
+        stored = {digest_of(tensor.float().numpy()) for tensor in getattr(oracle, name).state_dict().values()}
         assert stored == {digest for _, digest in twin[name].values()}

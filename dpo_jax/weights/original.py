@@ -1,0 +1,224 @@
+"""The original layout: one file for the whole model, as `v1-5-pruned.safetensors` and `sd_xl_base_1.0.safetensors` are.
+
+Each component's names begin with a prefix of its own. Behind it, UNet and VAE have the names of CompVis' `ldm` and
+Stability's `sgm`, CLIP-L those of transformers, and the text encoders of SD2 and SDXL those of OpenCLIP.
+
+Names map from ours outward here too: a table holds the beginnings of names that differ, and the longest that fits is
+replaced. What depends on the model's size, as how many layers a level has, is counted in its names.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+import jax
+import numpy as np
+from etils import epath
+from jax.typing import DTypeLike
+
+from dpo_jax.weights import safetensors_file
+from dpo_jax.weights.layout import Specs, to_torch, torch_name
+from dpo_jax.weights.mapped_file import fetch
+
+UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+OPENCLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "self_attn.q_proj.weight": "attn.in_proj_weight",
+    "self_attn.k_proj.weight": "attn.in_proj_weight",
+    "self_attn.v_proj.weight": "attn.in_proj_weight",
+    "self_attn.q_proj.bias": "attn.in_proj_bias",
+    "self_attn.k_proj.bias": "attn.in_proj_bias",
+    "self_attn.v_proj.bias": "attn.in_proj_bias",
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+# What files hold beside the networks: the rest of OpenCLIP, and what training a VAE left behind.
+NO_PART = re.compile(r"^(logit_scale|attn_mask|text_projection)$|\bposition_ids$|^(loss|model_ema)\.")
+
+
+def read(path: epath.Path, specs: Specs, prefix: str) -> dict[str, np.ndarray]:
+    """The arrays of one component, by the names that PyTorch diffusers and transformers give them; views of the file.
+
+    `prefix` is what the component's names begin with; in a file that holds no such name all of it is the component.
+    What is no part of the network is left out, also the last layer of SD2's text encoder, which diffusers' folders
+    drop. Any other array whose name is no original one comes back as it is called: it may have today's name already.
+    """
+    stored = safetensors_file.read(path)
+    arrays = {name.removeprefix(prefix): array for name, array in stored.items() if name.startswith(prefix)} or stored
+    originals = _original_names(specs)
+    theirs = set(originals.values())
+    found = {name: _from_original(name, arrays[of]) for name, of in originals.items() if of in arrays}
+    dropped_layer = f"transformer.resblocks.{_count(originals, 'text_model.encoder.layers')}."
+    others = {
+        name: array
+        for name, array in arrays.items()
+        if name not in theirs and not NO_PART.search(name) and not name.startswith(dropped_layer)
+    }
+    return others | found
+
+
+def write(
+    path: epath.Path,
+    components: Mapping[str, tuple[Mapping[str, jax.Array | np.ndarray], Specs]],
+    *,
+    dtype: DTypeLike | None,
+) -> None:
+    """Writes one file of several components, each given by its prefix as parameters and specs, tensor by tensor.
+
+    A `dtype` of None keeps each tensor's own. The last layer of SD2's text encoder is not there to be written. ComfyUI
+    prints that it misses it, but nobody uses it: diffusers ignores it, and web UIs take the output of the one before.
+    """
+    sources: dict[str, list] = {}
+    for prefix, (params, specs) in components.items():
+        # The original holds CLIP-L as transformers' own model, and says so at the end of the prefix.
+        is_transformers = prefix.endswith(".transformer.")
+        originals = {name: name for name in map(torch_name, specs)} if is_transformers else _original_names(specs)
+        for name in specs:
+            sources.setdefault(prefix + originals[torch_name(name)], []).append((params, name, specs[name]))
+    header = {}
+    for original, parts in sources.items():
+        parts.sort(key=lambda part: _third(part[1]))
+        # Arrays of the right shape that take no memory.
+        shape = _to_original(original, [np.broadcast_to(np.int8(0), spec.torch_shape) for _, _, spec in parts]).shape
+        params, name, _ = parts[0]
+        header[original] = (shape, np.dtype(dtype or params[name].dtype))
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for original, parts in sources.items():
+            arrays = [to_torch(fetch(params[name]), spec) for params, name, spec in parts]
+            yield original, _to_original(original, arrays).astype(header[original][1])
+
+    safetensors_file.write(path, tensors(), header)
+
+
+def unet_module_names(specs: Iterable[str]) -> dict[str, str]:
+    """The original name of each of a UNet's layers by ours; `specs` are the names of all of its parameters."""
+    return {ours.rpartition(".")[0]: of.rpartition(".")[0] for ours, of in unet_names(specs).items()}
+
+
+def unet_names(names: Iterable[str]) -> dict[str, str]:
+    """The original name of each parameter of a UNet by the name that PyTorch gives it; `names` are all of ours."""
+    names = [torch_name(name) for name in names]
+    table = {
+        "conv_in": "input_blocks.0.0",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
+        "mid_block.attentions.0": "middle_block.1",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+    }
+    resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
+    # The original counts the layers of all levels in one row, a downsampler as one of its own.
+    place = 1
+    for level in range(_count(names, "down_blocks")):
+        block = f"down_blocks.{level}"
+        for layer in range(_count(names, f"{block}.resnets")):
+            resnets[f"{block}.resnets.{layer}"] = f"input_blocks.{place}.0"
+            table[f"{block}.attentions.{layer}"] = f"input_blocks.{place}.1"
+            place += 1
+        table[f"{block}.downsamplers.0.conv"] = f"input_blocks.{place}.0.op"
+        place += 1
+    place = 0
+    for level in range(_count(names, "up_blocks")):
+        block = f"up_blocks.{level}"
+        for layer in range(_count(names, f"{block}.resnets")):
+            resnets[f"{block}.resnets.{layer}"] = f"output_blocks.{place}.0"
+            table[f"{block}.attentions.{layer}"] = f"output_blocks.{place}.1"
+            place += 1
+        # Behind the level's last layer, which is a resnet and perhaps its attention.
+        after = 2 if _count(names, f"{block}.attentions") else 1
+        table[f"{block}.upsamplers.0.conv"] = f"output_blocks.{place - 1}.{after}.conv"
+    table |= {f"{ours}.{part}": f"{of}.{name}" for ours, of in resnets.items() for part, name in UNET_RESNET.items()}
+    return {name: _renamed(name, table) for name in names}
+
+
+def vae_names(names: Iterable[str]) -> dict[str, str]:
+    """As `unet_names`, of a VAE."""
+    names = [torch_name(name) for name in names]
+    table = {}
+    for half in ("encoder", "decoder"):
+        table[f"{half}.conv_norm_out"] = f"{half}.norm_out"
+        table[f"{half}.mid_block.resnets.0"] = f"{half}.mid.block_1"
+        table[f"{half}.mid_block.resnets.1"] = f"{half}.mid.block_2"
+        for part, name in VAE_ATTENTION.items():
+            table[f"{half}.mid_block.attentions.0.{part}"] = f"{half}.mid.attn_1.{name}"
+    levels = _count(names, "encoder.down_blocks")
+    for level in range(levels):
+        table[f"encoder.down_blocks.{level}.resnets"] = f"encoder.down.{level}.block"
+        table[f"encoder.down_blocks.{level}.downsamplers.0"] = f"encoder.down.{level}.downsample"
+        # The original counts the decoder's levels by resolution, so that it ends with 0.
+        table[f"decoder.up_blocks.{level}.resnets"] = f"decoder.up.{levels - 1 - level}.block"
+        table[f"decoder.up_blocks.{level}.upsamplers.0"] = f"decoder.up.{levels - 1 - level}.upsample"
+    return {name: _renamed(name, table).replace("conv_shortcut", "nin_shortcut") for name in names}
+
+
+def openclip_names(names: Iterable[str]) -> dict[str, str]:
+    """As `unet_names`, of a text encoder; queries, keys and values share a name and follow each other in one tensor."""
+    names = [torch_name(name) for name in names]
+    table = {
+        "text_model.embeddings.token_embedding": "token_embedding",
+        "text_model.embeddings.position_embedding.weight": "positional_embedding",
+        "text_model.final_layer_norm": "ln_final",
+        "text_projection.weight": "text_projection",
+    }
+    for layer in range(_count(names, "text_model.encoder.layers")):
+        for part, name in OPENCLIP_LAYER.items():
+            table[f"text_model.encoder.layers.{layer}.{part}"] = f"transformer.resblocks.{layer}.{name}"
+    return {name: _renamed(name, table) for name in names}
+
+
+def _original_names(names: Iterable[str]) -> dict[str, str]:
+    """The same of whichever component's parameters these are."""
+    parts = {name.split(".")[0] for name in names}
+    return (openclip_names if "text_model" in parts else vae_names if "decoder" in parts else unet_names)(names)
+
+
+def _renamed(name: str, table: Mapping[str, str]) -> str:
+    """`name` with the longest of its beginnings that is in `table` replaced."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        beginning = ".".join(parts[:end])
+        if beginning in table:
+            return ".".join([table[beginning], *parts[end:]])
+    return name
+
+
+def _count(names: Iterable[str], of: str) -> int:
+    """How many items the list of layers called `of` has."""
+    return len({name.removeprefix(f"{of}.").split(".")[0] for name in names if name.startswith(f"{of}.")})
+
+
+def _third(name: str) -> int:
+    """Which third of OpenCLIP's joint projection a parameter is; 0 if it is none."""
+    return next((third for third, layer in enumerate(("q_proj", "k_proj", "v_proj")) if f".{layer}." in name), 0)
+
+
+def _from_original(name: str, array: np.ndarray) -> np.ndarray:
+    """What PyTorch calls `name` today, as a view of the tensor that holds it in the original."""
+    if re.search(r"\.[qkv]_proj\.", name):
+        return np.array_split(array, 3)[_third(name)]
+    return array.T if name == "text_projection.weight" else array
+
+
+def _to_original(original: str, arrays: list[np.ndarray]) -> np.ndarray:
+    """The tensor that the original stores: one of today's, or three of them joined."""
+    if len(arrays) > 1:
+        return np.concatenate(arrays)
+    (array,) = arrays
+    if original.endswith("text_projection"):
+        return array.T
+    if re.search(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$", original):  # convolutions of size 1
+        return array[:, :, None, None]
+    return array
