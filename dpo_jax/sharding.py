@@ -4,6 +4,7 @@ Two axes: `data` holds copies of the model, `fsdp` splits every large parameter;
 inserts the collectives (GSPMD), so the same step runs on one device and on a pod.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -43,21 +44,25 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def param_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Splits the largest axis that the fsdp axis divides; small parameters are copied."""
+def param_sharding(mesh: Mesh, spec: ParamSpec) -> NamedSharding:
+    """Splits one axis that the fsdp axis divides: PyTorch's first, or else the largest. Small parameters are copied.
+
+    A part of PyTorch's first axis is one piece of a safetensors file, so a process can read its share and no more. In
+    legacy Flax files the same part lies in strips all over the tensor, and each process reads all of it.
+    """
     fsdp = mesh.shape["fsdp"]
-    if fsdp == 1 or np.prod(shape, dtype=np.int64) < SMALL:
+    if fsdp == 1 or math.prod(spec.shape) < SMALL:
         return replicated(mesh)
-    divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
-    if not divisible:
-        return replicated(mesh)
-    axis = max(divisible, key=lambda axis: shape[axis])
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "fsdp"))
+    by_size = sorted(range(len(spec.shape)), key=lambda axis: -spec.shape[axis])
+    for axis in (spec.torch_axes[0], *by_size):
+        if spec.shape[axis] % fsdp == 0:
+            return NamedSharding(mesh, PartitionSpec(*[None] * axis, "fsdp"))
+    return replicated(mesh)
 
 
 def placement(mesh: Mesh) -> Callable[[str, ParamSpec], NamedSharding]:
     """`param_sharding` in the form that loading weights asks for."""
-    return lambda name, spec: param_sharding(mesh, spec.shape)
+    return lambda name, spec: param_sharding(mesh, spec)
 
 
 def state_sharding(mesh: Mesh, specs: Specs, state: Any) -> Any:
@@ -71,7 +76,7 @@ def state_sharding(mesh: Mesh, specs: Specs, state: Any) -> Any:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in specs]
         if not names or leaf.ndim != len(specs[names[-1]].shape):
             return replicated(mesh)
-        axes = param_sharding(mesh, specs[names[-1]].shape).spec
+        axes = param_sharding(mesh, specs[names[-1]]).spec
         kept = [axis if size > 1 else None for axis, size in zip(axes, leaf.shape, strict=False)]
         return NamedSharding(mesh, PartitionSpec(*kept))
 

@@ -1,0 +1,204 @@
+"""Weights go from disk straight to their place: what loading the full SDXL UNet costs in memory and in bytes read.
+
+  python benchmarks/loading.py --json=loading.json
+
+Writes the UNet with random float16 weights, 5.1 GB, to a temporary folder, as safetensors and then as legacy Flax
+msgpack, and loads each into one process of one device, and into two processes of two devices each, of which every one
+holds a quarter (mesh.fsdp=4). Each process reads a copy of its own, as if on a machine of its own. Needs 12 GB of
+memory and, in the temporary folder (TMPDIR), of disk; some seven minutes on two CPU cores. The last result is committed
+beside this file. Of each process it reports
+
+  held      bytes of weights on its devices
+  peak      anonymous memory (RssAnon of /proc/self/status, every 10 ms) above what it was before; a file's pages, which
+            the kernel drops when it likes, don't count
+  share     bytes of the file that hold its part of the weights
+  read      bytes that the disk delivered on its behalf (read_bytes of /proc/self/io); the file is evicted from the page
+            cache first
+"""
+
+import json
+import multiprocessing
+import os
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import msgpack
+import numpy as np
+from absl import flags
+from etils import epath
+from flax import serialization, traverse_util
+
+from dpo_jax import cli
+from dpo_jax.models.network import Network
+from dpo_jax.models.unet import UNet2DConditionModel
+from dpo_jax.models.unet_config import UNetConfig
+from dpo_jax.sharding import make_mesh, placement
+from dpo_jax.weights import safetensors_file
+from dpo_jax.weights.io import load_params
+from dpo_jax.weights.layout import Specs, flax_aliases, torch_name
+
+ROOT = Path(__file__).parents[1]
+
+CONFIG = flags.DEFINE_string("config", f"{ROOT}/tests/models/configs/unet_sdxl.json", "The UNet's config.json.")
+TINY = flags.DEFINE_bool("tiny", False, "A narrow UNet of 37 MB, to see that everything runs.")
+JSON = flags.DEFINE_string("json", None, "File for the figures.")
+
+NARROW = {
+    "block_out_channels": [64, 128, 256],
+    "attention_head_dim": [1, 2, 4],
+    "transformer_layers_per_block": [1, 1, 1],
+}
+CASES = (  # processes, devices of each, dtype
+    (1, 1, "bfloat16"),
+    (1, 1, "float32"),
+    (2, 2, "bfloat16"),
+)
+
+
+def main() -> None:
+    config = json.loads(Path(CONFIG.value).read_text()) | (NARROW if TINY.value else {})
+    specs = unet_specs(config)
+    results = []
+    for layout, write in (("safetensors", write_safetensors), ("flax msgpack", write_flax)):
+        with tempfile.TemporaryDirectory() as root:
+            folders = [Path(root, str(copy)) for copy in range(max(processes for processes, _, _ in CASES))]
+            for folder in folders:
+                folder.mkdir()
+                write(folder, specs)
+            for processes, devices, dtype in CASES:
+                case = {"file": layout, "processes": processes, "devices": devices, "dtype": dtype}
+                for figures in run(folders[:processes], specs, devices, dtype):
+                    results.append({**case, **figures})
+                    print(line(results[-1]), flush=True)
+    if JSON.value:
+        Path(JSON.value).write_text(json.dumps(results, indent=2) + "\n")
+
+
+def run(folders: list[Path], specs: Specs, devices: int, dtype: str) -> list[dict[str, Any]]:
+    """The figures of fresh processes, one for each folder, that load the UNet together."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    with ProcessPoolExecutor(len(folders), mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [
+            pool.submit(load, folder, specs, devices, dtype, (address, len(folders), index))
+            for index, folder in enumerate(folders)
+        ]
+        return [future.result() for future in futures]
+
+
+def load(folder: Path, specs: Specs, devices: int, dtype: str, job: tuple[str, int, int]) -> dict[str, Any]:
+    """What one process measures while it loads its part; `job` is an address, the number of processes, and its own."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+    jax.distributed.initialize(*job)
+    sharding = placement(make_mesh(data=1, fsdp=-1))
+    evict(folder)
+    read_before, started = proc("io", "read_bytes"), time.time()
+    with PeakMemory() as memory:
+        params = load_params(folder, specs, dtype=dtype, sharding=sharding)
+        jax.block_until_ready(params)
+    shards = [shard for param in params.values() for shard in param.addressable_shards]
+    parts = {(name, str(shard.index)): shard for name, param in params.items() for shard in param.addressable_shards}
+    held = sum(shard.data.nbytes for shard in shards)
+    share = sum(shard.data.size for shard in parts.values()) * np.dtype(np.float16).itemsize
+    read = proc("io", "read_bytes") - read_before
+    return {
+        "seconds": round(time.time() - started, 1),
+        "held_bytes": held,
+        "memory_before": memory.before,
+        "peak_bytes": memory.peak - memory.before,
+        "peak_over_held": round((memory.peak - memory.before) / held, 3),
+        "share_bytes": share,
+        "read_bytes": read,
+        "read_over_share": round(read / share, 3),
+    }
+
+
+class PeakMemory:
+    """The largest anonymous memory of this process inside the block."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.before = self.peak = proc("status", "RssAnon")
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+    def watch(self) -> None:
+        while not self.done.wait(0.01):
+            self.peak = max(self.peak, proc("status", "RssAnon"))
+
+
+def proc(file: str, field: str) -> int:
+    """A field of /proc/self/FILE, in bytes."""
+    (value,) = (row.split()[1:] for row in Path(f"/proc/self/{file}").read_text().splitlines() if row.startswith(field))
+    return int(value[0]) * (1024 if value[1:] == ["kB"] else 1)
+
+
+def line(result: dict[str, Any]) -> str:
+    gigabytes = {name: result[name] / 1e9 for name in ("held_bytes", "peak_bytes", "share_bytes", "read_bytes")}
+    return (
+        f"{result['file']:12} {result['processes']} x {result['devices']} devices, {result['dtype']:8}: "
+        "held {held_bytes:.3f} GB, peak {peak_bytes:.3f}, share {share_bytes:.3f}, read {read_bytes:.3f}".format(
+            **gigabytes
+        )
+        + f"; {result['peak_over_held']:.3f} of held, {result['read_over_share']:.3f} of share; {result['seconds']} s"
+    )
+
+
+def unet_specs(config: dict[str, Any]) -> Specs:
+    unet = UNetConfig.from_dict(config, "config")
+    return Network.build(lambda rngs: UNet2DConditionModel(unet, dtype="bfloat16", rngs=rngs), unet).specs
+
+
+def random_array(shape: tuple[int, ...]) -> np.ndarray:
+    """float16, finite, of bits that no disk compresses away."""
+    return np.random.default_rng(0).integers(0, 2**14, shape, dtype=np.uint16).view(np.float16)
+
+
+def write_safetensors(folder: Path, specs: Specs) -> None:
+    header = {torch_name(name): (spec.torch_shape, np.dtype(np.float16)) for name, spec in specs.items()}
+    tensors = ((name, random_array(shape)) for name, (shape, _) in header.items())
+    safetensors_file.write(epath.Path(folder / "diffusion_pytorch_model.safetensors"), tensors, header)
+
+
+def write_flax(folder: Path, specs: Specs) -> None:
+    tree = traverse_util.unflatten_dict({flax_aliases(name)[0]: spec.shape for name, spec in specs.items()}, sep=".")
+    with (folder / "diffusion_flax_model.msgpack").open("wb") as file:
+        file.writelines(flax_bytes(tree))
+
+
+def flax_bytes(tree: dict[str, Any]) -> Iterator[bytes]:
+    """What flax.serialization.to_bytes gives for random arrays of the shapes in `tree`, one at a time."""
+    packer = msgpack.Packer()
+    yield packer.pack_map_header(len(tree))
+    for key, child in tree.items():
+        yield packer.pack(key)
+        if isinstance(child, dict):
+            yield from flax_bytes(child)
+        else:
+            yield serialization.msgpack_serialize(random_array(child))
+
+
+def evict(folder: Path) -> None:
+    """Drops a folder's files from the page cache."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+if __name__ == "__main__":
+    cli.run(main)
