@@ -1,26 +1,64 @@
-"""Writes the tuned model as a complete PyTorch diffusers folder; everything but the UNet is copied from the base.
+"""Writes a tuned model, or any model converted, in the format of other tools.
 
-  python -m dpo_jax.export --workdir=runs/sdxl --output=exported/sdxl [--dtype=float16]
+  python -m dpo_jax.export --workdir=runs/sdxl --output=exported/sdxl [--format=...] [--dtype=float16]
+  python -m dpo_jax.export --model=FOLDER_OR_ID_OR_FILE [--lora=FILE] --output=DIR [--format=...] [--dtype=...]
 
-The result opens with diffusers.DiffusionPipeline.from_pretrained("exported/sdxl").
+What DIR holds, by format:
+  diffusers  a complete folder for DiffusionPipeline.from_pretrained; a LoRA is merged into its UNet
+  unet       the UNet alone, for UNet2DConditionModel.from_pretrained; likewise
+  single     NAME.safetensors: the whole model in one file of the original layout, as web UIs read it; likewise
+  lora       pytorch_lora_weights.safetensors, for pipe.load_lora_weights
+  kohya      NAME.safetensors: the LoRA under kohya's names, as web UIs read it
+and a model card, README.md. NAME is that of DIR. With --model nothing need have been trained: legacy Flax folders
+become PyTorch ones, single files become folders, folders single files, and a LoRA is rewritten or merged.
 """
 
 from absl import flags
 
 from dpo_jax import cli
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a training run.", required=True)
-OUTPUT = flags.DEFINE_string("output", None, "New folder for the exported model.", required=True)
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "float16", "bfloat16"], "Dtype of the UNet's weights.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a training run.")
+MODEL = flags.DEFINE_string("model", None, "Instead of it: a model folder, a hub id, or a single .safetensors file.")
+LORA = flags.DEFINE_string("lora", None, "With --model: a LoRA for it; a file, or a hub id with the file's name.")
+OUTPUT = flags.DEFINE_string("output", None, "New folder for what is exported.", required=True)
+FORMAT = flags.DEFINE_enum("format", "diffusers", ["diffusers", "unet", "single", "lora", "kohya"], "See above.")
+DTYPE = flags.DEFINE_enum(
+    "dtype",
+    None,
+    ["float32", "float16", "bfloat16"],
+    "Of all weights. By default tuned ones are float32, others as held.",
+)
+SHARD_GB = flags.DEFINE_float("max_shard_gb", 10.0, "Weights beyond this size are split over several files.", 0.001)
+FAMILY = flags.DEFINE_string("family", None, "With --model: its family where the files can't tell (sdxl_turbo).")
+MODEL_CONFIG = flags.DEFINE_string(
+    "model_config", "", "With a single file: folder or hub id of its configs and tokenizers, if not the published one."
+)
+REVISION = flags.DEFINE_string("revision", "", "Branch, tag or commit of a hub id.")
+VARIANT = flags.DEFINE_string("variant", "", "Which set of weights to fetch from the hub, such as fp16.")
 
 
 def main() -> None:
-    from dpo_jax.models.pipeline import save_pipeline
-    from dpo_jax.training.experiment import open_run
+    if (WORKDIR.value is None) == (MODEL.value is None):
+        raise ValueError("give either --workdir (a training run) or --model (a model to convert), one of the two")
+    if WORKDIR.value is not None and LORA.value is not None:
+        raise ValueError("--lora goes with --model; a training run has its own")
+    from dpo_jax.training.export import export, open_tuned, open_untrained
 
-    run = open_run(WORKDIR.value)
-    save_pipeline(run.pipeline, OUTPUT.value, run.params, dtype=DTYPE.value)
-    print(f"exported the model after step {run.step} to {OUTPUT.value}")
+    if WORKDIR.value is not None:
+        tuned = open_tuned(WORKDIR.value)
+    else:
+        tuned = open_untrained(
+            MODEL.value or "",
+            lora=LORA.value,
+            family=FAMILY.value,
+            model_config=MODEL_CONFIG.value,
+            revision=REVISION.value,
+            variant=VARIANT.value,
+        )
+    path = export(
+        tuned, OUTPUT.value, format=FORMAT.value, dtype=DTYPE.value, max_shard_bytes=int(SHARD_GB.value * 10**9)
+    )
+    print(f"exported {tuned.title} to {path}")
 
 
 if __name__ == "__main__":

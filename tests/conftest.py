@@ -27,7 +27,7 @@ def x64() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., ConfigDict]:
     """`tiny_config("sd15", steps=2, **{"loss.beta": 1.0})`: the `:tiny` variant of a config with fields replaced."""
 

@@ -40,7 +40,7 @@ class Schedule(NamedTuple):
 
 # Fields that steer other samplers than ours, or nothing at all: they leave the training tables and DDIM alone.
 _IGNORED_FIELDS = {
-    *("_class_name", "_diffusers_version", "skip_prk_steps", "interpolation_type", "variance_type"),
+    *("_diffusers_version", "skip_prk_steps", "interpolation_type", "variance_type"),
     *("clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio", "use_karras_sigmas"),
     *("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "sigma_min", "sigma_max", "final_sigmas_type"),
     *("lambda_min_clipped", "algorithm_type", "solver_order", "solver_type", "lower_order_final", "euler_at_final"),
@@ -53,6 +53,15 @@ _ONLY_VALUES = {
     "timestep_type": "discrete",
     "use_flow_sigmas": False,
 }
+# Scheduler classes of diffusers that sample the same variance-preserving forward process, so one function makes the
+# tables for all of them. Another process (flow matching, EDM) would be another function that fills the same tables.
+_VARIANCE_PRESERVING = {
+    *("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "PNDMScheduler"),
+    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler"),
+    *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverMultistepScheduler"),
+    *("DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"),
+    *("LCMScheduler", "TCDScheduler", "SASolverScheduler"),
+}
 _REQUIRED_FIELDS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
 _SPACINGS = ("leading", "trailing", "linspace")
 
@@ -62,6 +71,7 @@ def make_schedule(
     *,
     training_timesteps: Sequence[int] | None = None,
     zero_terminal_snr: bool = False,
+    where: str = "scheduler_config.json",
 ) -> Schedule:
     """The schedule of a diffusers `scheduler_config.json`, whichever sampler class wrote it.
 
@@ -74,11 +84,16 @@ def make_schedule(
         training_timesteps: the timesteps to train on (SDXL-Turbo: 249, 499, 749, 999); all of them by default.
         zero_terminal_snr: rescale the betas so that the last timestep is pure noise (arXiv 2305.08891, algorithm 1),
             as `rescale_betas_zero_snr` in the file does.
+        where: the file's path, for error messages.
 
     Raises:
         ValueError: a field is missing, unknown, or has a value that would need another computation.
     """
     config = dict(scheduler_config)
+    sampler = config.pop("_class_name", "DDIMScheduler").removeprefix("Flax")
+    if sampler not in _VARIANCE_PRESERVING:
+        samplers = ", ".join(sorted(_VARIANCE_PRESERVING))
+        raise ValueError(f"{where}: unknown scheduler {sampler}; known are {samplers}")
     problems = [f"{field} is missing" for field in _REQUIRED_FIELDS if field not in config]
     problems += [
         f"{field}={config[field]!r} (only {value!r} is supported)"
@@ -89,9 +104,9 @@ def make_schedule(
     known |= {"prediction_type", "timestep_spacing", "steps_offset", "set_alpha_to_one", "rescale_betas_zero_snr"}
     problems += [f"{field} is unknown" for field in sorted(config.keys() - known)]
     if problems:
-        raise ValueError(f"scheduler_config.json cannot be used: {'; '.join(problems)}")
+        raise ValueError(f"{where} cannot be used: {'; '.join(problems)}")
 
-    betas_T = _betas(config)
+    betas_T = _betas(config, where)
     if zero_terminal_snr or config.get("rescale_betas_zero_snr", False):
         betas_T = _rescale_to_zero_terminal_snr(betas_T)
     alphas_bar_T = _cumulative_product(np.float32(1) - betas_T).astype(np.float64)
@@ -100,10 +115,10 @@ def make_schedule(
     prediction_type = config.get("prediction_type", "epsilon")
     targets = {"epsilon": (np.zeros_like(signal_T), np.ones_like(signal_T)), "v_prediction": (-noise_T, signal_T)}
     if prediction_type not in targets:
-        raise ValueError(f"scheduler_config.json: prediction_type={prediction_type!r}, expected one of {list(targets)}")
+        raise ValueError(f"{where}: prediction_type={prediction_type!r}, expected one of {list(targets)}")
     spacing = config.get("timestep_spacing", "leading")
     if spacing not in _SPACINGS:
-        raise ValueError(f"scheduler_config.json: timestep_spacing={spacing!r}, expected one of {list(_SPACINGS)}")
+        raise ValueError(f"{where}: timestep_spacing={spacing!r}, expected one of {list(_SPACINGS)}")
 
     num_timesteps = len(signal_T)
     chosen = np.arange(num_timesteps) if training_timesteps is None else np.asarray(training_timesteps)
@@ -156,7 +171,7 @@ def _at(table_T: np.ndarray, t_N: jax.Array, like_NHWC: jax.Array) -> jax.Array:
     return values_N.reshape(-1, *[1] * (like_NHWC.ndim - 1))
 
 
-def _betas(config: dict[str, Any]) -> np.ndarray:
+def _betas(config: dict[str, Any], where: str) -> np.ndarray:
     kind, start, end = config["beta_schedule"], config["beta_start"], config["beta_end"]
     num_timesteps = config["num_train_timesteps"]
     if kind == "linear":
@@ -167,9 +182,7 @@ def _betas(config: dict[str, Any]) -> np.ndarray:
         alpha_bar = [math.cos((i / num_timesteps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(num_timesteps + 1)]
         betas = [min(1 - after / before, 0.999) for before, after in itertools.pairwise(alpha_bar)]
         return np.asarray(betas, np.float32)
-    raise ValueError(
-        f"scheduler_config.json: beta_schedule={kind!r}, expected 'linear', 'scaled_linear' or 'squaredcos_cap_v2'"
-    )
+    raise ValueError(f"{where}: beta_schedule={kind!r}, expected 'linear', 'scaled_linear' or 'squaredcos_cap_v2'")
 
 
 def _torch_linspace(start: float, end: float, num: int) -> np.ndarray:

@@ -46,7 +46,7 @@ class Generator:
         guidance_scale: float,
         batch_size: int,
     ):
-        self._frozen = {name: params for name, params in frozen.items() if name != "reference"}
+        self._frozen = {name: params for name, params in frozen.items() if name not in ("base", "reference")}
         self._tokenizers = tokenizers
         self._mesh = mesh
         self._batch_size = -(-batch_size // mesh.size) * mesh.size

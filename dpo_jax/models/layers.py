@@ -41,7 +41,37 @@ def make_param(
     return nnx.Param(init(key, tuple(shape), jnp.float32), torch_axes=axes)
 
 
-class Linear(nnx.Module):
+class Adaptable(nnx.Module):
+    """A layer to which `models/lora.py` can add a low-rank path beside its own (LoRA, arXiv 2106.09685)."""
+
+    dtype: DTypeLike
+    lora_A: Callable[[jax.Array], jax.Array] | None = None
+    """To `rank` features."""
+    lora_B: Callable[[jax.Array], jax.Array] | None = None
+    """Back to the layer's own."""
+    lora_scale: float = 1.0
+    """alpha / rank."""
+    lora_dropout: float = 0.0
+    """Share of the low-rank path's inputs that are zeroed in training."""
+    lora_keys_N: jax.Array | None = None
+    """One dropout key per row of the input; None outside training."""
+
+    def make_low_rank(self, rank: int, rngs: nnx.Rngs) -> tuple[nnx.Module, nnx.Module]:
+        """The layers that become `lora_A` and `lora_B`."""
+        raise NotImplementedError
+
+    def plus_lora(self, x_N: jax.Array, y_N: jax.Array) -> jax.Array:
+        """The layer's own output `y_N`, plus that of the low-rank path where there is one."""
+        if self.lora_A is None or self.lora_B is None:
+            return y_N
+        if self.lora_keys_N is not None and self.lora_dropout > 0:
+            keep = 1 - self.lora_dropout
+            kept_N = jax.vmap(lambda key: jax.random.bernoulli(key, keep, x_N.shape[1:]))(self.lora_keys_N)
+            x_N = jnp.where(kept_N, x_N / keep, 0)
+        return y_N + self.lora_B(self.lora_A(x_N)) * self.lora_scale
+
+
+class Linear(Adaptable):
     """`y = x @ kernel + bias` over the last axis."""
 
     def __init__(self, in_features: int, out_features: int, *, use_bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -51,10 +81,17 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return self.plus_lora(x, y if self.bias is None else y + self.bias[...].astype(self.dtype))
+
+    def make_low_rank(self, rank: int, rngs: nnx.Rngs) -> tuple[nnx.Module, nnx.Module]:
+        in_features, out_features = self.kernel.shape
+        return (
+            Linear(in_features, rank, use_bias=False, dtype=self.dtype, rngs=rngs),
+            Linear(rank, out_features, use_bias=False, dtype=self.dtype, rngs=rngs),
+        )
 
 
-class Conv(nnx.Module):
+class Conv(Adaptable):
     """2D convolution of `x_NHWC`; `padding` is symmetric, or ((top, bottom), (left, right))."""
 
     def __init__(
@@ -65,12 +102,13 @@ class Conv(nnx.Module):
         *,
         stride: int = 1,
         padding: int | tuple[tuple[int, int], tuple[int, int]] = 1,
+        use_bias: bool = True,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         shape = (kernel_size, kernel_size, in_channels, out_channels)
         self.kernel = make_param(torch_default_init, rngs, shape, CONV_AXES)
-        self.bias = make_param(nnx.initializers.zeros, rngs, (out_channels,))
+        self.bias = make_param(nnx.initializers.zeros, rngs, (out_channels,)) if use_bias else None
         self.stride = stride
         self.padding = ((padding, padding), (padding, padding)) if isinstance(padding, int) else padding
         self.dtype = dtype
@@ -83,7 +121,21 @@ class Conv(nnx.Module):
             padding=self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return y_NHWC + self.bias[...].astype(self.dtype)
+        return self.plus_lora(x_NHWC, y_NHWC if self.bias is None else y_NHWC + self.bias[...].astype(self.dtype))
+
+    def make_low_rank(self, rank: int, rngs: nnx.Rngs) -> tuple[nnx.Module, nnx.Module]:
+        kernel_size, _, in_channels, out_channels = self.kernel.shape
+        to_rank = Conv(
+            in_channels,
+            rank,
+            kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            use_bias=False,
+            dtype=self.dtype,
+            rngs=rngs,
+        )
+        return to_rank, Conv(rank, out_channels, 1, padding=0, use_bias=False, dtype=self.dtype, rngs=rngs)
 
 
 class GroupNorm(nnx.Module):

@@ -30,9 +30,10 @@ class Network:
         return cls(graphdef, specs, config)
 
     def __call__(self, params: Params, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
-        return getattr(self._bind(params), method)(*args, **kwargs)
+        return getattr(self.bind(params), method)(*args, **kwargs)
 
-    def _bind(self, params: Params) -> nnx.Module:
+    def bind(self, params: Params) -> Any:
+        """The module itself, with these parameters."""
         return nnx.merge(self.graphdef, nnx.from_flat_state([(_path(name), value) for name, value in params.items()]))
 
 

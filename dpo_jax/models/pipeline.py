@@ -1,31 +1,43 @@
-"""A diffusers model folder, opened: every network built from its config.json, no weight read yet."""
+"""A model, opened: every network built from its config.json, no weight read yet.
+
+A model is a diffusers folder, PyTorch or legacy Flax, a hub id of one, or one file in the original layout.
+`models/save.py` writes it back.
+"""
 
 import dataclasses
+import functools
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.typing import DTypeLike
 
 from dpo_jax.batch import Conditioning
 from dpo_jax.diffusion.schedule import Schedule, make_schedule
 from dpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from dpo_jax.models.families import Family, find_family, has_component
+from dpo_jax.models.families import ORIGINAL_PREFIXES, Family, family_of_single_file, find_family, has_component
+from dpo_jax.models.lora import Adapters, add_lora, lora_specs, set_dropout_keys
 from dpo_jax.models.network import Network
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.models.vae import AutoencoderKL, VAEConfig
-from dpo_jax.weights.io import LEGACY_FLAX, Sharding, fingerprint, load_params, new_folder, save_component
-from dpo_jax.weights.layout import Params
+from dpo_jax.weights.hub import find_model
+from dpo_jax.weights.io import Sharding, fingerprint, load_params, read_params, tensor_names
+from dpo_jax.weights.layout import Params, Specs
 
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """The networks of one model folder and how they fit together; their parameters come from `load`."""
+    """The networks of one model and how they fit together; their parameters come from `load`."""
 
     folder: epath.Path
+    """Holds model_index.json, the scheduler's config and the tokenizers."""
+    weights: Mapping[str, epath.Path]
+    """Where each component's weights lie: in a folder of their own, or in a single file."""
     family: Family
     unet: Network
     vae: Network
@@ -38,15 +50,51 @@ class Pipeline:
     """SDXL: an empty caption is embedded as zeros, not by the text encoders."""
     dtype: jnp.dtype
     """Compute dtype of UNet and text encoders."""
+    adapters: Adapters = dataclasses.field(default_factory=dict)
+    """The layers of the UNet that have a LoRA; see `with_lora`."""
+    adapted_unet: Network | None = None
+    """The UNet with it."""
 
-    def denoise(self, unet_params: Params, x_NHWC: jax.Array, t_N: jax.Array, conditioning: Conditioning) -> jax.Array:
-        """The UNet's prediction [N, H, W, C] in the compute dtype.
+    def denoise(
+        self,
+        unet_params: Params,
+        x_NHWC: jax.Array,
+        t_N: jax.Array,
+        conditioning: Conditioning,
+        dropout_keys_N: jax.Array | None = None,
+    ) -> jax.Array:
+        """The UNet's prediction [N, H, W, C] in the compute dtype; adapted where the parameters hold a LoRA.
 
         All weights are rounded to the compute dtype first, also those of the norms, which are then used in float32: a
-        policy's float32 masters must compute exactly what a reference stored in bfloat16 does.
+        policy's float32 masters must compute exactly what a reference stored in bfloat16 does. With `dropout_keys_N`
+        the LoRA's dropout is on.
         """
         rounded = {name: value.astype(self.dtype) for name, value in unet_params.items()}
-        return self.unet(rounded, x_NHWC, t_N, conditioning)
+        plain = self.adapted_unet is None or len(unet_params) == len(self.unet.specs)
+        unet = (self.unet if plain else self.adapted_unet).bind(rounded)  # type: ignore[union-attr]
+        if dropout_keys_N is not None:
+            set_dropout_keys(unet, dropout_keys_N)
+        return unet(x_NHWC, t_N, conditioning)
+
+    def with_lora(self, adapters: Adapters, dropout: float = 0.0) -> "Pipeline":
+        """The same model with a LoRA in the named layers of its UNet."""
+
+        def make(rngs: Any) -> UNet2DConditionModel:
+            unet = UNet2DConditionModel(self.unet.config, dtype=self.dtype, rngs=rngs)
+            add_lora(unet, adapters, dropout, rngs)
+            return unet
+
+        return dataclasses.replace(self, adapters=adapters, adapted_unet=Network.build(make, self.unet.config))
+
+    @property
+    def trained_specs(self) -> Specs:
+        """What training changes: the LoRA where there is one, or else the UNet."""
+        return self.unet.specs if self.adapted_unet is None else lora_specs(self.adapted_unet)
+
+    @property
+    def class_name(self) -> str:
+        """The PyTorch diffusers class of the pipeline."""
+        return read_model_index(self.folder)["_class_name"].removeprefix("Flax")
 
     @property
     def vae_factor(self) -> int:
@@ -64,25 +112,72 @@ class Pipeline:
         names = [encoder.folder for encoder in self.family.text_encoders]
         return {"unet": self.unet, "vae": self.vae, **dict(zip(names, self.text_encoders, strict=True))}
 
-    def load(self, component: str, *, dtype: DTypeLike, sharding: Sharding | None = None) -> Params:
-        """The parameters of one component; see `weights.io.load_params`."""
-        specs = self.components[component].specs
-        return load_params(self.folder / component, specs, dtype=dtype, sharding=sharding)
+    @property
+    def original_prefixes(self) -> dict[str, str]:
+        """What the names of each component begin with in a single file of the original layout."""
+        return ORIGINAL_PREFIXES | {encoder.folder: encoder.original_prefix for encoder in self.family.text_encoders}
+
+    def read(self, component: str) -> dict[str, np.ndarray]:
+        """The weights of one component as they are stored; see `weights.io.read_params`."""
+        specs, prefix = self.components[component].specs, self.original_prefixes[component]
+        return read_params(self.weights[component], specs, prefix=prefix)
+
+    def load(
+        self,
+        component: str,
+        *,
+        dtype: DTypeLike,
+        sharding: Sharding | None = None,
+        path: epath.Path | None = None,
+    ) -> Params:
+        """The parameters of one component, from `path` instead where given; see `weights.io.load_params`."""
+        specs, prefix = self.components[component].specs, self.original_prefixes[component]
+        return load_params(path or self.weights[component], specs, dtype=dtype, sharding=sharding, prefix=prefix)
+
+    def config(self, component: str) -> dict[str, Any]:
+        """The component's config.json."""
+        return _config(self.folder, self.weights[component], component)[0]
 
     def fingerprint(self) -> str:
         """A digest of all its weights, to tell later that this is still the same model."""
-        return "-".join(fingerprint(self.folder / component)[:16] for component in self.components)
+        return "-".join(fingerprint(self.weights[component])[:16] for component in self.components)
 
 
 def load_pipeline(
-    folder: epath.PathLike, *, dtype: DTypeLike, vae_dtype: DTypeLike | None = None, family: str | None = None
+    model: epath.PathLike,
+    *,
+    dtype: DTypeLike,
+    vae_dtype: DTypeLike | None = None,
+    family: str | None = None,
+    unet: str = "",
+    vae: str = "",
+    model_config: str = "",
+    revision: str = "",
+    variant: str = "",
 ) -> Pipeline:
-    """Reads the configs of a diffusers model folder and builds its networks, computing in `dtype` (VAE: `vae_dtype`).
+    """Reads the configs of a model and builds its networks, computing in `dtype` (VAE: `vae_dtype`).
 
-    No weight is read and no memory allocated. `family` names one of `families.FAMILIES` where the contents can't tell
-    (SDXL-Turbo). Raises FileNotFoundError or ValueError when this is no model folder or not one we can train.
+    No weight is read and no memory allocated. Raises FileNotFoundError or ValueError when this is no model, or not one
+    we can train.
+
+    Args:
+        model: a diffusers folder, a hub id, or a single .safetensors file in the original layout.
+        dtype: compute dtype.
+        vae_dtype: that of the VAE, if another.
+        family: one of `families.FAMILIES` where the contents can't tell (SDXL-Turbo).
+        unet: another UNet to start from: its folder or file, a model's, or a hub id of either.
+        vae: another VAE, likewise.
+        model_config: the folder or hub id whose configs and tokenizers belong to a single file; by default the
+            family's published one.
+        revision: branch, tag or commit on the hub.
+        variant: such as "fp16": which of several sets of weights to fetch from the hub.
     """
-    folder = epath.Path(folder)
+    path = find_model(str(model), revision=revision, variant=variant)
+    if path.is_dir():
+        folder = path
+    else:
+        of_file = family_of_single_file(tensor_names(path), str(path), family)
+        family, folder = of_file.name, find_model(model_config or of_file.published, weights=False)
     model_index = read_model_index(folder)
     absent = [name for name in ("unet", "vae", "scheduler") if not has_component(model_index, name)]
     if absent:
@@ -90,62 +185,49 @@ def load_pipeline(
             f"{folder} is a {model_index.get('_class_name')} without {', '.join(absent)}; only Stable Diffusion 1, 2 "
             "and XL (base, Turbo, refiner) are supported"
         )
-    unet = UNetConfig.from_dict(*_config(folder / "unet"))
-    vae = VAEConfig.from_dict(*_config(folder / "vae"))
-    if unet.in_channels != vae.latent_channels:
+    weights = {
+        "unet": find_component(unet, "unet") if unet else path_of(path, "unet"),
+        "vae": find_component(vae, "vae") if vae else path_of(path, "vae"),
+    }
+    unet_config = UNetConfig.from_dict(*_config(folder, weights["unet"], "unet"))
+    vae_config = VAEConfig.from_dict(*_config(folder, weights["vae"], "vae"))
+    if unet_config.in_channels != vae_config.latent_channels:
         raise ValueError(
-            f"{folder}: the UNet takes {unet.in_channels} channels and the VAE makes {vae.latent_channels}; those that "
-            "take an image beside the noise (inpainting, upscaling) can't be trained here"
+            f"{folder}: the UNet takes {unet_config.in_channels} channels and the VAE makes "
+            f"{vae_config.latent_channels}; those that take an image beside the noise (inpainting, upscaling) can't be "
+            "trained here"
         )
-    found = find_family(model_index, unet, str(folder), family)
-    scheduler, _ = _config(folder / "scheduler", "scheduler_config.json")
+    found = find_family(model_index, unet_config, str(folder), family)
+    text_encoders = []
+    for encoder in found.text_encoders:
+        weights[encoder.folder] = path_of(path, encoder.folder)
+        clip = CLIPTextConfig.from_dict(*_config(folder, weights[encoder.folder], encoder.folder))
+        text_encoders.append(_build(CLIPTextModel, clip, dtype))
+    scheduler_path = folder / "scheduler" / "scheduler_config.json"
+    make = functools.partial(make_schedule, _json(scheduler_path), where=str(scheduler_path))
     return Pipeline(
         folder=folder,
+        weights=weights,
         family=found,
-        unet=Network.build(lambda rngs: UNet2DConditionModel(unet, dtype=dtype, rngs=rngs), unet),
-        vae=Network.build(lambda rngs: AutoencoderKL(vae, dtype=vae_dtype or dtype, rngs=rngs), vae),
-        text_encoders=tuple(_text_encoder(folder / encoder.folder, dtype) for encoder in found.text_encoders),
-        schedule=make_schedule(
-            scheduler, training_timesteps=found.training_timesteps, zero_terminal_snr=found.zero_terminal_snr
-        ),
-        sampling_schedule=make_schedule(scheduler),
+        unet=_build(UNet2DConditionModel, unet_config, dtype),
+        vae=_build(AutoencoderKL, vae_config, vae_dtype or dtype),
+        text_encoders=tuple(text_encoders),
+        schedule=make(training_timesteps=found.training_timesteps, zero_terminal_snr=found.zero_terminal_snr),
+        sampling_schedule=make(),
         force_zeros_for_empty_prompt=model_index.get("force_zeros_for_empty_prompt", False),
         dtype=jnp.dtype(dtype),
     )
 
 
-def save_pipeline(pipeline: Pipeline, output: epath.PathLike, unet_params: Params, *, dtype: DTypeLike) -> None:
-    """Writes a complete PyTorch diffusers folder: the tuned UNet in `dtype`, all else copied from `pipeline.folder`.
+def find_component(name: str, component: str) -> epath.Path:
+    """The folder or file of one component, named alone or by the model that holds it, here or on the hub."""
+    return path_of(find_model(name, only={component}), component)
 
-    The other components are copied byte for byte, except that legacy Flax ones, which PyTorch can't open, are converted
-    (in float32), or left out where we have no model for them (the safety checker). All of it is written, or nothing.
-    Raises ValueError if `output` exists and is not empty.
-    """
-    source = pipeline.folder
-    model_index = _without_flax(read_model_index(source))
-    with new_folder(output) as target:
-        for name in [name for name, value in model_index.items() if isinstance(value, list)]:
-            if not (source / name).is_dir():  # a safety checker that nobody downloaded
-                model_index[name] = [None, None]
-                continue
-            files = {path.name: path for path in (source / name).iterdir()}
-            is_flax = any(file in files for file in LEGACY_FLAX) and not any(map(_is_torch, files))
-            if name == "unet":
-                config, _ = _config(source / name)
-                specs = pipeline.unet.specs
-                save_component(target / name, _without_flax(config), unet_params, specs, dtype=dtype)
-            elif is_flax and name in pipeline.components:
-                config, _ = _config(source / name)
-                specs = pipeline.components[name].specs
-                params = pipeline.load(name, dtype="float32")
-                save_component(target / name, _without_flax(config), params, specs, dtype="float32")
-            elif is_flax:
-                model_index[name] = [None, None]
-            else:
-                (target / name).mkdir()
-                for file, path in files.items():
-                    path.copy(target / name / _without_variant(file, files))
-        (target / "model_index.json").write_text(json.dumps(model_index, indent=2) + "\n")
+
+def path_of(model: epath.Path, component: str) -> epath.Path:
+    """Where a model's component lies: in the single file itself, in its folder, or alone in a folder of its own."""
+    alone = not (model / "model_index.json").exists() and (model / "config.json").exists()
+    return model if model.is_file() or alone else model / component
 
 
 def read_model_index(folder: epath.Path) -> dict[str, Any]:
@@ -156,38 +238,20 @@ def read_model_index(folder: epath.Path) -> dict[str, Any]:
             f"no diffusers model folder at {folder}: {path} does not exist; give the path of a downloaded model, for "
             f"example from: hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir {folder}"
         )
-    return json.loads(path.read_text())
+    return _json(path)
 
 
-def _config(folder: epath.Path, file: str = "config.json") -> tuple[dict[str, Any], str]:
-    """The parsed config and its path, for error messages."""
-    path = folder / file
+def _build(module: Any, config: Any, dtype: DTypeLike) -> Network:
+    return Network.build(lambda rngs: module(config, dtype=dtype, rngs=rngs), config)
+
+
+def _config(folder: epath.Path, weights: epath.Path, component: str) -> tuple[dict[str, Any], str]:
+    """The component's parsed config and its path, for error messages. A single file's configs lie in `folder`."""
+    path = (weights if weights.is_dir() else folder / component) / "config.json"
+    return _json(path), str(path)
+
+
+def _json(path: epath.Path) -> dict[str, Any]:
     if not path.exists():
-        raise FileNotFoundError(f"no {path}, though model_index.json lists {folder.name}; download it again")
-    return json.loads(path.read_text()), str(path)
-
-
-def _text_encoder(folder: epath.Path, dtype: DTypeLike) -> Network:
-    config = CLIPTextConfig.from_dict(*_config(folder))
-    return Network.build(lambda rngs: CLIPTextModel(config, dtype=dtype, rngs=rngs), config)
-
-
-def _without_flax(config: dict[str, Any]) -> dict[str, Any]:
-    """Class names of the PyTorch twin: legacy Flax ones differ by their prefix."""
-
-    def rename(value: Any) -> Any:
-        if isinstance(value, list):
-            return [rename(item) for item in value]
-        return value.removeprefix("Flax") if isinstance(value, str) else value
-
-    return {name: rename(value) for name, value in config.items()}
-
-
-def _is_torch(file: str) -> bool:
-    return file.endswith((".safetensors", ".bin"))
-
-
-def _without_variant(file: str, siblings: dict[str, Any]) -> str:
-    """A component held only as the fp16 variant loses that label, or PyTorch would not find it beside our UNet."""
-    plain = file.replace(".fp16.safetensors", ".safetensors").replace(".index.fp16.json", ".index.json")
-    return file if plain in siblings else plain
+        raise FileNotFoundError(f"no {path}, though model_index.json lists {path.parent.name}; download it again")
+    return json.loads(path.read_text())

@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 from dpo_jax.batch import Conditioning, Scores
 from dpo_jax.diffusion.schedule import Schedule, add_noise, training_target
 
-Denoise = Callable[[Any, jax.Array, jax.Array, Conditioning], jax.Array]
-"""`denoise(params, x_NHWC, t_N, conditioning) -> prediction_NHWC`."""
+Denoise = Callable[..., jax.Array]
+"""`denoise(params, x_NHWC, t_N, conditioning, dropout_keys_N=None) -> prediction_NHWC`."""
 
 
 def keys_for(key: jax.Array, index_B: jax.Array) -> jax.Array:
@@ -63,6 +63,7 @@ def score_candidates(
     noise_BHWC: jax.Array,
     t_B: jax.Array,
     conditioning: Conditioning,
+    dropout_keys_B: jax.Array | None = None,
 ) -> Scores:
     """The denoising errors of all candidates and the log-ratio they stand for (arXiv 2311.12908, equation 14).
 
@@ -81,6 +82,8 @@ def score_candidates(
         noise_BHWC: noise, shared by the candidates of a prompt.
         t_B: timestep, likewise.
         conditioning: each field with B rows (shared by the candidates) or B * K (one per candidate).
+        dropout_keys_B: keys of the policy's dropout, shared by the candidates: what is dropped for one and not for the
+            other would be noise in their difference. None turns dropout off.
     """
     B, K = latents_BKHWC.shape[:2]
 
@@ -88,15 +91,17 @@ def score_candidates(
         return x if x.shape[0] == B * K else jnp.repeat(x, K, axis=0)
 
     x0_NHWC = latents_BKHWC.reshape(B * K, *latents_BKHWC.shape[2:])
-    noise_NHWC, t_N, conditioning = jax.tree.map(per_candidate, (noise_BHWC, t_B, conditioning))
+    noise_NHWC, t_N, conditioning, dropout_keys_N = jax.tree.map(
+        per_candidate, (noise_BHWC, t_B, conditioning, dropout_keys_B)
+    )
     x_NHWC = add_noise(schedule, x0_NHWC, noise_NHWC, t_N)
     target_NHWC = training_target(schedule, x0_NHWC, noise_NHWC, t_N)
 
-    def errors_BK(params: Any) -> jax.Array:
-        prediction_NHWC = denoise(params, x_NHWC, t_N, conditioning).astype(target_NHWC.dtype)
+    def errors_BK(params: Any, *dropout_keys: jax.Array) -> jax.Array:
+        prediction_NHWC = denoise(params, x_NHWC, t_N, conditioning, *dropout_keys).astype(target_NHWC.dtype)
         return jnp.square(prediction_NHWC - target_NHWC).mean(axis=(1, 2, 3)).reshape(B, K)
 
-    error_BK = errors_BK(policy)
+    error_BK = errors_BK(policy) if dropout_keys_N is None else errors_BK(policy, dropout_keys_N)
     if reference is None:
         return Scores(log_ratio_BK=-error_BK / 2, error_BK=error_BK)
     reference_error_BK = jax.lax.stop_gradient(errors_BK(reference))

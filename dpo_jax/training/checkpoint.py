@@ -66,8 +66,8 @@ def latest_step(workdir: epath.PathLike) -> int | None:
         return manager.latest_step()
 
 
-def restore_params(workdir: epath.PathLike, abstract: Params) -> tuple[Params, int]:
-    """Parameters alone of the newest checkpoint, placed like `abstract`, and its step; no optimizer state is read."""
+def restore_params(workdir: epath.PathLike, abstract: Params, item: str) -> tuple[Params, int]:
+    """The newest checkpoint's "params" or "ema" alone, placed like `abstract`, and its step; nothing else is read."""
     folder = epath.Path(workdir).absolute() / "checkpoints"
     step = latest_step(workdir)
     if step is None:
@@ -75,12 +75,12 @@ def restore_params(workdir: epath.PathLike, abstract: Params) -> tuple[Params, i
     restored = ocp.PyTreeCheckpointer().restore(
         folder / str(step) / "state",
         args=ocp.args.PyTreeRestore(
-            {"params": abstract},
-            restore_args=ocp.checkpoint_utils.construct_restore_args({"params": abstract}),
+            {item: abstract},
+            restore_args=ocp.checkpoint_utils.construct_restore_args({item: abstract}),
             partial_restore=True,
         ),
     )
-    return restored["params"], step
+    return restored[item], step
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:

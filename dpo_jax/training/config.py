@@ -5,7 +5,9 @@ config: a value derived there would go stale under `--config.field=value`. `reso
 """
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -19,6 +21,7 @@ AT_LEAST_1 = (
     *("steps", "log_every", "data.batch_size", "data.accumulation", "data.resolution", "checkpoint.every"),
     *("checkpoint.keep", "validation.max_pairs", "validation.draws", "sample.seeds", "sample.steps"),
 )
+SHARES = ("data.caption_dropout", "lora.dropout", "ema.decay")
 CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "vae_dtype": ("float32", "bfloat16"),
@@ -30,13 +33,30 @@ CHOICES = {
 def default_config() -> ConfigDict:
     """Every field with its default. Published hyperparameters are in the files of `configs/`."""
     c = ConfigDict()
-    c.model = ""  # diffusers model folder; "random:FAMILY" makes a small one with random weights
-    c.family = ""  # only where the folder cannot tell: "sdxl_turbo"
+    c.model = ""  # diffusers folder, hub id or single .safetensors file; "random:FAMILY" makes a small random one
+    c.family = ""  # only where the contents cannot tell: "sdxl_turbo"
+    c.revision = ""  # branch, tag or commit of a hub id
+    c.variant = ""  # which set of weights to fetch from the hub: "fp16"
+    c.model_config = ""  # single file: folder or hub id of its configs and tokenizers; "" is the family's published one
+    c.vae = ""  # another VAE than the model's: folder, file or hub id, such as "madebyollin/sdxl-vae-fp16-fix"
+    c.unet = ""  # another UNet to start from, for policy and reference: folder, file, or hub id
+    c.reference = ""  # another UNet as the reference alone; "" is what the policy starts from
     c.steps = 2000  # optimizer steps in all
     c.seed = 0  # of shuffling, augmentation, timesteps, noise and posterior samples
     c.dtype = "bfloat16"  # compute dtype and dtype of the frozen models; the trained weights are always float32
     c.vae_dtype = "bfloat16"  # the same for the VAE; "float32" for VAEs that lose detail in bfloat16
     c.log_every = 10  # steps between two lines of metrics
+
+    c.lora = ConfigDict()  # low-rank adapters: only they are trained, and the reference is the model without them
+    c.lora.rank = 0  # 0 trains the whole UNet
+    c.lora.alpha = 0.0  # the adapter's output is scaled by alpha / rank; 0 means alpha = rank
+    c.lora.targets = r"attn[12]\.(to_q|to_k|to_v|to_out\.0)$"  # regular expression found in the names of its layers
+    c.lora.dropout = 0.0  # share of an adapter's inputs zeroed in training
+    c.lora.init = ""  # a LoRA file or hub id to go on from; its rank, alpha and targets then hold
+    c.lora.init_reference = False  # whether the reference has that LoRA too
+
+    c.ema = ConfigDict()
+    c.ema.decay = 0.0  # of the moving average of the trained weights that is then sampled and exported; 0 keeps none
 
     c.loss = ConfigDict()
     c.loss.name = "dpo"  # "dpo", or "sft": plain denoising of the preferred image
@@ -88,9 +108,27 @@ def default_config() -> ConfigDict:
     return c
 
 
-def tiny_variant(c: ConfigDict, family: str) -> ConfigDict:
+Variant = Callable[[ConfigDict], None]
+"""Changes a config in place."""
+
+
+def apply_variants(c: ConfigDict, argument: str | None, variants: Mapping[str, Variant]) -> ConfigDict:
+    """The config with the variants that `argument` names, in the order given: `configs/sdxl.py:lora,tiny`."""
+    for name in argument.split(",") if argument else []:
+        if name not in variants:
+            known = " and ".join(f":{variant}" for variant in variants)
+            raise ValueError(f"this config has no variant {name!r}; it has {known}")
+        variants[name](c)
+    return c
+
+
+def tiny(family: str) -> Variant:
     """The same experiment on a small random model and made pairs: seconds on a laptop, to see that it runs."""
-    c.model = f"random:{family}"
+    return functools.partial(_tiny, family=family)
+
+
+def _tiny(c: ConfigDict, *, family: str) -> None:
+    c.model, c.vae = f"random:{family}", ""
     c.steps = 4
     c.dtype = c.vae_dtype = "float32"
     c.log_every = 1
@@ -104,11 +142,10 @@ def tiny_variant(c: ConfigDict, family: str) -> ConfigDict:
     c.validation.every = 4
     c.validation.max_pairs = 8
     c.validation.draws = 1
-    c.sample.every = 4
+    c.sample.every = 4 if c.sample.every else 0
     c.sample.prompts = ("a red square", "a blue square")
     c.sample.seeds = 1
     c.sample.steps = 2
-    return c
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +171,13 @@ def resolve(config: ConfigDict, *, device_count: int, process_count: int) -> Der
     for field, choices in CHOICES.items():
         if flatten(config)[field] not in choices:
             raise ValueError(f"config.{field}={flatten(config)[field]!r}; choose from {', '.join(choices)}")
-    if not 0 <= config.data.caption_dropout <= 1:
-        raise ValueError(f"config.data.caption_dropout={config.data.caption_dropout} is a share, from 0 to 1")
+    for field in SHARES:
+        if not 0 <= flatten(config)[field] <= 1:
+            raise ValueError(f"config.{field}={flatten(config)[field]} is a share, from 0 to 1")
+    if config.lora.rank < 0:
+        raise ValueError(f"config.lora.rank={config.lora.rank} must be 0 (no LoRA) or more")
+    if config.lora.init_reference and not config.lora.init:
+        raise ValueError("config.lora.init_reference is set, but config.lora.init names no LoRA")
     batch, accumulation = config.data.batch_size, config.data.accumulation
     if batch % (accumulation * device_count):
         unit = accumulation * device_count

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from etils import epath
 from jax.experimental import multihost_utils
@@ -22,7 +23,8 @@ from dpo_jax.data.tokenizers import Tokenizers, load_tokenizers
 from dpo_jax.encode.images import encode_images
 from dpo_jax.encode.text import encode_text
 from dpo_jax.evaluation.generate import Generator
-from dpo_jax.models.pipeline import Pipeline, load_pipeline
+from dpo_jax.models.lora import LowRank, find_targets, init_lora
+from dpo_jax.models.pipeline import Pipeline, find_component, load_pipeline
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.objectives.losses import dpo, sft
 from dpo_jax.sharding import make_mesh, param_sharding, placement, replicated, state_sharding
@@ -30,7 +32,10 @@ from dpo_jax.training.checkpoint import read_config, restore_params
 from dpo_jax.training.config import Derived
 from dpo_jax.training.optim import learning_rate_schedule, make_optimizer
 from dpo_jax.training.step import Frozen, Objective, Score, TrainState, make_score
+from dpo_jax.weights.hub import find_model
+from dpo_jax.weights.io import fingerprint
 from dpo_jax.weights.layout import Params
+from dpo_jax.weights.lora_files import Adapter, read_lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,20 +52,33 @@ class Experiment:
     learning_rate: optax.Schedule
     frozen: Frozen
     score: Score
+    adapter: Params | None
+    """The LoRA that training begins with; None where the whole UNet is trained."""
 
     def abstract_state(self) -> Any:
         params = abstract_params(self.pipeline, self.mesh)
-        state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(self.optimizer.init, params))
-        shardings = state_sharding(self.mesh, self.pipeline.unet.specs, state)
+        state = TrainState(
+            step=jax.ShapeDtypeStruct((), jnp.int32),
+            params=params,
+            opt_state=jax.eval_shape(self.optimizer.init, params),
+            ema=params if self.config.ema.decay else {},
+        )
+        shardings = state_sharding(self.mesh, self.pipeline.trained_specs, state)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
     def initial_state(self) -> TrainState:
-        """The model folder's UNet, in float32, with fresh optimizer state."""
-        abstract = self.abstract_state()
-        params = self.pipeline.load("unet", dtype=jnp.float32, sharding=placement(self.mesh))
-        place = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
-        opt_state = jax.jit(self.optimizer.init, out_shardings=place)(params)
-        return TrainState(jax.device_put(jnp.zeros((), jnp.int32), replicated(self.mesh)), params, opt_state)
+        """The model's UNet in float32, or the LoRA to begin with; and fresh optimizer state."""
+        place = jax.tree.map(lambda x: x.sharding, self.abstract_state())
+        if self.adapter is not None:
+            params = jax.device_put(self.adapter, place.params)
+        else:
+            params = self.pipeline.load("unet", dtype=jnp.float32, sharding=placement(self.mesh))
+        return TrainState(
+            step=jax.device_put(jnp.zeros((), jnp.int32), replicated(self.mesh)),
+            params=params,
+            opt_state=jax.jit(self.optimizer.init, out_shardings=place.opt_state)(params),
+            ema=jax.tree.map(jnp.copy, params) if self.config.ema.decay else {},
+        )
 
 
 def build(config: ConfigDict, derived: Derived, pipeline: Pipeline) -> Experiment:
@@ -68,8 +86,12 @@ def build(config: ConfigDict, derived: Derived, pipeline: Pipeline) -> Experimen
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     objective = make_objective(config)
     frozen = load_frozen(config, pipeline, mesh)
+    adapter = None
+    if pipeline.adapted_unet is not None:
+        adapter = initial_adapter(config, pipeline)
+        frozen["base"] = load_unet(pipeline, mesh)
     if objective.needs_reference:
-        frozen["reference"] = pipeline.load("unet", dtype=pipeline.dtype, sharding=placement(mesh))
+        frozen["reference"] = load_reference(config, pipeline, mesh, frozen, adapter)
     o = config.optimizer
     learning_rate = learning_rate_schedule(
         o.schedule, derived.learning_rate, warmup_steps=o.warmup_steps, total_steps=config.steps
@@ -77,7 +99,7 @@ def build(config: ConfigDict, derived: Derived, pipeline: Pipeline) -> Experimen
     optimizer = make_optimizer(
         o.name,
         learning_rate,
-        pipeline.unet.specs,
+        pipeline.trained_specs,
         beta1=o.beta1,
         beta2=o.beta2,
         epsilon=o.epsilon,
@@ -101,23 +123,83 @@ def build(config: ConfigDict, derived: Derived, pipeline: Pipeline) -> Experimen
         learning_rate=learning_rate,
         frozen=frozen,
         score=make_score(encode, pipeline.denoise, pipeline.schedule, objective, config.seed),
+        adapter=adapter,
     )
 
 
 def open_model(config: ConfigDict, workdir: epath.PathLike) -> Pipeline:
-    """The structure of `config.model`; "random:FAMILY" is first written to `workdir/model`, once."""
-    folder, family = config.model, config.family or None
-    if folder.startswith("random:"):
-        family = folder.removeprefix("random:")
-        folder = epath.Path(workdir) / "model"
-        if not folder.exists() and jax.process_index() == 0:
-            write_random_model(family, folder)
+    """The structure of `config.model` and its LoRA; "random:FAMILY" is first written to `workdir/model`, once."""
+    model, family = config.model, config.family or None
+    if model.startswith("random:"):
+        family = model.removeprefix("random:")
+        model = epath.Path(workdir) / "model"
+        if not model.exists() and jax.process_index() == 0:
+            write_random_model(family, model)
         multihost_utils.sync_global_devices("random model written")
-    dtype, vae_dtype = jnp.dtype(config.dtype), jnp.dtype(config.vae_dtype)
-    pipeline = load_pipeline(folder, dtype=dtype, vae_dtype=vae_dtype, family=family)
+    pipeline = load_pipeline(
+        model,
+        dtype=jnp.dtype(config.dtype),
+        vae_dtype=jnp.dtype(config.vae_dtype),
+        family=family,
+        unet=config.unet,
+        vae=config.vae,
+        model_config=config.model_config,
+        revision=config.revision,
+        variant=config.variant,
+    )
     if config.data.resolution % pipeline.vae_factor:
         raise ValueError(f"data.resolution={config.data.resolution} is not a multiple of {pipeline.vae_factor}")
+    lora = config.lora
+    if lora.init:
+        adapter = read_lora(find_model(lora.init), pipeline.unet.specs)
+        adapters = {layer: LowRank(adapter.rank(layer), alpha) for layer, alpha in adapter.alphas.items()}
+        return pipeline.with_lora(adapters, lora.dropout)
+    if lora.rank:
+        adapters = find_targets(pipeline.unet, lora.targets, rank=lora.rank, alpha=lora.alpha or lora.rank)
+        return pipeline.with_lora(adapters, lora.dropout)
     return pipeline
+
+
+def initial_adapter(config: ConfigDict, pipeline: Pipeline) -> Params:
+    """The LoRA of `config.lora.init`, or one that changes nothing yet; float32, on the host."""
+    specs = pipeline.trained_specs
+    if not config.lora.init:
+        return jax.device_get(init_lora(specs, config.seed))
+    params = read_lora(find_model(config.lora.init), pipeline.unet.specs).params
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))
+
+
+def load_unet(pipeline: Pipeline, mesh: Mesh, path: epath.Path | None = None) -> Params:
+    """The model's own UNet (or the one at `path`) as frozen weights are kept: in the compute dtype."""
+    return pipeline.load("unet", dtype=pipeline.dtype, sharding=placement(mesh), path=path)
+
+
+def load_reference(
+    config: ConfigDict, pipeline: Pipeline, mesh: Mesh, frozen: Frozen, adapter: Params | None
+) -> Params:
+    """What the policy is compared with: `config.reference`, or the UNet it starts from.
+
+    With a LoRA that UNet is "base", already in memory: the same arrays, not copies.
+    """
+    if config.reference:
+        reference = load_unet(pipeline, mesh, find_component(config.reference, "unet"))
+    else:
+        reference = frozen.get("base") or load_unet(pipeline, mesh)
+    if not config.lora.init_reference:
+        return reference
+    assert adapter is not None  # `config.resolve` has checked it
+    place = placement(mesh)
+    return reference | {
+        name: jax.device_put(np.asarray(value, pipeline.dtype), place(name, pipeline.trained_specs[name]))
+        for name, value in adapter.items()
+    }
+
+
+def model_fingerprint(config: ConfigDict, pipeline: Pipeline) -> str:
+    """A digest of all weights that a run begins with."""
+    others = [find_component(config.reference, "unet")] if config.reference else []
+    others += [find_model(config.lora.init)] if config.lora.init else []
+    return "-".join([pipeline.fingerprint(), *(fingerprint(path)[:16] for path in others)])
 
 
 def make_objective(config: ConfigDict) -> Objective:
@@ -139,17 +221,27 @@ class Run:
     pipeline: Pipeline
     mesh: Mesh
     params: Params
-    """Trained weights, float32."""
+    """Trained weights, float32: of the whole UNet or of a LoRA; their moving average where the config wants one."""
     step: int
 
     @functools.cached_property
     def base(self) -> Params:
-        """The model folder's UNet, in the compute dtype."""
-        return self.pipeline.load("unet", dtype=self.pipeline.dtype, sharding=placement(self.mesh))
+        """The UNet that training began with, in the compute dtype."""
+        return load_unet(self.pipeline, self.mesh)
 
     @functools.cached_property
     def policy(self) -> Params:
-        return for_sampling(self.pipeline, self.params)
+        """The tuned UNet, in the compute dtype."""
+        tuned = for_sampling(self.pipeline, self.params)
+        return tuned if self.pipeline.adapted_unet is None else self.base | tuned
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The trained LoRA, or None where the whole UNet was trained."""
+        adapted = self.pipeline.adapted_unet
+        if adapted is None:
+            return None
+        return Adapter(jax.device_get(self.params), {name: size.alpha for name, size in self.pipeline.adapters.items()})
 
     def generator(self, batch_size: int) -> Generator:
         return make_generator(
@@ -164,10 +256,11 @@ def open_run(workdir: epath.PathLike) -> Run:
         raise FileNotFoundError(f"no training run at {workdir}: it has no config.json; train first, see dpo_jax.train")
     config = unflatten(saved)
     pipeline = open_model(config, workdir)
-    if pipeline.fingerprint() != saved["model_fingerprint"]:
+    if model_fingerprint(config, pipeline) != saved["model_fingerprint"]:
         raise ValueError(f"the model in {pipeline.folder} has changed since {workdir} began; put the former one back")
     mesh = make_mesh(data=1, fsdp=-1)  # whatever devices are here, not those that trained
-    params, step = restore_params(workdir, abstract_params(pipeline, mesh))
+    item = "ema" if config.ema.decay else "params"
+    params, step = restore_params(workdir, abstract_params(pipeline, mesh), item)
     return Run(config, pipeline, mesh, params, step)
 
 
@@ -208,8 +301,8 @@ def for_sampling(pipeline: Pipeline, params: Params) -> Params:
 def abstract_params(pipeline: Pipeline, mesh: Mesh) -> Any:
     """Shapes and places of the trained weights: float32 masters."""
     return {
-        name: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=param_sharding(mesh, spec.shape))
-        for name, spec in pipeline.unet.specs.items()
+        name: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=param_sharding(mesh, spec))
+        for name, spec in pipeline.trained_specs.items()
     }
 
 

@@ -22,11 +22,12 @@ from dpo_jax.weights.layout import Params
 
 Metrics = dict[str, jax.Array]
 Frozen = dict[str, Params]
-"""Parameters that are never trained, by component: "reference", "vae", "text_encoder", ..."""
+"""Parameters that are never trained, by component: "reference", "vae", "text_encoder", ... and, for a LoRA, "base": the
+weights it is added to."""
 Encode = Callable[[Frozen, PreferenceBatch, jax.Array], tuple[jax.Array, Conditioning]]
 """(frozen, batch, keys_B) -> latents_BKHWC and the conditioning of its candidates."""
-Score = Callable[[Params, Frozen, PreferenceBatch, jax.Array], Scores]
-"""(params, frozen, batch, step) -> scores."""
+Score = Callable[..., Scores]
+"""(params, frozen, batch, step, training=False) -> scores; `training` turns a LoRA's dropout on."""
 
 
 class TrainState(NamedTuple):
@@ -35,8 +36,10 @@ class TrainState(NamedTuple):
     step: Any
     """int32 scalar: optimizer steps made."""
     params: Any
-    """The trained weights (`Params`), float32."""
+    """The trained weights (`Params`), float32: the whole UNet, or a LoRA."""
     opt_state: optax.OptState
+    ema: Any
+    """Moving average of the trained weights; empty where the config wants none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,19 +54,26 @@ class Objective:
 
 
 def make_score(encode: Encode, denoise: Denoise, schedule: Schedule, objective: Objective, seed: int) -> Score:
-    """`score(params, frozen, batch, step)`: encodes the batch, draws t and noise, and scores every candidate.
+    """`score(params, frozen, batch, step, training)`: encodes the batch, draws t and noise, scores every candidate.
 
     Every draw is a function of (seed, step, global sample index) alone, so it is the same on 1 or 64 devices and with
     any accumulation.
     """
 
-    def score(params: Params, frozen: Frozen, batch: PreferenceBatch, step: jax.Array) -> Scores:
+    def score(
+        params: Params, frozen: Frozen, batch: PreferenceBatch, step: jax.Array, training: bool = False
+    ) -> Scores:
         batch = keep_candidates(batch, objective.num_candidates)
-        posterior_key, diffusion_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
+        posterior_key, diffusion_key, dropout_key = keys
+        dropout_keys_B = keys_for(dropout_key, batch.index_B) if training else None
         latents_BKHWC, conditioning = encode(frozen, batch, keys_for(posterior_key, batch.index_B))
         t_B, noise_BHWC = draw(diffusion_key, batch.index_B, schedule, latents_BKHWC.shape[2:], latents_BKHWC.dtype)
+        policy = frozen.get("base", {}) | params
         reference = frozen["reference"] if objective.needs_reference else None
-        return score_candidates(denoise, params, reference, schedule, latents_BKHWC, noise_BHWC, t_B, conditioning)
+        return score_candidates(
+            denoise, policy, reference, schedule, latents_BKHWC, noise_BHWC, t_B, conditioning, dropout_keys_B
+        )
 
     return score
 
@@ -74,6 +84,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     accumulation: int = 1,
+    ema_decay: float = 0.0,
 ) -> Callable[[TrainState, Frozen, PreferenceBatch], tuple[TrainState, Metrics]]:
     """`step(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -84,7 +95,7 @@ def make_train_step(
     def summed_loss(
         params: Params, frozen: Frozen, batch: PreferenceBatch, step: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        scores = score(params, frozen, batch, step)
+        scores = score(params, frozen, batch, step, training=True)
         loss_B = objective.loss(scores, batch.preference_BK[:, : scores.error_BK.shape[1]])
         metrics = {"train/loss": loss_B} | score_metrics(scores)
         weight_B = prompt_weights(batch)
@@ -112,9 +123,21 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics["train/gradient_norm"] = optax.tree.norm(grads)
         metrics["train/update_norm"] = optax.tree.norm(updates)
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+        params = optax.apply_updates(state.params, updates)
+        ema = moving_average(state.ema, params, state.step, ema_decay) if ema_decay else state.ema
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     return step
+
+
+def moving_average(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:
+    """The exponential moving average after `step` + 1 updates, as `diffusers.training_utils.EMAModel` keeps it.
+
+    Its memory grows with the run, `min(decay, (1 + step) / (10 + step))`, and the first update replaces it whole, so
+    that early averages do not cling to the initial weights.
+    """
+    now = jnp.where(step > 0, jnp.minimum(decay, (1 + step) / (10 + step)), 0.0)
+    return jax.tree.map(lambda average, value: average - (1 - now).astype(value.dtype) * (average - value), ema, params)
 
 
 def make_eval_step(

@@ -34,6 +34,7 @@ from dpo_jax.training.experiment import (
     check_data,
     for_sampling,
     make_generator,
+    model_fingerprint,
     open_model,
     open_training_batches,
     open_validation_batches,
@@ -49,7 +50,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     derived = resolve(config, device_count=jax.device_count(), process_count=jax.process_count())
     check_data(config)
     pipeline = open_model(config, workdir)
-    fields = flatten(config) | {"model_fingerprint": pipeline.fingerprint()}
+    fields = flatten(config) | {"model_fingerprint": model_fingerprint(config, pipeline)}
     saved = read_config(workdir)
     if saved is not None:
         check_same_experiment(fields, saved, workdir)
@@ -92,6 +93,7 @@ class Loop:
             experiment.objective,
             experiment.optimizer,
             accumulation=self.config.data.accumulation,
+            ema_decay=self.config.ema.decay,
         )
         place = jax.tree.map(lambda x: x.sharding, experiment.abstract_state())
         self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(place, replicated(experiment.mesh)))
@@ -136,9 +138,9 @@ class Loop:
             if saves:
                 self.checkpoints.save(state, position=batches.get_state())
             if validates:
-                self._validate(step, state.params)
+                self._validate(step, state.ema or state.params)
             if samples:
-                self._sample(step, state.params)
+                self._sample(step, state.ema or state.params)
             timer += time.monotonic() - paused
         return state
 
@@ -167,7 +169,9 @@ class Loop:
         self.bar.show(step, means, seconds_left)
 
     def _first_loss(self, loss: float) -> None:
-        if self.config.loss.name == "dpo":
+        config = self.config
+        same = not config.reference and (not config.lora.init or config.lora.init_reference)
+        if config.loss.name == "dpo" and same:
             self.bar.say(f"loss before the first update {loss:.6f}; policy = reference makes log 2 = {math.log(2):.6f}")
 
     def _validate(self, step: int, params: Params) -> None:
@@ -201,7 +205,8 @@ class Loop:
             self._generator = make_generator(self.config, e.pipeline, e.frozen, e.mesh, batch_size=len(captions))
             if "reference" in e.frozen:
                 self._reference_images = self._generator(e.frozen["reference"], captions, seeds)
-        images = self._generator(for_sampling(self.experiment.pipeline, params), captions, seeds)
+        policy = self.experiment.frozen.get("base", {}) | for_sampling(self.experiment.pipeline, params)
+        images = self._generator(policy, captions, seeds)
         references = self._reference_images
         rows = []
         for p, caption in enumerate(sample.prompts):
@@ -222,9 +227,9 @@ def _announce(experiment: Experiment, workdir: epath.Path, start: int) -> None:
     if jax.process_index():
         return
     derived = "  ".join(f"{name}={value:.6g}" for name, value in dataclasses.asdict(experiment.derived).items())
-    millions = sum(math.prod(spec.shape) for spec in experiment.pipeline.unet.specs.values()) / 1e6
+    trained = sum(math.prod(spec.shape) for spec in experiment.pipeline.trained_specs.values())
     print(experiment.config)
     print(f"derived: {derived}")
     print(f"devices: {experiment.mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(experiment.mesh.shape)}")
-    print(f"model:   {experiment.config.model} ({experiment.pipeline.family.name}), {millions:.1f}M trained parameters")
+    print(f"model:   {experiment.config.model} ({experiment.pipeline.family.name}), {trained:,} trained parameters")
     print(f"workdir: {workdir}, " + (f"continuing after step {start}" if start else "from the start"), flush=True)

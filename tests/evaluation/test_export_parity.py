@@ -8,7 +8,8 @@ from diffusers import StableDiffusionXLPipeline
 
 from dpo_jax.data.tokenizers import load_tokenizers
 from dpo_jax.evaluation.generate import Generator
-from dpo_jax.models.pipeline import load_pipeline, save_pipeline
+from dpo_jax.models.pipeline import load_pipeline
+from dpo_jax.models.save import save_pipeline
 from dpo_jax.sharding import make_mesh
 
 CAPTIONS = ["a red circle at the top left", "a black cross at the bottom right"]
@@ -23,7 +24,7 @@ def test_exported_folder_draws_the_same_image_in_pytorch(tmp_path):
         name: value + 0.02 * jnp.std(value) * jax.random.normal(key, value.shape)
         for (name, value), key in zip(weights.pop("unet").items(), keys, strict=True)
     }
-    save_pipeline(pipeline, tmp_path / "exported", tuned, dtype=jnp.float32)
+    save_pipeline(pipeline, tmp_path / "exported", tuned, dtype=jnp.float32, card="")
 
     generator = Generator(
         pipeline,
@@ -54,7 +55,7 @@ def test_exported_folder_draws_the_same_image_in_pytorch(tmp_path):
     assert ours.std() > 10  # an image, not a plain colour
 
     # A float16 export takes half the space and opens as well.
-    save_pipeline(pipeline, tmp_path / "half", tuned, dtype=jnp.float16)
+    save_pipeline(pipeline, tmp_path / "half", tuned, dtype=jnp.float16, card="")
     sizes = [
         (tmp_path / n / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size for n in ("exported", "half")
     ]

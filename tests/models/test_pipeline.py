@@ -8,10 +8,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from dpo_jax.models.families import FAMILIES
-from dpo_jax.models.pipeline import Pipeline, load_pipeline, save_pipeline
+from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.models.random_model import write_random_model
 
 
@@ -71,43 +70,17 @@ def test_turbo_ends_in_pure_noise(sdxl: Path) -> None:
     assert load_pipeline(sdxl, dtype="float32", family="sdxl_turbo").schedule.signal_T[-1] == 0
 
 
-def test_save_pipeline_writes_a_complete_folder(sdxl: Path, tmp_path: Path) -> None:
-    pipeline = load_pipeline(sdxl, dtype="float32")
-    tuned = {name: 2 * value for name, value in pipeline.load("unet", dtype="float32").items()}
-    output = tmp_path / "tuned"
-    save_pipeline(pipeline, output, tuned, dtype="float32")
-    oracle = diffusers.StableDiffusionXLPipeline.from_pretrained(output)
-    before = load_file(sdxl / "unet" / "diffusion_pytorch_model.safetensors")
-    after = oracle.unet.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], 2 * before[name]) for name in before)
-    others = [path.relative_to(sdxl) for path in sdxl.rglob("*") if path.is_file() and path.parent.name != "unet"]
-    assert len(others) == 16
-    for path in others:
-        assert path.name == "model_index.json" or (output / path).read_bytes() == (sdxl / path).read_bytes()
-    assert json.loads((output / "unet/config.json").read_text()) == json.loads((sdxl / "unet/config.json").read_text())
-    with pytest.raises(ValueError, match="already exists and is not an empty folder"):
-        save_pipeline(pipeline, output, tuned, dtype="float32")
-
-
-def test_save_pipeline_beside_a_base_held_as_fp16_variant(sdxl: Path, tmp_path: Path) -> None:
-    for name in ("vae/diffusion_pytorch_model", "text_encoder/model", "text_encoder_2/model"):
-        (sdxl / f"{name}.safetensors").rename(sdxl / f"{name}.fp16.safetensors")
-    pipeline = load_pipeline(sdxl, dtype="float32")
-    save_pipeline(pipeline, tmp_path / "tuned", pipeline.load("unet", dtype="float32"), dtype="float16")
-    diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "tuned")
-
-
-def test_a_failed_save_leaves_nothing(sdxl: Path, tmp_path: Path) -> None:
-    pipeline = load_pipeline(sdxl, dtype="float32")
-    with pytest.raises(KeyError):
-        save_pipeline(pipeline, tmp_path / "tuned", {}, dtype="float32")
-    assert [path.name for path in tmp_path.iterdir()] == ["sdxl"]
-
-
 def test_no_model_folder(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no diffusers model folder at .*model_index.json.*hf download"):
+    with pytest.raises(FileNotFoundError, match=r"no folder or file /.*/absent, and it is no hub id either"):
         load_pipeline(tmp_path / "absent", dtype="float32")
+    with pytest.raises(FileNotFoundError, match=r"no diffusers model folder at .*model_index.json.*hf download"):
+        load_pipeline(tmp_path, dtype="float32")
+
+
+def test_a_single_file_that_is_a_pickle(tmp_path: Path) -> None:
+    torch.save({"model.diffusion_model.out.2.bias": torch.zeros(4)}, tmp_path / "sd15.ckpt")
+    with pytest.raises(ValueError, match=r"sd15.ckpt is no .safetensors file; opening a pickle can run code"):
+        load_pipeline(tmp_path / "sd15.ckpt", dtype="float32")
 
 
 def test_an_incomplete_folder(sdxl: Path) -> None:

@@ -157,7 +157,7 @@ def our_trajectory(
         weight_B=jnp.ones(B),
         index_B=jnp.arange(B),
     )
-    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    state = TrainState(jnp.int32(0), params, optimizer.init(params), {})
     losses = []
     for _ in range(STEPS):
         state, metrics = step(state, {"reference": params}, batch)

@@ -7,14 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec
 
 from dpo_jax.batch import Conditioning, PreferenceBatch
 from dpo_jax.diffusion.schedule import make_schedule
 from dpo_jax.objectives.losses import dpo, sft
-from dpo_jax.sharding import param_sharding, state_sharding
 from dpo_jax.training.step import Objective, TrainState, make_score, make_train_step, score_metrics, split_micro_batches
-from dpo_jax.weights.layout import ParamSpec
 
 SCHEDULE = make_schedule(
     {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -62,7 +59,7 @@ def run(params, batch, *, objective=DPO, accumulation=1, reference=None, steps=1
     optimizer = optimizer or optax.sgd(1e-2)
     score = make_score(encode, denoise, SCHEDULE, objective, seed=3)
     step = jax.jit(make_train_step(score, objective, optimizer, accumulation=accumulation))
-    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    state = TrainState(jnp.int32(0), params, optimizer.init(params), {})
     for _ in range(steps):
         state, metrics = step(state, frozen_like(reference or params), batch)
     return state, jax.device_get(metrics)
@@ -146,20 +143,3 @@ def test_sft_looks_at_the_winner_only(params):
 def test_micro_batches_take_rows_by_stride():
     x = np.arange(6)
     np.testing.assert_array_equal(split_micro_batches(x, 2), [[0, 2, 4], [1, 3, 5]])
-
-
-def test_statistics_lie_where_their_parameter_lies():
-    specs = {"big.kernel": ParamSpec((512, 256), (1, 0)), "bias": ParamSpec((8,), (0,))}
-    mesh = jax.sharding.AbstractMesh((1, 4), ("data", "fsdp"))
-    params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in specs.items()}
-    adam = jax.eval_shape(optax.adam(1e-3).init, params)
-    placed = state_sharding(mesh, specs, adam)
-    assert placed[0].mu["big.kernel"].spec == PartitionSpec("fsdp")
-    assert placed[0].mu["bias"].spec == PartitionSpec()
-    assert placed[0].count.spec == PartitionSpec()
-    conv = {"conv.kernel": ParamSpec((3, 3, 512, 256), (3, 2, 0, 1))}
-    factors = {"row": {"conv.kernel": jax.ShapeDtypeStruct((3, 1, 512, 256), jnp.float32)}}
-    assert state_sharding(mesh, conv, factors)["row"]["conv.kernel"].spec == PartitionSpec(None, None, "fsdp")
-    vector = {"row": {"big.kernel": jax.ShapeDtypeStruct((1, 256), jnp.float32)}}
-    assert state_sharding(mesh, specs, vector)["row"]["big.kernel"].spec == PartitionSpec(None)
-    assert param_sharding(mesh, (3, 3, 510, 512)).spec == PartitionSpec(None, None, None, "fsdp")

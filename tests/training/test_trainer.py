@@ -32,7 +32,10 @@ def state_of(workdir, step):
     return jax.tree.map(np.asarray, state), json.loads((folder / "position" / "metadata").read_text())
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "tiny"])
+CONFIGS = ("sd15", "sd21", "sdxl", "sdxl_refiner", "sdxl_turbo", "tiny")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_tiny_variant_of_every_config_trains_validates_and_samples(tiny_config, tmp_path, name):
     assert name in {path.stem for path in (ROOT / "configs").glob("*.py")}
     config = tiny_config(name, **{"validation.every": 4, "sample.every": 4, "loss.beta": 10.0})
@@ -49,7 +52,17 @@ def test_tiny_variant_of_every_config_trains_validates_and_samples(tiny_config, 
 
 
 def test_configs_that_the_test_above_runs_are_all_there_are():
-    assert {path.stem for path in (ROOT / "configs").glob("*.py")} == {"sd15", "sdxl", "tiny"}
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} == set(CONFIGS)
+
+
+def test_variants_of_configs():
+    config = load_config(f"{ROOT}/configs/sdxl.py:lora,tiny")
+    assert (config.lora.rank, config.model, config.data.batch_size) == (8, "random:sdxl", 4)
+    for name in ("sd15", "sdxl", "sdxl_turbo", "tiny"):
+        full, lora = (load_config(f"{ROOT}/configs/{name}.py{variant}") for variant in ("", ":lora"))
+        assert full.lora.rank == 0 < lora.lora.rank
+    with pytest.raises(ValueError, match="has no variant 'lore'; it has :lora and :tiny"):
+        load_config(f"{ROOT}/configs/sdxl.py:lore")
 
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
@@ -115,7 +128,15 @@ def test_refuses_the_work_directory_of_another_config(tiny_config, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model": "nowhere"}, r"no diffusers model folder at nowhere"),
+        ({"model": "nowhere"}, r"no folder or file nowhere, and it is no hub id"),
+        ({"family": "sdxl", "model": "dpo_jax/tiny/model", "vae": "nowhere"}, r"no folder or file nowhere"),
+        ({"family": "sd15", "model": "dpo_jax/tiny/model"}, r"sd15 has the text encoders \['text_encoder'\]"),
+        ({"lora.rank": -1}, r"config.lora.rank=-1 must be 0"),
+        ({"lora.rank": 4, "lora.targets": "to_z"}, r"'to_z' fit no layer"),
+        ({"lora.init_reference": True}, r"config.lora.init names no LoRA"),
+        ({"lora.init": "nowhere"}, r"no folder or file nowhere"),
+        ({"reference": "nowhere"}, r"no folder or file nowhere"),
+        ({"ema.decay": 2.0}, r"config.ema.decay=2.0 is a share"),
         ({"model": ""}, r"config.model is empty"),
         ({"data.path": "nowhere"}, r"no prepared data set at nowhere.*dpo_jax.prepare"),
         ({"data.batch_size": 6, "data.accumulation": 4}, r"batch_size=6 does not divide over 1 devices x 4.*such as 8"),

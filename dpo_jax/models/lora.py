@@ -1,0 +1,85 @@
+"""Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685), named and computed as PyTorch's peft does.
+
+A layer `M` computes `y + alpha / rank * B(A(x))`. Its adapter's parameters are entries of the flat dict like any other,
+`M.lora_A.kernel` and `M.lora_B.kernel`, and only they are trained. Without them the same weights are the model that
+nobody has tuned, so a reference needs no second copy.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dpo_jax.models.layers import Adaptable, torch_default_init
+from dpo_jax.models.network import Network
+from dpo_jax.weights.layout import Params, Specs
+
+
+class LowRank(NamedTuple):
+    """The size of one layer's adapter."""
+
+    rank: int
+    alpha: float
+
+
+Adapters = dict[str, LowRank]
+"""By the name of the layer: `down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q`."""
+
+
+def find_targets(unet: Network, pattern: str, *, rank: int, alpha: float) -> Adapters:
+    """An adapter for every linear and convolution layer in whose name `pattern` is found.
+
+    Raises ValueError when the pattern is no regular expression or is found nowhere.
+    """
+    if rank < 1:
+        raise ValueError(f"a LoRA of rank {rank} has no weights; give a rank of at least 1")
+    layers = [name.removesuffix(".kernel") for name in unet.specs if name.endswith(".kernel")]
+    try:
+        adapters = {layer: LowRank(rank, alpha) for layer in layers if re.search(pattern, layer)}
+    except re.error as error:
+        raise ValueError(f"the LoRA targets {pattern!r} are no regular expression: {error}") from error
+    if not adapters:
+        raise ValueError(f"the LoRA targets {pattern!r} fit no layer of the UNet, whose names read like {layers[-2]}")
+    return adapters
+
+
+def add_lora(module: nnx.Module, adapters: Adapters, dropout: float, rngs: nnx.Rngs) -> None:
+    """Gives the named layers their low-rank paths, in place."""
+    layers = _layers(module)
+    for name, (rank, alpha) in adapters.items():
+        layer = layers[name]
+        layer.lora_A, layer.lora_B = layer.make_low_rank(rank, rngs)
+        layer.lora_scale, layer.lora_dropout = alpha / rank, dropout
+
+
+def set_dropout_keys(module: nnx.Module, keys_N: jax.Array) -> None:
+    """Gives every adapter in the module its own keys, made of these: one per image."""
+    layers = {name: layer for name, layer in _layers(module).items() if layer.lora_A is not None}
+    for number, name in enumerate(sorted(layers)):
+        layers[name].lora_keys_N = jax.vmap(jax.random.fold_in, (0, None))(keys_N, number)
+
+
+def lora_specs(adapted: Network) -> Specs:
+    """The adapter's own parameters."""
+    return {name: spec for name, spec in adapted.specs.items() if is_lora(name)}
+
+
+def is_lora(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def init_lora(specs: Specs, seed: int) -> Params:
+    """A as peft draws it, B zero: at first the adapter changes nothing."""
+    params = {}
+    for number, (name, spec) in enumerate(specs.items()):
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        is_A = ".lora_A." in name
+        params[name] = torch_default_init(key, spec.shape, jnp.float32) if is_A else jnp.zeros(spec.shape, jnp.float32)
+    return params
+
+
+def _layers(module: nnx.Module) -> Mapping[str, Adaptable]:
+    return {".".join(map(str, path)): layer for path, layer in nnx.iter_modules(module) if isinstance(layer, Adaptable)}

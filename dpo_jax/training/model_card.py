@@ -1,0 +1,82 @@
+"""README.md of an exported model: what it is, how to open it, how it was made, and what was measured."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+from huggingface_hub import ModelCardData
+
+from dpo_jax.models.pipeline import Pipeline
+from dpo_jax.weights.hub import HUB_ID
+
+METHODS = {
+    "dpo": "[Diffusion-DPO](https://arxiv.org/abs/2311.12908)",
+    "sft": "supervised fine-tuning on preferred images",
+}
+USE = {
+    "diffusers": "pipe = diffusers.DiffusionPipeline.from_pretrained({folder!r})",
+    "unet": (
+        "unet = diffusers.UNet2DConditionModel.from_pretrained({folder!r})\n"
+        "pipe = diffusers.DiffusionPipeline.from_pretrained({model!r}, unet=unet)"
+    ),
+    "single": "pipe = diffusers.{pipeline}.from_single_file({file!r})",
+    "lora": "pipe = diffusers.DiffusionPipeline.from_pretrained({model!r})\npipe.load_lora_weights({folder!r})",
+    "kohya": "pipe = diffusers.DiffusionPipeline.from_pretrained({model!r})\npipe.load_lora_weights({file!r})",
+}
+
+
+def model_card(facts: Mapping[str, Any], pipeline: Pipeline, format: str, name: str) -> str:
+    """The text of README.md, its front matter as the hub reads it.
+
+    Args:
+        facts: of a training run `config` (as in config.json), `step`, `validation` (metrics of the newest one) and
+            `result` (of `dpo_jax.evaluate`, or None); of a mere conversion `model` and perhaps `lora`.
+        pipeline: the model.
+        format: one of those of `dpo_jax.export`.
+        name: of the folder.
+    """
+    config = facts.get("config")
+    model = config["model"] if config else facts["model"]
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model=model if HUB_ID.fullmatch(model) and not epath.Path(model).exists() else None,
+        tags=[
+            "text-to-image",
+            *(["dpo", "dpo_jax"] if config else ["dpo_jax"]),
+            *(["lora"] if _is_lora(format) else []),
+        ],
+    )
+    use = USE[format].format(folder=name, file=f"{name}/{name}.safetensors", model=model, pipeline=pipeline.class_name)
+    parts = [f"---\n{data.to_yaml()}\n---\n\n# {name}\n", f"```python\nimport diffusers\n\n{use}\n```\n"]
+    if not config:
+        with_lora = f" with {facts['lora']}" if facts.get("lora") else ""
+        return "\n".join([*parts, f"Converted from {model}{with_lora} by dpo_jax.\n"])
+    what = "A LoRA" if config["lora.rank"] or config["lora.init"] else "All UNet weights"
+    parts.insert(
+        1, f"{what} of {model}, trained by {METHODS[config['loss.name']]} for {facts['step']} steps with dpo_jax.\n"
+    )
+    if facts.get("result"):
+        r = facts["result"]
+        parts.append(
+            "## Measured\n\n"
+            f"- win rate over the base: {r['win_rate']:.1%}, 95% interval [{r['win_rate_low']:.1%}, "
+            f"{r['win_rate_high']:.1%}], {r['comparisons']} comparisons, {r['ties']} ties count half\n"
+            f"- judge's mean score: base {r['base_score']:.1%}, tuned {r['tuned_score']:.1%}\n"
+        )
+    if facts["validation"]:
+        rows = [f"| {name.removeprefix('validation/')} | {value:.6g} |" for name, value in facts["validation"].items()]
+        parts.append("## Held-out pairs\n\n" + "\n".join(["| metric | value |", "|---|---|", *rows]) + "\n")
+    parts.append(f"## Config\n\n```json\n{json.dumps(config, indent=2)}\n```\n")
+    return "\n".join(parts)
+
+
+def read_result(workdir: epath.PathLike) -> dict[str, Any] | None:
+    """What `dpo_jax.evaluate` wrote, or None."""
+    path = epath.Path(workdir) / "result.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _is_lora(format: str) -> bool:
+    return format in ("lora", "kohya")

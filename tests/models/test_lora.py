@@ -1,0 +1,136 @@
+"""LoRA against PyTorch's peft: outputs, gradients and initial values; and what the trainer builds on."""
+
+from functools import cache
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+
+from dpo_jax.batch import Conditioning
+from dpo_jax.models.lora import find_targets, init_lora
+from dpo_jax.models.pipeline import Pipeline, load_pipeline
+from dpo_jax.models.random_model import write_random_model
+from dpo_jax.weights.layout import from_torch, torch_name
+
+ATTENTION = r"attn[12]\.(to_q|to_k|to_v|to_out\.0)$"
+EVERY_KIND = (
+    r"attn1\.to_q$|resnets\.0\.conv1$|conv_shortcut$|downsamplers\.0\.conv$|ff\.net\.2$|proj_in$|time_emb_proj$"
+)
+RANK, ALPHA = 3, 2.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "sd15"
+    write_random_model("sd15", folder)
+    return str(folder)
+
+
+@cache
+def opened(folder: str, dtype: str, pattern: str, dropout: float = 0.0) -> Pipeline:
+    pipeline = load_pipeline(folder, dtype=dtype)
+    return pipeline.with_lora(find_targets(pipeline.unet, pattern, rank=RANK, alpha=ALPHA), dropout)
+
+
+def inputs(dtype: str) -> tuple[jax.Array, jax.Array, Conditioning]:
+    random = np.random.default_rng(0)
+    x_NHWC, context_NLD = random.normal(size=(2, 8, 8, 4)), random.normal(size=(2, 5, 32))
+    return jnp.asarray(x_NHWC, dtype), jnp.asarray([10, 900]), Conditioning(jnp.asarray(context_NLD, dtype))
+
+
+def test_outputs_and_gradients_are_those_of_peft(folder: str, x64: None) -> None:
+    pipeline = opened(folder, "float64", EVERY_KIND)
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet").double()
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=rf".*({EVERY_KIND})", init_lora_weights=False, lora_dropout=0.0
+    )
+    theirs = peft.get_peft_model(unet, config)
+    state = {name.removeprefix("base_model.model."): p for name, p in theirs.named_parameters() if "lora_" in name}
+    specs = pipeline.trained_specs
+    ours = {
+        name: jnp.asarray(from_torch(state[torch_name(name).replace(".weight", ".default.weight")].detach().numpy(), s))
+        for name, s in specs.items()
+    }
+    assert len(ours) == len(state) > 20
+    base = pipeline.load("unet", dtype=jnp.float64)
+    x_NHWC, t_N, conditioning = inputs("float64")
+    t_N = jnp.zeros_like(t_N)  # where diffusers' sinusoids, float32 even here, are exact
+
+    def total(adapter: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        prediction = pipeline.denoise(base | adapter, x_NHWC, t_N, conditioning)
+        return (prediction**2).sum(), prediction
+
+    (_, ours_NHWC), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(ours)
+    theirs_NCHW = theirs(
+        torch.tensor(np.asarray(x_NHWC)).permute(0, 3, 1, 2),
+        torch.tensor(np.asarray(t_N)),
+        torch.tensor(np.asarray(conditioning.context_NLD)),
+    ).sample
+    theirs_NCHW.square().sum().backward()
+    np.testing.assert_allclose(ours_NHWC, theirs_NCHW.permute(0, 2, 3, 1).detach(), rtol=1e-9, atol=1e-9)
+    for name, grad in grads.items():
+        gradient = state[torch_name(name).replace(".weight", ".default.weight")].grad
+        np.testing.assert_allclose(grad, from_torch(gradient.numpy(), specs[name]), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_fresh_adapter_changes_nothing_at_all(folder: str, dtype: str) -> None:
+    pipeline = opened(folder, dtype, ATTENTION)
+    base = pipeline.load("unet", dtype=dtype)
+    fresh = init_lora(pipeline.trained_specs, seed=0)
+    with_it, without = jax.jit(
+        lambda adapter: [pipeline.denoise(params, *inputs(dtype)) for params in (base | adapter, base)]
+    )(fresh)
+    assert np.array_equal(with_it, without)
+    nudged = {name: value + 0.1 for name, value in fresh.items()}
+    assert not np.array_equal(pipeline.denoise(base | nudged, *inputs(dtype)), without)
+
+
+def test_initial_values_are_distributed_as_pefts(folder: str) -> None:
+    pipeline = opened(folder, "float32", r"attn2\.to_k$")
+    for name, value in init_lora(pipeline.trained_specs, seed=0).items():
+        if ".lora_B." in name:
+            assert not value.any()
+        else:
+            bound = value.shape[0] ** -0.5  # kaiming_uniform with a = sqrt(5)
+            assert 0.9 * bound < np.abs(value).max() <= bound
+    a, b = (init_lora(pipeline.trained_specs, seed=seed) for seed in (0, 1))
+    assert not np.array_equal(next(iter(a.values())), next(iter(b.values())))
+
+
+def test_dropout_zeroes_its_share_and_keeps_the_mean(folder: str) -> None:
+    pipeline = opened(folder, "float32", r"mid_block.*attn2\.to_v$", dropout=0.25)
+    base = pipeline.load("unet", dtype="float32")
+    adapter = {name: jnp.full(s.shape, 0.02) for name, s in pipeline.trained_specs.items()}
+    x_NHWC, t_N, conditioning = jax.tree.map(lambda x: jnp.repeat(x[:1], 128, axis=0), inputs("float32"))
+    keys_N = jax.random.split(jax.random.key(0), 128)
+    plain, dropped = jax.jit(
+        lambda keys_N: [pipeline.denoise(base | adapter, x_NHWC, t_N, conditioning, *keys) for keys in ((), (keys_N,))]
+    )(keys_N)
+    # A linear layer far down: small changes of its output reach the end nearly linearly.
+    spread = dropped.std(axis=0)
+    assert spread.max() > 1e-5
+    error = np.abs(dropped.mean(axis=0) - plain[0]) / (spread / 128**0.5 + 1e-9)
+    assert np.median(error) < 2
+    # A row of the output depends on its own key alone.
+    swapped = pipeline.denoise(
+        base | adapter, x_NHWC[:2], t_N[:2], Conditioning(conditioning.context_NLD[:2]), keys_N[1::-1]
+    )
+    np.testing.assert_allclose(swapped[::-1], dropped[:2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "rank", "message"),
+    [
+        ("to_qq", 4, r"'to_qq' fit no layer of the UNet, whose names read like up_blocks"),
+        ("attn(", 4, r"'attn\(' are no regular expression"),
+        ("attn1", 0, "a LoRA of rank 0 has no weights"),
+    ],
+)
+def test_targets_that_cannot_be(folder: str, pattern: str, rank: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_targets(load_pipeline(folder, dtype="float32").unet, pattern, rank=rank, alpha=1.0)
