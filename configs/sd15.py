@@ -1,15 +1,18 @@
-"""Stable Diffusion 1.5 by Diffusion-DPO on Pick-a-Pic v2, as published (arXiv 2311.12908 and its released code)."""
+"""Stable Diffusion 1.5 by Diffusion-DPO on Pick-a-Pic v2, as published (arXiv 2311.12908 and its released code).
+
+`:lora` trains a LoRA as the diffusers script does; `:tiny` runs either in seconds.
+"""
 
 from ml_collections import ConfigDict
 
-from dpo_jax.training.config import default_config, tiny_variant
+from dpo_jax.training.config import apply_variants, default_config, tiny
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     c = default_config()
-    c.model = "models/stable-diffusion-v1-5"  # a diffusers folder, PyTorch or legacy Flax
+    c.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     c.data.path = "data/pickapic"  # written by python -m dpo_jax.prepare
-    c.data.resolution = 512
+    c.data.resolution = 512  # what SD1.5 was trained on
     c.data.batch_size = 2048  # 16 GPUs x 128 accumulated in the published run
     c.data.accumulation = 16  # 8 pairs at a time on each of 16 devices; a pair takes about 4.5 GiB beside the model
     c.data.caption_dropout = 0.2
@@ -19,8 +22,18 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.optimizer.learning_rate = 1e-8  # x 2048 = 2.048e-5, what the released launcher reaches
     c.optimizer.scale_by_batch = True
     c.optimizer.warmup_steps = 500
-    if arg == "tiny":
-        return tiny_variant(c, "sd15")
-    if arg is not None:
-        raise ValueError(f"configs/sd15.py has no variant {arg!r}; it has :tiny")
-    return c
+    return apply_variants(c, arg, {"lora": lora, "tiny": tiny("sd15")})
+
+
+def lora(c: ConfigDict) -> None:
+    """diffusers' train_diffusion_dpo.py with the arguments of its README."""
+    c.lora.rank = 8  # alpha = rank; queries, keys, values and outputs of every attention
+    c.data.batch_size = 32  # 16 x 2 accumulated
+    c.data.accumulation = 2
+    c.data.caption_dropout = 0.0  # the script has none
+    c.loss.beta = 5000.0  # the script's 2500, whose loss is written without the factor 1/2
+    c.steps = 10_000
+    c.optimizer.name = "adamw"
+    c.optimizer.learning_rate = 1e-5
+    c.optimizer.scale_by_batch = False
+    c.optimizer.schedule = "constant"

@@ -1,15 +1,19 @@
-"""SDXL base 1.0 by Diffusion-DPO on Pick-a-Pic v2, as published (arXiv 2311.12908 and its released code)."""
+"""SDXL base 1.0 by Diffusion-DPO on Pick-a-Pic v2, as published (arXiv 2311.12908 and its released code).
+
+`:lora` trains a LoRA as the diffusers script does; `:tiny` runs either in seconds.
+"""
 
 from ml_collections import ConfigDict
 
-from dpo_jax.training.config import default_config, tiny_variant
+from dpo_jax.training.config import apply_variants, default_config, tiny
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     c = default_config()
-    c.model = "models/stable-diffusion-xl-base-1.0"  # a diffusers folder, PyTorch or legacy Flax
+    c.model = "stabilityai/stable-diffusion-xl-base-1.0"
+    c.vae = "madebyollin/sdxl-vae-fp16-fix"  # SDXL's own overflows in half precision
     c.data.path = "data/pickapic"  # written by python -m dpo_jax.prepare
-    c.data.resolution = 1024
+    c.data.resolution = 1024  # what SDXL was trained on
     c.data.batch_size = 2048
     c.data.accumulation = 64  # 1 pair at a time on each of 32 devices; a pair takes about 28 GiB beside the model
     c.data.caption_dropout = 0.2
@@ -22,8 +26,19 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.mesh.data = 1
     c.mesh.fsdp = -1  # masters, gradients and optimizer state need 30 GiB, split over all devices
     c.sample.guidance = 5.0  # what SDXL is usually sampled with
-    if arg == "tiny":
-        return tiny_variant(c, "sdxl")
-    if arg is not None:
-        raise ValueError(f"configs/sdxl.py has no variant {arg!r}; it has :tiny")
-    return c
+    return apply_variants(c, arg, {"lora": lora, "tiny": tiny("sdxl")})
+
+
+def lora(c: ConfigDict) -> None:
+    """diffusers' train_diffusion_dpo_sdxl.py with the arguments of its README."""
+    c.lora.rank = 8  # alpha = rank; queries, keys, values and outputs of every attention
+    c.data.batch_size = 16  # 8 x 2 accumulated
+    c.data.accumulation = 2
+    c.data.caption_dropout = 0.0  # the script has none
+    c.data.size_conditioning = "real"  # the script's; the published full run has the constant
+    c.loss.beta = 5000.0  # the script's 2500, whose loss is written without the factor 1/2
+    c.steps = 2000
+    c.optimizer.name = "adamw"  # an adapter's moments are small
+    c.optimizer.learning_rate = 1e-5
+    c.optimizer.scale_by_batch = False
+    c.optimizer.schedule = "constant"

