@@ -122,7 +122,9 @@ def build(config: ConfigDict, derived: Derived, pipeline: Pipeline) -> Experimen
         optimizer=optimizer,
         learning_rate=learning_rate,
         frozen=frozen,
-        score=make_score(encode, pipeline.denoise, pipeline.schedule, objective, config.seed),
+        score=make_score(
+            encode, pipeline.denoise, pipeline.schedule, objective, config.seed, dropout=config.lora.dropout > 0
+        ),
         adapter=adapter,
     )
 

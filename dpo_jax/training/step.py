@@ -53,11 +53,13 @@ class Objective:
     """Only the best this many candidates enter the step (SFT: 1); None means all."""
 
 
-def make_score(encode: Encode, denoise: Denoise, schedule: Schedule, objective: Objective, seed: int) -> Score:
+def make_score(
+    encode: Encode, denoise: Denoise, schedule: Schedule, objective: Objective, seed: int, *, dropout: bool = False
+) -> Score:
     """`score(params, frozen, batch, step, training)`: encodes the batch, draws t and noise, scores every candidate.
 
-    Every draw is a function of (seed, step, global sample index) alone, so it is the same on 1 or 64 devices and with
-    any accumulation.
+    With `dropout`, training gives `denoise` keys for it. Every draw is a function of (seed, step, global sample index)
+    alone, so it is the same on 1 or 64 devices and with any accumulation.
     """
 
     def score(
@@ -66,7 +68,7 @@ def make_score(encode: Encode, denoise: Denoise, schedule: Schedule, objective: 
         batch = keep_candidates(batch, objective.num_candidates)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
         posterior_key, diffusion_key, dropout_key = keys
-        dropout_keys_B = keys_for(dropout_key, batch.index_B) if training else None
+        dropout_keys_B = keys_for(dropout_key, batch.index_B) if training and dropout else None
         latents_BKHWC, conditioning = encode(frozen, batch, keys_for(posterior_key, batch.index_B))
         t_B, noise_BHWC = draw(diffusion_key, batch.index_B, schedule, latents_BKHWC.shape[2:], latents_BKHWC.dtype)
         policy = frozen.get("base", {}) | params

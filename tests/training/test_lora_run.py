@@ -15,7 +15,7 @@ from diffusers.training_utils import EMAModel
 from dpo_jax.batch import Conditioning
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.training.config import resolve
-from dpo_jax.training.experiment import build, open_model, open_run
+from dpo_jax.training.experiment import build, open_model, open_run, open_training_batches
 from dpo_jax.training.export import export, open_tuned
 from dpo_jax.training.step import moving_average
 from dpo_jax.training.trainer import train
@@ -107,6 +107,22 @@ def test_policy_is_the_reference_at_step_0_and_no_second_copy(tiny_config, tmp_p
         policy, experiment.frozen["reference"]
     )
     assert np.array_equal(ours, reference)
+
+
+def test_dropout_acts_in_training_alone_and_on_the_policy_alone(tiny_config, tmp_path):
+    config = tiny_config("sd15", **FIELDS, **{"lora.dropout": 0.5})
+    experiment = build(config, resolve(config, device_count=1, process_count=1), open_model(config, tmp_path))
+    adapter = {name: value + 0.1 for name, value in experiment.initial_state().params.items()}
+    with open_training_batches(experiment) as batches:
+        batch = next(batches)
+    score = jax.jit(
+        lambda step: [experiment.score(adapter, experiment.frozen, batch, step, training=t) for t in (True, False)]
+    )
+    trained, evaluated = score(jnp.int32(3))
+    np.testing.assert_array_equal(trained.reference_error_BK, evaluated.reference_error_BK)
+    assert (trained.error_BK != evaluated.error_BK).all()
+    again, _ = score(jnp.int32(3))
+    np.testing.assert_array_equal(trained.error_BK, again.error_BK)
 
 
 def test_after_resume_the_reference_is_still_the_base(tiny_config, trained, tmp_path):
