@@ -26,7 +26,7 @@ DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
     ["float32", "float16", "bfloat16"],
-    "Of all weights. By default tuned ones are float32, others as held.",
+    "Of all weights. By default tuned models are float32, converted ones as held.",
 )
 SHARD_GB = flags.DEFINE_float("max_shard_gb", 10.0, "Weights beyond this size are split over several files.", 0.001)
 FAMILY = flags.DEFINE_string("family", None, "With --model: its family where the files can't tell (sdxl_turbo).")

@@ -33,6 +33,9 @@ class Tuned:
     adapter: Adapter | None
     card: Mapping[str, Any]
     """What `model_card` is to say."""
+    dtype: str | None
+    """Of all weights unless the user says otherwise; None keeps what each is held in. One for all, or PyTorch could not
+    run a float32 UNet after a float16 text encoder."""
 
 
 def open_tuned(workdir: epath.PathLike) -> Tuned:
@@ -41,9 +44,8 @@ def open_tuned(workdir: epath.PathLike) -> Tuned:
     adapter = run.adapter
     unet = run.params if adapter is None else Merged(run.pipeline.read("unet"), adapter)
     card = {"config": read_config(workdir), "step": run.step, "validation": last_validation(workdir)}
-    return Tuned(
-        f"the model after step {run.step}", run.pipeline, unet, adapter, card | {"result": read_result(workdir)}
-    )
+    card |= {"result": read_result(workdir)}
+    return Tuned(f"the model after step {run.step}", run.pipeline, unet, adapter, card, "float32")
 
 
 def open_untrained(model: str, *, lora: str | None, **options: Any) -> Tuned:
@@ -51,9 +53,10 @@ def open_untrained(model: str, *, lora: str | None, **options: Any) -> Tuned:
     pipeline = load_pipeline(model, dtype="float32", **options)
     unet = pipeline.read("unet")
     if lora is None:
-        return Tuned(model, pipeline, unet, None, {"model": model})
+        return Tuned(model, pipeline, unet, None, {"model": model}, dtype=None)
     adapter = read_lora(find_model(lora), pipeline.unet.specs)
-    return Tuned(f"{model} with {lora}", pipeline, Merged(unet, adapter), adapter, {"model": model, "lora": lora})
+    card = {"model": model, "lora": lora}
+    return Tuned(f"{model} with {lora}", pipeline, Merged(unet, adapter), adapter, card, "float32")
 
 
 def export(
@@ -62,7 +65,9 @@ def export(
     """Writes `tuned` to the new folder `output` in one of the formats of `dpo_jax.export`; returns what to open."""
     output = epath.Path(output)
     pipeline, unet, adapter = tuned.pipeline, tuned.unet, tuned.adapter
-    card = model_card(tuned.card, pipeline, format, output.name)
+    dtype = dtype or tuned.dtype
+    held = np.dtype(dtype or next(iter(unet.values())).dtype).name
+    card = model_card(tuned.card, pipeline, format, output.name, held)
     if format == "diffusers":
         save_pipeline(pipeline, output, unet, dtype=dtype, card=card, max_shard_bytes=max_shard_bytes)
         return output
@@ -76,7 +81,8 @@ def export(
             f"--format={format} writes a LoRA, but {tuned.title} has none: the whole UNet was trained; "
             "choose --format=diffusers, unet or single"
         )
-    specs, dtype = pipeline.unet.specs, np.dtype(dtype or "float32")
+    assert dtype is not None  # a model with a LoRA has a default
+    specs = pipeline.unet.specs
     file = LORA_FILE if format == "lora" else f"{output.name}.safetensors"
     with new_folder(output) as target:
         if format == "lora":

@@ -15,18 +15,18 @@ METHODS = {
     "sft": "supervised fine-tuning on preferred images",
 }
 USE = {
-    "diffusers": "pipe = diffusers.DiffusionPipeline.from_pretrained({folder!r})",
+    "diffusers": "pipe = diffusers.DiffusionPipeline.from_pretrained({folder!r}{dtype})",
     "unet": (
-        "unet = diffusers.UNet2DConditionModel.from_pretrained({folder!r})\n"
-        "pipe = diffusers.DiffusionPipeline.from_pretrained({model!r}, unet=unet)"
+        "unet = diffusers.UNet2DConditionModel.from_pretrained({folder!r}{dtype})\n"
+        "pipe = diffusers.DiffusionPipeline.from_pretrained({model!r}, unet=unet{dtype})"
     ),
-    "single": "pipe = diffusers.{pipeline}.from_single_file({file!r})",
+    "single": "pipe = diffusers.{pipeline}.from_single_file({file!r}{dtype})",
     "lora": "pipe = diffusers.DiffusionPipeline.from_pretrained({model!r})\npipe.load_lora_weights({folder!r})",
     "kohya": "pipe = diffusers.DiffusionPipeline.from_pretrained({model!r})\npipe.load_lora_weights({file!r})",
 }
 
 
-def model_card(facts: Mapping[str, Any], pipeline: Pipeline, format: str, name: str) -> str:
+def model_card(facts: Mapping[str, Any], pipeline: Pipeline, format: str, name: str, dtype: str) -> str:
     """The text of README.md, its front matter as the hub reads it.
 
     Args:
@@ -35,6 +35,7 @@ def model_card(facts: Mapping[str, Any], pipeline: Pipeline, format: str, name: 
         pipeline: the model.
         format: one of those of `dpo_jax.export`.
         name: of the folder.
+        dtype: of the weights.
     """
     config = facts.get("config")
     model = config["model"] if config else facts["model"]
@@ -48,8 +49,17 @@ def model_card(facts: Mapping[str, Any], pipeline: Pipeline, format: str, name: 
             *(["lora"] if _is_lora(format) else []),
         ],
     )
-    use = USE[format].format(folder=name, file=f"{name}/{name}.safetensors", model=model, pipeline=pipeline.class_name)
-    parts = [f"---\n{data.to_yaml()}\n---\n\n# {name}\n", f"```python\nimport diffusers\n\n{use}\n```\n"]
+    # Left to themselves, diffusers opens half-precision weights in float32 and transformers does not.
+    is_half = dtype != "float32" and not _is_lora(format)
+    use = USE[format].format(
+        folder=name,
+        file=f"{name}/{name}.safetensors",
+        model=model,
+        pipeline=pipeline.class_name,
+        dtype=f", torch_dtype=torch.{dtype}" if is_half else "",
+    )
+    imports = "import diffusers\nimport torch\n" if is_half else "import diffusers\n"
+    parts = [f"---\n{data.to_yaml()}\n---\n\n# {name}\n", f"```python\n{imports}\n{use}\n```\n"]
     if not config:
         with_lora = f" with {facts['lora']}" if facts.get("lora") else ""
         return "\n".join([*parts, f"Converted from {model}{with_lora} by dpo_jax.\n"])

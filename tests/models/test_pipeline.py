@@ -116,6 +116,18 @@ def test_wrong_family(sdxl: Path, family: str, message: str) -> None:
         load_pipeline(sdxl, dtype="float32", family=family)
 
 
+def test_sd15_and_sd21_differ_in_their_unets(tmp_path: Path) -> None:
+    write_random_model("sd21", tmp_path / "model")
+    with pytest.raises(ValueError, match="model holds a model of the family sd21, not sd15; leave the family out"):
+        load_pipeline(tmp_path / "model", dtype="float32", family="sd15")
+
+
+def test_unknown_scheduler(sdxl: Path) -> None:
+    edit(sdxl / "scheduler" / "scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler")
+    with pytest.raises(ValueError, match=r"sdxl/scheduler/scheduler_config.json: unknown scheduler FlowMatchEuler"):
+        load_pipeline(sdxl, dtype="float32")
+
+
 def test_family_and_unet_must_agree(sdxl: Path) -> None:
     edit(sdxl / "unet" / "config.json", addition_embed_type=None, projection_class_embeddings_input_dim=None)
     with pytest.raises(ValueError, match="sdxl takes 6 time ids, but the UNet's addition_embed_type is None"):

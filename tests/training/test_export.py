@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,13 +87,15 @@ def test_model_card_says_how_it_was_made_and_what_was_measured(run, tmp_path):
 
 def test_the_cards_code_opens_the_model(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for format in ("diffusers", "unet"):
-        export(open_tuned(run), tmp_path / format, format=format, dtype=None, max_shard_bytes=BIG)
+    for format, dtype in (("diffusers", None), ("unet", None), ("diffusers", "float16")):
+        shutil.rmtree(tmp_path / format, ignore_errors=True)
+        export(open_tuned(run), tmp_path / format, format=format, dtype=dtype, max_shard_bytes=BIG)
         code = re.search(r"```python\n(.*?)```", (tmp_path / format / "README.md").read_text(), re.DOTALL)[1]
         names: dict[str, object] = {}
         # The run's model is "random:sd15", made in its work directory.
         exec(code.replace("random:sd15", str(run / "model")), names)
         assert isinstance(names["pipe"], diffusers.StableDiffusionPipeline)
+        assert names["pipe"].text_encoder.dtype == names["pipe"].unet.dtype  # or it could not draw
         assert same(
             names["pipe"].unet.state_dict(), unet_of(tmp_path / ("diffusers/unet" if format == "diffusers" else "unet"))
         )
@@ -155,8 +158,8 @@ def test_command_refuses(tmp_path, flags, message):
 
 
 def test_a_model_with_a_lora_converts_to_every_format(tmp_path):
-    """kohya's and diffusers' file of one LoRA merge to the same weights."""
-    write_random_model("sd15", tmp_path / "model")
+    """kohya's and diffusers' file of one LoRA merge to the same weights, in float32 whatever the base is held in."""
+    write_random_model("sd15", tmp_path / "model", dtype="float16")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "model")
     import peft
 

@@ -56,7 +56,7 @@ def test_reads_no_more_than_the_part(mapped: np.ndarray, monkeypatch: pytest.Mon
 
 def test_what_is_in_memory_stays_as_it_is(mapped: np.ndarray) -> None:
     computed = mapped.copy()  # a memmap by type, but of no file
-    assert fetch(computed) is computed
+    assert fetch(computed).base is computed
     assert fetch(VALUES) is VALUES
 
 
@@ -69,11 +69,11 @@ PLACE = """
 import json, sys, jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 4)
 from dpo_jax import sharding
-from dpo_jax.weights import io, mapped_file
+from dpo_jax.weights import io
 from dpo_jax.weights.layout import ParamSpec
 sharding.SMALL = 100
-fetched, fetch = [], mapped_file.fetch
-mapped_file.fetch = lambda view: fetched.append((view.shape, view.T.flags.c_contiguous)) or fetch(view)
+fetched, fetch = [], io.fetch
+io.fetch = lambda view: fetched.append((view.shape, view.T.flags.c_contiguous)) or fetch(view)
 specs = {"to_q.kernel": ParamSpec((20, 8), (1, 0)), "to_q.bias": ParamSpec((8,), (0,))}
 params = io.load_params(sys.argv[1], specs, dtype="float32", sharding=sharding.placement(sharding.make_mesh(2, 2)))
 np.savez(sys.argv[2], **params)
