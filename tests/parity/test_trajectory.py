@@ -134,7 +134,7 @@ def our_trajectory(
     latents_BKHWC, noise_BHWC, t_B, conditioning = jax.tree.map(jnp.asarray, inputs)
     schedule = make_schedule(SCHEDULER)
 
-    def score(params, frozen, batch, step):
+    def score(params, frozen, batch, step, training):
         return score_candidates(
             network, params, frozen["reference"], schedule, latents_BKHWC, noise_BHWC, t_B, conditioning
         )

@@ -29,62 +29,42 @@ def losses_of(workdir):
     return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
-def inputs(channels, with_time_ids):
+def inputs():
     random = np.random.default_rng(0)
-    x_NHWC = random.normal(size=(2, 8, 8, 4)).astype(np.float32)
-    context_NLD = random.normal(size=(2, 5, channels)).astype(np.float32)
-    pooled_NP = random.normal(size=(2, 40)).astype(np.float32) if with_time_ids else None
-    time_ids_NT = np.full((2, 6), 32, np.float32) if with_time_ids else None
-    return x_NHWC, np.array([10, 900]), Conditioning(context_NLD, pooled_NP, time_ids_NT)
+    x_NHWC, context_NLD = random.normal(size=(2, 8, 8, 4)), random.normal(size=(2, 5, 32))
+    return x_NHWC.astype(np.float32), np.array([10, 900]), Conditioning(context_NLD.astype(np.float32))
 
 
 def torch_output(unet, x_NHWC, t_N, conditioning):
-    added = None
-    if conditioning.pooled_NP is not None:
-        added = {
-            "text_embeds": torch.tensor(conditioning.pooled_NP),
-            "time_ids": torch.tensor(conditioning.time_ids_NT),
-        }
+    x_NCHW = torch.tensor(x_NHWC).permute(0, 3, 1, 2)
     with torch.no_grad():
-        output = unet(
-            torch.tensor(x_NHWC).permute(0, 3, 1, 2),
-            torch.tensor(t_N),
-            torch.tensor(conditioning.context_NLD),
-            added_cond_kwargs=added,
-        )
+        output = unet(x_NCHW, torch.tensor(t_N), torch.tensor(conditioning.context_NLD))
     return output.sample.permute(0, 2, 3, 1).numpy()
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_config):
-    """An SDXL LoRA trained for 20 steps."""
+    """A LoRA trained for 20 steps."""
     workdir = tmp_path_factory.mktemp("lora")
-    train(tiny_config("sdxl", steps=20, **FIELDS, **{"checkpoint.every": 10}), workdir)
+    train(tiny_config("sd15", steps=20, **FIELDS, **{"checkpoint.every": 10}), workdir)
     return workdir
 
 
 def test_20_steps_of_lora_give_the_same_output_in_pytorch_peft(trained, tmp_path):
     run = open_run(trained)
     assert run.step == 20
-    args = inputs(80, with_time_ids=True)
+    args = inputs()
     ours, base = (np.asarray(run.pipeline.denoise(p, *jax.tree.map(jnp.asarray, args))) for p in (run.policy, run.base))
     assert np.abs(ours - base).max() > 0.02  # it has learnt something
 
     tuned = open_tuned(trained)
-    for format in ("lora", "diffusers"):
+    for format in ("lora", "kohya", "diffusers"):
         file = export(tuned, tmp_path / format, format=format, dtype=None, max_shard_bytes=10**10)
-        pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(
-            file if format == "diffusers" else run.pipeline.folder
-        )
-        if format == "lora":
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(file if format == "diffusers" else run.pipeline.folder)
+        if format != "diffusers":
             np.testing.assert_allclose(torch_output(pipe.unet, *args), base, rtol=1e-4, atol=1e-5)
-            pipe.load_lora_weights(file.parent)
+            pipe.load_lora_weights(file)
         np.testing.assert_allclose(torch_output(pipe.unet, *args), ours, rtol=1e-4, atol=1e-5)
-        if format == "lora":
-            pipe.unload_lora_weights()
-            pipe.load_lora_weights(file, adapter_name="again")
-            pipe.set_adapters(["again"], [0.0])
-            np.testing.assert_allclose(torch_output(pipe.unet, *args), base, rtol=1e-4, atol=1e-5)
 
 
 def test_only_the_adapter_is_trained_and_checkpointed(trained):
@@ -97,12 +77,12 @@ def test_only_the_adapter_is_trained_and_checkpointed(trained):
 
 
 def test_policy_is_the_reference_at_step_0_and_no_second_copy(tiny_config, tmp_path):
-    config = tiny_config("sdxl", **FIELDS)
+    config = tiny_config("sd15", **FIELDS)
     experiment = build(config, resolve(config, device_count=1, process_count=1), open_model(config, tmp_path))
     for name, value in experiment.frozen["reference"].items():
         assert value is experiment.frozen["base"][name]
     policy = experiment.frozen["base"] | experiment.initial_state().params
-    args = jax.tree.map(jnp.asarray, inputs(80, with_time_ids=True))
+    args = jax.tree.map(jnp.asarray, inputs())
     ours, reference = jax.jit(lambda *params: [experiment.pipeline.denoise(p, *args) for p in params])(
         policy, experiment.frozen["reference"]
     )
@@ -127,7 +107,7 @@ def test_dropout_acts_in_training_alone_and_on_the_policy_alone(tiny_config, tmp
 
 def test_after_resume_the_reference_is_still_the_base(tiny_config, trained, tmp_path):
     assert losses_of(trained)[0] == pytest.approx(math.log(2), abs=1e-6)
-    config = tiny_config("sdxl", steps=10, **FIELDS, **{"checkpoint.every": 10})
+    config = tiny_config("sd15", steps=10, **FIELDS, **{"checkpoint.every": 10})
     train(config, tmp_path)
     config.steps = 20
     train(config, tmp_path)
@@ -146,7 +126,7 @@ def test_going_on_from_a_lora(tiny_config, trained, tmp_path):
     for init_reference in (False, True):
         fields = {"lora.init": str(file), "lora.init_reference": init_reference, "model": str(trained / "model")}
         workdir = tmp_path / str(init_reference)
-        train(tiny_config("sdxl", steps=1, **(FIELDS | {"lora.rank": 0}), **fields), workdir)
+        train(tiny_config("sd15", steps=1, **(FIELDS | {"lora.rank": 0}), **fields), workdir)
         first[init_reference] = losses_of(workdir)[0]
         run = open_run(workdir)
         assert {(size.rank, size.alpha) for size in run.pipeline.adapters.values()} == {(4, 2.0)}
@@ -162,7 +142,7 @@ def test_going_on_from_a_lora(tiny_config, trained, tmp_path):
 def test_a_lora_for_another_model(tiny_config, trained, tmp_path):
     file = export(open_tuned(trained), tmp_path / "lora", format="lora", dtype=None, max_shard_bytes=10**10)
     with pytest.raises(ValueError, match=r"pytorch_lora_weights\.safetensors") as error:
-        train(tiny_config("sd15", steps=1, **{"lora.init": str(file)}), tmp_path / "run")
+        train(tiny_config("sdxl", steps=1, **{"lora.init": str(file)}), tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run" / "config.json").exists()
 
@@ -178,7 +158,7 @@ def test_another_reference_and_another_starting_unet(tiny_config, tmp_path):
     assert abs(first["reference"] - math.log(2)) > 1e-3
     assert [first["unet"], first[""]] == pytest.approx([math.log(2)] * 2, abs=1e-5)
     theirs = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "other", subfolder="unet")
-    args = inputs(32, with_time_ids=False)
+    args = inputs()
     run = open_run(tmp_path / "unet" / "run")
     ours = run.pipeline.denoise(run.base, *jax.tree.map(jnp.asarray, args))
     np.testing.assert_allclose(ours, torch_output(theirs, *args), rtol=1e-4, atol=1e-5)
