@@ -32,8 +32,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
 def lora(c: ConfigDict) -> None:
     """diffusers' train_diffusion_dpo_sdxl.py with the arguments of its README."""
     c.lora.rank = 8  # alpha = rank; queries, keys, values and outputs of every attention
-    c.data.batch_size = 16  # 8 x 2 accumulated
-    c.data.accumulation = 2
+    c.data.batch_size = 16  # the script's 8 x 2 accumulated
+    c.data.accumulation = 16  # 1 pair at a time, for one GPU; divide it by the number of devices
     c.data.caption_dropout = 0.0  # the script has none
     c.data.size_conditioning = "real"  # the script's; the published full run has the constant
     c.loss.beta = 5000.0  # the script's 2500, whose loss is written without the factor 1/2

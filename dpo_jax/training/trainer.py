@@ -32,9 +32,9 @@ from dpo_jax.training.experiment import (
     Experiment,
     build,
     check_data,
+    fingerprints,
     for_sampling,
     make_generator,
-    model_fingerprint,
     open_model,
     open_training_batches,
     open_validation_batches,
@@ -50,7 +50,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     derived = resolve(config, device_count=jax.device_count(), process_count=jax.process_count())
     check_data(config)
     pipeline = open_model(config, workdir)
-    fields = flatten(config) | {"model_fingerprint": model_fingerprint(config, pipeline)}
+    fields = flatten(config) | fingerprints(config, pipeline)
     saved = read_config(workdir)
     if saved is not None:
         check_same_experiment(fields, saved, workdir)

@@ -22,26 +22,42 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from dpo_jax.weights.io import CONVERT_PICKLE, LEGACY_FLAX, PICKLES, SAFETENSORS
+from dpo_jax.weights.io import CONVERT_PICKLE, PICKLES, SAFETENSORS, preferred_weights
+from dpo_jax.weights.lora_files import FILES, PEFT_CONFIG
 
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2")
 
-HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<file>.+\.safetensors))?")
+HUB_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<file>.+\.safetensors))?(@(?P<revision>[\w./-]+))?"
+)
+
+
+def find_lora(name: str) -> epath.Path:
+    """The file or folder of the LoRA called `name`, here or on the hub; see `find_model` for names and errors."""
+    return find_model(name, files=(*FILES, PEFT_CONFIG))
 
 
 def find_model(
-    name: str, *, revision: str = "", variant: str = "", only: Collection[str] | None = None, weights: bool = True
+    name: str,
+    *,
+    revision: str = "",
+    variant: str = "",
+    only: Collection[str] | None = None,
+    weights: bool = True,
+    files: Collection[str] = (),
 ) -> epath.Path:
     """The folder (or the one file) that holds the model called `name`, fetched from the hub where it must be.
 
     Args:
-        name: an existing folder or file, returned as it is; else a hub id: `owner/name`, or with `/file.safetensors`.
-        revision: branch, tag or commit on the hub.
+        name: an existing folder or file, returned as it is; else a hub id: `owner/name`, or with `/file.safetensors`,
+            or with `@revision` at its end.
+        revision: branch, tag or commit on the hub, where the name has none.
         variant: "fp16" takes the half-precision set of weights from the hub where there is one.
         only: the components that are needed, such as {"unet"}; all by default. A repository that is one component, with
             its config.json at the root, is fetched in any case.
         weights: False fetches configs and tokenizers alone.
+        files: these instead of a model's; beside a `file.safetensors`, these of its folder as well.
 
     Raises FileNotFoundError where nothing has that name or the hub can't be reached, and ValueError where what it names
     is no model that can be read here.
@@ -54,11 +70,15 @@ def find_model(
         raise FileNotFoundError(
             f"no folder or file {name}, and it is no hub id either (owner/name, or owner/name/file.safetensors)"
         )
-    repo, file = hub_id["repo"], hub_id["file"]
+    repo, file, revision = hub_id["repo"], hub_id["file"], hub_id["revision"] or revision
     try:
-        if file is None:
+        if file is None and not files:
             return _fetch_folder(repo, revision or None, variant, only, weights)
-        path = epath.Path(snapshot_download(repo, revision=revision or None, allow_patterns=[glob.escape(file)])) / file
+        folder = (file or "").rpartition("/")[0]
+        patterns = [file] if file else []
+        patterns += [f"{folder}/{name}".removeprefix("/") for name in files]
+        patterns = [glob.escape(pattern) for pattern in patterns]
+        path = epath.Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns)) / (file or "")
     except RevisionNotFoundError as error:
         raise FileNotFoundError(f"{repo} on the hub has no revision {revision!r}") from error
     except RepositoryNotFoundError as error:
@@ -69,7 +89,7 @@ def find_model(
     except (LocalEntryNotFoundError, HTTPError) as error:
         # The hub's library wraps the cause, and tells of it in several lines.
         reason = str(error.__cause__ or error).partition("\n")[0].rstrip(".")
-        options = f"{_patterns(file, only, weights)}{f' --revision {revision}' if revision else ''}"
+        options = f"{_patterns(file or ' '.join(files), only, weights)}{f' --revision {revision}' if revision else ''}"
         raise FileNotFoundError(
             f"no folder or file {name} here, and its files can't all be had from the hub or its cache ({reason}); on a "
             f"machine with a network run: hf download {repo} {options} "
@@ -149,8 +169,7 @@ def _is_wanted(folder: str, only: Collection[str] | None) -> bool:
 
 def _one_set_of_weights(names: Collection[str], variant: str) -> list[str]:
     """The names of the preferred file of weights, or of an index and its shards; none where there are no weights."""
-    of_variant_first = sorted(SAFETENSORS, key=lambda name: f".{variant}." not in name) if variant else SAFETENSORS
-    first = next((name for name in (*of_variant_first, *LEGACY_FLAX) if name in names), None)
+    first = preferred_weights(names, variant)
     if first is None or not first.endswith(".json"):
         return [first] if first else []
     # A variant's shards are "model.fp16-00001-of-00002.safetensors", or "model-00001-of-00002.fp16.safetensors".

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -70,25 +70,32 @@ class _Stored(NamedTuple):
 
 
 def load_params(
-    path: epath.PathLike, specs: Specs, *, dtype: DTypeLike, sharding: Sharding | None = None, prefix: str = ""
+    path: epath.PathLike,
+    specs: Specs,
+    *,
+    dtype: DTypeLike,
+    sharding: Sharding | None = None,
+    prefix: str = "",
+    variant: str = "",
 ) -> Params:
     """The parameters that `specs` names, read from `path`, cast to `dtype` and placed tensor by tensor.
 
     With `sharding` (name, spec -> placement) each process reads from disk only the slices its devices hold; without,
-    everything goes to the default device. `path`, `prefix` and errors: see `read_params`.
+    everything goes to the default device. `path`, `prefix`, `variant` and errors: see `read_params`.
     """
-    stored = read_params(path, specs, prefix=prefix)
+    stored = read_params(path, specs, prefix=prefix, variant=variant)
     return {name: _place(array, dtype, sharding and sharding(name, specs[name])) for name, array in stored.items()}
 
 
-def read_params(path: epath.PathLike, specs: Specs, *, prefix: str = "") -> dict[str, np.ndarray]:
+def read_params(path: epath.PathLike, specs: Specs, *, prefix: str = "", variant: str = "") -> dict[str, np.ndarray]:
     """The parameters that `specs` names as they are stored, in our layout: views of the files, nothing is read yet.
 
-    `path` is a component's folder, or a single file in which the component's names begin with `prefix`. Raises one
-    ValueError that lists all missing, unexpected and misshapen names.
+    `path` is a component's folder, or a single file in which the component's names begin with `prefix`. Of several sets
+    of weights in a folder, that of `variant` ("fp16") is preferred. Raises one ValueError that lists all missing,
+    unexpected and misshapen names.
     """
     path = epath.Path(path)
-    stored = _open_folder(path) if path.is_dir() else _open_file(path, specs, prefix)
+    stored = _open_folder(path, variant) if path.is_dir() else _open_file(path, specs, prefix)
     found, missing, misshapen = {}, [], []
     unused = set(stored.arrays) - set(HARMLESS)
     for name, spec in specs.items():
@@ -107,7 +114,7 @@ def read_params(path: epath.PathLike, specs: Specs, *, prefix: str = "") -> dict
         if names
     ]
     if problems:
-        raise ValueError(f"{path} does not hold the model that its config.json describes: {'; '.join(problems)}")
+        raise ValueError(f"{path} does not hold the model that config.json describes: {'; '.join(problems)}")
     return found
 
 
@@ -157,21 +164,18 @@ def save_component(
             (target / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def fingerprint(path: epath.PathLike, *, places: int = 64, chunk: int = 2**14) -> str:
-    """A digest of a component's weight files (or of one file) that another model's would not have: names, sizes, and
-    `places` evenly spaced chunks of each, so that 10 GB take no longer than 10 MB."""
+def fingerprint(files: Iterable[epath.Path], *, places: int = 64, chunk: int = 2**14) -> str:
+    """A digest of files that others would not have: names, sizes, and `places` evenly spaced chunks of each, so that
+    10 GB take no longer than 10 MB."""
     digest = hashlib.sha256()
-    path = epath.Path(path)
-    for weights in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if weights.suffix not in (".safetensors", ".msgpack"):
-            continue
-        size = weights.stat().length
-        digest.update(f"{weights.name} {size}".encode())
-        with weights.open("rb") as file:
+    for path in files:
+        size = path.stat().length
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
             for place in range(places):
                 file.seek(place * max(size - chunk, 0) // max(places - 1, 1))
                 digest.update(file.read(chunk))
-    return digest.hexdigest()
+    return digest.hexdigest()[:16]
 
 
 def first_several(names: list[str], kind: str, several: int = 5) -> str:
@@ -216,28 +220,39 @@ def _refuse_pickle(file: epath.Path) -> None:
         raise ValueError(f"{file} is no .safetensors file; {CONVERT_PICKLE}")
 
 
-def _open_folder(folder: epath.Path) -> _Stored:
+def _open_folder(folder: epath.Path, variant: str) -> _Stored:
+    files = weight_files(folder, variant)
+    if files[0].name in LEGACY_FLAX:
+        return _Stored(flax_msgpack.read(files[0]), flax_aliases, from_flax)
+    arrays = {key: array for file in files for key, array in safetensors_file.read(file).items()}
+    return _Stored(arrays, torch_aliases, from_torch)
+
+
+def weight_files(folder: epath.Path, variant: str = "") -> list[epath.Path]:
+    """The one set of weights in a component's folder that is read, of `variant` if there is one.
+
+    Raises ValueError where there are only pickles, FileNotFoundError where there is nothing or not all of it.
+    """
     names = {path.name for path in folder.iterdir()}
-    for name in SAFETENSORS:
-        if name in names:
-            return _Stored(_read_safetensors(folder, name), torch_aliases, from_torch)
-    for name in LEGACY_FLAX:
-        if name in names:
-            return _Stored(flax_msgpack.read(folder / name), flax_aliases, from_flax)
-    pickles = sorted(name for name in names if name.endswith(PICKLES))
-    if pickles:
-        raise ValueError(f"{folder} holds only pickled weights ({', '.join(pickles)}); {CONVERT_PICKLE}")
-    raise FileNotFoundError(f"no weights in {folder}; looked for {', '.join(SAFETENSORS + LEGACY_FLAX)}")
-
-
-def _read_safetensors(folder: epath.Path, name: str) -> dict[str, np.ndarray]:
-    if name.endswith(".safetensors"):
-        return safetensors_file.read(folder / name)
-    files = sorted(set(json.loads((folder / name).read_text())["weight_map"].values()))
-    absent = [file for file in files if not (folder / file).exists()]
+    name = preferred_weights(names, variant)
+    if name is None:
+        pickles = sorted(name for name in names if name.endswith(PICKLES))
+        if pickles:
+            raise ValueError(f"{folder} holds only pickled weights ({', '.join(pickles)}); {CONVERT_PICKLE}")
+        raise FileNotFoundError(f"no weights in {folder}; looked for {', '.join(SAFETENSORS + LEGACY_FLAX)}")
+    if not name.endswith(".json"):
+        return [folder / name]
+    shards = sorted(set(json.loads((folder / name).read_text())["weight_map"].values()))
+    absent = [shard for shard in shards if shard not in names]
     if absent:
         raise FileNotFoundError(f"{folder / name} names files that are absent: {', '.join(absent)}")
-    return {key: array for file in files for key, array in safetensors_file.read(folder / file).items()}
+    return [folder / shard for shard in shards]
+
+
+def preferred_weights(names: Collection[str], variant: str = "") -> str | None:
+    """The file, or the index of shards, that is read where `names` lie together; None where there is none."""
+    of_variant_first = sorted(SAFETENSORS, key=lambda name: f".{variant}." not in name) if variant else SAFETENSORS
+    return next((name for name in (*of_variant_first, *LEGACY_FLAX) if name in names), None)
 
 
 def _place(array: np.ndarray, dtype: DTypeLike, sharding: jax.sharding.Sharding | None) -> jax.Array:

@@ -171,6 +171,13 @@ def write_kohya(
     _write(epath.Path(path), tensors, metadata)
 
 
+def lora_files_of(path: epath.Path) -> list[epath.Path]:
+    """The files that `read_lora` reads: the weights, and peft's config where alpha is there."""
+    file = _find_file(path)
+    beside = file.parent / PEFT_CONFIG
+    return [file, *([beside] if file.name == FILES[1] and beside.exists() else [])]
+
+
 class Merged(Mapping[str, np.ndarray]):
     """A model's parameters with an adapter added to its kernels, in float32 at least.
 

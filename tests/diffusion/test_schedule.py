@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_jax.diffusion.schedule import Schedule, add_noise, make_schedule, predict_x0_and_noise, training_target
+from dpo_jax.diffusion.schedule import (
+    VARIANCE_PRESERVING,
+    Schedule,
+    add_noise,
+    make_schedule,
+    predict_x0_and_noise,
+    training_target,
+)
 
 SD15 = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 CONFIGS = {
@@ -98,7 +105,10 @@ def test_every_sampler_class_of_published_folders_is_read(name):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "unknown scheduler FlowMatchEuler.*; known are .*DDIMScheduler"),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+            "unknown scheduler FlowMatchEuler.*; known are .*DDIMScheduler",
+        ),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
         ({"clip_sample": True}, "clip_sample"),
         ({"thresholding": True}, "thresholding"),
@@ -122,3 +132,10 @@ def test_a_missing_field_is_an_error():
 def test_training_timesteps_must_exist():
     with pytest.raises(ValueError, match="1000"):
         make_schedule(SD15, training_timesteps=[249, 1000])
+
+
+@pytest.mark.parametrize("name", sorted(VARIANCE_PRESERVING - {"DPMSolverSDEScheduler"}))  # which needs torchsde
+def test_what_each_known_scheduler_saves_is_read(name, tmp_path):
+    getattr(diffusers, name).from_config(SD15 | {"clip_sample": False}).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "scheduler_config.json").read_text())
+    np.testing.assert_array_equal(make_schedule(saved).signal_T, make_schedule(SD15).signal_T)

@@ -8,10 +8,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dpo_jax.models.families import FAMILIES
 from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.models.random_model import write_random_model
+from dpo_jax.models.save import save_single_file
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -114,6 +116,66 @@ def test_inpainting_model(sdxl: Path) -> None:
 def test_wrong_family(sdxl: Path, family: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_pipeline(sdxl, dtype="float32", family=family)
+
+
+def test_the_variant_asked_for_is_read(sdxl: Path) -> None:
+    plain = load_pipeline(sdxl, dtype="float32")
+    before = plain.fingerprint()
+    weights = sdxl / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file(
+        {name: tensor.half() for name, tensor in load_file(weights).items()},
+        weights.with_name("diffusion_pytorch_model.fp16.safetensors"),
+    )
+    half = load_pipeline(sdxl, dtype="float32", variant="fp16")
+    assert {array.dtype.name for array in plain.read("vae").values()} == {"float32"}
+    assert {array.dtype.name for array in half.read("vae").values()} == {"float16"}
+    assert {array.dtype.name for array in half.read("unet").values()} == {"float32"}  # it has no other
+    assert plain.fingerprint() == before != half.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "file", ["scheduler/scheduler_config.json", "vae/config.json", "tokenizer_2/tokenizer_config.json"]
+)
+def test_fingerprint_sees_changed_configs(sdxl: Path, file: str) -> None:
+    before = load_pipeline(sdxl, dtype="float32").fingerprint()
+    (sdxl / file).write_text((sdxl / file).read_text() + " ")
+    assert load_pipeline(sdxl, dtype="float32").fingerprint() != before
+
+
+def test_a_unet_that_the_text_encoders_do_not_fit(tmp_path: Path) -> None:
+    write_random_model("sd15", tmp_path / "sd15")
+    write_random_model("sdxl", tmp_path / "sdxl")
+    edit(tmp_path / "sdxl/unet/config.json", cross_attention_dim=48)
+    with pytest.raises(ValueError, match=r"sdxl/unet attends to 48 features a token, but the .* of sdxl make 80"):
+        load_pipeline(tmp_path / "sdxl", dtype="float32")
+    edit(tmp_path / "sdxl/unet/config.json", cross_attention_dim=80, projection_class_embeddings_input_dim=80)
+    with pytest.raises(ValueError, match=r"sdxl/unet takes 80 added features, but sdxl makes 88"):
+        load_pipeline(tmp_path / "sdxl", dtype="float32")
+    edit(tmp_path / "sd15/unet/config.json", cross_attention_dim=64)
+    with pytest.raises(ValueError, match=r"attends to 64 features a token, but the .* of sd15 make 32"):
+        load_pipeline(tmp_path / "sd15", dtype="float32")
+
+
+def test_folders_that_are_something_else(sdxl: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    for where in ({"model": tmp_path / "run"}, {"model": sdxl, "unet": str(tmp_path / "run")}):
+        with pytest.raises(ValueError, match=r"run is the work directory of a training run; export it first"):
+            load_pipeline(**where, dtype="float32")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "one.safetensors").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"if the model is one.safetensors, name that file"):
+        load_pipeline(tmp_path / "one", dtype="float32")
+
+
+def test_a_single_file_of_sd21_does_not_say_what_it_predicts(tmp_path: Path) -> None:
+    write_random_model("sd21", tmp_path / "model")
+    pipeline = load_pipeline(tmp_path / "model", dtype="float32")
+    file = save_single_file(pipeline, tmp_path / "one", pipeline.read("unet"), dtype=None, card="")
+    with pytest.raises(ValueError, match=r"does not say what it predicts; set model_config to sd2-community"):
+        load_pipeline(file, dtype="float32")
+    found = load_pipeline(file, dtype="float32", model_config=str(tmp_path / "model"))
+    assert found.family.name == "sd21"
 
 
 def test_sd15_and_sd21_differ_in_their_unets(tmp_path: Path) -> None:

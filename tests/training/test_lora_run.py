@@ -130,11 +130,8 @@ def test_going_on_from_a_lora(tiny_config, trained, tmp_path):
         first[init_reference] = losses_of(workdir)[0]
         run = open_run(workdir)
         assert {(size.rank, size.alpha) for size in run.pipeline.adapters.values()} == {(4, 2.0)}
-        file_of_run = json.loads((workdir / "config.json").read_text())["model_fingerprint"]
-        assert (
-            file_of_run.count("-")
-            == json.loads((trained / "config.json").read_text())["model_fingerprint"].count("-") + 1
-        )
+        assert json.loads((workdir / "config.json").read_text())["fingerprints.lora"]
+        assert any(np.any(value) for name, value in run.base.items() if ".lora_B." in name)
     assert first[True] == pytest.approx(math.log(2), abs=1e-5)
     assert abs(first[False] - math.log(2)) > 1e-3
 
@@ -145,6 +142,12 @@ def test_a_lora_for_another_model(tiny_config, trained, tmp_path):
         train(tiny_config("sdxl", steps=1, **{"lora.init": str(file)}), tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_rank_that_the_lora_does_not_have(tiny_config, trained, tmp_path):
+    file = export(open_tuned(trained), tmp_path / "lora", format="lora", dtype=None, max_shard_bytes=10**10)
+    with pytest.raises(ValueError, match=r"config.lora.rank=8, but .* has rank \[4\]; set lora.rank=0"):
+        train(tiny_config("sd15", steps=1, **{"lora.rank": 8, "lora.init": str(file)}), tmp_path / "run")
 
 
 def test_another_reference_and_another_starting_unet(tiny_config, tmp_path):

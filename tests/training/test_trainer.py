@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from dpo_jax.cli import load_config
+from dpo_jax.models.random_model import write_random_model
 from dpo_jax.training import trainer
 from dpo_jax.training.experiment import open_run
 from dpo_jax.training.trainer import train
@@ -132,6 +133,7 @@ def test_refuses_the_work_directory_of_another_config(tiny_config, tmp_path):
         ({"family": "sdxl", "model": "dpo_jax/tiny/model", "vae": "nowhere"}, r"no folder or file nowhere"),
         ({"family": "sd15", "model": "dpo_jax/tiny/model"}, r"sd15 has the text encoders \['text_encoder'\]"),
         ({"lora.rank": -1}, r"config.lora.rank=-1 must be 0"),
+        ({"lora.dropout": 1.0}, r"config.lora.dropout=1 drops everything"),
         ({"lora.rank": 4, "lora.targets": "to_z"}, r"'to_z' fit no layer"),
         ({"lora.init_reference": True}, r"config.lora.init names no LoRA"),
         ({"lora.init": "nowhere"}, r"no folder or file nowhere"),
@@ -163,11 +165,11 @@ def test_export_and_evaluate_need_a_run(tmp_path):
         open_run(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_loss_before_the_first_update_is_log_2_in_bfloat16(tmp_path, name):
+@pytest.mark.parametrize(("name", "variant"), [("sd15", "tiny"), ("sdxl", "lora,tiny")])
+def test_loss_before_the_first_update_is_log_2_in_bfloat16(tmp_path, name, variant):
     """Float32 masters and a bfloat16 reference must round alike, or beta = 5000 shows the difference."""
     fields = ["steps=1", "dtype=bfloat16", "vae_dtype=bfloat16", "validation.every=0", "sample.every=0"]
-    command = [sys.executable, "-m", "dpo_jax.train", f"--config=configs/{name}.py:tiny", f"--workdir={tmp_path}"]
+    command = [sys.executable, "-m", "dpo_jax.train", f"--config=configs/{name}.py:{variant}", f"--workdir={tmp_path}"]
     command += [f"--config.{field}" for field in fields]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env={**os.environ, "XLA_FLAGS": ""})
     assert load_config(f"{ROOT}/configs/{name}.py").loss.beta == 5000
@@ -180,5 +182,17 @@ def test_refuses_a_model_folder_that_changed_since_the_run_began(tiny_config, tm
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(ValueError, match="model_fingerprint was"):
+    with pytest.raises(ValueError, match=r"fingerprints\.model was"):
         train(tiny_config("sd15", steps=2), tmp_path)
+
+
+def test_goes_on_when_only_the_models_place_or_the_code_has_changed(tiny_config, tmp_path):
+    write_random_model("sd15", tmp_path / "here")
+    train(tiny_config("sd15", steps=1, model=str(tmp_path / "here")), tmp_path / "run")
+    (tmp_path / "here").rename(tmp_path / "there")
+    path = tmp_path / "run" / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["ema.decay"]  # as if the run were older than this field
+    path.write_text(json.dumps(saved))
+    train(tiny_config("sd15", steps=2, model=str(tmp_path / "there")), tmp_path / "run")
+    assert open_run(tmp_path / "run").step == 2
