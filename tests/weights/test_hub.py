@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from dpo_jax.models.pipeline import load_pipeline
 from dpo_jax.models.random_model import write_random_model
-from dpo_jax.weights.hub import files_to_fetch, find_model
+from dpo_jax.weights.hub import files_to_fetch, find_lora, find_model
 from dpo_jax.weights.io import LEGACY_FLAX, SAFETENSORS, load_params
 from dpo_jax.weights.layout import ParamSpec
 
@@ -401,6 +401,24 @@ def test_a_revision_and_a_single_file(hub: Hub, model: Path, tmp_path: Path) -> 
         find_model("somebody/sdxl/no.safetensors")
     hub.switch_off()
     assert find_model(name).read_text() == "not to be fetched"
+
+
+def test_a_lora_comes_with_its_alpha(hub: Hub, tmp_path: Path) -> None:
+    """By its repository's id or its file's name, with peft's config, and nothing else."""
+    lora = tmp_path / "lora"
+    for folder, name in (("", "pytorch_lora_weights"), ("peft", "adapter_model"), ("", "full_model")):
+        (lora / folder).mkdir(parents=True, exist_ok=True)
+        (lora / folder / f"{name}.safetensors").write_bytes(name.encode())
+    (lora / "peft" / "adapter_config.json").write_text("{}")
+    hub.put("me/lora", lora)
+    assert (find_lora("me/lora@main") / "pytorch_lora_weights.safetensors").read_bytes() == b"pytorch_lora_weights"
+    assert hub.fetched == {"pytorch_lora_weights.safetensors"}
+    file = find_lora("me/lora/peft/adapter_model.safetensors")
+    assert file.read_bytes() == b"adapter_model"
+    assert (file.parent / "adapter_config.json").exists()
+    assert len(hub.fetched) == 3
+    with pytest.raises(FileNotFoundError, match="me/lora on the hub has no revision 'nothing'"):
+        find_lora("me/lora@nothing")
 
 
 def test_what_exists_here_comes_first(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
