@@ -119,3 +119,18 @@ def test_guidance_extrapolates_each_image_with_its_own_conditioning():
     u, c = denoise(x_NHWC, t_N, unconditional), denoise(x_NHWC, t_N, conditioning)
     np.testing.assert_allclose(guided(x_NHWC, t_N), u + 5.0 * (c - u), rtol=1e-6)
     np.testing.assert_array_equal(plain(x_NHWC, t_N), c)
+
+
+def test_a_flow_is_only_another_schedule(x64):
+    """Rectified flow (arXiv 2209.03003): with its tables DDIM takes Euler's steps along the velocity."""
+    noise_T = np.arange(1, 1001) / 1000
+    ones = np.ones(1000)
+    flow = make_schedule(FAMILIES["turbo"])._replace(
+        signal_T=1 - noise_T, noise_T=noise_T, target_x0_T=-ones, target_noise_T=ones
+    )
+    x = expected = np.random.default_rng(0).normal(size=(2, 4, 4, 3))
+    ours = ddim(lambda x, t: toy(x, t[:, None, None, None], jnp.sin), flow, jnp.asarray(x), num_steps=8)
+    times = np.linspace(1, 0, 9)
+    for now, after in zip(times, times[1:], strict=False):
+        expected = expected + (after - now) * toy(expected, round(1000 * now) - 1, np.sin)
+    np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-9)
