@@ -1,5 +1,7 @@
 """DDIM against diffusers' DDIMScheduler, with a toy denoiser that both can evaluate."""
 
+import itertools
+
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -131,6 +133,6 @@ def test_a_flow_is_only_another_schedule(x64):
     x = expected = np.random.default_rng(0).normal(size=(2, 4, 4, 3))
     ours = ddim(lambda x, t: toy(x, t[:, None, None, None], jnp.sin), flow, jnp.asarray(x), num_steps=8)
     times = np.linspace(1, 0, 9)
-    for now, after in zip(times, times[1:], strict=False):
+    for now, after in itertools.pairwise(times):
         expected = expected + (after - now) * toy(expected, round(1000 * now) - 1, np.sin)
     np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-9)
