@@ -1,30 +1,47 @@
-"""Turns the records of a source into a TFDS data set of ArrayRecord files that Grain can read at random.
+"""Prepares preference data once, for every later run: verified, images stored once, split by prompt.
 
-Images are decoded once, only to see that they can be, and stored as they came. TensorFlow is not needed.
+Worker processes turn each chunk of the source into a finished part (parts.py), in a hidden folder beside the output;
+so a killed run loses only the parts under way. The parts are then merged (merge.py) in the order of the chunks, so that
+the same input gives the same bytes whatever the number of workers:
+
+    OUTPUT/images/          TFDS data set of ArrayRecord shards, one split: every image once, as it came
+    OUTPUT/images.arrow     sha256, width and height (upright) of each, in the same order
+    OUTPUT/records.arrow    records, whose `images` are positions in that order, best first
+    OUTPUT/summary.json     what became of the rows
+    OUTPUT/quarantine.jsonl what was set aside, and why
 """
 
 import dataclasses
-import hashlib
-import itertools
 import json
+import multiprocessing
 import os
 import shutil
+import signal
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import tensorflow_datasets as tfds
-from PIL import UnidentifiedImageError
+from dpo_jax.data import parts
+from dpo_jax.data.merge import VERSION, Merged, merge
+from dpo_jax.data.sources import Chunk, Source
 
-from dpo_jax.data import images
-from dpo_jax.data.sources import ROWS_AT_ONCE, Dropped, Record
+RECORDS_TO_JUDGE_BY = 10_000
+"""A run stops before its end for too much damage only when as many records would have too much."""
 
-Read = Callable[[Sequence[Path], bool], Iterator[Record | Dropped]]
 
-VERSION = tfds.core.Version("1.0.0")
+class Progress(NamedTuple):
+    """How far `prepare` is."""
+
+    step: str
+    done: int
+    """Parts."""
+    total: int
+    records: int
+    """Kept in the parts done."""
 
 
 @dataclasses.dataclass
@@ -33,214 +50,229 @@ class Summary:
 
     files: list[str]
     rows: int = 0
-    dropped: Counter[str] = dataclasses.field(default_factory=Counter)
-    """Rows without a preference, by reason."""
-    damaged: Counter[str] = dataclasses.field(default_factory=Counter)
-    """Pairs with an image that can't be decoded, by reason; `quarantine.jsonl` lists each."""
+    """Read: records, dropped and quarantined ones."""
+    records: int = 0
+    pairs: int = 0
+    """Records of two candidates, ties among them."""
+    ties: int = 0
+    """Records of several candidates that share equally."""
+    candidates: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Records by their number of candidates."""
+    splits: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Records by split."""
     prompts: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Distinct prompts by split, damaged pairs included."""
-    pairs: Counter[str] = dataclasses.field(default_factory=Counter)
-    """Pairs written, by split."""
+    """Distinct prompts by split."""
+    images: int = 0
+    """Distinct images."""
+    duplicates: int = 0
+    """Candidates whose image was stored already."""
     resolutions: Counter[str] = dataclasses.field(default_factory=Counter)
-    """Images written, by width x height."""
+    """Images by width x height, upright; the most common first."""
+    dropped: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Rows that state no preference, by reason."""
+    quarantined: int = 0
+    damaged: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Quarantined rows by reason; `quarantine.jsonl` lists each."""
 
     def __str__(self) -> str:
+        candidates = ", ".join(f"{count} with {k} candidates" for k, count in sorted(self.candidates.items()))
+        resolutions = _listed(dict(self.resolutions.most_common(5)))
         return (
-            f"rows read   {self.rows}\n"
-            f"dropped     {_listed(self.dropped)}\n"
-            f"damaged     {_listed(self.damaged)}\n"
-            f"pairs kept  {_listed(self.pairs)}\n"
-            f"prompts     {_listed(self.prompts)}\n"
-            f"images      {_listed(dict(self.resolutions.most_common(5)))}"
+            f"rows read    {self.rows}\n"
+            f"dropped      {_listed(self.dropped)}\n"
+            f"quarantined  {self.quarantined}{f' ({_listed(self.damaged)})' if self.damaged else ''}\n"
+            f"records      {self.records}: {_listed(self.splits)}\n"
+            f"             {self.pairs} pairs, {self.ties} ties; {candidates}\n"
+            f"prompts      {_listed(self.prompts)}\n"
+            f"images       {self.images} ({self.duplicates} duplicates): {resolutions}"
         )
 
 
 def prepare(
-    read: Read,
+    source: Source,
     files: Sequence[Path],
     output: Path,
     *,
+    workers: int | None = None,
     validation_fraction: float = 0.05,
     max_damaged_fraction: float = 0.01,
-    pairs_per_shard: int = 2000,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Summary:
-    """Writes the data set `output` with the splits `train` and `validation`; the same input gives the same bytes.
+    """Writes the data set `output`, which appears only when it is complete; the same input gives the same bytes.
 
-    The captions are read first, to split by prompt; then everything is read once and written in the same order (Grain
-    shuffles when it reads). `output` appears only when it is complete. Pairs with a damaged image are set aside in
-    `quarantine.jsonl`.
+    A run that was stopped goes on where it was, by the same call. Records with a damaged image are set aside.
 
     Args:
-        read: an entry of `sources.SOURCES`.
-        validation_fraction: share of the prompts held out. A prompt's hash decides, so that all its pairs land in one
+        workers: processes; 0 works in this one; None takes as many as there are cores.
+        validation_fraction: share of the prompts held out. A prompt's hash decides, so that all its records land in one
             split, and still do when files are added. At least one prompt is held out unless it is 0.
-        max_damaged_fraction: share of the pairs that may be set aside.
-        pairs_per_shard: of one ArrayRecord file.
-        on_progress: called with the pairs done and their total.
+        max_damaged_fraction: share of the records that may be set aside.
+        on_progress: called at the start and after each part.
 
     Raises:
-        FileExistsError: `output` exists and isn't an empty folder.
-        ValueError: no usable pair, too many damaged ones, or files of another schema.
+        FileExistsError: `output` exists and isn't an empty folder, or an unfinished run of another input lies there.
+        ValueError: no usable record, too many damaged ones, or files of another schema.
+        ChildProcessError: a worker was killed, e.g. for want of memory.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} already exists and is not an empty folder; name another --output or remove it")
-    summary = Summary(files=[str(file) for file in files])
-    held_out, total = _scan(read(files, False), validation_fraction, summary)
+    chunks = source.chunks(files)
     partial = output.absolute().parent / f".{output.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        # A GeneratorBasedBuilder would import TensorFlow to sort more than 1 GB on disk.
-        writer = tfds.core.SequentialWriter(_info(partial), pairs_per_shard, file_format="array_record")
-        writer.initialize_splits(list(summary.prompts))
-        with open(partial / "quarantine.jsonl", "w") as quarantine:
-            for chunk in _verified(read(files, True)):
-                examples: dict[str, list[dict[str, Any]]] = {split: [] for split in summary.prompts}
-                for record, sizes in chunk:
-                    if isinstance(sizes, Damage):
-                        summary.damaged[sizes.reason] += 1
-                        entry = {"where": record.where, "caption": record.caption, **sizes._asdict()}
-                        quarantine.write(json.dumps(entry) + "\n")
-                    else:
-                        split = "validation" if _normalised(record.caption) in held_out else "train"
-                        summary.pairs[split] += 1
-                        summary.resolutions.update(f"{width}x{height}" for height, width in sizes)
-                        examples[split].append(_example(record, sizes))
-                writer.add_examples(examples)
-                damaged = summary.damaged.total()
-                if damaged > max_damaged_fraction * total:
-                    raise ValueError(
-                        f"{damaged} of {total} pairs have a damaged image (e.g. {entry['where']}: {entry['reason']}), "
-                        f"more than --max_damaged_fraction={max_damaged_fraction} allows; mend them or raise the limit"
-                    )
-                on_progress(damaged + summary.pairs.total(), total)
-        for split in summary.prompts:
-            if not summary.pairs[split]:
-                raise ValueError(f"no usable pair for the split {split}: every pair of its prompts has a damaged image")
-        writer.close_all()
-        (partial / "summary.json").write_text(json.dumps(vars(summary), indent=1) + "\n")
-        os.replace(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    _begin(partial, _manifest(source, files, chunks))
+    folders = [partial / "parts" / f"{number:05}" for number in range(len(chunks))]
+    finished = [folder for folder in folders if folder.exists()]
+    missing = {folder: chunk for folder, chunk in zip(folders, chunks, strict=True) if not folder.exists()}
+    summary = _count(files, finished)
+    on_progress(Progress("reading", len(finished), len(folders), summary.records))
+
+    def count(folder: Path) -> None:
+        _add_counts(summary, folder)
+        finished.append(folder)
+        on_progress(Progress("reading", len(finished), len(folders), summary.records))
+        expected = (summary.records + summary.quarantined) * len(folders) / len(finished)
+        _check_damage(summary, max_damaged_fraction, max(expected, RECORDS_TO_JUDGE_BY), folders)
+
+    _make_parts(source, missing, os.cpu_count() or 1 if workers is None else workers, count)
+    _check_damage(summary, max_damaged_fraction, summary.records + summary.quarantined, folders)
+    summary = _count(files, folders)  # in order, whichever part was finished first
+    if not summary.records:
+        shutil.rmtree(partial)
+        found = _listed(summary.dropped + summary.damaged)
+        raise ValueError(f"no usable record among {summary.rows} rows ({found}) of {', '.join(summary.files[:3])}")
+
+    def moved(done: int, total: int) -> None:
+        on_progress(Progress("merging", done, total, summary.records))
+
+    data = partial / "data"
+    _add_merged(summary, merge(folders, data, validation_fraction, moved))
+    (data / "summary.json").write_text(json.dumps(vars(summary), indent=1) + "\n")
+    (partial / "manifest.json").unlink()  # from here on there is nothing to go on with
+    os.replace(data, output)
+    shutil.rmtree(partial)
     return summary
 
 
-def open_prepared(folder: Path, split: str) -> Any:
-    """Random access to what `prepare` wrote: dicts of `caption`, `images` (as encoded), `sizes`, `preference` ...
-
-    Raises:
-        FileNotFoundError: nothing was prepared there.
-        ValueError: it has no such split.
-    """
-    if not (folder / "dataset_info.json").is_file():
-        raise FileNotFoundError(
-            f"no prepared data set at {folder}: "
-            f"run python -m dpo_jax.prepare --source=pickapic --input=FILES --output={folder}"
-        )
-    builder = tfds.builder_from_directory(folder)
-    if split not in builder.info.splits:
-        raise ValueError(f"the data set {folder} has no split {split!r}; it has {', '.join(builder.info.splits)}")
-    return builder.as_data_source(split=split, decoders={"images": _SkipDecodingAll()})
-
-
-class _SkipDecodingAll(tfds.decode.SkipDecoding):
-    """TFDS's own lacks the method that a sequence of images asks for."""
-
-    def decode_batch_example_np(self, encoded: Sequence[bytes]) -> Sequence[bytes]:
-        return encoded
-
-
-def _info(folder: Path) -> tfds.core.DatasetInfo:
-    name = "preference_pairs"
-    identity = tfds.core.dataset_info.DatasetIdentity(
-        name=name, version=VERSION, data_dir=str(folder), module_name=__name__
-    )
-    features = tfds.features.FeaturesDict(
-        {
-            "caption": tfds.features.Text(),
-            "images": tfds.features.Sequence(tfds.features.Image()),
-            "sizes": tfds.features.Tensor(shape=(None, 2), dtype=np.int32),
-            "preference": tfds.features.Tensor(shape=(None,), dtype=np.float32),
-            "models": tfds.features.Sequence(tfds.features.Text()),
-        }
-    )
-    return tfds.core.DatasetInfo(builder=identity, features=features, description="K candidates a prompt, best first.")
-
-
-def _example(record: Record, sizes: list[tuple[int, int]]) -> dict[str, Any]:
+def _manifest(source: Source, files: Sequence[Path], chunks: Sequence[Chunk]) -> dict[str, Any]:
+    """What the parts depend on."""
+    read = dict.fromkeys([*files, *(chunk.file for chunk in chunks)])
+    stats = {str(file): file.stat() for file in read}
     return {
-        "caption": record.caption,
-        "images": list(record.images),
-        "sizes": np.asarray(sizes, np.int32),
-        "preference": np.asarray(record.preference, np.float32),
-        "models": list(record.models),
+        "version": str(VERSION),
+        "source": source.help,
+        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "chunks": [[str(field) for field in chunk] for chunk in chunks],
     }
 
 
-def _scan(rows: Iterator[Record | Dropped], validation_fraction: float, summary: Summary) -> tuple[frozenset[str], int]:
-    """Counts rows and prompts without reading images: (prompts held out, pairs to come)."""
-    prompts: set[str] = set()
-    pairs = 0
-    for row in rows:
-        summary.rows += 1
-        if isinstance(row, Dropped):
-            summary.dropped[row.reason] += 1
-        else:
-            prompts.add(_normalised(row.caption))
-            pairs += 1
-    if not pairs:
-        raise ValueError(
-            f"no usable pair among {summary.rows} rows ({_listed(summary.dropped)}) of {summary.files[0]} ..."
-        )
-    ranked = sorted(prompts, key=_unit_hash)
-    count = sum(_unit_hash(prompt) < validation_fraction for prompt in ranked)
-    if validation_fraction > 0:  # a small data set needs a prompt on both sides
-        count = min(max(count, 1), len(ranked) - 1)
-    sides = {"train": len(ranked) - count, "validation": count}
-    summary.prompts = {split: number for split, number in sides.items() if number}
-    return frozenset(ranked[:count]), pairs
+def _begin(partial: Path, manifest: dict[str, Any]) -> None:
+    """Makes the folder of unfinished work, or checks that it is of the same input."""
+    file = partial / "manifest.json"
+    if file.exists():
+        begun = json.loads(file.read_text())
+        for key, value in manifest.items():
+            if begun.get(key) != value:
+                raise FileExistsError(
+                    f"{partial} holds an unfinished run whose {key} differ from those given now (the input changed); "
+                    f"remove it (rm -r {partial}) to begin again"
+                )
+        for unfinished in (partial / "parts").glob(".*"):
+            shutil.rmtree(unfinished)
+    else:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "parts").mkdir(parents=True)
+        (partial / ".manifest.json").write_text(json.dumps(manifest, indent=1))
+        os.replace(partial / ".manifest.json", file)
 
 
-def _normalised(caption: str) -> str:
-    """The caption as CLIP's tokenizer sees it: case and white space don't make another prompt."""
-    return " ".join(caption.lower().split())
+def _count(files: Sequence[Path], folders: Sequence[Path]) -> Summary:
+    summary = Summary(files=[str(file) for file in files])
+    for folder in folders:
+        _add_counts(summary, folder)
+    return summary
 
 
-def _unit_hash(prompt: str) -> float:
-    return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8]) / 2**64
+def _add_counts(summary: Summary, folder: Path) -> None:
+    counts = json.loads((folder / "counts.json").read_text())
+    summary.rows += counts["rows"]
+    summary.records += counts["records"]
+    summary.ties += counts["ties"]
+    summary.dropped.update(counts["dropped"])
+    summary.damaged.update(counts["damaged"])
+    summary.candidates.update(counts["candidates"])
+    summary.quarantined = summary.damaged.total()
+    summary.pairs = summary.candidates["2"]
 
 
-class Damage(NamedTuple):
-    """Why a pair is set aside."""
-
-    candidate: int
-    """Its rank: 0 is the best."""
-    reason: str
-
-
-def _verified(
-    rows: Iterator[Record | Dropped],
-) -> Iterator[list[tuple[Record, list[tuple[int, int]] | Damage]]]:
-    """Decodes by threads; yields chunks of records with their sizes, or with what is damaged."""
-    records = (row for row in rows if isinstance(row, Record))
-    with ThreadPoolExecutor() as pool:
-        while chunk := list(itertools.islice(records, ROWS_AT_ONCE)):
-            yield list(zip(chunk, pool.map(_sizes, chunk), strict=True))
+def _add_merged(summary: Summary, merged: Merged) -> None:
+    summary.splits, summary.prompts = merged.splits, merged.prompts
+    summary.images, summary.duplicates, summary.resolutions = merged.images, merged.duplicates, merged.resolutions
+    written = sum(merged.splits.values())
+    assert (written, merged.quarantined) == (summary.records, summary.quarantined)
+    assert summary.rows == written + summary.dropped.total() + merged.quarantined, "a row was lost"
 
 
-def _sizes(record: Record) -> list[tuple[int, int]] | Damage:
-    """(height, width) of each candidate, or what is wrong with the first damaged one."""
-    sizes = []
-    for candidate, data in enumerate(record.images):
-        try:
-            width, height = images.decode(data or b"").size
-        except UnidentifiedImageError:
-            return Damage(candidate, "not an image" if data else "no image")
-        except Exception as error:  # Pillow's parsers raise whatever a damaged file leads them to
-            return Damage(candidate, str(error).split(" (")[0])
-        sizes.append((height, width))
-    return sizes
+def _check_damage(summary: Summary, allowed: float, records: float, folders: Sequence[Path]) -> None:
+    if summary.quarantined <= allowed * records:
+        return
+    files = (folder / "damaged.jsonl" for folder in folders)
+    first = json.loads(next(text for file in files if file.exists() and (text := file.read_text())).split("\n")[0])
+    raise ValueError(
+        f"{summary.quarantined} of {summary.records + summary.quarantined} records are damaged (e.g. {first['where']}: "
+        f"{first['reason']}), more than --max_damaged_fraction={allowed} allows; mend them, or raise the limit to go "
+        "on with what is finished"
+    )
+
+
+def _make_parts(source: Source, missing: Mapping[Path, Chunk], workers: int, finished: Callable[[Path], None]) -> None:
+    """Makes the parts in any order, one process a part; `finished` is called with each."""
+    if not workers:
+        for folder, chunk in missing.items():
+            parts.make_part(source, chunk, folder)
+            finished(folder)
+    elif missing:
+        others = set(multiprocessing.active_children())
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(workers, len(missing)), context, _start_worker) as pool:
+            futures = {pool.submit(parts.make_part, source, chunk, folder): folder for folder, chunk in missing.items()}
+            processes = [process for process in multiprocessing.active_children() if process not in others]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    finished(futures[future])
+            except BaseException as error:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in processes:
+                    process.terminate()
+                if isinstance(error, BrokenProcessPool):
+                    raise ChildProcessError(_who_died(processes, missing)) from None
+                raise
+
+
+def _start_worker() -> None:
+    """Leaves Ctrl-C to the main process, and ends when that one is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _who_died(processes: Sequence[Any], chunks: Mapping[Path, Chunk]) -> str:
+    """The pool has stopped the other workers by SIGTERM."""
+    for process in processes:
+        process.join()
+        for folder, chunk in chunks.items():
+            if process.exitcode != -signal.SIGTERM and parts.temporary_folder(folder, process.pid).exists():
+                cause = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"exit {process.exitcode}"
+                return (
+                    f"the worker that read {chunk.file} from {chunk.start} to {chunk.stop} died ({cause}; SIGKILL is "
+                    "mostly for want of memory: take fewer --workers); finished parts are kept for the next run"
+                )
+    return "a worker died before it read anything; finished parts are kept for the next run"
 
 
 def _listed(counts: Mapping[str, int]) -> str:

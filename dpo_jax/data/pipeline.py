@@ -8,6 +8,7 @@ Axes: B prompts, K candidates (best first), H x W pixels, C channels, E text enc
 
 import dataclasses
 import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,30 +20,68 @@ from PIL import Image
 
 from dpo_jax.batch import PreferenceBatch
 from dpo_jax.data import images
-from dpo_jax.data.builder import open_prepared
+from dpo_jax.data.prepared import Prepared, Ties, open_prepared, select
 
 TokenizeCaptions = Callable[[Sequence[str]], np.ndarray]
 SizeConditioning = Literal["constant", "real"]
 Relabel = Literal["none", "swapped", "shuffled"]
+Labels = Literal["hard", "soft"]
+
+CHUNK = 8
+"""Most samples that a thread or a worker makes at a time. A chunk from a worker costs milliseconds whatever its size;
+but each thread works on one of its own, so that large chunks take memory."""
 
 
 class Pairs(Protocol):
-    """Random access to records: dicts of `caption`, `images` (encoded, best first) and `preference`."""
+    """Random access to records: dicts of `caption`, `images` (encoded, best first), `preference` and `weight`."""
+
+    num_candidates: int
+    """No record has more images than this."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
-def make_iterator(
+def open_pairs(
     path: str | Path,
+    split: str,
+    *,
+    ties: Ties = "drop",
+    labels: Labels = "hard",
+    num_candidates: int = 2,
+    **filters: Any,
+) -> Pairs:
+    """What is chosen of one split of a prepared folder; `random:N` makes N pairs, to which no choice applies.
+
+    Args:
+        ties: `drop` leaves them out, `zero_weight` keeps them without a part in the loss, `soft` trains on them as on
+            other records, with equal shares.
+        labels: `hard` gives all of the preference to the best candidate; `soft` the shares that the data set states.
+        num_candidates: K; of records with more, the best K - 1 and the worst are kept.
+        filters: arguments of `prepared.select`.
+
+    Raises:
+        FileNotFoundError: nothing was prepared there.
+        ValueError: nothing is left, or the data set can't be read.
+    """
+    if str(path).startswith("random:"):
+        number = str(path).removeprefix("random:")
+        if not number.isdigit() or not int(number):
+            raise ValueError(f"data path {path}: random:N makes N pairs, and {number!r} is no number above 0")
+        return RandomPairs(int(number), seed=0 if split == "train" else 1)
+    prepared = open_prepared(path)
+    chosen = select(prepared, split=split, ties=ties, num_candidates=num_candidates, **filters)
+    return PreparedPairs(prepared, chosen, ties, labels, num_candidates)
+
+
+def make_iterator(
+    pairs: Pairs,
     *,
     batch_size: int,
     resolution: int,
     tokenizers: TokenizeCaptions,
     seed: int,
-    split: str = "train",
-    num_candidates: int = 2,
     caption_dropout: float = 0.0,
     random_crop: bool = False,
     random_flip: bool = False,
@@ -55,11 +94,10 @@ def make_iterator(
     """Endless shuffled training batches, each epoch in another order.
 
     Args:
-        path: a folder that `dpo_jax.prepare` wrote, or `random:N` for N made pairs.
+        pairs: of `open_pairs`.
         batch_size: prompts a batch of this process; all processes together read `batch_size * shard_count`.
         resolution: side of the square images in pixels.
         tokenizers: captions -> token_ids_BEL.
-        num_candidates: K; shorter records are filled up with candidates that aren't valid.
         caption_dropout: probability of training on the empty caption instead.
         random_crop: where to crop, drawn once for all candidates of a prompt; otherwise the centre.
         random_flip: mirror half of the prompts, all candidates alike.
@@ -70,43 +108,39 @@ def make_iterator(
         shard_index: this process; it reads positions `shard_index + n * shard_count` of the stream.
         num_workers: processes that prepare batches; 0 uses threads of this one.
     """
-    source = open_pairs(path, split)
     if relabel != "none":
-        source = _Relabelled(source, seed if relabel == "shuffled" else None)
+        pairs = _Relabelled(pairs, seed if relabel == "shuffled" else None)
     to_sample = _ToSample(
-        resolution, tokenizers, num_candidates, size_conditioning, caption_dropout, random_crop, random_flip
+        resolution, tokenizers, pairs.num_candidates, size_conditioning, caption_dropout, random_crop, random_flip
     )
     # Sharded last: an epoch needn't divide by the shards, and Grain's random generators count global positions.
-    stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
+    stream = grain.MapDataset.source(pairs).seed(seed).shuffle().repeat(None)
     stream = stream.map_with_index(_with_position).random_map(to_sample)
     return BatchIterator(stream, batch_size, shard_index, shard_count, num_workers)
 
 
 def validation_batches(
-    path: str | Path,
+    pairs: Pairs,
     *,
     batch_size: int,
     resolution: int,
     tokenizers: TokenizeCaptions,
-    split: str = "validation",
-    num_candidates: int = 2,
     size_conditioning: SizeConditioning = "constant",
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> "BatchIterator":
-    """Every record of the split once, in order, centre crop; then it ends, in all processes after as many batches.
+    """Every record once, in order, centre crop; then it ends, in all processes after as many batches.
 
     What is missing from the last batches is filled with samples of weight 0. Arguments as in `make_iterator`.
     """
-    source = open_pairs(path, split)
-    to_sample = _ToSample(resolution, tokenizers, num_candidates, size_conditioning)
+    to_sample = _ToSample(resolution, tokenizers, pairs.num_candidates, size_conditioning)
 
     def sample(position: int) -> PreferenceBatch:
-        weight = np.float32(position < len(source))
-        return to_sample((position, source[position % len(source)]))._replace(weight_B=weight)
+        row = to_sample((position, pairs[position % len(pairs)]))
+        return row if position < len(pairs) else row._replace(weight_B=np.float32(0))
 
     everyone = batch_size * shard_count
-    padded = -(-len(source) // everyone) * everyone
+    padded = -(-len(pairs) // everyone) * everyone
     stream = grain.MapDataset.range(padded).map(sample)
     return BatchIterator(stream, batch_size, shard_index, shard_count)
 
@@ -128,16 +162,24 @@ class BatchIterator(Iterator[PreferenceBatch]):
     ):
         self._stream, self._batch_size, self._num_workers = stream, batch_size, num_workers
         self._shard_index, self._shard_count = shard_index, shard_count
+        self._chunk = math.gcd(batch_size, CHUNK)
         self._position = 0
-        self._batches: grain.DatasetIterator | None = None
+        self._chunks: grain.DatasetIterator | None = None
 
     def __next__(self) -> PreferenceBatch:
-        if self._batches is None:
-            self._batches = self._start()
-        batch = next(self._batches)
+        if self._chunks is None:
+            self._chunks = self._start()
+        # The one copy here assembles the batch, and frees the shared memory that workers hand chunks over in.
+        batch = None
+        for row in range(0, self._batch_size, self._chunk):
+            chunk = next(self._chunks)
+            if batch is None:
+                batch = PreferenceBatch(*(np.empty((self._batch_size, *x.shape[1:]), x.dtype) for x in chunk))
+            for whole, part in zip(batch, chunk, strict=True):
+                whole[row : row + self._chunk] = part
+        assert batch is not None
         self._position += self._batch_size * self._shard_count
-        # Workers hand over shared memory, which must not outlive them.
-        return PreferenceBatch(*map(np.array, batch)) if self._num_workers else batch
+        return batch
 
     def get_state(self) -> dict[str, int]:
         return {"position": self._position}
@@ -149,9 +191,9 @@ class BatchIterator(Iterator[PreferenceBatch]):
 
     def close(self) -> None:
         """Ends threads and workers; the iterator can still go on, with new ones."""
-        if self._batches is not None:
-            self._batches.close()
-        self._batches = None
+        if self._chunks is not None:
+            self._chunks.close()
+        self._chunks = None
 
     def __enter__(self) -> "BatchIterator":
         return self
@@ -161,29 +203,52 @@ class BatchIterator(Iterator[PreferenceBatch]):
 
     def _start(self) -> grain.DatasetIterator:
         share = self._stream[self._position + self._shard_index :: self._shard_count]
+        chunks_a_batch = self._batch_size // self._chunk
         threads = 2 if self._num_workers else 8
-        batches = share.batch(self._batch_size, drop_remainder=True).to_iter_dataset(
-            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+        # One batch waits to be read while the device works on the one before, and every thread has a chunk to make.
+        waiting = threads if self._num_workers else max(threads, chunks_a_batch)
+        chunks = share.batch(self._chunk, drop_remainder=True).to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=waiting)
         )
         if self._num_workers:
             if not flags.FLAGS.is_parsed():  # Grain hands the flags to its workers, notebooks and tests have none
                 flags.FLAGS.mark_as_parsed()
-            batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers))
-        return iter(batches)
+            each = -(-chunks_a_batch // self._num_workers)
+            chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=each))
+        return iter(chunks)
 
 
-def open_pairs(path: str | Path, split: str) -> Pairs:
-    """The records of one split of a prepared folder, or of `random:N`."""
-    if str(path).startswith("random:"):
-        number = str(path).removeprefix("random:")
-        if not number.isdigit():
-            raise ValueError(f"data path {path}: random:N makes N pairs, and {number!r} is no number")
-        return RandomPairs(int(number), seed=0 if split == "train" else 1)
-    return open_prepared(Path(path), split)
+class PreparedPairs:
+    """The chosen records of a prepared data set, with the labels to train on."""
+
+    def __init__(self, prepared: Prepared, indices_N: np.ndarray, ties: Ties, labels: Labels, num_candidates: int):
+        self._prepared, self._indices_N, self._ties, self._labels = prepared, indices_N, ties, labels
+        self.num_candidates = num_candidates
+        own = prepared.records["captions"].is_valid().to_numpy()[indices_N]
+        if own.any():
+            where = prepared.records["where"][int(indices_N[own.argmax()])]
+            raise ValueError(
+                f"{own.sum()} records of {prepared.folder} have captions of their own for each image (the field "
+                f"`captions`, first in {where}); training takes one caption for all images of a record"
+            )
+
+    def __len__(self) -> int:
+        return len(self._indices_N)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._prepared.record(int(self._indices_N[index]), self.num_candidates)
+        preference = record["preference"]
+        tie = len(preference) > 1 and preference[0] == preference[-1]
+        if self._labels == "hard" and not tie and len(preference) > 1:
+            preference = np.eye(len(preference), dtype=np.float32)[0]
+        weight = 0.0 if tie and self._ties == "zero_weight" else 1.0
+        return record | {"preference": preference, "weight": weight}
 
 
 class RandomPairs:
     """Made pairs for tests and dry runs: coloured noise in several shapes, each pair with a caption of its own."""
+
+    num_candidates = 2
 
     def __init__(self, length: int, seed: int):
         self._length, self._seed = length, seed
@@ -198,6 +263,7 @@ class RandomPairs:
             "caption": f"made pair number {index}",
             "images": [_noise_png(rng, height, width) for _ in range(2)],
             "preference": np.asarray([1, 0], np.float32),
+            "weight": 1.0,
         }
 
 
@@ -217,6 +283,7 @@ class _Relabelled:
 
     def __init__(self, pairs: Pairs, coin_seed: int | None):
         self._pairs, self._coin_seed = pairs, coin_seed
+        self.num_candidates = pairs.num_candidates
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -243,8 +310,6 @@ class _ToSample:
     def __call__(self, element: tuple[int, dict[str, Any]], rng: np.random.Generator | None = None) -> PreferenceBatch:
         position, record = element
         caption, view = record["caption"], images.View()
-        if isinstance(caption, bytes):
-            caption = caption.decode()
         if rng is not None:
             # All four numbers are drawn always, so that switching one option on leaves the others' draws alone.
             drop, top, left, flip = rng.random(4)
@@ -254,8 +319,6 @@ class _ToSample:
             if self.random_flip:
                 view = view._replace(flip=bool(flip < 0.5))
         size, number = self.resolution, len(record["images"])
-        if number > self.num_candidates:
-            raise ValueError(f"a record has {number} candidates, more than num_candidates={self.num_candidates}")
         images_KHWC = np.zeros((self.num_candidates, size, size, 3), np.uint8)
         size_cond_K6 = np.tile(np.asarray([size, size, 0, 0, size, size], np.float32), (self.num_candidates, 1))
         for k, data in enumerate(record["images"]):
@@ -271,6 +334,6 @@ class _ToSample:
             size_cond_BK6=size_cond_K6,
             preference_BK=preference_K,
             valid_BK=np.arange(self.num_candidates) < number,
-            weight_B=np.float32(1),
+            weight_B=np.float32(record["weight"]),
             index_B=np.int32(position),
         )

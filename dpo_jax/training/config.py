@@ -36,11 +36,14 @@ AT_LEAST_1 = (
     *("steps", "log_every", "data.batch_size", "data.accumulation", "data.resolution", "checkpoint.every"),
     *("checkpoint.keep", "validation.max_pairs", "validation.draws", "sample.seeds", "sample.steps"),
 )
-SHARES = ("data.caption_dropout", "lora.dropout", "ema.decay")
+AT_LEAST_0 = ("data.min_side", "data.limit")
+SHARES = ("data.caption_dropout", "data.min_agreement", "lora.dropout", "ema.decay")
 CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "vae_dtype": ("float32", "bfloat16"),
     "data.size_conditioning": ("constant", "real"),
+    "data.ties": ("drop", "zero_weight", "soft"),
+    "data.labels": ("hard", "soft"),
     "data.relabel": ("none", "swapped", "shuffled"),
 }
 
@@ -86,6 +89,12 @@ def default_config() -> ConfigDict:
     c.data.random_flip = True  # horizontal; always the same for the images of a pair
     c.data.caption_dropout = 0.2  # share of captions replaced by the empty one
     c.data.size_conditioning = "constant"  # SDXL's size input: "constant" (resolution, no crop) or "real"
+    c.data.ties = "drop"  # pairs without a winner: or "zero_weight" (no part in the loss) or "soft" (1/2 each)
+    c.data.labels = "hard"  # the winner takes all, or "soft": the shares of the votes as the data set states them
+    c.data.generators = ()  # regular expressions: the models of both images must match one; () takes all
+    c.data.min_agreement = 0.0  # lowest share of the votes for the winner, 0.5 to 1
+    c.data.min_side = 0  # fewest pixels on the shorter side of both images
+    c.data.limit = 0  # train on the first this many of the pairs chosen; 0 takes all
     c.data.relabel = "none"  # control experiments: "swapped" or "shuffled" labels
     c.data.num_workers = 8  # loader processes on each host; 0 loads in the training process
 
@@ -183,6 +192,9 @@ def resolve(config: ConfigDict, *, device_count: int, process_count: int) -> Der
     for field in AT_LEAST_1:
         if flatten(config)[field] < 1:
             raise ValueError(f"config.{field}={flatten(config)[field]} must be at least 1")
+    for field in AT_LEAST_0:
+        if flatten(config)[field] < 0:
+            raise ValueError(f"config.{field}={flatten(config)[field]} must be 0 or more")
     for field, choices in CHOICES.items():
         if flatten(config)[field] not in choices:
             raise ValueError(f"config.{field}={flatten(config)[field]!r}; choose from {', '.join(choices)}")

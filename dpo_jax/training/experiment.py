@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax.batch import PreferenceBatch
 from dpo_jax.cli import flatten, unflatten
-from dpo_jax.data.pipeline import BatchIterator, make_iterator, open_pairs, validation_batches
+from dpo_jax.data.pipeline import BatchIterator, Pairs, make_iterator, open_pairs, validation_batches
 from dpo_jax.data.tokenizers import Tokenizers, load_tokenizers
 from dpo_jax.encode.images import encode_images
 from dpo_jax.encode.text import encode_text
@@ -208,6 +208,9 @@ def fingerprints(config: ConfigDict, pipeline: Pipeline) -> dict[str, str]:
     if config.reference:
         reference = find_component(config.reference, "unet")
         digests["fingerprints.reference"] = fingerprint(files_of(reference, pipeline.variant))
+    if not config.data.path.startswith("random:"):
+        data = epath.Path(config.data.path)
+        digests["fingerprints.data"] = fingerprint([data / "records.arrow", data / "images.arrow"])
     if config.lora.init:
         digests["fingerprints.lora"] = fingerprint(lora_files_of(find_lora(config.lora.init)))
     return digests
@@ -319,18 +322,17 @@ def abstract_params(pipeline: Pipeline, mesh: Mesh) -> Any:
 
 
 def check_data(config: ConfigDict) -> None:
-    """Opens the splits that the run will read, before anything else takes time."""
-    if not len(open_pairs(config.data.path, "train")):
-        raise ValueError(f"data.path={config.data.path} has no pair to train on")
+    """Opens the splits that the run will read and chooses from them, before anything else takes time."""
+    _training_pairs(config)
     if config.validation.every:
-        open_pairs(config.data.path, "validation")
+        _validation_pairs(config)
 
 
 def open_training_batches(experiment: Experiment) -> BatchIterator:
     """This process's share of the endless training stream; reads nothing but the data set's index yet."""
     data = experiment.config.data
     return make_iterator(
-        data.path,
+        _training_pairs(experiment.config),
         tokenizers=experiment.tokenizers,
         batch_size=experiment.derived.local_batch_size,
         seed=experiment.config.seed,
@@ -347,15 +349,31 @@ def open_validation_batches(experiment: Experiment) -> BatchIterator:
     """This process's share of the held-out pairs, once, in order; the last batches may hold rows of weight 0."""
     config = experiment.config
     return validation_batches(
-        config.data.path,
+        _validation_pairs(config),
         tokenizers=experiment.tokenizers,
         batch_size=experiment.derived.local_batch_size // config.data.accumulation,
         **_data_options(experiment),
     )
 
 
+def _training_pairs(config: ConfigDict) -> Pairs:
+    data = config.data
+    return open_pairs(data.path, "train", ties=data.ties, labels=data.labels, limit=data.limit, **_data_filters(config))
+
+
+def _validation_pairs(config: ConfigDict) -> Pairs:
+    """Without ties, which no model can order rightly or wrongly."""
+    return open_pairs(config.data.path, "validation", **_data_filters(config))
+
+
+def _data_filters(config: ConfigDict) -> dict[str, Any]:
+    """What training and validation pairs have in common."""
+    data = config.data
+    return {"generators": data.generators, "min_agreement": data.min_agreement, "min_side": data.min_side}
+
+
 def _data_options(experiment: Experiment) -> dict[str, Any]:
-    """What training and validation share."""
+    """What training and validation batches have in common."""
     data = experiment.config.data
     return {
         "resolution": data.resolution,

@@ -1,8 +1,9 @@
-"""A small Pick-a-Pic file, and CLIP tokenizers whose ids can be worked out by hand."""
+"""A small Pick-a-Pic file, a small prepared folder, and CLIP tokenizers whose ids can be worked out by hand."""
 
+import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -48,6 +50,53 @@ def write_pairs(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+def write_prepared(folder: Path, records: Sequence[dict[str, Any]], images_per_shard: int = 5) -> Path:
+    """What `prepare` leaves of these records, by hand; what a record doesn't state is filled in."""
+    stored = {data: i for i, data in enumerate(dict.fromkeys(data for record in records for data in record["images"]))}
+    (folder / "images").mkdir(parents=True)
+    identity = tfds.core.dataset_info.DatasetIdentity(
+        name="preference_images", version=tfds.core.Version("1.0.0"), data_dir=str(folder / "images"), module_name=""
+    )
+    features = tfds.features.FeaturesDict({"image": tfds.features.Image()})
+    info = tfds.core.DatasetInfo(builder=identity, features=features)
+    writer = tfds.core.SequentialWriter(info, images_per_shard, file_format="array_record")
+    writer.initialize_splits(["images"])
+    writer.add_examples({"images": [{"image": data} for data in stored]})
+    writer.close_all()
+    sizes = [Image.open(io.BytesIO(data)).size for data in stored]
+    images = {
+        "sha256": pa.array([hashlib.sha256(data).digest() for data in stored], pa.binary()),
+        "width": pa.array([width for width, _ in sizes], pa.int32()),
+        "height": pa.array([height for _, height in sizes], pa.int32()),
+    }
+    rows = [
+        {
+            "captions": None,
+            "preference": [1.0] + [0.0] * (len(record["images"]) - 1),
+            "models": [""] * len(record["images"]),
+            "split": "train",
+            "where": f"made row {i}",
+        }
+        | record
+        | {"images": [stored[data] for data in record["images"]]}
+        for i, record in enumerate(records)
+    ]
+    types = {
+        "caption": pa.string(),
+        "captions": pa.list_(pa.string()),
+        "images": pa.list_(pa.int32()),
+        "preference": pa.list_(pa.float32()),
+        "models": pa.list_(pa.string()),
+        "split": pa.string(),
+        "where": pa.string(),
+    }
+    columns = {name: pa.array([row[name] for row in rows], type) for name, type in types.items()}
+    for name, table in (("images", pa.table(images)), ("records", pa.table(columns))):
+        with pa.ipc.new_file(str(folder / f"{name}.arrow"), table.schema) as file:
+            file.write_table(table, max_chunksize=4)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,80 +1,157 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
 
-from dpo_jax.data.builder import open_prepared, prepare
-from dpo_jax.data.sources import Dropped, Record, pickapic
+from dpo_jax.data import builder, parts
+from dpo_jax.data.builder import Progress, prepare
+from dpo_jax.data.prepared import open_prepared
+from dpo_jax.data.sources import SOURCES, Chunk, Damaged, Dropped, Record, Row, Source
 
 from .conftest import noise_jpeg
 
 Write = Callable[..., Path]
+PICKAPIC = SOURCES["pickapic"]
 
 
-def test_best_first_with_ties_and_unlabelled_rows_dropped(write_pairs: Write) -> None:
-    file = write_pairs(
-        6,
-        label_0=[1.0, 0.0, 0.5, 1.0, 0.25, None],
-        label_1=[0.0, 1.0, 0.5, 0.0, 0.75, None],
-        has_label=[True, True, True, False, True, True],
+def in_memory(*chunks: list[Row]) -> Source:
+    """A source of these rows; the files it is given say nothing."""
+    return Source(
+        chunks=lambda files: [Chunk(files[0], i, i + 1) for i in range(len(chunks))],
+        read=lambda chunk: iter(chunks[chunk.start]),
+        help="",
     )
-    rows = list(pickapic([file]))
-    assert [row.reason for row in rows if isinstance(row, Dropped)] == ["tie", "unlabelled", "unlabelled"]
-    first, second, soft = [row for row in rows if isinstance(row, Record)]
-    assert first.images == (noise_jpeg(0), noise_jpeg(1))
-    assert second.images == (noise_jpeg(3), noise_jpeg(2))
-    assert (second.preference, second.models) == ((1.0, 0.0), ("b", "a"))
-    assert (soft.preference, soft.images[0]) == ((0.75, 0.25), noise_jpeg(9))
-    assert soft.where == f"{file} row 4"
 
 
-def test_only_the_needed_columns_are_needed(write_pairs: Write) -> None:
-    file = write_pairs(2, label_1=None, has_label=None, model_0=None, model_1=None)
-    records = list(pickapic([file]))
-    assert [record.preference for record in records] == [(1.0, 0.0), (1.0, 0.0)]
-    assert records[0].images[0] == noise_jpeg(1)
+def record(*images: bytes | None, caption: str = "a cat", **fields: Any) -> Record:
+    shares = (1.0,) + (0.0,) * (len(images) - 1)
+    return Record("row", caption, images, shares, ("",) * len(images))._replace(**fields)
 
 
-def test_images_can_be_left_unread(write_pairs: Write) -> None:
-    file = write_pairs(6)
-    with_images, without = list(pickapic([file])), list(pickapic([file], with_images=False))
-    assert without == [row._replace(images=()) for row in with_images]
+def records_of(folder: Path) -> list[dict[str, Any]]:
+    return pa.ipc.open_file(str(folder / "records.arrow")).read_all().to_pylist()
+
+
+def images_of(folder: Path) -> list[bytes]:
+    data = tfds.builder_from_directory(folder / "images").as_data_source(
+        "images", decoders={"image": tfds.decode.SkipDecoding()}
+    )
+    return [data[i]["image"] for i in range(len(data))]
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_stored_as_it_came(write_pairs: Write, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()  # an empty folder is no obstacle
-    summary = prepare(
-        pickapic, [write_pairs(10), write_pairs(3, "b.parquet")], tmp_path / "out", validation_fraction=0.3
+    files = [write_pairs(10), write_pairs(3, "b.parquet", jpg_0=[noise_jpeg(100 + i) for i in range(3)])]
+    summary = prepare(PICKAPIC, files, tmp_path / "out", workers=0, validation_fraction=0.3)
+    records, images = records_of(tmp_path / "out"), images_of(tmp_path / "out")
+    got = [[images[i] for i in record["images"]] for record in records]
+    first = [[noise_jpeg(2 * i + 1 - i % 2), noise_jpeg(2 * i + i % 2)] for i in range(10)]
+    second = [[noise_jpeg(2 * i + 1), noise_jpeg(100 + i)][:: -1 if i % 2 else 1] for i in range(3)]
+    assert got == first + second
+    split = records[1].pop("split")
+    assert records[1] == {
+        "caption": "prompt 0",
+        "captions": None,
+        "images": [2, 3],
+        "preference": [1.0, 0.0],
+        "models": ["a", "b"],
+        "where": f"{files[0]} row 1",
+    }
+    assert split in ("train", "validation")
+    table = pa.ipc.open_file(str(tmp_path / "out" / "images.arrow")).read_all()
+    assert table["sha256"].to_pylist() == [hashlib.sha256(data).digest() for data in images]
+    assert [tuple(row.values())[1:] for row in table.to_pylist()[:2]] == [(40, 56), (56, 40)]
+    assert len(open_prepared(tmp_path / "out")) == 13
+    assert not list(tmp_path.glob(".*"))
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == json.loads(json.dumps(vars(summary)))
+    assert (summary.rows, summary.records, summary.pairs, summary.images, summary.duplicates) == (13, 13, 13, 23, 3)
+    assert list(summary.resolutions.items()) == [("56x40", 12), ("40x56", 11)]
+
+
+def test_tfds_alone_reads_the_images(write_pairs: Write, tmp_path: Path) -> None:
+    prepare(PICKAPIC, [write_pairs(3)], tmp_path / "out", workers=0)
+    code = (
+        "import sys, tensorflow_datasets as tfds; "
+        "data = tfds.builder_from_directory(sys.argv[1]).as_data_source('images'); "
+        "print([data[i]['image'].shape for i in range(len(data))][:2], len(data), "
+        "any(name in sys.modules for name in ('tensorflow', 'jax')))"
     )
-    stored = {}
-    for split in ("train", "validation"):
-        records = open_prepared(tmp_path / "out", split)
-        assert len(records) == summary.pairs[split]
-        for record in records:
-            stored[record["images"][0]] = record
-    expected = {noise_jpeg(2 * i + 1 - i % 2): noise_jpeg(2 * i + i % 2) for i in range(10)}
-    assert {best: record["images"][1] for best, record in stored.items()} == expected
-    record = stored[noise_jpeg(1)]
-    np.testing.assert_array_equal(record["sizes"], [[56, 40], [40, 56]])
-    np.testing.assert_array_equal(record["preference"], np.float32([1, 0]))
-    assert (record["caption"], list(record["models"])) == (b"prompt 0", [b"b", b"a"])
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["resolutions"] == {"56x40": 13, "40x56": 13}
-    assert summary.rows == sum(summary.pairs.values()) == 13
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "out" / "images"], capture_output=True, text=True)
+    assert done.stdout == "[(56, 40, 3), (40, 56, 3)] 6 False\n", done.stderr
+
+
+def test_images_are_stored_once_within_and_across_parts(tmp_path: Path) -> None:
+    a, b, c, d, bad = (*(noise_jpeg(i) for i in range(4)), b"bad")
+    source = in_memory(
+        [record(a, b), record(b, a), record(b, b)],
+        [record(b, bad), record(a, b)],  # stores nothing new
+        [record(c, a), record(d, c)],  # stored anew without a
+        [record(bad, b)],  # no record at all
+        [record(d, d, a, b, c)],
+    )
+    parts.make_part(source, source.chunks([tmp_path])[0], tmp_path / "part")
+    assert ArrayRecordReader(str(tmp_path / "part" / "images.array_record")).num_records() == 2
+    summary = prepare(source, [tmp_path], tmp_path / "out", workers=0, max_damaged_fraction=1)
+    assert images_of(tmp_path / "out") == [a, b, c, d]
+    got = [record["images"] for record in records_of(tmp_path / "out")]
+    assert got == [[0, 1], [1, 0], [1, 1], [0, 1], [2, 0], [3, 2], [3, 3, 0, 1, 2]]
+    shards = sorted(path.name for path in (tmp_path / "out" / "images").glob("*array_record*"))
+    assert shards == [f"preference_images-images.array_record-0000{i}-of-00002" for i in range(2)]
+    assert (summary.images, summary.duplicates, summary.quarantined) == (4, 13, 2)
+
+
+def test_every_row_is_counted(tmp_path: Path) -> None:
+    a, b = noise_jpeg(0), noise_jpeg(1)
+    half = {"preference": (0.5, 0.5)}
+    source = in_memory(
+        [record(a, b), record(a, b, **half), Dropped("row", "unlabelled"), Damaged("f row 3", "not a number")],
+        [record(a, b, b, preference=(1 / 3,) * 3), record(a), Dropped("row", "unlabelled"), record(a, None)],
+        [record(a, b, captions=("mine", "yours")), Dropped("row", "without caption"), record(a[:-99], b)],
+    )
+    summary = prepare(source, [tmp_path], tmp_path / "out", workers=0, max_damaged_fraction=0.5)
+    assert summary.rows == 11 == summary.records + summary.dropped.total() + summary.quarantined
+    assert (summary.records, summary.pairs, summary.ties, summary.quarantined) == (5, 3, 2, 3)
+    assert summary.candidates == {"2": 3, "3": 1, "1": 1}
+    assert summary.dropped == {"unlabelled": 2, "without caption": 1}
+    assert summary.damaged == {"not a number": 1, "no image": 1, "image file is truncated": 1}
+    lines = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"where": "f row 3", "reason": "not a number"},
+        {"where": "row", "caption": "a cat", "candidate": 1, "reason": "no image"},
+        {"where": "row", "caption": "a cat", "candidate": 0, "reason": "image file is truncated"},
+    ]
+    assert "3 with 2 candidates" in str(summary)
+    assert "3 (1 not a number, 1 no image, 1 image file is truncated)" in str(summary)
+    assert records_of(tmp_path / "out")[4]["captions"] == ["mine", "yours"]
 
 
 def test_no_prompt_is_in_both_splits(write_pairs: Write, tmp_path: Path) -> None:
     captions = [f"{'A' if i % 3 else 'a'} cat  {i % 10}" if i % 2 else f"a cat {i % 10}" for i in range(30)]
-    summary = prepare(pickapic, [write_pairs(30, caption=captions)], tmp_path / "out", validation_fraction=0.3)
+    file = write_pairs(30, caption=captions)
+    summary = prepare(PICKAPIC, [file], tmp_path / "out", workers=0, validation_fraction=0.3)
 
     def prompts(split: str) -> set[str]:
-        return {" ".join(r["caption"].decode().lower().split()) for r in open_prepared(tmp_path / "out", split)}
+        of_split = [r["caption"] for r in records_of(tmp_path / "out") if r["split"] == split]
+        assert len(of_split) == summary.splits[split]
+        return {" ".join(caption.lower().split()) for caption in of_split}
 
     held_out = {f"a cat {i}" for i in range(10) if hashlib.sha256(f"a cat {i}".encode()).digest()[0] < 0.3 * 256 - 1}
     assert prompts("validation") == held_out
@@ -82,91 +159,248 @@ def test_no_prompt_is_in_both_splits(write_pairs: Write, tmp_path: Path) -> None
     assert summary.prompts == {"train": 10 - len(held_out), "validation": len(held_out)}
 
 
-def test_a_small_data_set_keeps_a_prompt_on_both_sides(write_pairs: Write, tmp_path: Path) -> None:
-    file = write_pairs(4)
-    assert prepare(pickapic, [file], tmp_path / "a", validation_fraction=1e-6).prompts == {"train": 1, "validation": 1}
-    assert prepare(pickapic, [file], tmp_path / "b", validation_fraction=1.0).prompts == {"train": 1, "validation": 1}
-    assert prepare(pickapic, [file], tmp_path / "c", validation_fraction=0.0).prompts == {"train": 2}
-    with pytest.raises(ValueError, match="has no split 'validation'; it has train"):
-        open_prepared(tmp_path / "c", "validation")
+@pytest.mark.parametrize(("fraction", "sides"), [(1e-6, [1, 1]), (1.0, [1, 1]), (0.0, [2])])
+def test_a_small_data_set_keeps_a_prompt_on_both_sides(
+    write_pairs: Write, tmp_path: Path, fraction: float, sides: list[int]
+) -> None:
+    summary = prepare(PICKAPIC, [write_pairs(4)], tmp_path / "out", workers=0, validation_fraction=fraction)
+    assert list(summary.prompts.values()) == sides
 
 
-def test_damaged_images_are_set_aside(write_pairs: Write, tmp_path: Path) -> None:
+def test_a_single_prompt_is_trained_on(write_pairs: Write, tmp_path: Path) -> None:
+    assert prepare(PICKAPIC, [write_pairs(2)], tmp_path / "out", workers=0).prompts == {"train": 1}
+
+
+def test_too_much_damage_keeps_the_parts(write_pairs: Write, tmp_path: Path) -> None:
     jpg_0 = [noise_jpeg(2 * i) for i in range(10)]
-    jpg_0[2], jpg_0[5], jpg_0[8] = jpg_0[2][:-200], b"not an image at all", None
-    file = write_pairs(10, jpg_0=jpg_0)
-    summary = prepare(pickapic, [file], tmp_path / "out", max_damaged_fraction=0.3)
-    assert summary.damaged == {"image file is truncated": 1, "not an image": 1, "no image": 1}
-    assert sum(summary.pairs.values()) == 7
-    lines = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
-    assert sorted((line["where"], line["candidate"]) for line in lines) == [
-        (f"{file} row 2", 1),
-        (f"{file} row 5", 0),
-        (f"{file} row 8", 1),
-    ]
-    with pytest.raises(ValueError, match=r"pairs have a damaged image .* --max_damaged_fraction=0.2 allows"):
-        prepare(pickapic, [file], tmp_path / "over", max_damaged_fraction=0.2)
-    with pytest.raises(ValueError, match="no usable pair for the split train"):
-        prepare(pickapic, [write_pairs(2, jpg_0=[b"", b""])], tmp_path / "over", max_damaged_fraction=1.0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pairs.parquet"]
+    jpg_0[2] = jpg_0[5] = jpg_0[8] = b"not an image at all"
+    file, output = write_pairs(10, jpg_0=jpg_0), tmp_path / "out"
+    with pytest.raises(
+        ValueError, match=rf"3 of 10 records are damaged \(e.g. {file} row 2: not an image\), more than "
+    ):
+        prepare(PICKAPIC, [file], output, workers=0, max_damaged_fraction=0.29)
+    assert not output.exists()
+    steps: list[Progress] = []
+    summary = prepare(PICKAPIC, [file], output, workers=0, max_damaged_fraction=0.3, on_progress=steps.append)
+    assert steps[0] == Progress("reading", 1, 1, 7)
+    assert (summary.records, summary.quarantined) == (7, 3)
+
+
+def test_hopeless_damage_ends_a_run_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builder, "RECORDS_TO_JUDGE_BY", 5)
+    good, bad = record(noise_jpeg(0)), record(b"bad")
+    steps: list[Progress] = []
+    source = in_memory([good] * 2 + [bad] * 2, [good] * 4, [bad] * 4, [good] * 4)
+    with pytest.raises(ValueError, match="6 of 12 records are damaged"):  # of 16 there could be 4
+        prepare(source, [tmp_path], tmp_path / "a", workers=0, max_damaged_fraction=0.25, on_progress=steps.append)
+    assert steps[-1].done == 3
+
+
+def test_damage_at_the_beginning_is_waited_out(tmp_path: Path) -> None:
+    good, bad = record(noise_jpeg(0)), record(b"bad")
+    source = in_memory([bad], [good] * 10)
+    assert prepare(source, [tmp_path], tmp_path / "out", workers=0, max_damaged_fraction=0.1).quarantined == 1
 
 
 def test_unusable_input(write_pairs: Write, tmp_path: Path) -> None:
     def fails(message: str, **columns: object) -> None:
         with pytest.raises(ValueError, match=message):
-            prepare(pickapic, [write_pairs(4, **columns)], tmp_path / "out")
+            prepare(PICKAPIC, [write_pairs(4, **columns)], tmp_path / "out", workers=0)
 
-    fails(r"pairs.parquet misses the column jpg_1, caption; it has jpg_0, label_0, label_1", jpg_1=None, caption=None)
-    fails("the column jpg_0 holds string, but encoded images are binary", jpg_0=["a", "b", "c", "d"])
-    fails(r"no usable pair among 4 rows \(4 tie\)", label_0=[0.5] * 4, label_1=[0.5] * 4)
+    fails("misses the column", jpg_1=None)
+    fails(r"no usable record among 4 rows \(4 unlabelled\) of .*pairs.parquet", has_label=[False] * 4)
     pq.write_table(pq.read_table(write_pairs(1)).slice(0, 0), tmp_path / "pairs.parquet")
-    with pytest.raises(ValueError, match=r"no usable pair among 0 rows \(none\)"):
-        prepare(pickapic, [tmp_path / "pairs.parquet"], tmp_path / "out")
-    (tmp_path / "text.parquet").write_text("not parquet")
-    with pytest.raises(ValueError, match=r"text.parquet is not a readable parquet file"):
-        prepare(pickapic, [tmp_path / "text.parquet"], tmp_path / "out")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine").touch()
-    with pytest.raises(FileExistsError, match="already exists and is not an empty folder"):
-        prepare(pickapic, [write_pairs(4)], tmp_path / "full")
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=r"no usable record among 0 rows \(none\)"):
+        prepare(PICKAPIC, [tmp_path / "pairs.parquet"], tmp_path / "out")
     assert not list(tmp_path.glob(".*"))
+    prepare(PICKAPIC, [write_pairs(4)], tmp_path / "out", workers=0)
+    before = bytes_of(tmp_path / "out")
+    with pytest.raises(FileExistsError, match="already exists and is not an empty folder"):
+        prepare(PICKAPIC, [write_pairs(4)], tmp_path / "out", workers=0)
+    assert bytes_of(tmp_path / "out") == before
 
 
-def test_same_input_same_bytes(write_pairs: Write, tmp_path: Path) -> None:
-    file = write_pairs(20)
-    for name in ("a", "b"):
-        prepare(pickapic, [file], tmp_path / name, pairs_per_shard=10)
-    files = sorted(os.listdir(tmp_path / "a"))
-    assert len([name for name in files if "array_record" in name]) == 3
-    for name in files:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+@pytest.fixture
+def many_parts(write_pairs: Write, tmp_path: Path) -> list[Path]:
+    """Six files, a chunk each, of 4 pairs; some images come up again, one is damaged, and two rows are dropped."""
+    return [
+        write_pairs(
+            4,
+            f"{n}.parquet",
+            jpg_0=[noise_jpeg(100 + 3 * n + i) for i in range(3)] + [b"bad" if n == 3 else noise_jpeg(n)],
+            caption=[None if n == 5 and i == 0 else f"prompt {n + i}" for i in range(4)],
+            label_0=[None if n == 4 else 0.5, 1.0, 0.0, 1.0],
+            label_1=[0.5, 0.0, 1.0, 0.0],
+        )
+        for n in range(6)
+    ]
 
 
-def test_killed_halfway_leaves_no_output_and_does_not_hinder_the_next(write_pairs: Write, tmp_path: Path) -> None:
-    file, output = write_pairs(100), tmp_path / "out"
+def test_same_bytes_whatever_the_workers(many_parts: list[Path], tmp_path: Path) -> None:
+    for workers in (0, 1, 2):
+        output = tmp_path / f"out{workers}"
+        prepare(PICKAPIC, many_parts, output, workers=workers, max_damaged_fraction=0.1, validation_fraction=0.3)
+    expected = bytes_of(tmp_path / "out0")
+    assert len(expected) == 4 + 2 + 6
+    assert bytes_of(tmp_path / "out1") == expected
+    assert bytes_of(tmp_path / "out2") == expected
+
+
+# Reads as Pick-a-Pic does, but 4.parquet only when a file "go" is there. With a file "die" that ends its process, while
+# another is busy with 3.parquet.
+STUB = """
+import os, time
+from dpo_jax.data.sources import SOURCES, Source
+
+def read(chunk):
+    die, go = (chunk.file.with_name(name) for name in ("die", "go"))
+    if chunk.file.name == "3.parquet" and die.exists():
+        time.sleep(60)
+    while chunk.file.name == "4.parquet" and not go.exists():
+        time.sleep(0.2)
+        if die.exists():
+            os.kill(os.getpid(), 9)
+    yield from SOURCES["pickapic"].read(chunk)
+
+SLOW = Source(SOURCES["pickapic"].chunks, read, "as Pick-a-Pic, but slow")
+"""
+
+
+@pytest.fixture
+def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "slow_source.py").write_text(STUB)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    monkeypatch.delitem(sys.modules, "slow_source", raising=False)
+    import slow_source
+
+    return slow_source.SLOW
+
+
+def test_killed_and_continued_gives_the_same_bytes(slow: Source, many_parts: list[Path], tmp_path: Path) -> None:
+    output, partial = tmp_path / "out", tmp_path / ".out.partial"
     code = (
-        "import os, sys; from pathlib import Path; from dpo_jax.data.builder import prepare; "
-        "from dpo_jax.data.sources import pickapic; "
-        "prepare(pickapic, [Path(sys.argv[1])], Path(sys.argv[2]), "
-        "on_progress=lambda done, total: os.kill(os.getpid(), 9) if done == 64 else None)"
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from slow_source import SLOW; "
+        "from dpo_jax.data.builder import prepare; "
+        "prepare(SLOW, [Path(file) for file in sys.argv[3:]], Path(sys.argv[2]), workers=2, max_damaged_fraction=0.1)"
     )
-    assert subprocess.run([sys.executable, "-c", code, file, output]).returncode == -9
+    command = [sys.executable, "-c", code, tmp_path / "modules", output, *many_parts]
+    process = subprocess.Popen(command, start_new_session=True)
+    expected = [partial / "parts" / f"0000{i}" for i in (0, 1, 2, 3, 5)]
+    deadline = time.monotonic() + 60
+    while not all(part.exists() for part in expected):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
     assert not output.exists()
-    prepare(pickapic, [file], output)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pairs.parquet"]
+    assert len(list((partial / "parts").glob(".00004.*"))) == 1
+    before = {path: path.stat().st_mtime_ns for part in expected for path in part.iterdir()}
+
+    steps: list[Progress] = []
+    unchanged = []
+
+    def on_progress(progress: Progress) -> None:
+        steps.append(progress)
+        if progress.step == "reading":
+            unchanged.append({path: path.stat().st_mtime_ns for path in before} == before)
+
+    with pytest.raises(
+        FileExistsError, match=r"unfinished run whose files differ .* remove it \(rm -r .*\.out\.partial"
+    ):
+        prepare(slow, many_parts[:-1], output, workers=0)
+    (tmp_path / "go").touch()
+    prepare(slow, many_parts, output, workers=2, max_damaged_fraction=0.1, on_progress=on_progress)
+    assert [(step.step, step.done) for step in steps] == [
+        ("reading", 5),
+        ("reading", 6),
+        *(("merging", n) for n in range(1, 7)),
+    ]
+    assert unchanged == [True, True]
+    prepare(slow, many_parts, tmp_path / "whole", workers=0, max_damaged_fraction=0.1)
+    assert bytes_of(output) == bytes_of(tmp_path / "whole")
+    assert not partial.exists()
 
 
-def test_command(write_pairs: Write, tmp_path: Path) -> None:
-    write_pairs(10)
-    command = [sys.executable, "-m", "dpo_jax.prepare", "--source=pickapic"]
+@pytest.mark.parametrize("shards", [1, 4])
+def test_killed_while_merging(many_parts: list[Path], tmp_path: Path, shards: int) -> None:
+    def stop(progress: Progress) -> None:
+        if (progress.step, progress.done) == ("merging", shards):
+            raise KeyboardInterrupt
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*command, *arguments], capture_output=True, text=True)
+    output = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        prepare(PICKAPIC, many_parts, output, workers=0, max_damaged_fraction=0.1, on_progress=stop)
+    assert not output.exists()
+    prepare(PICKAPIC, many_parts, output, workers=0, max_damaged_fraction=0.1)
+    prepare(PICKAPIC, many_parts, tmp_path / "whole", workers=0, max_damaged_fraction=0.1)
+    assert bytes_of(output) == bytes_of(tmp_path / "whole")
 
-    done = run(f"--input={tmp_path}/*.parquet", f"--output={tmp_path}/out")
-    assert done.returncode == 0, done.stderr
-    assert "pairs kept  8 train, 2 validation" in done.stdout
-    assert len(open_prepared(tmp_path / "out", "validation")) == 2
-    wrong = run(f"--input={tmp_path}/none*", f"--output={tmp_path}/other")
-    assert (wrong.returncode, wrong.stderr) == (1, f"error: no file matches --input={tmp_path}/none*\n")
+
+def test_a_worker_that_dies_is_named_by_its_chunk(slow: Source, many_parts: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "die").touch()
+    with pytest.raises(ChildProcessError, match=r"the worker that read .*4\.parquet from 0 to 1 died \(SIGKILL"):
+        prepare(slow, many_parts, tmp_path / "out", workers=2, max_damaged_fraction=0.1)
+    assert sorted(path.name for path in (tmp_path / ".out.partial" / "parts").glob("0*")) == ["00000", "00001", "00002"]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_worker_that_was_stopped_is_not_blamed(tmp_path: Path, order: int) -> None:
+    processes = [SimpleNamespace(pid=pid, exitcode=code, join=lambda: None) for pid, code in ((7, -15), (8, -11))]
+    chunks = {tmp_path / f"0000{i}": Chunk(Path(f"{i}.tar"), 0, 9) for i in range(2)}
+    for folder, process in zip(chunks, processes, strict=True):
+        parts.temporary_folder(folder, process.pid).mkdir()
+    message = builder._who_died(processes[::order], chunks)
+    assert message.startswith("the worker that read 1.tar from 0 to 9 died (SIGSEGV;")
+
+
+def test_workers_end_with_the_main_process(slow: Source, many_parts: list[Path], tmp_path: Path) -> None:
+    """Also one that is in the middle of a chunk; otherwise it would stay for ever."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from slow_source import SLOW; "
+        "from dpo_jax.data.builder import prepare; prepare(SLOW, [Path(sys.argv[3])], Path(sys.argv[2]), workers=1)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "modules", tmp_path / "out", many_parts[4]])
+    deadline = time.monotonic() + 60
+    while not (under_way := list((tmp_path / ".out.partial").glob("parts/.00000.*"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    worker = int(under_way[0].suffix[1:])
+    while Path(f"/proc/{worker}/cmdline").exists() and Path(f"/proc/{worker}/cmdline").read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# The peak since the process began its program; that of getrusage counts what the test's own process held, too.
+MEASURE = """
+import re, sys
+from pathlib import Path
+from dpo_jax.data.builder import prepare
+from dpo_jax.data.sources import SOURCES
+prepare(SOURCES["pickapic"], [Path(file) for file in sys.argv[2:]], Path(sys.argv[1]), workers=0)
+print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+"""
+
+
+def test_memory_is_flat(write_pairs: Write, tmp_path: Path) -> None:
+    """In one process, which so reads, verifies and merges."""
+    random = np.random.default_rng(0)
+    jpeg = noise_jpeg(0)
+
+    def padded() -> bytes:
+        return jpeg + random.bytes(40_000)  # after the end of a JPEG anything may stand
+
+    files = [
+        write_pairs(100, f"{n}.parquet", **{name: [padded() for _ in range(100)] for name in ("jpg_0", "jpg_1")})
+        for n in range(10)
+    ]
+
+    def kilobytes(files: list[Path]) -> int:
+        command = [sys.executable, "-c", MEASURE, tmp_path / f"out{len(files)}", *files]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    once, ten_times = kilobytes(files[:1]), kilobytes(files)
+    assert ten_times < 1.2 * once, f"{once} kB, then {ten_times} kB"

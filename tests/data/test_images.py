@@ -1,10 +1,18 @@
 import io
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
-from dpo_jax.data.images import View, decode, fit
+from dpo_jax.data import images
+from dpo_jax.data.images import DamagedImage, View, decode, fit
 
 from .conftest import encode
 
@@ -13,6 +21,22 @@ def ramp(height: int, width: int) -> Image.Image:
     """Red counts columns and green rows, so that a pixel tells where it came from."""
     rows, columns = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([columns, rows, 0 * rows], -1).astype(np.uint8))
+
+
+def saved(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png(width: int, height: int, bits: int, colour: int, rows: bytes, *chunks: bytes) -> bytes:
+    """A PNG by hand: what Pillow doesn't write, or not truthfully."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    return b"".join([b"\x89PNG\r\n\x1a\n", header, *chunks, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")])
 
 
 def test_centre_crop_of_an_image_of_the_right_height() -> None:
@@ -78,6 +102,7 @@ def test_palette_with_transparency_and_cmyk() -> None:
     assert [image.getpixel((0, 0)), image.getpixel((1, 0))] == [(255, 255, 255), (200, 0, 0)]
     file = io.BytesIO()
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(file, "JPEG", quality=100)
+    assert b"Adobe" in file.getvalue()  # which says that the values are stored inverted
     np.testing.assert_allclose(decode(file.getvalue()).getpixel((4, 4)), (255, 0, 0), atol=3)
 
 
@@ -90,3 +115,197 @@ def test_exif_orientation() -> None:
     assert image.size == (8, 16)
     assert image.getpixel((4, 2)) == (255, 255, 255)
     assert image.getpixel((4, 13)) == (0, 0, 0)
+
+
+def test_16_bits_are_scaled() -> None:
+    """Rounded v / 65535 * 255; Pillow's own conversion makes everything above 255 white."""
+    values_HW = np.random.default_rng(0).integers(0, 65536, (40, 50)).astype(np.uint16)
+    expected_HW = np.round(values_HW / 65535 * 255).astype(np.uint8)
+    pgm = b"P5 50 40 65535 " + values_HW.astype(">u2").tobytes()  # Pillow's mode I
+    big_endian = Image.frombytes("I;16B", (50, 40), values_HW.astype(">u2").tobytes())
+    for data in (saved(Image.fromarray(values_HW)), saved(Image.fromarray(values_HW), "TIFF"), pgm):
+        image = decode(data)
+        assert image.mode == "RGB"
+        np.testing.assert_array_equal(image, np.stack([expected_HW] * 3, -1))
+    np.testing.assert_array_equal(np.asarray(decode(saved(big_endian, "TIFF")))[..., 0], expected_HW)
+
+
+def test_16_bit_grey_with_a_transparent_value() -> None:
+    rows = b"".join(b"\0" + struct.pack(">3H", *row) for row in ([0, 1000, 65535], [1000, 257, 1001]))
+    image = decode(png(3, 2, 16, 0, rows, chunk(b"tRNS", struct.pack(">H", 1000))))
+    np.testing.assert_array_equal(np.asarray(image)[..., 0], [[0, 255, 255], [255, 1, 4]])
+
+
+def test_16_bit_colours() -> None:
+    """Pillow keeps the upper byte, which is within 1 of the rounded value."""
+    values_HWC = np.random.default_rng(0).integers(0, 65536, (5, 7, 3)).astype(">u2")
+    got_HWC = np.asarray(decode(png(7, 5, 16, 2, b"".join(b"\0" + row.tobytes() for row in values_HWC))))
+    np.testing.assert_allclose(got_HWC, values_HWC / 257, atol=1)
+    values_HWC = np.concatenate([values_HWC, np.full((5, 7, 1), 0x8000)], -1).astype(">u2")  # half transparent
+    got_HWC = np.asarray(decode(png(7, 5, 16, 6, b"".join(b"\0" + row.tobytes() for row in values_HWC))))
+    np.testing.assert_allclose(got_HWC, values_HWC[..., :3] / 257 / 2 + 127.5, atol=2)
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_values_without_a_range_are_refused(mode: str) -> None:
+    with pytest.raises(DamagedImage, match="32-bit values without a known range"):
+        decode(saved(Image.new(mode, (4, 4), 1), "TIFF"))
+
+
+@pytest.mark.filterwarnings("ignore")  # pytest undoes the module's own filter
+def test_broken_exif_turns_nothing() -> None:
+    data = saved(Image.new("RGB", (16, 8), "red"), "WEBP", exif=b"Exif\0\0II*\0 no tags here")
+    assert decode(data).size == (16, 8)
+    assert decode(data.replace(b"II*", b"???")).size == (16, 8)
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
+def test_the_first_frame_of_an_animation(format: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    data = saved(
+        frames[0], format, save_all=True, append_images=frames[1:], **{"lossless": True} if format == "WEBP" else {}
+    )
+    assert Image.open(io.BytesIO(data)).n_frames == 3
+    np.testing.assert_array_equal(decode(data), np.full((8, 8, 3), (255, 0, 0), np.uint8))
+
+
+def test_colour_profiles_are_ignored() -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    image = ramp(8, 8)
+    np.testing.assert_array_equal(decode(saved(image, icc_profile=profile)), image)
+
+
+def test_bombs_are_refused_by_their_header() -> None:
+    """Without a pixel decoded, and silently; the image that is just small enough fails only as truncated."""
+    too_large = png(8192, 8193, 8, 2, b"")
+    code = (
+        "import re, sys; from pathlib import Path; from dpo_jax.data.images import decode\n"
+        "for data in sys.stdin.buffer.read().split(b'NEXT'):\n"
+        "    try: decode(data)\n"
+        "    except ValueError as error: print(type(error).__name__, error)\n"
+        "peak = re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())\n"
+        "assert int(peak[1]) < 150_000, peak"
+    )
+    gif = saved(Image.new("L", (8, 8)), "GIF")
+    gif = gif[:6] + struct.pack("<HH", 40000, 40000) + gif[10:]  # beyond Pillow's own limit
+    webp = saved(Image.new("RGB", (8, 8)), "WEBP", lossless=True)
+    webp = webp[:21] + struct.pack("<I", (16383 - 1) | (16383 - 1) << 14) + webp[25:]
+    huge = png(2**31 - 1, 2**31 - 1, 8, 2, b"")
+    warned = png(10_000, 10_000, 8, 2, b"")  # Pillow would only warn
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=b"NEXT".join([too_large, gif, webp, huge, warned]), capture_output=True
+    )
+    assert done.stdout.decode() == "DamagedImage more than 67108864 pixels\n" * 5, done.stderr.decode()
+    assert not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+        (saved(ramp(64, 64), "JPEG")[:-40], "image file is truncated"),
+        (saved(Image.effect_noise((64, 64), 50))[:-99], "image file is truncated"),
+        (png(0, 4, 8, 2, b""), "not an image"),
+        (b"GIF89a" + bytes(40), "not an image"),
+        (saved(Image.new("RGB", (1, 33))), "one side more than 32 times the other"),
+    ],
+)
+def test_damage_has_a_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(DamagedImage) as error:
+        decode(data)
+    assert str(error.value) == reason
+
+
+@pytest.mark.parametrize("size", [(1, 32), (96, 3)])
+def test_narrow_images_can_be_cut(size: tuple[int, int]) -> None:
+    assert fit(decode(saved(Image.new("RGB", size, "red"))), 64, View())[0].shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), struct.error("bad\nthing"), RecursionError("deep"), OverflowError("x" * 200), SyntaxError("no")],
+)
+def test_whatever_a_parser_raises_is_damage(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(images.Image, "open", fail)
+    with pytest.raises(DamagedImage) as raised:
+        decode(b"")
+    expected = {"MemoryError": "MemoryError", "error": "bad", "RecursionError": "deep", "OverflowError": "x" * 80}
+    assert str(raised.value) == expected.get(type(error).__name__, "no")
+
+
+def originals() -> dict[str, bytes]:
+    """Small images of every format and of modes with their own code in the decoders."""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 4), np.uint8)
+    rgb, rgba = Image.fromarray(pixels[..., :3]), Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    frames = {"save_all": True, "append_images": [rgb.rotate(180)]}
+    return {
+        "jpeg": saved(rgb, "JPEG", exif=exif),
+        "progressive": saved(rgb, "JPEG", progressive=True),
+        "cmyk": saved(rgb.convert("CMYK"), "JPEG"),
+        "png": saved(rgba, exif=exif),
+        "palette": saved(rgb.quantize(16), transparency=3),
+        "apng": saved(rgb, **frames),
+        "grey16": saved(Image.fromarray(np.uint16(pixels[..., 0]) * 200)),
+        "webp": saved(rgb, "WEBP", exif=exif),
+        "lossless": saved(rgba, "WEBP", lossless=True),
+        "awebp": saved(rgb, "WEBP", **frames),
+        "gif": saved(rgb, "GIF"),
+        "agif": saved(rgb, "GIF", **frames),
+    }
+
+
+def damage(random: np.random.Generator, data: bytes, other: bytes) -> Iterator[bytes]:
+    """One of each kind of damage."""
+
+    def at(low: int, high: int) -> int:
+        return int(random.integers(low, high))
+
+    def flipped(number: int, end: int) -> bytes:
+        changed = bytearray(data)
+        for _ in range(number):
+            changed[at(0, end)] ^= 1 << at(0, 8)
+        return bytes(changed)
+
+    yield flipped(1, len(data))
+    yield flipped(8, len(data))
+    yield flipped(2, min(64, len(data)))  # the header lies
+    yield data[: at(0, len(data))]
+    yield data[: at(0, len(data))] + other[at(0, len(other)) :]
+    yield data[at(0, 64) :]
+    start, length = at(0, len(data)), at(1, 32)
+    yield data[:start] + random.bytes(length) + data[start + length :]  # overwritten
+    yield data[:start] + data[start + length :]  # lost
+    yield data[:start] + data[max(0, start - length) :]  # repeated
+    place = at(8, 40)
+    yield data[:place] + b"\xff\xff\xff\xff" + data[place + 4 :]  # large sizes and lengths
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_give_an_image_or_one_error() -> None:
+    files = originals()
+    random = np.random.default_rng(1)
+    outcomes: dict[str, list[str]] = {name: [] for name in files}
+    slowest = 0.0
+    for name, data in files.items():
+        assert decode(data).mode == "RGB"
+        for _ in range(6):
+            for damaged in damage(random, data, files[random.choice(list(files))]):
+                started = time.perf_counter()
+                try:
+                    image = decode(damaged)
+                    assert image.mode == "RGB"
+                    assert np.asarray(image).size
+                    outcomes[name].append("")
+                except DamagedImage as error:
+                    outcomes[name].append(str(error))
+                slowest = max(slowest, time.perf_counter() - started)
+    assert sum(len(reasons) for reasons in outcomes.values()) == 720
+    assert not any(len(reason) > 80 or " at 0x" in reason for reasons in outcomes.values() for reason in reasons)
+    assert 200 < sum(reasons.count("") for reasons in outcomes.values()) < 400  # neither always fatal nor never
+    assert slowest < 5

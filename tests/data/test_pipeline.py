@@ -2,20 +2,18 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from dpo_jax.batch import PreferenceBatch
-from dpo_jax.data.builder import open_prepared, prepare
-from dpo_jax.data.pipeline import RandomPairs, make_iterator, validation_batches
-from dpo_jax.data.sources import pickapic
+from dpo_jax.data.pipeline import CHUNK, Pairs, RandomPairs, make_iterator, open_pairs, validation_batches
 
-from .conftest import encode
+from .conftest import encode, write_prepared
 
 LENGTH = 11
 DEFAULTS = {"resolution": 16, "seed": 3}
@@ -33,21 +31,27 @@ def read(ids_EL: np.ndarray) -> str:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs of 40 x 32 ramps whose green and blue channels tell rows and columns; red tells the pair and candidate."""
-    folder = tmp_path_factory.mktemp("data")
     rows, columns = np.mgrid[:32, :40]
     ramps = [np.stack([0 * rows + red, rows, columns], -1).astype(np.uint8) for red in range(2 * LENGTH + 4)]
     pngs = [encode(ramp, "PNG") for ramp in ramps]
-    captions = [f"prompt {i}" for i in range(LENGTH + 2)]
-    labels = [1.0] * len(captions)
-    table = {"jpg_0": pngs[::2], "jpg_1": pngs[1::2], "caption": captions, "label_0": labels}
-    pq.write_table(pa.table(table), folder / "pairs.parquet")
-    summary = prepare(pickapic, [folder / "pairs.parquet"], folder / "out", validation_fraction=0.16)
-    assert summary.pairs == {"train": LENGTH, "validation": 2}
-    return folder / "out"
+    records = [
+        {
+            "caption": f"prompt {i}",
+            "images": pngs[2 * i : 2 * i + 2],
+            "split": "validation" if i in (3, 8) else "train",
+        }
+        for i in range(LENGTH + 2)
+    ]
+    return write_prepared(tmp_path_factory.mktemp("data") / "out", records)
 
 
-def take(path: Path | str, number: int, batch_size: int = 4, **options: object) -> list[PreferenceBatch]:
-    with make_iterator(path, batch_size=batch_size, tokenizers=spell, **DEFAULTS | options) as batches:
+def captions_of(pairs: Pairs) -> list[str]:
+    return [pairs[i]["caption"] for i in range(len(pairs))]
+
+
+def take(data: Path | str | Pairs, number: int, batch_size: int = 4, **options: Any) -> list[PreferenceBatch]:
+    pairs = open_pairs(data, "train") if isinstance(data, str | Path) else data
+    with make_iterator(pairs, batch_size=batch_size, tokenizers=spell, **DEFAULTS | options) as batches:
         return list(itertools.islice(batches, number))
 
 
@@ -85,8 +89,8 @@ def test_a_batch(prepared: Path) -> None:
 def test_each_epoch_has_every_record_in_another_order(prepared: Path) -> None:
     rows = rows_of(take(prepared, 3, batch_size=LENGTH))
     epochs = [[read(row.token_ids_BEL) for row in rows[i : i + LENGTH]] for i in (0, LENGTH, 2 * LENGTH)]
-    records = {record["caption"].decode() for record in open_prepared(prepared, "train")}
-    assert [set(epoch) for epoch in epochs] == [records] * 3
+    records = captions_of(open_pairs(prepared, "train"))
+    assert [sorted(epoch) for epoch in epochs] == [sorted(records)] * 3
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert [row.index_B for row in rows] == list(range(3 * LENGTH))
 
@@ -150,23 +154,109 @@ class TokenizeInWorker:
 
 def test_resumes_exactly_with_other_workers_which_never_start_jax(prepared: Path) -> None:
     options = {"random_crop": True, "random_flip": True, "batch_size": 4, **DEFAULTS}
-    expected = take(prepared, 9, random_crop=True, random_flip=True)
-    with make_iterator(prepared, tokenizers=TokenizeInWorker(), **options) as batches:
+    pairs = open_pairs(prepared, "train")
+    expected = take(pairs, 9, random_crop=True, random_flip=True)
+    with make_iterator(pairs, tokenizers=TokenizeInWorker(), **options) as batches:
         here = [next(batches) for _ in range(3)]
         state = json.loads(json.dumps(batches.get_state()))
         next(batches)  # what was handed out after the state was taken comes again
-    with make_iterator(prepared, tokenizers=TokenizeInWorker(), num_workers=2, **options) as batches:
+    with make_iterator(pairs, tokenizers=TokenizeInWorker(), num_workers=2, **options) as batches:
         batches.set_state(state)
         there = [next(batches) for _ in range(3)]
         state = json.loads(json.dumps(batches.get_state()))
     np.testing.assert_array_equal([batch.token_ids_BEL[..., 1] for batch in here], 0)
     np.testing.assert_array_equal([batch.token_ids_BEL[..., 0] for batch in there], 0)
     np.testing.assert_array_equal([batch.token_ids_BEL[..., 1] for batch in there], 1)
-    with make_iterator(prepared, tokenizers=TokenizeInWorker(), **options) as batches:
+    with make_iterator(pairs, tokenizers=TokenizeInWorker(), **options) as batches:
         batches.set_state(state)
         back = [next(batches) for _ in range(3)]
     ours = [batch._replace(token_ids_BEL=0) for batch in here + there + back]
     assert_same(ours, [batch._replace(token_ids_BEL=0) for batch in expected])
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 pairs: Grain shuffles few slowly, walking through 2^16 indices to find the next."""
+    pngs = [encode(np.full((8, 8, 3), red, np.uint8), "PNG") for red in range(240)]
+    records = [{"caption": f"prompt {i}", "images": pngs[2 * i : 2 * i + 2]} for i in range(120)]
+    return write_prepared(tmp_path_factory.mktemp("many") / "out", records)
+
+
+class Reading(NamedTuple):
+    """How a stretch of the stream is read."""
+
+    processes: int
+    workers: int
+    batch_size: int
+    steps: int
+
+
+def read_stretch(pairs: Pairs, seed: int, reading: Reading, state: dict[str, int]) -> tuple[list, dict[str, int]]:
+    """(position, caption) of every sample that the processes see from `state` on, and the state behind them."""
+    seen, states = [], []
+    for process in range(reading.processes):
+        with make_iterator(
+            pairs,
+            batch_size=reading.batch_size,
+            resolution=8,
+            tokenizers=spell,
+            seed=seed,
+            shard_index=process,
+            shard_count=reading.processes,
+            num_workers=reading.workers,
+        ) as batches:
+            batches.set_state(json.loads(json.dumps(state)))
+            rows = rows_of(itertools.islice(batches, reading.steps))
+            states.append(batches.get_state())
+        seen += [(int(row.index_B), read(row.token_ids_BEL)) for row in rows]
+    assert states == [states[0]] * len(states)
+    return seen, states[0]
+
+
+@pytest.mark.parametrize("case", range(63))
+def test_every_pair_once_an_epoch_whatever_reads_and_wherever_it_stops(many: Path, case: int) -> None:
+    """Two to four stretches, each by another number of processes and workers with another batch size."""
+    rng = np.random.default_rng(case)
+    number = int(rng.integers(20, 121))
+    stretches = [
+        Reading(int(rng.integers(1, 6)), 0, int(rng.choice([1, 2, 3, 5, 7, 16, 20])), int(rng.integers(0, 4)))
+        for _ in range(rng.integers(2, 5))
+    ]
+    if case < 2:  # starting worker processes takes seconds
+        stretches[case] = Reading(1, 2, int(rng.integers(1, 21)), 3)
+    pairs = open_pairs(many, "train", limit=number)
+    seen, state = [], {"position": 0}
+    for reading in stretches:
+        more, state = read_stretch(pairs, case, reading, state)
+        seen += more
+    assert state == {"position": sum(r.processes * r.batch_size * r.steps for r in stretches)}
+    seen.sort()
+    assert [position for position, _ in seen] == list(range(state["position"]))
+    everything = sorted(captions_of(pairs))
+    for start in range(0, len(seen), number):
+        epoch = sorted(caption for _, caption in seen[start : start + number])
+        assert len(set(epoch)) == len(epoch)
+        assert epoch == everything or (start + number > len(seen) and set(epoch) < set(everything))
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 24, 64])
+def test_the_next_batch_is_made_ahead_but_not_the_whole_epoch(many: Path, batch_size: int) -> None:
+    made = []
+
+    def counted(captions: Sequence[str]) -> np.ndarray:
+        made.extend(captions)
+        return spell(captions)
+
+    with make_iterator(
+        open_pairs(many, "train"), batch_size=batch_size, tokenizers=counted, resolution=8, seed=0
+    ) as batches:
+        next(batches)
+        deadline = time.monotonic() + 10
+        while len(made) < 2 * batch_size and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(made) >= 2 * batch_size
+        time.sleep(0.2)
+        assert len(made) <= 2 * batch_size + 9 * CHUNK
 
 
 def test_relabel(prepared: Path) -> None:
@@ -188,11 +278,11 @@ def test_relabel(prepared: Path) -> None:
 
 @pytest.mark.parametrize("shard_count", [1, 2])
 def test_validation_counts_every_record_once(prepared: Path, shard_count: int) -> None:
+    pairs = open_pairs(prepared, "train")
     shards = [
         list(
             validation_batches(
-                prepared,
-                split="train",
+                pairs,
                 batch_size=3,
                 resolution=16,
                 tokenizers=spell,
@@ -205,39 +295,103 @@ def test_validation_counts_every_record_once(prepared: Path, shard_count: int) -
     assert {len(batches) for batches in shards} == {4 // shard_count}
     rows = [row for batches in shards for row in rows_of(batches)]
     kept = sorted((int(row.index_B), read(row.token_ids_BEL)) for row in rows if row.weight_B == 1)
-    records = open_prepared(prepared, "train")
-    assert kept == [(i, records[i]["caption"].decode()) for i in range(LENGTH)]
+    assert kept == list(enumerate(captions_of(pairs)))
     assert sum(row.weight_B == 0 for row in rows) == 12 - LENGTH
 
 
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tie, soft labels, seven candidates and two single images; an image's red is 100 * record + rank."""
+
+    def images(*reds: int) -> list[bytes]:
+        return [encode(np.full((8, 8, 3), red, np.uint8), "PNG") for red in reds]
+
+    votes = [0.3, 0.2, 0.15, 0.1, 0.1, 0.1, 0.05]
+    records: list[dict[str, Any]] = [
+        {"caption": "tie", "images": images(0, 1), "preference": [0.5, 0.5]},
+        {"caption": "soft", "images": images(10, 11), "preference": [0.75, 0.25]},
+        {"caption": "seven", "images": images(*range(20, 27)), "preference": votes},
+        {"caption": "liked", "images": images(30), "preference": [1.0]},
+        {"caption": "disliked", "images": images(40), "preference": [0.0]},
+    ]
+    return write_prepared(tmp_path_factory.mktemp("mixed") / "out", records)
+
+
+def rows_by_caption(folder: Path, **choice: Any) -> dict[str, PreferenceBatch]:
+    pairs = open_pairs(folder, "train", **choice)
+    rows = rows_of(take(pairs, 1, batch_size=len(pairs)))
+    return {read(row.token_ids_BEL): row for row in rows}
+
+
+def test_labels_and_ties(mixed: Path) -> None:
+    """Preference and weight by caption."""
+
+    def labels(**choice: Any) -> dict[str, tuple[list[float], float]]:
+        rows = rows_by_caption(mixed, **choice)
+        return {
+            name: (row.preference_BK.astype(float).round(4).tolist(), float(row.weight_B)) for name, row in rows.items()
+        }
+
+    winner, half = [1.0, 0.0], [0.5, 0.5]
+    assert labels() == {"soft": (winner, 1.0), "seven": (winner, 1.0)}
+    assert labels(labels="soft") == {"soft": ([0.75, 0.25], 1.0), "seven": ([0.8571, 0.1429], 1.0)}
+    assert labels(ties="soft") == {"tie": (half, 1.0), "soft": (winner, 1.0), "seven": (winner, 1.0)}
+    assert labels(ties="zero_weight") == {"tie": (half, 0.0), "soft": (winner, 1.0), "seven": (winner, 1.0)}
+    single = labels(num_candidates=1)
+    assert single == {name: ([float(name != "disliked")], 1.0) for name in ("soft", "seven", "liked", "disliked")}
+
+
+def test_best_and_worst_are_kept_of_more_candidates(mixed: Path) -> None:
+    for number, reds in ((1, [20]), (2, [20, 26]), (3, [20, 21, 26]), (7, list(range(20, 27)))):
+        row = rows_by_caption(mixed, num_candidates=number)["seven"]
+        assert row.images_BKHWC[:, 0, 0, 0].tolist() == reds
+        assert row.valid_BK.all()
+    soft = rows_by_caption(mixed, num_candidates=3, labels="soft")["seven"]
+    np.testing.assert_allclose(soft.preference_BK, np.asarray([0.3, 0.2, 0.05]) / 0.55, rtol=1e-6)
+
+
+def test_validation_keeps_the_weight_of_ties(mixed: Path) -> None:
+    pairs = open_pairs(mixed, "train", ties="zero_weight")
+    (batch,) = validation_batches(pairs, batch_size=5, resolution=8, tokenizers=spell)
+    assert batch.weight_B.tolist() == [0, 1, 1, 0, 0]
+    assert [read(ids) for ids in batch.token_ids_BEL][:3] == ["tie", "soft", "seven"]
+
+
+def test_captions_of_each_image_are_refused(tmp_path: Path) -> None:
+    images = [encode(np.full((8, 8, 3), red, np.uint8), "PNG") for red in range(4)]
+    records: list[dict[str, Any]] = [{"caption": "a", "images": images[:2]}, {"caption": "b", "images": images[2:]}]
+    records[1]["captions"] = ["one", "another"]
+    folder = write_prepared(tmp_path / "out", records)
+    with pytest.raises(ValueError, match=r"1 records of .* have captions of .*`captions`, first in made row 1"):
+        open_pairs(folder, "train")
+    assert len(open_pairs(folder, "train", limit=1)) == 1
+
+
 def test_short_records_are_filled_up(prepared: Path) -> None:
-    (batch,) = take(prepared, 1, num_candidates=3)
+    (batch,) = take(open_pairs(prepared, "train", num_candidates=3), 1)
     np.testing.assert_array_equal(batch.valid_BK, [[True, True, False]] * 4)
     np.testing.assert_array_equal(batch.preference_BK, [[1, 0, 0]] * 4)
     assert not batch.images_BKHWC[:, 2].any()
-    with pytest.raises(ValueError, match="a record has 2 candidates, more than num_candidates=1"):
-        take(prepared, 1, num_candidates=1)
 
 
 def test_random_pairs() -> None:
     pairs = RandomPairs(64, seed=0)
     assert len({pairs[i]["caption"] for i in range(64)}) == len({pairs[i]["images"][0] for i in range(64)}) == 64
     assert pairs[5]["images"] == RandomPairs(64, seed=0)[5]["images"] != RandomPairs(64, seed=1)[5]["images"]
-    batches = list(validation_batches("random:6", batch_size=4, resolution=16, tokenizers=spell))
+    batches = list(
+        validation_batches(open_pairs("random:6", "validation"), batch_size=4, resolution=16, tokenizers=spell)
+    )
     assert [batch.weight_B.sum() for batch in batches] == [4, 2]
-
-
-def test_nothing_prepared(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no prepared data set at .*: run python -m dpo_jax.prepare"):
-        make_iterator(tmp_path, batch_size=2, tokenizers=spell, **DEFAULTS)
-    with pytest.raises(FileNotFoundError, match="no prepared data set at"):
-        validation_batches(tmp_path, batch_size=2, resolution=16, tokenizers=spell)
+    for path in ("random:0", "random:many"):
+        with pytest.raises(ValueError, match=f"data path {path}: .* is no number above 0"):
+            open_pairs(path, "train")
 
 
 def test_needs_no_tensorflow(prepared: Path) -> None:
     code = (
         "import sys, numpy as np; from dpo_jax.data import pipeline; "
-        f"it = pipeline.make_iterator({str(prepared)!r}, batch_size=2, resolution=8, seed=0, "
+        f"pairs = pipeline.open_pairs({str(prepared)!r}, 'train'); "
+        "it = pipeline.make_iterator(pairs, batch_size=2, resolution=8, seed=0, "
         "tokenizers=lambda captions: np.zeros((1, 1, 4), np.int32)); next(it); it.close(); "
         "from jax._src import xla_bridge; "
         "print({'tensorflow', 'torch'} & set(sys.modules), xla_bridge.backends_are_initialized())"

@@ -3,7 +3,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from dpo_jax.data.sources import pickapic
+from dpo_jax.data.sources import SOURCES
 from dpo_jax.rewards import shapes
 from dpo_jax.tiny import pairs, world
 
@@ -29,7 +29,8 @@ def test_the_file_has_the_schema_of_pick_a_pic_and_its_pictures_unchanged(tmp_pa
     written = pairs.rendered_pairs(world.captions(), 4)
     swapped = written[0]._replace(images=written[0].images[::-1], labels=(0.0, 1.0))
     pairs.write(tmp_path / "world.parquet", [*written, swapped])
-    records = list(pickapic([tmp_path / "world.parquet"]))
+    source = SOURCES["pickapic"]
+    records = [row for chunk in source.chunks([tmp_path / "world.parquet"]) for row in source.read(chunk)]
     assert len(records) == 5
     for record, pair in zip(records, [*written, written[0]], strict=True):
         assert record.caption == pair.caption

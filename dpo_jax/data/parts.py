@@ -1,0 +1,131 @@
+"""One chunk of a source becomes one folder of the prepared data set to be: what a worker process of `prepare` does.
+
+parts/00012/
+    images.array_record   images that are new in this part, as they came
+    images.arrow          what they are, in the same order
+    records.arrow         records; `images` counts from the part's first image
+    damaged.jsonl         what was set aside
+    counts.json           what became of the rows; the folder is complete
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from dpo_jax.data import images, prepared
+from dpo_jax.data.sources import Chunk, Damaged, Dropped, Record, Source
+
+# Not the split, but a hash of the prompt, by which it is decided.
+RECORDS = pa.schema([*(field for field in prepared.RECORDS if field.name != "split"), ("prompt", pa.uint64())])
+FEATURES = tfds.features.FeaturesDict({"image": tfds.features.Image()})
+
+ARRAY_RECORD_OPTIONS = "group_size:1,uncompressed"  # images are compressed already; one to a group to read at random
+
+
+def make_part(source: Source, chunk: Chunk, folder: Path) -> None:
+    """Reads and verifies a chunk; `folder` appears only when it is complete."""
+    temporary = temporary_folder(folder, os.getpid())
+    temporary.mkdir()
+    records: list[dict[str, Any]] = []
+    rows = 0
+    counts: dict[str, Counter] = {"dropped": Counter(), "damaged": Counter(), "candidates": Counter()}
+    ties = 0
+    with open(temporary / "damaged.jsonl", "w") as quarantine, _Images(temporary / "images.array_record") as store:
+
+        def set_aside(reason: str, **facts: Any) -> None:
+            counts["damaged"][reason] += 1
+            quarantine.write(json.dumps(facts | {"reason": reason}) + "\n")
+
+        for row in source.read(chunk):
+            rows += 1
+            if isinstance(row, Dropped):
+                counts["dropped"][row.reason] += 1
+            elif isinstance(row, Damaged):
+                set_aside(row.reason, where=row.where)
+            else:
+                verdicts = [store.verify(data) for data in row.images]
+                verified = [verdict for verdict in verdicts if isinstance(verdict, _Verified)]
+                wrong = [(k, verdict) for k, verdict in enumerate(verdicts) if isinstance(verdict, str)]
+                if wrong:
+                    candidate, reason = wrong[0]
+                    set_aside(reason, where=row.where, caption=row.caption, candidate=candidate)
+                else:
+                    records.append(_described(row, [store.add(image) for image in verified]))
+                    counts["candidates"][len(row.images)] += 1
+                    ties += len(row.images) > 1 and len(set(row.preference)) == 1
+    _write(temporary / "images.arrow", prepared.IMAGES, store.rows)
+    _write(temporary / "records.arrow", RECORDS, records)
+    summary = {"rows": rows, "records": len(records), "ties": ties, **counts}
+    (temporary / "counts.json").write_text(json.dumps(summary))
+    os.replace(temporary, folder)
+
+
+def temporary_folder(folder: Path, process: int) -> Path:
+    """Where a process makes a part; the name tells which part killed it."""
+    return folder.with_name(f".{folder.name}.{process}")
+
+
+def prompt_hash(caption: str) -> int:
+    """64 bits of the caption as CLIP's tokenizer sees it: case and white space don't make another prompt."""
+    normalised = " ".join(caption.lower().split())
+    return int.from_bytes(hashlib.sha256(normalised.encode()).digest()[:8])
+
+
+class _Verified(NamedTuple):
+    data: bytes
+    digest: bytes
+    size: tuple[int, int]
+
+
+class _Images:
+    """The images of one part, each decoded and stored once."""
+
+    def __init__(self, file: Path):
+        self.rows: list[dict[str, Any]] = []
+        self._writer = ArrayRecordWriter(str(file), ARRAY_RECORD_OPTIONS)
+        self._verdicts: dict[bytes, tuple[int, int] | str] = {}  # sha256 -> (width, height), or what is wrong
+        self._indices: dict[bytes, int] = {}
+
+    def __enter__(self) -> "_Images":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._writer.close()
+
+    def verify(self, data: bytes | None) -> _Verified | str:
+        """The image if it can be decoded, otherwise what is wrong with it."""
+        if not data:
+            return "no image"
+        digest = hashlib.sha256(data).digest()
+        if digest not in self._verdicts:
+            try:
+                self._verdicts[digest] = images.decode(data).size
+            except images.DamagedImage as error:
+                self._verdicts[digest] = str(error)
+        verdict = self._verdicts[digest]
+        return verdict if isinstance(verdict, str) else _Verified(data, digest, verdict)
+
+    def add(self, image: _Verified) -> int:
+        """The image's index; it is stored if it is new."""
+        if image.digest not in self._indices:
+            self._indices[image.digest] = len(self.rows)
+            self.rows.append({"sha256": image.digest, "width": image.size[0], "height": image.size[1]})
+            self._writer.write(FEATURES.serialize_example(FEATURES.encode_example({"image": image.data})))
+        return self._indices[image.digest]
+
+
+def _described(record: Record, indices: list[int]) -> dict[str, Any]:
+    facts = record._asdict() | {"images": indices, "prompt": prompt_hash(record.caption)}
+    return facts | {"where": record.where.encode(errors="backslashreplace").decode()}  # file names may be any bytes
+
+
+def _write(file: Path, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
+    with pa.ipc.new_file(str(file), schema) as writer:
+        writer.write_table(pa.Table.from_pylist(rows, schema))

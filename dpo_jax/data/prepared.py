@@ -1,0 +1,234 @@
+"""A prepared data set, opened: records that refer to images, and the choice of those to train on.
+
+`prepare` (builder.py) writes a folder of
+
+  images/        TFDS data set of one split: each distinct image once, encoded as it came
+  images.arrow   one row an image, in the same order
+  records.arrow  one row a prompt with its candidates, best first
+
+Both tables are mapped into memory: opening costs nothing, and all loader processes share one copy.
+
+Axes: N records, M candidates of all records together, I images.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
+
+Ties = Literal["drop", "zero_weight", "soft"]
+
+RECORDS = pa.schema(
+    {
+        "caption": pa.string(),
+        "captions": pa.list_(pa.string()),  # null unless the candidates have captions of their own
+        "images": pa.list_(pa.int32()),  # best first
+        "preference": pa.list_(pa.float32()),  # sums to 1; all equal is a tie; a single image: 1 liked, 0 disliked
+        "models": pa.list_(pa.string()),  # what generated each; "" where the source doesn't say
+        "split": pa.string(),
+        "where": pa.string(),  # file and row of the source, for messages
+    }
+)
+IMAGES = pa.schema({"sha256": pa.binary(), "width": pa.int32(), "height": pa.int32()})  # upright, as EXIF says
+
+
+AGAIN = "prepare it again into another folder"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What `open_prepared` opens. Pickled as its folder alone: a worker process opens the files anew."""
+
+    folder: Path
+
+    def __len__(self) -> int:
+        return self.records.num_rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder}
+
+    def record(self, index: int, num_candidates: int | None = None) -> dict[str, Any]:
+        """The columns of `RECORDS` with `images` as encoded bytes, and `sizes`, the (height, width) of each.
+
+        Of more than `num_candidates` candidates it keeps the best `num_candidates - 1` and the worst, and what they
+        got of the preference, scaled to sum to 1 again.
+        """
+        record = self.records.slice(index, 1).to_pylist()[0]
+        kept = _ranks_kept(len(record["images"]), num_candidates)
+        for name in ("images", "preference", "models", "captions"):
+            if record[name] is not None:
+                record[name] = [record[name][rank] for rank in kept]
+        preference = np.asarray(record["preference"], np.float32)
+        return record | {
+            "images": [self.images[image]["image"] for image in record["images"]],
+            "sizes": self.sizes_I2[record["images"]],
+            "preference": preference / (preference.sum() or 1),
+        }
+
+    @functools.cached_property
+    def records(self) -> pa.Table:
+        return _map(self.folder / "records.arrow", RECORDS)
+
+    @functools.cached_property
+    def sizes_I2(self) -> np.ndarray:
+        """(height, width) of every image, upright."""
+        table = _map(self.folder / "images.arrow", IMAGES)
+        return np.stack([table[side].to_numpy() for side in ("height", "width")], axis=1)
+
+    @functools.cached_property
+    def images(self) -> Any:
+        """Random access to dicts of `image`: encoded bytes."""
+        builder = tfds.builder_from_directory(self.folder / "images")
+        (split,) = builder.info.splits
+        return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+
+
+def open_prepared(folder: str | Path) -> Prepared:
+    """Opens the folder that `prepare` wrote and checks that its parts fit together.
+
+    Raises:
+        FileNotFoundError: nothing was prepared there, or a part is missing.
+        ValueError: a part is damaged or of another layout.
+    """
+    folder = Path(folder)
+    if not (folder / "records.arrow").is_file():
+        if (folder / "dataset_info.json").is_file():
+            raise ValueError(f"{folder} was prepared by an earlier version of dpo_jax; {AGAIN}")
+        raise FileNotFoundError(
+            f"no prepared data set at {folder}: "
+            f"run python -m dpo_jax.prepare --source=pickapic --input=FILES --output={folder}"
+        )
+    for name in ("images.arrow", "images/dataset_info.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"the data set {folder} misses {name}; {AGAIN}")
+    prepared = Prepared(folder)
+    _check_shards(prepared)
+    known = len(prepared.sizes_I2)
+    if len(prepared.images) != known:
+        raise ValueError(f"{folder} holds {len(prepared.images)} images, but images.arrow lists {known}; {AGAIN}")
+    extremes = pc.min_max(pc.list_flatten(prepared.records["images"]))
+    if not 0 <= extremes["min"].as_py() <= extremes["max"].as_py() < known:
+        raise ValueError(f"{folder}: records.arrow refers to images that images.arrow doesn't list; {AGAIN}")
+    return prepared
+
+
+def select(
+    prepared: Prepared,
+    *,
+    split: str,
+    ties: Ties = "drop",
+    generators: Sequence[str] = (),
+    min_agreement: float = 0.0,
+    min_side: int = 0,
+    num_candidates: int = 2,
+    limit: int = 0,
+) -> np.ndarray:
+    """Which records to use: their indices, ascending. With more than one candidate wanted, single images stay out.
+
+    Args:
+        ties: `drop` leaves out records whose candidates are all equal; otherwise they stay.
+        generators: regular expressions; the model of every candidate must contain a match of one of them.
+        min_agreement: lowest share of the best candidate against the worst, 0.5 for a tie.
+        min_side: lowest number of pixels on the shorter side of every candidate.
+        num_candidates: as in `Prepared.record`; the last three filters look only at the candidates kept.
+        limit: at most this many, the first ones; 0 means all.
+
+    Raises:
+        ValueError: no record is left, or a regular expression can't be read.
+    """
+    records = prepared.records
+    splits = records["split"].unique().to_pylist()
+    if split not in splits:
+        raise ValueError(f"the data set {prepared.folder} has no split {split!r}; it has {', '.join(sorted(splits))}")
+    images_M = pc.list_flatten(records["images"]).to_numpy()
+    preference_M = pc.list_flatten(records["preference"]).to_numpy()
+    number_N = pc.list_value_length(records["images"]).to_numpy()
+    first_N = np.cumsum(number_N) - number_N
+    record_M = np.repeat(np.arange(len(number_N)), number_N)
+    rank_M = np.arange(len(record_M)) - first_N[record_M]
+    last_M = rank_M == number_N[record_M] - 1
+    kept_M = (rank_M == 0) | (rank_M < num_candidates - 1) | (last_M & (num_candidates > 1))
+
+    def of_all_candidates(holds_M: np.ndarray) -> np.ndarray:
+        return np.bincount(record_M[kept_M & ~holds_M], minlength=len(number_N)) == 0
+
+    best_N, worst_N = preference_M[first_N], preference_M[first_N + number_N - 1]
+    single_N = number_N == 1
+    untied_N = single_N | (best_N > worst_N)
+    with np.errstate(invalid="ignore"):  # 0 / 0 for a disliked image
+        agreement_N = np.where(single_N, 1.0, best_N / (best_N + worst_N))
+    filters = {f"in the split {split}": pc.equal(records["split"], split).to_numpy()}
+    if num_candidates > 1:
+        filters["with several images"] = ~single_N
+    if ties == "drop":
+        filters["without ties"] = untied_N
+    if generators:
+        filters[f"generated by {' or '.join(generators)}"] = of_all_candidates(_made_by(generators, records["models"]))
+    if min_agreement:
+        filters[f"with an agreement of {min_agreement}"] = agreement_N > min_agreement - 1e-6  # shares are float32
+    if min_side:
+        filters[f"of {min_side} pixels"] = of_all_candidates(prepared.sizes_I2.min(axis=1)[images_M] >= min_side)
+
+    passed_N = np.ones(len(number_N), bool)
+    left = []
+    for name, passes_N in filters.items():
+        passed_N &= passes_N
+        left.append(f"{passed_N.sum()} {name}")
+    trained_on_N = passed_N & untied_N if ties == "zero_weight" else passed_N
+    if not trained_on_N.any():
+        what = "nothing but ties" if passed_N.any() else "nothing"
+        raise ValueError(f"{what} is left of {prepared.folder}: {', then '.join(left)}; loosen the choice")
+    chosen = np.flatnonzero(passed_N)
+    return chosen[:limit] if limit else chosen
+
+
+def _ranks_kept(number: int, num_candidates: int | None) -> list[int]:
+    if num_candidates is None or number <= num_candidates:
+        return list(range(number))
+    return [0, *range(1, num_candidates - 1), number - 1][:num_candidates]
+
+
+def _made_by(generators: Sequence[str], models: pa.ChunkedArray) -> np.ndarray:
+    """For each candidate whether one of the regular expressions is found in its model's name."""
+    try:
+        patterns = [re.compile(generator) for generator in generators]
+    except re.error as error:
+        raise ValueError(
+            f"generators={tuple(generators)}: {error.pattern!r} is no regular expression ({error})"
+        ) from None
+    names_M = pc.list_flatten(models).dictionary_encode().combine_chunks()
+    fits = [any(pattern.search(name) for pattern in patterns) for name in names_M.dictionary.to_pylist()]
+    return np.asarray(fits, bool)[names_M.indices.to_numpy()]
+
+
+def _check_shards(prepared: Prepared) -> None:
+    """Opens every file of images, some 0.1 ms each: one that is cut short isn't found in the middle of a run."""
+    (split,) = prepared.images.dataset_info.splits.values()
+    for shard, number in zip(split.filepaths, split.shard_lengths, strict=True):
+        try:
+            reader = ArrayRecordReader(str(shard))
+            found = reader.num_records()
+            reader.close()
+        except RuntimeError as error:
+            reason = str(error).split(";")[0]
+            raise ValueError(f"{shard} is missing or damaged ({reason}); {AGAIN}") from None
+        if found != number:
+            raise ValueError(f"{shard} holds {found} images instead of {number}; {AGAIN}")
+
+
+def _map(path: Path, schema: pa.Schema) -> pa.Table:
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}); {AGAIN}") from None
+    if table.schema != schema:
+        raise ValueError(f"{path} has another layout than this version of dpo_jax reads; {AGAIN}")
+    return table

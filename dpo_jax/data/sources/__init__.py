@@ -1,0 +1,46 @@
+"""Where preferences come from: each source reads files of one layout and yields records, best candidate first.
+
+A new data set is one function that makes records, and one entry in `SOURCES`.
+"""
+
+from dpo_jax.data.sources import folders, listings, tables, tar
+from dpo_jax.data.sources.record import Chunk, Damaged, Dropped, Record, Row, Source, missing
+
+__all__ = ["SOURCES", "Chunk", "Damaged", "Dropped", "Record", "Row", "Source", "missing"]
+
+SOURCES = {
+    "pickapic": tables.table_source(
+        tables.PICKAPIC, "Pick-a-Pic v1 and v2: parquet files with jpg_0, jpg_1, caption, label_0 ..."
+    ),
+    "open_image_preferences": tables.table_source(
+        tables.OPEN_IMAGE_PREFERENCES, "open-image-preferences-v1: parquet files with chosen, rejected, prompt ..."
+    ),
+    "hpdv3": Source(
+        listings.hpdv3_chunks, listings.read_hpdv3, "HPDv3 and HPDv2: JSON files that name images beside them."
+    ),
+    "imagerewarddb": Source(
+        listings.imagerewarddb_chunks,
+        listings.read_imagerewarddb,
+        "ImageRewardDB: metadata-*.parquet beside its images, as folders or zips.",
+    ),
+    "jsonl": Source(
+        listings.jsonl_chunks,
+        listings.read_jsonl,
+        "Lines of prompt, images (paths), and preferred (index), ranks, votes or scores.",
+    ),
+    "pairs_folder": Source(
+        folders.pairs_folder_chunks,
+        folders.read_pairs_folder,
+        "Folders with the preferred images in w/, the others of the same names in l/, captions in .txt files.",
+    ),
+    "liked": Source(
+        folders.liked_chunks,
+        folders.read_liked,
+        "Folders with images in liked/ and disliked/, captions in .txt files.",
+    ),
+    "pickapic_tar": Source(
+        tar.pickapic_tar_chunks,
+        tar.read_pickapic_tar,
+        "WebDataset tars of Pick-a-Pic: KEY.jpg_0.jpg, KEY.jpg_1.jpg, KEY.label_0.txt, KEY.original_prompt.txt ...",
+    ),
+}

@@ -1,0 +1,212 @@
+"""JSON that names image files: a prompt with its candidates a line, or the files of HPDv2, HPDv3 and ImageRewardDB."""
+
+import functools
+import itertools
+import json
+import math
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo_jax.data.sources.json_rows import chunk_rows, elements, lines, numbers, read_rows
+from dpo_jax.data.sources.record import ROWS_A_CHUNK, Chunk, Damaged, Dropped, Row, borda, make_record
+
+PREFERENCES = "preferred", "ranks", "votes", "scores"
+IMAGEREWARD = "prompt_id", "prompt", "image_path", "rank"
+PROMPTS_A_CHUNK = ROWS_A_CHUNK // 8  # with the 4 to 9 images of each
+
+
+def jsonl_chunks(files: Sequence[Path]) -> list[Chunk]:
+    schema = f'{{"prompt": ..., "images": [...]}} with one of {", ".join(PREFERENCES)}'
+    return [chunk for file in files for chunk in chunk_rows(file, lines, lambda row: "images" in row, schema)]
+
+
+def read_jsonl(chunk: Chunk) -> Iterator[Row]:
+    """One prompt a line: {"prompt": ..., "images": [paths relative to this file], and one of PREFERENCES}.
+
+    `models` and `captions` (an own caption for each candidate) may follow.
+    """
+    return read_rows(chunk, lines, _jsonl_row)
+
+
+def _jsonl_row(where: str, folder: Path, row: Mapping[str, Any]) -> Row:
+    paths, models, captions = row.get("images"), row.get("models"), row.get("captions")
+    if not isinstance(paths, list) or len(paths) < 2:
+        raise ValueError('"images" is not a list of two or more paths')
+    if not isinstance(models, list | None) or not isinstance(captions, list | None):
+        raise ValueError("models and captions are lists")
+    stated = [name for name in PREFERENCES if row.get(name) is not None]
+    if not stated:
+        return Dropped(where, "unlabelled")
+    if len(stated) > 1:
+        raise ValueError(f"more than one of {', '.join(PREFERENCES)}")
+    shares = shares_of(stated[0], row[stated[0]], len(paths))
+    return make_record(where, row.get("prompt"), shares, lambda k: read_image(folder, paths[k]), models or (), captions)
+
+
+def shares_of(name: str, value: Any, count: int) -> list[float]:
+    """Shares of the preference, to be scaled to sum to 1.
+
+    Args:
+        name: preferred: the index of the best, which gets everything. votes: counts, taken as they are. ranks (1 is
+            the best, ties allowed) and scores: only their order counts (`borda`). Scores may be lists, one an
+            annotator, that are averaged.
+
+    Raises:
+        ValueError: `value` isn't what `name` calls for.
+    """
+    if name == "preferred":
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
+            raise ValueError('"preferred" is not the index of an image')
+        return [float(k == value) for k in range(count)]
+    if name == "scores" and isinstance(value, list) and value and isinstance(value[0], list):
+        annotators = [numbers(name, scores, count) for scores in value]
+        value = [math.fsum(scores) for scores in zip(*annotators, strict=True)]  # in the order of their means
+    values = numbers(name, value, count)
+    if name == "votes":
+        return values
+    return borda([-rank for rank in values] if name == "ranks" else values)
+
+
+def hpdv3_chunks(files: Sequence[Path]) -> list[Chunk]:
+    schema = '{"prompt": ..., "path1": ..., "path2": ...} (HPDv3), or with "file_path" or "image_path" (HPDv2)'
+
+    def has_schema(row: dict[str, Any]) -> bool:
+        return not row.keys().isdisjoint({"path1", "file_path", "image_path"})
+
+    return [chunk for file in files for chunk in chunk_rows(file, elements, has_schema, schema)]
+
+
+def read_hpdv3(chunk: Chunk) -> Iterator[Row]:
+    """HPDv3 (https://arxiv.org/abs/2508.03789) and HPDv2 (https://arxiv.org/abs/2306.09341): a JSON list or JSONL.
+
+    HPDv3 names the preferred image `path1`, and in `choice_dist` the votes of both, in no certain order: as in HPSv3's
+    own training, the larger number is the preferred one's. HPDv2 has `file_path` with `human_preference` (1 for the
+    best), or `image_path` with `rank`. Images lie beside the file, HPDv2's in a folder of its name.
+    """
+    return read_rows(chunk, elements, functools.partial(_hpd_row, chunk.file.stem))
+
+
+def _hpd_row(stem: str, where: str, folder: Path, row: Mapping[str, Any]) -> Row:
+    models: list[Any] = []
+    paths: Any
+    if "path1" in row:
+        paths, models = [row["path1"], row.get("path2")], [row.get("model1"), row.get("model2")]
+        votes = row.get("choice_dist")
+        shares = sorted(numbers("choice_dist", votes, 2), reverse=True) if votes else [1.0, 0.0]
+    else:
+        paths = row.get("file_path") or row.get("image_path")
+        if not isinstance(paths, list) or len(paths) < 2:
+            raise ValueError("fewer than two images")
+        if row.get("human_preference") is not None:
+            shares = numbers("human_preference", row["human_preference"], len(paths))
+        elif row.get("rank") is not None:
+            shares = borda([-rank for rank in numbers("rank", row["rank"], len(paths))])
+        else:
+            return Dropped(where, "unlabelled")
+
+    def image(k: int) -> bytes | None:
+        return read_image(folder, paths[k]) or read_image(folder / stem, paths[k])
+
+    return make_record(where, row.get("prompt"), shares, image, models)
+
+
+def imagerewarddb_chunks(files: Sequence[Path]) -> list[Chunk]:
+    chunks = []
+    for file in files:
+        count = len(_prompts(file))
+        starts = range(0, count, PROMPTS_A_CHUNK)
+        chunks += [Chunk(file, start, min(start + PROMPTS_A_CHUNK, count)) for start in starts]
+    return chunks
+
+
+def read_imagerewarddb(chunk: Chunk) -> Iterator[Row]:
+    """ImageRewardDB (https://arxiv.org/abs/2304.05977): metadata-*.parquet, or the same rows as JSON, one an image.
+
+    The images of a prompt are one record, in the order of their `rank`. They are read from `image_path`, or from the
+    archive that the hub has in place of their folder (images/train/train_1.zip).
+    """
+    for prompt_id, rows in itertools.islice(_prompts(chunk.file).items(), chunk.start, chunk.stop):
+        where = f"{chunk.file} prompt {prompt_id}"
+        try:
+            yield _imagereward_row(where, chunk.file.parent, rows)
+        except ValueError as error:
+            yield Damaged(where, str(error))
+
+
+def _imagereward_row(where: str, folder: Path, rows: list[dict[str, Any]]) -> Row:
+    if len(rows) < 2:
+        raise ValueError("fewer than two images")
+    ranks = [row["rank"] for row in rows]
+    if None in ranks:
+        return Dropped(where, "unlabelled")
+    shares = borda([-rank for rank in numbers("rank", ranks, len(rows))])
+    paths = [row["image_path"] for row in rows]
+
+    def image(k: int) -> bytes | None:
+        return read_image(folder, paths[k]) or _read_zipped(folder, paths[k])
+
+    return make_record(where, rows[0]["prompt"], shares, image)
+
+
+def _prompts(file: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each prompt, wherever in the file they stand; without images it fits into memory."""
+    try:
+        if file.suffix == ".parquet":
+            table = pq.read_table(file)
+            rows = table.select([name for name in IMAGEREWARD if name in table.column_names]).to_pylist()
+        else:
+            rows = [json.loads(element) for _, element in elements(file)]
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, MemoryError, RecursionError) as error:
+        raise ValueError(f"{file} is not a readable parquet or JSON file ({error})") from None
+    prompts: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if not isinstance(row, dict) or not set(IMAGEREWARD) <= set(row):
+            raise ValueError(f"{file} is not the metadata of ImageRewardDB: a row has {', '.join(IMAGEREWARD)}")
+        prompts.setdefault(str(row["prompt_id"]), []).append(row)
+    return prompts
+
+
+def read_image(folder: Path, name: object) -> bytes | None:
+    """The file's bytes, or None if there's none.
+
+    Raises:
+        ValueError: the path leads out of `folder`, or the file can't be read.
+    """
+    path = _inside(folder, name)
+    try:
+        return path.read_bytes() if path.is_file() else None
+    except OSError:
+        raise ValueError("an image file can't be read") from None
+
+
+def _read_zipped(folder: Path, name: object) -> bytes | None:
+    path = _inside(folder, name)
+    archive = path.parent.with_suffix(".zip")
+    if not archive.is_file():
+        return None
+    try:
+        return _zip(archive).read(path.name)
+    except KeyError:
+        return None
+    except Exception:  # zipfile and its decompressors raise whatever a damaged archive leads them to
+        raise ValueError("an image in a zip archive can't be read") from None
+
+
+@functools.lru_cache(maxsize=4)
+def _zip(archive: Path) -> zipfile.ZipFile:
+    return zipfile.ZipFile(archive)
+
+
+def _inside(folder: Path, name: object) -> Path:
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError("an image's path is not text")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError("an image's path leads out of the data set's folder")
+    return folder / name

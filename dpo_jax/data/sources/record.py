@@ -1,0 +1,144 @@
+"""What a source is and what it yields, and how votes, ranks and scores become shares of a preference."""
+
+import math
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROWS_A_CHUNK = 2000
+
+
+class Record(NamedTuple):
+    """One prompt with K candidates, best first."""
+
+    where: str
+    """File and row, for messages."""
+    caption: str
+    images: tuple[bytes | None, ...]
+    """Encoded as they came; None where the source has none."""
+    preference: tuple[float, ...]
+    """Share that each candidate got, in the order of `images`: sums to 1, all equal for a tie. One candidate alone has
+    1 if it was liked, 0 if not."""
+    models: tuple[str, ...]
+    """What generated each candidate; empty strings where the source doesn't say."""
+    captions: tuple[str, ...] | None = None
+    """Own caption of each candidate, where they differ from `caption`."""
+
+
+class Dropped(NamedTuple):
+    """A row that states no preference."""
+
+    where: str
+    reason: str
+
+
+class Damaged(NamedTuple):
+    """A row that can't be read."""
+
+    where: str
+    reason: str
+
+
+Row = Record | Dropped | Damaged
+
+
+class Chunk(NamedTuple):
+    """A part of the input that is read on its own."""
+
+    file: Path
+    start: int
+    stop: int
+    offset: int = 0
+    """Byte where `start` begins, in files of lines."""
+
+
+class Source(NamedTuple):
+    """How files of one layout are read."""
+
+    chunks: Callable[[Sequence[Path]], list[Chunk]]
+    """Splits the input, always the same way; raises ValueError for files of another layout before anything is read."""
+    read: Callable[[Chunk], Iterator[Row]]
+    """Streams the rows of a chunk."""
+    help: str
+
+
+def missing(pattern: str) -> FileNotFoundError:
+    """The error for an input that matches no file, which may be the id of a data set on the Hugging Face hub."""
+    hub_id = pattern if re.fullmatch(r"[\w-]+/[\w-]+", pattern) else "OWNER/NAME"
+    return FileNotFoundError(
+        f"no file matches --input={pattern}: data sets are read from local files, so download one first "
+        f"(hf download --repo-type dataset {hub_id} --local-dir data/{hub_id.split('/')[1]}). "
+        "Pick-a-Pic left the hub in 2025 and takes a mirror or a copy of your own; public, each with a --source, are "
+        "data-is-better-together/open-image-preferences-v1-binarized (open_image_preferences), MizzenAI/HPDv3 (hpdv3) "
+        "and zai-org/ImageRewardDB (imagerewarddb)"
+    )
+
+
+def borda(points: Sequence[float]) -> list[float]:
+    """How many others each candidate beats, a tie counting half: the Borda count for rankings with ties.
+
+    Scaled to sum to 1 these are the shares of K(K-1)/2 comparisons that each candidate wins: (1, 0) or (0.5, 0.5) for
+    two candidates, (2/3, 1/3, 0) for three in strict order. So the whole ranking is kept, how far apart the points
+    are is not.
+
+    Args:
+        points: higher is better; turn the sign of ranks.
+    """
+    ordered = sorted(points)
+    return [(bisect_left(ordered, point) + bisect_right(ordered, point) - 1) / 2 for point in points]
+
+
+def make_record(
+    where: str,
+    caption: object,
+    shares: Sequence[float],
+    image: Callable[[int], bytes | None],
+    models: Sequence[object] = (),
+    captions: Sequence[object] | None = None,
+) -> Row:
+    """Checks a row, scales its shares to sum to 1, and orders it best first; equal candidates stay as stored.
+
+    Args:
+        shares: one for each candidate, in any unit: votes, labels, or what `borda` returns.
+        image: reads candidate number k, only called for rows that state a preference; raises ValueError with the
+            reason why it can't.
+        models: of each candidate, None where unknown; empty if no candidate's is known.
+    """
+    if caption is None:
+        return Dropped(where, "without caption")
+    names = [name or "" for name in models] or [""] * len(shares)
+    texts = [caption, *names, *(captions or ())]
+    if not all(isinstance(text, str) and _encodes(text) for text in texts):
+        return Damaged(where, "a caption or model is not text")
+    if not len(shares) == len(names) == len(captions or shares):
+        return Damaged(where, "as many models and captions as candidates are needed")
+    if not all(0 <= share < math.inf for share in shares):
+        return Damaged(where, "a label is negative or not a number")
+    largest = max(shares)
+    if largest == 0:
+        return Dropped(where, "unlabelled")
+    shares = [share / largest for share in shares]  # their sum could overflow
+    order = sorted(range(len(shares)), key=lambda k: -shares[k])
+    try:
+        images = tuple(image(k) for k in order)
+    except ValueError as error:
+        return Damaged(where, str(error))
+    return Record(
+        where=where,
+        caption=str(caption),
+        images=images,
+        preference=tuple(shares[k] / sum(shares) for k in order),
+        models=tuple(str(names[k]) for k in order),
+        captions=None if captions is None else tuple(str(captions[k]) for k in order),
+    )
+
+
+def _encodes(text: str) -> bool:
+    """False for lone surrogates, which JSON can escape but no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,154 @@
+"""Parquet files whose rows hold the encoded images."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo_jax.data.sources.record import ROWS_A_CHUNK, Chunk, Damaged, Row, Source, make_record
+
+ROWS_AT_ONCE = 64
+BUFFER_BYTES = 1 << 20
+
+# What pyarrow raises for damaged files; MemoryError for the sizes that a damaged page claims.
+ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError)
+
+Image = Callable[[str], bytes | None]
+
+
+class Schema(NamedTuple):
+    """The columns of a data set, by kind (text, number, boolean, image), and what makes a record of their values."""
+
+    needed: Mapping[str, str]
+    optional: Mapping[str, str]
+    row: Callable[[str, Mapping[str, Any], Image], Row]
+    """Of where the row stands, its values but images, and a function that reads the image of a column."""
+
+
+def pickapic_row(where: str, values: Mapping[str, Any], image: Image) -> Row:
+    """A row of Pick-a-Pic v1 or v2 (https://arxiv.org/abs/2305.01569), whatever file it stands in.
+
+    `label_1` is what `label_0` leaves of 1 where it's missing; with `has_label` false the row is unlabelled.
+    """
+    first, second = (None if label != label else label for label in (values["label_0"], values.get("label_1")))
+    if values.get("has_label") is False or first is None:
+        first = second = 0
+    shares = first, 1 - first if second is None else second
+    models = values.get("model_0"), values.get("model_1")
+    return make_record(where, values["caption"], shares, lambda k: image(f"jpg_{k}"), models)
+
+
+def open_image_preferences_row(where: str, values: Mapping[str, Any], image: Image) -> Row:
+    """https://huggingface.co/datasets/data-is-better-together/open-image-preferences-v1-binarized"""
+    names = "chosen", "rejected"
+    models = [values.get(f"{name}_model") for name in names]
+    return make_record(where, values["prompt"], (1, 0), lambda k: image(names[k]), models)
+
+
+PICKAPIC = Schema(
+    needed={"jpg_0": "image", "jpg_1": "image", "caption": "text", "label_0": "number"},
+    optional={"label_1": "number", "has_label": "boolean", "model_0": "text", "model_1": "text"},
+    row=pickapic_row,
+)
+OPEN_IMAGE_PREFERENCES = Schema(
+    needed={"chosen": "image", "rejected": "image", "prompt": "text"},
+    optional={"chosen_model": "text", "rejected_model": "text"},
+    row=open_image_preferences_row,
+)
+
+
+def table_source(schema: Schema, help: str) -> Source:
+    return Source(functools.partial(_chunks, schema), functools.partial(_read, schema), help)
+
+
+def _chunks(schema: Schema, files: Sequence[Path]) -> list[Chunk]:
+    """As many row groups a chunk as have ROWS_A_CHUNK rows together, at least one."""
+    chunks = []
+    for file in files:
+        table, counts = _open(file)
+        _check_schema(schema, table.schema_arrow, file)
+        start = rows = 0
+        for group, count in enumerate(counts):
+            if rows and rows + count > ROWS_A_CHUNK:
+                chunks.append(Chunk(file, start, group))
+                start, rows = group, 0
+            rows += count
+        if rows:
+            chunks.append(Chunk(file, start, len(counts)))
+    return chunks
+
+
+def _read(schema: Schema, chunk: Chunk) -> Iterator[Row]:
+    table, counts = _open(chunk.file)
+    columns = [name for name in (*schema.needed, *schema.optional) if name in table.schema_arrow.names]
+    for group in range(chunk.start, chunk.stop):
+        row = sum(counts[:group])
+        end = row + counts[group]
+        try:
+            for batch in table.iter_batches(ROWS_AT_ONCE, [group], columns, use_threads=False):
+                for i in range(len(batch)):
+                    yield _row(schema, f"{chunk.file} row {row}", batch, i)
+                    row += 1
+        except ERRORS:
+            pass  # pyarrow can't go on behind a damaged page, but the next row group stands alone
+        for lost in range(row, end):  # a damaged page may also end early
+            yield Damaged(f"{chunk.file} row {lost}", "this part of the parquet file is damaged")
+
+
+def _row(schema: Schema, where: str, batch: pa.RecordBatch, i: int) -> Row:
+    kinds = {**schema.needed, **schema.optional}
+    try:
+        values = {name: batch.column(name)[i].as_py() for name in batch.schema.names if kinds[name] != "image"}
+    except ERRORS:
+        return Damaged(where, "a value is not of its column's type")
+
+    def image(name: str) -> bytes | None:
+        value = batch.column(name)[i]
+        return (value["bytes"] if isinstance(value, pa.StructScalar) and value.is_valid else value).as_py()
+
+    return schema.row(where, values, image)
+
+
+def _open(file: Path) -> tuple[pq.ParquetFile, list[int]]:
+    """The file and the rows of each row group."""
+    try:
+        # By default pyarrow would hold whole columns of a row group: hundreds of MB of images.
+        table = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
+        counts = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
+        table.schema_arrow  # noqa: B018 (raises when damaged)
+    except FileNotFoundError:
+        raise
+    except ERRORS as error:
+        raise ValueError(f"{file} is not a readable parquet file ({error})") from None
+    if sum(counts) != table.metadata.num_rows or min(counts, default=0) < 0:
+        raise ValueError(f"{file} is damaged: its row groups don't have as many rows as the file")
+    return table, counts
+
+
+def _check_schema(schema: Schema, found: pa.Schema, file: Path) -> None:
+    absent = [name for name in schema.needed if name not in found.names]
+    if absent:
+        raise ValueError(f"{file} misses the column {', '.join(absent)}; it has {', '.join(found.names)}")
+    for name, kind in {**schema.needed, **schema.optional}.items():
+        if found.names.count(name) > 1:
+            raise ValueError(f"{file} has more than one column {name}")
+        if name in found.names and not _is_of(found.field(name).type, kind):
+            raise ValueError(f"{file}: the column {name} holds {found.field(name).type}, but should hold {kind} values")
+
+
+def _is_of(type: pa.DataType, kind: str) -> bool:
+    types = pa.types
+    if types.is_dictionary(type):
+        type = type.value_type
+    if kind == "image" and types.is_struct(type):  # as Hugging Face's datasets store them
+        return type.get_field_index("bytes") >= 0 and _is_of(type.field("bytes").type, "image")
+    accepted = {
+        "text": (types.is_string, types.is_large_string),
+        "number": (types.is_integer, types.is_floating, types.is_boolean),
+        "boolean": (types.is_boolean,),
+        "image": (types.is_binary, types.is_large_binary),
+    }
+    return types.is_null(type) or any(accepts(type) for accepts in accepted[kind])

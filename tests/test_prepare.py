@@ -1,0 +1,71 @@
+"""The command, as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from dpo_jax.data.sources import SOURCES
+
+from .conftest import ROOT
+
+PAIRS = ROOT / "dpo_jax" / "tiny" / "pairs.parquet"
+
+
+def prepare(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "dpo_jax.prepare", *arguments], capture_output=True, text=True)
+
+
+def test_the_bundled_pairs(tmp_path: Path) -> None:
+    arguments = "--source=pickapic", f"--input={PAIRS}", "--validation_fraction=0.1", f"--output={tmp_path}/out"
+    done = prepare(*arguments)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    rows = pq.ParquetFile(PAIRS).metadata.num_rows
+    assert (summary["records"], summary["pairs"], summary["quarantined"]) == (rows, rows, 0)
+    assert done.stdout.splitlines()[0] == f"rows read    {rows}"
+    assert done.stdout.splitlines()[-1] == f"written to {tmp_path}/out"
+    assert (tmp_path / "out" / "quarantine.jsonl").read_text() == ""
+    again = prepare(*arguments)
+    assert again.returncode == 1
+    assert again.stderr.startswith(f"error: {tmp_path}/out already exists")
+    assert len(again.stderr.splitlines()) == 1
+
+
+def test_says_that_it_continues(tmp_path: Path) -> None:
+    table = pq.read_table(PAIRS).slice(0, 50)
+    damaged = table.set_column(
+        table.schema.get_field_index("jpg_0"), "jpg_0", [[b"bad"] * 10 + table["jpg_0"].to_pylist()[10:]]
+    )
+    pq.write_table(damaged, tmp_path / "pairs.parquet")
+    arguments = f"--input={tmp_path}/*.parquet", f"--output={tmp_path}/out", "--workers=0"
+    stopped = prepare(*arguments)
+    assert stopped.returncode == 1
+    assert stopped.stderr.startswith("error: 10 of 50 records are damaged")
+    done = prepare(*arguments, "--max_damaged_fraction=0.2")
+    assert done.returncode == 0
+    assert done.stderr == "continuing: 1 of 1 parts are finished\n"
+    assert "quarantined  10 (10 not an image)" in done.stdout
+
+
+def test_help_lists_the_sources() -> None:
+    shown = " ".join(prepare("--help").stdout.split())
+    for name, source in SOURCES.items():
+        assert f"{name}: {source.help}" in shown
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--input=nowhere/*.parquet", "no file matches --input=nowhere/*.parquet"),
+        ("--source=mine", "flag --source=mine"),
+    ],
+)
+def test_mistakes_are_one_sentence(tmp_path: Path, argument: str, message: str) -> None:
+    done = prepare(f"--input={PAIRS}", f"--output={tmp_path}/out", argument)
+    assert done.returncode in (1, 2)
+    assert done.stderr.startswith(f"error: {message}")
+    assert len(done.stderr.splitlines()) == 1
