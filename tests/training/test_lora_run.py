@@ -106,7 +106,7 @@ def test_dropout_acts_in_training_alone_and_on_the_policy_alone(tiny_config, tmp
 
 
 def test_after_resume_the_reference_is_still_the_base(tiny_config, trained, tmp_path):
-    assert losses_of(trained)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses_of(trained)[0] == pytest.approx(math.log(2), abs=1e-5)
     config = tiny_config("sd15", steps=10, **FIELDS, **{"checkpoint.every": 10})
     train(config, tmp_path)
     config.steps = 20
