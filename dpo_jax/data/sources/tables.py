@@ -42,7 +42,7 @@ def pickapic_row(where: str, values: Mapping[str, Any], image: Image) -> Row:
 
 
 def open_image_preferences_row(where: str, values: Mapping[str, Any], image: Image) -> Row:
-    """https://huggingface.co/datasets/data-is-better-together/open-image-preferences-v1-binarized"""
+    """The data set data-is-better-together/open-image-preferences-v1-binarized of the hub."""
     names = "chosen", "rejected"
     models = [values.get(f"{name}_model") for name in names]
     return make_record(where, values["prompt"], (1, 0), lambda k: image(names[k]), models)
