@@ -72,8 +72,9 @@ class Pipeline:
         the LoRA's dropout is on.
         """
         rounded = {name: value.astype(self.dtype) for name, value in unet_params.items()}
-        plain = self.adapted_unet is None or len(unet_params) == len(self.unet.specs)
-        unet = (self.unet if plain else self.adapted_unet).bind(rounded)  # type: ignore[union-attr]
+        has_lora = len(unet_params) > len(self.unet.specs)
+        network = self.adapted_unet if has_lora and self.adapted_unet is not None else self.unet
+        unet = network.bind(rounded)
         if dropout_keys_N is not None:
             set_dropout_keys(unet, dropout_keys_N)
         return unet(x_NHWC, t_N, conditioning)
@@ -142,12 +143,12 @@ class Pipeline:
         return _config(self.folder, self.weights[component], component)[0]
 
     def fingerprint(self) -> str:
-        """A digest of all that is read of it, to tell later that this is still the same model."""
+        """Its family and a digest of all that is read of it, to tell later that this is still the same model."""
         small = [self.folder / name for name in ("scheduler", *self.tokenizer_names)]
         configs = [path for folder in small for path in sorted(folder.iterdir()) if path.suffix in (".json", ".txt")]
         configs += [_config_path(self.folder, path, name) for name, path in self.weights.items()]
         weights = [file for path in self.weights.values() for file in files_of(path, self.variant)]
-        return fingerprint([*configs, *weights])
+        return f"{self.family.name}-{fingerprint([*configs, *weights])}"
 
 
 def load_pipeline(

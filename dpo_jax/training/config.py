@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from dpo_jax.cli import flatten
 
 # A work directory may be continued with other values of these; any other difference is another experiment.
-# Where models come from may change too: what they are is told by "fingerprints".
+# Where models and data come from may change too: what they are is told by "fingerprints".
 FREE_TO_CHANGE = (
     "model",
     "revision",
@@ -23,7 +23,9 @@ FREE_TO_CHANGE = (
     "unet",
     "vae",
     "reference",
+    "model_config",
     "lora.init",
+    "data.path",
     "log_every",
     "mesh.",
     "checkpoint.",

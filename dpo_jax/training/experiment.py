@@ -208,9 +208,10 @@ def fingerprints(config: ConfigDict, pipeline: Pipeline) -> dict[str, str]:
     if config.reference:
         reference = find_component(config.reference, "unet")
         digests["fingerprints.reference"] = fingerprint(files_of(reference, pipeline.variant))
-    if not config.data.path.startswith("random:"):
-        data = epath.Path(config.data.path)
-        digests["fingerprints.data"] = fingerprint([data / "records.arrow", data / "images.arrow"])
+    data = epath.Path(config.data.path)
+    is_made = config.data.path.startswith("random:")
+    tables = [data / "records.arrow", data / "images.arrow"]
+    digests["fingerprints.data"] = config.data.path if is_made else fingerprint(tables)
     if config.lora.init:
         digests["fingerprints.lora"] = fingerprint(lora_files_of(find_lora(config.lora.init)))
     return digests

@@ -200,3 +200,7 @@ def test_goes_on_when_only_the_models_place_or_the_code_has_changed(tiny_config,
     path.write_text(json.dumps(saved))
     train(tiny_config("sd15", steps=2, model=str(tmp_path / "there")), tmp_path / "run")
     assert open_run(tmp_path / "run").step == 2
+    with pytest.raises(ValueError, match=r"fingerprints\.data was 'random:32', now 'random:64'"):
+        train(
+            tiny_config("sd15", steps=3, model=str(tmp_path / "there"), **{"data.path": "random:64"}), tmp_path / "run"
+        )

@@ -1,6 +1,6 @@
 """Folders of image files, whose place says which were preferred, with captions in .txt files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dpo_jax.data.sources.record import ROWS_A_CHUNK, Chunk, Damaged, Record, Row, make_record
@@ -30,8 +30,7 @@ def read_pairs_folder(chunk: Chunk) -> Iterator[Row]:
             caption = _caption(folder / "w", folder / "captions", folder, name=name)
             other = _caption(folder / "l", name=name)
             captions = None if caption is None or other in (None, caption) else [caption, other]
-            images = [found[0] for found in files]
-            yield make_record(where, caption, (1, 0), lambda k: _read(images[k]), captions=captions)  # noqa: B023
+            yield make_record(where, caption, (1, 0), _reader([found[0] for found in files]), captions=captions)
         except ValueError as error:
             yield Damaged(where, str(error))
 
@@ -44,7 +43,7 @@ def read_liked(chunk: Chunk) -> Iterator[Row]:
     """Images without a counterpart, in liked/ and disliked/, each with its caption NAME.txt beside it."""
     for file, liked in _opinions(chunk.file)[chunk.start : chunk.stop]:
         try:
-            row = make_record(str(file), _caption(file.parent, name=file.stem), (1,), lambda _: _read(file))  # noqa: B023
+            row = make_record(str(file), _caption(file.parent, name=file.stem), (1,), _reader([file]))
             yield row._replace(preference=(float(liked),)) if isinstance(row, Record) else row
         except ValueError as error:
             yield Damaged(str(file), str(error))
@@ -88,6 +87,10 @@ def _caption(*folders: Path, name: str) -> str | None:
             except UnicodeDecodeError:
                 raise ValueError("its caption is not UTF-8") from None
     return None
+
+
+def _reader(files: Sequence[Path]) -> Callable[[int], bytes]:
+    return lambda k: _read(files[k])
 
 
 def _read(file: Path) -> bytes:
