@@ -32,7 +32,7 @@ RUNS = {
 
 def main() -> None:
     from dpo_jax.evaluation.compare import compare, judged_samples, read_prompts
-    from dpo_jax.training.experiment import open_run
+    from dpo_jax.training.run import open_run
 
     output = Path(OUTPUT.value).absolute()
     os.chdir(ROOT)  # the config names its folders from there

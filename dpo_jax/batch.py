@@ -1,8 +1,8 @@
 """What flows between the parts: a batch of preferences, the text conditioning, and the scores a loss reads.
 
-Axes: B prompts, K candidates of a prompt (best first), H x W pixels or latent cells, C channels, E text encoders,
-L tokens, D context width, P pooled width. NamedTuples, so that they are pytrees without importing JAX here: the data
-loader's worker processes must never start it.
+Axes: B prompts, K candidates of a prompt (best first), H x W pixels, h x w latent cells, C channels, M captions of a
+prompt (one shared by its candidates, or K of their own), E text encoders, L tokens, D context width, P pooled width.
+NamedTuples, so that they are pytrees without importing JAX here: the data loader's workers must never start it.
 """
 
 from typing import Any, NamedTuple
@@ -11,13 +11,30 @@ from typing import Any, NamedTuple
 Array = Any
 
 
-class PreferenceBatch(NamedTuple):
-    """One batch of prompts with K ranked candidates each."""
+class Raw(NamedTuple):
+    """Images and captions, for the step to encode."""
 
     images_BKHWC: Array
     """uint8 RGB, best candidate first."""
-    token_ids_BEL: Array
-    """int32 token ids, one row per text encoder; the caption is shared by all candidates."""
+    token_ids_BMEL: Array
+    """int32 token ids, one row per text encoder."""
+
+
+class Encoded(NamedTuple):
+    """What the VAE and the text encoders made of them, stored by `prepare --encode`; all bfloat16."""
+
+    moments_BKhwC: Array
+    """Mean and log variance of the VAE's posterior, one after the other along C."""
+    context_BMLD: Array
+    """Token embeddings of all text encoders, one after the other along D."""
+    pooled_BMP: Array
+    """Pooled text embedding; of width 0 where the family has none."""
+
+
+class PreferenceBatch(NamedTuple):
+    """One batch of prompts with K ranked candidates each."""
+
+    inputs: Raw | Encoded
     size_cond_BK6: Array
     """float32 (original height, original width, crop top, crop left, target height, target width)."""
     preference_BK: Array

@@ -5,7 +5,7 @@ inserts the collectives (GSPMD), so the same step runs on one device and on a po
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,9 +19,9 @@ SMALL = 2**16
 """Parameters with fewer elements than this are copied to every device: splitting them costs more than it saves."""
 
 
-def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
-    """A `data` x `fsdp` mesh over all devices; one of the two may be -1 and takes what is left."""
-    count = jax.device_count()
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A `data` x `fsdp` mesh over these devices, or all; one of the two may be -1 and takes what is left."""
+    count = len(devices or jax.devices())
     sizes = [data, fsdp]
     if -1 in sizes:
         known = -int(np.prod(sizes)) if sizes.count(-1) == 1 else 1
@@ -32,7 +32,7 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
             "set one of them to -1 to let it take what is left"
         )
     # Explicit axis types, JAX's default, would make every FSDP matmul name its output sharding.
-    return jax.make_mesh(tuple(sizes), DATA_AXES, axis_types=(AxisType.Auto,) * 2)
+    return jax.make_mesh(tuple(sizes), DATA_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -1,5 +1,6 @@
 """Shared fixtures."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,11 +11,15 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_opti
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 
 import jax
+import numpy as np
 import pytest
 import torch
 from ml_collections import ConfigDict
+from PIL import Image
 
 from dpo_jax.cli import load_config
+from dpo_jax.data import builder
+from dpo_jax.data.sources import SOURCES
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # the models are tiny, and more threads only wait for each other
@@ -44,3 +49,19 @@ def tiny_config() -> Callable[..., ConfigDict]:
         return config
 
     return make
+
+
+@pytest.fixture
+def mixed_pairs(tmp_path: Path) -> Path:
+    """Prepared: 12 pairs of 14 images in several shapes, under 9 captions, two of which are of single images."""
+    rng = np.random.default_rng(0)
+    for i in range(14):
+        height, width = rng.choice([32, 40, 64], 2)
+        noise = np.clip(rng.integers(256, size=3) + rng.normal(0, 30, (height, width, 3)), 0, 255)
+        Image.fromarray(noise.astype(np.uint8)).save(tmp_path / f"{i}.png")
+    rows = [{"prompt": f"prompt {i % 5}", "images": [f"{i}.png", f"{(i + 5) % 14}.png"]} for i in range(11)]
+    rows.append({"prompt": "both", "images": ["11.png", "12.png"], "captions": ["mine", "yours"]})
+    lines = [json.dumps(row | {"preferred": 0}) for row in rows]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    builder.prepare(SOURCES["jsonl"], [tmp_path / "pairs.jsonl"], tmp_path / "data", workers=0, validation_fraction=0.2)
+    return tmp_path / "data"

@@ -12,16 +12,19 @@ the same input gives the same bytes whatever the number of workers:
 """
 
 import dataclasses
+import fcntl
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,46 +113,73 @@ def prepare(
         on_progress: called at the start and after each part.
 
     Raises:
-        FileExistsError: `output` exists and isn't an empty folder, or an unfinished run of another input lies there.
+        FileExistsError: `output` exists and isn't an empty folder, another run is writing it, or an unfinished run of
+            another input lies there.
         ValueError: no usable record, too many damaged ones, or files of another schema.
         ChildProcessError: a worker was killed, e.g. for want of memory.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} already exists and is not an empty folder; name another --output or remove it")
+    _check_free(output)
     chunks = source.chunks(files)
     partial = output.absolute().parent / f".{output.name}.partial"
-    _begin(partial, _manifest(source, files, chunks))
-    folders = [partial / "parts" / f"{number:05}" for number in range(len(chunks))]
-    finished = [folder for folder in folders if folder.exists()]
-    missing = {folder: chunk for folder, chunk in zip(folders, chunks, strict=True) if not folder.exists()}
-    summary = _count(files, finished)
-    on_progress(Progress("reading", len(finished), len(folders), summary.records))
-
-    def count(folder: Path) -> None:
-        _add_counts(summary, folder)
-        finished.append(folder)
+    with _locked(partial, output):
+        _check_free(output)  # another run may just have ended
+        _begin(partial, _manifest(source, files, chunks))
+        folders = [partial / "parts" / f"{number:05}" for number in range(len(chunks))]
+        finished = [folder for folder in folders if folder.exists()]
+        missing = {folder: chunk for folder, chunk in zip(folders, chunks, strict=True) if not folder.exists()}
+        summary = _count(files, finished)
         on_progress(Progress("reading", len(finished), len(folders), summary.records))
-        expected = (summary.records + summary.quarantined) * len(folders) / len(finished)
-        _check_damage(summary, max_damaged_fraction, max(expected, RECORDS_TO_JUDGE_BY), folders)
 
-    _make_parts(source, missing, os.cpu_count() or 1 if workers is None else workers, count)
-    _check_damage(summary, max_damaged_fraction, summary.records + summary.quarantined, folders)
-    summary = _count(files, folders)  # in order, whichever part was finished first
-    if not summary.records:
+        def count(folder: Path) -> None:
+            _add_counts(summary, folder)
+            finished.append(folder)
+            on_progress(Progress("reading", len(finished), len(folders), summary.records))
+            expected = (summary.records + summary.quarantined) * len(folders) / len(finished)
+            _check_damage(summary, max_damaged_fraction, max(expected, RECORDS_TO_JUDGE_BY), folders)
+
+        _make_parts(source, missing, os.cpu_count() or 1 if workers is None else workers, count)
+        _check_damage(summary, max_damaged_fraction, summary.records + summary.quarantined, folders)
+        summary = _count(files, folders)  # in order, whichever part was finished first
+        if not summary.records:
+            shutil.rmtree(partial)
+            found = _listed(summary.dropped + summary.damaged)
+            raise ValueError(f"no usable record among {summary.rows} rows ({found}) of {', '.join(summary.files[:3])}")
+
+        def moved(done: int, total: int) -> None:
+            on_progress(Progress("merging", done, total, summary.records))
+
+        data = partial / "data"
+        _add_merged(summary, merge(folders, data, validation_fraction, moved))
+        (data / "summary.json").write_text(json.dumps(vars(summary), indent=1) + "\n")
+        parts.sync(data)
+        os.replace(data, output)
         shutil.rmtree(partial)
-        found = _listed(summary.dropped + summary.damaged)
-        raise ValueError(f"no usable record among {summary.rows} rows ({found}) of {', '.join(summary.files[:3])}")
-
-    def moved(done: int, total: int) -> None:
-        on_progress(Progress("merging", done, total, summary.records))
-
-    data = partial / "data"
-    _add_merged(summary, merge(folders, data, validation_fraction, moved))
-    (data / "summary.json").write_text(json.dumps(vars(summary), indent=1) + "\n")
-    (partial / "manifest.json").unlink()  # from here on there is nothing to go on with
-    os.replace(data, output)
-    shutil.rmtree(partial)
     return summary
+
+
+def _check_free(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} already exists and is not an empty folder; name another --output or remove it")
+
+
+@contextmanager
+def _locked(partial: Path, output: Path) -> Iterator[None]:
+    """Keeps other runs away from the folder of unfinished work; the kernel lets go when this process ends."""
+    partial.mkdir(parents=True, exist_ok=True)
+    with open(partial / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise FileExistsError(
+                f"another run is writing {output} ({file.read()}); wait until it ends, or name another --output"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def _manifest(source: Source, files: Sequence[Path], chunks: Sequence[Chunk]) -> dict[str, Any]:
@@ -165,7 +195,7 @@ def _manifest(source: Source, files: Sequence[Path], chunks: Sequence[Chunk]) ->
 
 
 def _begin(partial: Path, manifest: dict[str, Any]) -> None:
-    """Makes the folder of unfinished work, or checks that it is of the same input."""
+    """Fills the folder of unfinished work, or checks that it is of the same input and removes what isn't finished."""
     file = partial / "manifest.json"
     if file.exists():
         begun = json.loads(file.read_text())
@@ -175,13 +205,17 @@ def _begin(partial: Path, manifest: dict[str, Any]) -> None:
                     f"{partial} holds an unfinished run whose {key} differ from those given now (the input changed); "
                     f"remove it (rm -r {partial}) to begin again"
                 )
-        for unfinished in (partial / "parts").glob(".*"):
-            shutil.rmtree(unfinished)
+        for part in (partial / "parts").iterdir():
+            if part.name.startswith(".") or not parts.is_whole(part, images_moved=(partial / "data").exists()):
+                shutil.rmtree(part)
     else:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "parts").mkdir(parents=True)
-        (partial / ".manifest.json").write_text(json.dumps(manifest, indent=1))
-        os.replace(partial / ".manifest.json", file)
+        for remains in ("parts", "data"):
+            shutil.rmtree(partial / remains, ignore_errors=True)
+        (partial / "parts").mkdir()
+        unfinished = partial / ".manifest.json"
+        unfinished.write_text(json.dumps(manifest, indent=1))
+        parts.sync(unfinished)
+        os.replace(unfinished, file)
 
 
 def _count(files: Sequence[Path], folders: Sequence[Path]) -> Summary:

@@ -1,15 +1,16 @@
 """Finished parts become one data set: every image once over all parts, records split by prompt.
 
-Everything follows the order of the parts. Hashes of images and prompts are all that is kept in memory, some 250 bytes a
-record (measured).
+Everything follows the order of the parts. Of the images only positions are kept in memory, 4 bytes each: equal hashes
+are found in one small group of hashes after another.
 
-    I: images of all parts, one after the other    R: records, likewise
+    I: images of all parts, one after the other
 """
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,10 @@ from dpo_jax.data.prepared import IMAGES, RECORDS
 
 VERSION = tfds.core.Version("2.0.0")
 NAME, SPLIT = "preference_images", "images"  # TFDS reserves "all"
+
+GROUPS = 64
+"""Files of hashes: all are open while they are written; one at a time is read into memory."""
+IMAGE = np.dtype([("sha256", "S32"), ("position", np.int32)])
 
 
 class Merged(NamedTuple):
@@ -40,6 +45,20 @@ class Merged(NamedTuple):
     quarantined: int
 
 
+class _Part(NamedTuple):
+    folder: Path
+    places: np.ndarray
+    """The place of each of its images in the whole."""
+    owned_from: int
+    """Images from this place on are stored by this part, others by one before."""
+    owned: int
+
+    @property
+    def owns(self) -> np.ndarray:
+        """Whether each image is stored by this part."""
+        return self.places >= self.owned_from
+
+
 def merge(
     folders: Sequence[Path], target: Path, validation_fraction: float, on_shard: Callable[[int, int], None]
 ) -> Merged:
@@ -50,27 +69,27 @@ def merge(
         on_shard: called with the shards done and their total.
     """
     (target / "images").mkdir(parents=True, exist_ok=True)
-    index_I, owned_I, starts = _identify(folders)
-    kept = np.split(owned_I, starts[1:])
-    _move_shards(folders, kept, target / "images", on_shard)
+    scratch = target.with_name("hashes")
+    scratch.mkdir(exist_ok=True)
+    identified = _identify(folders, scratch)
+    _move_shards([part for part in identified if part.owned], target / "images", on_shard)
 
     resolutions: Counter[str] = Counter()
     with pa.ipc.new_file(str(target / "images.arrow"), IMAGES) as writer:
-        for folder, owned in zip(folders, kept, strict=True):
-            table = _read(folder / "images.arrow").filter(pa.array(owned))
+        for part in identified:
+            table = _read(part.folder / "images.arrow").filter(pa.array(part.owns))
             writer.write_table(table)
             sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
             resolutions.update(f"{width}x{height}" for width, height in sizes)
 
-    hash_R = np.concatenate([_read(folder / "records.arrow")["prompt"].to_numpy() for folder in folders])
-    limit, prompts = _split(hash_R, validation_fraction)
+    limit, prompts = _split(folders, scratch, validation_fraction)
     splits: Counter[str] = Counter()
     candidates = 0
     with pa.ipc.new_file(str(target / "records.arrow"), RECORDS) as writer:
-        for folder, start in zip(folders, starts, strict=True):
-            table = _read(folder / "records.arrow")
+        for part in identified:
+            table = _read(part.folder / "records.arrow")
             images = table["images"].combine_chunks()
-            indices = pa.array(index_I[start + images.flatten().to_numpy()], pa.int32())
+            indices = pa.array(part.places[images.flatten().to_numpy()])
             split = np.where(table["prompt"].to_numpy() < limit, "validation", "train")
             columns = {name: table[name] for name in table.column_names} | {
                 "images": pa.ListArray.from_arrays(images.offsets, indices),
@@ -88,72 +107,112 @@ def merge(
                     quarantine.write(line)
                     quarantined += 1
 
-    number = int(owned_I.sum())
+    number = sum(part.owned for part in identified)
     by_split = {name: splits[name] for name in prompts}
     ranked = Counter(dict(resolutions.most_common()))
     return Merged(by_split, prompts, number, candidates - number, ranked, quarantined)
 
 
-def _identify(folders: Sequence[Path]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(position that each image has in the whole, whether its part stores it, where each part begins).
+def _identify(folders: Sequence[Path], scratch: Path) -> list[_Part]:
+    """Gives every image its place in the whole; the first part that has it keeps it."""
+    counts = [_read(folder / "images.arrow").num_rows for folder in folders]
+    stops = np.cumsum(counts, dtype=np.int32)
 
-    The first part that has an image keeps it.
-    """
-    digests = [np.array(_read(folder / "images.arrow")["sha256"].to_pylist(), "S32") for folder in folders]
-    starts = np.cumsum([0, *(len(digest) for digest in digests[:-1])])
-    _, first_U, unique_I = np.unique(np.concatenate(digests), return_index=True, return_inverse=True)
-    first_I = first_U[unique_I]
-    owned_I = first_I == np.arange(len(first_I))
-    return (np.cumsum(owned_I) - 1)[first_I], owned_I, starts
+    def images() -> Iterator[np.ndarray]:
+        for folder, stop, count in zip(folders, stops, counts, strict=True):
+            rows = np.empty(count, IMAGE)
+            rows["sha256"] = _read(folder / "images.arrow")["sha256"].to_pylist()
+            rows["position"] = np.arange(stop - count, stop)
+            yield rows
+
+    places_I = np.empty(sum(counts), np.int32)  # at first the position of the first image of the same hash
+    for group in _by_hash(images(), IMAGE, scratch):
+        _, first, unique = np.unique(group["sha256"], return_index=True, return_inverse=True)
+        places_I[group["position"]] = group["position"][first[unique]]
+
+    identified, total = [], 0
+    for folder, stop, count in zip(folders, stops, counts, strict=True):
+        places = places_I[stop - count : stop]
+        owns = places >= stop - count  # its own images are all different
+        owned = int(owns.sum())
+        places[~owns] = places_I[places[~owns]]
+        places[owns] = np.arange(total, total + owned)
+        identified.append(_Part(folder, places, total, owned))
+        total += owned
+    return identified
 
 
-def _move_shards(
-    folders: Sequence[Path], kept: Sequence[np.ndarray], target: Path, on_shard: Callable[[int, int], None]
-) -> None:
+def _by_hash(tables: Iterable[np.ndarray], dtype: np.dtype, scratch: Path) -> Iterator[np.ndarray]:
+    """The rows of all tables, each of which begins with a hash, in GROUPS: equal hashes together, their order kept."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(scratch / f"{group:02}", "wb")) for group in range(GROUPS)]
+        for rows in tables:
+            group = rows.view(np.uint8).reshape(len(rows), dtype.itemsize)[:, 0] % GROUPS
+            order = np.argsort(group, kind="stable")
+            ends = np.cumsum(np.bincount(group, minlength=GROUPS))
+            for file, some in zip(files, np.split(rows[order], ends[:-1]), strict=True):
+                some.tofile(file)
+    for file in files:
+        yield np.fromfile(file.name, dtype)
+
+
+def _move_shards(stored: Sequence[_Part], target: Path, on_shard: Callable[[int, int], None]) -> None:
     """One shard a part that keeps an image, and what TFDS wants to know about them."""
-    sources = [(folder / "images.array_record", owned) for folder, owned in zip(folders, kept, strict=True)]
-    sources = [(file, owned) for file, owned in sources if owned.any()]
-    shards = [target / f"{NAME}-{SPLIT}.array_record-{i:05}-of-{len(sources):05}" for i in range(len(sources))]
+    shards = [target / f"{NAME}-{SPLIT}.array_record-{i:05}-of-{len(stored):05}" for i in range(len(stored))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done, _ in enumerate(pool.map(_move_shard, sources, shards), 1):
+        for done, _ in enumerate(pool.map(_move_shard, stored, shards), 1):
             on_shard(done, len(shards))
     identity = tfds.core.dataset_info.DatasetIdentity(
         name=NAME, version=VERSION, data_dir=str(target), module_name=__name__
     )
     info = tfds.core.DatasetInfo(builder=identity, features=parts.FEATURES, description="Images of prepared records.")
     info.set_file_format("array_record")
-    lengths, size = [int(owned.sum()) for _, owned in sources], sum(shard.stat().st_size for shard in shards)
+    lengths, size = [part.owned for part in stored], sum(shard.stat().st_size for shard in shards)
     info.set_splits(tfds.core.splits.SplitDict([tfds.core.splits.SplitInfo(SPLIT, lengths, size)]))
     info.write_to_directory(target)
 
 
-def _move_shard(source: tuple[Path, np.ndarray], shard: Path) -> None:
-    file, owned = source
+def _move_shard(part: _Part, shard: Path) -> None:
+    file = part.folder / "images.array_record"
     if shard.exists():
         return
-    if owned.all():
+    if part.owned == len(part.places):
         os.replace(file, shard)
         return
     rewritten = shard.with_name(f".{shard.name}")
     reader, writer = ArrayRecordReader(str(file)), ArrayRecordWriter(str(rewritten), parts.ARRAY_RECORD_OPTIONS)
-    for keep in owned:
+    for owned in part.owns:
         example = reader.read()
-        if keep:
+        if owned:
             writer.write(example)
     writer.close()
     reader.close()
+    parts.sync(rewritten)
     os.replace(rewritten, shard)
     file.unlink()
 
 
-def _split(hash_R: np.ndarray, validation_fraction: float) -> tuple[np.uint64, dict[str, int]]:
+def _split(folders: Sequence[Path], scratch: Path, validation_fraction: float) -> tuple[np.uint64, dict[str, int]]:
     """(the hash below which prompts are held out, distinct prompts by split)."""
-    hashes = np.unique(hash_R)
-    count = int((hashes / 2.0**64 < validation_fraction).sum())
+
+    def hashes() -> Iterator[np.ndarray]:
+        return (_read(folder / "records.arrow")["prompt"].to_numpy() for folder in folders)
+
+    edges = np.array([], np.uint64)  # the two lowest and the highest
+    for hash_R in hashes():
+        distinct = np.unique(np.append(edges, hash_R))
+        edges = np.append(distinct[:2], distinct[-1:])
+    limit = 0
     if validation_fraction > 0:  # a small data set needs a prompt on both sides
-        count = min(max(count, 1), len(hashes) - 1)
-    sides = {"train": len(hashes) - count, "validation": count}
-    return hashes[count], {split: number for split, number in sides.items() if number}
+        limit = min(max(int(validation_fraction * 2**64), int(edges[1])), int(edges[-1]))
+
+    sides = {"train": 0, "validation": 0}
+    for group in _by_hash(hashes(), np.dtype(np.uint64), scratch):
+        distinct = np.unique(group)
+        held_out = int((distinct < limit).sum())
+        sides["train"] += len(distinct) - held_out
+        sides["validation"] += held_out
+    return np.uint64(limit), {split: number for split, number in sides.items() if number}
 
 
 def _read(file: Path) -> pa.Table:

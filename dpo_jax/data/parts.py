@@ -62,9 +62,38 @@ def make_part(source: Source, chunk: Chunk, folder: Path) -> None:
                     ties += len(row.images) > 1 and len(set(row.preference)) == 1
     _write(temporary / "images.arrow", prepared.IMAGES, store.rows)
     _write(temporary / "records.arrow", RECORDS, records)
-    summary = {"rows": rows, "records": len(records), "ties": ties, **counts}
+    sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
+    summary = {"rows": rows, "records": len(records), "ties": ties, **counts, "bytes": sizes}
     (temporary / "counts.json").write_text(json.dumps(summary))
+    sync(temporary)
     os.replace(temporary, folder)
+
+
+def is_whole(folder: Path, images_moved: bool) -> bool:
+    """Whether the files of a finished part are as long as they were; a crash of the machine may have cut them."""
+    try:
+        sizes = json.loads((folder / "counts.json").read_text())["bytes"]
+    except (OSError, ValueError, KeyError):
+        return False
+    if images_moved:
+        del sizes["images.array_record"]
+    files = [(folder / name, size) for name, size in sizes.items()]
+    return all(file.is_file() and file.stat().st_size == size for file, size in files)
+
+
+def sync(path: Path) -> None:
+    """Puts a file, or a folder and all in it, on the disk, so that they outlive a crash of the machine."""
+    if path.is_dir():
+        for file in path.iterdir():
+            sync(file)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if path.is_file():  # some network file systems can't do it to folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def temporary_folder(folder: Path, process: int) -> Path:

@@ -16,13 +16,16 @@ import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
+
+from dpo_jax.data import scores
+from dpo_jax.data.scores import Combine
 
 Ties = Literal["drop", "zero_weight", "soft"]
 
@@ -45,18 +48,23 @@ AGAIN = "prepare it again into another folder"
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What `open_prepared` opens. Pickled as its folder alone: a worker process opens the files anew."""
+    """What `open_prepared` opens. Pickled without what it read: a worker process opens the files anew."""
 
     folder: Path
+    judges: tuple[str, ...] = ()
+    """Whose scores order the candidates, in place of the votes."""
+    combine: Combine = "mean"
 
     def __len__(self) -> int:
         return self.records.num_rows
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
-    def record(self, index: int, num_candidates: int | None = None) -> dict[str, Any]:
+    def record(self, index: int, num_candidates: int | None = None, *, read_images: bool = True) -> dict[str, Any]:
         """The columns of `RECORDS` with `images` as encoded bytes, and `sizes`, the (height, width) of each.
+
+        Without `read_images` the images stay positions in the order of images.arrow.
 
         Of more than `num_candidates` candidates it keeps the best `num_candidates - 1` and the worst, and what they
         got of the preference, scaled to sum to 1 again.
@@ -67,15 +75,38 @@ class Prepared:
             if record[name] is not None:
                 record[name] = [record[name][rank] for rank in kept]
         preference = np.asarray(record["preference"], np.float32)
-        return record | {
-            "images": [self.images[image]["image"] for image in record["images"]],
-            "sizes": self.sizes_I2[record["images"]],
-            "preference": preference / (preference.sum() or 1),
-        }
+        record["sizes"] = self.sizes_I2[record["images"]]
+        if read_images:
+            record["images"] = [self.image(position) for position in record["images"]]
+        return record | {"preference": preference / (preference.sum() or 1)}
+
+    def image(self, position: int) -> bytes:
+        """An image as it came."""
+        return self.images[position]["image"]
+
+    @property
+    def records(self) -> pa.Table:
+        """`RECORDS`; with judges, those that all of them scored are in their order and have their preference."""
+        return self._records_and_scored[0]
+
+    @property
+    def scored_N(self) -> np.ndarray:
+        """Which records have scores by all of the judges."""
+        return self._records_and_scored[1]
 
     @functools.cached_property
-    def records(self) -> pa.Table:
-        return _map(self.folder / "records.arrow", RECORDS)
+    def _records_and_scored(self) -> tuple[pa.Table, np.ndarray]:
+        votes = _map(self.folder / "records.arrow", RECORDS)
+        if not self.judges:
+            return votes, np.ones(votes.num_rows, bool)
+        of = scores.candidates(votes["images"])
+        ranking = scores.rank(scores.read_scores(self.folder, self.judges, of), of, self.combine)
+        return scores.best_first(votes, ranking, of), ranking.scored_N
+
+    @property
+    def sha256_I(self) -> pa.ChunkedArray:
+        """Of every image as it is stored."""
+        return _map(self.folder / "images.arrow", IMAGES)["sha256"]
 
     @functools.cached_property
     def sizes_I2(self) -> np.ndarray:
@@ -91,14 +122,22 @@ class Prepared:
         return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
 
 
-def open_prepared(folder: str | Path) -> Prepared:
+def open_prepared(folder: str | Path, judges: Sequence[str] = (), combine: Combine = "mean") -> Prepared:
     """Opens the folder that `prepare` wrote and checks that its parts fit together.
 
+    Args:
+        judges: names under which `python -m dpo_jax.score` stored scores; they order the candidates, not the votes.
+        combine: how several judges do that; see `scores.rank`.
+
     Raises:
-        FileNotFoundError: nothing was prepared there, or a part is missing.
-        ValueError: a part is damaged or of another layout.
+        FileNotFoundError: nothing was prepared there, a part is missing, or there are no scores by a judge.
+        ValueError: a part is damaged or of another layout, or scores are of another data set.
     """
     folder = Path(folder)
+    if combine not in get_args(Combine):
+        raise ValueError(
+            f"combine={combine!r}; scores of several judges are combined by {' or '.join(get_args(Combine))}"
+        )
     if not (folder / "records.arrow").is_file():
         if (folder / "dataset_info.json").is_file():
             raise ValueError(f"{folder} was prepared by an earlier version of dpo_jax; {AGAIN}")
@@ -109,7 +148,7 @@ def open_prepared(folder: str | Path) -> Prepared:
     for name in ("images.arrow", "images/dataset_info.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"the data set {folder} misses {name}; {AGAIN}")
-    prepared = Prepared(folder)
+    prepared = Prepared(folder, tuple(judges), combine)
     _check_shards(prepared)
     known = len(prepared.sizes_I2)
     if len(prepared.images) != known:
@@ -141,19 +180,23 @@ def select(
         num_candidates: as in `Prepared.record`; the last three filters look only at the candidates kept.
         limit: at most this many, the first ones; 0 means all.
 
+    Of records that are ordered by judges, only those that all of the judges scored are used.
+
     Raises:
-        ValueError: no record is left, or a regular expression can't be read.
+        ValueError: no record is left, a regular expression can't be read, or judges should state an agreement.
     """
+    if min_agreement and prepared.judges:
+        raise ValueError(
+            f"min_agreement={min_agreement} is a share of the votes, which scores by {', '.join(prepared.judges)} "
+            "do not state; leave one of them out"
+        )
     records = prepared.records
     splits = records["split"].unique().to_pylist()
     if split not in splits:
         raise ValueError(f"the data set {prepared.folder} has no split {split!r}; it has {', '.join(sorted(splits))}")
     images_M = pc.list_flatten(records["images"]).to_numpy()
     preference_M = pc.list_flatten(records["preference"]).to_numpy()
-    number_N = pc.list_value_length(records["images"]).to_numpy()
-    first_N = np.cumsum(number_N) - number_N
-    record_M = np.repeat(np.arange(len(number_N)), number_N)
-    rank_M = np.arange(len(record_M)) - first_N[record_M]
+    number_N, first_N, record_M, rank_M = scores.candidates(records["images"])
     last_M = rank_M == number_N[record_M] - 1
     kept_M = (rank_M == 0) | (rank_M < num_candidates - 1) | (last_M & (num_candidates > 1))
 
@@ -166,6 +209,8 @@ def select(
     with np.errstate(invalid="ignore"):  # 0 / 0 for a disliked image
         agreement_N = np.where(single_N, 1.0, best_N / (best_N + worst_N))
     filters = {f"in the split {split}": pc.equal(records["split"], split).to_numpy()}
+    if prepared.judges:
+        filters[f"with scores by {' and '.join(prepared.judges)}"] = prepared.scored_N
     if num_candidates > 1:
         filters["with several images"] = ~single_N
     if ties == "drop":

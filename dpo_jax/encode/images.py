@@ -1,6 +1,7 @@
 """Images to latents: pixels in, a sample of the VAE's posterior out.
 
-Axes: B prompts, K candidates, H x W pixels, h x w latent cells, C channels.
+Axes: B prompts, K candidates, N images, H x W pixels, h x w latent cells, C channels; moments have 2 C, the mean and
+then the log variance.
 """
 
 import jax
@@ -20,14 +21,24 @@ def to_pixels(images: jax.Array) -> jax.Array:
     return jnp.round(jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
 
 
-def encode_images(vae: Network, params: Params, images_BKHWC: jax.Array, keys_B: jax.Array) -> jax.Array:
+def posterior_moments(vae: Network, params: Params, images_NHWC: jax.Array) -> jax.Array:
+    """uint8 images to the moments_NhwC of their posteriors, in the dtype that the VAE computes in."""
+    moments = vae(params, to_unit_range(images_NHWC, jnp.float32), method="encode")
+    return jnp.concatenate(moments, axis=-1)
+
+
+def sample_posterior(vae: Network, moments_BKhwC: jax.Array, keys_B: jax.Array) -> jax.Array:
     """Scaled latents_BKhwC in float32: a sample of each image's posterior, by its prompt's key."""
-    B, K = images_BKHWC.shape[:2]
-    images_NHWC = to_unit_range(images_BKHWC.reshape(B * K, *images_BKHWC.shape[2:]), jnp.float32)
-    mean_NhwC, logvar_NhwC = vae(params, images_NHWC, method="encode")
-    mean, logvar = (moment.reshape(B, K, *moment.shape[1:]).astype(jnp.float32) for moment in (mean_NhwC, logvar_NhwC))
+    mean, logvar = jnp.split(moments_BKhwC.astype(jnp.float32), 2, axis=-1)
     noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys_B)
     return (mean + jnp.exp(0.5 * logvar) * noise - _shift(vae)) * vae.config.scaling_factor
+
+
+def encode_images(vae: Network, params: Params, images_BKHWC: jax.Array, keys_B: jax.Array) -> jax.Array:
+    """uint8 images to scaled latents_BKhwC."""
+    B, K = images_BKHWC.shape[:2]
+    moments_NhwC = posterior_moments(vae, params, images_BKHWC.reshape(B * K, *images_BKHWC.shape[2:]))
+    return sample_posterior(vae, moments_NhwC.reshape(B, K, *moments_NhwC.shape[1:]), keys_B)
 
 
 def decode_latents(vae: Network, params: Params, latents_NhwC: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """Captions to conditioning: token ids in, what the UNet attends to out.
 
-Axes: B prompts, K candidates, E text encoders, L tokens, D context width, P pooled width, T time ids.
+Axes: N captions or candidates, E text encoders, L tokens, D context width, P pooled width, T time ids.
 """
 
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.batch import Conditioning
+from dpo_jax.models.families import Family
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.weights.layout import Params
 
@@ -17,25 +18,33 @@ REFINER_AESTHETIC_SCORE = 6.0
 
 
 def encode_text(
-    pipeline: Pipeline, frozen: Mapping[str, Params], token_ids_BEL: jax.Array, size_cond_N6: jax.Array
-) -> Conditioning:
-    """Runs every text encoder of the family; context and pooled embedding have B rows, time ids those of `size_cond`.
+    pipeline: Pipeline, frozen: Mapping[str, Params], token_ids_NEL: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Runs every text encoder of the family: (context_NLD, pooled_NP), P = 0 where the UNet takes no pooled embedding.
 
-    Which hidden state is the context and how many time ids there are is the family's data. Time ids are (height, width,
-    crop top, crop left, target height, target width), or with five of them (height, width, crop top, crop left,
-    aesthetic score).
+    Which hidden state is the context is the family's data.
     """
     family = pipeline.family
-    contexts, pooled_BP = [], None
+    contexts = []
+    pooled_NP = jnp.zeros((len(token_ids_NEL), 0), pipeline.dtype)
     for e, (encoder, network) in enumerate(zip(family.text_encoders, pipeline.text_encoders, strict=True)):
-        output = network(frozen[encoder.folder], token_ids_BEL[:, e])
+        output = network(frozen[encoder.folder], token_ids_NEL[:, e])
         contexts.append(getattr(output, encoder.context))
-        pooled_BP = output.pooled_NP
-    context_BLD = jnp.concatenate(contexts, axis=-1)
+        if family.num_time_ids:
+            pooled_NP = output.pooled_NP
+    return jnp.concatenate(contexts, axis=-1), pooled_NP
+
+
+def condition(family: Family, context_NLD: jax.Array, pooled_NP: jax.Array, size_cond_N6: jax.Array) -> Conditioning:
+    """What the UNet of the family takes; captions and sizes may have different numbers of rows.
+
+    Time ids are (height, width, crop top, crop left, target height, target width), or, where the family has five,
+    (height, width, crop top, crop left, aesthetic score).
+    """
     if not family.num_time_ids:
-        return Conditioning(context_BLD)
+        return Conditioning(context_NLD)
     time_ids_NT = size_cond_N6
     if family.num_time_ids == 5:
         score_N1 = jnp.full((len(size_cond_N6), 1), REFINER_AESTHETIC_SCORE, size_cond_N6.dtype)
         time_ids_NT = jnp.concatenate([size_cond_N6[:, :4], score_N1], axis=1)
-    return Conditioning(context_BLD, pooled_BP, time_ids_NT)
+    return Conditioning(context_NLD, pooled_NP, time_ids_NT)

@@ -3,7 +3,7 @@
 Axes: N images, E text encoders, L tokens, h x w latent cells, C channels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from dpo_jax.batch import Conditioning
 from dpo_jax.data.tokenizers import Tokenizers
 from dpo_jax.diffusion.samplers import classifier_free_guidance, ddim
 from dpo_jax.encode.images import decode_latents
-from dpo_jax.encode.text import encode_text
+from dpo_jax.encode.text import condition, encode_text
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sharding import batch_sharding, replicated
 from dpo_jax.weights.layout import Params
@@ -27,7 +27,8 @@ class Generator:
 
     Args:
         pipeline: the model's structure.
-        frozen: weights of the VAE and the text encoders by component.
+        encoders: gives the weights of the VAE and the text encoders by component; called before images are sampled, and
+            what it returns is not kept.
         tokenizers: the model's own.
         mesh: every batch is split over all its devices.
         resolution: pixels, height and width.
@@ -39,7 +40,7 @@ class Generator:
     def __init__(
         self,
         pipeline: Pipeline,
-        frozen: Mapping[str, Params],
+        encoders: Callable[[], Mapping[str, Params]],
         tokenizers: Tokenizers,
         mesh: Mesh,
         *,
@@ -48,7 +49,8 @@ class Generator:
         guidance_scale: float,
         batch_size: int,
     ):
-        self._frozen = {name: params for name, params in frozen.items() if name not in ("base", "reference")}
+        self._encoders = encoders
+        self._components = set(pipeline.components) - {"unet"}
         self._tokenizers = tokenizers
         self._mesh = mesh
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
@@ -57,7 +59,8 @@ class Generator:
         size_cond = jnp.array([resolution, resolution, 0, 0, resolution, resolution], jnp.float32)
 
         def conditioning_of(frozen: Mapping[str, Params], token_ids_NEL: jax.Array) -> Conditioning:
-            return encode_text(pipeline, frozen, token_ids_NEL, jnp.tile(size_cond, (len(token_ids_NEL), 1)))
+            text = encode_text(pipeline, frozen, token_ids_NEL)
+            return condition(pipeline.family, *text, jnp.tile(size_cond, (len(token_ids_NEL), 1)))
 
         def generate(
             unet: Params, frozen: Mapping[str, Params], token_ids_NEL: jax.Array, empty_NEL: jax.Array, x_T: jax.Array
@@ -83,6 +86,7 @@ class Generator:
     def __call__(self, unet: Params, captions: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
         """One uint8 image [H, W, 3] for each pair of caption and seed; the same seeds give the same starting noise."""
         images = []
+        frozen = {name: params for name, params in self._encoders().items() if name in self._components}
         for start in range(0, len(captions), self._batch_size):
             some = list(captions[start : start + self._batch_size])
             padding = self._batch_size - len(some)
@@ -92,6 +96,6 @@ class Generator:
             token_ids_NEL, empty_NEL, noise = jax.device_put(
                 (token_ids_NEL, empty_NEL, noise), batch_sharding(self._mesh)
             )
-            batch = self._generate(unet, self._frozen, token_ids_NEL, empty_NEL, noise)
+            batch = self._generate(unet, frozen, token_ids_NEL, empty_NEL, noise)
             images.append(np.asarray(batch)[: len(some)])
         return np.concatenate(images)

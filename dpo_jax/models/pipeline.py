@@ -142,12 +142,16 @@ class Pipeline:
         """The component's config.json."""
         return _config(self.folder, self.weights[component], component)[0]
 
-    def fingerprint(self) -> str:
-        """Its family and a digest of all that is read of it, to tell later that this is still the same model."""
+    def fingerprint(self, components: Sequence[str] | None = None) -> str:
+        """Its family and a digest of all that is read of it, or of some components, to tell that it is still the same.
+
+        The scheduler and the tokenizers always count.
+        """
+        paths = {name: path for name, path in self.weights.items() if components is None or name in components}
         small = [self.folder / name for name in ("scheduler", *self.tokenizer_names)]
         configs = [path for folder in small for path in sorted(folder.iterdir()) if path.suffix in (".json", ".txt")]
-        configs += [_config_path(self.folder, path, name) for name, path in self.weights.items()]
-        weights = [file for path in self.weights.values() for file in files_of(path, self.variant)]
+        configs += [_config_path(self.folder, path, name) for name, path in paths.items()]
+        weights = [file for path in paths.values() for file in files_of(path, self.variant)]
         return f"{self.family.name}-{fingerprint([*configs, *weights])}"
 
 

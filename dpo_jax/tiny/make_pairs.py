@@ -34,7 +34,7 @@ def main() -> None:
     tokenizers = load_tokenizers(MODEL.value, pipeline.tokenizer_names)
     generator = Generator(
         pipeline,
-        weights,
+        lambda: weights,
         tokenizers,
         make_mesh(),
         resolution=world.SIZE,

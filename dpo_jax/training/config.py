@@ -38,7 +38,7 @@ AT_LEAST_1 = (
     *("steps", "log_every", "data.batch_size", "data.accumulation", "data.resolution", "checkpoint.every"),
     *("checkpoint.keep", "validation.max_pairs", "validation.draws", "sample.seeds", "sample.steps"),
 )
-AT_LEAST_0 = ("data.min_side", "data.limit")
+AT_LEAST_0 = ("data.min_side", "data.limit", "data.encoded_views")
 SHARES = ("data.caption_dropout", "data.min_agreement", "lora.dropout", "ema.decay")
 CHOICES = {
     "dtype": ("float32", "bfloat16"),
@@ -46,6 +46,7 @@ CHOICES = {
     "data.size_conditioning": ("constant", "real"),
     "data.ties": ("drop", "zero_weight", "soft"),
     "data.labels": ("hard", "soft"),
+    "data.combine": ("mean", "pareto"),
     "data.relabel": ("none", "swapped", "shuffled"),
 }
 
@@ -93,11 +94,14 @@ def default_config() -> ConfigDict:
     c.data.size_conditioning = "constant"  # SDXL's size input: "constant" (resolution, no crop) or "real"
     c.data.ties = "drop"  # pairs without a winner: or "zero_weight" (no part in the loss) or "soft" (1/2 each)
     c.data.labels = "hard"  # the winner takes all, or "soft": the shares of the votes as the data set states them
+    c.data.judges = ()  # order the images by scores that `python -m dpo_jax.score` stored, not by votes: ("pickscore",)
+    c.data.combine = "mean"  # of several judges: "mean" of their scores, or "pareto": better for one, worse for none
     c.data.generators = ()  # regular expressions: the models of both images must match one; () takes all
     c.data.min_agreement = 0.0  # lowest share of the votes for the winner, 0.5 to 1
     c.data.min_side = 0  # fewest pixels on the shorter side of both images
     c.data.limit = 0  # train on the first this many of the pairs chosen; 0 takes all
     c.data.relabel = "none"  # control experiments: "swapped" or "shuffled" labels
+    c.data.encoded_views = 0  # train from what `prepare --encode` stored: this many views of each image; 0 from images
     c.data.num_workers = 8  # loader processes on each host; 0 loads in the training process
 
     c.optimizer = ConfigDict()
@@ -209,6 +213,7 @@ def resolve(config: ConfigDict, *, device_count: int, process_count: int) -> Der
         raise ValueError(f"config.lora.rank={config.lora.rank} must be 0 (no LoRA) or more")
     if config.lora.init_reference and not config.lora.init:
         raise ValueError("config.lora.init_reference is set, but config.lora.init names no LoRA")
+    check_views(config)
     batch, accumulation = config.data.batch_size, config.data.accumulation
     if batch % (accumulation * device_count):
         unit = accumulation * device_count
@@ -221,6 +226,29 @@ def resolve(config: ConfigDict, *, device_count: int, process_count: int) -> Der
         micro_batch_per_device=batch // (accumulation * device_count),
         learning_rate=config.optimizer.learning_rate * (batch if config.optimizer.scale_by_batch else 1),
     )
+
+
+def check_views(config: ConfigDict) -> None:
+    """Refuses views of images that can't be stored as the config wants them; ValueError."""
+    data = config.data
+    augmented = [name for name in ("random_crop", "random_flip") if data[name]]
+    if data.encoded_views == 1 and augmented:
+        raise ValueError(
+            f"config.data.encoded_views=1 stores one view of each image, but config.data.{augmented[0]} asks for more; "
+            f"set encoded_views=2 or more, or {augmented[0]}=False"
+        )
+    if data.encoded_views > 1 and not augmented:
+        raise ValueError(
+            f"config.data.encoded_views={data.encoded_views}, but all views would be alike: set encoded_views=1, or "
+            "random_flip or random_crop"
+        )
+    if data.encoded_views > 2 and not data.random_crop:
+        raise ValueError(
+            f"config.data.encoded_views={data.encoded_views}, but without random_crop an image has two views: itself "
+            "and mirrored; set encoded_views=2"
+        )
+    if data.encoded_views and data.path.startswith("random:"):
+        raise ValueError(f"config.data.encoded_views needs a prepared data set; {data.path} is made anew in every run")
 
 
 def check_same_experiment(fields: dict[str, Any], saved: dict[str, Any], workdir: Any) -> None:

@@ -11,9 +11,9 @@ from jax.typing import DTypeLike
 from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.models.save import Weights, save_pipeline, save_single_file, save_unet
 from dpo_jax.training.checkpoint import read_config
-from dpo_jax.training.experiment import open_run
 from dpo_jax.training.metrics import last_validation
 from dpo_jax.training.model_card import model_card, read_result
+from dpo_jax.training.run import open_run
 from dpo_jax.weights.hub import find_lora
 from dpo_jax.weights.io import new_folder
 from dpo_jax.weights.lora_files import Adapter, Merged, read_lora, write_kohya, write_peft

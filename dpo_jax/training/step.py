@@ -178,7 +178,7 @@ def prompt_weights(batch: PreferenceBatch) -> jax.Array:
 def keep_candidates(batch: PreferenceBatch, count: int | None) -> PreferenceBatch:
     """The batch with only its best `count` candidates."""
     return batch._replace(
-        images_BKHWC=batch.images_BKHWC[:, :count],
+        inputs=jax.tree.map(lambda x_BN: x_BN[:, :count], batch.inputs),  # N candidates, or their captions
         size_cond_BK6=batch.size_cond_BK6[:, :count],
         preference_BK=batch.preference_BK[:, :count],
         valid_BK=batch.valid_BK[:, :count],

@@ -28,19 +28,11 @@ from dpo_jax.evaluation.report import image_grid, save_png
 from dpo_jax.sharding import replicated, to_devices
 from dpo_jax.training.checkpoint import Checkpoints, latest_step, read_config, write_config
 from dpo_jax.training.config import check_same_experiment, resolve
-from dpo_jax.training.experiment import (
-    Experiment,
-    build,
-    check_data,
-    fingerprints,
-    for_sampling,
-    make_generator,
-    open_model,
-    open_training_batches,
-    open_validation_batches,
-)
+from dpo_jax.training.data import check_data, data_fingerprints, open_training_batches, open_validation_batches
+from dpo_jax.training.experiment import Experiment, build
 from dpo_jax.training.metrics import MetricWriter, ProgressBar
-from dpo_jax.training.step import TrainState, make_eval_step, make_train_step
+from dpo_jax.training.model import for_sampling, load_frozen, make_generator, model_fingerprints, open_model
+from dpo_jax.training.step import Frozen, TrainState, make_eval_step, make_train_step
 from dpo_jax.weights.layout import Params
 
 
@@ -50,12 +42,12 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     derived = resolve(config, device_count=jax.device_count(), process_count=jax.process_count())
     check_data(config)
     pipeline = open_model(config, workdir)
-    fields = flatten(config) | fingerprints(config, pipeline)
+    fields = flatten(config) | model_fingerprints(config, pipeline) | data_fingerprints(config)
     saved = read_config(workdir)
     if saved is not None:
         check_same_experiment(fields, saved, workdir)
     experiment = build(config, derived, pipeline)
-    batches = open_training_batches(experiment)
+    batches = open_training_batches(config, derived, experiment.inputs)
     state = experiment.initial_state() if latest_step(workdir) is None else None
     write_config(workdir, fields)  # all that is read has been read
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
@@ -179,7 +171,7 @@ class Loop:
         experiment, validation = self.experiment, self.config.validation
         sums: dict[str, float] = {}
         weight = 0.0
-        with open_validation_batches(experiment) as batches:
+        with open_validation_batches(self.config, experiment.derived, experiment.inputs) as batches:
             pairs_a_batch = experiment.derived.local_batch_size // self.config.data.accumulation * jax.process_count()
             for batch in itertools.islice(batches, -(-validation.max_pairs // pairs_a_batch)):
                 counted = batch.weight_B * (batch.index_B < validation.max_pairs)
@@ -202,7 +194,7 @@ class Loop:
         seeds = list(range(len(captions)))
         if self._generator is None:
             e = self.experiment
-            self._generator = make_generator(self.config, e.pipeline, e.frozen, e.mesh, batch_size=len(captions))
+            self._generator = make_generator(self.config, e.pipeline, self._encoders, e.mesh, batch_size=len(captions))
             if "reference" in e.frozen:
                 self._reference_images = self._generator(e.frozen["reference"], captions, seeds)
         policy = self.experiment.frozen.get("base", {}) | for_sampling(self.experiment.pipeline, params)
@@ -221,6 +213,11 @@ class Loop:
             path = self.workdir / "samples" / f"step_{step:06d}.png"
             save_png(path, grid)
             self.bar.say(f"step {step} samples: {path}")
+
+    def _encoders(self) -> Frozen:
+        """VAE and text encoders; of a run that reads encodings only while images are sampled."""
+        e = self.experiment
+        return e.frozen if "vae" in e.frozen else load_frozen(self.config, e.pipeline, e.mesh)
 
 
 def _announce(experiment: Experiment, workdir: epath.Path, start: int) -> None:

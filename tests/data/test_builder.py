@@ -1,6 +1,8 @@
+import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
-from dpo_jax.data import builder, parts
+from dpo_jax.data import builder, merge, parts, prepared
 from dpo_jax.data.builder import Progress, prepare
 from dpo_jax.data.prepared import open_prepared
 from dpo_jax.data.sources import SOURCES, Chunk, Damaged, Dropped, Record, Row, Source
@@ -116,6 +118,44 @@ def test_images_are_stored_once_within_and_across_parts(tmp_path: Path) -> None:
     shards = sorted(path.name for path in (tmp_path / "out" / "images").glob("*array_record*"))
     assert shards == [f"preference_images-images.array_record-0000{i}-of-00002" for i in range(2)]
     assert (summary.images, summary.duplicates, summary.quarantined) == (4, 13, 2)
+
+
+def test_an_image_stays_with_the_first_part_that_has_it(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    digests = [hashlib.sha256(str(i).encode()).digest() for i in range(600)]
+    of_parts = [[digests[i] for i in random.permutation(600)[:count]] for count in (300, 0, 500, 1, 40, 600)]
+    folders = [tmp_path / f"{number}" for number in range(len(of_parts))]
+    for folder, found in zip(folders, of_parts, strict=True):
+        folder.mkdir()
+        parts._write(folder / "images.arrow", prepared.IMAGES, [{"sha256": d, "width": 1, "height": 1} for d in found])
+    places: dict[bytes, int] = {}
+    for folder, found, part in zip(folders, of_parts, merge._identify(folders, tmp_path), strict=True):
+        owns = [digest not in places for digest in found]
+        for digest in found:
+            places.setdefault(digest, len(places))
+        assert part.folder == folder
+        assert part.places.tolist() == [places[digest] for digest in found]
+        assert (part.owns.tolist(), part.owned) == (owns, sum(owns))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1e-6, 0.3, 0.999, 1.0])
+@pytest.mark.parametrize("distinct", [1, 2, 3, 500])
+def test_prompts_are_split_by_their_hash(tmp_path: Path, fraction: float, distinct: int) -> None:
+    random = np.random.default_rng(distinct)
+    known = random.integers(0, 2**64, distinct, np.uint64)
+    of_parts = [known[random.integers(0, distinct, count)] for count in (400, 0, 300)] + [known]
+    folders = [tmp_path / f"{number}" for number in range(len(of_parts))]
+    for folder, hashes in zip(folders, of_parts, strict=True):
+        folder.mkdir()
+        parts._write(folder / "records.arrow", parts.RECORDS, [{"prompt": int(value)} for value in hashes])
+    limit, prompts = merge._split(folders, tmp_path, fraction)
+    ordered = sorted(known.tolist())
+    held_out = sum(value / 2**64 < fraction for value in ordered)
+    if fraction:
+        held_out = min(max(held_out, 1), distinct - 1)
+    assert [value < limit for value in ordered] == [True] * held_out + [False] * (distinct - held_out)
+    sides = {"train": distinct - held_out, "validation": held_out}
+    assert prompts == {name: count for name, count in sides.items() if count}
 
 
 def test_every_row_is_counted(tmp_path: Path) -> None:
@@ -336,6 +376,85 @@ def test_killed_while_merging(many_parts: list[Path], tmp_path: Path, shards: in
     prepare(PICKAPIC, many_parts, output, workers=0, max_damaged_fraction=0.1)
     prepare(PICKAPIC, many_parts, tmp_path / "whole", workers=0, max_damaged_fraction=0.1)
     assert bytes_of(output) == bytes_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("step", [("reading", 4), ("merging", 3)])
+def test_what_a_crash_of_the_machine_cut_short_is_made_again(
+    many_parts: list[Path], tmp_path: Path, step: tuple[str, int]
+) -> None:
+    def stop(progress: Progress) -> None:
+        if (progress.step, progress.done) == step:
+            raise KeyboardInterrupt
+
+    output, made = tmp_path / "out", tmp_path / ".out.partial" / "parts"
+    with pytest.raises(KeyboardInterrupt):
+        prepare(PICKAPIC, many_parts, output, workers=0, max_damaged_fraction=0.1, on_progress=stop)
+    os.truncate(made / "00000" / "records.arrow", 100)
+    os.truncate(made / "00002" / "counts.json", 0)
+    (made / "00003" / "damaged.jsonl").unlink()
+    steps: list[Progress] = []
+    prepare(PICKAPIC, many_parts, output, workers=0, max_damaged_fraction=0.1, on_progress=steps.append)
+    assert steps[0][:2] == ("reading", {"reading": 1, "merging": 3}[step[0]])
+    prepare(PICKAPIC, many_parts, tmp_path / "whole", workers=0, max_damaged_fraction=0.1)
+    assert bytes_of(output) == bytes_of(tmp_path / "whole")
+
+
+def test_remains_of_a_finished_run_are_no_obstacle(
+    many_parts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, partial = tmp_path / "out", tmp_path / ".out.partial"
+
+    def stop(folder: Path, ignore_errors: bool = False) -> None:
+        if folder == partial:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(PICKAPIC, many_parts, output, workers=0, max_damaged_fraction=0.1)
+    output.rename(tmp_path / "whole")
+    prepare(PICKAPIC, many_parts, output, workers=0, max_damaged_fraction=0.1)
+    assert bytes_of(output) == bytes_of(tmp_path / "whole")
+    assert not partial.exists()
+
+
+def test_a_part_is_on_the_disk_before_it_counts_as_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(os.readlink(f"/proc/self/fd/{file}"))))
+    source = in_memory([record(noise_jpeg(0), noise_jpeg(1))])
+    parts.make_part(source, source.chunks([tmp_path])[0], tmp_path / "part")
+    temporary = parts.temporary_folder(tmp_path / "part", os.getpid())
+    assert set(synced) == {temporary, *(temporary / file.name for file in (tmp_path / "part").iterdir())}
+
+
+def test_of_two_runs_on_one_output_the_second_is_refused(slow: Source, many_parts: list[Path], tmp_path: Path) -> None:
+    output, partial = tmp_path / "out", tmp_path / ".out.partial"
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from slow_source import SLOW; "
+        "from dpo_jax.data.builder import prepare; prepare(SLOW, [Path(sys.argv[3])], Path(sys.argv[2]), workers=1)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "modules", output, many_parts[4]])
+    deadline = time.monotonic() + 60
+    while not list(partial.glob("parts/.00000.*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    with pytest.raises(FileExistsError, match=rf"another run is writing {output} \(process {process.pid} on "):
+        prepare(PICKAPIC, [many_parts[4]], output, workers=0)
+    assert list(partial.glob("parts/.00000.*"))
+    process.kill()
+    process.wait()
+    (tmp_path / "go").touch()
+    assert prepare(slow, [many_parts[4]], output, workers=0).records == 3
+
+
+def test_a_file_system_without_locks_is_no_obstacle(
+    write_pairs: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert prepare(PICKAPIC, [write_pairs(3)], tmp_path / "out", workers=0).records == 3
 
 
 def test_a_worker_that_dies_is_named_by_its_chunk(slow: Source, many_parts: list[Path], tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import io
+import itertools
 import struct
 import subprocess
 import sys
@@ -9,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
 from dpo_jax.data import images
-from dpo_jax.data.images import DamagedImage, View, decode, fit
+from dpo_jax.data.images import DamagedImage, View, decode, fit, read
 
 from .conftest import encode
 
@@ -237,6 +238,82 @@ def test_whatever_a_parser_raises_is_damage(monkeypatch: pytest.MonkeyPatch, err
     assert str(raised.value) == expected.get(type(error).__name__, "no")
 
 
+VIEWS = (View(), View(flip=True), View(0.3, 0.9), View(0.99, 0.01, flip=True))
+
+
+def step_by_step(data: bytes, resolution: int, view: View) -> tuple[np.ndarray, tuple[int, int]]:
+    """What `decode` and `fit` do to an opaque 8-bit image, with no step left out because it would change nothing."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    width, height = (int(resolution * side / min(image.size)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    if view.flip:
+        image = ImageOps.mirror(image)
+    rooms = height - resolution, width - resolution
+    top, left = (
+        round(room / 2) if place is None else int((room + 1) * place)
+        for room, place in zip(rooms, (view.top, view.left), strict=True)
+    )
+    return np.asarray(image)[top : top + resolution, left : left + resolution], (top, left)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"quality": 100},
+        {"subsampling": "4:4:4"},
+        {"subsampling": "4:2:2"},
+        {"subsampling": "4:1:1"},
+        {"progressive": True},
+        {"keep_rgb": True},
+        {"restart_marker_rows": 1},
+        {"exif": 3},
+        {"exif": 6},
+        {"mode": "L"},
+        {"format": "PNG"},
+        {"format": "PNG", "mode": "P"},
+        {"format": "WEBP"},
+    ],
+    ids=str,
+)
+def test_reading_leaves_out_only_what_changes_nothing(options: dict[str, Any]) -> None:
+    options = {"format": "JPEG", "mode": "RGB"} | options
+    if "exif" in options:
+        exif = Image.Exif()
+        exif[0x0112] = options["exif"]
+        options["exif"] = exif
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 31, 3), np.uint8))
+    for size in ((31, 20), (40, 64), (40, 40), (101, 97)):
+        image = noise.resize(size, Image.Resampling.BICUBIC).convert(options["mode"])
+        data = saved(image, **{name: value for name, value in options.items() if name != "mode"})
+        for resolution in (20, min(size), 50, 64):  # sometimes without a resize
+            for view in VIEWS:
+                expected_HWC, offsets = step_by_step(data, resolution, view)
+                image = decode(data)
+                fitted_HWC, fitted_offsets = fit(image, resolution, view)
+                np.testing.assert_array_equal(fitted_HWC, expected_HWC)
+                square_HWC = np.zeros_like(expected_HWC)
+                assert read(data, view, square_HWC) == ((image.height, image.width), offsets)
+                assert fitted_offsets == offsets
+                np.testing.assert_array_equal(square_HWC, expected_HWC)
+
+
+def test_only_a_plain_jpeg_needs_no_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr(images, "decode", lambda data: called.append(data) or Image.new("RGB", (16, 8)))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain, turned, grey = saved(ramp(8, 8), "JPEG"), saved(ramp(8, 8), "JPEG", exif=exif), ramp(8, 8).convert("L")
+    others = [turned, saved(grey, "JPEG"), saved(ramp(8, 8)), plain[:-1], plain[:300], b""]
+    for data, view, resolution in itertools.product((plain, *others), (View(), View(flip=True)), (8, 12)):
+        called.clear()
+        read(data, view, np.empty((resolution, resolution, 3), np.uint8))
+        assert called == ([] if data is plain else [data])
+    monkeypatch.setattr(images.simplejpeg, "decode_jpeg_header", lambda data: (50_000, 50_000, "", ""))
+    read(plain, View(), np.empty((8, 8, 3), np.uint8))
+    assert called[-1:] == [plain]
+
+
 def originals() -> dict[str, bytes]:
     """Small images of every format and of modes with their own code in the decoders."""
     pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 4), np.uint8)
@@ -305,6 +382,13 @@ def test_damaged_files_give_an_image_or_one_error() -> None:
                 except DamagedImage as error:
                     outcomes[name].append(str(error))
                 slowest = max(slowest, time.perf_counter() - started)
+                square_HWC = np.empty((24, 24, 3), np.uint8)
+                if outcomes[name][-1]:
+                    with pytest.raises(DamagedImage):
+                        read(damaged, View(), square_HWC)
+                else:
+                    read(damaged, View(), square_HWC)
+                    np.testing.assert_array_equal(square_HWC, fit(image, 24, View())[0])
     assert sum(len(reasons) for reasons in outcomes.values()) == 720
     assert not any(len(reason) > 80 or " at 0x" in reason for reasons in outcomes.values() for reason in reasons)
     assert 200 < sum(reasons.count("") for reasons in outcomes.values()) < 400  # neither always fatal nor never

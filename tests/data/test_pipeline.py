@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import tree
 
 from dpo_jax.batch import PreferenceBatch
+from dpo_jax.data.inputs import Decoded
 from dpo_jax.data.pipeline import CHUNK, Pairs, RandomPairs, make_iterator, open_pairs, validation_batches
 
 from .conftest import encode, write_prepared
 
 LENGTH = 11
-DEFAULTS = {"resolution": 16, "seed": 3}
 
 
 def spell(captions: Sequence[str]) -> np.ndarray:
@@ -24,8 +25,8 @@ def spell(captions: Sequence[str]) -> np.ndarray:
     return np.asarray([[list(caption.encode().ljust(32))] for caption in captions], np.int32)
 
 
-def read(ids_EL: np.ndarray) -> str:
-    return bytes(ids_EL[0].tolist()).decode().strip()
+def caption_of(row: PreferenceBatch, candidate: int = 0) -> str:
+    return bytes(row.inputs.token_ids_BMEL[candidate, 0].tolist()).decode().strip()
 
 
 @pytest.fixture(scope="module")
@@ -46,32 +47,35 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def captions_of(pairs: Pairs) -> list[str]:
-    return [pairs[i]["caption"] for i in range(len(pairs))]
+    return [caption for i in range(len(pairs)) for caption in pairs[i]["captions"]]
 
 
 def take(data: Path | str | Pairs, number: int, batch_size: int = 4, **options: Any) -> list[PreferenceBatch]:
     pairs = open_pairs(data, "train") if isinstance(data, str | Path) else data
-    with make_iterator(pairs, batch_size=batch_size, tokenizers=spell, **DEFAULTS | options) as batches:
+    augmentation = {name: options.pop(name) for name in ("random_crop", "random_flip") if name in options}
+    inputs = Decoded(16, spell, **augmentation)
+    with make_iterator(pairs, inputs, batch_size=batch_size, **{"seed": 3} | options) as batches:
         return list(itertools.islice(batches, number))
 
 
 def rows_of(batches: Iterable[PreferenceBatch]) -> list[PreferenceBatch]:
-    return [PreferenceBatch(*row) for batch in batches for row in zip(*batch, strict=True)]
+    return [tree.map_structure(lambda x, i=i: x[i], batch) for batch in batches for i in range(len(batch.index_B))]
 
 
 def assert_same(a: Sequence[PreferenceBatch], b: Sequence[PreferenceBatch]) -> None:
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):
-        for name, left, right in zip(x._fields, x, y, strict=True):
-            np.testing.assert_array_equal(left, right, err_msg=name)
+        for (path, left), right in zip(tree.flatten_with_path(x), tree.flatten(y), strict=True):
+            np.testing.assert_array_equal(left, right, err_msg=str(path))
 
 
 def test_a_batch(prepared: Path) -> None:
     (batch,) = take(prepared, 1)
-    shapes = {name: (value.shape, value.dtype.name) for name, value in batch._asdict().items()}
+    fields = batch.inputs._asdict() | batch._asdict()
+    shapes = {name: (value.shape, value.dtype.name) for name, value in fields.items() if name != "inputs"}
     assert shapes == {
         "images_BKHWC": ((4, 2, 16, 16, 3), "uint8"),
-        "token_ids_BEL": ((4, 1, 32), "int32"),
+        "token_ids_BMEL": ((4, 1, 1, 32), "int32"),
         "size_cond_BK6": ((4, 2, 6), "float32"),
         "preference_BK": ((4, 2), "float32"),
         "valid_BK": ((4, 2), "bool"),
@@ -82,13 +86,13 @@ def test_a_batch(prepared: Path) -> None:
     np.testing.assert_array_equal(batch.size_cond_BK6, np.broadcast_to([16, 16, 0, 0, 16, 16], (4, 2, 6)))
     np.testing.assert_array_equal(batch.preference_BK, [[1, 0]] * 4)
     for row in rows_of([batch]):
-        number = int(read(row.token_ids_BEL).removeprefix("prompt "))
-        np.testing.assert_array_equal(row.images_BKHWC[:, 0, 0, 0], [2 * number, 2 * number + 1])
+        number = int(caption_of(row).removeprefix("prompt "))
+        np.testing.assert_array_equal(row.inputs.images_BKHWC[:, 0, 0, 0], [2 * number, 2 * number + 1])
 
 
 def test_each_epoch_has_every_record_in_another_order(prepared: Path) -> None:
     rows = rows_of(take(prepared, 3, batch_size=LENGTH))
-    epochs = [[read(row.token_ids_BEL) for row in rows[i : i + LENGTH]] for i in (0, LENGTH, 2 * LENGTH)]
+    epochs = [[caption_of(row) for row in rows[i : i + LENGTH]] for i in (0, LENGTH, 2 * LENGTH)]
     records = captions_of(open_pairs(prepared, "train"))
     assert [sorted(epoch) for epoch in epochs] == [sorted(records)] * 3
     assert len({tuple(epoch) for epoch in epochs}) == 3
@@ -109,11 +113,11 @@ def test_crop_and_flip_are_joint_and_told(prepared: Path) -> None:
     rows = rows_of(take(prepared, 30, random_crop=True, random_flip=True, size_conditioning="real"))
     flips, lefts = [], []
     for row in rows:
-        np.testing.assert_array_equal(row.images_BKHWC[0, ..., 1:], row.images_BKHWC[1, ..., 1:])
+        np.testing.assert_array_equal(row.inputs.images_BKHWC[0, ..., 1:], row.inputs.images_BKHWC[1, ..., 1:])
         np.testing.assert_array_equal(row.size_cond_BK6[0], row.size_cond_BK6[1])
         height, width, top, left, *target = row.size_cond_BK6[0]
         assert (height, width, top, *target) == (32, 40, 0, 16, 16)
-        blue_W = row.images_BKHWC[0, 0, :, 2].astype(int)
+        blue_W = row.inputs.images_BKHWC[0, 0, :, 2].astype(int)
         flips.append(blue_W[0] > blue_W[-1])
         lefts.append(int(left))
         first = blue_W[-1] if flips[-1] else blue_W[0]
@@ -125,19 +129,19 @@ def test_crop_and_flip_are_joint_and_told(prepared: Path) -> None:
 
 def test_options_leave_each_others_draws_alone(prepared: Path) -> None:
     def dropped(**options: object) -> list[bool]:
-        return [read(row.token_ids_BEL) == "" for row in rows_of(take(prepared, 50, caption_dropout=0.25, **options))]
+        return [caption_of(row) == "" for row in rows_of(take(prepared, 50, caption_dropout=0.25, **options))]
 
     plain = dropped()
     assert dropped(random_crop=True, random_flip=True) == plain
     assert 0.15 < np.mean(plain) < 0.35
-    assert not any(read(row.token_ids_BEL) == "" for row in rows_of(take(prepared, 10)))
-    assert all(read(row.token_ids_BEL) == "" for row in rows_of(take(prepared, 3, caption_dropout=1.0)))
+    assert not any(caption_of(row) == "" for row in rows_of(take(prepared, 10)))
+    assert all(caption_of(row) == "" for row in rows_of(take(prepared, 3, caption_dropout=1.0)))
 
 
 def test_seed_decides() -> None:
     same, again, other = (take("random:20", 3, seed=seed) for seed in (1, 1, 2))
     assert_same(same, again)
-    assert any((a.token_ids_BEL != b.token_ids_BEL).any() for a, b in zip(same, other, strict=True))
+    assert any((a.inputs[1] != b.inputs[1]).any() for a, b in zip(same, other, strict=True))
 
 
 class TokenizeInWorker:
@@ -153,25 +157,28 @@ class TokenizeInWorker:
 
 
 def test_resumes_exactly_with_other_workers_which_never_start_jax(prepared: Path) -> None:
-    options = {"random_crop": True, "random_flip": True, "batch_size": 4, **DEFAULTS}
+    inputs, options = Decoded(16, TokenizeInWorker(), random_crop=True, random_flip=True), {"batch_size": 4, "seed": 3}
     pairs = open_pairs(prepared, "train")
     expected = take(pairs, 9, random_crop=True, random_flip=True)
-    with make_iterator(pairs, tokenizers=TokenizeInWorker(), **options) as batches:
+    with make_iterator(pairs, inputs, **options) as batches:
         here = [next(batches) for _ in range(3)]
         state = json.loads(json.dumps(batches.get_state()))
         next(batches)  # what was handed out after the state was taken comes again
-    with make_iterator(pairs, tokenizers=TokenizeInWorker(), num_workers=2, **options) as batches:
+    with make_iterator(pairs, inputs, num_workers=2, **options) as batches:
         batches.set_state(state)
         there = [next(batches) for _ in range(3)]
         state = json.loads(json.dumps(batches.get_state()))
-    np.testing.assert_array_equal([batch.token_ids_BEL[..., 1] for batch in here], 0)
-    np.testing.assert_array_equal([batch.token_ids_BEL[..., 0] for batch in there], 0)
-    np.testing.assert_array_equal([batch.token_ids_BEL[..., 1] for batch in there], 1)
-    with make_iterator(pairs, tokenizers=TokenizeInWorker(), **options) as batches:
+    np.testing.assert_array_equal([batch.inputs.token_ids_BMEL[..., 1] for batch in here], 0)
+    np.testing.assert_array_equal([batch.inputs.token_ids_BMEL[..., 0] for batch in there], 0)
+    np.testing.assert_array_equal([batch.inputs.token_ids_BMEL[..., 1] for batch in there], 1)
+    with make_iterator(pairs, inputs, **options) as batches:
         batches.set_state(state)
         back = [next(batches) for _ in range(3)]
-    ours = [batch._replace(token_ids_BEL=0) for batch in here + there + back]
-    assert_same(ours, [batch._replace(token_ids_BEL=0) for batch in expected])
+    without_tokens = [
+        [batch._replace(inputs=batch.inputs._replace(token_ids_BMEL=0)) for batch in some]
+        for some in (here + there + back, expected)
+    ]
+    assert_same(*without_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -197,9 +204,8 @@ def read_stretch(pairs: Pairs, seed: int, reading: Reading, state: dict[str, int
     for process in range(reading.processes):
         with make_iterator(
             pairs,
+            Decoded(8, spell),
             batch_size=reading.batch_size,
-            resolution=8,
-            tokenizers=spell,
             seed=seed,
             shard_index=process,
             shard_count=reading.processes,
@@ -208,7 +214,7 @@ def read_stretch(pairs: Pairs, seed: int, reading: Reading, state: dict[str, int
             batches.set_state(json.loads(json.dumps(state)))
             rows = rows_of(itertools.islice(batches, reading.steps))
             states.append(batches.get_state())
-        seen += [(int(row.index_B), read(row.token_ids_BEL)) for row in rows]
+        seen += [(int(row.index_B), caption_of(row)) for row in rows]
     assert states == [states[0]] * len(states)
     return seen, states[0]
 
@@ -247,9 +253,7 @@ def test_the_next_batch_is_made_ahead_but_not_the_whole_epoch(many: Path, batch_
         made.extend(captions)
         return spell(captions)
 
-    with make_iterator(
-        open_pairs(many, "train"), batch_size=batch_size, tokenizers=counted, resolution=8, seed=0
-    ) as batches:
+    with make_iterator(open_pairs(many, "train"), Decoded(8, counted), batch_size=batch_size, seed=0) as batches:
         next(batches)
         deadline = time.monotonic() + 10
         while len(made) < 2 * batch_size and time.monotonic() < deadline:
@@ -264,8 +268,8 @@ def test_relabel(prepared: Path) -> None:
         """By caption: whether the better candidate came second, over three epochs."""
         found: dict[str, set[bool]] = {}
         for row in rows_of(take(prepared, 3, batch_size=LENGTH, relabel=relabel)):
-            swapped = row.images_BKHWC[0, 0, 0, 0] > row.images_BKHWC[1, 0, 0, 0]
-            found.setdefault(read(row.token_ids_BEL), set()).add(bool(swapped))
+            swapped = row.inputs.images_BKHWC[0, 0, 0, 0] > row.inputs.images_BKHWC[1, 0, 0, 0]
+            found.setdefault(caption_of(row), set()).add(bool(swapped))
             np.testing.assert_array_equal(row.preference_BK, [1, 0])
         return found
 
@@ -283,9 +287,8 @@ def test_validation_counts_every_record_once(prepared: Path, shard_count: int) -
         list(
             validation_batches(
                 pairs,
+                Decoded(16, spell),
                 batch_size=3,
-                resolution=16,
-                tokenizers=spell,
                 shard_index=i,
                 shard_count=shard_count,
             )
@@ -294,7 +297,7 @@ def test_validation_counts_every_record_once(prepared: Path, shard_count: int) -
     ]
     assert {len(batches) for batches in shards} == {4 // shard_count}
     rows = [row for batches in shards for row in rows_of(batches)]
-    kept = sorted((int(row.index_B), read(row.token_ids_BEL)) for row in rows if row.weight_B == 1)
+    kept = sorted((int(row.index_B), caption_of(row)) for row in rows if row.weight_B == 1)
     assert kept == list(enumerate(captions_of(pairs)))
     assert sum(row.weight_B == 0 for row in rows) == 12 - LENGTH
 
@@ -320,7 +323,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows_by_caption(folder: Path, **choice: Any) -> dict[str, PreferenceBatch]:
     pairs = open_pairs(folder, "train", **choice)
     rows = rows_of(take(pairs, 1, batch_size=len(pairs)))
-    return {read(row.token_ids_BEL): row for row in rows}
+    return {caption_of(row): row for row in rows}
 
 
 def test_labels_and_ties(mixed: Path) -> None:
@@ -344,7 +347,7 @@ def test_labels_and_ties(mixed: Path) -> None:
 def test_best_and_worst_are_kept_of_more_candidates(mixed: Path) -> None:
     for number, reds in ((1, [20]), (2, [20, 26]), (3, [20, 21, 26]), (7, list(range(20, 27)))):
         row = rows_by_caption(mixed, num_candidates=number)["seven"]
-        assert row.images_BKHWC[:, 0, 0, 0].tolist() == reds
+        assert row.inputs.images_BKHWC[:, 0, 0, 0].tolist() == reds
         assert row.valid_BK.all()
     soft = rows_by_caption(mixed, num_candidates=3, labels="soft")["seven"]
     np.testing.assert_allclose(soft.preference_BK, np.asarray([0.3, 0.2, 0.05]) / 0.55, rtol=1e-6)
@@ -352,35 +355,41 @@ def test_best_and_worst_are_kept_of_more_candidates(mixed: Path) -> None:
 
 def test_validation_keeps_the_weight_of_ties(mixed: Path) -> None:
     pairs = open_pairs(mixed, "train", ties="zero_weight")
-    (batch,) = validation_batches(pairs, batch_size=5, resolution=8, tokenizers=spell)
+    (batch,) = validation_batches(pairs, Decoded(8, spell), batch_size=5)
     assert batch.weight_B.tolist() == [0, 1, 1, 0, 0]
-    assert [read(ids) for ids in batch.token_ids_BEL][:3] == ["tie", "soft", "seven"]
+    assert [caption_of(row) for row in rows_of([batch])][:3] == ["tie", "soft", "seven"]
 
 
-def test_captions_of_each_image_are_refused(tmp_path: Path) -> None:
-    images = [encode(np.full((8, 8, 3), red, np.uint8), "PNG") for red in range(4)]
-    records: list[dict[str, Any]] = [{"caption": "a", "images": images[:2]}, {"caption": "b", "images": images[2:]}]
-    records[1]["captions"] = ["one", "another"]
+def test_each_image_may_have_a_caption_of_its_own(tmp_path: Path) -> None:
+    """It stays with its image; one caption for all is given to each; dropout takes all of a record or none."""
+    images = [encode(np.full((8, 8, 3), red, np.uint8), "PNG") for red in range(6)]
+    records: list[dict[str, Any]] = [{"caption": "both", "images": images[:2]}]
+    records += [{"caption": "", "images": images[i : i + 2], "captions": [f"red {i}", f"red {i + 1}"]} for i in (2, 4)]
     folder = write_prepared(tmp_path / "out", records)
-    with pytest.raises(ValueError, match=r"1 records of .* have captions of .*`captions`, first in made row 1"):
-        open_pairs(folder, "train")
-    assert len(open_pairs(folder, "train", limit=1)) == 1
+    assert open_pairs(folder, "train", limit=1).num_captions == 1
+    for relabel, order in (("none", [0, 1]), ("swapped", [1, 0])):
+        rows = rows_of(take(folder, 1, batch_size=3, relabel=relabel))
+        found = sorted([caption_of(row, k) for k in order] for row in rows)
+        assert found == [["both", "both"], ["red 2", "red 3"], ["red 4", "red 5"]]
+        for row in rows:
+            reds = row.inputs.images_BKHWC[:, 0, 0, 0]
+            assert [caption_of(row, k) in ("both", f"red {reds[k]}") for k in range(2)] == [True, True]
+    dropped = [[caption_of(row, k) == "" for k in range(2)] for row in rows_of(take(folder, 30, caption_dropout=0.5))]
+    assert {tuple(pair) for pair in dropped} == {(True, True), (False, False)}
 
 
 def test_short_records_are_filled_up(prepared: Path) -> None:
     (batch,) = take(open_pairs(prepared, "train", num_candidates=3), 1)
     np.testing.assert_array_equal(batch.valid_BK, [[True, True, False]] * 4)
     np.testing.assert_array_equal(batch.preference_BK, [[1, 0, 0]] * 4)
-    assert not batch.images_BKHWC[:, 2].any()
+    assert not batch.inputs.images_BKHWC[:, 2].any()
 
 
 def test_random_pairs() -> None:
     pairs = RandomPairs(64, seed=0)
-    assert len({pairs[i]["caption"] for i in range(64)}) == len({pairs[i]["images"][0] for i in range(64)}) == 64
+    assert len({pairs[i]["captions"][0] for i in range(64)}) == len({pairs[i]["images"][0] for i in range(64)}) == 64
     assert pairs[5]["images"] == RandomPairs(64, seed=0)[5]["images"] != RandomPairs(64, seed=1)[5]["images"]
-    batches = list(
-        validation_batches(open_pairs("random:6", "validation"), batch_size=4, resolution=16, tokenizers=spell)
-    )
+    batches = list(validation_batches(open_pairs("random:6", "validation"), Decoded(16, spell), batch_size=4))
     assert [batch.weight_B.sum() for batch in batches] == [4, 2]
     for path in ("random:0", "random:many"):
         with pytest.raises(ValueError, match=f"data path {path}: .* is no number above 0"):
@@ -389,10 +398,10 @@ def test_random_pairs() -> None:
 
 def test_needs_no_tensorflow(prepared: Path) -> None:
     code = (
-        "import sys, numpy as np; from dpo_jax.data import pipeline; "
+        "import sys, numpy as np; from dpo_jax.data import inputs, pipeline; "
         f"pairs = pipeline.open_pairs({str(prepared)!r}, 'train'); "
-        "it = pipeline.make_iterator(pairs, batch_size=2, resolution=8, seed=0, "
-        "tokenizers=lambda captions: np.zeros((1, 1, 4), np.int32)); next(it); it.close(); "
+        "decoded = inputs.Decoded(8, lambda captions: np.zeros((1, 1, 4), np.int32)); "
+        "it = pipeline.make_iterator(pairs, decoded, batch_size=2, seed=0); next(it); it.close(); "
         "from jax._src import xla_bridge; "
         "print({'tensorflow', 'torch'} & set(sys.modules), xla_bridge.backends_are_initialized())"
     )

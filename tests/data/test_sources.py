@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import tarfile
 import zipfile
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_jax.data.sources import SOURCES, Chunk, Damaged, Dropped, Record, Row, json_rows, listings, missing, record
+from dpo_jax.data.sources.record import rows_a_chunk
 
 from .conftest import noise_jpeg
 
@@ -109,12 +111,17 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_chunks_are_row_groups_and_cover_every_row_once(write_pairs: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpo_jax.data.sources.tables.ROWS_A_CHUNK", 12)
+    monkeypatch.setattr("dpo_jax.data.sources.tables.rows_a_chunk", lambda rows: 12)
     file = write_pairs(33)  # in groups of 5
     chunks = SOURCES["pickapic"].chunks([file])
     assert chunks == [Chunk(file, 0, 2), Chunk(file, 2, 4), Chunk(file, 4, 6), Chunk(file, 6, 7)]
     wheres = [row.where for chunk in chunks for row in SOURCES["pickapic"].read(chunk)]
     assert wheres == [f"{file} row {i}" for i in range(33)]
+
+
+def test_many_workers_share_a_small_input_and_large_inputs_have_large_chunks() -> None:
+    rows = [0, 1_200, 20_000, 129_000, 10**7]
+    assert [rows_a_chunk(number) for number in rows] == [100, 100, 300, 2000, 2000]
 
 
 def test_a_damaged_row_group_is_counted_and_the_next_ones_are_read(write_pairs: Write) -> None:
@@ -290,13 +297,14 @@ def test_votes_of_nobody_are_no_preference(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("indent", [None, 2])
 def test_chunks_of_json_begin_anywhere(tmp_path: Path, indent: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_rows, "ROWS_A_CHUNK", 7)
+    monkeypatch.setattr(json_rows, "MIN_ROWS_A_CHUNK", 7)
+    monkeypatch.setattr(json_rows, "rows_a_chunk", lambda rows: rows // 25 * 14)
     monkeypatch.setattr(json_rows, "BLOCK_BYTES", 200)  # rows lie across blocks
     rows = [{"prompt": f"é {{]}} {i}", "path1": "a", "path2": "b"} for i in range(25)]
     (file := tmp_path / "a.json").write_text(json.dumps(rows, indent=indent, ensure_ascii=False), encoding="utf-8")
     source = SOURCES["hpdv3"]
     chunks = source.chunks([file])
-    assert [(chunk.start, chunk.stop) for chunk in chunks] == [(0, 7), (7, 14), (14, 21), (21, 25)]
+    assert [(chunk.start, chunk.stop) for chunk in chunks] == [(0, 14), (14, 25)]
     for chunk in reversed(chunks):
         found = list(source.read(chunk))
         assert [row.where for row in found] == [f"{file} row {i}" for i in range(chunk.start, chunk.stop)]
@@ -347,6 +355,19 @@ def test_liked(tmp_path: Path) -> None:
         Dropped(f"{tmp_path}/liked/2.png", "without caption"),
         Record(f"{tmp_path}/disliked/1.webp", "a dog", (b"disliked/1.webp",), (0.0,), ("",)),
     ]
+
+
+@pytest.mark.parametrize(("name", "places"), [("pairs_folder", ("w", "l")), ("liked", ("liked", "disliked"))])
+def test_a_folder_is_listed_once_for_all_its_chunks(
+    tmp_path: Path, name: str, places: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpo_jax.data.sources.folders.rows_a_chunk", lambda rows: 3)
+    write_images(tmp_path, *(f"{place}/{i}.png" for place in places for i in range(10)))
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path.name) or scandir(path))
+    rows = read(name, tmp_path)
+    assert len({row.where for row in rows}) == len(rows) == (10 if name == "pairs_folder" else 20)
+    assert sorted(listed) == sorted(places)
 
 
 def write_tar(file: Path, members: dict[str, bytes]) -> Path:

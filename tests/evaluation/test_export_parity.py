@@ -28,7 +28,7 @@ def test_exported_folder_draws_the_same_image_in_pytorch(tmp_path):
 
     generator = Generator(
         pipeline,
-        weights,
+        lambda: weights,
         load_tokenizers(pipeline.folder, ["tokenizer", "tokenizer_2"]),
         make_mesh(),
         resolution=32,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import Adafactor
 
-from dpo_jax.batch import Conditioning, PreferenceBatch
+from dpo_jax.batch import Conditioning, PreferenceBatch, Raw
 from dpo_jax.diffusion.schedule import make_schedule
 from dpo_jax.models.network import Network
 from dpo_jax.models.unet import UNet2DConditionModel
@@ -149,8 +149,7 @@ def our_trajectory(
     objective = Objective(loss=lambda scores, preference_BK: dpo(scores, preference_BK, beta=BETA))
     step = jax.jit(make_train_step(score, objective, optimizer))
     batch = PreferenceBatch(
-        images_BKHWC=jnp.zeros((B, K, 1, 1, 3)),  # the latents are given
-        token_ids_BEL=jnp.zeros((B, 1, L), jnp.int32),
+        inputs=Raw(jnp.zeros((B, K, 1, 1, 3)), jnp.zeros((B, 1, 1, L), jnp.int32)),  # the latents are given
         size_cond_BK6=jnp.zeros((B, K, 6)),
         preference_BK=jnp.array([[1.0, 0.0]] * B),
         valid_BK=jnp.ones((B, K), bool),

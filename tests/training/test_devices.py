@@ -25,7 +25,7 @@ config.validation.every = config.sample.every = 0
 config.optimizer.warmup_steps, config.optimizer.learning_rate = 0, 1e-5
 config.mesh.data, config.mesh.fsdp = (2, 2) if devices == 4 else (1, 1)
 trainer.train(config, workdir)
-from dpo_jax.training.experiment import open_run
+from dpo_jax.training.run import open_run
 params = open_run(workdir).params
 split = sum(not p.sharding.is_fully_replicated for p in params.values())
 print(json.dumps({"split": split, "norms": {name: float((p ** 2).sum()) for name, p in params.items()}}))

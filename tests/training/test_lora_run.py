@@ -15,8 +15,11 @@ from diffusers.training_utils import EMAModel
 from dpo_jax.batch import Conditioning
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.training.config import resolve
-from dpo_jax.training.experiment import build, open_model, open_run, open_training_batches
+from dpo_jax.training.data import open_training_batches
+from dpo_jax.training.experiment import build
 from dpo_jax.training.export import export, open_tuned
+from dpo_jax.training.model import open_model
+from dpo_jax.training.run import open_run
 from dpo_jax.training.step import moving_average
 from dpo_jax.training.trainer import train
 
@@ -93,7 +96,7 @@ def test_dropout_acts_in_training_alone_and_on_the_policy_alone(tiny_config, tmp
     config = tiny_config("sd15", **FIELDS, **{"lora.dropout": 0.5})
     experiment = build(config, resolve(config, device_count=1, process_count=1), open_model(config, tmp_path))
     adapter = {name: value + 0.1 for name, value in experiment.initial_state().params.items()}
-    with open_training_batches(experiment) as batches:
+    with open_training_batches(config, experiment.derived, experiment.inputs) as batches:
         batch = next(batches)
     score = jax.jit(
         lambda step: [experiment.score(adapter, experiment.frozen, batch, step, training=t) for t in (True, False)]

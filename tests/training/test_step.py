@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from dpo_jax.batch import Conditioning, PreferenceBatch
+from dpo_jax.batch import Conditioning, PreferenceBatch, Raw
 from dpo_jax.diffusion.schedule import make_schedule
 from dpo_jax.objectives.losses import dpo, sft
 from dpo_jax.training.step import Objective, TrainState, make_score, make_train_step, score_metrics, split_micro_batches
@@ -27,9 +27,11 @@ def denoise(params, x_NHWC, t_N, conditioning):
 
 
 def encode(frozen, batch, keys_B):
-    noise = jax.vmap(lambda key: jax.random.normal(key, (*batch.images_BKHWC.shape[1:-1], 4)))(keys_B)
-    pixels = batch.images_BKHWC.astype(noise.dtype).mean(-1, keepdims=True) / 127.5 - 1
-    return pixels + 0.1 * noise, Conditioning(frozen["text"]["table"][batch.token_ids_BEL[:, 0]])
+    noise = jax.vmap(lambda key: jax.random.normal(key, (*batch.inputs.images_BKHWC.shape[1:-1], 4)))(keys_B)
+    pixels = batch.inputs.images_BKHWC.astype(noise.dtype).mean(-1, keepdims=True) / 127.5 - 1
+    return pixels + 0.1 * noise, Conditioning(
+        frozen["text"]["table"][batch.inputs.token_ids_BMEL[:, :, 0].reshape(-1, 3)]
+    )
 
 
 @pytest.fixture
@@ -38,17 +40,23 @@ def params(x64):
     return {"in": jax.random.normal(keys[0], (4, 8)) * 0.3, "out": jax.random.normal(keys[1], (8, 4)) * 0.3}
 
 
-def make_batch(B=8, K=2, start=0):
+def make_batch(B=8, K=2, M=1, start=0):
     rng = np.random.default_rng(start)
     return PreferenceBatch(
-        images_BKHWC=rng.integers(0, 256, (B, K, 8, 8, 3), dtype=np.uint8),
-        token_ids_BEL=rng.integers(0, 5, (B, 1, 3)).astype(np.int32),
+        inputs=Raw(
+            images_BKHWC=rng.integers(0, 256, (B, K, 8, 8, 3), dtype=np.uint8),
+            token_ids_BMEL=rng.integers(0, 5, (B, M, 1, 3)).astype(np.int32),
+        ),
         size_cond_BK6=np.zeros((B, K, 6), np.float32),
         preference_BK=np.tile(np.float32([1, 0]), (B, 1)),
         valid_BK=np.ones((B, K), bool),
         weight_B=np.ones(B, np.float32),
         index_B=np.arange(start, start + B, dtype=np.int32),
     )
+
+
+def with_images(batch, images_BKHWC):
+    return batch._replace(inputs=batch.inputs._replace(images_BKHWC=images_BKHWC))
 
 
 def frozen_like(params):
@@ -76,10 +84,10 @@ def test_policy_equal_to_reference_has_loss_log_2(params):
 
 def test_swapped_candidates_negate_the_margin(params):
     batch = make_batch()
-    swapped = batch._replace(images_BKHWC=batch.images_BKHWC[:, ::-1])
+    swapped = with_images(batch, batch.inputs.images_BKHWC[:, ::-1])
 
     def without_posterior_noise(frozen, batch, keys_B):  # which an image would lose to the other by the swap
-        pixels = jnp.asarray(batch.images_BKHWC).astype(jnp.float64) / 127.5 - 1
+        pixels = jnp.asarray(batch.inputs.images_BKHWC).astype(jnp.float64) / 127.5 - 1
         return jnp.repeat(pixels[..., :1], 4, axis=-1), encode(frozen, batch, keys_B)[1]
 
     score = make_score(without_posterior_noise, denoise, SCHEDULE, DPO, seed=3)
@@ -132,12 +140,26 @@ def test_draws_depend_on_the_sample_and_not_on_its_row(params):
 
 def test_sft_looks_at_the_winner_only(params):
     batch = make_batch()
-    other_losers = batch._replace(
-        images_BKHWC=np.concatenate([batch.images_BKHWC[:, :1], 255 - batch.images_BKHWC[:, 1:]], 1)
-    )
+    images_BKHWC = batch.inputs.images_BKHWC
+    other_losers = with_images(batch, np.concatenate([images_BKHWC[:, :1], 255 - images_BKHWC[:, 1:]], 1))
     a, _ = run(params, batch, objective=SFT)
     b, _ = run(params, other_losers, objective=SFT)
     np.testing.assert_array_equal(a.params["in"], b.params["in"])
+
+
+@pytest.mark.parametrize("objective", [DPO, SFT], ids=["dpo", "sft"])
+def test_a_caption_for_each_candidate(params, objective):
+    """The same one for both is as one for the prompt; another for the loser changes what looks at the loser."""
+    batch = make_batch()
+    doubled, other = (np.repeat(batch.inputs.token_ids_BMEL, 2, axis=1) for _ in range(2))
+    other[:, 1] = (other[:, 1] + 1) % 5
+    one, same, different = (
+        run(params, batch._replace(inputs=batch.inputs._replace(token_ids_BMEL=ids)), objective=objective)[0].params
+        for ids in (batch.inputs.token_ids_BMEL, doubled, other)
+    )
+    for name in params:
+        np.testing.assert_allclose(same[name], one[name], rtol=1e-12)
+        assert np.allclose(different[name], one[name], rtol=1e-9) == (objective is SFT)
 
 
 def test_micro_batches_take_rows_by_stride():

@@ -17,7 +17,7 @@ import pytest
 from dpo_jax.cli import load_config
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.training import trainer
-from dpo_jax.training.experiment import open_run
+from dpo_jax.training.run import open_run
 from dpo_jax.training.trainer import train
 
 ROOT = Path(__file__).parents[2]

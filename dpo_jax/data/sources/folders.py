@@ -1,15 +1,17 @@
 """Folders of image files, whose place says which were preferred, with captions in .txt files."""
 
+import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from dpo_jax.data.sources.record import ROWS_A_CHUNK, Chunk, Damaged, Record, Row, make_record
+from dpo_jax.data.sources.record import Chunk, Damaged, Record, Row, make_record, rows_a_chunk
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 
 
 def pairs_folder_chunks(folders: Sequence[Path]) -> list[Chunk]:
-    return [chunk for folder in folders for chunk in _chunks(folder, "w", "l", len(_pair_names(folder)))]
+    return _chunks(folders, ("w", "l"), _pair_names)
 
 
 def read_pairs_folder(chunk: Chunk) -> Iterator[Row]:
@@ -30,52 +32,67 @@ def read_pairs_folder(chunk: Chunk) -> Iterator[Row]:
             caption = _caption(folder / "w", folder / "captions", folder, name=name)
             other = _caption(folder / "l", name=name)
             captions = None if caption is None or other in (None, caption) else [caption, other]
-            yield make_record(where, caption, (1, 0), _reader([found[0] for found in files]), captions=captions)
+            images = [folder / place / found[0] for place, found in zip("wl", files, strict=True)]
+            yield make_record(where, caption, (1, 0), _reader(images), captions=captions)
         except ValueError as error:
             yield Damaged(where, str(error))
 
 
 def liked_chunks(folders: Sequence[Path]) -> list[Chunk]:
-    return [chunk for folder in folders for chunk in _chunks(folder, "liked", "disliked", len(_opinions(folder)))]
+    return _chunks(folders, ("liked", "disliked"), _opinions)
 
 
 def read_liked(chunk: Chunk) -> Iterator[Row]:
     """Images without a counterpart, in liked/ and disliked/, each with its caption NAME.txt beside it."""
-    for file, liked in _opinions(chunk.file)[chunk.start : chunk.stop]:
+    for place, name in _opinions(chunk.file)[chunk.start : chunk.stop]:
+        file = chunk.file / place / name
         try:
             row = make_record(str(file), _caption(file.parent, name=file.stem), (1,), _reader([file]))
-            yield row._replace(preference=(float(liked),)) if isinstance(row, Record) else row
+            yield row._replace(preference=(float(place == "liked"),)) if isinstance(row, Record) else row
         except ValueError as error:
             yield Damaged(str(file), str(error))
 
 
-def _chunks(folder: Path, first: str, second: str, count: int) -> list[Chunk]:
-    if not (folder / first).is_dir() or not (folder / second).is_dir():
-        raise ValueError(f"{folder} should be a folder with the folders {first} and {second}")
-    return [Chunk(folder, start, min(start + ROWS_A_CHUNK, count)) for start in range(0, count, ROWS_A_CHUNK)]
+def _chunks(folders: Sequence[Path], places: tuple[str, str], rows: Callable[[Path], Sequence[object]]) -> list[Chunk]:
+    for folder in folders:
+        if not all((folder / place).is_dir() for place in places):
+            raise ValueError(f"{folder} should be a folder with the folders {' and '.join(places)}")
+    counts = [(folder, len(rows(folder))) for folder in folders]
+    limit = rows_a_chunk(sum(count for _, count in counts))
+    return [
+        Chunk(folder, start, min(start + limit, count)) for folder, count in counts for start in range(0, count, limit)
+    ]
 
 
 def _pair_names(folder: Path) -> list[str]:
     return sorted(_images(folder / "w").keys() | _images(folder / "l").keys())
 
 
-def _opinions(folder: Path) -> list[tuple[Path, bool]]:
+def _opinions(folder: Path) -> list[tuple[str, str]]:
+    """(liked or disliked, the file's name) of each image."""
     return [
-        (file, place == "liked")
+        (place, name)
         for place in ("liked", "disliked")
-        for _, files in sorted(_images(folder / place).items())
-        for file in files
+        for _, names in sorted(_images(folder / place).items())
+        for name in names
     ]
 
 
-def _images(folder: Path) -> dict[str, list[Path]]:
-    """Image files by their name without suffix."""
-    names: dict[str, list[Path]] = {}
-    if folder.is_dir():
-        for file in sorted(folder.iterdir()):
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file():
-                names.setdefault(file.stem, []).append(file)
-    return names
+def _images(folder: Path) -> dict[str, list[str]]:
+    """Names of image files by what they are without suffix."""
+    return _images_since(folder, folder.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)  # for the next chunk
+def _images_since(folder: Path, changed: int) -> dict[str, list[str]]:
+    images: dict[str, list[str]] = {}
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_file())
+    for name in names:
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in SUFFIXES and not name.startswith("."):
+            images.setdefault(stem, []).append(name)
+    return images
 
 
 def _caption(*folders: Path, name: str) -> str | None:

@@ -3,11 +3,11 @@
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.data.sources.record import ROWS_A_CHUNK, Chunk, Damaged, Row
+from dpo_jax.data.sources.record import MIN_ROWS_A_CHUNK, Chunk, Damaged, Row, rows_a_chunk
 
 # A row of a JSON list is no longer than this.
 BLOCK_BYTES = 1 << 20
@@ -59,25 +59,31 @@ def elements(file: Path, offset: int = 0) -> Iterator[tuple[int, bytes]]:
             offset, at, before = offset + end - begin, end, SEPARATOR
 
 
-def chunk_rows(file: Path, rows: Rows, has_schema: Callable[[dict[str, Any]], bool], schema: str) -> list[Chunk]:
-    """Chunks of ROWS_A_CHUNK rows.
+def chunk_rows(
+    files: Sequence[Path], rows: Rows, has_schema: Callable[[dict[str, Any]], bool], schema: str
+) -> list[Chunk]:
+    """Chunks of `rows_a_chunk` rows.
 
     Args:
-        has_schema: whether a row has the keys of the data set; one of the first rows must.
+        has_schema: whether a row has the keys of the data set; one of the first rows of each file must.
         schema: what a row should look like, for the message if none has.
     """
-    offsets, count, known = [], 0, False
-    for offset, row in rows(file, 0):
-        if count % ROWS_A_CHUNK == 0:
-            offsets.append(offset)
-        known = known or (count < ROWS_LOOKED_AT and has_schema(_parse(row) or {}))
-        count += 1
-    if count and not known:
-        raise ValueError(f"{file} has another schema: a row should be {schema}")
-    starts = range(0, count, ROWS_A_CHUNK)
+    found = []
+    for file in files:
+        offsets, count, known = [], 0, False
+        for offset, row in rows(file, 0):
+            if count % MIN_ROWS_A_CHUNK == 0:
+                offsets.append(offset)
+            known = known or (count < ROWS_LOOKED_AT and has_schema(_parse(row) or {}))
+            count += 1
+        if count and not known:
+            raise ValueError(f"{file} has another schema: a row should be {schema}")
+        found.append((file, count, offsets))
+    limit = rows_a_chunk(sum(count for _, count, _ in found))
     return [
-        Chunk(file, start, min(start + ROWS_A_CHUNK, count), offset)
-        for start, offset in zip(starts, offsets, strict=True)
+        Chunk(file, start, min(start + limit, count), offsets[start // MIN_ROWS_A_CHUNK])
+        for file, count, offsets in found
+        for start in range(0, count, limit)
     ]
 
 

@@ -13,16 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_jax.data.sources.json_rows import chunk_rows, elements, lines, numbers, read_rows
-from dpo_jax.data.sources.record import ROWS_A_CHUNK, Chunk, Damaged, Dropped, Row, borda, make_record
+from dpo_jax.data.sources.record import Chunk, Damaged, Dropped, Row, borda, make_record, rows_a_chunk
 
 PREFERENCES = "preferred", "ranks", "votes", "scores"
 IMAGEREWARD = "prompt_id", "prompt", "image_path", "rank"
-PROMPTS_A_CHUNK = ROWS_A_CHUNK // 8  # with the 4 to 9 images of each
+PAIRS_A_PROMPT = 4  # to read: ImageRewardDB has 4 to 9 images of each
 
 
 def jsonl_chunks(files: Sequence[Path]) -> list[Chunk]:
     schema = f'{{"prompt": ..., "images": [...]}} with one of {", ".join(PREFERENCES)}'
-    return [chunk for file in files for chunk in chunk_rows(file, lines, lambda row: "images" in row, schema)]
+    return chunk_rows(files, lines, lambda row: "images" in row, schema)
 
 
 def read_jsonl(chunk: Chunk) -> Iterator[Row]:
@@ -78,7 +78,7 @@ def hpdv3_chunks(files: Sequence[Path]) -> list[Chunk]:
     def has_schema(row: dict[str, Any]) -> bool:
         return not row.keys().isdisjoint({"path1", "file_path", "image_path"})
 
-    return [chunk for file in files for chunk in chunk_rows(file, elements, has_schema, schema)]
+    return chunk_rows(files, elements, has_schema, schema)
 
 
 def read_hpdv3(chunk: Chunk) -> Iterator[Row]:
@@ -116,12 +116,9 @@ def _hpd_row(stem: str, where: str, folder: Path, row: Mapping[str, Any]) -> Row
 
 
 def imagerewarddb_chunks(files: Sequence[Path]) -> list[Chunk]:
-    chunks = []
-    for file in files:
-        count = len(_prompts(file))
-        starts = range(0, count, PROMPTS_A_CHUNK)
-        chunks += [Chunk(file, start, min(start + PROMPTS_A_CHUNK, count)) for start in starts]
-    return chunks
+    counts = [(file, len(_prompts(file))) for file in files]
+    limit = rows_a_chunk(PAIRS_A_PROMPT * sum(count for _, count in counts)) // PAIRS_A_PROMPT
+    return [Chunk(file, start, min(start + limit, count)) for file, count in counts for start in range(0, count, limit)]
 
 
 def read_imagerewarddb(chunk: Chunk) -> Iterator[Row]:
@@ -155,6 +152,11 @@ def _imagereward_row(where: str, folder: Path, rows: list[dict[str, Any]]) -> Ro
 
 def _prompts(file: Path) -> dict[str, list[dict[str, Any]]]:
     """The rows of each prompt, wherever in the file they stand; without images it fits into memory."""
+    return _prompts_since(file, file.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)  # for the next chunk
+def _prompts_since(file: Path, changed: int) -> dict[str, list[dict[str, Any]]]:
     try:
         if file.suffix == ".parquet":
             table = pq.read_table(file)

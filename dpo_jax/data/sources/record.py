@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-ROWS_A_CHUNK = 2000
+CHUNKS = 64
+MIN_ROWS_A_CHUNK, MAX_ROWS_A_CHUNK = 100, 2000
 
 
 class Record(NamedTuple):
@@ -52,6 +53,15 @@ class Chunk(NamedTuple):
     stop: int
     offset: int = 0
     """Byte where `start` begins, in files of lines."""
+
+
+def rows_a_chunk(rows: int) -> int:
+    """How many rows of an input of so many make a chunk, a multiple of MIN_ROWS_A_CHUNK.
+
+    Fewer of a small input, so that several workers share it.
+    """
+    rows = min(max(rows // CHUNKS, MIN_ROWS_A_CHUNK), MAX_ROWS_A_CHUNK)
+    return rows // MIN_ROWS_A_CHUNK * MIN_ROWS_A_CHUNK
 
 
 class Source(NamedTuple):

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_jax.data.sources.record import ROWS_A_CHUNK, Chunk, Damaged, Row, Source, make_record
+from dpo_jax.data.sources.record import Chunk, Damaged, Row, Source, make_record, rows_a_chunk
 
-ROWS_AT_ONCE = 64
+ROWS_AT_ONCE = 8
 BUFFER_BYTES = 1 << 20
 
 # What pyarrow raises for damaged files; MemoryError for the sizes that a damaged page claims.
@@ -65,14 +65,18 @@ def table_source(schema: Schema, help: str) -> Source:
 
 
 def _chunks(schema: Schema, files: Sequence[Path]) -> list[Chunk]:
-    """As many row groups a chunk as have ROWS_A_CHUNK rows together, at least one."""
-    chunks = []
+    """As many row groups a chunk as have `rows_a_chunk` rows together, at least one."""
+    groups = []
     for file in files:
         table, counts = _open(file)
         _check_schema(schema, table.schema_arrow, file)
+        groups.append((file, counts))
+    limit = rows_a_chunk(sum(sum(counts) for _, counts in groups))
+    chunks = []
+    for file, counts in groups:
         start = rows = 0
         for group, count in enumerate(counts):
-            if rows and rows + count > ROWS_A_CHUNK:
+            if rows and rows + count > limit:
                 chunks.append(Chunk(file, start, group))
                 start, rows = group, 0
             rows += count

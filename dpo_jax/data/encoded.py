@@ -1,0 +1,175 @@
+"""What `prepare --encode` stores beside a data set and training reads in place of images and captions.
+
+PREPARED/encoded/NAME/
+    encoding.json              what it was made of and how; written last, so the folder is complete
+    images-00000.safetensors   "moments" of the VAE's posteriors, in the order of images.arrow
+    captions.arrow             the distinct captions and the empty one, sorted
+    captions-00000.safetensors their "context" and "pooled", in that order
+
+Rows of images and captions are spread over files evenly, all but the last of equal length. Everything is bfloat16.
+
+Axes: I images, V views of each, S captions, h x w latent cells, C channels (the mean's, then the log variance's),
+L tokens, D context width, P pooled width.
+"""
+
+import bisect
+import dataclasses
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from etils import epath
+
+from dpo_jax.data.images import View
+from dpo_jax.data.prepared import Prepared
+from dpo_jax.weights import safetensors_file
+from dpo_jax.weights.mapped_file import fetch
+
+FACTS = "encoding.json"
+CAPTIONS = "captions.arrow"
+FILE_BYTES = 2**28
+"""What is lost at most when encoding is stopped, and is dealt to one of several processes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encodings:
+    """A finished folder. Pickled as its path: a worker process opens the files anew."""
+
+    folder: Path
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder}
+
+    @functools.cached_property
+    def _written(self) -> dict[str, Any]:
+        return json.loads((self.folder / FACTS).read_text())
+
+    @property
+    def resolution(self) -> int:
+        return self._written["facts"]["resolution"]
+
+    @functools.cached_property
+    def views(self) -> list[View]:
+        return [View(**view) for view in self._written["facts"]["views"]]
+
+    def moments_hwC(self, image: int, view: int) -> np.ndarray:
+        """Of one view of an image, read from disk."""
+        file, row = divmod(image, self._written["images"]["rows_a_file"])
+        return fetch(self._images[file]["moments"][row, view])
+
+    def text(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
+        """(context_LD, pooled_P) of a caption. Raises KeyError if it is none of the data set's."""
+        position = bisect.bisect_left(self._captions, caption)
+        if position == len(self._captions) or self._captions[position] != caption:
+            raise KeyError(caption)
+        file, row = divmod(position, self._written["captions"]["rows_a_file"])
+        return fetch(self._texts[file]["context"][row]), fetch(self._texts[file]["pooled"][row])
+
+    def check(self) -> None:
+        """Raises FileNotFoundError or ValueError where a file is missing or cut short; some 0.1 ms a file."""
+        _ = self._images, self._texts, self._captions
+
+    @functools.cached_property
+    def _images(self) -> list[dict[str, np.ndarray]]:
+        return self._open("images")
+
+    @functools.cached_property
+    def _texts(self) -> list[dict[str, np.ndarray]]:
+        return self._open("captions")
+
+    def _open(self, kind: str) -> list[dict[str, np.ndarray]]:
+        files = [file_name(kind, number) for number in range(self._written[kind]["files"])]
+        return [safetensors_file.read(epath.Path(self.folder / file)) for file in files]
+
+    @functools.cached_property
+    def _captions(self) -> "_Strings":
+        return _Strings(pa.ipc.open_file(pa.memory_map(str(self.folder / CAPTIONS))).read_all()["caption"])
+
+
+class _Strings:
+    """A column as a sequence of strings that stays on disk."""
+
+    def __init__(self, column: pa.ChunkedArray):
+        (self._array,) = column.chunks
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __getitem__(self, index: int) -> str:
+        return self._array[index].as_py()
+
+
+def folder_of(data: Path, facts: dict[str, Any]) -> Path:
+    """Where the encodings with these facts belong, of the data set in `data`."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+    return data / "encoded" / f"{facts['family']}-{facts['resolution']}-{digest}"
+
+
+def open_encodings(data: Path, facts: dict[str, Any]) -> Encodings:
+    """The finished encodings with these facts.
+
+    Raises:
+        FileNotFoundError: there are none; says how those that are there differ. Or a file is missing.
+        ValueError: a file is damaged.
+    """
+    folder = folder_of(data, facts)
+    if is_finished(folder):
+        encodings = Encodings(folder)
+        encodings.check()
+        return encodings
+    command = f"python -m dpo_jax.prepare --output={data} --encode with this --config and its overrides"
+    if folder.exists():
+        raise FileNotFoundError(f"the encodings in {folder} are not finished; go on by {command}")
+    others = []
+    for other in sorted((data / "encoded").glob(f"*/{FACTS}")):
+        found = json.loads(other.read_text())["facts"]
+        differing = [
+            f"{name} was {found.get(name)!r}, now {facts[name]!r}" for name in facts if found.get(name) != facts[name]
+        ]
+        others.append(f"{other.parent.name}: {'; '.join(differing)}")
+    there = f" (there are {', and '.join(others)})" if others else ""
+    raise FileNotFoundError(f"{data} has no encodings by this model with these settings{there}; make them by {command}")
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / FACTS).is_file()
+
+
+def choose_views(count: int, *, random_crop: bool, random_flip: bool) -> list[View]:
+    """The views that are stored of every image. The first is what validation sees: the centre, not mirrored.
+
+    All images have the same, so that candidates of a prompt can share one, as they share a random crop.
+    """
+    views = [View()]
+    for number in range(1, count):
+        top, left = np.random.default_rng(number).random(2)
+        view = View(top=float(top), left=float(left)) if random_crop else View()
+        views.append(view._replace(flip=random_flip and number % 2 == 1))
+    return views
+
+
+def distinct_captions(prepared: Prepared) -> pa.Array:
+    """All captions that training may ask for, sorted: those of records, of single candidates, and the empty one."""
+    columns = [prepared.records["caption"], pc.list_flatten(prepared.records["captions"])]
+    captions = pa.chunked_array([*(chunk for column in columns for chunk in column.chunks), pa.array([""])])
+    captions = pc.unique(captions.drop_null())
+    return captions.take(pc.sort_indices(captions))
+
+
+def write_captions(folder: Path, captions: pa.Array) -> None:
+    table = pa.table({"caption": captions})
+    with pa.ipc.new_file(str(folder / CAPTIONS), table.schema) as writer:
+        writer.write_table(table)
+
+
+def file_name(kind: str, number: int) -> str:
+    return f"{kind}-{number:05}.safetensors"
+
+
+def rows_a_file(row_bytes: int) -> int:
+    return max(1, FILE_BYTES // row_bytes)

@@ -1,0 +1,271 @@
+"""Encodes a prepared data set once, for every later run: what `prepare --encode` does.
+
+Each process fills its share of the files with its own devices, in a folder that all see, so that none waits for
+another before the end. A file appears when it is whole; a stopped run goes on with those that are missing.
+
+Axes: N rows of a batch, V views of an image, M = N * V, H x W pixels, h x w latent cells, C channels, E text encoders,
+L tokens.
+"""
+
+import datetime
+import functools
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pyarrow as pa
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from dpo_jax.data.encoded import FACTS, distinct_captions, file_name, rows_a_file, write_captions
+from dpo_jax.data.images import View
+from dpo_jax.data.parts import sync
+from dpo_jax.data.pipeline import view_batches
+from dpo_jax.data.prepared import Prepared
+from dpo_jax.data.tokenizers import Tokenizers
+from dpo_jax.encode.images import posterior_moments
+from dpo_jax.encode.text import encode_text
+from dpo_jax.models.pipeline import Pipeline
+from dpo_jax.sharding import batch_sharding
+from dpo_jax.weights import safetensors_file
+from dpo_jax.weights.layout import Params
+
+PIXELS_A_DEVICE = 2**22
+"""Encoded at a time: four images of 1024 x 1024."""
+CAPTIONS_A_DEVICE = 32
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+Read = Callable[[np.ndarray, int], Iterable[np.ndarray]]
+"""(positions, batch size) -> what is encoded, in batches; the last may be short."""
+OnProgress = Callable[[str, int, int], None]
+"""(name of the table, rows done, rows in all), of this process's share."""
+
+
+class File(NamedTuple):
+    """Rows `start` to `stop` of a table."""
+
+    path: Path
+    start: int
+    stop: int
+
+
+class Table:
+    """The images or the captions: how they are read and encoded, and the files of what comes out.
+
+    Compiles and times `encode`, a function of `params` and a batch of this `shape` and `dtype`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        count: int,
+        read: Read,
+        encode: Callable[[Any, jax.Array], Mapping[str, jax.Array]],
+        params: Any,
+        shape: tuple[int, ...],
+        dtype: Any,
+        mesh: Mesh,
+        folder: Path,
+    ):
+        self.name, self.count, self.read, self.batch_size = name, count, read, shape[0]
+        self._params, self._sharding = params, batch_sharding(mesh)
+        jitted = jax.jit(
+            lambda params, x: {name: value.astype(jnp.bfloat16) for name, value in encode(params, x).items()},
+            out_shardings=self._sharding,
+        )
+        self._encode = jitted.lower(params, jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding)).compile()
+        nothing = np.zeros(shape, dtype)
+        jax.block_until_ready(self.encode(nothing))
+        started = time.monotonic()
+        outputs = jax.block_until_ready(self.encode(nothing))
+        self.seconds = (time.monotonic() - started) / self.batch_size
+        """That a row takes, on this process's devices."""
+        flop_a_device = (self._encode.cost_analysis() or {}).get("flops", math.nan)
+        self.flop = flop_a_device * mesh.size / self.batch_size
+        """Of a row, as XLA counts."""
+        self.row_shapes = {name: value.shape[1:] for name, value in outputs.items()}
+        self.row_bytes = sum(math.prod(shape) for shape in self.row_shapes.values()) * BFLOAT16.itemsize
+        self.rows_a_file = rows_a_file(self.row_bytes)
+        starts = range(0, count, self.rows_a_file)
+        self.files = [
+            File(folder / file_name(name, number), start, min(start + self.rows_a_file, count))
+            for number, start in enumerate(starts)
+        ]
+
+    def encode(self, batch: np.ndarray) -> Mapping[str, jax.Array]:
+        """A batch of at most `batch_size` rows, padded to as many."""
+        padded = np.resize(batch, (self.batch_size, *batch.shape[1:]))
+        return self._encode(self._params, jax.device_put(padded, self._sharding))
+
+    @property
+    def missing(self) -> list[File]:
+        return [file for file in self.files if not file.path.exists()]
+
+    @property
+    def missing_rows(self) -> int:
+        return sum(file.stop - file.start for file in self.missing)
+
+    def fill(self, files: Sequence[File], on_progress: OnProgress) -> None:
+        """Encodes and writes the rows of these files."""
+        if not files:
+            return
+        positions = np.concatenate([np.arange(file.start, file.stop) for file in files])
+        rows, done = self._rows(positions), 0
+        for file in files:
+            number = file.stop - file.start
+            tensors = {name: np.empty((number, *shape), BFLOAT16) for name, shape in self.row_shapes.items()}
+            for i in range(number):
+                for name, value in next(rows).items():
+                    tensors[name][i] = value
+                done += 1
+                if done % self.batch_size == 0 or done == len(positions):
+                    on_progress(self.name, done, len(positions))
+            for name, tensor in tensors.items():
+                _check_finite(tensor, f"{name} of {self.name} {file.start} to {file.stop}")
+            unfinished = file.path.with_name(f".{file.path.name}")
+            header = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+            safetensors_file.write(epath.Path(unfinished), tensors.items(), header)
+            sync(unfinished)
+            os.replace(unfinished, file.path)
+
+    def _rows(self, positions: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+        """Rows on the host; while they are handed out, the devices encode the next batch."""
+
+        def fetched(pending: tuple[Mapping[str, jax.Array], int]) -> Iterator[dict[str, np.ndarray]]:
+            outputs = jax.device_get(pending[0])
+            for i in range(pending[1]):
+                yield {name: value[i] for name, value in outputs.items()}
+
+        pending = None
+        for batch in self.read(positions, self.batch_size):
+            encoded = (self.encode(batch), len(batch))
+            if pending is not None:
+                yield from fetched(pending)
+            pending = encoded
+        if pending is not None:
+            yield from fetched(pending)
+
+
+class DatasetEncoder:
+    """All that is to be encoded of a data set. As a string: how much that is, and what it takes.
+
+    Args:
+        frozen: weights of the VAE and the text encoders, on every device of `mesh`.
+        mesh: of this process's devices.
+        folder: receives the encodings.
+        views: of each image.
+        num_workers: processes that decode images.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        frozen: Mapping[str, Params],
+        tokenizers: Tokenizers,
+        prepared: Prepared,
+        mesh: Mesh,
+        folder: Path,
+        *,
+        resolution: int,
+        views: Sequence[View],
+        num_workers: int,
+    ):
+        self.folder = folder
+        self._captions = captions = distinct_captions(prepared)
+        V = len(views)
+
+        def moments(params: Params, images_NVHWC: jax.Array) -> Mapping[str, jax.Array]:
+            images_MHWC = images_NVHWC.reshape(-1, *images_NVHWC.shape[2:])
+            moments_MhwC = posterior_moments(pipeline.vae, params, images_MHWC)
+            return {"moments": moments_MhwC.reshape(-1, V, *moments_MhwC.shape[1:])}
+
+        def embeddings(params: Mapping[str, Params], token_ids_NEL: jax.Array) -> Mapping[str, jax.Array]:
+            context_NLD, pooled_NP = encode_text(pipeline, params, token_ids_NEL)
+            return {"context": context_NLD, "pooled": pooled_NP}
+
+        def read_captions(positions: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+            for start in range(0, len(positions), batch_size):
+                yield tokenizers(captions.take(pa.array(positions[start : start + batch_size])).to_pylist())
+
+        read_images = functools.partial(view_batches, prepared, views, resolution, num_workers)
+        count = len(prepared.images)
+        images_a_device = min(max(1, PIXELS_A_DEVICE // (V * resolution**2)), -(-count // mesh.size))
+        captions_a_device = min(CAPTIONS_A_DEVICE, -(-len(captions) // mesh.size))
+        image_shape = (images_a_device * mesh.size, V, resolution, resolution, 3)
+        token_shape = (captions_a_device * mesh.size, *tokenizers([""]).shape[1:])
+        text = {name: params for name, params in frozen.items() if name != "vae"}
+        self.tables = [
+            Table("captions", len(captions), read_captions, embeddings, text, token_shape, np.int32, mesh, folder),
+            Table("images", count, read_images, moments, frozen["vae"], image_shape, np.uint8, mesh, folder),
+        ]
+
+    def __str__(self) -> str:
+        lines = []
+        for table in self.tables:
+            done = f", {table.count - table.missing_rows} done" if table.missing_rows < table.count else ""
+            lines.append(
+                f"{table.name:12} {table.count} x {_readable(table.row_bytes)} = "
+                f"{_readable(table.count * table.row_bytes)}, {table.count * table.flop / 1e12:.4g} TFLOP{done}"
+            )
+        seconds = sum(table.missing_rows * table.seconds for table in self.tables) / jax.process_count()
+        lines.append(f"to write     {_readable(self._missing_bytes)}; {_readable(self._free)} are free")
+        lines.append(
+            f"time         about {datetime.timedelta(seconds=math.ceil(seconds))} on {jax.device_count()} x "
+            f"{jax.devices()[0].device_kind}, if images are read as fast"
+        )
+        return "\n".join(lines)
+
+    def run(self, facts: Mapping[str, Any], on_progress: OnProgress) -> None:
+        """Writes what is missing, and last of all `facts`, by which the encodings are known.
+
+        Raises OSError when the disk is too small for it, before anything is written.
+        """
+        if self._missing_bytes > self._free:
+            raise OSError(
+                f"the encodings need another {_readable(self._missing_bytes)}, but {_readable(self._free)} are free in "
+                f"{self.folder.parent}; make room, or encode fewer views or a lower resolution"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            write_captions(self.folder, self._captions)
+        for table in self.tables:
+            share = table.files[jax.process_index() :: jax.process_count()]
+            table.fill([file for file in share if not file.path.exists()], on_progress)
+        multihost_utils.sync_global_devices("data set encoded")
+        if jax.process_index() == 0:
+            files = {table.name: {"files": len(table.files), "rows_a_file": table.rows_a_file} for table in self.tables}
+            unfinished = self.folder / f".{FACTS}"
+            unfinished.write_text(json.dumps({"facts": dict(facts), **files}, indent=1) + "\n")
+            os.replace(unfinished, self.folder / FACTS)
+
+    @property
+    def _missing_bytes(self) -> int:
+        return sum(table.missing_rows * table.row_bytes for table in self.tables)
+
+    @property
+    def _free(self) -> int:
+        existing = next(folder for folder in self.folder.parents if folder.exists())
+        return shutil.disk_usage(existing).free
+
+
+def _check_finite(tensor: np.ndarray, what: str) -> None:
+    if not np.isfinite(tensor).all():
+        raise ValueError(
+            f"the {what} are not finite: the model overflows in its dtype; set vae_dtype (or dtype) to float32, or "
+            "take a VAE made for half precision"
+        )
+
+
+def _readable(size: int) -> str:
+    power = min(max(size.bit_length() - 1, 0) // 10, 4)
+    return f"{size / 2 ** (10 * power):.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

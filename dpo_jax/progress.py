@@ -1,0 +1,62 @@
+"""How far a command is: a bar with rate and time left, or plain lines where there is no terminal."""
+
+import datetime
+import time
+
+SECONDS_BETWEEN_LINES = 10
+
+
+class ProgressBar:
+    """`with ProgressBar("parts") as bar: bar.show("reading", done, total, records=12)`.
+
+    Args:
+        unit: what `done` and `total` count.
+    """
+
+    def __init__(self, unit: str):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._unit = unit
+        self._console = Console(stderr=True)
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit)
+        figures = TextColumn("{task.fields[figures]}")
+        self._bar = Progress(*columns, figures, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task("", total=None, figures="")
+        self._step: str | None = None
+        self._printed = time.monotonic()
+
+    def __enter__(self) -> "ProgressBar":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def show(self, step: str, done: int, total: int, **counts: int) -> None:
+        """Rates are since the step was shown first: what an earlier run did says nothing of them.
+
+        Args:
+            counts: what else there is of by now; its rate is shown in place of the unit's.
+        """
+        now, counts = time.monotonic(), counts or {self._unit: done}
+        if step != self._step:
+            self._step, self._started, self._done, self._counts = step, now, done, counts
+        seconds = now - self._started
+        figures = [f"{count} {name}" for name, count in counts.items() if name != self._unit]
+        figures += [
+            f"{(count - self._counts[name]) / seconds:.0f} {name}/s"
+            for name, count in counts.items()
+            if count > self._counts[name]
+        ]
+        if done > self._done:
+            left = seconds / (done - self._done) * (total - done)
+            figures.append(f"left {datetime.timedelta(seconds=round(left))}")
+        line = "  ".join(figures)
+        self._bar.update(self._task, description=step, completed=done, total=total, figures=line)
+        if not self._console.is_terminal and now - self._printed > SECONDS_BETWEEN_LINES:
+            self._printed = now
+            self.say(f"{step} {done}/{total} {self._unit}  {line}")
+
+    def say(self, message: str) -> None:
+        self._console.print(message, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,114 @@
+"""The data that a config names, opened: pairs chosen, what they become, and batches of them."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from dpo_jax.data.encoded import choose_views, open_encodings
+from dpo_jax.data.inputs import Decoded, Inputs, Stored
+from dpo_jax.data.pipeline import BatchIterator, Pairs, make_iterator, open_pairs, validation_batches
+from dpo_jax.data.scores import scores_file
+from dpo_jax.models.pipeline import Pipeline
+from dpo_jax.training.config import Derived
+from dpo_jax.training.model import load_tokenizers_of
+from dpo_jax.weights.io import fingerprint
+
+
+def check_data(config: ConfigDict) -> None:
+    """Opens the splits that the run will read and chooses from them, before anything else takes time."""
+    _training_pairs(config)
+    if config.validation.every:
+        _validation_pairs(config)
+
+
+def make_inputs(config: ConfigDict, pipeline: Pipeline) -> Inputs:
+    """What images and captions become: encoded by the step, or stored before by `prepare --encode`.
+
+    Raises FileNotFoundError when nothing was stored by these models with these settings.
+    """
+    data = config.data
+    if data.encoded_views:
+        return Stored(open_encodings(Path(data.path), encoding_facts(config, pipeline)))
+    return Decoded(data.resolution, load_tokenizers_of(pipeline), data.random_crop, data.random_flip)
+
+
+def encoding_facts(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
+    """All that stored encodings depend on. They are stored and looked up by it."""
+    data = config.data
+    views = choose_views(data.encoded_views, random_crop=data.random_crop, random_flip=data.random_flip)
+    return {
+        "family": pipeline.family.name,
+        "models": pipeline.fingerprint([name for name in pipeline.components if name != "unet"]),
+        "dtype": config.dtype,
+        "vae_dtype": config.vae_dtype,
+        "resolution": data.resolution,
+        "views": [view._asdict() for view in views],
+        "data": data_fingerprints(config)["fingerprints.data"],
+    }
+
+
+def data_fingerprints(config: ConfigDict) -> dict[str, str]:
+    """Fields for config.json: digests of the prepared data set and of the scores that label it."""
+    data = config.data
+    if data.path.startswith("random:"):
+        return {"fingerprints.data": data.path}
+    files = {"data": [epath.Path(data.path) / name for name in ("records.arrow", "images.arrow")]}
+    if data.judges:
+        files["scores"] = [epath.Path(scores_file(Path(data.path), judge)) for judge in data.judges]
+    return {f"fingerprints.{name}": fingerprint(paths) for name, paths in files.items()}
+
+
+def open_training_batches(config: ConfigDict, derived: Derived, inputs: Inputs) -> BatchIterator:
+    """This process's share of the endless training stream; reads nothing but the data set's index yet."""
+    data = config.data
+    return make_iterator(
+        _training_pairs(config),
+        inputs,
+        batch_size=derived.local_batch_size,
+        seed=config.seed,
+        caption_dropout=data.caption_dropout,
+        relabel=data.relabel,
+        num_workers=data.num_workers,
+        **_options(config),
+    )
+
+
+def open_validation_batches(config: ConfigDict, derived: Derived, inputs: Inputs) -> BatchIterator:
+    """This process's share of the held-out pairs, once, in order; the last batches may hold rows of weight 0."""
+    batch_size = derived.local_batch_size // config.data.accumulation
+    return validation_batches(_validation_pairs(config), inputs, batch_size=batch_size, **_options(config))
+
+
+def _training_pairs(config: ConfigDict) -> Pairs:
+    data = config.data
+    return open_pairs(data.path, "train", ties=data.ties, labels=data.labels, limit=data.limit, **_choices(config))
+
+
+def _validation_pairs(config: ConfigDict) -> Pairs:
+    """Without ties, which no model can order rightly or wrongly."""
+    return open_pairs(config.data.path, "validation", **_choices(config))
+
+
+def _choices(config: ConfigDict) -> dict[str, Any]:
+    """What training and validation pairs have in common."""
+    data = config.data
+    return {
+        "judges": data.judges,
+        "combine": data.combine,
+        "generators": data.generators,
+        "min_agreement": data.min_agreement,
+        "min_side": data.min_side,
+        "read_images": not data.encoded_views,
+    }
+
+
+def _options(config: ConfigDict) -> dict[str, Any]:
+    """What training and validation batches have in common."""
+    return {
+        "size_conditioning": config.data.size_conditioning,
+        "shard_index": jax.process_index(),
+        "shard_count": jax.process_count(),
+    }

@@ -1,0 +1,152 @@
+"""The models that a config names, opened: their structure, their LoRA, and the weights that stay frozen."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dpo_jax.data.tokenizers import Tokenizers, load_tokenizers
+from dpo_jax.evaluation.generate import Generator
+from dpo_jax.models.lora import LowRank, find_targets, init_lora
+from dpo_jax.models.pipeline import Pipeline, files_of, find_component, load_pipeline
+from dpo_jax.models.random_model import write_random_model
+from dpo_jax.sharding import param_sharding, placement
+from dpo_jax.training.step import Frozen
+from dpo_jax.weights.hub import find_lora
+from dpo_jax.weights.io import fingerprint
+from dpo_jax.weights.layout import Params
+from dpo_jax.weights.lora_files import lora_files_of, read_lora
+
+
+def open_model(config: ConfigDict, workdir: epath.PathLike) -> Pipeline:
+    """The structure of `config.model` and its LoRA; "random:FAMILY" is first written to `workdir/model`, once."""
+    model, family = config.model, config.family or None
+    if model.startswith("random:"):
+        family = model.removeprefix("random:")
+        model = epath.Path(workdir) / "model"
+        if not model.exists() and jax.process_index() == 0:
+            write_random_model(family, model)
+        multihost_utils.sync_global_devices("random model written")
+    pipeline = load_pipeline(
+        model,
+        dtype=jnp.dtype(config.dtype),
+        vae_dtype=jnp.dtype(config.vae_dtype),
+        family=family,
+        unet=config.unet,
+        vae=config.vae,
+        model_config=config.model_config,
+        revision=config.revision,
+        variant=config.variant,
+    )
+    if config.data.resolution % pipeline.vae_factor:
+        raise ValueError(f"data.resolution={config.data.resolution} is not a multiple of {pipeline.vae_factor}")
+    lora = config.lora
+    if lora.init:
+        adapter = read_lora(find_lora(lora.init), pipeline.unet.specs)
+        adapters = {layer: LowRank(adapter.rank(layer), alpha) for layer, alpha in adapter.alphas.items()}
+        ranks = sorted({size.rank for size in adapters.values()})
+        if lora.rank and ranks != [lora.rank]:
+            raise ValueError(
+                f"config.lora.rank={lora.rank}, but {lora.init} has rank {ranks}; set lora.rank=0 to take it"
+            )
+        return pipeline.with_lora(adapters, lora.dropout)
+    if lora.rank:
+        adapters = find_targets(pipeline.unet, lora.targets, rank=lora.rank, alpha=lora.alpha or lora.rank)
+        return pipeline.with_lora(adapters, lora.dropout)
+    return pipeline
+
+
+def initial_adapter(config: ConfigDict, pipeline: Pipeline) -> Params:
+    """The LoRA of `config.lora.init`, or one that changes nothing yet; float32, on the host."""
+    specs = pipeline.trained_specs
+    if not config.lora.init:
+        return jax.device_get(init_lora(specs, config.seed))
+    params = read_lora(find_lora(config.lora.init), pipeline.unet.specs).params
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))
+
+
+def load_unet(pipeline: Pipeline, mesh: Mesh, path: epath.Path | None = None) -> Params:
+    """The model's own UNet (or the one at `path`) as frozen weights are kept: in the compute dtype."""
+    return pipeline.load("unet", dtype=pipeline.dtype, sharding=placement(mesh), path=path)
+
+
+def load_reference(
+    config: ConfigDict, pipeline: Pipeline, mesh: Mesh, frozen: Frozen, adapter: Params | None
+) -> Params:
+    """What the policy is compared with: `config.reference`, or the UNet it starts from.
+
+    With a LoRA that UNet is "base", already in memory: the same arrays, not copies.
+    """
+    if config.reference:
+        reference = load_unet(pipeline, mesh, find_component(config.reference, "unet"))
+    else:
+        reference = frozen.get("base") or load_unet(pipeline, mesh)
+    if not config.lora.init_reference:
+        return reference
+    assert adapter is not None  # `config.resolve` has checked it
+    place = placement(mesh)
+    return reference | {
+        name: jax.device_put(np.asarray(value, pipeline.dtype), place(name, pipeline.trained_specs[name]))
+        for name, value in adapter.items()
+    }
+
+
+def load_frozen(config: ConfigDict, pipeline: Pipeline, mesh: Mesh) -> Frozen:
+    """VAE and text encoders."""
+    return {
+        name: pipeline.load(
+            name, dtype=jnp.dtype(config.vae_dtype if name == "vae" else config.dtype), sharding=placement(mesh)
+        )
+        for name in pipeline.components
+        if name != "unet"
+    }
+
+
+def load_tokenizers_of(pipeline: Pipeline) -> Tokenizers:
+    return load_tokenizers(pipeline.folder, pipeline.tokenizer_names)
+
+
+def make_generator(
+    config: ConfigDict, pipeline: Pipeline, encoders: Callable[[], Frozen], mesh: Mesh, batch_size: int
+) -> Generator:
+    """The sampler that `config.sample` describes."""
+    return Generator(
+        pipeline,
+        encoders,
+        load_tokenizers_of(pipeline),
+        mesh,
+        resolution=config.data.resolution,
+        num_steps=config.sample.steps,
+        guidance_scale=config.sample.guidance,
+        batch_size=batch_size,
+    )
+
+
+def for_sampling(pipeline: Pipeline, params: Params) -> Params:
+    """Trained weights as the frozen ones are kept, so that both run through one compiled sampler."""
+    return {name: value.astype(pipeline.dtype) for name, value in params.items()}
+
+
+def abstract_params(pipeline: Pipeline, mesh: Mesh) -> Any:
+    """Shapes and places of the trained weights: float32 masters."""
+    return {
+        name: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=param_sharding(mesh, spec))
+        for name, spec in pipeline.trained_specs.items()
+    }
+
+
+def model_fingerprints(config: ConfigDict, pipeline: Pipeline) -> dict[str, str]:
+    """Fields for config.json: digests of the files of models that a run begins with, by what they are for."""
+    digests = {"fingerprints.model": pipeline.fingerprint()}
+    if config.reference:
+        reference = find_component(config.reference, "unet")
+        digests["fingerprints.reference"] = fingerprint(files_of(reference, pipeline.variant))
+    if config.lora.init:
+        digests["fingerprints.lora"] = fingerprint(lora_files_of(find_lora(config.lora.init)))
+    return digests

@@ -1,0 +1,78 @@
+"""A finished or running experiment, opened to be looked at."""
+
+import dataclasses
+import functools
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dpo_jax.cli import flatten, unflatten
+from dpo_jax.evaluation.generate import Generator
+from dpo_jax.models.pipeline import Pipeline
+from dpo_jax.sharding import make_mesh
+from dpo_jax.training.checkpoint import read_config, restore_params
+from dpo_jax.training.config import default_config
+from dpo_jax.training.model import (
+    abstract_params,
+    for_sampling,
+    initial_adapter,
+    load_frozen,
+    load_unet,
+    make_generator,
+    open_model,
+)
+from dpo_jax.weights.layout import Params
+from dpo_jax.weights.lora_files import Adapter
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished or running experiment, opened to be looked at: the newest policy and the base it came from."""
+
+    config: ConfigDict
+    pipeline: Pipeline
+    mesh: Mesh
+    params: Params
+    """Trained weights, float32: of the whole UNet or of a LoRA; their moving average where the config wants one."""
+    step: int
+
+    @functools.cached_property
+    def base(self) -> Params:
+        """The UNet that training began with, in the compute dtype; with the LoRA that it went on from, if any."""
+        unet = load_unet(self.pipeline, self.mesh)
+        return unet | initial_adapter(self.config, self.pipeline) if self.config.lora.init else unet
+
+    @functools.cached_property
+    def policy(self) -> Params:
+        """The tuned UNet, in the compute dtype."""
+        tuned = for_sampling(self.pipeline, self.params)
+        return tuned if self.pipeline.adapted_unet is None else self.base | tuned
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The trained LoRA, or None where the whole UNet was trained."""
+        adapted = self.pipeline.adapted_unet
+        if adapted is None:
+            return None
+        return Adapter(jax.device_get(self.params), {name: size.alpha for name, size in self.pipeline.adapters.items()})
+
+    def generator(self, batch_size: int) -> Generator:
+        frozen = load_frozen(self.config, self.pipeline, self.mesh)
+        return make_generator(self.config, self.pipeline, lambda: frozen, self.mesh, batch_size)
+
+
+def open_run(workdir: epath.PathLike) -> Run:
+    """Reads the config and the newest checkpoint of a work directory, without its optimizer state."""
+    saved = read_config(workdir)
+    if saved is None:
+        raise FileNotFoundError(f"no training run at {workdir}: it has no config.json; train first, see dpo_jax.train")
+    config = unflatten(flatten(default_config()) | saved)
+    pipeline = open_model(config, workdir)
+    if pipeline.fingerprint() != saved["fingerprints.model"]:
+        raise ValueError(f"the model in {pipeline.folder} has changed since {workdir} began; put the former one back")
+    mesh = make_mesh(data=1, fsdp=-1)  # whatever devices are here, not those that trained
+    item = "ema" if config.ema.decay else "params"
+    params, step = restore_params(workdir, abstract_params(pipeline, mesh), item)
+    return Run(config, pipeline, mesh, params, step)

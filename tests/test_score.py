@@ -1,0 +1,153 @@
+"""The command on the bundled pairs, as a user runs it, and training pairs in the order of its scores."""
+
+import hashlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from dpo_jax.data import builder
+from dpo_jax.data.pipeline import open_pairs
+from dpo_jax.data.prepared import open_prepared
+from dpo_jax.data.sources import SOURCES
+from dpo_jax.rewards import JUDGES, shapes
+
+from .conftest import ROOT
+
+
+def score(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "dpo_jax.score", *arguments], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    builder.prepare(SOURCES["pickapic"], [ROOT / "dpo_jax" / "tiny" / "pairs.parquet"], folder, workers=0)
+    return folder
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)))[None]
+
+
+def test_an_outside_judge_and_the_exact_one(data: Path, tmp_path: Path) -> None:
+    """Somebody who likes blue scores all images but one; the bundled pairs were voted on by the exact judge itself."""
+    prepared = open_prepared(data)
+    records = [prepared.record(i) for i in range(len(prepared))]
+    blue = [[float(pixels(image)[..., 2].mean()) for image in record["images"]] for record in records]
+    lines = []
+    for i, (record, values) in enumerate(zip(records, blue, strict=True)):
+        if i % 2:
+            lines.append({"record": i, "scores": values})
+        else:
+            for image, value in zip(record["images"], values, strict=True):
+                sha256 = hashlib.sha256(image).hexdigest()
+                lines.append({"caption": record["caption"], "sha256": sha256, "score": value})
+    del lines[0]
+    (tmp_path / "blue.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    done = score(f"--data={data}", "--judge=blue", f"--scores={tmp_path}/blue.jsonl")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((data / "scores" / "blue.json").read_text())
+    prefers_first = np.asarray([values[0] > values[1] for values in blue[1:]])
+    assert (summary["records"], summary["scored"], summary["ties"]) == (1000, 999, 0)
+    assert summary["agreement"]["votes"]["rate"] == pytest.approx(prefers_first.mean())
+    assert "records      1000: 999 scored, 1 not" in done.stdout
+
+    done = score(f"--data={data}", "--judge=shapes")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((data / "scores" / "shapes.json").read_text())
+    assert (summary["scored"], summary["ties"], summary["agreement"]["votes"]["rate"]) == (1000, 0, 1.0)
+    assert summary["agreement"]["blue"]["rate"] == pytest.approx(prefers_first.mean())
+    assert "agrees with  votes: 100.0% [" in done.stdout
+    assert done.stdout.splitlines()[-1] == f"written to {data}/scores/shapes.arrow"
+
+    # Both agree on what Pareto leaves; alone, each has its own order.
+    by_blue = open_pairs(data, "train", judges=("blue",))
+    by_both = open_pairs(data, "train", judges=("blue", "shapes"), combine="pareto")
+    trained_on = [record["split"] == "train" for record in records[1:]]
+    assert len(by_blue) == sum(trained_on)
+    assert len(by_both) == (prefers_first & trained_on).sum()
+    for pairs in (by_blue, by_both):
+        for i in range(0, len(pairs), 20):
+            first, second = (pixels(image)[..., 2].mean() for image in pairs[i]["images"])
+            assert first > second
+
+
+def test_training_pairs_follow_the_exact_judge(data: Path, tmp_path: Path) -> None:
+    """Of pairs with every second vote turned round."""
+    pairs = pq.read_table(ROOT / "dpo_jax" / "tiny" / "pairs.parquet").slice(0, 60)
+    labels = [pairs[f"label_{side}"].to_numpy().copy() for side in (0, 1)]
+    labels[0][::2], labels[1][::2] = labels[1][::2].copy(), labels[0][::2].copy()
+    for side in (0, 1):
+        name = f"label_{side}"
+        pairs = pairs.set_column(pairs.schema.get_field_index(name), name, [labels[side]])
+    pq.write_table(pairs, tmp_path / "turned.parquet")
+    builder.prepare(SOURCES["pickapic"], [tmp_path / "turned.parquet"], tmp_path / "turned", workers=0)
+    done = score(f"--data={tmp_path}/turned", "--judge=shapes")
+    assert done.returncode == 0, done.stderr
+    assert "agrees with  votes: 50.0% [" in done.stdout
+    for split in ("train", "validation"):
+        judged = open_pairs(tmp_path / "turned", split, judges=("shapes",))
+        for i in range(len(judged)):
+            caption, images = judged[i]["caption"], judged[i]["images"]
+            first, second = (shapes.score(pixels(image), [caption])[0] for image in images)
+            assert first > second
+
+
+def test_help_names_the_judges() -> None:
+    shown = " ".join(score("--help").stdout.split())
+    for name, judge in JUDGES.items():
+        assert f"{name}: {judge.help}" in shown
+
+
+def test_scores_are_not_overwritten_by_mistake(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text('{"record": 0, "scores": [2, 2]}')
+    file = data / "scores" / "one.arrow"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"earlier")
+    arguments = f"--data={data}", "--judge=one", f"--scores={tmp_path}/one.jsonl"
+    again = score(*arguments)
+    assert again.returncode == 1
+    assert again.stderr == f"error: {data} has scores by one already; replace them by --overwrite\n"
+    assert file.read_bytes() == b"earlier"
+    assert score(*arguments, "--overwrite").returncode == 0
+    assert '"ties": 1' in file.with_suffix(".json").read_text()
+    assert open_prepared(data, ("one",)).scored_N.tolist() == [True] + [False] * 999
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--judge=beauty"], "--judge=beauty: the judges that come with dpo_jax are shapes; give scores of another"),
+        (["--judge=../../x"], "--judge=../../x: a judge is named by letters"),
+        (["--judge=votes"], "--judge=votes: a judge is named by letters"),
+        (["--judge=mine", "--scores=nowhere.jsonl"], "no file of scores at nowhere.jsonl; its lines should be"),
+        (["--judge=shapes", "--data=nowhere"], "no prepared data set at nowhere: run python -m dpo_jax.prepare"),
+        ([], "flag --judge=None: Flag --judge must have a value"),
+    ],
+)
+def test_mistakes_are_one_sentence(data: Path, arguments: list[str], message: str) -> None:
+    done = score(f"--data={data}", *arguments)
+    assert done.returncode in (1, 2)
+    assert done.stderr.startswith(f"error: {message}")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_image_that_the_judge_refuses(tmp_path: Path) -> None:
+    for folder, level in (("w", 0), ("l", 255)):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (40, 32), (level,) * 3).save(tmp_path / folder / "0.png")
+    (tmp_path / "w" / "0.txt").write_text("a red circle at the top left")
+    builder.prepare(SOURCES["pairs_folder"], [tmp_path], tmp_path / "out", workers=0, validation_fraction=0)
+    done = score(f"--data={tmp_path}/out", "--judge=shapes")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {open_prepared(tmp_path / 'out').record(0)['where']} can't be judged: ")
+    assert "reads uint8 pictures [N, 32, 32, 3], not uint8 [1, 32, 40, 3]" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out" / "scores").exists()

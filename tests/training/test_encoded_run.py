@@ -1,0 +1,173 @@
+"""Training from what `prepare --encode` stored, against training from images."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.training.config import resolve
+from dpo_jax.training.data import make_inputs, open_training_batches
+from dpo_jax.training.encoding import encode_data
+from dpo_jax.training.experiment import build, make_encode
+from dpo_jax.training.model import load_frozen, open_model
+from dpo_jax.training.trainer import train
+
+
+@pytest.fixture
+def config(tiny_config, mixed_pairs: Path):
+    """Two views: of them a run sees what it would see by random flips."""
+
+    def make(family: str, **fields: object):
+        defaults = {
+            "data.path": str(mixed_pairs),
+            "data.random_flip": True,
+            "data.encoded_views": 2,
+            "loss.beta": 100.0,
+        }
+        return tiny_config(family, **defaults | fields)
+
+    return make
+
+
+def encoded(config):
+    encode_data(config, 0, lambda text: None, lambda *done: None)
+    return config
+
+
+def losses(workdir: Path) -> list[float]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_inputs_agree_to_bfloat16_rounding(config, tmp_path: Path, family: str) -> None:
+    """Latents and conditioning of the same samples: flips, dropped captions, own captions, real sizes, and all."""
+    fields = {"data.size_conditioning": "real", "data.caption_dropout": 0.3, "data.batch_size": 8}
+    config = encoded(config(family, **fields))
+    pipeline, derived = open_model(config, tmp_path), resolve(config, device_count=1, process_count=1)
+    mesh = build(config, derived, pipeline).mesh
+    frozen = load_frozen(config, pipeline, mesh)
+    encode = jax.jit(make_encode(pipeline))
+    found = []
+    for views in (2, 0):
+        config.data.encoded_views = views
+        with open_training_batches(config, derived, make_inputs(config, pipeline)) as batches:
+            some = [next(batches) for _ in range(3)]
+        keys = [jax.vmap(jax.random.key)(jnp.asarray(batch.index_B)) for batch in some]
+        outputs = [encode(frozen if not views else {}, batch, k) for batch, k in zip(some, keys, strict=True)]
+        found.append((outputs, [batch._replace(inputs=()) for batch in some]))
+    (stored, of_stored), (fresh, of_fresh) = found
+    for a, b in zip(jax.tree.leaves(of_stored), jax.tree.leaves(of_fresh), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for (latents, conditioning), (expected_latents, expected_conditioning) in zip(stored, fresh, strict=True):
+        for a, b in zip(jax.tree.leaves(conditioning), jax.tree.leaves(expected_conditioning), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2**-8, atol=1e-5)
+        # The error of mean and log variance, each of relative 2^-9; a posterior's deviation is around 1.
+        np.testing.assert_allclose(latents, expected_latents, atol=0.02 * np.abs(expected_latents).max())
+        assert not np.array_equal(latents, expected_latents)
+    sizes = np.concatenate([batch.size_cond_BK6[..., :4].reshape(-1, 4) for batch in of_stored])
+    assert len({tuple(size) for size in sizes}) > 3
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_losses_agree_and_neither_vae_nor_text_encoder_is_in_memory(config, tmp_path: Path, family: str) -> None:
+    """Four steps with validation and samples, for which the VAE and the text encoders come and go."""
+    fields = {"optimizer.learning_rate": 1e-4}
+    fields |= {"validation.every": 4, "sample.every": 4} if family == "sd15" else {}
+    stored = encoded(config(family, **fields))
+    train(stored, tmp_path / "stored")
+    train(config(family, **fields, **{"data.encoded_views": 0}), tmp_path / "fresh")
+    ours, expected = losses(tmp_path / "stored"), losses(tmp_path / "fresh")
+    assert abs(expected[-1] - expected[0]) > 0.01
+    np.testing.assert_allclose(ours, expected, rtol=5e-3)
+    assert ours != expected
+    assert (tmp_path / "stored" / "samples" / "step_000004.png").exists() == (family == "sd15")
+
+    pipeline = open_model(stored, tmp_path)
+    before = {id(x) for x in jax.live_arrays()}
+    experiment = build(stored, resolve(stored, device_count=1, process_count=1), pipeline)
+    assert experiment.frozen.keys() == {"reference"}
+    held = sum(x.size for x in jax.live_arrays() if id(x) not in before)
+    assert held == sum(x.size for x in experiment.frozen["reference"].values())
+
+
+def test_each_epoch_samples_the_posterior_anew(config, tmp_path: Path) -> None:
+    config = encoded(config("sd15", **{"data.random_flip": False, "data.encoded_views": 1, "data.limit": 4}))
+    pipeline, derived = open_model(config, tmp_path), resolve(config, device_count=1, process_count=1)
+    with open_training_batches(config, derived, make_inputs(config, pipeline)) as batches:
+        first, second = next(batches), next(batches)
+    rows = [{row.tobytes(): i for i, row in enumerate(batch.inputs.moments_BKhwC)} for batch in (first, second)]
+    assert rows[0].keys() == rows[1].keys()
+    encode = make_encode(pipeline)
+    latents = [encode({}, batch, jax.vmap(jax.random.key)(jnp.asarray(batch.index_B)))[0] for batch in (first, second)]
+    for moments, i in rows[0].items():
+        assert not np.array_equal(latents[0][i], latents[1][rows[1][moments]])
+
+
+def test_candidates_share_a_view_and_all_views_are_seen(config, tmp_path: Path) -> None:
+    config = encoded(config("sd15", **{"data.encoded_views": 4, "data.random_crop": True, "data.batch_size": 16}))
+    pipeline, derived = open_model(config, tmp_path), resolve(config, device_count=1, process_count=1)
+    inputs = make_inputs(config, pipeline)
+    encodings = inputs.encodings
+    stored = {encodings.moments_hwC(i, view).tobytes(): view for i in range(14) for view in reversed(range(4))}
+    seen = []
+    with open_training_batches(config, derived, inputs) as batches:
+        for _ in range(4):
+            seen += [[stored[x.tobytes()] for x in row] for row in next(batches).inputs.moments_BKhwC]
+    # Views of a square image are alike but for the mirroring, which tells odd views from even ones.
+    assert all(a % 2 == b % 2 for a, b in seen)
+    assert {view for pair in seen for view in pair} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"data.resolution": 64}, r"resolution was 32, now 64"),
+        ({"data.random_crop": True}, r"views was .*, now \[.*'top': 0\.\d+"),
+        ({"data.encoded_views": 1, "data.random_flip": False}, r"views was .*, now \[[^}]*\}\]"),
+        ({"dtype": "bfloat16"}, r"dtype was 'float32', now 'bfloat16'"),
+        ({"model": "random:sd21"}, r"models was 'sd15-\w+', now 'sd21-\w+'"),
+    ],
+    ids=["resolution", "crop", "views", "dtype", "model"],
+)
+def test_encodings_of_something_else_are_refused(config, tmp_path: Path, changed, message: str) -> None:
+    encoded(config("sd15"))
+    with pytest.raises(FileNotFoundError, match=f"no encodings by this model with these settings.*{message}"):
+        train(config("sd15", **changed), tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_missing_and_damaged_files_are_told_before_training(config, tmp_path: Path) -> None:
+    config = config("sd15")
+    with pytest.raises(FileNotFoundError, match=r"has no encodings by this model.*; make them by python -m"):
+        train(config, tmp_path / "run")
+    folder = encode_data(config, 0, lambda text: None, lambda *done: None)
+    file = folder / "images-00000.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r"images-00000.safetensors is truncated"):
+        train(config, tmp_path / "run")
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"images-00000.safetensors"):
+        train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"data.encoded_views": 1},
+            "one view of each image, but config.data.random_flip asks for more; set",
+        ),
+        ({"data.encoded_views": 2, "data.random_flip": False}, "all views would be alike: set encoded_views=1"),
+        ({"data.encoded_views": 3}, "without random_crop an image has two views"),
+        ({"data.path": "random:8"}, "needs a prepared data set"),
+        ({"data.encoded_views": -1}, "must be 0 or more"),
+    ],
+)
+def test_views_that_cannot_be_stored_are_refused(config, fields, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(config("sd15", **fields), device_count=1, process_count=1)
