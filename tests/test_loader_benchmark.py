@@ -1,0 +1,56 @@
+"""The loader is as fast as its benchmark says, gives PyTorch's pixels, and its memory stays flat."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(output: Path, *arguments: str) -> Any:
+    subprocess.run([sys.executable, "benchmarks/loader.py", f"--json={output}", *arguments], cwd=ROOT, check=True)
+    return json.loads(output.read_text())
+
+
+def check_pixels(results: dict[str, Any]) -> None:
+    for name, figures in results.items():
+        if name.isdigit():
+            same, resized = (
+                figures["largest_difference_of_255"][str(side)] for side in (int(name), int(name) * 3 // 4)
+            )
+            assert same < 0.01  # their floats
+            assert resized <= 1  # Pillow rounds, PyTorch doesn't
+
+
+def test_tiny(tmp_path: Path) -> None:
+    results = run(tmp_path / "loader.json", "--tiny", "--only=bare,ours,cache,shipped")
+    check_pixels(results)
+    contestants = results["64"]["contestants"]
+    assert list(contestants) == ["bare", "ours", "cache", "shipped"]
+    for figures in contestants.values():
+        assert 0 < figures["cpu_ms_a_pair"] * figures["pairs_a_second"] / 1000 < 1.5 * results["cores"]
+
+
+def test_committed_figures_say_the_same() -> None:
+    results = json.loads((ROOT / "benchmarks" / "loader.json").read_text())
+    check_pixels(results)
+    for side in ("512", "1024"):
+        ratios = {name: ratio["pairs_a_second"] for name, ratio in results[side]["ratios"].items()}
+        assert ratios["ours / shipped"] > 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_memory_is_flat(tmp_path: Path) -> None:
+    results = run(tmp_path / "memory.json", "--memory")
+    for few, many in zip(results[::2], results[1::2], strict=True):
+        assert (few["records"], many["records"], few["workers"]) == (20_000, 200_000, many["workers"])
+        for where in ("main", "workers"):
+            small, large = (found["bytes_after_batches"] for found in (few, many))
+            # Each process has the indices of the chosen records, 8 bytes each; the rest is what choosing left unused.
+            assert large["500"][where] - small["500"][where] < 200 * 180_000
+            assert large["500"][where] - large["50"][where] < 20e6
