@@ -86,6 +86,9 @@ def _check_overrides(arguments: list[str]) -> None:
     files = [argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")]
     files += [value for flag, value in itertools.pairwise(arguments) if flag == "--config"]
     if not files:
+        lost = [argument for argument in arguments if argument.startswith("--config.")]
+        if lost:
+            raise ValueError(f"{lost[0]} replaces a field of a config, and --config=FILE is missing")
         return
     fields = flatten(load_config(files[-1]))
     for argument in arguments:

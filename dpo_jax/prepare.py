@@ -27,9 +27,11 @@ SOURCE = flags.DEFINE_enum(
     "What the input is.\n" + "\n".join(f"{name}: {source.help}" for name, source in SOURCES.items()),
 )
 INPUT = flags.DEFINE_list("input", None, "Files or folders to read; comma-separated, wildcards allowed.")
-OUTPUT = flags.DEFINE_string("output", None, "Folder to write; it must not exist yet, or be empty.", required=True)
+OUTPUT = flags.DEFINE_string(
+    "output", None, "Folder to write: a new or empty one; with --encode also one that was prepared.", required=True
+)
 WORKERS = flags.DEFINE_integer(
-    "workers", None, "Processes that read images; one a core if not given, 0 for none.", lower_bound=0
+    "workers", None, "Processes (to encode: threads) that read; one a core if not given, 0 for none.", lower_bound=0
 )
 VALIDATION_FRACTION = flags.DEFINE_float(
     "validation_fraction", 0.05, "Share of the prompts to hold out for validation.", lower_bound=0, upper_bound=1
@@ -37,7 +39,9 @@ VALIDATION_FRACTION = flags.DEFINE_float(
 MAX_DAMAGED_FRACTION = flags.DEFINE_float(
     "max_damaged_fraction", 0.01, "Share of the records that may be damaged.", lower_bound=0, upper_bound=1
 )
-ENCODE = flags.DEFINE_bool("encode", False, "Store latents and embeddings by the models of --config.")
+ENCODE = flags.DEFINE_bool(
+    "encode", False, "Store latents and embeddings by the models of --config (whose data.path is --output)."
+)
 CONFIG = config_flags.DEFINE_config_file("config", None, "With --encode: config file, or FILE:variant.")
 
 
@@ -88,9 +92,17 @@ def build(output: Path) -> None:
 
 
 def is_prepared(output: Path, files: list[Path]) -> bool:
-    """Whether an earlier run has prepared these files."""
-    summary = output / "summary.json"
-    return summary.is_file() and json.loads(summary.read_text())["files"] == [str(file) for file in files]
+    """Whether an earlier run has prepared just this. Raises FileExistsError if it was something else."""
+    if not (output / "summary.json").is_file():
+        return False
+    summary = json.loads((output / "summary.json").read_text())
+    given = [str(file) for file in files], SOURCES[SOURCE.value].help, VALIDATION_FRACTION.value
+    if (summary["files"], summary["source"], summary["validation_fraction"]) != given:
+        raise FileExistsError(
+            f"{output} was prepared before, from other --input, or with another --source or --validation_fraction; "
+            "leave --input out to encode what is there"
+        )
+    return True
 
 
 def encode(output: Path) -> None:

@@ -69,3 +69,25 @@ def test_mistakes_are_one_sentence(tmp_path: Path, argument: str, message: str) 
     assert done.returncode in (1, 2)
     assert done.stderr.startswith(f"error: {message}")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_encodes_in_the_same_command_and_again(tmp_path: Path) -> None:
+    """New data, then what is there; a second time nothing is left to do. Nothing but the plan is said."""
+    table = pq.read_table(PAIRS).slice(0, 40)
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    config = "--encode", f"--config={ROOT}/configs/tiny.py", "--config.data.encoded_views=1"
+    arguments = f"--input={tmp_path}/pairs.parquet", f"--output={tmp_path}/out"
+    done = prepare(*arguments, "--workers=2", *config)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "out" / "encoded").iterdir()
+    assert done.stdout.splitlines()[-1] == f"encodings are in {folder}"
+    assert [line.split()[0] for line in done.stderr.splitlines()] == ["captions", "images", "to", "time"]
+    again = prepare(*arguments, *config)
+    assert (again.returncode, again.stdout, again.stderr) == (0, f"encodings are in {folder}\n", "")
+    assert prepare(arguments[1], *config).stdout == again.stdout
+    other = prepare(*arguments, "--validation_fraction=0.5", *config)
+    assert other.stderr.startswith(f"error: {tmp_path}/out was prepared before, from other --input, or with another")
+    assert prepare(*arguments, "--encode").stderr.startswith("error: --encode and --config go together")
+    assert prepare(*arguments, "--encode", config[2]).stderr.startswith(
+        f"error: {config[2]} replaces a field of a config"
+    )

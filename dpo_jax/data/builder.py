@@ -52,6 +52,9 @@ class Summary:
     """What became of the rows; written beside the data as `summary.json`."""
 
     files: list[str]
+    source: str = ""
+    """What the input was said to be."""
+    validation_fraction: float = 0.0
     rows: int = 0
     """Read: records, dropped and quarantined ones."""
     records: int = 0
@@ -140,6 +143,7 @@ def prepare(
         _make_parts(source, missing, os.cpu_count() or 1 if workers is None else workers, count)
         _check_damage(summary, max_damaged_fraction, summary.records + summary.quarantined, folders)
         summary = _count(files, folders)  # in order, whichever part was finished first
+        summary.source, summary.validation_fraction = source.help, validation_fraction
         if not summary.records:
             shutil.rmtree(partial)
             found = _listed(summary.dropped + summary.damaged)

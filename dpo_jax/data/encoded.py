@@ -17,6 +17,8 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,10 @@ import pyarrow.compute as pc
 from etils import epath
 
 from dpo_jax.data.images import View
+from dpo_jax.data.parts import sync
 from dpo_jax.data.prepared import Prepared
 from dpo_jax.weights import safetensors_file
-from dpo_jax.weights.mapped_file import fetch
+from dpo_jax.weights.mapped_file import read_into
 
 FACTS = "encoding.json"
 CAPTIONS = "captions.arrow"
@@ -45,10 +48,6 @@ class Encodings:
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder}
 
-    @functools.cached_property
-    def _written(self) -> dict[str, Any]:
-        return json.loads((self.folder / FACTS).read_text())
-
     @property
     def resolution(self) -> int:
         return self._written["facts"]["resolution"]
@@ -57,38 +56,71 @@ class Encodings:
     def views(self) -> list[View]:
         return [View(**view) for view in self._written["facts"]["views"]]
 
-    def moments_hwC(self, image: int, view: int) -> np.ndarray:
-        """Of one view of an image, read from disk."""
-        file, row = divmod(image, self._written["images"]["rows_a_file"])
-        return fetch(self._images[file]["moments"][row, view])
+    @property
+    def row_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the moments of one view, and of a caption's context and pooled embedding."""
+        image, text = self._images[0], self._texts[0]
+        return {"moments": image.shapes["moments"][2:]} | {name: shape[1:] for name, shape in text.shapes.items()}
 
-    def text(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
-        """(context_LD, pooled_P) of a caption. Raises KeyError if it is none of the data set's."""
+    def read_moments(self, image: int, view: int, moments_hwC: np.ndarray) -> None:
+        """Reads those of one view of an image from disk, into `moments_hwC`."""
+        file, row = divmod(image, self._written["images"]["rows_a_file"])
+        self._images[file].read("moments", row * len(self.views) + view, moments_hwC)
+
+    def read_text(self, caption: str, context_LD: np.ndarray, pooled_P: np.ndarray) -> None:
+        """Likewise the embeddings of a caption. Raises KeyError if it is none of the data set's."""
         position = bisect.bisect_left(self._captions, caption)
         if position == len(self._captions) or self._captions[position] != caption:
             raise KeyError(caption)
         file, row = divmod(position, self._written["captions"]["rows_a_file"])
-        return fetch(self._texts[file]["context"][row]), fetch(self._texts[file]["pooled"][row])
+        self._texts[file].read("context", row, context_LD)
+        self._texts[file].read("pooled", row, pooled_P)
 
     def check(self) -> None:
-        """Raises FileNotFoundError or ValueError where a file is missing or cut short; some 0.1 ms a file."""
-        _ = self._images, self._texts, self._captions
+        """Raises ValueError where a file is missing or cut short; some 0.1 ms a file."""
+        try:
+            _ = self.views, self._images, self._texts, self._captions
+        except (ValueError, KeyError, TypeError, OSError, pa.ArrowException) as error:
+            reason, data = str(error).splitlines()[0], self.folder.parents[1]
+            raise ValueError(
+                f"the encodings in {self.folder} are damaged ({reason}); mend them by {_command(data)}"
+            ) from None
 
     @functools.cached_property
-    def _images(self) -> list[dict[str, np.ndarray]]:
+    def _written(self) -> dict[str, Any]:
+        return json.loads((self.folder / FACTS).read_text())
+
+    @functools.cached_property
+    def _images(self) -> list["EncodedFile"]:
         return self._open("images")
 
     @functools.cached_property
-    def _texts(self) -> list[dict[str, np.ndarray]]:
+    def _texts(self) -> list["EncodedFile"]:
         return self._open("captions")
 
-    def _open(self, kind: str) -> list[dict[str, np.ndarray]]:
-        files = [file_name(kind, number) for number in range(self._written[kind]["files"])]
-        return [safetensors_file.read(epath.Path(self.folder / file)) for file in files]
+    def _open(self, kind: str) -> list["EncodedFile"]:
+        return [EncodedFile(self.folder / file_name(kind, i)) for i in range(self._written[kind]["files"])]
 
     @functools.cached_property
     def _captions(self) -> "_Strings":
         return _Strings(pa.ipc.open_file(pa.memory_map(str(self.folder / CAPTIONS))).read_all()["caption"])
+
+
+class EncodedFile:
+    """Where the rows of one file lie. It isn't kept open: there may be more than a process may open.
+
+    Raises ValueError or FileNotFoundError if the file is missing or damaged.
+    """
+
+    def __init__(self, path: Path):
+        located = safetensors_file.locate(epath.Path(path))
+        self._path, self._offsets = path, {name: offset for name, (offset, _) in located.items()}
+        self.shapes = {name: shape for name, (_, shape) in located.items()}
+        self.rows = min(shape[0] for shape in self.shapes.values())
+
+    def read(self, name: str, row: int, out: np.ndarray) -> None:
+        """A row of as many bytes as `out` has."""
+        read_into(self._path, self._offsets[name] + row * out.nbytes, out)
 
 
 class _Strings:
@@ -114,26 +146,38 @@ def open_encodings(data: Path, facts: dict[str, Any]) -> Encodings:
     """The finished encodings with these facts.
 
     Raises:
-        FileNotFoundError: there are none; says how those that are there differ. Or a file is missing.
-        ValueError: a file is damaged.
+        FileNotFoundError: there are none; says how those that are there differ.
+        ValueError: a file is missing or damaged.
     """
     folder = folder_of(data, facts)
     if is_finished(folder):
         encodings = Encodings(folder)
         encodings.check()
         return encodings
-    command = f"python -m dpo_jax.prepare --output={data} --encode with this --config and its overrides"
     if folder.exists():
-        raise FileNotFoundError(f"the encodings in {folder} are not finished; go on by {command}")
+        raise FileNotFoundError(f"the encodings in {folder} are not finished; go on by {_command(data)}")
     others = []
     for other in sorted((data / "encoded").glob(f"*/{FACTS}")):
         found = json.loads(other.read_text())["facts"]
-        differing = [
-            f"{name} was {found.get(name)!r}, now {facts[name]!r}" for name in facts if found.get(name) != facts[name]
-        ]
-        others.append(f"{other.parent.name}: {'; '.join(differing)}")
+        differing = [name for name in facts if found.get(name) != facts[name]]
+        shown = [f"{name} was {_shown(found.get(name))}, now {_shown(facts[name])}" for name in differing]
+        others.append(f"{other.parent.name}: {'; '.join(shown)}")
     there = f" (there are {', and '.join(others)})" if others else ""
-    raise FileNotFoundError(f"{data} has no encodings by this model with these settings{there}; make them by {command}")
+    raise FileNotFoundError(
+        f"{data} has no encodings by this model with these settings{there}; make them by {_command(data)}"
+    )
+
+
+def _command(data: Path) -> str:
+    return f"python -m dpo_jax.prepare --output={data} --encode with this --config and its overrides"
+
+
+def _shown(fact: Any) -> str:
+    """A fact as the config states it: the views, which it states by their number and kinds, among them."""
+    if not isinstance(fact, list):
+        return repr(fact)
+    kinds = {"crops": any(view["top"] is not None for view in fact), "flips": any(view["flip"] for view in fact)}
+    return f"{len(fact)} views {' and '.join(kind for kind, used in kinds.items() if used) or 'of the centre'}"
 
 
 def is_finished(folder: Path) -> bool:
@@ -163,8 +207,20 @@ def distinct_captions(prepared: Prepared) -> pa.Array:
 
 def write_captions(folder: Path, captions: pa.Array) -> None:
     table = pa.table({"caption": captions})
-    with pa.ipc.new_file(str(folder / CAPTIONS), table.schema) as writer:
-        writer.write_table(table)
+
+    def write(path: Path) -> None:
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)
+
+    write_whole(folder / CAPTIONS, write)
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Has `write` fill a temporary file that then becomes `path`, also for a machine that crashes."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    write(unfinished)
+    sync(unfinished)
+    os.replace(unfinished, path)
 
 
 def file_name(kind: str, number: int) -> str:

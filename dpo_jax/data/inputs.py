@@ -1,17 +1,22 @@
 """What a record's images and captions become: pixels and tokens, or what `prepare --encode` stored of them.
 
-Axes: K candidates, M captions (one shared by the candidates, or K), H x W pixels, C channels.
+Everything is written straight into a row of the batch.
+
+Axes: B prompts, K candidates, M captions (one shared by the candidates, or K), H x W pixels, h x w latent cells,
+C channels.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import ml_dtypes
 import numpy as np
 
 from dpo_jax.batch import Encoded, Raw
 from dpo_jax.data import images
 from dpo_jax.data.encoded import Encodings
+from dpo_jax.data.memory import Pool
 
 TokenizeCaptions = Callable[[Sequence[str]], np.ndarray]
 """Captions -> token_ids_MEL."""
@@ -26,19 +31,24 @@ class Draws(NamedTuple):
 
 
 class Inputs(Protocol):
-    """How inputs are made. Called in worker processes, into which it is pickled."""
+    """How the inputs of a batch are made. Called in several threads."""
 
     @property
     def resolution(self) -> int:
         """Side of the square images in pixels."""
         ...
 
-    def __call__(
-        self, record: dict[str, Any], captions: Sequence[str], num_candidates: int, draws: Draws | None
-    ) -> tuple[Raw | Encoded, np.ndarray]:
-        """One row of inputs, padded to `num_candidates`; and (height, width, crop top, crop left) of each image.
+    def allocate(self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int) -> Raw | Encoded:
+        """Room for a batch."""
+        ...
 
-        Without `draws` images are seen as they are in validation: from the centre, not mirrored.
+    def fill(
+        self, batch: Any, row: int, record: dict[str, Any], captions: Sequence[str], draws: Draws | None
+    ) -> np.ndarray:
+        """Writes a record into a row; where it has fewer candidates than there is room for, the rest is 0.
+
+        Without `draws` images are seen as they are in validation: from the centre, not mirrored. Returns (height,
+        width, crop top, crop left) of each image.
         """
         ...
 
@@ -58,20 +68,24 @@ class Decoded:
     random_crop: bool = False
     random_flip: bool = False
 
-    def __call__(
-        self, record: dict[str, Any], captions: Sequence[str], num_candidates: int, draws: Draws | None
-    ) -> tuple[Raw, np.ndarray]:
+    def allocate(self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int) -> Raw:
+        E, L = self.tokenizers([""]).shape[1:]
+        images_BKHWC = pool.empty((batch_size, num_candidates, self.resolution, self.resolution, 3), np.uint8)
+        return Raw(images_BKHWC, np.empty((batch_size, num_captions, E, L), np.int32))
+
+    def fill(
+        self, batch: Raw, row: int, record: dict[str, Any], captions: Sequence[str], draws: Draws | None
+    ) -> np.ndarray:
         view = images.View()
         if draws is not None and self.random_crop:
             view = view._replace(top=draws.top, left=draws.left)
         if draws is not None and self.random_flip:
             view = view._replace(flip=draws.flip < 0.5)
-        images_KHWC = np.zeros((num_candidates, self.resolution, self.resolution, 3), np.uint8)
-        places_K4 = np.zeros((num_candidates, 4), np.float32)
-        for k, data in enumerate(record["images"]):
-            size, offsets = images.read(data, view, images_KHWC[k])
-            places_K4[k] = *size, *offsets
-        return Raw(images_KHWC, self.tokenizers(captions)), places_K4
+        images_KHWC = batch.images_BKHWC[row]
+        images_KHWC[len(record["images"]) :] = 0
+        batch.token_ids_BMEL[row] = self.tokenizers(captions)
+        seen = [images.read(data, view, image) for data, image in zip(record["images"], images_KHWC, strict=False)]
+        return np.asarray([(*size, *offsets) for size, offsets in seen], np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,18 +98,26 @@ class Stored:
     def resolution(self) -> int:
         return self.encodings.resolution
 
-    def __call__(
-        self, record: dict[str, Any], captions: Sequence[str], num_candidates: int, draws: Draws | None
-    ) -> tuple[Encoded, np.ndarray]:
-        encodings = self.encodings
-        number = 0
+    def allocate(self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int) -> Encoded:
+        shapes = self.encodings.row_shapes
+        return Encoded(
+            pool.empty((batch_size, num_candidates, *shapes["moments"]), ml_dtypes.bfloat16),
+            pool.empty((batch_size, num_captions, *shapes["context"]), ml_dtypes.bfloat16),
+            pool.empty((batch_size, num_captions, *shapes["pooled"]), ml_dtypes.bfloat16),
+        )
+
+    def fill(
+        self, batch: Encoded, row: int, record: dict[str, Any], captions: Sequence[str], draws: Draws | None
+    ) -> np.ndarray:
+        encodings, number = self.encodings, 0
         if draws is not None:  # of two views the mirrored one where `Decoded` would flip
             number = len(encodings.views) - 1 - int(draws.flip * len(encodings.views))
-        moments = [encodings.moments_hwC(image, number) for image in record["images"]]
-        moments += [np.zeros_like(moments[0])] * (num_candidates - len(moments))
+        moments_KhwC = batch.moments_BKhwC[row]
+        moments_KhwC[len(record["images"]) :] = 0
+        for k, image in enumerate(record["images"]):
+            encodings.read_moments(image, number, moments_KhwC[k])
+        for m, caption in enumerate(captions):
+            encodings.read_text(caption, batch.context_BMLD[row, m], batch.pooled_BMP[row, m])
         view = encodings.views[number]
         offsets = [images.crop_offsets(height, width, self.resolution, view) for height, width in record["sizes"]]
-        places_K4 = np.zeros((num_candidates, 4), np.float32)
-        places_K4[: len(offsets)] = np.concatenate([record["sizes"], offsets], axis=1)
-        context_MLD, pooled_MP = zip(*map(encodings.text, captions), strict=True)
-        return Encoded(np.stack(moments), np.stack(context_MLD), np.stack(pooled_MP)), places_K4
+        return np.concatenate([record["sizes"], offsets], axis=1).astype(np.float32)

@@ -6,23 +6,22 @@ the number of processes or workers, and an iterator resumes anywhere. NumPy only
 Axes: B prompts, K candidates (best first), V views of an image, H x W pixels, C channels.
 """
 
-import contextlib
 import dataclasses
 import io
-import math
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import grain
 import numpy as np
-import tree
-from absl import flags
 from PIL import Image
 
 from dpo_jax.batch import PreferenceBatch
 from dpo_jax.data import images
 from dpo_jax.data.inputs import Draws, Inputs
+from dpo_jax.data.memory import Pool
 from dpo_jax.data.prepared import Prepared, Ties, open_prepared, select
 from dpo_jax.data.scores import Combine
 
@@ -30,9 +29,7 @@ SizeConditioning = Literal["constant", "real"]
 Relabel = Literal["none", "swapped", "shuffled"]
 Labels = Literal["hard", "soft"]
 
-CHUNK = 8
-"""Most samples that a thread or a worker makes at a time. A chunk from a worker costs milliseconds whatever its size;
-but each thread works on one of its own, so that large chunks take memory."""
+NUM_WORKERS = 8
 
 
 class Pairs(Protocol):
@@ -104,7 +101,7 @@ def make_iterator(
     relabel: Relabel = "none",
     shard_index: int = 0,
     shard_count: int = 1,
-    num_workers: int = 0,
+    num_workers: int = NUM_WORKERS,
 ) -> "BatchIterator":
     """Endless shuffled training batches, each epoch in another order.
 
@@ -118,15 +115,16 @@ def make_iterator(
         relabel: for control experiments: `swapped` reverses the order of the candidates of every record, `shuffled`
             that of half of the records, the same ones in each epoch.
         shard_index: this process; it reads positions `shard_index + n * shard_count` of the stream.
-        num_workers: processes that prepare batches; 0 uses threads of this one.
+        num_workers: threads that fill batches. Decoding lets go of Python's lock, so threads use all cores, and what
+            they decode is in its place; what processes decode would have to be handed over.
     """
     if relabel != "none":
         pairs = _Relabelled(pairs, seed if relabel == "shuffled" else None)
-    to_sample = _ToSample(inputs, pairs.num_candidates, pairs.num_captions, size_conditioning, caption_dropout)
+    rows = _Rows(inputs, pairs, size_conditioning, caption_dropout)
     # Sharded last: an epoch needn't divide by the shards, and Grain's random generators count global positions.
     stream = grain.MapDataset.source(pairs).seed(seed).shuffle().repeat(None)
-    stream = stream.map_with_index(_with_position).random_map(to_sample)
-    return BatchIterator(stream, batch_size, shard_index, shard_count, num_workers)
+    stream = stream.map_with_index(_at).random_map(_drawn)
+    return BatchIterator(stream, rows, batch_size, shard_index, shard_count, num_workers)
 
 
 def validation_batches(
@@ -142,53 +140,88 @@ def validation_batches(
 
     What is missing from the last batches is filled with samples of weight 0. Arguments as in `make_iterator`.
     """
-    to_sample = _ToSample(inputs, pairs.num_candidates, pairs.num_captions, size_conditioning)
-
-    def sample(position: int) -> PreferenceBatch:
-        row = to_sample((position, pairs[position % len(pairs)]))
-        return row if position < len(pairs) else row._replace(weight_B=np.float32(0))
-
     everyone = batch_size * shard_count
     padded = -(-len(pairs) // everyone) * everyone
+
+    def sample(position: int) -> Sample:
+        record = pairs[position % len(pairs)]
+        return Sample(position, record if position < len(pairs) else record | {"weight": 0.0})
+
     stream = grain.MapDataset.range(padded).map(sample)
-    return BatchIterator(stream, batch_size, shard_index, shard_count)
+    return BatchIterator(stream, _Rows(inputs, pairs, size_conditioning), batch_size, shard_index, shard_count)
+
+
+class Sample(NamedTuple):
+    """What one row of a batch is made of."""
+
+    position: int
+    """In the stream."""
+    record: dict[str, Any]
+    drop_caption: float = 1.0
+    """The caption is dropped with a greater probability than this."""
+    draws: Draws | None = None
+
+
+def _at(position: int, record: dict[str, Any]) -> Sample:
+    return Sample(position, record)
+
+
+def _drawn(sample: Sample, rng: np.random.Generator) -> Sample:
+    # All numbers are drawn always, so that switching one option on leaves the others' draws alone.
+    drop, *of_view = rng.random(4)
+    return sample._replace(drop_caption=drop, draws=Draws(*of_view))
 
 
 class BatchIterator(Iterator[PreferenceBatch]):
     """Batches of this process's share of a stream of samples.
 
     The state is the position in the stream, a JSON-able dict: it can be resumed with other numbers of workers and
-    processes and another batch size. Close the iterator, or use it as a context manager, to end its workers.
+    processes and another batch size. Close the iterator, or use it as a context manager, to end its threads.
     """
 
     def __init__(
         self,
         stream: grain.MapDataset,
+        rows: "_Rows",
         batch_size: int,
         shard_index: int,
         shard_count: int,
-        num_workers: int = 0,
+        num_workers: int = NUM_WORKERS,
     ):
-        self._stream, self._batch_size, self._num_workers = stream, batch_size, num_workers
-        self._shard_index, self._shard_count = shard_index, shard_count
-        self._chunk = math.gcd(batch_size, CHUNK)
-        self._position = 0
-        self._chunks: grain.DatasetIterator | None = None
+        self._stream, self._rows, self._batch_size = stream, rows, batch_size
+        self._shard_index, self._shard_count, self._num_workers = shard_index, shard_count, num_workers
+        self._position = self._begun_to = 0
+        self._threads: ThreadPoolExecutor | None = None
+        self._pool = Pool()
+        self._begun: deque[tuple[PreferenceBatch, list[Future[None]]]] = deque()
 
     def __next__(self) -> PreferenceBatch:
-        if self._chunks is None:
-            self._chunks = self._start()
-        # The one copy here assembles the batch, and frees the shared memory that workers hand chunks over in.
-        batch = None
-        for row in range(0, self._batch_size, self._chunk):
-            chunk = next(self._chunks)
-            if batch is None:
-                batch = tree.map_structure(lambda x: np.empty((self._batch_size, *x.shape[1:]), x.dtype), chunk)
-            for whole, part in zip(tree.flatten(batch), tree.flatten(chunk), strict=True):
-                whole[row : row + self._chunk] = part
-        assert batch is not None
+        # One batch waits to be read while the device works on the one before, and every thread has a row to fill.
+        while len(self._begun) <= -(-self._num_workers // self._batch_size) and self._begin():
+            pass
+        if not self._begun:
+            raise StopIteration
+        batch, rows = self._begun.popleft()
+        for row in rows:
+            row.result()
         self._position += self._batch_size * self._shard_count
         return batch
+
+    def _begin(self) -> bool:
+        """Has the threads fill another batch, unless the stream has ended."""
+        start, stop = self._begun_to, self._begun_to + self._batch_size * self._shard_count
+        if stop > len(self._stream):
+            return False
+        self._threads = self._threads or ThreadPoolExecutor(self._num_workers)
+        batch = self._rows.allocate(self._pool, self._batch_size)
+        positions = range(start + self._shard_index, stop, self._shard_count)
+        rows = [self._threads.submit(self._fill, batch, row, position) for row, position in enumerate(positions)]
+        self._begun.append((batch, rows))
+        self._begun_to = stop
+        return True
+
+    def _fill(self, batch: PreferenceBatch, row: int, position: int) -> None:
+        self._rows.fill(batch, row, self._stream[position])
 
     def get_state(self) -> dict[str, int]:
         return {"position": self._position}
@@ -196,30 +229,20 @@ class BatchIterator(Iterator[PreferenceBatch]):
     def set_state(self, state: dict[str, int]) -> None:
         """Goes on behind the last batch that was handed out when `get_state` gave this state."""
         self.close()
-        self._position = state["position"]
+        self._position = self._begun_to = state["position"]
 
     def close(self) -> None:
-        """Ends threads and workers; the iterator can still go on, with new ones."""
-        if self._chunks is not None:
-            self._chunks.close()
-        self._chunks = None
+        """Ends the threads; the iterator can still go on, with new ones."""
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+        self._threads, self._begun_to = None, self._position
+        self._begun.clear()
 
     def __enter__(self) -> "BatchIterator":
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def _start(self) -> grain.DatasetIterator:
-        share = self._stream[self._position + self._shard_index :: self._shard_count]
-        chunks_a_batch = self._batch_size // self._chunk
-        threads = 2 if self._num_workers else 8
-        # One batch waits to be read while the device works on the one before, and every thread has a chunk to make.
-        waiting = threads if self._num_workers else max(threads, chunks_a_batch)
-        chunks = share.batch(self._chunk, drop_remainder=True).to_iter_dataset(
-            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=waiting)
-        )
-        return iter(_in_workers(chunks, self._num_workers, chunks_a_batch))
 
 
 def view_batches(
@@ -231,38 +254,32 @@ def view_batches(
     batch_size: int,
 ) -> Iterator[np.ndarray]:
     """All views of the images at these positions, uint8 [batch_size, V, H, W, 3]; the last batch may be shorter."""
-    rows = grain.MapDataset.source(_Views(prepared, tuple(views), resolution, positions)).batch(batch_size)
-    batches = rows.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
-    with contextlib.closing(iter(_in_workers(batches, num_workers, 2 * num_workers))) as iterator:
-        yield from iterator
+    begun: deque[tuple[np.ndarray, list[Future[None]]]] = deque()
+    with ThreadPoolExecutor(num_workers) as threads:
+        for start in range(0, len(positions), batch_size):
+            some = positions[start : start + batch_size]
+            images_NVHWC = np.empty((len(some), len(views), resolution, resolution, 3), np.uint8)
+            rows = [
+                threads.submit(_read_views, prepared, int(position), views, images_VHWC)
+                for position, images_VHWC in zip(some, images_NVHWC, strict=True)
+            ]
+            begun.append((images_NVHWC, rows))
+            if len(begun) > 2:
+                yield _finished(*begun.popleft())
+        while begun:
+            yield _finished(*begun.popleft())
 
 
-@dataclasses.dataclass(frozen=True)
-class _Views:
-    prepared: Prepared
-    views: tuple[images.View, ...]
-    resolution: int
-    positions: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        data = self.prepared.image(int(self.positions[index]))
-        images_VHWC = np.empty((len(self.views), self.resolution, self.resolution, 3), np.uint8)
-        for view, image_HWC in zip(self.views, images_VHWC, strict=True):
-            images.read(data, view, image_HWC)
-        return images_VHWC
+def _read_views(prepared: Prepared, position: int, views: Sequence[images.View], images_VHWC: np.ndarray) -> None:
+    data = prepared.image(position)
+    for view, image_HWC in zip(views, images_VHWC, strict=True):
+        images.read(data, view, image_HWC)
 
 
-def _in_workers(dataset: grain.IterDataset, num_workers: int, buffered: int) -> grain.IterDataset:
-    """The data set made by worker processes, which keep this many elements ready between them."""
-    if not num_workers:
-        return dataset
-    if not flags.FLAGS.is_parsed():  # Grain hands the flags to its workers, notebooks and tests have none
-        flags.FLAGS.mark_as_parsed()
-    each = -(-buffered // num_workers)
-    return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=each))
+def _finished(batch: np.ndarray, rows: Sequence[Future[None]]) -> np.ndarray:
+    for row in rows:
+        row.result()
+    return batch
 
 
 class PreparedPairs:
@@ -329,10 +346,6 @@ def _noise_png(rng: np.random.Generator, height: int, width: int) -> bytes:
     return file.getvalue()
 
 
-def _with_position(position: int, record: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    return position, record
-
-
 class _Relabelled:
     """Records with their candidates in the opposite order: all of them, or those that a coin chooses."""
 
@@ -351,37 +364,37 @@ class _Relabelled:
 
 
 @dataclasses.dataclass(frozen=True)
-class _ToSample:
-    """A record to one row of a `PreferenceBatch`; without a random generator nothing is drawn."""
+class _Rows:
+    """Room for batches, and how a sample is written into one."""
 
     inputs: Inputs
-    num_candidates: int
-    num_captions: int
+    pairs: Pairs
     size_conditioning: SizeConditioning
     caption_dropout: float = 0.0
 
-    def __call__(self, element: tuple[int, dict[str, Any]], rng: np.random.Generator | None = None) -> PreferenceBatch:
-        position, record = element
-        number, captions, draws = len(record["images"]), record["captions"], None
-        captions = captions + [""] * (self.num_captions - len(captions))
-        if rng is not None:
-            # All numbers are drawn always, so that switching one option on leaves the others' draws alone.
-            drop, *of_view = rng.random(4)
-            draws = Draws(*of_view)
-            if drop < self.caption_dropout:
-                captions = [""] * len(captions)
-        inputs, places_K4 = self.inputs(record, captions, self.num_candidates, draws)
-        size = self.inputs.resolution
-        size_cond_K6 = np.tile(np.asarray([size, size, 0, 0, size, size], np.float32), (self.num_candidates, 1))
-        if self.size_conditioning == "real":
-            size_cond_K6[:number, :4] = places_K4[:number]
-        preference_K = np.zeros(self.num_candidates, np.float32)
-        preference_K[:number] = record["preference"]
+    def allocate(self, pool: Pool, batch_size: int) -> PreferenceBatch:
+        B, K = batch_size, self.pairs.num_candidates
         return PreferenceBatch(
-            inputs=inputs,
-            size_cond_BK6=size_cond_K6,
-            preference_BK=preference_K,
-            valid_BK=np.arange(self.num_candidates) < number,
-            weight_B=np.float32(record["weight"]),
-            index_B=np.int32(position),
+            inputs=self.inputs.allocate(pool, B, K, self.pairs.num_captions),
+            size_cond_BK6=np.empty((B, K, 6), np.float32),
+            preference_BK=np.empty((B, K), np.float32),
+            valid_BK=np.empty((B, K), bool),
+            weight_B=np.empty(B, np.float32),
+            index_B=np.empty(B, np.int32),
         )
+
+    def fill(self, batch: PreferenceBatch, row: int, sample: Sample) -> None:
+        """Writes `sample` into the row; candidates that it lacks are 0 and not valid."""
+        record, size, number = sample.record, self.inputs.resolution, len(sample.record["images"])
+        captions = record["captions"] + [""] * (self.pairs.num_captions - len(record["captions"]))
+        if sample.drop_caption < self.caption_dropout:
+            captions = [""] * len(captions)
+        places_K4 = self.inputs.fill(batch.inputs, row, record, captions, sample.draws)
+        batch.size_cond_BK6[row] = size, size, 0, 0, size, size
+        if self.size_conditioning == "real":
+            batch.size_cond_BK6[row, :number, :4] = places_K4
+        batch.preference_BK[row] = 0
+        batch.preference_BK[row, :number] = record["preference"]
+        batch.valid_BK[row] = np.arange(self.pairs.num_candidates) < number
+        batch.weight_B[row] = record["weight"]
+        batch.index_B[row] = sample.position

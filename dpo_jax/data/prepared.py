@@ -6,7 +6,7 @@
   images.arrow   one row an image, in the same order
   records.arrow  one row a prompt with its candidates, best first
 
-Both tables are mapped into memory: opening costs nothing, and all loader processes share one copy.
+Both tables are mapped into memory, so that opening costs nothing; in the order of judges they are built anew.
 
 Axes: N records, M candidates of all records together, I images.
 """

@@ -107,9 +107,9 @@ def _read(folder: Path, judge: str, of: Candidates, digest: str) -> np.ndarray:
     file = scores_file(folder, judge)
     again = f"python -m dpo_jax.score --data={folder} --judge={judge}"
     if not file.is_file():
-        there = ", ".join(judges_of(folder)) or "no judge"
+        there = ", ".join(judges_of(folder)) or "nobody"
         raise FileNotFoundError(
-            f"{folder} holds no scores by {judge!r}, but by {there}; make them by {again} "
+            f"{folder} holds no scores by {judge!r} (those there are by {there}); make them by {again} "
             "(with --scores=FILE.jsonl for a judge that doesn't come with dpo_jax)"
         )
     again = f"make it again by {again} --overwrite"

@@ -23,7 +23,7 @@ class Tokenizers:
 
     def __call__(self, captions: Sequence[str]) -> np.ndarray:
         """token_ids_BEL int32: begin, caption, end and padding; what is too long is cut before the end token."""
-        ids_EBL = [[text.ids for text in tokenizer.encode_batch(captions)] for tokenizer in self._tokenizers]
+        ids_EBL = [[tokenizer.encode(caption).ids for caption in captions] for tokenizer in self._tokenizers]
         return np.asarray(ids_EBL, np.int32).transpose(1, 0, 2)
 
 

@@ -11,7 +11,6 @@ import datetime
 import functools
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,9 +26,16 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from dpo_jax.data.encoded import FACTS, distinct_captions, file_name, rows_a_file, write_captions
+from dpo_jax.data.encoded import (
+    FACTS,
+    EncodedFile,
+    distinct_captions,
+    file_name,
+    rows_a_file,
+    write_captions,
+    write_whole,
+)
 from dpo_jax.data.images import View
-from dpo_jax.data.parts import sync
 from dpo_jax.data.pipeline import view_batches
 from dpo_jax.data.prepared import Prepared
 from dpo_jax.data.tokenizers import Tokenizers
@@ -57,6 +63,13 @@ class File(NamedTuple):
     path: Path
     start: int
     stop: int
+
+    @property
+    def is_whole(self) -> bool:
+        try:
+            return EncodedFile(self.path).rows == self.stop - self.start
+        except (OSError, ValueError):  # not there, or damaged
+            return False
 
 
 class Table:
@@ -109,7 +122,7 @@ class Table:
 
     @property
     def missing(self) -> list[File]:
-        return [file for file in self.files if not file.path.exists()]
+        return [file for file in self.files if not file.is_whole]
 
     @property
     def missing_rows(self) -> int:
@@ -132,11 +145,12 @@ class Table:
                     on_progress(self.name, done, len(positions))
             for name, tensor in tensors.items():
                 _check_finite(tensor, f"{name} of {self.name} {file.start} to {file.stop}")
-            unfinished = file.path.with_name(f".{file.path.name}")
             header = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-            safetensors_file.write(epath.Path(unfinished), tensors.items(), header)
-            sync(unfinished)
-            os.replace(unfinished, file.path)
+
+            def write(path: Path, tensors: Any = tensors, header: Any = header) -> None:
+                safetensors_file.write(epath.Path(path), tensors.items(), header)
+
+            write_whole(file.path, write)
 
     def _rows(self, positions: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
         """Rows on the host; while they are handed out, the devices encode the next batch."""
@@ -164,7 +178,7 @@ class DatasetEncoder:
         mesh: of this process's devices.
         folder: receives the encodings.
         views: of each image.
-        num_workers: processes that decode images.
+        num_workers: threads that decode images.
     """
 
     def __init__(
@@ -240,13 +254,14 @@ class DatasetEncoder:
             write_captions(self.folder, self._captions)
         for table in self.tables:
             share = table.files[jax.process_index() :: jax.process_count()]
-            table.fill([file for file in share if not file.path.exists()], on_progress)
+            table.fill([file for file in share if not file.is_whole], on_progress)
         multihost_utils.sync_global_devices("data set encoded")
         if jax.process_index() == 0:
             files = {table.name: {"files": len(table.files), "rows_a_file": table.rows_a_file} for table in self.tables}
-            unfinished = self.folder / f".{FACTS}"
-            unfinished.write_text(json.dumps({"facts": dict(facts), **files}, indent=1) + "\n")
-            os.replace(unfinished, self.folder / FACTS)
+            text = json.dumps({"facts": dict(facts), **files}, indent=1) + "\n"
+            write_whole(self.folder / FACTS, lambda path: path.write_text(text))
+            for unfinished in self.folder.glob(".*"):  # of runs that were killed
+                unfinished.unlink(missing_ok=True)
 
     @property
     def _missing_bytes(self) -> int:

@@ -35,8 +35,23 @@ FREE_TO_CHANGE = (
 )
 
 AT_LEAST_1 = (
-    *("steps", "log_every", "data.batch_size", "data.accumulation", "data.resolution", "checkpoint.every"),
-    *("checkpoint.keep", "validation.max_pairs", "validation.draws", "sample.seeds", "sample.steps"),
+    *(
+        "steps",
+        "log_every",
+        "data.batch_size",
+        "data.accumulation",
+        "data.resolution",
+        "data.num_workers",
+        "checkpoint.every",
+    ),
+    *(
+        "checkpoint.every",
+        "checkpoint.keep",
+        "validation.max_pairs",
+        "validation.draws",
+        "sample.seeds",
+        "sample.steps",
+    ),
 )
 AT_LEAST_0 = ("data.min_side", "data.limit", "data.encoded_views")
 SHARES = ("data.caption_dropout", "data.min_agreement", "lora.dropout", "ema.decay")
@@ -102,7 +117,7 @@ def default_config() -> ConfigDict:
     c.data.limit = 0  # train on the first this many of the pairs chosen; 0 takes all
     c.data.relabel = "none"  # control experiments: "swapped" or "shuffled" labels
     c.data.encoded_views = 0  # train from what `prepare --encode` stored: this many views of each image; 0 from images
-    c.data.num_workers = 8  # loader processes on each host; 0 loads in the training process
+    c.data.num_workers = 8  # threads on each host that read and decode
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "adamw"  # or "adafactor": transformers' variant, without parameter scaling
@@ -166,7 +181,7 @@ def _tiny(c: ConfigDict, *, family: str) -> None:
     c.data.batch_size = 4
     c.data.accumulation = 1
     c.data.resolution = 32
-    c.data.num_workers = 0
+    c.data.num_workers = 2
     c.optimizer.warmup_steps = 2
     c.checkpoint.every = 2
     c.validation.every = 4
@@ -190,8 +205,8 @@ class Derived:
     """Peak learning rate after scaling."""
 
 
-def resolve(config: ConfigDict, *, device_count: int, process_count: int) -> Derived:
-    """Derives and checks; raises ValueError with the values and the remedy."""
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for values that no machine can run, with the remedy."""
     for field in ("model", "data.path"):
         if not flatten(config)[field]:
             raise ValueError(f"config.{field} is empty; set it in the config file or with --config.{field}=...")
@@ -214,6 +229,11 @@ def resolve(config: ConfigDict, *, device_count: int, process_count: int) -> Der
     if config.lora.init_reference and not config.lora.init:
         raise ValueError("config.lora.init_reference is set, but config.lora.init names no LoRA")
     check_views(config)
+
+
+def resolve(config: ConfigDict, *, device_count: int, process_count: int) -> Derived:
+    """Derives and checks; raises ValueError with the values and the remedy."""
+    check(config)
     batch, accumulation = config.data.batch_size, config.data.accumulation
     if batch % (accumulation * device_count):
         unit = accumulation * device_count
@@ -239,8 +259,8 @@ def check_views(config: ConfigDict) -> None:
         )
     if data.encoded_views > 1 and not augmented:
         raise ValueError(
-            f"config.data.encoded_views={data.encoded_views}, but all views would be alike: set encoded_views=1, or "
-            "random_flip or random_crop"
+            f"config.data.encoded_views={data.encoded_views}, but all views would be alike: set encoded_views=1, "
+            "or random_flip=True or random_crop=True"
         )
     if data.encoded_views > 2 and not data.random_crop:
         raise ValueError(

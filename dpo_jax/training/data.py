@@ -46,19 +46,24 @@ def encoding_facts(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
         "vae_dtype": config.vae_dtype,
         "resolution": data.resolution,
         "views": [view._asdict() for view in views],
-        "data": data_fingerprints(config)["fingerprints.data"],
+        "data": data_fingerprint(data.path),
     }
 
 
 def data_fingerprints(config: ConfigDict) -> dict[str, str]:
-    """Fields for config.json: digests of the prepared data set and of the scores that label it."""
+    """Fields for config.json: digests of the prepared data set and of the scores that order its images."""
     data = config.data
     if data.path.startswith("random:"):
         return {"fingerprints.data": data.path}
-    files = {"data": [epath.Path(data.path) / name for name in ("records.arrow", "images.arrow")]}
+    digests = {"fingerprints.data": data_fingerprint(data.path)}
     if data.judges:
-        files["scores"] = [epath.Path(scores_file(Path(data.path), judge)) for judge in data.judges]
-    return {f"fingerprints.{name}": fingerprint(paths) for name, paths in files.items()}
+        files = [epath.Path(scores_file(Path(data.path), judge)) for judge in data.judges]
+        digests["fingerprints.scores"] = fingerprint(files)
+    return digests
+
+
+def data_fingerprint(folder: str) -> str:
+    return fingerprint([epath.Path(folder) / name for name in ("records.arrow", "images.arrow")])
 
 
 def open_training_batches(config: ConfigDict, derived: Derived, inputs: Inputs) -> BatchIterator:

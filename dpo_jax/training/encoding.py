@@ -1,5 +1,6 @@
 """Stores what the frozen models of a config make of its data set, for training with `data.encoded_views`."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -7,11 +8,12 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from dpo_jax.data.encoded import choose_views, folder_of, is_finished
+from dpo_jax.data.encoded import folder_of, is_finished, open_encodings
+from dpo_jax.data.images import View
 from dpo_jax.data.prepared import open_prepared
 from dpo_jax.encode.dataset import DatasetEncoder, OnProgress
 from dpo_jax.sharding import make_mesh
-from dpo_jax.training.config import check_views
+from dpo_jax.training.config import check
 from dpo_jax.training.data import encoding_facts
 from dpo_jax.training.model import load_frozen, load_tokenizers_of, open_model
 
@@ -22,11 +24,11 @@ def encode_data(config: ConfigDict, workers: int | None, say: Callable[[str], No
     Before it starts it says how much that is and how long it will take.
 
     Args:
-        workers: processes that decode images; None takes as many as there are cores.
+        workers: threads that decode images; None takes as many as there are cores.
 
     Raises:
         FileNotFoundError: nothing was prepared there.
-        ValueError: the config's views can't be stored.
+        ValueError: the config has something wrong, or its views can't be stored.
         OSError: the disk is too small.
     """
     data = config.data
@@ -35,13 +37,15 @@ def encode_data(config: ConfigDict, workers: int | None, say: Callable[[str], No
             "config.data.encoded_views=0 trains from images; set it to the number of views to store of each: 1 for the "
             "centre (with random_flip=False), 2 for it and its mirror image, more for random crops"
         )
-    check_views(config)
+    check(config)
     prepared = open_prepared(data.path)
     pipeline = open_model(config, prepared.folder / "encoded" / config.model.replace(":", "-"))
     facts = encoding_facts(config, pipeline)
     folder = folder_of(prepared.folder, facts)
     if is_finished(folder):
-        return folder
+        with contextlib.suppress(ValueError):  # damaged: what isn't whole is made again
+            open_encodings(prepared.folder, facts)
+            return folder
     mesh = make_mesh(devices=jax.local_devices())
     encoder = DatasetEncoder(
         pipeline,
@@ -51,8 +55,8 @@ def encode_data(config: ConfigDict, workers: int | None, say: Callable[[str], No
         mesh,
         folder,
         resolution=data.resolution,
-        views=choose_views(data.encoded_views, random_crop=data.random_crop, random_flip=data.random_flip),
-        num_workers=os.cpu_count() or 1 if workers is None else workers,
+        views=[View(**view) for view in facts["views"]],
+        num_workers=workers or os.cpu_count() or 1,
     )
     say(str(encoder))
     encoder.run(facts, on_progress)

@@ -37,7 +37,26 @@ def fetch(view: Any) -> np.ndarray:
     start, _ = np.lib.array_utils.byte_bounds(whole)
     first, end = np.lib.array_utils.byte_bounds(view)
     with open(view.filename, "rb", buffering=0) as file:
-        if hasattr(os, "posix_fadvise"):  # Linux, where read-ahead is the problem
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        _read_at_random(file.fileno())
         data = np.fromfile(file, np.uint8, count=end - first, offset=first - start)
     return np.ndarray(view.shape, view.dtype, data, offset=view.ctypes.data - first, strides=view.strides)
+
+
+def read_into(path: os.PathLike, offset: int, out: np.ndarray) -> None:
+    """Fills the contiguous array `out` with the bytes at `offset` of a file, and reads no others."""
+    into, done = out.reshape(-1).view(np.uint8).data, 0
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _read_at_random(descriptor)
+        while done < len(into):
+            count = os.preadv(descriptor, [into[done:]], offset + done)
+            if not count:
+                raise ValueError(f"{path} has become shorter since it was opened")
+            done += count
+    finally:
+        os.close(descriptor)
+
+
+def _read_at_random(descriptor: int) -> None:
+    if hasattr(os, "posix_fadvise"):  # Linux, where read-ahead is the problem
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)

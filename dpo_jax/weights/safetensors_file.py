@@ -35,6 +35,16 @@ def read(path: epath.Path) -> dict[str, np.ndarray]:
     return {name: _view(data[header_end:], name, info, path) for name, info in header.items() if name != METADATA}
 
 
+def locate(path: epath.Path) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """(offset in the file, shape) of every tensor, to read parts without keeping the file open. Raises as `read`."""
+    data = open_bytes(path)
+    header, header_end = _header(data, path)
+    shapes = {
+        name: _view(data[header_end:], name, info, path).shape for name, info in header.items() if name != METADATA
+    }
+    return {name: (header_end + header[name]["data_offsets"][0], shape) for name, shape in shapes.items()}
+
+
 def read_metadata(path: epath.Path) -> dict[str, str]:
     """What the file says about itself. Raises ValueError for a truncated or damaged file."""
     header, _ = _header(open_bytes(path), path)

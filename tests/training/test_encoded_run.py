@@ -1,13 +1,16 @@
 """Training from what `prepare --encode` stored, against training from images."""
 
+import itertools
 import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
+from dpo_jax.data.prepared import open_prepared
 from dpo_jax.training.config import resolve
 from dpo_jax.training.data import make_inputs, open_training_batches
 from dpo_jax.training.encoding import encode_data
@@ -33,7 +36,7 @@ def config(tiny_config, mixed_pairs: Path):
 
 
 def encoded(config):
-    encode_data(config, 0, lambda text: None, lambda *done: None)
+    encode_data(config, 2, lambda text: None, lambda *done: None)
     return config
 
 
@@ -112,22 +115,28 @@ def test_candidates_share_a_view_and_all_views_are_seen(config, tmp_path: Path) 
     pipeline, derived = open_model(config, tmp_path), resolve(config, device_count=1, process_count=1)
     inputs = make_inputs(config, pipeline)
     encodings = inputs.encodings
-    stored = {encodings.moments_hwC(i, view).tobytes(): view for i in range(14) for view in reversed(range(4))}
+    sizes_I2 = open_prepared(config.data.path).sizes_I2
+    oblong = [i for i in range(14) if sizes_I2[i, 0] != sizes_I2[i, 1]]  # of a square, crops are the whole
+    moments_hwC, stored = np.empty(encodings.row_shapes["moments"], ml_dtypes.bfloat16), {}
+    for i, view in itertools.product(oblong, range(4)):
+        encodings.read_moments(i, view, moments_hwC)
+        stored[moments_hwC.tobytes()] = view
+    assert len(stored) == 4 * len(oblong) > 20
     seen = []
     with open_training_batches(config, derived, inputs) as batches:
-        for _ in range(4):
-            seen += [[stored[x.tobytes()] for x in row] for row in next(batches).inputs.moments_BKhwC]
-    # Views of a square image are alike but for the mirroring, which tells odd views from even ones.
-    assert all(a % 2 == b % 2 for a, b in seen)
-    assert {view for pair in seen for view in pair} == {0, 1, 2, 3}
+        for _ in range(8):
+            seen += [[stored.get(x.tobytes()) for x in row] for row in next(batches).inputs.moments_BKhwC]
+    pairs = [pair for pair in seen if None not in pair]
+    assert all(a == b for a, b in pairs)
+    assert {view for view, _ in pairs} == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"data.resolution": 64}, r"resolution was 32, now 64"),
-        ({"data.random_crop": True}, r"views was .*, now \[.*'top': 0\.\d+"),
-        ({"data.encoded_views": 1, "data.random_flip": False}, r"views was .*, now \[[^}]*\}\]"),
+        ({"data.random_crop": True}, r"views was 2 views flips, now 2 views crops and flips"),
+        ({"data.encoded_views": 1, "data.random_flip": False}, r"views was 2 views flips, now 1 views of the centre"),
         ({"dtype": "bfloat16"}, r"dtype was 'float32', now 'bfloat16'"),
         ({"model": "random:sd21"}, r"models was 'sd15-\w+', now 'sd21-\w+'"),
     ],
@@ -140,19 +149,51 @@ def test_encodings_of_something_else_are_refused(config, tmp_path: Path, changed
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_missing_and_damaged_files_are_told_before_training(config, tmp_path: Path) -> None:
+def test_missing_and_damaged_files_are_told_before_training_and_mended(config, tmp_path: Path) -> None:
     config = config("sd15")
     with pytest.raises(FileNotFoundError, match=r"has no encodings by this model.*; make them by python -m"):
         train(config, tmp_path / "run")
-    folder = encode_data(config, 0, lambda text: None, lambda *done: None)
-    file = folder / "images-00000.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=r"images-00000.safetensors is truncated"):
-        train(config, tmp_path / "run")
-    file.unlink()
-    with pytest.raises(FileNotFoundError, match=r"images-00000.safetensors"):
-        train(config, tmp_path / "run")
+    encoded(config)
+    (folder,) = (tmp_path / "data" / "encoded").glob("sd15-*")
+    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for name, damage in {
+        "images-00000.safetensors": whole["images-00000.safetensors"][:-1],
+        "captions-00000.safetensors": None,
+        "captions.arrow": b"no table",
+        "encoding.json": b"{",
+    }.items():
+        (folder / name).unlink() if damage is None else (folder / name).write_bytes(damage)
+        with pytest.raises(
+            ValueError, match=rf"the encodings in {folder} are damaged \(.*\); mend them by python -m dpo"
+        ):
+            train(config, tmp_path / "run")
+        encoded(config)
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
+
+
+def test_more_files_than_a_process_may_open(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpo_jax.data.encoded.FILE_BYTES", 2)  # a file for each row
+    config = encoded(config("sd15"))
+    pipeline, derived = open_model(config, tmp_path), resolve(config, device_count=1, process_count=1)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    inputs = make_inputs(config, pipeline)
+    with open_training_batches(config, derived, inputs) as batches:
+        next(batches)
+        assert len(list(Path("/proc/self/fd").iterdir())) < before + 10
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vae_dtype": "float16"}, "config.vae_dtype='float16'; choose from"),
+        ({"data.resolution": 0}, "config.data.resolution=0 must be at least 1"),
+        ({"data.encoded_views": 0}, "trains from images; set it to the number of views"),
+        ({"model": ""}, "config.model is empty"),
+    ],
+)
+def test_what_training_would_refuse_is_not_encoded(config, fields, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encoded(config("sd15", **fields))
 
 
 @pytest.mark.parametrize(
