@@ -39,7 +39,7 @@ from dpo_jax import cli
 from dpo_jax.models.network import Network
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
-from dpo_jax.sharding import make_mesh, placement
+from dpo_jax.sharding import Placement, make_mesh
 from dpo_jax.weights import safetensors_file
 from dpo_jax.weights.io import load_params
 from dpo_jax.weights.layout import Specs, flax_aliases, torch_name
@@ -99,7 +99,7 @@ def load(folder: Path, specs: Specs, devices: int, dtype: str, job: tuple[str, i
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
     jax.distributed.initialize(*job)
-    sharding = placement(make_mesh(data=1, fsdp=-1))
+    sharding = Placement(make_mesh(data=1, fsdp=-1))
     evict(folder)
     read_before, started = proc("io", "read_bytes"), time.time()
     with PeakMemory() as memory:

@@ -49,10 +49,16 @@ def main() -> None:
     if ENCODE.value != (CONFIG.value is not None):
         raise ValueError("--encode and --config go together: the config says by which models and at which resolution")
     output = Path(OUTPUT.value)
-    if not (ENCODE.value and INPUT.value is None):
+    if not ENCODE.value:
         build(output)
-    if ENCODE.value:
-        encode(output)
+        return
+    from dpo_jax import cluster
+
+    cluster.join()
+    if INPUT.value is not None and cluster.is_first():
+        build(output)
+    cluster.wait("data set prepared")
+    encode(output)
 
 
 def build(output: Path) -> None:

@@ -1,86 +1,184 @@
 """Where arrays live on the device mesh.
 
-Two axes: `data` holds copies of the model, `fsdp` splits every large parameter; the batch is split over both. jit
-inserts the collectives (GSPMD), so the same step runs on one device and on a pod.
+Three axes: `data` holds copies of the model, `fsdp` splits every large parameter, `tensor` the work inside layers; the
+batch is split over the first two. jit inserts the collectives (GSPMD), so one step serves a laptop and a pod.
 """
 
+import dataclasses
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.weights.layout import ParamSpec, Specs
 
+AXES = ("data", "fsdp", "tensor")
 DATA_AXES = ("data", "fsdp")
 SMALL = 2**16
 """Parameters with fewer elements than this are copied to every device: splitting them costs more than it saves."""
 
+Rules = Sequence[tuple[str, Sequence[str | None]]]
+"""(regular expression in a parameter's name, the mesh axis or None for each of its axes); the first match counts."""
 
-def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A `data` x `fsdp` mesh over these devices, or all; one of the two may be -1 and takes what is left."""
-    count = len(devices or jax.devices())
-    sizes = [data, fsdp]
-    if -1 in sizes:
-        known = -int(np.prod(sizes)) if sizes.count(-1) == 1 else 1
-        sizes[sizes.index(-1)] = max(count // known, 1)
-    if int(np.prod(sizes)) != count or min(sizes) < 1:
+TENSOR_RULES: Rules = (
+    # Heads and hidden features are split where they are made and summed where they are used, without a word in between.
+    (r"\.attn\d\.to_[qkv]\.kernel$", (None, "tensor")),
+    (r"\.attn\d\.to_out\.0\.kernel$", ("tensor", None)),
+    (r"\.ff\.net\.0\.proj\.kernel$", (None, "tensor")),
+    (r"\.ff\.net\.0\.proj\.bias$", ("tensor",)),
+    (r"\.ff\.net\.2\.kernel$", ("tensor", None)),
+    (r"\.resnets\.\d+\.conv1\.kernel$", (None, None, None, "tensor")),
+    (r"\.resnets\.\d+\.time_emb_proj\.kernel$", (None, "tensor")),
+    (r"\.resnets\.\d+\.(conv1|time_emb_proj|norm2)\.(bias|scale)$", ("tensor",)),
+    (r"\.resnets\.\d+\.conv2\.kernel$", (None, None, "tensor", None)),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A `data` x `fsdp` x `tensor` mesh over these devices, or all; one of the three may be -1 and takes what is left.
+
+    Where devices are in several slices, joined by a slower network, only `data` crosses it: gradients are summed there
+    once a step, and nothing else is sent.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) == 1:
+        sizes[free[0]] = max(len(devices) // -math.prod(sizes.values()), 1)
+    if math.prod(sizes.values()) != len(devices) or min(sizes.values()) < 1:
+        given = " x ".join(f"mesh.{name}={size}" for name, size in zip(AXES, (data, fsdp, tensor), strict=True))
         raise ValueError(
-            f"mesh.data={data} x mesh.fsdp={fsdp} does not make {count} devices; "
-            "set one of them to -1 to let it take what is left"
+            f"{given} does not make {len(devices)} devices; set one of them to -1 to let it take what is left"
         )
-    # Explicit axis types, JAX's default, would make every FSDP matmul name its output sharding.
-    return jax.make_mesh(tuple(sizes), DATA_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    shape, auto = tuple(sizes.values()), (AxisType.Auto,) * len(AXES)
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) == 1:
+        # Explicit axis types, JAX's default, would make every FSDP matmul name its output sharding.
+        mesh = jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+        if any(len({device.process_index for device in group}) > 1 for group in mesh.devices.reshape(-1, shape[2])):
+            raise ValueError(
+                f"mesh.tensor={shape[2]} spans several processes, which read different images; take a divisor of the "
+                f"{jax.local_device_count()} devices of a process"
+            )
+        return mesh
+    if sizes["data"] % len(slices):
+        raise ValueError(
+            f"mesh.data={sizes['data']} is not a multiple of the {len(slices)} slices that the devices are in; "
+            "fsdp and tensor stay within a slice"
+        )
+    within = (sizes["data"] // len(slices), *shape[1:])
+    array = mesh_utils.create_hybrid_device_mesh(within, (len(slices), 1, 1), devices)
+    return Mesh(array, AXES, axis_types=auto)
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """How many parts a batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in DATA_AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis split over all devices."""
+    """Leading axis split over all copies and parts of the model."""
     return NamedSharding(mesh, PartitionSpec(DATA_AXES))
+
+
+def batch_constraint(mesh: Mesh) -> Callable[[Any], Any]:
+    """A function that keeps the arrays of a pytree inside jit split over their leading axis, as the batch is."""
+    return lambda tree: jax.lax.with_sharding_constraint(tree, batch_sharding(mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def param_sharding(mesh: Mesh, spec: ParamSpec) -> NamedSharding:
-    """Splits one axis that the fsdp axis divides: PyTorch's first, or else the largest. Small parameters are copied.
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where parameters, and what belongs to them, lie on a mesh. Loading weights asks for it by `(name, spec)`."""
 
-    A part of PyTorch's first axis is one piece of a safetensors file, so a process can read its share and no more. In
-    legacy Flax files the same part lies in strips all over the tensor, and each process reads all of it.
-    """
-    fsdp = mesh.shape["fsdp"]
-    if fsdp == 1 or math.prod(spec.shape) < SMALL:
-        return replicated(mesh)
-    by_size = sorted(range(len(spec.shape)), key=lambda axis: -spec.shape[axis])
-    for axis in (spec.torch_axes[0], *by_size):
-        if spec.shape[axis] % fsdp == 0:
-            return NamedSharding(mesh, PartitionSpec(*[None] * axis, "fsdp"))
-    return replicated(mesh)
+    mesh: Mesh
+    rules: Rules = TENSOR_RULES
 
+    def __call__(self, name: str, spec: ParamSpec) -> NamedSharding:
+        """What a rule says, and beside it one axis that fsdp divides: PyTorch's first, or else the largest.
 
-def placement(mesh: Mesh) -> Callable[[str, ParamSpec], NamedSharding]:
-    """`param_sharding` in the form that loading weights asks for."""
-    return lambda name, spec: param_sharding(mesh, spec)
+        Small parameters are copied along fsdp, and all along what the mesh doesn't divide. A part of PyTorch's first
+        axis is one piece of a safetensors file, so a process can read its share and no more. In legacy Flax files the
+        same part lies in strips all over the tensor, and each process reads all of it.
+        """
+        return self._named(self._axes(name, spec))
 
+    def state(self, specs: Specs, state: Any, *, over_data: bool = False) -> Any:
+        """Shardings for a pytree of shapes in which a parameter's statistics are keyed by the parameter's name.
 
-def state_sharding(mesh: Mesh, specs: Specs, state: Any) -> Any:
-    """Shardings for a pytree of shapes in which a parameter's statistics are keyed by the parameter's name.
+        Whatever has its parameter's axes (parameter, moment, factored moment with reduced axes of size 1) lies as the
+        parameter does; the rest (step counters) is copied. With `over_data` the copies of the model also share what
+        only the optimizer needs (ZeRO, arXiv 1910.02054, stage 1): each keeps and updates its part.
+        """
 
-    Whatever has its parameter's axes (parameter, moment, factored moment with reduced axes of size 1) lies as the
-    parameter does; the rest (step counters) is copied.
-    """
+        def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+            names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in specs]
+            if not names or leaf.ndim != len(specs[names[-1]].shape):
+                return replicated(self.mesh)
+            spec = specs[names[-1]]
+            axes = [
+                axis if size > 1 else None for axis, size in zip(self._axes(names[-1], spec), leaf.shape, strict=True)
+            ]
+            if over_data and math.prod(leaf.shape) >= SMALL:
+                self._split(axes, "data", ParamSpec(leaf.shape, spec.torch_axes))
+            return self._named(axes)
 
-    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in specs]
-        if not names or leaf.ndim != len(specs[names[-1]].shape):
-            return replicated(mesh)
-        axes = param_sharding(mesh, specs[names[-1]]).spec
-        kept = [axis if size > 1 else None for axis, size in zip(axes, leaf.shape, strict=False)]
-        return NamedSharding(mesh, PartitionSpec(*kept))
+        return jax.tree_util.tree_map_with_path(place, state)
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    def table(self, specs: Specs) -> str:
+        """Name, shape, split and bytes a device of each parameter in float32, the sum first."""
+        rows = []
+        for name, spec in specs.items():
+            sharding = self(name, spec)
+            size = math.prod(sharding.shard_shape(spec.shape)) * 4
+            split = ", ".join("-" if axis is None else str(axis) for axis in sharding.spec) or "copied"
+            rows.append((size, name, " x ".join(map(str, spec.shape)), split))
+        whole = sum(math.prod(spec.shape) for spec in specs.values()) * 4
+        held = sum(size for size, *_ in rows)
+        lines = [f"{held / 2**20:,.1f} MiB a device of {whole / 2**20:,.1f} MiB in all (float32)"]
+        width = max(len(name) for _, name, *_ in rows)
+        lines += [f"{name:{width}}  {shape:24} {split:24} {size:>13,}" for size, name, shape, split in rows]
+        return "\n".join(lines)
+
+    def _axes(self, name: str, spec: ParamSpec) -> list[Any]:
+        """For each axis of a parameter the mesh axis that splits it, or None."""
+        axes: list[Any] = [None] * len(spec.shape)
+        for pattern, rule in self.rules:
+            if re.search(pattern, name):
+                if len(rule) != len(axes) or not set(rule) <= {*self.mesh.shape, None}:
+                    raise ValueError(
+                        f"the rule {pattern!r}: {tuple(rule)} doesn't fit {name} of shape {spec.shape}; it needs "
+                        f"{len(axes)} entries, each None or one of {', '.join(self.mesh.shape)}"
+                    )
+                axes = [
+                    axis if axis and size % self.mesh.shape[axis] == 0 else None
+                    for axis, size in zip(rule, spec.shape, strict=True)
+                ]
+                break
+        if "fsdp" not in axes and math.prod(spec.shape) >= SMALL:
+            self._split(axes, "fsdp", spec)
+        return [axis if axis and self.mesh.shape[axis] > 1 else None for axis in axes]
+
+    def _split(self, axes: list[Any], name: str, spec: ParamSpec) -> None:
+        """Splits one more axis by the mesh axis `name`, if there is one that it divides."""
+        count = self.mesh.shape[name]
+        by_size = sorted(range(len(spec.shape)), key=lambda axis: -spec.shape[axis])
+        for axis in (spec.torch_axes[0], *by_size):
+            if count > 1 and axes[axis] is None and spec.shape[axis] % count == 0:
+                axes[axis] = name
+                return
+
+    def _named(self, axes: list[Any]) -> NamedSharding:
+        while axes and axes[-1] is None:
+            axes = axes[:-1]
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
 
 
 def to_devices(mesh: Mesh) -> Callable[[Any], Any]:

@@ -20,8 +20,10 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder that receives, or already
 def main() -> None:
     if CONFIG.value is None:
         raise ValueError("--config is missing; give one of the files in configs/, such as --config=configs/tiny.py")
-    from dpo_jax.training.trainer import train  # after the flags are checked: importing JAX takes seconds
+    from dpo_jax import cluster  # after the flags are checked: importing JAX takes seconds
+    from dpo_jax.training.trainer import train
 
+    cluster.join()
     train(CONFIG.value, WORKDIR.value)
 
 

@@ -1,4 +1,8 @@
-"""Which axis of a parameter is split, and that what belongs to it lies with it."""
+"""Which axes of a parameter are split, that what belongs to it lies with it, and what the mesh refuses."""
+
+import json
+import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +10,18 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from dpo_jax.sharding import DATA_AXES, make_mesh, param_sharding, state_sharding
+from dpo_jax.models.network import Network
+from dpo_jax.models.unet import UNet2DConditionModel
+from dpo_jax.models.unet_config import UNetConfig
+from dpo_jax.sharding import AXES, SMALL, TENSOR_RULES, Placement, make_mesh
 from dpo_jax.weights.layout import ParamSpec
 
+CONFIGS = Path(__file__).parent / "models" / "configs"
 LINEAR, CONV, EMBEDDING = (1, 0), (3, 2, 0, 1), (0, 1)
+
+
+def placed(shape, torch_axes, name="kernel", sizes=(1, 4, 1), **kwargs):
+    return Placement(AbstractMesh(sizes, AXES), **kwargs)(name, ParamSpec(shape, torch_axes)).spec
 
 
 @pytest.mark.parametrize(
@@ -27,32 +39,88 @@ LINEAR, CONV, EMBEDDING = (1, 0), (3, 2, 0, 1), (0, 1)
     ],
 )
 def test_splits_what_lies_together_on_disk(shape, torch_axes, axes):
-    mesh = AbstractMesh((1, 4), DATA_AXES)
-    assert param_sharding(mesh, ParamSpec(shape, torch_axes)).spec == PartitionSpec(*axes)
+    assert placed(shape, torch_axes) == PartitionSpec(*axes)
 
 
 def test_copies_everything_where_nothing_is_to_be_split():
-    mesh = AbstractMesh((4, 1), DATA_AXES)
-    assert param_sharding(mesh, ParamSpec((1280, 320), LINEAR)).spec == PartitionSpec()
+    assert placed((1280, 320), LINEAR, sizes=(4, 1, 1)) == PartitionSpec()
+
+
+def test_rules_come_first_and_fsdp_takes_another_axis():
+    to_q, to_out = "down_blocks.0.attentions.1.blocks.0.attn1.to_q.kernel", "mid_block.attn1.to_out.0.kernel"
+    assert placed((320, 640), LINEAR, to_q, (2, 2, 2)) == PartitionSpec("fsdp", "tensor")
+    assert placed((640, 320), LINEAR, to_out, (2, 2, 2)) == PartitionSpec("tensor", "fsdp")
+    assert placed((320, 642), LINEAR, to_q, (1, 1, 4)) == PartitionSpec()  # 4 doesn't divide it
+    own = (("to_q", ("fsdp", None)), *TENSOR_RULES)
+    assert placed((320, 640), LINEAR, to_q, (2, 2, 2), rules=own) == PartitionSpec("fsdp")
+    with pytest.raises(
+        ValueError, match=r"the rule 'to_q': \('fsdp',\) doesn't fit .*to_q.kernel of shape .*; it needs 2"
+    ):
+        placed((320, 640), LINEAR, to_q, rules=(("to_q", ("fsdp",)),))
+    with pytest.raises(ValueError, match=r"each None or one of data, fsdp, tensor"):
+        placed((320, 640), LINEAR, to_q, rules=(("to_q", ("model", None)),))
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_every_rule_finds_something_to_split_in_the_published_unets(name):
+    config = UNetConfig.from_dict(json.loads((CONFIGS / f"unet_{name}.json").read_text()), name)
+    network = Network.build(lambda rngs: UNet2DConditionModel(config, dtype=jnp.float32, rngs=rngs), config)
+
+    def share(sizes, rules=TENSOR_RULES):
+        """Elements that a device holds of all."""
+        placement = Placement(AbstractMesh(sizes, AXES), rules)
+        held = sum(math.prod(placement(name, spec).shard_shape(spec.shape)) for name, spec in network.specs.items())
+        return held / sum(math.prod(spec.shape) for spec in network.specs.values())
+
+    assert share((1, 16, 1)) < 1 / 15.5
+    assert share((1, 1, 4)) < 0.35  # what no rule names is copied
+    for rule in TENSOR_RULES:
+        assert share((1, 1, 4), (rule,)) < 1, rule
 
 
 def test_statistics_lie_where_their_parameter_lies():
     specs = {"big.kernel": ParamSpec((512, 256), LINEAR), "bias": ParamSpec((8,), (0,))}
-    mesh = AbstractMesh((1, 4), DATA_AXES)
+    placement = Placement(AbstractMesh((1, 4, 1), AXES))
     params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in specs.items()}
     adam = jax.eval_shape(optax.adam(1e-3).init, params)
-    placed = state_sharding(mesh, specs, adam)
-    assert placed[0].mu["big.kernel"].spec == PartitionSpec(None, "fsdp")
-    assert placed[0].mu["bias"].spec == PartitionSpec()
-    assert placed[0].count.spec == PartitionSpec()
+    state = placement.state(specs, adam)
+    assert state[0].mu["big.kernel"].spec == PartitionSpec(None, "fsdp")
+    assert state[0].mu["bias"].spec == PartitionSpec()
+    assert state[0].count.spec == PartitionSpec()
     conv = {"conv.kernel": ParamSpec((3, 3, 512, 256), CONV)}
     factors = {"row": {"conv.kernel": jax.ShapeDtypeStruct((3, 1, 512, 256), jnp.float32)}}
-    assert state_sharding(mesh, conv, factors)["row"]["conv.kernel"].spec == PartitionSpec(None, None, None, "fsdp")
+    assert placement.state(conv, factors)["row"]["conv.kernel"].spec == PartitionSpec(None, None, None, "fsdp")
     vector = {"row": {"big.kernel": jax.ShapeDtypeStruct((512, 1), jnp.float32)}}
-    assert state_sharding(mesh, specs, vector)["row"]["big.kernel"].spec == PartitionSpec(None, None)
+    assert placement.state(specs, vector)["row"]["big.kernel"].spec == PartitionSpec()
+
+
+def test_copies_of_the_model_share_the_optimizer_state():
+    specs = {"big.kernel": ParamSpec((512, 256), LINEAR), "small.kernel": ParamSpec((SMALL // 128, 64), LINEAR)}
+    params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in specs.items()}
+    adam = jax.eval_shape(optax.adam(1e-3).init, params)
+
+    def moment(name, sizes):
+        placement = Placement(AbstractMesh(sizes, AXES))
+        return placement.state(specs, adam, over_data=True)[0].mu[name].spec
+
+    assert moment("big.kernel", (8, 1, 1)) == PartitionSpec(None, "data")
+    assert moment("big.kernel", (4, 2, 1)) == PartitionSpec("data", "fsdp")
+    assert moment("small.kernel", (8, 1, 1)) == PartitionSpec()
+
+
+def test_the_table_says_where_each_parameter_lies():
+    specs = {"big.kernel": ParamSpec((512, 256), LINEAR), "bias": ParamSpec((8,), (0,))}
+    summary, *rows = Placement(AbstractMesh((1, 4, 1), AXES)).table(specs).splitlines()
+    assert summary.startswith("0.1 MiB a device of 0.5 MiB in all")
+    assert rows[0].split() == ["big.kernel", "512", "x", "256", "-,", "fsdp", "131,072"]
+    assert rows[1].split() == ["bias", "8", "copied", "32"]
 
 
 def test_a_mesh_takes_what_is_left():
-    assert dict(make_mesh(data=1, fsdp=-1).shape) == {"data": 1, "fsdp": jax.device_count()}
-    with pytest.raises(ValueError, match=r"mesh.data=3 x mesh.fsdp=5 does not make \d+ devices; set one of them to -1"):
+    count = jax.device_count()
+    assert dict(make_mesh(data=1, fsdp=-1).shape) == {"data": 1, "fsdp": count, "tensor": 1}
+    assert dict(make_mesh(data=1, tensor=-1).shape) == {"data": 1, "fsdp": 1, "tensor": count}
+    with pytest.raises(
+        ValueError, match=r"mesh.data=3 x mesh.fsdp=5 x mesh.tensor=1 does not make \d+ devices; set one"
+    ):
         make_mesh(data=3, fsdp=5)

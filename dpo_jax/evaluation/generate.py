@@ -16,7 +16,7 @@ from dpo_jax.diffusion.samplers import classifier_free_guidance, ddim
 from dpo_jax.encode.images import decode_latents
 from dpo_jax.encode.text import condition, encode_text
 from dpo_jax.models.pipeline import Pipeline
-from dpo_jax.sharding import batch_sharding, replicated
+from dpo_jax.sharding import batch_parts, batch_sharding, replicated
 from dpo_jax.weights.layout import Params
 
 
@@ -30,7 +30,7 @@ class Generator:
         encoders: gives the weights of the VAE and the text encoders by component; called before images are sampled, and
             what it returns is not kept.
         tokenizers: the model's own.
-        mesh: every batch is split over all its devices.
+        mesh: every batch is split over it.
         resolution: pixels, height and width.
         num_steps: DDIM steps.
         guidance_scale: 1 or less turns guidance off.
@@ -53,7 +53,7 @@ class Generator:
         self._components = set(pipeline.components) - {"unet"}
         self._tokenizers = tokenizers
         self._mesh = mesh
-        self._batch_size = -(-batch_size // mesh.size) * mesh.size
+        self._batch_size = -(-batch_size // batch_parts(mesh)) * batch_parts(mesh)
         cells = resolution // pipeline.vae_factor
         self.latent_shape = (cells, cells, pipeline.unet.config.in_channels)
         size_cond = jnp.array([resolution, resolution, 0, 0, resolution, resolution], jnp.float32)

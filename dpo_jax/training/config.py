@@ -134,6 +134,8 @@ def default_config() -> ConfigDict:
     c.mesh = ConfigDict()
     c.mesh.data = -1  # copies of the model; -1 takes the devices that are left
     c.mesh.fsdp = 1  # devices that one copy is split over
+    c.mesh.tensor = 1  # devices that share the work inside each layer of one copy
+    c.mesh.rules = ()  # ((regular expression in a parameter's name, (mesh axis or None, for each of its axes)), ...)
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 200  # steps
@@ -235,15 +237,17 @@ def resolve(config: ConfigDict, *, device_count: int, process_count: int) -> Der
     """Derives and checks; raises ValueError with the values and the remedy."""
     check(config)
     batch, accumulation = config.data.batch_size, config.data.accumulation
-    if batch % (accumulation * device_count):
-        unit = accumulation * device_count
+    mesh = config.mesh
+    parts = mesh.data * mesh.fsdp if mesh.tensor == -1 else max(device_count // max(mesh.tensor, 1), 1)
+    if batch % (accumulation * parts):
+        unit = accumulation * parts
         raise ValueError(
-            f"data.batch_size={batch} does not divide over {device_count} devices x {accumulation} micro-batches; "
+            f"data.batch_size={batch} does not divide over {parts} devices x {accumulation} micro-batches; "
             f"take a multiple of {unit}, such as {max(1, round(batch / unit)) * unit}"
         )
     return Derived(
         local_batch_size=batch // process_count,
-        micro_batch_per_device=batch // (accumulation * device_count),
+        micro_batch_per_device=batch // (accumulation * parts),
         learning_rate=config.optimizer.learning_rate * (batch if config.optimizer.scale_by_batch else 1),
     )
 

@@ -12,7 +12,7 @@ from dpo_jax.data.encoded import folder_of, is_finished, open_encodings
 from dpo_jax.data.images import View
 from dpo_jax.data.prepared import open_prepared
 from dpo_jax.encode.dataset import DatasetEncoder, OnProgress
-from dpo_jax.sharding import make_mesh
+from dpo_jax.sharding import Placement, make_mesh
 from dpo_jax.training.config import check
 from dpo_jax.training.data import encoding_facts
 from dpo_jax.training.model import load_frozen, load_tokenizers_of, open_model
@@ -46,13 +46,13 @@ def encode_data(config: ConfigDict, workers: int | None, say: Callable[[str], No
         with contextlib.suppress(ValueError):  # damaged: what isn't whole is made again
             open_encodings(prepared.folder, facts)
             return folder
-    mesh = make_mesh(devices=jax.local_devices())
+    placement = Placement(make_mesh(devices=jax.local_devices()))
     encoder = DatasetEncoder(
         pipeline,
-        load_frozen(config, pipeline, mesh),
+        load_frozen(config, pipeline, placement),
         load_tokenizers_of(pipeline),
         prepared,
-        mesh,
+        placement.mesh,
         folder,
         resolution=data.resolution,
         views=[View(**view) for view in facts["views"]],

@@ -16,10 +16,17 @@ from dpo_jax.encode.images import encode_images, sample_posterior
 from dpo_jax.encode.text import condition, encode_text
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.objectives.losses import dpo, sft
-from dpo_jax.sharding import make_mesh, placement, replicated, state_sharding
+from dpo_jax.sharding import Placement, batch_constraint, replicated
 from dpo_jax.training.config import Derived
 from dpo_jax.training.data import make_inputs
-from dpo_jax.training.model import abstract_params, initial_adapter, load_frozen, load_reference, load_unet
+from dpo_jax.training.model import (
+    abstract_params,
+    initial_adapter,
+    load_frozen,
+    load_reference,
+    load_unet,
+    make_placement,
+)
 from dpo_jax.training.optim import learning_rate_schedule, make_optimizer
 from dpo_jax.training.step import Encode, Frozen, Objective, Score, TrainState, make_score
 from dpo_jax.weights.layout import Params
@@ -31,7 +38,7 @@ class Experiment:
 
     config: ConfigDict
     derived: Derived
-    mesh: Mesh
+    placement: Placement
     pipeline: Pipeline
     inputs: Inputs
     objective: Objective
@@ -42,15 +49,26 @@ class Experiment:
     adapter: Params | None
     """The LoRA that training begins with; None where the whole UNet is trained."""
 
+    @property
+    def mesh(self) -> Mesh:
+        return self.placement.mesh
+
     def abstract_state(self) -> Any:
-        params = abstract_params(self.pipeline, self.mesh)
+        """Shapes and places of the training state."""
+        specs = self.pipeline.trained_specs
+        params = abstract_params(self.pipeline, self.placement)
         state = TrainState(
             step=jax.ShapeDtypeStruct((), jnp.int32),
             params=params,
             opt_state=jax.eval_shape(self.optimizer.init, params),
             ema=params if self.config.ema.decay else {},
         )
-        shardings = state_sharding(self.mesh, self.pipeline.trained_specs, state)
+        shardings = TrainState(
+            step=replicated(self.mesh),
+            params=self.placement.state(specs, state.params),
+            opt_state=self.placement.state(specs, state.opt_state, over_data=True),
+            ema=self.placement.state(specs, state.ema, over_data=True),
+        )
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
     def initial_state(self) -> TrainState:
@@ -59,27 +77,27 @@ class Experiment:
         if self.adapter is not None:
             params = jax.device_put(self.adapter, place.params)
         else:
-            params = self.pipeline.load("unet", dtype=jnp.float32, sharding=placement(self.mesh))
+            params = self.pipeline.load("unet", dtype=jnp.float32, sharding=self.placement)
         return TrainState(
             step=jax.device_put(jnp.zeros((), jnp.int32), replicated(self.mesh)),
             params=params,
             opt_state=jax.jit(self.optimizer.init, out_shardings=place.opt_state)(params),
-            ema=jax.tree.map(jnp.copy, params) if self.config.ema.decay else {},
+            ema=jax.device_put(jax.tree.map(jnp.copy, params), place.ema) if self.config.ema.decay else {},
         )
 
 
 def build(config: ConfigDict, derived: Derived, pipeline: Pipeline) -> Experiment:
     """Reads the frozen weights and composes what is to be run; raises ValueError for what the config has wrong."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    placement = make_placement(config)
     objective = make_objective(config)
     inputs = make_inputs(config, pipeline)
-    frozen = {} if isinstance(inputs, Stored) else load_frozen(config, pipeline, mesh)
+    frozen = {} if isinstance(inputs, Stored) else load_frozen(config, pipeline, placement)
     adapter = None
     if pipeline.adapted_unet is not None:
         adapter = initial_adapter(config, pipeline)
-        frozen["base"] = load_unet(pipeline, mesh)
+        frozen["base"] = load_unet(pipeline, placement)
     if objective.needs_reference:
-        frozen["reference"] = load_reference(config, pipeline, mesh, frozen, adapter)
+        frozen["reference"] = load_reference(config, pipeline, placement, frozen, adapter)
     o = config.optimizer
     learning_rate = learning_rate_schedule(
         o.schedule, derived.learning_rate, warmup_steps=o.warmup_steps, total_steps=config.steps
@@ -98,7 +116,7 @@ def build(config: ConfigDict, derived: Derived, pipeline: Pipeline) -> Experimen
     return Experiment(
         config=config,
         derived=derived,
-        mesh=mesh,
+        placement=placement,
         pipeline=pipeline,
         inputs=inputs,
         objective=objective,
@@ -112,6 +130,7 @@ def build(config: ConfigDict, derived: Derived, pipeline: Pipeline) -> Experimen
             objective,
             config.seed,
             dropout=config.lora.dropout > 0,
+            constrain=batch_constraint(placement.mesh),
         ),
         adapter=adapter,
     )

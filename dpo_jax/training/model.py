@@ -16,12 +16,18 @@ from dpo_jax.evaluation.generate import Generator
 from dpo_jax.models.lora import LowRank, find_targets, init_lora
 from dpo_jax.models.pipeline import Pipeline, files_of, find_component, load_pipeline
 from dpo_jax.models.random_model import write_random_model
-from dpo_jax.sharding import param_sharding, placement
+from dpo_jax.sharding import TENSOR_RULES, Placement, make_mesh
 from dpo_jax.training.step import Frozen
 from dpo_jax.weights.hub import find_lora
 from dpo_jax.weights.io import fingerprint
 from dpo_jax.weights.layout import Params
 from dpo_jax.weights.lora_files import lora_files_of, read_lora
+
+
+def make_placement(config: ConfigDict) -> Placement:
+    """The mesh of the config, and where on it parameters lie; its own rules come before ours."""
+    mesh = config.mesh
+    return Placement(make_mesh(mesh.data, mesh.fsdp, mesh.tensor), (*mesh.rules, *TENSOR_RULES))
 
 
 def open_model(config: ConfigDict, workdir: epath.PathLike) -> Pipeline:
@@ -71,37 +77,36 @@ def initial_adapter(config: ConfigDict, pipeline: Pipeline) -> Params:
     return jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))
 
 
-def load_unet(pipeline: Pipeline, mesh: Mesh, path: epath.Path | None = None) -> Params:
+def load_unet(pipeline: Pipeline, placement: Placement, path: epath.Path | None = None) -> Params:
     """The model's own UNet (or the one at `path`) as frozen weights are kept: in the compute dtype."""
-    return pipeline.load("unet", dtype=pipeline.dtype, sharding=placement(mesh), path=path)
+    return pipeline.load("unet", dtype=pipeline.dtype, sharding=placement, path=path)
 
 
 def load_reference(
-    config: ConfigDict, pipeline: Pipeline, mesh: Mesh, frozen: Frozen, adapter: Params | None
+    config: ConfigDict, pipeline: Pipeline, placement: Placement, frozen: Frozen, adapter: Params | None
 ) -> Params:
     """What the policy is compared with: `config.reference`, or the UNet it starts from.
 
     With a LoRA that UNet is "base", already in memory: the same arrays, not copies.
     """
     if config.reference:
-        reference = load_unet(pipeline, mesh, find_component(config.reference, "unet"))
+        reference = load_unet(pipeline, placement, find_component(config.reference, "unet"))
     else:
-        reference = frozen.get("base") or load_unet(pipeline, mesh)
+        reference = frozen.get("base") or load_unet(pipeline, placement)
     if not config.lora.init_reference:
         return reference
     assert adapter is not None  # `config.resolve` has checked it
-    place = placement(mesh)
     return reference | {
-        name: jax.device_put(np.asarray(value, pipeline.dtype), place(name, pipeline.trained_specs[name]))
+        name: jax.device_put(np.asarray(value, pipeline.dtype), placement(name, pipeline.trained_specs[name]))
         for name, value in adapter.items()
     }
 
 
-def load_frozen(config: ConfigDict, pipeline: Pipeline, mesh: Mesh) -> Frozen:
+def load_frozen(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> Frozen:
     """VAE and text encoders."""
     return {
         name: pipeline.load(
-            name, dtype=jnp.dtype(config.vae_dtype if name == "vae" else config.dtype), sharding=placement(mesh)
+            name, dtype=jnp.dtype(config.vae_dtype if name == "vae" else config.dtype), sharding=placement
         )
         for name in pipeline.components
         if name != "unet"
@@ -133,10 +138,10 @@ def for_sampling(pipeline: Pipeline, params: Params) -> Params:
     return {name: value.astype(pipeline.dtype) for name, value in params.items()}
 
 
-def abstract_params(pipeline: Pipeline, mesh: Mesh) -> Any:
+def abstract_params(pipeline: Pipeline, placement: Placement) -> Any:
     """Shapes and places of the trained weights: float32 masters."""
     return {
-        name: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=param_sharding(mesh, spec))
+        name: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=placement(name, spec))
         for name, spec in pipeline.trained_specs.items()
     }
 

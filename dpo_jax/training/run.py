@@ -5,13 +5,12 @@ import functools
 
 import jax
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dpo_jax.cli import flatten, unflatten
 from dpo_jax.evaluation.generate import Generator
 from dpo_jax.models.pipeline import Pipeline
-from dpo_jax.sharding import make_mesh
+from dpo_jax.sharding import Placement, make_mesh
 from dpo_jax.training.checkpoint import read_config, restore_params
 from dpo_jax.training.config import default_config
 from dpo_jax.training.model import (
@@ -33,7 +32,7 @@ class Run:
 
     config: ConfigDict
     pipeline: Pipeline
-    mesh: Mesh
+    placement: Placement
     params: Params
     """Trained weights, float32: of the whole UNet or of a LoRA; their moving average where the config wants one."""
     step: int
@@ -41,7 +40,7 @@ class Run:
     @functools.cached_property
     def base(self) -> Params:
         """The UNet that training began with, in the compute dtype; with the LoRA that it went on from, if any."""
-        unet = load_unet(self.pipeline, self.mesh)
+        unet = load_unet(self.pipeline, self.placement)
         return unet | initial_adapter(self.config, self.pipeline) if self.config.lora.init else unet
 
     @functools.cached_property
@@ -59,8 +58,8 @@ class Run:
         return Adapter(jax.device_get(self.params), {name: size.alpha for name, size in self.pipeline.adapters.items()})
 
     def generator(self, batch_size: int) -> Generator:
-        frozen = load_frozen(self.config, self.pipeline, self.mesh)
-        return make_generator(self.config, self.pipeline, lambda: frozen, self.mesh, batch_size)
+        frozen = load_frozen(self.config, self.pipeline, self.placement)
+        return make_generator(self.config, self.pipeline, lambda: frozen, self.placement.mesh, batch_size)
 
 
 def open_run(workdir: epath.PathLike) -> Run:
@@ -72,7 +71,7 @@ def open_run(workdir: epath.PathLike) -> Run:
     pipeline = open_model(config, workdir)
     if pipeline.fingerprint() != saved["fingerprints.model"]:
         raise ValueError(f"the model in {pipeline.folder} has changed since {workdir} began; put the former one back")
-    mesh = make_mesh(data=1, fsdp=-1)  # whatever devices are here, not those that trained
+    placement = Placement(make_mesh(data=1, fsdp=-1))  # whatever devices are here, not those that trained
     item = "ema" if config.ema.decay else "params"
-    params, step = restore_params(workdir, abstract_params(pipeline, mesh), item)
-    return Run(config, pipeline, mesh, params, step)
+    params, step = restore_params(workdir, abstract_params(pipeline, placement), item)
+    return Run(config, pipeline, placement, params, step)

@@ -54,11 +54,19 @@ class Objective:
 
 
 def make_score(
-    encode: Encode, denoise: Denoise, schedule: Schedule, objective: Objective, seed: int, *, dropout: bool = False
+    encode: Encode,
+    denoise: Denoise,
+    schedule: Schedule,
+    objective: Objective,
+    seed: int,
+    *,
+    dropout: bool = False,
+    constrain: Callable[[Any], Any] = lambda tree: tree,
 ) -> Score:
     """`score(params, frozen, batch, step, training)`: encodes the batch, draws t and noise, scores every candidate.
 
-    With `dropout`, training gives `denoise` keys for it. Every draw is a function of (seed, step, global sample index)
+    With `dropout`, training gives `denoise` keys for it. `constrain` keeps what enters the networks split over devices
+    along its leading axis, as the batch is. Every draw is a function of (seed, step, global sample index)
     alone, so it is the same on 1 or 64 devices and with any accumulation.
     """
 
@@ -71,6 +79,7 @@ def make_score(
         dropout_keys_B = keys_for(dropout_key, batch.index_B) if training and dropout else None
         latents_BKHWC, conditioning = encode(frozen, batch, keys_for(posterior_key, batch.index_B))
         t_B, noise_BHWC = draw(diffusion_key, batch.index_B, schedule, latents_BKHWC.shape[2:], latents_BKHWC.dtype)
+        latents_BKHWC, conditioning, t_B, noise_BHWC = constrain((latents_BKHWC, conditioning, t_B, noise_BHWC))
         policy = frozen.get("base", {}) | params
         reference = frozen["reference"] if objective.needs_reference else None
         return score_candidates(

@@ -217,7 +217,7 @@ class Loop:
     def _encoders(self) -> Frozen:
         """VAE and text encoders; of a run that reads encodings only while images are sampled."""
         e = self.experiment
-        return e.frozen if "vae" in e.frozen else load_frozen(self.config, e.pipeline, e.mesh)
+        return e.frozen if "vae" in e.frozen else load_frozen(self.config, e.pipeline, e.placement)
 
 
 def _announce(experiment: Experiment, workdir: epath.Path, start: int) -> None:

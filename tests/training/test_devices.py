@@ -1,6 +1,7 @@
-"""One run on one device and on a 2 x 2 mesh of four must agree; both in processes of their own."""
+"""The same run on one device, on eight, and on two processes of four: the same losses and parameters, to rounding."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,45 +9,140 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dpo_jax.training.run import open_run
+
 ROOT = Path(__file__).parents[2]
 
+# Adam with a large epsilon is smooth: an element with a tiny gradient doesn't turn rounding into a full step.
 SCRIPT = """
 import json, sys
-import dpo_jax, jax
-devices, workdir = int(sys.argv[1]), sys.argv[2]
-jax.config.update("jax_num_cpu_devices", devices)
-from dpo_jax import sharding
+from dpo_jax import cluster, sharding
 from dpo_jax.cli import load_config
+workdir, fields = sys.argv[1], json.loads(sys.argv[2])
+cluster.join()
 from dpo_jax.training import trainer
 sharding.SMALL = 1024  # or nothing of this model would be split
-config = load_config("configs/sdxl.py:tiny")
-config.steps, config.data.batch_size, config.loss.beta = 3, 16, 10.0
+config = load_config("configs/sd15.py:tiny")
+config.steps, config.data.batch_size, config.loss.beta, config.optimizer.epsilon = 10, 16, 10.0, 1e-2
 config.validation.every = config.sample.every = 0
-config.optimizer.warmup_steps, config.optimizer.learning_rate = 0, 1e-5
-config.mesh.data, config.mesh.fsdp = (2, 2) if devices == 4 else (1, 1)
+config.checkpoint.every = 10
+config.optimizer.warmup_steps, config.optimizer.learning_rate = 0, 1e-3
+for name, value in fields.items():
+    group, field = name.split(".")
+    config[group][field] = value
 trainer.train(config, workdir)
-from dpo_jax.training.run import open_run
-params = open_run(workdir).params
-split = sum(not p.sharding.is_fully_replicated for p in params.values())
-print(json.dumps({"split": split, "norms": {name: float((p ** 2).sum()) for name, p in params.items()}}))
+"""
+
+LORA = {"lora.rank": 4, "lora.alpha": 4.0}
+MESHES = {
+    "data": {},
+    "fsdp": {"mesh.fsdp": 8},
+    "tensor": {"mesh.fsdp": 2, "mesh.tensor": 2},
+}
+
+
+def train(workdir: Path, fields: dict, *, processes: int, devices: int) -> list[float]:
+    """Runs in new processes; the losses of its steps."""
+    script = [sys.executable, "-c", SCRIPT, str(workdir), json.dumps(fields)]
+    if processes > 1:
+        script = ["bash", "launch/local_cluster.sh", *script]
+    environment = os.environ | {
+        "PROCESSES": str(processes),
+        "DEVICES": str(devices),
+        "JAX_NUM_CPU_DEVICES": str(devices),
+    }
+    done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line)["train/loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory: pytest.TempPathFactory):
+    """(losses, parameters, by how much they have changed) of the same run on one device."""
+    runs = {}
+
+    def run(**fields):
+        key = json.dumps(fields)
+        if key not in runs:
+            workdir = tmp_path_factory.mktemp("one")
+            losses = train(workdir, fields, processes=1, devices=1)
+            opened = open_run(workdir)
+            begun = opened.base if not fields else {name: 0 for name in opened.params}
+            changes = {name: np.abs(value - begun[name]).max() for name, value in opened.params.items()}
+            runs[key] = losses, opened.params, changes
+        return runs[key]
+
+    return run
+
+
+def assert_same(workdir: Path, losses: list[float], expected) -> None:
+    expected_losses, expected_params, changes = expected
+    assert len(losses) == 10
+    assert abs(expected_losses[-1] - expected_losses[0]) > 0.01
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    params = open_run(workdir).params
+    moved = max(changes.values())
+    assert moved > 1e-3
+    for name, value in expected_params.items():
+        np.testing.assert_allclose(params[name], value, rtol=1e-5, atol=1e-4 * moved, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "fields", "processes"),
+    [
+        pytest.param("data", {}, 1),
+        pytest.param("tensor", {}, 2),
+        *(
+            pytest.param(mesh, fields, processes, marks=pytest.mark.slow)
+            for mesh in MESHES
+            for fields in ({}, LORA)
+            for processes in (1, 2)
+            if (mesh, fields, processes) not in (("data", {}, 1), ("tensor", {}, 2))
+        ),
+    ],
+    ids=lambda value: "lora" if value == LORA else "full" if value == {} else str(value),
+)
+def test_eight_devices_agree_with_one(on_one_device, tmp_path: Path, mesh: str, fields: dict, processes: int) -> None:
+    losses = train(tmp_path, fields | MESHES[mesh], processes=processes, devices=8 // processes)
+    assert_same(tmp_path, losses, on_one_device(**fields))
+
+
+UPDATE = """
+import json, math, re, sys
+import dpo_jax, jax, jax.numpy as jnp
+jax.config.update("jax_num_cpu_devices", 8)
+from dpo_jax import sharding
+from dpo_jax.cli import load_config
+from dpo_jax.training.config import resolve
+from dpo_jax.training.experiment import build
+from dpo_jax.training.model import open_model
+import optax
+sharding.SMALL = 1024
+config = load_config("configs/sd15.py:tiny")
+config.data.batch_size, config.mesh.fsdp = 8, int(sys.argv[1])
+derived = resolve(config, device_count=8, process_count=1)
+experiment = build(config, derived, open_model(config, sys.argv[2]))
+state = experiment.abstract_state()
+
+def update(params, opt_state, grads):
+    updates, opt_state = experiment.optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+place = jax.tree.map(lambda x: x.sharding, (state.params, state.opt_state))
+text = jax.jit(update, out_shardings=place).lower(state.params, state.opt_state, state.params).compile().as_text()
+shapes = re.findall(r"= f32\\[([\\d,]*)\\]\\S* all-gather\\(", text)
+gathered = sum(math.prod(map(int, shape.split(","))) for shape in shapes)
+split = sum(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state.opt_state))
+print(json.dumps([gathered, sum(x.size for x in state.params.values()), split]))
 """
 
 
-def run(devices, workdir):
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(devices), str(workdir)], cwd=ROOT, check=True, capture_output=True, text=True
+@pytest.mark.parametrize("fsdp", [1, 8])
+def test_the_optimizer_state_is_never_gathered(tmp_path: Path, fsdp: int) -> None:
+    """Split with its parameters (fsdp) nothing is; shared by copies of the model, the new parameters are, once."""
+    done = subprocess.run(
+        [sys.executable, "-c", UPDATE, str(fsdp), str(tmp_path)], cwd=ROOT, check=True, capture_output=True, text=True
     )
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [row["train/loss"] for row in rows], json.loads(result.stdout.splitlines()[-1])
-
-
-def test_four_devices_agree_with_one(tmp_path):
-    one, params_of_one = run(1, tmp_path / "one")
-    four, params_of_four = run(4, tmp_path / "four")
-    assert params_of_one["split"] == 0
-    assert params_of_four["split"] > 50
-    np.testing.assert_allclose(four, one, rtol=1e-4)
-    assert len(one) == 3
-    assert abs(one[2] - one[0]) > 1e-3
-    for name, norm in params_of_one["norms"].items():
-        assert params_of_four["norms"][name] == pytest.approx(norm, rel=1e-4, abs=1e-9), name
+    gathered, parameters, split = json.loads(done.stdout.splitlines()[-1])
+    assert split > 50
+    assert gathered == 0 if fsdp == 8 else 0.5 * parameters < gathered <= parameters

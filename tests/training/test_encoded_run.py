@@ -51,8 +51,7 @@ def test_inputs_agree_to_bfloat16_rounding(config, tmp_path: Path, family: str) 
     fields = {"data.size_conditioning": "real", "data.caption_dropout": 0.3, "data.batch_size": 8}
     config = encoded(config(family, **fields))
     pipeline, derived = open_model(config, tmp_path), resolve(config, device_count=1, process_count=1)
-    mesh = build(config, derived, pipeline).mesh
-    frozen = load_frozen(config, pipeline, mesh)
+    frozen = load_frozen(config, pipeline, build(config, derived, pipeline).placement)
     encode = jax.jit(make_encode(pipeline))
     found = []
     for views in (2, 0):

@@ -75,7 +75,7 @@ sharding.SMALL = 100
 fetched, fetch = [], io.fetch
 io.fetch = lambda view: fetched.append((view.shape, view.T.flags.c_contiguous)) or fetch(view)
 specs = {"to_q.kernel": ParamSpec((20, 8), (1, 0)), "to_q.bias": ParamSpec((8,), (0,))}
-params = io.load_params(sys.argv[1], specs, dtype="float32", sharding=sharding.placement(sharding.make_mesh(2, 2)))
+params = io.load_params(sys.argv[1], specs, dtype="float32", sharding=sharding.Placement(sharding.make_mesh(2, 2)))
 np.savez(sys.argv[2], **params)
 print(json.dumps(fetched))
 """

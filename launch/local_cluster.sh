@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Runs a command in several processes on this machine, each with several virtual CPU devices: a pod in a nutshell, to
+# try a mesh before paying for one.
+#
+#   bash launch/local_cluster.sh python -m dpo_jax.train --config=configs/sdxl.py:tiny --workdir=/tmp/try \
+#       --config.data.batch_size=8 --config.mesh.fsdp=2
+#
+#   PROCESSES  how many processes; 2 unless set
+#   DEVICES    virtual devices of each; 4 unless set
+#   PORT       of this machine, by which they find each other; one that is free unless set
+#   LOGS       folder for the output of all processes but the first; a temporary one unless set
+#   DRY_RUN    1 prints what would be run
+#
+# Ends when all have ended, with the first failure's exit code; when one fails, the others are stopped.
+set -euo pipefail
+processes=${PROCESSES:-2}
+devices=${DEVICES:-4}
+[ $# -gt 0 ] || { sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//' >&2; exit 2; }
+port=${PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')}
+logs=${LOGS:-$(mktemp -d)}
+
+export JAX_COORDINATOR_ADDRESS=localhost:$port JAX_NUM_PROCESSES=$processes
+export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo
+if [ "${DRY_RUN:-0}" = 1 ]; then
+  for ((i = 0; i < processes; i++)); do
+    echo "JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES=$processes JAX_PROCESS_ID=$i" \
+      "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo $*"
+  done
+  exit 0
+fi
+
+mkdir -p "$logs"
+pids=()
+trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT
+for ((i = 0; i < processes; i++)); do
+  if [ "$i" = 0 ]; then
+    JAX_PROCESS_ID=$i "$@" &
+  else
+    JAX_PROCESS_ID=$i "$@" >"$logs/process_$i.log" 2>&1 &
+  fi
+  pids+=($!)
+done
+for ((i = 0; i < processes; i++)); do
+  code=0
+  wait -n || code=$?
+  if [ "$code" != 0 ]; then
+    echo "error: a process ended with exit code $code; the output of the others is in $logs" >&2
+    exit "$code"
+  fi
+done
