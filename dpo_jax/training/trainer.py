@@ -229,4 +229,7 @@ def _announce(experiment: Experiment, workdir: epath.Path, start: int) -> None:
     print(f"derived: {derived}")
     print(f"devices: {experiment.mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(experiment.mesh.shape)}")
     print(f"model:   {experiment.config.model} ({experiment.pipeline.family.name}), {trained:,} trained parameters")
+    table = experiment.placement.table(experiment.pipeline.trained_specs)
+    (workdir / "sharding.txt").write_text(f"{table}\n")
+    print(f"weights: {table.splitlines()[0]}, each in {workdir / 'sharding.txt'}")
     print(f"workdir: {workdir}, " + (f"continuing after step {start}" if start else "from the start"), flush=True)

@@ -1,0 +1,104 @@
+"""Who joins whom: told by the environment, tried with real processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from dpo_jax import cluster
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "launch" / "local_cluster.sh"
+
+
+@pytest.fixture(autouse=True)
+def joined(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Arguments of JAX's own function, which isn't called; no variable is set."""
+    calls: list[tuple] = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: calls.append(arguments))
+    for name in (*cluster.EXPLICIT, *cluster.SCHEDULERS.values()):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    return calls
+
+
+def test_one_process_joins_nobody(joined) -> None:
+    cluster.join()
+    assert joined == []
+    assert cluster.is_first()
+
+
+def test_variables_name_the_others(joined, monkeypatch) -> None:
+    for name, value in zip(cluster.EXPLICIT, ("host:123", "4", "3"), strict=True):
+        monkeypatch.setenv(name, value)
+    cluster.join()
+    assert joined == [("host:123", 4, 3)]
+
+
+@pytest.mark.parametrize("name", cluster.SCHEDULERS.values())
+def test_a_scheduler_with_several_tasks_is_asked(joined, monkeypatch, name: str) -> None:
+    monkeypatch.setenv(name, "1")
+    cluster.join()
+    assert joined == []
+    monkeypatch.setenv(name, "2")
+    cluster.join()
+    assert joined == [()]
+
+
+def test_a_tpu_knows_its_hosts(joined, monkeypatch) -> None:
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: name == "libtpu")
+    cluster.join()
+    assert joined == []  # JAX_PLATFORMS=cpu: compiled for, not run on
+    monkeypatch.delenv("JAX_PLATFORMS")
+    cluster.join()
+    assert joined == [()]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "host:1"}, r"JAX_NUM_PROCESSES=\(not set\), JAX_PROCESS_ID=\(not set\): to join"),
+        ({"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "from 0"),
+        ({"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "=two"),
+    ],
+)
+def test_half_a_cluster_is_refused(joined, monkeypatch, given: dict[str, str], message: str) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        cluster.join()
+    assert joined == []
+
+
+def local_cluster(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", SCRIPT, *command], env=os.environ | variables, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_local_cluster_starts_processes_that_find_each_other() -> None:
+    code = (
+        "from dpo_jax import cluster; cluster.join(); import jax; cluster.wait('here'); "
+        "print(jax.process_count(), jax.device_count(), jax.local_device_count())"
+    )
+    done = local_cluster(sys.executable, "-c", code, PROCESSES="2", DEVICES="3")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "2 6 3"
+
+
+def test_local_cluster_stops_when_a_process_fails() -> None:
+    done = local_cluster("bash", "-c", "[ $JAX_PROCESS_ID = 1 ] && exit 7; sleep 60", PROCESSES="3")
+    assert done.returncode == 7
+    assert "error: a process ended with exit code 7" in done.stderr
+
+
+def test_local_cluster_tells_what_it_would_run_and_what_it_takes() -> None:
+    lines = local_cluster("train", "--flag", DRY_RUN="1", PROCESSES="2", PORT="5", DEVICES="8").stdout.splitlines()
+    assert [line.split()[2] for line in lines] == ["JAX_PROCESS_ID=0", "JAX_PROCESS_ID=1"]
+    assert all(line.endswith("train --flag") and "localhost:5 " in line for line in lines)
+    usage = local_cluster()
+    assert usage.returncode == 2
+    assert "PROCESSES  how many processes; 2 unless set" in usage.stderr
