@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by demo.sh and test.sh: makes .venv beside the README and installs the package with the extras in $1.
 # The versions in constraints.txt are known to work together; pip takes others where Python or the machine needs them.
 set -euo pipefail

@@ -1,0 +1,84 @@
+"""The launch scripts as far as they go without a cluster: what they would run, and that they are sound shell."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
+
+
+def dry_run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in ("NAME", "ZONE", "TYPE", "PROJECT")}
+    return subprocess.run(
+        ["bash", LAUNCH / script, *arguments],
+        env=environment | {"DRY_RUN": "1"} | variables,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_slurm_runs_the_command_on_every_node() -> None:
+    done = dry_run("slurm.sbatch", "--config=configs/sdxl.py", "--workdir=/shared/run", VENV="/venv", CACHE="/cache")
+    assert done.stdout == (
+        "JAX_COMPILATION_CACHE_DIR=/cache srun --kill-on-bad-exit=1 /venv/bin/python -m dpo_jax.train "
+        "--config=configs/sdxl.py --workdir=/shared/run\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "command"),
+    [
+        (["create"], {"TYPE": "v5p-128"}, "create dpo --zone=z --accelerator-type=v5p-128 --version=v2-alpha-tpuv5"),
+        (["create"], {"TYPE": "v6e-64", "SPOT": "1"}, "--version=v2-alpha-tpuv6e --spot"),
+        (["create"], {"TYPE": "v9-8", "RUNTIME": "new"}, "--accelerator-type=v9-8 --version=new"),
+        (["install"], {"PROJECT": "p"}, "dpo:dpo_jax.tar.gz --zone=z --project=p --worker=all"),
+        (["collect", "/runs/a", "here"], {}, "scp --recurse dpo:/runs/a here --zone=z --worker=0"),
+        (["delete"], {}, "delete dpo --zone=z --quiet"),
+    ],
+)
+def test_tpu_pod_says_what_gcloud_is_to_do(arguments: list[str], variables: dict[str, str], command: str) -> None:
+    done = dry_run("tpu_pod.sh", *arguments, NAME="dpo", ZONE="z", **variables)
+    assert done.returncode == 0, done.stderr
+    assert command in done.stdout
+
+
+def test_tpu_pod_hands_arguments_on_as_they_are() -> None:
+    prompts = "--config.sample.prompts=('a cat', 'a dog')"
+    done = dry_run("tpu_pod.sh", "run", prompts, NAME="dpo", ZONE="z")
+    gcloud = subprocess.run(  # what gcloud is given, and then what the host's shell makes of it
+        ["bash", "-c", f'gcloud() {{ for last; do :; done; echo "${{last#--command=}}"; }}; {done.stdout}'],
+        capture_output=True,
+        text=True,
+    )
+    on_host = gcloud.stdout.rpartition("-m dpo_jax.train ")[2]
+    printed = subprocess.run(["bash", "-c", f"printf '%s|' {on_host}"], capture_output=True, text=True)
+    assert printed.stdout == f"{prompts}|"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "variables", "message"),
+    [
+        ("slurm.sbatch", [], {}, "sbatch --nodes=4 launch/slurm.sbatch"),
+        ("tpu_pod.sh", [], {}, "NAME     of the slice"),
+        ("tpu_pod.sh", ["run", "x"], {}, "NAME: the name of the slice"),
+        ("tpu_pod.sh", ["create"], {"NAME": "a", "ZONE": "z"}, "TYPE: kind and size of the slice"),
+        ("tpu_pod.sh", ["create"], {"NAME": "a", "ZONE": "z", "TYPE": "v9-8"}, "no default for v9-8 is known"),
+        ("tpu_pod.sh", ["destroy"], {"NAME": "a", "ZONE": "z"}, "NAME     of the slice"),
+    ],
+)
+def test_what_is_missing_is_said(script: str, arguments: list[str], variables: dict[str, str], message: str) -> None:
+    done = dry_run(script, *arguments, **variables)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing() -> None:
+    scripts = [*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"]
+    done = subprocess.run(["shellcheck", "-x", "--source-path=SCRIPTDIR", *scripts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
