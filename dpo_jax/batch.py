@@ -2,7 +2,7 @@
 
 Axes: B prompts, K candidates of a prompt (best first), H x W pixels, h x w latent cells, C channels, M captions of a
 prompt (one shared by its candidates, or K of their own), E text encoders, L tokens, D context width, P pooled width.
-NamedTuples, so that they are pytrees without importing JAX here: the data loader's workers must never start it.
+NamedTuples, so that they are pytrees without importing JAX here: what reads and prepares data does without it.
 """
 
 from typing import Any, NamedTuple

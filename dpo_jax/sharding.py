@@ -158,13 +158,13 @@ class Placement:
                         f"{len(axes)} entries, each None or one of {', '.join(self.mesh.shape)}"
                     )
                 axes = [
-                    axis if axis and size % self.mesh.shape[axis] == 0 else None
+                    axis if axis and self.mesh.shape[axis] > 1 and size % self.mesh.shape[axis] == 0 else None
                     for axis, size in zip(rule, spec.shape, strict=True)
                 ]
                 break
         if "fsdp" not in axes and math.prod(spec.shape) >= SMALL:
             self._split(axes, "fsdp", spec)
-        return [axis if axis and self.mesh.shape[axis] > 1 else None for axis in axes]
+        return axes
 
     def _split(self, axes: list[Any], name: str, spec: ParamSpec) -> None:
         """Splits one more axis by the mesh axis `name`, if there is one that it divides."""

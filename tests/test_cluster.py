@@ -86,7 +86,7 @@ def test_local_cluster_starts_processes_that_find_each_other() -> None:
     )
     done = local_cluster(sys.executable, "-c", code, PROCESSES="2", DEVICES="3")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "2 6 3"
+    assert "2 6 3" in done.stdout.splitlines()
 
 
 def test_local_cluster_stops_when_a_process_fails() -> None:

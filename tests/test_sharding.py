@@ -51,6 +51,7 @@ def test_rules_come_first_and_fsdp_takes_another_axis():
     assert placed((320, 640), LINEAR, to_q, (2, 2, 2)) == PartitionSpec("fsdp", "tensor")
     assert placed((640, 320), LINEAR, to_out, (2, 2, 2)) == PartitionSpec("tensor", "fsdp")
     assert placed((320, 642), LINEAR, to_q, (1, 1, 4)) == PartitionSpec()  # 4 doesn't divide it
+    assert placed((320, 640), LINEAR, to_q, (2, 4, 1)) == PartitionSpec(None, "fsdp")  # PyTorch's first axis again
     own = (("to_q", ("fsdp", None)), *TENSOR_RULES)
     assert placed((320, 640), LINEAR, to_q, (2, 2, 2), rules=own) == PartitionSpec("fsdp")
     with pytest.raises(

@@ -41,12 +41,9 @@ FILE_BYTES = 2**28
 
 @dataclasses.dataclass(frozen=True)
 class Encodings:
-    """A finished folder. Pickled as its path: a worker process opens the files anew."""
+    """A finished folder."""
 
     folder: Path
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder}
 
     @property
     def resolution(self) -> int:

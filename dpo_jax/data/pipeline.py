@@ -1,7 +1,7 @@
 """From a prepared data set to batches: Grain shuffles, shards, makes the inputs of each record and batches them.
 
 Every sample is a function of the seed and its position in one endless stream, so the samples of a run don't depend on
-the number of processes or workers, and an iterator resumes anywhere. NumPy only: worker processes never start JAX.
+the number of processes or workers, and an iterator resumes anywhere.
 
 Axes: B prompts, K candidates (best first), V views of an image, H x W pixels, C channels.
 """

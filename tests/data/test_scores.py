@@ -246,11 +246,11 @@ def test_scores_of_another_data_set(folder: Path, tmp_path: Path) -> None:
 def test_no_such_judge(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
         FileNotFoundError,
-        match=r"no scores by 'c', but by a, b; make them by python -m dpo_jax.score --data=.* --judge=c ",
+        match=r"no scores by 'c' \(those there are by a, b\); make them by python -m dpo_jax.score .* --judge=c ",
     ):
         open_prepared(folder, ("a", "c"))
     shutil.rmtree(folder / "scores")
-    with pytest.raises(FileNotFoundError, match="no scores by 'a', but by no judge"):
+    with pytest.raises(FileNotFoundError, match=r"no scores by 'a' \(those there are by nobody\)"):
         open_prepared(folder, ("a",))
     with pytest.raises(ValueError, match="combine='median'; scores of several judges are combined by mean or pareto"):
         open_prepared(folder, ("a",), "median")  # type: ignore[arg-type]

@@ -154,7 +154,7 @@ def test_refuses_the_work_directory_of_another_config(tiny_config, tmp_path):
         ({"log_every": 0}, r"config.log_every=0 must be at least 1"),
         ({"loss.name": "dop"}, r"loss.name='dop'; the losses are dpo, sft"),
         ({"optimizer.name": "adam"}, r"adamw"),
-        ({"mesh.data": 3}, r"mesh.data=3 x mesh.fsdp=1 does not make 1 devices"),
+        ({"mesh.data": 3}, r"mesh.data=3 x mesh.fsdp=1 x mesh.tensor=1 does not make 1 devices"),
     ],
 )
 def test_wrong_configs_are_one_sentence_and_leave_no_run_behind(tiny_config, tmp_path, fields, message):
