@@ -33,6 +33,7 @@ measures instead whether the loader's memory grows with the data, or with time; 
 """
 
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -372,7 +373,7 @@ def race(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
         "fixed": (theirs, case._replace(workers=CORES)),
     }
     for name, (reader, how) in readers.items():
-        runs[name] = lambda reader=reader, how=how: in_fresh_process(timed, reader, how, seconds)  # type: ignore[misc]
+        runs[name] = functools.partial(in_fresh_process, timed, reader, how, seconds)
     if ONLY.value:
         runs = {name: runs[name] for name in ONLY.value}
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in runs}

@@ -112,14 +112,16 @@ def is_prepared(output: Path, files: list[Path]) -> bool:
 
 
 def encode(output: Path) -> None:
+    from dpo_jax import cluster
     from dpo_jax.progress import ProgressBar
     from dpo_jax.training.encoding import encode_data
 
     config = CONFIG.value
     config.data.path = str(output)
-    with ProgressBar("rows") as bar:
+    with ProgressBar("rows", quiet=not cluster.is_first()) as bar:
         folder = encode_data(config, WORKERS.value, bar.say, bar.show)
-    print(f"encodings are in {folder}")
+    if cluster.is_first():
+        print(f"encodings are in {folder}")
 
 
 if __name__ == "__main__":

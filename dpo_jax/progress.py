@@ -11,14 +11,15 @@ class ProgressBar:
 
     Args:
         unit: what `done` and `total` count.
+        quiet: says nothing; for all processes of a run but one.
     """
 
-    def __init__(self, unit: str):
+    def __init__(self, unit: str, *, quiet: bool = False):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self._unit = unit
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, quiet=quiet)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit)
         figures = TextColumn("{task.fields[figures]}")
         self._bar = Progress(*columns, figures, console=self._console, disable=not self._console.is_terminal)
