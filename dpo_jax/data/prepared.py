@@ -48,7 +48,7 @@ AGAIN = "prepare it again into another folder"
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What `open_prepared` opens. Pickled without what it read: a worker process opens the files anew."""
+    """What `open_prepared` opens."""
 
     folder: Path
     judges: tuple[str, ...] = ()
@@ -57,9 +57,6 @@ class Prepared:
 
     def __len__(self) -> int:
         return self.records.num_rows
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def record(self, index: int, num_candidates: int | None = None, *, read_images: bool = True) -> dict[str, Any]:
         """The columns of `RECORDS` with `images` as encoded bytes, and `sizes`, the (height, width) of each.
@@ -96,7 +93,7 @@ class Prepared:
 
     @functools.cached_property
     def _records_and_scored(self) -> tuple[pa.Table, np.ndarray]:
-        votes = _map(self.folder / "records.arrow", RECORDS)
+        votes = scores.map_table(self.folder / "records.arrow", RECORDS, AGAIN)
         if not self.judges:
             return votes, np.ones(votes.num_rows, bool)
         of = scores.candidates(votes["images"])
@@ -106,12 +103,12 @@ class Prepared:
     @property
     def sha256_I(self) -> pa.ChunkedArray:
         """Of every image as it is stored."""
-        return _map(self.folder / "images.arrow", IMAGES)["sha256"]
+        return scores.map_table(self.folder / "images.arrow", IMAGES, AGAIN)["sha256"]
 
     @functools.cached_property
     def sizes_I2(self) -> np.ndarray:
         """(height, width) of every image, upright."""
-        table = _map(self.folder / "images.arrow", IMAGES)
+        table = scores.map_table(self.folder / "images.arrow", IMAGES, AGAIN)
         return np.stack([table[side].to_numpy() for side in ("height", "width")], axis=1)
 
     @functools.cached_property
@@ -267,13 +264,3 @@ def _check_shards(prepared: Prepared) -> None:
             raise ValueError(f"{shard} is missing or damaged ({reason}); {AGAIN}") from None
         if found != number:
             raise ValueError(f"{shard} holds {found} images instead of {number}; {AGAIN}")
-
-
-def _map(path: Path, schema: pa.Schema) -> pa.Table:
-    try:
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}); {AGAIN}") from None
-    if table.schema != schema:
-        raise ValueError(f"{path} has another layout than this version of dpo_jax reads; {AGAIN}")
-    return table

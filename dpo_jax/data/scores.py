@@ -113,12 +113,7 @@ def _read(folder: Path, judge: str, of: Candidates, digest: str) -> np.ndarray:
             "(with --scores=FILE.jsonl for a judge that doesn't come with dpo_jax)"
         )
     again = f"make it again by {again} --overwrite"
-    try:
-        table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is damaged ({str(error).splitlines()[0]}); {again}") from None
-    if table.schema != SCORES:
-        raise ValueError(f"{file} has another layout than this version of dpo_jax reads; {again}")
+    table = map_table(file, SCORES, again)
     if (table.schema.metadata or {}).get(b"records_sha256") != digest.encode():
         raise ValueError(f"{file} was made for another data set than {folder} (records.arrow differs); {again}")
     scored_N = table["scores"].is_valid().to_numpy()
@@ -128,6 +123,17 @@ def _read(folder: Path, judge: str, of: Candidates, digest: str) -> np.ndarray:
     scores_M = np.full(len(of.record_M), np.nan, np.float32)
     scores_M[scored_N[of.record_M]] = pc.list_flatten(table["scores"]).to_numpy()
     return scores_M
+
+
+def map_table(path: Path, schema: pa.Schema, again: str) -> pa.Table:
+    """An Arrow file mapped into memory. Raises ValueError, with the remedy, for a damaged file or another schema."""
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}); {again}") from None
+    if table.schema != schema:
+        raise ValueError(f"{path} has another layout than this version of dpo_jax reads; {again}")
+    return table
 
 
 def complete(scores_M: np.ndarray, of: Candidates) -> np.ndarray:

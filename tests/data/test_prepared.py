@@ -1,4 +1,3 @@
-import pickle
 import shutil
 import time
 from pathlib import Path
@@ -85,15 +84,6 @@ def test_best_and_worst_of_more_candidates(folder: Path) -> None:
     assert (record["models"], record["captions"]) == (["dreamlike", "sd 1.4", "dreamlike"], ["1", "2", "4"])
     np.testing.assert_array_equal(record["sizes"], [[50, 50], [10, 10], [60, 60]])
     np.testing.assert_allclose(record["preference"], [0.5, 0.375, 0.125], rtol=1e-6)
-
-
-def test_pickled_without_what_it_read(judged: Path) -> None:
-    for prepared in (open_prepared(judged), open_prepared(judged, ("a", "b"), "pareto")):
-        before = prepared.record(1)["images"]
-        data = pickle.dumps(prepared)
-        assert len(data) < 1000
-        assert pickle.loads(data) == prepared
-        assert pickle.loads(data).record(1)["images"] == before
 
 
 def test_selects_by_the_scores_of_judges(judged: Path) -> None:
