@@ -16,6 +16,8 @@ class Raw(NamedTuple):
 
     images_BKHWC: Array
     """uint8 RGB, best candidate first."""
+    mirrored_BK: Array
+    """bool, which images the step is to mirror; devices do it for nothing."""
     token_ids_BMEL: Array
     """int32 token ids, one row per text encoder."""
 

@@ -19,7 +19,9 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 class View(NamedTuple):
     """Where candidates of a prompt are cropped and whether they are mirrored; shared, so that no candidate is favoured.
 
-    `top` and `left` are fractions in [0, 1) of the room that the resized image leaves; None takes the centre.
+    `top` and `left` are fractions in [0, 1) of the room that the resized image leaves; None takes the centre. What is
+    mirrored is so before the crop, as in the official Diffusion-DPO trainer and diffusers' SDXL trainers. Here it is
+    only cut from the other side: to mirror the square is left to who encodes it, see `encode.images.mirror`.
     """
 
     top: float | None = None
@@ -96,18 +98,18 @@ def _grey(image: Image.Image) -> Image.Image:
 def fit(image: Image.Image, resolution: int, view: View) -> tuple[np.ndarray, tuple[int, int]]:
     """Resizes the shorter side to `resolution` and cuts a square: (pixels_HWC uint8, (crop top, crop left)).
 
-    Bilinear (Pillow widens the filter when it shrinks an image), then flip, then crop, and the longer side rounded
-    down: so do the official Diffusion-DPO trainer and diffusers' SDXL trainers. The offsets count resized pixels.
+    Bilinear (Pillow widens the filter when it shrinks an image), and the longer side rounded down: so do the official
+    Diffusion-DPO trainer and diffusers' SDXL trainers. The offsets count resized pixels of the image that is seen,
+    mirrored or not; the square itself is not mirrored.
     """
     shorter = min(image.size)
     width, height = (int(resolution * side / shorter) for side in image.size)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
-    if view.flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     top, left = _offsets(height, width, resolution, view)
     if image.size != (resolution, resolution):
-        image = image.crop((left, top, left + resolution, top + resolution))
+        column = _column(left, width, resolution, view)
+        image = image.crop((column, top, column + resolution, top + resolution))
     return np.asarray(image), (top, left)
 
 
@@ -115,7 +117,7 @@ def read(data: bytes, view: View, square_HWC: np.ndarray) -> tuple[tuple[int, in
     """Writes `fit(decode(data), resolution, view)` into `square_HWC`: ((height, width) of the image, crop as of `fit`).
 
     The same pixels, but a JPEG in two thirds of the time. Pillow keeps four bytes a pixel and copies them three times;
-    simplejpeg writes RGB, and into its place if there is nothing to resize, crop or flip.
+    simplejpeg writes RGB, and into its place if there is nothing to resize or crop.
 
     Raises:
         DamagedImage: as `decode`.
@@ -125,12 +127,11 @@ def read(data: bytes, view: View, square_HWC: np.ndarray) -> tuple[tuple[int, in
         size = _size_of_plain_jpeg(data)
         if min(size) == resolution:
             top, left = _offsets(*size, resolution, view)
-            if view.flip:
-                _mirror(simplejpeg.decode_jpeg(data, "BGR"), (top, left), square_HWC)
-            elif max(size) == resolution:
+            if max(size) == resolution:
                 simplejpeg.decode_jpeg(data, buffer=square_HWC)
             else:
-                square_HWC[:] = simplejpeg.decode_jpeg(data)[top : top + resolution, left : left + resolution]
+                column = _column(left, size[1], resolution, view)
+                square_HWC[:] = simplejpeg.decode_jpeg(data)[top : top + resolution, column : column + resolution]
             return size, (top, left)
         image = Image.fromarray(simplejpeg.decode_jpeg(data))
     except Exception:  # not plain, or with a flaw: `decode` knows what to think of it
@@ -150,19 +151,13 @@ def _size_of_plain_jpeg(data: bytes) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _mirror(whole_HWC: np.ndarray, offsets: tuple[int, int], square_HWC: np.ndarray) -> None:
-    """Writes the crop of the mirrored RGB image that `whole_HWC` has in BGR: the bytes of its rows, last one first."""
-    resolution = len(square_HWC)
-    top, left = offsets
-    right = whole_HWC.shape[1] - left
-    crop_HWC = whole_HWC[top : top + resolution, right - resolution : right]
-    bytes_at_once = 8 if resolution % 8 == 0 else 1
-    rows = square_HWC.reshape(resolution, -1).view(f"<u{bytes_at_once}")
-    rows[:] = crop_HWC.reshape(resolution, -1).view(f">u{bytes_at_once}")[:, ::-1]
-
-
 def _offsets(height: int, width: int, resolution: int, view: View) -> tuple[int, int]:
     return _offset(height - resolution, view.top), _offset(width - resolution, view.left)
+
+
+def _column(left: int, width: int, resolution: int, view: View) -> int:
+    """Of the image that isn't mirrored, where the square begins that the view sees at `left`."""
+    return width - resolution - left if view.flip else left
 
 
 def _offset(room: int, fraction: float | None) -> int:

@@ -71,7 +71,8 @@ class Decoded:
     def allocate(self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int) -> Raw:
         E, L = self.tokenizers([""]).shape[1:]
         images_BKHWC = pool.empty((batch_size, num_candidates, self.resolution, self.resolution, 3), np.uint8)
-        return Raw(images_BKHWC, np.empty((batch_size, num_captions, E, L), np.int32))
+        token_ids_BMEL = np.empty((batch_size, num_captions, E, L), np.int32)
+        return Raw(images_BKHWC, np.empty((batch_size, num_candidates), bool), token_ids_BMEL)
 
     def fill(
         self, batch: Raw, row: int, record: dict[str, Any], captions: Sequence[str], draws: Draws | None
@@ -83,6 +84,7 @@ class Decoded:
             view = view._replace(flip=draws.flip < 0.5)
         images_KHWC = batch.images_BKHWC[row]
         images_KHWC[len(record["images"]) :] = 0
+        batch.mirrored_BK[row] = view.flip
         batch.token_ids_BMEL[row] = self.tokenizers(captions)
         seen = [images.read(data, view, image) for data, image in zip(record["images"], images_KHWC, strict=False)]
         return np.asarray([(*size, *offsets) for size, offsets in seen], np.float32)

@@ -39,7 +39,7 @@ from dpo_jax.data.images import View
 from dpo_jax.data.pipeline import view_batches
 from dpo_jax.data.prepared import Prepared
 from dpo_jax.data.tokenizers import Tokenizers
-from dpo_jax.encode.images import posterior_moments
+from dpo_jax.encode.images import mirror, posterior_moments
 from dpo_jax.encode.text import encode_text
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sharding import batch_sharding
@@ -196,12 +196,13 @@ class DatasetEncoder:
     ):
         self.folder = folder
         self._captions = captions = distinct_captions(prepared)
-        V = len(views)
+        mirrored_V = jnp.asarray([view.flip for view in views])
 
         def moments(params: Params, images_NVHWC: jax.Array) -> Mapping[str, jax.Array]:
             images_MHWC = images_NVHWC.reshape(-1, *images_NVHWC.shape[2:])
-            moments_MhwC = posterior_moments(pipeline.vae, params, images_MHWC)
-            return {"moments": moments_MhwC.reshape(-1, V, *moments_MhwC.shape[1:])}
+            mirrored_M = jnp.tile(mirrored_V, len(images_NVHWC))
+            moments_MhwC = posterior_moments(pipeline.vae, params, mirror(images_MHWC, mirrored_M))
+            return {"moments": moments_MhwC.reshape(-1, len(views), *moments_MhwC.shape[1:])}
 
         def embeddings(params: Mapping[str, Params], token_ids_NEL: jax.Array) -> Mapping[str, jax.Array]:
             context_NLD, pooled_NP = encode_text(pipeline, params, token_ids_NEL)
@@ -213,9 +214,9 @@ class DatasetEncoder:
 
         read_images = functools.partial(view_batches, prepared, views, resolution, num_workers)
         count = len(prepared.images)
-        images_a_device = min(max(1, PIXELS_A_DEVICE // (V * resolution**2)), -(-count // mesh.size))
+        images_a_device = min(max(1, PIXELS_A_DEVICE // (len(views) * resolution**2)), -(-count // mesh.size))
         captions_a_device = min(CAPTIONS_A_DEVICE, -(-len(captions) // mesh.size))
-        image_shape = (images_a_device * mesh.size, V, resolution, resolution, 3)
+        image_shape = (images_a_device * mesh.size, len(views), resolution, resolution, 3)
         token_shape = (captions_a_device * mesh.size, *tokenizers([""]).shape[1:])
         text = {name: params for name, params in frozen.items() if name != "vae"}
         self.tables = [

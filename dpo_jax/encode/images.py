@@ -21,6 +21,11 @@ def to_pixels(images: jax.Array) -> jax.Array:
     return jnp.round(jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
 
 
+def mirror(images_NHWC: jax.Array, mirrored_N: jax.Array) -> jax.Array:
+    """Swaps left and right of the images that are to be mirrored."""
+    return jnp.where(mirrored_N[:, None, None, None], images_NHWC[:, :, ::-1], images_NHWC)
+
+
 def posterior_moments(vae: Network, params: Params, images_NHWC: jax.Array) -> jax.Array:
     """uint8 images to the moments_NhwC of their posteriors, in the dtype that the VAE computes in."""
     moments = vae(params, to_unit_range(images_NHWC, jnp.float32), method="encode")
@@ -34,10 +39,13 @@ def sample_posterior(vae: Network, moments_BKhwC: jax.Array, keys_B: jax.Array) 
     return (mean + jnp.exp(0.5 * logvar) * noise - _shift(vae)) * vae.config.scaling_factor
 
 
-def encode_images(vae: Network, params: Params, images_BKHWC: jax.Array, keys_B: jax.Array) -> jax.Array:
-    """uint8 images to scaled latents_BKhwC."""
+def encode_images(
+    vae: Network, params: Params, images_BKHWC: jax.Array, mirrored_BK: jax.Array, keys_B: jax.Array
+) -> jax.Array:
+    """uint8 images, some of them to be mirrored first, to scaled latents_BKhwC."""
     B, K = images_BKHWC.shape[:2]
-    moments_NhwC = posterior_moments(vae, params, images_BKHWC.reshape(B * K, *images_BKHWC.shape[2:]))
+    images_NHWC = mirror(images_BKHWC.reshape(B * K, *images_BKHWC.shape[2:]), mirrored_BK.reshape(B * K))
+    moments_NhwC = posterior_moments(vae, params, images_NHWC)
     return sample_posterior(vae, moments_NhwC.reshape(B, K, *moments_NhwC.shape[1:]), keys_B)
 
 

@@ -146,7 +146,7 @@ def make_encode(pipeline: Pipeline) -> Encode:
             context_NLD = one_a_row(inputs.context_BMLD).astype(pipeline.dtype)
             pooled_NP = one_a_row(inputs.pooled_BMP).astype(pipeline.dtype)
         else:
-            latents_BKhwC = encode_images(pipeline.vae, frozen["vae"], inputs.images_BKHWC, keys_B)
+            latents_BKhwC = encode_images(pipeline.vae, frozen["vae"], inputs.images_BKHWC, inputs.mirrored_BK, keys_B)
             context_NLD, pooled_NP = encode_text(pipeline, frozen, one_a_row(inputs.token_ids_BMEL))
         return latents_BKhwC, condition(pipeline.family, context_NLD, pooled_NP, size_cond_N6)
 

@@ -75,6 +75,7 @@ def test_a_batch(prepared: Path) -> None:
     shapes = {name: (value.shape, value.dtype.name) for name, value in fields.items() if name != "inputs"}
     assert shapes == {
         "images_BKHWC": ((4, 2, 16, 16, 3), "uint8"),
+        "mirrored_BK": ((4, 2), "bool"),
         "token_ids_BMEL": ((4, 1, 1, 32), "int32"),
         "size_cond_BK6": ((4, 2, 6), "float32"),
         "preference_BK": ((4, 2), "float32"),
@@ -118,7 +119,10 @@ def test_crop_and_flip_are_joint_and_told(prepared: Path) -> None:
         height, width, top, left, *target = row.size_cond_BK6[0]
         assert (height, width, top, *target) == (32, 40, 0, 16, 16)
         blue_W = row.inputs.images_BKHWC[0, 0, :, 2].astype(int)
-        flips.append(blue_W[0] > blue_W[-1])
+        assert blue_W[0] < blue_W[-1]  # the step mirrors it
+        flips.append(row.inputs.mirrored_BK[0])
+        assert row.inputs.mirrored_BK[1] == flips[-1]
+        blue_W = blue_W[::-1] if flips[-1] else blue_W
         lefts.append(int(left))
         first = blue_W[-1] if flips[-1] else blue_W[0]
         # column j of the resized ramp is 2 j + 1/2; mirrored, the crop began `left` columns from the right
@@ -141,7 +145,7 @@ def test_options_leave_each_others_draws_alone(prepared: Path) -> None:
 def test_seed_decides() -> None:
     same, again, other = (take("random:20", 3, seed=seed) for seed in (1, 1, 2))
     assert_same(same, again)
-    assert any((a.inputs[1] != b.inputs[1]).any() for a, b in zip(same, other, strict=True))
+    assert any((a.inputs.token_ids_BMEL != b.inputs.token_ids_BMEL).any() for a, b in zip(same, other, strict=True))
 
 
 def test_resumes_exactly_with_another_number_of_workers(prepared: Path) -> None:

@@ -149,7 +149,9 @@ def our_trajectory(
     objective = Objective(loss=lambda scores, preference_BK: dpo(scores, preference_BK, beta=BETA))
     step = jax.jit(make_train_step(score, objective, optimizer))
     batch = PreferenceBatch(
-        inputs=Raw(jnp.zeros((B, K, 1, 1, 3)), jnp.zeros((B, 1, 1, L), jnp.int32)),  # the latents are given
+        inputs=Raw(
+            jnp.zeros((B, K, 1, 1, 3)), jnp.zeros((B, K), bool), jnp.zeros((B, 1, 1, L), jnp.int32)
+        ),  # latents are given
         size_cond_BK6=jnp.zeros((B, K, 6)),
         preference_BK=jnp.array([[1.0, 0.0]] * B),
         valid_BK=jnp.ones((B, K), bool),

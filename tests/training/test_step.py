@@ -45,6 +45,7 @@ def make_batch(B=8, K=2, M=1, start=0):
     return PreferenceBatch(
         inputs=Raw(
             images_BKHWC=rng.integers(0, 256, (B, K, 8, 8, 3), dtype=np.uint8),
+            mirrored_BK=np.zeros((B, K), bool),
             token_ids_BMEL=rng.integers(0, 5, (B, M, 1, 3)).astype(np.int32),
         ),
         size_cond_BK6=np.zeros((B, K, 6), np.float32),
