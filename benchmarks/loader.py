@@ -161,7 +161,7 @@ def write_pickapic(file: Path, photos: Sequence[bytes], records: int) -> None:
 
     def image(number: int) -> bytes:
         photo = photos[number % len(photos)]
-        return photo[:2] + b"\xff\xfe\x00\x06" + number.to_bytes(4) + photo[2:]
+        return photo[:20] + b"\xff\xfe\x00\x06" + number.to_bytes(4) + photo[20:]  # behind the JFIF header, the first
 
     first = [float(i % 2) for i in range(records)]
     words = "a highly detailed oil painting of a small red house by the sea, dramatic light, trending, number"

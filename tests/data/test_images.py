@@ -306,6 +306,10 @@ def test_only_a_plain_jpeg_needs_no_pillow(monkeypatch: pytest.MonkeyPatch) -> N
     exif = Image.Exif()
     exif[0x0112] = 6
     plain, turned, grey = saved(ramp(8, 8), "JPEG"), saved(ramp(8, 8), "JPEG", exif=exif), ramp(8, 8).convert("L")
+    with monkeypatch.context() as without_pillow:
+        without_pillow.delattr(images.Image, "open")
+        for options in ({}, {"progressive": True}, {"comment": b"made"}, {"restart_marker_rows": 1}):
+            read(saved(ramp(8, 8), "JPEG", **options), View(), np.empty((8, 8, 3), np.uint8))
     others = [turned, saved(grey, "JPEG"), saved(ramp(8, 8)), plain[:-1], plain[:300], b""]
     for data, view, resolution in itertools.product((plain, *others), (View(), View(flip=True)), (8, 12)):
         called.clear()

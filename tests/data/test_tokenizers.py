@@ -1,16 +1,16 @@
 import json
-import pickle
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from transformers import CLIPTokenizer
 
-from dpo_jax.data.tokenizers import load_tokenizers
+from dpo_jax.data.tokenizers import Tokenizers, load_tokenizers
 
 NAMES = ("tokenizer", "tokenizer_2")
 
@@ -40,14 +40,28 @@ def test_same_as_transformers(tokenizer_folder: Path) -> None:
         np.testing.assert_array_equal(ids_BEL[:, e], expected)
 
 
-def test_pickled_and_shared_by_threads(tokenizer_folder: Path) -> None:
+def test_shared_by_threads(tokenizer_folder: Path) -> None:
     tokenizers = load_tokenizers(tokenizer_folder, NAMES)
     captions = [f"cat {i} " * (i % 7) for i in range(50)]
     expected_BEL = tokenizers(captions)
-    copy = pickle.loads(pickle.dumps(tokenizers))
+    others = load_tokenizers(tokenizer_folder, NAMES)  # which know none of the captions yet
     with ThreadPoolExecutor(8) as pool:
-        got = list(pool.map(lambda caption: copy([caption])[0], captions))
+        got = list(pool.map(lambda caption: others([caption])[0], captions))
     np.testing.assert_array_equal(got, expected_BEL)
+
+
+def test_a_caption_is_tokenized_once_and_its_ids_cannot_be_spoilt() -> None:
+    calls = []
+
+    class Tokenizer:
+        def encode(self, caption: str) -> SimpleNamespace:
+            calls.append(caption)
+            return SimpleNamespace(ids=[len(calls)])
+
+    tokenizers = Tokenizers([Tokenizer()])
+    tokenizers(["a", "b"])[:] = 0
+    assert tokenizers(["b", "a", "a"]).tolist() == [[[2]], [[1]], [[1]]]
+    assert calls == ["a", "b"]
 
 
 def test_missing_and_unlike_tokenizers(tokenizer_folder: Path, tmp_path: Path) -> None:
