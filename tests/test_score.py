@@ -40,13 +40,13 @@ def test_an_outside_judge_and_the_exact_one(data: Path, tmp_path: Path) -> None:
     """Somebody who likes blue scores all images but one; the bundled pairs were voted on by the exact judge itself."""
     prepared = open_prepared(data)
     records = [prepared.record(i) for i in range(len(prepared))]
-    blue = [[float(pixels(image)[..., 2].mean()) for image in record["images"]] for record in records]
+    blue = [[float(pixels(image)[..., 2].mean()) for image in prepared.read_images(record)] for record in records]
     lines = []
     for i, (record, values) in enumerate(zip(records, blue, strict=True)):
         if i % 2:
             lines.append({"record": i, "scores": values})
         else:
-            for image, value in zip(record["images"], values, strict=True):
+            for image, value in zip(prepared.read_images(record), values, strict=True):
                 sha256 = hashlib.sha256(image).hexdigest()
                 lines.append({"caption": record["caption"], "sha256": sha256, "score": value})
     del lines[0]
@@ -75,7 +75,7 @@ def test_an_outside_judge_and_the_exact_one(data: Path, tmp_path: Path) -> None:
     assert len(by_both) == (prefers_first & trained_on).sum()
     for pairs in (by_blue, by_both):
         for i in range(0, len(pairs), 20):
-            first, second = (pixels(image)[..., 2].mean() for image in pairs[i]["images"])
+            first, second = (pixels(image)[..., 2].mean() for image in pairs.read_images(pairs[i]))
             assert first > second
 
 
@@ -95,7 +95,7 @@ def test_training_pairs_follow_the_exact_judge(data: Path, tmp_path: Path) -> No
     for split in ("train", "validation"):
         judged = open_pairs(tmp_path / "turned", split, judges=("shapes",))
         for i in range(len(judged)):
-            caption, images = judged[i]["caption"], judged[i]["images"]
+            caption, images = judged[i]["caption"], judged.read_images(judged[i])
             first, second = (shapes.score(pixels(image), [caption])[0] for image in images)
             assert first > second
 

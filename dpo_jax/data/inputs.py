@@ -20,6 +20,8 @@ from dpo_jax.data.memory import Pool
 
 TokenizeCaptions = Callable[[Sequence[str]], np.ndarray]
 """Captions -> token_ids_MEL."""
+ReadImages = Callable[[dict[str, Any]], list[bytes]]
+"""Record -> its images, encoded."""
 
 
 class Draws(NamedTuple):
@@ -43,7 +45,13 @@ class Inputs(Protocol):
         ...
 
     def fill(
-        self, batch: Any, row: int, record: dict[str, Any], captions: Sequence[str], draws: Draws | None
+        self,
+        batch: Any,
+        row: int,
+        record: dict[str, Any],
+        captions: Sequence[str],
+        draws: Draws | None,
+        read_images: ReadImages,
     ) -> np.ndarray:
         """Writes a record into a row; where it has fewer candidates than there is room for, the rest is 0.
 
@@ -75,18 +83,24 @@ class Decoded:
         return Raw(images_BKHWC, np.empty((batch_size, num_candidates), bool), token_ids_BMEL)
 
     def fill(
-        self, batch: Raw, row: int, record: dict[str, Any], captions: Sequence[str], draws: Draws | None
+        self,
+        batch: Raw,
+        row: int,
+        record: dict[str, Any],
+        captions: Sequence[str],
+        draws: Draws | None,
+        read_images: ReadImages,
     ) -> np.ndarray:
         view = images.View()
         if draws is not None and self.random_crop:
             view = view._replace(top=draws.top, left=draws.left)
         if draws is not None and self.random_flip:
             view = view._replace(flip=draws.flip < 0.5)
-        images_KHWC = batch.images_BKHWC[row]
-        images_KHWC[len(record["images"]) :] = 0
+        encoded, images_KHWC = read_images(record), batch.images_BKHWC[row]
+        images_KHWC[len(encoded) :] = 0
         batch.mirrored_BK[row] = view.flip
         batch.token_ids_BMEL[row] = self.tokenizers(captions)
-        seen = [images.read(data, view, image) for data, image in zip(record["images"], images_KHWC, strict=False)]
+        seen = [images.read(data, view, image) for data, image in zip(encoded, images_KHWC, strict=False)]
         return np.asarray([(*size, *offsets) for size, offsets in seen], np.float32)
 
 
@@ -109,7 +123,13 @@ class Stored:
         )
 
     def fill(
-        self, batch: Encoded, row: int, record: dict[str, Any], captions: Sequence[str], draws: Draws | None
+        self,
+        batch: Encoded,
+        row: int,
+        record: dict[str, Any],
+        captions: Sequence[str],
+        draws: Draws | None,
+        read_images: ReadImages,
     ) -> np.ndarray:
         encodings, number = self.encodings, 0
         if draws is not None:  # of two views the mirrored one where `Decoded` would flip

@@ -35,8 +35,7 @@ NUM_WORKERS = 8
 class Pairs(Protocol):
     """Random access to records: dicts of `captions`, `images` (best first), `preference` and `weight`.
 
-    There is one caption for all images, or one for each. Images are encoded, as they came; or, for stored inputs, they
-    are positions in the data set, and there are `sizes` beside them.
+    There is one caption for all images, or one for each. Images are positions in the data set.
     """
 
     num_candidates: int
@@ -48,6 +47,10 @@ class Pairs(Protocol):
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
+    def read_images(self, record: dict[str, Any]) -> list[bytes]:
+        """Encoded, as they came."""
+        ...
+
 
 def open_pairs(
     path: str | Path,
@@ -58,7 +61,6 @@ def open_pairs(
     num_candidates: int = 2,
     judges: Sequence[str] = (),
     combine: Combine = "mean",
-    read_images: bool = True,
     **filters: Any,
 ) -> Pairs:
     """What is chosen of one split of a prepared folder; `random:N` makes N pairs, to which no choice applies.
@@ -69,7 +71,6 @@ def open_pairs(
         labels: `hard` gives all of the preference to the best candidate; `soft` the shares that the data set states.
         num_candidates: K; of records with more, the best K - 1 and the worst are kept.
         judges: whose scores order the candidates, in place of the votes, and `combine`: as in `open_prepared`.
-        read_images: False gives their positions instead.
         filters: arguments of `prepared.select`.
 
     Raises:
@@ -87,7 +88,7 @@ def open_pairs(
         )
     prepared = open_prepared(path, judges, combine)
     chosen = select(prepared, split=split, ties=ties, num_candidates=num_candidates, **filters)
-    return PreparedPairs(prepared, chosen, ties, labels, num_candidates, read_images)
+    return PreparedPairs(prepared, chosen, ties, labels, num_candidates)
 
 
 def make_iterator(
@@ -122,8 +123,8 @@ def make_iterator(
         pairs = _Relabelled(pairs, seed if relabel == "shuffled" else None)
     rows = _Rows(inputs, pairs, size_conditioning, caption_dropout)
     # Sharded last: an epoch needn't divide by the shards, and Grain's random generators count global positions.
-    stream = grain.MapDataset.range(len(pairs)).seed(seed).shuffle().repeat(None)
-    stream = stream.map_with_index(Sample).random_map(_drawn)
+    stream = grain.MapDataset.source(pairs).seed(seed).shuffle().repeat(None)
+    stream = stream.map_with_index(_at).random_map(_drawn)
     return BatchIterator(stream, rows, batch_size, shard_index, shard_count, num_workers)
 
 
@@ -144,7 +145,8 @@ def validation_batches(
     padded = -(-len(pairs) // everyone) * everyone
 
     def sample(position: int) -> Sample:
-        return Sample(position, position % len(pairs), is_filling=position >= len(pairs))
+        record = pairs[position % len(pairs)]
+        return Sample(position, record if position < len(pairs) else record | {"weight": 0.0})
 
     stream = grain.MapDataset.range(padded).map(sample)
     return BatchIterator(stream, _Rows(inputs, pairs, size_conditioning), batch_size, shard_index, shard_count)
@@ -155,13 +157,14 @@ class Sample(NamedTuple):
 
     position: int
     """In the stream."""
-    index: int
-    """Of the record."""
-    is_filling: bool = False
-    """It has no weight."""
+    record: dict[str, Any]
     drop_caption: float = 1.0
     """The caption is dropped with a greater probability than this."""
     draws: Draws | None = None
+
+
+def _at(position: int, record: dict[str, Any]) -> Sample:
+    return Sample(position, record)
 
 
 def _drawn(sample: Sample, rng: np.random.Generator) -> Sample:
@@ -212,7 +215,7 @@ class BatchIterator(Iterator[PreferenceBatch]):
             return False
         self._threads = self._threads or ThreadPoolExecutor(self._num_workers)
         batch = self._rows.allocate(self._pool, self._batch_size)
-        # All at once: between decoding images, which empties a core's caches, each takes five times as long.
+        # All at once: decoding an image empties a core's caches, and after it each of these takes five times as long.
         samples = [self._stream[i] for i in range(start + self._shard_index, stop, self._shard_count)]
         rows = [self._threads.submit(self._rows.fill, batch, row, sample) for row, sample in enumerate(samples)]
         self._begun.append((batch, rows))
@@ -288,10 +291,8 @@ class PreparedPairs:
         ties: Ties,
         labels: Labels,
         num_candidates: int,
-        read_images: bool,
     ):
         self._prepared, self._indices_N, self._ties, self._labels = prepared, indices_N, ties, labels
-        self._read_images = read_images
         self.num_candidates = num_candidates
         have_own = bool(prepared.records["captions"].is_valid().to_numpy()[indices_N].any())
         self.num_captions = num_candidates if have_own else 1
@@ -300,7 +301,7 @@ class PreparedPairs:
         return len(self._indices_N)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self._prepared.record(int(self._indices_N[index]), self.num_candidates, read_images=self._read_images)
+        record = self._prepared.record(int(self._indices_N[index]), self.num_candidates)
         preference = record["preference"]
         tie = len(preference) > 1 and preference[0] == preference[-1]
         if self._labels == "hard" and not tie and len(preference) > 1:
@@ -310,6 +311,9 @@ class PreparedPairs:
         if len(captions) == 1:
             captions *= self.num_captions
         return record | {"captions": captions, "preference": preference, "weight": weight}
+
+    def read_images(self, record: dict[str, Any]) -> list[bytes]:
+        return self._prepared.read_images(record)
 
 
 class RandomPairs:
@@ -325,14 +329,19 @@ class RandomPairs:
         return self._length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        rng = np.random.default_rng((self._seed, index))
-        height, width = rng.choice([48, 64, 80], 2)
         return {
             "captions": [f"made pair number {index}"],
-            "images": [_noise_png(rng, height, width) for _ in range(2)],
+            "images": [2 * index, 2 * index + 1],
             "preference": np.asarray([1, 0], np.float32),
             "weight": 1.0,
         }
+
+    def read_images(self, record: dict[str, Any]) -> list[bytes]:
+        positions = record["images"]
+        rng = np.random.default_rng((self._seed, positions[0] // 2))
+        height, width = rng.choice([48, 64, 80], 2)
+        made = [_noise_png(rng, height, width) for _ in range(2)]
+        return [made[position % 2] for position in positions]
 
 
 def _noise_png(rng: np.random.Generator, height: int, width: int) -> bytes:
@@ -358,6 +367,9 @@ class _Relabelled:
             return record
         return record | {name: record[name][::-1] for name in ("images", "sizes", "captions") if name in record}
 
+    def read_images(self, record: dict[str, Any]) -> list[bytes]:
+        return self._pairs.read_images(record)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
@@ -381,17 +393,16 @@ class _Rows:
 
     def fill(self, batch: PreferenceBatch, row: int, sample: Sample) -> None:
         """Writes `sample` into the row; candidates that it lacks are 0 and not valid."""
-        record, size = self.pairs[sample.index], self.inputs.resolution
-        number = len(record["images"])
+        record, size, number = sample.record, self.inputs.resolution, len(sample.record["images"])
         captions = record["captions"] + [""] * (self.pairs.num_captions - len(record["captions"]))
         if sample.drop_caption < self.caption_dropout:
             captions = [""] * len(captions)
-        places_K4 = self.inputs.fill(batch.inputs, row, record, captions, sample.draws)
+        places_K4 = self.inputs.fill(batch.inputs, row, record, captions, sample.draws, self.pairs.read_images)
         batch.size_cond_BK6[row] = size, size, 0, 0, size, size
         if self.size_conditioning == "real":
             batch.size_cond_BK6[row, :number, :4] = places_K4
         batch.preference_BK[row] = 0
         batch.preference_BK[row, :number] = record["preference"]
         batch.valid_BK[row] = np.arange(self.pairs.num_candidates) < number
-        batch.weight_B[row] = 0 if sample.is_filling else record["weight"]
+        batch.weight_B[row] = record["weight"]
         batch.index_B[row] = sample.position

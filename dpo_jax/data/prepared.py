@@ -59,10 +59,8 @@ class Prepared:
     def __len__(self) -> int:
         return self.records.num_rows
 
-    def record(self, index: int, num_candidates: int | None = None, *, read_images: bool = True) -> dict[str, Any]:
-        """The columns of `RECORDS` with `images` as encoded bytes, and `sizes`, the (height, width) of each.
-
-        Without `read_images` the images stay positions in the order of images.arrow.
+    def record(self, index: int, num_candidates: int | None = None) -> dict[str, Any]:
+        """The columns of `RECORDS`, and `sizes`, the (height, width) of each image.
 
         Of more than `num_candidates` candidates it keeps the best `num_candidates - 1` and the worst, and what they
         got of the preference, scaled to sum to 1 again.
@@ -74,9 +72,11 @@ class Prepared:
                 record[name] = [record[name][rank] for rank in kept]
         preference = np.asarray(record["preference"], np.float32)
         record["sizes"] = self.sizes_I2[record["images"]]
-        if read_images:
-            record["images"] = [self.image(position) for position in record["images"]]
         return record | {"preference": preference / (preference.sum() or 1)}
+
+    def read_images(self, record: dict[str, Any]) -> list[bytes]:
+        """The images of a record, as they came."""
+        return [self.image(position) for position in record["images"]]
 
     def image(self, position: int) -> bytes:
         """An image as it came."""
@@ -115,7 +115,7 @@ class Prepared:
 
     @functools.cached_property
     def images(self) -> Any:
-        """Random access to serialised examples of one feature, `image`. TFDS takes as long to parse as to read them."""
+        """Random access to serialised examples of one feature, `image`; TFDS is slow to parse them."""
         builder = tfds.builder_from_directory(self.folder / "images")
         (split,) = builder.info.splits
         return builder.as_data_source(split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)

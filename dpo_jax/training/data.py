@@ -106,7 +106,6 @@ def _choices(config: ConfigDict) -> dict[str, Any]:
         "generators": data.generators,
         "min_agreement": data.min_agreement,
         "min_side": data.min_side,
-        "read_images": not data.encoded_views,
     }
 
 

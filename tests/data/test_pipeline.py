@@ -384,8 +384,10 @@ def test_short_records_are_filled_up(prepared: Path) -> None:
 
 def test_random_pairs() -> None:
     pairs = RandomPairs(64, seed=0)
-    assert len({pairs[i]["captions"][0] for i in range(64)}) == len({pairs[i]["images"][0] for i in range(64)}) == 64
-    assert pairs[5]["images"] == RandomPairs(64, seed=0)[5]["images"] != RandomPairs(64, seed=1)[5]["images"]
+    images = [pairs.read_images(pairs[i]) for i in range(64)]
+    assert len({pairs[i]["captions"][0] for i in range(64)}) == len({both[0] for both in images}) == 64
+    same, other = RandomPairs(64, seed=0), RandomPairs(64, seed=1)
+    assert images[5] == same.read_images(same[5]) != other.read_images(other[5])
     batches = list(validation_batches(open_pairs("random:6", "validation"), Decoded(16, spell), batch_size=4))
     assert [batch.weight_B.sum() for batch in batches] == [4, 2]
     for path in ("random:0", "random:many"):

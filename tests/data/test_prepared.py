@@ -68,8 +68,7 @@ def test_records_as_they_were_written(folder: Path) -> None:
     assert (len(prepared), len(prepared.images)) == (len(RECORDS), 14)  # one image is in two records
     for i, expected in enumerate(RECORDS):
         record = prepared.record(i)
-        for name in ("caption", "images"):
-            assert record[name] == expected[name]
+        assert (record["caption"], prepared.read_images(record)) == (expected["caption"], expected["images"])
         assert record["captions"] == expected.get("captions")
         assert record["models"] == expected.get("models", [""] * len(record["images"]))
         assert record["where"] == f"made row {i}"
@@ -79,8 +78,9 @@ def test_records_as_they_were_written(folder: Path) -> None:
 
 
 def test_best_and_worst_of_more_candidates(folder: Path) -> None:
-    record = open_prepared(folder).record(6, num_candidates=3)
-    assert record["images"] == [RECORDS[6]["images"][rank] for rank in (0, 1, 3)]
+    prepared = open_prepared(folder)
+    record = prepared.record(6, num_candidates=3)
+    assert prepared.read_images(record) == [RECORDS[6]["images"][rank] for rank in (0, 1, 3)]
     assert (record["models"], record["captions"]) == (["dreamlike", "sd 1.4", "dreamlike"], ["1", "2", "4"])
     np.testing.assert_array_equal(record["sizes"], [[50, 50], [10, 10], [60, 60]])
     np.testing.assert_allclose(record["preference"], [0.5, 0.375, 0.125], rtol=1e-6)
@@ -110,9 +110,10 @@ def test_selects_by_the_scores_of_judges(judged: Path) -> None:
 
 def test_training_pairs_of_judges(judged: Path) -> None:
     pairs = open_pairs(judged, "train", judges=("b",), limit=2)
-    assert [pairs[i]["images"] for i in range(2)] == [RECORDS[0]["images"][::-1], RECORDS[2]["images"]]
-    (held_out,) = open_pairs(judged, "validation", judges=("a",))  # type: ignore[misc]
-    assert held_out["images"] == RECORDS[4]["images"][::-1]
+    assert [pairs.read_images(pairs[i]) for i in range(2)] == [RECORDS[0]["images"][::-1], RECORDS[2]["images"]]
+    pairs = open_pairs(judged, "validation", judges=("a",))
+    (held_out,) = pairs  # type: ignore[misc]
+    assert pairs.read_images(held_out) == RECORDS[4]["images"][::-1]
     np.testing.assert_array_equal(held_out["preference"], [1, 0])
     with pytest.raises(ValueError, match=r"labels='soft' are shares of the votes, which scores by a, b do not state"):
         open_pairs(judged, "train", labels="soft", judges=("a", "b"))

@@ -192,12 +192,13 @@ def test_records_in_the_order_of_judges(folder: Path, judges: tuple[str, ...], c
             preference = [0.0]  # what people said
         elif all(judge[i] is not None for judge in scores):
             order, preference = order_by_hand(points_by_hand(scores, i, NUMBERS[i], combine))
-        assert found["images"] == [record["images"][k] for k in order]
+        assert prepared.read_images(found) == [record["images"][k] for k in order]
         assert found["models"] == [record["models"][k] for k in order]
         assert found["captions"] == ([record["captions"][k] for k in order] if "captions" in record else None)
         assert (found["caption"], found["where"]) == (record["caption"], f"made row {i}")
         np.testing.assert_allclose(found["preference"], preference, rtol=1e-6)
-    assert open_prepared(folder).record(1)["images"] == RECORDS[1]["images"]  # the votes are as they were
+    votes = open_prepared(folder)
+    assert votes.read_images(votes.record(1)) == RECORDS[1]["images"]  # the votes are as they were
 
 
 def damage(change: Callable[[pa.Table], pa.Table]) -> Callable[[Path], None]:
