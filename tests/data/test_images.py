@@ -310,6 +310,7 @@ def test_only_a_plain_jpeg_needs_no_pillow(monkeypatch: pytest.MonkeyPatch) -> N
         without_pillow.delattr(images.Image, "open")
         for options in ({}, {"progressive": True}, {"comment": b"made"}, {"restart_marker_rows": 1}):
             read(saved(ramp(8, 8), "JPEG", **options), View(), np.empty((8, 8, 3), np.uint8))
+    assert not called
     others = [turned, saved(grey, "JPEG"), saved(ramp(8, 8)), plain[:-1], plain[:300], b""]
     for data, view, resolution in itertools.product((plain, *others), (View(), View(flip=True)), (8, 12)):
         called.clear()
@@ -399,3 +400,36 @@ def test_damaged_files_give_an_image_or_one_error() -> None:
     assert not any(len(reason) > 80 or " at 0x" in reason for reasons in outcomes.values() for reason in reasons)
     assert 200 < sum(reasons.count("") for reasons in outcomes.values()) < 400  # neither always fatal nor never
     assert slowest < 5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_the_walk_over_a_header_accepts_pillow_accepts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of JPEGs with damaged headers, the same pixels, refusals and reasons as when Pillow reads every header."""
+    random = np.random.default_rng(0)
+    image = Image.fromarray(random.integers(0, 256, (24, 24, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = ({}, {"progressive": True}, {"comment": b"made"}, {"restart_marker_rows": 1}, {"exif": exif})
+    files = [saved(image, "JPEG", **each) for each in options]
+    files += [saved(image.convert(mode), "JPEG") for mode in ("L", "CMYK")]
+
+    def outcome(data: bytes) -> Any:
+        square_HWC = np.zeros((24, 24, 3), np.uint8)
+        try:
+            return read(data, View(), square_HWC), square_HWC.tobytes()
+        except DamagedImage as error:
+            return str(error)
+
+    walked, walk = 0, images._tells_pixels_only
+    for data in files:
+        header = data.index(b"\xff\xda")
+        for _ in range(30):
+            other = files[random.integers(len(files))]
+            for damaged in damage(random, data[:header], other[: other.index(b"\xff\xda")]):
+                damaged += data[header:]
+                walked += walk(damaged)
+                found = outcome(damaged)
+                with monkeypatch.context() as asking_pillow:
+                    asking_pillow.setattr(images, "_tells_pixels_only", lambda data: False)
+                    assert found == outcome(damaged)
+    assert walked > 200
