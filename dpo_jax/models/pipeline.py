@@ -52,6 +52,8 @@ class Pipeline:
     """Compute dtype of UNet and text encoders."""
     variant: str = ""
     """Which of several sets of weights is read: "fp16"."""
+    remat: str = "none"
+    """What the UNet's backward pass keeps; one of `models.remat.POLICIES`."""
     adapters: Adapters = dataclasses.field(default_factory=dict)
     """The layers of the UNet that have a LoRA; see `with_lora`."""
     adapted_unet: Network | None = None
@@ -83,7 +85,7 @@ class Pipeline:
         """The same model with a LoRA in the named layers of its UNet."""
 
         def make(rngs: Any) -> UNet2DConditionModel:
-            unet = UNet2DConditionModel(self.unet.config, dtype=self.dtype, rngs=rngs)
+            unet = UNet2DConditionModel(self.unet.config, remat=self.remat, dtype=self.dtype, rngs=rngs)
             add_lora(unet, adapters, dropout, rngs)
             return unet
 
@@ -166,6 +168,7 @@ def load_pipeline(
     model_config: str = "",
     revision: str = "",
     variant: str = "",
+    remat: str = "none",
 ) -> Pipeline:
     """Reads the configs of a model and builds its networks, computing in `dtype` (VAE: `vae_dtype`).
 
@@ -183,6 +186,7 @@ def load_pipeline(
             family's published one.
         revision: branch, tag or commit on the hub.
         variant: such as "fp16": which of several sets of weights to fetch from the hub.
+        remat: what the UNet's backward pass keeps; one of `models.remat.POLICIES`.
     """
     path = find_model(str(model), revision=revision, variant=variant)
     if path.is_dir():
@@ -222,7 +226,7 @@ def load_pipeline(
         folder=folder,
         weights=weights,
         family=found,
-        unet=_build(UNet2DConditionModel, unet_config, dtype),
+        unet=_build(functools.partial(UNet2DConditionModel, remat=remat), unet_config, dtype),
         vae=_build(AutoencoderKL, vae_config, vae_dtype or dtype),
         text_encoders=tuple(text_encoders),
         schedule=make(training_timesteps=found.training_timesteps, zero_terminal_snr=found.zero_terminal_snr),
@@ -230,6 +234,7 @@ def load_pipeline(
         force_zeros_for_empty_prompt=model_index.get("force_zeros_for_empty_prompt", False),
         dtype=jnp.dtype(dtype),
         variant=variant,
+        remat=remat,
     )
 
 

@@ -21,7 +21,7 @@ from dpo_jax.models.unet_config import UNetConfig
 class UNet2DConditionModel(nnx.Module):
     """Predicts the training target (noise or velocity) from noisy latents, their timestep and the caption."""
 
-    def __init__(self, config: UNetConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: UNetConfig, *, remat: str = "none", dtype: DTypeLike, rngs: nnx.Rngs):
         widths, levels = config.block_out_channels, range(len(config.block_out_channels))
         time_features, high = 4 * widths[0], accumulation_dtype(dtype)
         self.conv_in = Conv(config.in_channels, widths[0], dtype=dtype, rngs=rngs)
@@ -32,9 +32,13 @@ class UNet2DConditionModel(nnx.Module):
             if config.projection_class_embeddings_input_dim is not None
             else None
         )
-        self.down_blocks = nnx.List([DownBlock2D(config, level, dtype=dtype, rngs=rngs) for level in levels])
-        self.mid_block = UNetMidBlock2DCrossAttn(config, dtype=dtype, rngs=rngs)
-        self.up_blocks = nnx.List([UpBlock2D(config, level, dtype=dtype, rngs=rngs) for level in reversed(levels)])
+        self.down_blocks = nnx.List(
+            [DownBlock2D(config, level, remat=remat, dtype=dtype, rngs=rngs) for level in levels]
+        )
+        self.mid_block = UNetMidBlock2DCrossAttn(config, remat=remat, dtype=dtype, rngs=rngs)
+        self.up_blocks = nnx.List(
+            [UpBlock2D(config, level, remat=remat, dtype=dtype, rngs=rngs) for level in reversed(levels)]
+        )
         self.conv_norm_out = GroupNorm(
             config.norm_num_groups, widths[0], epsilon=config.norm_eps, dtype=dtype, rngs=rngs
         )

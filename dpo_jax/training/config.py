@@ -26,6 +26,7 @@ FREE_TO_CHANGE = (
     "model_config",
     "lora.init",
     "data.path",
+    "remat",
     "log_every",
     "mesh.",
     "checkpoint.",
@@ -58,6 +59,7 @@ SHARES = ("data.caption_dropout", "data.min_agreement", "lora.dropout", "ema.dec
 CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "vae_dtype": ("float32", "bfloat16"),
+    "remat": ("none", "dots", "attention", "block"),
     "data.size_conditioning": ("constant", "real"),
     "data.ties": ("drop", "zero_weight", "soft"),
     "data.labels": ("hard", "soft"),
@@ -81,6 +83,9 @@ def default_config() -> ConfigDict:
     c.seed = 0  # of shuffling, augmentation, timesteps, noise and posterior samples
     c.dtype = "bfloat16"  # compute dtype and dtype of the frozen models; the trained weights are always float32
     c.vae_dtype = "bfloat16"  # the same for the VAE; "float32" for VAEs that lose detail in bfloat16
+    c.remat = (
+        "none"  # what the backward pass keeps: "none" recomputes nothing, then "dots", "attention", "block": least
+    )
     c.log_every = 10  # steps between two lines of metrics
 
     c.lora = ConfigDict()  # low-rank adapters: only they are trained, and the reference is the model without them

@@ -1,0 +1,52 @@
+"""Rematerialization changes what is kept, and not a number."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.batch import Conditioning
+from dpo_jax.models.network import Network, init_params
+from dpo_jax.models.random_model import UNET_SDXL
+from dpo_jax.models.remat import POLICIES
+from dpo_jax.models.unet import UNet2DConditionModel
+from dpo_jax.models.unet_config import UNetConfig
+
+CONFIG = UNetConfig.from_dict(UNET_SDXL, "config.json")
+CONDITIONING = Conditioning(jnp.ones((2, 5, 80)), jnp.ones((2, 40)), jnp.ones((2, 6)))
+X_NHWC = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 4)))
+
+
+def mean_square(policy: str):
+    def make(rngs):
+        return UNet2DConditionModel(CONFIG, remat=policy, dtype=jnp.float64, rngs=rngs)
+
+    unet = Network.build(make, CONFIG)
+    return lambda params: jnp.square(unet(params, X_NHWC, jnp.array([3, 500]), CONDITIONING)).mean()
+
+
+def kept_bytes(policy: str, params) -> int:
+    _, pullback = jax.eval_shape(lambda params: jax.vjp(mean_square(policy), params), params)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pullback))
+
+
+@pytest.fixture
+def params(x64):
+    params = init_params(lambda rngs: UNet2DConditionModel(CONFIG, dtype=jnp.float64, rngs=rngs), seed=0)
+    return {name: value.astype(jnp.float64) for name, value in params.items()}
+
+
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "none"])
+def test_gradients_are_those_of_plain_autodiff(params, policy: str) -> None:
+    expected = jax.jit(jax.grad(mean_square("none")))(params)
+    for name, grad in jax.jit(jax.grad(mean_square(policy)))(params).items():
+        np.testing.assert_allclose(grad, expected[name], rtol=1e-9, atol=1e-14, err_msg=name)
+
+
+def test_each_policy_keeps_less_than_the_one_before(params) -> None:
+    weights = sum(value.nbytes for value in params.values())
+    kept = [kept_bytes(policy, params) - weights for policy in ("none", "dots", "attention", "block")]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[1] < 0.5 * kept[0]
+    assert kept[3] < 0.5 * kept[1]
+    assert kept[2] > 1.05 * kept[3]
