@@ -38,6 +38,11 @@ TENSOR_RULES: Rules = (
 )
 
 
+def rules_of(own: Rules) -> Rules:
+    """A config's own rules, which come first, and ours."""
+    return (*own, *TENSOR_RULES)
+
+
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A `data` x `fsdp` x `tensor` mesh over these devices, or all; one of the three may be -1 and takes what is left.
 
@@ -45,16 +50,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     once a step, and nothing else is sent.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    free = [name for name, size in sizes.items() if size == -1]
-    if len(free) == 1:
-        sizes[free[0]] = max(len(devices) // -math.prod(sizes.values()), 1)
-    if math.prod(sizes.values()) != len(devices) or min(sizes.values()) < 1:
-        given = " x ".join(f"mesh.{name}={size}" for name, size in zip(AXES, (data, fsdp, tensor), strict=True))
-        raise ValueError(
-            f"{given} does not make {len(devices)} devices; set one of them to -1 to let it take what is left"
-        )
-    shape, auto = tuple(sizes.values()), (AxisType.Auto,) * len(AXES)
+    shape, auto = mesh_shape(data, fsdp, tensor, len(devices)), (AxisType.Auto,) * len(AXES)
     slices = {getattr(device, "slice_index", 0) for device in devices}
     if len(slices) == 1:
         # Explicit axis types, JAX's default, would make every FSDP matmul name its output sharding.
@@ -65,14 +61,25 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
                 f"{jax.local_device_count()} devices of a process"
             )
         return mesh
-    if sizes["data"] % len(slices):
+    if shape[0] % len(slices):
         raise ValueError(
-            f"mesh.data={sizes['data']} is not a multiple of the {len(slices)} slices that the devices are in; "
+            f"mesh.data={shape[0]} is not a multiple of the {len(slices)} slices that the devices are in; "
             "fsdp and tensor stay within a slice"
         )
-    within = (sizes["data"] // len(slices), *shape[1:])
+    within = (shape[0] // len(slices), *shape[1:])
     array = mesh_utils.create_hybrid_device_mesh(within, (len(slices), 1, 1), devices)
     return Mesh(array, AXES, axis_types=auto)
+
+
+def mesh_shape(data: int, fsdp: int, tensor: int, count: int) -> tuple[int, int, int]:
+    """The three sizes for `count` devices, where one may be -1. Raises ValueError where they don't make that many."""
+    sizes = [data, fsdp, tensor]
+    if sizes.count(-1) == 1:
+        sizes[sizes.index(-1)] = max(count // -math.prod(sizes), 1)
+    if math.prod(sizes) != count or min(sizes) < 1:
+        given = " x ".join(f"mesh.{name}={size}" for name, size in zip(AXES, (data, fsdp, tensor), strict=True))
+        raise ValueError(f"{given} does not make {count} devices; set one of them to -1 to let it take what is left")
+    return sizes[0], sizes[1], sizes[2]
 
 
 def batch_parts(mesh: Mesh) -> int:

@@ -15,7 +15,7 @@ from dpo_jax.encode.dataset import DatasetEncoder, OnProgress
 from dpo_jax.sharding import Placement, make_mesh
 from dpo_jax.training.config import check
 from dpo_jax.training.data import encoding_facts
-from dpo_jax.training.model import load_frozen, load_tokenizers_of, open_model
+from dpo_jax.training.model import load_encoders, load_tokenizers_of, open_model
 
 
 def encode_data(config: ConfigDict, workers: int | None, say: Callable[[str], None], on_progress: OnProgress) -> Path:
@@ -49,7 +49,7 @@ def encode_data(config: ConfigDict, workers: int | None, say: Callable[[str], No
     placement = Placement(make_mesh(devices=jax.local_devices()))
     encoder = DatasetEncoder(
         pipeline,
-        load_frozen(config, pipeline, placement),
+        load_encoders(config, pipeline, placement),
         load_tokenizers_of(pipeline),
         prepared,
         placement.mesh,

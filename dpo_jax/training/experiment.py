@@ -8,27 +8,19 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from dpo_jax.batch import Conditioning, Encoded, PreferenceBatch
-from dpo_jax.data.inputs import Inputs, Stored
+from dpo_jax.batch import Conditioning, Encoded, PreferenceBatch, Raw
 from dpo_jax.encode.images import encode_images, sample_posterior
 from dpo_jax.encode.text import condition, encode_text
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.objectives.losses import dpo, sft
-from dpo_jax.sharding import Placement, batch_constraint, replicated
+from dpo_jax.sharding import Placement, batch_constraint, batch_sharding, replicated
 from dpo_jax.training.config import Derived
-from dpo_jax.training.data import make_inputs
-from dpo_jax.training.model import (
-    abstract_params,
-    initial_adapter,
-    load_frozen,
-    load_reference,
-    load_unet,
-    make_placement,
-)
+from dpo_jax.training.model import abstract_frozen, abstract_params, initial_adapter, load_frozen, make_placement
 from dpo_jax.training.optim import learning_rate_schedule, make_optimizer
-from dpo_jax.training.step import Encode, Frozen, Objective, Score, TrainState, make_score
+from dpo_jax.training.step import Encode, Frozen, Objective, Score, TrainState, make_score, make_train_step
 from dpo_jax.weights.layout import Params
 
 
@@ -40,23 +32,35 @@ class Experiment:
     derived: Derived
     placement: Placement
     pipeline: Pipeline
-    inputs: Inputs
     objective: Objective
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
-    frozen: Frozen
     score: Score
-    adapter: Params | None
+    frozen: Frozen
+    """The weights that stay as they are; of a plan only their shapes and places."""
+    adapter: Params | None = None
     """The LoRA that training begins with; None where the whole UNet is trained."""
 
     @property
     def mesh(self) -> Mesh:
         return self.placement.mesh
 
+    def train_step(self) -> jax.stages.Wrapped:
+        """`step(state, frozen, batch) -> (state, metrics)`, jitted; the state given is used up."""
+        step = make_train_step(
+            self.score,
+            self.objective,
+            self.optimizer,
+            accumulation=self.config.data.accumulation,
+            ema_decay=self.config.ema.decay,
+        )
+        place = jax.tree.map(lambda x: x.sharding, self.abstract_state())
+        return jax.jit(step, donate_argnums=0, out_shardings=(place, replicated(self.mesh)))
+
     def abstract_state(self) -> Any:
         """Shapes and places of the training state."""
         specs = self.pipeline.trained_specs
-        params = abstract_params(self.pipeline, self.placement)
+        params = abstract_params(specs, jnp.float32, self.placement)
         state = TrainState(
             step=jax.ShapeDtypeStruct((), jnp.int32),
             params=params,
@@ -70,6 +74,38 @@ class Experiment:
             ema=self.placement.state(specs, state.ema, over_data=True),
         )
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+
+    def abstract_batch(self) -> Any:
+        """Shapes and places of a batch of pairs with one caption each."""
+        B, K, M = self.config.data.batch_size, 2, 1
+        size, unet, encoders = self.config.data.resolution, self.pipeline.unet.config, self.pipeline.text_encoders
+        L = encoders[0].config.max_position_embeddings
+        split = batch_sharding(self.mesh)
+
+        def array(dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((B, *shape), dtype, sharding=split)
+
+        inputs: Raw | Encoded = Raw(
+            images_BKHWC=array(jnp.uint8, K, size, size, 3),
+            mirrored_BK=array(jnp.bool_, K),
+            token_ids_BMEL=array(jnp.int32, M, len(encoders), L),
+        )
+        if self.config.data.encoded_views:
+            cells, time_ids = size // self.pipeline.vae_factor, self.pipeline.family.num_time_ids
+            pooled = (unet.projection_class_embeddings_input_dim or 0) - time_ids * (unet.addition_time_embed_dim or 0)
+            inputs = Encoded(
+                array(jnp.bfloat16, K, cells, cells, 2 * unet.in_channels),
+                array(jnp.bfloat16, M, L, unet.cross_attention_dim[0]),
+                array(jnp.bfloat16, M, pooled),
+            )
+        return PreferenceBatch(
+            inputs=inputs,
+            size_cond_BK6=array(jnp.float32, K, 6),
+            preference_BK=array(jnp.float32, K),
+            valid_BK=array(jnp.bool_, K),
+            weight_B=array(jnp.float32),
+            index_B=array(jnp.int32),
+        )
 
     def initial_state(self) -> TrainState:
         """The model's UNet in float32, or the LoRA to begin with; and fresh optimizer state."""
@@ -87,17 +123,16 @@ class Experiment:
 
 
 def build(config: ConfigDict, derived: Derived, pipeline: Pipeline) -> Experiment:
-    """Reads the frozen weights and composes what is to be run; raises ValueError for what the config has wrong."""
-    placement = make_placement(config)
+    """The experiment with its frozen weights read; raises ValueError for what the config has wrong."""
+    composed = compose(config, derived, pipeline, make_placement(config))
+    adapter = initial_adapter(config, pipeline) if pipeline.adapted_unet is not None else None
+    frozen = load_frozen(config, pipeline, composed.placement, composed.frozen, adapter)
+    return dataclasses.replace(composed, frozen=frozen, adapter=adapter)
+
+
+def compose(config: ConfigDict, derived: Derived, pipeline: Pipeline, placement: Placement) -> Experiment:
+    """The experiment with nothing in memory: its frozen weights are shapes and places. A plan asks no more of it."""
     objective = make_objective(config)
-    inputs = make_inputs(config, pipeline)
-    frozen = {} if isinstance(inputs, Stored) else load_frozen(config, pipeline, placement)
-    adapter = None
-    if pipeline.adapted_unet is not None:
-        adapter = initial_adapter(config, pipeline)
-        frozen["base"] = load_unet(pipeline, placement)
-    if objective.needs_reference:
-        frozen["reference"] = load_reference(config, pipeline, placement, frozen, adapter)
     o = config.optimizer
     learning_rate = learning_rate_schedule(
         o.schedule, derived.learning_rate, warmup_steps=o.warmup_steps, total_steps=config.steps
@@ -112,17 +147,14 @@ def build(config: ConfigDict, derived: Derived, pipeline: Pipeline) -> Experimen
         weight_decay=o.weight_decay,
         clip_norm=o.clip_norm,
     )
-
     return Experiment(
         config=config,
         derived=derived,
         placement=placement,
         pipeline=pipeline,
-        inputs=inputs,
         objective=objective,
         optimizer=optimizer,
         learning_rate=learning_rate,
-        frozen=frozen,
         score=make_score(
             make_encode(pipeline),
             pipeline.denoise,
@@ -132,7 +164,7 @@ def build(config: ConfigDict, derived: Derived, pipeline: Pipeline) -> Experimen
             dropout=config.lora.dropout > 0,
             constrain=batch_constraint(placement.mesh),
         ),
-        adapter=adapter,
+        frozen=abstract_frozen(config, pipeline, placement, needs_reference=objective.needs_reference),
     )
 
 

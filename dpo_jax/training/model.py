@@ -1,6 +1,6 @@
 """The models that a config names, opened: their structure, their LoRA, and the weights that stay frozen."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from dpo_jax.data.tokenizers import Tokenizers, load_tokenizers
@@ -16,18 +17,18 @@ from dpo_jax.evaluation.generate import Generator
 from dpo_jax.models.lora import LowRank, find_targets, init_lora
 from dpo_jax.models.pipeline import Pipeline, files_of, find_component, load_pipeline
 from dpo_jax.models.random_model import write_random_model
-from dpo_jax.sharding import TENSOR_RULES, Placement, make_mesh
+from dpo_jax.sharding import Placement, make_mesh, rules_of
 from dpo_jax.training.step import Frozen
 from dpo_jax.weights.hub import find_lora
 from dpo_jax.weights.io import fingerprint
-from dpo_jax.weights.layout import Params
+from dpo_jax.weights.layout import Params, Specs
 from dpo_jax.weights.lora_files import lora_files_of, read_lora
 
 
 def make_placement(config: ConfigDict) -> Placement:
-    """The mesh of the config, and where on it parameters lie; its own rules come before ours."""
+    """The mesh of the config, and where on it parameters lie."""
     mesh = config.mesh
-    return Placement(make_mesh(mesh.data, mesh.fsdp, mesh.tensor), (*mesh.rules, *TENSOR_RULES))
+    return Placement(make_mesh(mesh.data, mesh.fsdp, mesh.tensor), rules_of(mesh.rules))
 
 
 def open_model(config: ConfigDict, workdir: epath.PathLike) -> Pipeline:
@@ -49,6 +50,7 @@ def open_model(config: ConfigDict, workdir: epath.PathLike) -> Pipeline:
         model_config=config.model_config,
         revision=config.revision,
         variant=config.variant,
+        remat=config.remat,
     )
     if config.data.resolution % pipeline.vae_factor:
         raise ValueError(f"data.resolution={config.data.resolution} is not a multiple of {pipeline.vae_factor}")
@@ -82,27 +84,49 @@ def load_unet(pipeline: Pipeline, placement: Placement, path: epath.Path | None 
     return pipeline.load("unet", dtype=pipeline.dtype, sharding=placement, path=path)
 
 
-def load_reference(
-    config: ConfigDict, pipeline: Pipeline, placement: Placement, frozen: Frozen, adapter: Params | None
-) -> Params:
-    """What the policy is compared with: `config.reference`, or the UNet it starts from.
+def abstract_frozen(config: ConfigDict, pipeline: Pipeline, placement: Placement, *, needs_reference: bool) -> Frozen:
+    """Shapes and places of all weights that a training step reads and does not change.
 
-    With a LoRA that UNet is "base", already in memory: the same arrays, not copies.
+    With a LoRA the UNet it starts from is "base". The reference is that UNet, and "reference" only what it has of its
+    own: see `step.reference_params`.
     """
+    specs, dtypes = {}, {"vae": jnp.dtype(config.vae_dtype)}
+    if not config.data.encoded_views:
+        specs = {name: network.specs for name, network in pipeline.components.items() if name != "unet"}
+    if pipeline.adapted_unet is not None:
+        specs["base"] = pipeline.unet.specs
+    if needs_reference:
+        specs["reference"] = {
+            **(pipeline.unet.specs if config.reference or pipeline.adapted_unet is None else {}),
+            **(pipeline.trained_specs if config.lora.init_reference else {}),
+        }
+    return {name: abstract_params(s, dtypes.get(name, pipeline.dtype), placement) for name, s in specs.items() if s}
+
+
+def load_frozen(
+    config: ConfigDict, pipeline: Pipeline, placement: Placement, names: Collection[str], adapter: Params | None
+) -> Frozen:
+    """The weights that `abstract_frozen` describes, by its names."""
+    frozen = load_encoders(config, pipeline, placement) if "vae" in names else {}
+    if "base" in names:
+        frozen["base"] = load_unet(pipeline, placement)
+    if "reference" not in names:
+        return frozen
+    frozen["reference"] = {}
     if config.reference:
-        reference = load_unet(pipeline, placement, find_component(config.reference, "unet"))
-    else:
-        reference = frozen.get("base") or load_unet(pipeline, placement)
-    if not config.lora.init_reference:
-        return reference
-    assert adapter is not None  # `config.resolve` has checked it
-    return reference | {
-        name: jax.device_put(np.asarray(value, pipeline.dtype), placement(name, pipeline.trained_specs[name]))
-        for name, value in adapter.items()
-    }
+        frozen["reference"] = load_unet(pipeline, placement, find_component(config.reference, "unet"))
+    elif adapter is None:
+        frozen["reference"] = load_unet(pipeline, placement)
+    if config.lora.init_reference:
+        assert adapter is not None  # `config.check` has seen to it
+        frozen["reference"] |= {
+            name: jax.device_put(np.asarray(value, pipeline.dtype), placement(name, pipeline.trained_specs[name]))
+            for name, value in adapter.items()
+        }
+    return frozen
 
 
-def load_frozen(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> Frozen:
+def load_encoders(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> Frozen:
     """VAE and text encoders."""
     return {
         name: pipeline.load(
@@ -138,11 +162,10 @@ def for_sampling(pipeline: Pipeline, params: Params) -> Params:
     return {name: value.astype(pipeline.dtype) for name, value in params.items()}
 
 
-def abstract_params(pipeline: Pipeline, placement: Placement) -> Any:
-    """Shapes and places of the trained weights: float32 masters."""
+def abstract_params(specs: Specs, dtype: DTypeLike, placement: Placement) -> Any:
+    """Shapes and places of weights."""
     return {
-        name: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=placement(name, spec))
-        for name, spec in pipeline.trained_specs.items()
+        name: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=placement(name, spec)) for name, spec in specs.items()
     }
 
 

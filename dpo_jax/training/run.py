@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -17,7 +18,7 @@ from dpo_jax.training.model import (
     abstract_params,
     for_sampling,
     initial_adapter,
-    load_frozen,
+    load_encoders,
     load_unet,
     make_generator,
     open_model,
@@ -58,8 +59,8 @@ class Run:
         return Adapter(jax.device_get(self.params), {name: size.alpha for name, size in self.pipeline.adapters.items()})
 
     def generator(self, batch_size: int) -> Generator:
-        frozen = load_frozen(self.config, self.pipeline, self.placement)
-        return make_generator(self.config, self.pipeline, lambda: frozen, self.placement.mesh, batch_size)
+        encoders = load_encoders(self.config, self.pipeline, self.placement)
+        return make_generator(self.config, self.pipeline, lambda: encoders, self.placement.mesh, batch_size)
 
 
 def open_run(workdir: epath.PathLike) -> Run:
@@ -73,5 +74,5 @@ def open_run(workdir: epath.PathLike) -> Run:
         raise ValueError(f"the model in {pipeline.folder} has changed since {workdir} began; put the former one back")
     placement = Placement(make_mesh(data=1, fsdp=-1))  # whatever devices are here, not those that trained
     item = "ema" if config.ema.decay else "params"
-    params, step = restore_params(workdir, abstract_params(pipeline, placement), item)
+    params, step = restore_params(workdir, abstract_params(pipeline.trained_specs, jnp.float32, placement), item)
     return Run(config, pipeline, placement, params, step)

@@ -22,8 +22,8 @@ from dpo_jax.weights.layout import Params
 
 Metrics = dict[str, jax.Array]
 Frozen = dict[str, Params]
-"""Parameters that are never trained, by component: "reference", "vae", "text_encoder", ... and, for a LoRA, "base": the
-weights it is added to."""
+"""Parameters that are never trained, by component: "vae", "text_encoder", ...; for a LoRA "base", the weights that it
+is added to; and "reference", what the reference does not share with "base"."""
 Encode = Callable[[Frozen, PreferenceBatch, jax.Array], tuple[jax.Array, Conditioning]]
 """(frozen, batch, keys_B) -> latents_BKHWC and the conditioning of its candidates."""
 Score = Callable[..., Scores]
@@ -81,12 +81,17 @@ def make_score(
         t_B, noise_BHWC = draw(diffusion_key, batch.index_B, schedule, latents_BKHWC.shape[2:], latents_BKHWC.dtype)
         latents_BKHWC, conditioning, t_B, noise_BHWC = constrain((latents_BKHWC, conditioning, t_B, noise_BHWC))
         policy = frozen.get("base", {}) | params
-        reference = frozen["reference"] if objective.needs_reference else None
+        reference = reference_params(frozen) if objective.needs_reference else None
         return score_candidates(
             denoise, policy, reference, schedule, latents_BKHWC, noise_BHWC, t_B, conditioning, dropout_keys_B
         )
 
     return score
+
+
+def reference_params(frozen: Frozen) -> Params:
+    """What the policy is compared with."""
+    return frozen.get("base", {}) | frozen.get("reference", {})
 
 
 def make_train_step(

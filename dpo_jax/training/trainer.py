@@ -22,17 +22,24 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dpo_jax.cli import flatten
+from dpo_jax.data.inputs import Inputs
 from dpo_jax.data.pipeline import BatchIterator
 from dpo_jax.evaluation.generate import Generator
 from dpo_jax.evaluation.report import image_grid, save_png
 from dpo_jax.sharding import replicated, to_devices
 from dpo_jax.training.checkpoint import Checkpoints, latest_step, read_config, write_config
 from dpo_jax.training.config import check_same_experiment, resolve
-from dpo_jax.training.data import check_data, data_fingerprints, open_training_batches, open_validation_batches
+from dpo_jax.training.data import (
+    check_data,
+    data_fingerprints,
+    make_inputs,
+    open_training_batches,
+    open_validation_batches,
+)
 from dpo_jax.training.experiment import Experiment, build
 from dpo_jax.training.metrics import MetricWriter, ProgressBar
-from dpo_jax.training.model import for_sampling, load_frozen, make_generator, model_fingerprints, open_model
-from dpo_jax.training.step import Frozen, TrainState, make_eval_step, make_train_step
+from dpo_jax.training.model import for_sampling, load_encoders, make_generator, model_fingerprints, open_model
+from dpo_jax.training.step import Frozen, TrainState, make_eval_step, reference_params
 from dpo_jax.weights.layout import Params
 
 
@@ -46,8 +53,9 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     saved = read_config(workdir)
     if saved is not None:
         check_same_experiment(fields, saved, workdir)
+    inputs = make_inputs(config, pipeline)
     experiment = build(config, derived, pipeline)
-    batches = open_training_batches(config, derived, experiment.inputs)
+    batches = open_training_batches(config, derived, inputs)
     state = experiment.initial_state() if latest_step(workdir) is None else None
     write_config(workdir, fields)  # all that is read has been read
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
@@ -61,7 +69,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
         if start >= config.steps:
             print(f"all {config.steps} steps are done", flush=True)
         with batches, ProgressBar(config.steps, start) as bar:
-            Loop(experiment, workdir, checkpoints, writer, bar).run(state, batches, start)
+            Loop(experiment, inputs, workdir, checkpoints, writer, bar).run(state, batches, start)
     finally:
         checkpoints.close()
         writer.close()
@@ -73,22 +81,15 @@ class Loop:
     def __init__(
         self,
         experiment: Experiment,
+        inputs: Inputs,
         workdir: epath.Path,
         checkpoints: Checkpoints,
         writer: MetricWriter,
         bar: ProgressBar,
     ):
-        self.experiment, self.config, self.workdir = experiment, experiment.config, workdir
+        self.experiment, self.inputs, self.config, self.workdir = experiment, inputs, experiment.config, workdir
         self.checkpoints, self.writer, self.bar = checkpoints, writer, bar
-        step = make_train_step(
-            experiment.score,
-            experiment.objective,
-            experiment.optimizer,
-            accumulation=self.config.data.accumulation,
-            ema_decay=self.config.ema.decay,
-        )
-        place = jax.tree.map(lambda x: x.sharding, experiment.abstract_state())
-        self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(place, replicated(experiment.mesh)))
+        self.train_step = experiment.train_step()
         self.place = to_devices(experiment.mesh)
         self.eval_step = jax.jit(make_eval_step(experiment.score), out_shardings=replicated(experiment.mesh))
         self._generator: Generator | None = None
@@ -171,7 +172,7 @@ class Loop:
         experiment, validation = self.experiment, self.config.validation
         sums: dict[str, float] = {}
         weight = 0.0
-        with open_validation_batches(self.config, experiment.derived, experiment.inputs) as batches:
+        with open_validation_batches(self.config, experiment.derived, self.inputs) as batches:
             pairs_a_batch = experiment.derived.local_batch_size // self.config.data.accumulation * jax.process_count()
             for batch in itertools.islice(batches, -(-validation.max_pairs // pairs_a_batch)):
                 counted = batch.weight_B * (batch.index_B < validation.max_pairs)
@@ -195,8 +196,8 @@ class Loop:
         if self._generator is None:
             e = self.experiment
             self._generator = make_generator(self.config, e.pipeline, self._encoders, e.mesh, batch_size=len(captions))
-            if "reference" in e.frozen:
-                self._reference_images = self._generator(e.frozen["reference"], captions, seeds)
+            if e.objective.needs_reference:
+                self._reference_images = self._generator(reference_params(e.frozen), captions, seeds)
         policy = self.experiment.frozen.get("base", {}) | for_sampling(self.experiment.pipeline, params)
         images = self._generator(policy, captions, seeds)
         references = self._reference_images
@@ -217,7 +218,7 @@ class Loop:
     def _encoders(self) -> Frozen:
         """VAE and text encoders; of a run that reads encodings only while images are sampled."""
         e = self.experiment
-        return e.frozen if "vae" in e.frozen else load_frozen(self.config, e.pipeline, e.placement)
+        return e.frozen if "vae" in e.frozen else load_encoders(self.config, e.pipeline, e.placement)
 
 
 def _announce(experiment: Experiment, workdir: epath.Path, start: int) -> None:

@@ -23,7 +23,7 @@ from dpo_jax.encode.images import posterior_moments
 from dpo_jax.encode.text import encode_text
 from dpo_jax.sharding import Placement, make_mesh
 from dpo_jax.training.encoding import encode_data
-from dpo_jax.training.model import load_frozen, load_tokenizers_of, open_model
+from dpo_jax.training.model import load_encoders, load_tokenizers_of, open_model
 
 ROOT = Path(__file__).parents[2]
 FIELDS = {"data.encoded_views": 3, "data.random_crop": True}
@@ -77,7 +77,7 @@ def test_stored_numbers_are_those_of_the_models(config, tmp_path: Path, family: 
     assert len(list(folder.glob("images-*.safetensors"))) > 2
     assert len(list(folder.glob("captions-*.safetensors"))) > 2
     pipeline = open_model(config, tmp_path)
-    frozen, tokenizers = load_frozen(config, pipeline, Placement(make_mesh())), load_tokenizers_of(pipeline)
+    frozen, tokenizers = load_encoders(config, pipeline, Placement(make_mesh())), load_tokenizers_of(pipeline)
 
     def assert_rounded(found: np.ndarray, expected: np.ndarray) -> None:
         """To bfloat16, up to what another batch size does to float32."""

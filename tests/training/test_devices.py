@@ -33,7 +33,7 @@ for name, value in fields.items():
 trainer.train(config, workdir)
 """
 
-LORA = {"lora.rank": 4, "lora.alpha": 4.0}
+LORA = {"lora.rank": 4, "lora.alpha": 4.0, "optimizer.learning_rate": 3e-2}
 MESHES = {
     "data": {},
     "fsdp": {"mesh.fsdp": 8},

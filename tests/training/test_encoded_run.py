@@ -14,8 +14,8 @@ from dpo_jax.data.prepared import open_prepared
 from dpo_jax.training.config import resolve
 from dpo_jax.training.data import make_inputs, open_training_batches
 from dpo_jax.training.encoding import encode_data
-from dpo_jax.training.experiment import build, make_encode
-from dpo_jax.training.model import load_frozen, open_model
+from dpo_jax.training.experiment import build, compose, make_encode
+from dpo_jax.training.model import load_encoders, make_placement, open_model
 from dpo_jax.training.trainer import train
 
 
@@ -51,7 +51,8 @@ def test_inputs_agree_to_bfloat16_rounding(config, tmp_path: Path, family: str) 
     fields = {"data.size_conditioning": "real", "data.caption_dropout": 0.3, "data.batch_size": 8}
     config = encoded(config(family, **fields))
     pipeline, derived = open_model(config, tmp_path), resolve(config, device_count=1, process_count=1)
-    frozen = load_frozen(config, pipeline, build(config, derived, pipeline).placement)
+    placement = make_placement(config)
+    frozen = load_encoders(config, pipeline, placement)
     encode = jax.jit(make_encode(pipeline))
     found = []
     for views in (2, 0):
@@ -61,6 +62,9 @@ def test_inputs_agree_to_bfloat16_rounding(config, tmp_path: Path, family: str) 
         keys = [jax.vmap(jax.random.key)(jnp.asarray(batch.index_B)) for batch in some]
         outputs = [encode(frozen if not views else {}, batch, k) for batch, k in zip(some, keys, strict=True)]
         found.append((outputs, [batch._replace(inputs=()) for batch in some]))
+        planned = compose(config, derived, pipeline, placement).abstract_batch()
+        for x, y in zip(jax.tree.leaves(planned), jax.tree.leaves(some[0]), strict=True):
+            assert (x.shape[2:], x.dtype) == (y.shape[2:], y.dtype)
     (stored, of_stored), (fresh, of_fresh) = found
     for a, b in zip(jax.tree.leaves(of_stored), jax.tree.leaves(of_fresh), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -15,12 +15,12 @@ from diffusers.training_utils import EMAModel
 from dpo_jax.batch import Conditioning
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.training.config import resolve
-from dpo_jax.training.data import open_training_batches
+from dpo_jax.training.data import make_inputs, open_training_batches
 from dpo_jax.training.experiment import build
 from dpo_jax.training.export import export, open_tuned
 from dpo_jax.training.model import open_model
 from dpo_jax.training.run import open_run
-from dpo_jax.training.step import moving_average
+from dpo_jax.training.step import moving_average, reference_params
 from dpo_jax.training.trainer import train
 
 FIELDS = {"lora.rank": 4, "lora.alpha": 2.0, "optimizer.learning_rate": 1e-2, "optimizer.scale_by_batch": False}
@@ -82,12 +82,11 @@ def test_only_the_adapter_is_trained_and_checkpointed(trained):
 def test_policy_is_the_reference_at_step_0_and_no_second_copy(tiny_config, tmp_path):
     config = tiny_config("sd15", **FIELDS)
     experiment = build(config, resolve(config, device_count=1, process_count=1), open_model(config, tmp_path))
-    for name, value in experiment.frozen["reference"].items():
-        assert value is experiment.frozen["base"][name]
+    assert experiment.frozen.keys() == {"base", "vae", "text_encoder"}
     policy = experiment.frozen["base"] | experiment.initial_state().params
     args = jax.tree.map(jnp.asarray, inputs())
     ours, reference = jax.jit(lambda *params: [experiment.pipeline.denoise(p, *args) for p in params])(
-        policy, experiment.frozen["reference"]
+        policy, reference_params(experiment.frozen)
     )
     assert np.array_equal(ours, reference)
 
@@ -96,7 +95,7 @@ def test_dropout_acts_in_training_alone_and_on_the_policy_alone(tiny_config, tmp
     config = tiny_config("sd15", **FIELDS, **{"lora.dropout": 0.5})
     experiment = build(config, resolve(config, device_count=1, process_count=1), open_model(config, tmp_path))
     adapter = {name: value + 0.1 for name, value in experiment.initial_state().params.items()}
-    with open_training_batches(config, experiment.derived, experiment.inputs) as batches:
+    with open_training_batches(config, experiment.derived, make_inputs(config, experiment.pipeline)) as batches:
         batch = next(batches)
     score = jax.jit(
         lambda step: [experiment.score(adapter, experiment.frozen, batch, step, training=t) for t in (True, False)]
