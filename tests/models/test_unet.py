@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import dpo_jax.models
 from dpo_jax.batch import Conditioning
 from dpo_jax.models.network import Network
 from dpo_jax.models.unet import UNet2DConditionModel, sinusoids
@@ -22,8 +23,8 @@ from dpo_jax.weights.layout import Params, from_torch, torch_name
 
 # As published, and the same narrowed: two channels a group at least; heads and depths differ by level where theirs do.
 PUBLISHED = {
-    path.stem.removeprefix("unet_"): json.loads(path.read_text())
-    for path in sorted((Path(__file__).parent / "configs").glob("unet_*.json"))
+    path.parts[-3]: json.loads(path.read_text())
+    for path in sorted(Path(dpo_jax.models.__path__[0]).glob("published/*/unet/config.json"))
 }
 THREE_LEVELS = {"block_out_channels": [8, 16, 24], "norm_num_groups": 4, "cross_attention_dim": 10}
 FOUR_LEVELS = {"block_out_channels": [8, 16, 24, 24], "norm_num_groups": 4, "cross_attention_dim": 10}

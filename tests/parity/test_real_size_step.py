@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 HERE = Path(__file__).parent
-UNET = json.loads((HERE.parent / "models" / "configs" / "unet_sd15.json").read_text())
+UNET = json.loads((HERE.parents[1] / "dpo_jax/models/published/sd15/unet/config.json").read_text())
 SCHEDULER = {
     "num_train_timesteps": 1000,
     "beta_schedule": "scaled_linear",
