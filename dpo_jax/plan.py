@@ -1,0 +1,84 @@
+"""Says what a run needs of a machine, and how long it would take there, before anybody pays for it.
+
+  python -m dpo_jax.plan --config=configs/sdxl.py --topology=v5p:4x4x4
+
+No such machine has to be there. Memory, operations and traffic are computed from shapes and shardings, in seconds; the
+speed follows from an assumed share of the chip's peak rate. --fit looks for the fastest settings that fit. --compile
+has the compiler make the real step for that TPU slice (pip install "jax[tpu]"; tens of minutes for a whole model).
+"""
+
+import json
+import time
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from dpo_jax import cli
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, or FILE:variant.", lock_config=True)
+TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    None,
+    "Chips: v5e:16x16, v5p:4x4x4, v6e:8x8, tpu7x:4x4x4, h200:8, h100:8x4 (4 hosts of 8).",
+    required=True,
+)
+FIT = flags.DEFINE_bool(
+    "fit", False, "Find the fastest remat, micro-batch and fsdp degree that fit; the config's own don't count."
+)
+COMPILE = flags.DEFINE_bool("compile", False, "Compile the step for these TPUs and show XLA's figures beside.")
+UTILISATION = flags.DEFINE_float(
+    "utilisation",
+    None,
+    "Share of the chips' peak rate to assume; by default one of each kind.",
+    lower_bound=0.01,
+    upper_bound=1,
+)
+JSON = flags.DEFINE_bool("json", False, "Print the plan as JSON alone.")
+
+
+def main() -> None:
+    if CONFIG.value is None:
+        raise ValueError("--config is missing; give one of the files in configs/, such as --config=configs/sdxl.py")
+    from dpo_jax.planning.compiled import compile_step, summarize
+    from dpo_jax.planning.estimate import make_plan, measure_holdings, measure_work
+    from dpo_jax.planning.report import as_text, compiled_text
+    from dpo_jax.planning.search import fit
+    from dpo_jax.planning.structure import open_structure
+    from dpo_jax.planning.topology import parse_topology
+
+    config, topology = CONFIG.value, parse_topology(TOPOLOGY.value)
+    if FIT.value:
+        config, plan = fit(config, topology, UTILISATION.value, say)
+    else:
+        pipeline = open_structure(config)
+        holdings, work = measure_holdings(config, pipeline, topology), measure_work(config, pipeline)
+        plan = make_plan(
+            holdings,
+            work,
+            topology,
+            batch_size=config.data.batch_size,
+            accumulation=config.data.accumulation,
+            utilisation=UTILISATION.value,
+        )
+    result: dict[str, Any] = plan.to_json()
+    if not JSON.value:
+        print(as_text(config, plan))
+    if COMPILE.value:
+        say(f"compiling the step for {topology.name}")
+        began = time.monotonic()
+        compiled = compile_step(config, open_structure(config), topology)
+        result["compiled"] = summarize(compiled) | {"seconds": time.monotonic() - began}
+        if not JSON.value:
+            print(compiled_text(plan, compiled))
+    if JSON.value:
+        print(json.dumps(result, indent=2))
+
+
+def say(message: str) -> None:
+    if not JSON.value:
+        print(f"... {message}", flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,177 @@
+"""What a traced JAX program computes and holds, read off its jaxpr: no compiler and no device is asked.
+
+The compiler is modelled by one rule. It joins elementwise operations to what reads them, products and convolutions
+included, so their results take no memory: they are made again from their sources wherever they are read, and the
+sources stay until then. Only where several values are joined that together are larger (a sum, a difference) the result
+is kept in their place.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from jax.extend import core
+
+ELEMENTWISE = {
+    *("add", "sub", "mul", "div", "neg", "sign", "max", "min", "pow", "integer_pow", "square", "sqrt", "rsqrt", "exp"),
+    *("exp2", "log", "log1p", "expm1", "tanh", "logistic", "erf", "erfc", "sin", "cos", "abs", "floor", "round", "rem"),
+    *("convert_element_type", "select_n", "clamp", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "xor"),
+    *("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "rev", "iota", "pad", "slice", "copy"),
+    *("stop_gradient", "name", "optimization_barrier", "reduce_precision", "add_any", "is_finite", "split"),
+    *("shift_left", "shift_right_logical", "bitcast_convert_type", "sharding_constraint", "random_wrap"),
+}
+
+
+class Operation(NamedTuple):
+    """One equation of a program without calls; variables are numbers."""
+
+    name: str
+    params: dict[str, Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+class Program:
+    """A jaxpr with every call inlined and everything removed that no output needs."""
+
+    def __init__(self, closed: core.ClosedJaxpr):
+        self.avals: list[Any] = []
+        self.operations: list[Operation] = []
+        jaxpr = closed.jaxpr
+        self.inputs = [self._new(var.aval) for var in jaxpr.invars]
+        self.outputs = self._inline(jaxpr, self.inputs)
+        self._remove_dead()
+
+    def bytes(self, variable: int) -> int:
+        aval = self.avals[variable]
+        return math.prod(aval.shape) * aval.dtype.itemsize
+
+    def flops(self) -> float:
+        """Floating point operations of products and convolutions, 2 per multiplication with its addition."""
+        return sum(self._flops(operation) for operation in self.operations)
+
+    def _flops(self, operation: Operation) -> float:
+        shapes = [self.avals[variable].shape for variable in (*operation.inputs, *operation.outputs)]
+        if operation.name == "dot_general":
+            (contracted, _), _ = operation.params["dimension_numbers"]
+            return 2 * math.prod(shapes[-1]) * math.prod(shapes[0][axis] for axis in contracted)
+        if operation.name == "conv_general_dilated":
+            return 2 * math.prod(shapes[-1]) * _taps(operation.params, shapes[1])
+        if operation.name == "scan":
+            return operation.params["length"] * Program(operation.params["jaxpr"]).flops()
+        return 0
+
+    def _new(self, aval: Any) -> int:
+        self.avals.append(aval)
+        return len(self.avals) - 1
+
+    def _inline(self, jaxpr: core.Jaxpr, inputs: Iterable[int]) -> list[int]:
+        numbers = dict(zip(jaxpr.invars, inputs, strict=True))
+        for var in jaxpr.constvars:
+            numbers[var] = self._new(var.aval)
+
+        def number(atom: Any) -> int:
+            return self._new(atom.aval) if isinstance(atom, core.Literal) else numbers[atom]
+
+        for eqn in jaxpr.eqns:
+            given = [number(atom) for atom in eqn.invars]
+            inner = _called(eqn)
+            if inner is not None:
+                results = self._inline(inner, given)
+            else:
+                results = [self._new(var.aval) for var in eqn.outvars]
+                self.operations.append(Operation(eqn.primitive.name, eqn.params, tuple(given), tuple(results)))
+            numbers.update(zip(eqn.outvars, results, strict=True))
+        return [number(atom) for atom in jaxpr.outvars]
+
+    def _remove_dead(self) -> None:
+        needed, kept = set(self.outputs), []
+        for operation in reversed(self.operations):
+            if needed.intersection(operation.outputs):
+                needed.update(operation.inputs)
+                kept.append(operation)
+        self.operations = kept[::-1]
+
+
+def _called(eqn: Any) -> core.Jaxpr | None:
+    """The body of a call that happens once, in place."""
+    if eqn.primitive.name in ("scan", "while", "cond"):
+        return None
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if name in eqn.params:
+            inner = eqn.params[name]
+            return inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner
+    return None
+
+
+def _taps(params: dict[str, Any], kernel: tuple[int, ...]) -> float:
+    """Multiplications for one element of a convolution's result: those with zeros between its inputs don't count."""
+    numbers = params["dimension_numbers"]
+    space = [kernel[axis] for axis in numbers.rhs_spec[2:]]
+    channels = kernel[numbers.rhs_spec[1]]
+    return channels * math.prod(space) / math.prod(params["lhs_dilation"])
+
+
+def peak_bytes(program: Program, weights: Iterable[int]) -> int:
+    """The most bytes that intermediate values take at any time, beside the inputs and the outputs.
+
+    Args:
+        weights: inputs that are parameters. What is made of them alone (rounded weights), and what becomes an output by
+            elementwise operations alone (gradients), is not counted: that depends on how they are split over devices.
+    """
+    uncounted = set(program.inputs) | _made_of(program, set(weights)) | _gradients(program)
+    sources: dict[int, frozenset[int]] = {}
+
+    def sources_of(variable: int) -> frozenset[int]:
+        return sources.get(variable, frozenset())
+
+    for operation in program.operations:
+        made_of = frozenset().union(*(sources_of(variable) for variable in operation.inputs))
+        sizes = [program.bytes(variable) for variable in made_of]
+        for variable in operation.outputs:
+            if variable in uncounted:
+                continue
+            joins = max(sizes, default=0) <= program.bytes(variable) < 0.75 * sum(sizes)
+            exists = joins or operation.name not in ELEMENTWISE
+            sources[variable] = frozenset([variable]) if exists else made_of
+    last_read: dict[int, int] = {}
+    for time, operation in enumerate(program.operations):
+        for variable in operation.inputs:
+            for source in sources_of(variable):
+                last_read[source] = time
+    for variable in program.outputs:
+        for source in sources_of(variable):
+            last_read[source] = len(program.operations)
+    freed: dict[int, list[int]] = {}
+    for source, time in last_read.items():
+        freed.setdefault(time, []).append(source)
+    held = peak = 0
+    for time, operation in enumerate(program.operations):
+        held += sum(program.bytes(v) for v in operation.outputs if v in last_read)
+        peak = max(peak, held)
+        held -= sum(program.bytes(v) for v in freed.get(time, []))
+    return peak
+
+
+def _made_of(program: Program, variables: set[int]) -> set[int]:
+    """What elementwise operations make of these variables and constants alone."""
+    known = set(variables)
+    computed = {v for op in program.operations for v in op.outputs}
+    for operation in program.operations:
+        relevant = [v for v in operation.inputs if v in computed or v in program.inputs]
+        if operation.name in ELEMENTWISE and relevant and known.issuperset(relevant):
+            known.update(operation.outputs)
+    return known
+
+
+def _gradients(program: Program) -> set[int]:
+    """What becomes an output by elementwise operations alone, back to the product it comes from."""
+    known = set(program.outputs)
+    readers: dict[int, int] = {}
+    for operation in program.operations:
+        for variable in operation.inputs:
+            readers[variable] = readers.get(variable, 0) + 1
+    for operation in reversed(program.operations):
+        if operation.name in ELEMENTWISE and known.intersection(operation.outputs):
+            known.update(v for v in operation.inputs if readers[v] == 1)
+    return known

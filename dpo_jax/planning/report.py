@@ -1,0 +1,61 @@
+"""A plan as text."""
+
+from ml_collections import ConfigDict
+
+from dpo_jax.planning.compiled import Compiled
+from dpo_jax.planning.estimate import PAPER_PAIRS, SPARE, Plan
+from dpo_jax.planning.topology import GIB
+
+
+def as_text(config: ConfigDict, plan: Plan) -> str:
+    """What is computed, what is assumed, and what follows."""
+    topology, device = plan.topology, plan.topology.device
+    mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
+    batch = " x ".join(map(str, (plan.micro_batch_per_device, plan.accumulation, *plan.mesh.values())))
+    lines = [
+        f"{config.model} on {topology.name}: {topology.num_chips} chips, mesh {mesh}, remat={plan.remat}",
+        f"{plan.parameters:,} parameters, {plan.trained_parameters:,} of them trained",
+        f"{plan.batch_size} pairs a step = {batch} (at a time on a device, micro-batches, mesh)",
+        "",
+        "Memory of a device (computed)             GiB",
+        *(f"  {kind:34} {size / GIB:9.2f}" for kind, size in plan.memory.items() if size),
+        f"  {'in all':34} {plan.hbm_bytes / GIB:9.2f} of {device.hbm_gib}: "
+        + ("fits" if plan.fits else f"does not fit with {SPARE:.0%} free"),
+        "",
+        f"Work of a pair (computed): {plan.work.model_flops / 1e12:.2f} TFLOP"
+        + (f", {plan.work.flops / 1e12:.2f} with what remat repeats" if plan.remat != "none" else ""),
+        "",
+        f"{'Traffic in a step (computed)':28}  {'axis':6} {'received':>12} {'times':>6} {'seconds at full rate':>21}",
+        *(
+            f"  {c.name:26}  {c.axis:6} {c.received_bytes / GIB:8.3f} GiB {c.times:6} {c.seconds:21.3f}"
+            for c in plan.collectives
+        ),
+        "",
+        f"Time of a step, if products run at {plan.utilisation:.0%} of the peak rate (assumed) and links at theirs:",
+        f"  computation {plan.compute_seconds:.3f} s, collectives {plan.collective_seconds:.3f} s of which "
+        f"{plan.exposed_seconds:.3f} s can't hide behind it, update {plan.update_seconds:.3f} s",
+        f"  {plan.step_seconds:.3f} s a step: {plan.pairs_per_second_per_chip:.2f} pairs/s a chip, "
+        f"{plan.pairs_per_second_per_chip * topology.num_chips:.1f} in all",
+        f"  the paper's {PAPER_PAIRS:,} pairs (2000 steps of 2048): {plan.chip_hours:,.0f} chip-hours, "
+        f"{plan.chip_hours / topology.num_chips:.1f} hours here",
+        "",
+        "Run it with",
+        f"  --config.remat={plan.remat} --config.data.accumulation={plan.accumulation} "
+        f"--config.mesh.data={plan.mesh['data']} --config.mesh.fsdp={plan.mesh['fsdp']}",
+    ]
+    return "\n".join(lines)
+
+
+def compiled_text(plan: Plan, compiled: Compiled) -> str:
+    """XLA's figures beside the estimate's."""
+    ratio = plan.hbm_bytes / compiled.hbm_bytes
+    rows = [
+        f"XLA's memory of a device: {compiled.hbm_bytes / GIB:.2f} GiB ({compiled.argument_bytes / GIB:.2f} arguments, "
+        f"{compiled.temporary_bytes / GIB:.2f} temporaries); the estimate is {ratio:.2f} of it",
+        "XLA's collectives in a step:",
+    ]
+    rows += [
+        f"  {kind:20} {counts['times']:8.0f} times {counts['bytes'] / GIB:10.3f} GiB"
+        for kind, counts in sorted(compiled.collectives.items())
+    ]
+    return "\n".join(rows)

@@ -1,0 +1,129 @@
+"""A plan's memory against real arrays on eight devices, and what follows from its figures."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpo_jax.cli import load_config
+from dpo_jax.planning import search
+from dpo_jax.planning.estimate import Work, make_plan, measure_holdings
+from dpo_jax.planning.structure import open_structure
+from dpo_jax.planning.topology import parse_topology
+
+ROOT = Path(__file__).parents[2]
+
+# Prints the bytes that each part of a real run has on one of eight devices.
+REAL = """
+import json, sys
+import dpo_jax, jax
+jax.config.update("jax_num_cpu_devices", 8)
+from dpo_jax import sharding
+from dpo_jax.cli import load_config
+from dpo_jax.training.config import resolve
+from dpo_jax.training.experiment import build
+from dpo_jax.training.model import open_model
+sharding.SMALL = 1024
+config = load_config("configs/sdxl.py:tiny")
+config.data.batch_size, config.mesh.data, config.mesh.fsdp, config.ema.decay = 8, 2, 4, 0.9
+experiment = build(config, resolve(config, device_count=8, process_count=1), open_model(config, sys.argv[1]))
+state = experiment.initial_state()
+
+def held(tree):
+    return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+print(json.dumps({
+    "trained weights, float32": held(state.params),
+    "optimizer state": held(state.opt_state),
+    "moving average": held(state.ema),
+    "reference and frozen UNet": held(experiment.frozen["reference"]),
+    "VAE and text encoders": held({n: p for n, p in experiment.frozen.items() if n != "reference"}),
+}))
+"""
+
+
+def test_memory_is_that_of_real_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", REAL, str(tmp_path)], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    real = json.loads(done.stdout.splitlines()[-1])
+    monkeypatch.setattr("dpo_jax.sharding.SMALL", 1024)
+    config = load_config(str(ROOT / "configs/sdxl.py:tiny"))
+    config.data.batch_size, config.mesh.data, config.mesh.fsdp, config.ema.decay = 8, 2, 4, 0.9
+    machine, pipeline = parse_topology("v5e:2x4"), open_structure(config)
+    planned = make_plan(
+        measure_holdings(config, pipeline, machine), WORK["none"], machine, batch_size=8, accumulation=1
+    ).memory
+    assert {kind: planned[kind] for kind in real} == real
+    assert planned["gradients"] == real["trained weights, float32"]
+
+
+GIB = 2**30
+WORK = {
+    "none": Work("none", 8e12, 8e12, 6 * GIB),
+    "dots": Work("dots", 9e12, 8e12, 4 * GIB),
+    "attention": Work("attention", 10e12, 8e12, 2 * GIB),
+    "block": Work("block", 11e12, 8e12, 1 * GIB),
+}
+
+
+@pytest.fixture
+def lora(monkeypatch: pytest.MonkeyPatch):
+    """A config whose model takes no memory to speak of, and whose pairs cost what WORK says."""
+    monkeypatch.setattr(search, "measure_work", lambda config, pipeline, known: WORK[config.remat])
+    config = load_config(str(ROOT / "configs/sd15.py:lora,tiny"))
+    config.data.batch_size = 2048
+    return config
+
+
+def fit(config, topology: str, gib: float):
+    machine = parse_topology(topology)
+    machine = machine._replace(device=machine.device._replace(hbm_gib=gib))
+    return search.fit(config, machine, None, lambda message: None)[1]
+
+
+def test_fit_takes_the_fastest_that_fits_and_of_equals_the_smallest(lora) -> None:
+    roomy, tight, tighter = (fit(lora, "v5e:4x4", gib) for gib in (100, 6, 1.2))
+    assert (roomy.remat, roomy.micro_batch_per_device) == ("none", 1)
+    assert (tight.remat, tighter.remat) == ("dots", "block")
+    assert roomy.step_seconds < tight.step_seconds < tighter.step_seconds
+    assert all(plan.fits for plan in (roomy, tight, tighter))
+
+
+def test_fit_says_what_is_the_least_where_nothing_fits(lora) -> None:
+    with pytest.raises(ValueError, match=r"nothing fits v5e:4x4: the least is 1\.0 GiB of its 0\.5 GiB a device"):
+        fit(lora, "v5e:4x4", 0.5)
+
+
+def test_fit_refuses_a_batch_that_does_not_divide(lora) -> None:
+    lora.data.batch_size = 100
+    with pytest.raises(ValueError, match=r"data\.batch_size=100 does not divide over the 16 devices of v5e:4x4"):
+        fit(lora, "v5e:4x4", 16)
+
+
+def test_figures_follow_from_one_another(lora) -> None:
+    lora.data.accumulation = 16
+    topology = parse_topology("v5e:4x4")
+    holdings = measure_holdings(lora, open_structure(lora), topology)
+    plan = make_plan(holdings, WORK["none"], topology, batch_size=2048, accumulation=16, utilisation=0.5)
+    assert plan.micro_batch_per_device == 8
+    assert plan.compute_seconds == pytest.approx(2048 / 16 * 8e12 / (197e12 * 0.5))
+    assert plan.step_seconds == pytest.approx(plan.compute_seconds, rel=1e-3)
+    assert plan.pairs_per_second_per_chip == pytest.approx(2048 / plan.step_seconds / 16)
+    assert plan.chip_hours == pytest.approx(2000 * plan.step_seconds * 16 / 3600)
+    assert plan.hbm_bytes == pytest.approx(8 * 6 * GIB, rel=1e-3)
+    assert not plan.fits
+    assert plan.to_json()["hbm_gib"] == pytest.approx(48, rel=1e-3)
+
+
+def test_collectives_that_outlast_the_computation_are_not_hidden(lora) -> None:
+    lora.data.accumulation = 16
+    topology = parse_topology("v5e:4x4")
+    holdings = measure_holdings(lora, open_structure(lora), topology)
+    plan = make_plan(holdings, Work("none", 1, 1, 1), topology, batch_size=2048, accumulation=16, utilisation=1)
+    summed, gathered = plan.collectives
+    assert (summed.times, gathered.times) == (16, 1)
+    assert summed.received_bytes == pytest.approx(2 * 4 * plan.trained_parameters * 15 / 16)
+    assert plan.exposed_seconds == pytest.approx(summed.seconds + gathered.seconds, rel=1e-3)

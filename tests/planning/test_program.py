@@ -1,0 +1,126 @@
+"""What is read off a traced program, against PyTorch's counter and sums made by hand."""
+
+import functools
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dpo_jax.batch import Conditioning
+from dpo_jax.models.network import Network
+from dpo_jax.models.random_model import UNET_SDXL
+from dpo_jax.models.remat import rematerialize
+from dpo_jax.models.unet import UNet2DConditionModel
+from dpo_jax.models.unet_config import UNetConfig
+from dpo_jax.planning.program import Program, peak_bytes
+
+
+def trace(function, *shapes, dtype=jnp.float32) -> Program:
+    return Program(jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)))
+
+
+def unet_program(gradient: bool) -> Program:
+    """Of two images of 16x16 cells and 5 tokens."""
+    config = UNetConfig.from_dict(UNET_SDXL, "config.json")
+    unet = Network.build(lambda rngs: UNet2DConditionModel(config, dtype=jnp.float32, rngs=rngs), config)
+    params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in unet.specs.items()}
+    shapes = [(2, 16, 16, 4), (2,), (2, 5, 80), (2, 40), (2, 6)]
+    x, t, context, pooled, ids = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+
+    def loss(params, x, t, conditioning):
+        return unet(params, x, t, conditioning).sum()
+
+    traced = jax.grad(loss) if gradient else loss
+    return Program(jax.make_jaxpr(traced)(params, x, t, Conditioning(context, pooled, ids)))
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+def test_operations_of_the_unet_are_those_that_pytorch_counts(gradient: bool) -> None:
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel.from_config(UNET_SDXL)
+        added = {"text_embeds": torch.zeros(2, 40), "time_ids": torch.zeros(2, 6)}
+        with FlopCounterMode(display=False) as counter:
+            y = unet(torch.zeros(2, 4, 16, 16), torch.zeros(2), torch.zeros(2, 5, 80), added_cond_kwargs=added).sample
+            if gradient:
+                y.sum().backward()
+    expected = counter.get_total_flops()
+    # PyTorch's fused attention computes its weights a second time in the backward pass, and counts that.
+    assert unet_program(gradient).flops() == pytest.approx(expected, rel=0.03 if gradient else 1e-9)
+
+
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2)], ids=["plain", "strided", "dilated"])
+def test_each_gradient_of_a_convolution_costs_what_the_convolution_does(stride: int, dilation: int) -> None:
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            "VALID",
+            rhs_dilation=(dilation, dilation),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    x, kernel = (2, 65, 65, 3), (3, 3, 3, 5)
+    size = (65 - 2 * dilation - 1) // stride + 1
+    once = 2 * (2 * size * size * 5) * (3 * 3 * 3)
+    assert trace(convolve, x, kernel).flops() == once
+    gradient = jax.grad(lambda x, kernel: convolve(x, kernel).sum(), argnums=(0, 1))
+    # Of positions at the edge, where a transposed convolution meets padding, all taps are counted.
+    assert trace(gradient, x, kernel).flops() == pytest.approx(2 * once, rel=0.1)
+
+
+def test_a_loop_counts_as_often_as_it_goes_round_and_what_nobody_reads_not_at_all() -> None:
+    def loop(x, w):
+        jnp.sum(x @ w)
+        return jax.lax.scan(lambda carry, _: (carry @ w, None), x, None, length=7)[0], 2 * x
+
+    assert trace(loop, (3, 4), (4, 4)).flops() == 7 * 2 * 3 * 4 * 4
+
+
+def test_rematerialization_computes_the_forward_pass_twice() -> None:
+    def block(w, x):
+        return jnp.tanh(jnp.tanh(x @ w) @ w)
+
+    def loss(policy, w, x):
+        return rematerialize(block, policy)(w, x).sum()
+
+    once = 2 * 8 * 16 * 16
+    traced = {p: jax.value_and_grad(functools.partial(loss, p)) for p in ("none", "block")}
+    flops = {p: trace(function, (16, 16), (8, 16)).flops() for p, function in traced.items()}
+    # Two products forward; backward two for the weights and one for the values between, x needing none.
+    assert flops == {"none": 5 * once, "block": 7 * once}
+
+
+def test_most_bytes_at_a_time() -> None:
+    """y = x W; z = tanh(y) V: y exists while tanh(y) is made, and that while z is."""
+
+    def two_products(w, v, x):
+        return jnp.sum(jnp.tanh(x @ w) @ v)
+
+    program = trace(two_products, (16, 32), (32, 64), (8, 16))
+    y, z = 8 * 32 * 4, 8 * 64 * 4
+    assert peak_bytes(program, program.inputs[:2]) == y + z
+
+
+def test_elementwise_results_that_no_product_reads_take_no_memory() -> None:
+    def plain(w, x):
+        return (x @ w).sum()
+
+    def long_chain(w, x):
+        y = x @ w
+        return (jnp.exp(jnp.tanh(y.astype(jnp.float32)) * 2) + y).sum()
+
+    shapes = (16, 16), (8, 16)
+    plain_program, chain = trace(plain, *shapes), trace(long_chain, *shapes)
+    assert peak_bytes(chain, chain.inputs[:1]) == peak_bytes(plain_program, plain_program.inputs[:1]) == 8 * 16 * 4
+
+
+def test_rounded_weights_and_gradients_are_not_activations() -> None:
+    def loss(w, x):
+        return (x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).sum()
+
+    program = trace(jax.grad(loss), (1000, 16), (8, 1000))
+    assert peak_bytes(program, program.inputs[:1]) < 1000 * 16

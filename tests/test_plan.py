@@ -1,0 +1,48 @@
+"""The command, from flags to text and JSON."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def plan(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dpo_jax.plan", *flags], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_json_holds_what_the_interface_promises() -> None:
+    done = plan("--config=configs/sd15.py:lora,tiny", "--topology=v5e:2x2", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    promised = {"hbm_gib", "hbm_limit_gib", "fits", "tflop_per_pair", "pairs_per_second_per_chip", "chip_hours"}
+    assert promised <= result.keys()
+    assert result["fits"]
+    assert result["hbm_limit_gib"] == 15.75
+    assert 0 < result["tflop_per_pair"] < 1
+
+
+def test_bad_flags_are_told_in_one_sentence() -> None:
+    done = plan("--config=configs/sd15.py:tiny", "--topology=v9:2x2")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --topology=v9:2x2 is none that is known")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_published_models_are_planned_without_their_weights() -> None:
+    """The counts of PyTorch's profiler for SDXL: 53.98 TFLOP a pair with cached latents, within 0.1%."""
+    done = plan(
+        "--config=configs/sdxl.py", "--topology=v5p:4x4x4", "--config.data.accumulation=32", "--json",
+        "--config.data.encoded_views=2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["trained_parameters"] == 2_567_463_684
+    assert result["tflop_per_pair"] == pytest.approx(53.98, rel=1e-3)
+    assert result["fits"]
