@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from dpo_jax.batch import Conditioning
 from dpo_jax.diffusion.schedule import Schedule, make_schedule
 from dpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from dpo_jax.models.execution import PLAIN, Execution
 from dpo_jax.models.families import ORIGINAL_PREFIXES, Family, family_of_single_file, find_family, has_component
 from dpo_jax.models.lora import Adapters, add_lora, lora_specs, set_dropout_keys
 from dpo_jax.models.network import Network
@@ -52,8 +53,8 @@ class Pipeline:
     """Compute dtype of UNet and text encoders."""
     variant: str = ""
     """Which of several sets of weights is read: "fp16"."""
-    remat: str = "none"
-    """What the UNet's backward pass keeps; one of `models.remat.POLICIES`."""
+    execution: Execution = PLAIN
+    """How the UNet's blocks are run."""
     adapters: Adapters = dataclasses.field(default_factory=dict)
     """The layers of the UNet that have a LoRA; see `with_lora`."""
     adapted_unet: Network | None = None
@@ -85,7 +86,7 @@ class Pipeline:
         """The same model with a LoRA in the named layers of its UNet."""
 
         def make(rngs: Any) -> UNet2DConditionModel:
-            unet = UNet2DConditionModel(self.unet.config, remat=self.remat, dtype=self.dtype, rngs=rngs)
+            unet = UNet2DConditionModel(self.unet.config, execution=self.execution, dtype=self.dtype, rngs=rngs)
             add_lora(unet, adapters, dropout, rngs)
             return unet
 
@@ -168,7 +169,7 @@ def load_pipeline(
     model_config: str = "",
     revision: str = "",
     variant: str = "",
-    remat: str = "none",
+    execution: Execution = PLAIN,
 ) -> Pipeline:
     """Reads the configs of a model and builds its networks, computing in `dtype` (VAE: `vae_dtype`).
 
@@ -186,7 +187,7 @@ def load_pipeline(
             family's published one.
         revision: branch, tag or commit on the hub.
         variant: such as "fp16": which of several sets of weights to fetch from the hub.
-        remat: what the UNet's backward pass keeps; one of `models.remat.POLICIES`.
+        execution: how the UNet's blocks are run.
     """
     path = find_model(str(model), revision=revision, variant=variant)
     if path.is_dir():
@@ -226,7 +227,7 @@ def load_pipeline(
         folder=folder,
         weights=weights,
         family=found,
-        unet=_build(functools.partial(UNet2DConditionModel, remat=remat), unet_config, dtype),
+        unet=_build(functools.partial(UNet2DConditionModel, execution=execution), unet_config, dtype),
         vae=_build(AutoencoderKL, vae_config, vae_dtype or dtype),
         text_encoders=tuple(text_encoders),
         schedule=make(training_timesteps=found.training_timesteps, zero_terminal_snr=found.zero_terminal_snr),
@@ -234,7 +235,7 @@ def load_pipeline(
         force_zeros_for_empty_prompt=model_index.get("force_zeros_for_empty_prompt", False),
         dtype=jnp.dtype(dtype),
         variant=variant,
-        remat=remat,
+        execution=execution,
     )
 
 

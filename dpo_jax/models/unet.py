@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from dpo_jax.batch import Conditioning
+from dpo_jax.models.execution import PLAIN, Execution
 from dpo_jax.models.layers import Conv, GroupNorm, Linear, accumulation_dtype
 from dpo_jax.models.unet_blocks import DownBlock2D, UNetMidBlock2DCrossAttn, UpBlock2D
 from dpo_jax.models.unet_config import UNetConfig
@@ -21,7 +22,7 @@ from dpo_jax.models.unet_config import UNetConfig
 class UNet2DConditionModel(nnx.Module):
     """Predicts the training target (noise or velocity) from noisy latents, their timestep and the caption."""
 
-    def __init__(self, config: UNetConfig, *, remat: str = "none", dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: UNetConfig, *, execution: Execution = PLAIN, dtype: DTypeLike, rngs: nnx.Rngs):
         widths, levels = config.block_out_channels, range(len(config.block_out_channels))
         time_features, high = 4 * widths[0], accumulation_dtype(dtype)
         self.conv_in = Conv(config.in_channels, widths[0], dtype=dtype, rngs=rngs)
@@ -33,11 +34,11 @@ class UNet2DConditionModel(nnx.Module):
             else None
         )
         self.down_blocks = nnx.List(
-            [DownBlock2D(config, level, remat=remat, dtype=dtype, rngs=rngs) for level in levels]
+            [DownBlock2D(config, level, execution=execution, dtype=dtype, rngs=rngs) for level in levels]
         )
-        self.mid_block = UNetMidBlock2DCrossAttn(config, remat=remat, dtype=dtype, rngs=rngs)
+        self.mid_block = UNetMidBlock2DCrossAttn(config, execution=execution, dtype=dtype, rngs=rngs)
         self.up_blocks = nnx.List(
-            [UpBlock2D(config, level, remat=remat, dtype=dtype, rngs=rngs) for level in reversed(levels)]
+            [UpBlock2D(config, level, execution=execution, dtype=dtype, rngs=rngs) for level in reversed(levels)]
         )
         self.conv_norm_out = GroupNorm(
             config.norm_num_groups, widths[0], epsilon=config.norm_eps, dtype=dtype, rngs=rngs

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from dpo_jax.models.execution import Execution, attention_result
 from dpo_jax.models.layers import Conv, GroupNorm, LayerNorm, Linear, attention
-from dpo_jax.models.remat import attention_result, rematerialize
 from dpo_jax.models.unet_config import UNetConfig
 
 
 class DownBlock2D(nnx.Module):
     """Resnets, each followed by cross-attention where the config says so; then half the resolution, but at the end."""
 
-    def __init__(self, config: UNetConfig, level: int, *, remat: str, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: UNetConfig, level: int, *, execution: Execution, dtype: DTypeLike, rngs: nnx.Rngs):
         widths, layers = config.block_out_channels, config.layers_per_block[level]
         width, before = widths[level], widths[max(level - 1, 0)]
         self.resnets: nnx.List = nnx.List([])
@@ -27,16 +27,16 @@ class DownBlock2D(nnx.Module):
             in_channels = before if layer == 0 else width
             self.resnets.append(ResnetBlock2D(config, in_channels, width, dtype=dtype, rngs=rngs))
             if config.down_block_types[level] == "CrossAttnDownBlock2D":
-                self.attentions.append(Transformer2DModel(config, level, remat=remat, dtype=dtype, rngs=rngs))
+                self.attentions.append(Transformer2DModel(config, level, execution=execution, dtype=dtype, rngs=rngs))
         if level < len(widths) - 1:
             self.downsamplers.append(Downsample2D(width, dtype=dtype, rngs=rngs))
-        self.remat = remat
+        self.execution = execution
 
     def __call__(self, x_NHWC: jax.Array, temb_NT: jax.Array, context_NLD: jax.Array) -> list[jax.Array]:
         """The output of every layer: the last is the next block's input, and all are skips for the way up."""
         outputs = []
         for layer, resnet in enumerate(self.resnets):
-            x_NHWC = rematerialize(resnet, self.remat)(x_NHWC, temb_NT)
+            x_NHWC = self.execution.run(resnet, x_NHWC, temb_NT)
             if self.attentions:
                 x_NHWC = self.attentions[layer](x_NHWC, context_NLD)
             outputs.append(x_NHWC)
@@ -48,23 +48,23 @@ class DownBlock2D(nnx.Module):
 class UNetMidBlock2DCrossAttn(nnx.Module):
     """A resnet, cross-attention and a resnet at the coarsest resolution."""
 
-    def __init__(self, config: UNetConfig, *, remat: str, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: UNetConfig, *, execution: Execution, dtype: DTypeLike, rngs: nnx.Rngs):
         level = len(config.block_out_channels) - 1
         width = config.block_out_channels[level]
         self.resnets = nnx.List([ResnetBlock2D(config, width, width, dtype=dtype, rngs=rngs) for _ in range(2)])
-        self.attentions = nnx.List([Transformer2DModel(config, level, remat=remat, dtype=dtype, rngs=rngs)])
-        self.remat = remat
+        self.attentions = nnx.List([Transformer2DModel(config, level, execution=execution, dtype=dtype, rngs=rngs)])
+        self.execution = execution
 
     def __call__(self, x_NHWC: jax.Array, temb_NT: jax.Array, context_NLD: jax.Array) -> jax.Array:
-        x_NHWC = rematerialize(self.resnets[0], self.remat)(x_NHWC, temb_NT)
+        x_NHWC = self.execution.run(self.resnets[0], x_NHWC, temb_NT)
         x_NHWC = self.attentions[0](x_NHWC, context_NLD)
-        return rematerialize(self.resnets[1], self.remat)(x_NHWC, temb_NT)
+        return self.execution.run(self.resnets[1], x_NHWC, temb_NT)
 
 
 class UpBlock2D(nnx.Module):
     """The mirror of the down block at `level`: one more layer, and each one reads a skip beside its input."""
 
-    def __init__(self, config: UNetConfig, level: int, *, remat: str, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: UNetConfig, level: int, *, execution: Execution, dtype: DTypeLike, rngs: nnx.Rngs):
         widths, layers = config.block_out_channels, config.layers_per_block[level] + 1
         width, before, skip = widths[level], widths[min(level + 1, len(widths) - 1)], widths[max(level - 1, 0)]
         block_type = config.up_block_types[len(widths) - 1 - level]
@@ -75,17 +75,17 @@ class UpBlock2D(nnx.Module):
             in_channels = (before if layer == 0 else width) + (skip if layer == layers - 1 else width)
             self.resnets.append(ResnetBlock2D(config, in_channels, width, dtype=dtype, rngs=rngs))
             if block_type == "CrossAttnUpBlock2D":
-                self.attentions.append(Transformer2DModel(config, level, remat=remat, dtype=dtype, rngs=rngs))
+                self.attentions.append(Transformer2DModel(config, level, execution=execution, dtype=dtype, rngs=rngs))
         if level > 0:
             self.upsamplers.append(Upsample2D(width, dtype=dtype, rngs=rngs))
-        self.remat = remat
+        self.execution = execution
 
     def __call__(
         self, x_NHWC: jax.Array, skips: list[jax.Array], temb_NT: jax.Array, context_NLD: jax.Array
     ) -> jax.Array:
         """Pops what it reads from the end of `skips`; the next skip tells how far to upsample."""
         for layer, resnet in enumerate(self.resnets):
-            x_NHWC = rematerialize(resnet.joined, self.remat)(x_NHWC, skips.pop(), temb_NT)
+            x_NHWC = self.execution.run(resnet.joined, x_NHWC, skips.pop(), temb_NT)
             if self.attentions:
                 x_NHWC = self.attentions[layer](x_NHWC, context_NLD)
         for upsample in self.upsamplers:
@@ -120,7 +120,7 @@ class ResnetBlock2D(nnx.Module):
 class Transformer2DModel(nnx.Module):
     """Transformer blocks over the cells of an image, beside a shortcut."""
 
-    def __init__(self, config: UNetConfig, level: int, *, remat: str, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: UNetConfig, level: int, *, execution: Execution, dtype: DTypeLike, rngs: nnx.Rngs):
         width, heads = config.block_out_channels[level], config.attention_head_dim[level]
         self.norm = GroupNorm(config.norm_num_groups, width, epsilon=1e-6, dtype=dtype, rngs=rngs)
         # The same product either way, but SD1.x stores it as a 1x1 convolution.
@@ -136,13 +136,12 @@ class Transformer2DModel(nnx.Module):
                 for _ in range(config.transformer_layers_per_block[level])
             ]
         )
-        self.remat = remat
+        self.execution = execution
 
     def __call__(self, x_NHWC: jax.Array, context_NLD: jax.Array) -> jax.Array:
         n, _, _, width = x_NHWC.shape
         y_NLD = self.proj_in(self.norm(x_NHWC)).reshape(n, -1, width)
-        for block in self.transformer_blocks:
-            y_NLD = rematerialize(block, self.remat)(y_NLD, context_NLD)
+        y_NLD = self.execution.run_chain(self.transformer_blocks, y_NLD, context_NLD)
         return x_NHWC + self.proj_out(y_NLD.reshape(x_NHWC.shape))
 
 

@@ -27,6 +27,7 @@ FREE_TO_CHANGE = (
     "lora.init",
     "data.path",
     "remat",
+    "scan",
     "log_every",
     "mesh.",
     "checkpoint.",
@@ -86,6 +87,7 @@ def default_config() -> ConfigDict:
     c.remat = (
         "none"  # what the backward pass keeps: "none" recomputes nothing, then "dots", "attention", "block": least
     )
+    c.scan = False  # compile equal transformer blocks once, as a loop: for TPUs, where compilation is slow
     c.log_every = 10  # steps between two lines of metrics
 
     c.lora = ConfigDict()  # low-rank adapters: only they are trained, and the reference is the model without them

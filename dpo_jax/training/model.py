@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax.data.tokenizers import Tokenizers, load_tokenizers
 from dpo_jax.evaluation.generate import Generator
+from dpo_jax.models.execution import Execution
 from dpo_jax.models.lora import LowRank, find_targets, init_lora
 from dpo_jax.models.pipeline import Pipeline, files_of, find_component, load_pipeline
 from dpo_jax.models.random_model import write_random_model
@@ -50,7 +51,7 @@ def open_model(config: ConfigDict, workdir: epath.PathLike) -> Pipeline:
         model_config=config.model_config,
         revision=config.revision,
         variant=config.variant,
-        remat=config.remat,
+        execution=Execution(config.remat, config.scan),
     )
     if config.data.resolution % pipeline.vae_factor:
         raise ValueError(f"data.resolution={config.data.resolution} is not a multiple of {pipeline.vae_factor}")

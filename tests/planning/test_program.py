@@ -10,9 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_jax.batch import Conditioning
+from dpo_jax.models.execution import Execution
 from dpo_jax.models.network import Network
 from dpo_jax.models.random_model import UNET_SDXL
-from dpo_jax.models.remat import rematerialize
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.planning.program import Program, peak_bytes
@@ -85,7 +85,7 @@ def test_rematerialization_computes_the_forward_pass_twice() -> None:
         return jnp.tanh(jnp.tanh(x @ w) @ w)
 
     def loss(policy, w, x):
-        return rematerialize(block, policy)(w, x).sum()
+        return Execution(policy).run(block, w, x).sum()
 
     once = 2 * 8 * 16 * 16
     traced = {p: jax.value_and_grad(functools.partial(loss, p)) for p in ("none", "block")}

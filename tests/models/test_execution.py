@@ -1,4 +1,4 @@
-"""Rematerialization changes what is kept, and not a number."""
+"""Rematerialization and loops change what is kept and compiled, and not a number."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from dpo_jax.batch import Conditioning
+from dpo_jax.models.execution import POLICIES, Execution
 from dpo_jax.models.network import Network, init_params
 from dpo_jax.models.random_model import UNET_SDXL
-from dpo_jax.models.remat import POLICIES
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
 
@@ -17,16 +17,16 @@ CONDITIONING = Conditioning(jnp.ones((2, 5, 80)), jnp.ones((2, 40)), jnp.ones((2
 X_NHWC = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 4)))
 
 
-def mean_square(policy: str):
+def mean_square(execution: Execution):
     def make(rngs):
-        return UNet2DConditionModel(CONFIG, remat=policy, dtype=jnp.float64, rngs=rngs)
+        return UNet2DConditionModel(CONFIG, execution=execution, dtype=jnp.float64, rngs=rngs)
 
     unet = Network.build(make, CONFIG)
     return lambda params: jnp.square(unet(params, X_NHWC, jnp.array([3, 500]), CONDITIONING)).mean()
 
 
 def kept_bytes(policy: str, params) -> int:
-    _, pullback = jax.eval_shape(lambda params: jax.vjp(mean_square(policy), params), params)
+    _, pullback = jax.eval_shape(lambda params: jax.vjp(mean_square(Execution(policy)), params), params)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pullback))
 
 
@@ -36,10 +36,14 @@ def params(x64):
     return {name: value.astype(jnp.float64) for name, value in params.items()}
 
 
-@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "none"])
-def test_gradients_are_those_of_plain_autodiff(params, policy: str) -> None:
-    expected = jax.jit(jax.grad(mean_square("none")))(params)
-    for name, grad in jax.jit(jax.grad(mean_square(policy)))(params).items():
+@pytest.mark.parametrize(
+    "execution",
+    [*(Execution(policy) for policy in POLICIES if policy != "none"), Execution(scan=True), Execution("block", True)],
+    ids=str,
+)
+def test_gradients_are_those_of_plain_autodiff(params, execution: Execution) -> None:
+    expected = jax.jit(jax.grad(mean_square(Execution())))(params)
+    for name, grad in jax.jit(jax.grad(mean_square(execution)))(params).items():
         np.testing.assert_allclose(grad, expected[name], rtol=1e-9, atol=1e-14, err_msg=name)
 
 
@@ -50,3 +54,13 @@ def test_each_policy_keeps_less_than_the_one_before(params) -> None:
     assert kept[1] < 0.5 * kept[0]
     assert kept[3] < 0.5 * kept[1]
     assert kept[2] > 1.05 * kept[3]
+
+
+def test_in_a_loop_equal_blocks_are_traced_once(params) -> None:
+    """Of the two blocks at the second level and the two in the middle and above each."""
+
+    def products(scan: bool) -> int:
+        text = str(jax.make_jaxpr(mean_square(Execution(scan=scan)))(params))
+        return text.count("dot_general")
+
+    assert products(True) < 0.75 * products(False)
