@@ -5,7 +5,7 @@ Order of a start or a resume:
   2. the work directory's `config.json`, if there is one, must describe the same experiment on the same model;
   3. the frozen models (reference, VAE, text encoders) are read from the model folder, at every start: a resumed run can
      never drift onto its own policy;
-  4. the training state comes from the newest checkpoint, or else the policy's weights from the model folder;
+  4. the training state comes from the newest whole checkpoint, or else the policy's weights from the model folder;
   5. the data stream continues after the last sample that the checkpoint has seen.
 """
 
@@ -26,45 +26,59 @@ from dpo_jax.data.pipeline import BatchIterator
 from dpo_jax.evaluation.generate import Generator
 from dpo_jax.evaluation.report import image_grid, save_png
 from dpo_jax.sharding import replicated, to_devices
-from dpo_jax.training.checkpoint import Checkpoints, latest_step, read_config, write_config
+from dpo_jax.training.checkpoint import Checkpoints, read_config, restore, write_config
 from dpo_jax.training.config import check_same_experiment, resolve
 from dpo_jax.training.data import check_data, data_fingerprints, open_training_batches, open_validation_batches
 from dpo_jax.training.experiment import Experiment, build
 from dpo_jax.training.metrics import MetricWriter, ProgressBar
 from dpo_jax.training.model import for_sampling, load_frozen, make_generator, model_fingerprints, open_model
+from dpo_jax.training.preemption import Notice, Preempted
+from dpo_jax.training.start import StartClock, keep_compiled_programs
 from dpo_jax.training.step import Frozen, TrainState, make_eval_step, make_train_step
 from dpo_jax.weights.layout import Params
 
 
 def train(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Trains to `config.steps`, continuing what the work directory holds."""
+    """Trains to `config.steps`, continuing what the work directory holds.
+
+    Raises:
+        Preempted: SIGTERM came; the state is saved, and the same call continues.
+    """
     workdir = epath.Path(workdir)
+    clock = StartClock()
     derived = resolve(config, device_count=jax.device_count(), process_count=jax.process_count())
-    check_data(config)
-    pipeline = open_model(config, workdir)
-    fields = flatten(config) | model_fingerprints(config, pipeline) | data_fingerprints(config)
-    saved = read_config(workdir)
-    if saved is not None:
-        check_same_experiment(fields, saved, workdir)
-    experiment = build(config, derived, pipeline)
-    batches = open_training_batches(config, derived, experiment.inputs)
-    state = experiment.initial_state() if latest_step(workdir) is None else None
-    write_config(workdir, fields)  # all that is read has been read
-    checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
-    if state is None:
-        state, position = checkpoints.restore(experiment.abstract_state())
-        batches.set_state(position)
-    start = int(state.step)
-    writer = MetricWriter(workdir, start)
-    try:
-        _announce(experiment, workdir, start)
-        if start >= config.steps:
-            print(f"all {config.steps} steps are done", flush=True)
-        with batches, ProgressBar(config.steps, start) as bar:
-            Loop(experiment, workdir, checkpoints, writer, bar).run(state, batches, start)
-    finally:
-        checkpoints.close()
-        writer.close()
+    with Notice.awaited() as notice:
+        check_data(config)
+        pipeline = open_model(config, workdir)
+        fields = flatten(config) | model_fingerprints(config, pipeline) | data_fingerprints(config)
+        saved = read_config(workdir)
+        if saved is not None:
+            check_same_experiment(fields, saved, workdir)
+        keep_compiled_programs(workdir)
+        experiment = build(config, derived, pipeline)
+        batches = open_training_batches(config, derived, experiment.inputs)
+        clock.lap("load")
+        restored = restore(workdir, experiment.abstract_state())
+        if restored is None:
+            state = experiment.initial_state()
+            clock.lap("load")
+        else:
+            state, position = restored
+            batches.set_state(position)
+            clock.lap("restore")
+        write_config(workdir, fields)  # all that is read has been read
+        start = int(state.step)
+        checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
+        writer = MetricWriter(workdir, start)
+        try:
+            _announce(experiment, workdir, start)
+            if start >= config.steps:
+                print(f"all {config.steps} steps are done", flush=True)
+            with batches, ProgressBar(config.steps, start) as bar:
+                Loop(experiment, workdir, checkpoints, writer, bar, notice, clock).run(state, batches, start)
+        finally:
+            writer.close()
+            checkpoints.close()
 
 
 class Loop:
@@ -77,9 +91,12 @@ class Loop:
         checkpoints: Checkpoints,
         writer: MetricWriter,
         bar: ProgressBar,
+        notice: Notice,
+        clock: StartClock,
     ):
         self.experiment, self.config, self.workdir = experiment, experiment.config, workdir
         self.checkpoints, self.writer, self.bar = checkpoints, writer, bar
+        self.notice, self.clock = notice, clock
         step = make_train_step(
             experiment.score,
             experiment.objective,
@@ -106,9 +123,11 @@ class Loop:
                 window.append(self._fetch(pending, step - 1))
             pending = metrics
             self.bar.advance(step)
+            self.checkpoints.check()
 
-            saves = step % config.checkpoint.every == 0 or step == total
-            logs = step % config.log_every == 0 or step == total
+            stops = self.notice.given(step) and step < total
+            saves = step % config.checkpoint.every == 0 or step == total or stops
+            logs = step % config.log_every == 0 or step == total or stops
             validates = bool(config.validation.every) and (step % config.validation.every == 0 or step == total)
             samples = bool(config.sample.every) and (step % config.sample.every == 0 or step == total)
             if step == start + 1:
@@ -116,6 +135,8 @@ class Loop:
                 pending = None
                 if start == 0:
                     self._first_loss(window[-1]["train/loss"])
+                self.clock.lap("first step")
+                self.bar.say(f"start-up: {self.clock}")
                 timer, timed_from = time.monotonic(), step  # compilation is not speed
             if not (saves or logs or validates or samples):
                 continue
@@ -129,6 +150,9 @@ class Loop:
             paused = time.monotonic()
             if saves:
                 self.checkpoints.save(state, position=batches.get_state())
+            if stops:
+                self.checkpoints.close()
+                raise Preempted(f"preempted; all is saved after step {step}, and the same command goes on from there")
             if validates:
                 self._validate(step, state.ema or state.params)
             if samples:

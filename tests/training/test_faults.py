@@ -1,0 +1,120 @@
+"""What becomes of a run: after notices, with damaged checkpoints, on full disks, beside peers that fall silent."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.training.checkpoint import Checkpoints, checksums, latest_step, restore, restore_params
+from dpo_jax.training.step import TrainState
+
+ROOT = Path(__file__).parents[2]
+RUN_AGAIN = 75
+
+
+def state_at(step: int) -> TrainState:
+    """Like none of another step, and large enough to be stored in files of their own."""
+    values = jax.random.normal(jax.random.key(step), (64, 128))
+    moments = ({"a.kernel": values + 1}, jnp.int32(step))
+    return TrainState(step=jnp.int32(step), params={"a.kernel": values}, opt_state=moments, ema={})
+
+
+def save(workdir: Path, *steps: int) -> None:
+    checkpoints = Checkpoints(workdir, keep=3)
+    for step in steps:
+        checkpoints.save(state_at(step), {"position": step})
+    checkpoints.close()
+
+
+def abstract() -> TrainState:
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state_at(0))
+
+
+def assert_goes_on_from(workdir: Path, step: int) -> None:
+    restored = restore(workdir, abstract())
+    assert restored is not None
+    state, position = restored
+    jax.tree.map(np.testing.assert_array_equal, state, state_at(step))
+    assert position == {"position": step}
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def empty(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+def zero(file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def files_of(checkpoint: Path) -> list[Path]:
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves reads unfinished
+@pytest.mark.parametrize("damage", [truncate, empty, zero, flip, Path.unlink], ids=lambda damage: damage.__name__)
+def test_whatever_happens_to_a_file_the_state_is_right(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], damage: Callable[[Path], None]
+) -> None:
+    """Either the checkpoint is still good, as the file wasn't needed, or the one before it is taken, with a warning."""
+    save(tmp_path / "run", 1, 2)
+    count, skipped = len(files_of(tmp_path / "run" / "checkpoints" / "2")), []
+    for number in range(count):
+        workdir = tmp_path / str(number)
+        subprocess.run(["cp", "-r", tmp_path / "run", workdir], check=True)
+        file = files_of(workdir / "checkpoints" / "2")[number]
+        damage(file)
+        params, step = restore_params(workdir, abstract().params, "params")
+        np.testing.assert_array_equal(params["a.kernel"], state_at(step).params["a.kernel"])
+        capfd.readouterr()
+        if restore(workdir, abstract())[1] == {"position": 2}:
+            assert_goes_on_from(workdir, 2)
+            continue
+        warning = capfd.readouterr().err
+        print(warning)
+        assert warning.count("is damaged and not used") == 1
+        assert_goes_on_from(workdir, 1)
+        assert sorted(path.name for path in (workdir / "damaged_checkpoints").iterdir()) == ["2"]
+        skipped.append(file)
+        if len(skipped) == 1:  # it is in nobody's way
+            save(workdir, 2)
+            assert_goes_on_from(workdir, 2)
+    assert {file.parent.name for file in skipped} >= {"d", "position", "checksums"}
+
+
+def test_without_a_whole_checkpoint_it_says_so_and_moves_nothing(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2)
+    for step in (1, 2):
+        (tmp_path / "checkpoints" / str(step) / "state" / "manifest.ocdbt").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole \(step 2: .*; step 1: .*\); if") as raised:
+        restore(tmp_path, abstract())
+    assert "\n" not in str(raised.value)
+    assert latest_step(tmp_path) == 2
+    assert not (tmp_path / "damaged_checkpoints").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32", "bfloat16", "uint8"])
+def test_checksum_tells_any_changed_element_and_any_exchange(dtype: str) -> None:
+    x = jax.random.randint(jax.random.key(0), (6, 5, 4), 0, 100).astype(dtype)
+    seen = {checksums({"x": x})["['x']"]}
+    for i in range(x.size):
+        changed = x.ravel().at[i].add(1).reshape(x.shape)
+        seen.add(checksums({"x": changed})["['x']"])
+    assert len(seen) == 1 + x.size
+    assert checksums({"x": x[::-1]}) != checksums({"x": x})
+    assert checksums({"x": jnp.zeros((), dtype)}) == {"['x']": 0}
