@@ -9,6 +9,7 @@ directory receives config.json, checkpoints/, tensorboard/, metrics.jsonl and sa
 in dpo_jax/training/config.py.
 """
 
+import logging
 import sys
 
 from absl import flags
@@ -27,12 +28,17 @@ def main() -> None:
     from dpo_jax.training import preemption
     from dpo_jax.training.trainer import train
 
+    if not cli.TRACEBACK.value:  # a checkpoint that can't be written is told hundreds of times by its threads
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        sys.unraisablehook = lambda unraisable: None
     cluster.join()
-    try:
-        train(CONFIG.value, WORKDIR.value)
-    except preemption.Preempted as notice:
-        print(notice, file=sys.stderr, flush=True)
-        sys.exit(preemption.EXIT_CODE)
+    with cluster.leaving_at_once():
+        try:
+            train(CONFIG.value, WORKDIR.value)
+        except preemption.Preempted as notice:
+            print(notice, file=sys.stderr, flush=True)
+            sys.exit(preemption.EXIT_CODE)
 
 
 if __name__ == "__main__":

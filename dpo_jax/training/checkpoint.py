@@ -214,8 +214,8 @@ def _folder(workdir: epath.PathLike) -> epath.Path:
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].split(". See full")[0]
+    return line if len(line) < 200 else f"{line[:80]} ... {line[-110:]}"  # what was done, and what became of it
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:

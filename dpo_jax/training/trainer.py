@@ -9,6 +9,7 @@ Order of a start or a resume:
   5. the data stream continues after the last sample that the checkpoint has seen.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -21,6 +22,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from dpo_jax import cluster
 from dpo_jax.cli import flatten
 from dpo_jax.data.pipeline import BatchIterator
 from dpo_jax.evaluation.generate import Generator
@@ -36,6 +38,8 @@ from dpo_jax.training.preemption import Notice, Preempted
 from dpo_jax.training.start import StartClock, keep_compiled_programs
 from dpo_jax.training.step import Frozen, TrainState, make_eval_step, make_train_step
 from dpo_jax.weights.layout import Params
+
+PREEMPTED = "preempted after step {}; run the same command again to go on from there"
 
 
 def train(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -117,8 +121,13 @@ class Loop:
         pending: dict[str, jax.Array] | None = None
         timer, timed_from = time.monotonic(), start
 
+        if start < total and self.notice.given(start):
+            raise Preempted(PREEMPTED.format(start))
         for step in range(start + 1, total + 1):
-            state, metrics = self.train_step(state, self.experiment.frozen, self.place(next(batches)))
+            batch = self.place(next(batches))
+            # Compiling may take long, and not the same time everywhere: so the first step isn't watched.
+            with cluster.watched(f"to begin step {step}") if step > start + 1 else contextlib.nullcontext():
+                state, metrics = self.train_step(state, self.experiment.frozen, batch)
             if pending is not None:  # one step late, so that the host never waits for the device
                 window.append(self._fetch(pending, step - 1))
             pending = metrics
@@ -131,6 +140,7 @@ class Loop:
             validates = bool(config.validation.every) and (step % config.validation.every == 0 or step == total)
             samples = bool(config.sample.every) and (step % config.sample.every == 0 or step == total)
             if step == start + 1:
+                cluster.wait("first step compiled")
                 window.append(self._fetch(pending, step))
                 pending = None
                 if start == 0:
@@ -149,10 +159,11 @@ class Loop:
                 window, timer, timed_from = [], time.monotonic(), step
             paused = time.monotonic()
             if saves:
-                self.checkpoints.save(state, position=batches.get_state())
+                with cluster.watched(f"to save step {step}"):
+                    self.checkpoints.save(state, position=batches.get_state())
             if stops:
                 self.checkpoints.close()
-                raise Preempted(f"preempted; all is saved after step {step}, and the same command goes on from there")
+                raise Preempted(PREEMPTED.format(step))
             if validates:
                 self._validate(step, state.ema or state.params)
             if samples:
@@ -162,9 +173,10 @@ class Loop:
 
     def _fetch(self, metrics: Mapping[str, jax.Array], step: int) -> dict[str, float]:
         """Metrics as numbers; stops the run where the loss or the gradient is not finite."""
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        watched = ("train/loss", "train/gradient_norm", "train/update_norm")
-        bad = [name for name in watched if not math.isfinite(values[name])]
+        with cluster.watched(f"to end step {step}"):
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        finite = ("train/loss", "train/gradient_norm", "train/update_norm")
+        bad = [name for name in finite if not math.isfinite(values[name])]
         if bad:
             last = self.checkpoints.latest_step()
             kept = f"step {last} in {self.checkpoints.folder}" if last is not None else "none yet"

@@ -1,7 +1,10 @@
 """What becomes of a run: after notices, with damaged checkpoints, on full disks, beside peers that fall silent."""
 
+import json
 import os
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax.training import preemption, trainer
 from dpo_jax.training.checkpoint import Checkpoints, checksums, latest_step, restore, restore_params
 from dpo_jax.training.step import TrainState
+from dpo_jax.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
-RUN_AGAIN = 75
 
 
 def state_at(step: int) -> TrainState:
@@ -118,3 +122,74 @@ def test_checksum_tells_any_changed_element_and_any_exchange(dtype: str) -> None
     assert len(seen) == 1 + x.size
     assert checksums({"x": x[::-1]}) != checksums({"x": x})
     assert checksums({"x": jnp.zeros((), dtype)}) == {"['x']": 0}
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def before(function: Callable, act: Callable, when: Callable[..., bool] = lambda *arguments: True) -> Callable:
+    def acting(*arguments, **options):
+        if when(*arguments):
+            act()
+        return function(*arguments, **options)
+
+    return acting
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "when", "step"),
+    [
+        (trainer, "build", lambda *_: True, 0),
+        (trainer.ProgressBar, "advance", lambda bar, step: step in (3, 4), 3),
+        (trainer.Checkpoints, "save", lambda _, state, **position: int(state.step) == 2, 3),
+    ],
+    ids=["at the start", "in a step", "in a save"],
+)
+def test_notice_ends_a_run_that_goes_on_the_same(tiny_config, tmp_path, monkeypatch, owner, name, when, step) -> None:
+    def twice() -> None:
+        terminate()
+        terminate()
+
+    def config():
+        return tiny_config("sd15", steps=5, **{"checkpoint.every": 2, "data.random_crop": True})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, before(getattr(owner, name), twice, when))
+        with pytest.raises(preemption.Preempted, match=f"preempted after step {step}; run the same command again"):
+            train(config(), tmp_path / "run")
+    assert latest_step(tmp_path / "run") == (step or None)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    train(config(), tmp_path / "run")
+    train(config(), tmp_path / "whole")
+    of = [json.loads((tmp_path / run / "checkpoints/5/checksums/metadata").read_text()) for run in ("run", "whole")]
+    assert of[0] == of[1]
+
+
+def test_full_disk_ends_the_run_with_one_sentence_and_the_earlier_checkpoint_whole(tmp_path: Path) -> None:
+    script = f"""
+import resource, sys
+from dpo_jax import cli
+from dpo_jax.cli import load_config
+from dpo_jax.training import trainer
+
+class Filling(trainer.Checkpoints):
+    def save(self, state, position):
+        if int(state.step) == 4:  # no file can grow beyond this from here on, and a parameter file is larger
+            self._manager.wait_until_finished()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
+        super().save(state, position)
+
+trainer.Checkpoints = Filling
+config = load_config("configs/sd15.py:tiny")
+config.steps, config.validation.every, config.sample.every = 1000, 0, 0
+cli.run(lambda: trainer.train(config, {str(tmp_path)!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    *_, last = done.stderr.splitlines()
+    assert f"error: a checkpoint could not be written to {tmp_path}/checkpoints (" in last
+    assert "the one of step 2 is whole. Make room" in last
+    assert "Traceback" not in done.stderr
+    assert latest_step(tmp_path) == 2
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] < 100
