@@ -32,6 +32,7 @@ def run(arguments: list[str], environment: dict[str, str], marks: str, log: str)
 
         def check(self):  # after every step
             mark("save" if self._manager.is_saving_in_progress() else "steps")
+            time.sleep(0.2)  # or steps of so small a model would be over before a checkpoint is written
             super().check()
 
         def close(self):

@@ -137,59 +137,52 @@ def before(function: Callable, act: Callable, when: Callable[..., bool] = lambda
     return acting
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "when", "step"),
-    [
-        (trainer, "build", lambda *_: True, 0),
-        (trainer.ProgressBar, "advance", lambda bar, step: step in (3, 4), 3),
-        (trainer.Checkpoints, "save", lambda _, state, **position: int(state.step) == 2, 3),
-    ],
-    ids=["at the start", "in a step", "in a save"],
-)
-def test_notice_ends_a_run_that_goes_on_the_same(tiny_config, tmp_path, monkeypatch, owner, name, when, step) -> None:
+def test_notice_at_the_start_ends_the_run_before_anything_is_compiled(tiny_config, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(trainer, "build", before(trainer.build, terminate))
+    monkeypatch.setattr(trainer, "make_train_step", lambda *arguments, **options: pytest.fail)
+    with pytest.raises(preemption.Preempted, match="preempted after step 0; run the same command again"):
+        train(tiny_config("sd15"), tmp_path)
+    assert latest_step(tmp_path) is None
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_notices_in_a_save_end_the_run_after_the_step_that_is_then_saved(tiny_config, tmp_path, monkeypatch) -> None:
     def twice() -> None:
         terminate()
         terminate()
 
-    def config():
-        return tiny_config("sd15", steps=5, **{"checkpoint.every": 2, "data.random_crop": True})
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, before(getattr(owner, name), twice, when))
-        with pytest.raises(preemption.Preempted, match=f"preempted after step {step}; run the same command again"):
-            train(config(), tmp_path / "run")
-    assert latest_step(tmp_path / "run") == (step or None)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    train(config(), tmp_path / "run")
-    train(config(), tmp_path / "whole")
-    of = [json.loads((tmp_path / run / "checkpoints/5/checksums/metadata").read_text()) for run in ("run", "whole")]
-    assert of[0] == of[1]
+    save = before(trainer.Checkpoints.save, twice, lambda _, state, **position: int(state.step) == 2)
+    monkeypatch.setattr(trainer.Checkpoints, "save", save)
+    with pytest.raises(preemption.Preempted, match="preempted after step 3; run the same command again"):
+        train(tiny_config("sd15", steps=100), tmp_path)
+    assert latest_step(tmp_path) == 3
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
 def test_full_disk_ends_the_run_with_one_sentence_and_the_earlier_checkpoint_whole(tmp_path: Path) -> None:
+    flags = ["--config=configs/sd15.py:tiny", f"--workdir={tmp_path}", "--config.steps=1000"]
+    flags += ["--config.validation.every=0", "--config.sample.every=0"]
     script = f"""
-import resource, sys
-from dpo_jax import cli
-from dpo_jax.cli import load_config
+import resource, runpy, sys
 from dpo_jax.training import trainer
 
 class Filling(trainer.Checkpoints):
     def save(self, state, position):
-        if int(state.step) == 4:  # no file can grow beyond this from here on, and a parameter file is larger
+        if int(state.step) == 4:  # from here on no file can be as large as the parameters
             self._manager.wait_until_finished()
             resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
         super().save(state, position)
 
 trainer.Checkpoints = Filling
-config = load_config("configs/sd15.py:tiny")
-config.steps, config.validation.every, config.sample.every = 1000, 0, 0
-cli.run(lambda: trainer.train(config, {str(tmp_path)!r}))
+sys.argv = ["dpo_jax.train", *{flags!r}]
+runpy.run_module("dpo_jax.train", run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
-    *_, last = done.stderr.splitlines()
-    assert f"error: a checkpoint could not be written to {tmp_path}/checkpoints (" in last
-    assert "the one of step 2 is whole. Make room" in last
-    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if not line.startswith(("step ", "start-up", "loss before"))]
+    (error,) = errors
+    assert error.startswith(f"error: a checkpoint could not be written to {tmp_path}/checkpoints (")
+    assert "File too large" in error
+    assert "; the one of step 2 is whole. Make room" in error
     assert latest_step(tmp_path) == 2
-    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] < 100
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) < 100
