@@ -75,17 +75,22 @@ def watched(doing: str) -> Iterator[None]:
             calls += 1
             silent = _silent(f"{doing}, call {calls}", patience())
             if silent and not done.is_set():
-                print(f"error: {silent} does not answer {doing}; see its own output", file=sys.stderr, flush=True)
-                os._exit(1)  # this process is inside a collective that will never end
+                end(silent, "")
+
+    def end(silent: str, reason: str) -> None:
+        print(f"error: {silent} does not answer {doing}; see its own output{reason}", file=sys.stderr, flush=True)
+        os._exit(1)  # whatever waits for the others will wait forever
 
     threading.Thread(target=watch, daemon=True).start()
     try:
         yield
+    except OSError:  # this process's own
+        raise
     except Exception as error:
         silent = _silent(f"{doing}, failed", SECONDS_TO_LEAVE)
         if silent:
             first_line = str(error).strip().split("\n")[0]
-            raise ConnectionError(f"{silent} does not answer {doing}; see its own output ({first_line})") from error
+            end(silent, f" ({first_line})")
         raise
     finally:
         done.set()

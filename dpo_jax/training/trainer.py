@@ -11,6 +11,7 @@ Order of a start or a resume:
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import math
 import time
@@ -80,6 +81,10 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
                 print(f"all {config.steps} steps are done", flush=True)
             with batches, ProgressBar(config.steps, start) as bar:
                 Loop(experiment, workdir, checkpoints, writer, bar, notice, clock).run(state, batches, start)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise OSError(f"no room is left in {workdir}; make some, then run the same command again") from error
         finally:
             writer.close()
             checkpoints.close()

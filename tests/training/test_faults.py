@@ -1,10 +1,13 @@
 """What becomes of a run: after notices, with damaged checkpoints, on full disks, beside peers that fall silent."""
 
+import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax import cluster
 from dpo_jax.training import preemption, trainer
 from dpo_jax.training.checkpoint import Checkpoints, checksums, latest_step, restore, restore_params
 from dpo_jax.training.step import TrainState
@@ -159,6 +163,16 @@ def test_notices_in_a_save_end_the_run_after_the_step_that_is_then_saved(tiny_co
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
+def test_full_disk_is_told_by_its_folder(tiny_config, tmp_path, monkeypatch) -> None:
+    def fail(*arguments) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # as write() says it
+
+    monkeypatch.setattr(trainer, "_announce", fail)
+    with pytest.raises(OSError, match=f"no room is left in {tmp_path}; make some, then run the same command again"):
+        train(tiny_config("sd15"), tmp_path)
+
+
+@pytest.mark.slow
 def test_full_disk_ends_the_run_with_one_sentence_and_the_earlier_checkpoint_whole(tmp_path: Path) -> None:
     flags = ["--config=configs/sd15.py:tiny", f"--workdir={tmp_path}", "--config.steps=1000"]
     flags += ["--config.validation.every=0", "--config.sample.every=0"]
@@ -186,3 +200,34 @@ runpy.run_module("dpo_jax.train", run_name="__main__")
     assert "; the one of step 2 is whole. Make room" in error
     assert latest_step(tmp_path) == 2
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) < 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_process_that_stops_is_named_by_the_other(tmp_path: Path, silent: int) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+    environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", cluster.TIMEOUT: "4"}
+    command = [sys.executable, "-m", "dpo_jax.train", "--config=configs/sd15.py:tiny", f"--workdir={tmp_path / 'run'}"]
+    command += ["--config.steps=100000", "--config.validation.every=0", "--config.sample.every=0"]
+    command += ["--config.checkpoint.every=100000"]
+    logs, processes = [tmp_path / f"{i}.log" for i in range(2)], []
+    for i, log in enumerate(logs):
+        with log.open("w") as output:
+            variables = environment | {"JAX_PROCESS_ID": str(i)}
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=variables, stdout=output, stderr=output))
+    try:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+            assert processes[0].poll() is None
+            time.sleep(0.05)
+        processes[silent].send_signal(signal.SIGSTOP)
+        code = processes[1 - silent].wait(2 * 4 + 15)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert code == 1
+    assert f"error: process {silent} does not answer to " in logs[1 - silent].read_text()
