@@ -10,6 +10,7 @@ import socket
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -101,11 +102,17 @@ def final_state(workdir: Path) -> dict[str, bytes]:
     return {name: np.asarray(value).tobytes() for name, value in (leaves | position).items()}
 
 
-def hit(attempt: Attempt, phase: str, number: int, seconds: float, rng: random.Random) -> tuple[str, str] | None:
-    """Signals a random moment of the phase's so-maniest time; (phase, signal), or None if the run ended before."""
-    while attempt.alive():
-        marked = [name for _, name in attempt.marked()]
-        if marked.count(phase) > number or (phase == "start" and marked.count(phase) >= min(number, 1)):
+class Hit(NamedTuple):
+    phase: str
+    """That the first victim was in."""
+    signal: signal.Signals
+    victims: list[int]
+
+
+def hit(attempt: Attempt, phase: str, number: int, seconds: float, rng: random.Random) -> Hit | None:
+    """Signals a random moment after the phase has begun `number` times and once more; None if the run ended before."""
+    while attempt.alive() and not (phase == "start" and number == 0):
+        if [name for _, name in attempt.marked()].count(phase) > number:
             break
         time.sleep(0.002)
     time.sleep(rng.uniform(0, seconds))
@@ -116,10 +123,19 @@ def hit(attempt: Attempt, phase: str, number: int, seconds: float, rng: random.R
     before = attempt.phase(victims[0])
     for victim in victims:
         os.kill(attempt.processes[victim].pid, kind)
-    if kind == signal.SIGKILL:
-        attempt.processes[victims[0]].join()
-        return attempt.phase(victims[0]), kind.name  # it can have gone on until it died
-    return before, kind.name
+    if kind == signal.SIGTERM:
+        return Hit(before, kind, victims)
+    attempt.processes[victims[0]].join()
+    return Hit(attempt.phase(victims[0]), kind, victims)  # it can have gone on until it died
+
+
+def ended_well(codes: list[int], hit: Hit) -> bool:
+    """Whether the run ended as it should, and none of its processes had to be killed."""
+    if hit.phase == "start":  # perhaps before it listens to SIGTERM, or the others to each other
+        return all(codes[victim] in (-hit.signal, RUN_AGAIN, 0) for victim in hit.victims)
+    if hit.signal == signal.SIGTERM:
+        return set(codes) <= {RUN_AGAIN, 0}
+    return [i for i, code in enumerate(codes) if code == -signal.SIGKILL] == hit.victims
 
 
 def durations(attempt: Attempt) -> dict[str, float]:
@@ -190,17 +206,12 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(
                     assert codes == [0] * processes, attempt.output()
                     ended = True
                     continue
-                say(f"{processes} processes, {struck[1]} in {struck[0]} (wanted {phase}): exit codes {codes}")
-                if struck[1] == "SIGKILL":
-                    half_written += any(workdir.glob("checkpoints/*tmp*"))
-                    assert -signal.SIGKILL in codes
-                elif processes == 1:
-                    assert codes in ([RUN_AGAIN], [0]) or (struck[0] == "start" and codes == [-signal.SIGTERM]), (
-                        attempt.output()
-                    )
-                seen[*struck, processes] += 1
-                if struck[0] in plan:
-                    plan.remove(struck[0])
+                say(f"{processes} processes, {struck.signal.name} in {struck.phase} to {struck.victims}: exit {codes}")
+                assert ended_well(codes, struck), attempt.output()
+                half_written += any(workdir.glob("checkpoints/*tmp*"))
+                seen[struck.phase, struck.signal.name, processes] += 1
+                if struck.phase in plan:
+                    plan.remove(struck.phase)
             for _ in range(2):  # the first goes to the end, the second finds that all is done
                 attempt = launcher.start(workdir, processes)
                 assert attempt.wait(900) == [0] * processes, attempt.output()
