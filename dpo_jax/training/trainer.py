@@ -77,7 +77,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
         writer = MetricWriter(workdir, start)
         try:
             _announce(experiment, workdir, start)
-            if start >= config.steps:
+            if start >= config.steps and cluster.is_first():
                 print(f"all {config.steps} steps are done", flush=True)
             with batches, ProgressBar(config.steps, start) as bar:
                 Loop(experiment, workdir, checkpoints, writer, bar, notice, clock).run(state, batches, start)

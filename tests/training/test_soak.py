@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -96,7 +97,10 @@ class Attempt:
 
 def final_state(workdir: Path) -> dict[str, bytes]:
     folder = workdir / "checkpoints" / str(STEPS)
-    state = ocp.PyTreeCheckpointer().restore(folder / "state")
+    checkpointer = ocp.PyTreeCheckpointer()
+    tree = checkpointer.metadata(folder / "state").item_metadata.tree
+    as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)  # whichever devices wrote it
+    state = checkpointer.restore(folder / "state", args=ocp.args.PyTreeRestore(restore_args=as_arrays))
     leaves = dict(ocp.tree.to_flat_dict(state, sep="/"))
     position = json.loads((folder / "position" / "metadata").read_text())
     return {name: np.asarray(value).tobytes() for name, value in (leaves | position).items()}
