@@ -2,13 +2,23 @@
 
 import importlib.util
 import os
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SCHEDULERS = {"SLURM": "SLURM_STEP_NUM_TASKS", "Open MPI": "OMPI_COMM_WORLD_SIZE"}
 """What tells how many processes were started, where JAX finds the rest by itself."""
+TIMEOUT = "DPO_JAX_PEER_TIMEOUT"
+"""Environment variable: seconds that a process waits for the others before it calls them; 120 unless set."""
+SECONDS_TO_LEAVE = 5
 
 
 def join() -> None:
@@ -18,13 +28,15 @@ def join() -> None:
     last; a scheduler of `SCHEDULERS`; or a TPU, whose hosts know each other.
 
     Raises:
-        ValueError: some of `EXPLICIT` are missing or no numbers.
+        ValueError: some of `EXPLICIT` are missing, or they or `TIMEOUT` are no numbers.
     """
+    # JAX's own heartbeats also end what waits for a dead process, but don't always say for which: so after `watched`.
+    limits: Any = {"heartbeat_timeout_seconds": 4 * patience(), "shutdown_timeout_seconds": patience()}
     given = {name: os.environ[name] for name in EXPLICIT if os.environ.get(name)}
     if given:
-        _join_explicitly(given)
+        _join_explicitly(given, limits)
     elif any(int(os.environ.get(name, 1)) > 1 for name in SCHEDULERS.values()) or _has_tpu():
-        jax.distributed.initialize()
+        jax.distributed.initialize(**limits)
 
 
 def is_first() -> bool:
@@ -37,7 +49,105 @@ def wait(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def _join_explicitly(given: dict[str, str]) -> None:
+def patience() -> int:
+    """Seconds to wait for the others; see `TIMEOUT`."""
+    given = os.environ.get(TIMEOUT) or "120"
+    if not given.isdigit() or int(given) < 1:
+        raise ValueError(f"{TIMEOUT}={given} must be a number of seconds, 1 or more")
+    return int(given)
+
+
+@contextmanager
+def watched(doing: str) -> Iterator[None]:
+    """For a wait in which all processes must take part; `doing` names it, the same in all and never twice.
+
+    When it takes longer than `patience`, or fails, the processes call each other by a barrier of JAX's runtime. If some
+    don't come within that time again, this process says who, and ends with code 1. If all come, it waits on.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    done = threading.Event()
+
+    def watch() -> None:
+        calls = 0
+        while not done.wait(patience()):
+            calls += 1
+            silent = _silent(f"{doing}, call {calls}", patience())
+            if silent and not done.is_set():
+                end(silent, "")
+
+    def end(silent: str, reason: str) -> None:
+        print(f"error: {silent} does not answer {doing}; see its own output{reason}", file=sys.stderr, flush=True)
+        os._exit(1)  # whatever waits for the others will wait forever
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    except OSError:  # this process's own
+        raise
+    except Exception as error:
+        silent = _silent(f"{doing}, failed", SECONDS_TO_LEAVE)
+        if silent:
+            first_line = str(error).strip().split("\n")[0]
+            end(silent, f" ({first_line})")
+        raise
+    finally:
+        done.set()
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """A process that fails inside doesn't wait at its end for the others, which wait for it."""
+    try:
+        yield
+    except Exception:
+        if jax.process_count() > 1:
+            timer = threading.Timer(SECONDS_TO_LEAVE, os._exit, (1,))
+            timer.daemon = True
+            timer.start()
+        raise
+
+
+@contextmanager
+def together(doing: str) -> Iterator[None]:
+    """All processes leave at the same time; when it failed in one, with a ChildProcessError in the others."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    if jax.process_count() > 1:
+        failed = np.flatnonzero(multihost_utils.process_allgather(np.array(error is not None)))
+        if failed.size and error is None:
+            raise ChildProcessError(f"process {failed[0]} failed {doing}; see its own output")
+    if error is not None:
+        raise error
+
+
+def _silent(call: str, seconds: int) -> str:
+    """The processes that don't come to the barrier `call` in time, or ""."""
+    from orbax.checkpoint import multihost  # after the processes have joined
+
+    problem: list[Any] = []
+
+    def meet() -> None:
+        try:
+            multihost.get_barrier_sync_fn()(key=call, timeout_ms=seconds * 1000)
+            problem.append("")
+        except Exception as error:
+            problem.append(str(error))
+
+    thread = threading.Thread(target=meet, daemon=True)
+    thread.start()
+    thread.join(seconds + 2)  # the first process holds the barrier: without it there is no answer at all
+    numbers = re.findall(r"^(?:\S*task:)?(\d+)$", problem[0], re.MULTILINE) if problem else ["0"]
+    if problem and problem[0] and not numbers:
+        return "another process"
+    return " and ".join(f"process {number}" for number in numbers)
+
+
+def _join_explicitly(given: dict[str, str], limits: Any) -> None:
     address, count, process = (given.get(name, "") for name in EXPLICIT)
     if len(given) < len(EXPLICIT) or not (count.isdigit() and process.isdigit() and int(process) < int(count)):
         said = ", ".join(f"{name}={given.get(name, '(not set)')}" for name in EXPLICIT)
@@ -45,7 +155,7 @@ def _join_explicitly(given: dict[str, str]) -> None:
             f"{said}: to join several processes set all three, to host:port of the first process, their number, and "
             "the number of this one, from 0; or unset them for a run of one process"
         )
-    jax.distributed.initialize(address, int(count), int(process))
+    jax.distributed.initialize(address, int(count), int(process), **limits)
 
 
 def _has_tpu() -> bool:

@@ -55,9 +55,9 @@ def main() -> None:
     from dpo_jax import cluster
 
     cluster.join()
-    if INPUT.value is not None and cluster.is_first():
-        build(output)
-    cluster.wait("data set prepared")
+    with cluster.together("to prepare the data set"):
+        if INPUT.value is not None and cluster.is_first():
+            build(output)
     encode(output)
 
 

@@ -4,9 +4,13 @@
       --config.model=FOLDER_OR_HUB_ID_OR_FILE --config.data.path=PREPARED_FOLDER [--config.field=value ...]
 
 FILE:tiny runs the same experiment with a small random model and made pairs, in seconds. Run the same command again to
-continue where a run stopped. The work directory receives config.json, checkpoints/, tensorboard/, metrics.jsonl and
-samples/. The fields and their meaning are in dpo_jax/training/config.py.
+continue where a run stopped, whatever stopped it. On SIGTERM it saves and exits with code 75: "run it again". The work
+directory receives config.json, checkpoints/, tensorboard/, metrics.jsonl and samples/. The fields and their meaning are
+in dpo_jax/training/config.py.
 """
+
+import logging
+import sys
 
 from absl import flags
 from ml_collections import config_flags
@@ -21,10 +25,20 @@ def main() -> None:
     if CONFIG.value is None:
         raise ValueError("--config is missing; give one of the files in configs/, such as --config=configs/tiny.py")
     from dpo_jax import cluster  # after the flags are checked: importing JAX takes seconds
+    from dpo_jax.training import preemption
     from dpo_jax.training.trainer import train
 
+    if not cli.TRACEBACK.value:  # a checkpoint that can't be written is told hundreds of times by its threads
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        sys.unraisablehook = lambda unraisable: None
     cluster.join()
-    train(CONFIG.value, WORKDIR.value)
+    with cluster.leaving_at_once():
+        try:
+            train(CONFIG.value, WORKDIR.value)
+        except preemption.Preempted as notice:
+            print(notice, file=sys.stderr, flush=True)
+            sys.exit(preemption.EXIT_CODE)
 
 
 if __name__ == "__main__":

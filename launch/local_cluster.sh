@@ -11,7 +11,8 @@
 #   LOGS       folder for the output of all processes but the first; a temporary one unless set
 #   DRY_RUN    1 prints what would be run
 #
-# Ends when all have ended, with the first failure's exit code; when one fails, the others are stopped.
+# Ends when all have ended, with the first failure's exit code; when one fails, the others are stopped. SIGTERM goes to
+# all of them, as a scheduler sends it: they save, and end with code 75.
 set -euo pipefail
 processes=${PROCESSES:-2}
 devices=${DEVICES:-4}
@@ -31,7 +32,9 @@ fi
 
 mkdir -p "$logs"
 pids=()
-trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT
+notified=
+trap 'notified=1; kill "${pids[@]}" 2>/dev/null || true' TERM
+trap 'kill -KILL "${pids[@]}" 2>/dev/null || true' EXIT  # they take SIGTERM as a notice and wait for each other
 for ((i = 0; i < processes; i++)); do
   if [ "$i" = 0 ]; then
     JAX_PROCESS_ID=$i "$@" &
@@ -43,7 +46,12 @@ done
 for ((i = 0; i < processes; i++)); do
   code=0
   wait -n || code=$?
+  [ -z "$notified" ] || { notified=; code=0; wait -n || code=$?; } # SIGTERM has ended the first wait
   if [ "$code" != 0 ]; then
+    for ((tenths = 0; tenths < 20; tenths++)); do
+      [ -n "$(jobs -rp)" ] || break
+      sleep 0.1
+    done
     echo "error: a process ended with exit code $code; the output of the others is in $logs" >&2
     exit "$code"
   fi

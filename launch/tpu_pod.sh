@@ -60,7 +60,7 @@ case $step in
     ;;
   run)
     [ $# -gt 0 ] || usage
-    on_all "cd $folder && JAX_COMPILATION_CACHE_DIR=\$HOME/.jax_cache .venv/bin/python -m dpo_jax.train $(printf '%q ' "$@")"
+    on_all "cd $folder && .venv/bin/python -m dpo_jax.train $(printf '%q ' "$@")"
     ;;
   collect)
     [ $# = 2 ] || usage

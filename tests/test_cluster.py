@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -18,8 +19,13 @@ SCRIPT = ROOT / "launch" / "local_cluster.sh"
 def joined(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """Arguments of JAX's own function, which isn't called; no variable is set."""
     calls: list[tuple] = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: calls.append(arguments))
-    for name in (*cluster.EXPLICIT, *cluster.SCHEDULERS.values()):
+
+    def initialize(*arguments, heartbeat_timeout_seconds, shutdown_timeout_seconds):
+        calls.append(arguments)
+        assert heartbeat_timeout_seconds == 4 * shutdown_timeout_seconds == 4 * cluster.patience()
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    for name in (*cluster.EXPLICIT, *cluster.SCHEDULERS.values(), cluster.TIMEOUT):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     return calls
@@ -63,6 +69,7 @@ def test_a_tpu_knows_its_hosts(joined, monkeypatch) -> None:
         ({"JAX_COORDINATOR_ADDRESS": "host:1"}, r"JAX_NUM_PROCESSES=\(not set\), JAX_PROCESS_ID=\(not set\): to join"),
         ({"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "from 0"),
         ({"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "=two"),
+        ({cluster.TIMEOUT: "1m"}, "DPO_JAX_PEER_TIMEOUT=1m must be a number of seconds"),
     ],
 )
 def test_half_a_cluster_is_refused(joined, monkeypatch, given: dict[str, str], message: str) -> None:
@@ -93,6 +100,33 @@ def test_local_cluster_stops_when_a_process_fails() -> None:
     done = local_cluster("bash", "-c", "[ $JAX_PROCESS_ID = 1 ] && exit 7; sleep 60", PROCESSES="3")
     assert done.returncode == 7
     assert "error: a process ended with exit code 7" in done.stderr
+
+
+def test_local_cluster_hands_a_notice_on_and_waits(tmp_path: Path) -> None:
+    command = f"trap 'sleep 0.3; exit 75' TERM; touch {tmp_path}/$JAX_PROCESS_ID; while :; do sleep 0.1; done"
+    with subprocess.Popen(["bash", SCRIPT, "bash", "-c", command], cwd=ROOT, stderr=subprocess.PIPE, text=True) as run:
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.05)
+        run.terminate()
+        assert run.wait(30) == 75
+        assert "exit code 75" in run.stderr.read()
+
+
+def test_a_failure_of_one_process_ends_the_others() -> None:
+    code = """
+from dpo_jax import cluster
+cluster.join()
+with cluster.together("to build"):
+    if cluster.is_first():
+        raise ValueError("broken")
+"""
+    done = local_cluster(sys.executable, "-c", code, PROCESSES="2", DEVICES="1", LOGS="")
+    assert done.returncode == 1
+    folder = done.stderr.strip().rpartition(" ")[2]
+    assert "ValueError: broken" in done.stderr
+    assert (
+        "ChildProcessError: process 0 failed to build; see its own output" in Path(folder, "process_1.log").read_text()
+    )
 
 
 def test_local_cluster_tells_what_it_would_run_and_what_it_takes() -> None:

@@ -1,86 +1,221 @@
-"""Checkpoints: Orbax, asynchronous, atomic, the newest few kept.
+"""Checkpoints: Orbax, asynchronous, atomic, verified when they are read, the newest few kept.
 
-A work directory holds `config.json` (the resolved experiment) and `checkpoints/STEP/` with two items: `state` (step,
-trained parameters, optimizer state, moving average) and `position` (samples seen, which places the data stream exactly,
-whatever the number of processes or loader workers, as {"position": N}).
+A work directory holds `config.json` (the resolved experiment) and `checkpoints/STEP/` with three items: `state` (step,
+trained parameters, optimizer state, moving average), `position` (samples seen, which places the data stream exactly,
+whatever the number of processes or loader workers, as {"position": N}) and `checksums` of both.
+Checkpoints that turn out damaged are moved to `damaged_checkpoints/`.
 """
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax import lax
+from jax.experimental import multihost_utils
 
 from dpo_jax.training.step import TrainState
 from dpo_jax.weights.layout import Params
 
 
 class Checkpoints:
-    """Saves and restores the training state under `workdir/checkpoints`."""
+    """Saves the training state under `workdir/checkpoints`; what a killed run left half written there is removed."""
 
     def __init__(self, workdir: epath.PathLike, *, keep: int):
-        self.folder = epath.Path(workdir).absolute() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        self.folder = _folder(workdir)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, position: dict[str, int]) -> None:
-        """Copies the state to the host and returns; the write goes on in the background."""
+        """Copies the state to the host and returns; the write goes on in the background.
+
+        Raises:
+            OSError: the write before this one has failed.
+        """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state._asdict()),
-                position=ocp.args.JsonSave(position),
-            ),
-        )
+        tree = state._asdict()
+        with self._failure_told():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(tree),
+                    position=ocp.args.JsonSave(position),
+                    checksums=ocp.args.JsonSave(checksums(tree) | position),
+                ),
+            )
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, int]]:
-        """The newest checkpoint: the state, placed like `abstract`, and the data position."""
-        step = self.latest_step()
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract._asdict()), position=ocp.args.JsonRestore()
-            ),
-        )
-        return TrainState(**restored["state"]), restored["position"]
+    def check(self) -> None:
+        """Raises OSError if a write has failed by now."""
+        with self._failure_told():
+            self._manager.check_for_errors()
 
     def close(self) -> None:
-        """Waits for the last write."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for the last write; OSError if it fails."""
+        with self._failure_told():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @contextmanager
+    def _failure_told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of whatever class the file system and the libraries in between have for it
+            whole = max(ocp.utils.checkpoint_steps(self.folder), default=None)
+            kept = "there is no earlier one" if whole is None else f"the one of step {whole} is whole"
+            raise OSError(
+                f"a checkpoint could not be written to {self.folder} ({_first_line(error)}); {kept}. Make room or give "
+                "access there, then run the same command again"
+            ) from error
 
 
-def latest_step(workdir: epath.PathLike) -> int | None:
-    """The newest finished checkpoint of a work directory; writes nothing."""
-    folder = epath.Path(workdir).absolute() / "checkpoints"
-    if not folder.exists():
+def restore(workdir: epath.PathLike, abstract: TrainState) -> tuple[TrainState, dict[str, int]] | None:
+    """The newest whole checkpoint: the state, placed like `abstract`, and the data position; None if there is none.
+
+    Damaged ones that are newer are moved aside, with a warning. All processes read the same one.
+
+    Raises:
+        ValueError: all are damaged.
+    """
+    found = _newest_whole(workdir, abstract._asdict(), move_damaged=True)
+    if found is None:
         return None
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        return manager.latest_step()
+    state, position, _ = found
+    return TrainState(**state), position
 
 
 def restore_params(workdir: epath.PathLike, abstract: Params, item: str) -> tuple[Params, int]:
-    """The newest checkpoint's "params" or "ema" alone, placed like `abstract`, and its step; nothing else is read."""
-    folder = epath.Path(workdir).absolute() / "checkpoints"
-    step = latest_step(workdir)
-    if step is None:
+    """The newest whole checkpoint's "params" or "ema" alone, placed like `abstract`, and its step."""
+    found = _newest_whole(workdir, {item: abstract}, move_damaged=False)
+    if found is None:
+        folder = _folder(workdir)
         raise FileNotFoundError(f"no checkpoint in {folder} yet; let python -m dpo_jax.train reach its first one")
-    restored = ocp.PyTreeCheckpointer().restore(
-        folder / str(step) / "state",
-        args=ocp.args.PyTreeRestore(
-            {item: abstract},
-            restore_args=ocp.checkpoint_utils.construct_restore_args({item: abstract}),
-            partial_restore=True,
-        ),
+    tree, _, step = found
+    return tree[item], step
+
+
+def latest_step(workdir: epath.PathLike, *, before: int | None = None) -> int | None:
+    """The newest finished checkpoint of a work directory, as the first process sees it; writes nothing."""
+    folder, newest = _folder(workdir), -1
+    if jax.process_index() == 0 and folder.exists():
+        steps = ocp.utils.checkpoint_steps(folder)
+        newest = max((step for step in steps if before is None or step < before), default=-1)
+    if jax.process_count() > 1:
+        newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
+    return None if newest < 0 else newest
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """A number for each array, the same on any mesh, that changes with any word of the array.
+
+    File systems and disks return wrong bytes now and then, and Orbax's own checksums cover its indexes alone. These are
+    made of what training computed and compared with what training will go on from, so nothing in between can hide.
+    """
+    sums = jax.device_get(jax.tree.map(_checksum, tree))
+    return {jax.tree_util.keystr(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(sums)}
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    """The words, each times an odd number of its place, summed modulo 2^32. Integers: no order of summing matters."""
+    words = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    place = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(x.shape):  # not ravel, which would gather what is split
+        place = place * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
+
+
+def _newest_whole(
+    workdir: epath.PathLike, abstract: dict[str, Any], *, move_damaged: bool
+) -> tuple[dict[str, Any], dict[str, int], int] | None:
+    """(the arrays of `abstract`, data position, step) of the newest checkpoint that can be read and is right."""
+    damaged: dict[int, str] = {}
+    step = latest_step(workdir)
+    while step is not None:
+        tree, position, reason = _read(_folder(workdir) / str(step), abstract)
+        if reason is None:
+            # Not before another one was read: when none can be, the fault is more likely elsewhere and may pass.
+            for number, why in damaged.items():
+                _tell_damaged(workdir, number, why, move=move_damaged)
+            return tree, position, step
+        damaged[step] = reason
+        step = latest_step(workdir, before=step)
+    if damaged:
+        reasons = "; ".join(f"step {number}: {why}" for number, why in damaged.items())
+        raise ValueError(
+            f"no checkpoint in {_folder(workdir)} is whole ({reasons}); if the file system is well, put a copy of one "
+            "back, or remove that folder to train from the start"
+        )
+    return None
+
+
+def _read(folder: epath.Path, abstract: dict[str, Any]) -> tuple[Any, Any, str | None]:
+    """Arrays and position, or else why not; all processes come to the same answer."""
+    tree: Any = None
+    position: dict[str, int] = {}
+    expected: dict[str, int] = {}
+    reason: str | None = None
+    try:
+        # By the handler itself: around it Orbax waits for all processes, which one that fails would never reach.
+        tree = ocp.PyTreeCheckpointHandler().restore(
+            folder / "state",
+            args=ocp.args.PyTreeRestore(
+                abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
+            ),
+        )
+        position = json.loads((folder / "position" / "metadata").read_text())
+        expected = json.loads((folder / "checksums" / "metadata").read_text())
+    except Exception as error:  # of whatever class: damaged files raise almost any
+        reason = _first_line(error)
+    reason = _agreed(reason)
+    if reason is None:
+        found = checksums(tree) | position
+        wrong = [name for name, value in found.items() if value != expected.get(name)]
+        reason = _agreed(f"{len(wrong)} values are not those that were saved, such as {wrong[0]}" if wrong else None)
+    return tree, position, reason
+
+
+def _agreed(reason: str | None) -> str | None:
+    """None if it is None in all processes."""
+    if jax.process_count() == 1:
+        return reason
+    failed = np.flatnonzero(multihost_utils.process_allgather(np.array(reason is not None)))
+    return reason or (f"process {failed[0]} could not read it" if failed.size else None)
+
+
+def _tell_damaged(workdir: epath.PathLike, step: int, why: str, *, move: bool) -> None:
+    if jax.process_index():
+        return
+    folder, aside = _folder(workdir) / str(step), epath.Path(workdir) / "damaged_checkpoints" / str(step)
+    if move:
+        aside.parent.mkdir(exist_ok=True)
+        if aside.exists():
+            aside.rmtree()
+        folder.rename(aside)
+    print(
+        f"warning: checkpoint {aside if move else folder} is damaged and not used: {why}", file=sys.stderr, flush=True
     )
-    return restored[item], step
+
+
+def _folder(workdir: epath.PathLike) -> epath.Path:
+    return epath.Path(workdir).absolute() / "checkpoints"
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].split(". See full")[0]
+    return line if len(line) < 200 else f"{line[:80]} ... {line[-110:]}"  # what was done, and what became of it
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:

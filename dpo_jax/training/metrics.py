@@ -30,8 +30,13 @@ class MetricWriter:
             return
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
-        with (self._folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        row = json.dumps({"step": step, **values}) + "\n"
+        path = self._folder / "metrics.jsonl"
+        if "://" in str(path):  # nothing can be appended to what object stores hold
+            path.write_text(path.read_text() + row)
+        else:
+            with path.open("a") as file:
+                file.write(row)
 
     def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         if self._active:

@@ -5,11 +5,13 @@ Order of a start or a resume:
   2. the work directory's `config.json`, if there is one, must describe the same experiment on the same model;
   3. the frozen models (reference, VAE, text encoders) are read from the model folder, at every start: a resumed run can
      never drift onto its own policy;
-  4. the training state comes from the newest checkpoint, or else the policy's weights from the model folder;
+  4. the training state comes from the newest whole checkpoint, or else the policy's weights from the model folder;
   5. the data stream continues after the last sample that the checkpoint has seen.
 """
 
+import contextlib
 import dataclasses
+import errno
 import itertools
 import math
 import time
@@ -21,13 +23,14 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from dpo_jax import cluster
 from dpo_jax.cli import flatten
 from dpo_jax.data.inputs import Inputs
 from dpo_jax.data.pipeline import BatchIterator
 from dpo_jax.evaluation.generate import Generator
 from dpo_jax.evaluation.report import image_grid, save_png
 from dpo_jax.sharding import replicated, to_devices
-from dpo_jax.training.checkpoint import Checkpoints, latest_step, read_config, write_config
+from dpo_jax.training.checkpoint import Checkpoints, read_config, restore, write_config
 from dpo_jax.training.config import check_same_experiment, resolve
 from dpo_jax.training.data import (
     check_data,
@@ -39,40 +42,60 @@ from dpo_jax.training.data import (
 from dpo_jax.training.experiment import Experiment, build
 from dpo_jax.training.metrics import MetricWriter, ProgressBar
 from dpo_jax.training.model import for_sampling, load_encoders, make_generator, model_fingerprints, open_model
+from dpo_jax.training.preemption import Notice, Preempted
+from dpo_jax.training.start import StartClock, keep_compiled_programs
 from dpo_jax.training.step import Frozen, TrainState, make_eval_step, reference_params
 from dpo_jax.weights.layout import Params
 
+PREEMPTED = "preempted after step {}; run the same command again to go on from there"
+
 
 def train(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Trains to `config.steps`, continuing what the work directory holds."""
+    """Trains to `config.steps`, continuing what the work directory holds.
+
+    Raises:
+        Preempted: SIGTERM came; the state is saved, and the same call continues.
+    """
     workdir = epath.Path(workdir)
+    clock = StartClock()
     derived = resolve(config, device_count=jax.device_count(), process_count=jax.process_count())
-    check_data(config)
-    pipeline = open_model(config, workdir)
-    fields = flatten(config) | model_fingerprints(config, pipeline) | data_fingerprints(config)
-    saved = read_config(workdir)
-    if saved is not None:
-        check_same_experiment(fields, saved, workdir)
-    inputs = make_inputs(config, pipeline)
-    experiment = build(config, derived, pipeline)
-    batches = open_training_batches(config, derived, inputs)
-    state = experiment.initial_state() if latest_step(workdir) is None else None
-    write_config(workdir, fields)  # all that is read has been read
-    checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
-    if state is None:
-        state, position = checkpoints.restore(experiment.abstract_state())
-        batches.set_state(position)
-    start = int(state.step)
-    writer = MetricWriter(workdir, start)
-    try:
-        _announce(experiment, workdir, start)
-        if start >= config.steps:
-            print(f"all {config.steps} steps are done", flush=True)
-        with batches, ProgressBar(config.steps, start) as bar:
-            Loop(experiment, inputs, workdir, checkpoints, writer, bar).run(state, batches, start)
-    finally:
-        checkpoints.close()
-        writer.close()
+    with Notice.awaited() as notice:
+        check_data(config)
+        pipeline = open_model(config, workdir)
+        fields = flatten(config) | model_fingerprints(config, pipeline) | data_fingerprints(config)
+        saved = read_config(workdir)
+        if saved is not None:
+            check_same_experiment(fields, saved, workdir)
+        keep_compiled_programs(workdir)
+        inputs = make_inputs(config, pipeline)
+        experiment = build(config, derived, pipeline)
+        batches = open_training_batches(config, derived, inputs)
+        clock.lap("load")
+        restored = restore(workdir, experiment.abstract_state())
+        if restored is None:
+            state = experiment.initial_state()
+            clock.lap("load")
+        else:
+            state, position = restored
+            batches.set_state(position)
+            clock.lap("restore")
+        write_config(workdir, fields)  # all that is read has been read
+        start = int(state.step)
+        checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
+        writer = MetricWriter(workdir, start)
+        try:
+            _announce(experiment, workdir, start)
+            if start >= config.steps and cluster.is_first():
+                print(f"all {config.steps} steps are done", flush=True)
+            with batches, ProgressBar(config.steps, start) as bar:
+                Loop(experiment, inputs, workdir, checkpoints, writer, bar, notice, clock).run(state, batches, start)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise OSError(f"no room is left in {workdir}; make some, then run the same command again") from error
+        finally:
+            writer.close()
+            checkpoints.close()
 
 
 class Loop:
@@ -86,9 +109,12 @@ class Loop:
         checkpoints: Checkpoints,
         writer: MetricWriter,
         bar: ProgressBar,
+        notice: Notice,
+        clock: StartClock,
     ):
         self.experiment, self.inputs, self.config, self.workdir = experiment, inputs, experiment.config, workdir
         self.checkpoints, self.writer, self.bar = checkpoints, writer, bar
+        self.notice, self.clock = notice, clock
         self.train_step = experiment.train_step()
         self.place = to_devices(experiment.mesh)
         self.eval_step = jax.jit(make_eval_step(experiment.score), out_shardings=replicated(experiment.mesh))
@@ -101,22 +127,32 @@ class Loop:
         pending: dict[str, jax.Array] | None = None
         timer, timed_from = time.monotonic(), start
 
+        if start < total and self.notice.given(start):
+            raise Preempted(PREEMPTED.format(start))
         for step in range(start + 1, total + 1):
-            state, metrics = self.train_step(state, self.experiment.frozen, self.place(next(batches)))
+            batch = self.place(next(batches))
+            # Compiling may take long, and not the same time everywhere: so the first step isn't watched.
+            with cluster.watched(f"to begin step {step}") if step > start + 1 else contextlib.nullcontext():
+                state, metrics = self.train_step(state, self.experiment.frozen, batch)
             if pending is not None:  # one step late, so that the host never waits for the device
                 window.append(self._fetch(pending, step - 1))
             pending = metrics
             self.bar.advance(step)
+            self.checkpoints.check()
 
-            saves = step % config.checkpoint.every == 0 or step == total
-            logs = step % config.log_every == 0 or step == total
+            stops = self.notice.given(step) and step < total
+            saves = step % config.checkpoint.every == 0 or step == total or stops
+            logs = step % config.log_every == 0 or step == total or stops
             validates = bool(config.validation.every) and (step % config.validation.every == 0 or step == total)
             samples = bool(config.sample.every) and (step % config.sample.every == 0 or step == total)
             if step == start + 1:
+                cluster.wait("first step compiled")
                 window.append(self._fetch(pending, step))
                 pending = None
                 if start == 0:
                     self._first_loss(window[-1]["train/loss"])
+                self.clock.lap("first step")
+                self.bar.say(f"start-up: {self.clock}")
                 timer, timed_from = time.monotonic(), step  # compilation is not speed
             if not (saves or logs or validates or samples):
                 continue
@@ -129,7 +165,11 @@ class Loop:
                 window, timer, timed_from = [], time.monotonic(), step
             paused = time.monotonic()
             if saves:
-                self.checkpoints.save(state, position=batches.get_state())
+                with cluster.watched(f"to save step {step}"):
+                    self.checkpoints.save(state, position=batches.get_state())
+            if stops:
+                self.checkpoints.close()
+                raise Preempted(PREEMPTED.format(step))
             if validates:
                 self._validate(step, state.ema or state.params)
             if samples:
@@ -139,9 +179,10 @@ class Loop:
 
     def _fetch(self, metrics: Mapping[str, jax.Array], step: int) -> dict[str, float]:
         """Metrics as numbers; stops the run where the loss or the gradient is not finite."""
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        watched = ("train/loss", "train/gradient_norm", "train/update_norm")
-        bad = [name for name in watched if not math.isfinite(values[name])]
+        with cluster.watched(f"to end step {step}"):
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        finite = ("train/loss", "train/gradient_norm", "train/update_norm")
+        bad = [name for name in finite if not math.isfinite(values[name])]
         if bad:
             last = self.checkpoints.latest_step()
             kept = f"step {last} in {self.checkpoints.folder}" if last is not None else "none yet"

@@ -23,11 +23,20 @@ def dry_run(script: str, *arguments: str, **variables: str) -> subprocess.Comple
 
 
 def test_slurm_runs_the_command_on_every_node() -> None:
-    done = dry_run("slurm.sbatch", "--config=configs/sdxl.py", "--workdir=/shared/run", VENV="/venv", CACHE="/cache")
+    done = dry_run("slurm.sbatch", "--config=configs/sdxl.py", "--workdir=/shared/run", VENV="/venv")
     assert done.stdout == (
-        "JAX_COMPILATION_CACHE_DIR=/cache srun --kill-on-bad-exit=1 /venv/bin/python -m dpo_jax.train "
-        "--config=configs/sdxl.py --workdir=/shared/run\n"
+        "srun --wait=60 /venv/bin/python -m dpo_jax.train --config=configs/sdxl.py --workdir=/shared/run\n"
     )
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, ""), (1, ""), (75, "requeue 7\n")])
+def test_slurm_starts_a_preempted_run_again(tmp_path: Path, code: int, requeued: str) -> None:
+    for name, does in (("srun", f"exit {code}"), ("scontrol", 'echo "$*"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = dry_run("slurm.sbatch", "--config=configs/sdxl.py", DRY_RUN="0", PATH=path, SLURM_JOB_ID="7")
+    assert (done.returncode, done.stdout) == (code, requeued)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,15 @@ def assert_same(workdir: Path, losses: list[float], expected) -> None:
 def test_eight_devices_agree_with_one(on_one_device, tmp_path: Path, mesh: str, fields: dict, processes: int) -> None:
     losses = train(tmp_path, fields | MESHES[mesh], processes=processes, devices=8 // processes)
     assert_same(tmp_path, losses, on_one_device(**fields))
+
+
+@pytest.mark.slow
+def test_goes_on_on_other_devices_as_if_it_had_stayed(on_one_device, tmp_path: Path) -> None:
+    """Five steps on one device, five on two processes of two; each reads its parts of what the one has written."""
+    train(tmp_path, {"checkpoint.every": 5}, processes=1, devices=1)
+    shutil.rmtree(tmp_path / "checkpoints" / "10")
+    losses = train(tmp_path, {"mesh.fsdp": 2, "mesh.tensor": 2}, processes=2, devices=2)
+    assert_same(tmp_path, losses, on_one_device())
 
 
 UPDATE = """

@@ -1,0 +1,50 @@
+"""The notice, by SIGTERM, that a scheduler or a cloud will take the machine away soon."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import jax
+from jax.experimental import multihost_utils
+
+EXIT_CODE = 75
+"""Of a run that was preempted: EX_TEMPFAIL of sysexits.h, "try again". Schedulers are told to start it again."""
+
+
+class Preempted(Exception):
+    """Training has ended before its last step, after a notice; its message says where it goes on."""
+
+
+class Notice:
+    """Whether a notice has come; any number of them is one. `with Notice.awaited() as notice: notice.given(step)`."""
+
+    def __init__(self) -> None:
+        self._received = False
+
+    @classmethod
+    @contextmanager
+    def awaited(cls) -> Iterator["Notice"]:
+        """Takes SIGTERM while it lasts."""
+        notice = cls()
+        if jax.process_count() > 1:  # JAX's own runtime has taken it, when this process joined the others
+            yield notice
+            return
+
+        def receive(number: int, frame: FrameType | None) -> None:
+            notice._received = True
+
+        former = signal.signal(signal.SIGTERM, receive)
+        try:
+            yield notice
+        finally:
+            signal.signal(signal.SIGTERM, former)
+
+    def given(self, step: int) -> bool:
+        """Whether to stop after this step: true for the same step in all processes, whichever of them was notified.
+
+        All processes ask once a step, with growing steps.
+        """
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._received
