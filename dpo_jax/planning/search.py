@@ -1,14 +1,21 @@
 """The fastest way to run a config on a machine, among those that fit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 
-from dpo_jax.planning.estimate import Holdings, Plan, make_plan, measure_holdings, measure_work
+from dpo_jax.models.execution import POLICIES
+from dpo_jax.planning.estimate import (
+    Holdings,
+    Plan,
+    Work,
+    make_plan,
+    measure_holdings,
+    measure_work,
+    with_remat,
+)
 from dpo_jax.planning.structure import open_structure
 from dpo_jax.planning.topology import Topology
-
-REMAT = ("none", "dots", "attention", "block")
 
 
 def with_settings(config: ConfigDict, *, remat: str, accumulation: int, data: int, fsdp: int) -> ConfigDict:
@@ -24,9 +31,28 @@ def with_settings(config: ConfigDict, *, remat: str, accumulation: int, data: in
 def fit(
     config: ConfigDict, topology: Topology, utilisation: float | None, say: Callable[[str], None]
 ) -> tuple[ConfigDict, Plan]:
-    """Tries every remat policy, fsdp degree and micro-batch; returns the fastest that fits, as a config and its plan.
+    """The fastest of every remat policy, fsdp degree and micro-batch that fits, as a config and its plan."""
+    plan = choose(config, measure_all(config, say), topology, utilisation)
+    chosen = with_settings(
+        config, remat=plan.remat, accumulation=plan.accumulation, data=plan.mesh["data"], fsdp=plan.mesh["fsdp"]
+    )
+    return chosen, plan
 
-    Of plans that are equally fast to 1% the one that takes least memory is returned. Raises ValueError where none fits.
+
+def measure_all(config: ConfigDict, say: Callable[[str], None]) -> list[Work]:
+    """What a pair costs with each policy."""
+    works: list[Work] = []
+    for remat in POLICIES:
+        say(f"counting what a pair costs with remat={remat}")
+        one = with_remat(config, remat)
+        works.append(measure_work(one, open_structure(one), works[0].model_flops if works else None))
+    return works
+
+
+def choose(config: ConfigDict, works: Sequence[Work], topology: Topology, utilisation: float | None = None) -> Plan:
+    """The fastest plan that fits; of those equally fast to 1% the one that takes least memory.
+
+    Raises ValueError where none fits, or the batch does not divide over the devices.
     """
     devices, batch = topology.num_devices, config.data.batch_size
     if batch % devices:
@@ -39,18 +65,12 @@ def fit(
     for fsdp in _divisors(devices):
         one = with_settings(config, remat="none", accumulation=1, data=devices // fsdp, fsdp=fsdp)
         holdings.append(measure_holdings(one, pipeline, topology))
-    plans: list[Plan] = []
-    model_flops: float | None = None
-    for remat in REMAT:
-        say(f"counting what a pair costs with remat={remat}")
-        one = with_settings(config, remat=remat, accumulation=1, data=devices, fsdp=1)
-        work = measure_work(one, open_structure(one), model_flops)
-        model_flops = work.model_flops
-        plans += [
-            make_plan(held, work, topology, batch_size=batch, accumulation=accumulation, utilisation=utilisation)
-            for held in holdings
-            for accumulation in _divisors(batch // devices)
-        ]
+    plans = [
+        make_plan(held, work, topology, batch_size=batch, accumulation=accumulation, utilisation=utilisation)
+        for work in works
+        for held in holdings
+        for accumulation in _divisors(batch // devices)
+    ]
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
         least = min(plans, key=lambda plan: plan.hbm_bytes)
@@ -59,11 +79,7 @@ def fit(
             f"{topology.device.hbm_gib} GiB a device; take more devices, or ones with more memory"
         )
     fastest = min(plan.step_seconds for plan in fitting)
-    best = min((plan for plan in fitting if plan.step_seconds <= 1.01 * fastest), key=lambda plan: plan.hbm_bytes)
-    chosen = with_settings(
-        config, remat=best.remat, accumulation=best.accumulation, data=best.mesh["data"], fsdp=best.mesh["fsdp"]
-    )
-    return chosen, best
+    return min((plan for plan in fitting if plan.step_seconds <= 1.01 * fastest), key=lambda plan: plan.hbm_bytes)
 
 
 def _divisors(number: int) -> list[int]:

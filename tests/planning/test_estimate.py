@@ -70,22 +70,22 @@ WORK = {
 
 
 @pytest.fixture
-def lora(monkeypatch: pytest.MonkeyPatch):
-    """A config whose model takes no memory to speak of, and whose pairs cost what WORK says."""
-    monkeypatch.setattr(search, "measure_work", lambda config, pipeline, known: WORK[config.remat])
+def lora():
+    """A config whose model takes no memory to speak of."""
     config = load_config(str(ROOT / "configs/sd15.py:lora,tiny"))
     config.data.batch_size = 2048
     return config
 
 
-def fit(config, topology: str, gib: float):
-    machine = parse_topology(topology)
+def choose(config, gib: float):
+    """Of pairs that cost what WORK says, on 16 devices with so much memory."""
+    machine = parse_topology("v5e:4x4")
     machine = machine._replace(device=machine.device._replace(hbm_gib=gib))
-    return search.fit(config, machine, None, lambda message: None)[1]
+    return search.choose(config, list(WORK.values()), machine)
 
 
 def test_fit_takes_the_fastest_that_fits_and_of_equals_the_smallest(lora) -> None:
-    roomy, tight, tighter = (fit(lora, "v5e:4x4", gib) for gib in (100, 6, 1.2))
+    roomy, tight, tighter = (choose(lora, gib) for gib in (100, 6, 1.2))
     assert (roomy.remat, roomy.micro_batch_per_device) == ("none", 1)
     assert (tight.remat, tighter.remat) == ("dots", "block")
     assert roomy.step_seconds < tight.step_seconds < tighter.step_seconds
@@ -94,13 +94,13 @@ def test_fit_takes_the_fastest_that_fits_and_of_equals_the_smallest(lora) -> Non
 
 def test_fit_says_what_is_the_least_where_nothing_fits(lora) -> None:
     with pytest.raises(ValueError, match=r"nothing fits v5e:4x4: the least is 1\.0 GiB of its 0\.5 GiB a device"):
-        fit(lora, "v5e:4x4", 0.5)
+        choose(lora, 0.5)
 
 
 def test_fit_refuses_a_batch_that_does_not_divide(lora) -> None:
     lora.data.batch_size = 100
     with pytest.raises(ValueError, match=r"data\.batch_size=100 does not divide over the 16 devices of v5e:4x4"):
-        fit(lora, "v5e:4x4", 16)
+        choose(lora, 16)
 
 
 def test_figures_follow_from_one_another(lora) -> None:
@@ -127,3 +127,14 @@ def test_collectives_that_outlast_the_computation_are_not_hidden(lora) -> None:
     assert (summed.times, gathered.times) == (16, 1)
     assert summed.received_bytes == pytest.approx(2 * 4 * plan.trained_parameters * 15 / 16)
     assert plan.exposed_seconds == pytest.approx(summed.seconds + gathered.seconds, rel=1e-3)
+
+
+def test_fit_returns_the_config_of_its_plan(lora) -> None:
+    config, plan = search.fit(lora, parse_topology("v5e:2x2"), None, lambda message: None)
+    assert (config.remat, config.data.accumulation, config.mesh.fsdp) == (
+        plan.remat,
+        plan.accumulation,
+        plan.mesh["fsdp"],
+    )
+    assert plan.micro_batch_per_device * config.data.accumulation * 4 == 2048
+    assert lora.data.accumulation == 1

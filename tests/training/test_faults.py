@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import cluster
-from dpo_jax.training import preemption, trainer
+from dpo_jax.training import experiment, preemption, trainer
 from dpo_jax.training.checkpoint import Checkpoints, checksums, latest_step, restore, restore_params
 from dpo_jax.training.step import TrainState
 from dpo_jax.training.trainer import train
@@ -143,7 +143,7 @@ def before(function: Callable, act: Callable, when: Callable[..., bool] = lambda
 
 def test_notice_at_the_start_ends_the_run_before_anything_is_compiled(tiny_config, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(trainer, "build", before(trainer.build, terminate))
-    monkeypatch.setattr(trainer, "make_train_step", lambda *arguments, **options: pytest.fail)
+    monkeypatch.setattr(experiment, "make_train_step", lambda *arguments, **options: pytest.fail)
     with pytest.raises(preemption.Preempted, match="preempted after step 0; run the same command again"):
         train(tiny_config("sd15"), tmp_path)
     assert latest_step(tmp_path) is None

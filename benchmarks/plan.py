@@ -1,0 +1,91 @@
+"""Plans of the published run on TPU slices: the table of the README, and how speed changes with the number of chips.
+
+  python benchmarks/plan.py --output=benchmarks/plan
+
+Writes FILE.json and FILE.md; a quarter of an hour on two CPU cores, no accelerator. Each line is what
+`python -m dpo_jax.plan --fit` chooses for 2048 pairs a step, with images and captions encoded before
+(`data.encoded_views=2`). Nothing here has been measured on a TPU: memory, operations and traffic are computed, and the
+speed follows from an assumed share of the peak rate.
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+
+from dpo_jax import cli
+from dpo_jax.planning.estimate import Plan
+from dpo_jax.planning.search import choose, measure_all
+from dpo_jax.planning.topology import parse_topology
+
+OUTPUT = flags.DEFINE_string("output", None, "Where to write, without .json and .md.", required=True)
+
+MODELS = {
+    "SD1.5": "configs/sd15.py",
+    "SD1.5 LoRA": "configs/sd15.py:lora",
+    "SDXL": "configs/sdxl.py",
+    "SDXL LoRA": "configs/sdxl.py:lora",
+}
+SLICES = ("v5e:16x16", "v5p:4x4x4", "v6e:8x8")
+SCALING = {
+    "v5e": ("v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16"),
+    "v5p": ("v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8"),
+}
+HEADS = ("model", "slice", "remat", "fsdp", "pairs at a time", "GiB of", "TFLOP a pair", "pairs/s a chip", "chip-hours")
+
+
+def main() -> None:
+    rows: list[tuple[str, Plan]] = []
+    scaling: list[tuple[str, Plan]] = []
+    for name, file in MODELS.items():
+        config = cli.load_config(file)
+        config.data.batch_size, config.data.encoded_views = 2048, 2
+        works = measure_all(config, print)
+        rows += [(name, choose(config, works, parse_topology(topology))) for topology in SLICES]
+        if "LoRA" not in name:
+            scaling += [
+                (name, choose(config, works, parse_topology(topology)))
+                for kind in SCALING.values()
+                for topology in kind
+            ]
+    figures = {
+        kind: [{"model": name} | plan.to_json() for name, plan in plans]
+        for kind, plans in (("slices", rows), ("scaling", scaling))
+    }
+    output = Path(OUTPUT.value)
+    output.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
+    output.with_suffix(".md").write_text(f"{slices_table(rows)}\n\n{scaling_table(scaling)}\n")
+    print(output.with_suffix(".md").read_text())
+
+
+def slices_table(rows: list[tuple[str, Plan]]) -> str:
+    lines = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
+    for name, plan in rows:
+        gib = f"{plan.hbm_bytes / 2**30:.1f} of {plan.topology.device.hbm_gib}"
+        cells = [
+            *(name, plan.topology.name, plan.remat, plan.mesh["fsdp"], plan.micro_batch_per_device, gib),
+            f"{plan.work.model_flops / 1e12:.2f}",
+            f"{plan.pairs_per_second_per_chip:.2f}",
+            f"{plan.chip_hours:,.0f}",
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def scaling_table(rows: list[tuple[str, Plan]]) -> str:
+    """Pairs/s a chip, the time of the collectives as a share of the step, and the share that does not hide."""
+    heads = ("model", "slice", "chips", "fsdp", "pairs/s a chip", "collectives", "of it not hidden")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, plan in rows:
+        cells = [
+            *(name, plan.topology.name, plan.topology.num_chips, plan.mesh["fsdp"]),
+            f"{plan.pairs_per_second_per_chip:.2f}",
+            f"{plan.collective_seconds / plan.step_seconds:.1%}",
+            f"{plan.exposed_seconds / plan.step_seconds:.1%}",
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)
