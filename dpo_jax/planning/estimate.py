@@ -56,6 +56,8 @@ class Holdings:
     """Of the trained weights, what is on other devices only."""
     frozen_read_elsewhere: float
     """Of the frozen weights, what is on other devices only, as often as a micro-batch reads it."""
+    gathered: float
+    """Of the UNet that is trained, or the base of a LoRA, what layers use from the forward to the backward pass."""
     compute_bytes: int
     """Of a number in the compute dtype."""
     parameters: int
@@ -72,6 +74,8 @@ class Collective:
     """By each device, each time."""
     times: int
     """In one optimizer step."""
+    can_hide: bool
+    """Whether it is needed among the computations of micro-batches, and can go on beside them."""
     seconds: float
     """In one optimizer step."""
 
@@ -118,7 +122,7 @@ class Plan:
     @property
     def exposed_seconds(self) -> float:
         """What of the collectives does not hide behind the computation of the micro-batches."""
-        within = sum(collective.seconds for collective in self.collectives if collective.times > 1)
+        within = sum(collective.seconds for collective in self.collectives if collective.can_hide)
         return max(0.0, within - self.compute_seconds) + self.collective_seconds - within
 
     @property
@@ -194,6 +198,7 @@ def measure_holdings(config: ConfigDict, pipeline: Pipeline, topology: Topology)
     unets = [params for name, params in frozen.items() if name in ("reference", "base")]
     # The base of a LoRA is read by policy, reference and backward pass; a reference of its own once.
     elsewhere = [missing_bytes(params) * (3 if name == "base" else 1) for name, params in frozen.items()]
+    whole = sum(math.prod(x.shape) for x in jax.tree.leaves(frozen.get("base", state.params)))
     return Holdings(
         mesh=dict(zip(AXES, shape, strict=True)),
         trained=held_bytes(state.params),
@@ -204,6 +209,7 @@ def measure_holdings(config: ConfigDict, pipeline: Pipeline, topology: Topology)
         batch=held_bytes(experiment.abstract_batch()),
         trained_elsewhere=missing_bytes(state.params),
         frozen_read_elsewhere=sum(elsewhere),
+        gathered=whole * pipeline.dtype.itemsize if shape[1] > 1 else 0.0,
         compute_bytes=pipeline.dtype.itemsize,
         parameters=sum(_size(network.specs) for network in pipeline.components.values()),
         trained_parameters=_size(pipeline.trained_specs),
@@ -229,6 +235,7 @@ def make_plan(
         "moving average": h.ema,
         "gradients": h.trained * (2 if accumulation > 1 else 1),  # of one micro-batch, and the sum
         "trained weights, rounded": h.trained / 4 * h.compute_bytes,
+        "weights gathered": h.gathered,
         "reference and frozen UNet": h.frozen_unet,
         "VAE and text encoders": h.encoders,
         "batch": h.batch,
@@ -261,14 +268,14 @@ def predict_collectives(holdings: Holdings, accumulation: int, topology: Topolog
     copies = 1 - 1 / h.mesh["data"]
     rows = [
         # Forward and again in the backward pass.
-        ("weights gathered", "fsdp", 2 * rounded + h.frozen_read_elsewhere, accumulation),
-        ("gradients scattered", "fsdp", rounded, accumulation),
-        ("gradients summed", "data", 2 * h.trained * copies, accumulation),
-        ("new weights gathered", "data", h.trained * copies, 1),
+        ("weights gathered", "fsdp", 2 * rounded + h.frozen_read_elsewhere, accumulation, True),
+        ("gradients scattered", "fsdp", rounded, accumulation, True),
+        ("gradients summed", "data", 2 * h.trained * copies, accumulation, True),
+        ("new weights gathered", "data", h.trained * copies, 1, False),
     ]
     return [
-        Collective(name, axis, received, times, times * topology.gather_seconds(received, h.mesh[axis]))
-        for name, axis, received, times in rows
+        Collective(name, axis, received, times, can_hide, times * topology.gather_seconds(received, h.mesh[axis]))
+        for name, axis, received, times, can_hide in rows
         if h.mesh[axis] > 1 and received
     ]
 

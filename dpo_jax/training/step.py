@@ -62,11 +62,13 @@ def make_score(
     *,
     dropout: bool = False,
     constrain: Callable[[Any], Any] = lambda tree: tree,
+    gather: Callable[[str, Params], Params] = lambda component, params: params,
 ) -> Score:
     """`score(params, frozen, batch, step, training)`: encodes the batch, draws t and noise, scores every candidate.
 
     With `dropout`, training gives `denoise` keys for it. `constrain` keeps what enters the networks split over devices
-    along its leading axis, as the batch is. Every draw is a function of (seed, step, global sample index)
+    along its leading axis, as the batch is; `gather` brings together the weights of a component that are split over
+    devices, where they are used. Every draw is a function of (seed, step, global sample index)
     alone, so it is the same on 1 or 64 devices and with any accumulation.
     """
 
@@ -74,14 +76,15 @@ def make_score(
         params: Params, frozen: Frozen, batch: PreferenceBatch, step: jax.Array, training: bool = False
     ) -> Scores:
         batch = keep_candidates(batch, objective.num_candidates)
+        encoders = {name: gather(name, frozen[name]) for name in frozen if name not in ("base", "reference")}
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
         posterior_key, diffusion_key, dropout_key = keys
         dropout_keys_B = keys_for(dropout_key, batch.index_B) if training and dropout else None
-        latents_BKHWC, conditioning = encode(frozen, batch, keys_for(posterior_key, batch.index_B))
+        latents_BKHWC, conditioning = encode(encoders, batch, keys_for(posterior_key, batch.index_B))
         t_B, noise_BHWC = draw(diffusion_key, batch.index_B, schedule, latents_BKHWC.shape[2:], latents_BKHWC.dtype)
         latents_BKHWC, conditioning, t_B, noise_BHWC = constrain((latents_BKHWC, conditioning, t_B, noise_BHWC))
-        policy = frozen.get("base", {}) | params
-        reference = reference_params(frozen) if objective.needs_reference else None
+        policy = gather("unet", frozen.get("base", {}) | params)
+        reference = gather("unet", reference_params(frozen)) if objective.needs_reference else None
         return score_candidates(
             denoise, policy, reference, schedule, latents_BKHWC, noise_BHWC, t_B, conditioning, dropout_keys_B
         )

@@ -156,3 +156,37 @@ def test_the_optimizer_state_is_never_gathered(tmp_path: Path, fsdp: int) -> Non
     gathered, parameters, split = json.loads(done.stdout.splitlines()[-1])
     assert split > 50
     assert gathered == 0 if fsdp == 8 else 0.5 * parameters < gathered <= parameters
+
+
+STEP = """
+import json, sys
+import dpo_jax, jax
+jax.config.update("jax_num_cpu_devices", 8)
+from dpo_jax import sharding
+from dpo_jax.cli import load_config
+from dpo_jax.planning.compiled import count_collectives
+from dpo_jax.training.config import resolve
+from dpo_jax.training.experiment import compose
+from dpo_jax.training.model import make_placement, open_model
+sharding.SMALL = 1024
+config = load_config("configs/sdxl.py:tiny")
+config.data.batch_size, config.mesh.data, config.mesh.fsdp, config.scan = 8, 1, 8, True
+experiment = compose(config, resolve(config, device_count=8, process_count=1), open_model(config, sys.argv[1]),
+                     make_placement(config))
+arguments = experiment.abstract_state(), experiment.frozen, experiment.abstract_batch()
+print(json.dumps(count_collectives(experiment.train_step().lower(*arguments).compile().as_text())))
+"""
+
+
+def test_weights_come_to_the_images_and_not_images_to_the_weights(tmp_path: Path) -> None:
+    """With fsdp weights are gathered and gradients summed; activations stay where the batch has put them."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    done = subprocess.run(
+        [sys.executable, "-c", STEP, str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert json.loads(done.stdout.splitlines()[-1]).keys() <= {"all-gather", "all-reduce", "reduce-scatter"}
