@@ -123,11 +123,15 @@ def checksums(tree: Any) -> dict[str, int]:
     File systems and disks return wrong bytes now and then, and Orbax's own checksums cover its indexes alone. These are
     made of what training computed and compared with what training will go on from, so nothing in between can hide.
     """
-    sums = jax.device_get(jax.tree.map(_checksum, tree))
+    sums = jax.device_get(_checksums(tree))
     return {jax.tree_util.keystr(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(sums)}
 
 
-@jax.jit
+@jax.jit  # one program: XLA's CPU devices wait for each other forever when many small ones sum over them at once
+def _checksums(tree: Any) -> Any:
+    return jax.tree.map(_checksum, tree)
+
+
 def _checksum(x: jax.Array) -> jax.Array:
     """The words, each times an odd number of its place, summed modulo 2^32. Integers: no order of summing matters."""
     words = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
