@@ -16,7 +16,7 @@ import pytest
 
 from dpo_jax.cli import load_config
 from dpo_jax.models.random_model import write_random_model
-from dpo_jax.training import trainer
+from dpo_jax.training import experiment
 from dpo_jax.training.run import open_run
 from dpo_jax.training.trainer import train
 
@@ -108,8 +108,8 @@ def test_stops_on_a_loss_that_is_not_finite_and_keeps_the_last_good_checkpoint(t
 
         return poisoned_step
 
-    make_train_step = trainer.make_train_step
-    monkeypatch.setattr(trainer, "make_train_step", poisoned)
+    make_train_step = experiment.make_train_step
+    monkeypatch.setattr(experiment, "make_train_step", poisoned)
     with pytest.raises(ValueError, match=r"train/loss is nan at step 4; last good checkpoint: step 2 .*learning_rate"):
         train(config, tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2"]
