@@ -36,6 +36,7 @@ from etils import epath
 from flax import serialization, traverse_util
 
 from dpo_jax import cli
+from dpo_jax.models.families import PUBLISHED
 from dpo_jax.models.network import Network
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
@@ -46,7 +47,7 @@ from dpo_jax.weights.layout import Specs, flax_aliases, torch_name
 
 ROOT = Path(__file__).parents[1]
 
-CONFIG = flags.DEFINE_string("config", f"{ROOT}/tests/models/configs/unet_sdxl.json", "The UNet's config.json.")
+CONFIG = flags.DEFINE_string("config", f"{PUBLISHED}/sdxl/unet/config.json", "The UNet's config.json.")
 TINY = flags.DEFINE_bool("tiny", False, "A narrow UNet of 37 MB, to see that everything runs.")
 JSON = flags.DEFINE_string("json", None, "File for the figures.")
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +9,13 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from dpo_jax.models.families import PUBLISHED
 from dpo_jax.models.network import Network
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.sharding import AXES, SMALL, TENSOR_RULES, Placement, make_mesh
 from dpo_jax.weights.layout import ParamSpec
 
-CONFIGS = Path(__file__).parent / "models" / "configs"
 LINEAR, CONV, EMBEDDING = (1, 0), (3, 2, 0, 1), (0, 1)
 
 
@@ -64,7 +63,7 @@ def test_rules_come_first_and_fsdp_takes_another_axis():
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_every_rule_finds_something_to_split_in_the_published_unets(name):
-    config = UNetConfig.from_dict(json.loads((CONFIGS / f"unet_{name}.json").read_text()), name)
+    config = UNetConfig.from_dict(json.loads((PUBLISHED / name / "unet" / "config.json").read_text()), name)
     network = Network.build(lambda rngs: UNet2DConditionModel(config, dtype=jnp.float32, rngs=rngs), config)
 
     def share(sizes, rules=TENSOR_RULES):

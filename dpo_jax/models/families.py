@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_jax.models.unet_config import UNetConfig
@@ -52,6 +53,9 @@ class Family:
     looks_like: str = ""
     """The family whose files look the same, so that this one must be named."""
 
+
+PUBLISHED = Path(__file__).parent / "published"
+"""A folder a family: the configs of its published model, without weights."""
 
 ORIGINAL_PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
 

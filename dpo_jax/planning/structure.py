@@ -5,13 +5,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-import dpo_jax.models
-from dpo_jax.models.families import FAMILIES
+from dpo_jax.models.families import FAMILIES, PUBLISHED
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.training.model import open_model
-
-PUBLISHED = Path(dpo_jax.models.__path__[0]) / "published"
-"""The configs of each family as published, without weights."""
 
 
 def open_structure(config: ConfigDict) -> Pipeline:

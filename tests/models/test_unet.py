@@ -4,7 +4,6 @@ import copy
 import json
 import math
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -14,18 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-import dpo_jax.models
 from dpo_jax.batch import Conditioning
+from dpo_jax.models.families import PUBLISHED
 from dpo_jax.models.network import Network
 from dpo_jax.models.unet import UNet2DConditionModel, sinusoids
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.weights.layout import Params, from_torch, torch_name
 
 # As published, and the same narrowed: two channels a group at least; heads and depths differ by level where theirs do.
-PUBLISHED = {
-    path.parts[-3]: json.loads(path.read_text())
-    for path in sorted(Path(dpo_jax.models.__path__[0]).glob("published/*/unet/config.json"))
-}
+PUBLISHED = {path.parts[-3]: json.loads(path.read_text()) for path in sorted(PUBLISHED.glob("*/unet/config.json"))}
 THREE_LEVELS = {"block_out_channels": [8, 16, 24], "norm_num_groups": 4, "cross_attention_dim": 10}
 FOUR_LEVELS = {"block_out_channels": [8, 16, 24, 24], "norm_num_groups": 4, "cross_attention_dim": 10}
 ADDED = {"addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 6 + 6 * 4}

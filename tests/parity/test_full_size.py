@@ -26,6 +26,7 @@ import pytest
 
 from dpo_jax.batch import Conditioning
 from dpo_jax.models import random_model
+from dpo_jax.models.families import PUBLISHED
 from dpo_jax.models.pipeline import load_pipeline
 from dpo_jax.models.random_model import random_params, write_random_model
 from dpo_jax.weights.io import save_component
@@ -35,8 +36,7 @@ ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4
 MEMORY_GB = 20
 
-CONFIGS = ROOT / "tests" / "models" / "configs"
-UNETS = {family: json.loads((CONFIGS / f"unet_{family}.json").read_text()) for family in ("sd15", "sdxl")}
+UNETS = {family: json.loads((PUBLISHED / family / "unet" / "config.json").read_text()) for family in ("sd15", "sdxl")}
 VAE = random_model.VAE | {
     "block_out_channels": [128, 256, 512, 512],
     "down_block_types": ["DownEncoderBlock2D"] * 4,

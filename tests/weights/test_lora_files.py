@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dpo_jax.models.families import PUBLISHED
 from dpo_jax.models.network import Network
 from dpo_jax.models.random_model import RANDOM_MODELS, random_params, write_random_model
 from dpo_jax.models.unet import UNet2DConditionModel
@@ -24,7 +25,6 @@ from dpo_jax.weights import safetensors_file
 from dpo_jax.weights.layout import Specs, to_torch, torch_name
 from dpo_jax.weights.lora_files import Adapter, Merged, read_lora, write_kohya, write_peft
 
-CONFIGS = Path(__file__).parents[1] / "models" / "configs"
 FILE = "pytorch_lora_weights.safetensors"
 TO_Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 TO_OUT = "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"
@@ -212,7 +212,7 @@ def test_merged_weights_are_float32_at_least(dtype: type) -> None:
 
 def test_kohya_names_of_sdxl(tmp_path: Path) -> None:
     """At full size, as diffusers converts them."""
-    config = json.loads((CONFIGS / "unet_sdxl.json").read_text())
+    config = json.loads((PUBLISHED / "sdxl" / "unet" / "config.json").read_text())
     specs = unet_specs(config)
     adapter = random_adapter(specs, layers_of(specs), np.float16)
     path = tmp_path / "lora.safetensors"

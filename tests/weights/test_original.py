@@ -18,7 +18,7 @@ from etils import epath
 from safetensors.torch import load_file, save_file
 
 from dpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from dpo_jax.models.families import FAMILIES, ORIGINAL_PREFIXES, family_of_single_file
+from dpo_jax.models.families import FAMILIES, ORIGINAL_PREFIXES, PUBLISHED, family_of_single_file
 from dpo_jax.models.network import Network
 from dpo_jax.models.random_model import RANDOM_MODELS, VAE, random_params, write_random_model
 from dpo_jax.models.unet import UNet2DConditionModel
@@ -28,7 +28,6 @@ from dpo_jax.weights import original, safetensors_file
 from dpo_jax.weights.io import load_params
 from dpo_jax.weights.layout import Params, Specs, torch_name
 
-CONFIGS = Path(__file__).parents[1] / "models" / "configs"
 PUBLISHED_VAE = VAE | {
     "block_out_channels": [128, 256, 512, 512],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -84,7 +83,7 @@ def clip_specs(config: CLIPTextConfig) -> Specs:
 
 
 def published_unet(family: str) -> dict[str, Any]:
-    return json.loads((CONFIGS / f"unet_{family}.json").read_text())
+    return json.loads((PUBLISHED / family / "unet" / "config.json").read_text())
 
 
 def tagged(names: dict[str, str], prefix: str) -> dict[str, torch.Tensor]:
