@@ -78,7 +78,7 @@ def test_inputs_agree_to_bfloat16_rounding(config, tmp_path: Path, family: str) 
     assert len({tuple(size) for size in sizes}) > 3
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", [pytest.param("sd15", marks=pytest.mark.slow), "sdxl"])
 def test_losses_agree_and_neither_vae_nor_text_encoder_is_in_memory(config, tmp_path: Path, family: str) -> None:
     """Four steps with validation and samples, for which the VAE and the text encoders come and go."""
     fields = {"optimizer.learning_rate": 1e-4}

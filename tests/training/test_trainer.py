@@ -36,7 +36,9 @@ def state_of(workdir, step):
 CONFIGS = ("sd15", "sd21", "sdxl", "sdxl_refiner", "sdxl_turbo", "tiny")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ("sd21", "sdxl_turbo") else []) for name in CONFIGS]
+)
 def test_tiny_variant_of_every_config_trains_validates_and_samples(tiny_config, tmp_path, name):
     assert name in {path.stem for path in (ROOT / "configs").glob("*.py")}
     config = tiny_config(name, **{"validation.every": 4, "sample.every": 4, "loss.beta": 10.0})
