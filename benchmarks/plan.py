@@ -9,7 +9,9 @@ speed follows from an assumed share of the peak rate.
 """
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -31,7 +33,6 @@ SCALING = {
     "v5e": ("v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16"),
     "v5p": ("v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8"),
 }
-HEADS = ("model", "slice", "remat", "fsdp", "pairs at a time", "GiB of", "TFLOP a pair", "pairs/s a chip", "chip-hours")
 
 
 def main() -> None:
@@ -59,32 +60,40 @@ def main() -> None:
 
 
 def slices_table(rows: list[tuple[str, Plan]]) -> str:
-    lines = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
-    for name, plan in rows:
-        gib = f"{plan.hbm_bytes / 2**30:.1f} of {plan.topology.device.hbm_gib}"
-        cells = [
-            *(name, plan.topology.name, plan.remat, plan.mesh["fsdp"], plan.micro_batch_per_device, gib),
+    settings = ("model", "slice", "remat", "fsdp", "pairs at a time")
+    heads = (*settings, "GiB", "TFLOP a pair", "pairs/s a chip", "chip-hours")
+    lines = [
+        (
+            *(name, plan.topology.name, plan.remat, plan.mesh["fsdp"], plan.micro_batch_per_device),
+            f"{plan.hbm_bytes / 2**30:.1f} of {plan.topology.device.hbm_gib}",
             f"{plan.work.model_flops / 1e12:.2f}",
             f"{plan.pairs_per_second_per_chip:.2f}",
             f"{plan.chip_hours:,.0f}",
-        ]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        )
+        for name, plan in rows
+    ]
+    return table(heads, lines)
 
 
 def scaling_table(rows: list[tuple[str, Plan]]) -> str:
     """Pairs/s a chip, the time of the collectives as a share of the step, and the share that does not hide."""
     heads = ("model", "slice", "chips", "fsdp", "pairs/s a chip", "collectives", "of it not hidden")
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name, plan in rows:
-        cells = [
+    lines = [
+        (
             *(name, plan.topology.name, plan.topology.num_chips, plan.mesh["fsdp"]),
             f"{plan.pairs_per_second_per_chip:.2f}",
             f"{plan.collective_seconds / plan.step_seconds:.1%}",
             f"{plan.exposed_seconds / plan.step_seconds:.1%}",
-        ]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        )
+        for name, plan in rows
+    ]
+    return table(heads, lines)
+
+
+def table(heads: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    """In Markdown."""
+    rule = ["---"] * len(heads)
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (heads, rule, *lines))
 
 
 if __name__ == "__main__":

@@ -81,6 +81,11 @@ def unflatten(fields: dict[str, Any]) -> ConfigDict:
     return config
 
 
+def replaced(config: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
+    """A copy of the config with other values of some fields, by their dotted paths."""
+    return unflatten(flatten(config) | fields)
+
+
 def _check_overrides(arguments: list[str]) -> None:
     """Refuses a `--config.field` that the config does not have, and says which field comes nearest."""
     files = [argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")]

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from dpo_jax.batch import Conditioning
 from dpo_jax.data.tokenizers import Tokenizers
@@ -16,7 +15,7 @@ from dpo_jax.diffusion.samplers import classifier_free_guidance, ddim
 from dpo_jax.encode.images import decode_latents
 from dpo_jax.encode.text import condition, encode_text
 from dpo_jax.models.pipeline import Pipeline
-from dpo_jax.sharding import batch_parts, batch_sharding, replicated
+from dpo_jax.sharding import Placement, batch_parts, batch_sharding, replicated
 from dpo_jax.weights.layout import Params
 
 
@@ -30,7 +29,7 @@ class Generator:
         encoders: gives the weights of the VAE and the text encoders by component; called before images are sampled, and
             what it returns is not kept.
         tokenizers: the model's own.
-        mesh: every batch is split over it.
+        placement: where the weights lie; every batch is split over its mesh.
         resolution: pixels, height and width.
         num_steps: DDIM steps.
         guidance_scale: 1 or less turns guidance off.
@@ -42,7 +41,7 @@ class Generator:
         pipeline: Pipeline,
         encoders: Callable[[], Mapping[str, Params]],
         tokenizers: Tokenizers,
-        mesh: Mesh,
+        placement: Placement,
         *,
         resolution: int,
         num_steps: int,
@@ -52,7 +51,7 @@ class Generator:
         self._encoders = encoders
         self._components = set(pipeline.components) - {"unet"}
         self._tokenizers = tokenizers
-        self._mesh = mesh
+        self._mesh = mesh = placement.mesh
         self._batch_size = -(-batch_size // batch_parts(mesh)) * batch_parts(mesh)
         cells = resolution // pipeline.vae_factor
         self.latent_shape = (cells, cells, pipeline.unet.config.in_channels)
@@ -65,6 +64,8 @@ class Generator:
         def generate(
             unet: Params, frozen: Mapping[str, Params], token_ids_NEL: jax.Array, empty_NEL: jax.Array, x_T: jax.Array
         ) -> jax.Array:
+            unet = pipeline.gather(placement, "unet", unet)
+            frozen = {name: pipeline.gather(placement, name, params) for name, params in frozen.items()}
             conditioning, unconditional = (conditioning_of(frozen, ids) for ids in (token_ids_NEL, empty_NEL))
             if pipeline.force_zeros_for_empty_prompt:
                 zeros = jax.tree.map(jnp.zeros_like, unconditional)

@@ -54,8 +54,8 @@ class Execution(NamedTuple):
 
     def run_chain(self, blocks: Sequence[nnx.Module], x: jax.Array, *args: jax.Array) -> jax.Array:
         """One block after the other, each on the result of the one before and the same `args`."""
-        graphdefs, states = zip(*map(nnx.split, blocks), strict=True)
-        if not self.scan or any(graphdef != graphdefs[0] for graphdef in graphdefs):  # a LoRA may be in some only
+        graphdefs, states = zip(*map(nnx.split, blocks), strict=True) if self.scan else ((), ())
+        if len(set(graphdefs)) != 1:  # where a LoRA is in some blocks only, they differ
             for block in blocks:
                 x = self.run(block, x, *args)
             return x

@@ -26,6 +26,7 @@ from dpo_jax.models.network import Network
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.models.vae import AutoencoderKL, VAEConfig
+from dpo_jax.sharding import Placement
 from dpo_jax.weights.hub import find_model
 from dpo_jax.weights.io import Sharding, fingerprint, load_params, read_params, tensor_names, weight_files
 from dpo_jax.weights.layout import Params, Specs
@@ -81,6 +82,17 @@ class Pipeline:
         if dropout_keys_N is not None:
             set_dropout_keys(unet, dropout_keys_N)
         return unet(x_NHWC, t_N, conditioning)
+
+    def gather(self, placement: Placement, component: str, params: Params) -> Params:
+        """Inside jit, weights that lie where `placement` says, as the component's layers use them.
+
+        See `Placement.gathered`. Those of the UNet are rounded to the compute dtype before they are sent.
+        """
+        specs = self.components[component].specs
+        if component == "unet":
+            specs = (self.adapted_unet or self.unet).specs
+            params = {name: x.astype(self.dtype) for name, x in params.items()}
+        return {name: placement.gathered(name, specs[name], x) for name, x in params.items()}
 
     def with_lora(self, adapters: Adapters, dropout: float = 0.0) -> "Pipeline":
         """The same model with a LoRA in the named layers of its UNet."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
+from dpo_jax.cli import replaced
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.planning.program import Program, peak_bytes
 from dpo_jax.planning.structure import open_structure
@@ -173,17 +174,9 @@ def measure_work(config: ConfigDict, pipeline: Pipeline, model_flops: float | No
     if config.remat == "none":
         model_flops = flops
     if model_flops is None:
-        plain = with_remat(config, "none")
+        plain = replaced(config, {"remat": "none"})
         model_flops, _ = _trace_pair(plain, open_structure(plain))
     return Work(config.remat, flops, model_flops, activation_bytes)
-
-
-def with_remat(config: ConfigDict, remat: str) -> ConfigDict:
-    """A copy of the config with another policy."""
-    changed = config.copy_and_resolve_references()
-    with changed.unlocked():
-        changed.remat = remat
-    return changed
 
 
 def measure_holdings(config: ConfigDict, pipeline: Pipeline, topology: Topology) -> Holdings:
@@ -305,9 +298,7 @@ def _size(specs: Any) -> int:
 
 def _trace_pair(config: ConfigDict, pipeline: Pipeline) -> tuple[float, float]:
     """(floating point operations, bytes of activations) of the gradient of one pair on one device."""
-    one = config.copy_and_resolve_references()
-    with one.unlocked():
-        one.data.batch_size = one.data.accumulation = 1
+    one = replaced(config, {"data.batch_size": 1, "data.accumulation": 1})
     experiment = compose(one, resolve(one, device_count=1, process_count=1), pipeline, Placement(_mesh((1, 1, 1))))
 
     def loss(params: Any, frozen: Any, batch: Any, step: jax.Array) -> jax.Array:

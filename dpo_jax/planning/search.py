@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 
+from dpo_jax.cli import replaced
 from dpo_jax.models.execution import POLICIES
 from dpo_jax.planning.estimate import (
     Holdings,
@@ -12,7 +13,6 @@ from dpo_jax.planning.estimate import (
     make_plan,
     measure_holdings,
     measure_work,
-    with_remat,
 )
 from dpo_jax.planning.structure import open_structure
 from dpo_jax.planning.topology import Topology
@@ -20,12 +20,8 @@ from dpo_jax.planning.topology import Topology
 
 def with_settings(config: ConfigDict, *, remat: str, accumulation: int, data: int, fsdp: int) -> ConfigDict:
     """A copy of the config with another way to run it, which changes nothing of what it computes."""
-    changed = config.copy_and_resolve_references()
-    with changed.unlocked():
-        changed.remat = remat
-        changed.data.accumulation = accumulation
-        changed.mesh.data, changed.mesh.fsdp, changed.mesh.tensor = data, fsdp, 1
-    return changed
+    mesh = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": 1}
+    return replaced(config, {"remat": remat, "data.accumulation": accumulation, **mesh})
 
 
 def fit(
@@ -44,7 +40,7 @@ def measure_all(config: ConfigDict, say: Callable[[str], None]) -> list[Work]:
     works: list[Work] = []
     for remat in POLICIES:
         say(f"counting what a pair costs with remat={remat}")
-        one = with_remat(config, remat)
+        one = replaced(config, {"remat": remat})
         works.append(measure_work(one, open_structure(one), works[0].model_flops if works else None))
     return works
 

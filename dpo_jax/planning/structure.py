@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from dpo_jax.cli import replaced
 from dpo_jax.models.families import FAMILIES, PUBLISHED
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.training.model import open_model
@@ -17,13 +18,9 @@ def open_structure(config: ConfigDict) -> Pipeline:
     knows of its family; nothing is fetched.
     """
     known = {family.published: family.name for family in FAMILIES.values()}
-    changed = config.copy_and_resolve_references()
     if config.model in known and not Path(config.model).exists():
         family = known[config.model]
-        with changed.unlocked():
-            changed.model, changed.family = str(PUBLISHED / family), family
-            changed.unet, changed.vae = (
-                path if path and Path(path).exists() else "" for path in (config.unet, config.vae)
-            )
+        own = {name: config[name] if config[name] and Path(config[name]).exists() else "" for name in ("unet", "vae")}
+        config = replaced(config, {"model": str(PUBLISHED / family), "family": family, **own})
     with tempfile.TemporaryDirectory() as folder:
-        return open_model(changed, folder)
+        return open_model(config, folder)

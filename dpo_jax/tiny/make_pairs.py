@@ -15,7 +15,7 @@ from dpo_jax import cli
 from dpo_jax.data.tokenizers import load_tokenizers
 from dpo_jax.evaluation.generate import Generator
 from dpo_jax.models.pipeline import load_pipeline
-from dpo_jax.sharding import make_mesh
+from dpo_jax.sharding import Placement, make_mesh
 from dpo_jax.tiny import pairs, world
 
 MODEL = flags.DEFINE_string("model", None, "The base model's folder.", required=True)
@@ -36,7 +36,7 @@ def main() -> None:
         pipeline,
         lambda: weights,
         tokenizers,
-        make_mesh(),
+        Placement(make_mesh()),
         resolution=world.SIZE,
         num_steps=STEPS.value,
         guidance_scale=GUIDANCE.value,

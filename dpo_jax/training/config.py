@@ -233,6 +233,11 @@ def check(config: ConfigDict) -> None:
             raise ValueError(f"config.{field}={flatten(config)[field]} is a share, from 0 to 1")
     if config.lora.dropout == 1:
         raise ValueError("config.lora.dropout=1 drops everything; it must be less than 1")
+    if config.scan and config.lora.dropout:
+        raise ValueError(
+            f"config.scan=True runs equal blocks as one, but config.lora.dropout={config.lora.dropout} draws for each "
+            "of them; set scan=False or lora.dropout=0"
+        )
     if config.lora.rank < 0:
         raise ValueError(f"config.lora.rank={config.lora.rank} must be 0 (no LoRA) or more")
     if config.lora.init_reference and not config.lora.init:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -164,23 +163,10 @@ def compose(config: ConfigDict, derived: Derived, pipeline: Pipeline, placement:
             config.seed,
             dropout=config.lora.dropout > 0,
             constrain=batch_constraint(placement.mesh),
-            gather=make_gather(pipeline, placement),
+            gather=functools.partial(pipeline.gather, placement),
         ),
         frozen=abstract_frozen(config, pipeline, placement, needs_reference=objective.needs_reference),
     )
-
-
-def make_gather(pipeline: Pipeline, placement: Placement) -> Callable[[str, Params], Params]:
-    """(component, its weights) -> them as its layers use them; the UNet's rounded before they are sent."""
-    specs = {name: network.specs for name, network in pipeline.components.items()}
-    specs["unet"] = (pipeline.adapted_unet or pipeline.unet).specs
-
-    def gather(component: str, params: Params) -> Params:
-        if component == "unet":
-            params = {name: x.astype(pipeline.dtype) for name, x in params.items()}
-        return {name: placement.gathered(name, specs[component][name], x) for name, x in params.items()}
-
-    return gather
 
 
 def make_encode(pipeline: Pipeline) -> Encode:

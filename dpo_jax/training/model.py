@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
@@ -143,14 +142,14 @@ def load_tokenizers_of(pipeline: Pipeline) -> Tokenizers:
 
 
 def make_generator(
-    config: ConfigDict, pipeline: Pipeline, encoders: Callable[[], Frozen], mesh: Mesh, batch_size: int
+    config: ConfigDict, pipeline: Pipeline, encoders: Callable[[], Frozen], placement: Placement, batch_size: int
 ) -> Generator:
     """The sampler that `config.sample` describes."""
     return Generator(
         pipeline,
         encoders,
         load_tokenizers_of(pipeline),
-        mesh,
+        placement,
         resolution=config.data.resolution,
         num_steps=config.sample.steps,
         guidance_scale=config.sample.guidance,

@@ -60,7 +60,7 @@ class Run:
 
     def generator(self, batch_size: int) -> Generator:
         encoders = load_encoders(self.config, self.pipeline, self.placement)
-        return make_generator(self.config, self.pipeline, lambda: encoders, self.placement.mesh, batch_size)
+        return make_generator(self.config, self.pipeline, lambda: encoders, self.placement, batch_size)
 
 
 def open_run(workdir: epath.PathLike) -> Run:

@@ -236,7 +236,9 @@ class Loop:
         seeds = list(range(len(captions)))
         if self._generator is None:
             e = self.experiment
-            self._generator = make_generator(self.config, e.pipeline, self._encoders, e.mesh, batch_size=len(captions))
+            self._generator = make_generator(
+                self.config, e.pipeline, self._encoders, e.placement, batch_size=len(captions)
+            )
             if e.objective.needs_reference:
                 self._reference_images = self._generator(reference_params(e.frozen), captions, seeds)
         policy = self.experiment.frozen.get("base", {}) | for_sampling(self.experiment.pipeline, params)

@@ -112,7 +112,8 @@ def test_training_pairs_of_judges(judged: Path) -> None:
     pairs = open_pairs(judged, "train", judges=("b",), limit=2)
     assert [pairs.read_images(pairs[i]) for i in range(2)] == [RECORDS[0]["images"][::-1], RECORDS[2]["images"]]
     pairs = open_pairs(judged, "validation", judges=("a",))
-    (held_out,) = pairs  # type: ignore[misc]
+    assert len(pairs) == 1
+    held_out = pairs[0]
     assert pairs.read_images(held_out) == RECORDS[4]["images"][::-1]
     np.testing.assert_array_equal(held_out["preference"], [1, 0])
     with pytest.raises(ValueError, match=r"labels='soft' are shares of the votes, which scores by a, b do not state"):

@@ -10,7 +10,7 @@ from dpo_jax.data.tokenizers import load_tokenizers
 from dpo_jax.evaluation.generate import Generator
 from dpo_jax.models.pipeline import load_pipeline
 from dpo_jax.models.save import save_pipeline
-from dpo_jax.sharding import make_mesh
+from dpo_jax.sharding import Placement, make_mesh
 
 CAPTIONS = ["a red circle at the top left", "a black cross at the bottom right"]
 
@@ -30,7 +30,7 @@ def test_exported_folder_draws_the_same_image_in_pytorch(tmp_path):
         pipeline,
         lambda: weights,
         load_tokenizers(pipeline.folder, ["tokenizer", "tokenizer_2"]),
-        make_mesh(),
+        Placement(make_mesh()),
         resolution=32,
         num_steps=20,
         guidance_scale=2.5,

@@ -11,6 +11,7 @@ from dpo_jax.models.network import Network, init_params
 from dpo_jax.models.random_model import UNET_SDXL
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
+from dpo_jax.training.config import CHOICES
 
 CONFIG = UNetConfig.from_dict(UNET_SDXL, "config.json")
 CONDITIONING = Conditioning(jnp.ones((2, 5, 80)), jnp.ones((2, 40)), jnp.ones((2, 6)))
@@ -54,6 +55,10 @@ def test_each_policy_keeps_less_than_the_one_before(params) -> None:
     assert kept[1] < 0.5 * kept[0]
     assert kept[3] < 0.5 * kept[1]
     assert kept[2] > 1.05 * kept[3]
+
+
+def test_the_config_offers_these_policies() -> None:
+    assert CHOICES["remat"] == tuple(POLICIES)
 
 
 def test_in_a_loop_equal_blocks_are_traced_once(params) -> None:

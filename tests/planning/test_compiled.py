@@ -38,11 +38,11 @@ TEXT = """HloModule jit_step
 
 ENTRY %main (x: f32[8,4]) -> f32[8,4] {
   %x = f32[8,4]{1,0} parameter(0)
-  %loop = (s32[], f32[8,4]{1,0}) while(%init), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %loop = (s32[], f32[8,4]{1,0}) while(%init), body=%body, backend_config={"known_trip_count":{"n":"5"}}
   %once = f32[16]{0} fusion(%flat), kind=kCustom, calls=%fused
   ROOT %result = f32[8,4]{1,0} get-tuple-element(%loop), index=1
 }
-"""  # noqa: E501
+"""
 
 
 def test_collectives_of_a_loop_count_as_often_as_it_goes_round() -> None:

@@ -1,6 +1,7 @@
 """A plan's memory against real arrays on eight devices, and what follows from its figures."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from dpo_jax.cli import load_config
 from dpo_jax.planning import search
 from dpo_jax.planning.estimate import Work, make_plan, measure_holdings
+from dpo_jax.planning.report import as_text
 from dpo_jax.planning.structure import open_structure
 from dpo_jax.planning.topology import parse_topology
 
@@ -58,6 +60,7 @@ def test_memory_is_that_of_real_arrays(tmp_path: Path, monkeypatch: pytest.Monke
     ).memory
     assert {kind: planned[kind] for kind in real} == real
     assert planned["gradients"] == real["trained weights, float32"]
+    assert planned["weights gathered"] == 4 * sum(math.prod(spec.shape) for spec in pipeline.unet.specs.values())
 
 
 GIB = 2**30
@@ -138,3 +141,14 @@ def test_fit_returns_the_config_of_its_plan(lora) -> None:
     )
     assert plan.micro_batch_per_device * config.data.accumulation * 4 == 2048
     assert lora.data.accumulation == 1
+
+
+def test_text_says_what_is_computed_and_what_is_assumed(lora) -> None:
+    topology = parse_topology("v5e:4x4")
+    holdings = measure_holdings(lora, open_structure(lora), topology)
+    plan = make_plan(holdings, WORK["block"], topology, batch_size=2048, accumulation=64)
+    text = as_text(lora, plan)
+    assert "activations                             2.00" in text
+    assert "8.00 TFLOP, 11.00 with what remat repeats" in text
+    assert "products run at 40% of the peak rate (assumed)" in text
+    assert "--config.remat=block --config.data.accumulation=64 --config.mesh.data=16 --config.mesh.fsdp=1" in text
