@@ -30,6 +30,8 @@ Relabel = Literal["none", "swapped", "shuffled"]
 Labels = Literal["hard", "soft"]
 
 NUM_WORKERS = 8
+TRAINED_ON = ("caption", "captions", "images", "preference")
+"""The columns of a prepared record that training looks at; each costs time."""
 
 
 class Pairs(Protocol):
@@ -123,7 +125,8 @@ def make_iterator(
         pairs = _Relabelled(pairs, seed if relabel == "shuffled" else None)
     rows = _Rows(inputs, pairs, size_conditioning, caption_dropout)
     # Sharded last: an epoch needn't divide by the shards, and Grain's random generators count global positions.
-    stream = grain.MapDataset.source(pairs).seed(seed).shuffle().repeat(None)
+    # Only positions go through it: it would measure the size of all that a record holds.
+    stream = grain.MapDataset.range(len(pairs)).seed(seed).shuffle().repeat(None)
     stream = stream.map_with_index(_at).random_map(_drawn)
     return BatchIterator(stream, rows, batch_size, shard_index, shard_count, num_workers)
 
@@ -145,8 +148,7 @@ def validation_batches(
     padded = -(-len(pairs) // everyone) * everyone
 
     def sample(position: int) -> Sample:
-        record = pairs[position % len(pairs)]
-        return Sample(position, record if position < len(pairs) else record | {"weight": 0.0})
+        return Sample(position, position % len(pairs), counts=position < len(pairs))
 
     stream = grain.MapDataset.range(padded).map(sample)
     return BatchIterator(stream, _Rows(inputs, pairs, size_conditioning), batch_size, shard_index, shard_count)
@@ -157,14 +159,17 @@ class Sample(NamedTuple):
 
     position: int
     """In the stream."""
-    record: dict[str, Any]
+    number: int
+    """Of the record, among those to train on."""
+    counts: bool = True
+    """Otherwise its weight is 0."""
     drop_caption: float = 1.0
     """The caption is dropped with a greater probability than this."""
     draws: Draws | None = None
 
 
-def _at(position: int, record: dict[str, Any]) -> Sample:
-    return Sample(position, record)
+def _at(position: int, number: int) -> Sample:
+    return Sample(position, number)
 
 
 def _drawn(sample: Sample, rng: np.random.Generator) -> Sample:
@@ -214,10 +219,14 @@ class BatchIterator(Iterator[PreferenceBatch]):
         if stop > len(self._stream):
             return False
         self._threads = self._threads or ThreadPoolExecutor(self._num_workers)
-        batch = self._rows.allocate(self._pool, self._batch_size)
         # All at once: decoding an image empties a core's caches, and after it each of these takes five times as long.
         samples = [self._stream[i] for i in range(start + self._shard_index, stop, self._shard_count)]
-        rows = [self._threads.submit(self._rows.fill, batch, row, sample) for row, sample in enumerate(samples)]
+        records = [self._rows.pairs[sample.number] for sample in samples]
+        batch = self._rows.begin(self._pool, samples, records)
+        rows = [
+            self._threads.submit(self._rows.fill, batch, row, sample, record)
+            for row, (sample, record) in enumerate(zip(samples, records, strict=True))
+        ]
         self._begun.append((batch, rows))
         self._begun_to = stop
         return True
@@ -301,7 +310,7 @@ class PreparedPairs:
         return len(self._indices_N)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self._prepared.record(int(self._indices_N[index]), self.num_candidates)
+        record = self._prepared.record(int(self._indices_N[index]), self.num_candidates, TRAINED_ON)
         preference = record["preference"]
         tie = len(preference) > 1 and preference[0] == preference[-1]
         if self._labels == "hard" and not tie and len(preference) > 1:
@@ -373,36 +382,35 @@ class _Relabelled:
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """Room for batches, and how a sample is written into one."""
+    """How samples become a batch: first all that takes no time, then each row's inputs, in threads."""
 
     inputs: Inputs
     pairs: Pairs
     size_conditioning: SizeConditioning
     caption_dropout: float = 0.0
 
-    def allocate(self, pool: Pool, batch_size: int) -> PreferenceBatch:
-        B, K = batch_size, self.pairs.num_candidates
+    def begin(self, pool: Pool, samples: Sequence[Sample], records: Sequence[dict[str, Any]]) -> PreferenceBatch:
+        """A batch in which only the inputs are missing. Candidates that a record lacks are not valid."""
+        B, K, size = len(samples), self.pairs.num_candidates, self.inputs.resolution
+        preference_BK = np.zeros((B, K), np.float32)
+        for preference_K, record in zip(preference_BK, records, strict=True):
+            preference_K[: len(record["images"])] = record["preference"]
+        number_B1 = np.asarray([[len(record["images"])] for record in records])
+        weights = [sample.counts * record["weight"] for sample, record in zip(samples, records, strict=True)]
         return PreferenceBatch(
             inputs=self.inputs.allocate(pool, B, K, self.pairs.num_captions),
-            size_cond_BK6=np.empty((B, K, 6), np.float32),
-            preference_BK=np.empty((B, K), np.float32),
-            valid_BK=np.empty((B, K), bool),
-            weight_B=np.empty(B, np.float32),
-            index_B=np.empty(B, np.int32),
+            size_cond_BK6=np.tile(np.asarray([size, size, 0, 0, size, size], np.float32), (B, K, 1)),
+            preference_BK=preference_BK,
+            valid_BK=np.arange(K) < number_B1,
+            weight_B=np.asarray(weights, np.float32),
+            index_B=np.asarray([sample.position for sample in samples], np.int32),
         )
 
-    def fill(self, batch: PreferenceBatch, row: int, sample: Sample) -> None:
-        """Writes `sample` into the row; candidates that it lacks are 0 and not valid."""
-        record, size, number = sample.record, self.inputs.resolution, len(sample.record["images"])
+    def fill(self, batch: PreferenceBatch, row: int, sample: Sample, record: dict[str, Any]) -> None:
+        """Writes the inputs of a record into the row; those of candidates that it lacks are 0."""
         captions = record["captions"] + [""] * (self.pairs.num_captions - len(record["captions"]))
         if sample.drop_caption < self.caption_dropout:
             captions = [""] * len(captions)
         places_K4 = self.inputs.fill(batch.inputs, row, record, captions, sample.draws, self.pairs.read_images)
-        batch.size_cond_BK6[row] = size, size, 0, 0, size, size
         if self.size_conditioning == "real":
-            batch.size_cond_BK6[row, :number, :4] = places_K4
-        batch.preference_BK[row] = 0
-        batch.preference_BK[row, :number] = record["preference"]
-        batch.valid_BK[row] = np.arange(self.pairs.num_candidates) < number
-        batch.weight_B[row] = record["weight"]
-        batch.index_B[row] = sample.position
+            batch.size_cond_BK6[row, : len(places_K4), :4] = places_K4

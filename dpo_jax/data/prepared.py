@@ -23,7 +23,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
-from tensorflow_datasets.proto import tf_example_pb2
 
 from dpo_jax.data import scores
 from dpo_jax.data.scores import Combine
@@ -59,20 +58,24 @@ class Prepared:
     def __len__(self) -> int:
         return self.records.num_rows
 
-    def record(self, index: int, num_candidates: int | None = None) -> dict[str, Any]:
-        """The columns of `RECORDS`, and `sizes`, the (height, width) of each image.
+    def record(
+        self, index: int, num_candidates: int | None = None, columns: Sequence[str] = tuple(RECORDS.names)
+    ) -> dict[str, Any]:
+        """Columns of `RECORDS`, always `images` and `preference`, and `sizes`, the (height, width) of each image.
 
         Of more than `num_candidates` candidates it keeps the best `num_candidates - 1` and the worst, and what they
         got of the preference, scaled to sum to 1 again.
         """
-        record = self.records.slice(index, 1).to_pylist()[0]
+        record = self.records.slice(index, 1).select(columns).to_pylist()[0]
         kept = _ranks_kept(len(record["images"]), num_candidates)
-        for name in ("images", "preference", "models", "captions"):
-            if record[name] is not None:
-                record[name] = [record[name][rank] for rank in kept]
+        if len(kept) < len(record["images"]):
+            for name in record.keys() & {"images", "preference", "models", "captions"}:
+                if record[name] is not None:
+                    record[name] = [record[name][rank] for rank in kept]
         preference = np.asarray(record["preference"], np.float32)
+        record["preference"] = preference / (preference.sum() or 1)
         record["sizes"] = self.sizes_I2[record["images"]]
-        return record | {"preference": preference / (preference.sum() or 1)}
+        return record
 
     def read_images(self, record: dict[str, Any]) -> list[bytes]:
         """The images of a record, as they came."""
@@ -80,8 +83,7 @@ class Prepared:
 
     def image(self, position: int) -> bytes:
         """An image as it came."""
-        example = tf_example_pb2.Example.FromString(self.images[position])
-        return example.features.feature["image"].bytes_list.value[0]
+        return image_of_example(self.images[position])
 
     @property
     def records(self) -> pa.Table:
@@ -232,6 +234,25 @@ def select(
         raise ValueError(f"{what} is left of {prepared.folder}: {', then '.join(left)}; loosen the choice")
     chosen = np.flatnonzero(passed_N)
     return chosen[:limit] if limit else chosen
+
+
+_LENGTH = rb"[\x80-\xff]*[\x00-\x7f]"
+_BEFORE_VALUE = re.compile(
+    # Example.features, Features.feature, its key and its value; Feature.bytes_list, BytesList.value
+    rb"\n%(n)s\n%(n)s\n\x05image\x12%(n)s\n%(n)s\n%(n)s" % {b"n": _LENGTH},
+    re.DOTALL,
+)
+
+
+def image_of_example(example: bytes) -> bytes:
+    """The image in a serialised tf.train.Example of this one feature, which TFDS writes at its end.
+
+    To parse it would copy the image twice, which takes as long as to read it.
+    """
+    before = _BEFORE_VALUE.match(example)
+    if before is None:
+        raise ValueError(f"a stored image is damaged; {AGAIN}")
+    return example[before.end() :]
 
 
 def _ranks_kept(number: int, num_candidates: int | None) -> list[int]:

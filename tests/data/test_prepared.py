@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from tensorflow_datasets.proto import tf_example_pb2
 
 from dpo_jax.data.pipeline import open_pairs
-from dpo_jax.data.prepared import Combine, Prepared, open_prepared, select
+from dpo_jax.data.prepared import Combine, Prepared, image_of_example, open_prepared, select
 from dpo_jax.data.scores import candidates, write_scores
 
 from .conftest import encode, write_prepared
@@ -75,6 +76,19 @@ def test_records_as_they_were_written(folder: Path) -> None:
         if "preference" in expected:
             np.testing.assert_array_equal(record["preference"], np.asarray(expected["preference"], np.float32))
     np.testing.assert_array_equal(prepared.record(3)["sizes"], [[40, 40], [48, 32]])
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 127, 128, 16_000, 16_383, 16_384, 2_100_000])
+def test_the_image_in_a_serialised_example(size: int) -> None:
+    image = np.random.default_rng(size).bytes(size)
+    example = tf_example_pb2.Example()
+    example.features.feature["image"].bytes_list.value.append(image)
+    assert image_of_example(example.SerializeToString()) == image
+
+
+def test_a_stored_image_is_damaged() -> None:
+    with pytest.raises(ValueError, match="a stored image is damaged; prepare it again"):
+        image_of_example(b"no example")
 
 
 def test_best_and_worst_of_more_candidates(folder: Path) -> None:
