@@ -81,11 +81,13 @@ def compile_step(config: ConfigDict, pipeline: Pipeline, topology: Topology) -> 
 def count_collectives(text: str) -> dict[str, dict[str, float]]:
     """How often each kind of collective is done by a compiled program, and the bytes of the results.
 
-    A collective in the body of a loop counts as often as the loop goes round.
+    A collective in the body of a loop counts as often as the loop goes round. One that TPUs do in pieces beside other
+    work stands in several fusions, with the same channel; it counts once.
     """
     computations = _computations(text)
     entry = next(name for name, lines in computations.items() if lines[0].startswith("ENTRY"))
     found: dict[str, dict[str, float]] = {}
+    channels: set[str] = set()
 
     def visit(name: str, times: float) -> None:
         for line in computations[name][1:]:
@@ -93,14 +95,14 @@ def count_collectives(text: str) -> dict[str, dict[str, float]]:
             if operation is None:
                 continue
             shape, kind = operation.groups()
-            if kind.removesuffix("-start") in COLLECTIVES:
+            channel = re.search(r"channel_id=\d+", line)
+            is_new = channel is None or channel[0] not in channels
+            if kind.removesuffix("-start") in COLLECTIVES and is_new:
+                channels.update([channel[0]] if channel else [])
                 entry = found.setdefault(kind.removesuffix("-start"), {"times": 0, "bytes": 0})
                 entry["times"] += times
                 entry["bytes"] += times * _bytes(shape, is_start=kind.endswith("-start"))
-            rounds = 1.0
-            if kind == "while":
-                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-                rounds = float(trips[1]) if trips else 1.0
+            rounds = _rounds(line, computations) if kind == "while" else 1
             for called in re.findall(r"(?:calls|body|to_apply|branch_computations)=\{?%?([\w.\-]+)", line):
                 if called in computations and kind not in ("reduce", "all-reduce", "reduce-scatter", "scatter", "sort"):
                     visit(called, times * rounds)
@@ -122,6 +124,18 @@ def _computations(text: str) -> dict[str, list[str]]:
         elif lines is not None:
             lines.append(line)
     return computations
+
+
+def _rounds(loop: str, computations: dict[str, list[str]]) -> int:
+    """How often a loop goes round: as stated, or as JAX's loops count, from 0 to less than a constant."""
+    stated = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop)
+    if stated:
+        return int(stated[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop)
+    lines = "\n".join(computations[condition[1]]) if condition else ""
+    compared = re.search(r"ROOT .* compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT", lines)
+    limit = re.search(rf"%?{re.escape(compared[1])} = s32\[\]\S* constant\((\d+)\)", lines) if compared else None
+    return int(limit[1]) if limit else 1
 
 
 def _bytes(shape: str, *, is_start: bool) -> float:

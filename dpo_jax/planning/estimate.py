@@ -55,10 +55,15 @@ class Holdings:
     batch: float
     trained_elsewhere: float
     """Of the trained weights, what is on other devices only."""
-    frozen_read_elsewhere: float
-    """Of the frozen weights, what is on other devices only, as often as a micro-batch reads it."""
+    frozen_elsewhere: float
+    """Of the frozen weights, what is on other devices only."""
     gathered: float
-    """Of the UNet that is trained, or the base of a LoRA, what layers use from the forward to the backward pass."""
+    """The UNet that is trained, or the base of a LoRA, as layers use it from the forward to the backward pass."""
+    reference_gathered: float
+    """A reference of its own as layers use it."""
+    scan: bool
+    """Whether equal blocks run as one loop. Their weights are put together for it, which the compiler does before the
+    first micro-batch, the reference's as well; otherwise it gathers them in each micro-batch, when they are needed."""
     compute_bytes: int
     """Of a number in the compute dtype."""
     parameters: int
@@ -189,9 +194,10 @@ def measure_holdings(config: ConfigDict, pipeline: Pipeline, topology: Topology)
     experiment = compose(config, derived, pipeline, Placement(_mesh(shape), rules_of(mesh.rules)))
     state, frozen = experiment.abstract_state(), experiment.frozen
     unets = [params for name, params in frozen.items() if name in ("reference", "base")]
-    # The base of a LoRA is read by policy, reference and backward pass; a reference of its own once.
-    elsewhere = [missing_bytes(params) * (3 if name == "base" else 1) for name, params in frozen.items()]
-    whole = sum(math.prod(x.shape) for x in jax.tree.leaves(frozen.get("base", state.params)))
+
+    def gathered(params: Any) -> float:
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(params)) * pipeline.dtype.itemsize * (shape[1] > 1)
+
     return Holdings(
         mesh=dict(zip(AXES, shape, strict=True)),
         trained=held_bytes(state.params),
@@ -201,8 +207,10 @@ def measure_holdings(config: ConfigDict, pipeline: Pipeline, topology: Topology)
         encoders=held_bytes(frozen) - held_bytes(unets),
         batch=held_bytes(experiment.abstract_batch()),
         trained_elsewhere=missing_bytes(state.params),
-        frozen_read_elsewhere=sum(elsewhere),
-        gathered=whole * pipeline.dtype.itemsize if shape[1] > 1 else 0.0,
+        frozen_elsewhere=missing_bytes(frozen),
+        gathered=gathered(frozen.get("base", state.params)),
+        reference_gathered=gathered(frozen.get("reference", {})),
+        scan=config.scan,
         compute_bytes=pipeline.dtype.itemsize,
         parameters=sum(_size(network.specs) for network in pipeline.components.values()),
         trained_parameters=_size(pipeline.trained_specs),
@@ -228,7 +236,7 @@ def make_plan(
         "moving average": h.ema,
         "gradients": h.trained * (2 if accumulation > 1 else 1),  # of one micro-batch, and the sum
         "trained weights, rounded": h.trained / 4 * h.compute_bytes,
-        "weights gathered": h.gathered,
+        "weights gathered": h.gathered + (h.reference_gathered if h.scan and accumulation > 1 else 0),
         "reference and frozen UNet": h.frozen_unet,
         "VAE and text encoders": h.encoders,
         "batch": h.batch,
@@ -260,8 +268,7 @@ def predict_collectives(holdings: Holdings, accumulation: int, topology: Topolog
     rounded = h.trained_elsewhere / 4 * h.compute_bytes
     copies = 1 - 1 / h.mesh["data"]
     rows = [
-        # Forward and again in the backward pass.
-        ("weights gathered", "fsdp", 2 * rounded + h.frozen_read_elsewhere, accumulation, True),
+        ("weights gathered", "fsdp", rounded + h.frozen_elsewhere, 1 if h.scan else accumulation, not h.scan),
         ("gradients scattered", "fsdp", rounded, accumulation, True),
         ("gradients summed", "data", 2 * h.trained * copies, accumulation, True),
         ("new weights gathered", "data", h.trained * copies, 1, False),

@@ -53,6 +53,29 @@ def test_collectives_of_a_loop_count_as_often_as_it_goes_round() -> None:
     }
 
 
+def test_rounds_that_only_the_condition_tells() -> None:
+    counted = """
+  %i = s32[]{:T(128)} get-tuple-element(%carry), index=0
+  %five.clone.2 = s32[]{:T(128)} constant(5)
+  ROOT %less = pred[]{:T(512)} compare(%i, %five.clone.2), direction=LT, metadata={op_name="while/cond/lt"}"""
+    text = TEXT.replace(', backend_config={"known_trip_count":{"n":"5"}}', ", condition=%condition")
+    text = text.replace("\n  ROOT %less = pred[] compare(%i, %n), direction=LT", counted)
+    assert "known_trip_count" not in text
+    assert count_collectives(text) == count_collectives(TEXT)
+
+
+def test_pieces_of_one_collective_count_once() -> None:
+    pieces = "".join(
+        f"""
+  %piece{i} = bf16[8,4]{{1,0}} all-gather(%x), channel_id={channel}, dimensions={{0}}"""
+        for i, channel in enumerate((7, 7, 8))
+    )
+    text = TEXT.replace("ENTRY %main (x: f32[8,4]) -> f32[8,4] {", "ENTRY %main (x: f32[8,4]) -> f32[8,4] {" + pieces)
+    gathers, before = count_collectives(text)["all-gather"], count_collectives(TEXT)["all-gather"]
+    assert gathers["times"] == before["times"] + 2
+    assert gathers["bytes"] == before["bytes"] + 2 * 8 * 4 * 2
+
+
 def test_only_tpus_can_be_compiled_for() -> None:
     config = load_config("configs/sd15.py:tiny")
     with pytest.raises(ValueError, match="--compile is for TPUs, and h200:8 is none"):

@@ -132,6 +132,21 @@ def test_collectives_that_outlast_the_computation_are_not_hidden(lora) -> None:
     assert plan.exposed_seconds == pytest.approx(summed.seconds + gathered.seconds, rel=1e-3)
 
 
+@pytest.mark.parametrize(("scan", "times"), [(False, 8), (True, 1)])
+def test_weights_of_blocks_in_a_loop_are_gathered_once_for_all_micro_batches(scan: bool, times: int) -> None:
+    config = load_config(str(ROOT / "configs/sdxl.py"))
+    config.mesh.data, config.mesh.fsdp, config.data.accumulation, config.scan = 16, 4, 8, scan
+    topology = parse_topology("v5p:4x4x4")
+    holdings = measure_holdings(config, open_structure(config), topology)
+    plan = make_plan(holdings, WORK["block"], topology, batch_size=2048, accumulation=8)
+    gathered = plan.collectives[0]
+    assert (gathered.name, gathered.times, gathered.can_hide) == ("weights gathered", times, not scan)
+    of_a_unet = 2 * plan.trained_parameters
+    assert plan.memory["weights gathered"] == (2 if scan else 1) * of_a_unet
+    # Three quarters of policy and reference, and of the encoders, are elsewhere; small parameters aren't split.
+    assert 2 * 0.74 * of_a_unet < gathered.received_bytes < 2 * 0.75 * of_a_unet + holdings.encoders * 3
+
+
 def test_fit_returns_the_config_of_its_plan(lora) -> None:
     config, plan = search.fit(lora, parse_topology("v5e:2x2"), None, lambda message: None)
     assert (config.remat, config.data.accumulation, config.mesh.fsdp) == (
