@@ -13,7 +13,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from dpo_jax.models.config_json import read_config
-from dpo_jax.models.layers import Embedding, LayerNorm, Linear, attention
+from dpo_jax.models.layers import Embedding, LayerNorm, Linear
+from dpo_jax.models.operations import attention
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:

@@ -2,8 +2,8 @@
 
 Arrays are channels-last: images `x_NHWC`, sequences `x_NLD`. Parameters are stored as the module's owner made them
 (float32 masters for the policy, bfloat16 for a frozen reference) and cast to the compute `dtype` where they are used.
-Normalisation and softmax accumulate in float32, or in float64 when that is the compute dtype, which is how the parity
-tests run everything at double precision.
+Normalisation accumulates in float32, or in float64 when that is the compute dtype, which is how the parity tests run
+everything at double precision.
 
 A parameter's `torch_axes` says how its axes lie in a PyTorch checkpoint; see `weights/layout.py`.
 """
@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from dpo_jax.models.operations import group_norm, layer_norm
+
 Initializer = Callable[..., jax.Array]
 
 LINEAR_AXES = (1, 0)  # ours (in, out), torch (out, in)
@@ -22,11 +24,6 @@ CONV_AXES = (3, 2, 0, 1)  # ours (height, width, in, out), torch (out, in, heigh
 
 # PyTorch's default for linear and convolution layers: uniform of variance 1 / (3 fan_in).
 torch_default_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
-def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype in which norms, softmax and errors are reduced: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def make_param(
@@ -148,13 +145,10 @@ class GroupNorm(nnx.Module):
         self.bias = make_param(nnx.initializers.zeros, rngs, (channels,))
         self.num_groups, self.epsilon, self.dtype = num_groups, epsilon, dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        high = accumulation_dtype(self.dtype)
-        grouped = x.astype(high).reshape(x.shape[0], -1, self.num_groups, x.shape[-1] // self.num_groups)
-        mean = grouped.mean(axis=(1, 3), keepdims=True)
-        variance = jnp.square(grouped - mean).mean(axis=(1, 3), keepdims=True)
-        normed = ((grouped - mean) * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
-        return (normed * self.scale[...].astype(high) + self.bias[...].astype(high)).astype(self.dtype)
+    def __call__(self, x: jax.Array, *, silu: bool = False) -> jax.Array:
+        """`silu` has SiLU follow."""
+        scale_C, bias_C = self.scale[...], self.bias[...]
+        return group_norm(x.astype(self.dtype), scale_C, bias_C, self.num_groups, self.epsilon, silu=silu)
 
 
 class LayerNorm(nnx.Module):
@@ -166,12 +160,7 @@ class LayerNorm(nnx.Module):
         self.epsilon, self.dtype = epsilon, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        high = accumulation_dtype(self.dtype)
-        x = x.astype(high)
-        mean = x.mean(axis=-1, keepdims=True)
-        variance = jnp.square(x - mean).mean(axis=-1, keepdims=True)
-        normed = (x - mean) * jax.lax.rsqrt(variance + self.epsilon)
-        return (normed * self.scale[...].astype(high) + self.bias[...].astype(high)).astype(self.dtype)
+        return layer_norm(x.astype(self.dtype), self.scale[...], self.bias[...], self.epsilon)
 
 
 class Embedding(nnx.Module):
@@ -183,26 +172,3 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         return self.embedding[...].astype(self.dtype)[ids]
-
-
-def attention(
-    query_NQD: jax.Array, key_NSD: jax.Array, value_NSD: jax.Array, num_heads: int, *, is_causal: bool = False
-) -> jax.Array:
-    """Multi-head scaled dot-product attention; softmax in `accumulation_dtype`. Returns [N, Q, D].
-
-    Written out because `jax.nn.dot_product_attention` takes the softmax in float32 even of float64 inputs.
-    """
-
-    def heads(x_NSD: jax.Array) -> jax.Array:
-        return x_NSD.reshape(*x_NSD.shape[:2], num_heads, -1)
-
-    query_NQhd, key_NShd, value_NShd = heads(query_NQD), heads(key_NSD), heads(value_NSD)
-    high = accumulation_dtype(query_NQD.dtype)
-    logits_NhQS = jnp.einsum("NQhd,NShd->NhQS", query_NQhd, key_NShd, preferred_element_type=high)
-    logits_NhQS *= query_NQhd.shape[-1] ** -0.5
-    if is_causal:
-        sees_QS = jnp.tri(query_NQD.shape[1], key_NSD.shape[1], dtype=bool)
-        logits_NhQS = jnp.where(sees_QS, logits_NhQS, -jnp.inf)
-    weights_NhQS = jax.nn.softmax(logits_NhQS, axis=-1).astype(value_NSD.dtype)
-    y_NQhd = jnp.einsum("NhQS,NShd->NQhd", weights_NhQS, value_NShd)
-    return y_NQhd.reshape(query_NQD.shape)

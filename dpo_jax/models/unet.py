@@ -14,7 +14,8 @@ from jax.typing import DTypeLike
 
 from dpo_jax.batch import Conditioning
 from dpo_jax.models.execution import PLAIN, Execution
-from dpo_jax.models.layers import Conv, GroupNorm, Linear, accumulation_dtype
+from dpo_jax.models.layers import Conv, GroupNorm, Linear
+from dpo_jax.models.operations import accumulation_dtype
 from dpo_jax.models.unet_blocks import DownBlock2D, UNetMidBlock2DCrossAttn, UpBlock2D
 from dpo_jax.models.unet_config import UNetConfig
 
@@ -64,7 +65,7 @@ class UNet2DConditionModel(nnx.Module):
         x_NHWC = self.mid_block(skips[-1], temb_NT, conditioning.context_NLD)
         for up_block in self.up_blocks:
             x_NHWC = up_block(x_NHWC, skips, temb_NT, conditioning.context_NLD)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x_NHWC)))
+        return self.conv_out(self.conv_norm_out(x_NHWC, silu=True))
 
     def _added_features(self, conditioning: Conditioning, dtype: DTypeLike) -> jax.Array:
         """Pooled caption and embedded time ids, side by side."""

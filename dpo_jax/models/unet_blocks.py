@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from dpo_jax.models.execution import Execution, attention_result
-from dpo_jax.models.layers import Conv, GroupNorm, LayerNorm, Linear, attention
+from dpo_jax.models.execution import Execution
+from dpo_jax.models.layers import Conv, GroupNorm, LayerNorm, Linear
+from dpo_jax.models.operations import attention, geglu
 from dpo_jax.models.unet_config import UNetConfig
 
 
@@ -107,9 +108,9 @@ class ResnetBlock2D(nnx.Module):
         self.conv_shortcut = Conv(in_channels, out_channels, 1, padding=0, dtype=dtype, rngs=rngs) if changes else None
 
     def __call__(self, x_NHWC: jax.Array, temb_NT: jax.Array) -> jax.Array:
-        y_NHWC = self.conv1(jax.nn.silu(self.norm1(x_NHWC)))
+        y_NHWC = self.conv1(self.norm1(x_NHWC, silu=True))
         y_NHWC = y_NHWC + self.time_emb_proj(temb_NT)[:, None, None, :]
-        y_NHWC = self.conv2(jax.nn.silu(self.norm2(y_NHWC)))
+        y_NHWC = self.conv2(self.norm2(y_NHWC, silu=True))
         return y_NHWC + (x_NHWC if self.conv_shortcut is None else self.conv_shortcut(x_NHWC))
 
     def joined(self, x_NHWC: jax.Array, skip_NHWC: jax.Array, temb_NT: jax.Array) -> jax.Array:
@@ -175,7 +176,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x_NLD: jax.Array, context_NLD: jax.Array) -> jax.Array:
         y_NLD = attention(self.to_q(x_NLD), self.to_k(context_NLD), self.to_v(context_NLD), self.num_heads)
-        return self.to_out[0](attention_result(y_NLD))
+        return self.to_out[0](y_NLD)
 
 
 class FeedForward(nnx.Module):
@@ -191,14 +192,13 @@ class FeedForward(nnx.Module):
 
 
 class GEGLU(nnx.Module):
-    """`a * gelu(b)` of two projections (Shazeer, arXiv 2002.05202), with the exact gelu."""
+    """A projection and its gate; see `operations.geglu`."""
 
     def __init__(self, features: int, out_features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.proj = Linear(features, 2 * out_features, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_NLD: jax.Array) -> jax.Array:
-        value_NLD, gate_NLD = jnp.split(self.proj(x_NLD), 2, axis=-1)
-        return value_NLD * jax.nn.gelu(gate_NLD, approximate=False)
+        return geglu(self.proj(x_NLD))
 
 
 class Downsample2D(nnx.Module):

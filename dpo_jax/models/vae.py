@@ -14,7 +14,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from dpo_jax.models.config_json import read_config
-from dpo_jax.models.layers import Conv, GroupNorm, Linear, attention
+from dpo_jax.models.layers import Conv, GroupNorm, Linear
+from dpo_jax.models.operations import attention
 
 EPSILON = 1e-6
 
@@ -104,7 +105,7 @@ class Encoder(nnx.Module):
         for block in self.down_blocks:
             x_NHWC = block(x_NHWC)
         x_NHWC = self.mid_block(x_NHWC)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x_NHWC)))
+        return self.conv_out(self.conv_norm_out(x_NHWC, silu=True))
 
 
 class Decoder(nnx.Module):
@@ -126,7 +127,7 @@ class Decoder(nnx.Module):
         x_NHWC = self.mid_block(self.conv_in(x_NhwC))
         for block in self.up_blocks:
             x_NHWC = block(x_NHWC)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x_NHWC)))
+        return self.conv_out(self.conv_norm_out(x_NHWC, silu=True))
 
 
 class DownEncoderBlock2D(nnx.Module):
@@ -188,8 +189,8 @@ class ResnetBlock2D(nnx.Module):
         )
 
     def __call__(self, x_NHWC: jax.Array) -> jax.Array:
-        y_NHWC = self.conv1(jax.nn.silu(self.norm1(x_NHWC)))
-        y_NHWC = self.conv2(jax.nn.silu(self.norm2(y_NHWC)))
+        y_NHWC = self.conv1(self.norm1(x_NHWC, silu=True))
+        y_NHWC = self.conv2(self.norm2(y_NHWC, silu=True))
         return y_NHWC + (x_NHWC if self.conv_shortcut is None else self.conv_shortcut(x_NHWC))
 
 

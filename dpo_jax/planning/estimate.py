@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
 from dpo_jax.cli import replaced
+from dpo_jax.models.operations import AGAIN
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.planning.program import Program, peak_bytes
 from dpo_jax.planning.structure import open_structure
@@ -37,7 +38,7 @@ class Work:
     flops: float
     """Of all products and convolutions that are done."""
     model_flops: float
-    """Without those that rematerialization repeats."""
+    """Without those that rematerialization and attention's backward pass repeat."""
     activation_bytes: float
 
 
@@ -175,13 +176,14 @@ class Plan:
 
 def measure_work(config: ConfigDict, pipeline: Pipeline, model_flops: float | None = None) -> Work:
     """Traces the gradient of one pair, with what `config.remat` repeats and, where not known yet, without."""
-    flops, activation_bytes = _trace_pair(config, pipeline)
-    if config.remat == "none":
-        model_flops = flops
+    program, activation_bytes = _trace_pair(config, pipeline)
     if model_flops is None:
-        plain = replaced(config, {"remat": "none"})
-        model_flops, _ = _trace_pair(plain, open_structure(plain))
-    return Work(config.remat, flops, model_flops, activation_bytes)
+        plain = program
+        if config.remat != "none":
+            without = replaced(config, {"remat": "none"})
+            plain, _ = _trace_pair(without, open_structure(without))
+        model_flops = plain.flops(without=AGAIN)
+    return Work(config.remat, program.flops(), model_flops, activation_bytes)
 
 
 def measure_holdings(config: ConfigDict, pipeline: Pipeline, topology: Topology) -> Holdings:
@@ -303,8 +305,8 @@ def _size(specs: Any) -> int:
     return sum(math.prod(spec.shape) for spec in specs.values())
 
 
-def _trace_pair(config: ConfigDict, pipeline: Pipeline) -> tuple[float, float]:
-    """(floating point operations, bytes of activations) of the gradient of one pair on one device."""
+def _trace_pair(config: ConfigDict, pipeline: Pipeline) -> tuple[Program, float]:
+    """The gradient of one pair on one device, and its bytes of activations."""
     one = replaced(config, {"data.batch_size": 1, "data.accumulation": 1})
     experiment = compose(one, resolve(one, device_count=1, process_count=1), pipeline, Placement(_mesh((1, 1, 1))))
 
@@ -315,4 +317,4 @@ def _trace_pair(config: ConfigDict, pipeline: Pipeline) -> tuple[float, float]:
     weights = experiment.abstract_state().params, experiment.frozen
     traced = jax.make_jaxpr(jax.grad(loss))(*weights, experiment.abstract_batch(), jax.ShapeDtypeStruct((), jnp.int32))
     program = Program(traced)
-    return program.flops(), peak_bytes(program, program.inputs[: len(jax.tree.leaves(weights))])
+    return program, peak_bytes(program, program.inputs[: len(jax.tree.leaves(weights))])

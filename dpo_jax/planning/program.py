@@ -7,6 +7,7 @@ is kept in their place.
 """
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ class Operation(NamedTuple):
     params: dict[str, Any]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    scope: str
+    """The names it was traced under."""
 
 
 class Program:
@@ -46,11 +49,17 @@ class Program:
         aval = self.avals[variable]
         return math.prod(aval.shape) * aval.dtype.itemsize
 
-    def flops(self) -> float:
-        """Floating point operations of products and convolutions, 2 per multiplication with its addition."""
-        return sum(self._flops(operation) for operation in self.operations)
+    def flops(self, *, without: str | None = None) -> float:
+        """Floating point operations of products and convolutions, 2 per multiplication with its addition.
 
-    def _flops(self, operation: Operation) -> float:
+        `without` leaves out what was traced in a scope of that name (`jax.named_scope`).
+        """
+        # In a derivative the scope reads transpose(jvp(name)).
+        left_out = re.compile(rf"\b{without}\b") if without else None
+        counted = (op for op in self.operations if not (left_out and left_out.search(op.scope)))
+        return sum(self._flops(operation, without) for operation in counted)
+
+    def _flops(self, operation: Operation, without: str | None) -> float:
         shapes = [self.avals[variable].shape for variable in (*operation.inputs, *operation.outputs)]
         if operation.name == "dot_general":
             (contracted, _), _ = operation.params["dimension_numbers"]
@@ -58,14 +67,14 @@ class Program:
         if operation.name == "conv_general_dilated":
             return 2 * math.prod(shapes[-1]) * _taps(operation.params, shapes[1])
         if operation.name == "scan":
-            return operation.params["length"] * Program(operation.params["jaxpr"]).flops()
+            return operation.params["length"] * Program(operation.params["jaxpr"]).flops(without=without)
         return 0
 
     def _new(self, aval: Any) -> int:
         self.avals.append(aval)
         return len(self.avals) - 1
 
-    def _inline(self, jaxpr: core.Jaxpr, inputs: Iterable[int]) -> list[int]:
+    def _inline(self, jaxpr: core.Jaxpr, inputs: Iterable[int], called_in: str = "") -> list[int]:
         numbers = dict(zip(jaxpr.invars, inputs, strict=True))
         for var in jaxpr.constvars:
             numbers[var] = self._new(var.aval)
@@ -75,12 +84,13 @@ class Program:
 
         for eqn in jaxpr.eqns:
             given = [number(atom) for atom in eqn.invars]
+            scope = f"{called_in}/{eqn.source_info.name_stack}"
             inner = _called(eqn)
             if inner is not None:
-                results = self._inline(inner, given)
+                results = self._inline(inner, given, scope)
             else:
                 results = [self._new(var.aval) for var in eqn.outvars]
-                self.operations.append(Operation(eqn.primitive.name, eqn.params, tuple(given), tuple(results)))
+                self.operations.append(Operation(eqn.primitive.name, eqn.params, tuple(given), tuple(results), scope))
             numbers.update(zip(eqn.outvars, results, strict=True))
         return [number(atom) for atom in jaxpr.outvars]
 
@@ -148,7 +158,8 @@ def peak_bytes(program: Program, weights: Iterable[int]) -> int:
     held = peak = 0
     for time, operation in enumerate(program.operations):
         held += sum(program.bytes(v) for v in operation.outputs if v in last_read)
-        peak = max(peak, held)
+        inside = peak_bytes(Program(operation.params["jaxpr"]), ()) if operation.name == "scan" else 0
+        peak = max(peak, held + inside)
         held -= sum(program.bytes(v) for v in freed.get(time, []))
     return peak
 

@@ -1,0 +1,218 @@
+"""Normalisation, gating and attention with derivatives written by hand: they keep less for the backward pass.
+
+Plain autodiff keeps intermediate values, most of them in float32. These keep their inputs as they came, and a few
+statistics, and compute the rest again: elementwise operations, which a compiler joins to what reads their results, and
+of attention the product of queries and keys, so that no array of queries by keys lasts until the backward pass
+(Rabe and Staats, arXiv 2112.05682; Dao et al., arXiv 2205.14135).
+
+Statistics and sums are taken in `accumulation_dtype`. Only reverse mode, once: what a gradient of a loss needs.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from dpo_jax.models.execution import attention_result
+
+AGAIN = "again"
+"""The scope of products that are done a second time for the backward pass."""
+
+
+def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype in which norms, softmax and errors are reduced: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def group_norm(
+    x: jax.Array, scale_C: jax.Array, bias_C: jax.Array, num_groups: int, epsilon: float, *, silu: bool = False
+) -> jax.Array:
+    """Group normalisation (Wu and He, arXiv 1803.08494) over all axes but the first, channels last. `silu` follows."""
+    groups = (num_groups, x.shape[-1] // num_groups)
+    grouped = x.reshape(x.shape[0], -1, *groups)
+    return _norm(grouped, scale_C.reshape(groups), bias_C.reshape(groups), (1, 3), epsilon, silu).reshape(x.shape)
+
+
+def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array, epsilon: float) -> jax.Array:
+    """Layer normalisation (Ba et al., arXiv 1607.06450) over the last axis."""
+    return _norm(x, scale_D, bias_D, (-1,), epsilon, False)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, axes: tuple[int, ...], epsilon: float, silu: bool
+) -> jax.Array:
+    """Zero mean and unit variance over `axes`; `scale` and `bias` have the last axes of `x`."""
+    return _norm_forward(x, scale, bias, axes, epsilon, silu)[0]
+
+
+def _norm_forward(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, axes: tuple[int, ...], epsilon: float, silu: bool
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    high = accumulation_dtype(x.dtype)
+    mean = x.astype(high).mean(axes, keepdims=True)
+    variance = jnp.square(x.astype(high) - mean).mean(axes, keepdims=True)
+    inverse_std = jax.lax.rsqrt(variance + epsilon)
+    y = (x.astype(high) - mean) * inverse_std * scale.astype(high) + bias.astype(high)
+    return (jax.nn.silu(y) if silu else y).astype(x.dtype), (x, mean, inverse_std, scale, bias)
+
+
+def _norm_backward(
+    axes: tuple[int, ...], epsilon: float, silu: bool, kept: tuple[jax.Array, ...], dy: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, mean, inverse_std, scale, bias = kept
+    high = accumulation_dtype(x.dtype)
+    normed, dy = (x.astype(high) - mean) * inverse_std, dy.astype(high)
+    if silu:
+        y = normed * scale.astype(high) + bias.astype(high)
+        sigmoid = jax.nn.sigmoid(y)
+        dy = dy * sigmoid * (1 + y * (1 - sigmoid))
+    leading = tuple(range(x.ndim - scale.ndim))
+    dscale, dbias = (dy * normed).sum(leading), dy.sum(leading)
+    dnormed = dy * scale.astype(high)
+    # What changes the mean or the variance is taken out again.
+    dx = dnormed - dnormed.mean(axes, keepdims=True) - normed * (dnormed * normed).mean(axes, keepdims=True)
+    return (dx * inverse_std).astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
+
+
+_norm.defvjp(_norm_forward, _norm_backward)
+
+
+@jax.custom_vjp
+def geglu(x: jax.Array) -> jax.Array:
+    """`a * gelu(b)` of the halves a and b of the last axis (Shazeer, arXiv 2002.05202), with the exact gelu."""
+    return _geglu_forward(x)[0]
+
+
+def _geglu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    value, gate = jnp.split(x.astype(accumulation_dtype(x.dtype)), 2, axis=-1)
+    return (value * jax.nn.gelu(gate, approximate=False)).astype(x.dtype), x
+
+
+def _geglu_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    high = accumulation_dtype(x.dtype)
+    value, gate = jnp.split(x.astype(high), 2, axis=-1)
+    dy = dy.astype(high)
+    below = jax.scipy.stats.norm.cdf(gate)
+    density = jnp.exp(-jnp.square(gate) / 2) / math.sqrt(2 * math.pi)
+    dvalue, dgate = dy * gate * below, dy * value * (below + gate * density)
+    return (jnp.concatenate([dvalue, dgate], axis=-1).astype(x.dtype),)
+
+
+geglu.defvjp(_geglu_forward, _geglu_backward)
+
+
+def attention(
+    query_NQD: jax.Array, key_NSD: jax.Array, value_NSD: jax.Array, num_heads: int, *, is_causal: bool = False
+) -> jax.Array:
+    """Multi-head scaled dot-product attention. Returns [N, Q, D].
+
+    Written out because `jax.nn.dot_product_attention` takes the softmax in float32 even of float64 inputs.
+    """
+
+    def heads(x_NSD: jax.Array) -> jax.Array:
+        return x_NSD.reshape(*x_NSD.shape[:2], num_heads, -1)
+
+    return _attention(heads(query_NQD), heads(key_NSD), heads(value_NSD), is_causal).reshape(query_NQD.shape)
+
+
+LOGITS_BYTES = 2**27
+"""What an image's products of queries and keys may take; where it is more, the queries are gone through in blocks."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attention(query_NQhd: jax.Array, key_NShd: jax.Array, value_NShd: jax.Array, is_causal: bool) -> jax.Array:
+    return _attention_forward(query_NQhd, key_NShd, value_NShd, is_causal)[0]
+
+
+def _attention_forward(
+    query_NQhd: jax.Array, key_NShd: jax.Array, value_NShd: jax.Array, is_causal: bool
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def of_block(query_NQhd: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits_NhQS = _logits(query_NQhd, key_NShd, is_causal)
+        highest_NhQ1 = logits_NhQS.max(axis=-1, keepdims=True)
+        weights_NhQS = jnp.exp(logits_NhQS - highest_NhQ1)
+        sum_NhQ1 = weights_NhQS.sum(axis=-1, keepdims=True)
+        weights_NhQS = (weights_NhQS / sum_NhQ1).astype(value_NShd.dtype)
+        result_NQhd = jnp.einsum("NhQS,NShd->NQhd", weights_NhQS, value_NShd)
+        return result_NQhd, (highest_NhQ1 + jnp.log(sum_NhQ1))[..., 0].swapaxes(1, 2)
+
+    blocks = _num_blocks(query_NQhd, key_NShd, is_causal)
+    if blocks == 1:
+        result_NQhd, log_sum_NQh = of_block(query_NQhd)
+    else:
+        result_NQhd, log_sum_NQh = map(_join, jax.lax.map(of_block, _split(query_NQhd, blocks)))
+    # Named together: rematerialization that keeps the result needs the sums as well, or it would compute both again.
+    result_NQhd, log_sum_NQh = attention_result(result_NQhd), attention_result(log_sum_NQh)
+    return result_NQhd, (query_NQhd, key_NShd, value_NShd, result_NQhd, log_sum_NQh)
+
+
+def _attention_backward(
+    is_causal: bool, kept: tuple[jax.Array, ...], dresult_NQhd: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    query_NQhd, key_NShd, value_NShd, result_NQhd, log_sum_NQh = kept
+    high, low = log_sum_NQh.dtype, query_NQhd.dtype
+    # The softmax's own derivative: what all weights of a query change together is nothing.
+    together_NQh = jnp.einsum("NQhd,NQhd->NQh", dresult_NQhd, result_NQhd, preferred_element_type=high)
+
+    def of_block(
+        sums: tuple[jax.Array, jax.Array], block: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        query_NQhd, log_sum_NQh, dresult_NQhd, together_NQh = block
+        with jax.named_scope(AGAIN):
+            logits_NhQS = _logits(query_NQhd, key_NShd, is_causal)
+        weights_NhQS = jnp.exp(logits_NhQS - log_sum_NQh.swapaxes(1, 2)[..., None])
+        dvalue_NShd = jnp.einsum("NhQS,NQhd->NShd", weights_NhQS.astype(low), dresult_NQhd, preferred_element_type=high)
+        dweights_NhQS = jnp.einsum("NQhd,NShd->NhQS", dresult_NQhd, value_NShd, preferred_element_type=high)
+        dlogits_NhQS = weights_NhQS * (dweights_NhQS - together_NQh.swapaxes(1, 2)[..., None])
+        dlogits_NhQS = (dlogits_NhQS * query_NQhd.shape[-1] ** -0.5).astype(low)
+        dkey_NShd = jnp.einsum("NhQS,NQhd->NShd", dlogits_NhQS, query_NQhd, preferred_element_type=high)
+        dquery_NQhd = jnp.einsum("NhQS,NShd->NQhd", dlogits_NhQS, key_NShd)
+        return (sums[0] + dkey_NShd, sums[1] + dvalue_NShd), dquery_NQhd
+
+    blocks = _num_blocks(query_NQhd, key_NShd, is_causal)
+    of_queries = query_NQhd, log_sum_NQh, dresult_NQhd, together_NQh
+    zeros = jnp.zeros(key_NShd.shape, high), jnp.zeros(value_NShd.shape, high)
+    if blocks == 1:
+        (dkey_NShd, dvalue_NShd), dquery_NQhd = of_block(zeros, of_queries)
+    else:
+        split = tuple(_split(x, blocks) for x in of_queries)
+        (dkey_NShd, dvalue_NShd), dquery_BNQhd = jax.lax.scan(of_block, zeros, split)
+        dquery_NQhd = _join(dquery_BNQhd)
+    return dquery_NQhd, dkey_NShd.astype(low), dvalue_NShd.astype(low)
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _logits(query_NQhd: jax.Array, key_NShd: jax.Array, is_causal: bool) -> jax.Array:
+    high: Any = accumulation_dtype(query_NQhd.dtype)
+    logits_NhQS = jnp.einsum("NQhd,NShd->NhQS", query_NQhd, key_NShd, preferred_element_type=high)
+    logits_NhQS *= query_NQhd.shape[-1] ** -0.5
+    if not is_causal:
+        return logits_NhQS
+    queries, keys = logits_NhQS.shape[-2:]
+    sees_QS = jnp.tri(queries, keys, dtype=bool)
+    return jnp.where(sees_QS, logits_NhQS, -jnp.inf)
+
+
+def _num_blocks(query_NQhd: jax.Array, key_NShd: jax.Array, is_causal: bool) -> int:
+    """Of equal size, the fewest that stay within the bytes."""
+    _, queries, heads, _ = query_NQhd.shape
+    size = heads * queries * key_NShd.shape[1] * accumulation_dtype(query_NQhd.dtype).itemsize
+    if is_causal:  # a block would have to know where it begins; captions are short
+        return 1
+    return next(n for n in range(1, queries + 1) if queries % n == 0 and (size <= n * LOGITS_BYTES or n == queries))
+
+
+def _split(x_NQ: jax.Array, blocks: int) -> jax.Array:
+    """[N, Q, ...] to [blocks, N, Q / blocks, ...]."""
+    return jnp.moveaxis(x_NQ.reshape(x_NQ.shape[0], blocks, -1, *x_NQ.shape[2:]), 1, 0)
+
+
+def _join(x_BNQ: jax.Array) -> jax.Array:
+    """What `_split` has split."""
+    return jnp.moveaxis(x_BNQ, 0, 1).reshape(x_BNQ.shape[1], -1, *x_BNQ.shape[3:])

@@ -1,0 +1,131 @@
+"""Operations with derivatives of their own against PyTorch's, and what they keep for the backward pass."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from dpo_jax.models import operations
+from dpo_jax.models.operations import attention, geglu, group_norm, layer_norm
+
+Arrays = list[np.ndarray]
+
+
+def numbers(*shapes: tuple[int, ...], offset: float = 0.0, scale: float = 1.0) -> Arrays:
+    rng = np.random.default_rng(0)
+    return [offset + scale * rng.normal(size=shape) for shape in shapes]
+
+
+def torch_group_norm(silu: bool) -> Callable[..., torch.Tensor]:
+    def apply(x: torch.Tensor, scale_C: torch.Tensor, bias_C: torch.Tensor) -> torch.Tensor:
+        y = torch.nn.functional.group_norm(x.movedim(-1, 1), 4, scale_C, bias_C, 1e-5).movedim(1, -1)
+        return torch.nn.functional.silu(y) if silu else y
+
+    return apply
+
+
+def torch_attention(is_causal: bool) -> Callable[..., torch.Tensor]:
+    def apply(*of_all: torch.Tensor) -> torch.Tensor:
+        split = [x_NLD.unflatten(-1, (2, -1)).transpose(1, 2) for x_NLD in of_all]
+        y = torch.nn.functional.scaled_dot_product_attention(*split, is_causal=is_causal)
+        return y.transpose(1, 2).flatten(-2)
+
+    return apply
+
+
+def torch_geglu(x: torch.Tensor) -> torch.Tensor:
+    value, gate = x.chunk(2, dim=-1)
+    return value * torch.nn.functional.gelu(gate)
+
+
+IMAGE, CHANNELS, QUERIES, KEYS = (2, 6, 5, 16), (16,), (2, 7, 12), (2, 3, 12)
+CASES: dict[str, tuple[Callable[..., jax.Array], Callable[..., torch.Tensor], Arrays]] = {
+    "group norm": (
+        lambda *a: group_norm(*a, 4, 1e-5),
+        torch_group_norm(False),
+        numbers(IMAGE, CHANNELS, CHANNELS, offset=3),
+    ),
+    "group norm and silu": (
+        lambda *a: group_norm(*a, 4, 1e-5, silu=True),
+        torch_group_norm(True),
+        numbers(IMAGE, CHANNELS, CHANNELS, scale=3),
+    ),
+    "group norm of what is constant": (
+        lambda *a: group_norm(*a, 4, 1e-5, silu=True),
+        torch_group_norm(True),
+        [np.ones(IMAGE), *numbers(CHANNELS, CHANNELS)],
+    ),
+    "layer norm": (
+        lambda *a: layer_norm(*a, 1e-5),
+        lambda x, *a: torch.nn.functional.layer_norm(x, CHANNELS, *a),
+        numbers(IMAGE, CHANNELS, CHANNELS, offset=-2),
+    ),
+    "geglu": (geglu, torch_geglu, numbers(IMAGE, scale=4)),
+    "self-attention": (lambda *a: attention(*a, 2), torch_attention(False), numbers(QUERIES, QUERIES, QUERIES)),
+    "cross-attention": (lambda *a: attention(*a, 2), torch_attention(False), numbers(QUERIES, KEYS, KEYS, scale=5)),
+    "causal attention": (
+        lambda *a: attention(*a, 2, is_causal=True),
+        torch_attention(True),
+        numbers(QUERIES, QUERIES, QUERIES, scale=2),
+    ),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_those_of_pytorch(name: str) -> None:
+    ours, theirs, arrays = CASES[name]
+    tensors = [torch.from_numpy(x).requires_grad_() for x in arrays]
+    oracle = theirs(*tensors)
+    upstream = np.random.default_rng(1).normal(size=oracle.shape)
+    oracle.backward(torch.from_numpy(upstream))
+    value, pull = jax.vjp(jax.jit(ours), *map(jnp.asarray, arrays))
+    np.testing.assert_allclose(value, oracle.detach().numpy(), rtol=1e-12, atol=1e-12)
+    for gradient, tensor in zip(jax.jit(pull)(upstream), tensors, strict=True):
+        assert tensor.grad is not None
+        np.testing.assert_allclose(gradient, tensor.grad.numpy(), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("limit", "blocks"), [(2 * 7 * 7 * 8, 1), (2 * 7 * 7 * 8 - 1, 7), (1, 7)])
+def test_attention_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch, limit: int, blocks: int) -> None:
+    _, _, arrays = CASES["self-attention"]
+    monkeypatch.setattr(operations, "LOGITS_BYTES", limit)
+    pull = jax.make_jaxpr(lambda *a: jax.vjp(lambda *a: attention(*a, 2), *a)[1](a[0]))(*map(jnp.asarray, arrays))
+    loops = {eqn.params["length"] for eqn in pull.eqns if eqn.primitive.name == "scan"}
+    assert loops == ({blocks} if blocks > 1 else set())
+    test_values_and_gradients_are_those_of_pytorch("self-attention")
+
+
+def kept_bytes(function: Callable[..., Any], *shapes: jax.ShapeDtypeStruct) -> int:
+    """Of everything that the backward pass is given."""
+    kept = jax.eval_shape(lambda *a: jax.vjp(function, *a)[1], *shapes)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
+
+
+def bfloat16(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
+def test_norms_keep_their_input_and_statistics() -> None:
+    x, channels = bfloat16(2, 8, 8, 64), jax.ShapeDtypeStruct((64,), jnp.float32)
+    parameters = 2 * 64 * 4
+    of_image, of_group, of_cell = 2 * 8 * 8 * 64 * 2, 2 * 4 * 2 * 4, 2 * 8 * 8 * 2 * 4
+    for silu in (False, True):
+        kept = kept_bytes(lambda *a, silu=silu: group_norm(*a, 4, 1e-5, silu=silu), x, channels, channels)
+        assert kept == of_image + of_group + parameters
+    assert kept_bytes(lambda *a: layer_norm(*a, 1e-5), x, channels, channels) == of_image + of_cell + parameters
+
+
+def test_geglu_keeps_its_input() -> None:
+    assert kept_bytes(geglu, bfloat16(2, 64, 128)) == 2 * 64 * 128 * 2
+
+
+def test_attention_keeps_nothing_of_queries_by_keys() -> None:
+    query, key = bfloat16(2, 512, 64), bfloat16(2, 256, 64)
+    sums = 2 * 512 * 4 * 4
+    assert kept_bytes(lambda *a: attention(*a, 4), query, key, key) == 2 * (2 * 512 + 2 * 256) * 64 * 2 + sums
