@@ -129,28 +129,14 @@ def peak_bytes(program: Program, weights: Iterable[int]) -> int:
         weights: inputs that are parameters. What is made of them alone (rounded weights), and what becomes an output by
             elementwise operations alone (gradients), is not counted: that depends on how they are split over devices.
     """
-    uncounted = set(program.inputs) | _made_of(program, set(weights)) | _gradients(program)
-    sources: dict[int, frozenset[int]] = {}
-
-    def sources_of(variable: int) -> frozenset[int]:
-        return sources.get(variable, frozenset())
-
-    for operation in program.operations:
-        made_of = frozenset().union(*(sources_of(variable) for variable in operation.inputs))
-        sizes = [program.bytes(variable) for variable in made_of]
-        for variable in operation.outputs:
-            if variable in uncounted:
-                continue
-            joins = max(sizes, default=0) <= program.bytes(variable) < 0.75 * sum(sizes)
-            exists = joins or operation.name not in ELEMENTWISE
-            sources[variable] = frozenset([variable]) if exists else made_of
+    sources = _sources(program, set(program.inputs) | _made_of(program, set(weights)) | _gradients(program))
     last_read: dict[int, int] = {}
     for time, operation in enumerate(program.operations):
         for variable in operation.inputs:
-            for source in sources_of(variable):
+            for source in sources.get(variable, ()):
                 last_read[source] = time
     for variable in program.outputs:
-        for source in sources_of(variable):
+        for source in sources.get(variable, ()):
             last_read[source] = len(program.operations)
     freed: dict[int, list[int]] = {}
     for source, time in last_read.items():
@@ -162,6 +148,29 @@ def peak_bytes(program: Program, weights: Iterable[int]) -> int:
         peak = max(peak, held + inside)
         held -= sum(program.bytes(v) for v in freed.get(time, []))
     return peak
+
+
+def kept_bytes(program: Program, weights: Iterable[int]) -> int:
+    """The bytes of what a program's outputs are made of, elementwise, beside its inputs: of a forward pass that returns
+    its derivative (`jax.vjp`), what it keeps for the backward pass. `weights` as in `peak_bytes`."""
+    sources = _sources(program, set(program.inputs) | _made_of(program, set(weights)))
+    kept = frozenset().union(*(sources.get(variable, frozenset()) for variable in program.outputs))
+    return sum(program.bytes(variable) for variable in kept)
+
+
+def _sources(program: Program, uncounted: set[int]) -> dict[int, frozenset[int]]:
+    """For each variable those that exist in memory and it is made of: itself, or what it is computed from again."""
+    sources: dict[int, frozenset[int]] = {}
+    for operation in program.operations:
+        made_of = frozenset().union(*(sources.get(variable, frozenset()) for variable in operation.inputs))
+        sizes = [program.bytes(variable) for variable in made_of]
+        for variable in operation.outputs:
+            if variable in uncounted:
+                continue
+            joins = max(sizes, default=0) <= program.bytes(variable) < 0.75 * sum(sizes)
+            exists = joins or operation.name not in ELEMENTWISE
+            sources[variable] = frozenset([variable]) if exists else made_of
+    return sources
 
 
 def _made_of(program: Program, variables: set[int]) -> set[int]:

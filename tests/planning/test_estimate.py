@@ -95,6 +95,14 @@ def test_fit_takes_the_fastest_that_fits_and_of_equals_the_smallest(lora) -> Non
     assert all(plan.fits for plan in (roomy, tight, tighter))
 
 
+def test_fit_rematerializes_only_for_what_it_saves(lora) -> None:
+    machine = parse_topology("v5e:4x4")
+    machine = machine._replace(device=machine.device._replace(hbm_gib=100))
+    for saved, remat in ((0.04, "none"), (0.06, "dots")):
+        works = [Work("none", 8e12, 8e12, 6 * GIB), Work("dots", 8e12, 8e12, (1 - saved) * 6 * GIB)]
+        assert search.choose(lora, works, machine).remat == remat
+
+
 def test_fit_says_what_is_the_least_where_nothing_fits(lora) -> None:
     with pytest.raises(ValueError, match=r"nothing fits v5e:4x4: the least is 1\.0 GiB of its 0\.5 GiB a device"):
         choose(lora, 0.5)

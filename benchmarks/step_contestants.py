@@ -1,0 +1,413 @@
+"""What benchmarks/step.py times: this project's training step, and PyTorch's loops."""
+
+import contextlib
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+CONTEXT_TOKENS = 77
+WARM_UP = 2
+"""Steps before the clock starts, the first of which compiles."""
+
+
+class Mode(NamedTuple):
+    """What is trained, and on how much at a time."""
+
+    config: str
+    batch_size: int
+    """Pairs of an optimizer step."""
+    pairs: int
+    """Pairs at a time in our step."""
+    dtype: str = "bfloat16"
+    cells: int | None = None
+    """Of a random model's latents; published ones have their own."""
+
+    @property
+    def is_lora(self) -> bool:
+        return ":lora" in self.config
+
+
+MODES = {
+    "sdxl-full": Mode("configs/sdxl.py", 16, 4),
+    "sdxl-lora": Mode("configs/sdxl.py:lora", 16, 4),
+    "sd15-full": Mode("configs/sd15.py", 64, 16),
+    "sd15-lora": Mode("configs/sd15.py:lora", 64, 16),
+    "tiny": Mode("configs/sdxl.py:tiny", 8, 4, "float32", 32),
+}
+
+
+def load(mode: Mode) -> Any:
+    """The config of one device, from stored encodings."""
+    from dpo_jax.cli import load_config
+
+    c = load_config(str(ROOT / mode.config))
+    c.dtype = mode.dtype
+    c.data.batch_size, c.data.accumulation = mode.batch_size, mode.batch_size // mode.pairs
+    c.data.encoded_views, c.data.random_flip, c.data.random_crop = 1, False, False
+    c.data.path = "made up"
+    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 1, 1, 1
+    c.ema.decay = 0.0
+    if mode.cells:
+        c.data.resolution = 8 * mode.cells
+    return c
+
+
+def count_work(mode: Mode) -> float:
+    """Floating point operations of a pair, by the plan's count."""
+    from dpo_jax.planning.estimate import measure_work
+    from dpo_jax.planning.structure import open_structure
+
+    config = load(mode)
+    return measure_work(config, open_structure(config)).model_flops
+
+
+def ceilings() -> dict[str, Any]:
+    """What the device does at best: products of large matrices, copies of much memory."""
+    import jax
+    import jax.numpy as jnp
+
+    device = jax.devices()[0]
+    is_gpu = device.platform == "gpu"
+    size, dtype = (8192, jnp.bfloat16) if is_gpu else (2048, jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 3)
+    a, b = (jax.random.normal(key, (size, size), dtype) for key in keys[:2])
+    large = jax.random.normal(keys[2], (2**30 if is_gpu else 2**26,), jnp.bfloat16)
+
+    def best(function: Callable[..., Any], *arguments: Any) -> float:
+        jax.block_until_ready(function(*arguments))
+        seconds = []
+        for _ in range(10):
+            started = time.perf_counter()
+            jax.block_until_ready([function(*arguments) for _ in range(4)])
+            seconds.append((time.perf_counter() - started) / 4)
+        return min(seconds)
+
+    product, copied = best(jax.jit(jnp.matmul), a, b), best(jax.jit(jnp.negative), large)
+    return {
+        "device": device.device_kind,
+        "tflops": 2 * size**3 / product / 1e12,
+        "copy_gb_s": 2 * large.nbytes / copied / 1e9,
+    }
+
+
+def timed(step: Callable[[int], Any], wait: Callable[[Any], float], seconds: float) -> dict[str, float]:
+    """Steps a second, once warm. `wait` waits for what a step returned and gives its loss."""
+    started = time.perf_counter()
+    loss = wait(step(0))
+    first = time.perf_counter() - started
+    for number in range(1, WARM_UP):
+        wait(step(number))
+    started, steps = time.perf_counter(), 0
+    while (passed := time.perf_counter() - started) < seconds:
+        wait(step(WARM_UP + steps))
+        steps += 1
+    return {"steps_a_second": steps / passed, "first_step_seconds": first, "loss": loss}
+
+
+# Ours.
+
+
+def ours(mode: Mode, seconds: float) -> dict[str, Any]:
+    import jax
+
+    from dpo_jax.models.pipeline import Pipeline
+    from dpo_jax.planning.structure import open_structure
+    from dpo_jax.sharding import Placement, make_mesh, rules_of
+    from dpo_jax.training.config import resolve
+    from dpo_jax.training.experiment import compose
+
+    device = jax.devices()[0]
+    config = load(mode)
+    pipeline: Pipeline = open_structure(config)
+    placement = Placement(make_mesh(1, 1, 1, [device]), rules_of(config.mesh.rules))
+    experiment = compose(config, resolve(config, device_count=1, process_count=1), pipeline, placement)
+    state, frozen = random_state(experiment)
+    batches = [random_batch(experiment, seed) for seed in range(4)]
+    started = time.perf_counter()
+    compiled = experiment.train_step().lower(state, frozen, batches[0]).compile()
+    compile_seconds = time.perf_counter() - started
+
+    def step(number: int) -> Any:
+        nonlocal state
+        state, metrics = compiled(state, frozen, batches[number % len(batches)])
+        return metrics
+
+    figures = timed(step, lambda metrics: float(metrics["loss"]), seconds)
+    used = device.memory_stats() or {}
+    return report(mode, figures, mode.pairs, compile_seconds, used.get("peak_bytes_in_use", math.nan))
+
+
+def report(mode: Mode, figures: dict[str, float], pairs: int, compile_seconds: float, peak: float) -> dict[str, Any]:
+    return {
+        "pairs_a_second": figures["steps_a_second"] * mode.batch_size,
+        "pairs_at_a_time": pairs,
+        "compile_seconds": compile_seconds,
+        "first_step_seconds": figures["first_step_seconds"],
+        "peak_gib": peak / 2**30,
+        "loss": figures["loss"],
+    }
+
+
+def random_state(experiment: Any) -> tuple[Any, Any]:
+    """Training state and frozen weights; the reference is the policy, rounded as it is in training."""
+    import jax
+    import jax.numpy as jnp
+
+    abstract = experiment.abstract_state()
+    params = random_weights(abstract.params, seed=0)
+    frozen = {name: random_weights(shapes, seed=1) for name, shapes in experiment.frozen.items()}
+    if "base" in frozen:  # of a LoRA the second factor is 0 at first
+        params = {name: x * 0 if "lora_B" in name else x for name, x in params.items()}
+    elif "reference" in frozen:
+        dtypes = {name: shape.dtype for name, shape in experiment.frozen["reference"].items()}
+        frozen["reference"] = {name: jnp.array(params[name], dtype) for name, dtype in dtypes.items()}
+    place = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
+    opt_state = jax.jit(experiment.optimizer.init, out_shardings=place)(params)
+    return abstract._replace(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, ema={}), frozen
+
+
+def random_weights(shapes: Any, seed: int) -> Any:
+    """Kernels of variance 1 / fan-in, scales around 1, biases around 0."""
+    import jax
+    import jax.numpy as jnp
+
+    def make(key: Any) -> Any:
+        keys = jax.random.split(key, len(shapes))
+        return {
+            name: (
+                (1.0 if name.endswith("scale") else 0.0)
+                + jax.random.normal(keys[i], shape.shape, jnp.float32)
+                * (math.prod(shape.shape[:-1]) ** -0.5 if len(shape.shape) > 1 else 0.1)
+            ).astype(shape.dtype)
+            for i, (name, shape) in enumerate(shapes.items())
+        }
+
+    return jax.jit(make, out_shardings={name: shape.sharding for name, shape in shapes.items()})(jax.random.key(seed))
+
+
+def random_batch(experiment: Any, seed: int) -> Any:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    abstract = experiment.abstract_batch()
+
+    def normal(shape: Any) -> Any:
+        return jnp.asarray(rng.standard_normal(shape.shape, np.float32), shape.dtype)
+
+    size = experiment.config.data.resolution
+    ones = np.ones(abstract.preference_BK.shape)
+    batch = abstract._replace(
+        inputs=jax.tree.map(normal, abstract.inputs),
+        size_cond_BK6=np.broadcast_to(np.float32([size, size, 0, 0, size, size]), abstract.size_cond_BK6.shape),
+        preference_BK=np.float32(ones * [1, 0]),
+        valid_BK=ones.astype(bool),
+        weight_B=np.ones(len(ones), np.float32),
+        index_B=np.arange(len(ones), dtype=np.int32) + seed * len(ones),
+    )
+    return jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), batch, abstract)
+
+
+# PyTorch's. What is published does the same for all: errors of policy and reference on two noisy latents.
+
+
+def peer(name: str, mode: Mode, seconds: float) -> dict[str, Any]:
+    """P2 takes half as many pairs at a time until they fit."""
+    import torch
+
+    sizes = [2**i for i in range(10, -1, -1) if mode.batch_size % 2**i == 0] if name == "P2" else [1]
+    for pairs in sizes:
+        try:
+            return run_peer(name, mode, pairs, seconds)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+        except Exception as error:  # a table with a reason is worth more than none
+            return {"failed": f"{type(error).__name__}: {error}"[:200]}
+    return {"failed": "out of memory with one pair at a time"}
+
+
+def run_peer(name: str, mode: Mode, pairs: int, seconds: float) -> dict[str, Any]:
+    import diffusers
+    import torch
+    from torch.utils.checkpoint import checkpoint  # noqa: F401 - diffusers looks it up
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shapes = PeerShapes.of(mode)
+    low = {"bfloat16": torch.bfloat16, "float32": torch.float32}[mode.dtype]
+    if name == "P0" and low != torch.float32:
+        low = torch.float16
+    torch.manual_seed(0)
+    with device:
+        unet = diffusers.UNet2DConditionModel.from_config(shapes.unet)
+        encoders = PeerEncoders.make(shapes, low) if name == "P0" else None
+    reference = None if mode.is_lora else copy.deepcopy(unet).requires_grad_(False).to(low)
+    if mode.is_lora:
+        from peft import LoraConfig
+
+        unet.requires_grad_(False).to(low)
+        targets = ["to_q", "to_k", "to_v", "to_out.0"]
+        unet.add_adapter(LoraConfig(r=shapes.rank, lora_alpha=shapes.rank, target_modules=targets))
+        for parameter in unet.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    if name == "P2":
+        unet.to(memory_format=torch.channels_last)
+        if not mode.is_lora:
+            unet.to(low)
+        if reference is not None:
+            reference.to(memory_format=torch.channels_last)
+    else:
+        unet.enable_gradient_checkpointing()
+    unet.train()
+    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adafactor(trained, 1e-6) if shapes.adafactor else torch.optim.AdamW(trained, 1e-6)
+    schedule = diffusers.DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
+    )
+    policy_forward = torch.compile(unet) if name == "P2" else unet
+    reference_forward = policy_forward if reference is None else torch.compile(reference) if name == "P2" else reference
+    scaler = torch.amp.GradScaler(device.type, enabled=low == torch.float16)
+    # Autocast as the scripts have it; P2's weights are of that dtype already, but for a LoRA's.
+    cast = low != torch.float32 and (name != "P2" or mode.is_lora)
+
+    @contextlib.contextmanager
+    def without_adapter() -> Iterator[None]:
+        if mode.is_lora:
+            unet.disable_adapters()
+        yield
+        if mode.is_lora:
+            unet.enable_adapters()
+
+    def errors(forward: Any, noisy: Any, t: Any, inputs: Any, noise: Any) -> Any:
+        predicted = forward(noisy, t, inputs["context"], added_cond_kwargs=inputs["added"]).sample
+        return (predicted.float() - noise.float()).square().mean(dim=(1, 2, 3))
+
+    def loss_of(inputs: dict[str, Any]) -> Any:
+        with torch.no_grad():
+            if encoders is not None:
+                inputs = encoders(inputs, low)
+            latents = inputs["latents"]
+            noise = torch.randn_like(latents[: len(latents) // 2]).repeat(2, 1, 1, 1)
+            t = torch.randint(0, 1000, (len(latents) // 2,), device=device).repeat(2)
+            noisy = schedule.add_noise(latents, noise, t)
+            if name == "P2":
+                noisy = noisy.to(memory_format=torch.channels_last)
+        with torch.autocast(device.type, low, enabled=cast):
+            winner, loser = errors(policy_forward, noisy, t, inputs, noise).chunk(2)
+            with torch.no_grad(), without_adapter():
+                winner_before, loser_before = errors(reference_forward, noisy, t, inputs, noise).chunk(2)
+        inside = -0.5 * 5000 * ((winner - loser) - (winner_before - loser_before))
+        return -torch.nn.functional.logsigmoid(inside).mean()
+
+    micro_batches = mode.batch_size // pairs
+    data = [shapes.inputs(pairs, device, low, encoders is not None) for _ in range(4)]
+
+    def step(number: int) -> Any:
+        total = torch.zeros((), device=device)
+        for i in range(micro_batches):
+            loss = loss_of(data[(number + i) % len(data)]) / micro_batches
+            scaler.scale(loss).backward()
+            total += loss.detach()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return total
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    figures = timed(step, lambda loss: float(loss), seconds)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else math.nan
+    steady = 1 / figures["steps_a_second"]
+    return report(mode, figures, pairs, max(0.0, figures["first_step_seconds"] - steady), peak)
+
+
+class PeerShapes(NamedTuple):
+    """The model and the inputs of a mode, for diffusers."""
+
+    unet: dict[str, Any]
+    folder: Path
+    """Of its configs."""
+    cells: int
+    context: int
+    pooled: int
+    rank: int
+    adafactor: bool
+
+    @classmethod
+    def of(cls, mode: Mode) -> "PeerShapes":
+        from dpo_jax.models.families import PUBLISHED
+        from dpo_jax.planning.structure import open_structure
+
+        config = load(mode)
+        pipeline = open_structure(config)
+        unet, encoded = pipeline.unet.config, config.data.resolution // pipeline.vae_factor
+        folder = Path(config.model) if Path(config.model).is_dir() else PUBLISHED / pipeline.family.name
+        pooled = (unet.projection_class_embeddings_input_dim or 0) - 6 * (unet.addition_time_embed_dim or 0)
+        return cls(
+            json.loads((folder / "unet" / "config.json").read_text()),
+            folder,
+            encoded,
+            unet.cross_attention_dim[0],
+            pooled,
+            config.lora.rank,
+            config.optimizer.name == "adafactor",
+        )
+
+    def inputs(self, pairs: int, device: Any, dtype: Any, raw: bool) -> dict[str, Any]:
+        """Of winners, then losers; as images and captions if `raw`."""
+        import torch
+
+        n, size = 2 * pairs, 8 * self.cells
+        added = {}
+        if self.pooled:
+            ids = torch.tensor([size, size, 0, 0, size, size], device=device, dtype=dtype).repeat(n, 1)
+            added = {"text_embeds": torch.randn(n, self.pooled, device=device, dtype=dtype), "time_ids": ids}
+        found = {"added": added}
+        if raw:
+            pixels = torch.rand(n, 3, size, size, device=device) * 2 - 1
+            return found | {"pixels": pixels, "ids": torch.randint(0, 400, (n, CONTEXT_TOKENS), device=device)}
+        return found | {
+            "latents": torch.randn(n, 4, self.cells, self.cells, device=device, dtype=dtype),
+            "context": torch.randn(n, CONTEXT_TOKENS, self.context, device=device, dtype=dtype),
+        }
+
+
+class PeerEncoders(NamedTuple):
+    """VAE and text encoders, run in every step as the scripts do."""
+
+    vae: Any
+    texts: list[Any]
+
+    @classmethod
+    def make(cls, shapes: PeerShapes, dtype: Any) -> "PeerEncoders":
+        import diffusers
+        import transformers
+
+        vae = diffusers.AutoencoderKL.from_config(json.loads((shapes.folder / "vae" / "config.json").read_text()))
+        texts = []
+        for name in ("text_encoder", "text_encoder_2"):
+            if (shapes.folder / name / "config.json").exists():
+                config = transformers.CLIPTextConfig.from_json_file(shapes.folder / name / "config.json")
+                kind = transformers.CLIPTextModelWithProjection if name[-1] == "2" else transformers.CLIPTextModel
+                texts.append(kind(config).to(dtype).requires_grad_(False))
+        return cls(vae.to(dtype).requires_grad_(False), texts)
+
+    def __call__(self, inputs: dict[str, Any], dtype: Any) -> dict[str, Any]:
+        import torch
+
+        latents = self.vae.encode(inputs["pixels"].to(dtype)).latent_dist.sample() * self.vae.config.scaling_factor
+        found = [text(inputs["ids"], output_hidden_states=True) for text in self.texts]
+        added = dict(inputs["added"])
+        if len(self.texts) == 1 and not added:
+            return {"latents": latents, "context": found[0].last_hidden_state, "added": added}
+        added["text_embeds"] = found[-1].text_embeds
+        context = torch.cat([output.hidden_states[-2] for output in found], dim=-1)
+        return {"latents": latents, "context": context, "added": added}
