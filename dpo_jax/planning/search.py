@@ -77,8 +77,8 @@ def choose(config: ConfigDict, works: Sequence[Work], topology: Topology, utilis
         )
     fastest = min(plan.step_seconds for plan in fitting)
     fast = [plan for plan in fitting if plan.step_seconds <= 1.01 * fastest]
-    least = min(plan.hbm_bytes for plan in fast)
-    small = [plan for plan in fast if plan.hbm_bytes <= 1.05 * least]
+    least_bytes = min(plan.hbm_bytes for plan in fast)
+    small = [plan for plan in fast if plan.hbm_bytes <= 1.05 * least_bytes]
     return min(small, key=lambda plan: (list(POLICIES).index(plan.remat), plan.hbm_bytes))
 
 
