@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -244,7 +245,7 @@ def run_peer(name: str, mode: Mode, pairs: int, seconds: float) -> dict[str, Any
         low = torch.float16
     torch.manual_seed(0)
     with device:
-        unet = diffusers.UNet2DConditionModel.from_config(shapes.unet)
+        unet = diffusers.UNet2DConditionModel.from_config(shapes.configs["unet"])
         encoders = PeerEncoders.make(shapes, low) if name == "P0" else None
     reference = None if mode.is_lora else copy.deepcopy(unet).requires_grad_(False).to(low)
     if mode.is_lora:
@@ -332,9 +333,8 @@ def run_peer(name: str, mode: Mode, pairs: int, seconds: float) -> dict[str, Any
 class PeerShapes(NamedTuple):
     """The model and the inputs of a mode, for diffusers."""
 
-    unet: dict[str, Any]
-    folder: Path
-    """Of its configs."""
+    configs: dict[str, dict[str, Any]]
+    """Of the components that have weights, by the name of their folder."""
     cells: int
     context: int
     pooled: int
@@ -344,16 +344,21 @@ class PeerShapes(NamedTuple):
     @classmethod
     def of(cls, mode: Mode) -> "PeerShapes":
         from dpo_jax.models.families import PUBLISHED
+        from dpo_jax.models.random_model import write_random_model
         from dpo_jax.planning.structure import open_structure
 
         config = load(mode)
         pipeline = open_structure(config)
         unet, encoded = pipeline.unet.config, config.data.resolution // pipeline.vae_factor
-        folder = Path(config.model) if Path(config.model).is_dir() else PUBLISHED / pipeline.family.name
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = PUBLISHED / pipeline.family.name
+            if config.model.startswith("random:"):
+                folder = Path(temporary, "model")
+                write_random_model(pipeline.family.name, folder)
+            configs = {file.parent.name: json.loads(file.read_text()) for file in folder.glob("*/config.json")}
         pooled = (unet.projection_class_embeddings_input_dim or 0) - 6 * (unet.addition_time_embed_dim or 0)
         return cls(
-            json.loads((folder / "unet" / "config.json").read_text()),
-            folder,
+            configs,
             encoded,
             unet.cross_attention_dim[0],
             pooled,
@@ -391,13 +396,13 @@ class PeerEncoders(NamedTuple):
         import diffusers
         import transformers
 
-        vae = diffusers.AutoencoderKL.from_config(json.loads((shapes.folder / "vae" / "config.json").read_text()))
-        texts = []
-        for name in ("text_encoder", "text_encoder_2"):
-            if (shapes.folder / name / "config.json").exists():
-                config = transformers.CLIPTextConfig.from_json_file(shapes.folder / name / "config.json")
-                kind = transformers.CLIPTextModelWithProjection if name[-1] == "2" else transformers.CLIPTextModel
-                texts.append(kind(config).to(dtype).requires_grad_(False))
+        vae = diffusers.AutoencoderKL.from_config(shapes.configs["vae"])
+        kinds = {"text_encoder": transformers.CLIPTextModel, "text_encoder_2": transformers.CLIPTextModelWithProjection}
+        texts = [
+            kind(transformers.CLIPTextConfig(**shapes.configs[name])).to(dtype).requires_grad_(False)
+            for name, kind in kinds.items()
+            if name in shapes.configs
+        ]
         return cls(vae.to(dtype).requires_grad_(False), texts)
 
     def __call__(self, inputs: dict[str, Any], dtype: Any) -> dict[str, Any]:
