@@ -81,7 +81,9 @@ def test_encodes_in_the_same_command_and_again(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "out" / "encoded").iterdir()
     assert done.stdout.splitlines()[-1] == f"encodings are in {folder}"
-    assert [line.split()[0] for line in done.stderr.splitlines()] == ["captions", "images", "to", "time"]
+    # A slow machine reports some of them more than once.
+    first_words = dict.fromkeys(line.split()[0] for line in done.stderr.splitlines())
+    assert list(first_words) == ["captions", "images", "to", "time"]
     again = prepare(*arguments, *config)
     assert (again.returncode, again.stdout, again.stderr) == (0, f"encodings are in {folder}\n", "")
     assert prepare(arguments[1], *config).stdout == again.stdout
