@@ -106,11 +106,10 @@ def table(results: dict[str, Any]) -> str:
         if "failed" in figures:
             lines.append(f"{name:6} {figures['failed']}")
             continue
+        peak = f"{figures['peak_gib']:.1f}" if "peak_gib" in figures else "-"
         lines.append(
             "{:6} {pairs_a_second:9.3f} {mfu:6.1%} {peak_gib:>6} {pairs_at_a_time:9.0f} {compile_seconds:9.1f} "
-            "{first_step_seconds:8.1f} {loss:7.4f}".format(
-                name, **figures | {"peak_gib": f"{figures['peak_gib']:.1f}" if "peak_gib" in figures else "-"}
-            )
+            "{first_step_seconds:8.1f} {loss:7.4f}".format(name, **figures | {"peak_gib": peak})
         )
     lines += [f"ours / {name}: {ratio:.2f}" for name, ratio in results["ours_over"].items()]
     return "\n".join(lines)
