@@ -8,6 +8,7 @@ is kept in their place.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ ELEMENTWISE = {
     *("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "rev", "iota", "pad", "slice", "copy"),
     *("stop_gradient", "name", "optimization_barrier", "reduce_precision", "add_any", "is_finite", "split"),
     *("shift_left", "shift_right_logical", "bitcast_convert_type", "sharding_constraint", "random_wrap"),
+    *("stack", "unstack"),  # of the weights of a loop's blocks, and of their gradients
 }
 
 
@@ -187,11 +189,9 @@ def _made_of(program: Program, variables: set[int]) -> set[int]:
 def _gradients(program: Program) -> set[int]:
     """What becomes an output by elementwise operations alone, back to the product it comes from."""
     known = set(program.outputs)
-    readers: dict[int, int] = {}
-    for operation in program.operations:
-        for variable in operation.inputs:
-            readers[variable] = readers.get(variable, 0) + 1
+    readers = Counter(variable for operation in program.operations for variable in operation.inputs)
     for operation in reversed(program.operations):
         if operation.name in ELEMENTWISE and known.intersection(operation.outputs):
-            known.update(v for v in operation.inputs if readers[v] == 1)
+            readers.subtract(operation.inputs)
+            known.update(v for v in operation.inputs if readers[v] == 0)  # a loop's results are cut into many
     return known
