@@ -35,17 +35,16 @@ measures instead whether the loader's memory grows with the data, or with time; 
 import contextlib
 import functools
 import json
-import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from absl import flags
+from fresh_process import in_fresh_process
 from loader_contestants import BATCH_SIZE, CORES, bare, cache, largest_difference, ours, theirs
 from loader_data import Case, make_data, write_records
 
@@ -155,11 +154,6 @@ def timed(reader: Callable[[Case], Any], case: Case, seconds: float) -> dict[str
             pairs += BATCH_SIZE
         cpu = cpu_seconds() - cpu_started
     return {"pairs_a_second": pairs / passed, "cpu_ms_a_pair": 1000 * cpu / pairs}
-
-
-def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 # CPU time and memory of this process and those that it started.

@@ -22,16 +22,15 @@ seconds, to see that everything works.
 import functools
 import importlib.metadata
 import json
-import multiprocessing
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from absl import flags
+from fresh_process import in_fresh_process
 from step_contestants import MODES, ceilings, count_work, ours, peer
 
 from dpo_jax import cli
@@ -62,7 +61,7 @@ def main() -> None:
         for name, run in runs.items():
             figures[name].append(in_fresh_process(run))
             say(f"{name}: {json.dumps(figures[name][-1])}")
-    flops = in_fresh_process(functools.partial(count_work, mode))
+    flops = in_fresh_process(count_work, mode)
     results = {
         "mode": MODE.value,
         "date": time.strftime("%Y-%m-%d"),
@@ -81,11 +80,6 @@ def main() -> None:
 
 def say(line: str) -> None:
     print(line, flush=True)
-
-
-def in_fresh_process(function: Callable[[], Any]) -> Any:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function).result()
 
 
 def summary(found: list[dict[str, Any]], flops: float, tflops: float) -> dict[str, Any]:

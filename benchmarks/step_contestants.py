@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
-CONTEXT_TOKENS = 77
 WARM_UP = 2
 """Steps before the clock starts, the first of which compiles."""
 
@@ -116,7 +115,6 @@ def timed(step: Callable[[int], Any], wait: Callable[[Any], float], seconds: flo
 def ours(mode: Mode, seconds: float) -> dict[str, Any]:
     import jax
 
-    from dpo_jax.models.pipeline import Pipeline
     from dpo_jax.planning.structure import open_structure
     from dpo_jax.sharding import Placement, make_mesh, rules_of
     from dpo_jax.training.config import resolve
@@ -124,7 +122,7 @@ def ours(mode: Mode, seconds: float) -> dict[str, Any]:
 
     device = jax.devices()[0]
     config = load(mode)
-    pipeline: Pipeline = open_structure(config)
+    pipeline = open_structure(config)
     placement = Placement(make_mesh(1, 1, 1, [device]), rules_of(config.mesh.rules))
     experiment = compose(config, resolve(config, device_count=1, process_count=1), pipeline, placement)
     state, frozen = random_state(experiment)
@@ -163,19 +161,19 @@ def random_state(experiment: Any) -> tuple[Any, Any]:
 
     abstract = experiment.abstract_state()
     params = random_weights(abstract.params, seed=0)
-    frozen = {name: random_weights(shapes, seed=1) for name, shapes in experiment.frozen.items()}
-    if "base" in frozen:  # of a LoRA the second factor is 0 at first
+    frozen = {name: random_weights(shapes, seed=1) for name, shapes in experiment.frozen.items() if name != "reference"}
+    if "base" in frozen:  # of a LoRA the second factor is 0 at first, and the reference is the base
         params = {name: x * 0 if "lora_B" in name else x for name, x in params.items()}
-    elif "reference" in frozen:
-        dtypes = {name: shape.dtype for name, shape in experiment.frozen["reference"].items()}
-        frozen["reference"] = {name: jnp.array(params[name], dtype) for name, dtype in dtypes.items()}
+    else:
+        shapes = experiment.frozen["reference"]
+        frozen["reference"] = {name: jnp.array(params[name], shape.dtype) for name, shape in shapes.items()}
     place = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
     opt_state = jax.jit(experiment.optimizer.init, out_shardings=place)(params)
     return abstract._replace(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, ema={}), frozen
 
 
 def random_weights(shapes: Any, seed: int) -> Any:
-    """Kernels of variance 1 / fan-in, scales around 1, biases around 0."""
+    """Kernels of variance 1 / fan-in, scales around 1, biases around 0, made on the device: there are up to 13 GB."""
     import jax
     import jax.numpy as jnp
 
@@ -226,95 +224,39 @@ def peer(name: str, mode: Mode, seconds: float) -> dict[str, Any]:
 
     sizes = [2**i for i in range(10, -1, -1) if mode.batch_size % 2**i == 0] if name == "P2" else [1]
     for pairs in sizes:
+        torch.cuda.empty_cache()  # not in `except`, where what didn't fit is still held
         try:
             return run_peer(name, mode, pairs, seconds)
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
+            continue
         except Exception as error:  # a table with a reason is worth more than none
             return {"failed": f"{type(error).__name__}: {error}"[:200]}
     return {"failed": "out of memory with one pair at a time"}
 
 
 def run_peer(name: str, mode: Mode, pairs: int, seconds: float) -> dict[str, Any]:
-    import diffusers
     import torch
-    from torch.utils.checkpoint import checkpoint  # noqa: F401 - diffusers looks it up
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shapes = PeerShapes.of(mode)
     low = {"bfloat16": torch.bfloat16, "float32": torch.float32}[mode.dtype]
     if name == "P0" and low != torch.float32:
         low = torch.float16
     torch.manual_seed(0)
-    with device:
-        unet = diffusers.UNet2DConditionModel.from_config(shapes.configs["unet"])
-        encoders = PeerEncoders.make(shapes, low) if name == "P0" else None
-    reference = None if mode.is_lora else copy.deepcopy(unet).requires_grad_(False).to(low)
-    if mode.is_lora:
-        from peft import LoraConfig
-
-        unet.requires_grad_(False).to(low)
-        targets = ["to_q", "to_k", "to_v", "to_out.0"]
-        unet.add_adapter(LoraConfig(r=shapes.rank, lora_alpha=shapes.rank, target_modules=targets))
-        for parameter in unet.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-    if name == "P2":
-        unet.to(memory_format=torch.channels_last)
-        if not mode.is_lora:
-            unet.to(low)
-        if reference is not None:
-            reference.to(memory_format=torch.channels_last)
-    else:
-        unet.enable_gradient_checkpointing()
-    unet.train()
-    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    shapes = PeerShapes.of(mode)
+    networks = PeerNetworks.make(name, mode, shapes, device, low)
+    trained = [parameter for parameter in networks.unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adafactor(trained, 1e-6) if shapes.adafactor else torch.optim.AdamW(trained, 1e-6)
-    schedule = diffusers.DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
-    )
-    policy_forward = torch.compile(unet) if name == "P2" else unet
-    reference_forward = policy_forward if reference is None else torch.compile(reference) if name == "P2" else reference
     scaler = torch.amp.GradScaler(device.type, enabled=low == torch.float16)
     # Autocast as the scripts have it; P2's weights are of that dtype already, but for a LoRA's.
     cast = low != torch.float32 and (name != "P2" or mode.is_lora)
-
-    @contextlib.contextmanager
-    def without_adapter() -> Iterator[None]:
-        if mode.is_lora:
-            unet.disable_adapters()
-        yield
-        if mode.is_lora:
-            unet.enable_adapters()
-
-    def errors(forward: Any, noisy: Any, t: Any, inputs: Any, noise: Any) -> Any:
-        predicted = forward(noisy, t, inputs["context"], added_cond_kwargs=inputs["added"]).sample
-        return (predicted.float() - noise.float()).square().mean(dim=(1, 2, 3))
-
-    def loss_of(inputs: dict[str, Any]) -> Any:
-        with torch.no_grad():
-            if encoders is not None:
-                inputs = encoders(inputs, low)
-            latents = inputs["latents"]
-            noise = torch.randn_like(latents[: len(latents) // 2]).repeat(2, 1, 1, 1)
-            t = torch.randint(0, 1000, (len(latents) // 2,), device=device).repeat(2)
-            noisy = schedule.add_noise(latents, noise, t)
-            if name == "P2":
-                noisy = noisy.to(memory_format=torch.channels_last)
-        with torch.autocast(device.type, low, enabled=cast):
-            winner, loser = errors(policy_forward, noisy, t, inputs, noise).chunk(2)
-            with torch.no_grad(), without_adapter():
-                winner_before, loser_before = errors(reference_forward, noisy, t, inputs, noise).chunk(2)
-        inside = -0.5 * 5000 * ((winner - loser) - (winner_before - loser_before))
-        return -torch.nn.functional.logsigmoid(inside).mean()
-
     micro_batches = mode.batch_size // pairs
-    data = [shapes.inputs(pairs, device, low, encoders is not None) for _ in range(4)]
+    data = [shapes.inputs(pairs, device, low, networks.encoders is not None) for _ in range(4)]
 
     def step(number: int) -> Any:
         total = torch.zeros((), device=device)
         for i in range(micro_batches):
-            loss = loss_of(data[(number + i) % len(data)]) / micro_batches
+            with torch.autocast(device.type, low, enabled=cast):
+                loss = networks.loss(data[(number + i) % len(data)], low) / micro_batches
             scaler.scale(loss).backward()
             total += loss.detach()
         scaler.unscale_(optimizer)
@@ -332,12 +274,95 @@ def run_peer(name: str, mode: Mode, pairs: int, seconds: float) -> dict[str, Any
     return report(mode, figures, pairs, max(0.0, figures["first_step_seconds"] - steady), peak)
 
 
+class PeerNetworks(NamedTuple):
+    """What a peer's loss runs."""
+
+    unet: Any
+    reference: Any
+    """None where it is the UNet without its LoRA."""
+    policy_forward: Callable[..., Any]
+    reference_forward: Callable[..., Any]
+    schedule: Any
+    encoders: "PeerEncoders | None"
+
+    @classmethod
+    def make(cls, name: str, mode: Mode, shapes: "PeerShapes", device: Any, low: Any) -> "PeerNetworks":
+        import diffusers
+        import torch
+
+        with device:
+            unet = diffusers.UNet2DConditionModel.from_config(shapes.configs["unet"])
+            encoders = PeerEncoders.make(shapes, low) if name == "P0" else None
+        reference = None
+        if mode.is_lora:
+            add_lora(unet.requires_grad_(False).to(low), shapes.rank)
+        else:
+            reference = copy.deepcopy(unet).requires_grad_(False).to(low)
+        if name == "P2":
+            for network in filter(None, (unet, reference)):
+                network.to(memory_format=torch.channels_last)
+            if not mode.is_lora:
+                unet.to(low)
+        else:
+            unet.enable_gradient_checkpointing()
+        unet.train()
+        compiled = torch.compile if name == "P2" else lambda network: network
+        policy_forward = compiled(unet)
+        reference_forward = policy_forward if reference is None else compiled(reference)
+        schedule = diffusers.DDPMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
+        )
+        return cls(unet, reference, policy_forward, reference_forward, schedule, encoders)
+
+    def loss(self, inputs: dict[str, Any], low: Any) -> Any:
+        """Of winners, then losers, with the same noise and timestep for both of a pair."""
+        import torch
+
+        with torch.no_grad():
+            if self.encoders is not None:
+                inputs = self.encoders(inputs, low)
+            latents = inputs["latents"]
+            noise = torch.randn_like(latents[: len(latents) // 2]).repeat(2, 1, 1, 1)
+            t = torch.randint(0, 1000, (len(latents) // 2,), device=latents.device).repeat(2)
+            noisy = self.schedule.add_noise(latents, noise, t)
+
+        def errors(forward: Callable[..., Any]) -> Any:
+            predicted = forward(noisy, t, inputs["context"], added_cond_kwargs=inputs["added"]).sample
+            return (predicted.float() - noise.float()).square().mean(dim=(1, 2, 3)).chunk(2)
+
+        winner, loser = errors(self.policy_forward)
+        with torch.no_grad(), self.without_lora():
+            winner_before, loser_before = errors(self.reference_forward)
+        inside = -0.5 * 5000 * ((winner - loser) - (winner_before - loser_before))
+        return -torch.nn.functional.logsigmoid(inside).mean()
+
+    @contextlib.contextmanager
+    def without_lora(self) -> Iterator[None]:
+        if self.reference is None:
+            self.unet.disable_adapters()
+        yield
+        if self.reference is None:
+            self.unet.enable_adapters()
+
+
+def add_lora(unet: Any, rank: int) -> None:
+    """To queries, keys, values and outputs of every attention, in float32."""
+    from peft import LoraConfig
+
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+    for parameter in unet.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 class PeerShapes(NamedTuple):
     """The model and the inputs of a mode, for diffusers."""
 
     configs: dict[str, dict[str, Any]]
     """Of the components that have weights, by the name of their folder."""
     cells: int
+    tokens: int
     context: int
     pooled: int
     rank: int
@@ -362,6 +387,7 @@ class PeerShapes(NamedTuple):
         return cls(
             configs,
             encoded,
+            configs["text_encoder"]["max_position_embeddings"],
             unet.cross_attention_dim[0],
             pooled,
             config.lora.rank,
@@ -380,10 +406,10 @@ class PeerShapes(NamedTuple):
         found = {"added": added}
         if raw:
             pixels = torch.rand(n, 3, size, size, device=device) * 2 - 1
-            return found | {"pixels": pixels, "ids": torch.randint(0, 400, (n, CONTEXT_TOKENS), device=device)}
+            return found | {"pixels": pixels, "ids": torch.randint(0, 400, (n, self.tokens), device=device)}
         return found | {
             "latents": torch.randn(n, 4, self.cells, self.cells, device=device, dtype=dtype),
-            "context": torch.randn(n, CONTEXT_TOKENS, self.context, device=device, dtype=dtype),
+            "context": torch.randn(n, self.tokens, self.context, device=device, dtype=dtype),
         }
 
 

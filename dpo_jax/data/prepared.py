@@ -61,7 +61,7 @@ class Prepared:
     def record(
         self, index: int, num_candidates: int | None = None, columns: Sequence[str] = tuple(RECORDS.names)
     ) -> dict[str, Any]:
-        """Columns of `RECORDS`, always `images` and `preference`, and `sizes`, the (height, width) of each image.
+        """Columns of `RECORDS`, among them `images` and `preference`, and `sizes`, the (height, width) of each image.
 
         Of more than `num_candidates` candidates it keeps the best `num_candidates - 1` and the worst, and what they
         got of the preference, scaled to sum to 1 again.

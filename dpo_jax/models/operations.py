@@ -10,7 +10,6 @@ Statistics and sums are taken in `accumulation_dtype`. Only reverse mode, once: 
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -189,7 +188,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _logits(query_NQhd: jax.Array, key_NShd: jax.Array, is_causal: bool) -> jax.Array:
-    high: Any = accumulation_dtype(query_NQhd.dtype)
+    high = accumulation_dtype(query_NQhd.dtype)
     logits_NhQS = jnp.einsum("NQhd,NShd->NhQS", query_NQhd, key_NShd, preferred_element_type=high)
     logits_NhQS *= query_NQhd.shape[-1] ** -0.5
     if not is_causal:

@@ -95,10 +95,11 @@ def count_collectives(text: str) -> dict[str, dict[str, float]]:
             if operation is None:
                 continue
             shape, kind = operation.groups()
-            channel = re.search(r"channel_id=\d+", line)
-            is_new = channel is None or channel[0] not in channels
-            if kind.removesuffix("-start") in COLLECTIVES and is_new:
-                channels.update([channel[0]] if channel else [])
+            is_collective = kind.removesuffix("-start") in COLLECTIVES
+            channel = re.search(r"channel_id=\d+", line) if is_collective else None
+            if is_collective and not (channel and channel[0] in channels):
+                if channel:
+                    channels.add(channel[0])
                 entry = found.setdefault(kind.removesuffix("-start"), {"times": 0, "bytes": 0})
                 entry["times"] += times
                 entry["bytes"] += times * _bytes(shape, is_start=kind.endswith("-start"))
