@@ -4,7 +4,8 @@
 
 No such machine has to be there. Memory, operations and traffic are computed from shapes and shardings, in seconds; the
 speed follows from an assumed share of the chip's peak rate. --fit looks for the fastest settings that fit. --compile
-has the compiler make the real step for that TPU slice (pip install "jax[tpu]"; tens of minutes for a whole model).
+has the compiler make the real step for these TPUs or GPUs (pip install "jax[tpu]" or "jax[cuda12]"; tens of minutes for
+a whole model).
 """
 
 import json
@@ -26,7 +27,7 @@ TOPOLOGY = flags.DEFINE_string(
 FIT = flags.DEFINE_bool(
     "fit", False, "Find the fastest remat, micro-batch and fsdp degree that fit; the config's own don't count."
 )
-COMPILE = flags.DEFINE_bool("compile", False, "Compile the step for these TPUs and show XLA's figures beside.")
+COMPILE = flags.DEFINE_bool("compile", False, "Compile the step for these devices and show XLA's figures beside.")
 UTILISATION = flags.DEFINE_float(
     "utilisation",
     None,

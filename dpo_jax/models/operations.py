@@ -10,6 +10,7 @@ Statistics and sums are taken in `accumulation_dtype`. Only reverse mode, once: 
 
 import functools
 import math
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,9 @@ from jax.typing import DTypeLike
 
 from dpo_jax.models.execution import attention_result
 
+ATTENTION = "attention"
+"""The scope of attention's products and softmax."""
+Kept = TypeVar("Kept")
 AGAIN = "again"
 """The scope of products that are done a second time for the backward pass."""
 
@@ -24,6 +28,14 @@ AGAIN = "again"
 def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The dtype in which norms, softmax and errors are reduced: at least float32."""
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def as_kept(tree: Kept) -> Kept:
+    """What a forward pass has kept, for the backward pass.
+
+    Without this a compiler finds that both compute the same of it, and keeps that, which is larger, for the second.
+    """
+    return jax.lax.optimization_barrier(tree)
 
 
 def group_norm(
@@ -62,7 +74,7 @@ def _norm_forward(
 def _norm_backward(
     axes: tuple[int, ...], epsilon: float, silu: bool, kept: tuple[jax.Array, ...], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x, mean, inverse_std, scale, bias = kept
+    x, mean, inverse_std, scale, bias = as_kept(kept)
     high = accumulation_dtype(x.dtype)
     normed, dy = (x.astype(high) - mean) * inverse_std, dy.astype(high)
     if silu:
@@ -92,7 +104,7 @@ def _geglu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _geglu_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
-    high = accumulation_dtype(x.dtype)
+    x, high = as_kept(x), accumulation_dtype(x.dtype)
     value, gate = jnp.split(x.astype(high), 2, axis=-1)
     dy = dy.astype(high)
     below = jax.scipy.stats.norm.cdf(gate)
@@ -104,32 +116,27 @@ def _geglu_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
 geglu.defvjp(_geglu_forward, _geglu_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def attention(
-    query_NQD: jax.Array, key_NSD: jax.Array, value_NSD: jax.Array, num_heads: int, *, is_causal: bool = False
+    query_NQD: jax.Array, key_NSD: jax.Array, value_NSD: jax.Array, num_heads: int, is_causal: bool = False
 ) -> jax.Array:
     """Multi-head scaled dot-product attention. Returns [N, Q, D].
 
     Written out because `jax.nn.dot_product_attention` takes the softmax in float32 even of float64 inputs.
     """
-
-    def heads(x_NSD: jax.Array) -> jax.Array:
-        return x_NSD.reshape(*x_NSD.shape[:2], num_heads, -1)
-
-    return _attention(heads(query_NQD), heads(key_NSD), heads(value_NSD), is_causal).reshape(query_NQD.shape)
+    return _attention_forward(query_NQD, key_NSD, value_NSD, num_heads, is_causal)[0]
 
 
 LOGITS_BYTES = 2**27
 """What an image's products of queries and keys may take; where it is more, the queries are gone through in blocks."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attention(query_NQhd: jax.Array, key_NShd: jax.Array, value_NShd: jax.Array, is_causal: bool) -> jax.Array:
-    return _attention_forward(query_NQhd, key_NShd, value_NShd, is_causal)[0]
-
-
+@jax.named_scope(ATTENTION)
 def _attention_forward(
-    query_NQhd: jax.Array, key_NShd: jax.Array, value_NShd: jax.Array, is_causal: bool
+    query_NQD: jax.Array, key_NSD: jax.Array, value_NSD: jax.Array, num_heads: int, is_causal: bool
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    query_NQhd, key_NShd, value_NShd = (_heads(x, num_heads) for x in (query_NQD, key_NSD, value_NSD))
+
     def of_block(query_NQhd: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_NhQS = _logits(query_NQhd, key_NShd, is_causal)
         highest_NhQ1 = logits_NhQS.max(axis=-1, keepdims=True)
@@ -145,14 +152,18 @@ def _attention_forward(
     else:
         result_NQhd, log_sum_NQh = map(_join, jax.lax.map(of_block, _split(query_NQhd, blocks)))
     # Named together: rematerialization that keeps the result needs the sums as well, or it would compute both again.
-    result_NQhd, log_sum_NQh = attention_result(result_NQhd), attention_result(log_sum_NQh)
-    return result_NQhd, (query_NQhd, key_NShd, value_NShd, result_NQhd, log_sum_NQh)
+    result_NQD = attention_result(result_NQhd.reshape(query_NQD.shape))
+    log_sum_NQh = attention_result(log_sum_NQh)
+    # Kept with the heads side by side: a TPU pads the last axis to 128.
+    return result_NQD, (query_NQD, key_NSD, value_NSD, result_NQD, log_sum_NQh)
 
 
+@jax.named_scope(ATTENTION)
 def _attention_backward(
-    is_causal: bool, kept: tuple[jax.Array, ...], dresult_NQhd: jax.Array
+    num_heads: int, is_causal: bool, kept: tuple[jax.Array, ...], dresult_NQD: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    query_NQhd, key_NShd, value_NShd, result_NQhd, log_sum_NQh = kept
+    *flat, log_sum_NQh = as_kept(kept)
+    query_NQhd, key_NShd, value_NShd, result_NQhd, dresult_NQhd = (_heads(x, num_heads) for x in (*flat, dresult_NQD))
     high, low = log_sum_NQh.dtype, query_NQhd.dtype
     # The softmax's own derivative: what all weights of a query change together is nothing.
     together_NQh = jnp.einsum("NQhd,NQhd->NQh", dresult_NQhd, result_NQhd, preferred_element_type=high)
@@ -181,10 +192,15 @@ def _attention_backward(
         split = tuple(_split(x, blocks) for x in of_queries)
         (dkey_NShd, dvalue_NShd), dquery_BNQhd = jax.lax.scan(of_block, zeros, split)
         dquery_NQhd = _join(dquery_BNQhd)
-    return dquery_NQhd, dkey_NShd.astype(low), dvalue_NShd.astype(low)
+    dquery_NQD, dkey_NSD, dvalue_NSD = (x.reshape(*x.shape[:2], -1) for x in (dquery_NQhd, dkey_NShd, dvalue_NShd))
+    return dquery_NQD, dkey_NSD.astype(low), dvalue_NSD.astype(low)
 
 
-_attention.defvjp(_attention_forward, _attention_backward)
+attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _heads(x_NSD: jax.Array, num_heads: int) -> jax.Array:
+    return x_NSD.reshape(*x_NSD.shape[:2], num_heads, -1)
 
 
 def _logits(query_NQhd: jax.Array, key_NShd: jax.Array, is_causal: bool) -> jax.Array:

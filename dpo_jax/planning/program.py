@@ -9,11 +9,14 @@ is kept in their place.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from jax.extend import core
 
+from dpo_jax.planning.products import Product, Window, convolution_flops, kind_of
+
+HLO_NAMES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
 ELEMENTWISE = {
     *("add", "sub", "mul", "div", "neg", "sign", "max", "min", "pow", "integer_pow", "square", "sqrt", "rsqrt", "exp"),
     *("exp2", "log", "log1p", "expm1", "tanh", "logistic", "erf", "erfc", "sin", "cos", "abs", "floor", "round", "rem"),
@@ -72,6 +75,21 @@ class Program:
             return operation.params["length"] * Program(operation.params["jaxpr"]).flops(without=without)
         return 0
 
+    def products(self, times: float = 1.0, called_in: str = "") -> Iterator[Product]:
+        """Its products and convolutions; those of a loop as often as it goes round."""
+        for operation in self.operations:
+            avals = [self.avals[variable] for variable in (*operation.inputs, *operation.outputs)]
+            scope = f"{called_in}/{operation.scope}"
+            if operation.name == "scan":
+                yield from Program(operation.params["jaxpr"]).products(times * operation.params["length"], scope)
+            if operation.name not in ("dot_general", "conv_general_dilated"):
+                continue
+            is_convolution = operation.name == "conv_general_dilated"
+            flops = _convolution_flops(operation.params, avals) if is_convolution else self._flops(operation, None)
+            size = sum(map(self.bytes, (*operation.inputs, *operation.outputs)))
+            dtypes = frozenset(HLO_NAMES.get(aval.dtype.name, aval.dtype.name) for aval in avals[:2])
+            yield Product(kind_of(scope, is_convolution), times * flops, times * size, dtypes)
+
     def _new(self, aval: Any) -> int:
         self.avals.append(aval)
         return len(self.avals) - 1
@@ -122,6 +140,22 @@ def _taps(params: dict[str, Any], kernel: tuple[int, ...]) -> float:
     space = [kernel[axis] for axis in numbers.rhs_spec[2:]]
     channels = kernel[numbers.rhs_spec[1]]
     return channels * math.prod(space) / math.prod(params["lhs_dilation"])
+
+
+def _convolution_flops(params: dict[str, Any], avals: list[Any]) -> float:
+    x, kernel, y = (aval.shape for aval in avals)
+    numbers = params["dimension_numbers"]
+    along = [
+        Window(stride, low, input_dilation, kernel_dilation)
+        for stride, (low, _), input_dilation, kernel_dilation in zip(
+            params["window_strides"], params["padding"], params["lhs_dilation"], params["rhs_dilation"], strict=True
+        )
+    ]
+    inputs, taps, out = (
+        [shape[axis] for axis in spec[2:]] for shape, spec in zip((x, kernel, y), numbers, strict=True)
+    )
+    outputs = math.prod(y[axis] for axis in numbers.out_spec[:2])
+    return convolution_flops(outputs, kernel[numbers.rhs_spec[1]], inputs, taps, out, along)
 
 
 def peak_bytes(program: Program, weights: Iterable[int]) -> int:

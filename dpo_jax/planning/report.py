@@ -58,4 +58,11 @@ def compiled_text(plan: Plan, compiled: Compiled) -> str:
         f"  {kind:20} {counts['times']:8.0f} times {counts['bytes'] / GIB:10.3f} GiB"
         for kind, counts in sorted(compiled.collectives.items())
     ]
+    rows += [f"{'Products of a device in a step':32} {'TFLOP traced':>12} compiled {'GB traced':>12} compiled"]
+    for kind, traced in compiled.traced_products.items():
+        found = compiled.products[kind]
+        rows.append(
+            f"  {kind:30} {traced.flops / 1e12:12.3f} {found.flops / 1e12:8.3f} "
+            f"{traced.bytes / 1e9:12.1f} {found.bytes / 1e9:8.1f}"
+        )
     return "\n".join(rows)

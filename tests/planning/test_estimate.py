@@ -65,10 +65,10 @@ def test_memory_is_that_of_real_arrays(tmp_path: Path, monkeypatch: pytest.Monke
 
 GIB = 2**30
 WORK = {
-    "none": Work("none", 8e12, 8e12, 6 * GIB),
-    "dots": Work("dots", 9e12, 8e12, 4 * GIB),
-    "attention": Work("attention", 10e12, 8e12, 2 * GIB),
-    "block": Work("block", 11e12, 8e12, 1 * GIB),
+    "none": Work("none", 8e12, 8e12, 6 * GIB, 0),
+    "dots": Work("dots", 9e12, 8e12, 4 * GIB, 0),
+    "attention": Work("attention", 10e12, 8e12, 2 * GIB, 0),
+    "block": Work("block", 11e12, 8e12, 1 * GIB, 0),
 }
 
 
@@ -99,7 +99,7 @@ def test_fit_rematerializes_only_for_what_it_saves(lora) -> None:
     machine = parse_topology("v5e:4x4")
     machine = machine._replace(device=machine.device._replace(hbm_gib=100))
     for saved, remat in ((0.04, "none"), (0.06, "dots")):
-        works = [Work("none", 8e12, 8e12, 6 * GIB), Work("dots", 8e12, 8e12, (1 - saved) * 6 * GIB)]
+        works = [Work("none", 8e12, 8e12, 6 * GIB, 0), Work("dots", 8e12, 8e12, (1 - saved) * 6 * GIB, 0)]
         assert search.choose(lora, works, machine).remat == remat
 
 
@@ -133,7 +133,7 @@ def test_collectives_that_outlast_the_computation_are_not_hidden(lora) -> None:
     lora.data.accumulation = 16
     topology = parse_topology("v5e:4x4")
     holdings = measure_holdings(lora, open_structure(lora), topology)
-    plan = make_plan(holdings, Work("none", 1, 1, 1), topology, batch_size=2048, accumulation=16, utilisation=1)
+    plan = make_plan(holdings, Work("none", 1, 1, 1, 0), topology, batch_size=2048, accumulation=16, utilisation=1)
     summed, gathered = plan.collectives
     assert (summed.times, gathered.times) == (16, 1)
     assert summed.received_bytes == pytest.approx(2 * 4 * plan.trained_parameters * 15 / 16)

@@ -1,0 +1,209 @@
+"""Reads the text of a compiled XLA program: its collectives, its products and convolutions, and what it only moves.
+
+What stands in the body of a loop counts as often as the loop goes round.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from dpo_jax.models.operations import ATTENTION
+from dpo_jax.planning.products import Product, Window, convolution_flops, kind_of
+
+DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
+"""Of the element types that don't take 4."""
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+
+class Instruction(NamedTuple):
+    """One line of a computation."""
+
+    name: str
+    shape: str
+    """As printed, with layout; several in parentheses."""
+    operation: str
+    operands: tuple[str, ...]
+    line: str
+
+    @property
+    def scope(self) -> str:
+        """The names it was traced under; "" where the compiler put it there."""
+        found = re.search(r'op_name="([^"]*)"', self.line)
+        return found[1] if found else ""
+
+    @property
+    def custom_call(self) -> str:
+        """What library a `custom-call` goes to, or ""."""
+        found = re.search(r'custom_call_target="([^"]*)"', self.line)
+        return found[1] if found else ""
+
+    def attribute(self, name: str) -> str:
+        """Up to the next space, comma or brace."""
+        found = re.search(rf"\b{name}=\{{?([^\s,}}]*)", self.line)
+        return found[1] if found else ""
+
+
+class Computation(NamedTuple):
+    """A function of a program."""
+
+    is_entry: bool
+    instructions: dict[str, Instruction]
+
+
+class Visit(NamedTuple):
+    """An instruction as the program comes to it."""
+
+    instruction: Instruction
+    computation: Computation
+    """That it stands in."""
+    times: float
+    """How often it is done."""
+    is_fused: bool
+    """Whether it is part of a larger instruction, and its result is in no memory."""
+
+
+class Module:
+    """A compiled program."""
+
+    def __init__(self, text: str):
+        self.computations = _computations(text)
+
+    def visits(self) -> Iterator[Visit]:
+        """Every instruction that is done, in no order of time."""
+        entry = next(computation for computation in self.computations.values() if computation.is_entry)
+        yield from self._visits(entry, 1.0, False)
+
+    def _visits(self, computation: Computation, times: float, is_fused: bool) -> Iterator[Visit]:
+        for instruction in computation.instructions.values():
+            yield Visit(instruction, computation, times, is_fused)
+            if instruction.operation in ("reduce", "all-reduce", "reduce-scatter", "scatter", "sort", "map"):
+                continue  # what they call combines two numbers
+            rounds = self._rounds(instruction) if instruction.operation == "while" else 1
+            called = re.findall(r"(?:calls|body|to_apply|branch_computations)=\{?%?([\w.\-]+)", instruction.line)
+            for name in called:
+                if name in self.computations:
+                    inside = is_fused or instruction.operation == "fusion"
+                    yield from self._visits(self.computations[name], times * rounds, inside)
+
+    def _rounds(self, loop: Instruction) -> int:
+        """How often a loop goes round: as stated, or as JAX's loops count, from 0 to less than a constant."""
+        stated = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.line)
+        if stated:
+            return int(stated[1])
+        condition = self.computations.get(loop.attribute("condition").removeprefix("%"))
+        for compared in condition.instructions.values() if condition else ():
+            if "direction=LT" in compared.line and compared.line.lstrip().startswith("ROOT"):
+                limit = condition.instructions.get(compared.operands[1]) if condition else None
+                constant = re.search(r"constant\((\d+)\)", limit.line) if limit else None
+                return int(constant[1]) if constant else 1
+        return 1
+
+
+def _computations(text: str) -> dict[str, Computation]:
+    computations: dict[str, Computation] = {}
+    current: Computation | None = None
+    for line in text.splitlines():
+        header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if header:
+            current = computations.setdefault(header[2], Computation(header[1] is not None, {}))
+        elif line.startswith("}"):
+            current = None
+        elif current is not None:
+            found = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][a-z\-]*)\(([^)]*)", line)
+            if found:
+                operands = tuple(operand.strip().removeprefix("%") for operand in found[4].split(","))
+                current.instructions[found[1]] = Instruction(found[1], found[2], found[3], operands, line)
+    return computations
+
+
+def shapes(printed: str) -> list[tuple[str, tuple[int, ...]]]:
+    """The element types and sizes of a shape as HLO prints it."""
+    parts = re.findall(r"(\w+)\[([\d,]*)\]", printed)
+    return [(dtype, tuple(int(size) for size in axes.split(",") if size)) for dtype, axes in parts]
+
+
+def num_bytes(dtype: str, axes: tuple[int, ...]) -> int:
+    return DTYPE_BYTES.get(dtype, 4) * math.prod(axes)
+
+
+def count_collectives(text: str) -> dict[str, dict[str, float]]:
+    """How often each kind of collective is done, and the bytes of the results.
+
+    One that TPUs do in pieces beside other work stands in several fusions, with the same channel; it counts once.
+    """
+    found: dict[str, dict[str, float]] = {}
+    channels: set[str] = set()
+    for instruction, _, times, _ in Module(text).visits():
+        kind = instruction.operation.removesuffix("-start")
+        channel = instruction.attribute("channel_id")
+        if kind not in COLLECTIVES or channel in channels:
+            continue
+        channels.update([channel] if channel else [])
+        sizes = [num_bytes(*shape) for shape in shapes(instruction.shape)]
+        # The start of an asynchronous one returns its operands as well.
+        size = max(sizes, default=0) if instruction.operation.endswith("-start") else sum(sizes)
+        entry = found.setdefault(kind, {"times": 0, "bytes": 0})
+        entry["times"] += times
+        entry["bytes"] += times * size
+    return found
+
+
+def products(text: str) -> Iterator[Product]:
+    """The products and convolutions of a program for CPUs, GPUs or TPUs. Either may have become the other."""
+    for instruction, computation, times, _ in Module(text).visits():
+        library = re.fullmatch(r"__(cudnn\$conv|cublas\$).*", instruction.custom_call)
+        if instruction.operation in ("dot", "convolution") or library:
+            operands = [shapes(computation.instructions[name].shape)[0] for name in instruction.operands[:2]]
+            arrays = [*operands, shapes(instruction.shape)[0]]
+            is_dot = instruction.operation == "dot" or (library and library[1] == "cublas$")
+            flops = (_dot_flops if is_dot else _convolution_flops)(instruction, arrays)
+            size = sum(num_bytes(*array) for array in arrays)
+            dtypes = frozenset(dtype for dtype, _ in operands)
+            scope = instruction.scope
+            is_convolution = "conv_general_dilated" in scope
+            if not scope and "batch_dims" in instruction.line:  # lost on the way; linear layers have no such axes
+                scope = ATTENTION
+            yield Product(kind_of(scope, is_convolution), times * flops, times * size, dtypes)
+
+
+Array = tuple[str, tuple[int, ...]]
+
+
+def _dot_flops(instruction: Instruction, arrays: list[Array]) -> float:
+    (_, left), _, (_, result) = arrays
+    # As HLO prints it, or as the configuration of a call to cuBLAS does.
+    found = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', instruction.line)
+    contracted = [int(axis) for axis in re.findall(r"\d+", found[1])] if found else []
+    return 2.0 * math.prod(result) * math.prod(left[axis] for axis in contracted)
+
+
+def _convolution_flops(instruction: Instruction, arrays: list[Array]) -> float:
+    (_, x), (_, kernel), (_, y) = arrays
+    # cuDNN's derivatives are printed with the convolution that they are of.
+    if instruction.custom_call.endswith("convBackwardFilter"):
+        kernel, y = y, kernel
+    elif instruction.custom_call.endswith("convBackwardInput"):
+        x, y = y, x
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.line)
+    assert labels, instruction.line
+    window = re.search(r"window=\{([^}]*)\}", instruction.line)
+    settings = dict(part.split("=") for part in window[1].split()) if window else {}
+    axes = "".join(sorted(c for c in labels[3] if c.isdigit()))
+
+    def space(shape: tuple[int, ...], label: str) -> list[int]:
+        return [shape[label.index(axis)] for axis in axes]
+
+    def along(name: str, default: str) -> list[str]:
+        return settings[name].split("x") if name in settings else [default] * len(axes)
+
+    windows = [
+        Window(int(stride), int(padding.split("_")[0]), int(input_dilation), int(kernel_dilation))
+        for stride, padding, input_dilation, kernel_dilation in zip(
+            along("stride", "1"), along("pad", "0_0"), along("lhs_dilate", "1"), along("rhs_dilate", "1"), strict=True
+        )
+    ]
+    outputs = math.prod(y[labels[3].index(label)] for label in "bf")
+    channels = kernel[labels[2].index("i")]
+    inputs, taps, out = space(x, labels[1]), space(kernel, labels[2]), space(y, labels[3])
+    return convolution_flops(outputs, channels, inputs, taps, out, windows)
