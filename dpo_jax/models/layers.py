@@ -69,16 +69,30 @@ class Adaptable(nnx.Module):
 
 
 class Linear(Adaptable):
-    """`y = x @ kernel + bias` over the last axis."""
+    """`y = x @ kernel + bias` over the last axis.
 
-    def __init__(self, in_features: int, out_features: int, *, use_bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs):
+    `rounded` is the dtype that the parameters are rounded to before they become the compute `dtype`; the same if None.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        dtype: DTypeLike,
+        rounded: DTypeLike | None = None,
+        rngs: nnx.Rngs,
+    ):
         self.kernel = make_param(torch_default_init, rngs, (in_features, out_features), LINEAR_AXES)
         self.bias = make_param(nnx.initializers.zeros, rngs, (out_features,)) if use_bias else None
-        self.dtype = dtype
+        self.dtype, self.rounded = dtype, rounded or dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
-        return self.plus_lora(x, y if self.bias is None else y + self.bias[...].astype(self.dtype))
+        y = x.astype(self.dtype) @ self.kernel[...].astype(self.rounded).astype(self.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.rounded).astype(self.dtype)
+        return self.plus_lora(x, y)
 
     def make_low_rank(self, rank: int, rngs: nnx.Rngs) -> tuple[nnx.Module, nnx.Module]:
         in_features, out_features = self.kernel.shape
@@ -147,7 +161,7 @@ class GroupNorm(nnx.Module):
 
     def __call__(self, x: jax.Array, *, silu: bool = False) -> jax.Array:
         """`silu` has SiLU follow."""
-        scale_C, bias_C = self.scale[...], self.bias[...]
+        scale_C, bias_C = (x[...].astype(self.dtype) for x in (self.scale, self.bias))
         return group_norm(x.astype(self.dtype), scale_C, bias_C, self.num_groups, self.epsilon, silu=silu)
 
 
@@ -160,7 +174,8 @@ class LayerNorm(nnx.Module):
         self.epsilon, self.dtype = epsilon, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return layer_norm(x.astype(self.dtype), self.scale[...], self.bias[...], self.epsilon)
+        scale_D, bias_D = (x[...].astype(self.dtype) for x in (self.scale, self.bias))
+        return layer_norm(x.astype(self.dtype), scale_D, bias_D, self.epsilon)
 
 
 class Embedding(nnx.Module):

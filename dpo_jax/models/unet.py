@@ -4,6 +4,7 @@ arXiv 2307.01952), with the structure and parameter names of diffusers.
 N images, H x W latent cells, C channels, T time features; the conditioning's axes are in `batch.py`.
 """
 
+import functools
 import math
 
 import jax
@@ -27,13 +28,12 @@ class UNet2DConditionModel(nnx.Module):
         widths, levels = config.block_out_channels, range(len(config.block_out_channels))
         time_features, high = 4 * widths[0], accumulation_dtype(dtype)
         self.conv_in = Conv(config.in_channels, widths[0], dtype=dtype, rngs=rngs)
-        # Neighbouring timesteps differ by less than bfloat16 resolves, and these layers cost nothing.
-        self.time_embedding = TimestepEmbedding(widths[0], time_features, dtype=high, rngs=rngs)
-        self.add_embedding = (
-            TimestepEmbedding(config.projection_class_embeddings_input_dim, time_features, dtype=high, rngs=rngs)
-            if config.projection_class_embeddings_input_dim is not None
-            else None
-        )
+        # Neighbouring timesteps differ by less than bfloat16 resolves, and these layers cost nothing. But their weights
+        # are rounded like all others: the policy's are float32, the reference's are not, and both begin as equals.
+        embedding = functools.partial(TimestepEmbedding, features=time_features, dtype=high, rounded=dtype, rngs=rngs)
+        self.time_embedding = embedding(widths[0])
+        added_features = config.projection_class_embeddings_input_dim
+        self.add_embedding = embedding(added_features) if added_features is not None else None
         self.down_blocks = nnx.List(
             [DownBlock2D(config, level, execution=execution, dtype=dtype, rngs=rngs) for level in levels]
         )
@@ -88,9 +88,11 @@ class UNet2DConditionModel(nnx.Module):
 class TimestepEmbedding(nnx.Module):
     """Two linear layers with silu between them."""
 
-    def __init__(self, in_features: int, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.linear_1 = Linear(in_features, features, dtype=dtype, rngs=rngs)
-        self.linear_2 = Linear(features, features, dtype=dtype, rngs=rngs)
+    def __init__(
+        self, in_features: int, features: int, *, dtype: DTypeLike, rounded: DTypeLike | None = None, rngs: nnx.Rngs
+    ):
+        self.linear_1 = Linear(in_features, features, dtype=dtype, rounded=rounded, rngs=rngs)
+        self.linear_2 = Linear(features, features, dtype=dtype, rounded=rounded, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.linear_2(jax.nn.silu(self.linear_1(x)))

@@ -16,6 +16,7 @@ import torch
 from dpo_jax.batch import Conditioning
 from dpo_jax.models.families import PUBLISHED
 from dpo_jax.models.network import Network
+from dpo_jax.models.random_model import UNET_SDXL
 from dpo_jax.models.unet import UNet2DConditionModel, sinusoids
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.weights.layout import Params, from_torch, torch_name
@@ -264,3 +265,22 @@ def test_conditioning_must_fit(change: dict[str, Any], message: str) -> None:
     x_NHWC, t_N, conditioning = make_inputs("sdxl_turbo")
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda params: network(params, x_NHWC, t_N, conditioning._replace(**change)), params)
+
+
+def test_weights_rounded_before_or_where_they_are_used_make_the_same() -> None:
+    """The policy's are float32 and the reference's bfloat16, and they begin as equals. To the bit: beta multiplies what
+    their predictions differ by."""
+    config = UNetConfig.from_dict(UNET_SDXL, "config.json")
+    unet = Network.build(lambda rngs: UNet2DConditionModel(config, dtype=jnp.bfloat16, rngs=rngs), config)
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape, np.float32))
+
+    params = {name: 0.1 * normal(*spec.shape) + ("scale" in name) for name, spec in unet.specs.items()}
+    rounded = {name: x.astype(jnp.bfloat16) for name, x in params.items()}
+    conditioning = Conditioning(normal(2, 5, 80), normal(2, 40), jnp.ones((2, 6)))
+    inputs = normal(2, 16, 16, 4), jnp.array([3, 900]), conditioning
+    policy, reference = (jax.jit(unet)(weights, *inputs) for weights in (params, rounded))
+    assert np.isfinite(policy).all()
+    np.testing.assert_array_equal(policy, reference)
