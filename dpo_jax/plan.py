@@ -9,6 +9,7 @@ a whole model).
 """
 
 import json
+import os
 import time
 from typing import Any
 
@@ -41,6 +42,8 @@ JSON = flags.DEFINE_bool("json", False, "Print the plan as JSON alone.")
 def main() -> None:
     if CONFIG.value is None:
         raise ValueError("--config is missing; give one of the files in configs/, such as --config=configs/sdxl.py")
+    # No accelerator is needed, and where there is none JAX offers the compiler for GPUs only to those who say so.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from dpo_jax.planning.compiled import compile_step, summarize
     from dpo_jax.planning.estimate import make_plan, measure_holdings, measure_work
     from dpo_jax.planning.report import as_text, compiled_text

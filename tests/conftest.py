@@ -7,6 +7,8 @@ from pathlib import Path
 
 # Most of the suite's time is compilation; what must be tested as users run it clears XLA_FLAGS in a subprocess.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+# Everything is tested on CPUs; a compiler for GPUs is offered without one only to those who say so.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiled functions are kept beside pytest's own cache, for tests in this and in other processes.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 

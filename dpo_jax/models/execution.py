@@ -44,6 +44,8 @@ class Execution(NamedTuple):
     scan: bool = False
     """Whether the transformer blocks that follow one another are compiled once, as the body of a loop. The compiler is
     done several times sooner, and less can be computed ahead or kept apart."""
+    attention: str = "xla"
+    """Who computes it: see `operations.attention`."""
 
     def run(self, block: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
         """`block(*args)`, computed again in the backward pass but for what the policy keeps."""

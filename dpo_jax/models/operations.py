@@ -116,19 +116,50 @@ def _geglu_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
 geglu.defvjp(_geglu_forward, _geglu_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def attention(
-    query_NQD: jax.Array, key_NSD: jax.Array, value_NSD: jax.Array, num_heads: int, is_causal: bool = False
+    query_NQD: jax.Array,
+    key_NSD: jax.Array,
+    value_NSD: jax.Array,
+    num_heads: int,
+    *,
+    is_causal: bool = False,
+    implementation: str = "xla",
 ) -> jax.Array:
     """Multi-head scaled dot-product attention. Returns [N, Q, D].
 
-    Written out because `jax.nn.dot_product_attention` takes the softmax in float32 even of float64 inputs.
+    "xla" is written out because `jax.nn.dot_product_attention` takes the softmax in float32 even of float64 inputs.
+    "cudnn", on GPUs, is one kernel that writes no product of queries and keys to memory; it takes heads of up to 128
+    features, in 16 bits, and others are left to "xla".
     """
-    return _attention_forward(query_NQD, key_NSD, value_NSD, num_heads, is_causal)[0]
+    features = query_NQD.shape[-1] // num_heads
+    if implementation == "cudnn" and features % 8 == 0 and features <= 128 and query_NQD.dtype.itemsize == 2:
+        # It takes no odd number of keys, such as a caption's 77.
+        rows, keys = key_NSD.shape[:2]
+        padding = ((0, 0), (0, -keys % 8), (0, 0))
+        key_NSD, value_NSD = jnp.pad(key_NSD, padding), jnp.pad(value_NSD, padding)
+        query_NQhd, key_NShd, value_NShd = (_heads(x, num_heads) for x in (query_NQD, key_NSD, value_NSD))
+        lengths_N = jnp.full(rows, keys, jnp.int32) if keys % 8 else None
+        result_NQhd = jax.nn.dot_product_attention(
+            query_NQhd,
+            key_NShd,
+            value_NShd,
+            is_causal=is_causal,
+            key_value_seq_lengths=lengths_N,
+            implementation="cudnn",
+        )
+        return attention_result(result_NQhd.reshape(query_NQD.shape))
+    return _attention(query_NQD, key_NSD, value_NSD, num_heads, is_causal)
 
 
 LOGITS_BYTES = 2**27
 """What an image's products of queries and keys may take; where it is more, the queries are gone through in blocks."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attention(
+    query_NQD: jax.Array, key_NSD: jax.Array, value_NSD: jax.Array, num_heads: int, is_causal: bool
+) -> jax.Array:
+    return _attention_forward(query_NQD, key_NSD, value_NSD, num_heads, is_causal)[0]
 
 
 @jax.named_scope(ATTENTION)
@@ -196,7 +227,7 @@ def _attention_backward(
     return dquery_NQD, dkey_NSD.astype(low), dvalue_NSD.astype(low)
 
 
-attention.defvjp(_attention_forward, _attention_backward)
+_attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _heads(x_NSD: jax.Array, num_heads: int) -> jax.Array:

@@ -4,6 +4,8 @@ N images, H x W latent cells, C channels; as a sequence L = H * W cells or capti
 the time embedding `temb_NT`, which arrives activated (diffusers activates it again in each resnet).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -131,12 +133,11 @@ class Transformer2DModel(nnx.Module):
             else Conv(width, width, 1, padding=0, dtype=dtype, rngs=rngs)
             for _ in range(2)
         )
-        self.transformer_blocks = nnx.List(
-            [
-                BasicTransformerBlock(width, config.cross_attention_dim[level], heads, dtype=dtype, rngs=rngs)
-                for _ in range(config.transformer_layers_per_block[level])
-            ]
+        make_block = functools.partial(
+            BasicTransformerBlock, width, config.cross_attention_dim[level], heads, execution=execution, dtype=dtype
         )
+        blocks = range(config.transformer_layers_per_block[level])
+        self.transformer_blocks = nnx.List([make_block(rngs=rngs) for _ in blocks])
         self.execution = execution
 
     def __call__(self, x_NHWC: jax.Array, context_NLD: jax.Array) -> jax.Array:
@@ -149,11 +150,20 @@ class Transformer2DModel(nnx.Module):
 class BasicTransformerBlock(nnx.Module):
     """Self-attention, cross-attention to the caption and a feed-forward layer, each on normalised input and added."""
 
-    def __init__(self, features: int, context_features: int, num_heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        features: int,
+        context_features: int,
+        num_heads: int,
+        *,
+        execution: Execution,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
         self.norm1 = LayerNorm(features, dtype=dtype, rngs=rngs)
-        self.attn1 = Attention(features, features, num_heads, dtype=dtype, rngs=rngs)
+        self.attn1 = Attention(features, features, num_heads, execution=execution, dtype=dtype, rngs=rngs)
         self.norm2 = LayerNorm(features, dtype=dtype, rngs=rngs)
-        self.attn2 = Attention(features, context_features, num_heads, dtype=dtype, rngs=rngs)
+        self.attn2 = Attention(features, context_features, num_heads, execution=execution, dtype=dtype, rngs=rngs)
         self.norm3 = LayerNorm(features, dtype=dtype, rngs=rngs)
         self.ff = FeedForward(features, dtype=dtype, rngs=rngs)
 
@@ -167,15 +177,25 @@ class BasicTransformerBlock(nnx.Module):
 class Attention(nnx.Module):
     """Queries from the image; keys and values from the image (self-attention) or the caption."""
 
-    def __init__(self, features: int, context_features: int, num_heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        features: int,
+        context_features: int,
+        num_heads: int,
+        *,
+        execution: Execution,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
         self.to_q = Linear(features, features, use_bias=False, dtype=dtype, rngs=rngs)
         self.to_k = Linear(context_features, features, use_bias=False, dtype=dtype, rngs=rngs)
         self.to_v = Linear(context_features, features, use_bias=False, dtype=dtype, rngs=rngs)
         self.to_out = nnx.List([Linear(features, features, dtype=dtype, rngs=rngs)])
-        self.num_heads = num_heads
+        self.num_heads, self.execution = num_heads, execution
 
     def __call__(self, x_NLD: jax.Array, context_NLD: jax.Array) -> jax.Array:
-        y_NLD = attention(self.to_q(x_NLD), self.to_k(context_NLD), self.to_v(context_NLD), self.num_heads)
+        query_NLD, key_NLD, value_NLD = self.to_q(x_NLD), self.to_k(context_NLD), self.to_v(context_NLD)
+        y_NLD = attention(query_NLD, key_NLD, value_NLD, self.num_heads, implementation=self.execution.attention)
         return self.to_out[0](y_NLD)
 
 

@@ -28,6 +28,7 @@ FREE_TO_CHANGE = (
     "data.path",
     "remat",
     "scan",
+    "attention",
     "log_every",
     "mesh.",
     "checkpoint.",
@@ -60,6 +61,7 @@ SHARES = ("data.caption_dropout", "data.min_agreement", "lora.dropout", "ema.dec
 CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "vae_dtype": ("float32", "bfloat16"),
+    "attention": ("xla", "cudnn"),
     "remat": ("none", "dots", "attention", "block"),
     "data.size_conditioning": ("constant", "real"),
     "data.ties": ("drop", "zero_weight", "soft"),
@@ -88,6 +90,7 @@ def default_config() -> ConfigDict:
         "none"  # what the backward pass keeps: "none" recomputes nothing, then "dots", "attention", "block": least
     )
     c.scan = False  # compile equal transformer blocks once, as a loop: for TPUs, where compilation is slow
+    c.attention = "xla"  # or "cudnn", one kernel on GPUs for heads of up to 128 features in bfloat16
     c.log_every = 10  # steps between two lines of metrics
 
     c.lora = ConfigDict()  # low-rank adapters: only they are trained, and the reference is the model without them
@@ -238,6 +241,8 @@ def check(config: ConfigDict) -> None:
             f"config.scan=True runs equal blocks as one, but config.lora.dropout={config.lora.dropout} draws for each "
             "of them; set scan=False or lora.dropout=0"
         )
+    if config.attention == "cudnn" and config.dtype != "bfloat16":
+        raise ValueError(f'config.attention="cudnn" takes bfloat16, not config.dtype={config.dtype}; change either')
     if config.lora.rank < 0:
         raise ValueError(f"config.lora.rank={config.lora.rank} must be 0 (no LoRA) or more")
     if config.lora.init_reference and not config.lora.init:

@@ -50,7 +50,7 @@ def open_model(config: ConfigDict, workdir: epath.PathLike) -> Pipeline:
         model_config=config.model_config,
         revision=config.revision,
         variant=config.variant,
-        execution=Execution(config.remat, config.scan),
+        execution=Execution(config.remat, config.scan, config.attention),
     )
     if config.data.resolution % pipeline.vae_factor:
         raise ValueError(f"data.resolution={config.data.resolution} is not a multiple of {pipeline.vae_factor}")
