@@ -41,7 +41,7 @@ def main() -> None:
     for name, file in MODELS.items():
         config = cli.load_config(file)
         config.data.batch_size, config.data.encoded_views = 2048, 2
-        works = measure_all(config, print)
+        works = measure_all(config, "tpu", print)
         rows += [(name, choose(config, works, parse_topology(topology))) for topology in SLICES]
         if "LoRA" not in name:
             scaling += [

@@ -63,7 +63,7 @@ def count_work(mode: Mode) -> float:
     from dpo_jax.planning.structure import open_structure
 
     config = load(mode)
-    return measure_work(config, open_structure(config)).model_flops
+    return measure_work(config, open_structure(config), "gpu").model_flops
 
 
 def ceilings() -> dict[str, Any]:

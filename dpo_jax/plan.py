@@ -56,7 +56,10 @@ def main() -> None:
         config, plan = fit(config, topology, UTILISATION.value, say)
     else:
         pipeline = open_structure(config)
-        holdings, work = measure_holdings(config, pipeline, topology), measure_work(config, pipeline)
+        holdings, work = (
+            measure_holdings(config, pipeline, topology),
+            measure_work(config, pipeline, topology.device.kind),
+        )
         plan = make_plan(
             holdings,
             work,

@@ -179,14 +179,18 @@ class Plan:
         }
 
 
-def measure_work(config: ConfigDict, pipeline: Pipeline, model_flops: float | None = None) -> Work:
-    """Traces the gradient of one pair, with what `config.remat` repeats and, where not known yet, without."""
-    program, activation_bytes = _trace_pair(config, pipeline)
+def measure_work(config: ConfigDict, pipeline: Pipeline, kind: str, model_flops: float | None = None) -> Work:
+    """Traces the gradient of one pair, with what `config.remat` repeats and, where not known yet, without.
+
+    `kind` is that of the device, "tpu" or "gpu". Attention is counted as XLA does it.
+    """
+    config = replaced(config, {"attention": "xla"})
+    program, activation_bytes = _trace_pair(config, pipeline, kind)
     if model_flops is None:
         plain = program
         if config.remat != "none":
             without = replaced(config, {"remat": "none"})
-            plain, _ = _trace_pair(without, open_structure(without))
+            plain, _ = _trace_pair(without, open_structure(without), kind)
         model_flops = plain.flops(without=AGAIN)
     return Work(config.remat, program.flops(), model_flops, activation_bytes, len(list(program.products())))
 
@@ -311,7 +315,7 @@ def _size(specs: Any) -> int:
     return sum(math.prod(spec.shape) for spec in specs.values())
 
 
-def _trace_pair(config: ConfigDict, pipeline: Pipeline) -> tuple[Program, float]:
+def _trace_pair(config: ConfigDict, pipeline: Pipeline, kind: str) -> tuple[Program, float]:
     """The gradient of one pair on one device, and its bytes of activations."""
     one = replaced(config, {"data.batch_size": 1, "data.accumulation": 1})
     experiment = compose(one, resolve(one, device_count=1, process_count=1), pipeline, Placement(_mesh((1, 1, 1))))
@@ -323,4 +327,5 @@ def _trace_pair(config: ConfigDict, pipeline: Pipeline) -> tuple[Program, float]
     weights = experiment.abstract_state().params, experiment.frozen
     traced = jax.make_jaxpr(jax.grad(loss))(*weights, experiment.abstract_batch(), jax.ShapeDtypeStruct((), jnp.int32))
     program = Program(traced)
-    return program, peak_bytes(program, program.inputs[: len(jax.tree.leaves(weights))])
+    num_weights = len(jax.tree.leaves(weights))
+    return program, peak_bytes(program, program.inputs[:num_weights], by_library=kind == "gpu")

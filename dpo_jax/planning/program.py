@@ -3,7 +3,7 @@
 The compiler is modelled by one rule. It joins elementwise operations to what reads them, products and convolutions
 included, so their results take no memory: they are made again from their sources wherever they are read, and the
 sources stay until then. Only where several values are joined that together are larger (a sum, a difference) the result
-is kept in their place.
+is kept in their place. For GPUs products and convolutions are libraries' kernels, and what they read is in memory.
 """
 
 import math
@@ -26,6 +26,10 @@ ELEMENTWISE = {
     *("shift_left", "shift_right_logical", "bitcast_convert_type", "sharding_constraint", "random_wrap"),
     *("stack", "unstack"),  # of the weights of a loop's blocks, and of their gradients
 }
+
+LAYOUT = {"reshape", "squeeze", "expand_dims", "transpose", "name", "optimization_barrier", "sharding_constraint"}
+"""What of those only says how an array is read."""
+PRODUCTS = {"dot_general", "conv_general_dilated"}
 
 
 class Operation(NamedTuple):
@@ -82,7 +86,7 @@ class Program:
             scope = f"{called_in}/{operation.scope}"
             if operation.name == "scan":
                 yield from Program(operation.params["jaxpr"]).products(times * operation.params["length"], scope)
-            if operation.name not in ("dot_general", "conv_general_dilated"):
+            if operation.name not in PRODUCTS:
                 continue
             is_convolution = operation.name == "conv_general_dilated"
             flops = _convolution_flops(operation.params, avals) if is_convolution else self._flops(operation, None)
@@ -158,14 +162,16 @@ def _convolution_flops(params: dict[str, Any], avals: list[Any]) -> float:
     return convolution_flops(outputs, kernel[numbers.rhs_spec[1]], inputs, taps, out, along)
 
 
-def peak_bytes(program: Program, weights: Iterable[int]) -> int:
+def peak_bytes(program: Program, weights: Iterable[int], *, by_library: bool = False) -> int:
     """The most bytes that intermediate values take at any time, beside the inputs and the outputs.
 
     Args:
         weights: inputs that are parameters. What is made of them alone (rounded weights), and what becomes an output by
             elementwise operations alone (gradients), is not counted: that depends on how they are split over devices.
+        by_library: whether what products read is in memory, as for GPUs.
     """
-    sources = _sources(program, set(program.inputs) | _made_of(program, set(weights)) | _gradients(program))
+    uncounted = set(program.inputs) | _made_of(program, set(weights)) | _gradients(program)
+    sources = _sources(program, uncounted, _read_by_products(program) if by_library else set())
     last_read: dict[int, int] = {}
     for time, operation in enumerate(program.operations):
         for variable in operation.inputs:
@@ -180,22 +186,38 @@ def peak_bytes(program: Program, weights: Iterable[int]) -> int:
     held = peak = 0
     for time, operation in enumerate(program.operations):
         held += sum(program.bytes(v) for v in operation.outputs if v in last_read)
-        inside = peak_bytes(Program(operation.params["jaxpr"]), ()) if operation.name == "scan" else 0
+        is_loop = operation.name == "scan"
+        inside = peak_bytes(Program(operation.params["jaxpr"]), (), by_library=by_library) if is_loop else 0
         peak = max(peak, held + inside)
         held -= sum(program.bytes(v) for v in freed.get(time, []))
     return peak
 
 
-def kept_bytes(program: Program, weights: Iterable[int]) -> int:
+def kept_bytes(program: Program, weights: Iterable[int], *, by_library: bool = False) -> int:
     """The bytes of what a program's outputs are made of, elementwise, beside its inputs: of a forward pass that returns
-    its derivative (`jax.vjp`), what it keeps for the backward pass. `weights` as in `peak_bytes`."""
-    sources = _sources(program, set(program.inputs) | _made_of(program, set(weights)))
+    its derivative (`jax.vjp`), what it keeps for the backward pass. `weights` and `by_library` as in `peak_bytes`."""
+    uncounted = set(program.inputs) | _made_of(program, set(weights))
+    sources = _sources(program, uncounted, _read_by_products(program) if by_library else set())
     kept = frozenset().union(*(sources.get(variable, frozenset()) for variable in program.outputs))
     return sum(program.bytes(variable) for variable in kept)
 
 
-def _sources(program: Program, uncounted: set[int]) -> dict[int, frozenset[int]]:
-    """For each variable those that exist in memory and it is made of: itself, or what it is computed from again."""
+def _read_by_products(program: Program) -> set[int]:
+    """Variables that products and convolutions read, as they were made."""
+    read = {variable for op in program.operations if op.name in PRODUCTS for variable in op.inputs}
+    for operation in reversed(program.operations):
+        if operation.name in LAYOUT:
+            for before, after in zip(operation.inputs, operation.outputs, strict=False):
+                if after in read:
+                    read.remove(after)
+                    read.add(before)
+    return read
+
+
+def _sources(program: Program, uncounted: set[int], existing: set[int]) -> dict[int, frozenset[int]]:
+    """For each variable those that exist in memory and it is made of: itself, or what it is computed from again.
+
+    `existing` are in memory in any case."""
     sources: dict[int, frozenset[int]] = {}
     for operation in program.operations:
         made_of = frozenset().union(*(sources.get(variable, frozenset()) for variable in operation.inputs))
@@ -204,7 +226,7 @@ def _sources(program: Program, uncounted: set[int]) -> dict[int, frozenset[int]]
             if variable in uncounted:
                 continue
             joins = max(sizes, default=0) <= program.bytes(variable) < 0.75 * sum(sizes)
-            exists = joins or operation.name not in ELEMENTWISE
+            exists = joins or operation.name not in ELEMENTWISE or variable in existing
             sources[variable] = frozenset([variable]) if exists else made_of
     return sources
 

@@ -28,20 +28,20 @@ def fit(
     config: ConfigDict, topology: Topology, utilisation: float | None, say: Callable[[str], None]
 ) -> tuple[ConfigDict, Plan]:
     """The fastest of every remat policy, fsdp degree and micro-batch that fits, as a config and its plan."""
-    plan = choose(config, measure_all(config, say), topology, utilisation)
+    plan = choose(config, measure_all(config, topology.device.kind, say), topology, utilisation)
     chosen = with_settings(
         config, remat=plan.remat, accumulation=plan.accumulation, data=plan.mesh["data"], fsdp=plan.mesh["fsdp"]
     )
     return chosen, plan
 
 
-def measure_all(config: ConfigDict, say: Callable[[str], None]) -> list[Work]:
-    """What a pair costs with each policy."""
+def measure_all(config: ConfigDict, kind: str, say: Callable[[str], None]) -> list[Work]:
+    """What a pair costs with each policy on that kind of device."""
     works: list[Work] = []
     for remat in POLICIES:
         say(f"counting what a pair costs with remat={remat}")
         one = replaced(config, {"remat": remat})
-        works.append(measure_work(one, open_structure(one), works[0].model_flops if works else None))
+        works.append(measure_work(one, open_structure(one), kind, works[0].model_flops if works else None))
     return works
 
 
