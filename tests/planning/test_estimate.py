@@ -65,10 +65,10 @@ def test_memory_is_that_of_real_arrays(tmp_path: Path, monkeypatch: pytest.Monke
 
 GIB = 2**30
 WORK = {
-    "none": Work("none", 8e12, 8e12, 6 * GIB, 0),
-    "dots": Work("dots", 9e12, 8e12, 4 * GIB, 0),
-    "attention": Work("attention", 10e12, 8e12, 2 * GIB, 0),
-    "block": Work("block", 11e12, 8e12, 1 * GIB, 0),
+    "none": Work("none", 8e12, 8e12, 6 * GIB, 0, 0),
+    "dots": Work("dots", 9e12, 8e12, 4 * GIB, 0, 0),
+    "attention": Work("attention", 10e12, 8e12, 2 * GIB, 0, 0),
+    "block": Work("block", 11e12, 8e12, 1 * GIB, 0, 0),
 }
 
 
@@ -99,8 +99,29 @@ def test_fit_rematerializes_only_for_what_it_saves(lora) -> None:
     machine = parse_topology("v5e:4x4")
     machine = machine._replace(device=machine.device._replace(hbm_gib=100))
     for saved, remat in ((0.04, "none"), (0.06, "dots")):
-        works = [Work("none", 8e12, 8e12, 6 * GIB, 0), Work("dots", 8e12, 8e12, (1 - saved) * 6 * GIB, 0)]
+        works = [Work("none", 8e12, 8e12, 6 * GIB, 0, 0), Work("dots", 8e12, 8e12, (1 - saved) * 6 * GIB, 0, 0)]
         assert search.choose(lora, works, machine).remat == remat
+
+
+@pytest.mark.parametrize(("machine", "pairs"), [("v5e:4x4", 4), ("h200:8x2", 1)])
+def test_fit_has_tpus_convolve_whole_images(lora, machine: str, pairs: int) -> None:
+    """XLA cuts the images of fewer pairs into slices that overlap."""
+    works = [Work("none", 8e12, 8e12, GIB, 0, 4e12)]
+    fast = search.choose(lora, works, parse_topology(machine))
+    assert fast.micro_batch_per_device == pairs
+    holdings = measure_holdings(lora, open_structure(lora), parse_topology(machine))
+    cut = make_plan(holdings, works[0], parse_topology(machine), batch_size=2048, accumulation=128)
+    assert cut.micro_batch_per_device == 1
+    slower = 1 + 0.21 * 4 / 8 if pairs > 1 else 1
+    assert cut.compute_seconds == pytest.approx(slower * fast.compute_seconds)
+
+
+def test_the_program_takes_memory_of_tpus(lora) -> None:
+    for machine, size in (("v5e:4x4", 1000 * 0.37 * 2**20), ("h200:8x2", 0)):
+        topology = parse_topology(machine)
+        holdings = measure_holdings(lora, open_structure(lora), topology)
+        plan = make_plan(holdings, Work("none", 1, 1, 1, 1000, 0), topology, batch_size=2048, accumulation=16)
+        assert plan.memory["program (from its size, assumed)"] == size
 
 
 def test_fit_says_what_is_the_least_where_nothing_fits(lora) -> None:
@@ -133,7 +154,7 @@ def test_collectives_that_outlast_the_computation_are_not_hidden(lora) -> None:
     lora.data.accumulation = 16
     topology = parse_topology("v5e:4x4")
     holdings = measure_holdings(lora, open_structure(lora), topology)
-    plan = make_plan(holdings, Work("none", 1, 1, 1, 0), topology, batch_size=2048, accumulation=16, utilisation=1)
+    plan = make_plan(holdings, Work("none", 1, 1, 1, 0, 0), topology, batch_size=2048, accumulation=16, utilisation=1)
     summed, gathered = plan.collectives
     assert (summed.times, gathered.times) == (16, 1)
     assert summed.received_bytes == pytest.approx(2 * 4 * plan.trained_parameters * 15 / 16)
