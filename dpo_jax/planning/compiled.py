@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dpo_jax.models.pipeline import Pipeline
-from dpo_jax.planning.hlo import count_collectives, products
+from dpo_jax.planning.hlo import count_collectives, count_traffic, products
 from dpo_jax.planning.products import Sums, sums_by_kind
 from dpo_jax.planning.program import Program
 from dpo_jax.planning.topology import GIB, Topology
@@ -34,6 +34,8 @@ class Compiled(NamedTuple):
     """By kind (`products.KINDS`), of a device in an optimizer step."""
     traced_products: dict[str, Sums]
     """The same of the program that the compiler was given."""
+    traffic: dict[str, float]
+    """Bytes that a device reads and writes in an optimizer step, by what for (`hlo.count_traffic`)."""
 
 
 def compile_step(config: ConfigDict, pipeline: Pipeline, topology: Topology) -> Compiled:
@@ -77,6 +79,7 @@ def compile_step(config: ConfigDict, pipeline: Pipeline, topology: Topology) -> 
         collectives=count_collectives(text),
         products=sums_by_kind(products(text)),
         traced_products=sums_by_kind(traced.products(share)),
+        traffic=count_traffic(text),
     )
 
 
@@ -137,4 +140,5 @@ def summarize(compiled: Compiled) -> dict[str, Any]:
         "collectives": compiled.collectives,
         "products": {kind: sums._asdict() for kind, sums in compiled.products.items()},
         "traced_products": {kind: sums._asdict() for kind, sums in compiled.traced_products.items()},
+        "traffic_bytes": compiled.traffic,
     }

@@ -32,7 +32,8 @@ PROGRAM_BYTES = 0.37 * 2**20
 models, unrolled or not. GPUs' own is not counted by their compiler."""
 WHOLE_IMAGES = 4
 """Pairs at a time from which XLA for TPUs convolves images whole. It cuts fewer into slices, to fill the eight rows of
-the matrix unit's tiles, and the slices overlap: of one pair of SD1.5 convolutions are 21% more work, of four none."""
+the matrix unit's tiles, and the slices overlap: compiled for one pair, the convolutions of SD1.5 are 21% more work and
+those of SDXL 12%; for four pairs of SD1.5 none."""
 CUT_CONVOLUTIONS = 0.21
 PAPER_PAIRS = 2000 * 2048
 """Of the published run (arXiv 2311.12908, section 5.1): steps times pairs a step."""

@@ -167,6 +167,51 @@ def products(text: str) -> Iterator[Product]:
             yield Product(kind_of(scope, is_convolution), times * flops, times * size, dtypes)
 
 
+NOT_DONE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional", "call"}
+"""Instructions that touch no memory themselves."""
+CUTS = {"slice", "dynamic-slice"}
+ONLY_MOVES = {"copy", "transpose", "pad", "concatenate"} | CUTS
+FOR_FREE = {"parameter", "bitcast", "reshape", "tuple", "constant", "get-tuple-element", "convert"}
+
+
+def count_traffic(text: str) -> dict[str, float]:
+    """Bytes that a program's instructions read and write, by what they do.
+
+    What a fusion joins is read once; where it cuts slices from an array, only those are.
+    """
+    found = dict.fromkeys(("products", "attention kernels", "reductions", "elementwise", "copies", "collectives"), 0.0)
+    module = Module(text)
+    for instruction, computation, times, is_fused in module.visits():
+        if is_fused or instruction.operation in NOT_DONE:
+            continue
+        called = module.computations.get(instruction.attribute("calls").removeprefix("%"))
+        inside = {part.operation for part in called.instructions.values()} if called else {instruction.operation}
+        if inside & {"dot", "convolution"} or re.match(r"__(cudnn\$conv|cublas\$)", instruction.custom_call):
+            kind = "products"
+        elif "fmha" in instruction.custom_call:
+            kind = "attention kernels"
+        elif instruction.operation.removesuffix("-start") in COLLECTIVES:
+            kind = "collectives"
+        elif inside & ONLY_MOVES and inside <= ONLY_MOVES | FOR_FREE:
+            kind = "copies"
+        else:
+            kind = "reductions" if "reduce" in inside else "elementwise"
+        read = [part.shape for name in instruction.operands if (part := computation.instructions.get(name))]
+        if called:
+            read = [_read_of(called, number, shape) for number, shape in enumerate(read)]
+        sizes = [num_bytes(*shape) for printed in (instruction.shape, *read) for shape in shapes(printed)]
+        found[kind] += times * sum(sizes)
+    return found
+
+
+def _read_of(fused: Computation, number: int, shape: str) -> str:
+    """What a fusion reads of an operand: its slices, or all."""
+    parts = fused.instructions.values()
+    parameter = next((p for p in parts if p.operation == "parameter" and p.operands == (str(number),)), None)
+    users = [part for part in parts if parameter and parameter.name in part.operands]
+    return " ".join(user.shape for user in users) if users and all(u.operation in CUTS for u in users) else shape
+
+
 Array = tuple[str, tuple[int, ...]]
 
 

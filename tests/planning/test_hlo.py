@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from dpo_jax.cli import load_config
-from dpo_jax.planning.hlo import count_collectives, products
+from dpo_jax.planning.hlo import count_collectives, count_traffic, products
 from dpo_jax.planning.products import Product, Sums, sums_by_kind
 from dpo_jax.planning.program import Program
 from dpo_jax.planning.structure import open_structure
@@ -171,6 +171,52 @@ def test_what_is_done_again_is_told_apart() -> None:
         text = BATCHED["cpu"].replace("jit(f)/attention", f"jit(f)/transpose(jvp(attention))/{name}")
         found = sums_by_kind(products(entry(text)))
         assert found["done again"].flops > 0 == found["attention"].flops
+
+
+TRAFFIC = """HloModule made_up
+
+%turned (p: f32[8,4]) -> f32[4,8] {
+  %p = f32[8,4]{1,0} parameter(0)
+  ROOT %t = f32[4,8]{1,0} transpose(%p), dimensions={1,0}
+}
+
+%scaled (q: f32[8,4]) -> f32[4,8] {
+  %q = f32[8,4]{1,0} parameter(0)
+  %u = f32[4,8]{1,0} transpose(%q), dimensions={1,0}
+  ROOT %n = f32[4,8]{1,0} negate(%u)
+}
+
+%cut (r: f32[8,4]) -> f32[2,4] {
+  %r = f32[8,4]{1,0} parameter(0)
+  %v = f32[2,4]{1,0} slice(%r), slice={[2:4], [0:4]}
+  ROOT %m = f32[2,4]{1,0} negate(%v)
+}
+
+ENTRY %main (x: f32[8,4], w: f32[4,16]) -> f32[8,16] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %w = f32[4,16]{1,0} parameter(1)
+  %a = f32[4,8]{1,0} fusion(%x), kind=kInput, calls=%turned
+  %b = f32[4,8]{1,0} fusion(%x), kind=kLoop, calls=%scaled
+  %d = f32[2,4]{1,0} fusion(%x), kind=kLoop, calls=%cut
+  %c = f32[8,4]{0,1} copy(%x)
+  %f = (bf16[8,4]{1,0}, u8[0]{0}) custom-call(%x, %x, %x), custom_call_target="__cudnn$fmhaSoftmax"
+  %s = f32[8]{0} reduce(%x, %zero), dimensions={1}, to_apply=%add
+  %r = f32[8,4]{1,0} all-reduce(%x), to_apply=%add
+  ROOT %y = f32[8,16]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+
+
+def test_traffic_is_what_instructions_read_and_write_by_what_they_do() -> None:
+    x = 8 * 4 * 4
+    assert count_traffic(TRAFFIC) == {
+        "products": x + 4 * 16 * 4 + 8 * 16 * 4,
+        "attention kernels": 3 * x + 8 * 4 * 2,
+        "reductions": x + 8 * 4,
+        "elementwise": 2 * x + 2 * x / 4,
+        "copies": 2 * x + 2 * x,
+        "collectives": 2 * x,
+    }
 
 
 def test_the_compiled_step_multiplies_as_often_as_the_traced_one() -> None:
