@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import json
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -115,6 +114,7 @@ def timed(step: Callable[[int], Any], wait: Callable[[Any], float], seconds: flo
 def ours(mode: Mode, seconds: float) -> dict[str, Any]:
     import jax
 
+    from dpo_jax.planning.made_up import random_batch, random_state
     from dpo_jax.planning.structure import open_structure
     from dpo_jax.sharding import Placement, make_mesh, rules_of
     from dpo_jax.training.config import resolve
@@ -154,67 +154,6 @@ def report(
         "first_step_seconds": figures["first_step_seconds"],
         "loss": figures["loss"],
     }
-
-
-def random_state(experiment: Any) -> tuple[Any, Any]:
-    """Training state and frozen weights; the reference is the policy, rounded as it is in training."""
-    import jax
-    import jax.numpy as jnp
-
-    abstract = experiment.abstract_state()
-    params = random_weights(abstract.params, seed=0)
-    frozen = {name: random_weights(shapes, seed=1) for name, shapes in experiment.frozen.items() if name != "reference"}
-    if "base" in frozen:  # of a LoRA the second factor is 0 at first, and the reference is the base
-        params = {name: x * 0 if "lora_B" in name else x for name, x in params.items()}
-    else:
-        shapes = experiment.frozen["reference"]
-        frozen["reference"] = {name: jnp.array(params[name], shape.dtype) for name, shape in shapes.items()}
-    place = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
-    opt_state = jax.jit(experiment.optimizer.init, out_shardings=place)(params)
-    return abstract._replace(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, ema={}), frozen
-
-
-def random_weights(shapes: Any, seed: int) -> Any:
-    """Kernels of variance 1 / fan-in, scales around 1, biases around 0, made on the device: there are up to 13 GB."""
-    import jax
-    import jax.numpy as jnp
-
-    def make(key: Any) -> Any:
-        keys = jax.random.split(key, len(shapes))
-        return {
-            name: (
-                (1.0 if name.endswith("scale") else 0.0)
-                + jax.random.normal(keys[i], shape.shape, jnp.float32)
-                * (math.prod(shape.shape[:-1]) ** -0.5 if len(shape.shape) > 1 else 0.1)
-            ).astype(shape.dtype)
-            for i, (name, shape) in enumerate(shapes.items())
-        }
-
-    return jax.jit(make, out_shardings={name: shape.sharding for name, shape in shapes.items()})(jax.random.key(seed))
-
-
-def random_batch(experiment: Any, seed: int) -> Any:
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    rng = np.random.default_rng(seed)
-    abstract = experiment.abstract_batch()
-
-    def normal(shape: Any) -> Any:
-        return jnp.asarray(rng.standard_normal(shape.shape, np.float32), shape.dtype)
-
-    size = experiment.config.data.resolution
-    ones = np.ones(abstract.preference_BK.shape)
-    batch = abstract._replace(
-        inputs=jax.tree.map(normal, abstract.inputs),
-        size_cond_BK6=np.broadcast_to(np.float32([size, size, 0, 0, size, size]), abstract.size_cond_BK6.shape),
-        preference_BK=np.float32(ones * [1, 0]),
-        valid_BK=ones.astype(bool),
-        weight_B=np.ones(len(ones), np.float32),
-        index_B=np.arange(len(ones), dtype=np.int32) + seed * len(ones),
-    )
-    return jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), batch, abstract)
 
 
 # PyTorch's. What is published does the same for all: errors of policy and reference on two noisy latents.

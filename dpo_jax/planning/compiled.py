@@ -34,6 +34,8 @@ class Compiled(NamedTuple):
     """By kind (`products.KINDS`), of a device in an optimizer step."""
     traced_products: dict[str, Sums]
     """The same of the program that the compiler was given."""
+    float32_flops: float
+    """Of those products, what reads float32."""
     traffic: dict[str, float]
     """Bytes that a device reads and writes in an optimizer step, by what for (`hlo.count_traffic`)."""
 
@@ -66,7 +68,7 @@ def compile_step(config: ConfigDict, pipeline: Pipeline, topology: Topology) -> 
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None  # nor is the text, of such devices
     assert text is not None
-    traced = Program(jax.make_jaxpr(step)(*arguments))
+    traced, found = Program(jax.make_jaxpr(step)(*arguments)), list(products(text))
     share = 1 / len(devices)  # the batch is divided over all
     return Compiled(
         hbm_bytes=memory.argument_size_in_bytes
@@ -77,8 +79,9 @@ def compile_step(config: ConfigDict, pipeline: Pipeline, topology: Topology) -> 
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         collectives=count_collectives(text),
-        products=sums_by_kind(products(text)),
+        products=sums_by_kind(found),
         traced_products=sums_by_kind(traced.products(share)),
+        float32_flops=sum(product.flops for product in found if "f32" in product.dtypes),
         traffic=count_traffic(text),
     )
 
@@ -140,5 +143,6 @@ def summarize(compiled: Compiled) -> dict[str, Any]:
         "collectives": compiled.collectives,
         "products": {kind: sums._asdict() for kind, sums in compiled.products.items()},
         "traced_products": {kind: sums._asdict() for kind, sums in compiled.traced_products.items()},
+        "float32_flops": compiled.float32_flops,
         "traffic_bytes": compiled.traffic,
     }

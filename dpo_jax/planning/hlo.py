@@ -174,33 +174,44 @@ ONLY_MOVES = {"copy", "transpose", "pad", "concatenate"} | CUTS
 FOR_FREE = {"parameter", "bitcast", "reshape", "tuple", "constant", "get-tuple-element", "convert"}
 
 
+WORK = ("products", "attention kernels", "reductions", "elementwise", "copies", "collectives")
+"""What instructions do."""
+
+
+def work_of(module: Module, instruction: Instruction) -> tuple[str, str]:
+    """What an instruction with all that is fused into it does, one of WORK, and of products the kind (`KINDS`)."""
+    called = module.computations.get(instruction.attribute("calls").removeprefix("%"))
+    parts = list(called.instructions.values()) if called else [instruction]
+    inside = {part.operation for part in parts}
+    product = next((part for part in parts if part.operation in ("dot", "convolution")), None)
+    if product or re.match(r"__(cudnn\$conv|cublas\$)", instruction.custom_call):
+        scope = (product or instruction).scope
+        return "products", kind_of(scope, "conv_general_dilated" in scope)
+    if "fmha" in instruction.custom_call:
+        return "attention kernels", ""
+    if instruction.operation.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
+        return "collectives", ""
+    if inside & ONLY_MOVES and inside <= ONLY_MOVES | FOR_FREE:
+        return "copies", ""
+    return "reductions" if "reduce" in inside else "elementwise", ""
+
+
 def count_traffic(text: str) -> dict[str, float]:
     """Bytes that a program's instructions read and write, by what they do.
 
     What a fusion joins is read once; where it cuts slices from an array, only those are.
     """
-    found = dict.fromkeys(("products", "attention kernels", "reductions", "elementwise", "copies", "collectives"), 0.0)
+    found = dict.fromkeys(WORK, 0.0)
     module = Module(text)
     for instruction, computation, times, is_fused in module.visits():
-        if is_fused or instruction.operation in NOT_DONE:
+        if is_fused or instruction.operation in NOT_DONE or instruction.operation.endswith("-done"):
             continue
         called = module.computations.get(instruction.attribute("calls").removeprefix("%"))
-        inside = {part.operation for part in called.instructions.values()} if called else {instruction.operation}
-        if inside & {"dot", "convolution"} or re.match(r"__(cudnn\$conv|cublas\$)", instruction.custom_call):
-            kind = "products"
-        elif "fmha" in instruction.custom_call:
-            kind = "attention kernels"
-        elif instruction.operation.removesuffix("-start") in COLLECTIVES:
-            kind = "collectives"
-        elif inside & ONLY_MOVES and inside <= ONLY_MOVES | FOR_FREE:
-            kind = "copies"
-        else:
-            kind = "reductions" if "reduce" in inside else "elementwise"
         read = [part.shape for name in instruction.operands if (part := computation.instructions.get(name))]
         if called:
             read = [_read_of(called, number, shape) for number, shape in enumerate(read)]
         sizes = [num_bytes(*shape) for printed in (instruction.shape, *read) for shape in shapes(printed)]
-        found[kind] += times * sum(sizes)
+        found[work_of(module, instruction)[0]] += times * sum(sizes)
     return found
 
 

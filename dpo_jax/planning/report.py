@@ -65,6 +65,8 @@ def compiled_text(plan: Plan, compiled: Compiled) -> str:
             f"  {kind:30} {traced.flops / 1e12:12.3f} {found.flops / 1e12:8.3f} "
             f"{traced.bytes / 1e9:12.1f} {found.bytes / 1e9:8.1f}"
         )
+    share = compiled.float32_flops / sum(sums.flops for sums in compiled.products.values())
+    rows.append(f"  of these {share:.2%} read float32")
     in_all = sum(compiled.traffic.values())
     rows.append(f"Memory traffic of a device in a step: {in_all / 1e9:.1f} GB")
     rows += [f"  {kind:20} {size / 1e9:10.1f} GB {size / in_all:6.1%}" for kind, size in compiled.traffic.items()]

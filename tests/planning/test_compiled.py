@@ -27,11 +27,12 @@ def test_a_device_is_compiled_for_without_one(topology: str) -> None:
     if importlib.util.find_spec(COMPILERS[topology]) is None:
         pytest.skip(f"needs {COMPILERS[topology]}")
     config = load_config("configs/sd15.py:tiny")
-    config.data.batch_size, config.data.accumulation = 64, 2
+    config.data.batch_size, config.data.accumulation, config.dtype = 64, 2, "bfloat16"
     compiled = compile_step(config, open_structure(config), parse_topology(topology))
     assert 0 < compiled.argument_bytes < compiled.hbm_bytes < 2**30
     assert compiled.collectives["all-reduce"]["times"] > 0
     assert compiled.traffic["copies"] < 0.15 * sum(compiled.traffic.values())
+    assert compiled.float32_flops < 0.01 * sum(s.flops for s in compiled.products.values())  # the time embedding
     assert compiled.products["done again"].flops == pytest.approx(compiled.traced_products["done again"].flops)
     assert sum(s.flops for s in compiled.products.values()) == pytest.approx(
         sum(s.flops for s in compiled.traced_products.values()), rel=0.03

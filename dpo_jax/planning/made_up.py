@@ -1,0 +1,72 @@
+"""A training state and batches of random numbers, to time the step with: no weights and no data are needed."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax.batch import PreferenceBatch
+from dpo_jax.training.experiment import Experiment
+from dpo_jax.training.step import Frozen, TrainState
+
+
+def random_state(experiment: Experiment) -> tuple[TrainState, Frozen]:
+    """Training state and frozen weights; the reference is the policy, rounded as it is in training."""
+    abstract = experiment.abstract_state()
+    params = random_weights(abstract.params, seed=0)
+    frozen = {name: random_weights(shapes, seed=1) for name, shapes in experiment.frozen.items() if name != "reference"}
+    if "base" in frozen:  # of a LoRA the second factor is 0 at first, and the reference is the base
+        params = {name: x * 0 if "lora_B" in name else x for name, x in params.items()}
+    elif "reference" in experiment.frozen:
+        shapes = experiment.frozen["reference"]
+        frozen["reference"] = {name: jnp.array(params[name], shape.dtype) for name, shape in shapes.items()}
+    place = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
+    opt_state = jax.jit(experiment.optimizer.init, out_shardings=place)(params)
+    ema = {name: jnp.copy(params[name]) for name in abstract.ema}
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema), frozen
+
+
+def random_weights(shapes: Any, seed: int) -> Any:
+    """Kernels of variance 1 / fan-in, scales around 1, biases around 0, made on the device: there are up to 13 GB.
+
+    All are parts of one array of random numbers: hundreds of generators would take minutes to compile.
+    """
+    sizes = [math.prod(shape.shape) for shape in shapes.values()]
+
+    def make(key: jax.Array) -> Any:
+        numbers = jax.random.normal(key, (max(sizes) + len(sizes),), jnp.float32)
+
+        def weight(i: int, name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+            deviation = math.prod(shape.shape[:-1]) ** -0.5 if len(shape.shape) > 1 else 0.1
+            part = numbers[i : i + sizes[i]].reshape(shape.shape) * deviation
+            return (part + name.endswith("scale")).astype(shape.dtype)
+
+        return {name: weight(i, name, shape) for i, (name, shape) in enumerate(shapes.items())}
+
+    return jax.jit(make, out_shardings={name: shape.sharding for name, shape in shapes.items()})(jax.random.key(seed))
+
+
+def random_batch(experiment: Experiment, seed: int) -> PreferenceBatch:
+    """Of latents and embeddings, if that is what the config trains on, else of images and token ids."""
+    rng = np.random.default_rng(seed)
+    abstract = experiment.abstract_batch()
+
+    def draw(shape: jax.ShapeDtypeStruct) -> np.ndarray:
+        if jnp.issubdtype(shape.dtype, jnp.floating):
+            return rng.standard_normal(shape.shape, np.float32).astype(shape.dtype)
+        return rng.integers(0, 255, shape.shape).astype(shape.dtype)  # every tokenizer has more words
+
+    size = experiment.config.data.resolution
+    size_cond_6 = np.array([size, size, 0, 0, size, size], np.float32)
+    ones = np.ones(abstract.preference_BK.shape)
+    batch = abstract._replace(
+        inputs=jax.tree.map(draw, abstract.inputs),
+        size_cond_BK6=np.broadcast_to(size_cond_6, abstract.size_cond_BK6.shape),
+        preference_BK=np.float32(ones * [1, 0]),
+        valid_BK=ones.astype(bool),
+        weight_B=np.ones(len(ones), np.float32),
+        index_B=np.arange(len(ones), dtype=np.int32) + seed * len(ones),
+    )
+    return jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), batch, abstract)

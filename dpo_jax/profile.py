@@ -1,0 +1,50 @@
+"""Times the training step on this machine and tells where the time goes.
+
+  python -m dpo_jax.profile --config=configs/sdxl.py --output=runs/profile --config.data.encoded_views=1
+
+Neither weights nor data are needed: both are random numbers of the right shapes. OUTPUT gets profile.json and a trace
+that TensorBoard (pip install xprof) and Perfetto open.
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from dpo_jax import cli
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, or FILE:variant.", lock_config=True)
+OUTPUT = flags.DEFINE_string("output", None, "Folder for the trace and profile.json.", required=True)
+STEPS = flags.DEFINE_integer("steps", 5, "Optimizer steps to time.", lower_bound=1)
+
+
+def main() -> None:
+    if CONFIG.value is None:
+        raise ValueError("--config is missing; give one of the files in configs/, such as --config=configs/sdxl.py")
+    import jax
+
+    from dpo_jax.planning.measured import measure
+
+    config, folder = CONFIG.value, Path(OUTPUT.value)
+    device = jax.devices()[0]
+    print(f"compiling the step for {jax.device_count()} x {device.device_kind}", flush=True)
+    measured = measure(config, folder, STEPS.value)
+    pairs = config.data.batch_size
+    in_all = sum(measured.busy.values())
+    print(
+        f"compiled in {measured.compile_seconds:.1f} s; {measured.step_seconds:.3f} s a step of {pairs} pairs: "
+        f"{pairs / measured.step_seconds:.2f} pairs/s\n"
+    )
+    print(f"{'Busy, of a device in a step':27} {'ms':>7} {'share':>7} {'TFLOP/s':>9}")
+    for kind, seconds in sorted(measured.busy.items(), key=lambda item: -item[1]):
+        flops = measured.flops.get(kind, 0.0)
+        rate = f"{flops / seconds / 1e12:9.2f}" if flops and seconds else ""
+        print(f"  {kind:24} {1000 * seconds:8.2f} {seconds / in_all:7.1%} {rate}")
+    figures = measured._asdict() | {"device": device.device_kind, "devices": jax.device_count(), "pairs": pairs}
+    (folder / "profile.json").write_text(json.dumps(figures, indent=1) + "\n")
+    print(f"\nwritten to {folder}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
