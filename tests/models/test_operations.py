@@ -162,7 +162,7 @@ def test_what_cudnn_does_not_take_is_left_to_xla(features: int, dtype: jnp.dtype
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("nvidia.cudnn") is None, reason='needs pip install "jax[cuda12]"')
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason='needs pip install "jax[cuda12]"')
 @pytest.mark.parametrize("keys", [1024, 77])
 def test_cudnns_attention_compiles_for_a_gpu_that_is_not_there(keys: int) -> None:
     device = described_devices(parse_topology("h200:1"))[0]

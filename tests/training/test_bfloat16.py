@@ -36,10 +36,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-REMAT = [pytest.param(remat, marks=pytest.mark.slow if remat != "block" else []) for remat in POLICIES]
-
-
-@pytest.mark.parametrize("remat", REMAT)
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", POLICIES)
 def test_policy_and_reference_round_alike(remat: str, data: Path, tmp_path: Path) -> None:
     """With beta = 5000 the loss begins at log 2, but for the few pairs of which a CPU's product rounds otherwise.
 
