@@ -1,8 +1,9 @@
 """Times the training step on this machine and tells where the time goes.
 
-  python -m dpo_jax.profile --config=configs/sdxl.py --output=runs/profile --config.data.encoded_views=1
+  python -m dpo_jax.profile --config=configs/sdxl.py --output=runs/profile
 
-Neither weights nor data are needed: both are random numbers of the right shapes. OUTPUT gets profile.json and a trace
+Neither weights nor data are needed: both are random numbers of the right shapes; of stored encodings with
+--config.data.encoded_views=1 --config.data.random_flip=False. OUTPUT gets profile.json and a trace
 that TensorBoard (pip install xprof) and Perfetto open.
 """
 

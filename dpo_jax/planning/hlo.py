@@ -160,11 +160,14 @@ def products(text: str) -> Iterator[Product]:
             flops = (_dot_flops if is_dot else _convolution_flops)(instruction, arrays)
             size = sum(num_bytes(*array) for array in arrays)
             dtypes = frozenset(dtype for dtype, _ in operands)
-            scope = instruction.scope
-            is_convolution = "conv_general_dilated" in scope
-            if not scope and "batch_dims" in instruction.line:  # lost on the way; linear layers have no such axes
-                scope = ATTENTION
-            yield Product(kind_of(scope, is_convolution), times * flops, times * size, dtypes)
+            yield Product(_kind(instruction), times * flops, times * size, dtypes)
+
+
+def _kind(product: Instruction) -> str:
+    scope = product.scope
+    if not scope and "batch_dims" in product.line:  # lost on the way; linear layers have no such axes
+        scope = ATTENTION
+    return kind_of(scope, "conv_general_dilated" in scope)
 
 
 NOT_DONE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional", "call"}
@@ -185,8 +188,7 @@ def work_of(module: Module, instruction: Instruction) -> tuple[str, str]:
     inside = {part.operation for part in parts}
     product = next((part for part in parts if part.operation in ("dot", "convolution")), None)
     if product or re.match(r"__(cudnn\$conv|cublas\$)", instruction.custom_call):
-        scope = (product or instruction).scope
-        return "products", kind_of(scope, "conv_general_dilated" in scope)
+        return "products", _kind(product or instruction)
     if "fmha" in instruction.custom_call:
         return "attention kernels", ""
     if instruction.operation.removesuffix("-start").removesuffix("-done") in COLLECTIVES:

@@ -133,6 +133,12 @@ def test_attentions_product_in_each_compilers_words(device: str) -> None:
     assert found["linear"] == Sums(0, 0)
 
 
+def test_a_product_with_batch_axes_whose_name_was_lost_is_attentions() -> None:
+    nameless = BATCHED["cpu"].replace(', metadata={op_name="jit(f)/attention/dot_general"}', "")
+    assert "metadata" not in nameless
+    assert sums_by_kind(products(entry(nameless))) == sums_by_kind(products(entry(BATCHED["cpu"])))
+
+
 def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     numbers = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(x, kernel, (2, 1), ((1, 1), (1, 1)), dimension_numbers=numbers)
