@@ -1,0 +1,63 @@
+"""Folders of images with their prompts: our own, and those of other programs."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dpo_jax.evaluation.image_folder import Entry, image_name, read_image, read_list, write_list
+from dpo_jax.evaluation.prompts import Prompt
+
+
+def _image(path):
+    Image.fromarray(np.full((4, 5, 3), 7, np.uint8)).save(path)
+
+
+def test_what_is_written_is_read(tmp_path):
+    entries = [
+        Entry(image_name(0, "a red, red / square!", 3), "a red, red / square!", 3, "shapes"),
+        Entry("b.png", "b", 0),
+    ]
+    assert entries[0].image == "00000_a-red-red-square_3.png"
+    for entry in entries:
+        _image(tmp_path / entry.image)
+    write_list(tmp_path, entries)
+    assert read_list(tmp_path) == entries
+    assert read_image(tmp_path / "b.png").shape == (4, 5, 3)
+
+
+def test_folders_of_other_programs(tmp_path):
+    for name in ("00001.jpg", "00001-2.png", "0_first.png"):
+        _image(tmp_path / name)
+    prompts = [Prompt("a", "letters"), Prompt("b")]
+    expected = [Entry("00001-2.png", "b", 0), Entry("00001.jpg", "b", 1), Entry("0_first.png", "a", 0, "letters")]
+    assert read_list(tmp_path, prompts) == expected
+    (tmp_path / "00001.txt").write_text("a caption of its own\n")
+    assert Entry("00001.jpg", "a caption of its own", 0) in read_list(tmp_path, prompts)
+    with pytest.raises(ValueError, match=r"00001-2.png: no prompt is known for it"):
+        read_list(tmp_path, prompts[:1])
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "sub/x.png", "gone.png"])
+def test_a_list_names_images_of_its_folder_only(tmp_path, name):
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    for path in (folder / "a.png", folder / "sub" / "x.png", tmp_path / "secret.png"):
+        _image(path)
+    (folder / "prompts.jsonl").write_text(json.dumps({"image": name, "prompt": "a", "seed": 0}) + "\n")
+    with pytest.raises(ValueError, match="line 1: there is no image"):
+        read_list(folder)
+
+
+def test_other_faults_are_told_in_a_sentence(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder of images"):
+        read_list(tmp_path / "gone")
+    with pytest.raises(ValueError, match="has no images"):
+        read_list(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text('{"image": "a.png"}\n')
+    with pytest.raises(ValueError, match="line 1: expected"):
+        read_list(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG broken")
+    with pytest.raises(ValueError, match="can't be read as an image"):
+        read_image(tmp_path / "a.png")
