@@ -47,17 +47,21 @@ def main() -> None:
     from dpo_jax.planning.compiled import compile_step, summarize
     from dpo_jax.planning.estimate import make_plan, measure_holdings, measure_work
     from dpo_jax.planning.report import as_text, compiled_text
-    from dpo_jax.planning.search import fit
+    from dpo_jax.planning.search import choose_remat, fit
     from dpo_jax.planning.structure import open_structure
-    from dpo_jax.planning.topology import parse_topology
+    from dpo_jax.planning.topology import GIB, parse_topology
 
     config, topology = CONFIG.value, parse_topology(TOPOLOGY.value)
     if FIT.value:
         config, plan = fit(config, topology, UTILISATION.value, say)
     else:
+        if config.remat == "auto":
+            device = topology.device
+            remat = choose_remat(config, device.kind, topology.num_devices, device.hbm_gib * GIB)
+            config = cli.replaced(config, {"remat": remat})
         pipeline = open_structure(config)
         holdings, work = (
-            measure_holdings(config, pipeline, topology),
+            measure_holdings(config, pipeline, topology.num_devices),
             measure_work(config, pipeline, topology.device.kind),
         )
         plan = make_plan(

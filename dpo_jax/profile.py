@@ -26,8 +26,9 @@ def main() -> None:
     import jax
 
     from dpo_jax.planning.measured import measure
+    from dpo_jax.planning.search import settle_remat
 
-    config, folder = CONFIG.value, Path(OUTPUT.value)
+    config, folder = settle_remat(CONFIG.value, print), Path(OUTPUT.value)
     device = jax.devices()[0]
     print(f"compiling the step for {jax.device_count()} x {device.device_kind}", flush=True)
     measured = measure(config, folder, STEPS.value)

@@ -25,6 +25,7 @@ def main() -> None:
     if CONFIG.value is None:
         raise ValueError("--config is missing; give one of the files in configs/, such as --config=configs/tiny.py")
     from dpo_jax import cluster  # after the flags are checked: importing JAX takes seconds
+    from dpo_jax.planning.search import settle_remat
     from dpo_jax.training import preemption
     from dpo_jax.training.trainer import train
 
@@ -35,7 +36,8 @@ def main() -> None:
     cluster.join()
     with cluster.leaving_at_once():
         try:
-            train(CONFIG.value, WORKDIR.value)
+            config = settle_remat(CONFIG.value, lambda message: print(message, flush=True))
+            train(config, WORKDIR.value)
         except preemption.Preempted as notice:
             print(notice, file=sys.stderr, flush=True)
             sys.exit(preemption.EXIT_CODE)

@@ -204,13 +204,13 @@ def measure_work(config: ConfigDict, pipeline: Pipeline, kind: str, model_flops:
     return Work(config.remat, program.flops(), model_flops, activation_bytes, len(products), convolution_flops)
 
 
-def measure_holdings(config: ConfigDict, pipeline: Pipeline, topology: Topology) -> Holdings:
+def measure_holdings(config: ConfigDict, pipeline: Pipeline, num_devices: int) -> Holdings:
     """Composes the experiment on a mesh of that many devices, with nothing in memory."""
     mesh = config.mesh
-    shape = mesh_shape(mesh.data, mesh.fsdp, mesh.tensor, topology.num_devices)
+    shape = mesh_shape(mesh.data, mesh.fsdp, mesh.tensor, num_devices)
     if shape[2] > 1:
         raise ValueError("a plan for mesh.tensor > 1 is not possible: what it sends within layers is not counted")
-    derived = resolve(config, device_count=topology.num_devices, process_count=1)
+    derived = resolve(config, device_count=num_devices, process_count=1)
     experiment = compose(config, derived, pipeline, Placement(_mesh(shape), rules_of(mesh.rules)))
     state, frozen = experiment.abstract_state(), experiment.frozen
     unets = [params for name, params in frozen.items() if name in ("reference", "base")]
@@ -250,19 +250,6 @@ def make_plan(
     device, h = topology.device, holdings
     pairs = batch_size // (h.mesh["data"] * h.mesh["fsdp"] * accumulation)
     utilisation = utilisation or device.utilisation
-    memory = {
-        "trained weights, float32": h.trained,
-        "optimizer state": h.optimizer,
-        "moving average": h.ema,
-        "gradients": h.trained * (2 if accumulation > 1 else 1),  # of one micro-batch, and the sum
-        "trained weights, rounded": h.trained / 4 * h.compute_bytes,
-        "weights gathered": h.gathered + (h.reference_gathered if h.scan and accumulation > 1 else 0),
-        "reference and frozen UNet": h.frozen_unet,
-        "VAE and text encoders": h.encoders,
-        "batch": h.batch,
-        "activations": work.activation_bytes * pairs,
-        "program (from its size, assumed)": PROGRAM_BYTES * work.num_products if device.kind == "tpu" else 0,
-    }
     is_cut = device.kind == "tpu" and pairs < WHOLE_IMAGES
     flops = (work.flops + CUT_CONVOLUTIONS * work.convolution_flops * is_cut) * pairs * accumulation
     moved = 2 * (h.trained + h.optimizer + h.ema) + h.trained  # all read and written, gradients read
@@ -276,12 +263,32 @@ def make_plan(
         utilisation=utilisation,
         parameters=h.parameters,
         trained_parameters=h.trained_parameters,
-        memory=memory,
+        memory=memory_by_kind(h, work, device.kind, pairs=pairs, accumulation=accumulation),
         work=work,
         collectives=predict_collectives(holdings, accumulation, topology),
         compute_seconds=flops / (device.tflops * 1e12 * utilisation),
         update_seconds=moved / (device.hbm_gb_s * 1e9),
     )
+
+
+def memory_by_kind(
+    holdings: Holdings, work: Work, device_kind: str, *, pairs: int, accumulation: int
+) -> dict[str, float]:
+    """Bytes that a device needs for so many pairs at a time."""
+    h = holdings
+    return {
+        "trained weights, float32": h.trained,
+        "optimizer state": h.optimizer,
+        "moving average": h.ema,
+        "gradients": h.trained * (2 if accumulation > 1 else 1),  # of one micro-batch, and the sum
+        "trained weights, rounded": h.trained / 4 * h.compute_bytes,
+        "weights gathered": h.gathered + (h.reference_gathered if h.scan and accumulation > 1 else 0),
+        "reference and frozen UNet": h.frozen_unet,
+        "VAE and text encoders": h.encoders,
+        "batch": h.batch,
+        "activations": work.activation_bytes * pairs,
+        "program (from its size, assumed)": PROGRAM_BYTES * work.num_products if device_kind == "tpu" else 0,
+    }
 
 
 def predict_collectives(holdings: Holdings, accumulation: int, topology: Topology) -> list[Collective]:

@@ -2,20 +2,25 @@
 
 from collections.abc import Callable, Sequence
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from dpo_jax.cli import replaced
 from dpo_jax.models.execution import POLICIES
 from dpo_jax.planning.estimate import (
+    SPARE,
     Holdings,
     Plan,
     Work,
     make_plan,
     measure_holdings,
     measure_work,
+    memory_by_kind,
 )
 from dpo_jax.planning.structure import open_structure
-from dpo_jax.planning.topology import Topology
+from dpo_jax.planning.topology import GIB, Topology
 
 
 def with_settings(config: ConfigDict, *, remat: str, accumulation: int, data: int, fsdp: int) -> ConfigDict:
@@ -57,11 +62,11 @@ def choose(config: ConfigDict, works: Sequence[Work], topology: Topology, utilis
             f"data.batch_size={batch} does not divide over the {devices} devices of {topology.name}; take a multiple "
             f"of {devices}, or a topology with fewer"
         )
-    pipeline = open_structure(config)
+    pipeline = open_structure(replaced(config, {"remat": "none"}))
     holdings: list[Holdings] = []
     for fsdp in _divisors(devices):
         one = with_settings(config, remat="none", accumulation=1, data=devices // fsdp, fsdp=fsdp)
-        holdings.append(measure_holdings(one, pipeline, topology))
+        holdings.append(measure_holdings(one, pipeline, topology.num_devices))
     plans = [
         make_plan(held, work, topology, batch_size=batch, accumulation=accumulation, utilisation=utilisation)
         for work in works
@@ -80,6 +85,44 @@ def choose(config: ConfigDict, works: Sequence[Work], topology: Topology, utilis
     least_bytes = min(plan.hbm_bytes for plan in fast)
     small = [plan for plan in fast if plan.hbm_bytes <= 1.05 * least_bytes]
     return min(small, key=lambda plan: (list(POLICIES).index(plan.remat), plan.hbm_bytes))
+
+
+def settle_remat(config: ConfigDict, say: Callable[[str], None]) -> ConfigDict:
+    """`remat="auto"` made one of the policies: the best for the devices that are here. Of processes, all must ask.
+
+    Where devices have no memory of their own, as CPUs, nothing is rematerialized.
+    """
+    if config.remat != "auto":
+        return config
+    limits = multihost_utils.process_allgather(
+        np.array([(device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices()[:1]])
+    )
+    if not limits.min():
+        return replaced(config, {"remat": "none"})
+    remat = choose_remat(config, jax.default_backend(), jax.device_count(), float(limits.min()))
+    say(f"remat={remat} is what the {limits.min() / GIB:.1f} GiB of a device allow")
+    return replaced(config, {"remat": remat})
+
+
+def choose_remat(config: ConfigDict, kind: str, num_devices: int, hbm_bytes: float) -> str:
+    """The policy that repeats least, of those with which the config leaves the usual share of a device's memory free.
+
+    Raises ValueError where none does.
+    """
+    plain = replaced(config, {"remat": "none"})
+    held = measure_holdings(plain, open_structure(plain), num_devices)
+    accumulation = config.data.accumulation
+    pairs = config.data.batch_size // (held.mesh["data"] * held.mesh["fsdp"] * accumulation)
+    for remat in POLICIES:
+        one = replaced(config, {"remat": remat})
+        work = measure_work(one, open_structure(one), kind, model_flops=0.0)
+        needed = sum(memory_by_kind(held, work, kind, pairs=pairs, accumulation=accumulation).values())
+        if needed <= (1 - SPARE) * hbm_bytes:
+            return remat
+    raise ValueError(
+        f"config.remat=auto: even with {remat} a device needs {needed / GIB:.1f} GiB of its {hbm_bytes / GIB:.1f}, of "
+        f"which a tenth should stay free, for {pairs} pairs at a time; raise data.accumulation or mesh.fsdp"
+    )
 
 
 def _divisors(number: int) -> list[int]:

@@ -62,7 +62,7 @@ CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "vae_dtype": ("float32", "bfloat16"),
     "attention": ("xla", "cudnn"),
-    "remat": ("none", "dots", "attention", "block"),
+    "remat": ("none", "dots", "attention", "block", "auto"),
     "data.size_conditioning": ("constant", "real"),
     "data.ties": ("drop", "zero_weight", "soft"),
     "data.labels": ("hard", "soft"),
@@ -86,9 +86,7 @@ def default_config() -> ConfigDict:
     c.seed = 0  # of shuffling, augmentation, timesteps, noise and posterior samples
     c.dtype = "bfloat16"  # compute dtype and dtype of the frozen models; the trained weights are always float32
     c.vae_dtype = "bfloat16"  # the same for the VAE; "float32" for VAEs that lose detail in bfloat16
-    c.remat = (
-        "none"  # what the backward pass keeps: "none" recomputes nothing, then "dots", "attention", "block": least
-    )
+    c.remat = "none"  # from most memory to least: "none", "dots", "attention", "block"; "auto": the first that fits
     c.scan = False  # compile equal transformer blocks once, as a loop: for TPUs, where compilation is slow
     c.attention = "xla"  # or "cudnn", one kernel on GPUs for heads of up to 128 features in bfloat16
     c.log_every = 10  # steps between two lines of metrics
@@ -253,6 +251,7 @@ def check(config: ConfigDict) -> None:
 def resolve(config: ConfigDict, *, device_count: int, process_count: int) -> Derived:
     """Derives and checks; raises ValueError with the values and the remedy."""
     check(config)
+    assert config.remat != "auto", "planning.search.settle_remat comes first"
     batch, accumulation = config.data.batch_size, config.data.accumulation
     mesh = config.mesh
     parts = mesh.data * mesh.fsdp if mesh.tensor == -1 else max(device_count // max(mesh.tensor, 1), 1)

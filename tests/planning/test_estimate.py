@@ -12,6 +12,7 @@ from dpo_jax.cli import load_config
 from dpo_jax.planning import search
 from dpo_jax.planning.estimate import Work, make_plan, measure_holdings
 from dpo_jax.planning.report import as_text
+from dpo_jax.planning.search import choose_remat, settle_remat
 from dpo_jax.planning.structure import open_structure
 from dpo_jax.planning.topology import parse_topology
 
@@ -56,7 +57,7 @@ def test_memory_is_that_of_real_arrays(tmp_path: Path, monkeypatch: pytest.Monke
     config.data.batch_size, config.mesh.data, config.mesh.fsdp, config.ema.decay = 8, 2, 4, 0.9
     machine, pipeline = parse_topology("v5e:2x4"), open_structure(config)
     planned = make_plan(
-        measure_holdings(config, pipeline, machine), WORK["none"], machine, batch_size=8, accumulation=1
+        measure_holdings(config, pipeline, 8), WORK["none"], machine, batch_size=8, accumulation=1
     ).memory
     assert {kind: planned[kind] for kind in real} == real
     assert planned["gradients"] == real["trained weights, float32"]
@@ -109,7 +110,7 @@ def test_fit_has_tpus_convolve_whole_images(lora, machine: str, pairs: int) -> N
     works = [Work("none", 8e12, 8e12, GIB, 0, 4e12)]
     fast = search.choose(lora, works, parse_topology(machine))
     assert fast.micro_batch_per_device == pairs
-    holdings = measure_holdings(lora, open_structure(lora), parse_topology(machine))
+    holdings = measure_holdings(lora, open_structure(lora), parse_topology(machine).num_devices)
     cut = make_plan(holdings, works[0], parse_topology(machine), batch_size=2048, accumulation=128)
     assert cut.micro_batch_per_device == 1
     slower = 1 + 0.21 * 4 / 8 if pairs > 1 else 1
@@ -119,7 +120,7 @@ def test_fit_has_tpus_convolve_whole_images(lora, machine: str, pairs: int) -> N
 def test_the_program_takes_memory_of_tpus(lora) -> None:
     for machine, size in (("v5e:4x4", 1000 * 0.37 * 2**20), ("h200:8x2", 0)):
         topology = parse_topology(machine)
-        holdings = measure_holdings(lora, open_structure(lora), topology)
+        holdings = measure_holdings(lora, open_structure(lora), topology.num_devices)
         plan = make_plan(holdings, Work("none", 1, 1, 1, 1000, 0), topology, batch_size=2048, accumulation=16)
         assert plan.memory["program (from its size, assumed)"] == size
 
@@ -138,7 +139,7 @@ def test_fit_refuses_a_batch_that_does_not_divide(lora) -> None:
 def test_figures_follow_from_one_another(lora) -> None:
     lora.data.accumulation = 16
     topology = parse_topology("v5e:4x4")
-    holdings = measure_holdings(lora, open_structure(lora), topology)
+    holdings = measure_holdings(lora, open_structure(lora), topology.num_devices)
     plan = make_plan(holdings, WORK["none"], topology, batch_size=2048, accumulation=16, utilisation=0.5)
     assert plan.micro_batch_per_device == 8
     assert plan.compute_seconds == pytest.approx(2048 / 16 * 8e12 / (197e12 * 0.5))
@@ -153,7 +154,7 @@ def test_figures_follow_from_one_another(lora) -> None:
 def test_collectives_that_outlast_the_computation_are_not_hidden(lora) -> None:
     lora.data.accumulation = 16
     topology = parse_topology("v5e:4x4")
-    holdings = measure_holdings(lora, open_structure(lora), topology)
+    holdings = measure_holdings(lora, open_structure(lora), topology.num_devices)
     plan = make_plan(holdings, Work("none", 1, 1, 1, 0, 0), topology, batch_size=2048, accumulation=16, utilisation=1)
     summed, gathered = plan.collectives
     assert (summed.times, gathered.times) == (16, 1)
@@ -166,7 +167,7 @@ def test_weights_of_blocks_in_a_loop_are_gathered_once_for_all_micro_batches(sca
     config = load_config(str(ROOT / "configs/sdxl.py"))
     config.mesh.data, config.mesh.fsdp, config.data.accumulation, config.scan = 16, 4, 8, scan
     topology = parse_topology("v5p:4x4x4")
-    holdings = measure_holdings(config, open_structure(config), topology)
+    holdings = measure_holdings(config, open_structure(config), topology.num_devices)
     plan = make_plan(holdings, WORK["block"], topology, batch_size=2048, accumulation=8)
     gathered = plan.collectives[0]
     assert (gathered.name, gathered.times, gathered.can_hide) == ("weights gathered", times, not scan)
@@ -189,10 +190,34 @@ def test_fit_returns_the_config_of_its_plan(lora) -> None:
 
 def test_text_says_what_is_computed_and_what_is_assumed(lora) -> None:
     topology = parse_topology("v5e:4x4")
-    holdings = measure_holdings(lora, open_structure(lora), topology)
+    holdings = measure_holdings(lora, open_structure(lora), topology.num_devices)
     plan = make_plan(holdings, WORK["block"], topology, batch_size=2048, accumulation=64)
     text = as_text(lora, plan)
     assert "activations                             2.00" in text
     assert "8.00 TFLOP, 11.00 with what remat repeats" in text
     assert "products run at 40% of the peak rate (assumed)" in text
     assert "--config.remat=block --config.data.accumulation=64 --config.mesh.data=16 --config.mesh.fsdp=1" in text
+
+
+def test_auto_takes_the_policy_that_repeats_least_and_fits(lora, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "measure_work", lambda config, *_, **__: WORK[config.remat])
+    lora.remat, lora.data.accumulation = "auto", 512  # one pair at a time on each of four devices
+    for gib, expected in ((7, "none"), (6.5, "dots"), (3, "attention"), (1.5, "block")):
+        assert choose_remat(lora, "gpu", 4, gib * GIB) == expected
+    with pytest.raises(ValueError, match=r"even with block a device needs 1\.0 GiB of its 1\.0"):
+        choose_remat(lora, "gpu", 4, 1.0 * GIB)
+
+    # Of a device that says what memory it has, and of one that has none of its own.
+    said: list[str] = []
+    assert settle_remat(lora, said.append).remat == "none"
+
+    class Device:
+        def memory_stats(self):
+            return {"bytes_limit": 3 * GIB}
+
+    monkeypatch.setattr(search.jax, "local_devices", lambda: [Device()])
+    monkeypatch.setattr(search.jax, "device_count", lambda: 4)
+    assert settle_remat(lora, said.append).remat == "attention"
+    assert said == ["remat=attention is what the 3.0 GiB of a device allow"]
+    lora.remat = "dots"
+    assert settle_remat(lora, said.append) is lora
