@@ -5,6 +5,7 @@ batch is split over the first two. jit inserts the collectives (GSPMD), so one s
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -95,6 +96,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_constraint(mesh: Mesh) -> Callable[[Any], Any]:
     """A function that keeps the arrays of a pytree inside jit split over their leading axis, as the batch is."""
     return lambda tree: jax.lax.with_sharding_constraint(tree, batch_sharding(mesh))
+
+
+def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, for jit; what in it splits its own work over devices finds the mesh."""
+
+    @functools.wraps(function)
+    def on_it(*args: Any, **kwargs: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return on_it
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from dpo_jax.models.execution import attention_result
+from dpo_jax.models.kernels import KERNELS, split_heads
 
 ATTENTION = "attention"
 """The scope of attention's products and softmax."""
@@ -128,26 +129,12 @@ def attention(
     """Multi-head scaled dot-product attention. Returns [N, Q, D].
 
     "xla" is written out because `jax.nn.dot_product_attention` takes the softmax in float32 even of float64 inputs.
-    "cudnn", on GPUs, is one kernel that writes no product of queries and keys to memory; it takes heads of up to 128
-    features, in 16 bits, and others are left to "xla".
+    One of `kernels.KERNELS` does what it takes, and leaves the rest, and captions' causal attention, to "xla".
     """
-    features = query_NQD.shape[-1] // num_heads
-    if implementation == "cudnn" and features % 8 == 0 and features <= 128 and query_NQD.dtype.itemsize == 2:
-        # It takes no odd number of keys, such as a caption's 77.
-        rows, keys = key_NSD.shape[:2]
-        padding = ((0, 0), (0, -keys % 8), (0, 0))
-        key_NSD, value_NSD = jnp.pad(key_NSD, padding), jnp.pad(value_NSD, padding)
-        query_NQhd, key_NShd, value_NShd = (_heads(x, num_heads) for x in (query_NQD, key_NSD, value_NSD))
-        lengths_N = jnp.full(rows, keys, jnp.int32) if keys % 8 else None
-        result_NQhd = jax.nn.dot_product_attention(
-            query_NQhd,
-            key_NShd,
-            value_NShd,
-            is_causal=is_causal,
-            key_value_seq_lengths=lengths_N,
-            implementation="cudnn",
-        )
-        return attention_result(result_NQhd.reshape(query_NQD.shape))
+    if implementation != "xla" and not is_causal:
+        kernel = KERNELS[implementation]
+        if kernel.takes(query_NQD, key_NSD, num_heads):
+            return kernel.attend(query_NQD, key_NSD, value_NSD, num_heads)
     return _attention(query_NQD, key_NSD, value_NSD, num_heads, is_causal)
 
 
@@ -166,7 +153,7 @@ def _attention(
 def _attention_forward(
     query_NQD: jax.Array, key_NSD: jax.Array, value_NSD: jax.Array, num_heads: int, is_causal: bool
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    query_NQhd, key_NShd, value_NShd = (_heads(x, num_heads) for x in (query_NQD, key_NSD, value_NSD))
+    query_NQhd, key_NShd, value_NShd = (split_heads(x, num_heads) for x in (query_NQD, key_NSD, value_NSD))
 
     def of_block(query_NQhd: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_NhQS = _logits(query_NQhd, key_NShd, is_causal)
@@ -194,7 +181,9 @@ def _attention_backward(
     num_heads: int, is_causal: bool, kept: tuple[jax.Array, ...], dresult_NQD: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     *flat, log_sum_NQh = as_kept(kept)
-    query_NQhd, key_NShd, value_NShd, result_NQhd, dresult_NQhd = (_heads(x, num_heads) for x in (*flat, dresult_NQD))
+    query_NQhd, key_NShd, value_NShd, result_NQhd, dresult_NQhd = (
+        split_heads(x, num_heads) for x in (*flat, dresult_NQD)
+    )
     high, low = log_sum_NQh.dtype, query_NQhd.dtype
     # The softmax's own derivative: what all weights of a query change together is nothing.
     together_NQh = jnp.einsum("NQhd,NQhd->NQh", dresult_NQhd, result_NQhd, preferred_element_type=high)
@@ -228,10 +217,6 @@ def _attention_backward(
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
-
-
-def _heads(x_NSD: jax.Array, num_heads: int) -> jax.Array:
-    return x_NSD.reshape(*x_NSD.shape[:2], num_heads, -1)
 
 
 def _logits(query_NQhd: jax.Array, key_NShd: jax.Array, is_causal: bool) -> jax.Array:

@@ -189,7 +189,7 @@ def work_of(module: Module, instruction: Instruction) -> tuple[str, str]:
     product = next((part for part in parts if part.operation in ("dot", "convolution")), None)
     if product or re.match(r"__(cudnn\$conv|cublas\$)", instruction.custom_call):
         return "products", _kind(product or instruction)
-    if "fmha" in instruction.custom_call:
+    if "fmha" in instruction.custom_call or instruction.custom_call == "tpu_custom_call":
         return "attention kernels", ""
     if instruction.operation.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
         return "collectives", ""

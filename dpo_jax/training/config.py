@@ -61,7 +61,7 @@ SHARES = ("data.caption_dropout", "data.min_agreement", "lora.dropout", "ema.dec
 CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "vae_dtype": ("float32", "bfloat16"),
-    "attention": ("xla", "cudnn"),
+    "attention": ("xla", "cudnn", "splash"),
     "remat": ("none", "dots", "attention", "block", "auto"),
     "data.size_conditioning": ("constant", "real"),
     "data.ties": ("drop", "zero_weight", "soft"),
@@ -88,7 +88,7 @@ def default_config() -> ConfigDict:
     c.vae_dtype = "bfloat16"  # the same for the VAE; "float32" for VAEs that lose detail in bfloat16
     c.remat = "none"  # from most memory to least: "none", "dots", "attention", "block"; "auto": the first that fits
     c.scan = False  # compile equal transformer blocks once, as a loop: for TPUs, where compilation is slow
-    c.attention = "xla"  # or "cudnn", one kernel on GPUs for heads of up to 128 features in bfloat16
+    c.attention = "xla"  # or one kernel: "cudnn" on GPUs, in bfloat16 for heads of up to 128 features; "splash" on TPUs
     c.log_every = 10  # steps between two lines of metrics
 
     c.lora = ConfigDict()  # low-rank adapters: only they are trained, and the reference is the model without them

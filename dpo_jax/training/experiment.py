@@ -16,7 +16,7 @@ from dpo_jax.encode.images import encode_images, sample_posterior
 from dpo_jax.encode.text import condition, encode_text
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.objectives.losses import dpo, sft
-from dpo_jax.sharding import Placement, batch_constraint, batch_sharding, replicated
+from dpo_jax.sharding import Placement, batch_constraint, batch_sharding, on_mesh, replicated
 from dpo_jax.training.config import Derived
 from dpo_jax.training.model import abstract_frozen, abstract_params, initial_adapter, load_frozen, make_placement
 from dpo_jax.training.optim import learning_rate_schedule, make_optimizer
@@ -147,6 +147,16 @@ def compose(config: ConfigDict, derived: Derived, pipeline: Pipeline, placement:
         weight_decay=o.weight_decay,
         clip_norm=o.clip_norm,
     )
+    score = make_score(
+        make_encode(pipeline),
+        pipeline.denoise,
+        pipeline.schedule,
+        objective,
+        config.seed,
+        dropout=config.lora.dropout > 0,
+        constrain=batch_constraint(placement.mesh),
+        gather=functools.partial(pipeline.gather, placement),
+    )
     return Experiment(
         config=config,
         derived=derived,
@@ -155,16 +165,7 @@ def compose(config: ConfigDict, derived: Derived, pipeline: Pipeline, placement:
         objective=objective,
         optimizer=optimizer,
         learning_rate=learning_rate,
-        score=make_score(
-            make_encode(pipeline),
-            pipeline.denoise,
-            pipeline.schedule,
-            objective,
-            config.seed,
-            dropout=config.lora.dropout > 0,
-            constrain=batch_constraint(placement.mesh),
-            gather=functools.partial(pipeline.gather, placement),
-        ),
+        score=on_mesh(placement.mesh, score),
         frozen=abstract_frozen(config, pipeline, placement, needs_reference=objective.needs_reference),
     )
 

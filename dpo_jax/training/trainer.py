@@ -59,8 +59,12 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     workdir = epath.Path(workdir)
     clock = StartClock()
     derived = resolve(config, device_count=jax.device_count(), process_count=jax.process_count())
-    if config.attention == "cudnn" and jax.default_backend() != "gpu":
-        raise ValueError(f'config.attention="cudnn" needs a GPU, not {jax.default_backend()}; set config.attention=xla')
+    needed = {"cudnn": "gpu", "splash": "tpu"}.get(config.attention, jax.default_backend())
+    if needed != jax.default_backend():
+        raise ValueError(
+            f'config.attention="{config.attention}" needs a {needed.upper()}, not {jax.default_backend()}; set '
+            "config.attention=xla"
+        )
     with Notice.awaited() as notice:
         check_data(config)
         pipeline = open_model(config, workdir)

@@ -1,6 +1,5 @@
 """Operations with derivatives of their own against PyTorch's, and what they keep for the backward pass."""
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +11,6 @@ import torch
 
 from dpo_jax.models import operations
 from dpo_jax.models.operations import attention, geglu, group_norm, layer_norm
-from dpo_jax.planning.compiled import described_devices
-from dpo_jax.planning.topology import parse_topology
 
 Arrays = list[np.ndarray]
 
@@ -132,44 +129,3 @@ def test_attention_keeps_nothing_of_queries_by_keys() -> None:
     query, key = bfloat16(2, 512, 64), bfloat16(2, 256, 64)
     sums = 2 * 512 * 4 * 4
     assert kept_bytes(lambda *a: attention(*a, 4), query, key, key) == 2 * (2 * 512 + 2 * 256) * 64 * 2 + sums
-
-
-@pytest.mark.parametrize("keys", [77, 64])
-def test_arguments_of_cudnns_attention(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel itself runs on GPUs alone; JAX computes the same of the same arguments."""
-    kernel, called_with = jax.nn.dot_product_attention, []
-
-    def in_its_place(*arrays: jax.Array, implementation: str, **settings: Any) -> jax.Array:
-        called_with.append((implementation, arrays[1].shape))
-        return kernel(*arrays, implementation="xla", **settings)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", in_its_place)
-    arrays = [jnp.asarray(x, jnp.bfloat16) for x in numbers((2, 96, 32), (2, keys, 32), (2, keys, 32))]
-
-    def with_gradients(implementation: str) -> list[np.ndarray]:
-        y, pull = jax.vjp(lambda *a: attention(*a, 2, implementation=implementation), *arrays)
-        return [np.asarray(x, np.float64) for x in (y, *pull(y))]
-
-    for fused, plain in zip(with_gradients("cudnn"), with_gradients("xla"), strict=True):
-        assert np.linalg.norm(fused - plain) < 0.01 * np.linalg.norm(plain)
-    assert called_with == [("cudnn", (2, -(-keys // 8) * 8, 2, 16))]  # an even number of keys
-
-
-@pytest.mark.parametrize(("features", "dtype"), [(2 * 160, jnp.bfloat16), (2 * 20, jnp.bfloat16), (32, jnp.float32)])
-def test_what_cudnn_does_not_take_is_left_to_xla(features: int, dtype: jnp.dtype) -> None:
-    x = jnp.asarray(numbers((1, 8, features))[0], dtype)
-    np.testing.assert_array_equal(attention(x, x, x, 2, implementation="cudnn"), attention(x, x, x, 2))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason='needs pip install "jax[cuda12]"')
-@pytest.mark.parametrize("keys", [1024, 77])
-def test_cudnns_attention_compiles_for_a_gpu_that_is_not_there(keys: int) -> None:
-    device = described_devices(parse_topology("h200:1"))[0]
-    place = jax.sharding.SingleDeviceSharding(device)
-    shapes = [jax.ShapeDtypeStruct((8, n, 640), jnp.bfloat16, sharding=place) for n in (1024, keys, keys)]
-    gradient = jax.grad(lambda *a: attention(*a, 10, implementation="cudnn").sum(), argnums=(0, 1, 2))
-    compiled = jax.jit(gradient).lower(*shapes).compile()
-    assert "__cudnn$fmhaSoftmaxBackward" in compiled.as_text()
-    # Not the products of queries and keys, in 16 bits.
-    assert compiled.memory_analysis().temp_size_in_bytes < 8 * 10 * 1024 * max(keys, 512) * 2

@@ -1,0 +1,95 @@
+"""Attention as one kernel that writes no product of queries and keys to memory: libraries' own, for what they take.
+
+Axes: N images, Q queries, S keys, h heads of d features, D = h * d.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from dpo_jax.models.execution import ATTENTION, attention_result
+from dpo_jax.sharding import DATA_AXES
+
+SPLASH_BLOCKS = (512, 256, 128)
+"""Queries or keys that splash attention works on at a time: the first of these that divides them."""
+
+
+class Kernel(NamedTuple):
+    """One library's attention."""
+
+    takes: Callable[[jax.Array, jax.Array, int], bool]
+    """Whether it can do these queries [N, Q, D] and keys [N, S, D], of so many heads."""
+    attend: Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
+    """(queries, keys, values, number of heads) -> [N, Q, D]."""
+
+
+def cudnn_takes(query_NQD: jax.Array, key_NSD: jax.Array, num_heads: int) -> bool:
+    features = query_NQD.shape[-1] // num_heads
+    return features % 8 == 0 and features <= 128 and query_NQD.dtype.itemsize == 2
+
+
+def cudnn(query_NQD: jax.Array, key_NSD: jax.Array, value_NSD: jax.Array, num_heads: int) -> jax.Array:
+    """NVIDIA's, on GPUs."""
+    # It takes no odd number of keys, such as a caption's 77.
+    rows, keys = key_NSD.shape[:2]
+    padding = ((0, 0), (0, -keys % 8), (0, 0))
+    key_NSD, value_NSD = jnp.pad(key_NSD, padding), jnp.pad(value_NSD, padding)
+    query_NQhd, key_NShd, value_NShd = (split_heads(x, num_heads) for x in (query_NQD, key_NSD, value_NSD))
+    lengths_N = jnp.full(rows, keys, jnp.int32) if keys % 8 else None
+    result_NQhd = jax.nn.dot_product_attention(
+        query_NQhd, key_NShd, value_NShd, key_value_seq_lengths=lengths_N, implementation="cudnn"
+    )
+    return attention_result(result_NQhd.reshape(query_NQD.shape))
+
+
+def splash_takes(query_NQD: jax.Array, key_NSD: jax.Array, num_heads: int) -> bool:
+    """Whole blocks only: attention to a caption's 77 keys is a twentieth of all, and short rows are soon multiplied."""
+    return all(x_NLD.shape[1] % SPLASH_BLOCKS[-1] == 0 for x_NLD in (query_NQD, key_NSD))
+
+
+def splash(
+    query_NQD: jax.Array, key_NSD: jax.Array, value_NSD: jax.Array, num_heads: int, *, interpret: bool = False
+) -> jax.Array:
+    """JAX's own for TPUs, written in Pallas. `interpret` runs it anywhere, slowly.
+
+    jit can't split a Pallas kernel over devices; so this does, over the mesh that `sharding.on_mesh` has named: images
+    over copies and parts of the model, heads over `tensor`.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention  # a sixth of a second that only TPUs need
+
+    features = query_NQD.shape[-1] // num_heads
+    block_q, block_kv = (_block(x_NLD.shape[1]) for x_NLD in (query_NQD, key_NSD))
+    blocks = splash_attention.BlockSizes(block_q, block_kv, block_kv, block_q, block_kv, block_kv, block_q, block_kv)
+
+    def of_device(*arguments: jax.Array) -> jax.Array:
+        query_NhQd, key_NhSd, value_NhSd = (split_heads(x, x.shape[-1] // features).swapaxes(1, 2) for x in arguments)
+        mask = splash_attention.FullMask((query_NhQd.shape[2], key_NhSd.shape[2]))
+        kernel = splash_attention.make_splash_mha_single_device(
+            splash_attention.MultiHeadMask([mask] * query_NhQd.shape[1]),
+            block_sizes=blocks,
+            residual_checkpoint_name=ATTENTION,
+            interpret=interpret,
+        )
+        scaled_NhQd = query_NhQd * jnp.asarray(features**-0.5, query_NhQd.dtype)
+        return jax.vmap(kernel)(scaled_NhQd, key_NhSd, value_NhSd).swapaxes(1, 2).reshape(arguments[0].shape)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        split = PartitionSpec(DATA_AXES, None, "tensor")
+        of_device = jax.shard_map(of_device, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
+    return of_device(query_NQD, key_NSD, value_NSD)
+
+
+def split_heads(x_NLD: jax.Array, num_heads: int) -> jax.Array:
+    """[N, L, h * d] to [N, L, h, d]."""
+    return x_NLD.reshape(*x_NLD.shape[:2], num_heads, -1)
+
+
+def _block(length: int) -> int:
+    return next(block for block in SPLASH_BLOCKS if length % block == 0)
+
+
+KERNELS = {"cudnn": Kernel(cudnn_takes, cudnn), "splash": Kernel(splash_takes, splash)}
