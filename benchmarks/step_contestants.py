@@ -59,10 +59,8 @@ def load(mode: Mode) -> Any:
 def count_work(mode: Mode) -> float:
     """Floating point operations of a pair, by the plan's count."""
     from dpo_jax.planning.estimate import measure_work
-    from dpo_jax.planning.structure import open_structure
 
-    config = load(mode)
-    return measure_work(config, open_structure(config), "gpu").model_flops
+    return measure_work(load(mode), "gpu").model_flops
 
 
 def ceilings() -> dict[str, Any]:

@@ -60,10 +60,8 @@ def main() -> None:
             remat = choose_remat(config, device.kind, topology.num_devices, device.hbm_gib * GIB)
             config = cli.replaced(config, {"remat": remat})
         pipeline = open_structure(config)
-        holdings, work = (
-            measure_holdings(config, pipeline, topology.num_devices),
-            measure_work(config, pipeline, topology.device.kind),
-        )
+        holdings = measure_holdings(config, pipeline, topology.num_devices)
+        work = measure_work(config, topology.device.kind)
         plan = make_plan(
             holdings,
             work,

@@ -186,18 +186,17 @@ class Plan:
         }
 
 
-def measure_work(config: ConfigDict, pipeline: Pipeline, kind: str, model_flops: float | None = None) -> Work:
+def measure_work(config: ConfigDict, kind: str, model_flops: float | None = None) -> Work:
     """Traces the gradient of one pair, with what `config.remat` repeats and, where not known yet, without.
 
     `kind` is that of the device, "tpu" or "gpu". Attention is counted as XLA does it.
     """
     config = replaced(config, {"attention": "xla"})
-    program, activation_bytes = _trace_pair(config, pipeline, kind)
+    program, activation_bytes = _trace_pair(config, kind)
     if model_flops is None:
         plain = program
         if config.remat != "none":
-            without = replaced(config, {"remat": "none"})
-            plain, _ = _trace_pair(without, open_structure(without), kind)
+            plain, _ = _trace_pair(replaced(config, {"remat": "none"}), kind)
         model_flops = plain.flops(without=AGAIN)
     products = list(program.products())
     convolution_flops = sums_by_kind(products)["convolution"].flops
@@ -332,10 +331,11 @@ def _size(specs: Any) -> int:
     return sum(math.prod(spec.shape) for spec in specs.values())
 
 
-def _trace_pair(config: ConfigDict, pipeline: Pipeline, kind: str) -> tuple[Program, float]:
+def _trace_pair(config: ConfigDict, kind: str) -> tuple[Program, float]:
     """The gradient of one pair on one device, and its bytes of activations."""
     one = replaced(config, {"data.batch_size": 1, "data.accumulation": 1})
-    experiment = compose(one, resolve(one, device_count=1, process_count=1), pipeline, Placement(_mesh((1, 1, 1))))
+    derived = resolve(one, device_count=1, process_count=1)
+    experiment = compose(one, derived, open_structure(one), Placement(_mesh((1, 1, 1))))
 
     def loss(params: Any, frozen: Any, batch: Any, step: jax.Array) -> jax.Array:
         scores = experiment.score(params, frozen, batch, step, training=True)

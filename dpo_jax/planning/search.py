@@ -46,7 +46,7 @@ def measure_all(config: ConfigDict, kind: str, say: Callable[[str], None]) -> li
     for remat in POLICIES:
         say(f"counting what a pair costs with remat={remat}")
         one = replaced(config, {"remat": remat})
-        works.append(measure_work(one, open_structure(one), kind, works[0].model_flops if works else None))
+        works.append(measure_work(one, kind, works[0].model_flops if works else None))
     return works
 
 
@@ -115,7 +115,7 @@ def choose_remat(config: ConfigDict, kind: str, num_devices: int, hbm_bytes: flo
     pairs = config.data.batch_size // (held.mesh["data"] * held.mesh["fsdp"] * accumulation)
     for remat in POLICIES:
         one = replaced(config, {"remat": remat})
-        work = measure_work(one, open_structure(one), kind, model_flops=0.0)
+        work = measure_work(one, kind, model_flops=0.0)
         needed = sum(memory_by_kind(held, work, kind, pairs=pairs, accumulation=accumulation).values())
         if needed <= (1 - SPARE) * hbm_bytes:
             return remat

@@ -10,7 +10,7 @@ import pytest
 
 from dpo_jax.cli import load_config
 from dpo_jax.planning import search
-from dpo_jax.planning.estimate import Work, make_plan, measure_holdings
+from dpo_jax.planning.estimate import Work, make_plan, measure_holdings, measure_work
 from dpo_jax.planning.report import as_text
 from dpo_jax.planning.search import choose_remat, settle_remat
 from dpo_jax.planning.structure import open_structure
@@ -197,6 +197,13 @@ def test_text_says_what_is_computed_and_what_is_assumed(lora) -> None:
     assert "8.00 TFLOP, 11.00 with what remat repeats" in text
     assert "products run at 40% of the peak rate (assumed)" in text
     assert "--config.remat=block --config.data.accumulation=64 --config.mesh.data=16 --config.mesh.fsdp=1" in text
+
+
+def test_work_is_counted_without_kernels_that_cannot_be_looked_into(lora) -> None:
+    plain = measure_work(lora, "tpu")
+    lora.attention = "splash"
+    assert measure_work(lora, "tpu") == plain
+    assert plain.flops > plain.model_flops > 0
 
 
 def test_auto_takes_the_policy_that_repeats_least_and_fits(lora, monkeypatch: pytest.MonkeyPatch) -> None:
