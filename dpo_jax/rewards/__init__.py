@@ -123,10 +123,41 @@ JUDGES = {
         "a CLIP in transformers' layout",
         "yuvalkirstain/PickScore_v1",
     ),
+    "hpsv2": Judge(
+        _from("clip_judges", "open_hps"),
+        "HPSv2: a CLIP tuned on the votes of HPDv2",
+        "HPS_v2_compressed.pt of xswu/HPSv2 on the hub, converted to .safetensors",
+    ),
+    "hpsv2.1": Judge(
+        _from("clip_judges", "open_hps"),
+        "HPSv2.1: the same, on better data",
+        "HPS_v2.1_compressed.pt of xswu/HPSv2 on the hub, converted to .safetensors",
+    ),
+    "imagereward": Judge(
+        _from("image_reward", "open_image_reward"),
+        "ImageReward: a BLIP trained on experts' rankings",
+        "ImageReward.pt of THUDM/ImageReward on the hub, converted to .safetensors",
+    ),
     "aesthetic": Judge(
         _from("clip_judges", "open_aesthetic"),
         "LAION's aesthetic predictor v2, from 1 to 10; it reads no caption",
         "sac+logos+ava1-l14-linearMSE.pth of github.com/christophschuhmann/improved-aesthetic-predictor, converted to "
         ".safetensors",
+    ),
+    "jpeg_compressibility": Judge(
+        _from("jpeg", "open_compressibility"), "minus the kilobytes of the picture as a JPEG of quality 95"
+    ),
+    "jpeg_incompressibility": Judge(
+        _from("jpeg", "open_incompressibility"), "the kilobytes of the picture as a JPEG of quality 95"
+    ),
+    "command": Judge(
+        _from("outside", "open_command"),
+        "your own: a command that reads lines of JSON with image files and captions, and prints a score for each",
+        "a command line",
+    ),
+    "http": Judge(
+        _from("outside", "open_http"),
+        "your own: an HTTP endpoint that answers images and captions with scores",
+        "an address",
     ),
 }

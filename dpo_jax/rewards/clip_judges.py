@@ -4,10 +4,12 @@ Axes: N pictures or captions, P projected width, L tokens.
 """
 
 import dataclasses
+import html
 import json
 import math
 from collections.abc import Callable, Sequence
 
+import ftfy
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +25,7 @@ from dpo_jax.models.score_head import ScoreMLP
 from dpo_jax.rewards import Pictures, Score, Settings
 from dpo_jax.rewards.batches import Batches, fitted, normalised
 from dpo_jax.rewards.files import CLIP_TOKENIZER, find_beside, find_file, find_weights
-from dpo_jax.rewards.pictures import Fit, crop_like_transformers
+from dpo_jax.rewards.pictures import Fit, crop_like_transformers, letterbox
 from dpo_jax.weights.io import load_params, read_params
 from dpo_jax.weights.layout import Params
 
@@ -45,8 +47,14 @@ class Kind:
     """What is done to a caption before it is split into tokens."""
 
 
+def clean_like_open_clip(caption: str) -> str:
+    """A caption as OpenCLIP's tokenizer begins: mended, quotes made straight, HTML entities resolved."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(caption))).split())
+
+
 CLIPSCORE = Kind(lambda cosine_N, scale: 100 * jnp.maximum(cosine_N, 0), CLIP_L)
 PICKSCORE = Kind(lambda cosine_N, scale: scale * cosine_N, CLIP_H)
+HPS = Kind(lambda cosine_N, scale: cosine_N, CLIP_H, letterbox, clean_like_open_clip)
 
 
 def open_clipscore(source: str, settings: Settings) -> Score:
@@ -62,17 +70,23 @@ def open_pickscore(source: str, settings: Settings) -> Score:
     return CLIPJudge(source, settings, PICKSCORE)
 
 
+def open_hps(source: str, settings: Settings) -> Score:
+    """HPSv2 (Wu et al., arXiv 2306.09341) and v2.1, which differ by their weights: the cosine, as
+    github.com/tgxs002/HPSv2 reports it, some 0.2 to 0.35. Scores of the two can't be compared."""
+    return CLIPJudge(source, settings, HPS)
+
+
 class CLIPJudge:
     """Scores by how near CLIP's features of a picture are to those of its caption; each caption is encoded once."""
 
     def __init__(self, source: str, settings: Settings, kind: Kind):
         weights = find_weights(source)
+        config = _read_config(find_beside(weights, ("config.json",), ("config.json",), kind.processor))
         tokenizer = find_beside(weights, CLIP_TOKENIZER, ("tokenizer.json", "vocab.json"), kind.processor)
         self._tokenizer = load_tokenizers(str(tokenizer), ["."])
         self._batches = Batches(settings)
-        config = find_beside(weights, ("config.json",), ("config.json",), kind.processor)
         network, self._params, scale = _load_clip(weights, config, settings, self._batches)
-        self._kind, self._size = kind, network.config.vision.image_size
+        self._kind, self._size = kind, config.vision.image_size
         self._text_features: dict[str, np.ndarray] = {}
 
         def encode_text(params: Params, token_ids_NL: jax.Array) -> jax.Array:
@@ -115,8 +129,8 @@ def open_aesthetic(source: str, settings: Settings) -> Score:
     head = find_file(source)
     clip = find_beside(head, ("config.json", "model.safetensors"), ("config.json",), CLIP_L)
     batches = Batches(settings)
-    clip_network, clip_params, _ = _load_clip(clip, clip, settings, batches)
-    config = clip_network.config
+    config = _read_config(clip)
+    _, clip_params, _ = _load_clip(clip, config, settings, batches)
     network = Network.build(lambda rngs: AestheticPredictor(config, dtype=settings.dtype, rngs=rngs), config)
     head_specs = {name.removeprefix("mlp."): spec for name, spec in network.specs.items() if name.startswith("mlp.")}
     head_params = load_params(head, head_specs, dtype="float32", sharding=batches.placement)
@@ -152,12 +166,15 @@ def unit_length(features_NP: jax.Array) -> jax.Array:
     return features_NP / jnp.linalg.norm(features_NP, axis=-1, keepdims=True)
 
 
+def _read_config(folder: epath.Path) -> CLIPConfig:
+    file = folder / "config.json"
+    return CLIPConfig.from_dict(json.loads(file.read_text()), str(file))
+
+
 def _load_clip(
-    weights: epath.Path, config_folder: epath.Path, settings: Settings, batches: Batches
+    weights: epath.Path, config: CLIPConfig, settings: Settings, batches: Batches
 ) -> tuple[Network, Params, float]:
     """A CLIP, its parameters, and its scale, which rounded to bfloat16 would be off by a hundredth."""
-    config_file = config_folder / "config.json"
-    config = CLIPConfig.from_dict(json.loads(config_file.read_text()), str(config_file))
     network = Network.build(lambda rngs: CLIPModel(config, dtype=settings.dtype, rngs=rngs), config)
     params = load_params(weights, network.specs, dtype=settings.dtype, sharding=batches.placement)
     scale = read_params(weights, network.specs)["logit_scale"]

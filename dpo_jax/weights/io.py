@@ -130,7 +130,7 @@ def read_params(path: epath.PathLike, specs: Specs, *, prefix: str = "", variant
         if names
     ]
     if problems:
-        raise ValueError(f"{path} does not hold the model that config.json describes: {'; '.join(problems)}")
+        raise ValueError(f"{path} does not hold the model that its config describes: {'; '.join(problems)}")
     return found
 
 

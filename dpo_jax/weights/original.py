@@ -42,9 +42,18 @@ OPENCLIP_LAYER = {
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
+BLIP_IMAGE_LAYER = {
+    "layer_norm1": "norm1",
+    "self_attn.qkv": "attn.qkv",
+    "self_attn.projection": "attn.proj",
+    "layer_norm2": "norm2",
+    "mlp": "mlp",
+}
 
-# What files hold beside the networks: the rest of OpenCLIP, and what training a VAE left behind.
-NO_PART = re.compile(r"^(logit_scale|attn_mask|text_projection)$|\bposition_ids$|^(loss|model_ema)\.")
+# What files hold beside the networks: the rest of OpenCLIP and of BLIP, and what training a VAE left behind.
+NO_PART = re.compile(
+    r"^(logit_scale|attn_mask|text_projection)$|^blip\.(text|vision)_proj\.|\bposition_ids$|^(loss|model_ema)\."
+)
 
 
 def read(path: epath.Path, specs: Specs, prefix: str) -> dict[str, np.ndarray]:
@@ -188,7 +197,29 @@ def openclip_names(names: Iterable[str]) -> dict[str, str]:
     return {name: _renamed(name, table) for name in names}
 
 
-NAMES = {"text_model": openclip_names, "decoder": vae_names, "down_blocks": unet_names}
+def image_reward_names(names: Iterable[str]) -> dict[str, str]:
+    """As `unet_names`, of ImageReward: the image half is named by timm, the text half as today."""
+    names = [torch_name(name) for name in names]
+    image = "blip.visual_encoder"
+    table = {
+        "vision_model.embeddings.class_embedding": f"{image}.cls_token",
+        "vision_model.embeddings.position_embedding": f"{image}.pos_embed",
+        "vision_model.embeddings.patch_embedding": f"{image}.patch_embed.proj",
+        "vision_model.post_layernorm": f"{image}.norm",
+        "text_encoder": "blip.text_encoder",
+    }
+    for layer in range(_count(names, "vision_model.encoder.layers")):
+        for part, name in BLIP_IMAGE_LAYER.items():
+            table[f"vision_model.encoder.layers.{layer}.{part}"] = f"{image}.blocks.{layer}.{name}"
+    return {name: _renamed(name, table) for name in names}
+
+
+NAMES = {
+    "text_model": openclip_names,
+    "text_encoder": image_reward_names,
+    "decoder": vae_names,
+    "down_blocks": unet_names,
+}
 """How a component is known: by a part that only it has."""
 
 
