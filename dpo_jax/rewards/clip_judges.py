@@ -48,8 +48,8 @@ class Kind:
 
 
 def clean_like_open_clip(caption: str) -> str:
-    """A caption as OpenCLIP's tokenizer begins: mended, quotes made straight, HTML entities resolved."""
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(caption))).split())
+    """A caption as OpenCLIP's tokenizer begins: mended, quotes made straight, HTML entities resolved, lower case."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(caption))).split()).lower()
 
 
 CLIPSCORE = Kind(lambda cosine_N, scale: 100 * jnp.maximum(cosine_N, 0), CLIP_L)

@@ -106,8 +106,6 @@ def features(fields: Fields, dtype: str, size: float, captions: int) -> list[tup
     """Ours and theirs, of images and of texts."""
     torch.manual_seed(0)
     network, model = build(fields, dtype), randomised(torch_model(fields).to(getattr(torch, dtype)), size)
-    state = {name: value.numpy() for name, value in model.state_dict().items()}
-    params = {name: jnp.asarray(from_torch(state[torch_name(name)], spec)) for name, spec in network.specs.items()}
     rng, image_size = np.random.default_rng(0), network.config.vision.image_size
     pixels_NHWC = rng.normal(size=(2, image_size, image_size, 3)).astype(dtype)
     text = network.config.text
@@ -116,6 +114,9 @@ def features(fields: Fields, dtype: str, size: float, captions: int) -> list[tup
     with torch.no_grad():
         images = model.get_image_features(torch.from_numpy(pixels_NHWC).permute(0, 3, 1, 2)).pooler_output
         texts = model.get_text_features(torch.from_numpy(token_ids_NL)).pooler_output
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    del model  # so that a large one is never there twice
+    params = {name: jnp.asarray(from_torch(state.pop(torch_name(name)), spec)) for name, spec in network.specs.items()}
     return [
         (np.asarray(network(params, pixels_NHWC, method="image_features")), images.numpy()),
         (np.asarray(network(params, token_ids_NL, method="text_features")), texts.numpy()),

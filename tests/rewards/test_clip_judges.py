@@ -124,7 +124,7 @@ def test_hps_reads_openclips_layout_and_reports_the_cosine(
 
 
 def test_hps_mends_captions(hps: Path, pictures: Pictures) -> None:
-    odd, plain = "&amp;lt; a\n red ﬁsh\u2019s ", "< a red fish's"
+    odd, plain = "&amp;lt; A\n red ﬁsh\u2019s ", "< a red fish's"
     assert clip_judges.clean_like_open_clip(odd) == plain
     judge = open_judge(f"hpsv2={hps}")
     assert judge.score(pictures[:1], [odd]) == judge.score(pictures[:1], [plain])
