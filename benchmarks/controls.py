@@ -32,6 +32,7 @@ RUNS = {
 
 def main() -> None:
     from dpo_jax.evaluation.compare import compare, judged_samples, read_prompts
+    from dpo_jax.rewards import open_judge
     from dpo_jax.training.run import open_run
 
     output = Path(OUTPUT.value).absolute()
@@ -61,7 +62,7 @@ def main() -> None:
     generator = runs["dpo"].generator(batch_size=32)
     models = {"base": runs["dpo"].base} | {name: run.policy for name, run in runs.items()}
     scores = {
-        name: judged_samples(generator, params, prompts, seeds=SEEDS.value, reward="shapes")[1]
+        name: judged_samples(generator, params, prompts, seeds=SEEDS.value, judge=open_judge("shapes"))[1]
         for name, params in models.items()
     }
     results: dict[str, Any] = {}

@@ -16,7 +16,7 @@ from dpo_jax import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a training run.", required=True)
 PROMPTS = flags.DEFINE_string("prompts", None, "Text file, one prompt a line.", required=True)
-REWARD = flags.DEFINE_string("reward", None, "Judge; one of dpo_jax.rewards.JUDGES.", required=True)
+REWARD = flags.DEFINE_string("reward", None, "Judge; NAME or NAME=FOLDER of dpo_jax.rewards.JUDGES.", required=True)
 SEEDS = flags.DEFINE_integer("seeds", 20, "Images of each prompt and model.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images sampled at a time.", lower_bound=1)
 GRID_ROWS = flags.DEFINE_integer("grid_rows", 8, "Prompts shown in the grid.", lower_bound=1)
@@ -26,16 +26,17 @@ SINCE = flags.DEFINE_float("since", None, "Unix time that `seconds` counts from;
 def main() -> None:
     from dpo_jax.evaluation.compare import compare, judged_samples, read_prompts
     from dpo_jax.evaluation.report import image_grid, save_png
+    from dpo_jax.rewards import open_judge
     from dpo_jax.training.metrics import last_validation
     from dpo_jax.training.run import open_run
 
     since = SINCE.value or time.time()
     prompts = read_prompts(PROMPTS.value)
+    judge = open_judge(REWARD.value)
     run = open_run(WORKDIR.value)
     generator = run.generator(BATCH_SIZE.value)
     (base_images, base_scores), (tuned_images, tuned_scores) = (
-        judged_samples(generator, params, prompts, seeds=SEEDS.value, reward=REWARD.value)
-        for params in (run.base, run.policy)
+        judged_samples(generator, params, prompts, seeds=SEEDS.value, judge=judge) for params in (run.base, run.policy)
     )
     result = compare(tuned_scores, base_scores)
     workdir = epath.Path(WORKDIR.value)

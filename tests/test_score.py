@@ -15,6 +15,7 @@ from PIL import Image
 from dpo_jax.data import builder
 from dpo_jax.data.pipeline import open_pairs
 from dpo_jax.data.prepared import open_prepared
+from dpo_jax.data.scores import candidates, read_scores
 from dpo_jax.data.sources import SOURCES
 from dpo_jax.rewards import JUDGES, shapes
 
@@ -100,6 +101,31 @@ def test_training_pairs_follow_the_exact_judge(data: Path, tmp_path: Path) -> No
             assert first > second
 
 
+def test_a_command_as_the_judge_under_a_name_of_its_own(data: Path, tmp_path: Path) -> None:
+    script = tmp_path / "blue.py"
+    lines = ["import json, sys", "import numpy as np", "from PIL import Image", "for line in sys.stdin:"]
+    lines += ["    print(float(np.asarray(Image.open(json.loads(line)['image']))[..., 2].mean()))"]
+    script.write_text("\n".join(lines))
+    command = f"--judge=command={sys.executable} {script}"
+    done = score(f"--data={data}", command, "--name=bluest", "--batch_size=1000")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == f"judge        bluest (dpo_jax.rewards: command={sys.executable} {script})"
+    prepared = open_prepared(data)
+    table = read_scores(data, ["bluest"], candidates(prepared.records["images"]))[0]
+    first = [float(pixels(image)[..., 2].mean()) for image in prepared.read_images(prepared.record(0))]
+    np.testing.assert_allclose(table[:2], first, rtol=1e-6)
+
+
+def test_a_command_that_fails_is_not_asked_again(data: Path, tmp_path: Path) -> None:
+    script = tmp_path / "judge.sh"
+    script.write_text(f"#!/bin/sh\necho started >> {tmp_path}/log\necho no GPU here >&2\nexit 3\n")
+    script.chmod(0o755)
+    done = score(f"--data={data}", f"--judge=command={script}")
+    assert (done.returncode, done.stderr) == (1, f"error: the judge {script} ended with 3: no GPU here\n")
+    assert (tmp_path / "log").read_text() == "started\n"
+    assert not (data / "scores" / "command.arrow").exists()
+
+
 def test_help_names_the_judges() -> None:
     shown = " ".join(score("--help").stdout.split())
     for name, judge in JUDGES.items():
@@ -124,7 +150,9 @@ def test_scores_are_not_overwritten_by_mistake(data: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--judge=beauty"], "--judge=beauty: the judges that come with dpo_jax are shapes; give scores of another"),
+        (["--judge=beauty"], "--judge=beauty: the judges that come with dpo_jax are shapes, clipscore, pickscore, "),
+        (["--judge=hpsv2"], "the judge hpsv2 needs HPS_v2_compressed.pt of xswu/HPSv2 on the hub, converted to "),
+        (["--judge=shapes", "--name=../x"], "--judge=../x: a judge is named by letters"),
         (["--judge=../../x"], "--judge=../../x: a judge is named by letters"),
         (["--judge=votes"], "--judge=votes: a judge is named by letters"),
         (["--judge=mine", "--scores=nowhere.jsonl"], "no file of scores at nowhere.jsonl; its lines should be"),

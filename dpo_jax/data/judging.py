@@ -23,19 +23,21 @@ from dpo_jax.data.scores import Candidates, candidates, complete
 from dpo_jax.data.sources.json_rows import numbers
 
 Score = Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]
-"""As in `rewards.Judge`."""
+"""As in `rewards.Scorer`."""
 OnProgress = Callable[[int, int], None]
 """Called with what is done and the total."""
 
-BATCH = 64  # images
 LINES_A_STEP = 10_000
 LINES = '{"record": 12, "scores": [0.1, 0.7]} or {"caption": ..., "sha256": ..., "score": 0.7}'
 
 
-def score_images(prepared: Prepared, score: Score, on_progress: OnProgress = lambda done, total: None) -> np.ndarray:
+def score_images(
+    prepared: Prepared, score: Score, on_progress: OnProgress = lambda done, total: None, *, batch: int = 64
+) -> np.ndarray:
     """scores_M, float32, of every candidate; what stands in several records is judged once.
 
-    Images are read in the order in which they are stored, and decoded by all cores while the judge works.
+    Images are read in the order in which they are stored, and decoded by all cores while the judge works, which is
+    shown `batch` of them at a time.
 
     Raises:
         ValueError: the judge can't judge an image; the message tells the record.
@@ -47,11 +49,11 @@ def score_images(prepared: Prepared, score: Score, on_progress: OnProgress = lam
     def read(u: int) -> np.ndarray:
         return np.asarray(images.decode(prepared.image(int(distinct.image_U[u]))))
 
-    options = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=2 * BATCH)
+    options = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=2 * batch)
     pictures = iter(grain.MapDataset.range(total).map(read).to_iter_dataset(options))
     scores_U = np.empty(total, np.float32)
-    for start in range(0, total, BATCH):
-        some = slice(start, min(start + BATCH, total))
+    for start in range(0, total, batch):
+        some = slice(start, min(start + batch, total))
         captions = distinct.captions.take(pa.array(distinct.caption_U[some])).to_pylist()
         record_of_each = of.record_M[distinct.first_U[some]]
         wheres = prepared.records["where"].take(pa.array(record_of_each)).to_pylist()

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from dpo_jax.evaluation.winrate import win_rate
-from dpo_jax.rewards import JUDGES
+from dpo_jax.rewards import Scorer
 from dpo_jax.weights.layout import Params
 
 FIRST_SEED = 10**6
@@ -20,18 +20,16 @@ Generate = Callable[[Params, Sequence[str], Sequence[int]], np.ndarray]
 
 
 def judged_samples(
-    generate: Generate, params: Params, prompts: Sequence[str], *, seeds: int, reward: str
+    generate: Generate, params: Params, prompts: Sequence[str], *, seeds: int, judge: Scorer
 ) -> tuple[np.ndarray, np.ndarray]:
     """Images [P, S, H, W, 3] of one model and the judge's scores_PS.
 
     Every prompt and seed has a starting noise of its own, the same for every model.
     """
-    if reward not in JUDGES:
-        raise ValueError(f"reward {reward!r}; the judges are {', '.join(JUDGES)}")
     P, S = len(prompts), seeds
     captions = [prompt for prompt in prompts for _ in range(S)]
     images = generate(params, captions, range(FIRST_SEED, FIRST_SEED + P * S))
-    scores_PS = JUDGES[reward].score(images, captions).reshape(P, S)
+    scores_PS = judge.score(images, captions).reshape(P, S)
     return images.reshape(P, S, *images.shape[1:]), scores_PS
 
 

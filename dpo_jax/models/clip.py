@@ -1,5 +1,7 @@
 """CLIP's text encoder (Radford et al., arXiv 2103.00020) with the structure and parameter names of transformers.
 
+The image encoder, of the same layers, is in `clip_vision.py`.
+
 N captions, L tokens, D hidden width, P pooled width (D, or the projection's).
 """
 
@@ -49,17 +51,23 @@ METADATA = frozenset(
 
 
 @dataclasses.dataclass(frozen=True)
-class CLIPTextConfig:
-    """The fields of a transformers CLIP text config.json that decide the computation; defaults are transformers'."""
+class LayersConfig:
+    """What the layers of both encoders are made by; defaults are those of transformers for texts."""
 
-    vocab_size: int = 49408
     hidden_size: int = 512
     intermediate_size: int = 2048
     num_hidden_layers: int = 12
     num_attention_heads: int = 8
-    max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig(LayersConfig):
+    """The fields of a transformers CLIP text config.json that decide the computation; defaults are transformers'."""
+
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77
     eos_token_id: int = 49407
     projection_dim: int = 512
     with_projection: bool = False
@@ -162,9 +170,12 @@ class CLIPTextEmbeddings(nnx.Module):
 class CLIPEncoder(nnx.Module):
     """The layers; returns the output of the last and its input, which is what SDXL conditions on."""
 
-    def __init__(self, config: CLIPTextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: LayersConfig, *, is_causal: bool = True, dtype: DTypeLike, rngs: nnx.Rngs):
         self.layers = nnx.List(
-            [CLIPEncoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)]
+            [
+                CLIPEncoderLayer(config, is_causal=is_causal, dtype=dtype, rngs=rngs)
+                for _ in range(config.num_hidden_layers)
+            ]
         )
 
     def __call__(self, hidden_NLD: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -176,10 +187,10 @@ class CLIPEncoder(nnx.Module):
 class CLIPEncoderLayer(nnx.Module):
     """Pre-norm transformer layer."""
 
-    def __init__(self, config: CLIPTextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: LayersConfig, *, is_causal: bool, dtype: DTypeLike, rngs: nnx.Rngs):
         width, epsilon = config.hidden_size, config.layer_norm_eps
         self.layer_norm1 = LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
-        self.self_attn = CLIPAttention(width, config.num_attention_heads, dtype=dtype, rngs=rngs)
+        self.self_attn = CLIPAttention(width, config.num_attention_heads, is_causal=is_causal, dtype=dtype, rngs=rngs)
         self.layer_norm2 = LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
         self.mlp = CLIPMLP(width, config.intermediate_size, config.hidden_act, dtype=dtype, rngs=rngs)
 
@@ -189,18 +200,18 @@ class CLIPEncoderLayer(nnx.Module):
 
 
 class CLIPAttention(nnx.Module):
-    """Causal multi-head self-attention."""
+    """Multi-head self-attention; tokens of a text see those before them, patches of an image all."""
 
-    def __init__(self, width: int, num_heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, width: int, num_heads: int, *, is_causal: bool, dtype: DTypeLike, rngs: nnx.Rngs):
         self.q_proj = Linear(width, width, dtype=dtype, rngs=rngs)
         self.k_proj = Linear(width, width, dtype=dtype, rngs=rngs)
         self.v_proj = Linear(width, width, dtype=dtype, rngs=rngs)
         self.out_proj = Linear(width, width, dtype=dtype, rngs=rngs)
-        self.num_heads = num_heads
+        self.num_heads, self.is_causal = num_heads, is_causal
 
     def __call__(self, x_NLD: jax.Array) -> jax.Array:
         query, key, value = self.q_proj(x_NLD), self.k_proj(x_NLD), self.v_proj(x_NLD)
-        return self.out_proj(attention(query, key, value, self.num_heads, is_causal=True))
+        return self.out_proj(attention(query, key, value, self.num_heads, is_causal=self.is_causal))
 
 
 class CLIPMLP(nnx.Module):

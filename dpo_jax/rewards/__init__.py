@@ -1,27 +1,163 @@
-"""Judges of pictures. Each scores how well a picture suits its caption, higher is better."""
+"""Judges of pictures. Each scores how well a picture suits its caption, higher is better.
 
+`JUDGES` is the table of them, `open_judge` the way to one. Importing this module is cheap: JAX and the networks come
+with the judge that needs them.
+"""
+
+import dataclasses
+import importlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.rewards import shapes
+if TYPE_CHECKING:
+    from dpo_jax.sharding import Placement
 
 Pictures = Sequence[np.ndarray] | np.ndarray
+Score = Callable[[Pictures, Sequence[str]], np.ndarray]
+
+
+class Scorer(NamedTuple):
+    """What compares pictures in place of people: an opened judge."""
+
+    name: str
+    score: Score
+    """(uint8 pictures [H, W, 3] of any sizes, a caption for each) -> float32 [N].
+
+    Raises ValueError with the reason if it can't judge a picture or a caption, OSError if it can't judge at all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How an opened judge works."""
+
+    dtype: str = "float32"
+    """Of a network's weights and computation: float32, or bfloat16 with half the memory."""
+    batch_size: int = 32
+    """Pictures that go through a network at a time; rounded up to a multiple of what the mesh splits it into."""
+    placement: "Placement | None" = None
+    """Where a network's weights lie; by default each device has them all and takes its part of the pictures."""
+    timeout: float = 600.0
+    """Seconds that an outside judge has for each call."""
 
 
 class Judge(NamedTuple):
-    """What compares pictures in place of people."""
+    """A line of the table."""
 
-    score: Callable[[Pictures, Sequence[str]], np.ndarray]
-    """(uint8 pictures [H, W, 3] of any sizes, a caption for each) -> float32 [N].
-
-    Raises ValueError with the reason if it can't judge them."""
+    open: Callable[[str, Settings], Score]
+    """(what follows NAME= in the spec, or the default) -> the function that scores; raises as `open_judge`."""
     help: str
+    needs: str = ""
+    """What is to follow NAME=, if anything."""
+    default: str = ""
+    """The hub id that is taken if nothing follows, where the published files can be read as they are."""
 
 
-def _shapes(pictures: Pictures, captions: Sequence[str]) -> np.ndarray:
-    return shapes.score(np.stack(list(pictures)), captions)
+def open_judge(
+    spec: str,
+    *,
+    dtype: str = Settings.dtype,
+    batch_size: int = Settings.batch_size,
+    placement: "Placement | None" = None,
+    timeout: float = Settings.timeout,
+) -> Scorer:
+    """Opens the judge of a spec: `NAME`, or `NAME=` and what it is opened from.
+
+    That is a folder, a file or a hub id for a network (`pickscore=models/PickScore_v1`), a command line for `command`,
+    an address for `http`. The other arguments are the `Settings`.
+
+    Raises:
+        ValueError, FileNotFoundError: there is no such judge, or not what it needs.
+    """
+    name, separator, source = spec.partition("=")
+    if name not in JUDGES:
+        raise ValueError(f"there is no judge {name!r}; those that come with dpo_jax are {', '.join(JUDGES)}")
+    judge = JUDGES[name]
+    if separator and not judge.needs:
+        raise ValueError(f"the judge {name} is opened by its name alone, not by {spec!r}")
+    if judge.needs and not source and not judge.default:
+        raise ValueError(f"the judge {name} needs {judge.needs}: {name}=...")
+    score = judge.open(source or judge.default, Settings(dtype, batch_size, placement, timeout))
+
+    def checked(pictures: Pictures, captions: Sequence[str]) -> np.ndarray:
+        _check(name, pictures, captions)
+        return np.asarray(score(pictures, captions), np.float32) if len(captions) else np.zeros(0, np.float32)
+
+    return Scorer(name, checked)
 
 
-JUDGES = {"shapes": Judge(_shapes, "the exact judge of the tiny world, whose pictures have 32 x 32 pixels")}
+def _check(name: str, pictures: Pictures, captions: Sequence[str]) -> None:
+    if len(pictures) != len(captions):
+        raise ValueError(f"{len(pictures)} pictures but {len(captions)} captions: give one caption a picture")
+    for picture in pictures:
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
+            raise ValueError(
+                f"the judge {name} looks at uint8 pictures [H, W, 3], not {picture.dtype} {list(picture.shape)}"
+            )
+
+
+def _from(module: str, opens: str) -> Callable[[str, Settings], Score]:
+    """The function that opens a judge, in a module that is imported when it is called."""
+
+    def open_it(source: str, settings: Settings) -> Score:
+        found: Any = importlib.import_module(f"dpo_jax.rewards.{module}")
+        return getattr(found, opens)(source, settings)
+
+    return open_it
+
+
+JUDGES = {
+    "shapes": Judge(
+        _from("shapes", "open_shapes"), "the exact judge of the tiny world, whose pictures have 32 x 32 pixels"
+    ),
+    "clipscore": Judge(
+        _from("clip_judges", "open_clipscore"),
+        "100 x the cosine of CLIP's features of picture and caption, at least 0",
+        "a CLIP in transformers' layout",
+        "openai/clip-vit-large-patch14",
+    ),
+    "pickscore": Judge(
+        _from("clip_judges", "open_pickscore"),
+        "PickScore: a CLIP tuned on the votes of Pick-a-Pic",
+        "a CLIP in transformers' layout",
+        "yuvalkirstain/PickScore_v1",
+    ),
+    "hpsv2": Judge(
+        _from("clip_judges", "open_hps"),
+        "HPSv2: a CLIP tuned on the votes of HPDv2",
+        "HPS_v2_compressed.pt of xswu/HPSv2 on the hub, converted to .safetensors",
+    ),
+    "hpsv2.1": Judge(
+        _from("clip_judges", "open_hps"),
+        "HPSv2.1: the same, on better data",
+        "HPS_v2.1_compressed.pt of xswu/HPSv2 on the hub, converted to .safetensors",
+    ),
+    "imagereward": Judge(
+        _from("image_reward", "open_image_reward"),
+        "ImageReward: a BLIP trained on experts' rankings",
+        "ImageReward.pt of THUDM/ImageReward on the hub, converted to .safetensors",
+    ),
+    "aesthetic": Judge(
+        _from("clip_judges", "open_aesthetic"),
+        "LAION's aesthetic predictor v2, from 1 to 10; it reads no caption",
+        "sac+logos+ava1-l14-linearMSE.pth of github.com/christophschuhmann/improved-aesthetic-predictor, converted to "
+        ".safetensors",
+    ),
+    "jpeg_compressibility": Judge(
+        _from("jpeg", "open_compressibility"), "minus the kilobytes of the picture as a JPEG of quality 95"
+    ),
+    "jpeg_incompressibility": Judge(
+        _from("jpeg", "open_incompressibility"), "the kilobytes of the picture as a JPEG of quality 95"
+    ),
+    "command": Judge(
+        _from("outside", "open_command"),
+        "your own: a command that reads lines of JSON with image files and captions, and prints a score for each",
+        "a command line",
+    ),
+    "http": Judge(
+        _from("outside", "open_http"),
+        "your own: an HTTP endpoint that answers images and captions with scores",
+        "an address",
+    ),
+}

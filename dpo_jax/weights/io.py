@@ -54,8 +54,20 @@ CONVERT_PICKLE = (
     "diffusers.StableDiffusionPipeline.from_single_file('FILE'))"
 )
 
-# Stored beside the parameters by some versions of transformers, and no part of the computation here.
-HARMLESS = ("text_model.embeddings.position_ids", "embeddings.position_ids", "logit_scale")
+CONVERT_STATE_DICT = (
+    "opening a pickle can run code; convert it once in PyTorch, which reads tensors alone by weights_only: "
+    "python -c \"import torch, safetensors.torch as s; x = torch.load('{file}', 'cpu', weights_only=True); "
+    "s.save_file({{k: v.clone() for k, v in x.get('state_dict', x).items()}}, '{stem}.safetensors')\""
+)
+"""The same for a file of one network's tensors."""
+
+# Stored beside the parameters by some versions of transformers, and no part of the computation of who lacks them.
+HARMLESS = (
+    "text_model.embeddings.position_ids",
+    "vision_model.embeddings.position_ids",
+    "embeddings.position_ids",
+    "logit_scale",
+)
 
 MAX_SHARD_BYTES = 10 * 10**9  # diffusers' own default
 
@@ -97,7 +109,7 @@ def read_params(path: epath.PathLike, specs: Specs, *, prefix: str = "", variant
     path = epath.Path(path)
     stored = _open_folder(path, variant) if path.is_dir() else _open_file(path, specs, prefix)
     found, missing, misshapen = {}, [], []
-    unused = set(stored.arrays) - set(HARMLESS)
+    unused = set(stored.arrays)
     for name, spec in specs.items():
         key = next((alias for alias in stored.aliases(name) if alias in unused), None)
         if key is None:
@@ -110,11 +122,15 @@ def read_params(path: epath.PathLike, specs: Specs, *, prefix: str = "", variant
             misshapen.append(f"{key} ({error})")
     problems = [
         first_several(names, kind)
-        for kind, names in (("missing", missing), ("unexpected", sorted(unused)), ("misshapen", misshapen))
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", sorted(unused.difference(HARMLESS))),
+            ("misshapen", misshapen),
+        )
         if names
     ]
     if problems:
-        raise ValueError(f"{path} does not hold the model that config.json describes: {'; '.join(problems)}")
+        raise ValueError(f"{path} does not hold the model that its config describes: {'; '.join(problems)}")
     return found
 
 

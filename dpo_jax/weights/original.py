@@ -1,7 +1,8 @@
 """The original layout: one file for the whole model, as `v1-5-pruned.safetensors` and `sd_xl_base_1.0.safetensors` are.
 
 Each component's names begin with a prefix of its own. Behind it, UNet and VAE have the names of CompVis' `ldm` and
-Stability's `sgm`, CLIP-L those of transformers, and the text encoders of SD2 and SDXL those of OpenCLIP.
+Stability's `sgm`, CLIP-L those of transformers, and the text encoders of SD2 and SDXL those of OpenCLIP. The judges
+HPSv2 (a whole CLIP of OpenCLIP) and ImageReward (a BLIP of Salesforce) are published in layouts of this kind as well.
 
 Names map from ours outward here too: a table holds the beginnings of names that differ, and the longest that fits is
 replaced. What depends on the model's size, as how many layers a level has, is counted in its names.
@@ -41,9 +42,18 @@ OPENCLIP_LAYER = {
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
+BLIP_IMAGE_LAYER = {
+    "layer_norm1": "norm1",
+    "self_attn.qkv": "attn.qkv",
+    "self_attn.projection": "attn.proj",
+    "layer_norm2": "norm2",
+    "mlp": "mlp",
+}
 
-# What files hold beside the networks: the rest of OpenCLIP, and what training a VAE left behind.
-NO_PART = re.compile(r"^(logit_scale|attn_mask|text_projection)$|\bposition_ids$|^(loss|model_ema)\.")
+# What files hold beside the networks: the rest of OpenCLIP and of BLIP, and what training a VAE left behind.
+NO_PART = re.compile(
+    r"^(logit_scale|attn_mask|text_projection)$|^blip\.(text|vision)_proj\.|\bposition_ids$|^(loss|model_ema)\."
+)
 
 
 def read(path: epath.Path, specs: Specs, prefix: str) -> dict[str, np.ndarray]:
@@ -165,24 +175,59 @@ def vae_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def openclip_names(names: Iterable[str]) -> dict[str, str]:
-    """As `unet_names`, of a text encoder; queries, keys and values share a name and follow each other in one tensor."""
+    """As `unet_names`, of a text encoder or a whole CLIP; queries, keys and values share a name and follow each other
+    in one tensor."""
     names = [torch_name(name) for name in names]
     table = {
         "text_model.embeddings.token_embedding": "token_embedding",
         "text_model.embeddings.position_embedding.weight": "positional_embedding",
         "text_model.final_layer_norm": "ln_final",
         "text_projection.weight": "text_projection",
+        "vision_model.embeddings.class_embedding": "visual.class_embedding",
+        "vision_model.embeddings.patch_embedding": "visual.conv1",
+        "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+        "vision_model.pre_layrnorm": "visual.ln_pre",
+        "vision_model.post_layernorm": "visual.ln_post",
+        "visual_projection.weight": "visual.proj",
     }
-    for layer in range(_count(names, "text_model.encoder.layers")):
-        for part, name in OPENCLIP_LAYER.items():
-            table[f"text_model.encoder.layers.{layer}.{part}"] = f"transformer.resblocks.{layer}.{name}"
+    for ours, of in (("text_model", "transformer"), ("vision_model", "visual.transformer")):
+        for layer in range(_count(names, f"{ours}.encoder.layers")):
+            for part, name in OPENCLIP_LAYER.items():
+                table[f"{ours}.encoder.layers.{layer}.{part}"] = f"{of}.resblocks.{layer}.{name}"
     return {name: _renamed(name, table) for name in names}
 
 
+def image_reward_names(names: Iterable[str]) -> dict[str, str]:
+    """As `unet_names`, of ImageReward: the image half is named by timm, the text half as today."""
+    names = [torch_name(name) for name in names]
+    image = "blip.visual_encoder"
+    table = {
+        "vision_model.embeddings.class_embedding": f"{image}.cls_token",
+        "vision_model.embeddings.position_embedding": f"{image}.pos_embed",
+        "vision_model.embeddings.patch_embedding": f"{image}.patch_embed.proj",
+        "vision_model.post_layernorm": f"{image}.norm",
+        "text_encoder": "blip.text_encoder",
+    }
+    for layer in range(_count(names, "vision_model.encoder.layers")):
+        for part, name in BLIP_IMAGE_LAYER.items():
+            table[f"vision_model.encoder.layers.{layer}.{part}"] = f"{image}.blocks.{layer}.{name}"
+    return {name: _renamed(name, table) for name in names}
+
+
+NAMES = {
+    "text_model": openclip_names,
+    "text_encoder": image_reward_names,
+    "decoder": vae_names,
+    "down_blocks": unet_names,
+}
+"""How a component is known: by a part that only it has."""
+
+
 def _original_names(names: Iterable[str]) -> dict[str, str]:
-    """The same of whichever component's parameters these are."""
+    """The same of whichever component's parameters these are; by their own names where no original is known."""
     parts = {name.split(".")[0] for name in names}
-    return (openclip_names if "text_model" in parts else vae_names if "decoder" in parts else unet_names)(names)
+    of = (of for part, of in NAMES.items() if part in parts)
+    return next(of, lambda names: {name: name for name in map(torch_name, names)})(names)
 
 
 def _renamed(name: str, table: Mapping[str, str]) -> str:
@@ -209,7 +254,7 @@ def _from_original(name: str, array: np.ndarray) -> np.ndarray:
     """What PyTorch calls `name` today, as a view of the tensor that holds it in the original."""
     if re.search(r"\.[qkv]_proj\.", name):
         return np.array_split(array, 3)[_third(name)]
-    return array.T if name == "text_projection.weight" else array
+    return array.T if name in ("text_projection.weight", "visual_projection.weight") else array
 
 
 def _to_original(original: str, arrays: list[np.ndarray]) -> np.ndarray:
@@ -217,7 +262,7 @@ def _to_original(original: str, arrays: list[np.ndarray]) -> np.ndarray:
     if len(arrays) > 1:
         return np.concatenate(arrays)
     (array,) = arrays
-    if original.endswith("text_projection"):
+    if original.endswith(("text_projection", "visual.proj")):
         return array.T
     if re.search(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$", original):  # convolutions of size 1
         return array[:, :, None, None]

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
-from dpo_jax.data import judging
 from dpo_jax.data.agreement import agreement, summarise
 from dpo_jax.data.judging import import_scores, score_images
 from dpo_jax.data.prepared import Prepared, open_prepared
@@ -63,12 +62,9 @@ class Brightness:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
-def test_each_image_is_judged_once_with_each_of_its_captions(
-    prepared: Prepared, batch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(judging, "BATCH", batch)
+def test_each_image_is_judged_once_with_each_of_its_captions(prepared: Prepared, batch: int) -> None:
     judge, shown = Brightness(), []
-    scores_M = score_images(prepared, judge, lambda *done: shown.append(done))
+    scores_M = score_images(prepared, judge, lambda *done: shown.append(done), batch=batch)
     assert scores_M.tolist() == [310, 320, 320, 310, 320, 330, 330, 340, 507, 560]
     assert len(judge.seen) == 8
     assert shown[-1] == (8, 8)

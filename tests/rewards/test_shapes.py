@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from dpo_jax.rewards import JUDGES, shapes
+from dpo_jax.rewards import open_judge, shapes
 from dpo_jax.tiny import world
 
 
@@ -15,7 +15,7 @@ def pictures():
 
 def test_every_clean_picture_is_read_right(pictures):
     images, captions = pictures
-    assert (JUDGES["shapes"].score(images, captions) == 1).all()
+    assert (open_judge("shapes").score(images, captions) == 1).all()
     assert [tuple(reading) for reading in shapes.read(images)] == [world.parse(caption) for caption in captions]
 
 

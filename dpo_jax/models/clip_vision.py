@@ -1,0 +1,121 @@
+"""A whole CLIP (Radford et al., arXiv 2103.00020): image encoder and text encoder that agree on a picture's content.
+
+Structure and parameter names are those of transformers' CLIPModel.
+
+N images or captions, H x W pixels, C channels, D hidden width, S patches and the class token, L tokens, P projected
+width.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from dpo_jax.models.clip import ACTIVATIONS, METADATA, CLIPEncoder, CLIPTextConfig, CLIPTextTransformer, LayersConfig
+from dpo_jax.models.config_json import read_config
+from dpo_jax.models.layers import Conv, Embedding, LayerNorm, Linear, make_param
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+"""By which pictures (0 to 1, RGB) are normalised: OpenAI's, and of every model here."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPVisionConfig(LayersConfig):
+    """The fields of a transformers CLIP vision config that decide the computation; defaults are transformers'."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_attention_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+    """Both halves, and the width that they are projected to."""
+
+    text: CLIPTextConfig
+    vision: CLIPVisionConfig
+    projection_dim: int = 512
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], where: str) -> "CLIPConfig":
+        """Reads the config.json of a whole CLIP. Raises ValueError naming `where` and what is not supported."""
+        if config.get("model_type") != "clip" or "vision_config" not in config or "text_config" not in config:
+            raise ValueError(f"{where} does not describe a whole CLIP, with an image and a text encoder")
+        # Old files repeat the vision half in `vision_config_dict`, which transformers lets win.
+        vision = {**config["vision_config"], **(config.get("vision_config_dict") or {})}
+        supported = {
+            "model_type": ("clip_vision_model",),
+            "hidden_act": tuple(ACTIVATIONS),
+            "num_channels": (3,),
+            "add_cross_attention": (False,),
+            "is_decoder": (False,),
+            "is_encoder_decoder": (False,),
+            "pruned_heads": ({}, None),
+        }
+        metadata = METADATA | {"eos_token_id", "projection_dim"}
+        return cls(
+            CLIPTextConfig.from_dict(config, where),
+            read_config(CLIPVisionConfig, vision, f"{where}: vision_config", supported=supported, metadata=metadata),
+            config.get("projection_dim", cls.projection_dim),
+        )
+
+
+class CLIPModel(nnx.Module):
+    """CLIPModel of transformers."""
+
+    def __init__(self, config: CLIPConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        text, vision, width = config.text, config.vision, config.projection_dim
+        self.text_model = CLIPTextTransformer(text, dtype=dtype, rngs=rngs)
+        self.vision_model = CLIPVisionTransformer(vision, dtype=dtype, rngs=rngs)
+        self.visual_projection = Linear(vision.hidden_size, width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.text_projection = Linear(text.hidden_size, width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.logit_scale = make_param(nnx.initializers.constant(2.6592), rngs, ())
+
+    def image_features(self, pixels_NHWC: jax.Array) -> jax.Array:
+        """Normalised pixels (see `IMAGE_MEAN`) to features_NP of no particular length."""
+        return self.visual_projection(self.vision_model(pixels_NHWC))
+
+    def text_features(self, token_ids_NL: jax.Array) -> jax.Array:
+        """Token ids to features_NP of no particular length."""
+        return self.text_projection(self.text_model(token_ids_NL).pooled_NP)
+
+
+class CLIPVisionTransformer(nnx.Module):
+    """Patches and a class token through the layers; the class token's output, normed."""
+
+    def __init__(self, config: CLIPVisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        width, epsilon = config.hidden_size, config.layer_norm_eps
+        self.embeddings = CLIPVisionEmbeddings(config, dtype=dtype, rngs=rngs)
+        self.pre_layrnorm = LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)  # the name that it has
+        self.encoder = CLIPEncoder(config, is_causal=False, dtype=dtype, rngs=rngs)
+        self.post_layernorm = LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
+
+    def __call__(self, pixels_NHWC: jax.Array) -> jax.Array:
+        hidden_NSD, _ = self.encoder(self.pre_layrnorm(self.embeddings(pixels_NHWC)))
+        return self.post_layernorm(hidden_NSD[:, 0])
+
+
+class CLIPVisionEmbeddings(nnx.Module):
+    """Projected patches behind a class token, plus learned position embeddings."""
+
+    def __init__(self, config: CLIPVisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        width, patch = config.hidden_size, config.patch_size
+        self.class_embedding = make_param(nnx.initializers.normal(width**-0.5), rngs, (width,))
+        self.patch_embedding = Conv(3, width, patch, stride=patch, padding=0, use_bias=False, dtype=dtype, rngs=rngs)
+        self.num_positions = (config.image_size // patch) ** 2 + 1
+        self.position_embedding = Embedding(self.num_positions, width, dtype=dtype, rngs=rngs)
+        self.dtype = dtype
+
+    def __call__(self, pixels_NHWC: jax.Array) -> jax.Array:
+        patches_NhwD = self.patch_embedding(pixels_NHWC)
+        N, h, w, D = patches_NhwD.shape
+        class_N1D = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (N, 1, D))
+        tokens_NSD = jnp.concatenate([class_N1D, patches_NhwD.reshape(N, h * w, D)], axis=1)
+        return tokens_NSD + self.position_embedding(jnp.arange(self.num_positions))

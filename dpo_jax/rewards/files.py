@@ -1,0 +1,45 @@
+"""Where a judge's files lie: its weights, and the config and tokenizer that belong to them."""
+
+from collections.abc import Sequence
+
+from etils import epath
+
+from dpo_jax.weights.hub import find_model
+from dpo_jax.weights.io import CONVERT_STATE_DICT
+
+CLIP_TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+CLIP_FILES = ("config.json", "model.safetensors", *CLIP_TOKENIZER)
+
+
+def find_weights(source: str, files: Sequence[str] = CLIP_FILES) -> epath.Path:
+    """The folder, or the .safetensors file, that `source` names here or on the hub, of which `files` are fetched.
+
+    Raises FileNotFoundError where there is none, ValueError with what converts it where it is a pickle.
+    """
+    path = find_model(source, files=files)
+    if path.is_file() and path.suffix != ".safetensors":
+        convert = CONVERT_STATE_DICT.format(file=path, stem=path.with_suffix(""))
+        raise ValueError(f"{path} is no .safetensors file; {convert}")
+    return path
+
+
+def find_file(source: str) -> epath.Path:
+    """As `find_weights`, of what is one file."""
+    path = find_weights(source)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the .safetensors file")
+    return path
+
+
+def find_beside(weights: epath.Path, files: Sequence[str], needed: Sequence[str], hub_id: str) -> epath.Path:
+    """The folder that holds one of `needed`: that of the weights, or else `hub_id`, of which `files` are fetched."""
+    folder = weights if weights.is_dir() else weights.parent
+    if any((folder / name).exists() for name in needed):
+        return folder
+    try:
+        return find_model(hub_id, files=files)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{folder} has no {' or '.join(needed)}, which {weights.name} needs beside it: copy {', '.join(files)} of "
+            f"{hub_id} there ({error})"
+        ) from error

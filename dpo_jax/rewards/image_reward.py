@@ -1,0 +1,57 @@
+"""ImageReward (Xu et al., arXiv 2304.05977; github.com/THUDM/ImageReward): a reward of mean 0 and deviation 1.
+
+Axes: N pictures, L tokens.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from tokenizers import BertWordPieceTokenizer
+
+from dpo_jax.models.blip import ImageReward, ImageRewardConfig
+from dpo_jax.models.network import Network
+from dpo_jax.rewards import Pictures, Score, Settings
+from dpo_jax.rewards.batches import Batches, fitted, normalised
+from dpo_jax.rewards.files import find_beside, find_file
+from dpo_jax.rewards.pictures import crop_like_torchvision
+from dpo_jax.weights.io import load_params
+from dpo_jax.weights.layout import Params
+
+BERT = "google-bert/bert-base-uncased"
+MAX_TOKENS = 35
+CAPTIONS_KEPT = 2**14
+PUBLISHED = ImageRewardConfig()
+
+
+def open_image_reward(source: str, settings: Settings, config: ImageRewardConfig = PUBLISHED) -> Score:
+    """Opens the published file, converted to .safetensors; BERT's vocab.txt beside it, or else from the hub."""
+    file = find_file(source)
+    vocabulary = find_beside(file, ("vocab.txt",), ("vocab.txt",), BERT) / "vocab.txt"
+    tokenizer = BertWordPieceTokenizer.from_file(str(vocabulary), lowercase=True)
+    tokenizer.enable_truncation(MAX_TOKENS)
+    tokenizer.enable_padding(length=MAX_TOKENS)
+    batches = Batches(settings)
+    network = Network.build(lambda rngs: ImageReward(config, dtype=settings.dtype, rngs=rngs), config)
+    params = load_params(file, network.specs, dtype=settings.dtype, sharding=batches.placement)
+
+    @functools.lru_cache(CAPTIONS_KEPT)
+    def tokens(caption: str) -> tuple[list[int], int]:
+        encoded = tokenizer.encode(caption)
+        return encoded.ids, sum(encoded.attention_mask)
+
+    def rate(params: Params, images_NHWC: jax.Array, token_ids_NL: jax.Array, lengths_N: jax.Array) -> jax.Array:
+        return network(params, normalised(images_NHWC), token_ids_NL, lengths_N)
+
+    compiled = batches.jit(rate, network.specs)
+
+    def score(pictures: Pictures, captions: Sequence[str]) -> np.ndarray:
+        def rows(some: slice) -> tuple[np.ndarray, ...]:
+            ids, lengths = zip(*map(tokens, captions[some]), strict=True)
+            images_NHWC = fitted(pictures[some], crop_like_torchvision, config.vision.image_size)
+            return images_NHWC, np.asarray(ids, np.int32), np.asarray(lengths, np.int32)
+
+        return batches(compiled, params, len(captions), rows)
+
+    return score

@@ -1,0 +1,145 @@
+"""Judges that are no part of dpo_jax: a command, or an HTTP endpoint; a vision-language model, HPSv3, your own.
+
+A command is started for each batch of pictures. It reads lines of {"image": path of a PNG file, "caption": ...} and
+prints a line for each in the same order, a number or {"score": number}. What takes long to load had better be an
+endpoint: it is sent {"images": [{"png_base64": ..., "caption": ...}, ...]} by POST and answers {"scores": [...]}.
+
+Whatever goes wrong is an OSError of one sentence: nothing else is to be tried with the same judge.
+"""
+
+import base64
+import contextlib
+import http.client
+import io
+import json
+import os
+import shlex
+import signal
+import subprocess
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dpo_jax.rewards import Pictures, Score, Settings
+
+LARGEST = float(np.finfo(np.float32).max)
+
+
+def open_command(source: str, settings: Settings) -> Score:
+    """A judge that is a command line, run without a shell. Raises ValueError where it can't be read as one."""
+    try:
+        command = shlex.split(source)
+    except ValueError as error:
+        raise ValueError(f"command={source} is no command line: {error}") from None
+    if not command:
+        raise ValueError("command= is followed by nothing: it needs a command line")
+
+    def score(pictures: Pictures, captions: Sequence[str]) -> np.ndarray:
+        with tempfile.TemporaryDirectory(prefix="dpo_jax_") as folder:
+            lines = []
+            for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+                path = Path(folder) / f"{number:06d}.png"
+                path.write_bytes(_png(picture))
+                lines.append(json.dumps({"image": str(path), "caption": caption}))
+            printed = _run(command, "\n".join(lines) + "\n", settings.timeout)
+        values = [line for line in printed.splitlines() if line.strip()]
+        return _scores(f"the judge {source}", values, captions)
+
+    return score
+
+
+def open_http(source: str, settings: Settings) -> Score:
+    """A judge that is an HTTP endpoint. Raises ValueError for an address of another kind."""
+    if not source.startswith(("http://", "https://")):
+        raise ValueError(f"http={source} is no address: it begins with http:// or https://")
+
+    def score(pictures: Pictures, captions: Sequence[str]) -> np.ndarray:
+        images = [
+            {"png_base64": base64.b64encode(_png(picture)).decode(), "caption": caption}
+            for picture, caption in zip(pictures, captions, strict=True)
+        ]
+        answer = _post(source, json.dumps({"images": images}).encode(), settings.timeout)
+        try:
+            values = json.loads(answer)["scores"]
+        except (ValueError, KeyError, TypeError):
+            values = None
+        if not isinstance(values, list):
+            raise ConnectionError(f'the judge at {source} answers {_short(answer)}; it should be {{"scores": [...]}}')
+        return _scores(f"the judge at {source}", list(map(json.dumps, values)), captions)
+
+    return score
+
+
+def _run(command: Sequence[str], lines: str, timeout: float) -> str:
+    """What the command prints."""
+    name, pipe = shlex.join(command), subprocess.PIPE
+    try:
+        # A session of its own, to end with it whatever it has started.
+        process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace", start_new_session=True
+        )
+    except OSError as error:
+        raise ChildProcessError(f"the judge {name} can't be run: {error.strerror}") from None
+    with process:
+        try:
+            printed, complaints = process.communicate(lines, timeout)
+        except BaseException as error:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise TimeoutError(f"the judge {name} has not answered in {timeout:g} s") from None
+            raise
+    if process.returncode:
+        last_line = complaints.strip().rpartition("\n")[2]
+        raise ChildProcessError(f"the judge {name} ended with {process.returncode}: {_short(last_line)}")
+    return printed
+
+
+def _post(address: str, body: bytes, timeout: float) -> str:
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            return response.read().decode()
+    except urllib.error.HTTPError as error:
+        text = _short(error.read().decode(errors="replace"))
+        raise ConnectionError(f"the judge at {address} answers with status {error.code}: {text}") from None
+    except (OSError, UnicodeDecodeError, http.client.HTTPException) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(reason, TimeoutError):
+            raise TimeoutError(f"the judge at {address} has not answered in {timeout:g} s") from None
+        raise ConnectionError(f"the judge at {address} can't be asked: {_short(str(reason))}") from None
+
+
+def _scores(judge: str, lines: Sequence[str], captions: Sequence[str]) -> np.ndarray:
+    """The numbers of as many lines as there are captions."""
+    if len(lines) != len(captions):
+        raise ConnectionError(f"{judge} gives {len(lines)} scores for {len(captions)} pictures")
+    values: list[float] = []
+    for line, caption in zip(lines, captions, strict=True):
+        try:
+            value = json.loads(line)
+            value = value["score"] if isinstance(value, dict) else value
+        except (ValueError, KeyError):
+            value = None
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not abs(value) <= LARGEST:  # nor is NaN
+            raise ConnectionError(f"{judge} gives {_short(line)} for the caption {caption!r}; it should be a number")
+        values.append(value)
+    return np.asarray(values, np.float32)
+
+
+def _png(picture_HWC: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture_HWC).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _short(text: str) -> str:
+    """On one line, and no longer than it is read."""
+    text = " ".join(text.split())
+    return (text if len(text) <= 200 else f"{text[:200]}...") or "nothing"

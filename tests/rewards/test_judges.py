@@ -1,0 +1,74 @@
+"""The table of judges, what opens them, and those that need no network."""
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dpo_jax.rewards import JUDGES, open_judge
+
+BLACK = np.zeros((4, 6, 3), np.uint8)
+
+
+def test_importing_the_table_starts_no_jax() -> None:
+    code = "import sys, dpo_jax.rewards; print({'jax', 'flax', 'transformers', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("beauty", "there is no judge 'beauty'; those that come with dpo_jax are shapes, clipscore, "),
+        ("shapes=models/x", "the judge shapes is opened by its name alone, not by 'shapes=models/x'"),
+        ("hpsv2", "the judge hpsv2 needs HPS_v2_compressed.pt of xswu/HPSv2 on the hub, converted to .safetensors: "),
+        ("imagereward=", "the judge imagereward needs ImageReward.pt of "),
+        ("command", "the judge command needs a command line: command=..."),
+    ],
+)
+def test_specs_that_name_no_judge(spec: str, message: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        open_judge(spec)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "message"),
+    [
+        ([BLACK, BLACK], "2 pictures but 1 captions: give one caption a picture"),
+        ([BLACK / 255], r"looks at uint8 pictures \[H, W, 3\], not float64 \[4, 6, 3\]"),
+        ([BLACK[..., :1]], r"not uint8 \[4, 6, 1\]"),
+        ([BLACK[:0]], r"not uint8 \[0, 6, 3\]"),
+    ],
+)
+def test_what_is_no_picture_is_refused(pictures: list[np.ndarray], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_judge("jpeg_compressibility").score(pictures, ["a caption"])
+
+
+def test_jpeg_judges_give_pillows_sizes() -> None:
+    rng = np.random.default_rng(0)
+    pictures = [BLACK, rng.integers(0, 256, (64, 48, 3), np.uint8), np.full((64, 48, 3), 77, np.uint8)]
+    sizes = []
+    for picture in pictures:
+        Image.fromarray(picture).save(buffer := io.BytesIO(), "JPEG", quality=95)
+        sizes.append(len(buffer.getvalue()) / 1000)
+    assert sizes[1] > 2 * sizes[2]
+    captions = [""] * 3
+    for name, sign in (("jpeg_incompressibility", 1), ("jpeg_compressibility", -1)):
+        scores = open_judge(name).score(pictures, captions)
+        assert scores.dtype == np.float32
+        np.testing.assert_allclose(scores, sign * np.asarray(sizes))
+
+
+def test_no_pictures_are_no_scores() -> None:
+    assert open_judge("jpeg_compressibility").score([], []).shape == (0,)
+
+
+def test_defaults_are_hub_ids_of_judges_that_need_something() -> None:
+    for judge in JUDGES.values():
+        assert not judge.default or (judge.needs and judge.default.count("/") == 1)

@@ -1,0 +1,177 @@
+"""Judges outside: a command and an HTTP endpoint that do as they should, and all that may go wrong."""
+
+import base64
+import io
+import json
+import os
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dpo_jax.rewards import open_judge
+
+PICTURES = [np.full((3 + n, 5, 3), 10 * n, np.uint8) for n in range(3)]
+CAPTIONS = ["one", 'two "quoted"\nlines', "três"]
+SCORES = [len(caption) + 10 * n for n, caption in enumerate(CAPTIONS)]
+
+GOOD = """
+import json, sys
+import numpy as np
+from PIL import Image
+for line in sys.stdin:
+    row = json.loads(line)
+    score = len(row["caption"]) + float(np.asarray(Image.open(row["image"])).mean())
+    print(json.dumps({"score": score, "why": "so"} if len(row["caption"]) > 4 else score), flush=True)
+"""
+
+
+def command(code: str) -> str:
+    return f"command={shlex.join([sys.executable, '-c', code])}"
+
+
+def test_a_command_scores_the_files_that_it_is_given() -> None:
+    judge = open_judge(command(GOOD))
+    assert judge.name == "command"
+    assert judge.score(PICTURES, CAPTIONS).tolist() == SCORES
+
+
+def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    open_judge(command(GOOD)).score(PICTURES, CAPTIONS)
+    with pytest.raises(OSError, match="ended with 3"):
+        open_judge(command("import sys; sys.exit(3)")).score(PICTURES, CAPTIONS)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("print(1); print(2)", "gives 2 scores for 3 pictures"),
+        ("print('1\\n2\\n\\n3\\n4')", "gives 4 scores for 3 pictures"),
+        ("print('1\\nNaN\\n3')", "gives NaN for the caption 'two \"quoted\"\\nlines'; it should be a number"),
+        ("print('1\\n2\\n1e39')", "gives 1e39 for the caption 'três'; it should be a number"),
+        ("print('1\\n2\\n' + '9' * 400)", "999... for the caption"),
+        ("print('1\\n2\\ntrue')", "gives true for"),
+        ("print('1\\n2\\n{\"reward\": 3}')", 'gives {"reward": 3} for'),
+        ("print('good\\n2\\n3')", "gives good for the caption 'one'"),
+        ("import sys; print('a\\nno GPU', file=sys.stderr); sys.exit(7)", "ended with 7: no GPU"),
+        ("import sys; sys.exit(7)", "ended with 7: nothing"),
+    ],
+)
+def test_commands_that_fail(code: str, message: str) -> None:
+    with pytest.raises(OSError) as error:  # noqa: PT011
+        open_judge(command(code)).score(PICTURES, CAPTIONS)
+    assert message in str(error.value)
+    assert str(error.value).startswith("the judge ")
+    assert "\n" not in str(error.value)
+
+
+def test_commands_that_are_none() -> None:
+    with pytest.raises(OSError, match=r"^the judge nowhere/judge --fast can't be run: No such file or directory$"):
+        open_judge("command=nowhere/judge --fast").score(PICTURES, CAPTIONS)
+    with pytest.raises(ValueError, match="command='x is no command line: No closing quotation"):
+        open_judge("command='x")
+    with pytest.raises(ValueError, match="command= is followed by nothing"):
+        open_judge("command= ")
+
+
+def test_a_command_that_hangs_ends_with_all_that_it_started(tmp_path: Path) -> None:
+    script = tmp_path / "judge.sh"
+    script.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {tmp_path}/pid\nwait\n")
+    script.chmod(0o755)
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"judge\.sh has not answered in 1\.5 s"):
+        open_judge(f"command={script}", timeout=1.5).score(PICTURES, CAPTIONS)
+    assert time.monotonic() - start < 20
+    child = int((tmp_path / "pid").read_text())
+    for _ in range(100):
+        if not os.path.exists(f"/proc/{child}") or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
+            return
+        time.sleep(0.05)
+    pytest.fail("its child still runs")
+
+
+Answer = Callable[[dict], tuple[int, bytes]]
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answer], str]]:
+    """`serve(answer)` is the address of an endpoint that answers so."""
+    monkeypatch.setenv("no_proxy", "*")
+    servers = []
+
+    def start(answer: Answer) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                assert self.headers["Content-Type"] == "application/json"
+                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                status, body = answer(asked)
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        server = HTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}/score"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def read_and_score(asked: dict) -> tuple[int, bytes]:
+    scores = []
+    for image in asked["images"]:
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(image["png_base64"]))))
+        scores.append(len(image["caption"]) + float(pixels.mean()))
+    return 200, json.dumps({"scores": scores}).encode()
+
+
+def test_an_endpoint_scores_what_it_is_sent(serve: Callable[[Answer], str]) -> None:
+    judge = open_judge(f"http={serve(read_and_score)}")
+    assert judge.name == "http"
+    assert judge.score(PICTURES, CAPTIONS).tolist() == SCORES
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "message"),
+    [
+        (200, b'{"scores": [1, 2]}', "gives 2 scores for 3 pictures"),
+        (200, b'{"scores": [1, NaN, 2]}', "gives NaN for the caption 'two"),
+        (200, b'{"scores": [1, null, 2]}', "gives null for the caption 'two"),
+        (200, b'{"scores": 1}', 'answers {"scores": 1}; it should be {"scores": [...]}'),
+        (200, b"[1, 2, 3]", 'answers [1, 2, 3]; it should be {"scores": [...]}'),
+        (200, b"<html>\nhello", "answers <html> hello; it should be"),
+        (200, b"\xff", "can't be asked: 'utf-8' codec can't decode"),
+        (500, b"out of\nmemory", "answers with status 500: out of memory"),
+    ],
+)
+def test_endpoints_that_fail(serve: Callable[[Answer], str], status: int, body: bytes, message: str) -> None:
+    address = serve(lambda asked: (status, body))
+    with pytest.raises(OSError) as error:  # noqa: PT011
+        open_judge(f"http={address}").score(PICTURES, CAPTIONS)
+    assert str(error.value).startswith(f"the judge at {address} {message}")
+    assert "\n" not in str(error.value)
+
+
+def test_an_endpoint_that_hangs_or_is_not_there(serve: Callable[[Answer], str]) -> None:
+    address = serve(lambda asked: (time.sleep(1.5), (200, b""))[1])
+    with pytest.raises(TimeoutError, match=r"has not answered in 0\.2 s"):
+        open_judge(f"http={address}", timeout=0.2).score(PICTURES, CAPTIONS)
+    with pytest.raises(ConnectionError, match=r"at http://127\.0\.0\.1:1/ can't be asked: .*Connection refused"):
+        open_judge("http=http://127.0.0.1:1/").score(PICTURES, CAPTIONS)
+    with pytest.raises(ValueError, match=r"http=127\.0\.0\.1:8000 is no address"):
+        open_judge("http=127.0.0.1:8000")
