@@ -1,58 +1,131 @@
-"""Two models, the same prompts and seeds, one judge.
+"""Several models, the same prompts, any number of judges: who is preferred how often, and how sure that is.
 
-Axes: P prompts, S seeds of each, H x W pixels.
+Axes: N images of each model, of which the n-th of all belong together (one prompt, one seed); P prompts.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from dpo_jax.evaluation.winrate import win_rate
-from dpo_jax.rewards import Scorer
-from dpo_jax.weights.layout import Params
+from dpo_jax.evaluation.drift import diversity, frechet_distance
+from dpo_jax.evaluation.image_folder import Entry, read_list
+from dpo_jax.evaluation.prompts import Prompt
+from dpo_jax.evaluation.winrate import mean_over_prompts, rate_over_prompts
 
-FIRST_SEED = 10**6
-"""Far from the seeds that anyone samples training images with, so that held-out prompts get held-out noise."""
-
-Generate = Callable[[Params, Sequence[str], Sequence[int]], np.ndarray]
+Scores = Mapping[str, Mapping[str, np.ndarray]]
+"""scores_N by judge and by model."""
 
 
-def judged_samples(
-    generate: Generate, params: Params, prompts: Sequence[str], *, seeds: int, judge: Scorer
-) -> tuple[np.ndarray, np.ndarray]:
-    """Images [P, S, H, W, 3] of one model and the judge's scores_PS.
+class Contest(NamedTuple):
+    """Images of the same prompts by all models."""
 
-    Every prompt and seed has a starting noise of its own, the same for every model.
+    prompts: list[Prompt]
+    prompt_N: np.ndarray
+    """Which of the prompts an image is of."""
+    images: dict[str, list[epath.Path]]
+    """N files of each model."""
+    left_out: int
+    """Prompts that some model has no image of."""
+
+    @property
+    def captions(self) -> list[str]:
+        return [self.prompts[p].text for p in self.prompt_N]
+
+    @property
+    def categories(self) -> list[str]:
+        """In the order of the prompts; none where the prompts have none."""
+        return list(dict.fromkeys(prompt.category for prompt in self.prompts if prompt.category))
+
+    def by_prompt(self, values_N: np.ndarray, category: str = "") -> list[np.ndarray]:
+        """The values of each prompt, of one category if one is named."""
+        chosen = [p for p, prompt in enumerate(self.prompts) if not category or prompt.category == category]
+        return [values_N[self.prompt_N == p] for p in chosen]
+
+
+def match(folders: Mapping[str, epath.PathLike], prompts: Sequence[Prompt] = ()) -> Contest:
+    """The images of these folders, by model, that have a counterpart in all others.
+
+    Images of one prompt are matched in the order of their seeds; what one model has more of is left out.
+
+    Args:
+        folders: as `image_folder.read_list` reads them.
+        prompts: only these are compared, and their categories hold; all prompts of the first folder by default.
+
+    Raises ValueError where nothing is left.
     """
-    P, S = len(prompts), seeds
-    captions = [prompt for prompt in prompts for _ in range(S)]
-    images = generate(params, captions, range(FIRST_SEED, FIRST_SEED + P * S))
-    scores_PS = judge.score(images, captions).reshape(P, S)
-    return images.reshape(P, S, *images.shape[1:]), scores_PS
+    listed = {name: _by_prompt(read_list(folder, prompts)) for name, folder in folders.items()}
+    first = next(iter(listed.values()))
+    wanted = prompts or [Prompt(text, entries[0].category) for text, entries in first.items()]
+    common = [prompt for prompt in wanted if all(prompt.text in entries for entries in listed.values())]
+    if not common:
+        raise ValueError(f"{' and '.join(map(str, folders.values()))} have no image of the same prompt")
+    counts = [min(len(entries[prompt.text]) for entries in listed.values()) for prompt in common]
+    images = {
+        name: [
+            epath.Path(folders[name]) / entry.image
+            for prompt, count in zip(common, counts, strict=True)
+            for entry in entries[prompt.text][:count]
+        ]
+        for name, entries in listed.items()
+    }
+    return Contest(common, np.repeat(np.arange(len(common)), counts), images, len(wanted) - len(common))
 
 
-def compare(scores_PS: np.ndarray, base_scores_PS: np.ndarray) -> dict[str, Any]:
-    """The figures of `result.json`: win rate of tuned over base with its interval, and both mean scores."""
-    rate = win_rate(scores_PS, base_scores_PS)
+def _by_prompt(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
+    found: dict[str, list[Entry]] = {}
+    for entry in sorted(entries, key=lambda entry: entry.seed):
+        found.setdefault(entry.prompt, []).append(entry)
+    return found
+
+
+def compare(contest: Contest, scores: Scores, features: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The figures of `result.json`.
+
+    Args:
+        contest: what was judged.
+        scores: by all judges, of all models.
+        features: features_ND by model, in which distances are taken; see `drift`.
+    """
+    base = next(iter(contest.images))
+    models = {
+        name: {
+            "diversity": diversity(of_model, contest.prompt_N),
+            "distance_to_first": frechet_distance(of_model, features[base]),
+        }
+        for name, of_model in features.items()
+    }
     return {
-        "win_rate": rate.rate,
-        "win_rate_low": rate.low,
-        "win_rate_high": rate.high,
-        "ties": rate.ties,
-        "comparisons": rate.comparisons,
-        "base_score": float(base_scores_PS.mean()),
-        "tuned_score": float(scores_PS.mean()),
+        "prompts": len(contest.prompts),
+        "prompts_left_out": contest.left_out,
+        "images": len(contest.prompt_N),
+        "models": models,
+        "judges": {judge: _judged(contest, of_judge) for judge, of_judge in scores.items()},
     }
 
 
-def read_prompts(path: epath.PathLike) -> list[str]:
-    """One prompt a line; empty lines are skipped. Raises ValueError when there is none."""
-    path = epath.Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no file of prompts at {path}; write one prompt a line")
-    prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path} has no prompt; write one prompt a line")
-    return prompts
+def _judged(contest: Contest, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Each model's scores, and each later model's win rate over each earlier one."""
+    models = {}
+    for name, scores_N in scores.items():
+        mean, low, high = mean_over_prompts(contest.by_prompt(scores_N))
+        models[name] = {"mean": mean, "low": low, "high": high, "median": float(np.median(scores_N))}
+    return {
+        "models": models,
+        "win_rates": [
+            {"of": of, "over": over} | _win_rate(contest, scores[of], scores[over])
+            for over, of in itertools.combinations(scores, 2)
+        ],
+    }
+
+
+def _win_rate(contest: Contest, scores_N: np.ndarray, other_N: np.ndarray) -> dict[str, Any]:
+    wins_N = (1 + np.sign(scores_N - other_N)) / 2
+    by_category = {category: contest.by_prompt(wins_N, category) for category in contest.categories}
+    return rate_over_prompts(contest.by_prompt(wins_N))._asdict() | {
+        "categories": {
+            category: rate_over_prompts(wins)._asdict() for category, wins in by_category.items() if len(wins) > 1
+        }
+    }

@@ -1,12 +1,18 @@
-"""How often a judge prefers one model's image to another's, with an interval that does not flatter.
+"""How often one side is preferred to another, with an interval that does not flatter.
+
+Images of one prompt are not independent: what a model draws well for one seed it draws well for the next. So intervals
+are bootstrapped over whole prompts (Efron and Tibshirani 1993, percentile method; clusters: Cameron and Miller 2015).
 
 Axes: P prompts, S seeds of each.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
 
 
 class WinRate(NamedTuple):
@@ -20,19 +26,33 @@ class WinRate(NamedTuple):
     comparisons: int
 
 
-def win_rate(scores_PS: np.ndarray, base_scores_PS: np.ndarray, confidence: float = 0.95) -> WinRate:
-    """Win rate of `scores` over `base_scores`, compared prompt by prompt and seed by seed.
+def win_rate(scores_PS: np.ndarray, base_scores_PS: np.ndarray) -> WinRate:
+    """Win rate of `scores` over `base_scores`, compared prompt by prompt and seed by seed, as `rate_over_prompts`."""
+    return rate_over_prompts((1 + np.sign(scores_PS - base_scores_PS)) / 2)
 
-    Images of one prompt are not independent: what a model draws well for one seed it draws well for the next. So the
-    interval is Student's t over the prompts' own win rates (a cluster-robust interval, Cameron & Miller 2015), clipped
-    to [0, 1]. It needs at least two prompts.
+
+def rate_over_prompts(wins: Sequence[np.ndarray]) -> WinRate:
+    """Win rate over prompts that count alike, however many comparisons each has.
+
+    Args:
+        wins: for each prompt, of each comparison: 1 if it was won, 0 if it was lost, 0.5 for a tie.
+
+    Raises ValueError for fewer than two prompts, which have no interval.
     """
-    P = len(scores_PS)
+    mean, low, high = mean_over_prompts(wins)
+    outcomes = np.concatenate(wins)
+    return WinRate(mean, low, high, int((outcomes == 0.5).sum()), outcomes.size)
+
+
+def mean_over_prompts(values: Sequence[np.ndarray]) -> tuple[float, float, float]:
+    """The mean over prompts of what each prompt's values are on average, and its 95% interval; see above.
+
+    The same values have the same interval: the resamples are drawn from a fixed seed.
+    """
+    P = len(values)
     if P < 2:
         raise ValueError(f"an interval over prompts needs at least 2 prompts, not {P}")
-    wins_PS = (1 + np.sign(scores_PS - base_scores_PS)) / 2
-    rate_P = wins_PS.mean(axis=1)
-    rate, error = rate_P.mean(), rate_P.std(ddof=1) / np.sqrt(P)
-    half = error * stats.t.ppf((1 + confidence) / 2, df=P - 1)
-    ties = int((scores_PS == base_scores_PS).sum())
-    return WinRate(float(rate), float(max(rate - half, 0)), float(min(rate + half, 1)), ties, int(wins_PS.size))
+    mean_P = np.array([of_prompt.mean() for of_prompt in values])
+    drawn_RP = np.random.default_rng(0).multinomial(P, np.full(P, 1 / P), size=RESAMPLES)
+    low, high = np.quantile(drawn_RP @ mean_P / P, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(mean_P.mean()), float(low), float(high)

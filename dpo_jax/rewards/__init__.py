@@ -144,6 +144,11 @@ JUDGES = {
         "sac+logos+ava1-l14-linearMSE.pth of github.com/christophschuhmann/improved-aesthetic-predictor, converted to "
         ".safetensors",
     ),
+    "implicit": Judge(
+        _from("implicit", "open_implicit"),
+        "the implicit reward of a model that was tuned by preferences: how much better it denoises than its reference",
+        "two models, as in implicit=TUNED:REFERENCE",
+    ),
     "jpeg_compressibility": Judge(
         _from("jpeg", "open_compressibility"), "minus the kilobytes of the picture as a JPEG of quality 95"
     ),

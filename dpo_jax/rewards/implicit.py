@@ -1,0 +1,102 @@
+"""The implicit reward: how much better a tuned model denoises a picture than its reference does.
+
+Diffusion-DPO trains a model to be its own judge (arXiv 2311.12908, equation 8 and section 5.4): its reward of a picture
+is `beta log p_tuned / p_reference` up to what depends on the caption alone, estimated at several timesteps.
+
+Axes: N pictures, D draws of a timestep and noise, H x W pixels, h x w latent cells, C channels.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from dpo_jax.data.images import View, fit
+from dpo_jax.data.tokenizers import load_tokenizers
+from dpo_jax.encode.images import posterior_moments, sample_posterior
+from dpo_jax.encode.text import condition, encode_text
+from dpo_jax.models.pipeline import load_pipeline
+from dpo_jax.objectives.denoising import score_candidates
+from dpo_jax.rewards import Pictures, Score, Settings
+from dpo_jax.rewards.batches import Batches, fitted
+from dpo_jax.sharding import on_mesh, replicated
+from dpo_jax.weights.layout import Params
+
+BETA = 5000.0
+"""Of the published runs; another one only scales the reward."""
+DRAWS = 10
+"""As the paper's protocol has it."""
+
+
+def open_implicit(source: str, settings: Settings) -> Score:
+    """The reward that `TUNED:REFERENCE` is, two models that `load_pipeline` opens: folders, hub ids or files.
+
+    The reference's VAE, text encoders and schedule serve both. Raises ValueError where the two UNets are unlike.
+    """
+    # Not the colon of gs://bucket.
+    names = re.split(r":(?!//)", source)
+    if len(names) != 2 or not all(names):
+        raise ValueError(f"the judge implicit={source} needs two models, as in implicit=TUNED:REFERENCE")
+    tuned, reference = (load_pipeline(name, dtype=settings.dtype) for name in names)
+    if tuned.unet.specs != reference.unet.specs:
+        raise ValueError(f"{names[0]} and {names[1]} have unlike UNets, so neither is tuned from the other")
+    batches = Batches(settings)
+    placement, family, vae = batches.placement, reference.family, reference.vae
+    frozen: dict[str, Params] = {
+        name: reference.load(name, dtype=settings.dtype, sharding=placement) for name in reference.components
+    }
+    policy = tuned.load("unet", dtype=settings.dtype, sharding=placement)
+    resolution = (reference.unet.config.sample_size or 64) * reference.vae_factor
+    sizes_16 = jnp.array([[resolution, resolution, 0, 0, resolution, resolution]], jnp.float32)
+    # The same for all pictures, so that those of one caption are compared under the same noise. The timesteps are the
+    # middles of equal parts of those trained on, where the paper draws them: fewer tell as much.
+    trained = reference.schedule.training_timesteps
+    t_D = jnp.asarray(trained[((np.arange(DRAWS) + 0.5) / DRAWS * len(trained)).astype(int)])
+
+    def rate(weights: Mapping[str, Params], images_NHWC: jax.Array, token_ids_NEL: jax.Array) -> jax.Array:
+        weights = {
+            name: reference.gather(placement, "unet" if name == "policy" else name, params)
+            for name, params in weights.items()
+        }
+        N = len(images_NHWC)
+        moments_NhwC = posterior_moments(vae, weights["vae"], images_NHWC)
+        keys_N = jnp.broadcast_to(jax.random.key(0), N)
+        latents_N1hwC = sample_posterior(vae, moments_NhwC[:, None], keys_N)
+        conditioning = condition(family, *encode_text(reference, weights, token_ids_NEL), jnp.tile(sizes_16, (N, 1)))
+
+        def of_draw(total_N: jax.Array, draw: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            d, t = draw
+            noise_hwC = jax.random.normal(jax.random.key(d + 1), latents_N1hwC.shape[2:])
+            scores = score_candidates(
+                reference.denoise,
+                weights["policy"],
+                weights["unet"],
+                reference.schedule,
+                latents_N1hwC,
+                jnp.broadcast_to(noise_hwC, (N, *noise_hwC.shape)),
+                jnp.full(N, t),
+                conditioning,
+            )
+            return total_N + scores.log_ratio_BK[:, 0], None
+
+        total_N, _ = jax.lax.scan(of_draw, jnp.zeros(N), (jnp.arange(DRAWS), t_D))
+        return BETA * total_N / DRAWS
+
+    jitted = jax.jit(on_mesh(placement.mesh, rate), out_shardings=replicated(placement.mesh))
+    tokenizers = load_tokenizers(reference.folder, reference.tokenizer_names)
+
+    def score(pictures: Pictures, captions: Sequence[str]) -> np.ndarray:
+        def rows(some: slice) -> tuple[np.ndarray, np.ndarray]:
+            return fitted(pictures[some], _square, resolution), tokenizers(list(captions[some]))
+
+        return batches(jitted, frozen | {"policy": policy}, len(captions), rows)
+
+    return score
+
+
+def _square(picture_HWC: np.ndarray, size: int) -> np.ndarray:
+    """As training sees it."""
+    return fit(Image.fromarray(picture_HWC), size, View())[0]
