@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from dpo_jax.data.tokenizers import Tokenizers, load_tokenizers
-from dpo_jax.evaluation.generate import Generator
+from dpo_jax.evaluation.generate import Generator, Sampling
 from dpo_jax.models.execution import Execution
 from dpo_jax.models.lora import LowRank, find_targets, init_lora
 from dpo_jax.models.pipeline import Pipeline, files_of, find_component, load_pipeline
@@ -150,9 +150,8 @@ def make_generator(
         encoders,
         load_tokenizers_of(pipeline),
         placement,
+        Sampling(config.sample.steps, config.sample.guidance, config.sample.sampler),
         resolution=config.data.resolution,
-        num_steps=config.sample.steps,
-        guidance_scale=config.sample.guidance,
         batch_size=batch_size,
     )
 
