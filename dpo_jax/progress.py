@@ -46,7 +46,7 @@ class ProgressBar:
         seconds = now - self._started
         figures = [f"{count} {name}" for name, count in counts.items() if name != self._unit]
         figures += [
-            f"{(count - self._counts[name]) / seconds:.0f} {name}/s"
+            f"{_rate((count - self._counts[name]) / seconds)} {name}/s"
             for name, count in counts.items()
             if count > self._counts[name]
         ]
@@ -61,3 +61,7 @@ class ProgressBar:
 
     def say(self, message: str) -> None:
         self._console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+def _rate(a_second: float) -> str:
+    return f"{a_second:.0f}" if a_second >= 10 else f"{a_second:.2g}"

@@ -19,5 +19,5 @@ def test_plain_lines_with_rate_and_time_left(monkeypatch: pytest.MonkeyPatch, ca
     assert capsys.readouterr().err.splitlines() == [
         "reading 13/100 parts  2600 records  100 records/s  left 0:02:54",
         "reading 19/100 parts  3800 records  100 records/s  left 0:02:42",
-        "merging 2/2 parts  0 parts/s  left 0:00:00",
+        "merging 2/2 parts  0.17 parts/s  left 0:00:00",
     ]

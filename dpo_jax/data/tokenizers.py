@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,10 @@ class Tokenizers:
     def __call__(self, captions: Sequence[str]) -> np.ndarray:
         """token_ids_BEL int32: begin, caption, end and padding; what is too long is cut before the end token."""
         return np.stack([self._token_ids(caption) for caption in captions])
+
+    def count_cut(self, captions: Iterable[str]) -> int:
+        """How many of these captions are too long for the model, which then does not see their end."""
+        return sum(any(t.encode(caption).overflowing for t in self._tokenizers) for caption in captions)
 
     def _tokenize(self, caption: str) -> np.ndarray:
         return np.asarray([tokenizer.encode(caption).ids for tokenizer in self._tokenizers], np.int32)

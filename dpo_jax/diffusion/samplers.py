@@ -1,97 +1,233 @@
-"""Samplers: functions of a denoiser, a schedule and the starting noise, one compiled step whatever their number.
+"""Samplers as tables: whatever its name, a step is one linear update, and one loop takes them all.
 
-Axes: N images, H x W latent cells, C channels, S sampling steps.
+Where latents are `x = signal x0 + noise eps`, each sampler reads an image off the network's prediction and goes on by
+
+    x0 = p x + q prediction
+    x' = a x + b x0 + c x0_before + d z,    z standard normal
+
+with numbers that depend on the step alone. So a sampler is a function from a schedule and a number of steps to those
+numbers, in float64 NumPy, and `sample` is the loop. A step's law is `x' ~ N(a x + b x0 + c x0_before, d^2)`. diffusers
+scales the latents of some samplers by 1 / signal; here they never are.
+
+Axes: N images, H x W latent cells, C channels, S sampling steps, T training timesteps.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.diffusion.schedule import Schedule, predict_x0_and_noise
+from dpo_jax.diffusion.schedule import Schedule
 
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
 """`denoise(x_NHWC, t_N) -> prediction_NHWC`."""
 
 
-def ddim(
-    denoise: Denoiser,
-    schedule: Schedule,
-    x_T_NHWC: jax.Array,
-    *,
-    num_steps: int,
-    eta: float = 0.0,
-    key: jax.Array | None = None,
-) -> jax.Array:
-    """DDIM (arXiv 2010.02502, equations 12 and 16), as diffusers' `DDIMScheduler` computes it.
+class Steps(NamedTuple):
+    """What each step needs: arrays over S, or inside the loop the numbers of one step."""
+
+    t: Any
+    """Timestep that the network is told, float32; for some samplers it lies between two of training."""
+    signal: Any
+    noise: Any
+    """Of the latents that the step begins with."""
+    p: Any
+    q: Any
+    """x0 = p x + q prediction."""
+    a: Any
+    b: Any
+    c: Any
+    d: Any
+    """x' = a x + b x0 + c x0_before + d z."""
+
+
+class SamplerTable(NamedTuple):
+    """A sampler for a schedule and a number of steps."""
+
+    start: float
+    """What standard normal noise is multiplied by to begin with."""
+    steps: Steps
+
+
+def make_table(
+    sampler: str, schedule: Schedule, num_steps: int, *, eta: float = 0.0, strength: float = 1.0
+) -> SamplerTable:
+    """The sampler of this name, one of `SAMPLERS` or "" for the one that the schedule's file means.
+
+    Args:
+        sampler: its name.
+        schedule: the model's.
+        num_steps: denoising steps.
+        eta: DDIM's: 0 is deterministic, 1 adds as much noise as DDPM.
+        strength: share of the steps that are taken, the last ones; for latents that begin as a noisy image (SDEdit,
+            arXiv 2108.01073). As in diffusers the number is rounded down.
+
+    Raises ValueError for what cannot be sampled, with the reason.
+    """
+    name = sampler or schedule.sampler
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler {sampler!r}; the samplers are {', '.join(SAMPLERS)}")
+    if not 0 < num_steps <= len(schedule.signal_T):
+        raise ValueError(f"num_steps={num_steps} must be in 1..{len(schedule.signal_T)}")
+    if eta and name != "ddim":
+        raise ValueError(f"eta={eta} is ddim's share of fresh noise, and the sampler is {name}; leave eta at 0")
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength={strength} is the share of the steps that are taken, above 0 and up to 1")
+    taken = int(num_steps * strength)
+    if not taken:
+        raise ValueError(f"strength={strength} of {num_steps} steps is less than one; raise either")
+    table = ddim(schedule, num_steps, eta) if eta else SAMPLERS[name](schedule, num_steps)
+    return _last(table, taken)
+
+
+def ddim(schedule: Schedule, num_steps: int, eta: float = 0.0) -> SamplerTable:
+    """DDIM (arXiv 2010.02502, equations 12 and 16), as diffusers' `DDIMScheduler` computes it."""
+    t_S = _timesteps(schedule, num_steps, "leading").round().astype(int)
+    before_S = t_S - len(schedule.signal_T) // num_steps
+    next_signal_S = np.where(before_S < 0, schedule.final_signal, schedule.signal_T[before_S])
+    next_noise_S = np.where(before_S < 0, schedule.final_noise, schedule.noise_T[before_S])
+    steps = _begin(schedule, t_S, schedule.signal_T[t_S], schedule.noise_T[t_S])
+    return SamplerTable(1.0, _towards(steps, next_signal_S, next_noise_S, eta))
+
+
+def euler(schedule: Schedule, num_steps: int, eta: float = 0.0) -> SamplerTable:
+    """Euler's method for the probability flow (arXiv 2206.00364, algorithm 1), as diffusers' `EulerDiscreteScheduler`.
+
+    In these latents it is DDIM with other ends: each step leads to the level where the next one begins.
+    """
+    _only(schedule, interpolation_type="linear")
+    t_S = _timesteps(schedule, num_steps, "linspace").astype(np.float32)
+    steps = _begin(schedule, t_S, *_levels(schedule, t_S))
+    next_signal_S, next_noise_S = _following(schedule, steps)
+    # In diffusers these latents are over their signal, and the last ones are left so.
+    next_signal_S[-1], next_noise_S[-1] = 1.0, next_noise_S[-1] / next_signal_S[-1]
+    start = 1.0 if _spacing(schedule, "linspace") == "leading" else float(steps.noise[0])  # as `init_noise_sigma`
+    return SamplerTable(start, _towards(steps, next_signal_S, next_noise_S, eta))
+
+
+def euler_ancestral(schedule: Schedule, num_steps: int) -> SamplerTable:
+    """Euler's method, as random as DDPM, as diffusers' `EulerAncestralDiscreteScheduler`. SDXL-Turbo's sampler."""
+    return euler(schedule._replace(sampler_fields={}), num_steps, eta=1.0)  # that class has none of them
+
+
+def dpmsolver_multistep(schedule: Schedule, num_steps: int) -> SamplerTable:
+    """DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2), as diffusers' `DPMSolverMultistepScheduler`."""
+    only = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "variance_type": None}
+    _only(schedule, **only, use_lu_lambdas=False, lambda_min_clipped=-np.inf)
+    # Where timestep 0 belongs to the spacing it is an end, and no step.
+    count = num_steps if _spacing(schedule, "linspace") == "trailing" else num_steps + 1
+    t_S = _timesteps(schedule, count, "linspace").round()[:num_steps]
+    if len(np.unique(t_S)) < num_steps:
+        raise ValueError(f"num_steps={num_steps} is too many for dpmsolver++ with {len(schedule.signal_T)} timesteps")
+    steps = _begin(schedule, t_S, *_levels(schedule, t_S))
+    next_signal_S, next_noise_S = _following(schedule, steps)
+    steps = _towards(steps, next_signal_S, next_noise_S)
+
+    fields = schedule.sampler_fields
+    is_second_order_S = np.arange(num_steps) > 0
+    ends_early = fields.get("lower_order_final", True) and num_steps < 15
+    if ends_early or fields.get("euler_at_final", False) or next_noise_S[-1] == 0:
+        is_second_order_S[-1] = False
+    with np.errstate(divide="ignore"):  # no noise is left at the end
+        width_S = np.log(next_signal_S / next_noise_S) - np.log(steps.signal / steps.noise)
+    # Over the width of a step, in log(signal / noise), x0 is taken as it will be in the middle, by its last change.
+    changes_S = np.zeros(num_steps)
+    changes_S[1:] = width_S[1:] / width_S[:-1] / 2
+    extrapolated_S = steps.b * np.where(is_second_order_S, changes_S, 0)
+    return SamplerTable(1.0, steps._replace(b=steps.b + extrapolated_S, c=-extrapolated_S))
+
+
+def lcm(schedule: Schedule, num_steps: int) -> SamplerTable:
+    """Latent consistency sampling (arXiv 2310.04378, algorithm 3), as diffusers' `LCMScheduler`."""
+    original = schedule.sampler_fields.get("original_inference_steps", 50)
+    if num_steps > original:
+        raise ValueError(f"num_steps={num_steps}, but the consistency model was made for at most {original} steps")
+    learned = np.arange(original, 0, -1) * (len(schedule.signal_T) // original) - 1
+    t_S = learned[np.linspace(0, original, num_steps, endpoint=False).astype(int)]
+    steps = _begin(schedule, t_S, schedule.signal_T[t_S], schedule.noise_T[t_S])
+    # The image is the prediction's and a little of the latents': arXiv 2303.01469, equation 5, with sigma_data = 0.5.
+    scaled_S = t_S * schedule.sampler_fields.get("timestep_scaling", 10.0)
+    skip_S, out_S = 0.25 / (scaled_S**2 + 0.25), scaled_S / np.sqrt(scaled_S**2 + 0.25)
+    # Then all noise is drawn anew, but for the last step.
+    next_signal_S, fresh_S = np.append(steps.signal[1:], 1.0), np.append(steps.noise[1:], 0.0)
+    return SamplerTable(1.0, steps._replace(a=next_signal_S * skip_S, b=next_signal_S * out_S, d=fresh_S))
+
+
+SAMPLERS: dict[str, Callable[[Schedule, int], SamplerTable]] = {
+    "ddim": ddim,
+    "euler": euler,
+    "euler_ancestral": euler_ancestral,
+    "dpmsolver++": dpmsolver_multistep,
+    "lcm": lcm,
+}
+
+
+def sample(denoise: Denoiser, table: SamplerTable, x_NHWC: jax.Array, keys_N: jax.Array | None = None) -> jax.Array:
+    """Clean latents x0_NHWC from noisy ones, in float32 at least; the network is compiled once.
 
     Args:
         denoise: the network with weights, conditioning and guidance already bound.
-        schedule: the model's schedule; it also says which timesteps are visited.
-        x_T_NHWC: standard normal noise.
-        num_steps: denoising steps.
-        eta: 0 is deterministic, 1 adds as much noise as DDPM.
-        key: for eta > 0; step i adds `jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)`.
-
-    Returns:
-        x0_NHWC, the clean latents.
+        table: of the sampler.
+        x_NHWC: what `starting_latents` makes.
+        keys_N: each image's own, for samplers that add noise; step i adds that of `step_noise`.
     """
-    if eta > 0 and key is None:
-        raise ValueError(f"ddim with eta={eta} adds noise at each step and needs a key")
-    t_S = sampling_timesteps(schedule, num_steps)
-    signal_S, noise_S = schedule.signal_T[t_S], schedule.noise_T[t_S]
-    if np.any(signal_S * schedule.target_noise_T[t_S] == noise_S * schedule.target_x0_T[t_S]):
-        raise ValueError(
-            "this schedule has zero signal at a sampled timestep, from which epsilon prediction cannot tell the image; "
-            "sample with the model's own schedule, without zero_terminal_snr"
-        )
-    previous_S = t_S - len(schedule.signal_T) // num_steps
-    is_last_S = previous_S < 0
-    next_signal_S = np.where(is_last_S, schedule.final_signal, schedule.signal_T[previous_S])
-    next_noise_S = np.where(is_last_S, schedule.final_noise, schedule.noise_T[previous_S])
-    variance_S = (next_noise_S / noise_S) ** 2 * (1 - (signal_S / next_signal_S) ** 2)
-    sigma_S = eta * np.sqrt(np.maximum(variance_S, 0))
-    direction_S = np.sqrt(np.maximum(next_noise_S**2 - sigma_S**2, 0))
-
-    def step(x_NHWC: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        i, t, signal, direction, sigma = inputs
-        t_N = jnp.full(x_NHWC.shape[:1], t)
-        x0_NHWC, noise_NHWC = predict_x0_and_noise(schedule, x_NHWC, t_N, denoise(x_NHWC, t_N))
-        x_NHWC = signal * x0_NHWC + direction * noise_NHWC
-        if key is not None and eta > 0:
-            x_NHWC += sigma * jax.random.normal(jax.random.fold_in(key, i), x_NHWC.shape, x_NHWC.dtype)
-        return x_NHWC, None
-
+    steps = table.steps
+    is_random = bool(np.any(steps.d))
+    if is_random and keys_N is None:
+        raise ValueError("this sampler adds noise at each step and needs a key for each image")
     # At least float32 between the steps, whatever the network computes in.
-    x_NHWC = x_T_NHWC.astype(jnp.promote_types(x_T_NHWC.dtype, jnp.float32))
-    coefficients = [jnp.asarray(c_S, x_NHWC.dtype) for c_S in (next_signal_S, direction_S, sigma_S)]
-    steps = (jnp.arange(num_steps), jnp.asarray(t_S, jnp.int32), *coefficients)
-    return jax.lax.scan(step, x_NHWC, steps)[0]
+    x_NHWC = x_NHWC.astype(jnp.promote_types(x_NHWC.dtype, jnp.float32))
+
+    def take(carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, Steps]) -> tuple[Any, None]:
+        (x_NHWC, x0_before_NHWC), (i, step) = carry, inputs
+        prediction_NHWC = denoise(x_NHWC, jnp.full(x_NHWC.shape[:1], step.t))
+        x0_NHWC = step.p * x_NHWC + step.q * prediction_NHWC
+        x_NHWC = step_mean(step, x_NHWC, x0_NHWC, x0_before_NHWC)
+        if is_random and keys_N is not None:
+            x_NHWC += step.d * step_noise(keys_N, i, x_NHWC)
+        return (x_NHWC, x0_NHWC), None
+
+    on_device = Steps(jnp.asarray(steps.t), *(jnp.asarray(values_S, x_NHWC.dtype) for values_S in steps[1:]))
+    inputs = jnp.arange(len(steps.t)), on_device
+    return jax.lax.scan(take, (x_NHWC, jnp.zeros_like(x_NHWC)), inputs)[0][0]
 
 
-def sampling_timesteps(schedule: Schedule, num_steps: int) -> np.ndarray:
-    """The timesteps visited, highest first, as diffusers spaces them (arXiv 2305.08891, table 2)."""
-    t_S: np.ndarray
-    num_timesteps = len(schedule.signal_T)
-    if not 0 < num_steps <= num_timesteps:
-        raise ValueError(f"num_steps={num_steps} must be in 1..{num_timesteps}")
-    if schedule.timestep_spacing == "linspace":
-        t_S = np.linspace(0, num_timesteps - 1, num_steps).round()[::-1]
-    elif schedule.timestep_spacing == "trailing":
-        t_S = np.round(np.arange(num_timesteps, 0, -num_timesteps / num_steps)) - 1
-    else:
-        t_S = np.arange(num_steps)[::-1] * (num_timesteps // num_steps) + schedule.steps_offset
-    if t_S[0] >= num_timesteps:
-        raise ValueError(
-            f"num_steps={num_steps} with steps_offset={schedule.steps_offset} starts past the last timestep"
-        )
-    return t_S.astype(np.int32)
+def starting_latents(table: SamplerTable, noise_NHWC: jax.Array, x0_NHWC: jax.Array | None = None) -> jax.Array:
+    """What the first step begins with: noise, or an image's latents with as much noise as belongs there."""
+    if x0_NHWC is None:
+        return table.start * noise_NHWC
+    return table.steps.signal[0] * x0_NHWC + table.steps.noise[0] * noise_NHWC
+
+
+def step_mean(step: Steps, x_NHWC: jax.Array, x0_NHWC: jax.Array, x0_before_NHWC: jax.Array) -> jax.Array:
+    """The mean of what a step makes of x; the standard deviation of each of its numbers is `step.d`.
+
+    Args:
+        step: one row of the table.
+        x_NHWC: the latents.
+        x0_NHWC: the image read off the network's prediction for them.
+        x0_before_NHWC: the same of the step before; whatever it is at the first.
+    """
+    return step.a * x_NHWC + step.b * x0_NHWC + step.c * x0_before_NHWC
+
+
+def step_noise(keys_N: jax.Array, i: jax.Array | int, like_NHWC: jax.Array) -> jax.Array:
+    """Standard normal noise of step i: that of an image depends on its own key and nothing else."""
+
+    def draw(key: jax.Array) -> jax.Array:
+        return jax.random.normal(jax.random.fold_in(key, i), like_NHWC.shape[1:], like_NHWC.dtype)
+
+    return jax.vmap(draw)(keys_N)
 
 
 def classifier_free_guidance(
-    denoise: Callable[[jax.Array, jax.Array, Any], jax.Array], conditioning: Any, unconditional: Any, scale: float
+    denoise: Callable[[jax.Array, jax.Array, Any], jax.Array],
+    conditioning: Any,
+    unconditional: Any,
+    scale: float,
+    rescale: float = 0.0,
 ) -> Denoiser:
     """A denoiser that extrapolates from the unconditional to the conditional prediction (arXiv 2207.12598).
 
@@ -103,6 +239,8 @@ def classifier_free_guidance(
         conditioning: N rows of conditioning.
         unconditional: the same for the empty (or negative) prompt.
         scale: guidance scale.
+        rescale: how far the result is brought back to the standard deviation of the conditional prediction, from 0 (not
+            at all) to 1 (arXiv 2305.08891, section 3.4).
     """
     if scale <= 1:
         return lambda x_NHWC, t_N: denoise(x_NHWC, t_N, conditioning)
@@ -110,11 +248,108 @@ def classifier_free_guidance(
     def side_by_side(a_N: jax.Array, b_N: jax.Array) -> jax.Array:
         return jnp.stack([a_N, b_N], axis=1).reshape(-1, *a_N.shape[1:])
 
+    def spread(x_NHWC: jax.Array) -> jax.Array:
+        return jnp.std(x_NHWC.astype(jnp.promote_types(x_NHWC.dtype, jnp.float32)), axis=(1, 2, 3), keepdims=True)
+
     both = jax.tree.map(side_by_side, unconditional, conditioning)
 
     def guided(x_NHWC: jax.Array, t_N: jax.Array) -> jax.Array:
         prediction = denoise(side_by_side(x_NHWC, x_NHWC), side_by_side(t_N, t_N), both)
         prediction = prediction.reshape(-1, 2, *x_NHWC.shape[1:])
-        return prediction[:, 0] + scale * (prediction[:, 1] - prediction[:, 0])
+        result = prediction[:, 0] + scale * (prediction[:, 1] - prediction[:, 0])
+        if rescale:
+            result *= rescale * spread(prediction[:, 1]) / spread(result) + (1 - rescale)
+        return result
 
     return guided
+
+
+def _spacing(schedule: Schedule, default: str) -> str:
+    return schedule.timestep_spacing or default
+
+
+def _timesteps(schedule: Schedule, num_steps: int, default_spacing: str) -> np.ndarray:
+    """The timesteps visited, highest first, as diffusers spaces them (arXiv 2305.08891, table 2).
+
+    Those of linspace lie between two of training, where some samplers leave them and others round.
+    """
+    t_S: np.ndarray
+    num_timesteps = len(schedule.signal_T)
+    spacing = _spacing(schedule, default_spacing)
+    if spacing == "linspace":
+        t_S = np.linspace(0, num_timesteps - 1, num_steps)[::-1]
+    elif spacing == "trailing":
+        t_S = np.round(np.arange(num_timesteps, 0, -num_timesteps / num_steps)[:num_steps]) - 1
+    else:
+        t_S = np.arange(num_steps)[::-1] * (num_timesteps // num_steps) + schedule.steps_offset
+    if t_S[0] >= num_timesteps:
+        raise ValueError(
+            f"num_steps={num_steps} with steps_offset={schedule.steps_offset} starts past the last timestep"
+        )
+    return t_S.astype(float)
+
+
+def _levels(schedule: Schedule, t_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Signal and noise at timesteps of which some lie between two: diffusers interpolates noise / signal.
+
+    Where that is infinite it takes 2^12 instead, so that such schedules can begin.
+    """
+    signal_T = np.where(schedule.signal_T == 0, 2.0**-12, schedule.signal_T)
+    sigma_S = np.interp(t_S, np.arange(len(signal_T)), np.sqrt(1 / signal_T**2 - 1))
+    signal_S = 1 / np.sqrt(sigma_S**2 + 1)
+    return signal_S, sigma_S * signal_S
+
+
+def _following(schedule: Schedule, steps: Steps) -> tuple[np.ndarray, np.ndarray]:
+    """Signal and noise where the next step begins; after the last, those of the image."""
+    final = schedule.sampler_fields.get("final_sigmas_type", "zero")
+    if final not in ("zero", "sigma_min"):
+        raise ValueError(f"final_sigmas_type={final!r} of the scheduler, expected 'zero' or 'sigma_min'")
+    signal, noise = (1.0, 0.0) if final == "zero" else (schedule.signal_T[0], schedule.noise_T[0])
+    return np.append(steps.signal[1:], signal), np.append(steps.noise[1:], noise)
+
+
+def _begin(schedule: Schedule, t_S: np.ndarray, signal_S: np.ndarray, noise_S: np.ndarray) -> Steps:
+    """Steps that start from these levels, and lead nowhere yet."""
+    # Each target is linear in signal or noise (epsilon, velocity) or constant, so this also holds between timesteps.
+    target_x0_S = np.interp(noise_S, schedule.noise_T, schedule.target_x0_T)
+    target_noise_S = np.interp(signal_S, schedule.signal_T[::-1], schedule.target_noise_T[::-1])
+    determinant_S = signal_S * target_noise_S - noise_S * target_x0_S
+    if np.any(determinant_S == 0):
+        raise ValueError(
+            "this schedule has zero signal at a sampled timestep, from which epsilon prediction cannot tell the image; "
+            "sample with the model's own schedule, without zero_terminal_snr"
+        )
+    p_S, q_S = target_noise_S / determinant_S, -noise_S / determinant_S
+    return Steps(t_S.astype(np.float32), signal_S, noise_S, p_S, q_S, *np.zeros((4, len(t_S))))
+
+
+def _towards(steps: Steps, signal_S: np.ndarray, noise_S: np.ndarray, eta: float = 0.0) -> Steps:
+    """The steps led to these levels: `x' = signal' x0 + kept eps + fresh z` with `kept^2 + fresh^2 = noise'^2`.
+
+    Nothing is fresh without eta; with 1 as much as in DDPM.
+    """
+    variance_S = (noise_S / steps.noise) ** 2 * (1 - (steps.signal / signal_S) ** 2)
+    fresh_S = eta * np.sqrt(np.maximum(variance_S, 0))
+    a_S = np.sqrt(np.maximum(noise_S**2 - fresh_S**2, 0)) / steps.noise
+    return steps._replace(a=a_S, b=signal_S - a_S * steps.signal, d=fresh_S)
+
+
+def _last(table: SamplerTable, count: int) -> SamplerTable:
+    """The last steps. The first of them knows no image of the step before, and takes its own instead."""
+    steps = Steps(*(values_S[-count:].copy() for values_S in table.steps))
+    steps.b[0] += steps.c[0]
+    steps.c[0] = 0
+    return table._replace(steps=steps)
+
+
+def _only(schedule: Schedule, **supported: Any) -> None:
+    """Refuses a scheduler's file that would have the sampler compute something else."""
+    supported |= {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+    given = schedule.sampler_fields
+    other = [name for name, value in supported.items() if given.get(name, value) != value]
+    if other:
+        raise ValueError(
+            f"the model's scheduler has {other[0]}={given[other[0]]!r}, and this sampler only knows "
+            f"{supported[other[0]]!r}; choose another one, such as ddim"
+        )

@@ -12,7 +12,7 @@ Axes: N images, H x W latent cells, C channels, T training timesteps.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,19 +33,27 @@ class Schedule(NamedTuple):
     """Signal of what the last sampling step returns: 1, or `signal_T[0]` where `set_alpha_to_one` is false."""
     final_noise: float
     timestep_spacing: str
-    """How a sampler picks its timesteps: leading, trailing or linspace (arXiv 2305.08891, table 2)."""
+    """How a sampler picks its timesteps: leading, trailing or linspace (arXiv 2305.08891, table 2); "" where the file
+    does not say, and each sampler has a default of its own."""
     steps_offset: int
     """Added to the timesteps of the leading spacing."""
+    sampler: str
+    """What the class of the file means, of `samplers.SAMPLERS`; DDIM for classes that are not there."""
+    sampler_fields: Mapping[str, Any]
+    """What else the file says to some samplers, such as `final_sigmas_type`."""
 
 
-# Fields that steer other samplers than ours, or nothing at all: they leave the training tables and DDIM alone.
+# Fields that steer other samplers than ours, or nothing at all.
 _IGNORED_FIELDS = {
-    *("_diffusers_version", "skip_prk_steps", "interpolation_type", "variance_type"),
-    *("clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio", "use_karras_sigmas"),
-    *("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "sigma_min", "sigma_max", "final_sigmas_type"),
-    *("lambda_min_clipped", "algorithm_type", "solver_order", "solver_type", "lower_order_final", "euler_at_final"),
-    *("flow_shift", "time_shift_type", "shift_terminal", "predict_x0", "solver_p", "disable_corrector", "tau_func"),
-    *("original_inference_steps", "timestep_scaling", "predictor_order", "corrector_order", "noise_sampler_seed"),
+    *("_diffusers_version", "skip_prk_steps", "clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio"),
+    *("sigma_min", "sigma_max", "flow_shift", "time_shift_type", "shift_terminal", "predict_x0", "solver_p"),
+    *("disable_corrector", "tau_func", "predictor_order", "corrector_order", "noise_sampler_seed"),
+}
+# Fields that steer some of our samplers and leave the training tables alone.
+_SAMPLER_FIELDS = {
+    *("interpolation_type", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
+    *("final_sigmas_type", "lambda_min_clipped", "algorithm_type", "solver_order", "solver_type", "variance_type"),
+    *("lower_order_final", "euler_at_final", "original_inference_steps", "timestep_scaling"),
 }
 # Fields of which we compute one value only; a missing field has that value.
 _ONLY_VALUES = {
@@ -65,6 +73,13 @@ VARIANCE_PRESERVING = {
     *("DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"),
     *("LCMScheduler", "TCDScheduler", "SASolverScheduler"),
 }
+# Those of them that are samplers here.
+_SAMPLER_OF_CLASS = {
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "DPMSolverMultistepScheduler": "dpmsolver++",
+    "LCMScheduler": "lcm",
+}
 _REQUIRED_FIELDS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
 _SPACINGS = ("leading", "trailing", "linspace")
 
@@ -78,9 +93,9 @@ def make_schedule(
 ) -> Schedule:
     """The schedule of a diffusers `scheduler_config.json`, whichever sampler class wrote it.
 
-    The training fields are shared by all of them; fields that only steer another sampler are ignored. A missing
-    sampling field has the default of `DDIMScheduler`, except that samples are never clipped. Betas and their cumulative
-    products are rounded to float32 where PyTorch rounds them, so the tables are bit for bit those of diffusers.
+    The training fields are shared by all of them; fields that only steer samplers we don't have are ignored. Samples
+    are never clipped. Betas and their cumulative products are rounded to float32 where PyTorch rounds them, so the
+    tables are bit for bit those of diffusers.
 
     Args:
         scheduler_config: the parsed JSON.
@@ -93,19 +108,25 @@ def make_schedule(
         ValueError: a field is missing, unknown, or has a value that would need another computation.
     """
     config = dict(scheduler_config)
-    sampler = config.pop("_class_name", "DDIMScheduler").removeprefix("Flax")
-    if sampler not in VARIANCE_PRESERVING:
-        samplers = ", ".join(sorted(VARIANCE_PRESERVING))
-        raise ValueError(f"{where}: unknown scheduler {sampler}; known are {samplers}")
+    class_name = config.pop("_class_name", "DDIMScheduler").removeprefix("Flax")
+    if class_name not in VARIANCE_PRESERVING:
+        known = ", ".join(sorted(VARIANCE_PRESERVING))
+        raise ValueError(f"{where}: unknown scheduler {class_name}; known are {known}")
     problems = [f"{field} is missing" for field in _REQUIRED_FIELDS if field not in config]
     problems += [
         f"{field}={config[field]!r} (only {value!r} is supported)"
         for field, value in _ONLY_VALUES.items()
         if config.get(field, value) != value
     ]
-    known = {*_IGNORED_FIELDS, *_ONLY_VALUES, *_REQUIRED_FIELDS}
-    known |= {"prediction_type", "timestep_spacing", "steps_offset", "set_alpha_to_one", "rescale_betas_zero_snr"}
-    problems += [f"{field} is unknown" for field in sorted(config.keys() - known)]
+    known_fields = {*_IGNORED_FIELDS, *_SAMPLER_FIELDS, *_ONLY_VALUES, *_REQUIRED_FIELDS}
+    known_fields |= {
+        "prediction_type",
+        "timestep_spacing",
+        "steps_offset",
+        "set_alpha_to_one",
+        "rescale_betas_zero_snr",
+    }
+    problems += [f"{field} is unknown" for field in sorted(config.keys() - known_fields)]
     if problems:
         raise ValueError(f"{where} cannot be used: {'; '.join(problems)}")
 
@@ -119,8 +140,8 @@ def make_schedule(
     targets = {"epsilon": (np.zeros_like(signal_T), np.ones_like(signal_T)), "v_prediction": (-noise_T, signal_T)}
     if prediction_type not in targets:
         raise ValueError(f"{where}: prediction_type={prediction_type!r}, expected one of {list(targets)}")
-    spacing = config.get("timestep_spacing", "leading")
-    if spacing not in _SPACINGS:
+    spacing = config.get("timestep_spacing", "")
+    if spacing and spacing not in _SPACINGS:
         raise ValueError(f"{where}: timestep_spacing={spacing!r}, expected one of {list(_SPACINGS)}")
 
     num_timesteps = len(signal_T)
@@ -138,6 +159,8 @@ def make_schedule(
         final_noise=0.0 if to_one else float(noise_T[0]),
         timestep_spacing=spacing,
         steps_offset=config.get("steps_offset", 0),
+        sampler=_SAMPLER_OF_CLASS.get(class_name, "ddim"),
+        sampler_fields={field: config[field] for field in sorted(_SAMPLER_FIELDS & config.keys())},
     )
 
 
@@ -151,21 +174,6 @@ def training_target(schedule: Schedule, x0_NHWC: jax.Array, noise_NHWC: jax.Arra
     """What the network should predict at `x_t`."""
     a, b = _at(schedule.target_x0_T, t_N, x0_NHWC), _at(schedule.target_noise_T, t_N, x0_NHWC)
     return a * x0_NHWC + b * noise_NHWC
-
-
-def predict_x0_and_noise(
-    schedule: Schedule, x_NHWC: jax.Array, t_N: jax.Array, prediction_NHWC: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The (x0, eps) of which `x_t` and the prediction are made: two linear equations, solved.
-
-    Infinite where they have no solution: epsilon prediction at zero signal.
-    """
-    signal, noise = _at(schedule.signal_T, t_N, x_NHWC), _at(schedule.noise_T, t_N, x_NHWC)
-    a, b = _at(schedule.target_x0_T, t_N, x_NHWC), _at(schedule.target_noise_T, t_N, x_NHWC)
-    determinant = signal * b - noise * a
-    x0_NHWC = (b * x_NHWC - noise * prediction_NHWC) / determinant
-    noise_NHWC = (signal * prediction_NHWC - a * x_NHWC) / determinant
-    return x0_NHWC, noise_NHWC
 
 
 def _at(table_T: np.ndarray, t_N: jax.Array, like_NHWC: jax.Array) -> jax.Array:

@@ -15,6 +15,8 @@ from dpo_jax.weights.layout import Params
 
 REFINER_AESTHETIC_SCORE = 6.0
 """The score that the SDXL refiner is told for images one wants (arXiv 2307.01952, section 2.5)."""
+NEGATIVE_AESTHETIC_SCORE = 2.5
+"""And for those that guidance leads away from, as diffusers has it."""
 
 
 def encode_text(
@@ -35,16 +37,22 @@ def encode_text(
     return jnp.concatenate(contexts, axis=-1), pooled_NP
 
 
-def condition(family: Family, context_NLD: jax.Array, pooled_NP: jax.Array, size_cond_N6: jax.Array) -> Conditioning:
+def condition(
+    family: Family,
+    context_NLD: jax.Array,
+    pooled_NP: jax.Array,
+    size_cond_N6: jax.Array,
+    aesthetic_score: float = REFINER_AESTHETIC_SCORE,
+) -> Conditioning:
     """What the UNet of the family takes; captions and sizes may have different numbers of rows.
 
     Time ids are (height, width, crop top, crop left, target height, target width), or, where the family has five,
-    (height, width, crop top, crop left, aesthetic score).
+    (height, width, crop top, crop left, `aesthetic_score`).
     """
     if not family.num_time_ids:
         return Conditioning(context_NLD)
     time_ids_NT = size_cond_N6
     if family.num_time_ids == 5:
-        score_N1 = jnp.full((len(size_cond_N6), 1), REFINER_AESTHETIC_SCORE, size_cond_N6.dtype)
+        score_N1 = jnp.full((len(size_cond_N6), 1), aesthetic_score, size_cond_N6.dtype)
         time_ids_NT = jnp.concatenate([size_cond_N6[:, :4], score_N1], axis=1)
     return Conditioning(context_NLD, pooled_NP, time_ids_NT)

@@ -1,9 +1,10 @@
-"""Images from captions: the sampler, the text encoders and the VAE's decoder in one jitted function.
+"""Images from captions: the sampler, the text encoders and the VAE in one jitted function.
 
-Axes: N images, E text encoders, L tokens, h x w latent cells, C channels.
+Axes: N images, E text encoders, L tokens, H x W pixels, h x w latent cells, C channels.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +12,42 @@ import numpy as np
 
 from dpo_jax.batch import Conditioning
 from dpo_jax.data.tokenizers import Tokenizers
-from dpo_jax.diffusion.samplers import classifier_free_guidance, ddim
-from dpo_jax.encode.images import decode_latents
-from dpo_jax.encode.text import condition, encode_text
+from dpo_jax.diffusion.samplers import classifier_free_guidance, make_table, sample, starting_latents
+from dpo_jax.encode.images import decode_latents, posterior_moments, sample_posterior
+from dpo_jax.encode.text import NEGATIVE_AESTHETIC_SCORE, condition, encode_text
 from dpo_jax.models.pipeline import Pipeline
-from dpo_jax.sharding import Placement, batch_parts, batch_sharding, replicated
+from dpo_jax.sharding import Placement, batch_constraint, batch_parts, batch_sharding, replicated
 from dpo_jax.weights.layout import Params
+
+MAX_SEED = 2**32 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How images are drawn."""
+
+    steps: int
+    """Denoising steps."""
+    guidance: float
+    """Classifier-free guidance scale; 1 or less turns it off."""
+    sampler: str = ""
+    """One of `diffusion.samplers.SAMPLERS`; "" is the one that the model's scheduler means."""
+    eta: float = 0.0
+    """DDIM's share of noise that is drawn anew, 0 to 1."""
+    guidance_rescale: float = 0.0
+    """How far guided predictions are brought back to the spread of the plain ones, 0 to 1 (arXiv 2305.08891)."""
+    negative_prompt: str = ""
+    """What guidance leads away from; "" is the empty caption, as the model embeds it."""
+    strength: float = 1.0
+    """With images to begin from: the share of the steps that are taken, the last ones."""
 
 
 class Generator:
-    """Samples images by DDIM with classifier-free guidance.
+    """Samples images.
 
-    Compiles once for all captions, seeds and UNet weights (once more for weights with a LoRA).
+    Compiles once for all captions, seeds and UNet weights (once more for weights with a LoRA, and with images to begin
+    from). The image of a caption and seed depends on nothing else, but for rounding: neither on the batch nor on the
+    devices.
 
     Args:
         pipeline: the model's structure.
@@ -30,10 +55,11 @@ class Generator:
             what it returns is not kept.
         tokenizers: the model's own.
         placement: where the weights lie; every batch is split over its mesh.
+        sampling: how.
         resolution: pixels, height and width.
-        num_steps: DDIM steps.
-        guidance_scale: 1 or less turns guidance off.
-        batch_size: images sampled at a time.
+        batch_size: images sampled at a time; rounded up to what the mesh divides.
+
+    Raises ValueError for what the model can't be sampled with.
     """
 
     def __init__(
@@ -42,61 +68,124 @@ class Generator:
         encoders: Callable[[], Mapping[str, Params]],
         tokenizers: Tokenizers,
         placement: Placement,
+        sampling: Sampling,
         *,
         resolution: int,
-        num_steps: int,
-        guidance_scale: float,
         batch_size: int,
     ):
         self._encoders = encoders
         self._components = set(pipeline.components) - {"unet"}
         self._tokenizers = tokenizers
         self._mesh = mesh = placement.mesh
-        self._batch_size = -(-batch_size // batch_parts(mesh)) * batch_parts(mesh)
-        cells = resolution // pipeline.vae_factor
+        self.resolution = resolution
+        self.batch_size = -(-batch_size // batch_parts(mesh)) * batch_parts(mesh)
+        """Images sampled at a time."""
+        cells, rest = divmod(resolution, pipeline.vae_factor)
+        halvings = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+        if rest or cells % halvings or cells < 1:
+            raise ValueError(f"resolution={resolution} must be a multiple of {pipeline.vae_factor * halvings} pixels")
         self.latent_shape = (cells, cells, pipeline.unet.config.in_channels)
-        size_cond = jnp.array([resolution, resolution, 0, 0, resolution, resolution], jnp.float32)
+        options = {"eta": sampling.eta, "strength": sampling.strength}
+        table = make_table(sampling.sampler, pipeline.sampling_schedule, sampling.steps, **options)
+        negative_1EL = tokenizers([sampling.negative_prompt])
+        forces_zeros = pipeline.force_zeros_for_empty_prompt and not sampling.negative_prompt
+        size_cond_16 = jnp.array([[resolution, resolution, 0, 0, resolution, resolution]], jnp.float32)
+        split = batch_constraint(mesh)
 
-        def conditioning_of(frozen: Mapping[str, Params], token_ids_NEL: jax.Array) -> Conditioning:
+        def conditionings(
+            frozen: Mapping[str, Params], token_ids_NEL: jax.Array
+        ) -> tuple[Conditioning, Conditioning | None]:
+            sizes_N6 = jnp.tile(size_cond_16, (len(token_ids_NEL), 1))
             text = encode_text(pipeline, frozen, token_ids_NEL)
-            return condition(pipeline.family, *text, jnp.tile(size_cond, (len(token_ids_NEL), 1)))
+            conditioning = condition(pipeline.family, *text, sizes_N6)
+            if sampling.guidance <= 1:
+                return conditioning, None
+            of_negative = encode_text(pipeline, frozen, jnp.asarray(negative_1EL))
+            if forces_zeros:
+                of_negative = jax.tree.map(jnp.zeros_like, of_negative)
+            context_NLD, pooled_NP = (jnp.repeat(x_1, len(token_ids_NEL), axis=0) for x_1 in of_negative)
+            unconditional = condition(pipeline.family, context_NLD, pooled_NP, sizes_N6, NEGATIVE_AESTHETIC_SCORE)
+            return conditioning, unconditional
 
         def generate(
-            unet: Params, frozen: Mapping[str, Params], token_ids_NEL: jax.Array, empty_NEL: jax.Array, x_T: jax.Array
+            unet: Params,
+            frozen: Mapping[str, Params],
+            token_ids_NEL: jax.Array,
+            seeds_N: jax.Array,
+            images_NHWC: jax.Array | None,
         ) -> jax.Array:
             unet = pipeline.gather(placement, "unet", unet)
             frozen = {name: pipeline.gather(placement, name, params) for name, params in frozen.items()}
-            conditioning, unconditional = (conditioning_of(frozen, ids) for ids in (token_ids_NEL, empty_NEL))
-            if pipeline.force_zeros_for_empty_prompt:
-                zeros = jax.tree.map(jnp.zeros_like, unconditional)
-                unconditional = zeros._replace(time_ids_NT=unconditional.time_ids_NT)
+            conditioning, unconditional = split(conditionings(frozen, token_ids_NEL))
             denoise = classifier_free_guidance(
-                lambda x, t, c: pipeline.denoise(unet, x, t, c), conditioning, unconditional, guidance_scale
+                lambda x, t, c: pipeline.denoise(unet, x, t, c),
+                conditioning,
+                unconditional,
+                sampling.guidance,
+                sampling.guidance_rescale,
             )
-            latents = ddim(denoise, pipeline.sampling_schedule, x_T, num_steps=num_steps)
+            keys_N = jax.vmap(jax.random.key)(seeds_N)
+            posterior_keys_N, step_keys_N = (jax.vmap(jax.random.fold_in, (0, None))(keys_N, i) for i in range(2))
+            x0 = None
+            if images_NHWC is not None:
+                moments_NhwC = posterior_moments(pipeline.vae, frozen["vae"], images_NHWC)
+                x0 = sample_posterior(pipeline.vae, moments_NhwC[:, None], posterior_keys_N)[:, 0]
+            x_T = starting_latents(table, self.starting_noise(seeds_N), x0)
+            latents = sample(denoise, table, x_T, step_keys_N)
             return decode_latents(pipeline.vae, frozen["vae"], latents)
 
         self._generate = jax.jit(generate, out_shardings=replicated(mesh))
 
-    def starting_noise(self, seeds: Sequence[int]) -> jax.Array:
-        """Standard normal x_T, [N, h, w, C]: a function of the seed alone."""
+    def starting_noise(self, seeds_N: Sequence[int] | jax.Array) -> jax.Array:
+        """Standard normal x_T, [N, h, w, C]: that of an image is a function of its seed alone."""
         return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), self.latent_shape))(
-            jnp.asarray(seeds, jnp.uint32)
+            jnp.asarray(seeds_N, jnp.uint32)
         )
 
-    def __call__(self, unet: Params, captions: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        """One uint8 image [H, W, 3] for each pair of caption and seed; the same seeds give the same starting noise."""
-        images = []
+    def __call__(
+        self,
+        unet: Params,
+        captions: Sequence[str],
+        seeds: Sequence[int],
+        images: Sequence[np.ndarray] | None = None,
+    ) -> np.ndarray:
+        """One uint8 image [H, W, 3] for each pair of caption and seed; see `batches`."""
+        return np.concatenate(list(self.batches(unet, captions, seeds, images)))
+
+    def batches(
+        self,
+        unet: Params,
+        captions: Sequence[str],
+        seeds: Sequence[int],
+        images: Sequence[np.ndarray] | None = None,
+    ) -> Iterator[np.ndarray]:
+        """The images in order, uint8 [up to `batch_size`, H, W, 3] at a time, the next in the making meanwhile.
+
+        Args:
+            unet: its weights, where `placement` has them.
+            captions: one an image.
+            seeds: one an image, 0 to `MAX_SEED`: all that is random follows from it.
+            images: to begin from, uint8 [H, W, 3] of `resolution`; None begins from noise.
+        """
+        if len(seeds) and not 0 <= min(seeds) <= max(seeds) <= MAX_SEED:
+            raise ValueError(f"seeds {min(seeds)} to {max(seeds)} must be in 0..{MAX_SEED}")
         frozen = {name: params for name, params in self._encoders().items() if name in self._components}
-        for start in range(0, len(captions), self._batch_size):
-            some = list(captions[start : start + self._batch_size])
-            padding = self._batch_size - len(some)
-            token_ids_NEL = self._tokenizers(some + [""] * padding)
-            empty_NEL = self._tokenizers([""] * self._batch_size)
-            noise = self.starting_noise([*seeds[start : start + self._batch_size], *[0] * padding])
-            token_ids_NEL, empty_NEL, noise = jax.device_put(
-                (token_ids_NEL, empty_NEL, noise), batch_sharding(self._mesh)
+        pending: tuple[jax.Array, int] | None = None
+        for start in range(0, len(captions), self.batch_size):
+            of_batch = range(start, min(start + self.batch_size, len(captions)))
+            padded = [of_batch[i % len(of_batch)] for i in range(self.batch_size)]
+            rows = (
+                self._tokenizers([captions[i] for i in padded]),
+                np.array([seeds[i] for i in padded], np.uint32),
+                None if images is None else np.stack([images[i] for i in padded]),
             )
-            batch = self._generate(unet, frozen, token_ids_NEL, empty_NEL, noise)
-            images.append(np.asarray(batch)[: len(some)])
-        return np.concatenate(images)
+            batch = self._generate(unet, frozen, *jax.device_put(rows, batch_sharding(self._mesh)))
+            if pending is not None:
+                yield _fetched(*pending)
+            pending = batch, len(of_batch)
+        if pending is not None:
+            yield _fetched(*pending)
+
+
+def _fetched(batch: jax.Array, count: int) -> np.ndarray:
+    return np.asarray(batch)[:count]

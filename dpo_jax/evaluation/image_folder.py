@@ -43,7 +43,7 @@ def write_list(folder: epath.PathLike, entries: Sequence[Entry]) -> None:
     lines = [json.dumps({k: v for k, v in entry._asdict().items() if v != ""}) for entry in entries]
     partial = path.with_name(f"{LIST}.partial")
     partial.write_text("".join(f"{line}\n" for line in lines))
-    partial.rename(path)
+    partial.replace(path)
 
 
 def read_list(folder: epath.PathLike, prompts: Sequence[Prompt] = ()) -> list[Entry]:

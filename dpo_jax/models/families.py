@@ -43,6 +43,9 @@ class Family:
     num_time_ids: int = 0
     """Numbers of size conditioning: 6 = original size, crop, target size; 5 = original size, crop, aesthetic score;
     0 = neither time ids nor a pooled caption. The pooled caption is the last text encoder's."""
+    sampling_steps: int = 30
+    guidance: float = 7.5
+    """What it is sampled by unless one says otherwise; diffusers' guidance."""
     training_timesteps: tuple[int, ...] | None = None
     """The timesteps it was trained on and samples at; None for all."""
     zero_terminal_snr: bool = False
@@ -79,12 +82,14 @@ FAMILIES = {
             kohya=Kohya("sd_v2_v", False),
             has_unlike_siblings=True,
         ),
-        Family("sdxl", SDXL_CLIPS, "stabilityai/stable-diffusion-xl-base-1.0", num_time_ids=6),
+        Family("sdxl", SDXL_CLIPS, "stabilityai/stable-diffusion-xl-base-1.0", num_time_ids=6, guidance=5.0),
         Family(
             "sdxl_turbo",
             SDXL_CLIPS,
             "stabilityai/sdxl-turbo",
             num_time_ids=6,
+            sampling_steps=4,
+            guidance=0.0,
             training_timesteps=(249, 499, 749, 999),
             zero_terminal_snr=True,
             looks_like="sdxl",
@@ -95,6 +100,7 @@ FAMILIES = {
             (REFINER_CLIP,),
             "stabilityai/stable-diffusion-xl-refiner-1.0",
             num_time_ids=5,
+            guidance=5.0,
             training_timesteps=tuple(range(200)),
         ),
     )

@@ -13,7 +13,7 @@ from absl import flags
 
 from dpo_jax import cli
 from dpo_jax.data.tokenizers import load_tokenizers
-from dpo_jax.evaluation.generate import Generator
+from dpo_jax.evaluation.generate import Generator, Sampling
 from dpo_jax.models.pipeline import load_pipeline
 from dpo_jax.sharding import Placement, make_mesh
 from dpo_jax.tiny import pairs, world
@@ -37,9 +37,8 @@ def main() -> None:
         lambda: weights,
         tokenizers,
         Placement(make_mesh()),
+        Sampling(STEPS.value, GUIDANCE.value, "ddim"),
         resolution=world.SIZE,
-        num_steps=STEPS.value,
-        guidance_scale=GUIDANCE.value,
         batch_size=64,
     )
 

@@ -68,6 +68,7 @@ CHOICES = {
     "data.labels": ("hard", "soft"),
     "data.combine": ("mean", "pareto"),
     "data.relabel": ("none", "swapped", "shuffled"),
+    "sample.sampler": ("", "ddim", "euler", "euler_ancestral", "dpmsolver++", "lcm"),
 }
 
 
@@ -158,7 +159,8 @@ def default_config() -> ConfigDict:
     c.sample.every = 200  # steps between two image grids, policy beside reference; 0 turns them off
     c.sample.prompts = ("a photo of an astronaut riding a horse", "a watercolour of a lighthouse at dusk")
     c.sample.seeds = 2  # images of each prompt
-    c.sample.steps = 20  # DDIM steps
+    c.sample.sampler = "ddim"  # or "euler", "euler_ancestral", "dpmsolver++", "lcm"; "" takes the model's own
+    c.sample.steps = 20  # denoising steps
     c.sample.guidance = 7.5  # classifier-free guidance scale
     return c
 

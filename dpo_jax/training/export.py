@@ -41,11 +41,9 @@ class Tuned:
 def open_tuned(workdir: epath.PathLike) -> Tuned:
     """The newest checkpoint of a training run."""
     run = open_run(workdir)
-    adapter = run.adapter
-    unet = run.params if adapter is None else Merged(run.pipeline.read("unet"), adapter)
     card = {"config": read_config(workdir), "step": run.step, "validation": last_validation(workdir)}
     card |= {"result": read_result(workdir)}
-    return Tuned(f"the model after step {run.step}", run.pipeline, unet, adapter, card, "float32")
+    return Tuned(f"the model after step {run.step}", run.pipeline, run.merged, run.adapter, card, "float32")
 
 
 def open_untrained(model: str, *, lora: str | None, **options: Any) -> Tuned:

@@ -12,7 +12,8 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from dpo_jax.data.tokenizers import Tokenizers, load_tokenizers
-from dpo_jax.evaluation.generate import Generator
+from dpo_jax.evaluation import opened
+from dpo_jax.evaluation.generate import Generator, Sampling
 from dpo_jax.models.execution import Execution
 from dpo_jax.models.lora import LowRank, find_targets, init_lora
 from dpo_jax.models.pipeline import Pipeline, files_of, find_component, load_pipeline
@@ -128,13 +129,7 @@ def load_frozen(
 
 def load_encoders(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> Frozen:
     """VAE and text encoders."""
-    return {
-        name: pipeline.load(
-            name, dtype=jnp.dtype(config.vae_dtype if name == "vae" else config.dtype), sharding=placement
-        )
-        for name in pipeline.components
-        if name != "unet"
-    }
+    return opened.load_encoders(pipeline, placement, config.vae_dtype)
 
 
 def load_tokenizers_of(pipeline: Pipeline) -> Tokenizers:
@@ -150,11 +145,15 @@ def make_generator(
         encoders,
         load_tokenizers_of(pipeline),
         placement,
+        sampling_of(config),
         resolution=config.data.resolution,
-        num_steps=config.sample.steps,
-        guidance_scale=config.sample.guidance,
         batch_size=batch_size,
     )
+
+
+def sampling_of(config: ConfigDict) -> Sampling:
+    """How a run draws its grids."""
+    return Sampling(config.sample.steps, config.sample.guidance, config.sample.sampler)
 
 
 def for_sampling(pipeline: Pipeline, params: Params) -> Params:

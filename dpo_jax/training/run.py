@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax.cli import flatten, unflatten
 from dpo_jax.evaluation.generate import Generator
+from dpo_jax.evaluation.opened import Opened, add_lora, lora_mark
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sharding import Placement, make_mesh
 from dpo_jax.training.checkpoint import read_config, restore_params
@@ -22,9 +26,10 @@ from dpo_jax.training.model import (
     load_unet,
     make_generator,
     open_model,
+    sampling_of,
 )
 from dpo_jax.weights.layout import Params
-from dpo_jax.weights.lora_files import Adapter
+from dpo_jax.weights.lora_files import Adapter, Array, Merged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +62,25 @@ class Run:
         if adapted is None:
             return None
         return Adapter(jax.device_get(self.params), {name: size.alpha for name, size in self.pipeline.adapters.items()})
+
+    @property
+    def merged(self) -> Mapping[str, Array]:
+        """The tuned UNet in float32, a LoRA added to the kernels it is for."""
+        return self.params if self.adapter is None else Merged(self.pipeline.read("unet"), self.adapter)
+
+    def opened(self, *, lora: str = "", lora_scale: float = 1.0) -> Opened:
+        """The tuned model to draw with, and with a further LoRA where one is named."""
+        pipeline, placement = self.pipeline, self.placement
+        config = json.dumps(flatten(self.config), sort_keys=True)
+        return Opened(
+            pipeline,
+            placement,
+            f"run {hashlib.sha256(config.encode()).hexdigest()[:16]}, step {self.step}{lora_mark(lora, lora_scale)}",
+            lambda: add_lora(self.merged, pipeline, placement, lora, lora_scale) if lora else self.policy,
+            lambda: load_encoders(self.config, pipeline, placement),
+            sampling_of(self.config),
+            self.config.data.resolution,
+        )
 
     def generator(self, batch_size: int) -> Generator:
         encoders = load_encoders(self.config, self.pipeline, self.placement)

@@ -1,4 +1,4 @@
-"""DDIM against diffusers' DDIMScheduler, with a toy denoiser that both can evaluate."""
+"""Samplers against diffusers' schedulers of the same name, with a toy denoiser that both can evaluate."""
 
 import itertools
 
@@ -8,104 +8,268 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 
 from dpo_jax.batch import Conditioning
-from dpo_jax.diffusion.samplers import classifier_free_guidance, ddim, sampling_timesteps
-from dpo_jax.diffusion.schedule import make_schedule
+from dpo_jax.diffusion.samplers import (
+    SAMPLERS,
+    classifier_free_guidance,
+    make_table,
+    sample,
+    starting_latents,
+    step_mean,
+    step_noise,
+)
+from dpo_jax.diffusion.schedule import add_noise, make_schedule, training_target
 
 BETAS = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-FAMILIES = {
-    "sd15": BETAS | {"steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False},
-    "sd2": BETAS
-    | {"steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False, "prediction_type": "v_prediction"},
-    "turbo": BETAS | {"timestep_spacing": "trailing", "clip_sample": False},
-    "linspace": BETAS | {"timestep_spacing": "linspace", "clip_sample": False},
-    "zero snr": BETAS
-    | {
-        "timestep_spacing": "trailing",
-        "clip_sample": False,
-        "prediction_type": "v_prediction",
-        "rescale_betas_zero_snr": True,
-    },
+SPACINGS = {
+    "leading": {"timestep_spacing": "leading"},
+    "offset": {"timestep_spacing": "leading", "steps_offset": 1},
+    "trailing": {"timestep_spacing": "trailing"},
+    "linspace": {"timestep_spacing": "linspace"},
+    "unsaid": {},
+}
+TARGETS = {
+    "epsilon": {},
+    "velocity": {"prediction_type": "v_prediction"},
+    "zero snr": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+}
+CLASSES = {
+    "ddim": diffusers.DDIMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
+    "dpmsolver++": diffusers.DPMSolverMultistepScheduler,
+    "lcm": diffusers.LCMScheduler,
 }
 
 
+def tolerance(sampler, config):
+    """diffusers computes all but DDIM in float32, whose numbers are up to 4096 times the image's at zero signal."""
+    return 1e-9 if sampler == "ddim" else 2e-4 if config.get("rescale_betas_zero_snr") else 1e-5
+
+
 def toy(x, t, sin):
-    """Something that depends on x and t and runs on either framework's arrays."""
-    return sin(1.7 * x + 0.003 * t) - 0.2 * x
+    """Something like noise that depends on x and t and runs on either framework's arrays."""
+    return 0.95 * x + 0.05 * sin(1.7 * x + 0.003 * t)
 
 
-def oracle_ddim(config, x, num_steps, eta, noises):
-    scheduler, schedule = diffusers.DDIMScheduler(**config), make_schedule(config)
-    # Its coefficients are float32 scalars, whose rounding would be all that is seen at 1e-9.
-    scheduler.alphas_cumprod = torch.from_numpy(schedule.signal_T**2)
-    if not config.get("set_alpha_to_one", True):
-        scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+def denoise(x, t):
+    return toy(x, t.astype(x.dtype)[:, None, None, None], jnp.sin)
+
+
+def ours(sampler, config, x_T, keys, *, num_steps, x0=None, **options):
+    table = make_table(sampler, make_schedule(config), num_steps, **options)
+    return np.asarray(sample(denoise, table, starting_latents(table, jnp.asarray(x_T), x0), keys))
+
+
+def oracle(monkeypatch, sampler, config, x_T, keys, *, num_steps, x0=None, eta=0.0, strength=1.0):
+    """The loop of diffusers' pipelines, with our noise. Like them it begins with an image where one is given."""
+    extra = {"clip_sample": False} if sampler == "ddim" else {}
+    scheduler, schedule = CLASSES[sampler](**config | extra), make_schedule(config)
+    if sampler == "ddim":
+        # Its coefficients are float32 scalars, whose rounding would be all that is seen at 1e-9.
+        scheduler.alphas_cumprod = torch.from_numpy(schedule.signal_T**2)
+        scheduler.final_alpha_cumprod = torch.tensor(schedule.final_signal**2, dtype=torch.float64)
+    noises = (torch.from_numpy(np.array(step_noise(keys, i, x_T))) for i in itertools.count())
+    for module in ("euler_ancestral_discrete", "lcm", "ddim"):
+        monkeypatch.setattr(f"diffusers.schedulers.scheduling_{module}.randn_tensor", lambda *_, **__: next(noises))
     scheduler.set_timesteps(num_steps)
-    for t, noise in zip(scheduler.timesteps, noises, strict=True):
-        x = scheduler.step(toy(x, float(t), torch.sin), t, x, eta=eta, variance_noise=noise).prev_sample
-    return x
+    skipped = num_steps - int(num_steps * strength)
+    timesteps = scheduler.timesteps[skipped:]
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(skipped)
+    x = torch.from_numpy(x_T) * scheduler.init_noise_sigma
+    if x0 is not None:
+        x = scheduler.add_noise(torch.from_numpy(x0), torch.from_numpy(x_T), timesteps[:1].repeat(len(x_T)))
+    for t in timesteps:
+        prediction = toy(scheduler.scale_model_input(x, t), float(t), torch.sin)
+        x = scheduler.step(prediction, t, x, **({"eta": eta} if eta else {})).prev_sample
+    return x.numpy()
 
 
-@pytest.mark.parametrize("num_steps", [1, 7])
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
-def test_ddim_matches_diffusers(x64, config, eta, num_steps):
-    key = jax.random.key(3)
-    x_NHWC = np.random.default_rng(0).normal(size=(2, 3, 3, 4))
-    noises = [np.array(jax.random.normal(jax.random.fold_in(key, i), x_NHWC.shape)) for i in range(num_steps)]
-    expected = oracle_ddim(config, torch.from_numpy(x_NHWC), num_steps, eta, map(torch.from_numpy, noises))
-
-    def denoise(x, t):
-        return toy(x, t[:, None, None, None], jnp.sin)
-
-    x0 = ddim(denoise, make_schedule(config), jnp.asarray(x_NHWC), num_steps=num_steps, eta=eta, key=key)
-
-    assert np.abs(x0 - expected.numpy()).max() < 1e-9 * np.abs(expected.numpy()).max()
+def noise_and_keys(shape=(2, 3, 3, 4)):
+    return np.random.default_rng(0).normal(size=shape), jax.random.split(jax.random.key(3), shape[0])
 
 
-@pytest.mark.parametrize("num_steps", [1, 3, 20, 30, 999, 1000])
+@pytest.mark.parametrize(
+    ("num_steps", "spacing", "target"),
+    [*itertools.product([4, 20], SPACINGS, TARGETS), *itertools.product([1, 50], ["offset", "trailing"], ["epsilon"])],
+)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_trajectory_is_that_of_diffusers(x64, monkeypatch, sampler, spacing, target, num_steps):
+    config = BETAS | SPACINGS[spacing] | TARGETS[target]
+    x_T, keys = noise_and_keys()
+
+    expected = oracle(monkeypatch, sampler, config, x_T, keys, num_steps=num_steps)
+
+    difference = np.abs(ours(sampler, config, x_T, keys, num_steps=num_steps) - expected)
+    assert difference.max() < tolerance(sampler, config) * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "fields", "options"),
+    [
+        ("ddim", {"set_alpha_to_one": False}, {"num_steps": 7}),
+        ("ddim", {"steps_offset": 1, "set_alpha_to_one": False}, {"num_steps": 7, "eta": 1.0}),
+        ("ddim", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}, {"num_steps": 7, "eta": 0.4}),
+        ("euler", {"final_sigmas_type": "sigma_min"}, {"num_steps": 7}),
+        ("euler", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, {"num_steps": 7}),
+        ("dpmsolver++", {"final_sigmas_type": "sigma_min"}, {"num_steps": 7}),
+        ("dpmsolver++", {"final_sigmas_type": "sigma_min"}, {"num_steps": 20}),
+        ("dpmsolver++", {"final_sigmas_type": "sigma_min", "euler_at_final": True}, {"num_steps": 20}),
+        ("dpmsolver++", {"final_sigmas_type": "sigma_min", "lower_order_final": False}, {"num_steps": 7}),
+        ("dpmsolver++", {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "leading"}, {"num_steps": 9}),
+        ("lcm", {"original_inference_steps": 100, "timestep_scaling": 5.0}, {"num_steps": 6}),
+    ],
+)
+def test_what_the_scheduler_s_file_says_counts(x64, monkeypatch, sampler, fields, options):
+    config = BETAS | fields
+    x_T, keys = noise_and_keys()
+
+    expected = oracle(monkeypatch, sampler, config, x_T, keys, **options)
+
+    difference = np.abs(ours(sampler, config, x_T, keys, **options) - expected)
+    assert difference.max() < tolerance(sampler, config) * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6, 0.29])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-def test_timesteps_match_diffusers(spacing, num_steps):
-    scheduler = diffusers.DDIMScheduler(**BETAS, timestep_spacing=spacing)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_last_steps_from_an_image_are_those_of_diffusers(x64, monkeypatch, sampler, spacing, strength):
+    config = BETAS | {"timestep_spacing": spacing}
+    x_T, keys = noise_and_keys()
+    options = {"num_steps": 20, "strength": strength, "x0": np.random.default_rng(1).normal(size=x_T.shape)}
+
+    expected = oracle(monkeypatch, sampler, config, x_T, keys, **options)
+
+    difference = np.abs(ours(sampler, config, x_T, keys, **options) - expected)
+    assert difference.max() < tolerance(sampler, config) * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 20, 30, 61, 998])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmsolver++"])
+def test_timesteps_are_those_of_diffusers(sampler, spacing, num_steps):
+    scheduler = CLASSES[sampler](**BETAS, timestep_spacing=spacing)
     scheduler.set_timesteps(num_steps)
 
-    t_S = sampling_timesteps(make_schedule(BETAS | {"timestep_spacing": spacing}), num_steps)
+    t = make_table(sampler, make_schedule(BETAS | {"timestep_spacing": spacing}), num_steps).steps.t
 
-    np.testing.assert_array_equal(t_S, scheduler.timesteps)
+    np.testing.assert_array_equal(t, scheduler.timesteps[:num_steps])  # of 61 trailing steps diffusers makes 62
+    assert len(t) == num_steps
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+def test_the_image_is_read_off_the_target(x64, sampler, target, spacing):
+    """Of a network that is right, between timesteps too, where the velocity is that of the level there."""
+    schedule = make_schedule(BETAS | target | {"timestep_spacing": spacing})
+    x0_NHWC, noise_NHWC = np.random.default_rng(1).normal(size=(2, 1, 2, 2, 4))
+    for step in zip(*make_table(sampler, schedule, 13).steps, strict=True):
+        t, signal, noise, p, q = step[:5]
+        prediction_NHWC = signal * noise_NHWC - noise * x0_NHWC if target else noise_NHWC
+        np.testing.assert_allclose(
+            p * (signal * x0_NHWC + noise * noise_NHWC) + q * prediction_NHWC, x0_NHWC, rtol=1e-9, atol=1e-9
+        )
+        if t == int(t) and signal > 0.01:  # then it is a timestep of training
+            t_N = jnp.array([int(t)])
+            np.testing.assert_allclose(training_target(schedule, x0_NHWC, noise_NHWC, t_N), prediction_NHWC, rtol=1e-9)
+            np.testing.assert_allclose(
+                add_noise(schedule, x0_NHWC, noise_NHWC, t_N), signal * x0_NHWC + noise * noise_NHWC, rtol=1e-9
+            )
+
+
+def test_the_default_is_the_sampler_that_the_file_means():
+    euler = make_schedule(BETAS | {"_class_name": "EulerDiscreteScheduler"})
+
+    np.testing.assert_array_equal(make_table("", euler, 5).steps.t, make_table("euler", euler, 5).steps.t)
+    assert make_table("ddim", euler, 5).steps.t[0] != make_table("", euler, 5).steps.t[0]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_step_is_its_mean_and_so_much_noise(x64, sampler):
+    x_T, keys = noise_and_keys()
+    table = make_table(sampler, make_schedule(BETAS | {"timestep_spacing": "trailing"}), 4)
+    x = np.asarray(starting_latents(table, x_T))
+    x0_before = np.zeros_like(x)
+    for i, numbers in enumerate(zip(*table.steps, strict=True)):
+        step = type(table.steps)(*numbers)
+        x0 = step.p * x + step.q * toy(x, float(step.t), np.sin)
+        x = step_mean(step, x, x0, x0_before) + step.d * np.asarray(step_noise(keys, i, x))
+        x0_before = x0
+    options = {"num_steps": 4}
+    np.testing.assert_allclose(ours(sampler, BETAS | {"timestep_spacing": "trailing"}, x_T, keys, **options), x)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral", "lcm"])
+def test_noise_is_the_image_s_own(sampler):
+    """Whatever the batch, and an image's place in it."""
+    x_T, keys = noise_and_keys((8, 3, 3, 4))
+    options = {"num_steps": 5, "eta": 1.0} if sampler == "ddim" else {"num_steps": 5}
+    together = ours(sampler, BETAS, x_T, keys, **options)
+    for n in (0, 5):
+        alone = slice(n, n + 1)
+        np.testing.assert_array_equal(step_noise(keys, 3, x_T)[alone], step_noise(keys[alone], 3, x_T[alone]))
+        np.testing.assert_allclose(ours(sampler, BETAS, x_T[alone], keys[alone], **options), together[alone], rtol=2e-5)
+    np.testing.assert_allclose(
+        ours(sampler, BETAS, x_T[::-1], keys[::-1], **options), together[::-1], rtol=2e-5, atol=1e-6
+    )
+    other = ours(sampler, BETAS, x_T, keys[::-1], **options)
+    assert np.abs(other - together).max() > 0.1  # there was noise
 
 
 def test_the_network_is_traced_once_whatever_the_number_of_steps():
     traces = []
 
-    def denoise(x, t):
+    def traced(x, t):
         traces.append(t)
         return x
 
-    ddim(denoise, make_schedule(BETAS), jnp.ones((1, 2, 2, 4)), num_steps=50)
+    sample(traced, make_table("ddim", make_schedule(BETAS), 50), jnp.ones((1, 2, 2, 4)))
 
     assert len(traces) == 1
 
 
 def test_a_bfloat16_network_does_not_round_the_latents():
-    x0 = ddim(lambda x, t: x.astype(jnp.bfloat16), make_schedule(BETAS), jnp.ones((1, 2, 2, 4)), num_steps=2)
+    table = make_table("ddim", make_schedule(BETAS), 2)
 
-    assert x0.dtype == jnp.float32
+    assert sample(lambda x, t: x.astype(jnp.bfloat16), table, jnp.ones((1, 2, 2, 4))).dtype == jnp.float32
 
 
 @pytest.mark.parametrize(
-    ("config", "options", "message"),
+    ("sampler", "fields", "options", "message"),
     [
-        (BETAS, {"num_steps": 0}, "num_steps=0"),
-        (BETAS, {"num_steps": 1001}, "num_steps=1001"),
-        (BETAS | {"steps_offset": 1}, {"num_steps": 1000}, "past the last timestep"),
-        (BETAS, {"num_steps": 4, "eta": 1.0}, "needs a key"),
-        (BETAS | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, {"num_steps": 4}, "zero signal"),
+        ("ddim", {}, {"num_steps": 0}, "num_steps=0"),
+        ("ddim", {}, {"num_steps": 1001}, "num_steps=1001"),
+        ("ddim", {"steps_offset": 1}, {"num_steps": 1000}, "past the last timestep"),
+        (
+            "ddim",
+            {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+            {"num_steps": 4},
+            "zero signal",
+        ),
+        ("heun", {}, {"num_steps": 4}, "sampler 'heun'; the samplers are ddim, euler, euler_ancestral, dpmsolver"),
+        ("euler", {}, {"num_steps": 4, "eta": 0.5}, "eta=0.5 is ddim's"),
+        ("euler", {"use_karras_sigmas": True}, {"num_steps": 4}, "use_karras_sigmas=True"),
+        ("euler", {"final_sigmas_type": "half"}, {"num_steps": 4}, "final_sigmas_type='half'"),
+        ("dpmsolver++", {"solver_order": 3}, {"num_steps": 4}, "solver_order=3"),
+        ("dpmsolver++", {"timestep_spacing": "leading"}, {"num_steps": 1000}, "too many"),
+        ("lcm", {}, {"num_steps": 51}, "at most 50 steps"),
+        ("ddim", {}, {"num_steps": 4, "strength": 0.0}, "strength=0.0"),
+        ("ddim", {}, {"num_steps": 4, "strength": 1.1}, "strength=1.1"),
+        ("ddim", {}, {"num_steps": 4, "strength": 0.2}, "less than one"),
     ],
 )
-def test_what_cannot_be_sampled_is_an_error(config, options, message):
+def test_what_cannot_be_sampled_is_an_error(sampler, fields, options, message):
     with pytest.raises(ValueError, match=message):
-        ddim(lambda x, t: x, make_schedule(config), jnp.ones((1, 2, 2, 4)), **options)
+        make_table(sampler, make_schedule(BETAS | fields), **options)
+
+
+def test_noise_needs_keys():
+    with pytest.raises(ValueError, match="needs a key"):
+        sample(lambda x, t: x, make_table("ddim", make_schedule(BETAS), 4, eta=1.0), jnp.ones((1, 2, 2, 4)))
 
 
 def test_guidance_extrapolates_each_image_with_its_own_conditioning():
@@ -123,16 +287,27 @@ def test_guidance_extrapolates_each_image_with_its_own_conditioning():
     np.testing.assert_array_equal(plain(x_NHWC, t_N), c)
 
 
+def test_guidance_is_rescaled_as_in_diffusers():
+    u, c = np.random.default_rng(0).normal(size=(2, 3, 4, 4, 2)).astype(np.float32)
+    predictions = np.stack([u, c], axis=1).reshape(6, 4, 4, 2)
+    x_NHWC, t_N = jnp.zeros((3, 4, 4, 2)), jnp.zeros(3)
+
+    guided = classifier_free_guidance(lambda *_: jnp.asarray(predictions), t_N, t_N, 5.0, rescale=0.7)(x_NHWC, t_N)
+
+    expected = rescale_noise_cfg(torch.from_numpy(u + 5.0 * (c - u)), torch.from_numpy(c), guidance_rescale=0.7)
+    np.testing.assert_allclose(guided, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_flow_is_only_another_schedule(x64):
     """Rectified flow (arXiv 2209.03003): with its tables DDIM takes Euler's steps along the velocity."""
     noise_T = np.arange(1, 1001) / 1000
     ones = np.ones(1000)
-    flow = make_schedule(FAMILIES["turbo"])._replace(
+    flow = make_schedule(BETAS | {"timestep_spacing": "trailing"})._replace(
         signal_T=1 - noise_T, noise_T=noise_T, target_x0_T=-ones, target_noise_T=ones
     )
     x = expected = np.random.default_rng(0).normal(size=(2, 4, 4, 3))
-    ours = ddim(lambda x, t: toy(x, t[:, None, None, None], jnp.sin), flow, jnp.asarray(x), num_steps=8)
+    result = sample(denoise, make_table("ddim", flow, 8), jnp.asarray(x))
     times = np.linspace(1, 0, 9)
     for now, after in itertools.pairwise(times):
         expected = expected + (after - now) * toy(expected, round(1000 * now) - 1, np.sin)
-    np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(result, expected, rtol=1e-9, atol=1e-9)

@@ -10,10 +10,8 @@ import torch
 
 from dpo_jax.diffusion.schedule import (
     VARIANCE_PRESERVING,
-    Schedule,
     add_noise,
     make_schedule,
-    predict_x0_and_noise,
     training_target,
 )
 
@@ -58,28 +56,6 @@ def test_noise_and_target_match_diffusers(x64, config):
     np.testing.assert_allclose(training_target(schedule, *arrays), target, rtol=1e-12, atol=1e-12)
 
 
-def flow_schedule() -> Schedule:
-    """Not a file's yet, but the same tables hold it."""
-    noise_T = np.linspace(0, 1, 1000)
-    return make_schedule(SD15)._replace(
-        signal_T=1 - noise_T, noise_T=noise_T, target_x0_T=-np.ones(1000), target_noise_T=np.ones(1000)
-    )
-
-
-@pytest.mark.parametrize("schedule", [make_schedule(SD15), make_schedule(CONFIGS["zero snr"]), flow_schedule()])
-def test_x0_and_noise_are_recovered_from_the_target(x64, schedule):
-    rng = np.random.default_rng(1)
-    x0_NHWC, noise_NHWC = jnp.asarray(rng.normal(size=(2, 3, 2, 2, 4)))
-    t_N = jnp.asarray([1, 500, 999])
-    x_NHWC = add_noise(schedule, x0_NHWC, noise_NHWC, t_N)
-    target_NHWC = training_target(schedule, x0_NHWC, noise_NHWC, t_N)
-
-    recovered = predict_x0_and_noise(schedule, x_NHWC, t_N, target_NHWC)
-
-    np.testing.assert_allclose(recovered[0], x0_NHWC, rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(recovered[1], noise_NHWC, rtol=1e-10, atol=1e-12)
-
-
 def test_zero_terminal_snr_can_be_asked_for():
     rescaled = make_schedule(SD15, zero_terminal_snr=True)
 
@@ -122,6 +98,16 @@ def test_every_sampler_class_of_published_folders_is_read(name):
 def test_a_field_that_would_change_the_computation_is_an_error(change, named):
     with pytest.raises(ValueError, match=named):
         make_schedule(SD15 | change)
+
+
+def test_the_class_of_the_file_and_its_fields_are_there_for_samplers():
+    saved = json.loads(diffusers.DPMSolverMultistepScheduler(**SD15, final_sigmas_type="sigma_min").to_json_string())
+
+    schedule = make_schedule(saved)
+
+    assert schedule.sampler == "dpmsolver++"
+    assert schedule.sampler_fields["final_sigmas_type"] == "sigma_min"
+    assert make_schedule(SD15 | {"_class_name": "PNDMScheduler"}).sampler == "ddim"
 
 
 def test_a_missing_field_is_an_error():

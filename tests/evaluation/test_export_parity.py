@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from dpo_jax.data.tokenizers import load_tokenizers
-from dpo_jax.evaluation.generate import Generator
+from dpo_jax.evaluation.generate import Generator, Sampling
 from dpo_jax.models.pipeline import load_pipeline
 from dpo_jax.models.save import save_pipeline
 from dpo_jax.sharding import Placement, make_mesh
@@ -31,9 +31,8 @@ def test_exported_folder_draws_the_same_image_in_pytorch(tmp_path):
         lambda: weights,
         load_tokenizers(pipeline.folder, ["tokenizer", "tokenizer_2"]),
         Placement(make_mesh()),
+        Sampling(steps=20, guidance=2.5),
         resolution=32,
-        num_steps=20,
-        guidance_scale=2.5,
         batch_size=2,
     )
     ours = generator(tuned, CAPTIONS, [3, 4])

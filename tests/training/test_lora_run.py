@@ -70,6 +70,24 @@ def test_20_steps_of_lora_give_the_same_output_in_pytorch_peft(trained, tmp_path
         np.testing.assert_allclose(torch_output(pipe.unet, *args), ours, rtol=1e-4, atol=1e-5)
 
 
+def test_a_run_is_drawn_with_and_takes_a_further_lora(trained, tmp_path):
+    run = open_run(trained)
+    captions, seeds = ["a red circle", "a blue square"], [1, 2]
+
+    def draw(opened):
+        return opened.generator(opened.sampling, resolution=opened.resolution, batch_size=2)(
+            opened.unet, captions, seeds
+        ).astype(int)
+
+    tuned = draw(run.opened())
+    np.testing.assert_array_equal(tuned, run.generator(2)(run.policy, captions, seeds))
+    file = export(open_tuned(trained), tmp_path / "lora", format="lora", dtype=None, max_shard_bytes=10**10)
+    undone = draw(run.opened(lora=str(file), lora_scale=-1.0))  # its own, taken away again
+    assert np.abs(undone - run.generator(2)(run.base, captions, seeds)).max() <= 1
+    assert np.abs(undone - tuned).max() > 10
+    assert run.opened().fingerprint != run.opened(lora=str(file)).fingerprint
+
+
 def test_only_the_adapter_is_trained_and_checkpointed(trained):
     state = ocp.PyTreeCheckpointer().restore((trained / "checkpoints" / "20").absolute() / "state")
     assert {name.split(".")[-2] for name in state["params"]} == {"lora_A", "lora_B"}

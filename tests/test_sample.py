@@ -1,0 +1,121 @@
+"""The sample command as one uses it: in a process of its own."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags
+
+from dpo_jax.diffusion.samplers import SAMPLERS
+from dpo_jax.evaluation.image_folder import read_image, read_list
+from dpo_jax.models.random_model import write_random_model
+from dpo_jax.sample import SAMPLER
+
+ROOT = Path(__file__).parents[1]
+
+
+def sample(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dpo_jax.sample", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sample")
+    write_random_model("sd15", folder / "model")
+    long = "a photo of " * 20
+    (folder / "prompts.txt").write_text(f"a red circle\na blue square\n\n{long}\n")
+    return folder
+
+
+def test_draws_goes_on_and_refuses_other_settings(folder: Path, tmp_path: Path) -> None:
+    arguments = [f"--model={folder / 'model'}", f"--prompts={folder / 'prompts.txt'}", f"--output={tmp_path / 'out'}"]
+    arguments += ["--steps=2", "--seeds=2", "--seed=4", "--batch_size=4"]
+    first = sample(*arguments)
+    assert first.returncode == 0, first.stderr
+    assert (
+        "6 images of 3 prompts, 32 pixels, 4 at a time: ddim (the model's own), 2 steps, guidance 7.5" in first.stderr
+    )
+    assert "1 of 3 prompts are longer than the model reads" in first.stderr
+    assert first.stdout.startswith(f"6 images in {tmp_path / 'out'}; 6 in ")
+    entries = read_list(tmp_path / "out")
+    assert [(entry.prompt, entry.seed) for entry in entries[:2]] == [("a red circle", 4), ("a red circle", 5)]
+    settings = json.loads((tmp_path / "out" / "sampling.json").read_text())
+    assert settings["model"].startswith("sd15-")
+    assert (settings["sampler"], settings["steps"], settings["dtype"]) == ("ddim", 2, "float32")
+
+    lost = tmp_path / "out" / entries[3].image
+    before = read_image(lost)
+    lost.unlink()
+    second = sample(*arguments)
+    assert second.returncode == 0, second.stderr
+    assert "5 of them before; 1 in " in second.stdout
+    assert np.abs(read_image(lost).astype(int) - before).max() <= 1  # in a batch of another number
+
+    third = sample(*arguments, "--sampler=euler", "--guidance=2")
+    assert third.returncode == 1
+    assert "(guidance: 7.5 there, 2.0 now; sampler: 'ddim' there, 'euler' now)" in third.stderr
+    assert len(third.stderr.strip().splitlines()) == 1
+
+
+def test_a_given_image_is_gone_on_from(tmp_path: Path) -> None:
+    """The less strength, the nearer: the few last steps leave most of a black cross, whatever the prompt."""
+    (tmp_path / "cross.txt").write_text("a black cross\n")
+    (tmp_path / "circle.txt").write_text("a red circle at the top left\n")
+    arguments = ["--model=dpo_jax/tiny/model", "--steps=10", "--guidance=2.5"]
+    done = sample(*arguments, f"--prompts={tmp_path / 'cross.txt'}", f"--output={tmp_path / 'from'}")
+    assert done.returncode == 0, done.stderr
+    image = tmp_path / "from" / read_list(tmp_path / "from")[0].image
+    distances = []
+    for strength in (0.2, 1.0):
+        output = tmp_path / f"{strength}"
+        given = [f"--prompts={tmp_path / 'circle.txt'}", f"--init_image={image}", f"--strength={strength}", "--seed=9"]
+        done = sample(*arguments, f"--output={output}", *given)
+        assert done.returncode == 0, done.stderr
+        drawn = read_image(output / read_list(output)[0].image)
+        distances.append(np.abs(drawn.astype(float) - read_image(image)).mean())
+    assert distances[0] < 0.5 * distances[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either --model or --workdir"),
+        (["--model=M", "--workdir=W"], "give either --model or --workdir"),
+        (["--workdir=W", "--dtype=float32"], "--dtype goes with --model"),
+        (["--workdir=W"], "no training run at W"),
+        (["--model=M", "--strength=0.5"], "--init_image is missing"),
+        (["--model=M", "--sampler=heun"], "value should be one of <ddim|euler|"),
+        (["--model=M", "--steps=0"], "num_steps=0 must be in 1..1000"),
+        (["--model=M", "--resolution=30"], "resolution=30 must be a multiple of 8 pixels"),
+        (["--model=M", "--init_image=I", "--strength=1.5"], "strength=1.5 is the share of the steps"),
+        (["--model=M", "--prompts=absent.txt"], "no prompts at absent.txt"),
+        (["--model=M", "--lora=absent.safetensors"], "absent.safetensors"),
+        (["--model=M", "--seed=4294967295", "--seeds=2"], "goes past the last seed"),
+        (["--model=absent"], "no folder or file absent"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_sentence(folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    given = [argument.replace("=M", f"={folder / 'model'}") for argument in arguments]
+    given = [argument.replace("=I", f"={folder / 'prompts.txt'}") for argument in given]
+    done = sample(f"--prompts={folder / 'prompts.txt'}", f"--output={tmp_path / 'out'}", *given)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_flag_offers_the_samplers_there_are() -> None:
+    assert flags.FLAGS[SAMPLER.name].parser.enum_values == list(SAMPLERS)
+
+
+def test_a_damaged_model_is_one_sentence(folder: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(folder / "model", tmp_path / "model")
+    (broken / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    done = sample(f"--model={broken}", f"--prompts={folder / 'prompts.txt'}", f"--output={tmp_path / 'out'}")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
