@@ -3,7 +3,7 @@
   python benchmarks/controls.py --output=runs/controls
 
 Runs Diffusion-DPO, plain fine-tuning on the preferred images (SFT), and Diffusion-DPO with swapped and with shuffled
-labels; each is compared with the base, and DPO with SFT directly. Some eight minutes on two CPU cores. Writes
+labels; all are compared with the base and with each other. Some eight minutes on two CPU cores. Writes
 OUTPUT/controls.json; the last result is committed beside this file.
 """
 
@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
@@ -23,18 +22,14 @@ SEEDS = flags.DEFINE_integer("seeds", 20, "Images of each held-out prompt and mo
 
 ROOT = Path(__file__).parents[1]
 RUNS = {
-    "dpo": [],
     "sft": ["--config.loss.name=sft"],
+    "dpo": [],
     "swapped": ["--config.data.relabel=swapped"],
     "shuffled": ["--config.data.relabel=shuffled"],
 }
 
 
 def main() -> None:
-    from dpo_jax.evaluation.compare import compare, judged_samples, read_prompts
-    from dpo_jax.rewards import open_judge
-    from dpo_jax.training.run import open_run
-
     output = Path(OUTPUT.value).absolute()
     os.chdir(ROOT)  # the config names its folders from there
     if output.exists():
@@ -57,20 +52,31 @@ def main() -> None:
             *extra,
         )
 
-    prompts = read_prompts("dpo_jax/tiny/heldout.txt")
-    runs = {name: open_run(output / name) for name in RUNS}
-    generator = runs["dpo"].generator(batch_size=32)
-    models = {"base": runs["dpo"].base} | {name: run.policy for name, run in runs.items()}
-    scores = {
-        name: judged_samples(generator, params, prompts, seeds=SEEDS.value, judge=open_judge("shapes"))[1]
-        for name, params in models.items()
-    }
-    results: dict[str, Any] = {}
-    for tuned, base in (*((name, "base") for name in RUNS), ("dpo", "sft")):
-        figures = compare(scores[tuned], scores[base])
-        results[f"{tuned} over {base}"] = figures
-        rate, low, high = (figures[name] for name in ("win_rate", "win_rate_low", "win_rate_high"))
-        print(f"{tuned} over {base}: {rate:.3f} [{low:.3f}, {high:.3f}]")
+    models = ["base=dpo_jax/tiny/model", *(f"{name}={output / name}" for name in RUNS)]
+    run(
+        "dpo_jax.evaluate",
+        f"--models={','.join(models)}",
+        "--prompts=dpo_jax/tiny/heldout.txt",
+        "--judges=shapes",
+        f"--seeds={SEEDS.value}",
+        "--steps=20",
+        "--guidance=2.5",
+        "--batch_size=32",
+        f"--output={output / 'evaluation'}",
+    )
+    judged = json.loads((output / "evaluation" / "result.json").read_text())["judges"]["shapes"]
+    results = {}
+    for row in judged["win_rates"]:
+        of, over = row["of"], row["over"]
+        results[f"{of} over {over}"] = {
+            "win_rate": row["rate"],
+            "win_rate_low": row["low"],
+            "win_rate_high": row["high"],
+            "ties": row["ties"],
+            "comparisons": row["comparisons"],
+            "base_score": judged["models"][over]["mean"],
+            "tuned_score": judged["models"][of]["mean"],
+        }
     (output / "controls.json").write_text(json.dumps(results, indent=2) + "\n")
 
 

@@ -1,64 +1,191 @@
-"""Compares a tuned model with its base: a judge scores both models' images of held-out prompts from the same seeds.
+"""Compares models: who draws what judges prefer, how often, and how sure that is.
 
-  python -m dpo_jax.evaluate --workdir=runs/tiny --prompts=dpo_jax/tiny/heldout.txt --reward=shapes --seeds=20
+  python -m dpo_jax.evaluate --models=base=stabilityai/stable-diffusion-xl-base-1.0,tuned=exported/sdxl \
+      --prompts=bundled --judges=pickscore,aesthetic=models/sac+logos+ava1-l14-linearMSE.safetensors --output=evaluation
+  python -m dpo_jax.evaluate --images=base=DIR_A,midjourney=DIR_B --prompts=PartiPrompts.tsv --judges=pickscore \
+      --output=evaluation
 
-Prints the win rate (ties count half) with a 95% interval clustered by prompt, and both models' mean scores; writes them
-to WORKDIR/result.json and a grid of images to WORKDIR/comparison.png. Sampling is set by the run's config.sample.
+The first draws the same prompts from the same seeds by each model (a folder, hub id, single file, or the work directory
+of a training run); the second compares images that are there, such as those of `dpo_jax.sample` or of other programs.
+Each model is compared with those named before it. The folder --output receives report.html, result.json, the images
+(images/MODEL/) and all scores (scores/); the same command again goes on where it stopped.
 """
 
+import dataclasses
+import functools
 import json
 import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from etils import epath
 
 from dpo_jax import cli
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a training run.", required=True)
-PROMPTS = flags.DEFINE_string("prompts", None, "Text file, one prompt a line.", required=True)
-REWARD = flags.DEFINE_string("reward", None, "Judge; NAME or NAME=FOLDER of dpo_jax.rewards.JUDGES.", required=True)
-SEEDS = flags.DEFINE_integer("seeds", 20, "Images of each prompt and model.", lower_bound=1)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images sampled at a time.", lower_bound=1)
-GRID_ROWS = flags.DEFINE_integer("grid_rows", 8, "Prompts shown in the grid.", lower_bound=1)
+if TYPE_CHECKING:
+    from dpo_jax.evaluation.opened import Opened
+    from dpo_jax.evaluation.prompts import Prompt
+
+MODELS = flags.DEFINE_list("models", [], "Models to draw with, the base first: FOLDER_OR_ID_OR_FILE or NAME=...")
+IMAGES = flags.DEFINE_list("images", [], "Instead of them: folders of images, FOLDER or NAME=FOLDER.")
+PROMPTS = flags.DEFINE_string(
+    "prompts", None, "Prompts, one a line; also .jsonl, .tsv, .json, .parquet, a folder of them, or the word bundled."
+)
+JUDGES = flags.DEFINE_list("judges", None, "Judges, NAME or NAME=what it is opened from.", required=True)
+OUTPUT = flags.DEFINE_string("output", None, "Folder for the report.", required=True)
+SEEDS = flags.DEFINE_integer("seeds", 4, "Images of each prompt, from seeds that follow each other.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 10**6, "The first; far from those that training images are drawn from.")
+STEPS = flags.DEFINE_integer("steps", None, "Denoising steps. By default what the first model is drawn with.")
+GUIDANCE = flags.DEFINE_float("guidance", None, "Classifier-free guidance scale, likewise.")
+SAMPLER = flags.DEFINE_string("sampler", None, "Sampler, likewise.")
+RESOLUTION = flags.DEFINE_integer("resolution", None, "Pixels, height and width, likewise.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images drawn or judged at a time.", lower_bound=1)
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Of models and judges. By default bfloat16, on CPUs float32."
+)
+FEATURES = flags.DEFINE_string(
+    "features", "thumbnails", "What diversity and drift are distances of: thumbnails, or clip=FOLDER_OR_ID."
+)
+CURVES = flags.DEFINE_list("curves", [], "Work directories of training runs whose curves the report shows.")
 SINCE = flags.DEFINE_float("since", None, "Unix time that `seconds` counts from; by default this command's start.")
 
 
 def main() -> None:
-    from dpo_jax.evaluation.compare import compare, judged_samples, read_prompts
-    from dpo_jax.evaluation.report import image_grid, save_png
-    from dpo_jax.rewards import open_judge
-    from dpo_jax.training.metrics import last_validation
+    since = SINCE.value or time.time()
+    if bool(MODELS.value) == bool(IMAGES.value):
+        raise ValueError("give either --models or --images, one of the two")
+    named = name_all(MODELS.value or IMAGES.value)
+    if len(named) < 2:
+        raise ValueError(f"--{'models' if MODELS.value else 'images'} names one; give two or more to compare")
+    if MODELS.value and not PROMPTS.value:
+        raise ValueError("--prompts is missing; name a file of prompts, or the word bundled")
+    from dpo_jax import cluster  # after the flags are checked: importing JAX takes seconds
+
+    cluster.join()
+    with cluster.leaving_at_once():
+        evaluate(named, since)
+
+
+def evaluate(named: dict[str, str], since: float) -> None:
+    import jax
+
+    from dpo_jax import cluster
+    from dpo_jax.evaluation.compare import compare, match
+    from dpo_jax.evaluation.html_report import write_report
+    from dpo_jax.evaluation.judge import features_of, judge_all
+    from dpo_jax.evaluation.prompts import read_prompts
+    from dpo_jax.progress import ProgressBar
+    from dpo_jax.rewards import Settings
+    from dpo_jax.training.metrics import last_validation, read_metrics
+
+    output = epath.Path(OUTPUT.value)
+    dtype = DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    prompts = read_prompts(PROMPTS.value) if PROMPTS.value else []
+    with ProgressBar("images", quiet=not cluster.is_first()) as bar:
+        settings: dict[str, Any] = {}
+        folders = named
+        if MODELS.value:
+            folders = {name: str(output / "images" / name) for name in named}
+            settings = draw_all(named, folders, prompts, dtype, bar)
+        contest = match(folders, prompts)
+        how = Settings(dtype, BATCH_SIZE.value)
+        scores = judge_all(JUDGES.value, how, contest, output / "scores", bar.show)
+        features = features_of(FEATURES.value, how, contest, bar.show)
+    result = compare(contest, scores, features) | {"features": FEATURES.value, "settings": settings}
+    runs = [*CURVES.value, *(source for source in named.values() if is_run(source))]
+    result |= summary(result) | {"pair_accuracy": None}
+    for run in runs:
+        result["pair_accuracy"] = last_validation(run).get("validation/pair_accuracy")
+    result["seconds"] = time.time() - since
+    if not cluster.is_first():
+        return
+    curves = {Path(run).name: read_metrics(run) for run in runs}
+    write_report(output / "report.html", result, contest, scores, settings, curves)
+    (output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    tell(result, output)
+
+
+def name_all(specs: list[str]) -> dict[str, str]:
+    """NAME=SOURCE, or the last part of the source for a name; names that come twice are refused."""
+    named: dict[str, str] = {}
+    for spec in specs:
+        name, equals, source = spec.partition("=")
+        source = source if equals else spec
+        name = name if equals else spec.rstrip("/").rpartition("/")[2]
+        if not source or not name or "/" in name or name in named:
+            raise ValueError(f"{spec}: the name {name!r} is empty, taken or has a slash; give one as in NAME={source}")
+        named[name] = source
+    return named
+
+
+def is_run(source: str) -> bool:
+    """Whether it is the work directory of a training run."""
+    return (epath.Path(source) / "checkpoints").exists()
+
+
+def draw_all(
+    named: dict[str, str], folders: dict[str, str], prompts: "list[Prompt]", dtype: str, bar: Any
+) -> dict[str, Any]:
+    """Draws the prompts by each model into its folder, all in the way of the first but for what flags say."""
+    from dpo_jax.evaluation.draw import begin_folder, draw, list_entries
+
+    entries = list_entries(prompts, SEED.value, SEEDS.value)
+    given = {"sampler": SAMPLER.value, "steps": STEPS.value, "guidance": GUIDANCE.value}
+    changed: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
+    settings: dict[str, Any] = {}
+    sampling, resolution = None, RESOLUTION.value
+    for name, source in named.items():
+        opened = open_any(source, dtype)
+        sampling = sampling or dataclasses.replace(opened.sampling, **changed)
+        resolution = resolution or opened.resolution
+        sampling = dataclasses.replace(sampling, sampler=sampling.sampler or opened.pipeline.sampling_schedule.sampler)
+        generator = opened.generator(sampling, resolution=resolution, batch_size=BATCH_SIZE.value)
+        settings = {**dataclasses.asdict(sampling), "resolution": resolution, "dtype": dtype}
+        begin_folder(folders[name], {"model": opened.fingerprint, "seed": SEED.value, **settings})
+        show = functools.partial(bar.show, f"drawing by {name}")
+        draw(generator, opened.unet, entries, folders[name], on_progress=show)
+    return settings
+
+
+def open_any(source: str, dtype: str) -> "Opened":
+    """A model, or the newest of a training run."""
+    from dpo_jax.evaluation.opened import open_model
     from dpo_jax.training.run import open_run
 
-    since = SINCE.value or time.time()
-    prompts = read_prompts(PROMPTS.value)
-    judge = open_judge(REWARD.value)
-    run = open_run(WORKDIR.value)
-    generator = run.generator(BATCH_SIZE.value)
-    (base_images, base_scores), (tuned_images, tuned_scores) = (
-        judged_samples(generator, params, prompts, seeds=SEEDS.value, judge=judge) for params in (run.base, run.policy)
-    )
-    result = compare(tuned_scores, base_scores)
-    workdir = epath.Path(WORKDIR.value)
-    columns = min(SEEDS.value, 4)
-    rows = [
-        (prompt, [image for pair in zip(base[:columns], tuned[:columns], strict=True) for image in pair])
-        for prompt, base, tuned in zip(prompts[: GRID_ROWS.value], base_images, tuned_images, strict=False)
-    ]
-    save_png(workdir / "comparison.png", image_grid(rows, ["base", "tuned"] * columns))
-    result["pair_accuracy"] = last_validation(workdir).get("validation/pair_accuracy")
-    result["seconds"] = time.time() - since
-    (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(
-        f"win rate of tuned over base: {result['win_rate']:.1%}, 95% interval [{result['win_rate_low']:.1%}, "
-        f"{result['win_rate_high']:.1%}], on {result['comparisons']} prompt/seed pairs of {len(prompts)} prompts; "
-        f"{result['ties']} ties count half"
-    )
-    print(f"judge's mean score: base {result['base_score']:.1%}, tuned {result['tuned_score']:.1%}")
+    return open_run(source).opened() if is_run(source) else open_model(source, dtype=dtype)
+
+
+def summary(result: dict[str, Any]) -> dict[str, Any]:
+    """The first judge's figures of the second model over the first, at the top level."""
+    judged = next(iter(result["judges"].values()))
+    first = judged["win_rates"][0]
+    return {
+        "win_rate": first["rate"],
+        "win_rate_low": first["low"],
+        "win_rate_high": first["high"],
+        "ties": first["ties"],
+        "comparisons": first["comparisons"],
+        "base_score": judged["models"][first["over"]]["mean"],
+        "tuned_score": judged["models"][first["of"]]["mean"],
+    }
+
+
+def tell(result: dict[str, Any], output: epath.Path) -> None:
+    print(f"{result['images']} images of {result['prompts']} prompts by each; ties count half, intervals are of 95%")
+    for judge, judged in result["judges"].items():
+        print(f"\n{judge}")
+        for row in judged["win_rates"]:
+            print(
+                f"  {row['of']} over {row['over']}: win rate {row['rate']:.1%}, interval [{row['low']:.1%}, "
+                f"{row['high']:.1%}], {row['ties']} ties"
+            )
+        for name, model in judged["models"].items():
+            print(f"  {name}: mean {model['mean']:.4g} [{model['low']:.4g}, {model['high']:.4g}]")
+    print()
     if result["pair_accuracy"] is not None:
         print(f"implicit accuracy on held-out pairs: {result['pair_accuracy']:.1%}")
-    print(f"seconds: {result['seconds']:.0f}")
-    print(f"figures: {workdir / 'result.json'}\nimages:  {workdir / 'comparison.png'}")
+    print(f"seconds: {result['seconds']:.0f}\nfigures: {output / 'result.json'}\nreport:  {output / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -6,16 +6,16 @@ a CLIP's see what is in an image.
 Axes: N images, D features.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 from PIL import Image
+
+from dpo_jax.rewards import Pictures
 
 SIDE = 8
 """Of a thumbnail, in pixels."""
 
 
-def thumbnails(pictures: Sequence[np.ndarray]) -> np.ndarray:
+def thumbnails(pictures: Pictures) -> np.ndarray:
     """features_ND, D = 3 SIDE^2: the colours of parts of uint8 pictures [H, W, 3], from 0 to 1."""
     small = [Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BOX) for picture in pictures]
     return np.stack([np.asarray(image, np.float64).ravel() / 255 for image in small])
@@ -42,6 +42,6 @@ def frechet_distance(a_ND: np.ndarray, b_ND: np.ndarray) -> float:
     a_ND, b_ND = ((x - x.mean(0)) / np.sqrt(max(len(x) - 1, 1)) for x in (a_ND, b_ND))
     # The trace of (A B)^(1/2) for covariances A = a' a and B = b' b is the sum of the singular values of a b', for any
     # such a and b: so for the triangular ones too, which have no more than D rows.
-    a, b = (np.linalg.qr(x_ND, mode="r") for x_ND in (a_ND, b_ND))
+    a, b = (np.asarray(np.linalg.qr(x_ND, mode="r")) for x_ND in (a_ND, b_ND))
     shared = np.linalg.svd(a @ b.T, compute_uv=False).sum()
     return max(0.0, mean + float(np.square(a_ND).sum() + np.square(b_ND).sum() - 2 * shared))

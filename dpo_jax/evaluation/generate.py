@@ -16,7 +16,7 @@ from dpo_jax.diffusion.samplers import classifier_free_guidance, make_table, sam
 from dpo_jax.encode.images import decode_latents, posterior_moments, sample_posterior
 from dpo_jax.encode.text import NEGATIVE_AESTHETIC_SCORE, condition, encode_text
 from dpo_jax.models.pipeline import Pipeline
-from dpo_jax.sharding import Placement, batch_constraint, batch_parts, batch_sharding, replicated
+from dpo_jax.sharding import Placement, batch_constraint, batch_parts, batch_sharding, on_mesh, replicated
 from dpo_jax.weights.layout import Params
 
 MAX_SEED = 2**32 - 1
@@ -134,7 +134,7 @@ class Generator:
             latents = sample(denoise, table, x_T, step_keys_N)
             return decode_latents(pipeline.vae, frozen["vae"], latents)
 
-        self._generate = jax.jit(generate, out_shardings=replicated(mesh))
+        self._generate = jax.jit(on_mesh(mesh, generate), out_shardings=replicated(mesh))
 
     def starting_noise(self, seeds_N: Sequence[int] | jax.Array) -> jax.Array:
         """Standard normal x_T, [N, h, w, C]: that of an image is a function of its seed alone."""

@@ -147,6 +147,27 @@ def open_aesthetic(source: str, settings: Settings) -> Score:
     return score
 
 
+def open_image_features(source: str, settings: Settings) -> Callable[[Pictures], np.ndarray]:
+    """What a CLIP sees in pictures, features_NP of length 1: for distances between pictures."""
+    weights = find_weights(source or CLIP_L)
+    config = _read_config(find_beside(weights, ("config.json",), ("config.json",), CLIP_L))
+    batches = Batches(settings)
+    network, params, _ = _load_clip(weights, config, settings, batches)
+
+    def encode(params: Params, images_NHWC: jax.Array) -> jax.Array:
+        return unit_length(network(params, normalised(images_NHWC), method="image_features"))
+
+    jitted = batches.jit(encode, network.specs)
+
+    def features(pictures: Pictures) -> np.ndarray:
+        def rows(some: slice) -> tuple[np.ndarray]:
+            return (fitted(pictures[some], crop_like_transformers, config.vision.image_size),)
+
+        return batches(jitted, params, len(pictures), rows)
+
+    return features
+
+
 class AestheticPredictor(nnx.Module):
     """The image half of a CLIP and the MLP behind it."""
 

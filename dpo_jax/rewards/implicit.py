@@ -7,7 +7,8 @@ Axes: N pictures, D draws of a timestep and noise, H x W pixels, h x w latent ce
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,6 @@ from dpo_jax.objectives.denoising import score_candidates
 from dpo_jax.rewards import Pictures, Score, Settings
 from dpo_jax.rewards.batches import Batches, fitted
 from dpo_jax.sharding import on_mesh, replicated
-from dpo_jax.weights.layout import Params
 
 BETA = 5000.0
 """Of the published runs; another one only scales the reward."""
@@ -45,10 +45,10 @@ def open_implicit(source: str, settings: Settings) -> Score:
         raise ValueError(f"{names[0]} and {names[1]} have unlike UNets, so neither is tuned from the other")
     batches = Batches(settings)
     placement, family, vae = batches.placement, reference.family, reference.vae
-    frozen: dict[str, Params] = {
+    weights: Any = {
         name: reference.load(name, dtype=settings.dtype, sharding=placement) for name in reference.components
     }
-    policy = tuned.load("unet", dtype=settings.dtype, sharding=placement)
+    weights["policy"] = tuned.load("unet", dtype=settings.dtype, sharding=placement)
     resolution = (reference.unet.config.sample_size or 64) * reference.vae_factor
     sizes_16 = jnp.array([[resolution, resolution, 0, 0, resolution, resolution]], jnp.float32)
     # The same for all pictures, so that those of one caption are compared under the same noise. The timesteps are the
@@ -56,7 +56,7 @@ def open_implicit(source: str, settings: Settings) -> Score:
     trained = reference.schedule.training_timesteps
     t_D = jnp.asarray(trained[((np.arange(DRAWS) + 0.5) / DRAWS * len(trained)).astype(int)])
 
-    def rate(weights: Mapping[str, Params], images_NHWC: jax.Array, token_ids_NEL: jax.Array) -> jax.Array:
+    def rate(weights: Any, images_NHWC: jax.Array, token_ids_NEL: jax.Array) -> jax.Array:
         weights = {
             name: reference.gather(placement, "unet" if name == "policy" else name, params)
             for name, params in weights.items()
@@ -92,7 +92,7 @@ def open_implicit(source: str, settings: Settings) -> Score:
         def rows(some: slice) -> tuple[np.ndarray, np.ndarray]:
             return fitted(pictures[some], _square, resolution), tokenizers(list(captions[some]))
 
-        return batches(jitted, frozen | {"policy": policy}, len(captions), rows)
+        return batches(jitted, weights, len(captions), rows)
 
     return score
 

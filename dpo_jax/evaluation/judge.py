@@ -1,0 +1,92 @@
+"""Shows the images of a contest to judges, and keeps what they said."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from etils import epath
+
+from dpo_jax import cluster
+from dpo_jax.evaluation.compare import Contest
+from dpo_jax.evaluation.drift import thumbnails
+from dpo_jax.evaluation.image_folder import read_image
+from dpo_jax.rewards import Pictures, Settings, open_judge
+
+CHUNK = 64
+"""Images in memory at a time."""
+READERS = 8
+"""Threads that read them."""
+OnProgress = Callable[[str, int, int], None]
+"""(what is done, images done, of how many)."""
+
+
+def judge_all(
+    specs: Sequence[str], settings: Settings, contest: Contest, folder: epath.Path, on_progress: OnProgress
+) -> dict[str, dict[str, np.ndarray]]:
+    """scores_N by judge and model, of judges as `rewards.open_judge` names them; two of a name are told apart.
+
+    Each judge's scores of a model are written to `folder` when it has seen all images; where they are there and of the
+    same images they are read.
+    """
+    scores: dict[str, dict[str, np.ndarray]] = {}
+    for spec in specs:
+        name = spec.partition("=")[0]
+        name = name if name not in scores else spec.replace("/", "_")
+        scores[name], judge = {}, None
+        for model, files in contest.images.items():
+            kept = folder / name / f"{model}.json"
+            digest = _digest(spec, settings.dtype, files, contest.captions)
+            found = json.loads(kept.read_text()) if kept.exists() else {}
+            if found.get("digest") != digest:
+                judge = judge or open_judge(spec, dtype=settings.dtype, batch_size=settings.batch_size)
+                show = f"{name} judges {model}"
+                chunks = [
+                    judge.score(pictures, contest.captions[start : start + CHUNK])
+                    for start, pictures in _chunks(files, show, on_progress)
+                ]
+                found = {"digest": digest, "images": [file.name for file in files]}
+                found["scores"] = np.concatenate(chunks).tolist()
+                if cluster.is_first():
+                    _write(kept, json.dumps(found))
+            scores[name][model] = np.array(found["scores"])
+    return scores
+
+
+def features_of(spec: str, settings: Settings, contest: Contest, on_progress: OnProgress) -> dict[str, np.ndarray]:
+    """features_ND by model: of `thumbnails`, or of a CLIP, `clip=` and what it is opened from."""
+    describe: Callable[[Pictures], np.ndarray] = thumbnails
+    if spec != "thumbnails":
+        from dpo_jax.rewards.clip_judges import open_image_features
+
+        name, _, source = spec.partition("=")
+        if name != "clip":
+            raise ValueError(f"--features={spec}: take thumbnails, or clip=FOLDER_OR_ID")
+        describe = open_image_features(source, settings)
+    return {
+        model: np.concatenate(
+            [describe(pictures) for _, pictures in _chunks(files, f"looking at {model}", on_progress)]
+        )
+        for model, files in contest.images.items()
+    }
+
+
+def _chunks(files: Sequence[epath.Path], doing: str, on_progress: OnProgress) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """(number of the first, pictures) of some images at a time."""
+    with ThreadPoolExecutor(READERS) as readers:
+        for start in range(0, len(files), CHUNK):
+            yield start, list(readers.map(read_image, files[start : start + CHUNK]))
+            on_progress(doing, min(start + CHUNK, len(files)), len(files))
+
+
+def _digest(spec: str, dtype: str, files: Sequence[epath.Path], captions: Sequence[str]) -> str:
+    seen = [(str(file), file.stat().length, caption) for file, caption in zip(files, captions, strict=True)]
+    return hashlib.sha256(json.dumps([spec, dtype, seen]).encode()).hexdigest()
+
+
+def _write(path: epath.Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
