@@ -5,27 +5,29 @@ from collections.abc import Sequence
 from etils import epath
 
 from dpo_jax.weights.hub import find_model
-from dpo_jax.weights.io import CONVERT_STATE_DICT
+from dpo_jax.weights.io import CONVERT_STATE_DICT, preferred_weights
 
 CLIP_TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 CLIP_FILES = ("config.json", "model.safetensors", *CLIP_TOKENIZER)
 
 
-def find_weights(source: str, files: Sequence[str] = CLIP_FILES) -> epath.Path:
-    """The folder, or the .safetensors file, that `source` names here or on the hub, of which `files` are fetched.
+def find_weights(source: str) -> epath.Path:
+    """The folder of a CLIP as transformers writes it, or the .safetensors file, that `source` names here or on the hub.
 
     Raises FileNotFoundError where there is none, ValueError with what converts it where it is a pickle.
     """
-    path = find_model(source, files=files)
-    if path.is_file() and path.suffix != ".safetensors":
-        convert = CONVERT_STATE_DICT.format(file=path, stem=path.with_suffix(""))
-        raise ValueError(f"{path} is no .safetensors file; {convert}")
+    path = _find(source)
+    if path.is_dir() and preferred_weights([file.name for file in path.iterdir()]) is None:
+        raise ValueError(
+            f"{source} has no model.safetensors; if it has a pytorch_model.bin, transformers converts it: python -c "
+            f"\"import transformers; transformers.CLIPModel.from_pretrained('{source}').save_pretrained('NEW_FOLDER')\""
+        )
     return path
 
 
 def find_file(source: str) -> epath.Path:
     """As `find_weights`, of what is one file."""
-    path = find_weights(source)
+    path = _find(source)
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the .safetensors file")
     return path
@@ -43,3 +45,11 @@ def find_beside(weights: epath.Path, files: Sequence[str], needed: Sequence[str]
             f"{folder} has no {' or '.join(needed)}, which {weights.name} needs beside it: copy {', '.join(files)} of "
             f"{hub_id} there ({error})"
         ) from error
+
+
+def _find(source: str) -> epath.Path:
+    path = find_model(source, files=CLIP_FILES)
+    if path.is_file() and path.suffix != ".safetensors":
+        convert = CONVERT_STATE_DICT.format(file=path, stem=path.with_suffix(""))
+        raise ValueError(f"{path} is no .safetensors file; {convert}")
+    return path

@@ -262,6 +262,23 @@ def test_a_pickle_is_refused_with_a_command_that_converts_it(clip: Clip, picture
     )
 
 
+def test_a_folder_with_a_pickle_is_refused_with_a_command_that_converts_it(
+    clip: Clip, pictures: Pictures, tmp_path: Path
+) -> None:
+    model, folder = clip
+    shutil.copytree(folder, tmp_path / "old", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(model.state_dict(), tmp_path / "old" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"old has no model\.safetensors; if it has a pytorch_model\.bin") as error:
+        open_judge(f"pickscore={tmp_path}/old")
+    command = str(error.value).partition("converts it: ")[2].replace("NEW_FOLDER", f"{tmp_path}/new")
+    assert subprocess.run(command, shell=True).returncode == 0
+    for file in folder.iterdir():
+        if not (tmp_path / "new" / file.name).exists():
+            shutil.copy(file, tmp_path / "new")
+    scores = (open_judge(f"pickscore={path}").score(pictures, CAPTIONS) for path in (folder, tmp_path / "new"))
+    np.testing.assert_array_equal(*scores)
+
+
 def test_missing_files_are_one_sentence(clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=r"^no folder or file nobody/nothing here") as error:
@@ -279,8 +296,7 @@ def test_missing_files_are_one_sentence(clip: Clip, tmp_path: Path, monkeypatch:
     # No whole CLIP.
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "config.json").write_text('{"model_type": "clip_text_model"}')
-    (tmp_path / "text" / "vocab.json").write_text("{}")
-    (tmp_path / "text" / "merges.txt").write_text("")
+    (tmp_path / "text" / "model.safetensors").touch()
     with pytest.raises(ValueError, match=r"text/config\.json does not describe a whole CLIP"):
         open_judge(f"pickscore={tmp_path}/text")
     with pytest.raises(ValueError, match=r"is a folder: name the \.safetensors file"):
