@@ -55,6 +55,9 @@ DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "With --model: of computing. By default bfloat16, on CPUs float32."
 )
 VAE_DTYPE = flags.DEFINE_enum("vae_dtype", None, ["float32", "bfloat16"], "The same for the VAE, if another.")
+ATTENTION = flags.DEFINE_enum(
+    "attention", None, ["xla", "cudnn"], "With --model: cudnn is one kernel of GPUs, in bfloat16. [xla]"
+)
 FSDP = flags.DEFINE_integer("fsdp", 1, "With --model: devices that one copy of it is split over.")
 UNET = flags.DEFINE_string("unet", "", "With --model: another UNet; a folder, a file, or a hub id.")
 VAE = flags.DEFINE_string("vae", "", "With --model: another VAE, likewise.")
@@ -64,7 +67,7 @@ MODEL_CONFIG = flags.DEFINE_string(
 )
 REVISION = flags.DEFINE_string("revision", "", "Branch, tag or commit of a hub id.")
 VARIANT = flags.DEFINE_string("variant", "", "Which set of weights to fetch from the hub, such as fp16.")
-OF_MODEL = (UNET, VAE, FAMILY, MODEL_CONFIG, REVISION, VARIANT, DTYPE, VAE_DTYPE)
+OF_MODEL = (UNET, VAE, FAMILY, MODEL_CONFIG, REVISION, VARIANT, DTYPE, VAE_DTYPE, ATTENTION)
 
 
 def main() -> None:
@@ -153,6 +156,7 @@ def open_named() -> Any:
     import jax
 
     from dpo_jax.evaluation.opened import open_model
+    from dpo_jax.models.execution import Execution
 
     return open_model(
         MODEL.value or "",
@@ -160,6 +164,7 @@ def open_named() -> Any:
         lora_scale=LORA_SCALE.value,
         dtype=DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
         vae_dtype=VAE_DTYPE.value,
+        execution=Execution(attention=ATTENTION.value or "xla"),
         fsdp=FSDP.value,
         unet=UNET.value,
         vae=VAE.value,

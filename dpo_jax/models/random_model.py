@@ -171,11 +171,16 @@ def byte_vocabulary(words: tuple[str, ...]) -> tuple[dict[str, int], list[tuple[
 
 
 def write_tokenizer(
-    folder: epath.Path, vocabulary: dict[str, int], merges: list[tuple[str, str]], *, pad_token: str = END
+    folder: epath.Path,
+    vocabulary: dict[str, int],
+    merges: list[tuple[str, str]],
+    *,
+    pad_token: str = END,
+    max_tokens: int = MAX_TOKENS,
 ) -> None:
     """Writes the files that transformers' CLIPTokenizer reads."""
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
-    config = {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True, "model_max_length": MAX_TOKENS, **special}
+    config = {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True, "model_max_length": max_tokens, **special}
     _write_json(folder / "vocab.json", vocabulary)
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
     _write_json(folder / "special_tokens_map.json", special)

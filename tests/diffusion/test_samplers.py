@@ -216,6 +216,7 @@ def test_noise_is_the_image_s_own(sampler):
     np.testing.assert_allclose(
         ours(sampler, BETAS, x_T[::-1], keys[::-1], **options), together[::-1], rtol=2e-5, atol=1e-6
     )
+    assert abs(np.corrcoef(np.ravel(step_noise(keys, 3, x_T)), np.ravel(step_noise(keys, 4, x_T)))[0, 1]) < 0.2
     other = ours(sampler, BETAS, x_T, keys[::-1], **options)
     assert np.abs(other - together).max() > 0.1  # there was noise
 
