@@ -87,6 +87,7 @@ def main() -> None:
 
 def draw_all() -> None:
     from dpo_jax import cluster
+    from dpo_jax.diffusion.samplers import own_sampler
     from dpo_jax.evaluation.draw import begin_folder, draw, find_images, list_entries
     from dpo_jax.evaluation.generate import MAX_SEED
     from dpo_jax.evaluation.prompts import read_prompts
@@ -108,8 +109,8 @@ def draw_all() -> None:
         negative_prompt=NEGATIVE_PROMPT.value,
         strength=(0.8 if STRENGTH.value is None else STRENGTH.value) if begin_from else 1.0,
     )
-    own = opened.pipeline.sampling_schedule.sampler
-    sampling = dataclasses.replace(sampling, sampler=sampling.sampler or own)
+    schedule = opened.pipeline.sampling_schedule
+    sampling = dataclasses.replace(sampling, sampler=sampling.sampler or own_sampler(schedule))
     resolution = RESOLUTION.value or opened.resolution
     generator = opened.generator(sampling, resolution=resolution, batch_size=BATCH_SIZE.value)
     settings = {
@@ -126,10 +127,10 @@ def draw_all() -> None:
 
     started = time.monotonic()
     with ProgressBar("images", quiet=not cluster.is_first()) as bar:
-        whose = " (the model's own)" if sampling.sampler == own else ""
         bar.say(
             f"{len(entries)} images of {len(prompts)} prompts, {resolution} pixels, {generator.batch_size} at a time: "
-            f"{sampling.sampler}{whose}, {sampling.steps} steps, guidance {sampling.guidance:g}"
+            f"{sampling.sampler} (the model has {schedule.class_name}), {sampling.steps} steps, "
+            f"guidance {sampling.guidance:g}"
         )
         cut = opened.tokenizers.count_cut([prompt.text for prompt in prompts])
         if cut:

@@ -37,9 +37,7 @@ def test_draws_goes_on_and_refuses_other_settings(folder: Path, tmp_path: Path) 
     arguments += ["--steps=2", "--seeds=2", "--seed=4", "--batch_size=4"]
     first = sample(*arguments)
     assert first.returncode == 0, first.stderr
-    assert (
-        "6 images of 3 prompts, 32 pixels, 4 at a time: ddim (the model's own), 2 steps, guidance 7.5" in first.stderr
-    )
+    assert "6 images of 3 prompts, 32 pixels, 4 at a time: ddim (the model has DDIMScheduler), 2 steps" in first.stderr
     assert "1 of 3 prompts are longer than the model reads" in first.stderr
     assert first.stdout.startswith(f"6 images in {tmp_path / 'out'}; 6 in ")
     entries = read_list(tmp_path / "out")

@@ -66,7 +66,7 @@ def make_table(
 
     Raises ValueError for what cannot be sampled, with the reason.
     """
-    name = sampler or schedule.sampler
+    name = sampler or own_sampler(schedule)
     if name not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r}; the samplers are {', '.join(SAMPLERS)}")
     if not 0 < num_steps <= len(schedule.signal_T):
@@ -162,6 +162,17 @@ SAMPLERS: dict[str, Callable[[Schedule, int], SamplerTable]] = {
     "dpmsolver++": dpmsolver_multistep,
     "lcm": lcm,
 }
+SAMPLER_OF_CLASS = {
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "DPMSolverMultistepScheduler": "dpmsolver++",
+    "LCMScheduler": "lcm",
+}
+
+
+def own_sampler(schedule: Schedule) -> str:
+    """What the class of the schedule's file means; DDIM for its own and for those that are not here."""
+    return SAMPLER_OF_CLASS.get(schedule.class_name, "ddim")
 
 
 def sample(denoise: Denoiser, table: SamplerTable, x_NHWC: jax.Array, keys_N: jax.Array | None = None) -> jax.Array:

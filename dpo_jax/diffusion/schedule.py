@@ -37,8 +37,8 @@ class Schedule(NamedTuple):
     does not say, and each sampler has a default of its own."""
     steps_offset: int
     """Added to the timesteps of the leading spacing."""
-    sampler: str
-    """What the class of the file means, of `samplers.SAMPLERS`; DDIM for classes that are not there."""
+    class_name: str
+    """The scheduler class of diffusers that the file is of."""
     sampler_fields: Mapping[str, Any]
     """What else the file says to some samplers, such as `final_sigmas_type`."""
 
@@ -72,13 +72,6 @@ VARIANCE_PRESERVING = {
     *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverMultistepScheduler"),
     *("DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"),
     *("LCMScheduler", "TCDScheduler", "SASolverScheduler"),
-}
-# Those of them that are samplers here.
-_SAMPLER_OF_CLASS = {
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler_ancestral",
-    "DPMSolverMultistepScheduler": "dpmsolver++",
-    "LCMScheduler": "lcm",
 }
 _REQUIRED_FIELDS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
 _SPACINGS = ("leading", "trailing", "linspace")
@@ -159,7 +152,7 @@ def make_schedule(
         final_noise=0.0 if to_one else float(noise_T[0]),
         timestep_spacing=spacing,
         steps_offset=config.get("steps_offset", 0),
-        sampler=_SAMPLER_OF_CLASS.get(class_name, "ddim"),
+        class_name=class_name,
         sampler_fields={field: config[field] for field in sorted(_SAMPLER_FIELDS & config.keys())},
     )
 

@@ -15,6 +15,7 @@ from dpo_jax.diffusion.samplers import (
     SAMPLERS,
     classifier_free_guidance,
     make_table,
+    own_sampler,
     sample,
     starting_latents,
     step_mean,
@@ -186,6 +187,9 @@ def test_the_default_is_the_sampler_that_the_file_means():
 
     np.testing.assert_array_equal(make_table("", euler, 5).steps.t, make_table("euler", euler, 5).steps.t)
     assert make_table("ddim", euler, 5).steps.t[0] != make_table("", euler, 5).steps.t[0]
+    for name, theirs in CLASSES.items():
+        assert own_sampler(make_schedule(BETAS | {"_class_name": theirs.__name__})) == name
+    assert own_sampler(make_schedule(BETAS | {"_class_name": "PNDMScheduler"})) == "ddim"
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

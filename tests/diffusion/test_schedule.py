@@ -105,9 +105,9 @@ def test_the_class_of_the_file_and_its_fields_are_there_for_samplers():
 
     schedule = make_schedule(saved)
 
-    assert schedule.sampler == "dpmsolver++"
+    assert schedule.class_name == "DPMSolverMultistepScheduler"
     assert schedule.sampler_fields["final_sigmas_type"] == "sigma_min"
-    assert make_schedule(SD15 | {"_class_name": "PNDMScheduler"}).sampler == "ddim"
+    assert make_schedule(SD15 | {"_class_name": "FlaxPNDMScheduler"}).class_name == "PNDMScheduler"
 
 
 def test_a_missing_field_is_an_error():
