@@ -78,8 +78,10 @@ def evaluate(named: dict[str, str], since: float) -> None:
     from dpo_jax.progress import ProgressBar
     from dpo_jax.rewards import Settings
     from dpo_jax.training.metrics import last_validation, read_metrics
+    from dpo_jax.training.start import keep_compiled_programs
 
     output = epath.Path(OUTPUT.value)
+    keep_compiled_programs(output)  # models of one structure share them
     dtype = DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     prompts = read_prompts(PROMPTS.value) if PROMPTS.value else []
     with ProgressBar("images", quiet=not cluster.is_first()) as bar:
@@ -128,6 +130,7 @@ def draw_all(
     named: dict[str, str], folders: dict[str, str], prompts: "list[Prompt]", dtype: str, bar: Any
 ) -> dict[str, Any]:
     """Draws the prompts by each model into its folder, all in the way of the first but for what flags say."""
+    from dpo_jax.diffusion.samplers import own_sampler
     from dpo_jax.evaluation.draw import begin_folder, draw, list_entries
 
     entries = list_entries(prompts, SEED.value, SEEDS.value)
@@ -139,7 +142,8 @@ def draw_all(
         opened = open_any(source, dtype)
         sampling = sampling or dataclasses.replace(opened.sampling, **changed)
         resolution = resolution or opened.resolution
-        sampling = dataclasses.replace(sampling, sampler=sampling.sampler or opened.pipeline.sampling_schedule.sampler)
+        own = own_sampler(opened.pipeline.sampling_schedule)
+        sampling = dataclasses.replace(sampling, sampler=sampling.sampler or own)
         generator = opened.generator(sampling, resolution=resolution, batch_size=BATCH_SIZE.value)
         settings = {**dataclasses.asdict(sampling), "resolution": resolution, "dtype": dtype}
         begin_folder(folders[name], {"model": opened.fingerprint, "seed": SEED.value, **settings})

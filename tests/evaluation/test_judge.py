@@ -1,0 +1,76 @@
+"""Judges' scores are kept, and are of the images that are there."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dpo_jax.evaluation import judge
+from dpo_jax.evaluation.compare import match
+from dpo_jax.evaluation.image_folder import Entry, write_list
+from dpo_jax.evaluation.judge import features_of, judge_all
+from dpo_jax.rewards import Scorer, Settings
+
+
+@pytest.fixture
+def contest(tmp_path):
+    """Of models that draw grey pictures: 10 images of the first are 0 to 9, those of the second 10 to 19."""
+    for model in range(2):
+        entries = [Entry(f"{i}.png", f"prompt {i // 2}", i) for i in range(10)]
+        (tmp_path / str(model)).mkdir()
+        for i, entry in enumerate(entries):
+            grey = np.full((8, 8, 3), 10 * model + i, np.uint8)
+            Image.fromarray(grey).save(tmp_path / str(model) / entry.image)
+        write_list(tmp_path / str(model), entries)
+    return match({"first": tmp_path / "0", "second": tmp_path / "1"})
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Stands for a judge of brightness, and lists what it is asked."""
+    asked = []
+
+    def score(pictures, captions):
+        asked.extend(captions)
+        return np.array([picture.mean() for picture in pictures], np.float32)
+
+    monkeypatch.setattr(judge, "open_judge", lambda spec, **settings: Scorer(spec.partition("=")[0], score))
+    monkeypatch.setattr(judge, "CHUNK", 4)
+    return asked
+
+
+def run(contest, folder, specs=("brightness",)):
+    return judge_all(specs, Settings(), contest, folder, lambda *progress: None)
+
+
+def test_scores_are_in_the_order_of_the_images(contest, asked, tmp_path):
+    scores = run(contest, tmp_path / "scores")
+    np.testing.assert_array_equal(scores["brightness"]["first"], np.arange(10))
+    np.testing.assert_array_equal(scores["brightness"]["second"], 10 + np.arange(10))
+    assert asked == 2 * [f"prompt {i // 2}" for i in range(10)]
+
+
+def test_what_was_judged_is_not_judged_again_unless_it_changed(contest, asked, tmp_path):
+    before = run(contest, tmp_path / "scores")
+    asked.clear()
+    np.testing.assert_array_equal(
+        run(contest, tmp_path / "scores")["brightness"]["first"], before["brightness"]["first"]
+    )
+    assert asked == []
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(contest.images["first"][3])
+    after = run(contest, tmp_path / "scores")
+    assert len(asked) == 10
+    assert after["brightness"]["first"][3] == pytest.approx(noise.mean(), rel=1e-6)
+
+
+def test_two_judges_of_one_kind_are_told_apart(contest, asked, tmp_path):
+    scores = run(contest, tmp_path / "scores", ["brightness=a/b", "brightness=c"])
+    assert list(scores) == ["brightness", "brightness=c"]
+    assert {path.name for path in (tmp_path / "scores").iterdir()} == {"brightness", "brightness=c"}
+
+
+def test_features(contest):
+    found = features_of("thumbnails", Settings(), contest, lambda *progress: None)
+    np.testing.assert_allclose(found["second"], np.repeat((10 + np.arange(10))[:, None] / 255, 192, axis=1))
+    with pytest.raises(ValueError, match="take thumbnails, or clip="):
+        features_of("dino=x", Settings(), contest, lambda *progress: None)

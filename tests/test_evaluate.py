@@ -1,0 +1,72 @@
+"""`python -m dpo_jax.evaluate` from models or images to a report."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODEL = "dpo_jax/tiny/model"
+
+
+def evaluate(*arguments: str, code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "dpo_jax.evaluate", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def test_models_then_their_images(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    captions = {"a red circle at the top left": "circles", "a blue square at the bottom right": "squares"}
+    prompts.write_text("".join(json.dumps({"prompt": p, "category": c}) + "\n" for p, c in captions.items()))
+    common = [f"--prompts={prompts}", "--judges=shapes,jpeg_compressibility"]
+    output = tmp_path / "evaluation"
+    drawing = ["--steps=2", "--guidance=2.5", "--seeds=2", "--batch_size=4"]
+    models = [f"--models={MODEL},again={MODEL}", *common, *drawing, f"--output={output}"]
+    said = evaluate(*models)
+    result = json.loads((output / "result.json").read_text())
+    assert "again over model: win rate 50.0%" in said
+    assert (result["win_rate"], result["ties"], result["comparisons"]) == (0.5, 4, 4)
+    assert result["base_score"] == result["tuned_score"] == result["judges"]["shapes"]["models"]["model"]["mean"]
+    assert result["models"]["again"]["distance_to_first"] == pytest.approx(0, abs=1e-9)
+    images = sorted(path.name for path in (output / "images" / "model").glob("*_*.png"))
+    assert images[0] == "00000_a-red-circle-at-the-top-left_1000000.png"
+    assert len(images) == 4
+    assert (output / "report.html").read_text().startswith("<!doctype html>")
+
+    # Once more: nothing is drawn or judged again. With other settings: refused.
+    written = {path: path.stat().st_mtime_ns for path in output.glob("*/**/*.*")}
+    evaluate(*models)
+    kept = [path for path in written if path.name not in ("prompts.jsonl", "grid.png")]
+    assert {path: path.stat().st_mtime_ns for path in kept} == {path: written[path] for path in kept}
+    assert "drawn by other settings (steps: 2 there, 3 now)" in evaluate(*models, "--steps=3", code=1)
+
+    # The images alone, as if other programs had made them.
+    folders = [f"--images=x={output / 'images' / 'model'},y={output / 'images' / 'again'}"]
+    evaluate(*folders, *common, f"--output={tmp_path / 'of_images'}")
+    of_images = json.loads((tmp_path / "of_images" / "result.json").read_text())
+    assert of_images["judges"]["shapes"]["models"]["x"] == result["judges"]["shapes"]["models"]["model"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either --models or --images"),
+        (["--models=a,b", "--images=c,d"], "give either --models or --images"),
+        (["--models=a"], "--models names one; give two or more"),
+        (["--models=a,b"], "--prompts is missing"),
+        (
+            ["--models=x/a,y/a", "--prompts=bundled"],
+            "the name 'a' is empty, taken or has a slash; give one as in NAME=y/a",
+        ),
+        (["--images=no_such_a,no_such_b"], "no folder of images at no_such_a"),
+    ],
+)
+def test_wrong_use_is_told_in_a_sentence(arguments: list[str], message: str, tmp_path: Path) -> None:
+    said = evaluate(*arguments, "--judges=shapes", f"--output={tmp_path}", code=1)
+    assert message in said
+    assert said.count("\n") == 1
