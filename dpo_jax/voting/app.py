@@ -17,8 +17,9 @@ POST /api/undo     {"task": ..., "question": ...}: `Survey.state` that asks agai
 import functools
 import io
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
 from PIL import Image
@@ -38,6 +39,8 @@ from dpo_jax.voting.survey import Survey, clean_name
 PAGES = Path(__file__).parent / "pages"
 STATIC_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 CACHED_IMAGES = 64
+
+T = TypeVar("T")
 
 
 def make_app(survey: Survey, token: str | None = None) -> Starlette:
@@ -59,7 +62,9 @@ def make_app(survey: Survey, token: str | None = None) -> Starlette:
         Route("/api/undo", pages.undo, methods=["POST"]),
     ]
     guard = Middleware(Guard, token=token, cookie=f"token-{survey.store.digest[:8]}")
-    return Starlette(routes=routes, middleware=[guard], exception_handlers={sqlite3.Error: _not_stored})
+    app = Starlette(routes=routes, middleware=[guard], exception_handlers={sqlite3.Error: _not_stored})
+    app.router.redirect_slashes = False
+    return app
 
 
 class Pages:
@@ -119,18 +124,14 @@ class Pages:
     async def vote(self, request: Request) -> Response:
         rater, fields = self._known_rater(request), await read_json(request)
         task, question, answer = _text(fields, "task"), _text(fields, "question"), _numbers(fields, "answer")
-        try:
-            is_new = await run_in_threadpool(self._survey.vote, rater, task, question, answer)
-        except ValueError as error:
-            raise HTTPException(400, f"Not stored: {error}.") from None
-        if not is_new:
+        if not await _asked(self._survey.vote, rater, task, question, answer):
             raise HTTPException(409, "Not stored: this was answered before, in another window.")
         return JSONResponse(await run_in_threadpool(self._survey.state, rater))
 
     async def undo(self, request: Request) -> Response:
         rater, fields = self._known_rater(request), await read_json(request)
         task, question = _text(fields, "task"), _text(fields, "question")
-        return JSONResponse(await run_in_threadpool(self._survey.undo, rater, task, question))
+        return JSONResponse(await _asked(self._survey.undo, rater, task, question))
 
     def _rater(self, request: Request) -> str:
         return clean_name(unquote(request.cookies.get(self._cookie, "")))
@@ -140,6 +141,14 @@ class Pages:
         if not rater:
             raise HTTPException(401, "Who are you? Reload the page and give your name.")
         return rater
+
+
+async def _asked(ask: Callable[..., T], *arguments: object) -> T:
+    """What the survey answers, from a thread; what it refuses is the browser's fault."""
+    try:
+        return await run_in_threadpool(ask, *arguments)
+    except ValueError as error:
+        raise HTTPException(400, f"Not stored: {error}.") from None
 
 
 async def _not_stored(request: Request, error: Exception) -> Response:

@@ -70,8 +70,7 @@ class Survey:
 
         Raises ValueError for what can't be an answer.
         """
-        if task not in self.store.tasks or question not in self.questions:
-            raise ValueError("there is no such task or question")
+        self._check(task, question)
         shown = self.shown(rater, task)
         if len(placed) != len(shown):
             raise ValueError(f"an answer here has {len(shown)} numbers")
@@ -81,7 +80,8 @@ class Survey:
         return self.store.add(rater, task, question, answer, shown).answer == answer
 
     def undo(self, rater: str, task: str, question: str) -> dict[str, Any]:
-        """Takes an answer back; the state that asks for it again."""
+        """Takes an answer back, if it was given; the state that asks for it again."""
+        self._check(task, question)
         if self.store.undo(rater, task, question):
             return self.state(rater, (task, question))
         return self.state(rater)
@@ -102,6 +102,10 @@ class Survey:
     def images(self) -> dict[str, TaskImage]:
         """All images by their opaque ids."""
         return {self._image_id(image): image for task in self.store.tasks.values() for image in task.images}
+
+    def _check(self, task: str, question: str) -> None:
+        if task not in self.store.tasks or question not in self.questions:
+            raise ValueError("there is no such task or question")
 
     def _new_order(self, rater: str) -> list[str]:
         return sorted(self.store.tasks, key=lambda task: self.store.opaque("order", rater, task))
