@@ -1,0 +1,110 @@
+"""Folders of small images, the page in this process and the page served by the command."""
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from dpo_jax.evaluation.image_folder import Entry, write_list
+from dpo_jax.voting.app import make_app
+from dpo_jax.voting.store import open_study
+from dpo_jax.voting.study import QUESTIONS, read_folder
+from dpo_jax.voting.survey import Survey
+
+MakeFolders = Callable[..., list[Path]]
+
+
+@pytest.fixture
+def make_folders(tmp_path: Path) -> MakeFolders:
+    """`make_folders("base", "tuned", prompts=3, seeds=1)`: images as grey as their folder is good, in steps of 40."""
+
+    def make(*names: str, prompts: int = 3, seeds: int = 1, side: int = 8) -> list[Path]:
+        for quality, name in enumerate(names):
+            folder = tmp_path / name
+            folder.mkdir()
+            entries = []
+            for prompt in range(prompts):
+                for seed in range(seeds):
+                    entries.append(Entry(f"{prompt}-{seed}.png", f"prompt {prompt}", seed))
+                    pixels = np.full((side, side, 3), 40 * quality, np.uint8)
+                    pixels[0, 0] = prompt, seed, 0  # no two files alike
+                    Image.fromarray(pixels).save(folder / entries[-1].image)
+            write_list(folder, entries)
+        return [tmp_path / name for name in names]
+
+    return make
+
+
+@pytest.fixture
+def survey(make_folders: MakeFolders, tmp_path: Path) -> Iterator[Callable[..., Survey]]:
+    """`survey(mode="rank", folders=("a", "b"), prompts=3, **fields of Survey)`, of new folders."""
+    opened = []
+
+    def make(
+        mode: str = "pairs",
+        folders: tuple[str, ...] = ("base", "tuned"),
+        prompts: int = 3,
+        seeds: int = 1,
+        questions: tuple[str, ...] = ("preference",),
+        **fields: object,
+    ) -> Survey:
+        read = [read_folder(path) for path in make_folders(*folders, prompts=prompts, seeds=seeds)]
+        opened.append(open_study(tmp_path / "votes.sqlite", mode, read))
+        return Survey(opened[-1], {name: QUESTIONS[name] for name in questions}, **fields)
+
+    yield make
+    for store in opened:
+        store.close()
+
+
+def client(survey: Survey, rater: str = "", token: str | None = None) -> TestClient:
+    """A browser without JavaScript; what raises in the app raises here."""
+    made = TestClient(make_app(survey, token), base_url="http://127.0.0.1:8000")
+    if rater:
+        assert made.post("/api/start", json={"name": rater}).status_code == 200
+    return made
+
+
+class Server:
+    """The command, serving until it's killed; `start` again continues on the same port."""
+
+    def __init__(self, *arguments: str):
+        self._arguments = list(arguments)
+        self.port = 0
+
+    def start(self) -> "Server":
+        command = [sys.executable, "-m", "dpo_jax.vote", f"--port={self.port}", *self._arguments]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if found := re.match(r"vote: +(http://\S+:(\d+)/\S*)", line):
+                self.url, self.port = found[1], int(found[2])
+                return self
+        raise AssertionError(self.process.communicate()[1])
+
+    def stop(self, with_signal: int = signal.SIGINT) -> str:
+        """What it wrote to stderr."""
+        self.process.send_signal(with_signal)
+        return self.process.communicate(timeout=30)[1]
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    """`serve("--images=a,b", ...)`, killed in the end."""
+    servers = []
+
+    def start(*arguments: str) -> Server:
+        servers.append(Server(*arguments))
+        return servers[-1].start()
+
+    yield start
+    for server in servers:
+        server.process.kill()
+        server.process.communicate()

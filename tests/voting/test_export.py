@@ -1,0 +1,120 @@
+"""What is exported is read: by prepare, and as D3PO's feedback."""
+
+import json
+
+import pytest
+
+from dpo_jax.data import builder
+from dpo_jax.data.prepared import open_prepared
+from dpo_jax.data.sources import SOURCES
+from dpo_jax.voting.export import export
+from dpo_jax.voting.study import Question
+
+A, B, TIE = (1, 0), (0, 1), (0.5, 0.5)
+
+
+def _add(survey, rater, answers, question="preference"):
+    """answers: in the order of the tasks, None for none."""
+    for (id, task), answer in zip(survey.store.tasks.items(), answers, strict=True):
+        if answer is not None:
+            survey.store.add(rater, id, question, answer, list(range(len(task.images))))
+
+
+def _rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _prepare(path):
+    folder = path.parent / "data"
+    builder.prepare(SOURCES["jsonl"], [path], folder, workers=0, validation_fraction=0)
+    return open_prepared(folder).records.to_pylist(), json.loads((folder / "summary.json").read_text())
+
+
+def test_prepare_reads_pairs(survey, tmp_path):
+    survey = survey(prompts=4)
+    _add(survey, "ann", [A, B, TIE, None])
+    _add(survey, "bob", [A, B, B, None])
+    _add(survey, "eve", [B, B, None, None])
+    path = tmp_path / "votes.jsonl"
+    assert export(survey.store, path) == (3, 1)
+    assert _rows(path)[0] == {
+        "prompt": "prompt 0",
+        "images": ["base/0-0.png", "tuned/0-0.png"],
+        "votes": [2, 1],
+        "models": ["base", "tuned"],
+    }
+    assert [row["votes"] for row in _rows(path)] == [[2, 1], [0, 3], [0.5, 1.5]]
+    records, summary = _prepare(path)
+    assert (summary["records"], summary["pairs"], summary["quarantined"]) == (3, 3, 0)
+    shares = {record["caption"]: (record["models"], record["preference"]) for record in records}
+    assert shares["prompt 0"] == (["base", "tuned"], pytest.approx([2 / 3, 1 / 3]))
+    assert shares["prompt 1"] == (["tuned", "base"], [1, 0])
+    assert shares["prompt 2"] == (["tuned", "base"], pytest.approx([0.75, 0.25]))
+
+
+def test_one_question_is_exported(survey, tmp_path):
+    survey = survey(prompts=2, questions=("preference", "appeal"))
+    _add(survey, "ann", [A, A], "appeal")
+    _add(survey, "ann", [B, B])
+    path = tmp_path / "votes.jsonl"
+    export(survey.store, path)
+    assert [row["votes"] for row in _rows(path)] == [[0, 1]] * 2
+    export(survey.store, path, ["appeal"])
+    assert [row["votes"] for row in _rows(path)] == [[1, 0]] * 2
+    with pytest.raises(ValueError, match="the answers to one question"):
+        export(survey.store, path, ["appeal", "preference"])
+    with pytest.raises(ValueError, match="nobody has answered 'alignment'"):
+        export(survey.store, path, ["alignment"])
+
+
+@pytest.mark.parametrize(
+    ("mode", "answers", "scores", "means"),
+    [
+        ("points", [(5, 1, 3), (4, 2, 2)], [[5, 1, 3], [4, 2, 2]], [4.5, 1.5, 2.5]),
+        ("rank", [(1, 3, 2), (2, 3, 1)], [[2, 0, 1], [1, 0, 2]], [1.5, 0, 1.5]),
+    ],
+)
+def test_prepare_and_d3po_read_scores(survey, tmp_path, mode, answers, scores, means):
+    survey = survey(mode=mode, folders=("a",), prompts=2, seeds=3)
+    for rater, answer in zip(("ann", "bob"), answers, strict=True):
+        _add(survey, rater, [answer, None])
+    assert export(survey.store, tmp_path / "votes.jsonl") == (1, 1)
+    (row,) = _rows(tmp_path / "votes.jsonl")
+    assert (row["images"], row["scores"]) == (["a/0-0.png", "a/0-1.png", "a/0-2.png"], scores)
+    assert export(survey.store, tmp_path / "feedback.json") == (1, 1)
+    assert json.loads((tmp_path / "feedback.json").read_text()) == [means, [None] * 3]
+    records, _ = _prepare(tmp_path / "votes.jsonl")
+    assert records[0]["preference"] == sorted(records[0]["preference"], reverse=True)
+    assert len(records[0]["images"]) == 3
+
+
+def test_tags_become_scores_of_a_prompts_images(survey, tmp_path):
+    survey = survey(mode="tag", folders=("a", "b"), prompts=2)
+    survey.questions = {"hand": Question("Hand?"), "unsafe": Question("Unsafe?")}
+    yes, no = (1,), (0,)
+    _add(survey, "ann", [yes, no, no, no], "hand")
+    _add(survey, "bob", [yes, no, yes, None], "hand")
+    _add(survey, "bob", [no, None, yes, None], "unsafe")
+    assert export(survey.store, tmp_path / "feedback.json", ["hand"]) == (2, 0)
+    assert json.loads((tmp_path / "feedback.json").read_text()) == [[0, 0.5], [1, 1]]
+    export(survey.store, tmp_path / "votes.jsonl")
+    rows = _rows(tmp_path / "votes.jsonl")
+    assert [row["scores"] for row in rows] == [pytest.approx([1 / 3, 1 / 3]), [1, 1]]
+    assert rows[0]["images"] == ["a/0-0.png", "b/0-0.png"]
+    assert _prepare(tmp_path / "votes.jsonl")[1]["records"] == 2
+
+
+def test_faults_are_told_and_nothing_is_written(survey, tmp_path):
+    survey = survey(prompts=2)
+    elsewhere = tmp_path / "base" / "votes.jsonl"
+    for path, message in (
+        (tmp_path / "votes.jsonl", "has no votes yet"),
+        (tmp_path / "votes.csv", "write a .jsonl file"),
+        (tmp_path / "votes.json", "pairs have no scores"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export(survey.store, path)
+    _add(survey, "ann", [A, B])
+    with pytest.raises(ValueError, match=f"write it to {tmp_path}/votes.jsonl"):
+        export(survey.store, elsewhere)
+    assert not [path for path in tmp_path.rglob("votes.*") if ".sqlite" not in path.name]
