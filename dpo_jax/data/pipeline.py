@@ -157,7 +157,7 @@ def validation_batches(
 
 
 class Sample(NamedTuple):
-    """What one row of a batch is made of."""
+    """Which record a row of a batch is made of, and how."""
 
     position: int
     """In the stream."""
@@ -204,7 +204,8 @@ class BatchIterator(Iterator[PreferenceBatch]):
         self._begun: deque[tuple[PreferenceBatch, list[Future[None]]]] = deque()
 
     def __next__(self) -> PreferenceBatch:
-        # One batch waits to be read while the device works on the one before, and every thread has rows to fill.
+        # One batch waits to be read while the device works on the one before, and every thread has rows to fill. Small
+        # batches are begun several at once: where each follows a decode, planning takes a core twice as long.
         most = 1 + -(-self._num_workers * min(ROWS_A_TASK, self._batch_size) // self._batch_size)
         if len(self._begun) <= most // 2:
             while len(self._begun) < most and self._begin():
