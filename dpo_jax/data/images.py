@@ -147,35 +147,43 @@ def read(data: bytes, view: View, square_HWC: np.ndarray) -> tuple[tuple[int, in
 
 def _size_of_plain_jpeg(data: bytes) -> tuple[int, int]:
     """(height, width) of a JPEG in colours that is upright; an exception for all else."""
-    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    _check_size((height, width))
-    if colours not in ("YCbCr", "RGB"):
-        raise ValueError(f"a JPEG in {colours}")
-    if not _tells_pixels_only(data):
+    size = _size_in_plain_header(data)
+    if size is None:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         header = Image.open(io.BytesIO(data), formats=["JPEG"])
         # The two may read a damaged header differently.
         if header.size != (width, height) or header.format != "JPEG" or _is_turned(header):
             raise ValueError("not a plain JPEG")
-    return height, width
+        if colours not in ("YCbCr", "RGB"):
+            raise ValueError(f"a JPEG in {colours}")
+        size = height, width
+    _check_size(size)
+    return size
 
 
 _JFIF = b"\xff\xd8\xff\xe0\x00\x10JFIF\x00"
-_FOR_PIXELS = frozenset(b"\xc0\xc2\xc4\xdb\xdd\xfe")
-"""Frames of sequential and progressive JPEGs, tables of codes and quantization, restarts; and comments."""
+_FRAMES = frozenset(b"\xc0\xc2")
+"""Of sequential and progressive JPEGs."""
+_TABLES = frozenset(b"\xc4\xdb\xdd\xfe")
+"""Of codes and quantization, restarts; and comments."""
 _PIXELS = 0xDA
 
 
-def _tells_pixels_only(data: bytes) -> bool:
-    """Whether the header of a JPEG has nothing that could turn the image or make it another kind, such as EXIF.
+def _size_in_plain_header(data: bytes) -> tuple[int, int] | None:
+    """(height, width) if the header of a JPEG has nothing that could turn the image or make it another kind, as EXIF.
 
-    Pillow takes 15 times as long to find out.
+    Pillow takes 15 times as long to find out. In a JFIF file three colours are YCbCr.
     """
     if not data.startswith(_JFIF):
-        return False
-    at = 2 + 2 + 16
-    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] in _FOR_PIXELS:
-        at += 2 + int.from_bytes(data[at + 2 : at + 4])
-    return data[at : at + 2] == bytes([0xFF, _PIXELS])
+        return None
+    size, at = None, 2 + 2 + 16
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != _PIXELS:
+        if data[at + 1] in _FRAMES and data[at + 9 : at + 10] == b"\x03":
+            size = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
+        elif data[at + 1] not in _TABLES:
+            return None
+        at += 2 + (data[at + 2] << 8 | data[at + 3])
+    return size if data[at : at + 2] == bytes([0xFF, _PIXELS]) else None
 
 
 def _offsets(height: int, width: int, resolution: int, view: View) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from dpo_jax.batch import PreferenceBatch
 from dpo_jax.data import images
-from dpo_jax.data.inputs import Draws, Inputs
+from dpo_jax.data.inputs import Draws, Inputs, Row
 from dpo_jax.data.memory import Pool
 from dpo_jax.data.prepared import Prepared, Ties, open_prepared, select
 from dpo_jax.data.scores import Combine
@@ -30,6 +30,8 @@ Relabel = Literal["none", "swapped", "shuffled"]
 Labels = Literal["hard", "soft"]
 
 NUM_WORKERS = 8
+ROWS_A_TASK = 4
+"""That a thread fills at once: the fewer times it changes between Python and decoding, the less time both take."""
 TRAINED_ON = ("caption", "captions", "images", "preference")
 """The columns of a prepared record that training looks at; each costs time."""
 
@@ -155,7 +157,7 @@ def validation_batches(
 
 
 class Sample(NamedTuple):
-    """What one row of a batch is made of."""
+    """Which record a row of a batch is made of, and how."""
 
     position: int
     """In the stream."""
@@ -202,14 +204,17 @@ class BatchIterator(Iterator[PreferenceBatch]):
         self._begun: deque[tuple[PreferenceBatch, list[Future[None]]]] = deque()
 
     def __next__(self) -> PreferenceBatch:
-        # One batch waits to be read while the device works on the one before, and every thread has a row to fill.
-        while len(self._begun) <= -(-self._num_workers // self._batch_size) and self._begin():
-            pass
+        # One batch waits to be read while the device works on the one before, and every thread has rows to fill. Small
+        # batches are begun several at once: where each follows a decode, planning takes a core twice as long.
+        most = 1 + -(-self._num_workers * min(ROWS_A_TASK, self._batch_size) // self._batch_size)
+        if len(self._begun) <= most // 2:
+            while len(self._begun) < most and self._begin():
+                pass
         if not self._begun:
             raise StopIteration
-        batch, rows = self._begun.popleft()
-        for row in rows:
-            row.result()
+        batch, tasks = self._begun.popleft()
+        for task in tasks:
+            task.result()
         self._position += self._batch_size * self._shard_count
         return batch
 
@@ -219,15 +224,15 @@ class BatchIterator(Iterator[PreferenceBatch]):
         if stop > len(self._stream):
             return False
         self._threads = self._threads or ThreadPoolExecutor(self._num_workers)
-        # All at once: decoding an image empties a core's caches, and after it each of these takes five times as long.
         samples = [self._stream[i] for i in range(start + self._shard_index, stop, self._shard_count)]
         records = [self._rows.pairs[sample.number] for sample in samples]
         batch = self._rows.begin(self._pool, samples, records)
-        rows = [
-            self._threads.submit(self._rows.fill, batch, row, sample, record)
-            for row, (sample, record) in enumerate(zip(samples, records, strict=True))
+        rows = [self._rows.row(*each) for each in zip(range(self._batch_size), samples, records, strict=True)]
+        tasks = [
+            self._threads.submit(self._rows.fill, batch, rows[first : first + ROWS_A_TASK])
+            for first in range(0, self._batch_size, ROWS_A_TASK)
         ]
-        self._begun.append((batch, rows))
+        self._begun.append((batch, tasks))
         self._begun_to = stop
         return True
 
@@ -406,11 +411,15 @@ class _Rows:
             index_B=np.asarray([sample.position for sample in samples], np.int32),
         )
 
-    def fill(self, batch: PreferenceBatch, row: int, sample: Sample, record: dict[str, Any]) -> None:
-        """Writes the inputs of a record into the row; those of candidates that it lacks are 0."""
+    def row(self, number: int, sample: Sample, record: dict[str, Any]) -> Row:
         captions = record["captions"] + [""] * (self.pairs.num_captions - len(record["captions"]))
         if sample.drop_caption < self.caption_dropout:
             captions = [""] * len(captions)
-        places_K4 = self.inputs.fill(batch.inputs, row, record, captions, sample.draws, self.pairs.read_images)
+        return Row(number, record, captions, sample.draws)
+
+    def fill(self, batch: PreferenceBatch, rows: Sequence[Row]) -> None:
+        """Writes the rows' inputs into the batch; those of candidates that a record lacks are 0."""
+        places = self.inputs.fill(batch.inputs, rows, self.pairs.read_images)
         if self.size_conditioning == "real":
-            batch.size_cond_BK6[row, : len(places_K4), :4] = places_K4
+            for row, places_K4 in zip(rows, places, strict=True):
+                batch.size_cond_BK6[row.number, : len(places_K4), :4] = places_K4

@@ -316,9 +316,12 @@ def test_only_a_plain_jpeg_needs_no_pillow(monkeypatch: pytest.MonkeyPatch) -> N
         called.clear()
         read(data, view, np.empty((resolution, resolution, 3), np.uint8))
         assert called == ([] if data is plain else [data])
-    monkeypatch.setattr(images.simplejpeg, "decode_jpeg_header", lambda data: (50_000, 50_000, "", ""))
-    read(plain, View(), np.empty((8, 8, 3), np.uint8))
-    assert called[-1:] == [plain]
+    decoded = []
+    monkeypatch.setattr(images.simplejpeg, "decode_jpeg", decoded.append)
+    frame = plain.index(b"\xff\xc0")
+    huge = plain[: frame + 5] + struct.pack(">HH", 50_000, 50_000) + plain[frame + 9 :]
+    read(huge, View(), np.empty((8, 8, 3), np.uint8))
+    assert (called[-1:], decoded) == ([huge], [])
 
 
 def originals() -> dict[str, bytes]:
@@ -420,16 +423,16 @@ def test_what_the_walk_over_a_header_accepts_pillow_accepts(monkeypatch: pytest.
         except DamagedImage as error:
             return str(error)
 
-    walked, walk = 0, images._tells_pixels_only
+    walked, walk = 0, images._size_in_plain_header
     for data in files:
         header = data.index(b"\xff\xda")
         for _ in range(30):
             other = files[random.integers(len(files))]
             for damaged in damage(random, data[:header], other[: other.index(b"\xff\xda")]):
                 damaged += data[header:]
-                walked += walk(damaged)
+                walked += walk(damaged) is not None
                 found = outcome(damaged)
                 with monkeypatch.context() as asking_pillow:
-                    asking_pillow.setattr(images, "_tells_pixels_only", lambda data: False)
+                    asking_pillow.setattr(images, "_size_in_plain_header", lambda data: None)
                     assert found == outcome(damaged)
     assert walked > 200

@@ -13,7 +13,15 @@ import tree
 
 from dpo_jax.batch import PreferenceBatch
 from dpo_jax.data.inputs import Decoded
-from dpo_jax.data.pipeline import Pairs, RandomPairs, make_iterator, open_pairs, validation_batches
+from dpo_jax.data.pipeline import (
+    NUM_WORKERS,
+    ROWS_A_TASK,
+    Pairs,
+    RandomPairs,
+    make_iterator,
+    open_pairs,
+    validation_batches,
+)
 
 from .conftest import encode, write_prepared
 
@@ -257,7 +265,7 @@ def test_the_next_batch_is_made_ahead_but_not_the_whole_epoch(many: Path, batch_
             time.sleep(0.01)
         assert len(made) >= 2 * batch_size
         time.sleep(0.2)
-        assert len(made) <= 2 * batch_size + 8
+        assert len(made) <= 2 * batch_size + NUM_WORKERS * ROWS_A_TASK
 
 
 def test_relabel(prepared: Path) -> None:
