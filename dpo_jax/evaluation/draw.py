@@ -58,14 +58,15 @@ def begin_folder(folder: epath.PathLike, settings: Mapping[str, Any]) -> None:
                 "or the former values to continue it"
             )
         return
-    if folder.exists() and any(folder.iterdir()):
+    partial = folder / f"{SETTINGS}.partial"
+    if folder.exists() and any(path.name != partial.name for path in folder.iterdir()):
         raise FileExistsError(f"{folder} holds files that are no images of ours; choose an empty or new --output")
     cluster.wait("looked at the folder")
     if cluster.is_first():
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{SETTINGS}.partial"
         partial.write_text(json.dumps(settings, indent=2) + "\n")
         partial.rename(file)
+    cluster.wait("made the folder")
 
 
 def draw(
