@@ -13,7 +13,8 @@ python -m dpo_jax.prepare --source=pickapic --input=dpo_jax/tiny/pairs.parquet -
 python -m dpo_jax.train --config=configs/tiny.py --workdir="$workdir" --config.data.path="$workdir/data"
 python -m dpo_jax.export --workdir="$workdir" --output="$workdir/exported"
 python -m dpo_jax.evaluate --models=base=dpo_jax/tiny/model,tuned="$workdir/exported" \
-  --prompts=dpo_jax/tiny/heldout.txt --judges=shapes --seeds=20 --steps=20 --guidance=2.5 --batch_size=32 --output="$workdir" --curves="$workdir" --since="$started"
+  --prompts=dpo_jax/tiny/heldout.txt --judges=shapes --seeds=20 --steps=20 --guidance=2.5 --batch_size=32 \
+  --output="$workdir" --curves="$workdir" --since="$started"
 
 echo
 echo "the tuned model, a diffusers folder: $workdir/exported"

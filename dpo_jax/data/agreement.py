@@ -43,6 +43,8 @@ class Summary:
     """Those of equal score."""
     agreement: dict[str, Agreement | None]
     """With the `votes` and with each judge that was there before; None where there is nothing to compare."""
+    held_out: dict[str, Agreement | None]
+    """The same on the validation split alone, which a judge that was trained on this data has not seen."""
     not_compared: dict[str, str]
     """Judges whose scores can't be read, and why."""
 
@@ -52,13 +54,16 @@ class Summary:
             f"records      {self.records}: {self.scored} scored, {self.records - self.scored} not",
             f"pairs        {self.pairs}, {self.ties} ties",
             *(f"agrees with  {name}: {found or 'no pair to compare'}" for name, found in self.agreement.items()),
+            *(f"  held out   {name}: {found or 'no pair to compare'}" for name, found in self.held_out.items()),
             *(f"not compared {name}: {reason}" for name, reason in self.not_compared.items()),
         ]
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
-        found = {name: each and each._asdict() for name, each in self.agreement.items()}
-        return dataclasses.asdict(self) | {"agreement": found}
+        tables = {"agreement": self.agreement, "held_out": self.held_out}
+        return dataclasses.asdict(self) | {
+            table: {name: each and each._asdict() for name, each in found.items()} for table, found in tables.items()
+        }
 
 
 def summarise(prepared: Prepared, judge: str, origin: str, scores_M: np.ndarray) -> Summary:
@@ -77,7 +82,11 @@ def summarise(prepared: Prepared, judge: str, origin: str, scores_M: np.ndarray)
     scores_M = np.where(scored_N[of.record_M], scores_M, np.nan)
     pairs, tied = _ties(scores_M, of)
     found = {name: agreement(scores_M, other_M, of, records["caption"]) for name, other_M in points.items()}
-    return Summary(judge, origin, len(scored_N), int(scored_N.sum()), pairs, tied, found, not_compared)
+    held_N = pc.equal(records["split"], "validation").to_numpy()
+    held_M = np.where(held_N[of.record_M], scores_M, np.nan)
+    held_out = {name: agreement(held_M, other_M, of, records["caption"]) for name, other_M in points.items()}
+    held_out = held_out if held_N.any() else {}
+    return Summary(judge, origin, len(scored_N), int(scored_N.sum()), pairs, tied, found, held_out, not_compared)
 
 
 def agreement(points_M: np.ndarray, other_M: np.ndarray, of: Candidates, captions: pa.ChunkedArray) -> Agreement | None:

@@ -233,6 +233,7 @@ def test_agreement_against_a_count(seed: int, tmp_path: Path) -> None:
     points, others = ([rng.integers(0, 4, len(vote)).astype(float).tolist() for vote in votes] for _ in range(2))
     records = [
         {"caption": f"{n % 4}", "images": [grey(8 * n + k) for k in range(len(vote))], "preference": vote}
+        | {"split": "train" if n % 2 else "validation"}
         for n, vote in enumerate(votes)
     ]
     prepared = open_prepared(write_prepared(tmp_path / "data", records))
@@ -248,6 +249,10 @@ def test_agreement_against_a_count(seed: int, tmp_path: Path) -> None:
         assert 0 <= found.low < found.rate < found.high <= 1
         assert summary.ties == ties
     assert summary.pairs == sum(len(vote) * (len(vote) - 1) // 2 for vote in votes)
+    decided, alike, _ = agreement_by_hand(points[::2], votes[::2])
+    held_out = summary.held_out["votes"]
+    assert held_out is not None
+    assert (held_out.pairs, held_out.rate) == (decided, pytest.approx(alike / decided))
 
 
 def test_interval_is_wilsons_for_independent_pairs_and_wider_for_dependent_ones() -> None:
