@@ -16,7 +16,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("command", ["train", "prepare", "score", "export", "sample", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "prepare", "score", "export", "sample", "evaluate", "vote"])
 def test_help_shows_the_flags_and_succeeds(command):
     result = run(f"dpo_jax.{command}", "--help")
     assert result.returncode == 0

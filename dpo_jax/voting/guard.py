@@ -8,7 +8,7 @@ from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import Request, cookie_parser
+from starlette.requests import ClientDisconnect, Request, cookie_parser
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -91,10 +91,13 @@ def _unlike_ours(headers: Headers) -> Response | None:
 async def read_json(request: Request) -> dict[str, Any]:
     """The object in a request's body; HTTPException (400 or 413) if there's none or too much."""
     body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise HTTPException(413, f"A request has at most {MAX_BODY} bytes.")
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY:
+                raise HTTPException(413, f"A request has at most {MAX_BODY} bytes.")
+    except ClientDisconnect:
+        raise HTTPException(400, "The request ended before its body.") from None
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError):

@@ -44,7 +44,7 @@ class Survey:
         Args:
             first: task and question to ask in any case, before all others.
         """
-        answers = self.store.answered(rater)
+        answers = [key for key in self.store.answered(rater) if key[1] in self.questions]
         answered, tallies = set(answers), self.store.tallies()
         done = 0
         ahead: list[tuple[str, str]] = []

@@ -122,7 +122,18 @@ def test_undo_asks_again_even_what_others_finished(survey):
     assert state["now"] == first
     assert (state["done"], state["total"], state["last"]) == (0, 2, None)
     assert survey.vote("ann", first["task"], "preference", [0, 1])
-    assert survey.undo("ann", first["task"], "appeal")["done"] == 1  # never said: nothing to take back
+    (other,) = set(survey.store.tasks) - {first["task"]}
+    assert survey.undo("ann", other, "preference")["done"] == 1  # never said: nothing to take back
+    with pytest.raises(ValueError, match="no such task"):
+        survey.undo("ann", first["task"], "appeal")
+
+
+def test_what_another_run_asked_is_left_alone(survey):
+    survey = survey(prompts=2)
+    for task in survey.store.tasks:
+        survey.store.add("ann", task, "appeal", (1, 0), [0, 1])
+    state = survey.state("ann")
+    assert (state["done"], state["total"], state["last"]) == (0, 2, None)
 
 
 def test_voting_twice_is_voting_once(survey):
