@@ -75,6 +75,7 @@ def evaluate(named: dict[str, str], since: float) -> None:
     from dpo_jax.evaluation.html_report import write_report
     from dpo_jax.evaluation.judge import features_of, judge_all
     from dpo_jax.evaluation.prompts import read_prompts
+    from dpo_jax.files import write_whole
     from dpo_jax.progress import ProgressBar
     from dpo_jax.rewards import Settings
     from dpo_jax.training.metrics import last_validation, read_metrics
@@ -104,7 +105,7 @@ def evaluate(named: dict[str, str], since: float) -> None:
         return
     curves = {Path(run).name: read_metrics(run) for run in runs}
     write_report(output / "report.html", result, contest, scores, settings, curves)
-    (output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_whole(output / "result.json", json.dumps(result, indent=2) + "\n")
     tell(result, output)
 
 

@@ -20,6 +20,7 @@ from dpo_jax.evaluation.generate import Generator
 from dpo_jax.evaluation.image_folder import SUFFIXES, Entry, image_name, read_image, write_list
 from dpo_jax.evaluation.prompts import Prompt
 from dpo_jax.evaluation.report import image_grid, save_png
+from dpo_jax.files import write_whole
 from dpo_jax.weights.layout import Params
 
 SETTINGS = "sampling.json"
@@ -63,9 +64,7 @@ def begin_folder(folder: epath.PathLike, settings: Mapping[str, Any]) -> None:
         raise FileExistsError(f"{folder} holds files that are no images of ours; choose an empty or new --output")
     cluster.wait("looked at the folder")
     if cluster.is_first():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(settings, indent=2) + "\n")
-        partial.rename(file)
+        write_whole(file, json.dumps(settings, indent=2) + "\n")
     cluster.wait("made the folder")
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from dpo_jax.evaluation.compare import Contest, Scores
 from dpo_jax.evaluation.image_folder import read_image
+from dpo_jax.files import write_whole
 
 PIXELS = 256
 """Images are shown no larger than this, and take no more room than they need for it."""
@@ -51,9 +52,8 @@ def write_report(
     loader = jinja2.FileSystemLoader(str(epath.Path(__file__).parent))
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": lambda share: f"{share:.1%}", "number": lambda value: f"{value:.4g}"}
-    path = epath.Path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(
+    write_whole(
+        path,
         environment.get_template("report.html").render(
             result=result,
             settings=settings,
@@ -62,9 +62,8 @@ def write_report(
             plots={judge: _plots(result["judges"][judge], scores[judge]) for judge in scores},
             cases={judge: _cases(contest, scores[judge]) for judge in scores},
             curves=_curve_plots(curves or {}),
-        )
+        ),
     )
-    partial.replace(path)
 
 
 def _plots(judged: Mapping[str, Any], scores: Mapping[str, np.ndarray]) -> list[str]:

@@ -16,6 +16,7 @@ from etils import epath
 from PIL import Image
 
 from dpo_jax.evaluation.prompts import Prompt
+from dpo_jax.files import write_whole
 
 LIST = "prompts.jsonl"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -39,11 +40,8 @@ def image_name(index: int, prompt: str, seed: int) -> str:
 
 def write_list(folder: epath.PathLike, entries: Sequence[Entry]) -> None:
     """Writes `prompts.jsonl`, whole or not at all."""
-    path = epath.Path(folder) / LIST
     lines = [json.dumps({k: v for k, v in entry._asdict().items() if v != ""}) for entry in entries]
-    partial = path.with_name(f"{LIST}.partial")
-    partial.write_text("".join(f"{line}\n" for line in lines))
-    partial.replace(path)
+    write_whole(epath.Path(folder) / LIST, "".join(f"{line}\n" for line in lines))
 
 
 def read_list(folder: epath.PathLike, prompts: Sequence[Prompt] = ()) -> list[Entry]:

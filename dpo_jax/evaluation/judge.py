@@ -12,6 +12,7 @@ from dpo_jax import cluster
 from dpo_jax.evaluation.compare import Contest
 from dpo_jax.evaluation.drift import thumbnails
 from dpo_jax.evaluation.image_folder import read_image
+from dpo_jax.files import write_whole
 from dpo_jax.rewards import Pictures, Settings, open_judge
 
 CHUNK = 64
@@ -49,7 +50,7 @@ def judge_all(
                 found = {"digest": digest, "images": [file.name for file in files]}
                 found["scores"] = np.concatenate(chunks).tolist()
                 if cluster.is_first():
-                    _write(kept, json.dumps(found))
+                    write_whole(kept, json.dumps(found))
             scores[name][model] = np.array(found["scores"])
     return scores
 
@@ -83,10 +84,3 @@ def _chunks(files: Sequence[epath.Path], doing: str, on_progress: OnProgress) ->
 def _digest(spec: str, dtype: str, files: Sequence[epath.Path], captions: Sequence[str]) -> str:
     seen = [(str(file), file.stat().length, caption) for file, caption in zip(files, captions, strict=True)]
     return hashlib.sha256(json.dumps([spec, dtype, seen]).encode()).hexdigest()
-
-
-def _write(path: epath.Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
