@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpo_jax.files import write_whole
 from dpo_jax.voting.results import folder_names, group_by_task, mean_scores
 from dpo_jax.voting.store import Store, Vote
 from dpo_jax.voting.study import QUESTIONS, TaskImage
@@ -64,9 +65,7 @@ def export(store: Store, path: Path, questions: Sequence[str] = ()) -> tuple[int
         images = _image_paths(store, path)
         lines = "".join(json.dumps(_row(store, group, images), ensure_ascii=False) + "\n" for group in complete)
         missing = len(groups) - len(complete)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(lines, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, lines)
     return len(groups) - missing, missing
 
 
