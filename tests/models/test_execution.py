@@ -58,7 +58,7 @@ def test_each_policy_keeps_less_than_the_one_before(params) -> None:
 
 
 def test_the_config_offers_these_policies() -> None:
-    assert CHOICES["remat"] == tuple(POLICIES)
+    assert CHOICES["remat"] == (*POLICIES, "auto")
 
 
 def test_in_a_loop_equal_blocks_are_traced_once(params) -> None:
