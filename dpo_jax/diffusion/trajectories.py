@@ -1,4 +1,4 @@
-"""Sampling that keeps its way, so that the way can be made more or less likely (arXiv 2305.13301, section 4.3).
+"""Sampling that keeps its way, so that the way can be made more or less likely (arXiv 2305.13301).
 
 A step of a sampler that adds noise draws `x' ~ N(mean, d^2)`, where only the mean depends on the network. So a stored
 transition x -> x' has a probability under any weights. It is taken as the MEAN of the log-density over H, W and C, as
