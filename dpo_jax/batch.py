@@ -71,11 +71,11 @@ class Scores(NamedTuple):
     """e_policy, the raw denoising error; None for transitions."""
     reference_error_BK: Array | None = None
     """e_reference; None where the objective needs no reference."""
-    log_prob_BK: Array | None = None
+    log_prob_BK: Array = None
     """Of a transition under the policy, the mean over its dimensions; None offline, as all that follows."""
-    old_log_prob_BK: Array | None = None
+    old_log_prob_BK: Array = None
     """The same under the weights that sampled it."""
-    advantage_BK: Array | None = None
+    advantage_BK: Array = None
     """How much better an image's reward is than was to be expected; None where the loss wants none."""
-    kl_BK: Array | None = None
+    kl_BK: Array = None
     """Divergence of the policy's transition from the reference's, reduced as the log-probabilities are."""

@@ -10,12 +10,12 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from dpo_jax.batch import Scores
 from dpo_jax.diffusion.samplers import SamplerTable, Steps
 from dpo_jax.diffusion.trajectories import Transitions, kl_divergence, log_prob, steps_at, transition_mean
 from dpo_jax.objectives.denoising import Denoise, per_candidate
+from dpo_jax.objectives.losses import clamp
 
 
 def log_probabilities(
@@ -72,7 +72,7 @@ def score_transitions(
         reference_log_prob_BK = log_prob(step, reference_BKHWC, transitions.next_x_BKHWC)
         kl_BK = kl_divergence(step, mean_BKHWC, reference_BKHWC)
     # The clamp of the ratio, but exp can't overflow.
-    log_ratio_BK = jnp.clip(log_prob_BK - reference_log_prob_BK, math.log(1 - clip), math.log(1 + clip))
+    log_ratio_BK = clamp(log_prob_BK - reference_log_prob_BK, math.log(1 - clip), math.log(1 + clip))
     return Scores(
         log_ratio_BK,
         log_prob_BK=log_prob_BK,
