@@ -65,8 +65,17 @@ class Scores(NamedTuple):
     """What the losses are functions of; all float32 (float64 in tests), all per candidate."""
 
     log_ratio_BK: Array
-    """log policy / reference. Offline: -(e_policy - e_reference) / 2, with e the mean squared denoising error."""
-    error_BK: Array
-    """e_policy, the raw denoising error."""
+    """log policy / reference. Offline: -(e_policy - e_reference) / 2, with e the mean squared denoising error. Online:
+    that of a transition's probabilities, clamped."""
+    error_BK: Array = None
+    """e_policy, the raw denoising error; None for transitions."""
     reference_error_BK: Array | None = None
     """e_reference; None where the objective needs no reference."""
+    log_prob_BK: Array = None
+    """Of a transition under the policy, the mean over its dimensions; None offline, as all that follows."""
+    old_log_prob_BK: Array = None
+    """The same under the weights that sampled it."""
+    advantage_BK: Array = None
+    """How much better an image's reward is than was to be expected; None where the loss wants none."""
+    kl_BK: Array = None
+    """Divergence of the policy's transition from the reference's, reduced as the log-probabilities are."""

@@ -12,6 +12,7 @@ scales the latents of some samplers by 1 / signal; here they never are.
 Axes: N images, H x W latent cells, C channels, S sampling steps, T training timesteps.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -184,6 +185,17 @@ def sample(denoise: Denoiser, table: SamplerTable, x_NHWC: jax.Array, keys_N: ja
         x_NHWC: what `starting_latents` makes.
         keys_N: each image's own, for samplers that add noise; step i adds that of `step_noise`.
     """
+    return walk(denoise, table, x_NHWC, keys_N)[0]
+
+
+def walk(
+    denoise: Denoiser,
+    table: SamplerTable,
+    x_NHWC: jax.Array,
+    keys_N: jax.Array | None = None,
+    record: Callable[[Steps, jax.Array, jax.Array, jax.Array], Any] = lambda step, x, mean, next_x: None,
+) -> tuple[jax.Array, Any]:
+    """`sample`, and what `record(step, x_NHWC, mean_NHWC, next_x_NHWC)` returns of each step, stacked over S."""
     steps = table.steps
     is_random = bool(np.any(steps.d))
     if is_random and keys_N is None:
@@ -191,18 +203,19 @@ def sample(denoise: Denoiser, table: SamplerTable, x_NHWC: jax.Array, keys_N: ja
     # At least float32 between the steps, whatever the network computes in.
     x_NHWC = x_NHWC.astype(jnp.promote_types(x_NHWC.dtype, jnp.float32))
 
-    def take(carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, Steps]) -> tuple[Any, None]:
+    def take(carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, Steps]) -> tuple[Any, Any]:
         (x_NHWC, x0_before_NHWC), (i, step) = carry, inputs
         prediction_NHWC = denoise(x_NHWC, jnp.full(x_NHWC.shape[:1], step.t))
         x0_NHWC = step.p * x_NHWC + step.q * prediction_NHWC
-        x_NHWC = step_mean(step, x_NHWC, x0_NHWC, x0_before_NHWC)
+        next_x_NHWC = mean_NHWC = step_mean(step, x_NHWC, x0_NHWC, x0_before_NHWC)
         if is_random and keys_N is not None:
-            x_NHWC += step.d * step_noise(keys_N, i, x_NHWC)
-        return (x_NHWC, x0_NHWC), None
+            next_x_NHWC = mean_NHWC + step.d * step_noise(keys_N, i, mean_NHWC)
+        return (next_x_NHWC, x0_NHWC), record(step, x_NHWC, mean_NHWC, next_x_NHWC)
 
     on_device = Steps(jnp.asarray(steps.t), *(jnp.asarray(values_S, x_NHWC.dtype) for values_S in steps[1:]))
     inputs = jnp.arange(len(steps.t)), on_device
-    return jax.lax.scan(take, (x_NHWC, jnp.zeros_like(x_NHWC)), inputs)[0][0]
+    (x0_NHWC, _), records = jax.lax.scan(take, (x_NHWC, jnp.zeros_like(x_NHWC)), inputs)
+    return x0_NHWC, records
 
 
 def starting_latents(table: SamplerTable, noise_NHWC: jax.Array, x0_NHWC: jax.Array | None = None) -> jax.Array:
@@ -271,6 +284,24 @@ def classifier_free_guidance(
         if rescale:
             result *= rescale * spread(prediction[:, 1]) / spread(result) + (1 - rescale)
         return result
+
+    return guided
+
+
+def with_guidance(
+    denoise: Callable[..., jax.Array], scale: float, rescale: float = 0.0
+) -> Callable[[Any, jax.Array, jax.Array, tuple[Any, Any]], jax.Array]:
+    """`denoise(params, x_NHWC, t_N, (conditioning, unconditional))`, guided; see `classifier_free_guidance`.
+
+    Args:
+        denoise: `denoise(params, x_NHWC, t_N, conditioning)`, without.
+        scale: guidance scale.
+        rescale: how far the result is brought back.
+    """
+
+    def guided(params: Any, x_NHWC: jax.Array, t_N: jax.Array, both: tuple[Any, Any]) -> jax.Array:
+        bound = functools.partial(denoise, params)
+        return classifier_free_guidance(bound, *both, scale, rescale)(x_NHWC, t_N)
 
     return guided
 

@@ -86,14 +86,8 @@ def score_candidates(
             other would be noise in their difference. None turns dropout off.
     """
     B, K = latents_BKHWC.shape[:2]
-
-    def per_candidate(x: jax.Array) -> jax.Array:
-        return x if x.shape[0] == B * K else jnp.repeat(x, K, axis=0)
-
     x0_NHWC = latents_BKHWC.reshape(B * K, *latents_BKHWC.shape[2:])
-    noise_NHWC, t_N, conditioning, dropout_keys_N = jax.tree.map(
-        per_candidate, (noise_BHWC, t_B, conditioning, dropout_keys_B)
-    )
+    noise_NHWC, t_N, conditioning, dropout_keys_N = per_candidate((noise_BHWC, t_B, conditioning, dropout_keys_B), B, K)
     x_NHWC = add_noise(schedule, x0_NHWC, noise_NHWC, t_N)
     target_NHWC = training_target(schedule, x0_NHWC, noise_NHWC, t_N)
 
@@ -106,3 +100,8 @@ def score_candidates(
         return Scores(log_ratio_BK=-error_BK / 2, error_BK=error_BK)
     reference_error_BK = jax.lax.stop_gradient(errors_BK(reference))
     return Scores(-(error_BK - reference_error_BK) / 2, error_BK, reference_error_BK)
+
+
+def per_candidate(tree: Any, B: int, K: int) -> Any:
+    """Rows of prompts repeated for their candidates, [B, ...] -> [B * K, ...]; rows of candidates as they are."""
+    return jax.tree.map(lambda x: x if x.shape[0] == B * K else jnp.repeat(x, K, axis=0), tree)

@@ -20,6 +20,7 @@ from dpo_jax.diffusion.samplers import (
     starting_latents,
     step_mean,
     step_noise,
+    with_guidance,
 )
 from dpo_jax.diffusion.schedule import add_noise, make_schedule, training_target
 
@@ -290,6 +291,21 @@ def test_guidance_extrapolates_each_image_with_its_own_conditioning():
     u, c = denoise(x_NHWC, t_N, unconditional), denoise(x_NHWC, t_N, conditioning)
     np.testing.assert_allclose(guided(x_NHWC, t_N), u + 5.0 * (c - u), rtol=1e-6)
     np.testing.assert_array_equal(plain(x_NHWC, t_N), c)
+
+
+def test_guidance_of_a_network_with_weights():
+    def network(params, x, t, conditioning):
+        return params * x + t[:, None, None, None] + conditioning[:, None, None, None]
+
+    x, t = jnp.arange(3.0).reshape(3, 1, 1, 1), jnp.array([10, 20, 30])
+    c, u = jnp.array([1.0, 2.0, 3.0]), jnp.array([0.5, 0.5, 0.0])
+
+    guided = with_guidance(network, 5.0)(2.0, x, t, (c, u))
+    plain = with_guidance(network, 1.0)(2.0, x, t, (c, None))
+
+    of_u, of_c = network(2.0, x, t, u), network(2.0, x, t, c)
+    np.testing.assert_allclose(guided, of_u + 5.0 * (of_c - of_u), rtol=1e-6)
+    np.testing.assert_array_equal(plain, of_c)
 
 
 def test_guidance_is_rescaled_as_in_diffusers():

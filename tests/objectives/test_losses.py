@@ -1,5 +1,6 @@
 """Losses against the formulas of the official Diffusion-DPO code, written out in PyTorch."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def test_policy_equal_to_reference_gives_log_2():
 
 def test_swapping_the_candidates_negates_the_margin():
     scores = scores_of(*random_errors())
-    swapped = Scores(*(field[:, ::-1] for field in scores))
+    swapped = jax.tree.map(lambda field_BK: field_BK[:, ::-1], scores)
 
     np.testing.assert_array_equal(margin(swapped), -margin(scores))
     np.testing.assert_array_equal(implicit_accuracy(swapped), 1 - implicit_accuracy(scores))

@@ -1,0 +1,128 @@
+"""Sampling that keeps its way, so that the way can be made more or less likely (arXiv 2305.13301).
+
+A step of a sampler that adds noise draws `x' ~ N(mean, d^2)`, where only the mean depends on the network. So a stored
+transition x -> x' has a probability under any weights. It is taken as the MEAN of the log-density over H, W and C, as
+the released code of DDPO, DPOK and D3PO does; the sum would be H * W * C times that.
+
+A step with d = 0 (the last one of DDIM that ends in the image itself) has no density. Its log-probability counts as 0
+under any weights, which gives ratio 1 and no gradient; `random_steps` says which steps are left.
+
+Axes: N images, B prompts, K candidates of a prompt with N = B * K, H x W latent cells, C channels, S sampling steps,
+V = S + 1 latents of a trajectory.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax.diffusion.samplers import Denoiser, SamplerTable, Steps, step_mean, walk
+
+
+class Trajectory(NamedTuple):
+    """How images were sampled, in float32 at least."""
+
+    latents_VNHWC: Any
+    """From the noise to the clean latents; step s leads from row s to row s + 1."""
+    log_prob_SN: Any
+    """Of each step under the weights that sampled; 0 where the step is not random."""
+
+
+class Transitions(NamedTuple):
+    """One step out of the trajectory of each candidate, the same for all of a prompt."""
+
+    x_BKHWC: Any
+    next_x_BKHWC: Any
+    step_B: Any
+    """int32 row of the sampler's table."""
+    log_prob_BK: Any
+    """Of the transition under the weights that sampled it."""
+
+
+def random_steps(table: SamplerTable) -> np.ndarray:
+    """int32, the steps whose transitions have a probability, in order. ValueError if there is none."""
+    (random,) = np.nonzero(table.steps.d)
+    if not len(random):
+        raise ValueError("this sampler adds no noise, so its steps have no probability; take ddim with eta above 0")
+    assert not np.any(table.steps.c[random]), "a transition must depend on nothing before it"
+    return random.astype(np.int32)
+
+
+def branch(x_BHWC: jax.Array, keys_B: jax.Array, num_candidates: int) -> tuple[jax.Array, jax.Array]:
+    """x_NHWC and keys_N of the candidates: those of a prompt begin alike, each with step noise of its own.
+
+    Candidate k's key is `fold_in(key, k)`, whatever their number.
+    """
+    keys_BK = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys_B, jnp.arange(num_candidates))
+    return jnp.repeat(x_BHWC, num_candidates, axis=0), keys_BK.reshape(-1)
+
+
+def sample_trajectory(denoise: Denoiser, table: SamplerTable, x_NHWC: jax.Array, keys_N: jax.Array) -> Trajectory:
+    """`samplers.sample`, with the same noise and result, keeping every step.
+
+    Args:
+        denoise: the network with weights, conditioning and guidance already bound.
+        table: of a sampler that adds noise; DDIM with eta = 1 in DDPO and D3PO.
+        x_NHWC: what `starting_latents` makes.
+        keys_N: each image's own; see `branch`.
+    """
+    random_steps(table)
+
+    def record(step: Steps, x_NHWC: jax.Array, mean_NHWC: jax.Array, next_x_NHWC: jax.Array) -> tuple[Any, Any]:
+        return x_NHWC, log_prob(step, mean_NHWC, next_x_NHWC)
+
+    x0_NHWC, (x_SNHWC, log_prob_SN) = walk(denoise, table, x_NHWC, keys_N, record)
+    return Trajectory(jnp.concatenate([x_SNHWC, x0_NHWC[None]]), log_prob_SN)
+
+
+def transitions_at(trajectory: Trajectory, step_B: jax.Array) -> Transitions:
+    """Of each prompt's candidates the transition of step `step_B`."""
+    B = len(step_B)
+    latents_VBKHWC, log_prob_SBK = (x.reshape(len(x), B, -1, *x.shape[2:]) for x in trajectory)
+    prompt_B = jnp.arange(B)
+    return Transitions(
+        latents_VBKHWC[step_B, prompt_B],
+        latents_VBKHWC[step_B + 1, prompt_B],
+        step_B,
+        log_prob_SBK[step_B, prompt_B],
+    )
+
+
+def steps_at(table: SamplerTable, step_B: jax.Array, like_BKHWC: jax.Array) -> Steps:
+    """The numbers of these steps, shaped to multiply latents `[B, ..., H, W, C]`; `t` stays [B]."""
+
+    def rows(values_S: np.ndarray) -> jax.Array:
+        return jnp.asarray(values_S, like_BKHWC.dtype)[step_B].reshape(-1, *[1] * (like_BKHWC.ndim - 1))
+
+    return Steps(jnp.asarray(table.steps.t)[step_B], *(rows(values_S) for values_S in table.steps[1:]))
+
+
+def transition_mean(step: Steps, x: jax.Array, prediction: jax.Array) -> jax.Array:
+    """The mean of what a random step makes of latents, given the network's prediction for them."""
+    x0 = step.p * x + step.q * prediction
+    return step_mean(step, x, x0, x0)  # c is 0: see `random_steps`
+
+
+def log_prob(step: Steps, mean: jax.Array, next_x: jax.Array) -> jax.Array:
+    """`log N(next_x; mean, d^2)`, the mean over the last three axes; 0 where d is 0, and without gradient.
+
+    As in `ddim_step_with_logprob` of https://github.com/kvablack/ddpo-pytorch, but for d = 0, which is NaN there.
+    """
+    deviation = jnp.where(step.d > 0, step.d, 1)
+    distance = jnp.square((next_x - mean) / deviation).mean(axis=(-3, -2, -1)) / 2
+    log_density = -distance - _per_image(jnp.log(deviation)) - math.log(2 * math.pi) / 2
+    return jnp.where(_per_image(step.d) > 0, log_density, 0)
+
+
+def kl_divergence(step: Steps, mean: jax.Array, other_mean: jax.Array) -> jax.Array:
+    """Of two Gaussians with the same d, `(mean - other)^2 / (2 d^2)`, reduced and masked as `log_prob` is."""
+    deviation = jnp.where(step.d > 0, step.d, 1)
+    divergence = jnp.square((mean - other_mean) / deviation).mean(axis=(-3, -2, -1)) / 2
+    return jnp.where(_per_image(step.d) > 0, divergence, 0)
+
+
+def _per_image(value: jax.Array) -> jax.Array:
+    """Without the axes of length 1 over H, W and C; a single number stays one."""
+    return value.reshape(value.shape[:-3])

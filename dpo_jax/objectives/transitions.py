@@ -1,0 +1,90 @@
+"""From transitions of sampled images to the scores that a loss reads: how likely policy and reference make each.
+
+D3PO (arXiv 2311.13231), DDPO (arXiv 2305.13301) and DPOK (arXiv 2305.16381) all read these. Each candidate is evaluated
+once, whatever the number of pairs it is in: a loss makes its pairs of the [B, K] scores.
+
+Axes: B prompts, K candidates of a prompt, H x W latent cells, C channels.
+"""
+
+import math
+from typing import Any
+
+import jax
+
+from dpo_jax.batch import Scores
+from dpo_jax.diffusion.samplers import SamplerTable, Steps
+from dpo_jax.diffusion.trajectories import Transitions, kl_divergence, log_prob, steps_at, transition_mean
+from dpo_jax.objectives.denoising import Denoise, per_candidate
+from dpo_jax.objectives.losses import clamp
+
+
+def log_probabilities(
+    denoise: Denoise, params: Any, table: SamplerTable, transitions: Transitions, conditioning: Any
+) -> jax.Array:
+    """[B, K], of each transition under these weights: the mean over H, W and C of `log N(x'; mean, d^2)`.
+
+    Under the weights that sampled it this is `transitions.log_prob_BK`, but for rounding.
+
+    Args:
+        denoise: the network; guided as in sampling, by `samplers.with_guidance`.
+        params: its weights.
+        table: the sampler that the transitions were sampled with.
+        transitions: one of each candidate.
+        conditioning: what `denoise` takes, each array with B rows (shared by the candidates) or B * K.
+    """
+    step = steps_at(table, transitions.step_B, transitions.x_BKHWC)
+    return log_prob(step, _mean(denoise, params, step, transitions, conditioning), transitions.next_x_BKHWC)
+
+
+def score_transitions(
+    denoise: Denoise,
+    policy: Any,
+    reference: Any | None,
+    table: SamplerTable,
+    transitions: Transitions,
+    conditioning: Any,
+    *,
+    clip: float = 0.1,
+    advantage_BK: jax.Array | None = None,
+) -> Scores:
+    """The log-probabilities of all candidates' transitions and their clamped ratio (arXiv 2311.13231).
+
+    `log_ratio = log clamp(p_policy / p_reference, 1 - clip, 1 + clip)`, clamped for each candidate by itself as in
+    D3PO's released code (https://github.com/yk7333/d3po): from beyond the clamp no gradient comes.
+
+    Args:
+        denoise: the network, guided as in sampling; called once with each set of weights.
+        policy: weights that are trained.
+        reference: frozen weights. None compares with the weights that sampled, whose log-probabilities are stored, and
+            saves half of the work where those are the reference, as in a round of D3PO's human feedback.
+        table: the sampler that the transitions were sampled with.
+        transitions: one of each candidate.
+        conditioning: what `denoise` takes, each array with B rows (shared by the candidates) or B * K.
+        clip: how far the ratio may be from 1.
+        advantage_BK: passed on to the losses that want it.
+    """
+    step = steps_at(table, transitions.step_B, transitions.x_BKHWC)
+    mean_BKHWC = _mean(denoise, policy, step, transitions, conditioning)
+    log_prob_BK = log_prob(step, mean_BKHWC, transitions.next_x_BKHWC)
+    reference_log_prob_BK, kl_BK = transitions.log_prob_BK, None
+    if reference is not None:
+        reference_BKHWC = jax.lax.stop_gradient(_mean(denoise, reference, step, transitions, conditioning))
+        reference_log_prob_BK = log_prob(step, reference_BKHWC, transitions.next_x_BKHWC)
+        kl_BK = kl_divergence(step, mean_BKHWC, reference_BKHWC)
+    # The clamp of the ratio, but exp can't overflow.
+    log_ratio_BK = clamp(log_prob_BK - reference_log_prob_BK, math.log(1 - clip), math.log(1 + clip))
+    return Scores(
+        log_ratio_BK,
+        log_prob_BK=log_prob_BK,
+        old_log_prob_BK=transitions.log_prob_BK,
+        advantage_BK=advantage_BK,
+        kl_BK=kl_BK,
+    )
+
+
+def _mean(denoise: Denoise, params: Any, step: Steps, transitions: Transitions, conditioning: Any) -> jax.Array:
+    x_BKHWC = transitions.x_BKHWC
+    B, K = x_BKHWC.shape[:2]
+    x_NHWC = x_BKHWC.reshape(B * K, *x_BKHWC.shape[2:])
+    prediction_NHWC = denoise(params, x_NHWC, *per_candidate((step.t, conditioning), B, K))
+    return transition_mean(step, x_BKHWC, prediction_NHWC.reshape(x_BKHWC.shape))

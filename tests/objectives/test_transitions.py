@@ -1,0 +1,197 @@
+"""Scores of transitions against a loop over single images with SciPy's normal density."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.stats import norm
+
+from dpo_jax.batch import Conditioning
+from dpo_jax.diffusion.samplers import make_table, with_guidance
+from dpo_jax.diffusion.schedule import make_schedule
+from dpo_jax.diffusion.trajectories import branch, sample_trajectory, transitions_at
+from dpo_jax.objectives.transitions import log_probabilities, score_transitions
+
+SCHEDULE = make_schedule(
+    {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+)
+TABLE = make_table("ddim", SCHEDULE, 20, eta=1.0)
+LAST = 19  # ends in the image itself: d is 0
+B, K, H, W, C = 3, 4, 4, 5, 4
+POLICY, REFERENCE = {"x": jnp.array(0.9), "t": jnp.array(1e-3)}, {"x": jnp.array(0.91), "t": jnp.array(1.1e-3)}
+
+
+def denoise(params, x_NHWC, t_N, conditioning):
+    """Mixes up nothing: each image sees its own timestep, caption and size."""
+    shift_N = params["t"] * t_N + conditioning.context_NLD[:, 0, 0] + conditioning.time_ids_NT[:, 0]
+    return params["x"] * x_NHWC + shift_N[:, None, None, None]
+
+
+def inputs(step_B=(0, 11, 18)):
+    """Of a walk under the policy, so that the probabilities are of the usual size."""
+    rng = np.random.default_rng(0)
+    arrays = rng.normal(size=(B, H, W, C)), Conditioning(rng.normal(size=(B, 1, 1)), None, rng.normal(size=(B * K, 1)))
+    x_BHWC, conditioning = jax.tree.map(jnp.asarray, arrays)
+    each = conditioning._replace(context_NLD=jnp.repeat(conditioning.context_NLD, K, axis=0))
+    start = branch(x_BHWC, jax.random.split(jax.random.key(0), B), K)
+    trajectory = sample_trajectory(lambda x, t: denoise(POLICY, x, t, each), TABLE, *start)
+    return transitions_at(trajectory, jnp.array(step_B)), conditioning
+
+
+def expected(params, transitions, conditioning):
+    """(log-probabilities, means, deviations)"""
+    log_prob_BK, mean_BKHWC = np.zeros((B, K)), np.zeros((B, K, H, W, C))
+    deviation_B = TABLE.steps.d[np.array(transitions.step_B)]
+    for b in range(B):
+        step = type(TABLE.steps)(*(values_S[transitions.step_B[b]] for values_S in TABLE.steps))
+        for k in range(K):
+            x = np.asarray(transitions.x_BKHWC[b, k])
+            shift = params["t"] * step.t + conditioning.context_NLD[b, 0, 0] + conditioning.time_ids_NT[b * K + k, 0]
+            x0 = step.p * x + step.q * (params["x"] * x + shift)
+            mean_BKHWC[b, k] = step.a * x + step.b * x0
+            log_prob_BK[b, k] = norm.logpdf(transitions.next_x_BKHWC[b, k], mean_BKHWC[b, k], step.d).mean()
+    return log_prob_BK, mean_BKHWC, deviation_B[:, None]
+
+
+def test_each_candidate_is_scored_at_its_prompts_step_with_its_own_conditioning(x64):
+    transitions, conditioning = inputs()
+    log_prob_BK, mean_BKHWC, deviation_B1 = expected(POLICY, transitions, conditioning)
+    reference_BK, reference_mean_BKHWC, _ = expected(REFERENCE, transitions, conditioning)
+
+    scores = score_transitions(denoise, POLICY, REFERENCE, TABLE, transitions, conditioning, clip=0.9)
+
+    np.testing.assert_allclose(scores.log_prob_BK, log_prob_BK, rtol=1e-7)
+    np.testing.assert_allclose(scores.log_ratio_BK, log_prob_BK - reference_BK, rtol=1e-7, atol=1e-9)
+    divergence_BK = np.square(mean_BKHWC - reference_mean_BKHWC).mean(axis=(2, 3, 4)) / (2 * deviation_B1**2)
+    np.testing.assert_allclose(scores.kl_BK, divergence_BK, rtol=1e-7)
+    np.testing.assert_array_equal(scores.old_log_prob_BK, transitions.log_prob_BK)
+    for params, expected_BK in ((POLICY, log_prob_BK), (REFERENCE, reference_BK)):
+        alone_BK = log_probabilities(denoise, params, TABLE, transitions, conditioning)
+        np.testing.assert_allclose(alone_BK, expected_BK, rtol=1e-7)
+
+
+def test_the_policy_that_sampled_has_ratio_1():
+    transitions, conditioning = inputs()
+    scores = score_transitions(denoise, POLICY, POLICY, TABLE, transitions, conditioning)
+
+    assert scores.log_prob_BK.dtype == jnp.float32
+    np.testing.assert_array_equal(scores.log_ratio_BK, np.zeros((B, K)))
+    np.testing.assert_array_equal(scores.kl_BK, np.zeros((B, K)))
+    assert np.abs(scores.log_prob_BK - scores.old_log_prob_BK).max() <= 1e-6
+
+
+def test_without_a_reference_the_weights_that_sampled_are_it():
+    transitions, conditioning = inputs()
+    runs = []
+
+    def counting(*args):
+        runs.append(args)
+        return denoise(*args)
+
+    scores = score_transitions(counting, REFERENCE, None, TABLE, transitions, conditioning, clip=0.9)
+
+    assert len(runs) == 1
+    assert scores.kl_BK is None
+    both = score_transitions(denoise, REFERENCE, POLICY, TABLE, transitions, conditioning, clip=0.9)
+    np.testing.assert_allclose(scores.log_ratio_BK, both.log_ratio_BK, atol=1e-6)
+
+
+def test_each_candidate_is_evaluated_once_by_each_network():
+    transitions, conditioning = inputs()
+    rows = []
+
+    def counting(params, x_NHWC, *args):
+        rows.append(len(x_NHWC))
+        return denoise(params, x_NHWC, *args)
+
+    score_transitions(counting, POLICY, REFERENCE, TABLE, transitions, conditioning)
+
+    assert rows == [B * K, B * K]
+
+
+def test_no_gradient_reaches_the_reference():
+    transitions, conditioning = inputs()
+
+    def total(policy, reference):
+        scores = score_transitions(denoise, policy, reference, TABLE, transitions, conditioning, clip=0.9)
+        return scores.log_ratio_BK.sum() + scores.kl_BK.sum()
+
+    policy_grads, reference_grads = jax.grad(total, argnums=(0, 1))(POLICY, REFERENCE)
+
+    assert all(grad != 0 for grad in policy_grads.values())
+    assert all(grad == 0 for grad in reference_grads.values())
+
+
+def test_each_candidate_is_clamped_by_itself_and_then_has_no_gradient(x64):
+    transitions, conditioning = inputs()
+    moved_BK = np.linspace(-0.3, 0.3, B * K).reshape(B, K)
+    # Whatever the weights do, as if sampling had been so much less or more likely.
+    now_BK = log_probabilities(denoise, POLICY, TABLE, transitions, conditioning)
+    transitions = transitions._replace(log_prob_BK=now_BK - moved_BK)
+
+    def log_ratio_BK(shift_BK):
+        def shifted(*args):
+            return denoise(*args) + shift_BK.reshape(-1, 1, 1, 1)
+
+        return score_transitions(shifted, POLICY, None, TABLE, transitions, conditioning, clip=0.1).log_ratio_BK
+
+    still_BK = jnp.zeros((B, K))
+    np.testing.assert_allclose(log_ratio_BK(still_BK), np.log(np.clip(np.exp(moved_BK), 0.9, 1.1)), rtol=1e-9)
+    gradient_BK = jax.grad(lambda shift_BK: log_ratio_BK(shift_BK).sum())(still_BK)
+    inside_BK = (np.exp(moved_BK) > 0.9) & (np.exp(moved_BK) < 1.1)
+    assert 2 < inside_BK.sum() < B * K - 2
+    np.testing.assert_array_equal(gradient_BK != 0, inside_BK)
+
+
+def test_a_step_without_noise_has_ratio_1_and_no_gradient():
+    transitions, conditioning = inputs((LAST, 3, LAST))
+
+    def scores(policy):
+        return score_transitions(denoise, policy, REFERENCE, TABLE, transitions, conditioning)
+
+    def total(policy, row):
+        return sum(x_BK[row].sum() for x_BK in (scores(policy).log_ratio_BK, scores(policy).kl_BK))
+
+    for row, is_random in enumerate([False, True, False]):
+        assert all(bool(grad != 0) == is_random for grad in jax.grad(total)(POLICY, row).values())
+        assert bool(np.any(scores(POLICY).log_ratio_BK[row])) == is_random
+    assert all(np.isfinite(x).all() for x in scores(POLICY) if x is not None)
+
+
+def test_guidance_is_that_of_sampling():
+    """Each image with its own pair of captions, and again ratio 1 for the policy that sampled."""
+    rng = np.random.default_rng(1)
+    sizes_N1 = jnp.asarray(rng.normal(size=(B * K, 1)), jnp.float32)
+    prompts = Conditioning(jnp.asarray(rng.normal(size=(B, 1, 1)), jnp.float32), None, sizes_N1)
+    empty = Conditioning(jnp.zeros((B, 1, 1)), None, sizes_N1)
+    guided = with_guidance(denoise, 5.0)
+    each = tuple(c._replace(context_NLD=jnp.repeat(c.context_NLD, K, axis=0)) for c in (prompts, empty))
+    x_BHWC = jnp.asarray(rng.normal(size=(B, H, W, C)), jnp.float32)
+    start = branch(x_BHWC, jax.random.split(jax.random.key(0), B), K)
+    trajectory = sample_trajectory(lambda x, t: guided(POLICY, x, t, each), TABLE, *start)
+    transitions = transitions_at(trajectory, jnp.array([0, 11, 18]))
+
+    again_BK = log_probabilities(guided, POLICY, TABLE, transitions, (prompts, empty))
+    unguided_BK = log_probabilities(denoise, POLICY, TABLE, transitions, prompts)
+
+    np.testing.assert_allclose(again_BK, transitions.log_prob_BK, atol=2e-6)
+    assert np.all(unguided_BK < again_BK - 1e-3)
+
+
+def test_a_bfloat16_network_is_scored_in_float32():
+    transitions, conditioning = inputs()
+
+    def rounded(*args):
+        return denoise(*args).astype(jnp.bfloat16)
+
+    scores = score_transitions(rounded, POLICY, REFERENCE, TABLE, transitions, conditioning)
+
+    assert {x.dtype for x in scores if x is not None} == {jnp.dtype(jnp.float32)}
+
+
+def test_advantages_are_passed_on():
+    advantage_BK = jnp.arange(float(B * K)).reshape(B, K)
+    transitions, conditioning = inputs()
+
+    scores = score_transitions(denoise, POLICY, None, TABLE, transitions, conditioning, advantage_BK=advantage_BK)
+
+    np.testing.assert_array_equal(scores.advantage_BK, advantage_BK)
