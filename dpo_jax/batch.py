@@ -33,14 +33,38 @@ class Encoded(NamedTuple):
     """Pooled text embedding; of width 0 where the family has none."""
 
 
-class PreferenceBatch(NamedTuple):
-    """One batch of prompts with K ranked candidates each."""
+class Transitions(NamedTuple):
+    """One step of a sampled trajectory for each candidate, the same step for all of a prompt."""
 
-    inputs: Raw | Encoded
+    x_BKHWC: Array
+    """Latents that the step begins with; K is 1 where all candidates begin alike."""
+    next_x_BKHWC: Array
+    """What it made of them."""
+    step_B: Array
+    """int32 row of the sampler's table."""
+    log_prob_BK: Array
+    """Of the transition under the weights that sampled it."""
+
+
+class Sampled(NamedTuple):
+    """Steps of images that the model itself sampled, for online learning."""
+
+    transitions: Transitions
+    token_ids_BMEL: Array
+    """int32 token ids, one row per text encoder; M = 1."""
+    advantage_BK: Array
+    """How much better an image is than was to be expected of its prompt."""
+
+
+class PreferenceBatch(NamedTuple):
+    """One batch of prompts with K ranked candidates each; of sampled ones K in any order."""
+
+    inputs: Raw | Encoded | Sampled
     size_cond_BK6: Array
     """float32 (original height, original width, crop top, crop left, target height, target width)."""
     preference_BK: Array
-    """float32, sums to 1 over K: (1, 0) for a clear winner; soft labels and votes are fractions."""
+    """float32, sums to 1 over K: (1, 0) for a clear winner; soft labels and votes are fractions. Of sampled images
+    their rewards, NaN where there is none; with one more axis those of several judges."""
     valid_BK: Array
     """bool, False for a padded candidate."""
     weight_B: Array

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.diffusion.samplers import Denoiser, SamplerTable, Steps, step_mean, walk
+from dpo_jax.batch import Transitions
+from dpo_jax.diffusion.samplers import Denoiser, SamplerTable, Steps, step_mean, step_noise, walk
 
 
 class Trajectory(NamedTuple):
@@ -28,17 +29,6 @@ class Trajectory(NamedTuple):
     """From the noise to the clean latents; step s leads from row s to row s + 1."""
     log_prob_SN: Any
     """Of each step under the weights that sampled; 0 where the step is not random."""
-
-
-class Transitions(NamedTuple):
-    """One step out of the trajectory of each candidate, the same for all of a prompt."""
-
-    x_BKHWC: Any
-    next_x_BKHWC: Any
-    step_B: Any
-    """int32 row of the sampler's table."""
-    log_prob_BK: Any
-    """Of the transition under the weights that sampled it."""
 
 
 def random_steps(table: SamplerTable) -> np.ndarray:
@@ -75,6 +65,68 @@ def sample_trajectory(denoise: Denoiser, table: SamplerTable, x_NHWC: jax.Array,
 
     x0_NHWC, (x_SNHWC, log_prob_SN) = walk(denoise, table, x_NHWC, keys_N, record)
     return Trajectory(jnp.concatenate([x_SNHWC, x0_NHWC[None]]), log_prob_SN)
+
+
+class Exploration(NamedTuple):
+    """How a prompt's candidates parted at each step, [S, B, ...]."""
+
+    x_SBHWC: Any
+    """What each step began with."""
+    next_x_SBKHWC: Any
+    log_prob_SBK: Any
+    """0 where the step is not random."""
+    predicted_x0_SBKHWC: Any
+    """The image that the network sees in each candidate."""
+    x0_BHWC: Any
+    """Where the way ended."""
+
+
+def explore(
+    denoise: Denoiser,
+    denoise_each: Denoiser,
+    table: SamplerTable,
+    x_BHWC: jax.Array,
+    keys_B: jax.Array,
+    num_candidates: int,
+) -> Exploration:
+    """Sampling where K candidates part at every step, and one of them, drawn at random, goes on (arXiv 2406.04314).
+
+    Which one goes on depends on no judge, so the way is one of `sample`'s.
+
+    Args:
+        denoise: the network with weights, conditioning and guidance bound, for B rows.
+        denoise_each: the same for B * K rows, the candidates of a prompt one after the other.
+        table: of a sampler that adds noise.
+        x_BHWC: what `starting_latents` makes.
+        keys_B: each prompt's own.
+        num_candidates: K.
+    """
+    random_steps(table)
+    B, K, S = len(x_BHWC), num_candidates, len(table.steps.t)
+    # What a candidate looks like is seen as the step after begins; after the last it is there.
+    following = Steps(*(np.append(values_S[1:], 0) for values_S in table.steps))
+    following.p[-1], following.q[-1] = 1, 0
+    dtype = jnp.promote_types(x_BHWC.dtype, jnp.float32)
+
+    def take(x_BHWC: jax.Array, inputs: tuple[jax.Array, Steps, Steps]) -> tuple[jax.Array, Any]:
+        i, step, after = inputs
+        mean_BHWC = transition_mean(step, x_BHWC, denoise(x_BHWC, jnp.full(B, step.t)))
+        step_keys_B, choice_keys_B = (jax.vmap(jax.random.fold_in, (0, None))(keys_B, 2 * i + j) for j in range(2))
+        next_x_NHWC, keys_N = branch(mean_BHWC, step_keys_B, K)
+        next_x_NHWC = next_x_NHWC + step.d * step_noise(keys_N, 0, next_x_NHWC)
+        x0_NHWC = after.p * next_x_NHWC + after.q * denoise_each(next_x_NHWC, jnp.full(B * K, after.t))
+        next_x_BKHWC, x0_BKHWC = (x.reshape(B, K, *x.shape[1:]) for x in (next_x_NHWC, x0_NHWC))
+        log_prob_BK = log_prob(step, mean_BHWC[:, None], next_x_BKHWC)
+        chosen_B = jax.vmap(lambda key: jax.random.randint(key, (), 0, K))(choice_keys_B)
+        return next_x_BKHWC[jnp.arange(B), chosen_B], (x_BHWC, next_x_BKHWC, log_prob_BK, x0_BKHWC)
+
+    def on_device(steps: Steps) -> Steps:
+        return Steps(jnp.asarray(steps.t, jnp.float32), *(jnp.asarray(values_S, dtype) for values_S in steps[1:]))
+
+    inputs = jnp.arange(S), on_device(table.steps), on_device(following)
+    x0_BHWC, records = jax.lax.scan(take, x_BHWC.astype(dtype), inputs)
+    x_SBHWC, next_x_SBKHWC, log_prob_SBK, predicted_x0_SBKHWC = records
+    return Exploration(x_SBHWC, next_x_SBKHWC, log_prob_SBK, predicted_x0_SBKHWC, x0_BHWC)
 
 
 def transitions_at(trajectory: Trajectory, step_B: jax.Array) -> Transitions:

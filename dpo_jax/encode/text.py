@@ -3,10 +3,11 @@
 Axes: N captions or candidates, E text encoders, L tokens, D context width, P pooled width, T time ids.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpo_jax.batch import Conditioning
 from dpo_jax.models.families import Family
@@ -56,3 +57,31 @@ def condition(
         score_N1 = jnp.full((len(size_cond_N6), 1), aesthetic_score, size_cond_N6.dtype)
         time_ids_NT = jnp.concatenate([size_cond_N6[:, :4], score_N1], axis=1)
     return Conditioning(context_NLD, pooled_NP, time_ids_NT)
+
+
+def make_conditionings(
+    pipeline: Pipeline, negative_1EL: np.ndarray, guidance: float, *, negative_is_empty: bool = True
+) -> Callable[[Mapping[str, Params], jax.Array, jax.Array], tuple[Conditioning, Conditioning | None]]:
+    """`(frozen, token_ids_NEL, size_cond_N6) -> (of the captions, of what guidance leads away from)`, N rows each.
+
+    Args:
+        pipeline: the model's structure.
+        negative_1EL: token ids of what guidance leads away from.
+        guidance: its scale; of 1 or less there is none, and the second is None.
+        negative_is_empty: whether they are the empty caption's, which some models embed as zeros.
+    """
+
+    def conditionings(
+        frozen: Mapping[str, Params], token_ids_NEL: jax.Array, size_cond_N6: jax.Array
+    ) -> tuple[Conditioning, Conditioning | None]:
+        conditioning = condition(pipeline.family, *encode_text(pipeline, frozen, token_ids_NEL), size_cond_N6)
+        if guidance <= 1:
+            return conditioning, None
+        of_negative = encode_text(pipeline, frozen, jnp.asarray(negative_1EL))
+        if negative_is_empty and pipeline.force_zeros_for_empty_prompt:
+            of_negative = jax.tree.map(jnp.zeros_like, of_negative)
+        context_NLD, pooled_NP = (jnp.repeat(x_1, len(token_ids_NEL), axis=0) for x_1 in of_negative)
+        unconditional = condition(pipeline.family, context_NLD, pooled_NP, size_cond_N6, NEGATIVE_AESTHETIC_SCORE)
+        return conditioning, unconditional
+
+    return conditionings

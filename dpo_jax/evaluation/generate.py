@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.batch import Conditioning
 from dpo_jax.data.tokenizers import Tokenizers
 from dpo_jax.diffusion.samplers import classifier_free_guidance, make_table, sample, starting_latents
 from dpo_jax.encode.images import decode_latents, posterior_moments, sample_posterior
-from dpo_jax.encode.text import NEGATIVE_AESTHETIC_SCORE, condition, encode_text
+from dpo_jax.encode.text import make_conditionings
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sharding import Placement, batch_constraint, batch_parts, batch_sharding, on_mesh, replicated
 from dpo_jax.weights.layout import Params
@@ -87,25 +86,14 @@ class Generator:
         self.latent_shape = (cells, cells, pipeline.unet.config.in_channels)
         options = {"eta": sampling.eta, "strength": sampling.strength}
         table = make_table(sampling.sampler, pipeline.sampling_schedule, sampling.steps, **options)
-        negative_1EL = tokenizers([sampling.negative_prompt])
-        forces_zeros = pipeline.force_zeros_for_empty_prompt and not sampling.negative_prompt
+        conditionings = make_conditionings(
+            pipeline,
+            tokenizers([sampling.negative_prompt]),
+            sampling.guidance,
+            negative_is_empty=not sampling.negative_prompt,
+        )
         size_cond_16 = jnp.array([[resolution, resolution, 0, 0, resolution, resolution]], jnp.float32)
         split = batch_constraint(mesh)
-
-        def conditionings(
-            frozen: Mapping[str, Params], token_ids_NEL: jax.Array
-        ) -> tuple[Conditioning, Conditioning | None]:
-            sizes_N6 = jnp.tile(size_cond_16, (len(token_ids_NEL), 1))
-            text = encode_text(pipeline, frozen, token_ids_NEL)
-            conditioning = condition(pipeline.family, *text, sizes_N6)
-            if sampling.guidance <= 1:
-                return conditioning, None
-            of_negative = encode_text(pipeline, frozen, jnp.asarray(negative_1EL))
-            if forces_zeros:
-                of_negative = jax.tree.map(jnp.zeros_like, of_negative)
-            context_NLD, pooled_NP = (jnp.repeat(x_1, len(token_ids_NEL), axis=0) for x_1 in of_negative)
-            unconditional = condition(pipeline.family, context_NLD, pooled_NP, sizes_N6, NEGATIVE_AESTHETIC_SCORE)
-            return conditioning, unconditional
 
         def generate(
             unet: Params,
@@ -116,7 +104,8 @@ class Generator:
         ) -> jax.Array:
             unet = pipeline.gather(placement, "unet", unet)
             frozen = {name: pipeline.gather(placement, name, params) for name, params in frozen.items()}
-            conditioning, unconditional = split(conditionings(frozen, token_ids_NEL))
+            sizes_N6 = jnp.tile(size_cond_16, (len(token_ids_NEL), 1))
+            conditioning, unconditional = split(conditionings(frozen, token_ids_NEL, sizes_N6))
             denoise = classifier_free_guidance(
                 lambda x, t, c: pipeline.denoise(unet, x, t, c),
                 conditioning,

@@ -10,12 +10,13 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from dpo_jax.batch import Scores
+from dpo_jax.batch import Scores, Transitions
 from dpo_jax.diffusion.samplers import SamplerTable, Steps
-from dpo_jax.diffusion.trajectories import Transitions, kl_divergence, log_prob, steps_at, transition_mean
+from dpo_jax.diffusion.trajectories import kl_divergence, log_prob, steps_at, transition_mean
 from dpo_jax.objectives.denoising import Denoise, per_candidate
-from dpo_jax.objectives.losses import clamp
+from dpo_jax.objectives.losses import clamp, is_preferred
 
 
 def log_probabilities(
@@ -80,6 +81,29 @@ def score_transitions(
         advantage_BK=advantage_BK,
         kl_BK=kl_BK,
     )
+
+
+def transition_metrics(scores: Scores, preference_BK: jax.Array) -> dict[str, jax.Array]:
+    """Numbers to watch, one a prompt.
+
+    `policy/change` is how far log-probabilities have moved since the images were sampled, on average: 0 but for
+    rounding before the first update. `policy/kl` is DDPO's estimate of the divergence, half of its square.
+    `pair/accuracy` is the share of the pairs that the log-ratios order as the rewards do, and 1/2 where all are ties.
+    """
+    preferred_BKK = is_preferred(preference_BK)
+    pairs_B = preferred_BKK.sum(axis=(1, 2))
+    margin_BKK = scores.log_ratio_BK[:, :, None] - scores.log_ratio_BK[:, None, :]
+    agreed_B = jnp.where(preferred_BKK, (1 + jnp.sign(margin_BKK)) / 2, 0).sum(axis=(1, 2))
+    margin_B = jnp.where(preferred_BKK, margin_BKK, 0).sum(axis=(1, 2))
+    change_BK = scores.log_prob_BK - scores.old_log_prob_BK
+    metrics = {
+        "pair/accuracy": jnp.where(pairs_B > 0, agreed_B / jnp.maximum(pairs_B, 1), 0.5),
+        "pair/count": pairs_B.astype(margin_B.dtype),
+        "reward/margin": margin_B / jnp.maximum(pairs_B, 1),
+        "policy/change": jnp.abs(change_BK).mean(axis=1),
+        "policy/kl": jnp.square(change_BK).mean(axis=1) / 2,
+    }
+    return metrics if scores.kl_BK is None else metrics | {"policy/reference_kl": scores.kl_BK.mean(axis=1)}
 
 
 def _mean(denoise: Denoise, params: Any, step: Steps, transitions: Transitions, conditioning: Any) -> jax.Array:

@@ -37,6 +37,10 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
+    def oldest_step(self) -> int | None:
+        """Of the finished ones."""
+        return min(ocp.utils.checkpoint_steps(self.folder), default=None)
+
     def save(self, state: TrainState, position: dict[str, int]) -> None:
         """Copies the state to the host and returns; the write goes on in the background.
 

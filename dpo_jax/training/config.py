@@ -7,7 +7,7 @@ config: a value derived there would go stale under `--config.field=value`. `reso
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -35,6 +35,9 @@ FREE_TO_CHANGE = (
     "validation.",
     "sample.",
     "data.num_workers",
+    "online.rounds",
+    "online.prompts",
+    "online.prompts_at_a_time",
 )
 
 AT_LEAST_1 = (
@@ -222,18 +225,37 @@ def check(config: ConfigDict) -> None:
     for field in ("model", "data.path"):
         if not flatten(config)[field]:
             raise ValueError(f"config.{field} is empty; set it in the config file or with --config.{field}=...")
-    for field in AT_LEAST_1:
-        if flatten(config)[field] < 1:
-            raise ValueError(f"config.{field}={flatten(config)[field]} must be at least 1")
-    for field in AT_LEAST_0:
-        if flatten(config)[field] < 0:
-            raise ValueError(f"config.{field}={flatten(config)[field]} must be 0 or more")
-    for field, choices in CHOICES.items():
-        if flatten(config)[field] not in choices:
-            raise ValueError(f"config.{field}={flatten(config)[field]!r}; choose from {', '.join(choices)}")
-    for field in SHARES:
-        if not 0 <= flatten(config)[field] <= 1:
-            raise ValueError(f"config.{field}={flatten(config)[field]} is a share, from 0 to 1")
+    check_ranges(config, at_least_1=AT_LEAST_1, at_least_0=AT_LEAST_0, shares=SHARES, choices=CHOICES)
+    check_settings(config)
+    check_views(config)
+
+
+def check_ranges(
+    config: ConfigDict,
+    *,
+    at_least_1: Collection[str],
+    at_least_0: Collection[str] = (),
+    shares: Collection[str],
+    choices: Mapping[str, Collection[str]],
+) -> None:
+    """Raises ValueError for a field, by its dotted path, with a value out of its range."""
+    fields = flatten(config)
+    for field in at_least_1:
+        if fields[field] < 1:
+            raise ValueError(f"config.{field}={fields[field]} must be at least 1")
+    for field in at_least_0:
+        if fields[field] < 0:
+            raise ValueError(f"config.{field}={fields[field]} must be 0 or more")
+    for field, known in choices.items():
+        if fields[field] not in known:
+            raise ValueError(f"config.{field}={fields[field]!r}; choose from {', '.join(known)}")
+    for field in shares:
+        if not 0 <= fields[field] <= 1:
+            raise ValueError(f"config.{field}={fields[field]} is a share, from 0 to 1")
+
+
+def check_settings(config: ConfigDict) -> None:
+    """Raises ValueError for settings of the network that don't go together."""
     if config.lora.dropout == 1:
         raise ValueError("config.lora.dropout=1 drops everything; it must be less than 1")
     if config.scan and config.lora.dropout:
@@ -247,25 +269,29 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"config.lora.rank={config.lora.rank} must be 0 (no LoRA) or more")
     if config.lora.init_reference and not config.lora.init:
         raise ValueError("config.lora.init_reference is set, but config.lora.init names no LoRA")
-    check_views(config)
 
 
 def resolve(config: ConfigDict, *, device_count: int, process_count: int) -> Derived:
     """Derives and checks; raises ValueError with the values and the remedy."""
     check(config)
+    return divide_batch(config, config.data.batch_size, device_count=device_count, process_count=process_count)
+
+
+def divide_batch(config: ConfigDict, rows: int, *, device_count: int, process_count: int) -> Derived:
+    """How the rows of an optimizer step are divided; raises ValueError with the values and the remedy."""
     assert config.remat != "auto", "planning.search.settle_remat comes first"
-    batch, accumulation = config.data.batch_size, config.data.accumulation
-    mesh = config.mesh
+    batch, accumulation, mesh = config.data.batch_size, config.data.accumulation, config.mesh
     parts = mesh.data * mesh.fsdp if mesh.tensor == -1 else max(device_count // max(mesh.tensor, 1), 1)
-    if batch % (accumulation * parts):
+    if rows % (accumulation * parts):
         unit = accumulation * parts
+        times = f" x {rows // batch} timesteps" if rows != batch else ""
         raise ValueError(
-            f"data.batch_size={batch} does not divide over {parts} devices x {accumulation} micro-batches; "
-            f"take a multiple of {unit}, such as {max(1, round(batch / unit)) * unit}"
+            f"data.batch_size={batch}{times} does not divide over {parts} devices x {accumulation} micro-batches; "
+            f"take a multiple of {unit}, such as {max(1, round(rows / unit)) * unit}"
         )
     return Derived(
-        local_batch_size=batch // process_count,
-        micro_batch_per_device=batch // (accumulation * parts),
+        local_batch_size=rows // process_count,
+        micro_batch_per_device=rows // (accumulation * parts),
         learning_rate=config.optimizer.learning_rate * (batch if config.optimizer.scale_by_batch else 1),
     )
 
@@ -293,14 +319,14 @@ def check_views(config: ConfigDict) -> None:
         raise ValueError(f"config.data.encoded_views needs a prepared data set; {data.path} is made anew in every run")
 
 
-def check_same_experiment(fields: dict[str, Any], saved: dict[str, Any], workdir: Any) -> None:
+def check_same_experiment(fields: dict[str, Any], saved: dict[str, Any], workdir: Any, defaults: ConfigDict) -> None:
     """Refuses to continue a work directory that another config or another model began; names the fields that differ."""
     now = json.loads(json.dumps(fields))
     # The learning rates of the other two schedules follow from the number of steps.
     steps_are_free = now["optimizer.schedule"] not in ("linear", "cosine")
     free = (*FREE_TO_CHANGE, "steps") if steps_are_free else FREE_TO_CHANGE
     # A field that did not exist when the run began had its default.
-    saved = json.loads(json.dumps(flatten(default_config()))) | saved
+    saved = json.loads(json.dumps(flatten(defaults))) | saved
     names = [f for f in sorted(now.keys() | saved.keys()) if not _is_free(f, free)]
     differing = [f"{f} was {saved.get(f)!r}, now {now.get(f)!r}" for f in names if now.get(f) != saved.get(f)]
     if differing:

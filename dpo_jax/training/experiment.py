@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -122,17 +123,39 @@ class Experiment:
         )
 
 
-def build(config: ConfigDict, derived: Derived, pipeline: Pipeline) -> Experiment:
+Method = Callable[[ConfigDict, Pipeline, Placement], tuple[Objective, Score]]
+"""What a config minimises, and how a batch is scored for it."""
+
+
+def on_pairs(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> tuple[Objective, Score]:
+    """Losses of denoising errors, over images that a data set orders."""
+    objective = make_objective(config)
+    score = make_score(
+        make_encode(pipeline),
+        pipeline.denoise,
+        pipeline.schedule,
+        objective,
+        config.seed,
+        dropout=config.lora.dropout > 0,
+        constrain=batch_constraint(placement.mesh),
+        gather=functools.partial(pipeline.gather, placement),
+    )
+    return objective, score
+
+
+def build(config: ConfigDict, derived: Derived, pipeline: Pipeline, method: Method = on_pairs) -> Experiment:
     """The experiment with its frozen weights read; raises ValueError for what the config has wrong."""
-    composed = compose(config, derived, pipeline, make_placement(config))
+    composed = compose(config, derived, pipeline, make_placement(config), method)
     adapter = initial_adapter(config, pipeline) if pipeline.adapted_unet is not None else None
     frozen = load_frozen(config, pipeline, composed.placement, composed.frozen, adapter)
     return dataclasses.replace(composed, frozen=frozen, adapter=adapter)
 
 
-def compose(config: ConfigDict, derived: Derived, pipeline: Pipeline, placement: Placement) -> Experiment:
+def compose(
+    config: ConfigDict, derived: Derived, pipeline: Pipeline, placement: Placement, method: Method = on_pairs
+) -> Experiment:
     """The experiment with nothing in memory: its frozen weights are shapes and places. A plan asks no more of it."""
-    objective = make_objective(config)
+    objective, score = method(config, pipeline, placement)
     o = config.optimizer
     learning_rate = learning_rate_schedule(
         o.schedule, derived.learning_rate, warmup_steps=o.warmup_steps, total_steps=config.steps
@@ -146,16 +169,6 @@ def compose(config: ConfigDict, derived: Derived, pipeline: Pipeline, placement:
         epsilon=o.epsilon,
         weight_decay=o.weight_decay,
         clip_norm=o.clip_norm,
-    )
-    score = make_score(
-        make_encode(pipeline),
-        pipeline.denoise,
-        pipeline.schedule,
-        objective,
-        config.seed,
-        dropout=config.lora.dropout > 0,
-        constrain=batch_constraint(placement.mesh),
-        gather=functools.partial(pipeline.gather, placement),
     )
     return Experiment(
         config=config,
@@ -180,6 +193,7 @@ def make_encode(pipeline: Pipeline) -> Encode:
             context_NLD = one_a_row(inputs.context_BMLD).astype(pipeline.dtype)
             pooled_NP = one_a_row(inputs.pooled_BMP).astype(pipeline.dtype)
         else:
+            assert isinstance(inputs, Raw), "sampled images are scored by their transitions"
             latents_BKhwC = encode_images(pipeline.vae, frozen["vae"], inputs.images_BKHWC, inputs.mirrored_BK, keys_B)
             context_NLD, pooled_NP = encode_text(pipeline, frozen, one_a_row(inputs.token_ids_BMEL))
         return latents_BKhwC, condition(pipeline.family, context_NLD, pooled_NP, size_cond_N6)

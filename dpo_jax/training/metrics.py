@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import time
 from collections.abc import Mapping
 from types import TracebackType
 
@@ -11,6 +12,8 @@ from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
+
+from dpo_jax.progress import SECONDS_BETWEEN_LINES
 
 
 class MetricWriter:
@@ -65,6 +68,7 @@ class ProgressBar:
         )
         self._task = self._bar.add_task("", total=total, completed=start, numbers="compiling")
         self._total = total
+        self._noted = time.monotonic()
 
     def __enter__(self) -> "ProgressBar":
         self._bar.start()
@@ -85,6 +89,13 @@ class ProgressBar:
         if not self._console.is_terminal:
             left = f"  left {datetime.timedelta(seconds=round(seconds_left))}" if seconds_left is not None else ""
             self.say(f"step {step}/{self._total}  {numbers}{left}")
+
+    def note(self, message: str) -> None:
+        """In place of the numbers, while something else than a step is done."""
+        self._bar.update(self._task, numbers=message)
+        if not self._console.is_terminal and time.monotonic() - self._noted > SECONDS_BETWEEN_LINES:
+            self._noted = time.monotonic()
+            self.say(message)
 
     def say(self, message: str) -> None:
         """A line above the bar."""

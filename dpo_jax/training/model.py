@@ -92,7 +92,7 @@ def abstract_frozen(config: ConfigDict, pipeline: Pipeline, placement: Placement
     own: see `step.reference_params`.
     """
     specs, dtypes = {}, {"vae": jnp.dtype(config.vae_dtype)}
-    if not config.data.encoded_views:
+    if not config.data.get("encoded_views"):
         specs = {name: network.specs for name, network in pipeline.components.items() if name != "unet"}
     if pipeline.adapted_unet is not None:
         specs["base"] = pipeline.unet.specs

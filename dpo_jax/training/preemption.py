@@ -40,6 +40,10 @@ class Notice:
         finally:
             signal.signal(signal.SIGTERM, former)
 
+    def received(self) -> bool:
+        """Whether to stop between two steps, where a single process may: several could not agree there."""
+        return self._received
+
     def given(self, step: int) -> bool:
         """Whether to stop after this step: true for the same step in all processes, whichever of them was notified.
 

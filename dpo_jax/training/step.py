@@ -42,6 +42,20 @@ class TrainState(NamedTuple):
     """Moving average of the trained weights; empty where the config wants none."""
 
 
+def score_metrics(scores: Scores, preference_BK: jax.Array) -> Metrics:
+    """Per prompt: errors of the best and the worst candidate and, where there are two, accuracy and margin."""
+    metrics = {"error/winner": scores.error_BK[:, 0]}
+    if scores.error_BK.shape[1] > 1:
+        metrics["error/loser"] = scores.error_BK[:, -1]
+        metrics["pair/accuracy"] = implicit_accuracy(scores)
+        metrics["reward/margin"] = margin(scores)
+    if scores.reference_error_BK is not None:
+        metrics["error/reference_winner"] = scores.reference_error_BK[:, 0]
+        if scores.error_BK.shape[1] > 1:
+            metrics["error/reference_loser"] = scores.reference_error_BK[:, -1]
+    return metrics
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """What is minimised: a loss over scores, and which candidates and models it looks at."""
@@ -51,6 +65,8 @@ class Objective:
     needs_reference: bool = True
     num_candidates: int | None = None
     """Only the best this many candidates enter the step (SFT: 1); None means all."""
+    metrics: Callable[[Scores, jax.Array], Metrics] = score_metrics
+    """(scores, preference_BK) -> numbers to watch, one a prompt."""
 
 
 def make_score(
@@ -115,8 +131,9 @@ def make_train_step(
         params: Params, frozen: Frozen, batch: PreferenceBatch, step: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         scores = score(params, frozen, batch, step, training=True)
-        loss_B = objective.loss(scores, batch.preference_BK[:, : scores.error_BK.shape[1]])
-        metrics = {"train/loss": loss_B} | score_metrics(scores)
+        preference_BK = batch.preference_BK[:, : scores.log_ratio_BK.shape[1]]
+        loss_B = objective.loss(scores, preference_BK)
+        metrics = {"train/loss": loss_B} | objective.metrics(scores, preference_BK)
         weight_B = prompt_weights(batch)
         sums = {name: jnp.sum(value * weight_B) for name, value in metrics.items()}
         return sums["train/loss"], sums
@@ -167,24 +184,11 @@ def make_eval_step(
     def evaluate(
         params: Params, frozen: Frozen, batch: PreferenceBatch, number: jax.Array
     ) -> tuple[Metrics, jax.Array]:
-        metrics, weight_B = score_metrics(score(params, frozen, batch, number)), prompt_weights(batch)
+        scores = score(params, frozen, batch, number)
+        metrics, weight_B = score_metrics(scores, batch.preference_BK), prompt_weights(batch)
         return {name: jnp.sum(value * weight_B) for name, value in metrics.items()}, jnp.sum(weight_B)
 
     return evaluate
-
-
-def score_metrics(scores: Scores) -> Metrics:
-    """Per prompt: errors of the best and the worst candidate and, where there are two, accuracy and margin."""
-    metrics = {"error/winner": scores.error_BK[:, 0]}
-    if scores.error_BK.shape[1] > 1:
-        metrics["error/loser"] = scores.error_BK[:, -1]
-        metrics["pair/accuracy"] = implicit_accuracy(scores)
-        metrics["reward/margin"] = margin(scores)
-    if scores.reference_error_BK is not None:
-        metrics["error/reference_winner"] = scores.reference_error_BK[:, 0]
-        if scores.error_BK.shape[1] > 1:
-            metrics["error/reference_loser"] = scores.reference_error_BK[:, -1]
-    return metrics
 
 
 def prompt_weights(batch: PreferenceBatch) -> jax.Array:

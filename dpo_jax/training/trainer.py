@@ -1,4 +1,4 @@
-"""Runs an experiment: load, resume, loop.
+"""Runs an experiment: load, resume, loop. `rounds/` runs the same loop on images that the model samples itself.
 
 Order of a start or a resume:
   1. the model's structure is read from its folder, without memory;
@@ -15,7 +15,8 @@ import errno
 import itertools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +25,15 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dpo_jax import cluster
+from dpo_jax.batch import PreferenceBatch
 from dpo_jax.cli import flatten
 from dpo_jax.data.inputs import Inputs
-from dpo_jax.data.pipeline import BatchIterator
 from dpo_jax.evaluation.generate import Generator
 from dpo_jax.evaluation.report import image_grid, save_png
+from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sharding import replicated, to_devices
 from dpo_jax.training.checkpoint import Checkpoints, read_config, restore, write_config
-from dpo_jax.training.config import check_same_experiment, resolve
+from dpo_jax.training.config import check_same_experiment, default_config, resolve
 from dpo_jax.training.data import (
     check_data,
     data_fingerprints,
@@ -59,49 +61,82 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     workdir = epath.Path(workdir)
     clock = StartClock()
     derived = resolve(config, device_count=jax.device_count(), process_count=jax.process_count())
+    check_backend(config)
+    with Notice.awaited() as notice:
+        check_data(config)
+        pipeline = open_model(config, workdir)
+        fields = begin(config, workdir, pipeline, default_config(), data_fingerprints(config))
+        inputs = make_inputs(config, pipeline)
+        experiment = build(config, derived, pipeline)
+        batches = open_training_batches(config, derived, inputs)
+        with running(experiment, workdir, fields, notice, clock, inputs) as (loop, state, position):
+            if position is not None:
+                batches.set_state(position)
+            if int(state.step) >= config.steps and cluster.is_first():
+                print(f"all {config.steps} steps are done", flush=True)
+            with batches:
+                loop.run(state, batches)
+
+
+def check_backend(config: ConfigDict) -> None:
+    """Refuses an attention kernel that is for other devices than those here; ValueError."""
     needed = {"cudnn": "gpu", "splash": "tpu"}.get(config.attention, jax.default_backend())
     if needed != jax.default_backend():
         raise ValueError(
             f'config.attention="{config.attention}" needs a {needed.upper()}, not {jax.default_backend()}; set '
             "config.attention=xla"
         )
-    with Notice.awaited() as notice:
-        check_data(config)
-        pipeline = open_model(config, workdir)
-        fields = flatten(config) | model_fingerprints(config, pipeline) | data_fingerprints(config)
-        saved = read_config(workdir)
-        if saved is not None:
-            check_same_experiment(fields, saved, workdir)
-        keep_compiled_programs(workdir)
-        inputs = make_inputs(config, pipeline)
-        experiment = build(config, derived, pipeline)
-        batches = open_training_batches(config, derived, inputs)
-        clock.lap("load")
-        restored = restore(workdir, experiment.abstract_state())
-        if restored is None:
-            state = experiment.initial_state()
-            clock.lap("load")
-        else:
-            state, position = restored
-            batches.set_state(position)
-            clock.lap("restore")
-        write_config(workdir, fields)  # all that is read has been read
-        start = int(state.step)
-        checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
-        writer = MetricWriter(workdir, start)
-        try:
-            _announce(experiment, workdir, start)
-            if start >= config.steps and cluster.is_first():
-                print(f"all {config.steps} steps are done", flush=True)
-            with batches, ProgressBar(config.steps, start) as bar:
-                Loop(experiment, inputs, workdir, checkpoints, writer, bar, notice, clock).run(state, batches, start)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise OSError(f"no room is left in {workdir}; make some, then run the same command again") from error
-        finally:
-            writer.close()
-            checkpoints.close()
+
+
+def begin(
+    config: ConfigDict, workdir: epath.Path, pipeline: Pipeline, defaults: ConfigDict, fingerprints: dict[str, str]
+) -> dict[str, Any]:
+    """The fields of the experiment for `config.json`, after a look at those of the run that is to be continued."""
+    fields = flatten(config) | model_fingerprints(config, pipeline) | fingerprints
+    saved = read_config(workdir)
+    if saved is not None:
+        check_same_experiment(fields, saved, workdir, defaults)
+    keep_compiled_programs(workdir)
+    return fields
+
+
+@contextlib.contextmanager
+def running(
+    experiment: Experiment,
+    workdir: epath.Path,
+    fields: dict[str, Any],
+    notice: Notice,
+    clock: StartClock,
+    inputs: Inputs | None = None,
+) -> Iterator[tuple["Loop", TrainState, dict[str, int] | None]]:
+    """The loop, the state to go on from, and the data position that belongs to it, None at the beginning."""
+    clock.lap("load")
+    restored = restore(workdir, experiment.abstract_state())
+    state, position = restored or (experiment.initial_state(), None)
+    clock.lap("restore" if restored else "load")
+    write_config(workdir, fields)  # all that is read has been read
+    start = int(state.step)
+    checkpoints = Checkpoints(workdir, keep=experiment.config.checkpoint.keep)
+    writer = MetricWriter(workdir, start)
+    try:
+        _announce(experiment, workdir, start)
+        with ProgressBar(experiment.config.steps, start) as bar:
+            yield Loop(experiment, inputs, workdir, checkpoints, writer, bar, notice, clock), state, position
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(f"no room is left in {workdir}; make some, then run the same command again") from error
+    finally:
+        writer.close()
+        checkpoints.close()
+
+
+class Batches(Protocol):
+    """What the loop trains on; `get_state` is kept with each checkpoint."""
+
+    def __next__(self) -> PreferenceBatch: ...
+
+    def get_state(self) -> dict[str, int]: ...
 
 
 class Loop:
@@ -110,7 +145,7 @@ class Loop:
     def __init__(
         self,
         experiment: Experiment,
-        inputs: Inputs,
+        inputs: Inputs | None,
         workdir: epath.Path,
         checkpoints: Checkpoints,
         writer: MetricWriter,
@@ -123,22 +158,25 @@ class Loop:
         self.notice, self.clock = notice, clock
         self.train_step = experiment.train_step()
         self.place = to_devices(experiment.mesh)
+        self._compiled = False
         self.eval_step = jax.jit(make_eval_step(experiment.score), out_shardings=replicated(experiment.mesh))
         self._generator: Generator | None = None
         self._reference_images: np.ndarray | None = None
 
-    def run(self, state: TrainState, batches: BatchIterator, start: int) -> TrainState:
+    def run(self, state: TrainState, batches: Batches, end: int | None = None) -> TrainState:
+        """Trains to step `end`, by default the last one, where it logs and saves whatever the intervals."""
         config, total = self.config, self.config.steps
+        start, end = int(state.step), total if end is None else end
         window: list[dict[str, float]] = []
         pending: dict[str, jax.Array] | None = None
         timer, timed_from = time.monotonic(), start
 
-        if start < total and self.notice.given(start):
+        if start < end and self.notice.given(start):
             raise Preempted(PREEMPTED.format(start))
-        for step in range(start + 1, total + 1):
+        for step in range(start + 1, end + 1):
             batch = self.place(next(batches))
             # Compiling may take long, and not the same time everywhere: so the first step isn't watched.
-            with cluster.watched(f"to begin step {step}") if step > start + 1 else contextlib.nullcontext():
+            with cluster.watched(f"to begin step {step}") if self._compiled else contextlib.nullcontext():
                 state, metrics = self.train_step(state, self.experiment.frozen, batch)
             if pending is not None:  # one step late, so that the host never waits for the device
                 window.append(self._fetch(pending, step - 1))
@@ -147,11 +185,12 @@ class Loop:
             self.checkpoints.check()
 
             stops = self.notice.given(step) and step < total
-            saves = step % config.checkpoint.every == 0 or step == total or stops
-            logs = step % config.log_every == 0 or step == total or stops
+            saves = step % config.checkpoint.every == 0 or step == end or stops
+            logs = step % config.log_every == 0 or step == end or stops
             validates = bool(config.validation.every) and (step % config.validation.every == 0 or step == total)
             samples = bool(config.sample.every) and (step % config.sample.every == 0 or step == total)
-            if step == start + 1:
+            if not self._compiled:
+                self._compiled = True
                 cluster.wait("first step compiled")
                 window.append(self._fetch(pending, step))
                 pending = None
@@ -216,6 +255,7 @@ class Loop:
 
     def _validate(self, step: int, params: Params) -> None:
         """Implicit accuracy and errors on held-out pairs, the same timesteps and noises every time."""
+        assert self.inputs is not None, "only a run on a data set validates"
         experiment, validation = self.experiment, self.config.validation
         sums: dict[str, float] = {}
         weight = 0.0

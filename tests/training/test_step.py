@@ -93,7 +93,7 @@ def test_swapped_candidates_negate_the_margin(params):
 
     score = make_score(without_posterior_noise, denoise, SCHEDULE, DPO, seed=3)
     margins = [
-        score_metrics(score(perturbed(params), frozen_like(params), b, jnp.int32(0)))["reward/margin"]
+        score_metrics(score(perturbed(params), frozen_like(params), b, jnp.int32(0)), b.preference_BK)["reward/margin"]
         for b in (batch, swapped)
     ]
     np.testing.assert_allclose(margins[0], -margins[1], rtol=1e-9)

@@ -1,0 +1,61 @@
+"""The embedded default learns online by the exact judge of its small captioned world, on two CPU cores in minutes.
+
+Without a variant it is D3PO; `:ddpo`, `:dpok`, `:grpo` and `:spo` are the others, and `:compressibility` has it make
+pictures that are small as a JPEG instead.
+"""
+
+from ml_collections import ConfigDict
+
+from dpo_jax.rounds.config import online_config
+from dpo_jax.training.config import apply_variants
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    c = online_config()
+    c.model = "dpo_jax/tiny/model"
+    c.dtype = c.vae_dtype = "float32"  # CPUs emulate bfloat16
+    c.lora.rank = 0  # so small a model is trained whole
+    c.data.resolution = 32
+    c.data.batch_size = 8
+    c.data.accumulation = 1
+    c.online.rounds = 20
+    c.online.prompts = "dpo_jax/tiny/train.txt"
+    c.online.prompts_per_round = 32
+    c.online.prompts_at_a_time = 16
+    c.online.candidates = 4
+    c.online.judges = ("shapes",)
+    c.online.sampling_steps = 10
+    c.online.guidance = 2.5
+    c.online.timesteps = 0.5
+    c.optimizer.learning_rate = 3e-5
+    c.log_every = 4
+    c.checkpoint.every = 100
+    c.sample.every = 0
+    c.sample.prompts = ("a red circle at the top left", "a blue square at the bottom right")
+    c.sample.guidance = 2.5
+    return apply_variants(
+        c, arg, {"ddpo": ddpo, "dpok": dpok, "grpo": grpo, "spo": spo, "compressibility": compressibility}
+    )
+
+
+def ddpo(c: ConfigDict) -> None:
+    c.loss.name = "ddpo"
+
+
+def dpok(c: ConfigDict) -> None:
+    c.loss.name = "dpok"
+
+
+def grpo(c: ConfigDict) -> None:
+    c.loss.name = "ddpo"
+    c.online.advantage = "group"
+
+
+def spo(c: ConfigDict) -> None:
+    c.loss.beta = 10.0
+    c.online.branching = True
+    c.online.best_and_worst = True
+
+
+def compressibility(c: ConfigDict) -> None:
+    c.online.judges = ("jpeg_compressibility",)

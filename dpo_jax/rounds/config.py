@@ -1,0 +1,178 @@
+"""The fields of an online experiment, and what is derived from them, once.
+
+They are those of `training/config.py` without a data set, and `config.online`.
+"""
+
+import dataclasses
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dpo_jax.training.config import CHOICES as NETWORK_CHOICES
+from dpo_jax.training.config import Derived, check_ranges, check_settings, default_config, divide_batch
+
+AT_LEAST_1 = (
+    "online.rounds",
+    "online.prompts_per_round",
+    "online.epochs",
+    "online.sampling_steps",
+    "online.prompts_at_a_time",
+    "data.batch_size",
+    "data.accumulation",
+    "data.resolution",
+    "log_every",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "sample.seeds",
+    "sample.steps",
+)
+SHARES = ("online.timesteps", "online.eta", "online.clip", "ema.decay")
+CHOICES = {
+    "loss.name": ("d3po", "ddpo", "dpok"),
+    "online.combine": ("mean", "pareto"),
+    "online.advantage": ("prompt", "group"),
+    "online.update": ("prompt", "pair"),
+    "online.reference": ("initial", "round"),
+    **{field: NETWORK_CHOICES[field] for field in ("dtype", "vae_dtype", "attention")},
+    "remat": ("none", "dots", "attention", "block"),
+}
+
+
+def online_config() -> ConfigDict:
+    """Every field with its default, those of D3PO's released code (arXiv 2311.13231)."""
+    c = default_config()
+    data, validation = c.data, c.validation
+    c.data, c.validation, c.loss = ConfigDict(), ConfigDict(), ConfigDict()
+    c.data.batch_size = 1  # prompts in one optimizer step, with all their candidates and timesteps
+    c.data.accumulation = 20  # micro-batches in one optimizer step: more of them, less memory
+    c.data.resolution = data.resolution  # pixels, height and width
+    c.validation.every = 0
+    c.validation.max_pairs, c.validation.draws = validation.max_pairs, validation.draws
+
+    c.loss.name = "d3po"  # or "ddpo", "dpok"
+    c.loss.beta = 0.1  # D3PO: strength of the pull towards the reference
+    c.loss.clip = 1e-4  # DDPO and DPOK: how far the ratio to the sampling policy may be from 1
+    c.loss.advantage_clip = 5.0  # likewise: the largest advantage
+    c.loss.kl_weight = 0.01  # DPOK: of the divergence from the reference
+
+    c.online = ConfigDict()
+    c.online.rounds = 400  # of sampling, judging and training
+    c.online.prompts = "animals"  # a list that comes with dpo_jax, or any file that `dpo_jax.evaluate --prompts` takes
+    c.online.prompts_per_round = 10
+    c.online.candidates = 2  # images of a prompt, from the same starting noise
+    c.online.judges = ("aesthetic",)  # as `dpo_jax.evaluate --judges` takes them; () asks people
+    c.online.combine = "pareto"  # several judges: better for one and worse for none, or "mean" of their scores
+    c.online.sampler = "ddim"  # or another one that adds noise: "euler_ancestral"
+    c.online.sampling_steps = 20
+    c.online.eta = 1.0  # DDIM: share of fresh noise; above 0, or steps would have no probability
+    c.online.guidance = 5.0  # in sampling and in training
+    c.online.prompts_at_a_time = 4  # sampled together, with all their candidates
+    c.online.branching = False  # SPO: candidates part at every step and are judged there; a random one goes on
+    c.online.best_and_worst = False  # SPO: of the candidates only these two are compared
+    c.online.timesteps = 1.0  # share of a trajectory's steps that is trained on
+    c.online.epochs = 1  # times a round's images are gone through
+    c.online.update = "prompt"  # all pairs of a prompt at once; or "pair": an update each, as D3PO's for people does
+    c.online.reference = "initial"  # or "round": the policy that sampled, which costs no evaluation of its own
+    c.online.clip = 0.1  # D3PO: how far the ratio to the reference may be from 1
+    c.online.advantage = "prompt"  # by the last rewards of the prompt (DDPO); or "group": its candidates (GRPO)
+
+    c.dtype = c.vae_dtype = "bfloat16"
+    c.lora.rank = 4  # alpha = rank; queries, keys, values and outputs of every attention
+    c.optimizer.name = "adamw"
+    c.optimizer.learning_rate = 3e-5
+    c.optimizer.scale_by_batch = False
+    c.optimizer.schedule = "constant"
+    c.optimizer.warmup_steps = 0
+    c.optimizer.weight_decay = 1e-4
+    c.log_every = 10
+    c.checkpoint.every = 100
+    c.sample.every = 100
+    c.steps = 0  # derived: rounds x updates in a round
+    return c
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a round consists of."""
+
+    derived: Derived
+    timesteps: int
+    """Steps of a trajectory that an update trains on."""
+    pairs: int
+    """Updates that a batch of prompts gets: one, or one for each pair of candidates."""
+    updates: int
+    """Optimizer steps in a round."""
+    images: int
+    """Images that a judge sees in a round."""
+    evaluations: int
+    """UNet evaluations in a round: one image at one timestep, guided or not, without what backward passes cost."""
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for values that no machine can run, with the remedy."""
+    if not config.model:
+        raise ValueError("config.model is empty; set it in the config file or with --config.model=...")
+    check_ranges(config, at_least_1=AT_LEAST_1, shares=SHARES, choices=CHOICES)
+    check_settings(config)
+    online = config.online
+    if online.candidates < (2 if config.loss.name == "d3po" or online.advantage == "group" else 1):
+        raise ValueError(f"config.online.candidates={online.candidates}; there is nothing to compare: take 2 or more")
+    if config.lora.dropout:
+        raise ValueError(
+            f"config.lora.dropout={config.lora.dropout} would change the probabilities of the policy that sampled; "
+            "set lora.dropout=0"
+        )
+    if online.timesteps == 0:
+        raise ValueError("config.online.timesteps=0 trains on nothing; take a share above 0, up to 1")
+    if online.prompts_per_round % config.data.batch_size:
+        raise ValueError(
+            f"config.online.prompts_per_round={online.prompts_per_round} is no multiple of "
+            f"data.batch_size={config.data.batch_size}, the prompts in an update; change either"
+        )
+    if config.loss.name == "dpok" and online.reference == "round":
+        raise ValueError('dpok needs a reference of its own: set config.online.reference="initial"')
+    if online.update == "pair" and (config.loss.name != "d3po" or online.branching):
+        raise ValueError(
+            'config.online.update="pair" is D3PO\'s on whole trajectories; set it to "prompt" for '
+            f"{'branching' if online.branching else config.loss.name}"
+        )
+    if online.branching and not online.judges:
+        raise ValueError("config.online.branching judges at every step, which people can't; name judges")
+
+
+def make_plan(config: ConfigDict, random_steps: np.ndarray, *, device_count: int, process_count: int) -> Plan:
+    """Derives and checks; raises ValueError with the values and the remedy.
+
+    Args:
+        config: of the experiment.
+        random_steps: the steps of a trajectory that have a probability.
+        device_count, process_count: of the run.
+    """
+    check(config)
+    online, B, K = config.online, config.data.batch_size, config.online.candidates
+    S, T = config.online.sampling_steps, max(1, round(online.timesteps * len(random_steps)))
+    derived = divide_batch(config, B * T, device_count=device_count, process_count=process_count)
+    if B % process_count:
+        raise ValueError(
+            f"data.batch_size={B} prompts don't divide over {process_count} processes; take a multiple of it"
+        )
+    pairs = K * (K - 1) // 2 if online.update == "pair" else 1
+    P = online.prompts_per_round
+    networks = 1 + needs_reference(config)
+    if online.branching:  # candidates of a step begin alike, but what becomes of each is looked at
+        images, sampling, training = P * (K * len(random_steps) + 1), P * (S + K * S), P * T * networks
+    else:
+        images, sampling, training = P * K, P * K * S, P * T * (2 * pairs if pairs > 1 else K) * networks
+    return Plan(
+        derived=derived,
+        timesteps=T,
+        pairs=pairs,
+        updates=online.epochs * (P // B) * pairs,
+        images=images,
+        evaluations=sampling + online.epochs * training,
+    )
+
+
+def needs_reference(config: ConfigDict) -> bool:
+    """Whether weights are compared with that don't come from the trajectories."""
+    return config.loss.name == "dpok" or (config.loss.name == "d3po" and config.online.reference == "initial")

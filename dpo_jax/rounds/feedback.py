@@ -1,0 +1,76 @@
+"""From what judges or people said of a round's images to what a loss reads: rewards, and advantages.
+
+Axes: P prompts, K candidates of a prompt, R rewards, S steps (1 where all steps of an image share its reward).
+"""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from dpo_jax.objectives.advantages import PromptStatistics, group_advantages
+
+
+def read_feedback(files: Sequence[epath.Path], prompts: int, candidates: int) -> np.ndarray:
+    """rewards_PK: the mean over files, NaN where nobody said anything.
+
+    Each file is one person's or a whole vote's `[prompt][candidate]`, numbers of which higher is better, null where
+    there is none: D3PO's human feedback (arXiv 2311.13231), as `dpo_jax.vote --export=FILE.json` writes it.
+
+    Raises ValueError with the reason for a file of another shape.
+    """
+    all_FPK = np.stack([_read(file, prompts, candidates) for file in files])
+    known_FPK = ~np.isnan(all_FPK)
+    sums_PK, counts_PK = np.where(known_FPK, all_FPK, 0).sum(axis=0), known_FPK.sum(axis=0)
+    return np.where(counts_PK > 0, sums_PK / np.maximum(counts_PK, 1), np.nan)
+
+
+def _read(file: epath.Path, prompts: int, candidates: int) -> np.ndarray:
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        scores_PK = np.array([[np.nan if score is None else float(score) for score in row] for row in rows])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} has to be a list of lists of numbers, [prompt][candidate]: {error}") from error
+    if scores_PK.shape != (prompts, candidates) or np.isinf(scores_PK).any():
+        shape = " x ".join(map(str, scores_PK.shape))
+        raise ValueError(f"{file} has {shape} scores; this round has {prompts} prompts of {candidates} candidates each")
+    return scores_PK
+
+
+def combined(rewards_R: np.ndarray) -> np.ndarray:
+    """[..., R] -> [...], the mean of the rewards, each divided by its standard deviation over all."""
+    axes = tuple(range(rewards_R.ndim - 1))
+    spread_R = np.nanstd(rewards_R, axis=axes)
+    return (rewards_R / np.where(spread_R > 0, spread_R, 1)).mean(axis=-1)
+
+
+def best_and_worst(rewards_PSKR: np.ndarray) -> np.ndarray:
+    """The rewards of each step's best and worst candidate by the first of them; NaN, which is no reward, of the others.
+
+    SPO compares only these two (arXiv 2406.04314, section 4.2).
+    """
+    first_PSK = rewards_PSKR[..., 0]
+    order_PSK = np.argsort(first_PSK, axis=-1, kind="stable")
+    kept_PSK = np.zeros(first_PSK.shape, bool)
+    for end in (0, -1):
+        np.put_along_axis(kept_PSK, order_PSK[..., end : end + 1 or None], True, axis=-1)
+    return np.where(kept_PSK[..., None], rewards_PSKR, np.nan)
+
+
+def advantages(rewards_PSK: np.ndarray, prompts: Sequence[str], statistics: PromptStatistics | None) -> np.ndarray:
+    """Of each reward, by the statistics of its prompt or, without them, of its group of candidates; 0 where it is NaN.
+
+    The statistics go on to remember these rewards.
+    """
+    P, S, K = rewards_PSK.shape
+    known_PSK = ~np.isnan(rewards_PSK)
+    result_PSK = np.zeros((P, S, K))
+    if statistics is not None:
+        named = [prompts[p] for p, _, _ in np.argwhere(known_PSK)]
+        result_PSK[known_PSK] = statistics.advantages(named, rewards_PSK[known_PSK])
+        return result_PSK
+    for p, s in np.argwhere(known_PSK.sum(axis=-1) > 1):
+        known_K = known_PSK[p, s]
+        result_PSK[p, s, known_K] = group_advantages(rewards_PSK[p, s, known_K][None])[0]
+    return result_PSK

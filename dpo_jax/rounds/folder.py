@@ -1,0 +1,125 @@
+"""The folder of a round, `WORKDIR/rounds/00003`: what was sampled and what was said of it.
+
+  images/           a PNG each and `prompts.jsonl`, as `dpo_jax.sample` writes them: what people look at and vote on
+  trajectories/     an .npz a prompt, with the rewards of judges; removed when no checkpoint needs them any more
+  scores.json       what judges said, for good
+  feedback*.json    what people said, see `feedback.py`
+
+A prompt's files are written whole, the trajectory last: where it is, the prompt is done, and a run that was stopped
+goes on with the next one. They stay on disk however small they are: a resumed run needs them, and what is read again
+soon comes from the operating system's cache.
+
+Axes: P prompts, K candidates, S random steps, R rewards, J as in `rollout.py`.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from dpo_jax.evaluation.image_folder import Entry, image_name, write_list
+from dpo_jax.evaluation.report import save_png
+from dpo_jax.files import write_whole
+from dpo_jax.rounds.rollout import Way
+
+
+class Rewards(NamedTuple):
+    """What judges said of a prompt; NaN where nothing."""
+
+    shown_KR: np.ndarray
+    """Of its images."""
+    steps_SKR: np.ndarray | None = None
+    """Of branching: of what each candidate of each step was about to become."""
+
+
+class RoundFolder:
+    """The files of one round.
+
+    Args:
+        workdir: of the run.
+        number: of the round, from 0.
+        prompts: of the round, in order.
+    """
+
+    def __init__(self, workdir: epath.PathLike, number: int, prompts: Sequence[str]):
+        self.path = epath.Path(workdir) / "rounds" / f"{number:05d}"
+        self.number, self.prompts = number, list(prompts)
+        self.images = self.path / "images"
+        self._trajectories = self.path / "trajectories"
+        self._scores = self.path / "scores.json"
+
+    def missing(self) -> list[int]:
+        """The prompts that are not sampled yet."""
+        there = {path.name for path in self._trajectories.iterdir()} if self._trajectories.exists() else set()
+        return [p for p in range(len(self.prompts)) if self._file(p).name not in there]
+
+    def write_images(self, prompt: int, images_KHWC: np.ndarray) -> None:
+        """The prompt's images, for people."""
+        self.images.mkdir(parents=True, exist_ok=True)
+        for entry, image_HWC in zip(self._entries(prompt, len(images_KHWC)), images_KHWC, strict=True):
+            partial = self.images / f"{entry.image}.partial"
+            save_png(partial, Image.fromarray(image_HWC))
+            partial.replace(self.images / entry.image)
+
+    def write_trajectory(self, prompt: int, way: Way, rewards: Rewards | None) -> None:
+        """The last of a prompt's files."""
+        self._trajectories.mkdir(parents=True, exist_ok=True)
+        said = {} if rewards is None else {k: v for k, v in rewards._asdict().items() if v is not None}
+        buffer = io.BytesIO()
+        np.savez(buffer, **way._asdict(), **said)
+        partial = self._file(prompt).with_suffix(".partial")
+        partial.write_bytes(buffer.getvalue())
+        partial.replace(self._file(prompt))
+
+    def read_way(self, prompt: int) -> Way:
+        """ValueError if the file is damaged."""
+        arrays = self._read(prompt)
+        return Way(*(arrays[field] for field in Way._fields))
+
+    def read_rewards(self) -> list[Rewards]:
+        """Of every prompt, from its trajectory's file."""
+        found = map(self._read, range(len(self.prompts)))
+        return [Rewards(arrays["shown_KR"], arrays.get("steps_SKR")) for arrays in found]
+
+    def write_list(self, images_a_prompt: int) -> None:
+        """`prompts.jsonl`, when all images are there."""
+        write_list(self.images, [e for p in range(len(self.prompts)) for e in self._entries(p, images_a_prompt)])
+
+    def write_scores(self, fields: dict[str, Any], shown_PKR: np.ndarray) -> None:
+        """`fields` and the scores as `[prompt][candidate][judge]`, null for NaN."""
+        scores = [[[None if np.isnan(x) else float(x) for x in said_R] for said_R in said_KR] for said_KR in shown_PKR]
+        write_whole(self._scores, json.dumps(fields | {"prompts": self.prompts, "scores": scores}) + "\n")
+
+    def read_scores(self) -> dict[str, Any] | None:
+        """What `write_scores` wrote; None if it has not."""
+        return json.loads(self._scores.read_text()) if self._scores.exists() else None
+
+    def feedback(self) -> list[epath.Path]:
+        """The files in which people scored the images."""
+        return sorted(self.path.glob("feedback*.json")) if self.path.exists() else []
+
+    def remove_trajectories(self) -> None:
+        if self._trajectories.exists():
+            self._trajectories.rmtree()
+
+    def _file(self, prompt: int) -> epath.Path:
+        return self._trajectories / f"{prompt:05d}.npz"
+
+    def _entries(self, prompt: int, count: int) -> list[Entry]:
+        text = self.prompts[prompt]
+        return [Entry(image_name(prompt, text, k), text, k) for k in range(count)]
+
+    def _read(self, prompt: int) -> dict[str, np.ndarray]:
+        file = self._file(prompt)
+        try:
+            with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
+                return dict(arrays)
+        except Exception as error:  # of whatever class: damaged files raise almost any
+            raise ValueError(
+                f"{file} can't be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}); remove "
+                f"{self._trajectories} and run again, to sample round {self.number} anew"
+            ) from error

@@ -1,0 +1,247 @@
+"""Online learning (D3PO, arXiv 2311.13231): sample a round, have it judged, train on it with the usual step, again.
+
+Order of a start or a resume: as in `training/trainer.py`; the step that the checkpoint is of tells the round and how
+much of its training is done. What the round has sampled already is on disk, and sampling goes on with what is missing:
+by the weights that the round began with, which nothing has changed since.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from dpo_jax import cluster
+from dpo_jax.cli import replaced
+from dpo_jax.diffusion.trajectories import random_steps
+from dpo_jax.evaluation.prompts import read_prompts
+from dpo_jax.objectives.advantages import PromptStatistics
+from dpo_jax.rewards import Scorer, open_judge
+from dpo_jax.rounds.config import Plan, check, make_plan, online_config
+from dpo_jax.rounds.feedback import advantages, best_and_worst, combined, read_feedback
+from dpo_jax.rounds.folder import Rewards, RoundFolder
+from dpo_jax.rounds.method import on_trajectories, sampler_table
+from dpo_jax.rounds.result import write_result
+from dpo_jax.rounds.rollout import Drawn, Rollout
+from dpo_jax.rounds.updates import Updates
+from dpo_jax.training.experiment import build
+from dpo_jax.training.model import load_tokenizers_of, open_model
+from dpo_jax.training.preemption import Notice, Preempted
+from dpo_jax.training.start import StartClock
+from dpo_jax.training.step import TrainState
+from dpo_jax.training.trainer import Loop, begin, check_backend, running
+
+
+def learn(config: ConfigDict, workdir: epath.PathLike, stage: str = "", feedback: Sequence[str] = ()) -> None:
+    """Runs the rounds of `config`, continuing what the work directory holds.
+
+    Args:
+        config: as `online_config` describes it.
+        workdir: receives, or already holds, the run.
+        stage: "sample" ends when the round is sampled, "train" when it is trained on. Without it rounds follow each
+            other, as long as there is a judge or people's feedback for them.
+        feedback: files in which people scored the round's images; by default those in the round's folder.
+
+    Raises:
+        Preempted: SIGTERM came; what is done is saved, and the same call continues.
+    """
+    workdir, clock = epath.Path(workdir), StartClock()
+    check(config)
+    check_backend(config)
+    prompts = [prompt.text for prompt in read_prompts(config.online.prompts)]
+    if not config.online.judges and config.online.prompts_per_round > len(prompts):
+        raise ValueError(
+            f"config.online.prompts_per_round={config.online.prompts_per_round}, but {config.online.prompts} has "
+            f"{len(prompts)} prompts, and people are shown none twice; take fewer"
+        )
+    with Notice.awaited() as notice:
+        pipeline = open_model(config, workdir)
+        steps_S = random_steps(sampler_table(config, pipeline))
+        plan = make_plan(config, steps_S, device_count=jax.device_count(), process_count=jax.process_count())
+        config = replaced(config, {"steps": config.online.rounds * plan.updates})
+        digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+        fields = begin(config, workdir, pipeline, online_config(), {"fingerprints.prompts": digest})
+        judges = [open_judge(spec, dtype=config.dtype) for spec in config.online.judges]
+        experiment = build(config, plan.derived, pipeline, on_trajectories)
+        with running(experiment, workdir, fields, notice, clock) as (loop, state, _):
+            Rounds(loop, plan, prompts, judges, steps_S, feedback).run(state, stage)
+
+
+class Rounds:
+    """Round after round."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        plan: Plan,
+        prompts: Sequence[str],
+        judges: Sequence[Scorer],
+        steps_S: np.ndarray,
+        feedback: Sequence[str],
+    ):
+        self._loop, self._plan, self._prompts, self._judges = loop, plan, prompts, judges
+        self._steps_S, self._feedback = steps_S, [epath.Path(file) for file in feedback]
+        self._config, self._workdir, self._say = loop.config, loop.workdir, loop.bar.say
+        experiment = loop.experiment
+        self._rollout = Rollout(self._config, experiment.pipeline, experiment.placement)
+        self._tokenizers = load_tokenizers_of(experiment.pipeline)
+        self._statistics = PromptStatistics() if self._config.online.advantage == "prompt" else None
+
+    def run(self, state: TrainState, stage: str) -> TrainState:
+        """Until the last round, the end of the stage, or until people are needed."""
+        first = int(state.step) // self._plan.updates
+        for number in range(first):  # what the statistics of prompts had seen
+            self._learnable(self.folder(number), self._shown(self.folder(number))[:, None])
+        for number in range(first, self._config.online.rounds):
+            folder, step = self.folder(number), int(state.step)
+            if stage == "train" and folder.missing():
+                raise ValueError(f"round {number} is not sampled yet; run with --stage=sample first")
+            if step > number * self._plan.updates and folder.missing():
+                raise ValueError(
+                    f"step {step} is in the middle of round {number}, but trajectories of it are missing in "
+                    f"{folder.path}, and the weights that they were sampled with have changed; put them back or begin "
+                    "another --workdir"
+                )
+            self._sample(folder, state)
+            if stage == "sample" or not (self._judges or self._feedback or folder.feedback()):
+                self._ask(folder)
+                return state
+            rewards_PSKR = self._judged(folder, step)
+            learnable = self._learnable(folder, rewards_PSKR)
+            token_ids_PEL = self._tokenizers(folder.prompts)
+            updates = Updates(self._config, self._plan, folder, self._steps_S, token_ids_PEL, *learnable, step=step)
+            state = self._loop.run(state, updates, end=(number + 1) * self._plan.updates)
+            self._remove_trajectories(number)
+            if stage == "train":
+                return state
+        if cluster.is_first():
+            self._say(f"all {self._config.online.rounds} rounds are done; figures: {self._workdir / 'result.json'}")
+        return state
+
+    def folder(self, number: int) -> RoundFolder:
+        """Of a round; its prompts are drawn by the seed and its number alone."""
+        count = self._config.online.prompts_per_round
+        rng = np.random.default_rng([self._config.seed, number])
+        chosen = rng.choice(len(self._prompts), count, replace=count > len(self._prompts))
+        return RoundFolder(self._workdir, number, [self._prompts[i] for i in chosen])
+
+    def _sample(self, folder: RoundFolder, state: TrainState) -> None:
+        """Samples what is missing of the round, and has it judged if there are judges."""
+        missing, size, total = folder.missing(), self._rollout.batch_size, len(folder.prompts)
+        cluster.wait("found what is missing of the round")
+        frozen = self._loop.experiment.frozen
+        for start in range(0, len(missing), size):
+            if jax.process_count() == 1 and self._loop.notice.received():
+                raise Preempted(f"preempted in round {folder.number}; run the same command again to go on from there")
+            chosen = missing[start : start + size]
+            numbers = [folder.number * total + p for p in chosen]
+            captions = [folder.prompts[p] for p in chosen]
+            with cluster.watched(f"to sample prompt {numbers[0]}") if start else contextlib.nullcontext():
+                drawn = self._rollout(state.params, frozen, captions, numbers)
+            rewards = self._judge(drawn, captions)
+            for b, p in enumerate(chosen):
+                if cluster.is_first():
+                    folder.write_images(p, drawn.images_BKHWC[b])
+                if b in drawn.ways:
+                    folder.write_trajectory(p, drawn.ways[b], rewards[b] if rewards else None)
+            done = total - len(missing) + start + len(chosen)
+            self._loop.bar.note(f"sampling round {folder.number}: {done}/{total} prompts")
+        if cluster.is_first():
+            folder.write_list(1 if self._config.online.branching else self._config.online.candidates)
+        cluster.wait("sampled the round")
+
+    def _judge(self, drawn: Drawn, captions: Sequence[str]) -> list[Rewards]:
+        """What the judges say of each prompt's images; empty without judges."""
+        if not self._judges:
+            return []
+        shown_BKR = self._scores(drawn.images_BKHWC, captions)
+        if drawn.steps_BSKHWC is None:
+            return [Rewards(shown_KR) for shown_KR in shown_BKR]
+        return [
+            Rewards(shown_KR, self._scores(drawn.steps_BSKHWC[b], [captions[b]] * len(drawn.steps_BSKHWC[b])))
+            for b, shown_KR in enumerate(shown_BKR)
+        ]
+
+    def _scores(self, images_BKHWC: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+        """[B, K, R]; those of the first process, since an outside judge may not say the same twice."""
+        B, K = images_BKHWC.shape[:2]
+        pictures, each = images_BKHWC.reshape(B * K, *images_BKHWC.shape[2:]), [c for c in captions for _ in range(K)]
+        scores_RN = np.stack([judge.score(pictures, each) for judge in self._judges])
+        if jax.process_count() > 1:
+            scores_RN = np.asarray(multihost_utils.broadcast_one_to_all(scores_RN))
+        return np.moveaxis(scores_RN, 0, -1).reshape(B, K, -1)
+
+    def _ask(self, folder: RoundFolder) -> None:
+        """Says what is to be done with a sampled round."""
+        if not cluster.is_first():
+            return
+        self._say(f"round {folder.number} is sampled: {folder.images}")
+        if not self._judges:
+            votes, file = folder.path / "votes.sqlite", folder.path / "feedback.json"
+            self._say(
+                "ask people, then go on with --stage=train:\n"
+                f"  python -m dpo_jax.vote --images={folder.images} --mode=points --output={votes}\n"
+                f"  python -m dpo_jax.vote --output={votes} --export={file}\n"
+                f"or write their scores, [prompt][candidate], into {file} yourself"
+            )
+
+    def _judged(self, folder: RoundFolder, step: int) -> np.ndarray:
+        """rewards_PSKR of the round, noted in its folder, in the metrics and in `result.json` when they are new."""
+        online, steps_PSKR = self._config.online, None
+        if self._judges:
+            found = folder.read_rewards()
+            shown_PKR = np.stack([rewards.shown_KR for rewards in found])
+            if online.branching:
+                steps_PSKR = np.stack([rewards.steps_SKR for rewards in found if rewards.steps_SKR is not None])
+        else:
+            files = self._feedback or folder.feedback()
+            shown_PKR = read_feedback(files, len(folder.prompts), online.candidates)[..., None]
+        names = list(online.judges) or ["people"]
+        if folder.read_scores() is None:
+            cluster.wait("judged the round")
+            if cluster.is_first():
+                folder.write_scores({"round": folder.number, "step": step, "judges": names}, shown_PKR)
+            cluster.wait("wrote what judges said")
+            means = {f"online/{name}": float(np.nanmean(shown_PKR[..., r])) for r, name in enumerate(names)}
+            self._loop.writer.scalars(step, {"online/round": folder.number, **means})
+            if cluster.is_first():
+                write_result(self._workdir, self._config, self._plan, folder.number)
+                said = "  ".join(f"{name.removeprefix('online/')} {mean:.4g}" for name, mean in means.items())
+                self._say(f"round {folder.number + 1}/{online.rounds} at step {step}: {said}")
+        else:
+            shown_PKR = self._shown(folder)  # as it was when the round's training began
+        return shown_PKR[:, None] if steps_PSKR is None else steps_PSKR
+
+    def _shown(self, folder: RoundFolder) -> np.ndarray:
+        """[P, K, R], from `scores.json`."""
+        scores = folder.read_scores()
+        if scores is None:
+            raise FileNotFoundError(
+                f"{folder.path} has no scores.json, and later rounds build on it; put it back or begin another "
+                "--workdir"
+            )
+        return np.array(scores["scores"], np.float64)
+
+    def _learnable(self, folder: RoundFolder, rewards_PSKR: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What is preferred, [P, S, K, R], and the advantages, [P, S, K]."""
+        mean_PSK = combined(rewards_PSKR)
+        if self._config.loss.name != "d3po":
+            return mean_PSK[..., None], advantages(mean_PSK, folder.prompts, self._statistics)
+        if self._config.online.combine == "mean":
+            rewards_PSKR = mean_PSK[..., None]
+        if self._config.online.best_and_worst:
+            rewards_PSKR = best_and_worst(rewards_PSKR)
+        return rewards_PSKR, np.zeros(mean_PSK.shape)
+
+    def _remove_trajectories(self, number: int) -> None:
+        """Of rounds that no checkpoint is in the middle of."""
+        oldest = self._loop.checkpoints.oldest_step() or 0
+        if cluster.is_first():
+            for done in range(number + 1):
+                if (done + 1) * self._plan.updates <= oldest:
+                    self.folder(done).remove_trajectories()

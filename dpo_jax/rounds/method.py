@@ -1,0 +1,70 @@
+"""What an online experiment minimises, and how the transitions of sampled images are scored for it."""
+
+import functools
+
+import jax
+from ml_collections import ConfigDict
+
+from dpo_jax.batch import PreferenceBatch, Sampled, Scores
+from dpo_jax.diffusion.samplers import SamplerTable, make_table, with_guidance
+from dpo_jax.diffusion.trajectories import random_steps
+from dpo_jax.encode.text import make_conditionings
+from dpo_jax.models.pipeline import Pipeline
+from dpo_jax.objectives.losses import d3po, ddpo, dpok
+from dpo_jax.objectives.transitions import score_transitions, transition_metrics
+from dpo_jax.rounds.config import needs_reference
+from dpo_jax.sharding import Placement, batch_constraint
+from dpo_jax.training.model import load_tokenizers_of
+from dpo_jax.training.step import Frozen, Objective, Score, reference_params
+from dpo_jax.weights.layout import Params
+
+
+def make_objective(config: ConfigDict) -> Objective:
+    """The loss that the config names, with its hyperparameters bound."""
+    loss = config.loss
+    gradient = {"clip": loss.clip, "advantage_clip": loss.advantage_clip}
+    losses = {
+        "d3po": functools.partial(d3po, beta=loss.beta),
+        "ddpo": functools.partial(ddpo, **gradient),
+        "dpok": functools.partial(dpok, **gradient, kl_weight=loss.kl_weight),
+    }
+    return Objective(losses[loss.name], needs_reference=needs_reference(config), metrics=transition_metrics)
+
+
+def sampler_table(config: ConfigDict, pipeline: Pipeline) -> SamplerTable:
+    """Of the sampler that draws a round's images; ValueError for one without noise."""
+    online = config.online
+    eta = online.eta if online.sampler == "ddim" else 0.0
+    table = make_table(online.sampler, pipeline.sampling_schedule, online.sampling_steps, eta=eta)
+    random_steps(table)
+    return table
+
+
+def on_trajectories(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> tuple[Objective, Score]:
+    """Losses of log-probabilities, over images that the model sampled itself; the counterpart of `on_pairs`."""
+    objective, guidance = make_objective(config), config.online.guidance
+    table = sampler_table(config, pipeline)
+    conditionings = make_conditionings(pipeline, load_tokenizers_of(pipeline)([""]), guidance)
+    denoise = with_guidance(pipeline.denoise, guidance)
+    constrain, gather = batch_constraint(placement.mesh), functools.partial(pipeline.gather, placement)
+
+    def score(
+        params: Params, frozen: Frozen, batch: PreferenceBatch, step: jax.Array, training: bool = False
+    ) -> Scores:
+        sampled = batch.inputs
+        assert isinstance(sampled, Sampled)
+        encoders = {name: gather(name, frozen[name]) for name in frozen if name not in ("base", "reference", "vae")}
+        conditioning = conditionings(encoders, sampled.token_ids_BMEL[:, 0], batch.size_cond_BK6[:, 0])
+        transitions, conditioning = constrain((sampled.transitions, conditioning))
+        return score_transitions(
+            denoise,
+            gather("unet", frozen.get("base", {}) | params),
+            gather("unet", reference_params(frozen)) if objective.needs_reference else None,
+            table,
+            transitions,
+            conditioning,
+            clip=config.online.clip,
+            advantage_BK=sampled.advantage_BK,
+        )
+
+    return objective, score

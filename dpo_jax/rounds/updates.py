@@ -1,0 +1,106 @@
+"""The batches of a round: which prompts, timesteps and candidates each optimizer step trains on.
+
+Axes: P prompts of a round, B prompts of an optimizer step, T timesteps of it, K candidates, S random steps, R rewards,
+E text encoders, L tokens. A batch has B * T rows, the timesteps of a prompt one after the other.
+"""
+
+import itertools
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from dpo_jax.batch import PreferenceBatch, Sampled, Transitions
+from dpo_jax.rounds.config import Plan
+from dpo_jax.rounds.folder import RoundFolder
+
+
+class Updates:
+    """This process's share of the batches of a round; all that is random follows from the seed and the round.
+
+    Args:
+        config: of the experiment.
+        plan: its rounds.
+        folder: of the round.
+        steps_S: the rows of the sampler's table whose steps are random.
+        token_ids_PEL: of the round's prompts.
+        rewards_PSKR: what is preferred; S is 1 where all steps share it.
+        advantages_PSK: likewise.
+        step: optimizer steps made, in all.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        plan: Plan,
+        folder: RoundFolder,
+        steps_S: np.ndarray,
+        token_ids_PEL: np.ndarray,
+        rewards_PSKR: np.ndarray,
+        advantages_PSK: np.ndarray,
+        step: int,
+    ):
+        self._config, self._plan, self._folder, self._steps_S = config, plan, folder, steps_S
+        self._token_ids_PEL = token_ids_PEL
+        self._rewards_PSKR, self._advantages_PSK = rewards_PSKR.astype(np.float32), advantages_PSK.astype(np.float32)
+        self._step = step
+
+    def get_state(self) -> dict[str, int]:
+        return {"position": self._step}
+
+    def __next__(self) -> PreferenceBatch:
+        plan, config, round_number = self._plan, self._config, self._folder.number
+        update = self._step - round_number * plan.updates
+        epoch, rest = divmod(update, plan.updates // config.online.epochs)
+        batch, pair = divmod(rest, plan.pairs)
+        B = config.data.batch_size
+        rng = np.random.default_rng([config.seed, round_number, epoch])
+        chosen = rng.permutation(len(self._folder.prompts))[batch * B : (batch + 1) * B]
+        here = np.array_split(chosen, jax.process_count())[jax.process_index()]
+        K = config.online.candidates
+        of_pair = list(itertools.combinations(range(K), 2))[pair] if plan.pairs > 1 else range(K)
+        rows = [self._rows(p, epoch, np.array(of_pair)) for p in here]
+        self._step += 1
+        joined: PreferenceBatch = jax.tree.map(lambda *arrays: np.concatenate(arrays), *rows)
+        index_B = np.arange(len(joined.weight_B), dtype=np.int32) + jax.process_index() * plan.derived.local_batch_size
+        return joined._replace(index_B=index_B)
+
+    def _rows(self, p: int, epoch: int, candidates_K: np.ndarray) -> PreferenceBatch:
+        """The T rows of one prompt."""
+        T, S, size = self._plan.timesteps, len(self._steps_S), float(self._config.data.resolution)
+        chosen_T = np.arange(S)
+        if T < S:
+            rng = np.random.default_rng([self._config.seed, self._folder.number, epoch, p])
+            chosen_T = np.sort(rng.choice(S, T, replace=False))
+        way = self._folder.read_way(p)
+        x_TJHWC, shared = way.x_SJhwC[chosen_T], way.x_SJhwC.shape[1] == 1
+        transitions = Transitions(
+            x_TJHWC if shared else x_TJHWC[:, candidates_K],
+            way.next_x_SKhwC[chosen_T][:, candidates_K],
+            self._steps_S[chosen_T],
+            way.log_prob_SK[chosen_T][:, candidates_K],
+        )
+        rewards_SKR, advantages_SK = self._rewards_PSKR[p][:, candidates_K], self._advantages_PSK[p][:, candidates_K]
+        each_T = chosen_T if len(rewards_SKR) > 1 else np.zeros(T, int)
+        preference_TKR = rewards_SKR[each_T]
+        # An update of one pair has nothing to learn of a tie.
+        is_tie = self._plan.pairs > 1 and not _is_decided(rewards_SKR[0])
+        return PreferenceBatch(
+            inputs=Sampled(
+                transitions,
+                np.broadcast_to(self._token_ids_PEL[p], (T, 1, *self._token_ids_PEL.shape[1:])),
+                advantages_SK[each_T],
+            ),
+            size_cond_BK6=np.tile(np.array([size, size, 0, 0, size, size], np.float32), (T, len(candidates_K), 1)),
+            preference_BK=preference_TKR,
+            valid_BK=np.ones((T, len(candidates_K)), bool),
+            weight_B=np.full(T, 0.0 if is_tie else 1.0, np.float32),
+            index_B=np.zeros(T, np.int32),
+        )
+
+
+def _is_decided(rewards_2R: np.ndarray) -> bool:
+    """Whether one of two candidates is better, as `losses.is_preferred` has it."""
+    first_R, second_R = rewards_2R
+    better, worse = first_R > second_R, first_R < second_R
+    return not np.isnan(rewards_2R).any() and bool(better.any() != worse.any())
