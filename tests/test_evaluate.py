@@ -45,11 +45,13 @@ def test_models_then_their_images(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in kept} == {path: written[path] for path in kept}
     assert "drawn by other settings (steps: 2 there, 3 now)" in evaluate(*models, "--steps=3", code=1)
 
-    # The images alone, as if other programs had made them.
+    # The images alone, as if other programs had made them, and a judge that is a function.
     folders = [f"--images=x={output / 'images' / 'model'},y={output / 'images' / 'again'}"]
-    evaluate(*folders, *common, f"--output={tmp_path / 'of_images'}")
+    judges = "--judges=shapes,python=dpo_jax.rewards.shapes:score"
+    evaluate(*folders, *common, judges, f"--output={tmp_path / 'of_images'}")
     of_images = json.loads((tmp_path / "of_images" / "result.json").read_text())
     assert of_images["judges"]["shapes"]["models"]["x"] == result["judges"]["shapes"]["models"]["model"]
+    assert of_images["judges"]["python"]["models"] == of_images["judges"]["shapes"]["models"]
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -22,8 +24,9 @@ from dpo_jax.rewards import JUDGES, shapes
 from .conftest import ROOT
 
 
-def score(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "dpo_jax.score", *arguments], capture_output=True, text=True)
+def score(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dpo_jax.score", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +119,19 @@ def test_a_command_as_the_judge_under_a_name_of_its_own(data: Path, tmp_path: Pa
     np.testing.assert_allclose(table[:2], first, rtol=1e-6)
 
 
+def test_a_function_of_the_working_directory_as_the_judge(data: Path, tmp_path: Path) -> None:
+    lines = ["def blueness(pictures, captions):", "    return [float(picture[..., 2].mean()) for picture in pictures]"]
+    (tmp_path / "liking.py").write_text("\n".join(lines))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}  # python -m adds no folder of its own
+    arguments = f"--data={data}", "--judge=python=liking:blueness", "--name=liking", "--batch_size=1000"
+    done = score(*arguments, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    prepared = open_prepared(data)
+    table = read_scores(data, ["liking"], candidates(prepared.records["images"]))[0]
+    first = [float(pixels(image)[..., 2].mean()) for image in prepared.read_images(prepared.record(0))]
+    np.testing.assert_allclose(table[:2], first, rtol=1e-6)
+
+
 def test_a_command_that_fails_is_not_asked_again(data: Path, tmp_path: Path) -> None:
     script = tmp_path / "judge.sh"
     script.write_text(f"#!/bin/sh\necho started >> {tmp_path}/log\necho no GPU here >&2\nexit 3\n")
@@ -152,6 +168,7 @@ def test_scores_are_not_overwritten_by_mistake(data: Path, tmp_path: Path) -> No
     [
         (["--judge=beauty"], "--judge=beauty: the judges that come with dpo_jax are shapes, clipscore, pickscore, "),
         (["--judge=hpsv2"], "the judge hpsv2 needs HPS_v2_compressed.pt of xswu/HPSv2 on the hub, converted to "),
+        (["--judge=python=a:b"], "python=a:b can't be opened: there is no module a in the working directory or the"),
         (["--judge=shapes", "--name=../x"], "--judge=../x: a judge is named by letters"),
         (["--judge=../../x"], "--judge=../../x: a judge is named by letters"),
         (["--judge=votes"], "--judge=votes: a judge is named by letters"),

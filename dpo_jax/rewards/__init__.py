@@ -64,8 +64,8 @@ def open_judge(
 ) -> Scorer:
     """Opens the judge of a spec: `NAME`, or `NAME=` and what it is opened from.
 
-    That is a folder, a file or a hub id for a network (`pickscore=models/PickScore_v1`), a command line for `command`,
-    an address for `http`. The other arguments are the `Settings`.
+    That is a folder, a file or a hub id for a network (`pickscore=models/PickScore_v1`), `module:function` for
+    `python`, a command line for `command`, an address for `http`. The other arguments are the `Settings`.
 
     Raises:
         ValueError, FileNotFoundError: there is no such judge, or not what it needs.
@@ -154,6 +154,11 @@ JUDGES = {
     ),
     "jpeg_incompressibility": Judge(
         _from("jpeg", "open_incompressibility"), "the kilobytes of the picture as a JPEG of quality 95"
+    ),
+    "python": Judge(
+        _from("outside", "open_function"),
+        "your own: a Python function, called with a list of pictures and one of captions, that returns a number each",
+        "a function of the working directory or the environment, module:function",
     ),
     "command": Judge(
         _from("outside", "open_command"),

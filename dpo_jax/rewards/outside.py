@@ -1,26 +1,31 @@
-"""Judges that are no part of dpo_jax: a command, or an HTTP endpoint; a vision-language model, HPSv3, your own.
+"""Judges that are no part of dpo_jax: a Python function, a command or an HTTP endpoint, so a model of any framework.
+
+A function is called with a list of pictures, uint8 [H, W, 3], and a list of their captions; it returns a number each.
 
 A command is started for each batch of pictures. It reads lines of {"image": path of a PNG file, "caption": ...} and
 prints a line for each in the same order, a number or {"score": number}. What takes long to load had better be an
 endpoint: it is sent {"images": [{"png_base64": ..., "caption": ...}, ...]} by POST and answers {"scores": [...]}.
 
-Whatever goes wrong is an OSError of one sentence: nothing else is to be tried with the same judge.
+Whatever goes wrong in one is an OSError of one sentence: nothing else is to be tried with the same judge.
 """
 
 import base64
 import contextlib
 import http.client
+import importlib
 import io
 import json
 import os
 import shlex
 import signal
 import subprocess
+import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -28,6 +33,23 @@ from PIL import Image
 from dpo_jax.rewards import Pictures, Score, Settings
 
 LARGEST = float(np.finfo(np.float32).max)
+
+
+def open_function(source: str, settings: Settings) -> Score:
+    """A judge that is a Python function, `module:function`, of the working directory or the environment.
+
+    Raises ValueError where there is none, or importing its module fails.
+    """
+    function = _import(source)
+
+    def score(pictures: Pictures, captions: Sequence[str]) -> np.ndarray:
+        try:
+            values = np.atleast_1d(np.asarray(function(list(pictures), list(captions)))).tolist()
+        except Exception as error:
+            raise OSError(f"the judge {source} raises {_told(error)}") from error
+        return _scores(f"the judge {source}", [json.dumps(value, default=repr) for value in values], captions)
+
+    return score
 
 
 def open_command(source: str, settings: Settings) -> Score:
@@ -75,6 +97,27 @@ def open_http(source: str, settings: Settings) -> Score:
     return score
 
 
+def _import(source: str) -> Callable[..., Any]:
+    module_name, _, name = source.partition(":")
+    if not module_name or not name:
+        raise ValueError(f"python={source} names no function; write python=module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        missing = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
+        if missing and f"{module_name}.".startswith(f"{missing}."):
+            message = f"there is no module {missing} in the working directory or the environment"
+        else:
+            message = f"importing {module_name} raises {_told(error)}"
+        raise ValueError(f"python={source} can't be opened: {message}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"python={source} can't be opened: {module_name} has no function {name}")
+    return function
+
+
 def _run(command: Sequence[str], lines: str, timeout: float) -> str:
     """What the command prints."""
     name, pipe = shlex.join(command), subprocess.PIPE
@@ -118,7 +161,7 @@ def _post(address: str, body: bytes, timeout: float) -> str:
 def _scores(judge: str, lines: Sequence[str], captions: Sequence[str]) -> np.ndarray:
     """The numbers of as many lines as there are captions."""
     if len(lines) != len(captions):
-        raise ConnectionError(f"{judge} gives {len(lines)} scores for {len(captions)} pictures")
+        raise OSError(f"{judge} gives {len(lines)} scores for {len(captions)} pictures")
     values: list[float] = []
     for line, caption in zip(lines, captions, strict=True):
         try:
@@ -128,7 +171,7 @@ def _scores(judge: str, lines: Sequence[str], captions: Sequence[str]) -> np.nda
             value = None
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not abs(value) <= LARGEST:  # nor is NaN
-            raise ConnectionError(f"{judge} gives {_short(line)} for the caption {caption!r}; it should be a number")
+            raise OSError(f"{judge} gives {_short(line)} for the caption {caption!r}; it should be a number")
         values.append(value)
     return np.asarray(values, np.float32)
 
@@ -137,6 +180,10 @@ def _png(picture_HWC: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(picture_HWC).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {_short(str(error))}"
 
 
 def _short(text: str) -> str:

@@ -1,9 +1,11 @@
-"""Judges outside: a command and an HTTP endpoint that do as they should, and all that may go wrong."""
+"""Judges outside: a function, a command and an HTTP endpoint that do as they should, and all that may go wrong."""
 
 import base64
+import importlib
 import io
 import json
 import os
+import re
 import shlex
 import sys
 import threading
@@ -31,6 +33,79 @@ for line in sys.stdin:
     score = len(row["caption"]) + float(np.asarray(Image.open(row["image"])).mean())
     print(json.dumps({"score": score, "why": "so"} if len(row["caption"]) > 4 else score), flush=True)
 """
+
+
+@pytest.fixture
+def function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """`function(code)` is the judge `score` of a module with this code in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def write(code: str) -> str:
+        Path("my_judge.py").write_text(f"import numpy as np\n{code}\n")
+        importlib.invalidate_caches()
+        return "python=my_judge:score"
+
+    yield write
+    sys.modules.pop("my_judge", None)
+
+
+@pytest.mark.parametrize("wrapped", ["{}", "np.array({})", "np.array({}, np.float16)", "jax.numpy.array({})"])
+def test_a_function_scores_what_it_is_called_with(function: Callable[[str], str], wrapped: str) -> None:
+    scores = "[len(c) + int(p.mean()) for p, c in zip(pictures, captions, strict=True)]"
+    spec = function(f"import jax\ndef score(pictures, captions):\n  return {wrapped.format(scores)}")
+    judge = open_judge(spec)
+    assert judge.name == "python"
+    assert judge.score(PICTURES, tuple(CAPTIONS)).tolist() == SCORES
+    assert judge.score(np.stack([PICTURES[0]] * 2), CAPTIONS[:2]).tolist() == [len(CAPTIONS[0]), len(CAPTIONS[1])]
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("[1, 2]", "gives 2 scores for 3 pictures"),
+        ("3", "gives 1 scores for 3 pictures"),
+        ("[1, np.nan, 3]", "gives NaN for the caption 'two \"quoted\"\\nlines'; it should be a number"),
+        ("np.array([1, 2, np.inf])", "gives Infinity for the caption 'três'"),
+        ("[1, 2, 1e39]", "gives 1e+39 for the caption 'três'"),
+        ("[1, 2, None]", "gives null for the caption 'três'"),
+        ("['good', 2, 3]", "gives \"good\" for the caption 'one'"),
+        ("[[1], [2], [3]]", "gives [1] for the caption 'one'"),
+        ("[1, 2, 3j]", 'gives "(1+0j)" for the caption'),
+        ("[1, [2], 3]", "raises ValueError: setting an array element with a sequence"),
+        ("open('nowhere')", "raises FileNotFoundError: [Errno 2] No such file or directory: 'nowhere'"),
+        ("1 // (len(captions) - 3)", "raises ZeroDivisionError: "),
+    ],
+)
+def test_functions_that_fail(function: Callable[[str], str], returned: str, message: str) -> None:
+    judge = open_judge(function(f"def score(pictures, captions):\n  return {returned}"))
+    with pytest.raises(OSError, match=rf"^the judge my_judge:score {re.escape(message)}.*$"):
+        judge.score(PICTURES, CAPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("my_judge", "names no function; write python=module:function"),
+        (":score", "names no function"),
+        ("no_such:score", "can't be opened: there is no module no_such in the working directory or the environment"),
+        ("my_judge.inner:score", "can't be opened: importing my_judge.inner raises ImportError: no GPU here"),
+        ("my_judge:score", "can't be opened: importing my_judge raises ImportError: no GPU here"),
+        ("json:score", "can't be opened: json has no function score"),
+        ("json:__name__", "can't be opened: json has no function __name__"),
+        ("json.no_such:score", "can't be opened: there is no module json.no_such in"),
+        (".json:score", "can't be opened: importing .json raises TypeError: "),
+    ],
+)
+def test_functions_that_are_none(function: Callable[[str], str], spec: str, message: str) -> None:
+    function("raise ImportError('no\\nGPU here')")
+    with pytest.raises(ValueError, match=rf"^python={re.escape(spec)} {re.escape(message)}.*$"):
+        open_judge(f"python={spec}")
+
+
+def test_a_module_that_misses_another_is_not_called_missing(function: Callable[[str], str]) -> None:
+    with pytest.raises(ValueError, match=r"importing my_judge raises ModuleNotFoundError: No module named 'no_such'$"):
+        open_judge(function("import no_such"))
 
 
 def command(code: str) -> str:
