@@ -22,6 +22,7 @@ from absl import flags
 from etils import epath
 
 from dpo_jax import cli
+from dpo_jax.evaluation.prompts import BUNDLED
 
 if TYPE_CHECKING:
     from dpo_jax.evaluation.opened import Opened
@@ -30,7 +31,10 @@ if TYPE_CHECKING:
 MODELS = flags.DEFINE_list("models", [], "Models to draw with, the base first: FOLDER_OR_ID_OR_FILE or NAME=...")
 IMAGES = flags.DEFINE_list("images", [], "Instead of them: folders of images, FOLDER or NAME=FOLDER.")
 PROMPTS = flags.DEFINE_string(
-    "prompts", None, "Prompts, one a line; also .jsonl, .tsv, .json, .parquet, a folder of them, or the word bundled."
+    "prompts",
+    None,
+    "Prompts, one a line; also .jsonl, .tsv, .json, .parquet, a folder of them, or one of our lists: "
+    f"{', '.join(BUNDLED)}.",
 )
 JUDGES = flags.DEFINE_list("judges", None, "Judges, NAME or NAME=what it is opened from.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "Folder for the report.", required=True)
@@ -59,7 +63,7 @@ def main() -> None:
     if len(named) < 2:
         raise ValueError(f"--{'models' if MODELS.value else 'images'} names one; give two or more to compare")
     if MODELS.value and not PROMPTS.value:
-        raise ValueError("--prompts is missing; name a file of prompts, or the word bundled")
+        raise ValueError("--prompts is missing; name a file of prompts, or a list as in --prompts=bundled")
     from dpo_jax import cluster  # after the flags are checked: importing JAX takes seconds
 
     cluster.join()

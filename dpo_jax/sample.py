@@ -17,11 +17,15 @@ from typing import Any
 from absl import flags
 
 from dpo_jax import cli
+from dpo_jax.evaluation.prompts import BUNDLED
 
 MODEL = flags.DEFINE_string("model", None, "A model folder, a hub id, or a single .safetensors file.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Instead of it: work directory of a training run, of which the newest.")
 PROMPTS = flags.DEFINE_string(
-    "prompts", None, "Prompts, one a line; also .jsonl, .tsv, .json, .parquet, or the word bundled.", required=True
+    "prompts",
+    None,
+    f"Prompts, one a line; also .jsonl, .tsv, .json, .parquet, or one of our lists: {', '.join(BUNDLED)}.",
+    required=True,
 )
 OUTPUT = flags.DEFINE_string("output", None, "Folder for the images.", required=True)
 SEEDS = flags.DEFINE_integer("seeds", 1, "Images of each prompt, from seeds that follow each other.", lower_bound=1)

@@ -8,7 +8,7 @@ python -m dpo_jax.tiny.train_vae --output=$work/vae
 python -m dpo_jax.tiny.make_model --vae=$work/vae --output=$work/untrained
 
 # The base: plain denoising of captioned pictures, by this trainer's SFT mode.
-python -m dpo_jax.tiny.make_world --output=$work/world.parquet --heldout=$work/heldout.txt
+python -m dpo_jax.tiny.make_world --output=$work/world.parquet --train=$work/train.txt --heldout=$work/heldout.txt
 python -m dpo_jax.prepare --source=pickapic --input=$work/world.parquet --output=$work/data
 python -m dpo_jax.train --config=configs/tiny.py:base --workdir=$work/base \
   --config.model=$work/untrained --config.data.path=$work/data
@@ -19,4 +19,4 @@ python -m dpo_jax.tiny.make_pairs --seeds=40 --model=$work/model --output=$work/
 
 rm -rf dpo_jax/tiny/model
 cp -r $work/model dpo_jax/tiny/model
-cp $work/pairs.parquet $work/heldout.txt dpo_jax/tiny/
+cp $work/pairs.parquet $work/train.txt $work/heldout.txt dpo_jax/tiny/

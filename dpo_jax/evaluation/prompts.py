@@ -7,8 +7,15 @@ from typing import NamedTuple
 
 from etils import epath
 
-BUNDLED = "bundled"
-"""Names the list that comes with the package."""
+BUNDLED = {
+    "bundled": "evaluation/bundled_prompts.jsonl",
+    "animals": "evaluation/animals.txt",
+    "animal_activities": "evaluation/animal_activities.jsonl",
+    "tiny_train": "tiny/train.txt",
+    "tiny_heldout": "tiny/heldout.txt",
+}
+"""Files of the lists that come with the package: 64 prompts to evaluate by; 45 animals, and 24 of them at 8 activities,
+to learn from as DDPO and D3PO do (arXiv 2305.13301, 2311.13231); the captions of the tiny world."""
 
 
 class Prompt(NamedTuple):
@@ -21,7 +28,7 @@ def read_prompts(source: epath.PathLike) -> list[Prompt]:
     """The prompts of a file or folder, in its order, each once.
 
     Args:
-        source: `bundled`, or by its ending
+        source: a name in `BUNDLED`, or a path; by its ending
             .txt      one prompt a line;
             .jsonl    lines of {"prompt": ..., "category": ...}, the category if there is one;
             .tsv      PartiPrompts (columns Prompt and Category);
@@ -31,9 +38,10 @@ def read_prompts(source: epath.PathLike) -> list[Prompt]:
 
     Raises FileNotFoundError or ValueError where there is no prompt, with the reason.
     """
-    path = epath.Path(__file__).parent / "bundled_prompts.jsonl" if source == BUNDLED else epath.Path(source)
+    bundled = BUNDLED.get(str(source))
+    path = epath.Path(__file__).parents[1] / bundled if bundled else epath.Path(source)
     if not path.exists():
-        raise FileNotFoundError(f"no prompts at {path}; name a file (one prompt a line) or {BUNDLED!r}")
+        raise FileNotFoundError(f"no prompts at {path}; name a file (one prompt a line) or one of {', '.join(BUNDLED)}")
     files = sorted(file for file in path.iterdir() if file.suffix in _READERS) if path.is_dir() else [path]
     prompts: dict[str, Prompt] = {}
     for file in files:

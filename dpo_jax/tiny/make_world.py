@@ -1,8 +1,8 @@
 """Writes rendered pictures of the world as pairs, to train the base on: the right picture wins over a wrong one.
 
-    python -m dpo_jax.tiny.make_world --output=world.parquet --heldout=heldout.txt
+    python -m dpo_jax.tiny.make_world --output=world.parquet --train=train.txt --heldout=heldout.txt
 
-Only training captions are used: those held out, listed in the text file, stay unseen by everything that is shipped.
+Only training captions are used: those held out stay unseen by everything that is shipped. The text files list both.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ from dpo_jax import cli
 from dpo_jax.tiny import pairs, world
 
 OUTPUT = flags.DEFINE_string("output", None, "Parquet file to write.", required=True)
+TRAIN = flags.DEFINE_string("train", None, "Text file to write the training captions to.", required=True)
 HELDOUT = flags.DEFINE_string("heldout", None, "Text file to write the held-out captions to.", required=True)
 PAIRS = flags.DEFINE_integer("pairs", 2048, "Number of pairs.")
 
@@ -21,7 +22,8 @@ def main() -> None:
     """Writes the file."""
     captions, heldout = world.split()
     pairs.write(OUTPUT.value, pairs.rendered_pairs(captions, PAIRS.value))
-    Path(HELDOUT.value).write_text("\n".join(heldout) + "\n")
+    for file, listed in ((TRAIN.value, captions), (HELDOUT.value, heldout)):
+        Path(file).write_text("\n".join(listed) + "\n")
     print(f"wrote {PAIRS.value} pairs to {OUTPUT.value}")
 
 

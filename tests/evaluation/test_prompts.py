@@ -1,10 +1,17 @@
 """Lists of prompts in the forms that benchmarks publish."""
 
+import re
+import tomllib
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from dpo_jax.evaluation.prompts import Prompt, read_prompts
+from dpo_jax.evaluation.prompts import BUNDLED, Prompt, read_prompts
+from dpo_jax.tiny import world
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_text_has_a_prompt_a_line_each_once(tmp_path):
@@ -41,6 +48,29 @@ def test_the_bundled_list_is_balanced():
     assert {sum(prompt.category == c for prompt in prompts) for c in categories} == {8}
 
 
+def test_animals_alone_and_each_of_24_at_each_of_8_activities():
+    animals = [prompt.text for prompt in read_prompts("animals")]
+    assert len(animals) == 45
+    assert all(re.fullmatch("an [aeiou][a-z]+|a [^aeiou][a-z]+", animal) for animal in animals)
+    prompts = read_prompts("animal_activities")
+    who = {prompt.text.removesuffix(f" {prompt.category}") for prompt in prompts}
+    doing = {prompt.category for prompt in prompts}
+    assert (len(who), len(doing)) == (24, 8)
+    assert who < set(animals)
+    assert {prompt.text for prompt in prompts} == {f"{animal} {activity}" for animal in who for activity in doing}
+
+
+def test_the_lists_of_the_tiny_world_are_its_split():
+    lists = [[prompt.text for prompt in read_prompts(name)] for name in ("tiny_train", "tiny_heldout")]
+    assert tuple(lists) == world.split()
+
+
+def test_every_list_is_among_the_files_that_are_installed():
+    shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    for file in map(Path, BUNDLED.values()):
+        assert any(Path(file.name).match(pattern) for pattern in shipped[f"dpo_jax.{file.parent}"])
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -61,5 +91,5 @@ def test_what_is_no_list_is_refused_in_a_sentence(tmp_path, name, content, messa
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no prompts at"):
+    with pytest.raises(FileNotFoundError, match=r"no prompts at .* or one of bundled, animals, "):
         read_prompts(tmp_path / "a.txt")
