@@ -58,7 +58,7 @@ def people(c: ConfigDict) -> None:
     """7 images of a prompt, an update for each of the 21 pairs, and each round's policy the next one's reference."""
     c.online.judges = ()
     c.online.candidates = 7
-    c.online.update = "pair"
+    c.online.update_by = "pair"
     c.online.reference = "round"
     c.online.rounds = 5
 

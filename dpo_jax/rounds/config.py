@@ -31,7 +31,7 @@ CHOICES = {
     "loss.name": ("d3po", "ddpo", "dpok"),
     "online.combine": ("mean", "pareto"),
     "online.advantage": ("prompt", "group"),
-    "online.update": ("prompt", "pair"),
+    "online.update_by": ("prompt", "pair"),
     "online.reference": ("initial", "round"),
     **{field: NETWORK_CHOICES[field] for field in ("dtype", "vae_dtype", "attention")},
     "remat": ("none", "dots", "attention", "block"),
@@ -71,7 +71,7 @@ def online_config() -> ConfigDict:
     c.online.best_and_worst = False  # SPO: of the candidates only these two are compared
     c.online.timesteps = 1.0  # share of a trajectory's steps that is trained on
     c.online.epochs = 1  # times a round's images are gone through
-    c.online.update = "prompt"  # all pairs of a prompt at once; or "pair": an update each, as D3PO's for people does
+    c.online.update_by = "prompt"  # all pairs of a prompt at once; or "pair": an update each, as D3PO's for people does
     c.online.reference = "initial"  # or "round": the policy that sampled, which costs no evaluation of its own
     c.online.clip = 0.1  # D3PO: how far the ratio to the reference may be from 1
     c.online.advantage = "prompt"  # by the last rewards of the prompt (DDPO); or "group": its candidates (GRPO)
@@ -131,9 +131,9 @@ def check(config: ConfigDict) -> None:
         )
     if config.loss.name == "dpok" and online.reference == "round":
         raise ValueError('dpok needs a reference of its own: set config.online.reference="initial"')
-    if online.update == "pair" and (config.loss.name != "d3po" or online.branching):
+    if online.update_by == "pair" and (config.loss.name != "d3po" or online.branching):
         raise ValueError(
-            'config.online.update="pair" is D3PO\'s on whole trajectories; set it to "prompt" for '
+            'config.online.update_by="pair" is D3PO\'s on whole trajectories; set it to "prompt" for '
             f"{'branching' if online.branching else config.loss.name}"
         )
     if online.branching and not online.judges:
@@ -156,7 +156,7 @@ def make_plan(config: ConfigDict, random_steps: np.ndarray, *, device_count: int
         raise ValueError(
             f"data.batch_size={B} prompts don't divide over {process_count} processes; take a multiple of it"
         )
-    pairs = K * (K - 1) // 2 if online.update == "pair" else 1
+    pairs = K * (K - 1) // 2 if online.update_by == "pair" else 1
     P = online.prompts_per_round
     networks = 1 + needs_reference(config)
     if online.branching:  # candidates of a step begin alike, but what becomes of each is looked at
