@@ -13,6 +13,9 @@ from dpo_jax.weights.hub import HUB_ID
 METHODS = {
     "dpo": "[Diffusion-DPO](https://arxiv.org/abs/2311.12908)",
     "sft": "supervised fine-tuning on preferred images",
+    "d3po": "[D3PO](https://arxiv.org/abs/2311.13231)",
+    "ddpo": "[DDPO](https://arxiv.org/abs/2305.13301)",
+    "dpok": "[DPOK](https://arxiv.org/abs/2305.16381)",
 }
 USE = {
     "diffusers": "pipe = diffusers.DiffusionPipeline.from_pretrained({folder!r}{dtype})",
@@ -69,13 +72,7 @@ def model_card(facts: Mapping[str, Any], pipeline: Pipeline, format: str, name: 
     method = METHODS[config["loss.name"]]
     parts.insert(1, f"{what} of {model}{others}, trained by {method} for {facts['step']} steps with dpo_jax.\n")
     if facts.get("result"):
-        r = facts["result"]
-        parts.append(
-            "## Measured\n\n"
-            f"- win rate over the base: {r['win_rate']:.1%}, 95% interval [{r['win_rate_low']:.1%}, "
-            f"{r['win_rate_high']:.1%}], {r['comparisons']} comparisons, {r['ties']} ties count half\n"
-            f"- judge's mean score: base {r['base_score']:.1%}, tuned {r['tuned_score']:.1%}\n"
-        )
+        parts.append("## Measured\n\n" + "\n".join(_measured(facts["result"])) + "\n")
     measured = {name: value for name, value in facts["validation"].items() if name != "step"}
     if measured:
         rows = [f"| {name.removeprefix('validation/')} | {value:.6g} |" for name, value in measured.items()]
@@ -84,8 +81,24 @@ def model_card(facts: Mapping[str, Any], pipeline: Pipeline, format: str, name: 
     return "\n".join(parts)
 
 
+def _measured(result: Mapping[str, Any]) -> list[str]:
+    """Of a comparison with the base, or of the rounds of online learning."""
+    if "rounds" in result:
+        first, last = (result["rounds"][end] for end in (0, -1))
+        return [
+            f"- {judge}, mean score of the images sampled in training: {first['scores'][judge]['mean']:.4g} in the "
+            f"first round, {score['mean']:.4g} in the last, after {last['images']} images"
+            for judge, score in last["scores"].items()
+        ]
+    return [
+        f"- win rate over the base: {result['win_rate']:.1%}, 95% interval [{result['win_rate_low']:.1%}, "
+        f"{result['win_rate_high']:.1%}], {result['comparisons']} comparisons, {result['ties']} ties count half",
+        f"- judge's mean score: base {result['base_score']:.1%}, tuned {result['tuned_score']:.1%}",
+    ]
+
+
 def read_result(workdir: epath.PathLike) -> dict[str, Any] | None:
-    """What `dpo_jax.evaluate` wrote, or None."""
+    """What `dpo_jax.evaluate` or `dpo_jax.online` wrote, or None."""
     path = epath.Path(workdir) / "result.json"
     return json.loads(path.read_text()) if path.exists() else None
 

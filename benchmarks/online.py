@@ -1,0 +1,163 @@
+"""Online methods beside each other on the tiny world: score against images judged and against UNet evaluations.
+
+  python benchmarks/online.py --output=runs/online
+
+Every method starts from the same base and learns by the exact judge, until its judge has seen the same number of
+pictures; so much as JPEG files, too, and D3PO by both of its update rules on 7 candidates. Three seeds each. Then the
+base and all models draw the held-out captions, and the same judge scores them: means of all seeds, with 95% intervals
+over captions. Writes OUTPUT/online.json and OUTPUT/online.md; the last results are committed beside this file. Some
+two hours on two CPU cores; the same command continues, --only and --seeds take part of it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+
+from dpo_jax import cli
+
+OUTPUT = flags.DEFINE_string("output", None, "Folder for the runs and the tables.", required=True)
+SEEDS = flags.DEFINE_integer("seeds", 3, "Training runs of each method.", lower_bound=1)
+DRAWN = flags.DEFINE_integer("drawn", 12, "Images of each held-out caption by each model.", lower_bound=1)
+IMAGES = flags.DEFINE_integer("images", 1920, "Pictures that a judge sees in a run, but for the last round.")
+ONLY = flags.DEFINE_list("only", [], "Names of methods; all if not given.")
+
+ROOT = Path(__file__).parents[1]
+BASE = "dpo_jax/tiny/model"
+
+
+class Method(NamedTuple):
+    variants: str
+    images_a_round: int
+    """What its judge sees."""
+    judge: str = "shapes"
+    fields: tuple[str, ...] = ()
+    share: float = 1.0
+    """Of --images."""
+
+
+SEVEN = ("--config.online.candidates=7", "--config.online.prompts_per_round=16", "--config.online.reference=round")
+METHODS = {
+    "D3PO": Method("", 32 * 4),
+    "DDPO": Method("ddpo", 32 * 4),
+    "DPOK": Method("dpok", 32 * 4),
+    "GRPO": Method("grpo", 32 * 4),
+    "SPO": Method("spo", 8 * (4 * 10 + 1), fields=("--config.online.prompts_per_round=8",)),
+    "D3PO, small files": Method("compressibility", 32 * 4, "jpeg_compressibility"),
+    "DDPO, small files": Method("compressibility,ddpo", 32 * 4, "jpeg_compressibility"),
+    "D3PO of 7, all pairs at once": Method("", 16 * 7, fields=SEVEN),
+    "D3PO of 7, pair by pair": Method("", 16 * 7, fields=(*SEVEN, "--config.online.update_by=pair"), share=1 / 3),
+}
+
+
+def main() -> None:
+    output = Path(OUTPUT.value).absolute()
+    output.mkdir(parents=True, exist_ok=True)
+    os.chdir(ROOT)  # configs name their folders from there
+    unknown = set(ONLY.value) - set(METHODS)
+    if unknown:
+        raise ValueError(f"--only={','.join(unknown)}: the methods are {'; '.join(METHODS)}")
+    chosen = {name: method for name, method in METHODS.items() if not ONLY.value or name in ONLY.value}
+    for seed in range(SEEDS.value):
+        for name, method in chosen.items():
+            learn(method, workdir(output, name, seed), seed)
+    for seed in range(SEEDS.value):
+        evaluate(output, chosen, seed)
+    rows = [row(output, name, method) for name, method in chosen.items()]
+    (output / "online.json").write_text(json.dumps(rows, indent=2) + "\n")
+    (output / "online.md").write_text(table(rows))
+    print(table(rows))
+
+
+def workdir(output: Path | str, name: str, seed: int) -> Path:
+    return Path(output) / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
+
+
+def learn(method: Method, folder: Path, seed: int) -> None:
+    rounds = -(-int(IMAGES.value * method.share) // method.images_a_round)
+    config = f"configs/tiny_online.py{f':{method.variants}' if method.variants else ''}"
+    fields = (f"--config.seed={seed}", f"--config.online.rounds={rounds}", *method.fields)
+    run("dpo_jax.online", f"--config={config}", f"--workdir={folder}", *fields)
+
+
+def evaluate(output: Path, methods: dict[str, Method], seed: int) -> None:
+    """All models of a seed draw the same captions from the same noises."""
+    models = [f"{workdir('', name, seed).name}={workdir(output, name, seed)}" for name in methods]
+    judges = sorted({method.judge for method in methods.values()}, reverse=True)
+    run(
+        "dpo_jax.evaluate",
+        f"--models=base={BASE},{','.join(models)}",
+        "--prompts=tiny_heldout",
+        f"--judges={','.join(judges)}",
+        f"--seeds={DRAWN.value}",
+        f"--seed={10**6 * (seed + 1)}",
+        "--sampler=ddim",
+        "--steps=20",
+        "--guidance=2.5",
+        "--batch_size=58",
+        f"--output={output / f'evaluation{seed}'}",
+    )
+
+
+def row(output: Path, name: str, method: Method) -> dict[str, Any]:
+    """Held-out scores before and after, and what a run took."""
+    from dpo_jax.evaluation.compare import match
+    from dpo_jax.evaluation.winrate import mean_over_prompts
+
+    base, tuned, prompts, rises = [], [], [], []
+    for seed in range(SEEDS.value):
+        folder, model = output / f"evaluation{seed}", workdir("", name, seed).name
+        contest = match({m: folder / "images" / m for m in ("base", model)})
+        before, after = (
+            np.array(json.loads((folder / "scores" / method.judge / f"{m}.json").read_text())["scores"])
+            for m in ("base", model)
+        )
+        base.append(before)
+        tuned.append(after)
+        prompts.append(contest.prompt_N)
+        rises.append(float((after - before).mean()))
+    prompt_N, base_N, tuned_N = (np.concatenate(arrays) for arrays in (prompts, base, tuned))
+    P = int(prompt_N.max()) + 1
+    rise, low, high = mean_over_prompts([(tuned_N - base_N)[prompt_N == p] for p in range(P)])
+    results = [json.loads((workdir(output, name, s) / "result.json").read_text()) for s in range(SEEDS.value)]
+    curves = [[of_round["scores"][method.judge]["mean"] for of_round in result["rounds"]] for result in results]
+    rounds = len(curves[0])
+    return {
+        "method": name,
+        "judge": method.judge,
+        "base": float(base_N.mean()),
+        "tuned": float(tuned_N.mean()),
+        "rise": rise,
+        "low": low,
+        "high": high,
+        "rises": rises,
+        **{total: rounds * value for total, value in results[0]["a_round"].items()},
+        "curve": np.mean(curves, axis=0).round(4).tolist(),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| method | judge | base | tuned | rise | pictures judged | UNet evaluations | updates |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        rise = f"{r['rise']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]"
+        lines.append(
+            f"| {r['method']} | {r['judge']} | {r['base']:.3f} | {r['tuned']:.3f} | {rise} | {r['images']:,} | "
+            f"{r['unet_evaluations']:,} | {r['updates']:,} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def run(module: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", module, *arguments], check=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

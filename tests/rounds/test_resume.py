@@ -1,0 +1,87 @@
+"""A run stopped in sampling and in training goes on to the very parameters of one that was not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ARGUMENTS = (
+    "--config=configs/d3po.py:tiny",
+    "--config.online.prompts_per_round=4",
+    "--config.online.prompts_at_a_time=1",
+    "--config.online.epochs=2",
+    "--config.checkpoint.every=3",
+    "--config.sample.every=0",
+)  # two rounds of 4 prompts and 8 steps
+
+
+@pytest.fixture
+def online(tmp_path):
+    """Runs the command, stopped or not; its exit status. All runs share what they compile."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"),
+    }
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    environment["PYTHONPATH"] = str(ROOT)
+
+    def run(workdir, *stop):
+        script = [str(Path(__file__).with_name("stopped_run.py")), *stop] if stop else ["-m", "dpo_jax.online"]
+        command = [sys.executable, *script, *ARGUMENTS, f"--workdir={tmp_path / workdir}"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.returncode
+
+    return run
+
+
+def parameters(workdir):
+    import orbax.checkpoint as ocp
+
+    folder = workdir / "checkpoints" / "16" / "state"
+    return ocp.PyTreeCheckpointHandler().restore(folder.absolute())
+
+
+def test_a_killed_run_ends_with_the_same_parameters(online, tmp_path):
+    assert online("whole") == 0
+
+    assert online("stopped", "sampled", "2", "SIGKILL") == -9
+    assert len(list((tmp_path / "stopped/rounds/00000/trajectories").glob("*.npz"))) == 2
+    assert online("stopped", "trained", "5", "SIGKILL") == -9  # between the checkpoints of steps 3 and 6
+    assert online("stopped") == 0
+
+    assert_alike(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_told_to_stop_ends_with_the_same_parameters(online, tmp_path):
+    assert online("whole") == 0
+
+    assert online("stopped", "sampled", "3", "SIGTERM") == 75
+    assert len(list((tmp_path / "stopped/rounds/00000/trajectories").glob("*.npz"))) == 3
+    assert online("stopped", "trained", "2", "SIGTERM") == 75
+    assert (tmp_path / "stopped/checkpoints/2").exists()
+    assert online("stopped", "sampled", "1", "SIGTERM") == 75
+    assert len(list((tmp_path / "stopped/rounds/00001/trajectories").glob("*.npz"))) == 1
+    assert online("stopped") == 0
+
+    assert_alike(tmp_path / "whole", tmp_path / "stopped")
+
+
+def assert_alike(first, second):
+    whole, stopped = parameters(first), parameters(second)
+    assert whole["step"] == stopped["step"] == 16
+    assert whole["params"].keys() == stopped["params"].keys()
+    assert any(np.any(np.asarray(x)) for name, x in whole["params"].items() if "lora_B" in name)
+    for name, value in whole["params"].items():
+        np.testing.assert_array_equal(np.asarray(value), np.asarray(stopped["params"][name]))
+    results = [json.loads((folder / "result.json").read_text()) for folder in (first, second)]
+    assert results[0] == results[1]
+    assert [of_round["images"] for of_round in results[0]["rounds"]] == [0, 8]
