@@ -18,7 +18,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.resolution = 32
     c.data.batch_size = 8
     c.data.accumulation = 1
-    c.online.rounds = 20
+    c.online.rounds = 15
     c.online.prompts = "tiny_train"
     c.online.prompts_per_round = 32
     c.online.prompts_at_a_time = 16
@@ -27,7 +27,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.online.sampling_steps = 10
     c.online.guidance = 2.5
     c.online.timesteps = 0.5
-    c.optimizer.learning_rate = 3e-5
+    c.online.reference = "round"  # from the first model such a policy is soon so far away that most ratios are clamped
+    c.optimizer.learning_rate = 5e-5
+    c.optimizer.schedule = "linear"  # to 0: the last steps of a constant rate leave noise in the weights
     c.log_every = 4
     c.checkpoint.every = 100
     c.sample.every = 0
@@ -44,6 +46,7 @@ def ddpo(c: ConfigDict) -> None:
 
 def dpok(c: ConfigDict) -> None:
     c.loss.name = "dpok"
+    c.online.reference = "initial"
 
 
 def grpo(c: ConfigDict) -> None:
