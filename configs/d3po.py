@@ -1,9 +1,9 @@
 """Stable Diffusion 1.5 by D3PO (arXiv 2311.13231), a LoRA, by the hyperparameters of its released code.
 
 Tasks: `:aesthetic` (the default), `:compressibility`, `:incompressibility` (exact rewards), `:alignment` (prompt and
-image, by PickScore), and by people `:hands` (distortion) and `:safety`. Methods: `:ddpo`, `:dpok`, `:grpo`, `:spo`;
-without one D3PO. Several are named with commas, `configs/d3po.py:compressibility,ddpo`; `:tiny` runs any of them in
-seconds.
+image, by PickScore), and by people `:hands` (distortion) and `:safety`. Methods: `:ddpo`, `:dpok`, `:grpo`, `:spo` and
+`:lpo`; without one D3PO. Several are named with commas, `configs/d3po.py:compressibility,ddpo`; `:tiny` runs any of
+them in seconds.
 """
 
 from ml_collections import ConfigDict
@@ -29,6 +29,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "dpok": dpok,
         "grpo": grpo,
         "spo": spo,
+        "lpo": lpo,
         "tiny": tiny,
     }
     return apply_variants(c, arg, variants)
@@ -101,6 +102,16 @@ def spo(c: ConfigDict) -> None:
     c.online.candidates = 4
 
 
+def lpo(c: ConfigDict) -> None:
+    """Step-level preferences by a reward in latents (arXiv 2502.01051): here the implicit one of a DPO-tuned model.
+
+    The paper trains a reward model for it; of that only the loss and the way to sample are here.
+    """
+    spo(c)
+    c.loss.beta = 500.0
+    c.online.latent_judge = "mhdang/dpo-sd1.5-text2image-v1:stable-diffusion-v1-5/stable-diffusion-v1-5"  # TUNED:OF
+
+
 def tiny(c: ConfigDict) -> None:
     """The same experiment on a small random model: seconds on a laptop, to see that it runs."""
     c.model = "random:sd15"
@@ -114,6 +125,7 @@ def tiny(c: ConfigDict) -> None:
     c.online.sampling_steps = 4
     c.online.candidates = min(c.online.candidates, 3)
     c.online.judges = ("jpeg_compressibility",) if c.online.judges else ()
+    c.online.latent_judge = ""  # no model is tuned from a random one
     c.log_every = 1
     c.sample.every = 4
     c.sample.prompts = ("a cat", "a dog")

@@ -1,6 +1,6 @@
 """The embedded default learns online by the exact judge of its small captioned world, on two CPU cores in minutes.
 
-Without a variant it is D3PO; `:ddpo`, `:dpok`, `:grpo` and `:spo` are the others, and `:compressibility` has it make
+Without a variant it is D3PO; `:ddpo`, `:dpok`, `:grpo`, `:spo` and `:lpo` are the others, and `:compressibility` has it make
 pictures that are small as a JPEG instead.
 """
 
@@ -35,9 +35,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.sample.every = 0
     c.sample.prompts = ("a red circle at the top left", "a blue square at the bottom right")
     c.sample.guidance = 2.5
-    return apply_variants(
-        c, arg, {"ddpo": ddpo, "dpok": dpok, "grpo": grpo, "spo": spo, "compressibility": compressibility}
-    )
+    variants = {
+        "ddpo": ddpo,
+        "dpok": dpok,
+        "grpo": grpo,
+        "spo": spo,
+        "lpo": lpo,
+        "compressibility": compressibility,
+    }
+    return apply_variants(c, arg, variants)
 
 
 def ddpo(c: ConfigDict) -> None:
@@ -58,6 +64,13 @@ def spo(c: ConfigDict) -> None:
     c.loss.beta = 10.0
     c.online.branching = True
     c.online.best_and_worst = True
+
+
+def lpo(c: ConfigDict) -> None:
+    """By the demo's model."""
+    spo(c)
+    c.loss.beta = 500.0
+    c.online.latent_judge = "runs/tiny/exported:dpo_jax/tiny/model"
 
 
 def compressibility(c: ConfigDict) -> None:

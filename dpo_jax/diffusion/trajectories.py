@@ -12,6 +12,7 @@ V = S + 1 latents of a trajectory.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -75,31 +76,30 @@ class Exploration(NamedTuple):
     next_x_SBKHWC: Any
     log_prob_SBK: Any
     """0 where the step is not random."""
-    predicted_x0_SBKHWC: Any
-    """The image that the network sees in each candidate."""
+    seen_SBK: Any
+    """What `look` made of the candidates."""
     x0_BHWC: Any
     """Where the way ended."""
 
 
+Look = Callable[[Steps, Steps, jax.Array, jax.Array], Any]
+"""(a step, the one after it, x_BHWC, next_x_BKHWC) -> what a judge wants to know of the candidates, [B, K, ...]."""
+
+
 def explore(
-    denoise: Denoiser,
-    denoise_each: Denoiser,
-    table: SamplerTable,
-    x_BHWC: jax.Array,
-    keys_B: jax.Array,
-    num_candidates: int,
+    denoise: Denoiser, table: SamplerTable, x_BHWC: jax.Array, keys_B: jax.Array, num_candidates: int, look: Look
 ) -> Exploration:
     """Sampling where K candidates part at every step, and one of them, drawn at random, goes on (arXiv 2406.04314).
 
     Which one goes on depends on no judge, so the way is one of `sample`'s.
 
     Args:
-        denoise: the network with weights, conditioning and guidance bound, for B rows.
-        denoise_each: the same for B * K rows, the candidates of a prompt one after the other.
+        denoise: the network with weights, conditioning and guidance already bound.
         table: of a sampler that adds noise.
         x_BHWC: what `starting_latents` makes.
         keys_B: each prompt's own.
         num_candidates: K.
+        look: sees the candidates of each step; `see_images`, for example.
     """
     random_steps(table)
     B, K, S = len(x_BHWC), num_candidates, len(table.steps.t)
@@ -114,19 +114,50 @@ def explore(
         step_keys_B, choice_keys_B = (jax.vmap(jax.random.fold_in, (0, None))(keys_B, 2 * i + j) for j in range(2))
         next_x_NHWC, keys_N = branch(mean_BHWC, step_keys_B, K)
         next_x_NHWC = next_x_NHWC + step.d * step_noise(keys_N, 0, next_x_NHWC)
-        x0_NHWC = after.p * next_x_NHWC + after.q * denoise_each(next_x_NHWC, jnp.full(B * K, after.t))
-        next_x_BKHWC, x0_BKHWC = (x.reshape(B, K, *x.shape[1:]) for x in (next_x_NHWC, x0_NHWC))
+        next_x_BKHWC = next_x_NHWC.reshape(B, K, *next_x_NHWC.shape[1:])
         log_prob_BK = log_prob(step, mean_BHWC[:, None], next_x_BKHWC)
         chosen_B = jax.vmap(lambda key: jax.random.randint(key, (), 0, K))(choice_keys_B)
-        return next_x_BKHWC[jnp.arange(B), chosen_B], (x_BHWC, next_x_BKHWC, log_prob_BK, x0_BKHWC)
+        return next_x_BKHWC[jnp.arange(B), chosen_B], (
+            x_BHWC,
+            next_x_BKHWC,
+            log_prob_BK,
+            look(step, after, x_BHWC, next_x_BKHWC),
+        )
 
     def on_device(steps: Steps) -> Steps:
         return Steps(jnp.asarray(steps.t, jnp.float32), *(jnp.asarray(values_S, dtype) for values_S in steps[1:]))
 
     inputs = jnp.arange(S), on_device(table.steps), on_device(following)
     x0_BHWC, records = jax.lax.scan(take, x_BHWC.astype(dtype), inputs)
-    x_SBHWC, next_x_SBKHWC, log_prob_SBK, predicted_x0_SBKHWC = records
-    return Exploration(x_SBHWC, next_x_SBKHWC, log_prob_SBK, predicted_x0_SBKHWC, x0_BHWC)
+    x_SBHWC, next_x_SBKHWC, log_prob_SBK, seen_SBK = records
+    return Exploration(x_SBHWC, next_x_SBKHWC, log_prob_SBK, seen_SBK, x0_BHWC)
+
+
+def see_images(denoise: Denoiser) -> Look:
+    """The image, as latents, that the network sees in each candidate; `denoise` is bound for B * K rows."""
+
+    def look(step: Steps, after: Steps, x_BHWC: jax.Array, next_x_BKHWC: jax.Array) -> jax.Array:
+        next_x_NHWC = next_x_BKHWC.reshape(-1, *next_x_BKHWC.shape[2:])
+        x0_NHWC = after.p * next_x_NHWC + after.q * denoise(next_x_NHWC, jnp.full(len(next_x_NHWC), after.t))
+        return x0_NHWC.reshape(next_x_BKHWC.shape)
+
+    return look
+
+
+def see_log_ratios(tuned: Denoiser, reference: Denoiser) -> Look:
+    """`log p_tuned / p_reference` of each candidate's step: the implicit reward of a tuned model, in latents.
+
+    That is what Diffusion-DPO makes of a model (arXiv 2311.12908, section 4), for one step. Both networks see what the
+    candidates begin with, so their number costs nothing.
+    """
+
+    def look(step: Steps, after: Steps, x_BHWC: jax.Array, next_x_BKHWC: jax.Array) -> jax.Array:
+        t_B = jnp.full(len(x_BHWC), step.t)
+        means = (transition_mean(step, x_BHWC, denoise(x_BHWC, t_B))[:, None] for denoise in (tuned, reference))
+        tuned_BK, reference_BK = (log_prob(step, mean_B1HWC, next_x_BKHWC) for mean_B1HWC in means)
+        return tuned_BK - reference_BK
+
+    return look
 
 
 def transitions_at(trajectory: Trajectory, step_B: jax.Array) -> Transitions:

@@ -68,6 +68,7 @@ def online_config() -> ConfigDict:
     c.online.guidance = 5.0  # in sampling and in training
     c.online.prompts_at_a_time = 4  # sampled together, with all their candidates
     c.online.branching = False  # SPO: candidates part at every step and are judged there; a random one goes on
+    c.online.latent_judge = ""  # LPO: such candidates are judged as latents, by the implicit reward TUNED:REFERENCE
     c.online.best_and_worst = False  # SPO: of the candidates only these two are compared
     c.online.timesteps = 1.0  # share of a trajectory's steps that is trained on
     c.online.epochs = 1  # times a round's images are gone through
@@ -136,6 +137,8 @@ def check(config: ConfigDict) -> None:
             'config.online.update_by="pair" is D3PO\'s on whole trajectories; set it to "prompt" for '
             f"{'branching' if online.branching else config.loss.name}"
         )
+    if online.latent_judge and not online.branching:
+        raise ValueError("config.online.latent_judge judges single steps; set config.online.branching=True")
     if online.branching and not online.judges:
         raise ValueError("config.online.branching judges at every step, which people can't; name judges")
 
@@ -160,9 +163,13 @@ def make_plan(config: ConfigDict, random_steps: np.ndarray, *, device_count: int
     P = online.prompts_per_round
     networks = 1 + needs_reference(config)
     if online.branching:  # candidates of a step begin alike, but what becomes of each is looked at
-        images, sampling, training = P * (K * len(random_steps) + 1), P * (S + K * S), P * T * networks
+        training = P * T * networks
+        images, sampling = P * (K * len(random_steps) + 1), P * (S + K * S)
+        if online.latent_judge:
+            images, sampling = P, P * 3 * S
     else:
-        images, sampling, training = P * K, P * K * S, P * T * (2 * pairs if pairs > 1 else K) * networks
+        training = P * T * (2 * pairs if pairs > 1 else K) * networks
+        images, sampling = P * K, P * K * S
     return Plan(
         derived=derived,
         timesteps=T,

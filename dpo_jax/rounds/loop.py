@@ -160,11 +160,13 @@ class Rounds:
         if not self._judges:
             return []
         shown_BKR = self._scores(drawn.images_BKHWC, captions)
-        if drawn.steps_BSKHWC is None:
+        if drawn.seen_BSK is None:
             return [Rewards(shown_KR) for shown_KR in shown_BKR]
+        if self._config.online.latent_judge:
+            return [Rewards(*of_prompt) for of_prompt in zip(shown_BKR, drawn.seen_BSK[..., None], strict=True)]
         return [
-            Rewards(shown_KR, self._scores(drawn.steps_BSKHWC[b], [captions[b]] * len(drawn.steps_BSKHWC[b])))
-            for b, shown_KR in enumerate(shown_BKR)
+            Rewards(shown_KR, self._scores(images_SKHWC, [caption] * len(images_SKHWC)))
+            for shown_KR, images_SKHWC, caption in zip(shown_BKR, drawn.seen_BSK, captions, strict=True)
         ]
 
     def _scores(self, images_BKHWC: np.ndarray, captions: Sequence[str]) -> np.ndarray:

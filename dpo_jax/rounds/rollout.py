@@ -5,7 +5,8 @@ E text encoders, L tokens, H x W pixels, h x w latent cells, C channels.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpo_jax.batch import Conditioning, Transitions
-from dpo_jax.diffusion.samplers import classifier_free_guidance, starting_latents
-from dpo_jax.diffusion.trajectories import branch, explore, random_steps, sample_trajectory, transitions_at
+from dpo_jax.batch import Transitions
+from dpo_jax.diffusion.samplers import Denoiser, classifier_free_guidance, starting_latents
+from dpo_jax.diffusion.trajectories import (
+    branch,
+    explore,
+    random_steps,
+    sample_trajectory,
+    see_images,
+    see_log_ratios,
+    transitions_at,
+)
 from dpo_jax.encode.images import decode_latents
 from dpo_jax.encode.text import make_conditionings
-from dpo_jax.models.pipeline import Pipeline
+from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.objectives.denoising import per_candidate
 from dpo_jax.rounds.method import sampler_table
 from dpo_jax.sharding import Placement, batch_constraint, batch_parts, batch_sharding, on_mesh, replicated
@@ -42,8 +51,9 @@ class Drawn(NamedTuple):
     """By position in the call: those of the prompts whose rows are on this process."""
     images_BKHWC: np.ndarray
     """uint8, on every process; of branching one a prompt."""
-    steps_BSKHWC: np.ndarray | None
-    """uint8: of branching what each candidate of each step was about to become."""
+    seen_BSK: np.ndarray | None
+    """Of branching, what each candidate of each step was about to become: uint8 images [H, W, C], or in latents its
+    reward, float32."""
 
 
 class Rollout:
@@ -53,74 +63,111 @@ class Rollout:
         config: of the experiment.
         pipeline: the model's structure.
         placement: where weights lie; every batch is split over its mesh.
+
+    Raises ValueError or FileNotFoundError where the config names a judge in latents that is none.
     """
 
     def __init__(self, config: ConfigDict, pipeline: Pipeline, placement: Placement):
-        online, resolution, mesh = config.online, config.data.resolution, placement.mesh
-        self._mesh, self._tokenizers = mesh, load_tokenizers_of(pipeline)
-        self.batch_size = -(-online.prompts_at_a_time // batch_parts(mesh)) * batch_parts(mesh)
+        self._mesh, self._tokenizers = placement.mesh, load_tokenizers_of(pipeline)
+        parts = batch_parts(placement.mesh)
+        self.batch_size = -(-config.online.prompts_at_a_time // parts) * parts
         """Prompts sampled at a time."""
-        table, K = sampler_table(config, pipeline), online.candidates
-        steps_S = random_steps(table)
-        cells = resolution // pipeline.vae_factor
-        latent_shape = (cells, cells, pipeline.unet.config.in_channels)
-        conditionings = make_conditionings(pipeline, self._tokenizers([""]), online.guidance)
-        size_cond_16 = jnp.array([[resolution, resolution, 0, 0, resolution, resolution]], jnp.float32)
-        split, gather = batch_constraint(mesh), functools.partial(pipeline.gather, placement)
-
-        def denoiser(unet: Params, both: tuple[Conditioning, Conditioning | None]) -> Callable[..., jax.Array]:
-            return classifier_free_guidance(lambda x, t, c: pipeline.denoise(unet, x, t, c), *both, online.guidance)
-
-        def rollout(
-            params: Params, frozen: Frozen, token_ids_BEL: jax.Array, number_B: jax.Array
-        ) -> tuple[Transitions, jax.Array, jax.Array | None]:
-            B = len(number_B)
-            unet = gather("unet", frozen.get("base", {}) | params)
-            encoders = {name: gather(name, frozen[name]) for name in frozen if name not in ("base", "reference")}
-            both = split(conditionings(encoders, token_ids_BEL, jnp.tile(size_cond_16, (B, 1))))
-            each = split(per_candidate(both, B, K))
-            keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.seed), number_B)
-            noise_keys_B, step_keys_B = (jax.vmap(jax.random.fold_in, (0, None))(keys_B, i) for i in range(2))
-            noise_BhwC = jax.vmap(lambda key: jax.random.normal(key, latent_shape))(noise_keys_B)
-            x_BhwC = starting_latents(table, noise_BhwC)
-            if online.branching:
-                found = explore(denoiser(unet, both), denoiser(unet, each), table, x_BhwC, step_keys_B, K)
-                step_SB = jnp.broadcast_to(jnp.asarray(steps_S)[:, None], (len(steps_S), B))
-                x_SB1hwC = found.x_SBHWC[steps_S][:, :, None]
-                transitions = Transitions(x_SB1hwC, found.next_x_SBKHWC[steps_S], step_SB, found.log_prob_SBK[steps_S])
-                x0_BKhwC = found.x0_BHWC[:, None]
-                seen_SBKHWC = jax.lax.map(
-                    lambda x_BKhwC: decoded(encoders["vae"], x_BKhwC), found.predicted_x0_SBKHWC[steps_S]
-                )
-                steps_BSKHWC = jnp.swapaxes(seen_SBKHWC, 0, 1)
-            else:
-                start = branch(x_BhwC, step_keys_B, K)
-                trajectory = sample_trajectory(denoiser(unet, each), table, *start)
-                transitions = jax.vmap(lambda step: transitions_at(trajectory, jnp.full(B, step)))(jnp.asarray(steps_S))
-                x0_BKhwC = trajectory.latents_VNHWC[-1].reshape(B, K, *latent_shape)
-                steps_BSKHWC = None
-            of_prompts = jax.tree.map(lambda x_SB: jnp.swapaxes(x_SB, 0, 1), transitions)
-            return of_prompts, decoded(encoders["vae"], x0_BKhwC), steps_BSKHWC
-
-        def decoded(vae: Params, latents_BKhwC: jax.Array) -> jax.Array:
-            B, K = latents_BKhwC.shape[:2]
-            images_NHWC = decode_latents(pipeline.vae, vae, latents_BKhwC.reshape(B * K, *latents_BKhwC.shape[2:]))
-            return images_NHWC.reshape(B, K, *images_NHWC.shape[1:])
-
-        places = batch_sharding(mesh), replicated(mesh), replicated(mesh)
-        self._rollout = jax.jit(on_mesh(mesh, rollout), out_shardings=places)
+        self._latent_judge = load_latent_judge(config, pipeline, placement)
+        self._rollout = make_rollout(config, pipeline, placement, self._tokenizers([""]))
 
     def __call__(self, params: Params, frozen: Frozen, captions: Sequence[str], numbers: Sequence[int]) -> Drawn:
         """Up to `batch_size` prompts, each with a number of its own that all randomness follows from."""
-        padded = [i % len(captions) for i in range(self.batch_size)]
+        count = len(captions)
+        padded = [i % count for i in range(self.batch_size)]
         rows = self._tokenizers([captions[i] for i in padded]), np.array([numbers[i] for i in padded], np.int32)
         given = jax.device_put(rows, batch_sharding(self._mesh))
-        transitions, images_BKHWC, steps_BSKHWC = self._rollout(params, frozen, *given)
+        transitions, images_BKHWC, seen_BSK = self._rollout(params, frozen, self._latent_judge, *given)
         local = zip(*(_rows(x) for x in (transitions[0], transitions[1], transitions[3])), strict=True)
-        ways = {row: Way(x, next_x, log_prob) for (row, x), (_, next_x), (_, log_prob) in local if row < len(captions)}
-        images_BKHWC, steps_BSKHWC = jax.device_get((images_BKHWC, steps_BSKHWC))
-        seen = None if steps_BSKHWC is None else steps_BSKHWC[: len(captions)]
-        return Drawn(ways, images_BKHWC[: len(captions)], seen)
+        ways = {row: Way(x, next_x, log_prob) for (row, x), (_, next_x), (_, log_prob) in local if row < count}
+        images_BKHWC, seen_BSK = jax.device_get((images_BKHWC, seen_BSK))
+        return Drawn(ways, images_BKHWC[:count], None if seen_BSK is None else seen_BSK[:count])
+
+
+def load_latent_judge(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> dict[str, Params]:
+    """The UNets of `online.latent_judge`, TUNED:REFERENCE; empty where it names none."""
+    if not config.online.latent_judge:
+        return {}
+    names = re.split(r":(?!//)", config.online.latent_judge)  # not the colon of gs://bucket
+    if len(names) != 2 or not all(names):
+        raise ValueError(
+            f"config.online.latent_judge={config.online.latent_judge} has to be TUNED:REFERENCE, two models"
+        )
+    weights = {}
+    for role, name in zip(("tuned", "reference"), names, strict=True):
+        judge = load_pipeline(name, dtype=pipeline.dtype)
+        if judge.unet.specs != pipeline.unet.specs:
+            raise ValueError(f"config.online.latent_judge: {name} has another UNet than the policy {config.model}")
+        weights[role] = judge.load("unet", dtype=pipeline.dtype, sharding=placement)
+    return weights
+
+
+def make_rollout(
+    config: ConfigDict, pipeline: Pipeline, placement: Placement, negative_1EL: np.ndarray
+) -> jax.stages.Wrapped:
+    """`(params, frozen, latent_judge, token_ids_BEL, number_B) -> (transitions, images, seen)`, jitted.
+
+    The transitions are [B, S, ...], the rest as in `Drawn`.
+    """
+    online, resolution, mesh = config.online, config.data.resolution, placement.mesh
+    table, K = sampler_table(config, pipeline), online.candidates
+    steps_S = random_steps(table)
+    cells = resolution // pipeline.vae_factor
+    latent_shape = (cells, cells, pipeline.unet.config.in_channels)
+    conditionings = make_conditionings(pipeline, negative_1EL, online.guidance)
+    size_cond_16 = jnp.array([[resolution, resolution, 0, 0, resolution, resolution]], jnp.float32)
+    split, gather = batch_constraint(mesh), functools.partial(pipeline.gather, placement)
+
+    def rollout(
+        params: Params, frozen: Frozen, latent_judge: dict[str, Params], token_ids_BEL: jax.Array, number_B: jax.Array
+    ) -> tuple[Transitions, jax.Array, jax.Array | None]:
+        B = len(number_B)
+        unet = gather("unet", frozen.get("base", {}) | params)
+        encoders = {name: gather(name, frozen[name]) for name in frozen if name not in ("base", "reference")}
+        both = split(conditionings(encoders, token_ids_BEL, jnp.tile(size_cond_16, (B, 1))))
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.seed), number_B)
+        noise_keys_B, step_keys_B = (jax.vmap(jax.random.fold_in, (0, None))(keys_B, i) for i in range(2))
+        x_BhwC = starting_latents(table, jax.vmap(lambda key: jax.random.normal(key, latent_shape))(noise_keys_B))
+
+        def guided(rows: int) -> Denoiser:
+            conditioning, unconditional = split(per_candidate(both, B, rows // B))
+            bound = functools.partial(pipeline.denoise, unet)
+            return classifier_free_guidance(bound, conditioning, unconditional, online.guidance)
+
+        def plain(weights: Params) -> Denoiser:
+            whole = gather("unet", weights)
+            return lambda x_BhwC, t_B: pipeline.denoise(whole, x_BhwC, t_B, both[0])
+
+        def decoded(latents_BKhwC: jax.Array) -> jax.Array:
+            latents_NHWC = latents_BKhwC.reshape(-1, *latent_shape)
+            images_NHWC = decode_latents(pipeline.vae, encoders["vae"], latents_NHWC)
+            return images_NHWC.reshape(*latents_BKhwC.shape[:2], *images_NHWC.shape[1:])
+
+        if not online.branching:
+            trajectory = sample_trajectory(guided(B * K), table, *branch(x_BhwC, step_keys_B, K))
+            transitions = jax.vmap(lambda step: transitions_at(trajectory, jnp.full(B, step)))(jnp.asarray(steps_S))
+            x0_BKhwC = trajectory.latents_VNHWC[-1].reshape(B, K, *latent_shape)
+            return prompts_first(transitions), decoded(x0_BKhwC), None
+
+        look = see_images(guided(B * K))
+        if latent_judge:
+            look = see_log_ratios(plain(latent_judge["tuned"]), plain(latent_judge["reference"]))
+        found = explore(guided(B), table, x_BhwC, step_keys_B, K, look)
+        ways = jax.tree.map(lambda x_SB: x_SB[steps_S], found._replace(x0_BHWC=None))
+        step_SB = jnp.broadcast_to(jnp.asarray(steps_S)[:, None], (len(steps_S), B))
+        transitions = Transitions(ways.x_SBHWC[:, :, None], ways.next_x_SBKHWC, step_SB, ways.log_prob_SBK)
+        seen_SBK = ways.seen_SBK if latent_judge else jax.lax.map(decoded, ways.seen_SBK)
+        return prompts_first(transitions), decoded(found.x0_BHWC[:, None]), prompts_first(seen_SBK)
+
+    def prompts_first(tree: Any) -> Any:
+        return jax.tree.map(lambda x_SB: jnp.swapaxes(x_SB, 0, 1), tree)
+
+    places = batch_sharding(mesh), replicated(mesh), replicated(mesh)
+    return jax.jit(on_mesh(mesh, rollout), out_shardings=places)
 
 
 def _rows(x_B: jax.Array) -> list[tuple[int, np.ndarray]]:
