@@ -77,13 +77,12 @@ class RoundFolder:
 
     def read_way(self, prompt: int) -> Way:
         """ValueError if the file is damaged."""
-        arrays = self._read(prompt)
+        arrays = self._read(prompt, Way._fields)
         return Way(*(arrays[field] for field in Way._fields))
 
     def read_rewards(self) -> list[Rewards]:
         """Of every prompt, from its trajectory's file."""
-        found = map(self._read, range(len(self.prompts)))
-        return [Rewards(arrays["shown_KR"], arrays.get("steps_SKR")) for arrays in found]
+        return [Rewards(**self._read(p, Rewards._fields)) for p in range(len(self.prompts))]
 
     def write_list(self, images_a_prompt: int) -> None:
         """`prompts.jsonl`, when all images are there."""
@@ -113,11 +112,12 @@ class RoundFolder:
         text = self.prompts[prompt]
         return [Entry(image_name(prompt, text, k), text, k) for k in range(count)]
 
-    def _read(self, prompt: int) -> dict[str, np.ndarray]:
+    def _read(self, prompt: int, fields: Sequence[str]) -> dict[str, np.ndarray]:
+        """Those of the arrays that the prompt's file has."""
         file = self._file(prompt)
         try:
-            with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
-                return dict(arrays)
+            with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+                return {field: arrays[field] for field in fields if field in arrays}
         except Exception as error:  # of whatever class: damaged files raise almost any
             raise ValueError(
                 f"{file} can't be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}); remove "

@@ -90,13 +90,15 @@ class Rounds:
         experiment = loop.experiment
         self._rollout = Rollout(self._config, experiment.pipeline, experiment.placement)
         self._tokenizers = load_tokenizers_of(experiment.pipeline)
-        self._statistics = PromptStatistics() if self._config.online.advantage == "prompt" else None
+        remembers = self._config.loss.name != "d3po" and self._config.online.advantage == "prompt"
+        self._statistics = PromptStatistics() if remembers else None
 
     def run(self, state: TrainState, stage: str) -> TrainState:
         """Until the last round, the end of the stage, or until people are needed."""
         first = int(state.step) // self._plan.updates
-        for number in range(first):  # what the statistics of prompts had seen
-            self._learnable(self.folder(number), self._shown(self.folder(number))[:, None])
+        if self._statistics is not None:  # of what they had seen
+            for folder in map(self.folder, range(first)):
+                self._learnable(folder, self._shown(folder)[:, None])
         for number in range(first, self._config.online.rounds):
             folder, step = self.folder(number), int(state.step)
             if stage == "train" and folder.missing():
@@ -108,7 +110,13 @@ class Rounds:
                     "another --workdir"
                 )
             self._sample(folder, state)
-            if stage == "sample" or not (self._judges or self._feedback or folder.feedback()):
+            is_judged = bool(self._judges or self._feedback or folder.feedback())
+            if stage == "train" and not is_judged:
+                raise ValueError(
+                    f"nobody has scored round {number}: {folder.path} has no feedback*.json; vote on it and export the "
+                    "votes there (run with --stage=sample to see how), or name files with --feedback"
+                )
+            if stage == "sample" or not is_judged:
                 self._ask(folder)
                 return state
             rewards_PSKR = self._judged(folder, step)

@@ -242,7 +242,8 @@ class Loop:
         means["train/learning_rate"] = float(self.experiment.learning_rate(step - 1))
         seconds_left = None
         if seconds_per_step is not None:
-            means["speed/pairs_per_second"] = self.config.data.batch_size / seconds_per_step
+            unit = "prompts" if self.inputs is None else "pairs"
+            means[f"speed/{unit}_per_second"] = self.config.data.batch_size / seconds_per_step
             seconds_left = (self.config.steps - step) * seconds_per_step
         self.writer.scalars(step, means)
         self.bar.show(step, means, seconds_left)
