@@ -1,7 +1,7 @@
 """The embedded default learns online by the exact judge of its small captioned world, on two CPU cores in minutes.
 
 Without a variant it is D3PO; `:ddpo`, `:dpok`, `:grpo`, `:spo` and `:lpo` are the others, and `:compressibility` has it
-make pictures that are small as a JPEG instead.
+make pictures that are small as a JPEG instead. `:tiny` runs any of them in seconds.
 """
 
 from ml_collections import ConfigDict
@@ -42,6 +42,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "spo": spo,
         "lpo": lpo,
         "compressibility": compressibility,
+        "tiny": tiny,
     }
     return apply_variants(c, arg, variants)
 
@@ -75,3 +76,13 @@ def lpo(c: ConfigDict) -> None:
 
 def compressibility(c: ConfigDict) -> None:
     c.online.judges = ("jpeg_compressibility",)
+
+
+def tiny(c: ConfigDict) -> None:
+    c.data.batch_size = 2
+    c.online.rounds = 2
+    c.online.prompts_per_round = 4
+    c.online.prompts_at_a_time = 4
+    c.online.candidates = 3
+    c.online.sampling_steps = 4
+    c.log_every = 1

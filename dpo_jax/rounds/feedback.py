@@ -18,15 +18,19 @@ def read_feedback(files: Sequence[epath.Path], prompts: int, candidates: int) ->
     Each file is one person's or a whole vote's `[prompt][candidate]`, numbers of which higher is better, null where
     there is none: D3PO's human feedback (arXiv 2311.13231), as `dpo_jax.vote --export=FILE.json` writes it.
 
-    Raises ValueError with the reason for a file of another shape.
+    Raises FileNotFoundError or ValueError with the reason for a file that is not there or of another shape.
     """
     all_FPK = np.stack([_read(file, prompts, candidates) for file in files])
     known_FPK = ~np.isnan(all_FPK)
+    if not known_FPK.any():
+        raise ValueError(f"there is no score in {', '.join(map(str, files))}; have people vote first")
     sums_PK, counts_PK = np.where(known_FPK, all_FPK, 0).sum(axis=0), known_FPK.sum(axis=0)
     return np.where(counts_PK > 0, sums_PK / np.maximum(counts_PK, 1), np.nan)
 
 
 def _read(file: epath.Path, prompts: int, candidates: int) -> np.ndarray:
+    if not file.exists():
+        raise FileNotFoundError(f"no feedback at {file}")
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
         scores_PK = np.array([[np.nan if score is None else float(score) for score in row] for row in rows])
@@ -51,10 +55,12 @@ def best_and_worst(rewards_PSKR: np.ndarray) -> np.ndarray:
     SPO compares only these two (arXiv 2406.04314, section 4.2).
     """
     first_PSK = rewards_PSKR[..., 0]
-    order_PSK = np.argsort(first_PSK, axis=-1, kind="stable")
+    unknown_PSK = np.isnan(first_PSK)
+    best_PS1 = np.where(unknown_PSK, -np.inf, first_PSK).argmax(axis=-1, keepdims=True)
+    worst_PS1 = np.where(unknown_PSK, np.inf, first_PSK).argmin(axis=-1, keepdims=True)
     kept_PSK = np.zeros(first_PSK.shape, bool)
-    for end in (0, -1):
-        np.put_along_axis(kept_PSK, order_PSK[..., end : end + 1 or None], True, axis=-1)
+    for end_PS1 in (best_PS1, worst_PS1):
+        np.put_along_axis(kept_PSK, end_PS1, True, axis=-1)
     return np.where(kept_PSK[..., None], rewards_PSKR, np.nan)
 
 

@@ -1,0 +1,161 @@
+"""What was said of images becomes what a loss reads; checked by hand and against plain loops."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+
+from dpo_jax.objectives.advantages import PromptStatistics
+from dpo_jax.objectives.losses import is_preferred
+from dpo_jax.rounds.feedback import advantages, best_and_worst, combined, read_feedback
+
+NAN = np.nan
+
+
+def write(path, rows):
+    file = epath.Path(path)
+    file.write_text(rows if isinstance(rows, str) else json.dumps(rows))
+    return file
+
+
+def test_annotators_are_averaged_where_they_said_something(tmp_path):
+    ann = write(tmp_path / "ann.json", [[5, 1, None], [2, None, 0.5], [1, 1, 1]])
+    bob = write(tmp_path / "bob.json", [[4, None, None], [1, None, 1.5], [0, 2, 1]])
+    eve = write(tmp_path / "eve.json", [[3, 4, None], [None, None, None], [-4, 0, 1]])
+
+    np.testing.assert_array_equal(
+        read_feedback([ann, bob, eve], 3, 3), [[4, 2.5, NAN], [1.5, NAN, 1], [-1, 1, 1]]
+    )
+    np.testing.assert_array_equal(read_feedback([ann], 3, 3), [[5, 1, NAN], [2, NAN, 0.5], [1, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[1, 2]], "1 x 2 scores; this round has 2 prompts of 2 candidates each"),
+        ([[1, 2, 3], [1, 2, 3]], "2 x 3 scores; this round has 2 prompts of 2"),
+        ([], "this round has 2 prompts of 2"),
+        ([[[1], [2]], [[3], [4]]], "has to be a list of lists of numbers"),
+        ([[1, 2], [1]], "has to be a list of lists of numbers"),
+        ([[1, 2], [1, "good"]], "has to be a list of lists of numbers"),
+        ([1, 2], "has to be a list of lists of numbers"),
+        ({"a": 1}, "has to be a list of lists of numbers"),
+        ("[[1, 2], [1,", "has to be a list of lists of numbers"),
+        ("[[1, 2], [1, Infinity]]", "2 x 2 scores; this round"),
+        ([[None, None], [None, None]], "no score"),
+    ],
+)
+def test_other_feedback_is_refused_in_a_sentence_that_names_the_file(tmp_path, rows, message):
+    file = write(tmp_path / "feedback.json", rows)
+    with pytest.raises(ValueError, match=message) as error:
+        read_feedback([file], 2, 2)
+    assert str(file) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no feedback at .*gone\.json"):
+        read_feedback([epath.Path(tmp_path / "gone.json")], 2, 2)
+
+
+def test_rewards_of_several_judges_are_averaged_in_units_of_their_spread():
+    rng = np.random.default_rng(0)
+    rewards_PSKR = rng.normal(size=(3, 2, 4, 2)) * [1, 1000]
+    one, other = rewards_PSKR[..., 0], rewards_PSKR[..., 1]
+
+    expected = (one / one.std() + other / other.std()) / 2
+    np.testing.assert_allclose(combined(rewards_PSKR), expected, rtol=1e-12)
+    rewards_PSKR[1, 0, 2, 1] = NAN  # said by one judge only: not comparable
+    assert np.argwhere(np.isnan(combined(rewards_PSKR))).tolist() == [[1, 0, 2]]
+
+
+@pytest.mark.filterwarnings("error")
+def test_rewards_that_are_all_alike_stay_finite():
+    np.testing.assert_array_equal(combined(np.full((2, 1, 3, 1), 7.0)), np.full((2, 1, 3), 7.0))
+
+
+@pytest.mark.parametrize("K", [2, 3, 4, 5])
+def test_best_and_worst_make_the_one_pair_of_the_extremes(K):
+    rewards_PSKR = np.random.default_rng(K).normal(size=(4, 3, K, 2))
+
+    kept_PSKR = best_and_worst(rewards_PSKR)
+
+    for p, s in np.ndindex(4, 3):
+        first_K = rewards_PSKR[p, s, :, 0]
+        ends = {int(first_K.argmax()), int(first_K.argmin())}
+        for k in range(K):
+            expected = rewards_PSKR[p, s, k] if k in ends else [NAN, NAN]
+            np.testing.assert_array_equal(kept_PSKR[p, s, k], expected)
+    pairs = np.asarray(is_preferred(kept_PSKR[..., 0].reshape(12, K)))
+    assert (pairs.sum(axis=(1, 2)) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("rewards_K", "pairs"),
+    [
+        ([2, 2, 2], set()),
+        ([NAN, NAN, NAN], set()),
+        ([NAN, 3, NAN, NAN], set()),
+        ([NAN, 3, 1, 2], {(1, 2)}),  # the unknown one is neither
+        ([3, 1, 2, NAN], {(0, 1)}),
+        ([NAN, 1, NAN, 2, 3], {(4, 1)}),
+    ],
+)
+def test_best_and_worst_of_what_is_known(rewards_K, pairs):
+    kept_K = best_and_worst(np.array(rewards_K, float)[None, None, :, None])[0, 0, :, 0]
+    preferred_KK = np.asarray(is_preferred(kept_K[None]))[0]
+    assert set(zip(*np.nonzero(preferred_KK), strict=True)) == pairs
+
+
+@pytest.mark.parametrize("rewards_K", [[5, 5, 1], [1, 5, 5, 3], [1, 1, 4], [0, 0, 3, 3]])
+def test_ties_at_an_end_leave_one_pair_of_a_best_and_a_worst(rewards_K):
+    kept_K = best_and_worst(np.array(rewards_K, float)[None, None, :, None])[0, 0, :, 0]
+    known = kept_K[~np.isnan(kept_K)]
+    assert sorted(known) == [min(rewards_K), max(rewards_K)]
+
+
+def test_advantages_over_the_candidates_of_a_prompt():
+    rewards_PSK = np.array([[[1.0, 2, 6]], [[4, 4, 4]], [[NAN, 1, 3]], [[NAN, NAN, 8]], [[NAN] * 3]])
+
+    found = advantages(rewards_PSK, ["a", "b", "c", "d", "e"], None)
+
+    spread = np.std([1, 2, 6]) + 1e-4
+    np.testing.assert_allclose(found[0, 0], [-2 / spread, -1 / spread, 3 / spread], rtol=1e-12)
+    np.testing.assert_array_equal(found[[1, 3, 4]], np.zeros((3, 1, 3)))
+    np.testing.assert_allclose(found[2, 0], [0, -1 / 1.0001, 1 / 1.0001], rtol=1e-12)
+
+
+def test_advantages_of_each_step_by_itself_in_a_group():
+    rewards_PSK = np.random.default_rng(0).normal(size=(2, 3, 4))
+    found = advantages(rewards_PSK, ["a", "b"], None)
+    for p, s in np.ndindex(2, 3):
+        of_group = rewards_PSK[p, s]
+        np.testing.assert_allclose(found[p, s], (of_group - of_group.mean()) / (of_group.std() + 1e-4), rtol=1e-12)
+
+
+def test_advantages_by_the_last_rewards_of_the_prompt():
+    """In the order of prompts, steps and candidates, NaN left out; a prompt that is there twice is one."""
+    prompts, statistics = ["a", "b", "a"], PromptStatistics(buffer_size=6, min_count=3)
+    remembered: dict[str, list[float]] = {}
+    rng = np.random.default_rng(0)
+    for round_number, expected_counts in enumerate([(4, 2), (6, 3), (6, 4)]):
+        rewards_PSK = rng.normal(size=(3, 1, 2)) + round_number
+        if round_number:
+            rewards_PSK[1, 0, 0] = rewards_PSK[2, 0, 1] = NAN
+
+        found_PSK = advantages(rewards_PSK, prompts, statistics)
+
+        known = [i for i in itertools.product(range(3), [0], range(2)) if not np.isnan(rewards_PSK[i])]
+        for i in known:
+            text = prompts[i[0]]
+            remembered[text] = [*remembered.get(text, []), rewards_PSK[i]][-6:]
+        assert (len(remembered["a"]), len(remembered["b"])) == expected_counts
+        for i in itertools.product(range(3), [0], range(2)):
+            if i not in known:
+                assert found_PSK[i] == 0
+                continue
+            last = remembered[prompts[i[0]]]
+            base = last if len(last) >= 3 else [rewards_PSK[j] for j in known]
+            assert found_PSK[i] == pytest.approx((rewards_PSK[i] - np.mean(base)) / (np.std(base) + 1e-6), rel=1e-12)

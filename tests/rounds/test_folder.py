@@ -1,0 +1,156 @@
+"""The files of a round: whole or not there, told when damaged, and read by the page that people vote on."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dpo_jax.evaluation.image_folder import read_image, read_list
+from dpo_jax.rounds.folder import Rewards, RoundFolder
+from dpo_jax.rounds.rollout import Way
+from dpo_jax.voting.study import MODES, read_folder
+
+PROMPTS = ["a cat", "a dog: große, rote!", "a red circle"]
+K, S, R = 3, 4, 2
+
+
+def way(p: int) -> Way:
+    rng = np.random.default_rng(p)
+    arrays = rng.normal(size=(S, K, 2, 2, 4)), rng.normal(size=(S, K, 2, 2, 4)), rng.normal(size=(S, K))
+    return Way(*(array.astype(np.float32) for array in arrays))
+
+
+def images_KHWC(p: int) -> np.ndarray:
+    return np.random.default_rng(p).integers(256, size=(K, 8, 8, 3)).astype(np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RoundFolder(tmp_path, 3, PROMPTS)
+
+
+def test_what_was_sampled_comes_back(folder, tmp_path):
+    rewards = Rewards(np.array([[1.0, 2], [np.nan, 3], [0, 0]]), np.arange(float(S * K * R)).reshape(S, K, R))
+    assert folder.path == tmp_path / "rounds" / "00003"
+    assert folder.missing() == [0, 1, 2]
+    folder.write_trajectory(1, way(1), rewards)
+    assert folder.missing() == [0, 2]
+    folder.write_trajectory(0, way(0), Rewards(rewards.shown_KR))
+    folder.write_trajectory(2, way(2), Rewards(rewards.shown_KR))
+    assert folder.missing() == []
+
+    for p in range(3):
+        for found, expected in zip(folder.read_way(p), way(p), strict=True):
+            assert found.dtype == np.float32
+            np.testing.assert_array_equal(found, expected)
+    first, second, _ = folder.read_rewards()
+    np.testing.assert_array_equal(first.shown_KR, rewards.shown_KR)
+    assert first.steps_SKR is None
+    np.testing.assert_array_equal(second.steps_SKR, rewards.steps_SKR)
+    assert RoundFolder(tmp_path, 3, PROMPTS).missing() == []  # a later start sees the same
+    assert RoundFolder(tmp_path, 4, PROMPTS).missing() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("cut", ["before the content is there", "before it has its name"])
+def test_a_write_that_is_cut_off_leaves_the_prompt_missing(folder, monkeypatch, cut):
+    folder.write_trajectory(0, way(0), None)
+    folder.write_images(0, images_KHWC(0))
+
+    def fail(self, *arguments, **options):
+        if cut == "before the content is there":
+            with open(self, "wb") as file:
+                file.write(b"PK\3\4 half")
+        raise OSError("the machine is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(folder.path), "replace" if "name" in cut else "write_bytes", fail)
+        with pytest.raises(OSError, match="is gone"):
+            folder.write_trajectory(1, way(1), None)
+        if "name" in cut:
+            with pytest.raises(OSError, match="is gone"):
+                folder.write_images(1, images_KHWC(1))
+
+    assert folder.missing() == [1, 2]
+    assert len(list(folder.images.glob("*.png"))) == K
+    folder.write_trajectory(1, way(1), None)  # and what was left is in nobody's way
+    folder.write_images(1, images_KHWC(1))
+    assert folder.missing() == [2]
+    np.testing.assert_array_equal(folder.read_way(1).log_prob_SK, way(1).log_prob_SK)
+
+
+def damages(data: bytes):
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 1
+    return {"cut": data[: len(data) // 2], "flipped": bytes(flipped), "empty": b"", "text": b"no arrays at all"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text", "gone"])
+def test_a_damaged_trajectory_is_told_with_the_remedy(folder, damage):
+    folder.write_trajectory(0, way(0), Rewards(np.zeros((K, R))))
+    file = folder.path / "trajectories" / "00000.npz"
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(damages(file.read_bytes())[damage])
+    message = rf"00000\.npz can't be read \(.+\); remove {file.parent} and run again, to sample round 3 anew"
+    for read in (lambda: folder.read_way(0), folder.read_rewards):
+        with pytest.raises(ValueError, match=message) as error:
+            read()
+        assert "\n" not in str(error.value)
+
+
+def test_objects_are_not_unpickled(folder):
+    folder.write_trajectory(0, way(0), None)
+    np.savez(folder.path / "trajectories" / "00000.npz", x_SJhwC=np.array([print], object))
+    with pytest.raises(ValueError, match="can't be read"):
+        folder.read_way(0)
+
+
+def test_scores_come_back_with_what_nobody_said(folder):
+    assert folder.read_scores() is None
+    shown_PKR = np.array([[[1.5, np.nan], [2, 3]], [[np.nan, np.nan], [0, -1]], [[0.1, 1 / 3], [1e9, 1e-9]]])
+    folder.write_scores({"round": 3, "step": 12, "judges": ["a", "b"]}, shown_PKR)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    json.loads((folder.path / "scores.json").read_text(), parse_constant=refuse)
+    scores = folder.read_scores()
+    assert (scores["round"], scores["step"], scores["judges"], scores["prompts"]) == (3, 12, ["a", "b"], PROMPTS)
+    np.testing.assert_array_equal(np.array(scores["scores"], float), shown_PKR)
+
+
+def test_images_are_found_by_others_and_asked_about_prompt_by_prompt(folder):
+    for p in (2, 0, 1):  # in whatever order they were sampled
+        folder.write_images(p, images_KHWC(p))
+    folder.write_list(K)
+
+    entries = read_list(folder.images)
+    assert [(entry.prompt, entry.seed) for entry in entries] == [(text, k) for text in PROMPTS for k in range(K)]
+    for i, entry in enumerate(entries):
+        np.testing.assert_array_equal(read_image(folder.images / entry.image), images_KHWC(i // K)[i % K])
+    for mode in ("points", "rank"):
+        tasks = MODES[mode].tasks([read_folder(folder.images)])
+        assert [task.prompt for task in tasks] == PROMPTS
+        assert [[image.name for image in task.images] for task in tasks] == [
+            [entry.image for entry in entries[p * K : (p + 1) * K]] for p in range(3)
+        ]
+    assert len(MODES["tag"].tasks([read_folder(folder.images)])) == 3 * K
+
+
+def test_feedback_is_what_people_left_in_the_folder(folder):
+    assert folder.feedback() == []
+    folder.path.mkdir(parents=True)
+    for name in ("feedback_bob.json", "feedback.json", "scores.json", "votes.sqlite", "feedback.json.partial"):
+        (folder.path / name).write_text("[]")
+    assert [path.name for path in folder.feedback()] == ["feedback.json", "feedback_bob.json"]
+
+
+def test_trajectories_are_removed_and_nothing_else(folder):
+    folder.remove_trajectories()  # there are none: nothing to do
+    folder.write_trajectory(0, way(0), None)
+    folder.write_images(0, images_KHWC(0))
+    folder.write_scores({}, np.zeros((1, 1, 1)))
+    folder.remove_trajectories()
+    assert sorted(path.name for path in folder.path.iterdir()) == ["images", "scores.json"]
+    assert folder.missing() == [0, 1, 2]
