@@ -94,7 +94,7 @@ def test_rounds_and_seeds_differ_and_a_round_is_always_the_same(made_round):
 
 def test_each_pair_once_and_ties_weigh_nothing(made_round):
     rewards_PSKR = np.array([[0, 1, 2], [1, 1, 0], [4, 4, 4], [NAN, 1, 2], [3, 1, 1], [NAN, NAN, 0]], float)
-    made = made_round(**{"online.update": "pair", "online.reference": "round", "online.epochs": 2})
+    made = made_round(**{"online.update_by": "pair", "online.reference": "round", "online.epochs": 2})
     assert (made.plan.pairs, made.plan.updates) == (3, 18)
     updates = made.updates(rewards_PSKR[:, None, :, None])
 
@@ -117,7 +117,7 @@ def test_each_pair_once_and_ties_weigh_nothing(made_round):
 def test_a_pair_that_neither_judge_decides_alone_weighs_nothing(made_round):
     """Two judges, Pareto: (1, 0) against (0, 1) is a tie, (1, 1) against (1, 0) is not."""
     rewards_PSKR = np.tile([[1.0, 0], [0, 1], [1, 1]], (6, 1, 1, 1))
-    made = made_round(**{"online.update": "pair", "online.reference": "round"})
+    made = made_round(**{"online.update_by": "pair", "online.reference": "round"})
     for batch in drawn(made.updates(rewards_PSKR), 9):
         for (_, _, pair), weight in zip(rows_of(batch), batch.weight_B, strict=True):
             assert weight == (0 if pair == (0, 1) else 1)
@@ -146,7 +146,7 @@ def test_branching_has_rewards_of_each_step_and_one_beginning(made_round):
 
 @pytest.mark.parametrize("update", ["prompt", "pair"])
 def test_from_any_step_on_the_batches_are_those_of_a_run_without_a_stop(made_round, update):
-    fields = {"online.update": update, "online.reference": "round", "online.timesteps": 0.6, "online.epochs": 2}
+    fields = {"online.update_by": update, "online.reference": "round", "online.timesteps": 0.6, "online.epochs": 2}
     made = made_round(number=2, **fields)
     whole = drawn(made.updates(), made.plan.updates)
     assert len(whole) == (6 if update == "prompt" else 18)
@@ -158,7 +158,7 @@ def test_from_any_step_on_the_batches_are_those_of_a_run_without_a_stop(made_rou
 
 @pytest.mark.parametrize("update", ["prompt", "pair"])
 def test_two_processes_share_a_batch(made_round, monkeypatch, update):
-    made = made_round(**{"online.update": update, "online.reference": "round", "data.batch_size": 6})
+    made = made_round(**{"online.update_by": update, "online.reference": "round", "data.batch_size": 6})
     alone = drawn(made.updates(), made.plan.updates)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     made.plan = made.plan.__class__(
