@@ -12,6 +12,7 @@ from dpo_jax.diffusion.schedule import make_schedule
 from dpo_jax.diffusion.trajectories import (
     Trajectory,
     branch,
+    explore,
     kl_divergence,
     log_prob,
     random_steps,
@@ -213,3 +214,80 @@ def test_a_sampler_without_noise_is_refused(sampler, num_steps):
 
     with pytest.raises(ValueError, match="adds no noise"):
         sample_trajectory(denoise, table, *start(np.float32))
+
+
+@pytest.mark.parametrize("config", [SD15, TO_ONE], ids=["sd15", "to one"])
+def test_exploring_is_a_loop_over_steps_prompts_and_candidates(x64, config):
+    K, num_steps = 3, 5
+    x_T, keys = start()
+    table = make_table("ddim", make_schedule(config), num_steps, eta=1.0)
+
+    found = explore(denoise, denoise, table, jnp.asarray(x_T), keys, K)
+
+    assert found.next_x_SBKHWC.shape == found.predicted_x0_SBKHWC.shape == (num_steps, N, K, H, W, C)
+    of_steps = [type(table.steps)(*(values_S[s] for values_S in table.steps)) for s in range(num_steps)]
+    close = {"rtol": 1e-9, "atol": 1e-9}
+    for b in range(N):
+        x = x_T[b]
+        for s, step in enumerate(of_steps):
+            np.testing.assert_allclose(found.x_SBHWC[s, b], x, **close)
+            mean = step.a * x + step.b * (step.p * x + step.q * toy(x, float(step.t), np.sin))
+            step_key, choice_key = (jax.random.fold_in(keys[b], 2 * s + j) for j in range(2))
+            candidates = []
+            for k in range(K):
+                noise = jax.random.normal(jax.random.fold_in(jax.random.fold_in(step_key, k), 0), x.shape, np.float64)
+                next_x = mean + step.d * np.asarray(noise)
+                np.testing.assert_allclose(found.next_x_SBKHWC[s, b, k], next_x, **close)
+                seen = next_x
+                if s + 1 < num_steps:
+                    after = of_steps[s + 1]
+                    seen = after.p * next_x + after.q * toy(next_x, float(after.t), np.sin)
+                np.testing.assert_allclose(found.predicted_x0_SBKHWC[s, b, k], seen, **close)
+                density = norm.logpdf(next_x, mean, step.d).mean() if step.d else 0
+                np.testing.assert_allclose(found.log_prob_SBK[s, b, k], density, rtol=1e-8)
+                candidates.append(next_x)
+            x = candidates[int(jax.random.randint(choice_key, (), 0, K))]
+        np.testing.assert_allclose(found.x0_BHWC[b], x, **close)
+
+
+def test_the_way_of_exploring_has_the_law_of_sampling():
+    """By a linear network, for which it is a Gaussian that can be told: 20,000 ways of it, and of any old sampling."""
+    B, K, num_steps, slope = 20_000, 4, 6, 0.3
+    table = make_table("ddim", make_schedule(SD15), num_steps, eta=1.0)
+    x_BHWC, keys_B = jnp.full((B, 1, 1, 1), 2.0), jax.random.split(jax.random.key(1), B)
+
+    def linear(x_NHWC, t_N):
+        return slope * x_NHWC
+
+    explored = explore(linear, linear, table, x_BHWC, keys_B, K)
+    sampled = sample_trajectory(linear, table, x_BHWC, keys_B).latents_VNHWC
+
+    mean, variance = 2.0, 0.0
+    ways_VB = np.concatenate([explored.x_SBHWC, explored.x0_BHWC[None]])[..., 0, 0, 0]
+    for s in range(num_steps):
+        a, b, p, q, d = (getattr(table.steps, name)[s] for name in "abpqd")
+        factor = a + b * (p + q * slope)
+        mean, variance = factor * mean, factor**2 * variance + d**2
+        for x_B in (ways_VB[s + 1], np.asarray(sampled[s + 1, :, 0, 0, 0])):
+            assert abs(x_B.mean() - mean) < 5 * np.sqrt(variance / B)
+            assert abs(x_B.var() / variance - 1) < 5 * np.sqrt(2 / B)
+
+
+def test_which_candidate_goes_on_is_a_fair_draw_and_the_same_whatever_they_look_like():
+    B, K, num_steps = 500, 4, 6
+    table = make_table("ddim", make_schedule(SD15), num_steps, eta=1.0)
+    keys_B = jax.random.split(jax.random.key(1), B)
+
+    def chosen(denoise, x_BHWC):
+        found = explore(denoise, denoise, table, x_BHWC, keys_B, K)
+        after_SBHWC = jnp.concatenate([found.x_SBHWC[1:], found.x0_BHWC[None]])
+        same_SBK = (found.next_x_SBKHWC == after_SBHWC[:, :, None]).all(axis=(3, 4, 5))
+        assert (same_SBK.sum(axis=2) == 1).all()
+        return same_SBK.argmax(axis=2)
+
+    one_SB = chosen(denoise, jnp.ones((B, 2, 2, 1)))
+    other_SB = chosen(lambda x, t: 0.1 * x, jnp.full((B, 2, 2, 1), -3.0))
+
+    np.testing.assert_array_equal(one_SB, other_SB)
+    expected = one_SB.size / K
+    assert ((np.bincount(one_SB.ravel(), minlength=K) - expected) ** 2 / expected).sum() < 16.3  # chi squared, 0.1%

@@ -3,13 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from scipy.stats import norm
 
-from dpo_jax.batch import Conditioning
+from dpo_jax.batch import Conditioning, Scores
 from dpo_jax.diffusion.samplers import make_table, with_guidance
 from dpo_jax.diffusion.schedule import make_schedule
 from dpo_jax.diffusion.trajectories import branch, sample_trajectory, transitions_at
-from dpo_jax.objectives.transitions import log_probabilities, score_transitions
+from dpo_jax.objectives.transitions import log_probabilities, score_transitions, transition_metrics
 
 SCHEDULE = make_schedule(
     {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -195,3 +196,35 @@ def test_advantages_are_passed_on():
     scores = score_transitions(denoise, POLICY, None, TABLE, transitions, conditioning, advantage_BK=advantage_BK)
 
     np.testing.assert_array_equal(scores.advantage_BK, advantage_BK)
+
+
+def test_metrics_by_hand():
+    reward_BK = np.array([[3, 1, 2], [5, 5, 5], [np.nan, 1, 2], [1, 1, 0]], np.float32)
+    log_ratio_BK = np.array([[0.3, 0.1, 0.2], [0.1, 0.2, 0.3], [9, 0.5, 0.1], [0.1, 0.2, 0.1]], np.float32)
+    change_BK = np.array([[0.3, -0.3, 0], [0, 0, 0], [0.1, 0.2, -0.3], [1, 1, 1]], np.float32)
+    scores = Scores(log_ratio_BK, log_prob_BK=change_BK - 2, old_log_prob_BK=np.full((4, 3), -2, np.float32))
+
+    metrics = transition_metrics(scores, reward_BK)
+
+    expected = {
+        "pair/count": [3, 0, 1, 2],
+        "pair/accuracy": [1, 0.5, 0, 0.75],  # a tied ratio is half right
+        "reward/margin": [0.4 / 3, 0, -0.4, 0.05],
+        "policy/change": [0.2, 0, 0.2, 1],
+        "policy/kl": [0.03, 0, 0.14 / 6, 0.5],
+    }
+    assert metrics.keys() == expected.keys()
+    for name, values_B in expected.items():
+        np.testing.assert_allclose(metrics[name], values_B, atol=1e-6, err_msg=name)
+    with_kl = transition_metrics(scores._replace(kl_BK=np.arange(12.0).reshape(4, 3)), reward_BK)
+    assert with_kl.keys() - metrics.keys() == {"policy/reference_kl"}
+    np.testing.assert_allclose(with_kl["policy/reference_kl"], [1, 4, 7, 10])
+
+
+@pytest.mark.parametrize(
+    ("rewards_KR", "pairs"),
+    [([[1, 0], [0, 1]], 0), ([[1, 1], [0, 1]], 1), ([[1, 1], [1, 1]], 0), ([[2, 1], [1, 0]], 1)],
+)
+def test_metrics_count_the_pairs_that_judges_agree_on(rewards_KR, pairs):
+    scores = Scores(jnp.zeros((1, 2)), log_prob_BK=jnp.zeros((1, 2)), old_log_prob_BK=jnp.zeros((1, 2)))
+    assert transition_metrics(scores, jnp.asarray(rewards_KR, jnp.float32)[None])["pair/count"] == pairs
