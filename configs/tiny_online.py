@@ -85,4 +85,5 @@ def tiny(c: ConfigDict) -> None:
     c.online.prompts_at_a_time = 4
     c.online.candidates = 3
     c.online.sampling_steps = 4
+    c.online.latent_judge = ""  # the demo need not have run
     c.log_every = 1

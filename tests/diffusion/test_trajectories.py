@@ -1,5 +1,7 @@
 """Trajectories against DDIM's formulas (arXiv 2010.02502, equations 12 and 16) written out in PyTorch."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,8 @@ from dpo_jax.diffusion.trajectories import (
     log_prob,
     random_steps,
     sample_trajectory,
+    see_images,
+    see_log_ratios,
     steps_at,
     transition_mean,
     transitions_at,
@@ -222,9 +226,9 @@ def test_exploring_is_a_loop_over_steps_prompts_and_candidates(x64, config):
     x_T, keys = start()
     table = make_table("ddim", make_schedule(config), num_steps, eta=1.0)
 
-    found = explore(denoise, denoise, table, jnp.asarray(x_T), keys, K)
+    found = explore(denoise, table, jnp.asarray(x_T), keys, K, see_images(denoise))
 
-    assert found.next_x_SBKHWC.shape == found.predicted_x0_SBKHWC.shape == (num_steps, N, K, H, W, C)
+    assert found.next_x_SBKHWC.shape == found.seen_SBK.shape == (num_steps, N, K, H, W, C)
     of_steps = [type(table.steps)(*(values_S[s] for values_S in table.steps)) for s in range(num_steps)]
     close = {"rtol": 1e-9, "atol": 1e-9}
     for b in range(N):
@@ -242,12 +246,16 @@ def test_exploring_is_a_loop_over_steps_prompts_and_candidates(x64, config):
                 if s + 1 < num_steps:
                     after = of_steps[s + 1]
                     seen = after.p * next_x + after.q * toy(next_x, float(after.t), np.sin)
-                np.testing.assert_allclose(found.predicted_x0_SBKHWC[s, b, k], seen, **close)
+                np.testing.assert_allclose(found.seen_SBK[s, b, k], seen, **close)
                 density = norm.logpdf(next_x, mean, step.d).mean() if step.d else 0
                 np.testing.assert_allclose(found.log_prob_SBK[s, b, k], density, rtol=1e-8)
                 candidates.append(next_x)
             x = candidates[int(jax.random.randint(choice_key, (), 0, K))]
         np.testing.assert_allclose(found.x0_BHWC[b], x, **close)
+
+
+def see_nothing(step, after, x_BHWC, next_x_BKHWC):
+    return None
 
 
 def test_the_way_of_exploring_has_the_law_of_sampling():
@@ -259,7 +267,7 @@ def test_the_way_of_exploring_has_the_law_of_sampling():
     def linear(x_NHWC, t_N):
         return slope * x_NHWC
 
-    explored = explore(linear, linear, table, x_BHWC, keys_B, K)
+    explored = explore(linear, table, x_BHWC, keys_B, K, see_nothing)
     sampled = sample_trajectory(linear, table, x_BHWC, keys_B).latents_VNHWC
 
     mean, variance = 2.0, 0.0
@@ -279,7 +287,7 @@ def test_which_candidate_goes_on_is_a_fair_draw_and_the_same_whatever_they_look_
     keys_B = jax.random.split(jax.random.key(1), B)
 
     def chosen(denoise, x_BHWC):
-        found = explore(denoise, denoise, table, x_BHWC, keys_B, K)
+        found = explore(denoise, table, x_BHWC, keys_B, K, see_nothing)
         after_SBHWC = jnp.concatenate([found.x_SBHWC[1:], found.x0_BHWC[None]])
         same_SBK = (found.next_x_SBKHWC == after_SBHWC[:, :, None]).all(axis=(3, 4, 5))
         assert (same_SBK.sum(axis=2) == 1).all()
@@ -291,3 +299,22 @@ def test_which_candidate_goes_on_is_a_fair_draw_and_the_same_whatever_they_look_
     np.testing.assert_array_equal(one_SB, other_SB)
     expected = one_SB.size / K
     assert ((np.bincount(one_SB.ravel(), minlength=K) - expected) ** 2 / expected).sum() < 16.3  # chi squared, 0.1%
+
+
+def test_the_implicit_reward_of_a_step_is_the_ratio_of_its_probabilities(x64):
+    K, num_steps = 3, 4
+    x_T, keys = start()
+    table = make_table("ddim", make_schedule(TO_ONE), num_steps, eta=1.0)
+
+    def tuned(x_NHWC, t_N):
+        return 0.9 * denoise(x_NHWC, t_N) + 0.1
+
+    found = explore(denoise, table, jnp.asarray(x_T), keys, K, see_log_ratios(tuned, denoise))
+
+    for s, (b, k) in itertools.product(range(num_steps), np.ndindex(N, K)):
+        step = type(table.steps)(*(values_S[s] for values_S in table.steps))
+        x, next_x = (np.asarray(x) for x in (found.x_SBHWC[s, b], found.next_x_SBKHWC[s, b, k]))
+        prediction = toy(x, float(step.t), np.sin)
+        means = (step.a * x + step.b * (step.p * x + step.q * e) for e in (0.9 * prediction + 0.1, prediction))
+        of_tuned, of_other = (norm.logpdf(next_x, mean, step.d).mean() if step.d else 0 for mean in means)
+        np.testing.assert_allclose(found.seen_SBK[s, b, k], of_tuned - of_other, rtol=1e-7, atol=1e-9)

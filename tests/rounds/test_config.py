@@ -42,6 +42,7 @@ ALONE = {"device_count": 1, "process_count": 1}
         ({"loss.name": "ddpo", "online.update_by": "pair"}, r'update_by="pair" is D3PO.*for ddpo'),
         ({"online.branching": True, "online.update_by": "pair"}, r'update_by="pair" is D3PO.*for branching'),
         ({"online.branching": True, "online.judges": ()}, r"branching judges at every step, which people can't"),
+        ({"online.latent_judge": "a:b"}, r"latent_judge judges single steps; set config\.online\.branching=True"),
         ({"attention": "cudnn"}, r'attention="cudnn" takes bfloat16'),
     ],
 )
@@ -83,12 +84,13 @@ def per_timestep(online, **fields):
 
 
 def test_seven_candidates_cost_fourteen_evaluations_at_once_and_eighty_four_in_pairs(online):
-    assert per_timestep(online) == (14, 1)
-    assert per_timestep(online, **{"online.update_by": "pair"}) == (84, 21)
+    initial = {"online.reference": "initial"}
+    assert per_timestep(online, **initial) == (14, 1)
+    assert per_timestep(online, **initial, **{"online.update_by": "pair"}) == (84, 21)
     assert per_timestep(online, **{"online.reference": "round"}) == (7, 1)
     assert per_timestep(online, **{"online.reference": "round", "online.update_by": "pair"}) == (42, 21)
-    assert per_timestep(online, **{"loss.name": "ddpo"}) == (7, 1)
-    assert per_timestep(online, **{"loss.name": "dpok"}) == (14, 1)
+    assert per_timestep(online, **initial, **{"loss.name": "ddpo"}) == (7, 1)
+    assert per_timestep(online, **initial, **{"loss.name": "dpok"}) == (14, 1)
 
 
 def test_two_candidates_are_one_pair_however_they_are_updated(online):
@@ -105,13 +107,19 @@ def test_counts_of_a_round(online):
     assert make_plan(online(**fields, **{"online.update_by": "pair"}), STEPS, **ALONE).updates == 2 * 3 * 3
     assert make_plan(online(**fields | {"online.timesteps": 0.001}), STEPS, **ALONE).timesteps == 1
     assert make_plan(online(**fields, **{"online.branching": True}), STEPS, **ALONE).images == 12 * (3 * 20 + 1)
+    in_latents = {"online.branching": True, "online.latent_judge": "tuned:base"}
+    assert make_plan(online(**fields, **in_latents), STEPS, **ALONE).images == 12
 
 
 def test_who_needs_a_reference(online):
-    assert needs_reference(online())
-    assert needs_reference(online(**{"loss.name": "dpok"}))
-    assert not needs_reference(online(**{"online.reference": "round"}))
-    assert not needs_reference(online(**{"loss.name": "ddpo"}))
+    for name, reference, needs in [
+        ("d3po", "initial", True),
+        ("d3po", "round", False),
+        ("ddpo", "initial", False),
+        ("ddpo", "round", False),
+        ("dpok", "initial", True),
+    ]:
+        assert needs_reference(online(**{"loss.name": name, "online.reference": reference})) == needs
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_candidates_begin_alike_and_each_step_leads_to_the_next(opened):
     assert sorted(drawn.ways) == [0, 1]
     assert drawn.images_BKHWC.shape == (B, K, 32, 32, 3)
     assert drawn.images_BKHWC.dtype == np.uint8
-    assert drawn.steps_BSKHWC is None
+    assert drawn.seen_BSK is None
     for b, way in drawn.ways.items():
         assert way.x_SJhwC.shape == way.next_x_SKhwC.shape == (S, K, 8, 8, 4)
         assert {array.dtype for array in way} == {np.dtype(np.float32)}
@@ -207,7 +207,7 @@ def test_branching_shows_what_each_candidate_is_about_to_become(opened):
     o = opened(**{"online.branching": True})
     drawn, (x_BhwC, _) = o.drawn, o.starts()
     assert drawn.images_BKHWC.shape == (B, 1, 32, 32, 3)
-    assert drawn.steps_BSKHWC.shape == (B, S, K, 32, 32, 3)
+    assert drawn.seen_BSK.shape == (B, S, K, 32, 32, 3)
     chosen = np.zeros((B, S), int)
     for b, way in drawn.ways.items():
         assert way.x_SJhwC.shape == (S, 1, 8, 8, 4)
@@ -218,7 +218,7 @@ def test_branching_shows_what_each_candidate_is_about_to_become(opened):
     # After the last step the candidates are the images themselves.
     last_NhwC = np.concatenate([way.next_x_SKhwC[-1] for way in drawn.ways.values()])
     images_BKHWC = o.decode(last_NhwC).reshape(B, K, 32, 32, 3).astype(int)
-    assert np.abs(images_BKHWC - drawn.steps_BSKHWC[:, -1]).max() <= 1
+    assert np.abs(images_BKHWC - drawn.seen_BSK[:, -1]).max() <= 1
     for b in range(B):
         assert min(np.abs(images_BKHWC[b, k] - drawn.images_BKHWC[b, 0]).max() for k in range(K)) <= 1
     conditionings = make_conditionings(o.pipeline, o.rollout._tokenizers([""]), o.config.online.guidance)
@@ -238,7 +238,7 @@ def test_branching_shows_what_each_candidate_is_about_to_become(opened):
         after = jax.tree.map(lambda values_S, s=s: values_S[s + 1], o.table.steps)
         prediction = predicted(o.params, o.experiment.frozen, x_NhwC, jnp.float32(after.t))
         seen = o.decode(after.p * x_NhwC + after.q * prediction).reshape(B, K, 32, 32, 3).astype(int)
-        assert np.abs(seen - drawn.steps_BSKHWC[:, s]).max() <= 1
+        assert np.abs(seen - drawn.seen_BSK[:, s]).max() <= 1
 
 
 
