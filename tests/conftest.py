@@ -2,6 +2,10 @@
 
 import json
 import os
+import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -67,3 +71,41 @@ def mixed_pairs(tmp_path: Path) -> Path:
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n")
     builder.prepare(SOURCES["jsonl"], [tmp_path / "pairs.jsonl"], tmp_path / "data", workers=0, validation_fraction=0.2)
     return tmp_path / "data"
+
+
+class Server:
+    """`dpo_jax.vote`, serving until it's killed; `start` again continues on the same port."""
+
+    def __init__(self, *arguments: str):
+        self._arguments = list(arguments)
+        self.port = 0
+
+    def start(self) -> "Server":
+        command = [sys.executable, "-m", "dpo_jax.vote", f"--port={self.port}", *self._arguments]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if found := re.match(r"vote: +(http://\S+:(\d+)/\S*)", line):
+                self.url, self.port = found[1], int(found[2])
+                return self
+        raise AssertionError(self.process.communicate()[1])
+
+    def stop(self, with_signal: int = signal.SIGINT) -> str:
+        """What it wrote to stderr."""
+        self.process.send_signal(with_signal)
+        return self.process.communicate(timeout=30)[1]
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    """`serve("--images=a,b", ...)`: a page to vote on, killed in the end."""
+    servers = []
+
+    def start(*arguments: str) -> Server:
+        servers.append(Server(*arguments))
+        return servers[-1].start()
+
+    yield start
+    for server in servers:
+        server.process.kill()
+        server.process.communicate()

@@ -16,7 +16,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("command", ["train", "prepare", "score", "export", "sample", "evaluate", "vote"])
+@pytest.mark.parametrize("command", ["train", "online", "prepare", "score", "export", "sample", "evaluate", "vote"])
 def test_help_shows_the_flags_and_succeeds(command):
     result = run(f"dpo_jax.{command}", "--help")
     assert result.returncode == 0
@@ -52,7 +52,20 @@ def test_every_config_loads_and_every_field_is_known():
         for variant in ("", ":tiny"):
             config = load_config(f"{path}{variant}")
             assert flatten(unflatten(flatten(config))) == flatten(config)
-            assert set(flatten(config)) == set(flatten(load_config(str(ROOT / "configs/tiny.py"))))
+            alike = "configs/tiny_online.py" if "online" in config else "configs/tiny.py"
+            assert set(flatten(config)) == set(flatten(load_config(str(ROOT / alike))))
+
+
+def test_no_field_is_hidden_by_a_method_of_its_group():
+    """`config.update` would be the method of every ConfigDict, whatever a config has there."""
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        config = load_config(str(path))
+        for field in flatten(config):
+            *parents, leaf = field.split(".")
+            node = config
+            for parent in parents:
+                node = node[parent]
+            assert getattr(node, leaf) == node[leaf], field
 
 
 def test_unflatten_restores_nesting():

@@ -33,6 +33,7 @@ def state_of(workdir, step):
     return jax.tree.map(np.asarray, state), json.loads((folder / "position" / "metadata").read_text())
 
 
+ONLINE = ("d3po", "tiny_online")  # those of tests/rounds/test_loop.py
 CONFIGS = ("sd15", "sd21", "sdxl", "sdxl_refiner", "sdxl_turbo", "tiny")
 
 
@@ -55,7 +56,7 @@ def test_tiny_variant_of_every_config_trains_validates_and_samples(tiny_config, 
 
 
 def test_configs_that_the_test_above_runs_are_all_there_are():
-    assert {path.stem for path in (ROOT / "configs").glob("*.py")} == set(CONFIGS)
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} == {*CONFIGS, *ONLINE}
 
 
 def test_variants_of_configs():

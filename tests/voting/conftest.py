@@ -1,9 +1,5 @@
-"""Folders of small images, the page in this process and the page served by the command."""
+"""Folders of small images, and the page in this process."""
 
-import re
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -70,41 +66,3 @@ def client(survey: Survey, rater: str = "", token: str | None = None) -> TestCli
     if rater:
         assert made.post("/api/start", json={"name": rater}).status_code == 200
     return made
-
-
-class Server:
-    """The command, serving until it's killed; `start` again continues on the same port."""
-
-    def __init__(self, *arguments: str):
-        self._arguments = list(arguments)
-        self.port = 0
-
-    def start(self) -> "Server":
-        command = [sys.executable, "-m", "dpo_jax.vote", f"--port={self.port}", *self._arguments]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if found := re.match(r"vote: +(http://\S+:(\d+)/\S*)", line):
-                self.url, self.port = found[1], int(found[2])
-                return self
-        raise AssertionError(self.process.communicate()[1])
-
-    def stop(self, with_signal: int = signal.SIGINT) -> str:
-        """What it wrote to stderr."""
-        self.process.send_signal(with_signal)
-        return self.process.communicate(timeout=30)[1]
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., Server]]:
-    """`serve("--images=a,b", ...)`, killed in the end."""
-    servers = []
-
-    def start(*arguments: str) -> Server:
-        servers.append(Server(*arguments))
-        return servers[-1].start()
-
-    yield start
-    for server in servers:
-        server.process.kill()
-        server.process.communicate()

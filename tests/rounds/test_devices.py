@@ -1,0 +1,91 @@
+"""The same rounds on one device, on eight, and on two processes of four: the same images and parameters, to rounding."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpo_jax.evaluation.image_folder import read_image, read_list
+from dpo_jax.training.run import open_run
+
+ROOT = Path(__file__).parents[2]
+
+# Adam with a large epsilon is smooth: an element with a tiny gradient doesn't turn rounding into a full step.
+SCRIPT = """
+import json, sys
+from dpo_jax import cluster, sharding
+from dpo_jax.cli import load_config, replaced
+workdir, fields = sys.argv[1], json.loads(sys.argv[2])
+cluster.join()
+from dpo_jax.rounds.loop import learn
+sharding.SMALL = 256  # or nothing of this model would be split
+config = load_config("configs/d3po.py:tiny")
+config.online.rounds, config.online.epochs, config.data.batch_size, config.sample.every = 1, 3, 2, 0
+config.online.prompts_per_round, config.online.candidates = 4, 3
+config.optimizer.learning_rate, config.optimizer.epsilon, config.loss.beta = 3e-2, 1e-2, 10.0
+learn(replaced(config, fields), workdir)
+"""
+
+SPO = {"online.branching": True, "online.best_and_worst": True}
+MESHES = {"data": {}, "fsdp": {"mesh.data": 2, "mesh.fsdp": 4}}
+
+
+def learned(workdir: Path, fields: dict, *, processes: int, devices: int):
+    """(images, losses, parameters) of a run in new processes."""
+    script = [sys.executable, "-c", SCRIPT, str(workdir), json.dumps(fields)]
+    if processes > 1:
+        script = ["bash", "launch/local_cluster.sh", *script]
+    environment = os.environ | {
+        "PROCESSES": str(processes),
+        "DEVICES": str(devices),
+        "JAX_NUM_CPU_DEVICES": str(devices),
+    }
+    done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    images = workdir / "rounds" / "00000" / "images"
+    pictures = np.stack([read_image(images / entry.image) for entry in read_list(images)]).astype(int)
+    return pictures, [row["train/loss"] for row in rows if "train/loss" in row], open_run(workdir).params
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory: pytest.TempPathFactory):
+    runs = {}
+
+    def run(**fields):
+        key = json.dumps(fields)
+        if key not in runs:
+            runs[key] = learned(tmp_path_factory.mktemp("one"), fields, processes=1, devices=1)
+        return runs[key]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("mesh", "fields", "processes"),
+    [
+        pytest.param("fsdp", {}, 1),
+        *(
+            pytest.param(mesh, fields, processes, marks=pytest.mark.slow)
+            for mesh in MESHES
+            for fields in ({}, SPO, {"lora.rank": 0, "optimizer.learning_rate": 1e-3})
+            for processes in (1, 2)
+            if (mesh, fields, processes) != ("fsdp", {}, 1)
+        ),
+    ],
+    ids=lambda value: ("spo" if value == SPO else "full" if value else "lora") if isinstance(value, dict) else str(value),
+)
+def test_eight_devices_agree_with_one(on_one_device, tmp_path: Path, mesh: str, fields: dict, processes: int) -> None:
+    pictures, losses, params = learned(tmp_path, fields | MESHES[mesh], processes=processes, devices=8 // processes)
+    expected_pictures, expected_losses, expected = on_one_device(**fields)
+
+    assert np.abs(pictures - expected_pictures).max() <= 1
+    assert len(losses) == 6
+    assert abs(expected_losses[-1] - expected_losses[0]) > 1e-3
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
+    for name, value in expected.items():
+        np.testing.assert_allclose(params[name], value, rtol=1e-4, atol=1e-5, err_msg=name)

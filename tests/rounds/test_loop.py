@@ -1,0 +1,69 @@
+"""Whole runs of every config on small models: each method learns, each task is asked or judged."""
+
+import itertools
+import json
+import math
+
+import pytest
+
+from dpo_jax.evaluation.image_folder import read_list
+from dpo_jax.rounds.loop import learn
+from dpo_jax.training.run import open_run
+
+TASKS = ("aesthetic", "compressibility", "incompressibility", "alignment")
+METHODS = ("", "ddpo", "dpok", "grpo", "spo", "lpo")
+DEFAULT = {("compressibility", "ddpo"), ("alignment", "spo")}  # the others compile the same networks
+COMBINED = [
+    pytest.param(task, method, marks=[] if (task, method) in DEFAULT else pytest.mark.slow)
+    for task, method in itertools.product(TASKS, METHODS)
+]
+
+
+@pytest.mark.parametrize(("task", "method"), COMBINED)
+def test_every_task_by_every_method(online, tmp_path, task, method):
+    check_run(online(f"d3po:{','.join(filter(None, (task, method, 'tiny')))}"), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["", "ddpo,", "dpok,", "grpo,", "spo,", "compressibility,"])
+def test_the_tiny_world_by_every_method(online, tmp_path, method):
+    check_run(online(f"tiny_online:{method}tiny"), tmp_path)
+
+
+def check_run(config, workdir):
+    learn(config, workdir)
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if "train/loss" in row]
+    updates = config.online.rounds * config.online.prompts_per_round // config.data.batch_size
+    assert [row["step"] for row in trained] == list(range(1, updates + 1))
+    assert all(math.isfinite(value) for row in trained for value in row.values())
+    assert trained[0]["policy/change"] < 1e-5
+    assert max(row["train/gradient_norm"] for row in trained) > 0
+    assert trained[-1]["policy/change"] != trained[0]["policy/change"]
+    run = open_run(workdir)
+    assert run.step == updates
+    result = json.loads((workdir / "result.json").read_text())
+    a_round = result["a_round"]
+    for number, row in enumerate(result["rounds"]):
+        assert row["round"] == number
+        assert row["unet_evaluations"] == number * a_round["unet_evaluations"]
+        (scores,) = row["scores"].values()
+        shown = config.online.prompts_per_round * (1 if config.online.branching else config.online.candidates)
+        assert scores["count"] == shown
+        assert math.isfinite(scores["mean"])
+        assert len(read_list(workdir / "rounds" / f"{number:05d}" / "images")) == shown
+    assert len(result["rounds"]) == config.online.rounds
+    if config.sample.every:
+        assert (workdir / "samples" / f"step_{updates:06d}.png").read_bytes()[:4] == b"\x89PNG"
+    learn(config, workdir)  # there is nothing left to do
+    assert open_run(workdir).step == updates
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["hands", "safety"])
+def test_tasks_for_people_end_with_images_to_vote_on(online, tmp_path, capsys, task):
+    config = online(f"d3po:{task},tiny")
+    learn(config, tmp_path)
+    assert "ask people, then go on with --stage=train" in "".join(capsys.readouterr())
+    assert len(read_list(tmp_path / "rounds/00000/images")) == config.online.prompts_per_round * 3
+    assert not list((tmp_path / "checkpoints").iterdir())
