@@ -74,7 +74,12 @@ def made_round(tmp_path: Path, online: Callable[..., ConfigDict]) -> Callable[..
     """`made_round(number=1, **{"online.candidates": 3})`: 6 prompts, 2 in an update, 5 random steps, all trained on."""
 
     def make(number: int = 0, num_steps: int = 5, **fields: object) -> Made:
-        defaults = {"online.prompts_per_round": 6, "data.batch_size": 2, "online.timesteps": 1.0, "online.reference": "initial"}
+        defaults = {
+            "online.prompts_per_round": 6,
+            "data.batch_size": 2,
+            "online.timesteps": 1.0,
+            "online.reference": "initial",
+        }
         return Made(tmp_path, online(**defaults | fields), num_steps, number=number)
 
     return make

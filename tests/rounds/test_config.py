@@ -36,7 +36,10 @@ ALONE = {"device_count": 1, "process_count": 1}
             r"candidates=1; there is nothing to compare",
         ),
         ({"online.candidates": 0, "loss.name": "ddpo"}, r"candidates=0"),
-        ({"lora.rank": 4, "lora.dropout": 0.1}, r"lora\.dropout=0\.1 would change the probabilities.*set lora\.dropout=0"),
+        (
+            {"lora.rank": 4, "lora.dropout": 0.1},
+            r"lora\.dropout=0\.1 would change the probabilities.*set lora\.dropout=0",
+        ),
         ({"data.batch_size": 3}, r"prompts_per_round=4 is no multiple of data\.batch_size=3"),
         ({"loss.name": "dpok", "online.reference": "round"}, r'dpok needs a reference.*reference="initial"'),
         ({"loss.name": "ddpo", "online.update_by": "pair"}, r'update_by="pair" is D3PO.*for ddpo'),
@@ -52,7 +55,9 @@ def test_wrong_configs_are_one_sentence(online, fields, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["tiny_online", "tiny_online:ddpo", "tiny_online:grpo", "d3po", "d3po:hands", "d3po:spo"])
+@pytest.mark.parametrize(
+    "name", ["tiny_online", "tiny_online:ddpo", "tiny_online:grpo", "d3po", "d3po:hands", "d3po:spo"]
+)
 def test_the_configs_that_come_with_it_are_right(online, name):
     check(online(name))
 
@@ -66,7 +71,11 @@ def test_one_image_a_prompt_is_enough_for_advantages_by_prompt(online):
     [
         ({}, {"device_count": 16}, r"batch_size=2 x 20 timesteps does not divide over 16 devices.*a multiple of 16"),
         ({"data.accumulation": 3}, {}, r"batch_size=2 x 20 timesteps does not divide over 1 devices x 3 micro-batches"),
-        ({"online.timesteps": 1.0}, {"device_count": 4, "process_count": 4}, r"batch_size=2 prompts .* over 4 processes"),
+        (
+            {"online.timesteps": 1.0},
+            {"device_count": 4, "process_count": 4},
+            r"batch_size=2 prompts .* over 4 processes",
+        ),
     ],
 )
 def test_what_does_not_divide_is_told(online, fields, machine, message):
@@ -95,7 +104,9 @@ def test_seven_candidates_cost_fourteen_evaluations_at_once_and_eighty_four_in_p
 
 def test_two_candidates_are_one_pair_however_they_are_updated(online):
     fields = {"online.candidates": 2}
-    plans = [make_plan(online(**fields, **{"online.update_by": update}), STEPS, **ALONE) for update in ("prompt", "pair")]
+    plans = [
+        make_plan(online(**fields, **{"online.update_by": update}), STEPS, **ALONE) for update in ("prompt", "pair")
+    ]
     assert plans[0] == plans[1]
 
 

@@ -1,4 +1,4 @@
-"""The same rounds on one device, on eight, and on two processes of four: the same images and parameters, to rounding."""
+"""The same round on one device, on eight, and on two processes of four: the same images and parameters."""
 
 import json
 import os
@@ -31,6 +31,8 @@ learn(replaced(config, fields), workdir)
 """
 
 SPO = {"online.branching": True, "online.best_and_worst": True}
+FULL = {"lora.rank": 0, "optimizer.learning_rate": 1e-3}
+NAMES = {json.dumps(fields): name for fields, name in (({}, "lora"), (SPO, "spo"), (FULL, "full"))}
 MESHES = {"data": {}, "fsdp": {"mesh.data": 2, "mesh.fsdp": 4}}
 
 
@@ -72,12 +74,12 @@ def on_one_device(tmp_path_factory: pytest.TempPathFactory):
         *(
             pytest.param(mesh, fields, processes, marks=pytest.mark.slow)
             for mesh in MESHES
-            for fields in ({}, SPO, {"lora.rank": 0, "optimizer.learning_rate": 1e-3})
+            for fields in ({}, SPO, FULL)
             for processes in (1, 2)
             if (mesh, fields, processes) != ("fsdp", {}, 1)
         ),
     ],
-    ids=lambda value: ("spo" if value == SPO else "full" if value else "lora") if isinstance(value, dict) else str(value),
+    ids=lambda value: NAMES.get(json.dumps(value)) if isinstance(value, dict) else str(value),
 )
 def test_eight_devices_agree_with_one(on_one_device, tmp_path: Path, mesh: str, fields: dict, processes: int) -> None:
     pictures, losses, params = learned(tmp_path, fields | MESHES[mesh], processes=processes, devices=8 // processes)

@@ -25,9 +25,7 @@ def test_annotators_are_averaged_where_they_said_something(tmp_path):
     bob = write(tmp_path / "bob.json", [[4, None, None], [1, None, 1.5], [0, 2, 1]])
     eve = write(tmp_path / "eve.json", [[3, 4, None], [None, None, None], [-4, 0, 1]])
 
-    np.testing.assert_array_equal(
-        read_feedback([ann, bob, eve], 3, 3), [[4, 2.5, NAN], [1.5, NAN, 1], [-1, 1, 1]]
-    )
+    np.testing.assert_array_equal(read_feedback([ann, bob, eve], 3, 3), [[4, 2.5, NAN], [1.5, NAN, 1], [-1, 1, 1]])
     np.testing.assert_array_equal(read_feedback([ann], 3, 3), [[5, 1, NAN], [2, NAN, 0.5], [1, 1, 1]])
 
 

@@ -241,7 +241,5 @@ def test_branching_shows_what_each_candidate_is_about_to_become(opened):
         assert np.abs(seen - drawn.seen_BSK[:, s]).max() <= 1
 
 
-
-
 def test_of_branching_too_the_score_finds_the_log_probabilities_again(opened, tmp_path):
     assert largest_log_ratio(opened(**{"online.branching": True}), tmp_path) <= 1e-6

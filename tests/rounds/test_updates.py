@@ -1,5 +1,6 @@
 """The batches of a round: what each optimizer step trains on, of rounds whose latents tell what they are of."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -161,9 +162,8 @@ def test_two_processes_share_a_batch(made_round, monkeypatch, update):
     made = made_round(**{"online.update_by": update, "online.reference": "round", "data.batch_size": 6})
     alone = drawn(made.updates(), made.plan.updates)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    made.plan = made.plan.__class__(
-        **{**vars(made.plan), "derived": made.plan.derived.__class__(**{**vars(made.plan.derived), "local_batch_size": 15})}
-    )
+    derived = dataclasses.replace(made.plan.derived, local_batch_size=15)
+    made.plan = dataclasses.replace(made.plan, derived=derived)
     shares = []
     for process in range(2):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
