@@ -48,10 +48,10 @@ METHODS = {
     "DPOK": Method("dpok", 32 * 4),
     "GRPO": Method("grpo", 32 * 4),
     "SPO": Method("spo", 8 * (4 * 10 + 1), fields=("--config.online.prompts_per_round=8",)),
-    "D3PO, small files": Method("compressibility", 32 * 4, "jpeg_compressibility"),
-    "DDPO, small files": Method("compressibility,ddpo", 32 * 4, "jpeg_compressibility"),
-    "D3PO of 7, all pairs at once": Method("", 16 * 7, fields=SEVEN),
-    "D3PO of 7, pair by pair": Method("", 16 * 7, fields=(*SEVEN, "--config.online.update_by=pair"), share=1 / 3),
+    "D3PO (small files)": Method("compressibility", 32 * 4, "jpeg_compressibility"),
+    "DDPO (small files)": Method("compressibility,ddpo", 32 * 4, "jpeg_compressibility"),
+    "D3PO of 7 (all pairs at once)": Method("", 16 * 7, fields=SEVEN),
+    "D3PO of 7 (pair by pair)": Method("", 16 * 7, fields=(*SEVEN, "--config.online.update_by=pair"), share=1 / 3),
 }
 
 
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def workdir(output: Path | str, name: str, seed: int) -> Path:
-    return Path(output) / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
+    return Path(output) / f"{name.replace(' (', '-').replace(')', '').replace(' ', '_')}-{seed}"
 
 
 def learn(method: Method, folder: Path, seed: int) -> None:
