@@ -139,6 +139,11 @@ def check(config: ConfigDict) -> None:
         )
     if online.latent_judge and not online.branching:
         raise ValueError("config.online.latent_judge judges single steps; set config.online.branching=True")
+    if online.branching and config.loss.name != "d3po" and online.advantage == "prompt":
+        raise ValueError(
+            f"config.online.branching compares the candidates of a step, and {config.loss.name} the last rewards of a "
+            'prompt, whatever their step; set config.online.advantage="group"'
+        )
     if online.branching and not online.judges:
         raise ValueError("config.online.branching judges at every step, which people can't; name judges")
 

@@ -44,6 +44,7 @@ ALONE = {"device_count": 1, "process_count": 1}
         ({"loss.name": "dpok", "online.reference": "round"}, r'dpok needs a reference.*reference="initial"'),
         ({"loss.name": "ddpo", "online.update_by": "pair"}, r'update_by="pair" is D3PO.*for ddpo'),
         ({"online.branching": True, "online.update_by": "pair"}, r'update_by="pair" is D3PO.*for branching'),
+        ({"online.branching": True, "loss.name": "ddpo"}, r'candidates of a step, and ddpo .*advantage="group"'),
         ({"online.branching": True, "online.judges": ()}, r"branching judges at every step, which people can't"),
         ({"online.latent_judge": "a:b"}, r"latent_judge judges single steps; set config\.online\.branching=True"),
         ({"attention": "cudnn"}, r'attention="cudnn" takes bfloat16'),

@@ -37,7 +37,7 @@ MESHES = {"data": {}, "fsdp": {"mesh.data": 2, "mesh.fsdp": 4}}
 
 
 def learned(workdir: Path, fields: dict, *, processes: int, devices: int):
-    """(images, losses, parameters) of a run in new processes."""
+    """(images, losses, what was learned) of a run in new processes."""
     script = [sys.executable, "-c", SCRIPT, str(workdir), json.dumps(fields)]
     if processes > 1:
         script = ["bash", "launch/local_cluster.sh", *script]
@@ -51,7 +51,7 @@ def learned(workdir: Path, fields: dict, *, processes: int, devices: int):
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     images = workdir / "rounds" / "00000" / "images"
     pictures = np.stack([read_image(images / entry.image) for entry in read_list(images)]).astype(int)
-    return pictures, [row["train/loss"] for row in rows if "train/loss" in row], open_run(workdir).params
+    return pictures, [row["train/loss"] for row in rows if "train/loss" in row], open_run(workdir)
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +82,15 @@ def on_one_device(tmp_path_factory: pytest.TempPathFactory):
     ids=lambda value: NAMES.get(json.dumps(value)) if isinstance(value, dict) else str(value),
 )
 def test_eight_devices_agree_with_one(on_one_device, tmp_path: Path, mesh: str, fields: dict, processes: int) -> None:
-    pictures, losses, params = learned(tmp_path, fields | MESHES[mesh], processes=processes, devices=8 // processes)
+    pictures, losses, run = learned(tmp_path, fields | MESHES[mesh], processes=processes, devices=8 // processes)
     expected_pictures, expected_losses, expected = on_one_device(**fields)
 
     assert np.abs(pictures - expected_pictures).max() <= 1
     assert len(losses) == 6
     assert abs(expected_losses[-1] - expected_losses[0]) > 1e-3
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
-    for name, value in expected.items():
-        np.testing.assert_allclose(params[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+    begun = {name: 0 for name in expected.params if ".lora_B." in name} or expected.base
+    moved = max(np.abs(expected.params[name] - value).max() for name, value in begun.items())
+    assert moved > 1e-3
+    for name, value in expected.params.items():
+        np.testing.assert_allclose(run.params[name], value, rtol=1e-4, atol=5e-4 * moved, err_msg=name)
