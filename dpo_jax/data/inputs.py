@@ -20,7 +20,7 @@ from dpo_jax.data.memory import Pool
 
 TokenizeCaptions = Callable[[Sequence[str]], np.ndarray]
 """Captions -> token_ids_MEL."""
-ReadImages = Callable[[dict[str, Any]], list[bytes]]
+ReadImages = Callable[[dict[str, Any]], Sequence[images.Data]]
 """Record -> its images, encoded."""
 
 
