@@ -4,8 +4,8 @@ Worker processes turn each chunk of the source into a finished part (parts.py), 
 so a killed run loses only the parts under way. The parts are then merged (merge.py) in the order of the chunks, so that
 the same input gives the same bytes whatever the number of workers:
 
-    OUTPUT/images/          TFDS data set of ArrayRecord shards, one split: every image once, as it came
-    OUTPUT/images.arrow     sha256, width and height (upright) of each, in the same order
+    OUTPUT/images/          TFDS data set of Parquet shards, one split: every image once, as it came
+    OUTPUT/images.arrow     of each, in the same order: sha256, width and height (upright), where it lies in its shard
     OUTPUT/records.arrow    records, whose `images` are positions in that order, best first
     OUTPUT/summary.json     what became of the rows
     OUTPUT/quarantine.jsonl what was set aside, and why

@@ -47,7 +47,7 @@ def score_images(
     total = len(distinct.image_U)
 
     def read(u: int) -> np.ndarray:
-        return np.asarray(images.decode(prepared.image(int(distinct.image_U[u]))))
+        return np.asarray(images.decode(prepared.images[int(distinct.image_U[u])]))
 
     options = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=2 * batch)
     pictures = iter(grain.MapDataset.range(total).map(read).to_iter_dataset(options))

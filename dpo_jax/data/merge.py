@@ -17,12 +17,11 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from dpo_jax.data import parts
+from dpo_jax.data import image_files, parts
 from dpo_jax.data.prepared import IMAGES, RECORDS
 
-VERSION = tfds.core.Version("2.0.0")
+VERSION = tfds.core.Version("3.0.0")
 NAME, SPLIT = "preference_images", "images"  # TFDS reserves "all"
 
 GROUPS = 64
@@ -72,12 +71,9 @@ def merge(
     scratch = target.with_name("hashes")
     scratch.mkdir(exist_ok=True)
     identified = _identify(folders, scratch)
-    _move_shards([part for part in identified if part.owned], target / "images", on_shard)
-
     resolutions: Counter[str] = Counter()
     with pa.ipc.new_file(str(target / "images.arrow"), IMAGES) as writer:
-        for part in identified:
-            table = _read(part.folder / "images.arrow").filter(pa.array(part.owns))
+        for table in _move_shards([part for part in identified if part.owned], target / "images", on_shard):
             writer.write_table(table)
             sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
             resolutions.update(f"{width}x{height}" for width, height in sizes)
@@ -156,40 +152,43 @@ def _by_hash(tables: Iterable[np.ndarray], dtype: np.dtype, scratch: Path) -> It
         yield np.fromfile(file.name, dtype)
 
 
-def _move_shards(stored: Sequence[_Part], target: Path, on_shard: Callable[[int, int], None]) -> None:
-    """One shard a part that keeps an image, and what TFDS wants to know about them."""
-    shards = [target / f"{NAME}-{SPLIT}.array_record-{i:05}-of-{len(stored):05}" for i in range(len(stored))]
+def _move_shards(stored: Sequence[_Part], target: Path, on_shard: Callable[[int, int], None]) -> Iterator[pa.Table]:
+    """One shard a part that keeps an image, and what TFDS wants to know about them; yields `IMAGES` of each."""
+    shards = [target / f"{NAME}-{SPLIT}.parquet-{i:05}-of-{len(stored):05}" for i in range(len(stored))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done, _ in enumerate(pool.map(_move_shard, stored, shards), 1):
+        for done, table in enumerate(pool.map(_move_shard, stored, shards), 1):
             on_shard(done, len(shards))
+            yield table
     identity = tfds.core.dataset_info.DatasetIdentity(
         name=NAME, version=VERSION, data_dir=str(target), module_name=__name__
     )
-    info = tfds.core.DatasetInfo(builder=identity, features=parts.FEATURES, description="Images of prepared records.")
-    info.set_file_format("array_record")
+    info = tfds.core.DatasetInfo(
+        builder=identity, features=image_files.FEATURES, description="Images of prepared records."
+    )
+    info.set_file_format("parquet")
     lengths, size = [part.owned for part in stored], sum(shard.stat().st_size for shard in shards)
     info.set_splits(tfds.core.splits.SplitDict([tfds.core.splits.SplitInfo(SPLIT, lengths, size)]))
     info.write_to_directory(target)
 
 
-def _move_shard(part: _Part, shard: Path) -> None:
-    file = part.folder / "images.array_record"
-    if shard.exists():
-        return
+def _move_shard(part: _Part, shard: Path) -> pa.Table:
+    file, table = part.folder / parts.FILE, _read(part.folder / "images.arrow")
     if part.owned == len(part.places):
-        os.replace(file, shard)
-        return
-    rewritten = shard.with_name(f".{shard.name}")
-    reader, writer = ArrayRecordReader(str(file)), ArrayRecordWriter(str(rewritten), parts.ARRAY_RECORD_OPTIONS)
-    for owned in part.owns:
-        example = reader.read()
-        if owned:
-            writer.write(example)
-    writer.close()
-    reader.close()
-    parts.sync(rewritten)
-    os.replace(rewritten, shard)
-    file.unlink()
+        if not shard.exists():
+            os.replace(file, shard)
+        return table
+    if not shard.exists():
+        rewritten = shard.with_name(f".{shard.name}")
+        with image_files.Writer(rewritten) as writer:
+            for image, owned in zip(image_files.read_in_order(file), part.owns, strict=True):
+                if owned:
+                    writer.add(image)
+        parts.sync(rewritten)
+        os.replace(rewritten, shard)
+        file.unlink()
+    table = table.filter(pa.array(part.owns))
+    column = IMAGES.get_field_index("offset")
+    return table.set_column(column, IMAGES.field(column), pa.array(image_files.locate(shard), pa.int64()))
 
 
 def _split(folders: Sequence[Path], scratch: Path, validation_fraction: float) -> tuple[np.uint64, dict[str, int]]:

@@ -1,11 +1,11 @@
 """One chunk of a source becomes one folder of the prepared data set to be: what a worker process of `prepare` does.
 
 parts/00012/
-    images.array_record   images that are new in this part, as they came
-    images.arrow          what they are, in the same order
-    records.arrow         records; `images` counts from the part's first image
-    damaged.jsonl         what was set aside
-    counts.json           what became of the rows; the folder is complete
+    images.parquet   images that are new in this part, as they came
+    images.arrow     what they are, in the same order
+    records.arrow    records; `images` counts from the part's first image
+    damaged.jsonl    what was set aside
+    counts.json      what became of the rows; the folder is complete
 """
 
 import hashlib
@@ -16,17 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
 
-from dpo_jax.data import images, prepared
+from dpo_jax.data import image_files, images, prepared
 from dpo_jax.data.sources import Chunk, Damaged, Dropped, Record, Source
 
 # Not the split, but a hash of the prompt, by which it is decided.
 RECORDS = pa.schema([*(field for field in prepared.RECORDS if field.name != "split"), ("prompt", pa.uint64())])
-FEATURES = tfds.features.FeaturesDict({"image": tfds.features.Image()})
-
-ARRAY_RECORD_OPTIONS = "group_size:1,uncompressed"  # images are compressed already; one to a group to read at random
+FILE = "images.parquet"
 
 
 def make_part(source: Source, chunk: Chunk, folder: Path) -> None:
@@ -37,7 +33,7 @@ def make_part(source: Source, chunk: Chunk, folder: Path) -> None:
     rows = 0
     counts: dict[str, Counter] = {"dropped": Counter(), "damaged": Counter(), "candidates": Counter()}
     ties = 0
-    with open(temporary / "damaged.jsonl", "w") as quarantine, _Images(temporary / "images.array_record") as store:
+    with open(temporary / "damaged.jsonl", "w") as quarantine, _Images(temporary / FILE) as store:
 
         def set_aside(reason: str, **facts: Any) -> None:
             counts["damaged"][reason] += 1
@@ -60,7 +56,8 @@ def make_part(source: Source, chunk: Chunk, folder: Path) -> None:
                     records.append(_described(row, [store.add(image) for image in verified]))
                     counts["candidates"][len(row.images)] += 1
                     ties += len(row.images) > 1 and len(set(row.preference)) == 1
-    _write(temporary / "images.arrow", prepared.IMAGES, store.rows)
+    located = zip(store.rows, image_files.locate(temporary / FILE), strict=True)
+    _write(temporary / "images.arrow", prepared.IMAGES, [row | {"offset": offset} for row, offset in located])
     _write(temporary / "records.arrow", RECORDS, records)
     sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
     summary = {"rows": rows, "records": len(records), "ties": ties, **counts, "bytes": sizes}
@@ -76,7 +73,7 @@ def is_whole(folder: Path, images_moved: bool) -> bool:
     except (OSError, ValueError, KeyError):
         return False
     if images_moved:
-        del sizes["images.array_record"]
+        del sizes[FILE]
     files = [(folder / name, size) for name, size in sizes.items()]
     return all(file.is_file() and file.stat().st_size == size for file, size in files)
 
@@ -118,7 +115,7 @@ class _Images:
 
     def __init__(self, file: Path):
         self.rows: list[dict[str, Any]] = []
-        self._writer = ArrayRecordWriter(str(file), ARRAY_RECORD_OPTIONS)
+        self._writer = image_files.Writer(file)
         self._verdicts: dict[bytes, tuple[int, int] | str] = {}  # sha256 -> (width, height), or what is wrong
         self._indices: dict[bytes, int] = {}
 
@@ -145,8 +142,9 @@ class _Images:
         """The image's index; it is stored if it is new."""
         if image.digest not in self._indices:
             self._indices[image.digest] = len(self.rows)
-            self.rows.append({"sha256": image.digest, "width": image.size[0], "height": image.size[1]})
-            self._writer.write(FEATURES.serialize_example(FEATURES.encode_example({"image": image.data})))
+            width, height = image.size
+            self.rows.append({"sha256": image.digest, "width": width, "height": height, "bytes": len(image.data)})
+            self._writer.add(image.data)
         return self._indices[image.digest]
 
 

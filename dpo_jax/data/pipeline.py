@@ -51,7 +51,7 @@ class Pairs(Protocol):
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
-    def read_images(self, record: dict[str, Any]) -> list[bytes]:
+    def read_images(self, record: dict[str, Any]) -> Sequence[images.Data]:
         """Encoded, as they came."""
         ...
 
@@ -204,11 +204,11 @@ class BatchIterator(Iterator[PreferenceBatch]):
         self._begun: deque[tuple[PreferenceBatch, list[Future[None]]]] = deque()
 
     def __next__(self) -> PreferenceBatch:
-        # One batch waits to be read while the device works on the one before, and every thread has rows to fill. Small
-        # batches are begun several at once: where each follows a decode, planning takes a core twice as long.
-        most = 1 + -(-self._num_workers * min(ROWS_A_TASK, self._batch_size) // self._batch_size)
-        if len(self._begun) <= most // 2:
-            while len(self._begun) < most and self._begin():
+        # Every thread has rows to fill, also while this one begins batches and keeps Python's lock. Small batches are
+        # begun several at once: where each follows a decode, planning takes a core twice as long.
+        enough = -(-self._num_workers * min(ROWS_A_TASK, self._batch_size) // self._batch_size)
+        if len(self._begun) <= enough:
+            while len(self._begun) < 2 * enough and self._begin():
                 pass
         if not self._begun:
             raise StopIteration
@@ -284,7 +284,7 @@ def view_batches(
 
 
 def _read_views(prepared: Prepared, position: int, views: Sequence[images.View], images_VHWC: np.ndarray) -> None:
-    data = prepared.image(position)
+    data = prepared.images[position]
     for view, image_HWC in zip(views, images_VHWC, strict=True):
         images.read(data, view, image_HWC)
 
@@ -326,7 +326,7 @@ class PreparedPairs:
             captions *= self.num_captions
         return record | {"captions": captions, "preference": preference, "weight": weight}
 
-    def read_images(self, record: dict[str, Any]) -> list[bytes]:
+    def read_images(self, record: dict[str, Any]) -> Sequence[images.Data]:
         return self._prepared.read_images(record)
 
 
@@ -350,7 +350,7 @@ class RandomPairs:
             "weight": 1.0,
         }
 
-    def read_images(self, record: dict[str, Any]) -> list[bytes]:
+    def read_images(self, record: dict[str, Any]) -> Sequence[images.Data]:
         positions = record["images"]
         rng = np.random.default_rng((self._seed, positions[0] // 2))
         height, width = rng.choice([48, 64, 80], 2)
@@ -381,7 +381,7 @@ class _Relabelled:
             return record
         return record | {name: record[name][::-1] for name in ("images", "sizes", "captions") if name in record}
 
-    def read_images(self, record: dict[str, Any]) -> list[bytes]:
+    def read_images(self, record: dict[str, Any]) -> Sequence[images.Data]:
         return self._pairs.read_images(record)
 
 

@@ -2,7 +2,7 @@
 
 `prepare` (builder.py) writes a folder of
 
-  images/        TFDS data set of one split: each distinct image once, encoded as it came
+  images/        TFDS data set of one split (image_files.py): each distinct image once, encoded as it came
   images.arrow   one row an image, in the same order
   records.arrow  one row a prompt with its candidates, best first
 
@@ -22,9 +22,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordReader
 
 from dpo_jax.data import scores
+from dpo_jax.data.image_files import ImageFiles
 from dpo_jax.data.scores import Combine
 
 Ties = Literal["drop", "zero_weight", "soft"]
@@ -40,7 +40,15 @@ RECORDS = pa.schema(
         "where": pa.string(),  # file and row of the source, for messages
     }
 )
-IMAGES = pa.schema({"sha256": pa.binary(), "width": pa.int32(), "height": pa.int32()})  # upright, as EXIF says
+IMAGES = pa.schema(
+    {
+        "sha256": pa.binary(),
+        "width": pa.int32(),  # upright, as EXIF says
+        "height": pa.int32(),
+        "offset": pa.int64(),  # where it begins in its file of the data set
+        "bytes": pa.int32(),
+    }
+)
 
 
 AGAIN = "prepare it again into another folder"
@@ -78,13 +86,9 @@ class Prepared:
         record["sizes"] = self.sizes_I2[record["images"]]
         return record
 
-    def read_images(self, record: dict[str, Any]) -> list[bytes]:
+    def read_images(self, record: dict[str, Any]) -> list[memoryview]:
         """The images of a record, as they came."""
-        return [self.image(position) for position in record["images"]]
-
-    def image(self, position: int) -> bytes:
-        """An image as it came."""
-        return image_of_example(self.images[position])
+        return [self.images[position] for position in record["images"]]
 
     @property
     def records(self) -> pa.Table:
@@ -108,20 +112,24 @@ class Prepared:
     @property
     def sha256_I(self) -> pa.ChunkedArray:
         """Of every image as it is stored."""
-        return scores.map_table(self.folder / "images.arrow", IMAGES, AGAIN)["sha256"]
+        return self._images_table["sha256"]
 
     @functools.cached_property
     def sizes_I2(self) -> np.ndarray:
         """(height, width) of every image, upright."""
-        table = scores.map_table(self.folder / "images.arrow", IMAGES, AGAIN)
-        return np.stack([table[side].to_numpy() for side in ("height", "width")], axis=1)
+        return np.stack([self._images_table[side].to_numpy() for side in ("height", "width")], axis=1)
 
     @functools.cached_property
-    def images(self) -> Any:
-        """Random access to serialised examples of one feature, `image`; TFDS is slow to parse them."""
-        builder = tfds.builder_from_directory(self.folder / "images")
-        (split,) = builder.info.splits
-        return builder.as_data_source(split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    def images(self) -> ImageFiles:
+        """Random access to the images, as they came."""
+        (split,) = tfds.builder_from_directory(self.folder / "images").info.splits.values()
+        files = [Path(file) for file in split.filepaths]
+        offsets_I, lengths_I = (self._images_table[name].to_numpy() for name in ("offset", "bytes"))
+        return ImageFiles(files, split.shard_lengths, offsets_I, lengths_I)
+
+    @property
+    def _images_table(self) -> pa.Table:
+        return scores.map_table(self.folder / "images.arrow", IMAGES, AGAIN)
 
 
 def open_prepared(folder: str | Path, judges: Sequence[str] = (), combine: Combine = "mean") -> Prepared:
@@ -151,10 +159,13 @@ def open_prepared(folder: str | Path, judges: Sequence[str] = (), combine: Combi
         if not (folder / name).is_file():
             raise FileNotFoundError(f"the data set {folder} misses {name}; {AGAIN}")
     prepared = Prepared(folder, tuple(judges), combine)
-    _check_shards(prepared)
     known = len(prepared.sizes_I2)
     if len(prepared.images) != known:
         raise ValueError(f"{folder} holds {len(prepared.images)} images, but images.arrow lists {known}; {AGAIN}")
+    try:
+        prepared.images.check()
+    except ValueError as error:
+        raise ValueError(f"{error}; {AGAIN}") from None
     extremes = pc.min_max(pc.list_flatten(prepared.records["images"]))
     if not 0 <= extremes["min"].as_py() <= extremes["max"].as_py() < known:
         raise ValueError(f"{folder}: records.arrow refers to images that images.arrow doesn't list; {AGAIN}")
@@ -237,25 +248,6 @@ def select(
     return chosen[:limit] if limit else chosen
 
 
-_LENGTH = rb"[\x80-\xff]*[\x00-\x7f]"
-_BEFORE_VALUE = re.compile(
-    # Example.features, Features.feature, its key and its value; Feature.bytes_list, BytesList.value
-    rb"\n%(n)s\n%(n)s\n\x05image\x12%(n)s\n%(n)s\n%(n)s" % {b"n": _LENGTH},
-    re.DOTALL,
-)
-
-
-def image_of_example(example: bytes) -> bytes:
-    """The image in a serialised tf.train.Example of this one feature, which TFDS writes at its end.
-
-    To parse it would copy the image twice, which takes as long as to read it.
-    """
-    before = _BEFORE_VALUE.match(example)
-    if before is None:
-        raise ValueError(f"a stored image is damaged; {AGAIN}")
-    return example[before.end() :]
-
-
 def _ranks_kept(number: int, num_candidates: int | None) -> list[int]:
     if num_candidates is None or number <= num_candidates:
         return list(range(number))
@@ -273,18 +265,3 @@ def _made_by(generators: Sequence[str], models: pa.ChunkedArray) -> np.ndarray:
     names_M = pc.list_flatten(models).dictionary_encode().combine_chunks()
     fits = [any(pattern.search(name) for pattern in patterns) for name in names_M.dictionary.to_pylist()]
     return np.asarray(fits, bool)[names_M.indices.to_numpy()]
-
-
-def _check_shards(prepared: Prepared) -> None:
-    """Opens every file of images, some 0.1 ms each: one that is cut short isn't found in the middle of a run."""
-    (split,) = prepared.images.dataset_info.splits.values()
-    for shard, number in zip(split.filepaths, split.shard_lengths, strict=True):
-        try:
-            reader = ArrayRecordReader(str(shard))
-            found = reader.num_records()
-            reader.close()
-        except RuntimeError as error:
-            reason = str(error).split(";")[0]
-            raise ValueError(f"{shard} is missing or damaged ({reason}); {AGAIN}") from None
-        if found != number:
-            raise ValueError(f"{shard} holds {found} images instead of {number}; {AGAIN}")

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2
 from tokenizers.pre_tokenizers import ByteLevel
 
 MERGES = ["a t</w>", "c at</w>", "d o", "do g</w>"]
@@ -52,24 +53,41 @@ def write_pairs(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+def example_of(image: bytes) -> bytes:
+    example = tf_example_pb2.Example()
+    example.features.feature["image"].bytes_list.value.append(image)
+    return example.SerializeToString()
+
+
 def write_prepared(folder: Path, records: Sequence[dict[str, Any]], images_per_shard: int = 5) -> Path:
     """What `prepare` leaves of these records, by hand; what a record doesn't state is filled in."""
     stored = {data: i for i, data in enumerate(dict.fromkeys(data for record in records for data in record["images"]))}
     (folder / "images").mkdir(parents=True)
+    listed = list(stored)
+    shards = [listed[first : first + images_per_shard] for first in range(0, len(listed), images_per_shard)]
+    offsets = []
+    for number, shard in enumerate(shards):
+        file = folder / "images" / f"preference_images-images.parquet-{number:05}-of-{len(shards):05}"
+        examples = pa.table({"data": pa.array([example_of(data) for data in shard], pa.binary())})
+        pq.write_table(examples, file, compression="none", use_dictionary=False)
+        content = file.read_bytes()
+        offsets += [content.index(data) for data in shard]
     identity = tfds.core.dataset_info.DatasetIdentity(
         name="preference_images", version=tfds.core.Version("1.0.0"), data_dir=str(folder / "images"), module_name=""
     )
     features = tfds.features.FeaturesDict({"image": tfds.features.Image()})
     info = tfds.core.DatasetInfo(builder=identity, features=features)
-    writer = tfds.core.SequentialWriter(info, images_per_shard, file_format="array_record")
-    writer.initialize_splits(["images"])
-    writer.add_examples({"images": [{"image": data} for data in stored]})
-    writer.close_all()
+    info.set_file_format("parquet")
+    split = tfds.core.splits.SplitInfo("images", [len(shard) for shard in shards], 0)
+    info.set_splits(tfds.core.splits.SplitDict([split]))
+    info.write_to_directory(folder / "images")
     sizes = [Image.open(io.BytesIO(data)).size for data in stored]
     images = {
         "sha256": pa.array([hashlib.sha256(data).digest() for data in stored], pa.binary()),
         "width": pa.array([width for width, _ in sizes], pa.int32()),
         "height": pa.array([height for _, height in sizes], pa.int32()),
+        "offset": pa.array(offsets, pa.int64()),
+        "bytes": pa.array([len(data) for data in stored], pa.int32()),
     }
     rows = [
         {

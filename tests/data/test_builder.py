@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordReader
 
 from dpo_jax.data import builder, merge, parts, prepared
 from dpo_jax.data.builder import Progress, prepare
@@ -80,7 +79,7 @@ def test_stored_as_it_came(write_pairs: Write, tmp_path: Path) -> None:
     assert split in ("train", "validation")
     table = pa.ipc.open_file(str(tmp_path / "out" / "images.arrow")).read_all()
     assert table["sha256"].to_pylist() == [hashlib.sha256(data).digest() for data in images]
-    assert [tuple(row.values())[1:] for row in table.to_pylist()[:2]] == [(40, 56), (56, 40)]
+    assert [(row["width"], row["height"]) for row in table.to_pylist()[:2]] == [(40, 56), (56, 40)]
     assert len(open_prepared(tmp_path / "out")) == 13
     assert not list(tmp_path.glob(".*"))
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == json.loads(json.dumps(vars(summary)))
@@ -110,13 +109,13 @@ def test_images_are_stored_once_within_and_across_parts(tmp_path: Path) -> None:
         [record(d, d, a, b, c)],
     )
     parts.make_part(source, source.chunks([tmp_path])[0], tmp_path / "part")
-    assert ArrayRecordReader(str(tmp_path / "part" / "images.array_record")).num_records() == 2
+    assert pq.read_metadata(tmp_path / "part" / "images.parquet").num_rows == 2
     summary = prepare(source, [tmp_path], tmp_path / "out", workers=0, max_damaged_fraction=1)
     assert images_of(tmp_path / "out") == [a, b, c, d]
     got = [record["images"] for record in records_of(tmp_path / "out")]
     assert got == [[0, 1], [1, 0], [1, 1], [0, 1], [2, 0], [3, 2], [3, 3, 0, 1, 2]]
-    shards = sorted(path.name for path in (tmp_path / "out" / "images").glob("*array_record*"))
-    assert shards == [f"preference_images-images.array_record-0000{i}-of-00002" for i in range(2)]
+    shards = sorted(path.name for path in (tmp_path / "out" / "images").glob("*parquet*"))
+    assert shards == [f"preference_images-images.parquet-0000{i}-of-00002" for i in range(2)]
     assert (summary.images, summary.duplicates, summary.quarantined) == (4, 13, 2)
 
 

@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from tensorflow_datasets.proto import tf_example_pb2
 
 from dpo_jax.data.pipeline import open_pairs
-from dpo_jax.data.prepared import Combine, Prepared, image_of_example, open_prepared, select
+from dpo_jax.data.prepared import Combine, Prepared, open_prepared, select
 from dpo_jax.data.scores import candidates, write_scores
 
 from .conftest import encode, write_prepared
@@ -76,19 +75,6 @@ def test_records_as_they_were_written(folder: Path) -> None:
         if "preference" in expected:
             np.testing.assert_array_equal(record["preference"], np.asarray(expected["preference"], np.float32))
     np.testing.assert_array_equal(prepared.record(3)["sizes"], [[40, 40], [48, 32]])
-
-
-@pytest.mark.parametrize("size", [0, 1, 100, 127, 128, 16_000, 16_383, 16_384, 2_100_000])
-def test_the_image_in_a_serialised_example(size: int) -> None:
-    image = np.random.default_rng(size).bytes(size)
-    example = tf_example_pb2.Example()
-    example.features.feature["image"].bytes_list.value.append(image)
-    assert image_of_example(example.SerializeToString()) == image
-
-
-def test_a_stored_image_is_damaged() -> None:
-    with pytest.raises(ValueError, match="a stored image is damaged; prepare it again"):
-        image_of_example(b"no example")
 
 
 def test_best_and_worst_of_more_candidates(folder: Path) -> None:
@@ -199,7 +185,7 @@ def test_a_part_is_missing(copy: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["records.arrow", "images.arrow", "images/preference_images-images.array_record-00001"]
+    "name", ["records.arrow", "images.arrow", "images/preference_images-images.parquet-00001-of-00003"]
 )
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.9, 0.999])
 def test_a_file_cut_short(copy: Path, name: str, share: float) -> None:
@@ -210,7 +196,7 @@ def test_a_file_cut_short(copy: Path, name: str, share: float) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_parts_that_do_not_fit_together(copy: Path, tmp_path: Path) -> None:
+def test_parts_that_do_not_fit_together(folder: Path, copy: Path, tmp_path: Path) -> None:
     other = write_prepared(tmp_path / "other", RECORDS[:2])
     shutil.copy(other / "images.arrow", copy)
     with pytest.raises(ValueError, match=r"holds 14 images, but images.arrow lists 4; prepare"):
@@ -218,13 +204,23 @@ def test_parts_that_do_not_fit_together(copy: Path, tmp_path: Path) -> None:
     shutil.copy(copy / "records.arrow", other)
     with pytest.raises(ValueError, match=r"refers to images that images.arrow doesn't list; prepare"):
         open_prepared(other)
-    shard = "images/preference_images-images.array_record-0000"
-    shutil.copy(copy / f"{shard}2", copy / f"{shard}0")
-    with pytest.raises(ValueError, match="0 holds 4 images instead of 5; prepare"):
+    shutil.copy(folder / "images.arrow", copy)
+    first, _, last = sorted((copy / "images").glob("*.parquet-*"))
+    shutil.copy(last, first)
+    with pytest.raises(ValueError, match="0-of-00003 holds 4 images instead of 5; prepare"):
         open_prepared(copy)
     shutil.copy(other / "images.arrow", other / "records.arrow")
     with pytest.raises(ValueError, match=r"records.arrow has another layout.*; prepare"):
         open_prepared(other)
+
+
+def test_prepared_before_images_were_located(copy: Path) -> None:
+    with pa.ipc.open_file(str(copy / "images.arrow")) as file:
+        before = file.read_all().select(["sha256", "width", "height"])
+    with pa.ipc.new_file(str(copy / "images.arrow"), before.schema) as file:
+        file.write_table(before)
+    with pytest.raises(ValueError, match=r"images.arrow has another layout than this version .*; prepare it again"):
+        open_prepared(copy)
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +247,9 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
     )
     sides = pa.array(rng.choice([512, 768], 2 * number), pa.int32())
-    images = pa.table({"sha256": pa.array([b""] * (2 * number), pa.binary()), "width": sides, "height": sides})
+    zeros = pa.array(np.zeros(2 * number, np.int64))
+    columns = {"sha256": pa.array([b""] * (2 * number), pa.binary()), "width": sides, "height": sides}
+    images = pa.table(columns | {"offset": zeros, "bytes": zeros.cast(pa.int32())})
     for name, table in (("records", records), ("images", images)):
         with pa.ipc.new_file(str(folder / f"{name}.arrow"), table.schema) as file:
             file.write_table(table, max_chunksize=10_000)

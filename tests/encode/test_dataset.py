@@ -86,7 +86,7 @@ def test_stored_numbers_are_those_of_the_models(config, tmp_path: Path, family: 
     seen = set()
     for position in range(len(data.images)):
         for number, view in enumerate(encodings.views):
-            pixels, _ = images.fit(images.decode(data.image(position)), 32, view)
+            pixels, _ = images.fit(images.decode(data.images[position]), 32, view)
             pixels = pixels[:, ::-1] if view.flip else pixels
             expected = posterior_moments(pipeline.vae, frozen["vae"], jnp.asarray(pixels[None]))[0]
             moments = moments_of(encodings, position, number)
