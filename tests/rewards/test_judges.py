@@ -1,6 +1,7 @@
 """The table of judges, what opens them, and those that need no network."""
 
 import io
+import re
 import subprocess
 import sys
 
@@ -30,10 +31,8 @@ def test_importing_the_table_starts_no_jax() -> None:
     ],
 )
 def test_specs_that_name_no_judge(spec: str, message: str) -> None:
-    with pytest.raises(ValueError) as error:  # noqa: PT011
+    with pytest.raises(ValueError, match=rf"^{re.escape(message)}.*\Z"):
         open_judge(spec)
-    assert str(error.value).startswith(message)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_a_function_scores_what_it_is_called_with(function: Callable[[str], str]
 )
 def test_functions_that_fail(function: Callable[[str], str], returned: str, message: str) -> None:
     judge = open_judge(function(f"def score(pictures, captions):\n  return {returned}"))
-    with pytest.raises(OSError, match=rf"^the judge my_judge:score {re.escape(message)}.*$"):
+    with pytest.raises(OSError, match=rf"^the judge my_judge:score {re.escape(message)}.*\Z"):
         judge.score(PICTURES, CAPTIONS)
 
 
@@ -99,7 +99,7 @@ def test_functions_that_fail(function: Callable[[str], str], returned: str, mess
 )
 def test_functions_that_are_none(function: Callable[[str], str], spec: str, message: str) -> None:
     function("raise ImportError('no\\nGPU here')")
-    with pytest.raises(ValueError, match=rf"^python={re.escape(spec)} {re.escape(message)}.*$"):
+    with pytest.raises(ValueError, match=rf"^python={re.escape(spec)} {re.escape(message)}.*\Z"):
         open_judge(f"python={spec}")
 
 
@@ -142,11 +142,8 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_commands_that_fail(code: str, message: str) -> None:
-    with pytest.raises(OSError) as error:  # noqa: PT011
+    with pytest.raises(OSError, match=rf"^the judge .*{re.escape(message)}.*\Z"):
         open_judge(command(code)).score(PICTURES, CAPTIONS)
-    assert message in str(error.value)
-    assert str(error.value).startswith("the judge ")
-    assert "\n" not in str(error.value)
 
 
 def test_commands_that_are_none() -> None:
@@ -236,10 +233,8 @@ def test_an_endpoint_scores_what_it_is_sent(serve: Callable[[Answer], str]) -> N
 )
 def test_endpoints_that_fail(serve: Callable[[Answer], str], status: int, body: bytes, message: str) -> None:
     address = serve(lambda asked: (status, body))
-    with pytest.raises(OSError) as error:  # noqa: PT011
+    with pytest.raises(OSError, match=rf"^{re.escape(f'the judge at {address} {message}')}.*\Z"):
         open_judge(f"http={address}").score(PICTURES, CAPTIONS)
-    assert str(error.value).startswith(f"the judge at {address} {message}")
-    assert "\n" not in str(error.value)
 
 
 def test_an_endpoint_that_hangs_or_is_not_there(serve: Callable[[Answer], str]) -> None:
