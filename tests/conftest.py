@@ -9,12 +9,17 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Most of the suite's time is compilation; what must be tested as users run it clears XLA_FLAGS in a subprocess.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+# Most of the suite's time is compilation: so it is without LLVM's optimisations and parallel parts, and older code of XLA
+# makes the fusions. What must be tested as users run it clears XLA_FLAGS in a subprocess.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1"
+)
 # Everything is tested on CPUs; a compiler for GPUs is offered without one only to those who say so.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiled functions are kept beside pytest's own cache, for tests in this and in other processes.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 import numpy as np

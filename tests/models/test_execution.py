@@ -31,10 +31,23 @@ def kept_bytes(policy: str, params) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pullback))
 
 
+@pytest.fixture(scope="module")
+def random_params():
+    with jax.enable_x64(True):
+        params = init_params(lambda rngs: UNet2DConditionModel(CONFIG, dtype=jnp.float64, rngs=rngs), seed=0)
+        return {name: value.astype(jnp.float64) for name, value in params.items()}
+
+
 @pytest.fixture
-def params(x64):
-    params = init_params(lambda rngs: UNet2DConditionModel(CONFIG, dtype=jnp.float64, rngs=rngs), seed=0)
-    return {name: value.astype(jnp.float64) for name, value in params.items()}
+def params(x64, random_params):
+    return random_params
+
+
+@pytest.fixture(scope="module")
+def expected(random_params):
+    """The gradients by plain autodiff."""
+    with jax.enable_x64(True):
+        return jax.jit(jax.grad(mean_square(Execution())))(random_params)
 
 
 @pytest.mark.parametrize(
@@ -42,8 +55,7 @@ def params(x64):
     [*(Execution(policy) for policy in POLICIES if policy != "none"), Execution(scan=True), Execution("block", True)],
     ids=str,
 )
-def test_gradients_are_those_of_plain_autodiff(params, execution: Execution) -> None:
-    expected = jax.jit(jax.grad(mean_square(Execution())))(params)
+def test_gradients_are_those_of_plain_autodiff(params, expected, execution: Execution) -> None:
     for name, grad in jax.jit(jax.grad(mean_square(execution)))(params).items():
         np.testing.assert_allclose(grad, expected[name], rtol=1e-9, atol=1e-14, err_msg=name)
 
