@@ -70,10 +70,10 @@ def ceilings() -> dict[str, Any]:
 
     device = jax.devices()[0]
     is_gpu = device.platform == "gpu"
-    size, dtype = (8192, jnp.bfloat16) if is_gpu else (2048, jnp.float32)
+    size, dtype = (8192, jnp.bfloat16) if is_gpu else (1024, jnp.float32)
     keys = jax.random.split(jax.random.key(0), 3)
     a, b = (jax.random.normal(key, (size, size), dtype) for key in keys[:2])
-    large = jax.random.normal(keys[2], (2**30 if is_gpu else 2**26,), jnp.bfloat16)
+    large = jax.random.normal(keys[2], (2**30 if is_gpu else 2**25,), jnp.bfloat16)
 
     def best(function: Callable[..., Any], *arguments: Any) -> float:
         jax.block_until_ready(function(*arguments))

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Most of the time is compilation: so it is without LLVM's optimisations and parallel parts, and fusions are made
-# by XLA's older code. What must be tested as users run it clears XLA_FLAGS in a subprocess.
+# Most of the suite's time is compilation: so it is without LLVM's optimisations and parallel parts, and XLA's older
+# code makes the fusions. What must be tested as users run it clears XLA_FLAGS in a subprocess.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     " --xla_cpu_parallel_codegen_split_count=1"

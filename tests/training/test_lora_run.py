@@ -176,10 +176,10 @@ def test_another_reference_and_another_starting_unet(tiny_config, tmp_path):
     first = {}
     for fields in ({"reference": str(tmp_path / "other")}, {"unet": str(tmp_path / "other" / "unet")}, {}):
         workdir = tmp_path / "_".join(fields)
-        train(tiny_config("sd15", steps=1, **fields, **{"loss.beta": 100.0}), workdir / "run")
+        train(tiny_config("sd15", steps=1, **fields), workdir / "run")
         first["".join(fields)] = losses_of(workdir / "run")[0]
-    assert abs(first["reference"] - math.log(2)) > 1e-3
-    assert [first["unet"], first[""]] == pytest.approx([math.log(2)] * 2, abs=1e-5)
+    assert abs(first["reference"] - math.log(2)) > 0.1
+    assert [first["unet"], first[""]] == pytest.approx([math.log(2)] * 2, abs=3e-3)  # rounding, times beta = 5000
     theirs = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "other", subfolder="unet")
     args = inputs()
     run = open_run(tmp_path / "unet" / "run")
@@ -200,10 +200,9 @@ def test_moving_average_is_that_of_diffusers():
 
 
 def test_a_run_with_a_moving_average_exports_it_and_resumes(tiny_config, tmp_path):
-    fields = {"ema.decay": 0.9, "loss.beta": 100.0, "optimizer.learning_rate": 1e-3, "optimizer.warmup_steps": 0}
     for workdir, stops in ((tmp_path / "whole", [4]), (tmp_path / "halves", [2, 4])):
         for steps in stops:
-            train(tiny_config("sd15", steps=steps, **fields), workdir)
+            train(tiny_config("sd15", steps=steps, **FIELDS, **{"ema.decay": 0.9}), workdir)
     state = [
         ocp.PyTreeCheckpointer().restore((tmp_path / name / "checkpoints" / "4").absolute() / "state")
         for name in ("whole", "halves")

@@ -1,8 +1,10 @@
 """Whole runs of the trainer on small random models: they resume, they stop, they refuse."""
 
+import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import pytest
 
 from dpo_jax.cli import load_config
 from dpo_jax.models.random_model import write_random_model
-from dpo_jax.training import experiment
+from dpo_jax.training import trainer
 from dpo_jax.training.run import open_run
 from dpo_jax.training.trainer import train
 
@@ -42,12 +44,12 @@ CONFIGS = ("sd15", "sd21", "sdxl", "sdxl_refiner", "sdxl_turbo", "tiny")
 )
 def test_tiny_variant_of_every_config_trains_validates_and_samples(tiny_config, tmp_path, name):
     assert name in {path.stem for path in (ROOT / "configs").glob("*.py")}
-    config = tiny_config(name, **{"validation.every": 4, "sample.every": 4, "loss.beta": 10.0})
+    config = tiny_config(name, **{"validation.every": 4, "sample.every": 4})
     train(config, tmp_path)
     rows = metrics_of(tmp_path)
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     assert len(losses) == 4
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses[0] == pytest.approx(math.log(2), abs=3e-3)  # rounding of 1e-7 times beta = 5000
     assert losses[-1] != losses[0]
     assert 0 <= rows[-1]["validation/pair_accuracy"] <= 1
     assert (tmp_path / "samples" / "step_000004.png").read_bytes()[:4] == b"\x89PNG"
@@ -72,7 +74,7 @@ def test_variants_of_configs():
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
     def command(workdir, steps=20):
         fields = [f"steps={steps}", "checkpoint.every=10", "validation.every=0", "sample.every=0"]
-        fields += ["data.batch_size=16", "data.random_crop=True"]
+        fields += ["data.random_crop=True"]
         flags = [f"--config.{field}" for field in fields]
         return [sys.executable, "-m", "dpo_jax.train", "--config=configs/sd15.py:tiny", f"--workdir={workdir}", *flags]
 
@@ -94,39 +96,42 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
     assert "continuing after step 10" in resumed.stdout
 
     (whole, whole_position), (again, again_position) = state_of(tmp_path / "whole", 20), state_of(killed, 20)
-    assert whole_position == again_position == {"position": 20 * 16}
+    assert whole_position == again_position == {"position": 20 * 4}
     jax.tree.map(np.testing.assert_array_equal, whole, again)
     assert int(whole["step"]) == 20
 
 
 def test_stops_on_a_loss_that_is_not_finite_and_keeps_the_last_good_checkpoint(tiny_config, tmp_path, monkeypatch):
-    config = tiny_config("sd15", steps=6, **{"checkpoint.every": 2, "optimizer.warmup_steps": 0})
+    config = tiny_config("sd15", steps=6)
+    assert config.checkpoint.every == 2
+    to_devices = trainer.to_devices
 
-    def poisoned(*arguments, **options):
-        step = make_train_step(*arguments, **options)
+    def poisoned(mesh):
+        batches = itertools.count(1)
+        return lambda batch: to_devices(mesh)(
+            batch._replace(weight_B=batch.weight_B * np.nan) if next(batches) == 4 else batch
+        )
 
-        def poisoned_step(state, frozen, batch):
-            scale = jax.numpy.where(state.step == 3, jax.numpy.nan, 1.0)
-            return step(state._replace(params={n: p * scale for n, p in state.params.items()}), frozen, batch)
-
-        return poisoned_step
-
-    make_train_step = experiment.make_train_step
-    monkeypatch.setattr(experiment, "make_train_step", poisoned)
+    monkeypatch.setattr(trainer, "to_devices", poisoned)
     with pytest.raises(ValueError, match=r"train/loss is nan at step 4; last good checkpoint: step 2 .*learning_rate"):
         train(config, tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2"]
     assert all(np.isfinite(p).all() for p in open_run(tmp_path).params.values())
 
 
-def test_refuses_the_work_directory_of_another_config(tiny_config, tmp_path):
-    train(tiny_config("sd15", steps=1), tmp_path)
-    before = sorted(path.name for path in tmp_path.iterdir())
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory, tiny_config):
+    """The work directory of a run of one step, to be copied."""
+    workdir = tmp_path_factory.mktemp("one_step")
+    train(tiny_config("sd15", steps=1), workdir)
+    return workdir
+
+
+def test_refuses_the_work_directory_of_another_config(tiny_config, one_step):
+    before = sorted(path.name for path in one_step.iterdir())
     with pytest.raises(ValueError, match=r"loss.beta was 5000.0, now 1.0.*another --workdir"):
-        train(tiny_config("sd15", steps=1, **{"loss.beta": 1.0}), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
-    train(tiny_config("sd15", steps=2), tmp_path)  # more steps of the same are welcome
-    assert open_run(tmp_path).step == 2
+        train(tiny_config("sd15", steps=1, **{"loss.beta": 1.0}), one_step)
+    assert sorted(path.name for path in one_step.iterdir()) == before
 
 
 @pytest.mark.parametrize(
@@ -175,19 +180,28 @@ def test_export_and_evaluate_need_a_run(tmp_path):
         open_run(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "variant"), [("sd15", "tiny"), ("sdxl", "lora,tiny")])
-def test_loss_before_the_first_update_is_log_2_in_bfloat16(tmp_path, name, variant):
+@pytest.mark.parametrize(
+    ("name", "variant", "optimised"),
+    [
+        ("sd15", "tiny", False),  # compiled quickly; what is rounded to bfloat16 is decided before
+        ("sd15", "lora,tiny", True),
+        pytest.param("sd15", "tiny", True, marks=pytest.mark.slow),
+        pytest.param("sdxl", "lora,tiny", True, marks=pytest.mark.slow),
+    ],
+)
+def test_loss_before_the_first_update_is_log_2_in_bfloat16(tmp_path, name, variant, optimised):
     """Float32 masters and a bfloat16 reference must round alike, or beta = 5000 shows the difference."""
     fields = ["steps=1", "dtype=bfloat16", "vae_dtype=bfloat16", "validation.every=0", "sample.every=0"]
     command = [sys.executable, "-m", "dpo_jax.train", f"--config=configs/{name}.py:{variant}", f"--workdir={tmp_path}"]
     command += [f"--config.{field}" for field in fields]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env={**os.environ, "XLA_FLAGS": ""})
+    environment = os.environ | ({"XLA_FLAGS": ""} if optimised else {})
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=environment)
     assert load_config(f"{ROOT}/configs/{name}.py").loss.beta == 5000
     assert metrics_of(tmp_path)[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_refuses_a_model_folder_that_changed_since_the_run_began(tiny_config, tmp_path):
-    train(tiny_config("sd15", steps=1), tmp_path)
+def test_refuses_a_model_folder_that_changed_since_the_run_began(tiny_config, one_step, tmp_path):
+    shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
     weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
