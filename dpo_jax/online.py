@@ -1,15 +1,15 @@
 """Aligns a diffusion model online: it samples images, a judge or people compare them, and it learns; round by round.
 
-  python -m dpo_jax.online --config=configs/d3po.py --workdir=runs/d3po --config.model=FOLDER_OR_HUB_ID_OR_FILE \
+  python -m dpo_jax.online --config=configs/d3po.py --workdir=runs/d3po [--config.model=FOLDER_OR_HUB_ID_OR_FILE] \\
       [--config.online.judges="('pickscore',)"] [--config.field=value ...]
 
 No reward is needed but an order: any judge of dpo_jax.evaluate, several at once, your own function, or people. With
-people (configs/d3po.py:people) each round takes two calls and a vote in between:
+people (configs/d3po.py:hands) each round takes two calls and a vote in between:
 
-  python -m dpo_jax.online --config=configs/d3po.py:people --workdir=DIR --stage=sample
+  python -m dpo_jax.online --config=configs/d3po.py:hands --workdir=DIR --stage=sample
   python -m dpo_jax.vote --images=DIR/rounds/00000/images --mode=points --output=votes.sqlite
   python -m dpo_jax.vote --output=votes.sqlite --export=DIR/rounds/00000/feedback.json
-  python -m dpo_jax.online --config=configs/d3po.py:people --workdir=DIR --stage=train
+  python -m dpo_jax.online --config=configs/d3po.py:hands --workdir=DIR --stage=train
 
 The config's variants are tasks and methods: configs/d3po.py:compressibility,ddpo. :tiny runs each in seconds. Run the
 same command again to continue where a run stopped, also in the middle of a round; on SIGTERM it saves and exits with

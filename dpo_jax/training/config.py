@@ -222,6 +222,8 @@ class Derived:
 
 def check(config: ConfigDict) -> None:
     """Raises ValueError for values that no machine can run, with the remedy."""
+    if "online" in config:
+        raise ValueError("this config is for dpo_jax.online; give one for a data set, such as configs/sd15.py")
     for field in ("model", "data.path"):
         if not flatten(config)[field]:
             raise ValueError(f"config.{field} is empty; set it in the config file or with --config.{field}=...")

@@ -4,9 +4,11 @@ import jax
 import numpy as np
 import pytest
 
+from dpo_jax.cli import load_config
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.rounds.config import check, make_plan, needs_reference
 from dpo_jax.rounds.loop import learn
+from dpo_jax.training import config as training_config
 
 STEPS = np.arange(20, dtype=np.int32)
 ALONE = {"device_count": 1, "process_count": 1}
@@ -159,3 +161,9 @@ def test_evaluations_are_those_that_the_network_makes(online, tmp_path, monkeypa
 
     plan = make_plan(config, np.arange(config.online.sampling_steps), **ALONE)
     assert sum(rows) == plan.evaluations * config.online.rounds
+
+
+def test_commands_for_data_sets_refuse_an_online_config():
+    config = load_config("configs/d3po.py:tiny")
+    with pytest.raises(ValueError, match=r"this config is for dpo_jax\.online; give one for a data set"):
+        training_config.check(config)
