@@ -185,7 +185,7 @@ def decode_for(files: Sequence[bytes], pillow: bool, seconds: float) -> tuple[in
 
 def in_order(case: Case) -> Iterator[list[bytes]]:
     pairs = open_pairs(case.folder / "prepared", "train")
-    return (pairs.read_images(pairs[i]) for i in range(len(pairs)))
+    return ([bytes(image) for image in pairs.read_images(pairs[i])] for i in range(len(pairs)))
 
 
 def decoded(data: bytes, resolution: int) -> np.ndarray:

@@ -86,9 +86,11 @@ class Decoded:
 
     def fill(self, batch: Raw, rows: Sequence[Row], read_images: ReadImages) -> list[np.ndarray]:
         # Decoding comes last: it empties a core's caches, and what Python does behind it takes several times as long.
+        token_ids_NEL = self.tokenizers([caption for row in rows for caption in row.captions])
+        numbers = [row.number for row in rows]
+        batch.token_ids_BMEL[numbers] = token_ids_NEL.reshape(len(rows), -1, *token_ids_NEL.shape[1:])
         read = [(row.number, self._view(row.draws), read_images(row.record)) for row in rows]
-        for row, (number, view, encoded) in zip(rows, read, strict=True):
-            batch.token_ids_BMEL[number] = self.tokenizers(row.captions)
+        for number, view, encoded in read:
             batch.mirrored_BK[number] = view.flip
             batch.images_BKHWC[number, len(encoded) :] = 0
         places = []

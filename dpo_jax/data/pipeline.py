@@ -204,11 +204,11 @@ class BatchIterator(Iterator[PreferenceBatch]):
         self._begun: deque[tuple[PreferenceBatch, list[Future[None]]]] = deque()
 
     def __next__(self) -> PreferenceBatch:
-        # One batch waits to be read while the device works on the one before, and every thread has rows to fill. Small
-        # batches are begun several at once: where each follows a decode, planning takes a core twice as long.
-        most = 1 + -(-self._num_workers * min(ROWS_A_TASK, self._batch_size) // self._batch_size)
-        if len(self._begun) <= most // 2:
-            while len(self._begun) < most and self._begin():
+        # Every thread has rows to fill, also while this one begins batches and keeps Python's lock. Small batches are
+        # begun several at once: where each follows a decode, planning takes a core twice as long.
+        enough = -(-self._num_workers * min(ROWS_A_TASK, self._batch_size) // self._batch_size)
+        if len(self._begun) <= enough:
+            while len(self._begun) < 2 * enough and self._begin():
                 pass
         if not self._begun:
             raise StopIteration

@@ -265,7 +265,7 @@ def test_the_next_batch_is_made_ahead_but_not_the_whole_epoch(many: Path, batch_
             time.sleep(0.01)
         assert len(made) >= 2 * batch_size
         time.sleep(0.2)
-        assert len(made) <= 2 * batch_size + NUM_WORKERS * ROWS_A_TASK
+        assert len(made) <= 2 * (batch_size + NUM_WORKERS * ROWS_A_TASK)
 
 
 def test_relabel(prepared: Path) -> None:
@@ -407,7 +407,7 @@ def test_needs_no_tensorflow(prepared: Path) -> None:
     code = (
         "import sys, numpy as np; from dpo_jax.data import inputs, pipeline; "
         f"pairs = pipeline.open_pairs({str(prepared)!r}, 'train'); "
-        "decoded = inputs.Decoded(8, lambda captions: np.zeros((1, 1, 4), np.int32)); "
+        "decoded = inputs.Decoded(8, lambda captions: np.zeros((len(captions), 1, 4), np.int32)); "
         "it = pipeline.make_iterator(pairs, decoded, batch_size=2, seed=0); next(it); it.close(); "
         "from jax._src import xla_bridge; "
         "print({'tensorflow', 'torch'} & set(sys.modules), xla_bridge.backends_are_initialized())"
