@@ -2,7 +2,7 @@
 
 They are Parquet as TFDS writes it, with one tf.train.Example a row, but neither compressed nor encoded, as images are
 compressed already: so the bytes of each stand in one piece, to be mapped into memory. Reading JPEGs of 512 pixels from
-ArrayRecord, which cuts them every 64 KiB, took 5 to 8% of the time of decoding them, and a mere copy 3% (see
+ArrayRecord, which cuts them every 64 KiB, took 5 to 7% of the time of decoding them, and a mere copy 3% (see
 benchmarks/NOTES.md). No checksum is looked at. TFDS's own random access first reads all files into memory.
 """
 

@@ -126,7 +126,8 @@ def test_keeping_the_way_changes_nothing_of_the_image(sampler):
 
     kept = sample_trajectory(denoise, table, x_T, keys_N).latents_VNHWC[-1]
 
-    np.testing.assert_array_equal(kept, sample(denoise, table, x_T, keys_N))
+    # To the last bit but for how the compiler fuses the two programs.
+    np.testing.assert_allclose(kept, sample(denoise, table, x_T, keys_N), atol=1e-6)
 
 
 @pytest.mark.parametrize("config", [SD15, TO_ONE], ids=["sd15", "to one"])

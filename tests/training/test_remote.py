@@ -75,7 +75,7 @@ class NoCheckpoints(trainer.Checkpoints):
         pass
 
 
-def write_what_steps_write(loop: trainer.Loop, state, batches, start: int) -> None:
+def write_what_steps_write(loop: trainer.Loop, state, batches) -> None:
     for step in (1, 2):
         loop.writer.scalars(step, {"train/loss": 0.5})
     save_png(loop.workdir / "samples" / "step_000002.png", Image.new("RGB", (4, 4)))
