@@ -166,10 +166,10 @@ def test_the_score_finds_the_log_probabilities_of_sampling_again(opened, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_batches_of_another_shape_and_bfloat16_find_them_to_rounding(opened, tmp_path, dtype):
-    """In bfloat16 1.2e-7 at the batch of sampling and 4.8e-7 at four times that were seen on a CPU."""
+    """In bfloat16 1.2e-7 at the batch of sampling and up to 3.6e-4 at four times that were seen on CPUs."""
     o = opened(dtype=dtype, vae_dtype=dtype)
     assert largest_log_ratio(o, tmp_path) <= 1e-6
-    assert largest_log_ratio(o, tmp_path, B * S) <= 2e-6
+    assert largest_log_ratio(o, tmp_path, B * S) <= (2e-6 if dtype == "float32" else 1e-3)
 
 
 def quick(self, unet, x_NHWC, t_N, conditioning, dropout_keys_N=None):
