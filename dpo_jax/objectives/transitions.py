@@ -24,7 +24,7 @@ def log_probabilities(
 ) -> jax.Array:
     """[B, K], of each transition under these weights: the mean over H, W and C of `log N(x'; mean, d^2)`.
 
-    Under the weights that sampled it this is `transitions.log_prob_BK`, but for rounding: to 1e-6 in a batch of the same
+    Under the weights that sampled it this is `transitions.log_prob_BK`, but for rounding: to 1e-6 in a batch of that
     shape; in another, which the compiler may treat otherwise, to 2e-6 in float32 and 1e-3 in bfloat16.
 
     Args:
