@@ -12,7 +12,7 @@ from dpo_jax.training.run import open_run
 
 TASKS = ("aesthetic", "compressibility", "incompressibility", "alignment")
 METHODS = ("", "ddpo", "dpok", "grpo", "spo", "lpo")
-DEFAULT = {("compressibility", "ddpo"), ("alignment", "spo")}  # the others compile the same networks
+DEFAULT = {("compressibility", "ddpo")}  # D3PO is learned by in test_people.py, branching is run in test_config.py
 COMBINED = [
     pytest.param(task, method, marks=[] if (task, method) in DEFAULT else pytest.mark.slow)
     for task, method in itertools.product(TASKS, METHODS)
