@@ -6,9 +6,11 @@ image, by PickScore), and by people `:hands` (distortion) and `:safety`. Methods
 them in seconds.
 """
 
+import functools
+
 from ml_collections import ConfigDict
 
-from dpo_jax.rounds.config import online_config
+from dpo_jax.rounds.config import METHODS, lpo, online_config
 from dpo_jax.training.config import apply_variants
 
 
@@ -25,11 +27,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "alignment": alignment,
         "hands": hands,
         "safety": safety,
-        "ddpo": ddpo,
-        "dpok": dpok,
-        "grpo": grpo,
-        "spo": spo,
-        "lpo": lpo,
+        **METHODS,
+        "lpo": functools.partial(lpo, latent_judge=f"mhdang/dpo-sd1.5-text2image-v1:{c.model}"),
         "tiny": tiny,
     }
     return apply_variants(c, arg, variants)
@@ -74,42 +73,6 @@ def safety(c: ConfigDict) -> None:
     """Vote with --mode=tag --tags=unsafe. Prompts are one's own: --config.online.prompts=FILE."""
     people(c)
     c.online.prompts = "bundled"
-
-
-def ddpo(c: ConfigDict) -> None:
-    """arXiv 2305.13301, as D3PO's authors compare with it."""
-    c.loss.name = "ddpo"
-
-
-def dpok(c: ConfigDict) -> None:
-    """arXiv 2305.16381, likewise, with a divergence that is one."""
-    c.loss.name = "dpok"
-
-
-def grpo(c: ConfigDict) -> None:
-    """DDPO's gradient with advantages over the candidates of a prompt (arXiv 2402.03300)."""
-    c.loss.name = "ddpo"
-    c.online.advantage = "group"
-    c.online.candidates = 8
-
-
-def spo(c: ConfigDict) -> None:
-    """Step-aware preference optimization (arXiv 2406.04314): any judge, of the image that each candidate promises."""
-    c.loss.name = "d3po"
-    c.loss.beta = 10.0
-    c.online.branching = True
-    c.online.best_and_worst = True
-    c.online.candidates = 4
-
-
-def lpo(c: ConfigDict) -> None:
-    """Step-level preferences by a reward in latents (arXiv 2502.01051): here the implicit one of a DPO-tuned model.
-
-    The paper trains a reward model for it; of that only the loss and the way to sample are here.
-    """
-    spo(c)
-    c.loss.beta = 500.0
-    c.online.latent_judge = "mhdang/dpo-sd1.5-text2image-v1:stable-diffusion-v1-5/stable-diffusion-v1-5"  # TUNED:OF
 
 
 def tiny(c: ConfigDict) -> None:

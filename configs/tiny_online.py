@@ -4,9 +4,11 @@ Without a variant it is D3PO; `:ddpo`, `:dpok`, `:grpo`, `:spo` and `:lpo` are t
 make pictures that are small as a JPEG instead. `:tiny` runs any of them in seconds.
 """
 
+import functools
+
 from ml_collections import ConfigDict
 
-from dpo_jax.rounds.config import online_config
+from dpo_jax.rounds.config import METHODS, lpo, online_config
 from dpo_jax.training.config import apply_variants
 
 
@@ -36,42 +38,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.sample.prompts = ("a red circle at the top left", "a blue square at the bottom right")
     c.sample.guidance = 2.5
     variants = {
-        "ddpo": ddpo,
-        "dpok": dpok,
-        "grpo": grpo,
-        "spo": spo,
-        "lpo": lpo,
+        **METHODS,
+        "lpo": functools.partial(lpo, latent_judge=f"runs/tiny/exported:{c.model}"),  # the demo's
         "compressibility": compressibility,
         "tiny": tiny,
     }
     return apply_variants(c, arg, variants)
-
-
-def ddpo(c: ConfigDict) -> None:
-    c.loss.name = "ddpo"
-
-
-def dpok(c: ConfigDict) -> None:
-    c.loss.name = "dpok"
-    c.online.reference = "initial"
-
-
-def grpo(c: ConfigDict) -> None:
-    c.loss.name = "ddpo"
-    c.online.advantage = "group"
-
-
-def spo(c: ConfigDict) -> None:
-    c.loss.beta = 10.0
-    c.online.branching = True
-    c.online.best_and_worst = True
-
-
-def lpo(c: ConfigDict) -> None:
-    """By the demo's model."""
-    spo(c)
-    c.loss.beta = 500.0
-    c.online.latent_judge = "runs/tiny/exported:dpo_jax/tiny/model"
 
 
 def compressibility(c: ConfigDict) -> None:

@@ -17,9 +17,6 @@ code 75. The work directory receives config.json, rounds/ (images and scores), c
 metrics.jsonl, samples/ and result.json. python -m dpo_jax.export, sample and evaluate take it as they take any run.
 """
 
-import logging
-import sys
-
 from absl import flags
 from ml_collections import config_flags
 
@@ -50,21 +47,10 @@ def main() -> None:
         raise ValueError("--feedback is people's, and config.online.judges names judges; leave out either")
     if FEEDBACK.value and STAGE.value != "train":
         raise ValueError("--feedback is of one round; give it with --stage=train")
-    from dpo_jax import cluster  # after the flags are checked: importing JAX takes seconds
-    from dpo_jax.rounds.loop import learn
-    from dpo_jax.training import preemption
+    from dpo_jax.rounds.loop import learn  # after the flags are checked: importing JAX takes seconds
+    from dpo_jax.training import command
 
-    if not cli.TRACEBACK.value:  # a checkpoint that can't be written is told hundreds of times by its threads
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        sys.unraisablehook = lambda unraisable: None
-    cluster.join()
-    with cluster.leaving_at_once():
-        try:
-            learn(CONFIG.value, WORKDIR.value, STAGE.value or "", FEEDBACK.value)
-        except preemption.Preempted as notice:
-            print(notice, file=sys.stderr, flush=True)
-            sys.exit(preemption.EXIT_CODE)
+    command.run(lambda: learn(CONFIG.value, WORKDIR.value, STAGE.value or "", FEEDBACK.value))
 
 
 if __name__ == "__main__":

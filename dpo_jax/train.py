@@ -9,8 +9,7 @@ directory receives config.json, checkpoints/, tensorboard/, metrics.jsonl and sa
 in dpo_jax/training/config.py.
 """
 
-import logging
-import sys
+import functools
 
 from absl import flags
 from ml_collections import config_flags
@@ -24,23 +23,12 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder that receives, or already
 def main() -> None:
     if CONFIG.value is None:
         raise ValueError("--config is missing; give one of the files in configs/, such as --config=configs/tiny.py")
-    from dpo_jax import cluster  # after the flags are checked: importing JAX takes seconds
-    from dpo_jax.planning.search import settle_remat
-    from dpo_jax.training import preemption
+    from dpo_jax.planning.search import settle_remat  # after the flags are checked: importing JAX takes seconds
+    from dpo_jax.training import command
     from dpo_jax.training.trainer import train
 
-    if not cli.TRACEBACK.value:  # a checkpoint that can't be written is told hundreds of times by its threads
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        sys.unraisablehook = lambda unraisable: None
-    cluster.join()
-    with cluster.leaving_at_once():
-        try:
-            config = settle_remat(CONFIG.value, lambda message: print(message, flush=True))
-            train(config, WORKDIR.value)
-        except preemption.Preempted as notice:
-            print(notice, file=sys.stderr, flush=True)
-            sys.exit(preemption.EXIT_CODE)
+    say = functools.partial(print, flush=True)
+    command.run(lambda: train(settle_remat(CONFIG.value, say), WORKDIR.value))
 
 
 if __name__ == "__main__":

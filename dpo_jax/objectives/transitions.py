@@ -19,25 +19,6 @@ from dpo_jax.objectives.denoising import Denoise, per_candidate
 from dpo_jax.objectives.losses import clamp, is_preferred
 
 
-def log_probabilities(
-    denoise: Denoise, params: Any, table: SamplerTable, transitions: Transitions, conditioning: Any
-) -> jax.Array:
-    """[B, K], of each transition under these weights: the mean over H, W and C of `log N(x'; mean, d^2)`.
-
-    Under the weights that sampled it this is `transitions.log_prob_BK`, but for rounding: to 1e-6 in a batch of that
-    shape; in another, which the compiler may treat otherwise, to 2e-6 in float32 and 1e-3 in bfloat16.
-
-    Args:
-        denoise: the network; guided as in sampling, by `samplers.with_guidance`.
-        params: its weights.
-        table: the sampler that the transitions were sampled with.
-        transitions: one of each candidate.
-        conditioning: what `denoise` takes, each array with B rows (shared by the candidates) or B * K.
-    """
-    step = steps_at(table, transitions.step_B, transitions.x_BKHWC)
-    return log_prob(step, _mean(denoise, params, step, transitions, conditioning), transitions.next_x_BKHWC)
-
-
 def score_transitions(
     denoise: Denoise,
     policy: Any,
@@ -52,7 +33,10 @@ def score_transitions(
     """The log-probabilities of all candidates' transitions and their clamped ratio (arXiv 2311.13231).
 
     `log_ratio = log clamp(p_policy / p_reference, 1 - clip, 1 + clip)`, clamped for each candidate by itself as in
-    D3PO's released code (https://github.com/yk7333/d3po): from beyond the clamp no gradient comes.
+    D3PO's released code (https://github.com/yk7333/d3po): from beyond the clamp no gradient comes. Each log-probability
+    is the mean over H, W and C of `log N(x'; mean, d^2)`. Under the weights that sampled it is `transitions.log_prob_BK`,
+    but for rounding: to 1e-6 in a batch of that shape; in another, which the compiler may treat otherwise, to 2e-6 in
+    float32 and 1e-3 in bfloat16.
 
     Args:
         denoise: the network, guided as in sampling; called once with each set of weights.

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax.training.config import CHOICES as NETWORK_CHOICES
-from dpo_jax.training.config import Derived, check_ranges, check_settings, default_config, divide_batch
+from dpo_jax.training.config import Derived, Variant, check_ranges, check_settings, default_config, divide_batch
 
 AT_LEAST_1 = (
     "online.rounds",
@@ -41,13 +41,11 @@ CHOICES = {
 def online_config() -> ConfigDict:
     """Every field with its default, those of D3PO's released code (arXiv 2311.13231)."""
     c = default_config()
-    data, validation = c.data, c.validation
-    c.data, c.validation, c.loss = ConfigDict(), ConfigDict(), ConfigDict()
+    del c.validation
+    c.data, c.loss = ConfigDict(), ConfigDict()
     c.data.batch_size = 1  # prompts in one optimizer step, with all their candidates and timesteps
     c.data.accumulation = 20  # micro-batches in one optimizer step: more of them, less memory
-    c.data.resolution = data.resolution  # pixels, height and width
-    c.validation.every = 0
-    c.validation.max_pairs, c.validation.draws = validation.max_pairs, validation.draws
+    c.data.resolution = 512  # pixels, height and width
 
     c.loss.name = "d3po"  # or "ddpo", "dpok"
     c.loss.beta = 0.1  # D3PO: strength of the pull towards the reference
@@ -90,6 +88,46 @@ def online_config() -> ConfigDict:
     c.sample.every = 100
     c.steps = 0  # derived: rounds x updates in a round
     return c
+
+
+def ddpo(c: ConfigDict) -> None:
+    """arXiv 2305.13301, as D3PO's authors compare with it."""
+    c.loss.name = "ddpo"
+
+
+def dpok(c: ConfigDict) -> None:
+    """arXiv 2305.16381, likewise, with a divergence that is one."""
+    c.loss.name = "dpok"
+    c.online.reference = "initial"
+
+
+def grpo(c: ConfigDict) -> None:
+    """DDPO's gradient with advantages over the candidates of a prompt (arXiv 2402.03300)."""
+    c.loss.name = "ddpo"
+    c.online.advantage = "group"
+    c.online.candidates = 4
+
+
+def spo(c: ConfigDict) -> None:
+    """Step-aware preference optimization (arXiv 2406.04314): any judge, of the image that each candidate promises."""
+    c.loss.beta = 10.0
+    c.online.branching = True
+    c.online.best_and_worst = True
+    c.online.candidates = 4
+
+
+def lpo(c: ConfigDict, *, latent_judge: str) -> None:
+    """Step-level preferences by a reward in latents (arXiv 2502.01051): here the implicit one of a DPO-tuned model.
+
+    The paper trains a reward model for it; of that only the loss and the way to sample are here.
+    """
+    spo(c)
+    c.loss.beta = 500.0
+    c.online.latent_judge = latent_judge
+
+
+METHODS: dict[str, Variant] = {"ddpo": ddpo, "dpok": dpok, "grpo": grpo, "spo": spo}
+"""What makes another method of D3PO, as variants of a config."""
 
 
 @dataclasses.dataclass(frozen=True)

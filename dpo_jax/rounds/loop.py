@@ -110,7 +110,7 @@ class Rounds:
                     "another --workdir"
                 )
             self._sample(folder, state)
-            is_judged = bool(self._judges or self._feedback or folder.feedback())
+            is_judged = bool(self._judges or self._feedback or folder.feedback() or folder.read_scores())
             if stage == "train" and not is_judged:
                 raise ValueError(
                     f"nobody has scored round {number}: {folder.path} has no feedback*.json; vote on it and export the "
@@ -201,31 +201,32 @@ class Rounds:
             )
 
     def _judged(self, folder: RoundFolder, step: int) -> np.ndarray:
-        """rewards_PSKR of the round, noted in its folder, in the metrics and in `result.json` when they are new."""
-        online, steps_PSKR = self._config.online, None
-        if self._judges:
-            found = folder.read_rewards()
-            shown_PKR = np.stack([rewards.shown_KR for rewards in found])
-            if online.branching:
-                steps_PSKR = np.stack([rewards.steps_SKR for rewards in found if rewards.steps_SKR is not None])
-        else:
-            files = self._feedback or folder.feedback()
-            shown_PKR = read_feedback(files, len(folder.prompts), online.candidates)[..., None]
-        names = list(online.judges) or ["people"]
+        """rewards_PSKR of the round; what is said of its images is noted once, and holds when the run is resumed."""
+        found = folder.read_rewards() if self._judges else []
         if folder.read_scores() is None:
-            cluster.wait("judged the round")
-            if cluster.is_first():
-                folder.write_scores({"round": folder.number, "step": step, "judges": names}, shown_PKR)
-            cluster.wait("wrote what judges said")
-            means = {f"online/{name}": float(np.nanmean(shown_PKR[..., r])) for r, name in enumerate(names)}
-            self._loop.writer.scalars(step, {"online/round": folder.number, **means})
-            if cluster.is_first():
-                write_result(self._workdir, self._config, self._plan, folder.number)
-                said = "  ".join(f"{name.removeprefix('online/')} {mean:.4g}" for name, mean in means.items())
-                self._say(f"round {folder.number + 1}/{online.rounds} at step {step}: {said}")
-        else:
-            shown_PKR = self._shown(folder)  # as it was when the round's training began
-        return shown_PKR[:, None] if steps_PSKR is None else steps_PSKR
+            if self._judges:
+                shown_PKR = np.stack([rewards.shown_KR for rewards in found])
+            else:
+                files = self._feedback or folder.feedback()
+                shown_PKR = read_feedback(files, len(folder.prompts), self._config.online.candidates)[..., None]
+            self._note(folder, step, shown_PKR)
+        steps = [rewards.steps_SKR for rewards in found if rewards.steps_SKR is not None]
+        return np.stack(steps) if steps else self._shown(folder)[:, None]
+
+    def _note(self, folder: RoundFolder, step: int, shown_PKR: np.ndarray) -> None:
+        """Into the round's folder, the metrics and `result.json`."""
+        names = list(self._config.online.judges) or ["people"]
+        cluster.wait("judged the round")
+        if cluster.is_first():
+            folder.write_scores({"round": folder.number, "step": step, "judges": names}, shown_PKR)
+        cluster.wait("wrote what judges said")
+        means = {name: float(np.nanmean(shown_PKR[..., r])) for r, name in enumerate(names)}
+        scalars = {f"online/{name}": mean for name, mean in means.items()}
+        self._loop.writer.scalars(step, {"online/round": folder.number, **scalars})
+        if cluster.is_first():
+            write_result(self._workdir, self._config, self._plan, folder.number)
+            said = "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
+            self._say(f"round {folder.number + 1}/{self._config.online.rounds} at step {step}: {said}")
 
     def _shown(self, folder: RoundFolder) -> np.ndarray:
         """[P, K, R], from `scores.json`."""

@@ -187,7 +187,7 @@ class Loop:
             stops = self.notice.given(step) and step < total
             saves = step % config.checkpoint.every == 0 or step == end or stops
             logs = step % config.log_every == 0 or step == end or stops
-            validates = bool(config.validation.every) and (step % config.validation.every == 0 or step == total)
+            validates = self._validates_at(step)
             samples = bool(config.sample.every) and (step % config.sample.every == 0 or step == total)
             if not self._compiled:
                 self._compiled = True
@@ -253,6 +253,11 @@ class Loop:
         same = not config.reference and (not config.lora.init or config.lora.init_reference)
         if config.loss.name == "dpo" and same:
             self.bar.say(f"loss before the first update {loss:.6f}; policy = reference makes log 2 = {math.log(2):.6f}")
+
+    def _validates_at(self, step: int) -> bool:
+        """Only a run on a data set has held-out pairs."""
+        every = self.config.validation.every if self.inputs is not None else 0
+        return bool(every) and (step % every == 0 or step == self.config.steps)
 
     def _validate(self, step: int, params: Params) -> None:
         """Implicit accuracy and errors on held-out pairs, the same timesteps and noises every time."""

@@ -10,7 +10,7 @@ from dpo_jax.batch import Conditioning, Scores
 from dpo_jax.diffusion.samplers import make_table, with_guidance
 from dpo_jax.diffusion.schedule import make_schedule
 from dpo_jax.diffusion.trajectories import branch, sample_trajectory, transitions_at
-from dpo_jax.objectives.transitions import log_probabilities, score_transitions, transition_metrics
+from dpo_jax.objectives.transitions import score_transitions, transition_metrics
 
 SCHEDULE = make_schedule(
     {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -66,7 +66,7 @@ def test_each_candidate_is_scored_at_its_prompts_step_with_its_own_conditioning(
     np.testing.assert_allclose(scores.kl_BK, divergence_BK, rtol=1e-7)
     np.testing.assert_array_equal(scores.old_log_prob_BK, transitions.log_prob_BK)
     for params, expected_BK in ((POLICY, log_prob_BK), (REFERENCE, reference_BK)):
-        alone_BK = log_probabilities(denoise, params, TABLE, transitions, conditioning)
+        alone_BK = score_transitions(denoise, params, None, TABLE, transitions, conditioning).log_prob_BK
         np.testing.assert_allclose(alone_BK, expected_BK, rtol=1e-7)
 
 
@@ -126,7 +126,7 @@ def test_each_candidate_is_clamped_by_itself_and_then_has_no_gradient(x64):
     transitions, conditioning = inputs()
     moved_BK = np.linspace(-0.3, 0.3, B * K).reshape(B, K)
     # Whatever the weights do, as if sampling had been so much less or more likely.
-    now_BK = log_probabilities(denoise, POLICY, TABLE, transitions, conditioning)
+    now_BK = score_transitions(denoise, POLICY, None, TABLE, transitions, conditioning).log_prob_BK
     transitions = transitions._replace(log_prob_BK=now_BK - moved_BK)
 
     def log_ratio_BK(shift_BK):
@@ -171,8 +171,8 @@ def test_guidance_is_that_of_sampling():
     trajectory = sample_trajectory(lambda x, t: guided(POLICY, x, t, each), TABLE, *start)
     transitions = transitions_at(trajectory, jnp.array([0, 11, 18]))
 
-    again_BK = log_probabilities(guided, POLICY, TABLE, transitions, (prompts, empty))
-    unguided_BK = log_probabilities(denoise, POLICY, TABLE, transitions, prompts)
+    again_BK = score_transitions(guided, POLICY, None, TABLE, transitions, (prompts, empty)).log_prob_BK
+    unguided_BK = score_transitions(denoise, POLICY, None, TABLE, transitions, prompts).log_prob_BK
 
     np.testing.assert_allclose(again_BK, transitions.log_prob_BK, atol=2e-6)
     assert np.all(unguided_BK < again_BK - 1e-3)

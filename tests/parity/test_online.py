@@ -24,7 +24,7 @@ from dpo_jax.models.network import Network
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.objectives.losses import d3po, ddpo, dpok
-from dpo_jax.objectives.transitions import log_probabilities, score_transitions
+from dpo_jax.objectives.transitions import score_transitions
 from dpo_jax.weights.layout import from_torch, torch_name
 
 FOLDER = "dpo_jax/tiny/model"
@@ -178,7 +178,9 @@ def test_a_trajectory_is_that_of_pytorch_and_is_found_again(dtype):
     @jax.jit
     def again(params, step_B):
         transitions = transitions_at(trajectory, step_B)
-        return log_probabilities(with_guidance(network, GUIDANCE), params, table, transitions, captions)
+        return score_transitions(
+            with_guidance(network, GUIDANCE), params, None, table, transitions, captions
+        ).log_prob_BK
 
     worst = max(
         float(np.abs(again(reference, jnp.full(B, step)).reshape(-1) - trajectory.log_prob_SN[step]).max())
