@@ -34,9 +34,9 @@ def score_transitions(
 
     `log_ratio = log clamp(p_policy / p_reference, 1 - clip, 1 + clip)`, clamped for each candidate by itself as in
     D3PO's released code (https://github.com/yk7333/d3po): from beyond the clamp no gradient comes. Each log-probability
-    is the mean over H, W and C of `log N(x'; mean, d^2)`. Under the weights that sampled it is `transitions.log_prob_BK`,
-    but for rounding: to 1e-6 in a batch of that shape; in another, which the compiler may treat otherwise, to 2e-6 in
-    float32 and 1e-3 in bfloat16.
+    is the mean over H, W and C of `log N(x'; mean, d^2)`. Under the weights that sampled, it is
+    `transitions.log_prob_BK` but for rounding: to 1e-6 in a batch of that shape; in another, which the compiler may
+    treat otherwise, to 2e-6 in float32 and 1e-3 in bfloat16.
 
     Args:
         denoise: the network, guided as in sampling; called once with each set of weights.
