@@ -7,6 +7,7 @@ C channels.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -89,16 +90,15 @@ class Decoded:
         token_ids_NEL = self.tokenizers([caption for row in rows for caption in row.captions])
         numbers = [row.number for row in rows]
         batch.token_ids_BMEL[numbers] = token_ids_NEL.reshape(len(rows), -1, *token_ids_NEL.shape[1:])
-        read = [(row.number, self._view(row.draws), read_images(row.record)) for row in rows]
-        for number, view, encoded in read:
-            batch.mirrored_BK[number] = view.flip
-            batch.images_BKHWC[number, len(encoded) :] = 0
-        places = []
-        for number, view, encoded in read:
-            images_KHWC = batch.images_BKHWC[number]
-            seen = [images.read(data, view, image) for data, image in zip(encoded, images_KHWC, strict=False)]
-            places.append(np.asarray([(*size, *offsets) for size, offsets in seen], np.float32))
-        return places
+        encoded: list[tuple[images.Data, images.View, np.ndarray]] = []
+        for row in rows:
+            view, images_KHWC = self._view(row.draws), batch.images_BKHWC[row.number]
+            found = read_images(row.record)
+            encoded += [(data, view, image) for data, image in zip(found, images_KHWC, strict=False)]
+            batch.mirrored_BK[row.number] = view.flip
+            images_KHWC[len(found) :] = 0
+        places = iter([(*size, *offsets) for size, offsets in images.read_all(encoded)])
+        return [np.asarray(list(itertools.islice(places, len(row.record["images"]))), np.float32) for row in rows]
 
     def _view(self, draws: Draws | None) -> images.View:
         if draws is None:

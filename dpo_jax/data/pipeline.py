@@ -9,7 +9,7 @@ Axes: B prompts, K candidates (best first), V views of an image, H x W pixels, C
 import dataclasses
 import io
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -126,11 +126,14 @@ def make_iterator(
     if relabel != "none":
         pairs = _Relabelled(pairs, seed if relabel == "shuffled" else None)
     rows = _Rows(inputs, pairs, size_conditioning, caption_dropout)
-    # Sharded last: an epoch needn't divide by the shards, and Grain's random generators count global positions.
-    # Only positions go through it: it would measure the size of all that a record holds.
-    stream = grain.MapDataset.range(len(pairs)).seed(seed).shuffle().repeat(None)
-    stream = stream.map_with_index(_at).random_map(_drawn)
-    return BatchIterator(stream, rows, batch_size, shard_index, shard_count, num_workers)
+    # Only numbers of records go through Grain: it would measure the size of all that a record holds.
+    order = grain.MapDataset.range(len(pairs)).seed(seed).shuffle().repeat(None)
+
+    def samples(positions: range) -> list[Sample]:
+        drawn = zip(positions, _draws(seed, positions).tolist(), strict=True)
+        return [Sample(at, order[at], drop_caption=drop, draws=Draws(*of_view)) for at, (drop, *of_view) in drawn]
+
+    return BatchIterator(samples, len(order), rows, batch_size, shard_index, shard_count, num_workers)
 
 
 def validation_batches(
@@ -149,11 +152,11 @@ def validation_batches(
     everyone = batch_size * shard_count
     padded = -(-len(pairs) // everyone) * everyone
 
-    def sample(position: int) -> Sample:
-        return Sample(position, position % len(pairs), counts=position < len(pairs))
+    def samples(positions: range) -> list[Sample]:
+        return [Sample(at, at % len(pairs), counts=at < len(pairs)) for at in positions]
 
-    stream = grain.MapDataset.range(padded).map(sample)
-    return BatchIterator(stream, _Rows(inputs, pairs, size_conditioning), batch_size, shard_index, shard_count)
+    rows = _Rows(inputs, pairs, size_conditioning)
+    return BatchIterator(samples, padded, rows, batch_size, shard_index, shard_count)
 
 
 class Sample(NamedTuple):
@@ -170,18 +173,21 @@ class Sample(NamedTuple):
     draws: Draws | None = None
 
 
-def _at(position: int, number: int) -> Sample:
-    return Sample(position, number)
+def _draws(seed: int, positions: range) -> np.ndarray:
+    """Random numbers in [0, 1) of samples: [position, caption dropout or one of `Draws`].
 
-
-def _drawn(sample: Sample, rng: np.random.Generator) -> Sample:
-    # All numbers are drawn always, so that switching one option on leaves the others' draws alone.
-    drop, *of_view = rng.random(4)
-    return sample._replace(drop_caption=drop, draws=Draws(*of_view))
+    Philox makes four of them for each value of its counter, which is the position: they depend on nothing else.
+    """
+    all_N4 = np.random.Generator(np.random.Philox(key=seed, counter=positions.start)).random(
+        (len(positions) * positions.step, 4)
+    )
+    return all_N4[:: positions.step]
 
 
 class BatchIterator(Iterator[PreferenceBatch]):
     """Batches of this process's share of a stream of samples.
+
+    Shards are dealt out last, by position: an epoch needn't divide by them.
 
     The state is the position in the stream, a JSON-able dict: it can be resumed with other numbers of workers and
     processes and another batch size. Close the iterator, or use it as a context manager, to end its threads.
@@ -189,14 +195,15 @@ class BatchIterator(Iterator[PreferenceBatch]):
 
     def __init__(
         self,
-        stream: grain.MapDataset,
+        samples: Callable[[range], list[Sample]],
+        length: int,
         rows: "_Rows",
         batch_size: int,
         shard_index: int,
         shard_count: int,
         num_workers: int = NUM_WORKERS,
     ):
-        self._stream, self._rows, self._batch_size = stream, rows, batch_size
+        self._samples, self._length, self._rows, self._batch_size = samples, length, rows, batch_size
         self._shard_index, self._shard_count, self._num_workers = shard_index, shard_count, num_workers
         self._position = self._begun_to = 0
         self._threads: ThreadPoolExecutor | None = None
@@ -221,10 +228,10 @@ class BatchIterator(Iterator[PreferenceBatch]):
     def _begin(self) -> bool:
         """Has the threads fill another batch, unless the stream has ended."""
         start, stop = self._begun_to, self._begun_to + self._batch_size * self._shard_count
-        if stop > len(self._stream):
+        if stop > self._length:
             return False
         self._threads = self._threads or ThreadPoolExecutor(self._num_workers)
-        samples = [self._stream[i] for i in range(start + self._shard_index, stop, self._shard_count)]
+        samples = self._samples(range(start + self._shard_index, stop, self._shard_count))
         records = [self._rows.pairs[sample.number] for sample in samples]
         batch = self._rows.begin(self._pool, samples, records)
         rows = [self._rows.row(*each) for each in zip(range(self._batch_size), samples, records, strict=True)]
@@ -319,7 +326,8 @@ class PreparedPairs:
         preference = record["preference"]
         tie = len(preference) > 1 and preference[0] == preference[-1]
         if self._labels == "hard" and not tie and len(preference) > 1:
-            preference = np.eye(len(preference), dtype=np.float32)[0]
+            preference = np.zeros_like(preference)
+            preference[0] = 1
         weight = 0.0 if tie and self._ties == "zero_weight" else 1.0
         captions = record["captions"] or [record["caption"]]
         if len(captions) == 1:
@@ -397,16 +405,18 @@ class _Rows:
     def begin(self, pool: Pool, samples: Sequence[Sample], records: Sequence[dict[str, Any]]) -> PreferenceBatch:
         """A batch in which only the inputs are missing. Candidates that a record lacks are not valid."""
         B, K, size = len(samples), self.pairs.num_candidates, self.inputs.resolution
-        preference_BK = np.zeros((B, K), np.float32)
-        for preference_K, record in zip(preference_BK, records, strict=True):
-            preference_K[: len(record["images"])] = record["preference"]
-        number_B1 = np.asarray([[len(record["images"])] for record in records])
+        preference_BK, valid_BK = np.zeros((B, K), np.float32), np.zeros((B, K), bool)
+        for b, record in enumerate(records):
+            number = len(record["images"])
+            preference_BK[b, :number], valid_BK[b, :number] = record["preference"], True
+        size_cond_BK6 = np.empty((B, K, 6), np.float32)
+        size_cond_BK6[:] = size, size, 0, 0, size, size
         weights = [sample.counts * record["weight"] for sample, record in zip(samples, records, strict=True)]
         return PreferenceBatch(
             inputs=self.inputs.allocate(pool, B, K, self.pairs.num_captions),
-            size_cond_BK6=np.tile(np.asarray([size, size, 0, 0, size, size], np.float32), (B, K, 1)),
+            size_cond_BK6=size_cond_BK6,
             preference_BK=preference_BK,
-            valid_BK=np.arange(K) < number_B1,
+            valid_BK=valid_BK,
             weight_B=np.asarray(weights, np.float32),
             index_B=np.asarray([sample.position for sample in samples], np.int32),
         )

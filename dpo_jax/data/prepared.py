@@ -25,6 +25,7 @@ import tensorflow_datasets as tfds
 
 from dpo_jax.data import scores
 from dpo_jax.data.image_files import ImageFiles
+from dpo_jax.data.rows import Rows
 from dpo_jax.data.scores import Combine
 
 Ties = Literal["drop", "zero_weight", "soft"]
@@ -74,15 +75,15 @@ class Prepared:
         Of more than `num_candidates` candidates it keeps the best `num_candidates - 1` and the worst, and what they
         got of the preference, scaled to sum to 1 again.
         """
-        # A slice of the table would take five times as long.
-        record = {name: self.records[name][index].as_py() for name in columns}
-        kept = _ranks_kept(len(record["images"]), num_candidates)
-        if len(kept) < len(record["images"]):
-            for name in record.keys() & {"images", "preference", "models", "captions"}:
+        record = self._rows.read(index, columns)
+        record["preference"] = np.asarray(record["preference"], np.float32)
+        if num_candidates is not None and len(record["images"]) > num_candidates:
+            kept = [0, *range(1, num_candidates - 1), len(record["images"]) - 1][:num_candidates]
+            for name in record.keys() & {"images", "models", "captions"}:
                 if record[name] is not None:
                     record[name] = [record[name][rank] for rank in kept]
-        preference = np.asarray(record["preference"], np.float32)
-        record["preference"] = preference / (preference.sum() or 1)
+            preference = record["preference"][kept]
+            record["preference"] = preference / (preference.sum() or 1)
         record["sizes"] = self.sizes_I2[record["images"]]
         return record
 
@@ -94,6 +95,10 @@ class Prepared:
     def records(self) -> pa.Table:
         """`RECORDS`; with judges, those that all of them scored are in their order and have their preference."""
         return self._records_and_scored[0]
+
+    @functools.cached_property
+    def _rows(self) -> Rows:
+        return Rows(self.records)
 
     @property
     def scored_N(self) -> np.ndarray:
@@ -246,12 +251,6 @@ def select(
         raise ValueError(f"{what} is left of {prepared.folder}: {', then '.join(left)}; loosen the choice")
     chosen = np.flatnonzero(passed_N)
     return chosen[:limit] if limit else chosen
-
-
-def _ranks_kept(number: int, num_candidates: int | None) -> list[int]:
-    if num_candidates is None or number <= num_candidates:
-        return list(range(number))
-    return [0, *range(1, num_candidates - 1), number - 1][:num_candidates]
 
 
 def _made_by(generators: Sequence[str], models: pa.ChunkedArray) -> np.ndarray:
