@@ -5,12 +5,15 @@
 Every method starts from the same base and learns by the exact judge, until its judge has seen the same number of
 pictures; so much as JPEG files, too, and D3PO by both of its update rules on 7 candidates. Three seeds each. Then the
 base and all models draw the held-out captions, and the same judge scores them: means of all seeds, with 95% intervals
-over captions. Writes OUTPUT/online.json and OUTPUT/online.md; the last results are committed beside this file. Some
-two hours on two CPU cores; the same command continues, --only and --seeds take part of it.
+over captions, and each seed's rise, which differ by more than that. Writes OUTPUT/online.json, OUTPUT/online.md and
+OUTPUT/online.png, which has the scores in training against UNet evaluations and against updates; the last results are
+committed beside this file. Some two hours on two CPU cores; the same command continues. --only and --seeds take part of
+it: other rows are left as they are in OUTPUT.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +45,7 @@ class Method(NamedTuple):
 
 
 SEVEN = ("--config.online.candidates=7", "--config.online.prompts_per_round=16", "--config.online.reference=round")
+BY_PAIR = ("--config.online.update_by=pair",)
 METHODS = {
     "D3PO": Method("", 32 * 4),
     "DDPO": Method("ddpo", 32 * 4),
@@ -51,7 +55,10 @@ METHODS = {
     "D3PO (small files)": Method("compressibility", 32 * 4, "jpeg_compressibility"),
     "DDPO (small files)": Method("compressibility,ddpo", 32 * 4, "jpeg_compressibility"),
     "D3PO of 7 (all pairs at once)": Method("", 16 * 7, fields=SEVEN),
-    "D3PO of 7 (pair by pair)": Method("", 16 * 7, fields=(*SEVEN, "--config.online.update_by=pair"), share=1 / 3),
+    "D3PO of 7 (pair by pair)": Method("", 16 * 7, fields=(*SEVEN, *BY_PAIR), share=1 / 3),
+    "D3PO of 7 (pair by pair, a seventh of the rate)": Method(
+        "", 16 * 7, fields=(*SEVEN, *BY_PAIR, f"--config.optimizer.learning_rate={5e-5 / 7}"), share=1 / 3
+    ),  # Adam's updates are as large as the rate, and there are seven times as many
 }
 
 
@@ -68,14 +75,18 @@ def main() -> None:
             learn(method, workdir(output, name, seed), seed)
     for seed in range(SEEDS.value):
         evaluate(output, chosen, seed)
-    rows = [row(output, name, method) for name, method in chosen.items()]
-    (output / "online.json").write_text(json.dumps(rows, indent=2) + "\n")
+    file = output / "online.json"
+    known = {r["method"]: r for r in json.loads(file.read_text())} if file.exists() else {}
+    known |= {name: row(output, name, method) for name, method in chosen.items()}
+    rows = [known[name] for name in METHODS if name in known]
+    file.write_text(json.dumps(rows, indent=2) + "\n")
     (output / "online.md").write_text(table(rows))
+    draw(rows, output / "online.png")
     print(table(rows))
 
 
 def workdir(output: Path | str, name: str, seed: int) -> Path:
-    return Path(output) / f"{name.replace(' (', '-').replace(')', '').replace(' ', '_')}-{seed}"
+    return Path(output) / f"{re.sub(r'[^A-Za-z0-9]+', '_', name).strip('_')}-{seed}"
 
 
 def learn(method: Method, folder: Path, seed: int) -> None:
@@ -143,16 +154,37 @@ def row(output: Path, name: str, method: Method) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| method | judge | base | tuned | rise | pictures judged | UNet evaluations | updates |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | judge | base | tuned | rise | of each seed | pictures judged | UNet evaluations | updates |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         rise = f"{r['rise']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]"
+        rises = " ".join(f"{value:+.3f}" for value in r["rises"])
         lines.append(
-            f"| {r['method']} | {r['judge']} | {r['base']:.3f} | {r['tuned']:.3f} | {rise} | {r['images']:,} | "
-            f"{r['unet_evaluations']:,} | {r['updates']:,} |"
+            f"| {r['method']} | {r['judge']} | {r['base']:.3f} | {r['tuned']:.3f} | {rise} | {rises} | "
+            f"{r['images']:,} | {r['unet_evaluations']:,} | {r['updates']:,} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """Mean scores of the rounds' own images, by the exact judge, against what had been spent until then."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, (total, label) in zip(
+        axes, {"unet_evaluations": "UNet evaluations", "updates": "updates"}.items(), strict=True
+    ):
+        for r in rows:
+            if r["judge"] == "shapes":
+                rounds = np.arange(len(r["curve"]))
+                axis.plot(rounds * r[total] / len(rounds), r["curve"], marker=".", label=r["method"])
+        axis.set_xlabel(label)
+    axes[0].set_ylabel("score of the images sampled in training")
+    axes[1].set_xscale("symlog", linthresh=10)
+    axes[1].legend(fontsize="small")
+    figure.savefig(file, dpi=80)
 
 
 def run(module: str, *arguments: str) -> None:

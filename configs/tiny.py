@@ -19,7 +19,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.resolution = 32
     c.data.caption_dropout = 0.1  # as the base was trained
     c.data.random_flip = False  # left and right are part of the caption
-    c.data.num_workers = 2
     c.optimizer.learning_rate = 1e-4
     c.optimizer.scale_by_batch = False
     c.optimizer.schedule = "linear"  # to 0: the last steps of a constant rate leave noise in the weights

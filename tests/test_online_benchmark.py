@@ -1,4 +1,4 @@
-"""Every online method makes the judge's score rise on captions it has not seen, clearly, from the same base."""
+"""Online methods make the judge's score rise on captions they have not seen; D3PO and small files clearly."""
 
 import json
 import os
@@ -10,7 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 METHODS = {"D3PO", "DDPO", "DPOK", "GRPO", "SPO", "D3PO (small files)", "DDPO (small files)"}
-RULES = {"D3PO of 7 (all pairs at once)", "D3PO of 7 (pair by pair)"}
+RULES = {
+    "D3PO of 7 (all pairs at once)",
+    "D3PO of 7 (pair by pair)",
+    "D3PO of 7 (pair by pair, a seventh of the rate)",
+}
 CLEAR = {"D3PO", "D3PO (small files)", "DDPO (small files)"}
 
 

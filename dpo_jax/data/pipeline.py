@@ -8,6 +8,7 @@ Axes: B prompts, K candidates (best first), V views of an image, H x W pixels, C
 
 import dataclasses
 import io
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +30,8 @@ SizeConditioning = Literal["constant", "real"]
 Relabel = Literal["none", "swapped", "shuffled"]
 Labels = Literal["hard", "soft"]
 
-NUM_WORKERS = 8
+NUM_WORKERS = min(8, 2 * (os.cpu_count() or 1))
+"""With fewer a core has nothing to decode while a batch is planned; with more they keep the planner from a core."""
 ROWS_A_TASK = 4
 """That a thread fills at once: the fewer times it changes between Python and decoding, the less time both take."""
 TRAINED_ON = ("caption", "captions", "images", "preference")

@@ -47,7 +47,6 @@ AT_LEAST_1 = (
         "data.batch_size",
         "data.accumulation",
         "data.resolution",
-        "data.num_workers",
         "checkpoint.every",
     ),
     *(
@@ -59,7 +58,7 @@ AT_LEAST_1 = (
         "sample.steps",
     ),
 )
-AT_LEAST_0 = ("data.min_side", "data.limit", "data.encoded_views")
+AT_LEAST_0 = ("data.min_side", "data.limit", "data.encoded_views", "data.num_workers")
 SHARES = ("data.caption_dropout", "data.min_agreement", "lora.dropout", "ema.decay")
 CHOICES = {
     "dtype": ("float32", "bfloat16"),
@@ -129,7 +128,7 @@ def default_config() -> ConfigDict:
     c.data.limit = 0  # train on the first this many of the pairs chosen; 0 takes all
     c.data.relabel = "none"  # control experiments: "swapped" or "shuffled" labels
     c.data.encoded_views = 0  # train from what `prepare --encode` stored: this many views of each image; 0 from images
-    c.data.num_workers = 8  # threads on each host that read and decode
+    c.data.num_workers = 0  # threads on each host that read and decode; 0: two a core, at most 8
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "adamw"  # or "adafactor": transformers' variant, without parameter scaling
@@ -196,7 +195,6 @@ def _tiny(c: ConfigDict, *, family: str) -> None:
     c.data.batch_size = 4
     c.data.accumulation = 1
     c.data.resolution = 32
-    c.data.num_workers = 2
     c.optimizer.warmup_steps = 2
     c.checkpoint.every = 2
     c.validation.every = 4

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax.data.encoded import choose_views, open_encodings
 from dpo_jax.data.inputs import Decoded, Inputs, Stored
-from dpo_jax.data.pipeline import BatchIterator, Pairs, make_iterator, open_pairs, validation_batches
+from dpo_jax.data.pipeline import NUM_WORKERS, BatchIterator, Pairs, make_iterator, open_pairs, validation_batches
 from dpo_jax.data.scores import scores_file
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.training.config import Derived
@@ -76,7 +76,7 @@ def open_training_batches(config: ConfigDict, derived: Derived, inputs: Inputs) 
         seed=config.seed,
         caption_dropout=data.caption_dropout,
         relabel=data.relabel,
-        num_workers=data.num_workers,
+        num_workers=data.num_workers or NUM_WORKERS,
         **_options(config),
     )
 

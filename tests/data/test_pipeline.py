@@ -18,6 +18,7 @@ from dpo_jax.data.pipeline import (
     ROWS_A_TASK,
     Pairs,
     RandomPairs,
+    _draws,
     make_iterator,
     open_pairs,
     validation_batches,
@@ -148,6 +149,19 @@ def test_options_leave_each_others_draws_alone(prepared: Path) -> None:
     assert 0.15 < np.mean(plain) < 0.35
     assert not any(caption_of(row) == "" for row in rows_of(take(prepared, 10)))
     assert all(caption_of(row) == "" for row in rows_of(take(prepared, 3, caption_dropout=1.0)))
+
+
+def test_draws_depend_on_seed_and_position_alone() -> None:
+    all_N4 = _draws(7, range(0, 60, 1))
+    assert all_N4.shape == (60, 4)
+    assert len(set(all_N4.ravel())) == 240
+    assert ((all_N4 >= 0) & (all_N4 < 1)).all()
+    for positions in (range(13, 14), range(20, 50, 1), range(3, 60, 7), range(59, 60, 5)):
+        np.testing.assert_array_equal(_draws(7, positions), all_N4[list(positions)])
+    assert not (_draws(8, range(0, 60, 1)) == all_N4).any()
+    later_N4 = _draws(7, range(2**40, 2**40 + 1000))
+    assert abs(later_N4.mean() - 0.5) < 0.03
+    assert abs(np.corrcoef(later_N4, rowvar=False) - np.eye(4)).max() < 0.15
 
 
 def test_seed_decides() -> None:
