@@ -23,7 +23,7 @@ from dpo_jax.evaluation.prompts import read_prompts
 from dpo_jax.objectives.advantages import PromptStatistics
 from dpo_jax.rewards import Scorer, open_judge
 from dpo_jax.rounds.config import Plan, check, make_plan, online_config
-from dpo_jax.rounds.feedback import advantages, best_and_worst, combined, read_feedback
+from dpo_jax.rounds.feedback import learnable, read_feedback
 from dpo_jax.rounds.folder import Rewards, RoundFolder
 from dpo_jax.rounds.method import on_trajectories, sampler_table
 from dpo_jax.rounds.result import write_result
@@ -90,15 +90,16 @@ class Rounds:
         experiment = loop.experiment
         self._rollout = Rollout(self._config, experiment.pipeline, experiment.placement)
         self._tokenizers = load_tokenizers_of(experiment.pipeline)
+        self._names = list(self._config.online.judges) or ["people"]
         remembers = self._config.loss.name != "d3po" and self._config.online.advantage == "prompt"
-        self._statistics = PromptStatistics() if remembers else None
+        self._statistics_R = [PromptStatistics() for _ in self._names] if remembers else []
 
     def run(self, state: TrainState, stage: str) -> TrainState:
         """Until the last round, the end of the stage, or until people are needed."""
         first = int(state.step) // self._plan.updates
-        if self._statistics is not None:  # of what they had seen
+        if self._statistics_R:  # of what they had seen
             for folder in map(self.folder, range(first)):
-                self._learnable(folder, self._shown(folder)[:, None])
+                learnable(self._config, self._shown(folder)[:, None], folder.prompts, self._statistics_R)
         for number in range(first, self._config.online.rounds):
             folder, step = self.folder(number), int(state.step)
             if stage == "train" and folder.missing():
@@ -120,9 +121,9 @@ class Rounds:
                 self._ask(folder)
                 return state
             rewards_PSKR = self._judged(folder, step)
-            learnable = self._learnable(folder, rewards_PSKR)
+            learned = learnable(self._config, rewards_PSKR, folder.prompts, self._statistics_R)
             token_ids_PEL = self._tokenizers(folder.prompts)
-            updates = Updates(self._config, self._plan, folder, self._steps_S, token_ids_PEL, *learnable, step=step)
+            updates = Updates(self._config, self._plan, folder, self._steps_S, token_ids_PEL, *learned, step=step)
             state = self._loop.run(state, updates, end=(number + 1) * self._plan.updates)
             self._remove_trajectories(number)
             if stage == "train":
@@ -237,17 +238,6 @@ class Rounds:
                 "--workdir"
             )
         return np.array(scores["scores"], np.float64)
-
-    def _learnable(self, folder: RoundFolder, rewards_PSKR: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What is preferred, [P, S, K, R], and the advantages, [P, S, K]."""
-        mean_PSK = combined(rewards_PSKR)
-        if self._config.loss.name != "d3po":
-            return mean_PSK[..., None], advantages(mean_PSK, folder.prompts, self._statistics)
-        if self._config.online.combine == "mean":
-            rewards_PSKR = mean_PSK[..., None]
-        if self._config.online.best_and_worst:
-            rewards_PSKR = best_and_worst(rewards_PSKR)
-        return rewards_PSKR, np.zeros(mean_PSK.shape)
 
     def _remove_trajectories(self, number: int) -> None:
         """Of rounds that no checkpoint is in the middle of."""
