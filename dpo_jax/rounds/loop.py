@@ -140,26 +140,33 @@ class Rounds:
         return RoundFolder(self._workdir, number, [self._prompts[i] for i in chosen])
 
     def _sample(self, folder: RoundFolder, state: TrainState) -> None:
-        """Samples what is missing of the round, and has it judged if there are judges."""
-        missing, size, total = folder.missing(), self._rollout.batch_size, len(folder.prompts)
+        """Samples what is missing of the round, and has it judged if there are judges.
+
+        In the batches of a round of which nothing is there yet: in others, numbers would be rounded differently.
+        """
+        missing, size, total = set(folder.missing()), self._rollout.batch_size, len(folder.prompts)
         cluster.wait("found what is missing of the round")
         frozen = self._loop.experiment.frozen
-        for start in range(0, len(missing), size):
+        batches = [range(start, min(start + size, total)) for start in range(0, total, size)]
+        for i, batch in enumerate(batch for batch in batches if missing.intersection(batch)):
             if jax.process_count() == 1 and self._loop.notice.received():
                 raise Preempted(f"preempted in round {folder.number}; run the same command again to go on from there")
-            chosen = missing[start : start + size]
-            numbers = [folder.number * total + p for p in chosen]
-            captions = [folder.prompts[p] for p in chosen]
-            with cluster.watched(f"to sample prompt {numbers[0]}") if start else contextlib.nullcontext():
+            numbers = [folder.number * total + p for p in batch]
+            captions = [folder.prompts[p] for p in batch]
+            with cluster.watched(f"to sample prompt {numbers[0]}") if i else contextlib.nullcontext():
                 drawn = self._rollout(state.params, frozen, captions, numbers)
             rewards = self._judge(drawn, captions)
-            for b, p in enumerate(chosen):
-                if cluster.is_first():
-                    folder.write_images(p, drawn.images_BKHWC[b])
+            new = [(b, p) for b, p in enumerate(batch) if p in missing]
+            for b, p in new if cluster.is_first() else []:
+                folder.write_images(p, drawn.images_BKHWC[b])
+            # A trajectory, of whatever process, says that its images are there.
+            with cluster.watched(f"to write the images of prompt {numbers[0]}"):
+                cluster.wait("wrote images")
+            for b, p in new:
                 if b in drawn.ways:
                     folder.write_trajectory(p, drawn.ways[b], rewards[b] if rewards else None)
-            done = total - len(missing) + start + len(chosen)
-            self._loop.bar.note(f"sampling round {folder.number}: {done}/{total} prompts")
+            missing.difference_update(batch)
+            self._loop.bar.note(f"sampling round {folder.number}: {total - len(missing)}/{total} prompts")
         if cluster.is_first():
             folder.write_list(1 if self._config.online.branching else self._config.online.candidates)
         cluster.wait("sampled the round")

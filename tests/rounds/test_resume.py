@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 ARGUMENTS = (
     "--config=configs/d3po.py:tiny",
     "--config.online.prompts_per_round=4",
-    "--config.online.prompts_at_a_time=1",
+    "--config.online.prompts_at_a_time=2",
     "--config.online.epochs=2",
     "--config.checkpoint.every=3",
     "--config.sample.every=0",
@@ -52,8 +52,8 @@ def parameters(workdir):
 def test_a_killed_run_ends_with_the_same_parameters(online, tmp_path):
     assert online("whole") == 0
 
-    assert online("stopped", "sampled", "2", "SIGKILL") == -9
-    assert len(list((tmp_path / "stopped/rounds/00000/trajectories").glob("*.npz"))) == 2
+    assert online("stopped", "sampled", "1", "SIGKILL") == -9  # in the middle of a batch
+    assert len(list((tmp_path / "stopped/rounds/00000/trajectories").glob("*.npz"))) == 1
     assert online("stopped", "trained", "5", "SIGKILL") == -9  # between the checkpoints of steps 3 and 6
     assert online("stopped") == 0
 
@@ -64,12 +64,12 @@ def test_a_killed_run_ends_with_the_same_parameters(online, tmp_path):
 def test_a_run_that_is_told_to_stop_ends_with_the_same_parameters(online, tmp_path):
     assert online("whole") == 0
 
-    assert online("stopped", "sampled", "3", "SIGTERM") == 75
-    assert len(list((tmp_path / "stopped/rounds/00000/trajectories").glob("*.npz"))) == 3
+    assert online("stopped", "sampled", "1", "SIGTERM") == 75  # when the batch is whole
+    assert len(list((tmp_path / "stopped/rounds/00000/trajectories").glob("*.npz"))) == 2
     assert online("stopped", "trained", "2", "SIGTERM") == 75
     assert (tmp_path / "stopped/checkpoints/2").exists()
     assert online("stopped", "sampled", "1", "SIGTERM") == 75
-    assert len(list((tmp_path / "stopped/rounds/00001/trajectories").glob("*.npz"))) == 1
+    assert len(list((tmp_path / "stopped/rounds/00001/trajectories").glob("*.npz"))) == 2
     assert online("stopped") == 0
 
     assert_alike(tmp_path / "whole", tmp_path / "stopped")
