@@ -81,8 +81,8 @@ def learnable(
         config: of the experiment.
         rewards_PSKR: what was said of the round.
         prompts: of the round.
-        statistics_R: of each judge's rewards so far, which go on to remember these; empty for `online.advantage="group"`
-            and for D3PO.
+        statistics_R: of each judge's rewards so far, which go on to remember these; empty for D3PO and for advantages
+            over groups.
     """
     if config.loss.name != "d3po":
         each_R = itertools.zip_longest(np.moveaxis(rewards_PSKR, -1, 0), statistics_R)

@@ -115,7 +115,7 @@ def test_weight_zero_gives_no_gradient(params):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_batch_without_weight_is_no_update(params, accumulation):
-    """Neither of the weights nor of momentum, average or the counts of the optimizer; the next one is as if it wasn't."""
+    """Neither of weights and their average, nor of momentum and the counts of the optimizer."""
     optimizer = optax.adamw(1e-2, weight_decay=0.1)
     score = make_score(encode, denoise, SCHEDULE, DPO, seed=3)
     step = jax.jit(make_train_step(score, DPO, optimizer, accumulation=accumulation, ema_decay=0.5))
