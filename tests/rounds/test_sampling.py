@@ -47,7 +47,12 @@ def test_a_batch_that_was_cut_off_is_drawn_whole_and_only_what_is_missing_is_wri
 
     learn(config, tmp_path, "sample")
 
-    assert [event for event in said if "round" not in event] == ["drew [0, 1]", "images 1", "wrote images", "trajectory 1"]
+    assert [event for event in said if "round" not in event] == [
+        "drew [0, 1]",
+        "images 1",
+        "wrote images",
+        "trajectory 1",
+    ]
     for file, arrays in zip(trajectories, before, strict=True):
         for name, values in np.load(file).items():
             np.testing.assert_array_equal(values, arrays[name])
