@@ -49,6 +49,11 @@ def wait(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
+def says_first(value: bool) -> bool:
+    """What the first process says, on all of them."""
+    return bool(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value
+
+
 def patience() -> int:
     """Seconds to wait for the others; see `TIMEOUT`."""
     given = os.environ.get(TIMEOUT) or "120"

@@ -7,6 +7,7 @@ Axes: B prompts, K candidates of a prompt, H x W latent cells, C channels.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -68,8 +69,23 @@ def score_transitions(
     )
 
 
-def transition_metrics(scores: Scores, preference_BK: jax.Array) -> dict[str, jax.Array]:
+def beyond_ratio_to_sampled(scores: Scores, *, clip: float) -> jax.Array:
+    """[B, K], whether the ratio to the weights that sampled is further than `clip` from 1, as DDPO's code counts it."""
+    return jnp.abs(jnp.exp(scores.log_prob_BK - scores.old_log_prob_BK) - 1) > clip
+
+
+def beyond_log_ratio(scores: Scores, *, clip: float) -> jax.Array:
+    """[B, K], whether `score_transitions` has clamped the log-ratio at this `clip`, or all but."""
+    log_ratio_BK = scores.log_ratio_BK
+    return (log_ratio_BK <= math.log(1 - clip)) | (log_ratio_BK >= math.log(1 + clip))
+
+
+def transition_metrics(
+    scores: Scores, preference_BK: jax.Array, *, is_clipped: Callable[[Scores], jax.Array]
+) -> dict[str, jax.Array]:
     """Numbers to watch, one a prompt.
+
+    `policy/clipped` is the share of the candidates of which `is_clipped`, [B, K], says that the loss clips their ratio.
 
     `policy/change` is how far log-probabilities have moved since the images were sampled, on average: 0 but for
     rounding before the first update. `policy/kl` is DDPO's estimate of the divergence, half of its square.
@@ -87,6 +103,7 @@ def transition_metrics(scores: Scores, preference_BK: jax.Array) -> dict[str, ja
         "reward/margin": margin_B / jnp.maximum(pairs_B, 1),
         "policy/change": jnp.abs(change_BK).mean(axis=1),
         "policy/kl": jnp.square(change_BK).mean(axis=1) / 2,
+        "policy/clipped": is_clipped(scores).astype(margin_B.dtype).mean(axis=1),
     }
     return metrics if scores.kl_BK is None else metrics | {"policy/reference_kl": scores.kl_BK.mean(axis=1)}
 

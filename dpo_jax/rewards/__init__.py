@@ -26,6 +26,8 @@ class Scorer(NamedTuple):
     """(uint8 pictures [H, W, 3] of any sizes, a caption for each) -> float32 [N].
 
     Raises ValueError with the reason if it can't judge a picture or a caption, OSError if it can't judge at all."""
+    is_outside: bool = False
+    """Whether one process can ask it for all, which may be dear."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Judge(NamedTuple):
     """What is to follow NAME=, if anything."""
     default: str = ""
     """The hub id that is taken if nothing follows, where the published files can be read as they are."""
+    is_outside: bool = False
+    """Whether it is no part of dpo_jax, and knows nothing of its devices and processes."""
 
 
 def open_judge(
@@ -84,7 +88,7 @@ def open_judge(
         _check(name, pictures, captions)
         return np.asarray(score(pictures, captions), np.float32) if len(captions) else np.zeros(0, np.float32)
 
-    return Scorer(name, checked)
+    return Scorer(name, checked, judge.is_outside)
 
 
 def _check(name: str, pictures: Pictures, captions: Sequence[str]) -> None:
@@ -159,15 +163,18 @@ JUDGES = {
         _from("outside", "open_function"),
         "your own: a Python function, called with a list of pictures and one of captions, that returns a number each",
         "a function of the working directory or the environment, module:function",
+        is_outside=True,
     ),
     "command": Judge(
         _from("outside", "open_command"),
         "your own: a command that reads lines of JSON with image files and captions, and prints a score for each",
         "a command line",
+        is_outside=True,
     ),
     "http": Judge(
         _from("outside", "open_http"),
         "your own: an HTTP endpoint that answers images and captions with scores",
         "an address",
+        is_outside=True,
     ),
 }

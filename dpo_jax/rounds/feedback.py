@@ -3,11 +3,13 @@
 Axes: P prompts, K candidates of a prompt, R rewards, S steps (1 where all steps of an image share its reward).
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from dpo_jax.objectives.advantages import PromptStatistics, group_advantages
 
@@ -62,6 +64,35 @@ def best_and_worst(rewards_PSKR: np.ndarray) -> np.ndarray:
     for end_PS1 in (best_PS1, worst_PS1):
         np.put_along_axis(kept_PSK, end_PS1, True, axis=-1)
     return np.where(kept_PSK[..., None], rewards_PSKR, np.nan)
+
+
+def learnable(
+    config: ConfigDict,
+    rewards_PSKR: np.ndarray,
+    prompts: Sequence[str],
+    statistics_R: Sequence[PromptStatistics],
+) -> tuple[np.ndarray, np.ndarray]:
+    """What is preferred, [P, S, K, R or 1], and the advantages, [P, S, K].
+
+    D3PO reads what is preferred. The others read advantages, the mean over judges of those of the rewards as the judge
+    said them: in units of a round's spread, what statistics remember of other rounds would not compare with it.
+
+    Args:
+        config: of the experiment.
+        rewards_PSKR: what was said of the round.
+        prompts: of the round.
+        statistics_R: of each judge's rewards so far, which go on to remember these; empty for D3PO and for advantages
+            over groups.
+    """
+    if config.loss.name != "d3po":
+        each_R = itertools.zip_longest(np.moveaxis(rewards_PSKR, -1, 0), statistics_R)
+        mean_PSK = np.mean([advantages(rewards_PSK, prompts, known) for rewards_PSK, known in each_R], axis=0)
+        return combined(rewards_PSKR)[..., None], mean_PSK
+    if config.online.combine == "mean":
+        rewards_PSKR = combined(rewards_PSKR)[..., None]
+    if config.online.best_and_worst:
+        rewards_PSKR = best_and_worst(rewards_PSKR)
+    return rewards_PSKR, np.zeros(rewards_PSKR.shape[:-1])
 
 
 def advantages(rewards_PSK: np.ndarray, prompts: Sequence[str], statistics: PromptStatistics | None) -> np.ndarray:

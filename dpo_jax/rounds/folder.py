@@ -120,6 +120,7 @@ class RoundFolder:
                 return {field: arrays[field] for field in fields if field in arrays}
         except Exception as error:  # of whatever class: damaged files raise almost any
             raise ValueError(
-                f"{file} can't be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}); remove "
-                f"{self._trajectories} and run again, to sample round {self.number} anew"
+                f"{file} can't be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}); put it "
+                f"back; as long as nothing of round {self.number} is trained on, remove it and run again, to sample it "
+                "anew, otherwise begin another --workdir"
             ) from error

@@ -23,13 +23,14 @@ from dpo_jax.evaluation.prompts import read_prompts
 from dpo_jax.objectives.advantages import PromptStatistics
 from dpo_jax.rewards import Scorer, open_judge
 from dpo_jax.rounds.config import Plan, check, make_plan, online_config
-from dpo_jax.rounds.feedback import advantages, best_and_worst, combined, read_feedback
+from dpo_jax.rounds.feedback import learnable, read_feedback
 from dpo_jax.rounds.folder import Rewards, RoundFolder
 from dpo_jax.rounds.method import on_trajectories, sampler_table
-from dpo_jax.rounds.result import write_result
+from dpo_jax.rounds.result import Result
 from dpo_jax.rounds.rollout import Drawn, Rollout
 from dpo_jax.rounds.updates import Updates
 from dpo_jax.training.experiment import build
+from dpo_jax.training.metrics import read_metrics
 from dpo_jax.training.model import load_tokenizers_of, open_model
 from dpo_jax.training.preemption import Notice, Preempted
 from dpo_jax.training.start import StartClock
@@ -90,15 +91,19 @@ class Rounds:
         experiment = loop.experiment
         self._rollout = Rollout(self._config, experiment.pipeline, experiment.placement)
         self._tokenizers = load_tokenizers_of(experiment.pipeline)
+        self._names = list(self._config.online.judges) or ["people"]
         remembers = self._config.loss.name != "d3po" and self._config.online.advantage == "prompt"
-        self._statistics = PromptStatistics() if remembers else None
+        self._result = Result(self._workdir, self._config, plan)
+        self._kept = 0
+        """The first round whose trajectories may still be there."""
+        self._statistics_R = [PromptStatistics() for _ in self._names] if remembers else []
 
     def run(self, state: TrainState, stage: str) -> TrainState:
         """Until the last round, the end of the stage, or until people are needed."""
         first = int(state.step) // self._plan.updates
-        if self._statistics is not None:  # of what they had seen
+        if self._statistics_R:  # of what they had seen
             for folder in map(self.folder, range(first)):
-                self._learnable(folder, self._shown(folder)[:, None])
+                learnable(self._config, self._shown(folder)[:, None], folder.prompts, self._statistics_R)
         for number in range(first, self._config.online.rounds):
             folder, step = self.folder(number), int(state.step)
             if stage == "train" and folder.missing():
@@ -110,7 +115,8 @@ class Rounds:
                     "another --workdir"
                 )
             self._sample(folder, state)
-            is_judged = bool(self._judges or self._feedback or folder.feedback() or folder.read_scores())
+            people = bool(self._feedback or folder.feedback() or folder.read_scores())
+            is_judged = bool(self._judges) or cluster.says_first(people)
             if stage == "train" and not is_judged:
                 raise ValueError(
                     f"nobody has scored round {number}: {folder.path} has no feedback*.json; vote on it and export the "
@@ -120,9 +126,9 @@ class Rounds:
                 self._ask(folder)
                 return state
             rewards_PSKR = self._judged(folder, step)
-            learnable = self._learnable(folder, rewards_PSKR)
+            learned = learnable(self._config, rewards_PSKR, folder.prompts, self._statistics_R)
             token_ids_PEL = self._tokenizers(folder.prompts)
-            updates = Updates(self._config, self._plan, folder, self._steps_S, token_ids_PEL, *learnable, step=step)
+            updates = Updates(self._config, self._plan, folder, self._steps_S, token_ids_PEL, *learned, step=step)
             state = self._loop.run(state, updates, end=(number + 1) * self._plan.updates)
             self._remove_trajectories(number)
             if stage == "train":
@@ -139,26 +145,33 @@ class Rounds:
         return RoundFolder(self._workdir, number, [self._prompts[i] for i in chosen])
 
     def _sample(self, folder: RoundFolder, state: TrainState) -> None:
-        """Samples what is missing of the round, and has it judged if there are judges."""
-        missing, size, total = folder.missing(), self._rollout.batch_size, len(folder.prompts)
+        """Samples what is missing of the round, and has it judged if there are judges.
+
+        In the batches of a round of which nothing is there yet: in others, numbers would be rounded differently.
+        """
+        missing, size, total = set(folder.missing()), self._rollout.batch_size, len(folder.prompts)
         cluster.wait("found what is missing of the round")
         frozen = self._loop.experiment.frozen
-        for start in range(0, len(missing), size):
+        batches = [range(start, min(start + size, total)) for start in range(0, total, size)]
+        for i, batch in enumerate(batch for batch in batches if missing.intersection(batch)):
             if jax.process_count() == 1 and self._loop.notice.received():
                 raise Preempted(f"preempted in round {folder.number}; run the same command again to go on from there")
-            chosen = missing[start : start + size]
-            numbers = [folder.number * total + p for p in chosen]
-            captions = [folder.prompts[p] for p in chosen]
-            with cluster.watched(f"to sample prompt {numbers[0]}") if start else contextlib.nullcontext():
+            numbers = [folder.number * total + p for p in batch]
+            captions = [folder.prompts[p] for p in batch]
+            with cluster.watched(f"to sample prompt {numbers[0]}") if i else contextlib.nullcontext():
                 drawn = self._rollout(state.params, frozen, captions, numbers)
             rewards = self._judge(drawn, captions)
-            for b, p in enumerate(chosen):
-                if cluster.is_first():
-                    folder.write_images(p, drawn.images_BKHWC[b])
+            new = [(b, p) for b, p in enumerate(batch) if p in missing]
+            for b, p in new if cluster.is_first() else []:
+                folder.write_images(p, drawn.images_BKHWC[b])
+            # A trajectory, of whatever process, says that its images are there.
+            with cluster.watched(f"to write the images of prompt {numbers[0]}"):
+                cluster.wait("wrote images")
+            for b, p in new:
                 if b in drawn.ways:
                     folder.write_trajectory(p, drawn.ways[b], rewards[b] if rewards else None)
-            done = total - len(missing) + start + len(chosen)
-            self._loop.bar.note(f"sampling round {folder.number}: {done}/{total} prompts")
+            missing.difference_update(batch)
+            self._loop.bar.note(f"sampling round {folder.number}: {total - len(missing)}/{total} prompts")
         if cluster.is_first():
             folder.write_list(1 if self._config.online.branching else self._config.online.candidates)
         cluster.wait("sampled the round")
@@ -178,10 +191,20 @@ class Rounds:
         ]
 
     def _scores(self, images_BKHWC: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-        """[B, K, R]; those of the first process, since an outside judge may not say the same twice."""
+        """[B, K, R]; those of the first process, since an outside judge may not say the same twice, nor for nothing."""
         B, K = images_BKHWC.shape[:2]
         pictures, each = images_BKHWC.reshape(B * K, *images_BKHWC.shape[2:]), [c for c in captions for _ in range(K)]
-        scores_RN = np.stack([judge.score(pictures, each) for judge in self._judges])
+        scores_RN = np.zeros((len(self._judges), B * K), np.float32)
+
+        def ask(*, is_outside: bool) -> None:
+            for r, judge in enumerate(self._judges):
+                if judge.is_outside == is_outside:
+                    scores_RN[r] = judge.score(pictures, each)
+
+        with cluster.together("asking its judges"):
+            if cluster.is_first():
+                ask(is_outside=True)
+        ask(is_outside=False)  # networks may lie on the devices of all processes
         if jax.process_count() > 1:
             scores_RN = np.asarray(multihost_utils.broadcast_one_to_all(scores_RN))
         return np.moveaxis(scores_RN, 0, -1).reshape(B, K, -1)
@@ -203,30 +226,39 @@ class Rounds:
     def _judged(self, folder: RoundFolder, step: int) -> np.ndarray:
         """rewards_PSKR of the round; what is said of its images is noted once, and holds when the run is resumed."""
         found = folder.read_rewards() if self._judges else []
-        if folder.read_scores() is None:
-            if self._judges:
-                shown_PKR = np.stack([rewards.shown_KR for rewards in found])
-            else:
-                files = self._feedback or folder.feedback()
-                shown_PKR = read_feedback(files, len(folder.prompts), self._config.online.candidates)[..., None]
-            self._note(folder, step, shown_PKR)
+        with cluster.together(f"noting what was said of round {folder.number}"):
+            if cluster.is_first():
+                self._note(folder, step, found)
         steps = [rewards.steps_SKR for rewards in found if rewards.steps_SKR is not None]
         return np.stack(steps) if steps else self._shown(folder)[:, None]
 
-    def _note(self, folder: RoundFolder, step: int, shown_PKR: np.ndarray) -> None:
-        """Into the round's folder, the metrics and `result.json`."""
-        names = list(self._config.online.judges) or ["people"]
-        cluster.wait("judged the round")
-        if cluster.is_first():
-            folder.write_scores({"round": folder.number, "step": step, "judges": names}, shown_PKR)
-        cluster.wait("wrote what judges said")
-        means = {name: float(np.nanmean(shown_PKR[..., r])) for r, name in enumerate(names)}
-        scalars = {f"online/{name}": mean for name, mean in means.items()}
-        self._loop.writer.scalars(step, {"online/round": folder.number, **scalars})
-        if cluster.is_first():
-            write_result(self._workdir, self._config, self._plan, folder.number)
-            said = "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
-            self._say(f"round {folder.number + 1}/{self._config.online.rounds} at step {step}: {said}")
+    def _note(self, folder: RoundFolder, step: int, found: Sequence[Rewards]) -> None:
+        """Into the round's folder, the metrics and `result.json`; what a kill has kept from some of them as well."""
+        start = folder.number * self._plan.updates
+        noted_PKR = self._shown(folder) if folder.read_scores() else None
+        shown_PKR = noted_PKR if noted_PKR is not None and not self._feedback else self._said(folder, found)
+        is_new = noted_PKR is None or not np.array_equal(shown_PKR, noted_PKR, equal_nan=True)
+        if is_new and noted_PKR is not None and step > start:
+            raise ValueError(
+                f"--feedback differs from {folder.path / 'scores.json'}, by which round {folder.number} is trained on "
+                f"up to step {step} already; leave out --feedback to go on by that, or begin another --workdir"
+            )
+        if is_new:
+            folder.write_scores({"round": folder.number, "step": start, "judges": self._names}, shown_PKR)
+        means = {name: float(np.nanmean(shown_PKR[..., r])) for r, name in enumerate(self._names)}
+        if is_new or all(row.get("online/round") != folder.number for row in read_metrics(self._workdir)):
+            scalars = {f"online/{name}": mean for name, mean in means.items()}
+            self._loop.writer.scalars(start, {"online/round": folder.number, **scalars})
+        self._result.write(folder.number)
+        said = "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
+        self._say(f"round {folder.number + 1}/{self._config.online.rounds} at step {start}: {said}")
+
+    def _said(self, folder: RoundFolder, found: Sequence[Rewards]) -> np.ndarray:
+        """shown_PKR: by judges, as it was found, or by people."""
+        if self._judges:
+            return np.stack([rewards.shown_KR for rewards in found])
+        files = self._feedback or folder.feedback()
+        return read_feedback(files, len(folder.prompts), self._config.online.candidates)[..., None]
 
     def _shown(self, folder: RoundFolder) -> np.ndarray:
         """[P, K, R], from `scores.json`."""
@@ -238,21 +270,10 @@ class Rounds:
             )
         return np.array(scores["scores"], np.float64)
 
-    def _learnable(self, folder: RoundFolder, rewards_PSKR: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What is preferred, [P, S, K, R], and the advantages, [P, S, K]."""
-        mean_PSK = combined(rewards_PSKR)
-        if self._config.loss.name != "d3po":
-            return mean_PSK[..., None], advantages(mean_PSK, folder.prompts, self._statistics)
-        if self._config.online.combine == "mean":
-            rewards_PSKR = mean_PSK[..., None]
-        if self._config.online.best_and_worst:
-            rewards_PSKR = best_and_worst(rewards_PSKR)
-        return rewards_PSKR, np.zeros(mean_PSK.shape)
-
-    def _remove_trajectories(self, number: int) -> None:
-        """Of rounds that no checkpoint is in the middle of."""
+    def _remove_trajectories(self, last: int) -> None:
+        """Of the rounds up to `last` that no checkpoint is in the middle of."""
         oldest = self._loop.checkpoints.oldest_step() or 0
-        if cluster.is_first():
-            for done in range(number + 1):
-                if (done + 1) * self._plan.updates <= oldest:
-                    self.folder(done).remove_trajectories()
+        while self._kept <= last and (self._kept + 1) * self._plan.updates <= oldest:
+            if cluster.is_first():
+                self.folder(self._kept).remove_trajectories()
+            self._kept += 1

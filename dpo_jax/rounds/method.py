@@ -11,7 +11,12 @@ from dpo_jax.diffusion.trajectories import random_steps
 from dpo_jax.encode.text import make_conditionings
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.objectives.losses import d3po, ddpo, dpok
-from dpo_jax.objectives.transitions import score_transitions, transition_metrics
+from dpo_jax.objectives.transitions import (
+    beyond_log_ratio,
+    beyond_ratio_to_sampled,
+    score_transitions,
+    transition_metrics,
+)
 from dpo_jax.rounds.config import needs_reference
 from dpo_jax.sharding import Placement, batch_constraint
 from dpo_jax.training.model import load_tokenizers_of
@@ -28,7 +33,11 @@ def make_objective(config: ConfigDict) -> Objective:
         "ddpo": functools.partial(ddpo, **gradient),
         "dpok": functools.partial(dpok, **gradient, kl_weight=loss.kl_weight),
     }
-    return Objective(losses[loss.name], needs_reference=needs_reference(config), metrics=transition_metrics)
+    is_clipped = functools.partial(beyond_ratio_to_sampled, clip=loss.clip)
+    if loss.name == "d3po":
+        is_clipped = functools.partial(beyond_log_ratio, clip=config.online.clip)
+    metrics = functools.partial(transition_metrics, is_clipped=is_clipped)
+    return Objective(losses[loss.name], needs_reference=needs_reference(config), metrics=metrics)
 
 
 def sampler_table(config: ConfigDict, pipeline: Pipeline) -> SamplerTable:

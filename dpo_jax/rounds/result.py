@@ -11,18 +11,32 @@ from dpo_jax.files import write_whole
 from dpo_jax.rounds.config import Plan
 
 
-def write_result(workdir: epath.PathLike, config: ConfigDict, plan: Plan, last: int) -> None:
-    """Of the rounds 0 to `last`, by their `scores.json`.
+class Result:
+    """Writes the file, by the `scores.json` of the rounds, each of which is read once."""
 
-    `images`, `unet_evaluations` and `updates` are what went before the round's images were sampled: its score is that
-    of the policy which so much made. An evaluation is one image at one timestep by one network, guided or not; what
-    backward passes cost is not in it.
-    """
-    workdir = epath.Path(workdir)
-    rounds = [_round(workdir / "rounds" / f"{number:05d}" / "scores.json", plan) for number in range(last + 1)]
-    totals = {"images": plan.images, "unet_evaluations": plan.evaluations, "updates": plan.updates}
-    fields = {"method": config.loss.name, "branching": config.online.branching, "a_round": totals, "rounds": rounds}
-    write_whole(workdir / "result.json", json.dumps(fields, indent=2) + "\n")
+    def __init__(self, workdir: epath.PathLike, config: ConfigDict, plan: Plan):
+        self._workdir, self._plan = epath.Path(workdir), plan
+        online = config.online
+        self._fields = {
+            "method": config.loss.name,
+            **{name: online[name] for name in ("advantage", "update_by", "candidates", "branching")},
+            "judges": list(online.judges),
+            "a_round": {"images": plan.images, "unet_evaluations": plan.evaluations, "updates": plan.updates},
+        }
+        self._rounds: list[dict[str, Any]] = []
+
+    def write(self, last: int) -> None:
+        """Of the rounds 0 to `last`.
+
+        `images`, `unet_evaluations` and `updates` are what went before the round's images were sampled: its score is
+        that of the policy which so much made. An evaluation is one image at one timestep by one network, guided or not;
+        what backward passes cost is not in it.
+        """
+        for number in range(len(self._rounds), last + 1):
+            file = self._workdir / "rounds" / f"{number:05d}" / "scores.json"
+            self._rounds.append(_round(file, self._plan))
+        fields = self._fields | {"rounds": self._rounds}
+        write_whole(self._workdir / "result.json", json.dumps(fields, indent=2) + "\n")
 
 
 def _round(file: epath.Path, plan: Plan) -> dict[str, Any]:

@@ -125,6 +125,9 @@ def make_train_step(
 
     The loss is the mean over the batch weighted by `weight_B`. With accumulation the batch is cut into micro-batches
     whose gradients are summed before the one update, which gives the gradient of the whole batch.
+
+    A batch without weight, such as a pair of candidates that people find equally good, is no update: but for the step
+    the state stays as it is, momentum, weight decay, averages and the optimizer's own count of steps included.
     """
 
     def summed_loss(
@@ -154,13 +157,17 @@ def make_train_step(
             add = jax.tree_util.Partial(jax.tree.map, jnp.add)
             (grads, sums), _ = jax.lax.scan(lambda total, one: (add(total, of_batch(one)), None), zeros, micro)
 
-        total_weight = jnp.maximum(jnp.sum(prompt_weights(batch)), 1e-8)
+        weight = jnp.sum(prompt_weights(batch))
+        total_weight = jnp.maximum(weight, 1e-8)
         grads, metrics = jax.tree.map(lambda x: x / total_weight.astype(x.dtype), (grads, sums))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates = jax.tree.map(lambda x: jnp.where(weight > 0, x, 0), updates)
         metrics["train/gradient_norm"] = optax.tree.norm(grads)
         metrics["train/update_norm"] = optax.tree.norm(updates)
         params = optax.apply_updates(state.params, updates)
         ema = moving_average(state.ema, params, state.step, ema_decay) if ema_decay else state.ema
+        before = state.opt_state, state.ema
+        opt_state, ema = jax.tree.map(lambda new, old: jnp.where(weight > 0, new, old), (opt_state, ema), before)
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     return step

@@ -1,5 +1,7 @@
 """Scores of transitions against a loop over single images with SciPy's normal density."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,12 @@ from dpo_jax.batch import Conditioning, Scores
 from dpo_jax.diffusion.samplers import make_table, with_guidance
 from dpo_jax.diffusion.schedule import make_schedule
 from dpo_jax.diffusion.trajectories import branch, sample_trajectory, transitions_at
-from dpo_jax.objectives.transitions import score_transitions, transition_metrics
+from dpo_jax.objectives.transitions import (
+    beyond_log_ratio,
+    beyond_ratio_to_sampled,
+    score_transitions,
+    transition_metrics,
+)
 
 SCHEDULE = make_schedule(
     {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -204,7 +211,8 @@ def test_metrics_by_hand():
     change_BK = np.array([[0.3, -0.3, 0], [0, 0, 0], [0.1, 0.2, -0.3], [1, 1, 1]], np.float32)
     scores = Scores(log_ratio_BK, log_prob_BK=change_BK - 2, old_log_prob_BK=np.full((4, 3), -2, np.float32))
 
-    metrics = transition_metrics(scores, reward_BK)
+    is_clipped = functools.partial(beyond_ratio_to_sampled, clip=0.3)
+    metrics = transition_metrics(scores, reward_BK, is_clipped=is_clipped)
 
     expected = {
         "pair/count": [3, 0, 1, 2],
@@ -212,11 +220,12 @@ def test_metrics_by_hand():
         "reward/margin": [0.4 / 3, 0, -0.4, 0.05],
         "policy/change": [0.2, 0, 0.2, 1],
         "policy/kl": [0.03, 0, 0.14 / 6, 0.5],
+        "policy/clipped": [1 / 3, 0, 0, 1],  # exp(-0.3) is 0.74, exp(0.3) 1.35
     }
     assert metrics.keys() == expected.keys()
     for name, values_B in expected.items():
         np.testing.assert_allclose(metrics[name], values_B, atol=1e-6, err_msg=name)
-    with_kl = transition_metrics(scores._replace(kl_BK=np.arange(12.0).reshape(4, 3)), reward_BK)
+    with_kl = transition_metrics(scores._replace(kl_BK=np.arange(12.0).reshape(4, 3)), reward_BK, is_clipped=is_clipped)
     assert with_kl.keys() - metrics.keys() == {"policy/reference_kl"}
     np.testing.assert_allclose(with_kl["policy/reference_kl"], [1, 4, 7, 10])
 
@@ -227,4 +236,21 @@ def test_metrics_by_hand():
 )
 def test_metrics_count_the_pairs_that_judges_agree_on(rewards_KR, pairs):
     scores = Scores(jnp.zeros((1, 2)), log_prob_BK=jnp.zeros((1, 2)), old_log_prob_BK=jnp.zeros((1, 2)))
-    assert transition_metrics(scores, jnp.asarray(rewards_KR, jnp.float32)[None])["pair/count"] == pairs
+    metrics = transition_metrics(
+        scores, jnp.asarray(rewards_KR, jnp.float32)[None], is_clipped=functools.partial(beyond_log_ratio, clip=0.1)
+    )
+    assert metrics["pair/count"] == pairs
+    assert metrics["policy/clipped"] == 0
+
+
+def test_clamped_ratios_are_told_from_others():
+    transitions, conditioning = inputs()
+    free, clamped = (
+        score_transitions(denoise, POLICY, REFERENCE, TABLE, transitions, conditioning, clip=clip)
+        for clip in (0.9, 0.01)
+    )
+    ratio_BK = np.exp(np.asarray(free.log_ratio_BK))
+    expected = np.abs(ratio_BK - 1) > 0.01
+    assert 0 < expected.sum() < expected.size
+    np.testing.assert_array_equal(beyond_log_ratio(clamped, clip=0.01), expected)
+    assert not beyond_log_ratio(free, clip=0.9).any()

@@ -9,7 +9,7 @@ from etils import epath
 
 from dpo_jax.objectives.advantages import PromptStatistics
 from dpo_jax.objectives.losses import is_preferred
-from dpo_jax.rounds.feedback import advantages, best_and_worst, combined, read_feedback
+from dpo_jax.rounds.feedback import advantages, best_and_worst, combined, learnable, read_feedback
 
 NAN = np.nan
 
@@ -157,3 +157,46 @@ def test_advantages_by_the_last_rewards_of_the_prompt():
             last = remembered[prompts[i[0]]]
             base = last if len(last) >= 3 else [rewards_PSK[j] for j in known]
             assert found_PSK[i] == pytest.approx((rewards_PSK[i] - np.mean(base)) / (np.std(base) + 1e-6), rel=1e-12)
+
+
+@pytest.mark.parametrize("judges", [1, 2])
+def test_advantages_of_rounds_of_another_spread_are_those_of_the_rewards_themselves(online, judges):
+    """As DDPO's released code remembers them; several judges' advantages are averaged."""
+    config, rng = online("tiny_online:ddpo,tiny"), np.random.default_rng(0)
+    names = [f"prompt {p}" for p in range(3)]
+    statistics_R, references = ([PromptStatistics() for _ in range(judges)] for _ in range(2))
+    remembered = 0
+    for spread in (1, 10, 0.1):
+        rewards_PSKR = spread * rng.normal(size=(3, 1, 8, judges)) * [1, 1000][:judges] + 2
+
+        _, found_PSK = learnable(config, rewards_PSKR, names, statistics_R)
+
+        expected = [
+            reference.advantages([name for name in names for _ in range(8)], rewards_PSKR[..., r].ravel())
+            for r, reference in enumerate(references)
+        ]
+        np.testing.assert_allclose(found_PSK, np.mean(expected, axis=0).reshape(3, 1, 8), rtol=1e-12)
+        remembered += 8
+        assert all(len(statistics.rewards["prompt 0"]) == min(remembered, 16) for statistics in statistics_R)
+
+
+def test_advantages_in_a_group_by_several_judges_are_averaged(online):
+    config = online("tiny_online:grpo,tiny")
+    rewards_PSKR = np.random.default_rng(0).normal(size=(2, 3, 4, 2)) * [1, 1000]
+
+    _, found_PSK = learnable(config, rewards_PSKR, ["a", "b"], [])
+
+    each = [advantages(rewards_PSKR[..., r], ["a", "b"], None) for r in range(2)]
+    np.testing.assert_allclose(found_PSK, np.mean(each, axis=0), rtol=1e-12)
+
+
+def test_what_d3po_prefers(online):
+    rewards_PSKR = np.random.default_rng(0).normal(size=(2, 1, 3, 2))
+    for fields, expected in (
+        ({}, rewards_PSKR),
+        ({"online.combine": "mean"}, combined(rewards_PSKR)[..., None]),
+        ({"online.best_and_worst": True}, best_and_worst(rewards_PSKR)),
+    ):
+        preferred_PSKR, advantages_PSK = learnable(online(**fields), rewards_PSKR, ["a", "b"], [])
+        np.testing.assert_array_equal(preferred_PSKR, expected)
+        np.testing.assert_array_equal(advantages_PSK, np.zeros((2, 1, 3)))

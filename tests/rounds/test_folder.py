@@ -92,7 +92,10 @@ def test_a_damaged_trajectory_is_told_with_the_remedy(folder, damage):
         file.unlink()
     else:
         file.write_bytes(damages(file.read_bytes())[damage])
-    message = rf"00000\.npz can't be read \(.+\); remove {file.parent} and run again, to sample round 3 anew"
+    message = (
+        r"00000\.npz can't be read \(.+\); put it back; as long as nothing of round 3 is trained on, remove it and run "
+        "again, to sample it anew, otherwise begin another --workdir"
+    )
     reads = [lambda: folder.read_way(0), folder.read_rewards]
     for read in reads[:1] if damage == "flipped" else reads:  # a bit of the latents, which say nothing of rewards
         with pytest.raises(ValueError, match=message) as error:

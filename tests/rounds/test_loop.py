@@ -7,6 +7,7 @@ import math
 import pytest
 
 from dpo_jax.evaluation.image_folder import read_list
+from dpo_jax.rounds.folder import RoundFolder
 from dpo_jax.rounds.loop import learn
 from dpo_jax.training.run import open_run
 
@@ -53,10 +54,36 @@ def check_run(config, workdir):
         assert math.isfinite(scores["mean"])
         assert len(read_list(workdir / "rounds" / f"{number:05d}" / "images")) == shown
     assert len(result["rounds"]) == config.online.rounds
+    assert result["method"] == config.loss.name
+    for name in ("advantage", "update_by", "candidates", "branching"):
+        assert result[name] == config.online[name]
+    assert result["judges"] == list(config.online.judges)
     if config.sample.every:
         assert (workdir / "samples" / f"step_{updates:06d}.png").read_bytes()[:4] == b"\x89PNG"
     learn(config, workdir)  # there is nothing left to do
     assert open_run(workdir).step == updates
+
+
+def test_figures_that_a_kill_has_kept_from_their_files_are_written_later(online, tmp_path, monkeypatch):
+    config = online("d3po:compressibility,tiny", **{"sample.every": 0})
+    write = RoundFolder.write_scores
+
+    def killed(self, *arguments):
+        write(self, *arguments)
+        raise KeyboardInterrupt
+
+    for number in range(config.online.rounds):
+        with monkeypatch.context() as patch:
+            patch.setattr(RoundFolder, "write_scores", killed)
+            with pytest.raises(KeyboardInterrupt):
+                learn(config, tmp_path)
+        assert (tmp_path / f"rounds/{number:05d}/scores.json").exists()
+    learn(config, tmp_path)
+
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    noted = [(row["online/round"], row["step"]) for row in rows if "online/round" in row]
+    assert noted == [(0, 0), (1, 2)]
+    assert len(json.loads((tmp_path / "result.json").read_text())["rounds"]) == 2
 
 
 @pytest.mark.slow

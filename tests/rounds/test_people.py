@@ -21,6 +21,7 @@ from dpo_jax.rounds.loop import learn
 from dpo_jax.rounds.rollout import Rollout
 from dpo_jax.training.model import load_encoders
 from dpo_jax.training.run import open_run
+from dpo_jax.training.trainer import Loop
 
 ROOT = Path(__file__).parents[2]
 P, K = 4, 3
@@ -190,3 +191,42 @@ def test_feedback_that_is_missing_or_of_another_shape_is_told(sampled, tmp_path)
         with pytest.raises(error, match=message):
             learn(config, workdir, "train", feedback)
     assert [path for path in sorted(workdir.rglob("*")) if path not in before and "tfevents" not in path.name] == []
+
+
+@pytest.fixture
+def stopping(monkeypatch):
+    """`stopping(steps)`: the next runs end after that many steps of theirs, as if they were killed."""
+    original = Loop.run
+
+    def stop(steps: int | None) -> None:
+        def run(self, state, updates, end):
+            return original(self, state, updates, end if steps is None else int(state.step) + steps)
+
+        monkeypatch.setattr(Loop, "run", run)
+
+    return stop
+
+
+def test_other_feedback_counts_until_the_round_is_trained_on(online, tmp_path, stopping):
+    fields = {"online.judges": (), "online.candidates": 2, "sample.every": 0, "data.batch_size": 1}
+    config, workdir = online("d3po:tiny", **fields), tmp_path / "run"
+    first, second = (write(tmp_path / f"{a}.json", [[a, 2], [3, 4]]) for a in (1, 5))
+    learn(config, workdir, "sample")
+
+    def scores():
+        return np.array(json.loads((workdir / "rounds/00000/scores.json").read_text())["scores"])[..., 0].tolist()
+
+    stopping(0)
+    learn(config, workdir, "train", [first])
+    assert scores() == [[1, 2], [3, 4]]
+    stopping(1)
+    learn(config, workdir, "train", [second])
+    assert scores() == [[5, 2], [3, 4]]
+    stopping(None)
+    with pytest.raises(ValueError, match=r"--feedback differs from .*scores\.json, by which round 0 .* step 1 already"):
+        learn(config, workdir, "train", [first])
+    assert open_run(workdir).step == 1
+    learn(config, workdir, "train", [second])  # as it was begun
+    assert open_run(workdir).step == 2
+    result = json.loads((workdir / "result.json").read_text())
+    assert result["rounds"][0]["scores"]["people"]["mean"] == 3.5

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 ARGUMENTS = (
     "--config=configs/d3po.py:tiny",
     "--config.online.prompts_per_round=4",
-    "--config.online.prompts_at_a_time=1",
+    "--config.online.prompts_at_a_time=2",
     "--config.online.epochs=2",
     "--config.checkpoint.every=3",
     "--config.sample.every=0",
@@ -32,9 +32,9 @@ def online(tmp_path):
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     environment["PYTHONPATH"] = str(ROOT)
 
-    def run(workdir, *stop):
+    def run(workdir, *stop, arguments=ARGUMENTS):
         script = [str(Path(__file__).with_name("stopped_run.py")), *stop] if stop else ["-m", "dpo_jax.online"]
-        command = [sys.executable, *script, *ARGUMENTS, f"--workdir={tmp_path / workdir}"]
+        command = [sys.executable, *script, *arguments, f"--workdir={tmp_path / workdir}"]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
         assert "Traceback" not in done.stderr, done.stderr
         return done.returncode
@@ -42,18 +42,18 @@ def online(tmp_path):
     return run
 
 
-def parameters(workdir):
+def parameters(workdir, step):
     import orbax.checkpoint as ocp
 
-    folder = workdir / "checkpoints" / "16" / "state"
+    folder = workdir / "checkpoints" / str(step) / "state"
     return ocp.PyTreeCheckpointHandler().restore(folder.absolute())
 
 
 def test_a_killed_run_ends_with_the_same_parameters(online, tmp_path):
     assert online("whole") == 0
 
-    assert online("stopped", "sampled", "2", "SIGKILL") == -9
-    assert len(list((tmp_path / "stopped/rounds/00000/trajectories").glob("*.npz"))) == 2
+    assert online("stopped", "sampled", "1", "SIGKILL") == -9  # in the middle of a batch
+    assert len(list((tmp_path / "stopped/rounds/00000/trajectories").glob("*.npz"))) == 1
     assert online("stopped", "trained", "5", "SIGKILL") == -9  # between the checkpoints of steps 3 and 6
     assert online("stopped") == 0
 
@@ -64,24 +64,53 @@ def test_a_killed_run_ends_with_the_same_parameters(online, tmp_path):
 def test_a_run_that_is_told_to_stop_ends_with_the_same_parameters(online, tmp_path):
     assert online("whole") == 0
 
-    assert online("stopped", "sampled", "3", "SIGTERM") == 75
-    assert len(list((tmp_path / "stopped/rounds/00000/trajectories").glob("*.npz"))) == 3
+    assert online("stopped", "sampled", "1", "SIGTERM") == 75  # when the batch is whole
+    assert len(list((tmp_path / "stopped/rounds/00000/trajectories").glob("*.npz"))) == 2
     assert online("stopped", "trained", "2", "SIGTERM") == 75
     assert (tmp_path / "stopped/checkpoints/2").exists()
     assert online("stopped", "sampled", "1", "SIGTERM") == 75
-    assert len(list((tmp_path / "stopped/rounds/00001/trajectories").glob("*.npz"))) == 1
+    assert len(list((tmp_path / "stopped/rounds/00001/trajectories").glob("*.npz"))) == 2
     assert online("stopped") == 0
 
     assert_alike(tmp_path / "whole", tmp_path / "stopped")
 
 
-def assert_alike(first, second):
-    whole, stopped = parameters(first), parameters(second)
-    assert whole["step"] == stopped["step"] == 16
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_what_it_knew_of_each_prompt(online, tmp_path):
+    """By DDPO's statistics: of 3 prompts, which have their 16 rewards after 2 or 3 of the 6 rounds."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\na red circle\n")
+    arguments = (
+        "--config=configs/d3po.py:compressibility,ddpo,tiny",
+        f"--config.online.prompts={prompts}",
+        "--config.online.rounds=6",
+        "--config.online.prompts_per_round=6",
+        "--config.online.candidates=4",
+        "--config.data.batch_size=2",
+        "--config.optimizer.learning_rate=1e-3",
+        "--config.checkpoint.every=4",
+        "--config.sample.every=0",
+    )  # 3 steps a round
+    assert online("whole", arguments=arguments) == 0
+    assert online("stopped", "trained", "11", "SIGKILL", arguments=arguments) == -9  # from step 9 again, with round 3
+    assert online("stopped", "sampled", "3", "SIGKILL", arguments=arguments) == -9
+    assert online("stopped", "trained", "2", "SIGKILL", arguments=arguments) == -9
+    assert online("stopped", arguments=arguments) == 0
+
+    assert_alike(tmp_path / "whole", tmp_path / "stopped", step=18, images=[24 * number for number in range(6)])
+
+
+def assert_alike(first, second, step=16, images=(0, 8)):
+    whole, stopped = parameters(first, step), parameters(second, step)
+    assert whole["step"] == stopped["step"] == step
     assert whole["params"].keys() == stopped["params"].keys()
     assert any(np.any(np.asarray(x)) for name, x in whole["params"].items() if "lora_B" in name)
     for name, value in whole["params"].items():
         np.testing.assert_array_equal(np.asarray(value), np.asarray(stopped["params"][name]))
     results = [json.loads((folder / "result.json").read_text()) for folder in (first, second)]
     assert results[0] == results[1]
-    assert [of_round["images"] for of_round in results[0]["rounds"]] == [0, 8]
+    assert [of_round["images"] for of_round in results[0]["rounds"]] == list(images)
+    for folder in (first, second):
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        noted = [row["online/round"] for row in rows if "online/round" in row]
+        assert noted == list(range(len(images)))

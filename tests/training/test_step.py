@@ -113,6 +113,28 @@ def test_weight_zero_gives_no_gradient(params):
         assert not np.allclose(half.params[name], params[name], rtol=1e-9)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_batch_without_weight_is_no_update(params, accumulation):
+    """Neither of weights and their average, nor of momentum and the counts of the optimizer."""
+    optimizer = optax.adamw(1e-2, weight_decay=0.1)
+    score = make_score(encode, denoise, SCHEDULE, DPO, seed=3)
+    step = jax.jit(make_train_step(score, DPO, optimizer, accumulation=accumulation, ema_decay=0.5))
+    frozen, batch = frozen_like(perturbed(params)), make_batch()
+    state = TrainState(jnp.int32(0), params, optimizer.init(params), params)
+    for _ in range(3):
+        state, _ = step(state, frozen, batch)
+
+    after, metrics = step(state, frozen, batch._replace(weight_B=np.zeros(8, np.float32)))
+
+    assert after.step == 4
+    jax.tree.map(np.testing.assert_array_equal, after[1:], state[1:])
+    assert metrics["train/update_norm"] == 0
+    assert any(not np.allclose(state.ema[name], state.params[name]) for name in params)
+    weighed, metrics = step(state, frozen, batch._replace(weight_B=np.float32([0, 0, 0, 0, 0, 0, 0, 1])))
+    assert metrics["train/update_norm"] > 0
+    assert not np.allclose(weighed.params["in"], state.params["in"])
+
+
 @pytest.mark.parametrize("accumulation", [2, 8])
 @pytest.mark.parametrize("objective", [DPO, SFT], ids=["dpo", "sft"])
 def test_accumulation_equals_the_large_batch(params, accumulation, objective):
