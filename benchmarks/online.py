@@ -56,7 +56,7 @@ METHODS = {
     "DDPO (small files)": Method("compressibility,ddpo", 32 * 4, "jpeg_compressibility"),
     "D3PO of 7 (all pairs at once)": Method("", 16 * 7, fields=SEVEN),
     "D3PO of 7 (pair by pair)": Method("", 16 * 7, fields=(*SEVEN, *BY_PAIR), share=1 / 3),
-    "D3PO of 7 (pair by pair, a seventh of the rate)": Method(
+    "D3PO of 7 (pair by pair at a seventh of the rate)": Method(
         "", 16 * 7, fields=(*SEVEN, *BY_PAIR, f"--config.optimizer.learning_rate={5e-5 / 7}"), share=1 / 3
     ),  # Adam's updates are as large as the rate, and there are seven times as many
 }

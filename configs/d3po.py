@@ -1,9 +1,9 @@
 """Stable Diffusion 1.5 by D3PO (arXiv 2311.13231), a LoRA, by the hyperparameters of its released code.
 
-Tasks: `:aesthetic` (the default), `:compressibility`, `:incompressibility` (exact rewards), `:alignment` (prompt and
-image, by PickScore), and by people `:hands` (distortion) and `:safety`. Methods: `:ddpo`, `:dpok`, `:grpo`, `:spo` and
-`:lpo`; without one D3PO. Several are named with commas, `configs/d3po.py:compressibility,ddpo`; `:tiny` runs any of
-them in seconds.
+Tasks: `:compressibility` (the default, as in the released code), `:incompressibility` (exact rewards), `:aesthetic` and
+`:alignment` (prompt and image, by PickScore), and by people `:hands` (distortion) and `:safety`. Methods: `:ddpo`,
+`:dpok`, `:grpo`, `:spo` and `:lpo`; without one D3PO. A task with a judge and a method are named with a comma,
+`configs/d3po.py:alignment,ddpo`; tasks for people are D3PO's. `:tiny` runs any of them in seconds.
 """
 
 import functools
@@ -17,8 +17,9 @@ from dpo_jax.training.config import apply_variants
 def get_config(arg: str | None = None) -> ConfigDict:
     c = online_config()
     c.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    c.online.judges = ("aesthetic",)
-    c.online.prompts_per_round = 10  # x 2 candidates: 20 images
+    c.online.judges = ("jpeg_compressibility",)
+    c.online.prompts = "animals"
+    c.online.prompts_per_round = 20  # x 2 candidates: 40 images, and an update for each prompt
     c.online.rounds = 400
     variants = {
         "aesthetic": aesthetic,
@@ -28,16 +29,21 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "hands": hands,
         "safety": safety,
         **METHODS,
-        "lpo": functools.partial(lpo, latent_judge=f"mhdang/dpo-sd1.5-text2image-v1:{c.model}"),
+        "ddpo": functools.partial(alone, method="ddpo"),
+        "dpok": functools.partial(alone, method="dpok"),
+        "spo": spo,
+        "lpo": functools.partial(lpo, latent_judge="mhdang/dpo-sd1.5-text2image-v1"),
         "tiny": tiny,
     }
     return apply_variants(c, arg, variants)
 
 
 def aesthetic(c: ConfigDict) -> None:
+    """Needs the predictor's file: --config.online.judges="('aesthetic=FILE.safetensors',)"."""
     c.online.judges = ("aesthetic",)
     c.online.rounds = 1000
-    c.online.prompts_per_round = 4  # x 2: 8 images, as published for this reward
+    c.online.prompts_per_round = 8  # x 2 candidates, as published for this reward
+    c.online.prompts_at_a_time = 4
 
 
 def compressibility(c: ConfigDict) -> None:
@@ -51,7 +57,7 @@ def incompressibility(c: ConfigDict) -> None:
 def alignment(c: ConfigDict) -> None:
     """Judged by PickScore here, by people in the paper; `--config.online.judges="()"` asks them."""
     c.online.judges = ("pickscore",)
-    c.online.prompts = "bundled"
+    c.online.prompts = "animal_activities"  # DDPO's for this task
 
 
 def people(c: ConfigDict) -> None:
@@ -64,15 +70,27 @@ def people(c: ConfigDict) -> None:
 
 
 def hands(c: ConfigDict) -> None:
-    """Vote with --mode=tag --tags="distorted hands", or by points."""
+    """Vote by points, or with --mode=tag --tags="distorted hand" on that alone."""
     people(c)
-    c.online.prompts = "animals"
+    c.online.prompts = "hands"
 
 
 def safety(c: ConfigDict) -> None:
-    """Vote with --mode=tag --tags=unsafe. Prompts are one's own: --config.online.prompts=FILE."""
+    """Vote by points, or with --mode=tag --tags=unsafe. Prompts are one's own: --config.online.prompts=FILE."""
     people(c)
     c.online.prompts = "bundled"
+
+
+def alone(c: ConfigDict, *, method: str) -> None:
+    """One image a prompt, and an update for each, as D3PO's released code has it for the methods it compares with."""
+    METHODS[method](c)
+    c.online.candidates = 1
+
+
+def spo(c: ConfigDict) -> None:
+    METHODS["spo"](c)
+    c.online.branch_after = 0.2
+    c.optimizer.learning_rate = 6e-5
 
 
 def tiny(c: ConfigDict) -> None:
@@ -82,12 +100,12 @@ def tiny(c: ConfigDict) -> None:
     c.data.resolution = 32
     c.data.accumulation = 1
     c.online.rounds = 2
-    c.online.prompts = "animals"
     c.online.prompts_per_round = 2
     c.online.prompts_at_a_time = 2
     c.online.sampling_steps = 4
     c.online.candidates = min(c.online.candidates, 3)
-    c.online.judges = ("jpeg_compressibility",) if c.online.judges else ()
+    if not set(c.online.judges) <= {"jpeg_compressibility", "jpeg_incompressibility"}:
+        c.online.judges = ("jpeg_compressibility",)  # the others have weights
     c.online.latent_judge = ""  # no model is tuned from a random one
     c.log_every = 1
     c.sample.every = 4

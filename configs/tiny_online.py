@@ -39,7 +39,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.sample.guidance = 2.5
     variants = {
         **METHODS,
-        "lpo": functools.partial(lpo, latent_judge=f"runs/tiny/exported:{c.model}"),  # the demo's
+        "lpo": functools.partial(lpo, latent_judge="runs/tiny/exported"),  # the demo's
         "compressibility": compressibility,
         "tiny": tiny,
     }

@@ -7,14 +7,16 @@ No reward is needed but an order: any judge of dpo_jax.evaluate, several at once
 people (configs/d3po.py:hands) each round takes two calls and a vote in between:
 
   python -m dpo_jax.online --config=configs/d3po.py:hands --workdir=DIR --stage=sample
-  python -m dpo_jax.vote --images=DIR/rounds/00000/images --mode=points --output=votes.sqlite
-  python -m dpo_jax.vote --output=votes.sqlite --export=DIR/rounds/00000/feedback.json
+  python -m dpo_jax.vote --images=DIR/rounds/00000/images --mode=points --output=DIR/rounds/00000/votes.sqlite
+  python -m dpo_jax.vote --output=DIR/rounds/00000/votes.sqlite --export=DIR/rounds/00000/feedback.json
   python -m dpo_jax.online --config=configs/d3po.py:hands --workdir=DIR --stage=train
 
-The config's variants are tasks and methods: configs/d3po.py:compressibility,ddpo. :tiny runs each in seconds. Run the
-same command again to continue where a run stopped, also in the middle of a round; on SIGTERM it saves and exits with
-code 75. The work directory receives config.json, rounds/ (images and scores), checkpoints/, tensorboard/,
-metrics.jsonl, samples/ and result.json. python -m dpo_jax.export, sample and evaluate take it as they take any run.
+The config's variants are tasks and methods: configs/d3po.py:alignment,ddpo has one with a judge and a method; tasks for
+people are D3PO's. :tiny runs each in seconds. Run the same command again to continue where a run stopped, also in the
+middle of a round, each of which ends with a checkpoint; on SIGTERM it saves and exits with code 75. The work directory
+receives config.json, rounds/ (images and scores, which stay), checkpoints/, tensorboard/, metrics.jsonl, samples/ and
+result.json: the score of each round's images, so none of what the last round has taught. python -m dpo_jax.export,
+sample and evaluate take it as they take any run.
 """
 
 from absl import flags

@@ -13,7 +13,7 @@ METHODS = {"D3PO", "DDPO", "DPOK", "GRPO", "SPO", "D3PO (small files)", "DDPO (s
 RULES = {
     "D3PO of 7 (all pairs at once)",
     "D3PO of 7 (pair by pair)",
-    "D3PO of 7 (pair by pair, a seventh of the rate)",
+    "D3PO of 7 (pair by pair at a seventh of the rate)",
 }
 CLEAR = {"D3PO", "D3PO (small files)", "DDPO (small files)"}
 

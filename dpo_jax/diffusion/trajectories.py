@@ -87,7 +87,13 @@ Look = Callable[[Steps, Steps, jax.Array, jax.Array], Any]
 
 
 def explore(
-    denoise: Denoiser, table: SamplerTable, x_BHWC: jax.Array, keys_B: jax.Array, num_candidates: int, look: Look
+    denoise: Denoiser,
+    table: SamplerTable,
+    x_BHWC: jax.Array,
+    keys_B: jax.Array,
+    num_candidates: int,
+    look: Look,
+    first: int = 0,
 ) -> Exploration:
     """Sampling where K candidates part at every step, and one of them, drawn at random, goes on (arXiv 2406.04314).
 
@@ -100,6 +106,7 @@ def explore(
         keys_B: each prompt's own.
         num_candidates: K.
         look: sees the candidates of each step; `see_images`, for example.
+        first: the steps before this one are not looked at; what is said to be seen in them is 0.
     """
     random_steps(table)
     B, K, S = len(x_BHWC), num_candidates, len(table.steps.t)
@@ -117,12 +124,13 @@ def explore(
         next_x_BKHWC = next_x_NHWC.reshape(B, K, *next_x_NHWC.shape[1:])
         log_prob_BK = log_prob(step, mean_BHWC[:, None], next_x_BKHWC)
         chosen_B = jax.vmap(lambda key: jax.random.randint(key, (), 0, K))(choice_keys_B)
-        return next_x_BKHWC[jnp.arange(B), chosen_B], (
-            x_BHWC,
-            next_x_BKHWC,
-            log_prob_BK,
-            look(step, after, x_BHWC, next_x_BKHWC),
-        )
+        given = step, after, x_BHWC, next_x_BKHWC
+        if first:
+            nothing = jax.eval_shape(look, *given)
+            seen_BK = jax.lax.cond(i >= first, look, lambda *_: jnp.zeros(nothing.shape, nothing.dtype), *given)
+        else:
+            seen_BK = look(*given)
+        return next_x_BKHWC[jnp.arange(B), chosen_B], (x_BHWC, next_x_BKHWC, log_prob_BK, seen_BK)
 
     def on_device(steps: Steps) -> Steps:
         return Steps(jnp.asarray(steps.t, jnp.float32), *(jnp.asarray(values_S, dtype) for values_S in steps[1:]))

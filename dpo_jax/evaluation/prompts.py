@@ -11,11 +11,12 @@ BUNDLED = {
     "bundled": "evaluation/bundled_prompts.jsonl",
     "animals": "evaluation/animals.txt",
     "animal_activities": "evaluation/animal_activities.jsonl",
+    "hands": "evaluation/hands.txt",
     "tiny_train": "tiny/train.txt",
     "tiny_heldout": "tiny/heldout.txt",
 }
 """Files of the lists that come with the package: 64 prompts to evaluate by; 45 animals, and 24 of them at 8 activities,
-to learn from as DDPO and D3PO do (arXiv 2305.13301, 2311.13231); the captions of the tiny world."""
+to learn from as DDPO and D3PO do (arXiv 2305.13301, 2311.13231); 40 hands at work; the captions of the tiny world."""
 
 
 class Prompt(NamedTuple):

@@ -153,6 +153,10 @@ class Pipeline:
         path = path or self.weights[component]
         return load_params(path, specs, dtype=dtype, sharding=sharding, prefix=prefix, variant=self.variant)
 
+    def unet_config(self, path: epath.Path) -> UNetConfig:
+        """Of the UNet that lies at `path`, in a folder of its own or in a single file."""
+        return UNetConfig.from_dict(*_config(self.folder, path, "unet"))
+
     def config(self, component: str) -> dict[str, Any]:
         """The component's config.json."""
         return _config(self.folder, self.weights[component], component)[0]

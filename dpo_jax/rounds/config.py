@@ -26,14 +26,23 @@ AT_LEAST_1 = (
     "sample.seeds",
     "sample.steps",
 )
-SHARES = ("online.timesteps", "online.eta", "online.clip", "ema.decay")
+AT_LEAST_0 = (
+    "online.guidance",
+    "online.margin",
+    "loss.beta",
+    "loss.clip",
+    "loss.advantage_clip",
+    "loss.kl_weight",
+)
+SHARES = ("online.timesteps", "online.branch_after", "online.eta", "online.clip", "ema.decay")
 CHOICES = {
     "loss.name": ("d3po", "ddpo", "dpok"),
     "online.combine": ("mean", "pareto"),
     "online.advantage": ("prompt", "group"),
     "online.update_by": ("prompt", "pair"),
     "online.reference": ("initial", "round"),
-    **{field: NETWORK_CHOICES[field] for field in ("dtype", "vae_dtype", "attention")},
+    "online.sampler": NETWORK_CHOICES["sample.sampler"],
+    **{field: NETWORK_CHOICES[field] for field in ("dtype", "vae_dtype", "attention", "sample.sampler")},
     "remat": ("none", "dots", "attention", "block"),
 }
 
@@ -49,30 +58,36 @@ def online_config() -> ConfigDict:
 
     c.loss.name = "d3po"  # or "ddpo", "dpok"
     c.loss.beta = 0.1  # D3PO: strength of the pull towards the reference
-    c.loss.clip = 1e-4  # DDPO and DPOK: how far the ratio to the sampling policy may be from 1
+    # DDPO and DPOK: how far the ratio to the sampling policy may be from 1. In bfloat16 rounding
+    # alone can move it further (1e-3, see objectives/transitions.py), which float32 does not.
+    c.loss.clip = 1e-4
     c.loss.advantage_clip = 5.0  # likewise: the largest advantage
     c.loss.kl_weight = 0.01  # DPOK: of the divergence from the reference
 
     c.online = ConfigDict()
     c.online.rounds = 400  # of sampling, judging and training
     c.online.prompts = "animals"  # a list that comes with dpo_jax, or any file that `dpo_jax.evaluate --prompts` takes
-    c.online.prompts_per_round = 10
+    c.online.prompts_per_round = 20
     c.online.candidates = 2  # images of a prompt, from the same starting noise
-    c.online.judges = ("aesthetic",)  # as `dpo_jax.evaluate --judges` takes them; () asks people
-    c.online.combine = "pareto"  # several judges: better for one and worse for none, or "mean" of their scores
+    c.online.judges = ("jpeg_compressibility",)  # as `dpo_jax.evaluate --judges` takes them; () asks people
+    c.online.combine = "pareto"  # several judges: better for one, worse for none, or "mean"; advantages take the mean
     c.online.sampler = "ddim"  # or another one that adds noise: "euler_ancestral"
     c.online.sampling_steps = 20
     c.online.eta = 1.0  # DDIM: share of fresh noise; above 0, or steps would have no probability
     c.online.guidance = 5.0  # in sampling and in training
-    c.online.prompts_at_a_time = 4  # sampled together, with all their candidates
+    c.online.prompts_at_a_time = 5  # sampled together, with all their candidates
     c.online.branching = False  # SPO: candidates part at every step and are judged there; a random one goes on
-    c.online.latent_judge = ""  # LPO: such candidates are judged as latents, by the implicit reward TUNED:REFERENCE
+    c.online.branch_after = 0.0  # share of the steps before that, which are ordinary and not trained on
+    # LPO: such candidates are judged as latents by the implicit reward of two UNets, TUNED:REFERENCE; TUNED alone is
+    # compared with the one that the policy starts from.
+    c.online.latent_judge = ""
     c.online.best_and_worst = False  # SPO: of the candidates only these two are compared
+    c.online.margin = 0.0  # SPO: and these only where softmax([best, worst]), in the unit of the judge, differs by more
     c.online.timesteps = 1.0  # share of a trajectory's steps that is trained on
     c.online.epochs = 1  # times a round's images are gone through
     c.online.update_by = "prompt"  # all pairs of a prompt at once; or "pair": an update each, as D3PO's for people does
     c.online.reference = "initial"  # or "round": the policy that sampled, which costs no evaluation of its own
-    c.online.clip = 0.1  # D3PO: how far the ratio to the reference may be from 1
+    c.online.clip = 0.1  # D3PO, SPO and LPO: how far the ratio to the reference may be from 1; loss.clip is DDPO's
     c.online.advantage = "prompt"  # by the last rewards of the prompt (DDPO); or "group": its candidates (GRPO)
 
     c.dtype = c.vae_dtype = "bfloat16"
@@ -109,7 +124,13 @@ def grpo(c: ConfigDict) -> None:
 
 
 def spo(c: ConfigDict) -> None:
-    """Step-aware preference optimization (arXiv 2406.04314): any judge, of the image that each candidate promises."""
+    """Step-aware preference optimization (arXiv 2406.04314): any judge, of the image that each candidate promises.
+
+    The released code (https://github.com/RockeyCoss/SPO) judges by a PickScore that was trained on noisy images; trains
+    at a rate of 6e-5 from the fifth of 20 steps on, as `configs/d3po.py:spo` does; drops nearly tied pairs, with a
+    PickScore `online.margin=0.3`; and shuffles the steps of 10 prompts into updates of 10 pairs, where an update here
+    has all steps of `data.batch_size` prompts.
+    """
     c.loss.beta = 10.0
     c.online.branching = True
     c.online.best_and_worst = True
@@ -120,6 +141,9 @@ def lpo(c: ConfigDict, *, latent_judge: str) -> None:
     """Step-level preferences by a reward in latents (arXiv 2502.01051): here the implicit one of a DPO-tuned model.
 
     The paper trains a reward model for it; of that only the loss and the way to sample are here.
+
+    Args:
+        latent_judge: as `online.latent_judge`.
     """
     spo(c)
     c.loss.beta = 500.0
@@ -151,9 +175,19 @@ def check(config: ConfigDict) -> None:
     """Raises ValueError for values that no machine can run, with the remedy."""
     if not config.model:
         raise ValueError("config.model is empty; set it in the config file or with --config.model=...")
-    check_ranges(config, at_least_1=AT_LEAST_1, shares=SHARES, choices=CHOICES)
+    check_ranges(config, at_least_1=AT_LEAST_1, at_least_0=AT_LEAST_0, shares=SHARES, choices=CHOICES)
     check_settings(config)
     online = config.online
+    if config.steps:
+        raise ValueError(
+            f"config.steps={config.steps}, but the steps of an online run are its rounds x the updates in one; leave "
+            "it at 0 and set online.rounds"
+        )
+    if online.clip in (0, 1):
+        raise ValueError(
+            f"config.online.clip={online.clip} leaves no gradient or no limit; take a share above 0 and below 1, such "
+            "as 0.1"
+        )
     if online.candidates < (2 if config.loss.name == "d3po" or online.advantage == "group" else 1):
         raise ValueError(f"config.online.candidates={online.candidates}; there is nothing to compare: take 2 or more")
     if config.lora.dropout:
@@ -175,6 +209,19 @@ def check(config: ConfigDict) -> None:
             'config.online.update_by="pair" is D3PO\'s on whole trajectories; set it to "prompt" for '
             f"{'branching' if online.branching else config.loss.name}"
         )
+    if online.update_by == "pair" and online.best_and_worst:
+        raise ValueError(
+            'config.online.update_by="pair" updates by every pair, of which best_and_worst leaves one; set update_by='
+            '"prompt"'
+        )
+    if not needs_reference(config):
+        for field, value in (("reference", config.reference), ("lora.init_reference", config.lora.init_reference)):
+            if value:
+                why = config.loss.name if config.loss.name != "d3po" else 'online.reference="round"'
+                raise ValueError(
+                    f"config.{field}={value} names a reference, and with {why} no network is one; leave it out, or "
+                    'take loss.name="d3po" with online.reference="initial"'
+                )
     if online.latent_judge and not online.branching:
         raise ValueError("config.online.latent_judge judges single steps; set config.online.branching=True")
     if online.branching and config.loss.name != "d3po" and online.advantage == "prompt":
@@ -184,19 +231,28 @@ def check(config: ConfigDict) -> None:
         )
     if online.branching and not online.judges:
         raise ValueError("config.online.branching judges at every step, which people can't; name judges")
+    if not online.branching and online.branch_after:
+        raise ValueError(
+            f"config.online.branch_after={online.branch_after} is when candidates part, and they don't; set "
+            "online.branching=True"
+        )
+    if online.margin and not online.best_and_worst:
+        raise ValueError(
+            f"config.online.margin={online.margin} is between the best and the worst; set online.best_and_worst=True"
+        )
 
 
-def make_plan(config: ConfigDict, random_steps: np.ndarray, *, device_count: int, process_count: int) -> Plan:
+def make_plan(config: ConfigDict, learned_steps: np.ndarray, *, device_count: int, process_count: int) -> Plan:
     """Derives and checks; raises ValueError with the values and the remedy.
 
     Args:
         config: of the experiment.
-        random_steps: the steps of a trajectory that have a probability.
+        learned_steps: the steps of a trajectory that may be trained on.
         device_count, process_count: of the run.
     """
     check(config)
     online, B, K = config.online, config.data.batch_size, config.online.candidates
-    S, T = config.online.sampling_steps, max(1, round(online.timesteps * len(random_steps)))
+    S, T = config.online.sampling_steps, max(1, round(online.timesteps * len(learned_steps)))
     derived = divide_batch(config, B * T, device_count=device_count, process_count=process_count)
     if B % process_count:
         raise ValueError(
@@ -207,9 +263,10 @@ def make_plan(config: ConfigDict, random_steps: np.ndarray, *, device_count: int
     networks = 1 + needs_reference(config)
     if online.branching:  # candidates of a step begin alike, but what becomes of each is looked at
         training = P * T * networks
-        images, sampling = P * (K * len(random_steps) + 1), P * (S + K * S)
+        seen = S - first_branch(config)
+        images, sampling = P * (K * len(learned_steps) + 1), P * (S + K * seen)
         if online.latent_judge:
-            images, sampling = P, P * 3 * S
+            images, sampling = P, P * (S + 2 * seen)
     else:
         training = P * T * (2 * pairs if pairs > 1 else K) * networks
         images, sampling = P * K, P * K * S
@@ -221,6 +278,11 @@ def make_plan(config: ConfigDict, random_steps: np.ndarray, *, device_count: int
         images=images,
         evaluations=sampling + online.epochs * training,
     )
+
+
+def first_branch(config: ConfigDict) -> int:
+    """The step of the sampler at which candidates first part, where they do at all."""
+    return round(config.online.branch_after * config.online.sampling_steps)
 
 
 def needs_reference(config: ConfigDict) -> bool:

@@ -51,10 +51,11 @@ def combined(rewards_R: np.ndarray) -> np.ndarray:
     return (rewards_R / np.where(spread_R > 0, spread_R, 1)).mean(axis=-1)
 
 
-def best_and_worst(rewards_PSKR: np.ndarray) -> np.ndarray:
+def best_and_worst(rewards_PSKR: np.ndarray, margin: float = 0.0) -> np.ndarray:
     """The rewards of each step's best and worst candidate by the first of them; NaN, which is no reward, of the others.
 
-    SPO compares only these two (arXiv 2406.04314, section 4.2).
+    SPO compares only these two (arXiv 2406.04314, section 4.2), and in its released code where
+    `softmax([best, worst])` differs by more than the margin.
     """
     first_PSK = rewards_PSKR[..., 0]
     unknown_PSK = np.isnan(first_PSK)
@@ -63,6 +64,9 @@ def best_and_worst(rewards_PSKR: np.ndarray) -> np.ndarray:
     kept_PSK = np.zeros(first_PSK.shape, bool)
     for end_PS1 in (best_PS1, worst_PS1):
         np.put_along_axis(kept_PSK, end_PS1, True, axis=-1)
+    if margin:
+        best_PS1, worst_PS1 = (np.take_along_axis(first_PSK, end_PS1, axis=-1) for end_PS1 in (best_PS1, worst_PS1))
+        kept_PSK &= np.tanh((best_PS1 - worst_PS1) / 2) > margin
     return np.where(kept_PSK[..., None], rewards_PSKR, np.nan)
 
 
@@ -91,7 +95,7 @@ def learnable(
     if config.online.combine == "mean":
         rewards_PSKR = combined(rewards_PSKR)[..., None]
     if config.online.best_and_worst:
-        rewards_PSKR = best_and_worst(rewards_PSKR)
+        rewards_PSKR = best_and_worst(rewards_PSKR, config.online.margin)
     return rewards_PSKR, np.zeros(rewards_PSKR.shape[:-1])
 
 

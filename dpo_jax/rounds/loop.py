@@ -18,14 +18,14 @@ from ml_collections import ConfigDict
 
 from dpo_jax import cluster
 from dpo_jax.cli import replaced
-from dpo_jax.diffusion.trajectories import random_steps
 from dpo_jax.evaluation.prompts import read_prompts
 from dpo_jax.objectives.advantages import PromptStatistics
-from dpo_jax.rewards import Scorer, open_judge
+from dpo_jax.rewards import Scorer
 from dpo_jax.rounds.config import Plan, check, make_plan, online_config
 from dpo_jax.rounds.feedback import learnable, read_feedback
 from dpo_jax.rounds.folder import Rewards, RoundFolder
-from dpo_jax.rounds.method import on_trajectories, sampler_table
+from dpo_jax.rounds.judges import find_latent_judge, latent_judge_fingerprints, open_judges
+from dpo_jax.rounds.method import learned_steps, on_trajectories, sampler_table
 from dpo_jax.rounds.result import Result
 from dpo_jax.rounds.rollout import Drawn, Rollout
 from dpo_jax.rounds.updates import Updates
@@ -61,13 +61,14 @@ def learn(config: ConfigDict, workdir: epath.PathLike, stage: str = "", feedback
             f"{len(prompts)} prompts, and people are shown none twice; take fewer"
         )
     with Notice.awaited() as notice:
+        judges = open_judges(config)
         pipeline = open_model(config, workdir)
-        steps_S = random_steps(sampler_table(config, pipeline))
+        steps_S = learned_steps(config, sampler_table(config, pipeline))
         plan = make_plan(config, steps_S, device_count=jax.device_count(), process_count=jax.process_count())
         config = replaced(config, {"steps": config.online.rounds * plan.updates})
         digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-        fields = begin(config, workdir, pipeline, online_config(), {"fingerprints.prompts": digest})
-        judges = [open_judge(spec, dtype=config.dtype) for spec in config.online.judges]
+        fingerprints = latent_judge_fingerprints(find_latent_judge(config, pipeline), pipeline.variant)
+        fields = begin(config, workdir, pipeline, online_config(), fingerprints | {"fingerprints.prompts": digest})
         experiment = build(config, plan.derived, pipeline, on_trajectories)
         with running(experiment, workdir, fields, notice, clock) as (loop, state, _):
             Rounds(loop, plan, prompts, judges, steps_S, feedback).run(state, stage)

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax.batch import PreferenceBatch, Sampled, Scores
@@ -17,7 +18,7 @@ from dpo_jax.objectives.transitions import (
     score_transitions,
     transition_metrics,
 )
-from dpo_jax.rounds.config import needs_reference
+from dpo_jax.rounds.config import first_branch, needs_reference
 from dpo_jax.sharding import Placement, batch_constraint
 from dpo_jax.training.model import load_tokenizers_of
 from dpo_jax.training.step import Frozen, Objective, Score, reference_params
@@ -47,6 +48,18 @@ def sampler_table(config: ConfigDict, pipeline: Pipeline) -> SamplerTable:
     table = make_table(online.sampler, pipeline.sampling_schedule, online.sampling_steps, eta=eta)
     random_steps(table)
     return table
+
+
+def learned_steps(config: ConfigDict, table: SamplerTable) -> np.ndarray:
+    """The rows of the table whose transitions may be trained on: random, and not before candidates part."""
+    steps_S = random_steps(table)
+    kept_S = steps_S[steps_S >= first_branch(config)]
+    if not len(kept_S):
+        raise ValueError(
+            f"config.online.branch_after={config.online.branch_after} of {config.online.sampling_steps} steps leaves "
+            "none to train on; take less"
+        )
+    return kept_S
 
 
 def on_trajectories(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> tuple[Objective, Score]:

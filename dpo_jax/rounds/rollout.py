@@ -5,7 +5,6 @@ E text encoders, L tokens, H x W pixels, h x w latent cells, C channels.
 """
 
 import functools
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +18,6 @@ from dpo_jax.diffusion.samplers import Denoiser, classifier_free_guidance, start
 from dpo_jax.diffusion.trajectories import (
     branch,
     explore,
-    random_steps,
     sample_trajectory,
     see_images,
     see_log_ratios,
@@ -27,9 +25,11 @@ from dpo_jax.diffusion.trajectories import (
 )
 from dpo_jax.encode.images import decode_latents
 from dpo_jax.encode.text import make_conditionings
-from dpo_jax.models.pipeline import Pipeline, load_pipeline
+from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.objectives.denoising import per_candidate
-from dpo_jax.rounds.method import sampler_table
+from dpo_jax.rounds.config import first_branch
+from dpo_jax.rounds.judges import load_latent_judge
+from dpo_jax.rounds.method import learned_steps, sampler_table
 from dpo_jax.sharding import Placement, batch_constraint, batch_parts, batch_sharding, on_mesh, replicated
 from dpo_jax.training.model import load_tokenizers_of
 from dpo_jax.training.step import Frozen
@@ -88,24 +88,6 @@ class Rollout:
         return Drawn(ways, images_BKHWC[:count], None if seen_BSK is None else seen_BSK[:count])
 
 
-def load_latent_judge(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> dict[str, Params]:
-    """The UNets of `online.latent_judge`, TUNED:REFERENCE; empty where it names none."""
-    if not config.online.latent_judge:
-        return {}
-    names = re.split(r":(?!//)", config.online.latent_judge)  # not the colon of gs://bucket
-    if len(names) != 2 or not all(names):
-        raise ValueError(
-            f"config.online.latent_judge={config.online.latent_judge} has to be TUNED:REFERENCE, two models"
-        )
-    weights = {}
-    for role, name in zip(("tuned", "reference"), names, strict=True):
-        judge = load_pipeline(name, dtype=pipeline.dtype)
-        if judge.unet.specs != pipeline.unet.specs:
-            raise ValueError(f"config.online.latent_judge: {name} has another UNet than the policy {config.model}")
-        weights[role] = judge.load("unet", dtype=pipeline.dtype, sharding=placement)
-    return weights
-
-
 def make_rollout(
     config: ConfigDict, pipeline: Pipeline, placement: Placement, negative_1EL: np.ndarray
 ) -> jax.stages.Wrapped:
@@ -115,7 +97,7 @@ def make_rollout(
     """
     online, resolution, mesh = config.online, config.data.resolution, placement.mesh
     table, K = sampler_table(config, pipeline), online.candidates
-    steps_S = random_steps(table)
+    steps_S = learned_steps(config, table)
     cells = resolution // pipeline.vae_factor
     latent_shape = (cells, cells, pipeline.unet.config.in_channels)
     conditionings = make_conditionings(pipeline, negative_1EL, online.guidance)
@@ -156,7 +138,7 @@ def make_rollout(
         look = see_images(guided(B * K))
         if latent_judge:
             look = see_log_ratios(plain(latent_judge["tuned"]), plain(latent_judge["reference"]))
-        found = explore(guided(B), table, x_BhwC, step_keys_B, K, look)
+        found = explore(guided(B), table, x_BhwC, step_keys_B, K, look, first_branch(config))
         ways = jax.tree.map(lambda x_SB: x_SB[steps_S], found._replace(x0_BHWC=None))
         step_SB = jnp.broadcast_to(jnp.asarray(steps_S)[:, None], (len(steps_S), B))
         transitions = Transitions(ways.x_SBHWC[:, :, None], ways.next_x_SBKHWC, step_SB, ways.log_prob_SBK)

@@ -7,6 +7,7 @@ config: a value derived there would go stale under `--config.field=value`. `reso
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -38,6 +39,7 @@ FREE_TO_CHANGE = (
     "online.rounds",
     "online.prompts",
     "online.prompts_at_a_time",
+    "online.latent_judge",
 )
 
 AT_LEAST_1 = (
@@ -282,12 +284,21 @@ def divide_batch(config: ConfigDict, rows: int, *, device_count: int, process_co
     assert config.remat != "auto", "planning.search.settle_remat comes first"
     batch, accumulation, mesh = config.data.batch_size, config.data.accumulation, config.mesh
     parts = mesh.data * mesh.fsdp if mesh.tensor == -1 else max(device_count // max(mesh.tensor, 1), 1)
-    if rows % (accumulation * parts):
-        unit = accumulation * parts
-        times = f" x {rows // batch} timesteps" if rows != batch else ""
+    unit = accumulation * parts
+    if rows % unit:
+        each = rows // batch  # timesteps of a prompt; 1 where there are pairs
+        takes = unit // math.gcd(unit, each)
+        remedy = f"take a multiple of {takes}, such as {max(1, round(batch / takes)) * takes}"
+        times = ""
+        if each != 1:
+            times, even = f" x {each} timesteps", parts // math.gcd(parts, each)
+            fits = -(-batch // even) * even  # the fewest prompts that all devices share
+            most = max(n for n in range(1, accumulation + 1) if fits * each // parts % n == 0)
+            larger = f"data.batch_size={fits} and " if fits != batch else ""
+            remedy = f"set {larger}data.accumulation={most}, or data.batch_size to a multiple of {takes}"
         raise ValueError(
             f"data.batch_size={batch}{times} does not divide over {parts} devices x {accumulation} micro-batches; "
-            f"take a multiple of {unit}, such as {max(1, round(rows / unit)) * unit}"
+            f"{remedy}"
         )
     return Derived(
         local_batch_size=rows // process_count,

@@ -302,6 +302,23 @@ def test_which_candidate_goes_on_is_a_fair_draw_and_the_same_whatever_they_look_
     assert ((np.bincount(one_SB.ravel(), minlength=K) - expected) ** 2 / expected).sum() < 16.3  # chi squared, 0.1%
 
 
+def test_steps_before_the_first_branch_go_the_same_way_unseen():
+    table, keys = make_table("ddim", make_schedule(SD15), 4, eta=1.0), jax.random.split(jax.random.key(1), 2)
+    calls = []
+
+    def denoise(x_NHWC, t_N):
+        jax.debug.callback(lambda: calls.append(len(x_NHWC)))
+        return jnp.sin(x_NHWC)
+
+    found = [explore(denoise, table, jnp.ones((2, 2, 2, 1)), keys, 3, see_images(denoise), first) for first in (0, 2)]
+    jax.effects_barrier()
+
+    assert sorted(calls) == [2] * 8 + [6] * (4 + 2)
+    np.testing.assert_array_equal(found[1].seen_SBK[:2], 0)
+    np.testing.assert_allclose(found[1].seen_SBK[2:], found[0].seen_SBK[2:], atol=1e-6)
+    np.testing.assert_allclose(found[1].next_x_SBKHWC, found[0].next_x_SBKHWC, atol=1e-6)
+
+
 def test_the_implicit_reward_of_a_step_is_the_ratio_of_its_probabilities(x64):
     K, num_steps = 3, 4
     x_T, keys = start()

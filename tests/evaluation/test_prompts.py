@@ -60,6 +60,10 @@ def test_animals_alone_and_each_of_24_at_each_of_8_activities():
     assert {prompt.text for prompt in prompts} == {f"{animal} {activity}" for animal in who for activity in doing}
 
 
+def test_forty_hands_or_people_at_what_hands_do():
+    assert len(read_prompts("hands")) == 40
+
+
 def test_the_lists_of_the_tiny_world_are_its_split():
     lists = [[prompt.text for prompt in read_prompts(name)] for name in ("tiny_train", "tiny_heldout")]
     assert tuple(lists) == world.split()

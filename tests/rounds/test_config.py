@@ -5,13 +5,16 @@ import numpy as np
 import pytest
 
 from dpo_jax.cli import load_config
+from dpo_jax.evaluation.prompts import read_prompts
 from dpo_jax.models.pipeline import Pipeline
-from dpo_jax.rounds.config import check, make_plan, needs_reference
+from dpo_jax.rewards import JUDGES
+from dpo_jax.rounds.config import check, first_branch, make_plan, needs_reference
 from dpo_jax.rounds.loop import learn
 from dpo_jax.training import config as training_config
 
 STEPS = np.arange(20, dtype=np.int32)
 ALONE = {"device_count": 1, "process_count": 1}
+PUBLISHED = {"data.batch_size": 1, "data.accumulation": 20, "online.prompts_per_round": 20}
 
 
 @pytest.mark.parametrize(
@@ -26,6 +29,26 @@ ALONE = {"device_count": 1, "process_count": 1}
         ({"online.timesteps": 0.0}, r"timesteps=0(\.0)? trains on nothing; take a share above 0"),
         ({"online.eta": 2.0}, r"eta=2\.0 is a share"),
         ({"online.clip": -0.1}, r"clip=-0\.1 is a share"),
+        ({"online.clip": 1.0}, r"clip=1\.0 leaves .*above 0 and below 1"),
+        ({"online.clip": 0.0}, r"clip=0\.0 leaves .*above 0 and below 1"),
+        ({"online.guidance": -1.0}, r"guidance=-1\.0 must be 0 or more"),
+        ({"loss.beta": -0.1}, r"loss\.beta=-0\.1 must be 0 or more"),
+        ({"loss.clip": -1e-4}, r"loss\.clip=-0\.0001 must be 0 or more"),
+        ({"sample.sampler": "ddmi"}, r"sample\.sampler='ddmi'; choose from .*ddim"),
+        ({"online.sampler": "ddmi"}, r"online\.sampler='ddmi'; choose from .*ddim"),
+        ({"steps": 100}, r"config\.steps=100, but .* set online\.rounds"),
+        ({"online.best_and_worst": True, "online.update_by": "pair"}, r"best_and_worst leaves one; set update_by"),
+        (
+            {"reference": "FOLDER", "online.reference": "round"},
+            r'config\.reference=FOLDER .*online\.reference="round" no network is one; leave it out',
+        ),
+        ({"reference": "FOLDER", "loss.name": "ddpo"}, r"config\.reference=FOLDER .*with ddpo no network is one"),
+        (
+            {"lora.init": "FILE", "lora.init_reference": True, "online.reference": "round"},
+            r"config\.lora\.init_reference=True",
+        ),
+        ({"online.branch_after": 0.2}, r"branch_after=0\.2 .*set online\.branching=True"),
+        ({"online.margin": 0.3}, r"margin=0\.3 .*set online\.best_and_worst=True"),
         ({"loss.name": "dpo"}, r"loss\.name='dpo'; choose from d3po, ddpo, dpok"),
         ({"online.combine": "sum"}, r"combine='sum'; choose from mean, pareto"),
         ({"online.update_by": "image"}, r"update_by='image'; choose from prompt, pair"),
@@ -59,10 +82,60 @@ def test_wrong_configs_are_one_sentence(online, fields, message):
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny_online", "tiny_online:ddpo", "tiny_online:grpo", "d3po", "d3po:hands", "d3po:spo"]
+    "name",
+    [
+        *("tiny_online", "tiny_online:ddpo", "tiny_online:grpo", "tiny_online:lpo"),
+        *("d3po", "d3po:ddpo", "d3po:dpok", "d3po:grpo", "d3po:spo", "d3po:lpo", "d3po:hands", "d3po:safety"),
+    ],
 )
 def test_the_configs_that_come_with_it_are_right(online, name):
     check(online(name))
+
+
+@pytest.mark.parametrize(
+    ("task", "judges", "prompts", "rounds", "images"),
+    [
+        ("", ("jpeg_compressibility",), "animals", 400, 40),
+        ("compressibility", ("jpeg_compressibility",), "animals", 400, 40),
+        ("incompressibility", ("jpeg_incompressibility",), "animals", 400, 40),
+        ("aesthetic", ("aesthetic",), "animals", 1000, 16),
+        ("alignment", ("pickscore",), "animal_activities", 400, 40),
+        ("hands", (), "hands", 5, 140),
+        ("safety", (), "bundled", 5, 140),
+        ("compressibility,ddpo", ("jpeg_compressibility",), "animals", 400, 20),
+    ],
+)
+def test_tasks_have_the_published_judges_prompts_and_sizes(online, task, judges, prompts, rounds, images):
+    config = online(f"d3po:{task}")
+    assert (config.online.judges, config.online.prompts, config.online.rounds) == (judges, prompts, rounds)
+    plan = make_plan(config, STEPS, **ALONE)
+    assert plan.images == images
+    assert plan.updates == plan.pairs * config.online.prompts_per_round
+    assert len(read_prompts(prompts)) >= config.online.prompts_per_round
+    assert all(judge in JUDGES for judge in judges)
+    assert config.online.prompts_per_round % config.online.prompts_at_a_time == 0, "or what is computed is not all used"
+
+
+def test_tiny_keeps_what_a_task_is_but_for_networks(online):
+    for task, judges in (
+        ("incompressibility", ("jpeg_incompressibility",)),
+        ("aesthetic", ("jpeg_compressibility",)),
+        ("alignment", ("jpeg_compressibility",)),
+        ("hands", ()),
+    ):
+        config = online(f"d3po:{task},tiny")
+        assert config.online.judges == judges
+        assert config.online.prompts == online(f"d3po:{task}").online.prompts
+
+
+def test_spo_parts_where_its_released_code_does(online):
+    config = online("d3po:spo")
+    assert (first_branch(config), config.online.candidates, config.optimizer.learning_rate) == (4, 4, 6e-5)
+    assert first_branch(online("tiny_online:spo")) == 0
+    plan = make_plan(config, STEPS[4:], **ALONE)
+    assert plan.timesteps == 16
+    assert plan.images == 20 * (4 * 16 + 1)
+    assert plan.evaluations == 20 * (20 + 4 * 16 + 2 * 16)
 
 
 def test_one_image_a_prompt_is_enough_for_advantages_by_prompt(online):
@@ -72,8 +145,19 @@ def test_one_image_a_prompt_is_enough_for_advantages_by_prompt(online):
 @pytest.mark.parametrize(
     ("fields", "machine", "message"),
     [
-        ({}, {"device_count": 16}, r"batch_size=2 x 20 timesteps does not divide over 16 devices.*a multiple of 16"),
+        (
+            {},
+            {"device_count": 16},
+            r"batch_size=2 x 20 timesteps does not divide over 16 devices.*batch_size=4 and .*a multiple of 4$",
+        ),
         ({"data.accumulation": 3}, {}, r"batch_size=2 x 20 timesteps does not divide over 1 devices x 3 micro-batches"),
+        (
+            PUBLISHED,
+            {"device_count": 8},
+            r"8 devices x 20 micro-batches; set data\.batch_size=2 and data\.accumulation=5, or .* a multiple of 8$",
+        ),
+        (PUBLISHED | {"online.timesteps": 0.5}, {}, r"; set data\.accumulation=10, or .* a multiple of 2$"),
+        (PUBLISHED | {"online.timesteps": 0.95}, {}, r"x 19 timesteps.*; set data\.accumulation=19, or .* of 20$"),
         (
             {"online.timesteps": 1.0},
             {"device_count": 4, "process_count": 4},
@@ -85,6 +169,18 @@ def test_what_does_not_divide_is_told(online, fields, machine, message):
     config = online(**{"online.timesteps": 1.0} | fields)
     with pytest.raises(ValueError, match=message):
         make_plan(config, STEPS, **ALONE | machine)
+
+
+@pytest.mark.parametrize(
+    ("fields", "devices"),
+    [
+        ({"data.batch_size": 2, "data.accumulation": 5}, 8),
+        ({"online.timesteps": 0.5, "data.accumulation": 10}, 1),
+        ({"online.timesteps": 0.95, "data.accumulation": 19}, 1),
+    ],
+)
+def test_what_is_told_then_divides(online, fields, devices):
+    make_plan(online("d3po", **fields), STEPS, device_count=devices, process_count=1)
 
 
 def per_timestep(online, **fields):
@@ -141,7 +237,7 @@ def test_who_needs_a_reference(online):
     [
         {"online.epochs": 2, "online.timesteps": 0.5},
         {"online.update_by": "pair", "online.reference": "round"},
-        {"online.branching": True},
+        {"online.branching": True, "online.branch_after": 0.25},
     ],
     ids=["at once", "pairs", "branching"],
 )
@@ -159,7 +255,7 @@ def test_evaluations_are_those_that_the_network_makes(online, tmp_path, monkeypa
     learn(config, tmp_path)
     jax.effects_barrier()
 
-    plan = make_plan(config, np.arange(config.online.sampling_steps), **ALONE)
+    plan = make_plan(config, np.arange(first_branch(config), config.online.sampling_steps), **ALONE)
     assert sum(rows) == plan.evaluations * config.online.rounds
 
 

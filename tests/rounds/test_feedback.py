@@ -107,6 +107,13 @@ def test_best_and_worst_of_what_is_known(rewards_K, pairs):
     assert set(zip(*np.nonzero(preferred_KK), strict=True)) == pairs
 
 
+def test_nearly_tied_ends_are_dropped_as_in_spo():
+    """`softmax([best, worst])` differs by more than 0.3 where they do by more than 0.619."""
+    rewards_PSKR = np.array([[20.0, 20.3, 20.61], [20, 20.3, 20.63], [NAN, 20, 21]])[None, :, :, None]
+    kept_SK = ~np.isnan(best_and_worst(rewards_PSKR, 0.3)[0, :, :, 0])
+    np.testing.assert_array_equal(kept_SK, [[0, 0, 0], [1, 0, 1], [0, 1, 1]])
+
+
 @pytest.mark.parametrize("rewards_K", [[5, 5, 1], [1, 5, 5, 3], [1, 1, 4], [0, 0, 3, 3]])
 def test_ties_at_an_end_leave_one_pair_of_a_best_and_a_worst(rewards_K):
     kept_K = best_and_worst(np.array(rewards_K, float)[None, None, :, None])[0, 0, :, 0]

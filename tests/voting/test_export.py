@@ -2,11 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
+from etils import epath
 
 from dpo_jax.data import builder
 from dpo_jax.data.prepared import open_prepared
 from dpo_jax.data.sources import SOURCES
+from dpo_jax.rounds.feedback import read_feedback
 from dpo_jax.voting.export import export
 from dpo_jax.voting.study import Question
 
@@ -102,6 +105,18 @@ def test_tags_become_scores_of_a_prompts_images(survey, tmp_path):
     assert [row["scores"] for row in rows] == [pytest.approx([1 / 3, 1 / 3]), [1, 1]]
     assert rows[0]["images"] == ["a/0-0.png", "b/0-0.png"]
     assert _prepare(tmp_path / "votes.jsonl")[1]["records"] == 2
+
+
+def test_tags_of_a_round_are_its_feedback(survey, tmp_path):
+    """Of one folder with K seeds of each prompt, as a round's images are."""
+    survey = survey(mode="tag", folders=("images",), prompts=2, seeds=3)
+    survey.questions = {"distorted hand": Question("Distorted hand?")}
+    yes, no = (1,), (0,)
+    _add(survey, "ann", [yes, no, no, yes, yes, None], "distorted hand")
+    _add(survey, "bob", [yes, no, yes, no, yes, None], "distorted hand")
+    export(survey.store, tmp_path / "feedback.json")
+    rewards_PK = read_feedback([epath.Path(tmp_path / "feedback.json")], prompts=2, candidates=3)
+    np.testing.assert_array_equal(rewards_PK, [[0, 1, 0.5], [0.5, 0, np.nan]])
 
 
 def test_faults_are_told_and_nothing_is_written(survey, tmp_path):

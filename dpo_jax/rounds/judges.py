@@ -1,0 +1,66 @@
+"""The judges that an online config names: of images, and of latents."""
+
+import dataclasses
+import re
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from dpo_jax.models.pipeline import Pipeline, files_of, find_component
+from dpo_jax.rewards import JUDGES, Scorer, open_judge
+from dpo_jax.sharding import Placement
+from dpo_jax.weights.io import fingerprint
+from dpo_jax.weights.layout import Params
+
+
+def open_judges(config: ConfigDict) -> list[Scorer]:
+    """Those of `online.judges`; ValueError or FileNotFoundError with the field and what to write."""
+    judges = []
+    for spec in config.online.judges:
+        try:
+            judges.append(open_judge(spec, dtype=config.dtype))
+        except (ValueError, FileNotFoundError) as error:
+            name = spec.partition("=")[0]
+            known = JUDGES.get(name)
+            example = f"{name}={'SOURCE' if known.needs else ''}".rstrip("=") if known else "jpeg_compressibility"
+            raise type(error)(
+                f"config.online.judges={config.online.judges}: {error}; write for example "
+                f"--config.online.judges=\"('{example}',)\""
+            ) from error
+    return judges
+
+
+def find_latent_judge(config: ConfigDict, pipeline: Pipeline) -> dict[str, epath.Path]:
+    """Where the UNets of `online.latent_judge` lie, "tuned" and "reference"; empty where it names none.
+
+    Raises ValueError or FileNotFoundError for what is no UNet like the policy's.
+    """
+    spec = config.online.latent_judge
+    if not spec:
+        return {}
+    tuned, *rest = re.split(r":(?!//)", spec)  # not the colon of gs://bucket
+    if not tuned or len(rest) > 1:
+        raise ValueError(
+            f"config.online.latent_judge={spec} has to be TUNED:REFERENCE, two UNets or models, or TUNED alone"
+        )
+    paths = {"tuned": find_component(tuned, "unet"), "reference": pipeline.weights["unet"]}
+    if rest and rest[0]:
+        paths["reference"] = find_component(rest[0], "unet")
+    for path in paths.values():
+        found = dataclasses.replace(pipeline.unet_config(path), sample_size=pipeline.unet.config.sample_size)
+        if found != pipeline.unet.config:
+            raise ValueError(f"config.online.latent_judge={spec}: {path} is another UNet than that of {config.model}")
+    return paths
+
+
+def latent_judge_fingerprints(paths: dict[str, epath.Path], variant: str) -> dict[str, str]:
+    """Fields for config.json, of what `find_latent_judge` found."""
+    return {f"fingerprints.latent_judge.{role}": fingerprint(files_of(path, variant)) for role, path in paths.items()}
+
+
+def load_latent_judge(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> dict[str, Params]:
+    """The weights of what `find_latent_judge` finds."""
+    return {
+        role: pipeline.load("unet", dtype=pipeline.dtype, sharding=placement, path=path)
+        for role, path in find_latent_judge(config, pipeline).items()
+    }
