@@ -90,6 +90,7 @@ def alone(c: ConfigDict, *, method: str) -> None:
 def spo(c: ConfigDict) -> None:
     METHODS["spo"](c)
     c.online.branch_after = 0.2
+    c.data.accumulation = 16  # the steps that are left
     c.optimizer.learning_rate = 6e-5
 
 
