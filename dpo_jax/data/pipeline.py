@@ -19,7 +19,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from dpo_jax.batch import PreferenceBatch
+from dpo_jax.batch import Encoded, PreferenceBatch, Raw
 from dpo_jax.data import images
 from dpo_jax.data.inputs import Draws, Inputs, Row
 from dpo_jax.data.memory import Pool
@@ -34,6 +34,8 @@ NUM_WORKERS = min(8, 2 * (os.cpu_count() or 1))
 """With fewer a core has nothing to decode while a batch is planned; with more they keep the planner from a core."""
 ROWS_A_TASK = 4
 """That a thread fills at once: the fewer times it changes between Python and decoding, the less time both take."""
+ROWS_A_PLAN = 64
+"""That are planned at once: behind a decode, which empties a core's caches, planning takes three times as long."""
 TRAINED_ON = ("caption", "captions", "images", "preference")
 """The columns of a prepared record that training looks at; each costs time."""
 
@@ -207,18 +209,18 @@ class BatchIterator(Iterator[PreferenceBatch]):
     ):
         self._samples, self._length, self._rows, self._batch_size = samples, length, rows, batch_size
         self._shard_index, self._shard_count, self._num_workers = shard_index, shard_count, num_workers
-        self._position = self._begun_to = 0
+        self._position = self._planned_to = 0
         self._threads: ThreadPoolExecutor | None = None
         self._pool = Pool()
+        self._planned: deque[tuple[dict[str, np.ndarray], list[Row]]] = deque()
         self._begun: deque[tuple[PreferenceBatch, list[Future[None]]]] = deque()
 
     def __next__(self) -> PreferenceBatch:
-        # Every thread has rows to fill, also while this one begins batches and keeps Python's lock. Small batches are
-        # begun several at once: where each follows a decode, planning takes a core twice as long.
+        # Every thread has rows to fill, also while this one begins batches and keeps Python's lock.
         enough = -(-self._num_workers * min(ROWS_A_TASK, self._batch_size) // self._batch_size)
         if len(self._begun) <= enough:
-            while len(self._begun) < 2 * enough and self._begin():
-                pass
+            while len(self._begun) < 2 * enough and (self._planned or self._plan()):
+                self._begin(*self._planned.popleft())
         if not self._begun:
             raise StopIteration
         batch, tasks = self._begun.popleft()
@@ -227,23 +229,25 @@ class BatchIterator(Iterator[PreferenceBatch]):
         self._position += self._batch_size * self._shard_count
         return batch
 
-    def _begin(self) -> bool:
-        """Has the threads fill another batch, unless the stream has ended."""
-        start, stop = self._begun_to, self._begun_to + self._batch_size * self._shard_count
-        if stop > self._length:
-            return False
+    def _plan(self) -> bool:
+        """Plans the next batches, unless the stream has ended."""
+        everyone = self._batch_size * self._shard_count
+        count = min(-(-ROWS_A_PLAN // self._batch_size), (self._length - self._planned_to) // everyone)
+        start, self._planned_to = self._planned_to, self._planned_to + count * everyone
+        samples = self._samples(range(start + self._shard_index, self._planned_to, self._shard_count))
+        for first in range(0, count * self._batch_size, self._batch_size):
+            self._planned.append(self._rows.plan(samples[first : first + self._batch_size]))
+        return count > 0
+
+    def _begin(self, planned: dict[str, np.ndarray], rows: list[Row]) -> None:
+        """Has the threads fill a planned batch."""
         self._threads = self._threads or ThreadPoolExecutor(self._num_workers)
-        samples = self._samples(range(start + self._shard_index, stop, self._shard_count))
-        records = [self._rows.pairs[sample.number] for sample in samples]
-        batch = self._rows.begin(self._pool, samples, records)
-        rows = [self._rows.row(*each) for each in zip(range(self._batch_size), samples, records, strict=True)]
+        batch = PreferenceBatch(inputs=self._rows.allocate(self._pool, len(rows)), **planned)
         tasks = [
             self._threads.submit(self._rows.fill, batch, rows[first : first + ROWS_A_TASK])
-            for first in range(0, self._batch_size, ROWS_A_TASK)
+            for first in range(0, len(rows), ROWS_A_TASK)
         ]
         self._begun.append((batch, tasks))
-        self._begun_to = stop
-        return True
 
     def get_state(self) -> dict[str, int]:
         return {"position": self._position}
@@ -251,13 +255,14 @@ class BatchIterator(Iterator[PreferenceBatch]):
     def set_state(self, state: dict[str, int]) -> None:
         """Goes on behind the last batch that was handed out when `get_state` gave this state."""
         self.close()
-        self._position = self._begun_to = state["position"]
+        self._position = self._planned_to = state["position"]
 
     def close(self) -> None:
         """Ends the threads; the iterator can still go on, with new ones."""
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
-        self._threads, self._begun_to = None, self._position
+        self._threads, self._planned_to = None, self._position
+        self._planned.clear()
         self._begun.clear()
 
     def __enter__(self) -> "BatchIterator":
@@ -404,8 +409,9 @@ class _Rows:
     size_conditioning: SizeConditioning
     caption_dropout: float = 0.0
 
-    def begin(self, pool: Pool, samples: Sequence[Sample], records: Sequence[dict[str, Any]]) -> PreferenceBatch:
-        """A batch in which only the inputs are missing. Candidates that a record lacks are not valid."""
+    def plan(self, samples: Sequence[Sample]) -> tuple[dict[str, np.ndarray], list[Row]]:
+        """A batch's fields but for its inputs, and its rows. Candidates that a record lacks are not valid."""
+        records = [self.pairs[sample.number] for sample in samples]
         B, K, size = len(samples), self.pairs.num_candidates, self.inputs.resolution
         preference_BK, valid_BK = np.zeros((B, K), np.float32), np.zeros((B, K), bool)
         for b, record in enumerate(records):
@@ -414,20 +420,23 @@ class _Rows:
         size_cond_BK6 = np.empty((B, K, 6), np.float32)
         size_cond_BK6[:] = size, size, 0, 0, size, size
         weights = [sample.counts * record["weight"] for sample, record in zip(samples, records, strict=True)]
-        return PreferenceBatch(
-            inputs=self.inputs.allocate(pool, B, K, self.pairs.num_captions),
-            size_cond_BK6=size_cond_BK6,
-            preference_BK=preference_BK,
-            valid_BK=valid_BK,
-            weight_B=np.asarray(weights, np.float32),
-            index_B=np.asarray([sample.position for sample in samples], np.int32),
-        )
+        planned = {
+            "size_cond_BK6": size_cond_BK6,
+            "preference_BK": preference_BK,
+            "valid_BK": valid_BK,
+            "weight_B": np.asarray(weights, np.float32),
+            "index_B": np.asarray([sample.position for sample in samples], np.int32),
+        }
+        return planned, [self._row(*each) for each in zip(range(B), samples, records, strict=True)]
 
-    def row(self, number: int, sample: Sample, record: dict[str, Any]) -> Row:
+    def _row(self, number: int, sample: Sample, record: dict[str, Any]) -> Row:
         captions = record["captions"] + [""] * (self.pairs.num_captions - len(record["captions"]))
         if sample.drop_caption < self.caption_dropout:
             captions = [""] * len(captions)
         return Row(number, record, captions, sample.draws)
+
+    def allocate(self, pool: Pool, batch_size: int) -> Raw | Encoded:
+        return self.inputs.allocate(pool, batch_size, self.pairs.num_candidates, self.pairs.num_captions)
 
     def fill(self, batch: PreferenceBatch, rows: Sequence[Row]) -> None:
         """Writes the rows' inputs into the batch; those of candidates that a record lacks are 0."""
