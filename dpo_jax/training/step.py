@@ -161,14 +161,14 @@ def make_train_step(
         total_weight = jnp.maximum(weight, 1e-8)
         grads, metrics = jax.tree.map(lambda x: x / total_weight.astype(x.dtype), (grads, sums))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        updates = jax.tree.map(lambda x: jnp.where(weight > 0, x, 0), updates)
         metrics["train/gradient_norm"] = optax.tree.norm(grads)
-        metrics["train/update_norm"] = optax.tree.norm(updates)
+        metrics["train/update_norm"] = jnp.where(weight > 0, optax.tree.norm(updates), 0)
         params = optax.apply_updates(state.params, updates)
         ema = moving_average(state.ema, params, state.step, ema_decay) if ema_decay else state.ema
-        before = state.opt_state, state.ema
-        opt_state, ema = jax.tree.map(lambda new, old: jnp.where(weight > 0, new, old), (opt_state, ema), before)
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(weight > 0, new, old), (params, opt_state, ema), tuple(state[1:])
+        )
+        return TrainState(state.step + 1, *kept), metrics
 
     return step
 
