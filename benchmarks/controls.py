@@ -2,9 +2,9 @@
 
   python benchmarks/controls.py --output=runs/controls
 
-Runs Diffusion-DPO, plain fine-tuning on the preferred images (SFT), and Diffusion-DPO with swapped and with shuffled
-labels; all are compared with the base and with each other. Some eight minutes on two CPU cores. Writes
-OUTPUT/controls.json; the last result is committed beside this file.
+Runs Diffusion-DPO of all weights and of a LoRA, plain fine-tuning on the preferred images (SFT), and Diffusion-DPO with
+swapped and with shuffled labels; all are compared with the base and with each other. Some ten minutes on two CPU cores.
+Writes OUTPUT/controls.json; the last result is committed beside this file.
 """
 
 import json
@@ -22,10 +22,11 @@ SEEDS = flags.DEFINE_integer("seeds", 20, "Images of each held-out prompt and mo
 
 ROOT = Path(__file__).parents[1]
 RUNS = {
-    "sft": ["--config.loss.name=sft"],
-    "dpo": [],
-    "swapped": ["--config.data.relabel=swapped"],
-    "shuffled": ["--config.data.relabel=shuffled"],
+    "sft": ["--config=configs/tiny.py", "--config.loss.name=sft"],
+    "dpo": ["--config=configs/tiny.py"],
+    "lora": ["--config=configs/tiny.py:lora"],
+    "swapped": ["--config=configs/tiny.py", "--config.data.relabel=swapped"],
+    "shuffled": ["--config=configs/tiny.py", "--config.data.relabel=shuffled"],
 }
 
 
@@ -42,14 +43,13 @@ def main() -> None:
         f"--output={data}",
         "--validation_fraction=0.1",
     )
-    for name, extra in RUNS.items():
+    for name, arguments in RUNS.items():
         run(
             "dpo_jax.train",
-            "--config=configs/tiny.py",
             f"--workdir={output / name}",
             f"--config.data.path={data}",
             "--config.sample.every=0",
-            *extra,
+            *arguments,
         )
 
     models = ["base=dpo_jax/tiny/model", *(f"{name}={output / name}" for name in RUNS)]

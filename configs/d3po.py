@@ -61,7 +61,10 @@ def alignment(c: ConfigDict) -> None:
 
 
 def people(c: ConfigDict) -> None:
-    """7 images of a prompt, an update for each of the 21 pairs, and each round's policy the next one's reference."""
+    """7 images of a prompt, an update for each of the 21 pairs, and each round's policy the next one's reference.
+
+    The released code goes through the images of a vote hundreds of times; here that is `online.epochs`, 1.
+    """
     c.online.judges = ()
     c.online.candidates = 7
     c.online.update_by = "pair"

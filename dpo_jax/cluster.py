@@ -49,9 +49,17 @@ def wait(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def says_first(value: bool) -> bool:
-    """What the first process says, on all of them."""
-    return bool(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value
+def says_first(value: np.ndarray | bool) -> np.ndarray:
+    """What the first process says, on all of them; the others say something of the same shape and type.
+
+    What a file system shows may differ between hosts for a while, so what all act upon is looked up by one.
+    """
+    array = np.asarray(value)
+    if jax.process_count() == 1:
+        return array
+    as_bytes = np.frombuffer(array.tobytes(), np.uint8)  # or JAX would round what has 64 bits
+    said = np.asarray(multihost_utils.broadcast_one_to_all(as_bytes))
+    return np.frombuffer(said.tobytes(), array.dtype).reshape(array.shape)
 
 
 def patience() -> int:

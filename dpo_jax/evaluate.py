@@ -1,8 +1,8 @@
 """Compares models: who draws what judges prefer, how often, and how sure that is.
 
-  python -m dpo_jax.evaluate --models=base=stabilityai/stable-diffusion-xl-base-1.0,tuned=exported/sdxl \
+  python -m dpo_jax.evaluate --models=base=stabilityai/stable-diffusion-xl-base-1.0,tuned=exported/sdxl \\
       --prompts=bundled --judges=pickscore,aesthetic=models/sac+logos+ava1-l14-linearMSE.safetensors --output=evaluation
-  python -m dpo_jax.evaluate --images=base=DIR_A,midjourney=DIR_B --prompts=PartiPrompts.tsv --judges=pickscore \
+  python -m dpo_jax.evaluate --images=base=DIR_A,midjourney=DIR_B --prompts=PartiPrompts.tsv --judges=pickscore \\
       --output=evaluation
 
 The first draws the same prompts from the same seeds by each model (a folder, hub id, single file, or the work directory

@@ -1,6 +1,6 @@
 """Fine-tunes a latent diffusion model on preference pairs.
 
-  python -m dpo_jax.train --config=configs/sdxl.py --workdir=runs/sdxl \
+  python -m dpo_jax.train --config=configs/sdxl.py --workdir=runs/sdxl \\
       --config.model=FOLDER_OR_HUB_ID_OR_FILE --config.data.path=PREPARED_FOLDER [--config.field=value ...]
 
 FILE:tiny runs the same experiment with a small random model and made pairs, in seconds. Run the same command again to

@@ -3,7 +3,7 @@
 # try a mesh before paying for one.
 #
 #   bash launch/local_cluster.sh python -m dpo_jax.train --config=configs/sdxl.py:tiny --workdir=/tmp/try \
-#       --config.data.batch_size=8 --config.mesh.fsdp=2
+#       --config.data.batch_size=8 --config.mesh.data=-1 --config.mesh.fsdp=2
 #
 #   PROCESSES  how many processes; 2 unless set
 #   DEVICES    virtual devices of each; 4 unless set

@@ -45,11 +45,11 @@ def x64() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., ConfigDict]:
-    """`tiny_config("sd15", steps=2, **{"loss.beta": 1.0})`: the `:tiny` variant of a config with fields replaced."""
+    """`tiny_config("sd15", steps=2, **{"loss.beta": 1.0})`: a `:tiny` config with batches of 4 and fields replaced."""
 
     def make(name: str, **fields: object) -> ConfigDict:
         config = load_config(f"{ROOT}/configs/{name}.py:tiny")
-        config.validation.every = config.sample.every = 0
+        config.data.batch_size, config.validation.every, config.sample.every = 4, 0, 0
         with config.unlocked():
             for path, value in fields.items():
                 *parents, leaf = path.split(".")

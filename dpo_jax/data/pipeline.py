@@ -1,4 +1,4 @@
-"""From a prepared data set to batches: Grain shuffles, shards, makes the inputs of each record and batches them.
+"""From a prepared data set to batches: Grain shuffles, threads make the inputs of each record, in place in its batch.
 
 Every sample is a function of the seed and its position in one endless stream, so the samples of a run don't depend on
 the number of processes or workers, and an iterator resumes anywhere.

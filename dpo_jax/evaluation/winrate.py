@@ -26,11 +26,6 @@ class WinRate(NamedTuple):
     comparisons: int
 
 
-def win_rate(scores_PS: np.ndarray, base_scores_PS: np.ndarray) -> WinRate:
-    """Win rate of `scores` over `base_scores`, compared prompt by prompt and seed by seed, as `rate_over_prompts`."""
-    return rate_over_prompts((1 + np.sign(scores_PS - base_scores_PS)) / 2)
-
-
 def rate_over_prompts(wins: Sequence[np.ndarray]) -> WinRate:
     """Win rate over prompts that count alike, however many comparisons each has.
 

@@ -134,7 +134,7 @@ _SUPPORTED: dict[str, Any] = {
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
-    # SD2.1 asks for float32 attention scores; `layers.attention` always accumulates them so.
+    # SD2.1 asks for float32 attention scores; `operations.attention` always accumulates them so.
     "upcast_attention": (None, False, True),
 }
 

@@ -33,8 +33,6 @@ class VAEConfig:
     scaling_factor: float = 0.18215
     """The UNet sees `(latents - shift_factor) * scaling_factor`; encode and decode here apply neither."""
     shift_factor: float | None = None
-    force_upcast: bool = True
-    """These weights overflow in float16, so diffusers runs them in float32; the caller chooses the dtype."""
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
@@ -48,7 +46,8 @@ class VAEConfig:
             "latents_mean": (None,),
             "latents_std": (None,),
         }
-        metadata = ("sample_size", "down_block_types", "up_block_types")
+        # force_upcast: these weights overflow in float16; here the caller chooses the dtype
+        metadata = ("sample_size", "down_block_types", "up_block_types", "force_upcast")
         result = read_config(cls, config, where, supported=supported, metadata=metadata)
         for field, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             types, levels = config.get(field, (block,)), len(result.block_out_channels)

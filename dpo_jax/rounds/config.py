@@ -8,6 +8,7 @@ import dataclasses
 import numpy as np
 from ml_collections import ConfigDict
 
+from dpo_jax.cli import flatten
 from dpo_jax.training.config import CHOICES as NETWORK_CHOICES
 from dpo_jax.training.config import Derived, Variant, check_ranges, check_settings, default_config, divide_batch
 
@@ -27,6 +28,7 @@ AT_LEAST_1 = (
     "sample.steps",
 )
 AT_LEAST_0 = (
+    "seed",
     "online.guidance",
     "online.margin",
     "loss.beta",
@@ -121,6 +123,7 @@ def grpo(c: ConfigDict) -> None:
     c.loss.name = "ddpo"
     c.online.advantage = "group"
     c.online.candidates = 4
+    c.online.best_and_worst = False
 
 
 def spo(c: ConfigDict) -> None:
@@ -188,6 +191,9 @@ def check(config: ConfigDict) -> None:
             f"config.online.clip={online.clip} leaves no gradient or no limit; take a share above 0 and below 1, such "
             "as 0.1"
         )
+    strength = "loss.beta" if config.loss.name == "d3po" else "loss.advantage_clip"
+    if not flatten(config)[strength]:
+        raise ValueError(f"config.{strength}=0 leaves no gradient; take a number above 0")
     if online.candidates < (2 if config.loss.name == "d3po" or online.advantage == "group" else 1):
         raise ValueError(f"config.online.candidates={online.candidates}; there is nothing to compare: take 2 or more")
     if config.lora.dropout:
@@ -235,6 +241,11 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             f"config.online.branch_after={online.branch_after} is when candidates part, and they don't; set "
             "online.branching=True"
+        )
+    if online.best_and_worst and config.loss.name != "d3po":
+        raise ValueError(
+            f"config.online.best_and_worst chooses a pair, and {config.loss.name} learns from all candidates; set it "
+            "to False"
         )
     if online.margin and not online.best_and_worst:
         raise ValueError(

@@ -9,7 +9,7 @@ A prompt's files are written whole, the trajectory last: where it is, the prompt
 goes on with the next one. They stay on disk however small they are: a resumed run needs them, and what is read again
 soon comes from the operating system's cache.
 
-Axes: P prompts, K candidates, S random steps, R rewards, J as in `rollout.py`.
+Axes: P prompts, K candidates, S learned steps, R rewards, J as in `rollout.py`.
 """
 
 import io

@@ -14,11 +14,14 @@ from dpo_jax.weights.layout import Params
 
 
 def open_judges(config: ConfigDict) -> list[Scorer]:
-    """Those of `online.judges`; ValueError or FileNotFoundError with the field and what to write."""
+    """Those of `online.judges`; ValueError or FileNotFoundError with the field and what to write.
+
+    In float32 whatever the model's dtype: candidates are alike but for details, and it is their order that counts.
+    """
     judges = []
     for spec in config.online.judges:
         try:
-            judges.append(open_judge(spec, dtype=config.dtype))
+            judges.append(open_judge(spec))
         except (ValueError, FileNotFoundError) as error:
             name = spec.partition("=")[0]
             known = JUDGES.get(name)

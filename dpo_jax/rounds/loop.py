@@ -7,13 +7,13 @@ by the weights that the round began with, which nothing has changed since.
 
 import contextlib
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from dpo_jax import cluster
@@ -75,7 +75,10 @@ def learn(config: ConfigDict, workdir: epath.PathLike, stage: str = "", feedback
 
 
 class Rounds:
-    """Round after round."""
+    """Round after round.
+
+    What is on disk already is looked up by the first process, for all: others may see it later.
+    """
 
     def __init__(
         self,
@@ -102,22 +105,25 @@ class Rounds:
     def run(self, state: TrainState, stage: str) -> TrainState:
         """Until the last round, the end of the stage, or until people are needed."""
         first = int(state.step) // self._plan.updates
+        if self._judges and cluster.is_first():
+            self._forget(first + 1)
         if self._statistics_R:  # of what they had seen
             for folder in map(self.folder, range(first)):
                 learnable(self._config, self._shown(folder)[:, None], folder.prompts, self._statistics_R)
         for number in range(first, self._config.online.rounds):
             folder, step = self.folder(number), int(state.step)
-            if stage == "train" and folder.missing():
+            missing = self._missing(folder)
+            if stage == "train" and missing:
                 raise ValueError(f"round {number} is not sampled yet; run with --stage=sample first")
-            if step > number * self._plan.updates and folder.missing():
+            if step > number * self._plan.updates and missing:
                 raise ValueError(
                     f"step {step} is in the middle of round {number}, but trajectories of it are missing in "
                     f"{folder.path}, and the weights that they were sampled with have changed; put them back or begin "
                     "another --workdir"
                 )
-            self._sample(folder, state)
-            people = bool(self._feedback or folder.feedback() or folder.read_scores())
-            is_judged = bool(self._judges) or cluster.says_first(people)
+            self._sample(folder, state, missing)
+            people = cluster.is_first() and bool(self._feedback or folder.feedback() or folder.read_scores())
+            is_judged = bool(self._judges) or bool(cluster.says_first(people))
             if stage == "train" and not is_judged:
                 raise ValueError(
                     f"nobody has scored round {number}: {folder.path} has no feedback*.json; vote on it and export the "
@@ -145,13 +151,28 @@ class Rounds:
         chosen = rng.choice(len(self._prompts), count, replace=count > len(self._prompts))
         return RoundFolder(self._workdir, number, [self._prompts[i] for i in chosen])
 
-    def _sample(self, folder: RoundFolder, state: TrainState) -> None:
+    def _forget(self, number: int) -> None:
+        """The trajectories from this round on: the weights that sampled them are in no checkpoint any more.
+
+        Those that are trained again may differ from them by rounding.
+        """
+        later = map(self.folder, itertools.count(number))
+        for folder in itertools.takewhile(lambda folder: folder.path.exists(), later):
+            folder.remove_trajectories()
+
+    def _missing(self, folder: RoundFolder) -> set[int]:
+        """The prompts that are not sampled yet."""
+        missing_P = np.zeros(len(folder.prompts), bool)
+        if cluster.is_first():
+            missing_P[folder.missing()] = True
+        return set(np.flatnonzero(cluster.says_first(missing_P)).tolist())
+
+    def _sample(self, folder: RoundFolder, state: TrainState, missing: set[int]) -> None:
         """Samples what is missing of the round, and has it judged if there are judges.
 
         In the batches of a round of which nothing is there yet: in others, numbers would be rounded differently.
         """
-        missing, size, total = set(folder.missing()), self._rollout.batch_size, len(folder.prompts)
-        cluster.wait("found what is missing of the round")
+        size, total = self._rollout.batch_size, len(folder.prompts)
         frozen = self._loop.experiment.frozen
         batches = [range(start, min(start + size, total)) for start in range(0, total, size)]
         for i, batch in enumerate(batch for batch in batches if missing.intersection(batch)):
@@ -171,7 +192,7 @@ class Rounds:
             for b, p in new:
                 if b in drawn.ways:
                     folder.write_trajectory(p, drawn.ways[b], rewards[b] if rewards else None)
-            missing.difference_update(batch)
+            missing = missing.difference(batch)
             self._loop.bar.note(f"sampling round {folder.number}: {total - len(missing)}/{total} prompts")
         if cluster.is_first():
             folder.write_list(1 if self._config.online.branching else self._config.online.candidates)
@@ -206,9 +227,7 @@ class Rounds:
             if cluster.is_first():
                 ask(is_outside=True)
         ask(is_outside=False)  # networks may lie on the devices of all processes
-        if jax.process_count() > 1:
-            scores_RN = np.asarray(multihost_utils.broadcast_one_to_all(scores_RN))
-        return np.moveaxis(scores_RN, 0, -1).reshape(B, K, -1)
+        return np.moveaxis(cluster.says_first(scores_RN), 0, -1).reshape(B, K, -1)
 
     def _ask(self, folder: RoundFolder) -> None:
         """Says what is to be done with a sampled round."""
@@ -217,9 +236,10 @@ class Rounds:
         self._say(f"round {folder.number} is sampled: {folder.images}")
         if not self._judges:
             votes, file = folder.path / "votes.sqlite", folder.path / "feedback.json"
+            mode = "--mode=points" if self._config.online.candidates > 1 else "--mode=tag --tags=bad"
             self._say(
                 "ask people, then go on with --stage=train:\n"
-                f"  python -m dpo_jax.vote --images={folder.images} --mode=points --output={votes}\n"
+                f"  python -m dpo_jax.vote --images={folder.images} {mode} --output={votes}\n"
                 f"  python -m dpo_jax.vote --output={votes} --export={file}\n"
                 f"or write their scores, [prompt][candidate], into {file} yourself"
             )
@@ -236,10 +256,11 @@ class Rounds:
     def _note(self, folder: RoundFolder, step: int, found: Sequence[Rewards]) -> None:
         """Into the round's folder, the metrics and `result.json`; what a kill has kept from some of them as well."""
         start = folder.number * self._plan.updates
-        noted_PKR = self._shown(folder) if folder.read_scores() else None
-        shown_PKR = noted_PKR if noted_PKR is not None and not self._feedback else self._said(folder, found)
+        noted_PKR = _scores_of(folder) if folder.read_scores() else None
+        # Of judges what is beside the trajectories counts: the rounds may have been begun anew.
+        shown_PKR = self._said(folder, found) if noted_PKR is None or self._judges or self._feedback else noted_PKR
         is_new = noted_PKR is None or not np.array_equal(shown_PKR, noted_PKR, equal_nan=True)
-        if is_new and noted_PKR is not None and step > start:
+        if is_new and noted_PKR is not None and step > start and self._feedback:
             raise ValueError(
                 f"--feedback differs from {folder.path / 'scores.json'}, by which round {folder.number} is trained on "
                 f"up to step {step} already; leave out --feedback to go on by that, or begin another --workdir"
@@ -263,13 +284,12 @@ class Rounds:
 
     def _shown(self, folder: RoundFolder) -> np.ndarray:
         """[P, K, R], from `scores.json`."""
-        scores = folder.read_scores()
-        if scores is None:
-            raise FileNotFoundError(
-                f"{folder.path} has no scores.json, and later rounds build on it; put it back or begin another "
-                "--workdir"
-            )
-        return np.array(scores["scores"], np.float64)
+        K = 1 if self._config.online.branching else self._config.online.candidates
+        shown_PKR = np.zeros((len(folder.prompts), K, len(self._names)))
+        with cluster.together(f"reading what was said of round {folder.number}"):
+            if cluster.is_first():
+                shown_PKR = _scores_of(folder)
+        return cluster.says_first(shown_PKR)
 
     def _remove_trajectories(self, last: int) -> None:
         """Of the rounds up to `last` that no checkpoint is in the middle of."""
@@ -278,3 +298,13 @@ class Rounds:
             if cluster.is_first():
                 self.folder(self._kept).remove_trajectories()
             self._kept += 1
+
+
+def _scores_of(folder: RoundFolder) -> np.ndarray:
+    """[P, K, R], from `scores.json`."""
+    scores = folder.read_scores()
+    if scores is None:
+        raise FileNotFoundError(
+            f"{folder.path} has no scores.json, and later rounds build on it; put it back or begin another --workdir"
+        )
+    return np.array(scores["scores"], np.float64)

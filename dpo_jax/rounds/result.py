@@ -10,6 +10,9 @@ from ml_collections import ConfigDict
 from dpo_jax.files import write_whole
 from dpo_jax.rounds.config import Plan
 
+FIELDS = ("advantage", "update_by", "reference", "candidates", "branching", "best_and_worst", "latent_judge")
+"""Of `config.online`: what tells methods apart."""
+
 
 class Result:
     """Writes the file, by the `scores.json` of the rounds, each of which is read once."""
@@ -19,7 +22,7 @@ class Result:
         online = config.online
         self._fields = {
             "method": config.loss.name,
-            **{name: online[name] for name in ("advantage", "update_by", "candidates", "branching")},
+            **{name: online[name] for name in FIELDS},
             "judges": list(online.judges),
             "a_round": {"images": plan.images, "unet_evaluations": plan.evaluations, "updates": plan.updates},
         }

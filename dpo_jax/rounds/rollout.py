@@ -1,7 +1,7 @@
 """Sampling: trajectories with their log-probabilities and the images that they lead to, in one jitted function.
 
-Axes: B prompts, K candidates of a prompt, S random steps of the sampler, J shared or own beginnings of a step (1 or K),
-E text encoders, L tokens, H x W pixels, h x w latent cells, C channels.
+Axes: B prompts, K candidates of a prompt, S learned steps of the sampler, J shared or own beginnings of a step (1 or
+K), E text encoders, L tokens, H x W pixels, h x w latent cells, C channels.
 """
 
 import functools

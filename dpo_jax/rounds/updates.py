@@ -1,6 +1,6 @@
 """The batches of a round: which prompts, timesteps and candidates each optimizer step trains on.
 
-Axes: P prompts of a round, B prompts of an optimizer step, T timesteps of it, K candidates, S random steps, R rewards,
+Axes: P prompts of a round, B prompts of an optimizer step, T timesteps of it, K candidates, S learned steps, R rewards,
 E text encoders, L tokens. A batch has B * T rows, the timesteps of a prompt one after the other.
 """
 
@@ -22,7 +22,7 @@ class Updates:
         config: of the experiment.
         plan: its rounds.
         folder: of the round.
-        steps_S: the rows of the sampler's table whose steps are random.
+        steps_S: `learned_steps`: the rows of the sampler's table that may be trained on.
         token_ids_PEL: of the round's prompts.
         rewards_PSKR: what is preferred; S is 1 where all steps share it.
         advantages_PSK: likewise.
@@ -83,8 +83,10 @@ class Updates:
         rewards_SKR, advantages_SK = self._rewards_PSKR[p][:, candidates_K], self._advantages_PSK[p][:, candidates_K]
         each_T = chosen_T if len(rewards_SKR) > 1 else np.zeros(T, int)
         preference_TKR = rewards_SKR[each_T]
-        # An update of one pair has nothing to learn of a tie.
-        is_tie = self._plan.pairs > 1 and not _is_decided(rewards_SKR[0])
+        # Nothing is learned of what people, or an update's only pair, leave undecided. Where judges leave it so, it
+        # counts in its update, as in D3PO's released code.
+        skips = self._plan.pairs > 1 or not self._config.online.judges
+        is_undecided = skips and not self._decides(rewards_SKR[0])
         return PreferenceBatch(
             inputs=Sampled(
                 transitions,
@@ -94,13 +96,13 @@ class Updates:
             size_cond_BK6=np.tile(np.array([size, size, 0, 0, size, size], np.float32), (T, len(candidates_K), 1)),
             preference_BK=preference_TKR,
             valid_BK=np.ones((T, len(candidates_K)), bool),
-            weight_B=np.full(T, 0.0 if is_tie else 1.0, np.float32),
+            weight_B=np.full(T, 0.0 if is_undecided else 1.0, np.float32),
             index_B=np.zeros(T, np.int32),
         )
 
-
-def _is_decided(rewards_2R: np.ndarray) -> bool:
-    """Whether one of two candidates is better, as `losses.is_preferred` has it."""
-    first_R, second_R = rewards_2R
-    better, worse = first_R > second_R, first_R < second_R
-    return not np.isnan(rewards_2R).any() and bool(better.any() != worse.any())
+    def _decides(self, rewards_KR: np.ndarray) -> bool:
+        """Whether a candidate is better than another, as `losses.is_preferred` has it; or, for advantages, known."""
+        if self._config.loss.name != "d3po":
+            return not bool(np.isnan(rewards_KR).all())
+        pairs = itertools.combinations(rewards_KR[~np.isnan(rewards_KR).any(axis=1)], 2)
+        return any((one_R > other_R).any() != (one_R < other_R).any() for one_R, other_R in pairs)

@@ -136,6 +136,7 @@ def _checksums(tree: Any) -> Any:
     return jax.tree.map(_checksum, tree)
 
 
+@jax.jit  # inside the other it is traced once for each shape, of which a UNet has few
 def _checksum(x: jax.Array) -> jax.Array:
     """The words, each times an odd number of its place, summed modulo 2^32. Integers: no order of summing matters."""
     words = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)

@@ -1,7 +1,7 @@
 """The fields of an experiment, and what is derived from them, once.
 
 A file in `configs/` starts from `default_config()` and changes what is particular to it. Nothing is computed inside a
-config: a value derived there would go stale under `--config.field=value`. `resolve` derives, checks and prints.
+config: a value derived there would go stale under `--config.field=value`. `resolve` derives and checks.
 """
 
 import dataclasses
@@ -43,24 +43,19 @@ FREE_TO_CHANGE = (
 )
 
 AT_LEAST_1 = (
-    *(
-        "steps",
-        "log_every",
-        "data.batch_size",
-        "data.accumulation",
-        "data.resolution",
-        "checkpoint.every",
-    ),
-    *(
-        "checkpoint.every",
-        "checkpoint.keep",
-        "validation.max_pairs",
-        "validation.draws",
-        "sample.seeds",
-        "sample.steps",
-    ),
+    "steps",
+    "log_every",
+    "data.batch_size",
+    "data.accumulation",
+    "data.resolution",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "validation.max_pairs",
+    "validation.draws",
+    "sample.seeds",
+    "sample.steps",
 )
-AT_LEAST_0 = ("data.min_side", "data.limit", "data.encoded_views", "data.num_workers")
+AT_LEAST_0 = ("seed", "data.min_side", "data.limit", "data.encoded_views", "data.num_workers")
 SHARES = ("data.caption_dropout", "data.min_agreement", "lora.dropout", "ema.decay")
 CHOICES = {
     "dtype": ("float32", "bfloat16"),
@@ -194,7 +189,7 @@ def _tiny(c: ConfigDict, *, family: str) -> None:
     c.dtype = c.vae_dtype = "float32"
     c.log_every = 1
     c.data.path = "random:32"
-    c.data.batch_size = 4
+    c.data.batch_size = 8  # one for each device of most hosts
     c.data.accumulation = 1
     c.data.resolution = 32
     c.optimizer.warmup_steps = 2
@@ -287,18 +282,15 @@ def divide_batch(config: ConfigDict, rows: int, *, device_count: int, process_co
     unit = accumulation * parts
     if rows % unit:
         each = rows // batch  # timesteps of a prompt; 1 where there are pairs
-        takes = unit // math.gcd(unit, each)
-        remedy = f"take a multiple of {takes}, such as {max(1, round(batch / takes)) * takes}"
-        times = ""
-        if each != 1:
-            times, even = f" x {each} timesteps", parts // math.gcd(parts, each)
-            fits = -(-batch // even) * even  # the fewest prompts that all devices share
-            most = max(n for n in range(1, accumulation + 1) if fits * each // parts % n == 0)
-            larger = f"data.batch_size={fits} and " if fits != batch else ""
-            remedy = f"set {larger}data.accumulation={most}, or data.batch_size to a multiple of {takes}"
+        even, takes = parts // math.gcd(parts, each), unit // math.gcd(unit, each)
+        fits = -(-batch // even) * even  # the fewest that all devices share
+        most = max(n for n in range(1, accumulation + 1) if fits * each // parts % n == 0)
+        changes = [f"data.batch_size={fits}"] if fits != batch else []
+        changes += [f"data.accumulation={most}"] if most != accumulation else []
         raise ValueError(
-            f"data.batch_size={batch}{times} does not divide over {parts} devices x {accumulation} micro-batches; "
-            f"{remedy}"
+            f"data.batch_size={batch}{f' x {each} timesteps' if each != 1 else ''} does not divide over {parts} "
+            f"devices x {accumulation} micro-batches; set {' and '.join(changes)}, or data.batch_size to a multiple of "
+            f"{takes}"
         )
     return Derived(
         local_batch_size=rows // process_count,

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from dpo_jax.files import write_whole
 from dpo_jax.progress import SECONDS_BETWEEN_LINES
 
 
@@ -25,7 +26,7 @@ class MetricWriter:
         self._active = jax.process_index() == 0
         if self._active:
             kept = [row for row in read_metrics(workdir) if row["step"] <= start]
-            (self._folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+            write_whole(self._folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
             self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

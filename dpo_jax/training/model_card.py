@@ -16,6 +16,9 @@ METHODS = {
     "d3po": "[D3PO](https://arxiv.org/abs/2311.13231)",
     "ddpo": "[DDPO](https://arxiv.org/abs/2305.13301)",
     "dpok": "[DPOK](https://arxiv.org/abs/2305.16381)",
+    "grpo": "policy gradients with [group advantages](https://arxiv.org/abs/2402.03300)",
+    "spo": "[SPO](https://arxiv.org/abs/2406.04314)",
+    "lpo": "[LPO](https://arxiv.org/abs/2502.01051)'s step-level preferences",
 }
 USE = {
     "diffusers": "pipe = diffusers.DiffusionPipeline.from_pretrained({folder!r}{dtype})",
@@ -49,7 +52,8 @@ def model_card(facts: Mapping[str, Any], pipeline: Pipeline, format: str, name: 
         base_model=hub_id["repo"] if hub_id and not epath.Path(model).exists() else None,
         tags=[
             "text-to-image",
-            *(["dpo", "dpo_jax"] if config else ["dpo_jax"]),
+            *([_method(config)] if config else []),
+            "dpo_jax",
             *(["lora"] if _is_lora(format) else []),
         ],
     )
@@ -69,7 +73,7 @@ def model_card(facts: Mapping[str, Any], pipeline: Pipeline, format: str, name: 
         return "\n".join([*parts, f"Converted from {model}{with_lora} by dpo_jax.\n"])
     what = "A LoRA" if config["lora.rank"] or config["lora.init"] else "All UNet weights"
     others = "".join(f", with the {part} of {config[part]}" for part in ("unet", "vae") if config[part])
-    method = METHODS[config["loss.name"]]
+    method = METHODS[_method(config)]
     parts.insert(1, f"{what} of {model}{others}, trained by {method} for {facts['step']} steps with dpo_jax.\n")
     if facts.get("result"):
         parts.append("## Measured\n\n" + "\n".join(_measured(facts["result"])) + "\n")
@@ -93,7 +97,7 @@ def _measured(result: Mapping[str, Any]) -> list[str]:
     return [
         f"- win rate over the base: {result['win_rate']:.1%}, 95% interval [{result['win_rate_low']:.1%}, "
         f"{result['win_rate_high']:.1%}], {result['comparisons']} comparisons, {result['ties']} ties count half",
-        f"- judge's mean score: base {result['base_score']:.1%}, tuned {result['tuned_score']:.1%}",
+        f"- judge's mean score: base {result['base_score']:.4g}, tuned {result['tuned_score']:.4g}",
     ]
 
 
@@ -101,6 +105,17 @@ def read_result(workdir: epath.PathLike) -> dict[str, Any] | None:
     """What `dpo_jax.evaluate` or `dpo_jax.online` wrote, or None."""
     path = epath.Path(workdir) / "result.json"
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def _method(config: Mapping[str, Any]) -> str:
+    """The key of METHODS: some are told by what their loss is given."""
+    if config.get("online.latent_judge"):
+        return "lpo"
+    if config.get("online.branching") and config["loss.name"] == "d3po":
+        return "spo"
+    if config.get("online.advantage") == "group" and config["loss.name"] == "ddpo":
+        return "grpo"
+    return config["loss.name"]
 
 
 def _is_lora(format: str) -> bool:

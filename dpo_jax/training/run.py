@@ -12,7 +12,6 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dpo_jax.cli import flatten, unflatten
-from dpo_jax.evaluation.generate import Generator
 from dpo_jax.evaluation.opened import Opened, add_lora, lora_mark
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sharding import Placement, make_mesh
@@ -24,7 +23,6 @@ from dpo_jax.training.model import (
     initial_adapter,
     load_encoders,
     load_unet,
-    make_generator,
     open_model,
     sampling_of,
 )
@@ -81,10 +79,6 @@ class Run:
             sampling_of(self.config),
             self.config.data.resolution,
         )
-
-    def generator(self, batch_size: int) -> Generator:
-        encoders = load_encoders(self.config, self.pipeline, self.placement)
-        return make_generator(self.config, self.pipeline, lambda: encoders, self.placement, batch_size)
 
 
 def open_run(workdir: epath.PathLike) -> Run:

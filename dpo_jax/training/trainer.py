@@ -159,6 +159,8 @@ class Loop:
         self.train_step = experiment.train_step()
         self.place = to_devices(experiment.mesh)
         self._compiled = False
+        self._began = time.monotonic(), 0
+        """When the first step of this process had been made, and which one it was."""
         self.eval_step = jax.jit(make_eval_step(experiment.score), out_shardings=replicated(experiment.mesh))
         self._generator: Generator | None = None
         self._reference_images: np.ndarray | None = None
@@ -199,6 +201,7 @@ class Loop:
                 self.clock.lap("first step")
                 self.bar.say(f"start-up: {self.clock}")
                 timer, timed_from = time.monotonic(), step  # compilation is not speed
+                self._began = timer, step
             if not (saves or logs or validates or samples):
                 continue
             if pending is not None:
@@ -244,7 +247,8 @@ class Loop:
         if seconds_per_step is not None:
             unit = "prompts" if self.inputs is None else "pairs"
             means[f"speed/{unit}_per_second"] = self.config.data.batch_size / seconds_per_step
-            seconds_left = (self.config.steps - step) * seconds_per_step
+            since, first = self._began  # with all that was done between steps, such as sampling rounds
+            seconds_left = (self.config.steps - step) * (time.monotonic() - since) / (step - first)
         self.writer.scalars(step, means)
         self.bar.show(step, means, seconds_left)
 

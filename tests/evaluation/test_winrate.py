@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dpo_jax.evaluation.winrate import mean_over_prompts, rate_over_prompts, win_rate
+from dpo_jax.evaluation.winrate import WinRate, mean_over_prompts, rate_over_prompts
+
+
+def win_rate(scores_PS: np.ndarray, base_scores_PS: np.ndarray) -> WinRate:
+    """Compared prompt by prompt and seed by seed."""
+    return rate_over_prompts((1 + np.sign(scores_PS - base_scores_PS)) / 2)
 
 
 def test_ties_count_half_and_are_reported():

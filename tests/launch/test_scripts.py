@@ -1,11 +1,17 @@
 """The launch scripts as far as they go without a cluster: what they would run, and that they are sound shell."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
+
+from dpo_jax.cli import flatten, load_config, unflatten
+from dpo_jax.sharding import mesh_shape
+from dpo_jax.training.config import divide_batch
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -84,6 +90,39 @@ def test_what_is_missing_is_said(script: str, arguments: list[str], variables: d
     done = dry_run(script, *arguments, **variables)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "devices"),  # of what the example, or the text around it, asks for
+    [("README.md", 8), ("launch/local_cluster.sh", 8), ("launch/slurm.sbatch", 32), ("launch/tpu_pod.sh", 64)],
+)
+def test_meshes_of_examples_fit_their_devices(file: str, devices: int) -> None:
+    text = re.sub(r"\\\n[# ]*", "", (ROOT / file).read_text())
+    commands = re.findall(r"--config=(?:\S+) --workdir.*--config\.mesh.*", text)
+    assert commands
+    for command in commands:
+        assert_fits(command.split(), devices)
+
+
+def test_meshes_of_jobs_fit_their_devices() -> None:
+    for document in yaml.safe_load_all((LAUNCH / "gke_jobset.yaml").read_text()):
+        (replicated,) = document["spec"]["replicatedJobs"]
+        job = replicated["template"]["spec"]
+        (container,) = job["template"]["spec"]["containers"]
+        (of_host,) = container["resources"]["limits"].values()
+        assert_fits(container["args"], job["parallelism"] * int(of_host))
+
+
+def assert_fits(arguments: list[str], devices: int) -> None:
+    given = dict(argument.removeprefix("--").split("=", 1) for argument in arguments if argument.startswith("--config"))
+    config = load_config(f"{ROOT}/{given.pop('config')}")
+    known = flatten(config)
+    for name, value in given.items():
+        field = name.removeprefix("config.")
+        known[field] = type(known[field])(value)
+    mesh = unflatten(known).mesh
+    mesh_shape(mesh.data, mesh.fsdp, mesh.tensor, devices)
+    divide_batch(unflatten(known), known["data.batch_size"], device_count=devices, process_count=1)
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")

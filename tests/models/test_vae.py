@@ -129,7 +129,7 @@ def test_config_reads_what_diffusers_writes():
     assert config.block_out_channels == (8, 16)
     assert config.layers_per_block == 2
     assert (config.use_quant_conv, config.use_post_quant_conv, config.mid_block_add_attention) == (False, False, False)
-    assert (config.scaling_factor, config.shift_factor, config.force_upcast) == (0.18215, None, True)
+    assert (config.scaling_factor, config.shift_factor) == (0.18215, None)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,13 @@ PUBLISHED = {"data.batch_size": 1, "data.accumulation": 20, "online.prompts_per_
             {"lora.init": "FILE", "lora.init_reference": True, "online.reference": "round"},
             r"config\.lora\.init_reference=True",
         ),
+        (
+            {"online.best_and_worst": True, "loss.name": "ddpo"},
+            r"best_and_worst chooses a pair, and ddpo learns from all",
+        ),
+        ({"loss.beta": 0.0}, r"loss\.beta=0 leaves no gradient"),
+        ({"loss.advantage_clip": 0.0, "loss.name": "ddpo"}, r"loss\.advantage_clip=0 leaves no gradient"),
+        ({"seed": -1}, r"config\.seed=-1"),
         ({"online.branch_after": 0.2}, r"branch_after=0\.2 .*set online\.branching=True"),
         ({"online.margin": 0.3}, r"margin=0\.3 .*set online\.best_and_worst=True"),
         ({"loss.name": "dpo"}, r"loss\.name='dpo'; choose from d3po, ddpo, dpok"),
@@ -148,7 +155,7 @@ def test_one_image_a_prompt_is_enough_for_advantages_by_prompt(online):
         (
             {},
             {"device_count": 16},
-            r"batch_size=2 x 20 timesteps does not divide over 16 devices.*batch_size=4 and .*a multiple of 4$",
+            r"batch_size=2 x 20 timesteps does not divide over 16 devices.*batch_size=4, or .*a multiple of 4$",
         ),
         ({"data.accumulation": 3}, {}, r"batch_size=2 x 20 timesteps does not divide over 1 devices x 3 micro-batches"),
         (

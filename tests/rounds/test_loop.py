@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 
 import pytest
 
 from dpo_jax.evaluation.image_folder import read_list
 from dpo_jax.rounds.folder import RoundFolder
 from dpo_jax.rounds.loop import learn
+from dpo_jax.rounds.result import FIELDS
 from dpo_jax.training.run import open_run
 
 METHODS = [
@@ -52,7 +54,7 @@ def check_run(config, workdir):
         assert len(read_list(workdir / "rounds" / f"{number:05d}" / "images")) == shown
     assert len(result["rounds"]) == config.online.rounds
     assert result["method"] == config.loss.name
-    for name in ("advantage", "update_by", "candidates", "branching"):
+    for name in FIELDS:
         assert result[name] == config.online[name]
     assert result["judges"] == list(config.online.judges)
     if config.sample.every:
@@ -81,6 +83,26 @@ def test_figures_that_a_kill_has_kept_from_their_files_are_written_later(online,
     noted = [(row["online/round"], row["step"]) for row in rows if "online/round" in row]
     assert noted == [(0, 0), (1, 2)]
     assert len(json.loads((tmp_path / "result.json").read_text())["rounds"]) == 2
+
+
+@pytest.mark.slow
+def test_rounds_begun_anew_are_judged_anew(online, tmp_path):
+    """As after all checkpoints were damaged: what is left of the rounds is of weights that are gone."""
+    config = online("d3po:compressibility,tiny", **{"sample.every": 0})
+    learn(config, tmp_path)
+    files = [tmp_path / f"rounds/{number:05d}/scores.json" for number in range(2)]
+    said = [json.loads(file.read_text())["scores"] for file in files]
+    shutil.rmtree(tmp_path / "checkpoints")
+    for number, file in enumerate(files):
+        wrong = [[[9.0] for _ in of_prompt] for of_prompt in said[number]]
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"scores": wrong}))
+    trajectories = tmp_path / "rounds/00001/trajectories"
+    trajectories.mkdir(exist_ok=True)
+    (trajectories / "00000.npz").write_bytes(b"of other weights")
+
+    learn(config, tmp_path)
+
+    assert [json.loads(file.read_text())["scores"] for file in files] == said
 
 
 @pytest.mark.slow

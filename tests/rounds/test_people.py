@@ -177,7 +177,7 @@ def test_files_of_feedback_are_averaged_and_the_opposite_teaches_the_opposite(sa
     assert (np.abs(learned["good"]) > 5e-3).mean() > 0.5
     np.testing.assert_allclose(learned["bad"], -learned["good"], rtol=1e-4, atol=5e-5)
     (row,) = metrics_of(tmp_path / "good")
-    assert row["pair/count"] == 0.5  # one pair of two prompts
+    assert row["pair/count"] == 1  # of the one prompt that has a pair
 
 
 def test_feedback_that_is_missing_or_of_another_shape_is_told(sampled, tmp_path):

@@ -124,6 +124,22 @@ def test_a_pair_that_neither_judge_decides_alone_weighs_nothing(made_round):
             assert weight == (0 if pair == (0, 1) else 1)
 
 
+@pytest.mark.parametrize(
+    ("fields", "weights_P"),
+    [
+        ({"online.judges": ()}, [1, 1, 0, 1, 0, 0]),
+        ({"online.judges": (), "loss.name": "ddpo"}, [1, 1, 1, 1, 1, 0]),
+        ({}, [1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_what_people_leave_undecided_weighs_nothing(made_round, fields, weights_P):
+    """With two candidates or more of a prompt, all pairs at once."""
+    rewards_PK = np.array([[0, 1, 2], [1, 1, 0], [4, 4, 4], [NAN, 1, 2], [NAN, NAN, 0], [NAN, NAN, NAN]])
+    for batch in drawn(made_round(**fields).updates(rewards_PK[:, None, :, None]), 3):
+        for (prompt, _, _), weight in zip(rows_of(batch), batch.weight_B, strict=True):
+            assert weight == weights_P[prompt]
+
+
 def test_rewards_and_advantages_of_the_prompt_that_all_steps_share(made_round):
     made, rng = made_round(**{"online.timesteps": 0.6}), np.random.default_rng(0)
     rewards_PSKR, advantages_PSK = rng.normal(size=(6, 1, 3, 2)), rng.normal(size=(6, 1, 3))

@@ -14,8 +14,11 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from dpo_jax.cli import flatten, load_config
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.training.export import export, open_tuned, open_untrained
+from dpo_jax.training.model_card import METHODS, model_card
+from dpo_jax.training.run import open_run
 from dpo_jax.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +86,21 @@ def test_model_card_says_how_it_was_made_and_what_was_measured(run, tmp_path):
     assert "| pair_accuracy |" in text
     config = json.loads(re.search(r"```json\n(.*)```", text, re.DOTALL)[1])
     assert config == json.loads((run / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("spec", "tag"),
+    [
+        *(("sd15:tiny", "dpo"), ("d3po:tiny", "d3po"), ("d3po:ddpo,tiny", "ddpo"), ("d3po:dpok,tiny", "dpok")),
+        *(("d3po:grpo,tiny", "grpo"), ("d3po:spo,tiny", "spo"), ("d3po:lpo", "lpo")),
+    ],
+)
+def test_model_card_names_the_method(run, spec, tag):
+    file, _, variant = spec.partition(":")
+    facts = {"config": flatten(load_config(f"{ROOT}/configs/{file}.py:{variant}")), "step": 1, "validation": {}}
+    card = model_card(facts, open_run(run).pipeline, "unet", "mine", "float32")
+    assert yaml.safe_load(card.split("---")[1])["tags"] == ["text-to-image", tag, "dpo_jax"]
+    assert f"trained by {METHODS[tag]} for" in card
 
 
 def test_the_cards_code_opens_the_model(run, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from dpo_jax.training.config import resolve
 from dpo_jax.training.data import make_inputs, open_training_batches
 from dpo_jax.training.experiment import build
 from dpo_jax.training.export import export, open_tuned
-from dpo_jax.training.model import open_model
+from dpo_jax.training.model import load_encoders, make_generator, open_model
 from dpo_jax.training.run import open_run
 from dpo_jax.training.step import moving_average, reference_params
 from dpo_jax.training.trainer import train
@@ -79,11 +79,13 @@ def test_a_run_is_drawn_with_and_takes_a_further_lora(trained, tmp_path):
             opened.unet, captions, seeds
         ).astype(int)
 
+    encoders = load_encoders(run.config, run.pipeline, run.placement)
+    generator = make_generator(run.config, run.pipeline, lambda: encoders, run.placement, 2)  # as in training
     tuned = draw(run.opened())
-    np.testing.assert_array_equal(tuned, run.generator(2)(run.policy, captions, seeds))
+    np.testing.assert_array_equal(tuned, generator(run.policy, captions, seeds))
     file = export(open_tuned(trained), tmp_path / "lora", format="lora", dtype=None, max_shard_bytes=10**10)
     undone = draw(run.opened(lora=str(file), lora_scale=-1.0))  # its own, taken away again
-    assert np.abs(undone - run.generator(2)(run.base, captions, seeds)).max() <= 1
+    assert np.abs(undone - generator(run.base, captions, seeds)).max() <= 1
     assert np.abs(undone - tuned).max() > 10
     assert run.opened().fingerprint != run.opened(lora=str(file)).fingerprint
 

@@ -63,7 +63,7 @@ def test_configs_that_the_test_above_runs_are_all_there_are():
 
 def test_variants_of_configs():
     config = load_config(f"{ROOT}/configs/sdxl.py:lora,tiny")
-    assert (config.lora.rank, config.model, config.data.batch_size) == (8, "random:sdxl", 4)
+    assert (config.lora.rank, config.model, config.data.batch_size) == (8, "random:sdxl", 8)
     for name in ("sd15", "sdxl", "sdxl_turbo", "tiny"):
         full, lora = (load_config(f"{ROOT}/configs/{name}.py{variant}") for variant in ("", ":lora"))
         assert full.lora.rank == 0 < lora.lora.rank
@@ -152,7 +152,10 @@ def test_refuses_the_work_directory_of_another_config(tiny_config, one_step):
         ({"ema.decay": 2.0}, r"config.ema.decay=2.0 is a share"),
         ({"model": ""}, r"config.model is empty"),
         ({"data.path": "nowhere"}, r"no prepared data set at nowhere.*dpo_jax.prepare"),
-        ({"data.batch_size": 6, "data.accumulation": 4}, r"batch_size=6 does not divide over 1 devices x 4.*such as 8"),
+        (
+            {"data.batch_size": 6, "data.accumulation": 4},
+            r"batch_size=6 does not divide over 1 devices x 4.*set data.accumulation=3, or .* multiple of 4",
+        ),
         ({"dtype": "bf16"}, r"config.dtype='bf16'; choose from float32, bfloat16"),
         ({"data.relabel": "swaped"}, r"choose from none, swapped, shuffled"),
         ({"data.ties": "keep"}, r"choose from drop, zero_weight, soft"),

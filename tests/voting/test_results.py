@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from dpo_jax.evaluation.winrate import win_rate
+from dpo_jax.evaluation.winrate import rate_over_prompts
 from dpo_jax.voting.results import agreement, summarise
 from dpo_jax.voting.study import Question
 
@@ -62,7 +62,7 @@ def test_win_rates_are_of_majorities_and_count_prompts_alike(survey):
     assert row.rate.rate == pytest.approx((0.75 + 0 + 1) / 3)
     assert result.first_place == 0.5  # of 10 that are no ties; A was shown first
     # the same interval as of as many comparisons a prompt
-    known = win_rate(np.array([[1, 0.5], [0, 0], [1, 1]]), np.full((3, 2), 0.5))
+    known = rate_over_prompts(np.array([[1, 0.5], [0, 0], [1, 1]]))
     assert (row.rate.low, row.rate.high) == pytest.approx((known.low, known.high))
 
 
