@@ -1,5 +1,6 @@
 """Shared fixtures."""
 
+import gc
 import json
 import os
 import re
@@ -32,6 +33,8 @@ from dpo_jax.cli import load_config
 from dpo_jax.data import builder
 from dpo_jax.data.sources import SOURCES
 
+gc.freeze()  # what is imported stays; and tracing makes so many objects that looking for cycles takes a tenth of it
+gc.set_threshold(100_000, 50, 50)
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # the models are tiny, and more threads only wait for each other
 
@@ -76,6 +79,38 @@ def mixed_pairs(tmp_path: Path) -> Path:
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n")
     builder.prepare(SOURCES["jsonl"], [tmp_path / "pairs.jsonl"], tmp_path / "data", workers=0, validation_fraction=0.2)
     return tmp_path / "data"
+
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    """`command("score", "--data=DIR")`: what `python -m dpo_jax.score --data=DIR` does, but for its imports."""
+    folder = tmp_path_factory.mktemp("commands")
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("command_server.py"))],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def run(name: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
+        files = {stream: folder / stream for stream in ("stdout", "stderr")}
+        for file in files.values():
+            file.unlink(missing_ok=True)
+        request = {"module": f"dpo_jax.{name}", "arguments": [str(a) for a in arguments], "cwd": str(ROOT)}
+        assert server.stdin is not None
+        assert server.stdout is not None
+        server.stdin.write(json.dumps(request | {stream: str(file) for stream, file in files.items()}) + "\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess(arguments, code, *(file.read_text() for file in files.values()))
+
+    yield run
+    server.stdin.close()
+    server.wait(30)
 
 
 class Server:

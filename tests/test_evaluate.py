@@ -1,25 +1,27 @@
 """`python -m dpo_jax.evaluate` from models or images to a report."""
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from .conftest import Command
+
 MODEL = "dpo_jax/tiny/model"
 
 
-def evaluate(*arguments: str, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "dpo_jax.evaluate", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == code, done.stderr
-    return done.stdout if code == 0 else done.stderr
+@pytest.fixture
+def evaluate(command: Command) -> Callable[..., str]:
+    def run(*arguments: str, code: int = 0) -> str:
+        done = command("evaluate", *arguments)
+        assert done.returncode == code, done.stderr
+        return done.stdout if code == 0 else done.stderr
+
+    return run
 
 
-def test_models_then_their_images(tmp_path: Path) -> None:
+def test_models_then_their_images(evaluate: Callable[..., str], tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     captions = {"a red circle at the top left": "circles", "a blue square at the bottom right": "squares"}
     prompts.write_text("".join(json.dumps({"prompt": p, "category": c}) + "\n" for p, c in captions.items()))
@@ -68,7 +70,9 @@ def test_models_then_their_images(tmp_path: Path) -> None:
         (["--images=no_such_a,no_such_b"], "no folder of images at no_such_a"),
     ],
 )
-def test_wrong_use_is_told_in_a_sentence(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_wrong_use_is_told_in_a_sentence(
+    evaluate: Callable[..., str], arguments: list[str], message: str, tmp_path: Path
+) -> None:
     said = evaluate(*arguments, "--judges=shapes", f"--output={tmp_path}", code=1)
     assert message in said
     assert said.count("\n") == 1

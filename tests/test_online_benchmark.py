@@ -10,8 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 METHODS = {"D3PO", "DDPO", "DPOK", "GRPO", "SPO", "D3PO (small files)", "DDPO (small files)"}
-RULES = {"D3PO of 7 (all pairs at once)", "D3PO of 7 (pair by pair)"}
-CLEAR = {"D3PO", "D3PO (small files)", "DDPO (small files)"}
+BY_PAIR = "D3PO of 7 (pair by pair)", "D3PO of 7 (pair by pair at a seventh of the rate)"
+RULES = {"D3PO of 7 (all pairs at once)", *BY_PAIR}
+CLEAR = {"D3PO", "DDPO", "DPOK", "GRPO", "D3PO (small files)", "DDPO (small files)", "D3PO of 7 (all pairs at once)"}
 
 
 @pytest.mark.slow

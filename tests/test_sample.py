@@ -1,9 +1,8 @@
 """The sample command as one uses it: in a process of its own."""
 
+import functools
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,12 @@ from dpo_jax.models.random_model import write_random_model
 from dpo_jax.sample import SAMPLER
 from dpo_jax.tiny import world
 
-ROOT = Path(__file__).parents[1]
+from .conftest import Command
 
 
-def sample(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dpo_jax.sample", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+@pytest.fixture
+def sample(command: Command) -> Command:
+    return functools.partial(command, "sample")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_draws_goes_on_and_refuses_other_settings(folder: Path, tmp_path: Path) -> None:
+def test_draws_goes_on_and_refuses_other_settings(sample: Command, folder: Path, tmp_path: Path) -> None:
     arguments = [f"--model={folder / 'model'}", f"--prompts={folder / 'prompts.txt'}", f"--output={tmp_path / 'out'}"]
     arguments += ["--steps=2", "--seeds=2", "--seed=4", "--batch_size=4"]
     first = sample(*arguments)
@@ -62,7 +61,7 @@ def test_draws_goes_on_and_refuses_other_settings(folder: Path, tmp_path: Path) 
     assert len(third.stderr.strip().splitlines()) == 1
 
 
-def test_a_given_image_is_gone_on_from(tmp_path: Path) -> None:
+def test_a_given_image_is_gone_on_from(sample: Command, tmp_path: Path) -> None:
     """The less strength, the nearer: the few last steps leave most of a black cross, whatever the prompt."""
     (tmp_path / "circle.txt").write_text("a red circle at the top left\n")
     arguments = ["--model=dpo_jax/tiny/model", "--steps=10", "--guidance=2.5"]
@@ -97,7 +96,9 @@ def test_a_given_image_is_gone_on_from(tmp_path: Path) -> None:
         (["--model=absent"], "no folder or file absent"),
     ],
 )
-def test_what_cannot_be_drawn_is_one_sentence(folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_what_cannot_be_drawn_is_one_sentence(
+    sample: Command, folder: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
     given = [argument.replace("=M", f"={folder / 'model'}") for argument in arguments]
     given = [argument.replace("=I", f"={folder / 'prompts.txt'}") for argument in given]
     done = sample(f"--prompts={folder / 'prompts.txt'}", f"--output={tmp_path / 'out'}", *given)
@@ -111,7 +112,7 @@ def test_the_flag_offers_the_samplers_there_are() -> None:
     assert flags.FLAGS[SAMPLER.name].parser.enum_values == list(SAMPLERS)
 
 
-def test_a_damaged_model_is_one_sentence(folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_model_is_one_sentence(sample: Command, folder: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(folder / "model", tmp_path / "model")
     (broken / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     done = sample(f"--model={broken}", f"--prompts={folder / 'prompts.txt'}", f"--output={tmp_path / 'out'}")

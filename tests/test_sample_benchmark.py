@@ -15,6 +15,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_tiny(tmp_path: Path) -> None:
     output = tmp_path / "sample.json"
     done = run("--peers=pipeline", "--rounds=2", "--seconds=0.1", "--steps=2", "--cores=1", f"--json={output}")

@@ -1,5 +1,6 @@
 """The command on the bundled pairs, as a user runs it, and training pairs in the order of its scores."""
 
+import functools
 import hashlib
 import io
 import json
@@ -7,7 +8,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,12 +21,12 @@ from dpo_jax.data.scores import candidates, read_scores
 from dpo_jax.data.sources import SOURCES
 from dpo_jax.rewards import JUDGES, shapes
 
-from .conftest import ROOT
+from .conftest import ROOT, Command
 
 
-def score(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dpo_jax.score", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, **options)
+@pytest.fixture
+def score(command: Command) -> Command:
+    return functools.partial(command, "score")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def pixels(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)))[None]
 
 
-def test_an_outside_judge_and_the_exact_one(data: Path, tmp_path: Path) -> None:
+def test_an_outside_judge_and_the_exact_one(score: Command, data: Path, tmp_path: Path) -> None:
     """Somebody who likes blue scores all images but one; the bundled pairs were voted on by the exact judge itself."""
     prepared = open_prepared(data)
     records = [prepared.record(i) for i in range(len(prepared))]
@@ -83,7 +83,7 @@ def test_an_outside_judge_and_the_exact_one(data: Path, tmp_path: Path) -> None:
             assert first > second
 
 
-def test_training_pairs_follow_the_exact_judge(data: Path, tmp_path: Path) -> None:
+def test_training_pairs_follow_the_exact_judge(score: Command, data: Path, tmp_path: Path) -> None:
     """Of pairs with every second vote turned round."""
     pairs = pq.read_table(ROOT / "dpo_jax" / "tiny" / "pairs.parquet").slice(0, 60)
     labels = [pairs[f"label_{side}"].to_numpy().copy() for side in (0, 1)]
@@ -104,7 +104,7 @@ def test_training_pairs_follow_the_exact_judge(data: Path, tmp_path: Path) -> No
             assert first > second
 
 
-def test_a_command_as_the_judge_under_a_name_of_its_own(data: Path, tmp_path: Path) -> None:
+def test_a_command_as_the_judge_under_a_name_of_its_own(score: Command, data: Path, tmp_path: Path) -> None:
     script = tmp_path / "blue.py"
     lines = ["import json, sys", "import numpy as np", "from PIL import Image", "for line in sys.stdin:"]
     lines += ["    print(float(np.asarray(Image.open(json.loads(line)['image']))[..., 2].mean()))"]
@@ -123,8 +123,9 @@ def test_a_function_of_the_working_directory_as_the_judge(data: Path, tmp_path: 
     lines = ["def blueness(pictures, captions):", "    return [float(picture[..., 2].mean()) for picture in pictures]"]
     (tmp_path / "liking.py").write_text("\n".join(lines))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}  # python -m adds no folder of its own
-    arguments = f"--data={data}", "--judge=python=liking:blueness", "--name=liking", "--batch_size=1000"
-    done = score(*arguments, cwd=tmp_path, env=environment)
+    arguments = [f"--data={data}", "--judge=python=liking:blueness", "--name=liking", "--batch_size=1000"]
+    command = [sys.executable, "-m", "dpo_jax.score", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     prepared = open_prepared(data)
     table = read_scores(data, ["liking"], candidates(prepared.records["images"]))[0]
@@ -132,7 +133,7 @@ def test_a_function_of_the_working_directory_as_the_judge(data: Path, tmp_path: 
     np.testing.assert_allclose(table[:2], first, rtol=1e-6)
 
 
-def test_a_command_that_fails_is_not_asked_again(data: Path, tmp_path: Path) -> None:
+def test_a_command_that_fails_is_not_asked_again(score: Command, data: Path, tmp_path: Path) -> None:
     script = tmp_path / "judge.sh"
     script.write_text(f"#!/bin/sh\necho started >> {tmp_path}/log\necho no GPU here >&2\nexit 3\n")
     script.chmod(0o755)
@@ -142,13 +143,13 @@ def test_a_command_that_fails_is_not_asked_again(data: Path, tmp_path: Path) -> 
     assert not (data / "scores" / "command.arrow").exists()
 
 
-def test_help_names_the_judges() -> None:
+def test_help_names_the_judges(score: Command) -> None:
     shown = " ".join(score("--help").stdout.split())
     for name, judge in JUDGES.items():
         assert f"{name}: {judge.help}" in shown
 
 
-def test_scores_are_not_overwritten_by_mistake(data: Path, tmp_path: Path) -> None:
+def test_scores_are_not_overwritten_by_mistake(score: Command, data: Path, tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text('{"record": 0, "scores": [2, 2]}')
     file = data / "scores" / "one.arrow"
     file.parent.mkdir(exist_ok=True)
@@ -177,14 +178,14 @@ def test_scores_are_not_overwritten_by_mistake(data: Path, tmp_path: Path) -> No
         ([], "flag --judge=None: Flag --judge must have a value"),
     ],
 )
-def test_mistakes_are_one_sentence(data: Path, arguments: list[str], message: str) -> None:
+def test_mistakes_are_one_sentence(score: Command, data: Path, arguments: list[str], message: str) -> None:
     done = score(f"--data={data}", *arguments)
     assert done.returncode in (1, 2)
     assert done.stderr.startswith(f"error: {message}")
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_an_image_that_the_judge_refuses(tmp_path: Path) -> None:
+def test_an_image_that_the_judge_refuses(score: Command, tmp_path: Path) -> None:
     for folder, level in (("w", 0), ("l", 255)):
         (tmp_path / folder).mkdir()
         Image.new("RGB", (40, 32), (level,) * 3).save(tmp_path / folder / "0.png")

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("peers", [["P1"], pytest.param(["P0", "P2"], marks=pytest.mark.slow)], ids="-".join)
+@pytest.mark.slow
+@pytest.mark.parametrize("peers", [["P1"], ["P0", "P2"]], ids="-".join)
 def test_tiny(tmp_path: Path, peers: list[str]) -> None:
     output = tmp_path / "step.json"
     arguments = ["--mode=tiny", f"--peers={','.join(peers)}", "--rounds=1", "--seconds=0.5", f"--json={output}"]

@@ -52,7 +52,11 @@ def expected(random_params):
 
 @pytest.mark.parametrize(
     "execution",
-    [*(Execution(policy) for policy in POLICIES if policy != "none"), Execution(scan=True), Execution("block", True)],
+    [
+        *(Execution("dots"), Execution("block", True)),
+        *(pytest.param(e, marks=pytest.mark.slow) for e in (Execution("attention"), Execution("block"))),
+        pytest.param(Execution(scan=True), marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_gradients_are_those_of_plain_autodiff(params, expected, execution: Execution) -> None:

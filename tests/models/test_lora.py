@@ -77,7 +77,7 @@ def test_outputs_and_gradients_are_those_of_peft(folder: str, x64: None) -> None
         np.testing.assert_allclose(grad, from_torch(gradient.numpy(), specs[name]), rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_a_fresh_adapter_changes_nothing_at_all(folder: str, dtype: str) -> None:
     pipeline = opened(folder, dtype, ATTENTION)
     base = pipeline.load("unet", dtype=dtype)

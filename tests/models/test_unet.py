@@ -139,7 +139,9 @@ def test_prediction_equals_diffusers_in_float64(family: str) -> None:
     assert relative_error(ours, oracle) < 1e-9
 
 
-@pytest.mark.parametrize("family", NARROWED)
+@pytest.mark.parametrize(
+    "family", [f if f in ("sd15", "sdxl") else pytest.param(f, marks=pytest.mark.slow) for f in NARROWED]
+)
 def test_prediction_equals_diffusers_in_float32(family: str) -> None:
     model, network, inputs = torch_unet(family), build(tiny_config(family), jnp.float32), make_inputs(family)
     with torch.no_grad():

@@ -59,7 +59,8 @@ def test_operations_of_the_unet_are_those_that_pytorch_counts(gradient: bool) ->
 
 
 @pytest.mark.parametrize(
-    ("family", "cells", "features", "gib"), [("sd15", 64, (768, 0), 0.77), ("sdxl", 128, (2048, 1280), 5.8)]
+    ("family", "cells", "features", "gib"),
+    [("sd15", 64, (768, 0), 0.77), pytest.param("sdxl", 128, (2048, 1280), 5.8, marks=pytest.mark.slow)],
 )
 def test_what_an_image_keeps_for_the_backward_pass(
     family: str, cells: int, features: tuple[int, int], gib: float

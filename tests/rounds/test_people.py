@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +21,6 @@ from dpo_jax.training.model import load_encoders
 from dpo_jax.training.run import open_run
 from dpo_jax.training.trainer import Loop
 
-ROOT = Path(__file__).parents[2]
 P, K = 4, 3
 FIELDS = {"online.judges": (), "lora.rank": 4, "optimizer.learning_rate": 0.05}
 
@@ -76,16 +73,20 @@ def metrics_of(workdir: Path) -> list[dict]:
     return [row for row in rows if "train/loss" in row]
 
 
-def run(command: str, *arguments: object) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", f"dpo_jax.{command}", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
+@pytest.fixture
+def run(command) -> Callable[..., str]:
+    """The output of a command."""
+
+    def run(name: str, *arguments: object) -> str:
+        done = command(name, *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    return run
 
 
 @pytest.mark.parametrize("update_by", ["prompt", pytest.param("pair", marks=pytest.mark.slow)])
-def test_votes_on_the_page_are_learned_from(tmp_path, serve, update_by):
+def test_votes_on_the_page_are_learned_from(run, tmp_path, serve, update_by):
     """By the commands that the first one prints."""
     workdir = tmp_path / "run"
     flags = [f"--config.{name}={value}" for name, value in FIELDS.items()] + [f"--config.online.update_by={update_by}"]

@@ -78,19 +78,24 @@ def test_inputs_agree_to_bfloat16_rounding(config, tmp_path: Path, family: str) 
     assert len({tuple(size) for size in sizes}) > 3
 
 
-@pytest.mark.parametrize("family", [pytest.param("sd15", marks=pytest.mark.slow), "sdxl"])
-def test_losses_agree_and_neither_vae_nor_text_encoder_is_in_memory(config, tmp_path: Path, family: str) -> None:
-    """Four steps with validation and samples, for which the VAE and the text encoders come and go."""
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_losses_agree(config, tmp_path: Path, family: str) -> None:
     fields = {"optimizer.learning_rate": 1e-4}
-    fields |= {"validation.every": 4, "sample.every": 4} if family == "sd15" else {}
-    stored = encoded(config(family, **fields))
-    train(stored, tmp_path / "stored")
+    train(encoded(config(family, **fields)), tmp_path / "stored")
     train(config(family, **fields, **{"data.encoded_views": 0}), tmp_path / "fresh")
     ours, expected = losses(tmp_path / "stored"), losses(tmp_path / "fresh")
     assert abs(expected[-1] - expected[0]) > 0.01
     np.testing.assert_allclose(ours, expected, rtol=5e-3)
     assert ours != expected
-    assert (tmp_path / "stored" / "samples" / "step_000004.png").exists() == (family == "sd15")
+
+
+def test_neither_vae_nor_text_encoder_is_in_memory(config, tmp_path: Path) -> None:
+    """But for samples: the VAE and the text encoders come and go."""
+    stored = encoded(config("sd15", **{"validation.every": 4, "sample.every": 4}))
+    train(stored, tmp_path / "stored")
+    assert np.isfinite(losses(tmp_path / "stored")).all()
+    assert (tmp_path / "stored" / "samples" / "step_000004.png").exists()
 
     pipeline = open_model(stored, tmp_path)
     before = {id(x) for x in jax.live_arrays()}

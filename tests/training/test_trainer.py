@@ -40,7 +40,8 @@ CONFIGS = ("sd15", "sd21", "sdxl", "sdxl_refiner", "sdxl_turbo", "tiny")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ("sd21", "sdxl_turbo") else []) for name in CONFIGS]
+    "name",
+    [pytest.param(name, marks=[] if name in ("sdxl", "sdxl_refiner") else [pytest.mark.slow]) for name in CONFIGS],
 )
 def test_tiny_variant_of_every_config_trains_validates_and_samples(tiny_config, tmp_path, name):
     assert name in {path.stem for path in (ROOT / "configs").glob("*.py")}
@@ -186,9 +187,8 @@ def test_export_and_evaluate_need_a_run(tmp_path):
 @pytest.mark.parametrize(
     ("name", "variant", "optimised"),
     [
-        ("sd15", "tiny", False),  # compiled quickly; what is rounded to bfloat16 is decided before
         ("sd15", "lora,tiny", True),
-        pytest.param("sd15", "tiny", True, marks=pytest.mark.slow),
+        *(pytest.param("sd15", "tiny", optimised, marks=pytest.mark.slow) for optimised in (False, True)),
         pytest.param("sdxl", "lora,tiny", True, marks=pytest.mark.slow),
     ],
 )
