@@ -46,10 +46,10 @@ def main() -> None:
     for name, arguments in RUNS.items():
         run(
             "dpo_jax.train",
+            *arguments,
             f"--workdir={output / name}",
             f"--config.data.path={data}",
             "--config.sample.every=0",
-            *arguments,
         )
 
     models = ["base=dpo_jax/tiny/model", *(f"{name}={output / name}" for name in RUNS)]
