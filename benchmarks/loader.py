@@ -61,10 +61,11 @@ SECONDS = flags.DEFINE_float("seconds", 8.0, "Time that a contestant gets in a r
 RUN_UP = 6.0
 """Seconds that a contestant reads before it is timed."""
 
-# Pairs a second that devices train on (SDXL at 1024, all of its weights); E: predicted, not measured.
+# Pairs a second that devices train on (SDXL at 1024, all of its weights), at the shares of their peak rates that
+# `dpo_jax.plan` assumes; VAE and text encoders take some 15% of a step. Predicted, not measured.
 CONSUMERS = {  # name: (hosts, pairs/s from the cache, pairs/s with VAE and text encoders in the step)
-    "8 x H200": (1, 8 * 8.9, 8 * 7.5),
-    "v5p-128": (16, 64 / 0.118 * 0.52, 64 / 0.139 * 0.52),
+    "8 x H200": (1, 8 * 7.3, 8 * 6.2),
+    "v5p-128": (16, 64 * 3.35, 64 * 2.85),
 }
 
 
