@@ -97,7 +97,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
     assert "continuing after step 10" in resumed.stdout
 
     (whole, whole_position), (again, again_position) = state_of(tmp_path / "whole", 20), state_of(killed, 20)
-    assert whole_position == again_position == {"position": 20 * 4}
+    assert whole_position == again_position == {"position": 20 * 8}
     jax.tree.map(np.testing.assert_array_equal, whole, again)
     assert int(whole["step"]) == 20
 
