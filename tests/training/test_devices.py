@@ -85,8 +85,9 @@ def assert_same(workdir: Path, losses: list[float], expected) -> None:
     moved = max(changes.values())
     assert moved > 1e-3
     for name, value in expected_params.items():
-        # Ten steps at such rates make rounding larger: of a LoRA up to 1.3e-4 of what has moved most.
-        np.testing.assert_allclose(params[name], value, rtol=1e-5, atol=2e-4 * moved, err_msg=name)
+        # Ten steps at such rates make rounding larger: on one device, a rate that differs by 3e-6 moves an element of
+        # a LoRA by 5e-5 of what has moved most, and eight devices one by 2.5e-4.
+        np.testing.assert_allclose(params[name], value, rtol=1e-5, atol=5e-4 * moved, err_msg=name)
 
 
 @pytest.mark.parametrize(
