@@ -158,8 +158,7 @@ class Loop:
         self.notice, self.clock = notice, clock
         self.train_step = experiment.train_step()
         self.place = to_devices(experiment.mesh)
-        self._compiled = False
-        self._began = time.monotonic(), 0
+        self._began: tuple[float, int] | None = None
         """When the first step of this process had been made, and which one it was."""
         self.eval_step = jax.jit(make_eval_step(experiment.score), out_shardings=replicated(experiment.mesh))
         self._generator: Generator | None = None
@@ -178,7 +177,7 @@ class Loop:
         for step in range(start + 1, end + 1):
             batch = self.place(next(batches))
             # Compiling may take long, and not the same time everywhere: so the first step isn't watched.
-            with cluster.watched(f"to begin step {step}") if self._compiled else contextlib.nullcontext():
+            with cluster.watched(f"to begin step {step}") if self._began else contextlib.nullcontext():
                 state, metrics = self.train_step(state, self.experiment.frozen, batch)
             if pending is not None:  # one step late, so that the host never waits for the device
                 window.append(self._fetch(pending, step - 1))
@@ -191,8 +190,7 @@ class Loop:
             logs = step % config.log_every == 0 or step == end or stops
             validates = self._validates_at(step)
             samples = bool(config.sample.every) and (step % config.sample.every == 0 or step == total)
-            if not self._compiled:
-                self._compiled = True
+            if self._began is None:
                 cluster.wait("first step compiled")
                 window.append(self._fetch(pending, step))
                 pending = None
@@ -244,7 +242,7 @@ class Loop:
         means = {name: float(np.mean([values[name] for values in window])) for name in window[0]}
         means["train/learning_rate"] = float(self.experiment.learning_rate(step - 1))
         seconds_left = None
-        if seconds_per_step is not None:
+        if seconds_per_step is not None and self._began is not None:
             unit = "prompts" if self.inputs is None else "pairs"
             means[f"speed/{unit}_per_second"] = self.config.data.batch_size / seconds_per_step
             since, first = self._began  # with all that was done between steps, such as sampling rounds

@@ -34,7 +34,7 @@ for name, value in fields.items():
 trainer.train(config, workdir)
 """
 
-LORA = {"lora.rank": 4, "lora.alpha": 4.0, "optimizer.learning_rate": 3e-2}
+LORA = {"lora.rank": 4, "lora.alpha": 4.0, "optimizer.learning_rate": 0.3, "optimizer.epsilon": 0.1}  # smoother still
 MESHES = {
     "data": {},
     "fsdp": {"mesh.fsdp": 8},
@@ -85,9 +85,7 @@ def assert_same(workdir: Path, losses: list[float], expected) -> None:
     moved = max(changes.values())
     assert moved > 1e-3
     for name, value in expected_params.items():
-        # Ten steps at such rates make rounding larger: on one device, a rate that differs by 3e-6 moves an element of
-        # a LoRA by 5e-5 of what has moved most, and eight devices one by 2.5e-4.
-        np.testing.assert_allclose(params[name], value, rtol=1e-5, atol=5e-4 * moved, err_msg=name)
+        np.testing.assert_allclose(params[name], value, rtol=1e-5, atol=1e-4 * moved, err_msg=name)
 
 
 @pytest.mark.parametrize(
