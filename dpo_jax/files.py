@@ -1,12 +1,266 @@
-"""Files that are there whole or not at all, whatever stops the program."""
+"""Files from outside, read with one clear sentence for whatever is wrong; files of ours, whole or not at all.
 
+Every text file goes through `read_text` or `read_lines`, every JSON through `parse_json`, `read_json` or
+`read_json_lines`, so that all commands agree about encodings, line ends and damage. A schema (any type that pydantic
+understands) is checked by `conform`. Errors are ValueError, or FileNotFoundError, and begin with the file.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import pydantic
 from etils import epath
 
+T = TypeVar("T")
 
-def write_whole(path: epath.PathLike, text: str) -> None:
-    """Writes a text file, in place of what was there, and its folder where there is none."""
+MAX_TEXT_BYTES = 2**30
+"""A longer text file is not what was meant: the largest prompt lists have a few MB."""
+
+_SIGNS = (  # how files begin that are something else than their name says
+    (b"version https://git-lfs.github.com/spec", "a Git LFS pointer, not the file itself: fetch it with git lfs pull"),
+    (b"<!doctype", "a web page: the download failed or needs a login; download the file again"),
+    (b"<html", "a web page: the download failed or needs a login; download the file again"),
+    (b"<?xml", "an XML page, often a server's error: download the file again"),
+    (b"\x80\x02", "a Python pickle, which can run code when opened; convert it to .safetensors first"),
+    (b"\x80\x03", "a Python pickle, which can run code when opened; convert it to .safetensors first"),
+    (b"\x80\x04", "a Python pickle, which can run code when opened; convert it to .safetensors first"),
+    (b"\x80\x05", "a Python pickle, which can run code when opened; convert it to .safetensors first"),
+    (b"PK\x03\x04", "a zip archive (PyTorch's .pt and .ckpt files are such archives); unpack or convert it first"),
+    (b"\x1f\x8b", "a gzip archive; unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive; unpack it first"),
+    (b"\x89PNG", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"PAR1", "a Parquet file"),
+    (b"ARROW1", "an Arrow file"),
+    (b"SQLite format 3", "an SQLite database"),
+)
+
+
+def what_it_is(head: bytes) -> str | None:
+    """What a file that begins with `head` (64 bytes are enough) really is, or None where that is not known."""
+    if not head:
+        return "empty"
+    if not head.strip(b"\0"):
+        return "nothing but zero bytes (an interrupted copy or a full disk leaves such files); copy it again"
+    lower = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    for sign, meaning in _SIGNS:
+        if head.startswith(sign) or (sign.startswith((b"<", b"version")) and lower.startswith(sign)):
+            return meaning
+    return None
+
+
+def look_at(path: epath.PathLike) -> str | None:
+    """`what_it_is` of a file."""
+    with epath.Path(path).open("rb") as file:
+        return what_it_is(file.read(64))
+
+
+def is_local(path: epath.PathLike) -> bool:
+    """Whether a path is in a file system, and not in an object store (gs://, s3://)."""
+    return "://" not in str(path)
+
+
+def check_regular(path: epath.PathLike) -> epath.Path:
+    """The path, if it is a file; FileNotFoundError or ValueError for a folder, a device, a pipe, or nothing."""
+    path = epath.Path(path)
+    if is_local(path):
+        try:
+            mode = os.stat(path).st_mode
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path} does not exist") from None
+        except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+            raise ValueError(f"{str(path)!r} can't be read: {getattr(error, 'strerror', None) or error}") from None
+        if stat.S_ISDIR(mode):
+            raise ValueError(f"{path} is a folder, and a file is needed")
+        if not stat.S_ISREG(mode):
+            raise ValueError(f"{path} is not a regular file")
+    elif not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    return path
+
+
+def read_bytes(path: epath.PathLike, limit: int) -> bytes:
+    """The contents of a file of at most `limit` bytes; never opens a device or a pipe, which may have no end."""
+    path = check_regular(path)
+    size = path.stat().length
+    if size > limit:
+        raise ValueError(f"{path} has {size:,} bytes; such a file has at most {limit:,}")
+    with path.open("rb") as file:
+        return file.read(limit)
+
+
+def read_text(path: epath.PathLike, limit: int = MAX_TEXT_BYTES) -> str:
+    r"""The text of a UTF-8 file, with or without byte order mark (UTF-16 needs one), line ends as \n."""
+    return decode_text(read_bytes(path, limit), str(path))
+
+
+def decode_text(data: bytes, where: str) -> str:
+    """As `read_text`, of bytes that `where` names in errors."""
+    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        known = what_it_is(data[:64])
+        if known:
+            raise ValueError(f"{where} is {known}") from None
+        line = data.count(b"\n", 0, error.start) + 1
+        found = data[error.start : error.start + 1].hex()
+        raise ValueError(f"{where}, line {line} is not valid UTF-8 (byte 0x{found}); save the file as UTF-8") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(path: epath.PathLike) -> list[str]:
+    r"""The lines of a text file. Only line ends separate them: not the form feeds and U+2028 that splitlines takes."""
+    return split_lines(read_text(path))
+
+
+def split_lines(text: str) -> list[str]:
+    """As `read_lines`, of a text."""
+    lines = text.split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text that `where` names; ValueError where it is not valid JSON, or too deep to be meant."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        known = what_it_is(text[:64].encode(errors="replace"))
+        reason = f"{error.msg}, line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{where} is {known}" if known else f"{where} is not valid JSON ({reason})") from None
+    except RecursionError:
+        raise ValueError(f"{where} is not valid JSON (nested too deeply)") from None
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise ValueError(f"{where} is not valid JSON ({str(error).split(';')[0]})") from None
+
+
+def read_json(path: epath.PathLike, schema: type[T] | Any = Any, limit: int = MAX_TEXT_BYTES) -> T:
+    """The value of a JSON file, which must conform to `schema`."""
+    return conform(parse_json(read_text(path, limit), str(path)), schema, str(path))
+
+
+def read_json_lines(path: epath.PathLike, schema: type[T] | Any = Any) -> Iterator[tuple[int, T]]:
+    """(line number from 1, value) of every line of a JSONL file that is not blank."""
+    for number, line in enumerate(read_lines(path), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield number, conform(parse_json(line, where), schema, where)
+
+
+def conform(value: Any, schema: type[T] | Any, where: str, strict: bool = True) -> T:
+    """The value as `schema` (a type, TypedDict, dataclass or pydantic model) has it.
+
+    Raises one ValueError that lists all fields that are wrong, with what was found. Unless `strict` is False nothing is
+    converted: "1" is not a number, but 1 is a float.
+    """
+    if schema is Any:
+        return value
+    try:
+        return pydantic.TypeAdapter(schema).validate_python(value, strict=strict)
+    except pydantic.ValidationError as error:
+        raise ValueError(f"{where}: {_problems(error)}") from None
+
+
+def _problems(error: pydantic.ValidationError, several: int = 5) -> str:
+    problems = []
+    for problem in error.errors(include_url=False, include_context=False):
+        field = ".".join(str(part) for part in problem["loc"]) or "the whole"
+        message = problem["msg"].removeprefix("Value error, ")
+        found = repr(problem["input"])
+        found = "" if problem["type"] == "missing" else f", not {found if len(found) < 60 else found[:57] + '...'}"
+        problems.append(f"{field}: {message[:1].lower()}{message[1:]}{found}")
+    more = f"; and {len(problems) - several} more" if len(problems) > several else ""
+    return "; ".join(problems[:several]) + more
+
+
+def write_whole(path: epath.PathLike, data: str | bytes) -> None:
+    """Writes a file in place of what was there, and its folder where there is none: whole, or not at all."""
+    with writing(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def writing(path: epath.PathLike) -> Iterator[IO[bytes]]:
+    """A binary file that takes the place of `path` when the block succeeds, and is gone when it fails.
+
+    It is created under a random name, so that it follows no link that somebody laid, and is on the disk (fsync) before
+    and after it is renamed, so that a power cut leaves the old file or the new one.
+    """
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    partial = path.with_name(partial_name(path.name))
+    if not is_local(path):  # an object store: what is written appears when it is closed
+        with partial.open("wb") as remote:
+            yield remote
+        partial.replace(path)
+        return
+    try:
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o666), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def partial_name(name: str) -> str:
+    """A random hidden name for what will be called `name`: `.config.json.4f1d0c2b.partial`."""
+    return f".{name}.{secrets.token_hex(4)}.partial"
+
+
+def sync(path: epath.PathLike) -> None:
+    """Has the operating system write a file or the entries of a folder to the disk; nothing on object stores."""
+    if not is_local(path):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems cannot sync folders
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: epath.PathLike) -> None:
+    """`sync` for all files and folders below a folder, and for itself."""
+    if not is_local(folder):
+        return
+    for place, _, names in os.walk(folder):
+        for name in names:
+            sync(Path(place) / name)
+        sync(place)
+
+
+@contextlib.contextmanager
+def new_folder(folder: epath.PathLike) -> Iterator[epath.Path]:
+    """A temporary sibling of random name that becomes `folder` when the block succeeds, and is gone when it fails.
+
+    Raises ValueError if `folder` exists and is not empty: nothing is ever overwritten.
+    """
+    folder = epath.Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} already exists and is not an empty folder; choose another output or remove it")
+    unfinished = folder.parent / partial_name(folder.name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        sync_tree(unfinished)
+        if folder.exists():
+            folder.rmdir()
+        unfinished.rename(folder)
+    except BaseException:
+        unfinished.rmtree(missing_ok=True)
+        raise
+    sync(folder.parent)
+
+
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)

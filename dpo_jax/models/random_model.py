@@ -11,13 +11,14 @@ import numpy as np
 from etils import epath
 from jax.typing import DTypeLike
 
+from dpo_jax.files import new_folder
 from dpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from dpo_jax.models.families import FAMILIES
 from dpo_jax.models.network import Network
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.models.vae import AutoencoderKL, VAEConfig
-from dpo_jax.weights.io import new_folder, save_component
+from dpo_jax.weights.io import save_component
 from dpo_jax.weights.layout import Specs
 
 MAX_TOKENS = 16

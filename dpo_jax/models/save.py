@@ -13,9 +13,10 @@ import numpy as np
 from etils import epath
 from jax.typing import DTypeLike
 
+from dpo_jax.files import new_folder
 from dpo_jax.models.pipeline import Pipeline, read_model_index
 from dpo_jax.weights import original
-from dpo_jax.weights.io import LEGACY_FLAX, MAX_SHARD_BYTES, PICKLES, new_folder, save_component
+from dpo_jax.weights.io import LEGACY_FLAX, MAX_SHARD_BYTES, PICKLES, save_component
 
 Weights = Mapping[str, jax.Array | np.ndarray]
 

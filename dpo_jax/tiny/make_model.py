@@ -17,12 +17,13 @@ from etils import epath
 from flax import nnx
 
 from dpo_jax import cli
+from dpo_jax.files import new_folder
 from dpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from dpo_jax.models.network import Network, init_params
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.tiny import tokenizer, world
-from dpo_jax.weights.io import new_folder, save_component
+from dpo_jax.weights.io import save_component
 from dpo_jax.weights.layout import Params
 
 VAE = flags.DEFINE_string("vae", None, "The trained VAE's folder, made by dpo_jax.tiny.train_vae.", required=True)

@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 from jax.typing import DTypeLike
 
+from dpo_jax.files import new_folder
 from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.models.save import Weights, save_pipeline, save_single_file, save_unet
 from dpo_jax.training.checkpoint import read_config
@@ -15,7 +16,6 @@ from dpo_jax.training.metrics import last_validation
 from dpo_jax.training.model_card import model_card, read_result
 from dpo_jax.training.run import open_run
 from dpo_jax.weights.hub import find_lora
-from dpo_jax.weights.io import new_folder
 from dpo_jax.weights.lora_files import Adapter, Merged, read_lora, write_kohya, write_peft
 
 LORA_FILE = "pytorch_lora_weights.safetensors"

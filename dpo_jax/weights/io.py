@@ -5,13 +5,12 @@ file that holds the whole model in the original layout. Writes what everybody re
 diffusers' file names. Pickles (.bin, .ckpt) are refused: opening one runs code.
 """
 
-import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +18,7 @@ import numpy as np
 from etils import epath
 from jax.typing import DTypeLike
 
+from dpo_jax.files import new_folder
 from dpo_jax.weights import flax_msgpack, original, safetensors_file
 from dpo_jax.weights.layout import (
     Params,
@@ -199,29 +199,6 @@ def first_several(names: list[str], kind: str, several: int = 5) -> str:
     names = list(dict.fromkeys(names))
     more = f" and {len(names) - several} more" if len(names) > several else ""
     return f"{len(names)} {kind}: {', '.join(names[:several])}{more}"
-
-
-@contextlib.contextmanager
-def new_folder(folder: epath.PathLike) -> Iterator[epath.Path]:
-    """A temporary sibling that becomes `folder` when the block succeeds, and disappears when it fails.
-
-    Raises ValueError if `folder` exists and is not empty: nothing is ever overwritten.
-    """
-    folder = epath.Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} already exists and is not an empty folder; choose another output or remove it")
-    unfinished = folder.parent / f".{folder.name}.unfinished"
-    if unfinished.exists():
-        unfinished.rmtree()
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        if folder.exists():
-            folder.rmdir()
-        unfinished.rename(folder)
-    except BaseException:
-        unfinished.rmtree(missing_ok=True)
-        raise
 
 
 def _open_file(path: epath.Path, specs: Specs, prefix: str) -> _Stored:
