@@ -1,4 +1,8 @@
-"""Encoded images to pixels: what Pillow reads becomes upright RGB, then one square of the training resolution."""
+"""Encoded images to pixels: what Pillow reads becomes upright RGB, then one square of the training resolution.
+
+All commands read images here, so that a file looks the same to training, judges and raters, and is refused for the same
+reasons.
+"""
 
 import io
 import math
@@ -8,10 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
+from etils import epath
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from dpo_jax.files import read_bytes, what_it_is
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # none that starts another program, as EPS does
 MAX_PIXELS = 2**26  # 8192 x 8192
+MAX_BYTES = 2**29  # of a file; MAX_PIXELS of 16 bits and four channels, uncompressed
 MAX_RATIO = 32  # `fit` resizes before it crops, so that a longer strip would take gigabytes
 
 # Damage comes as an exception. Process-wide, because a filter set for the time of a call isn't safe among threads.
@@ -39,6 +47,22 @@ class DamagedImage(ValueError):
     """The message is a short reason without sizes or names, so that the same damage counts as the same."""
 
 
+def read_image(path: epath.PathLike) -> np.ndarray:
+    """The pixels of an image file as `decode` makes them, uint8 [H, W, 3].
+
+    Raises FileNotFoundError or ValueError, with the file and the reason, where it can't be read.
+    """
+    return np.asarray(decode_file(path, read_bytes(path, MAX_BYTES)))
+
+
+def decode_file(path: epath.PathLike, data: Data) -> Image.Image:
+    """`decode` of a file's contents; ValueError with the file and the reason."""
+    try:
+        return decode(data)
+    except DamagedImage as error:
+        raise ValueError(f"{path} can't be read as an image: {error}") from error
+
+
 def decode(data: Data) -> Image.Image:
     """The image as its EXIF orientation shows it, in RGB, transparent parts on white, of an animation the first frame.
 
@@ -51,6 +75,8 @@ def decode(data: Data) -> Image.Image:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads no further than the header
         _check(image)
         image.load()
+        if image.format == "PNG":  # whose checksums loading does not look at: flipped bits would change the pixels
+            Image.open(io.BytesIO(data), formats=["PNG"]).verify()
         image = _upright(image)
         if image.mode.startswith("I"):
             image = _grey(image)
@@ -61,12 +87,17 @@ def decode(data: Data) -> Image.Image:
     except DamagedImage:
         raise
     except UnidentifiedImageError:
-        raise DamagedImage("not an image") from None
+        raise DamagedImage(_not_an_image(bytes(data[:64]))) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DamagedImage(_TOO_LARGE) from None
     except Exception as error:  # Pillow's parsers raise whatever a damaged file leads them to
         reason = str(error).partition(" (")[0].splitlines()
         raise DamagedImage(reason[0][:80] if reason else type(error).__name__) from error
+
+
+def _not_an_image(head: bytes) -> str:
+    known = what_it_is(head)
+    return "not an image" if known is None or known.endswith("image") else f"not an image: it is {known}"
 
 
 _TOO_LARGE = f"more than {MAX_PIXELS} pixels"

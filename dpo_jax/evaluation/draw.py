@@ -15,12 +15,12 @@ from etils import epath
 from PIL import Image
 
 from dpo_jax import cluster
-from dpo_jax.data.images import DamagedImage, View, decode, fit
+from dpo_jax.data.images import MAX_BYTES, View, decode_file, fit, read_image
 from dpo_jax.evaluation.generate import Generator
-from dpo_jax.evaluation.image_folder import SUFFIXES, Entry, image_name, read_image, write_list
+from dpo_jax.evaluation.image_folder import SUFFIXES, Entry, image_name, write_list
 from dpo_jax.evaluation.prompts import Prompt
 from dpo_jax.evaluation.report import image_grid, save_png
-from dpo_jax.files import write_whole
+from dpo_jax.files import read_bytes, write_whole
 from dpo_jax.weights.layout import Params
 
 SETTINGS = "sampling.json"
@@ -146,10 +146,8 @@ class _Squares(Sequence[np.ndarray]):
         return len(self._files)
 
     def __getitem__(self, i: Any) -> Any:
-        try:
-            return fit(decode(self._files[i].read_bytes()), self._resolution, View())[0]
-        except DamagedImage as error:
-            raise ValueError(f"{self._files[i]} can't be read: {error}") from error
+        file = self._files[i]
+        return fit(decode_file(file, read_bytes(file, MAX_BYTES)), self._resolution, View())[0]
 
 
 def _write(path: epath.Path, image_HWC: np.ndarray) -> None:

@@ -11,8 +11,8 @@ from etils import epath
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dpo_jax.data.images import read_image
 from dpo_jax.evaluation.compare import Contest, Scores
-from dpo_jax.evaluation.image_folder import read_image
 from dpo_jax.files import write_whole
 
 PIXELS = 256

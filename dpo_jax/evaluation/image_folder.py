@@ -11,9 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 from etils import epath
-from PIL import Image
 
 from dpo_jax.evaluation.prompts import Prompt
 from dpo_jax.files import write_whole
@@ -61,15 +59,6 @@ def read_list(folder: epath.PathLike, prompts: Sequence[Prompt] = ()) -> list[En
     if not entries:
         raise ValueError(f"{folder} has no images ({', '.join(SUFFIXES)})")
     return entries
-
-
-def read_image(path: epath.PathLike) -> np.ndarray:
-    """uint8 [H, W, 3]; ValueError where it can't be read."""
-    try:
-        with epath.Path(path).open("rb") as file, Image.open(file) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"{path} can't be read as an image: {error}") from error
 
 
 def _listed(folder: epath.Path) -> list[Entry]:

@@ -9,9 +9,9 @@ import numpy as np
 from etils import epath
 
 from dpo_jax import cluster
+from dpo_jax.data.images import read_image
 from dpo_jax.evaluation.compare import Contest
 from dpo_jax.evaluation.drift import thumbnails
-from dpo_jax.evaluation.image_folder import read_image
 from dpo_jax.files import write_whole
 from dpo_jax.rewards import Pictures, Settings, open_judge
 

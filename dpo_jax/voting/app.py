@@ -32,7 +32,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.templating import Jinja2Templates
 
-from dpo_jax.evaluation.image_folder import read_image
+from dpo_jax.data.images import read_image
 from dpo_jax.voting.guard import A_YEAR, Guard, read_json
 from dpo_jax.voting.survey import Survey, clean_name
 

@@ -6,17 +6,16 @@ image of the task; what they mean is up to the mode.
 
 import concurrent.futures
 import hashlib
-import io
 import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from PIL import Image
-
+from dpo_jax.data.images import MAX_BYTES, decode_file
 from dpo_jax.evaluation.image_folder import Entry, read_list
 from dpo_jax.evaluation.prompts import Prompt
+from dpo_jax.files import read_bytes
 
 Answer = tuple[float, ...]
 
@@ -100,12 +99,8 @@ def study_digest(mode: str, folders: Sequence[Folder]) -> str:
 
 
 def _checked_digest(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.verify()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PNGs raise SyntaxError
-        raise ValueError(f"{path} can't be read as an image: {error}") from error
+    data = read_bytes(path, MAX_BYTES)
+    decode_file(path, data)
     return hashlib.sha256(data).hexdigest()
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dpo_jax.data.images import read_image
 from dpo_jax.evaluation.draw import begin_folder, draw, find_images, list_entries
-from dpo_jax.evaluation.image_folder import read_image, read_list
+from dpo_jax.evaluation.image_folder import read_list
 from dpo_jax.evaluation.prompts import Prompt
 
 PROMPTS = [Prompt("a red square", "shapes"), Prompt("a / circle"), Prompt("nothing")]
@@ -109,7 +110,7 @@ def test_images_to_begin_from(tmp_path):
         find_images(tmp_path / "absent", 1)
     files[0].write_bytes(b"no image")
     (tmp_path / "other").mkdir()
-    with pytest.raises(ValueError, match=r"00000.png can't be read: not an image"):
+    with pytest.raises(ValueError, match=r"00000.png can't be read as an image: not an image"):
         draw(FakeGenerator(), {}, entries, tmp_path / "other", begin_from=files)
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpo_jax.evaluation.image_folder import Entry, image_name, read_image, read_list, write_list
+from dpo_jax.data.images import read_image
+from dpo_jax.evaluation.image_folder import Entry, image_name, read_list, write_list
 from dpo_jax.evaluation.prompts import Prompt
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_jax.evaluation.image_folder import read_image, read_list
+from dpo_jax.data.images import read_image
+from dpo_jax.evaluation.image_folder import read_list
 from dpo_jax.training.run import open_run
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpo_jax.evaluation.image_folder import read_image, read_list
+from dpo_jax.data.images import read_image
+from dpo_jax.evaluation.image_folder import read_list
 from dpo_jax.rewards import shapes
 from dpo_jax.rounds.loop import learn
 from dpo_jax.rounds.rollout import Rollout
