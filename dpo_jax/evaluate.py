@@ -78,7 +78,7 @@ def evaluate(named: dict[str, str], since: float) -> None:
     from dpo_jax.evaluation.compare import compare, match
     from dpo_jax.evaluation.html_report import write_report
     from dpo_jax.evaluation.judge import features_of, judge_all
-    from dpo_jax.evaluation.prompts import read_prompts
+    from dpo_jax.evaluation.prompts import distinct, read_prompts
     from dpo_jax.files import write_whole
     from dpo_jax.progress import ProgressBar
     from dpo_jax.rewards import Settings
@@ -88,13 +88,13 @@ def evaluate(named: dict[str, str], since: float) -> None:
     output = epath.Path(OUTPUT.value)
     keep_compiled_programs(output)  # models of one structure share them
     dtype = DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    prompts = read_prompts(PROMPTS.value) if PROMPTS.value else []
+    prompts = read_prompts(PROMPTS.value, repeated=True) if PROMPTS.value else []
     with ProgressBar("images", quiet=not cluster.is_first()) as bar:
         settings: dict[str, Any] = {}
         folders = named
         if MODELS.value:
             folders = {name: str(output / "images" / name) for name in named}
-            settings = draw_all(named, folders, prompts, dtype, bar)
+            settings = draw_all(named, folders, distinct(prompts), dtype, bar)
         contest = match(folders, prompts)
         how = Settings(dtype, BATCH_SIZE.value)
         scores = judge_all(JUDGES.value, how, contest, output / "scores", bar.show)

@@ -129,7 +129,12 @@ def split_lines(text: str) -> list[str]:
 def parse_json(text: str, where: str) -> Any:
     """The value of a JSON text that `where` names; ValueError where it is not valid JSON, or too deep to be meant."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:  # escapes of surrogates, which are no text without their other half
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} is not valid JSON (half a surrogate pair is no character)") from None
     except json.JSONDecodeError as error:
         known = what_it_is(text[:64].encode(errors="replace"))
         reason = f"{error.msg}, line {error.lineno}, column {error.colno}"
@@ -145,12 +150,12 @@ def read_json(path: epath.PathLike, schema: type[T] | Any = Any, limit: int = MA
     return conform(parse_json(read_text(path, limit), str(path)), schema, str(path))
 
 
-def read_json_lines(path: epath.PathLike, schema: type[T] | Any = Any) -> Iterator[tuple[int, T]]:
-    """(line number from 1, value) of every line of a JSONL file that is not blank."""
+def read_json_lines(path: epath.PathLike, schema: type[T] | Any = Any, strict: bool = True) -> Iterator[tuple[int, T]]:
+    """(line number from 1, value) of every line of a JSONL file that is not blank; `strict` as for `conform`."""
     for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             where = f"{path}, line {number}"
-            yield number, conform(parse_json(line, where), schema, where)
+            yield number, conform(parse_json(line, where), schema, where, strict)
 
 
 def conform(value: Any, schema: type[T] | Any, where: str, strict: bool = True) -> T:

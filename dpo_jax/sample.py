@@ -50,7 +50,9 @@ RESOLUTION = flags.DEFINE_integer(
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images drawn at a time, by all devices together.", lower_bound=1)
 INIT_IMAGE = flags.DEFINE_string(
-    "init_image", None, "An image to begin from, or a folder of images named by their prompt's number (00012.png)."
+    "init_image",
+    None,
+    "An image to begin from, or a folder of images named by their prompt's line from 0 (00012.png).",
 )
 STRENGTH = flags.DEFINE_float("strength", None, "With --init_image: share of the steps that are taken. [0.8]")
 LORA = flags.DEFINE_string("lora", "", "A LoRA to add to the UNet: a file, or a hub id with the file's name.")
@@ -90,6 +92,8 @@ def main() -> None:
 
 
 def draw_all() -> None:
+    from etils import epath
+
     from dpo_jax import cluster
     from dpo_jax.diffusion.samplers import own_sampler
     from dpo_jax.evaluation.draw import begin_folder, draw, find_images, list_entries
@@ -98,11 +102,12 @@ def draw_all() -> None:
     from dpo_jax.progress import ProgressBar
     from dpo_jax.weights.io import fingerprint
 
-    prompts = read_prompts(PROMPTS.value)
+    own_images = bool(INIT_IMAGE.value) and epath.Path(INIT_IMAGE.value).is_dir()
+    prompts = read_prompts(PROMPTS.value, repeated=own_images)
     if SEED.value + SEEDS.value - 1 > MAX_SEED:
         raise ValueError(f"--seed={SEED.value} with --seeds={SEEDS.value} goes past the last seed, {MAX_SEED}")
     entries = list_entries(prompts, SEED.value, SEEDS.value)
-    begin_from = find_images(INIT_IMAGE.value, len(prompts)) if INIT_IMAGE.value else []
+    begin_from = find_images(INIT_IMAGE.value, [prompt.number for prompt in prompts]) if INIT_IMAGE.value else []
     opened = open_named()
     given = {"sampler": SAMPLER.value, "steps": STEPS.value, "guidance": GUIDANCE.value}
     sampling = dataclasses.replace(

@@ -104,7 +104,7 @@ def serve(paths: list[Path], questions: dict[str, Question]) -> None:
         raise ValueError("--token has at least 8 letters, digits, - and _, so that it can't be guessed")
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError("--images names a folder twice")
-    prompts = read_prompts(PROMPTS.value) if PROMPTS.value else ()
+    prompts = read_prompts(PROMPTS.value, repeated=True) if PROMPTS.value else ()
     folders = [read_folder(path, prompts) for path in paths]
     listener = listen(HOST.value, PORT.value)
     with listener, open_study(Path(OUTPUT.value), MODE.value, folders) as store:

@@ -12,7 +12,7 @@ from etils import epath
 
 from dpo_jax.evaluation.drift import diversity, frechet_distance
 from dpo_jax.evaluation.image_folder import Entry, read_list
-from dpo_jax.evaluation.prompts import Prompt
+from dpo_jax.evaluation.prompts import Prompt, distinct
 from dpo_jax.evaluation.winrate import mean_over_prompts, rate_over_prompts
 
 Scores = Mapping[str, Mapping[str, np.ndarray]]
@@ -52,13 +52,14 @@ def match(folders: Mapping[str, epath.PathLike], prompts: Sequence[Prompt] = ())
 
     Args:
         folders: as `image_folder.read_list` reads them.
-        prompts: only these are compared, and their categories hold; all prompts of the first folder by default.
+        prompts: only these are compared, and their categories hold; all prompts of the first folder by default. Images
+            may be named by their numbers, so lines that repeat a prompt belong here too.
 
     Raises ValueError where nothing is left.
     """
     listed = {name: _by_prompt(read_list(folder, prompts)) for name, folder in folders.items()}
     first = next(iter(listed.values()))
-    wanted = prompts or [Prompt(text, entries[0].category) for text, entries in first.items()]
+    wanted = distinct(prompts) or [Prompt(text, entries[0].category) for text, entries in first.items()]
     common = [prompt for prompt in wanted if all(prompt.text in entries for entries in listed.values())]
     if not common:
         raise ValueError(f"{' and '.join(map(str, folders.values()))} have no image of the same prompt")

@@ -20,7 +20,7 @@ from dpo_jax.evaluation.generate import Generator
 from dpo_jax.evaluation.image_folder import SUFFIXES, Entry, image_name, write_list
 from dpo_jax.evaluation.prompts import Prompt
 from dpo_jax.evaluation.report import image_grid, save_png
-from dpo_jax.files import read_bytes, write_whole
+from dpo_jax.files import read_bytes, read_json, write_whole
 from dpo_jax.weights.layout import Params
 
 SETTINGS = "sampling.json"
@@ -33,10 +33,10 @@ OnProgress = Callable[[int, int], None]
 
 
 def list_entries(prompts: Sequence[Prompt], first_seed: int, seeds: int) -> list[Entry]:
-    """The images to draw: of each prompt one for each seed."""
+    """The images to draw: of each prompt one for each seed, named by the prompt's number."""
     return [
-        Entry(image_name(index, prompt.text, seed), prompt.text, seed, prompt.category)
-        for index, prompt in enumerate(prompts)
+        Entry(image_name(prompt.number, prompt.text, seed), prompt.text, seed, prompt.category)
+        for prompt in prompts
         for seed in range(first_seed, first_seed + seeds)
     ]
 
@@ -50,7 +50,7 @@ def begin_folder(folder: epath.PathLike, settings: Mapping[str, Any]) -> None:
     settings = json.loads(json.dumps(settings))
     file = folder / SETTINGS
     if file.exists():
-        found = json.loads(file.read_text())
+        found: dict[str, Any] = read_json(file, dict[str, Any])
         differing = [key for key in {**found, **settings} if found.get(key) != settings.get(key)]
         if differing:
             values = (f"{key}: {found.get(key)!r} there, {settings.get(key)!r} now" for key in differing)
@@ -114,26 +114,26 @@ def draw(
     return done
 
 
-def find_images(path: epath.PathLike, count: int) -> list[epath.Path]:
-    """The image that each of `count` prompts begins from: one for all, or in a folder the one of its number.
+def find_images(path: epath.PathLike, numbers: Sequence[int]) -> list[epath.Path]:
+    """The images that the prompts of these numbers begin from: one for all, or in a folder those of their numbers.
 
-    The names of images in a folder begin with the number of their prompt in the list, from 0: `00012.png`,
+    The names of images in a folder begin with the number of their prompt's line, from 0: `00012.png`,
     `00012-sketch.png`. Raises FileNotFoundError where there is none.
     """
     path = epath.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no image and no folder of images at {path}")
     if not path.is_dir():
-        return [path] * count
+        return [path] * len(numbers)
     found: dict[int, epath.Path] = {}
     for file in sorted(path.iterdir()):
         number = re.match(r"\d+", file.name)
         if number and file.suffix.lower() in SUFFIXES:
             found.setdefault(int(number[0]), file)
-    absent = [number for number in range(count) if number not in found]
+    absent = [number for number in numbers if number not in found]
     if absent:
         raise FileNotFoundError(f"{path} has no image for prompt number {absent[0]}, such as {absent[0]:05d}.png")
-    return [found[number] for number in range(count)]
+    return [found[number] for number in numbers]
 
 
 class _Squares(Sequence[np.ndarray]):

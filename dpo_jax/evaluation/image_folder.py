@@ -2,19 +2,21 @@
 
 `prompts.jsonl` has a line for each image: {"image": its file, "prompt": ..., "seed": ..., "category": ...}. Folders
 that other programs made may instead hold a caption beside each image (`a.png`, `a.txt`), or names that begin with the
-prompt's number in a list, from 0 (`00012.png`, `00012-3.png`).
+number of the prompt's line in a file, from 0 (`00012.png`, `00012-3.png`).
 """
 
 import collections
 import json
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+import unicodedata
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, NotRequired
 
 from etils import epath
+from typing_extensions import TypedDict
 
 from dpo_jax.evaluation.prompts import Prompt
-from dpo_jax.files import write_whole
+from dpo_jax.files import read_json_lines, read_text, write_whole
 
 LIST = "prompts.jsonl"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -28,6 +30,13 @@ class Entry(NamedTuple):
     prompt: str
     seed: int
     category: str = ""
+
+
+class _Line(TypedDict):
+    image: str
+    prompt: str
+    seed: int
+    category: NotRequired[str | None]
 
 
 def image_name(index: int, prompt: str, seed: int) -> str:
@@ -47,7 +56,8 @@ def read_list(folder: epath.PathLike, prompts: Sequence[Prompt] = ()) -> list[En
 
     Args:
         folder: holds the images.
-        prompts: what numbers in the names of images refer to, for folders without `prompts.jsonl` and captions.
+        prompts: what numbers in the names of images refer to, for folders without `prompts.jsonl` and captions; with
+            the lines that repeat a prompt, as `read_prompts(..., repeated=True)` has them.
 
     Raises FileNotFoundError or ValueError, with the reason, for a folder that isn't one of generated images, and for
     lists that name files outside of it.
@@ -63,35 +73,32 @@ def read_list(folder: epath.PathLike, prompts: Sequence[Prompt] = ()) -> list[En
 
 def _listed(folder: epath.Path) -> list[Entry]:
     entries = []
-    names = {path.name for path in folder.iterdir()}
-    for number, line in enumerate((folder / LIST).read_text(encoding="utf-8").splitlines(), 1):
-        where = f"{folder / LIST}, line {number}"
-        try:
-            fields = json.loads(line)
-            entry = Entry(
-                str(fields["image"]), str(fields["prompt"]), int(fields["seed"]), str(fields.get("category", ""))
-            )
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f'{where}: expected {{"image": ..., "prompt": ..., "seed": ...}}: {error}') from error
-        if entry.image not in names:  # also anything with a path in it
-            raise ValueError(f"{where}: there is no image {entry.image} in {folder}")
-        entries.append(entry)
+    names = {unicodedata.normalize("NFC", path.name): path.name for path in folder.iterdir()}
+    lines: Iterator[tuple[int, _Line]] = read_json_lines(folder / LIST, _Line, strict=False)
+    for number, line in lines:
+        image = names.get(unicodedata.normalize("NFC", line["image"]))
+        if image is None:  # also anything with a path in it
+            raise ValueError(f"{folder / LIST}, line {number}: there is no image {line['image']} in {folder}")
+        entries.append(Entry(image, line["prompt"], line["seed"], line.get("category") or ""))
     return entries
 
 
 def _found(folder: epath.Path, prompts: Sequence[Prompt]) -> list[Entry]:
     entries = []
+    by_number = {prompt.number: prompt for prompt in prompts}
     seen: collections.Counter[str] = collections.Counter()
-    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES):
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.suffix.lower() not in SUFFIXES:
+            continue
         caption, number = path.with_suffix(".txt"), re.match(r"\d+", path.name)
         if caption.exists():
-            prompt = Prompt(caption.read_text(encoding="utf-8").strip())
-        elif number and int(number[0]) < len(prompts):
-            prompt = prompts[int(number[0])]
+            prompt = Prompt(read_text(caption).strip())
+        elif number and int(number[0]) in by_number:
+            prompt = by_number[int(number[0])]
         else:
             raise ValueError(
                 f"{path}: no prompt is known for it: it is in no {LIST}, has no caption {caption.name}, and its name "
-                f"does not begin with the number, from 0, of one of {len(prompts)} prompts"
+                f"does not begin with the number of a line, from 0, that has one of {len(prompts)} prompts"
             )
         entries.append(Entry(path.name, prompt.text, seen[prompt.text], prompt.category))
         seen[prompt.text] += 1

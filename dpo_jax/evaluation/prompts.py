@@ -1,11 +1,14 @@
 """Lists of prompts, as benchmarks publish them or as one writes them down."""
 
 import csv
-import json
-from collections.abc import Iterator
-from typing import NamedTuple
+import io
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, NotRequired
 
 from etils import epath
+from typing_extensions import TypedDict
+
+from dpo_jax.files import check_regular, read_json, read_json_lines, read_lines, read_text
 
 BUNDLED = {
     "bundled": "evaluation/bundled_prompts.jsonl",
@@ -23,19 +26,28 @@ class Prompt(NamedTuple):
     text: str
     category: str = ""
     """Results are told for each; "" where a list has none."""
+    number: int = 0
+    """Of its line in the file, from 0, blank lines counted; in tables and lists of its row. Images are named by it."""
 
 
-def read_prompts(source: epath.PathLike) -> list[Prompt]:
+class _Line(TypedDict):
+    prompt: str
+    category: NotRequired[str | int | float | None]
+
+
+def read_prompts(source: epath.PathLike, *, repeated: bool = False) -> list[Prompt]:
     """The prompts of a file or folder, in its order, each once.
 
     Args:
         source: a name in `BUNDLED`, or a path; by its ending
             .txt      one prompt a line;
             .jsonl    lines of {"prompt": ..., "category": ...}, the category if there is one;
-            .tsv      PartiPrompts (columns Prompt and Category);
+            .tsv      PartiPrompts (columns Prompt and Category), without quoting;
+            .csv      the same columns, in quotes where they hold commas or line ends;
             .json     a list of prompts, as HPSv2's benchmark has them; the file's name is the category;
             .parquet  the captions of Pick-a-Pic's schema;
-            a folder  all such files in it.
+            a folder  all such files in it, whose lines are numbered on from file to file.
+        repeated: also the lines whose prompt an earlier line has, for who looks prompts up by their numbers.
 
     Raises FileNotFoundError or ValueError where there is no prompt, with the reason.
     """
@@ -44,71 +56,91 @@ def read_prompts(source: epath.PathLike) -> list[Prompt]:
     if not path.exists():
         raise FileNotFoundError(f"no prompts at {path}; name a file (one prompt a line) or one of {', '.join(BUNDLED)}")
     files = sorted(file for file in path.iterdir() if file.suffix in _READERS) if path.is_dir() else [path]
-    prompts: dict[str, Prompt] = {}
+    prompts: list[Prompt] = []
+    first = 0
     for file in files:
         if file.suffix not in _READERS:
             raise ValueError(f"{file}: prompts are read from {', '.join(_READERS)}")
-        try:
-            found = list(_READERS[file.suffix](file))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not in UTF-8: {error}") from error
-        for prompt in found:
-            text = prompt.text.strip()
+        last = -1
+        for prompt in _READERS[file.suffix](file):
+            last, text = prompt.number, prompt.text.strip("\ufeff").strip()  # files joined by cat have marks within
             if text:
-                prompts.setdefault(text, prompt._replace(text=text))
+                prompts.append(Prompt(text, prompt.category, first + prompt.number))
+        first += last + 1
     if not prompts:
         raise ValueError(f"{path} has no prompt; write one prompt a line")
-    return list(prompts.values())
+    return prompts if repeated else distinct(prompts)
+
+
+def distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """The first of each text, with the number of its own line."""
+    first: dict[str, Prompt] = {}
+    for prompt in prompts:
+        first.setdefault(prompt.text, prompt)
+    return list(first.values())
 
 
 def _lines(file: epath.Path) -> Iterator[Prompt]:
-    return map(Prompt, file.read_text(encoding="utf-8").splitlines())
+    return (Prompt(line, "", number) for number, line in enumerate(read_lines(file)))
 
 
 def _json_lines(file: epath.Path) -> Iterator[Prompt]:
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        fields = _parse(line, f"{file}, line {number}")
-        if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
-            raise ValueError(f'{file}, line {number}: expected {{"prompt": "..."}}, found {line[:80]}')
-        yield Prompt(fields["prompt"], str(fields.get("category", "")))
+    lines: Iterator[tuple[int, _Line]] = read_json_lines(file, _Line)
+    for number, fields in lines:
+        category = fields.get("category")
+        yield Prompt(fields["prompt"], "" if category is None else str(category), number - 1)
 
 
 def _tsv(file: epath.Path) -> Iterator[Prompt]:
-    rows = csv.DictReader(file.read_text(encoding="utf-8").splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
-    if "Prompt" not in (rows.fieldnames or ()):
-        raise ValueError(f"{file} has no column Prompt, as PartiPrompts has; it has {', '.join(rows.fieldnames or ())}")
-    for row in rows:
-        yield Prompt(row["Prompt"] or "", row.get("Category") or "")
+    return _table(file, csv.DictReader(read_lines(file), delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def _csv(file: epath.Path) -> Iterator[Prompt]:
+    return _table(file, csv.DictReader(io.StringIO(read_text(file), newline="")))
+
+
+def _table(file: epath.Path, rows: "csv.DictReader[str]") -> Iterator[Prompt]:
+    try:
+        columns = {name.strip().lower(): name for name in rows.fieldnames or () if name}
+        if "prompt" not in columns:
+            raise ValueError(f"{file} has no column Prompt, as PartiPrompts has; it has {', '.join(columns.values())}")
+        for index, row in enumerate(rows):
+            category = row.get(columns.get("category", "")) or ""
+            number = rows.line_num - 2 if rows.reader.dialect.quoting == csv.QUOTE_NONE else index
+            yield Prompt(row[columns["prompt"]] or "", category, number)
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {rows.line_num + 1} can't be read as a table: {error}") from None
 
 
 def _json_list(file: epath.Path) -> Iterator[Prompt]:
-    texts = _parse(file.read_text(encoding="utf-8"), str(file))
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{file}: expected a JSON list of prompts, as in HPSv2's benchmark")
-    return (Prompt(text, file.stem) for text in texts)
+    texts: list[str] = read_json(file, list[str])
+    return (Prompt(text, file.stem, number) for number, text in enumerate(texts))
 
 
 def _parquet(file: epath.Path) -> Iterator[Prompt]:
-    import pyarrow
+    import pyarrow as pa
     from pyarrow import parquet
 
     try:
-        table = parquet.ParquetFile(file)
-        if "caption" not in table.schema_arrow.names:
-            raise ValueError(f"{file} has no column caption, as Pick-a-Pic has")
-        for batch in table.iter_batches(columns=["caption"]):
-            yield from (Prompt(text or "") for text in batch.column("caption").to_pylist())
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{file} is no whole parquet file: {error}") from error
+        table = parquet.ParquetFile(check_regular(file))
+        names = table.schema_arrow.names
+        column = next((name for name in ("caption", "prompt") if name in names), None)
+        if column is None:
+            raise ValueError(f"{file} has no column caption, as Pick-a-Pic has; it has {', '.join(names)}")
+        number = 0
+        for batch in table.iter_batches(columns=[column]):
+            for text in batch.column(0).cast(pa.string()).to_pylist():
+                yield Prompt(text or "", "", number)
+                number += 1
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} is not a readable parquet file: {str(error).splitlines()[0]}") from None
 
 
-def _parse(text: str, where: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: no valid JSON ({error})") from error
-
-
-_READERS = {".txt": _lines, ".jsonl": _json_lines, ".tsv": _tsv, ".json": _json_list, ".parquet": _parquet}
+_READERS = {
+    ".txt": _lines,
+    ".jsonl": _json_lines,
+    ".tsv": _tsv,
+    ".csv": _csv,
+    ".json": _json_list,
+    ".parquet": _parquet,
+}

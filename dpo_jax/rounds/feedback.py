@@ -4,14 +4,17 @@ Axes: P prompts, K candidates of a prompt, R rewards, S steps (1 where all steps
 """
 
 import itertools
-import json
 from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from dpo_jax.files import conform, parse_json, read_text
 from dpo_jax.objectives.advantages import PromptStatistics, group_advantages
+
+MAX_BYTES = 2**27
+"""Of a file of feedback: millions of scores."""
 
 
 def read_feedback(files: Sequence[epath.Path], prompts: int, candidates: int) -> np.ndarray:
@@ -33,14 +36,19 @@ def read_feedback(files: Sequence[epath.Path], prompts: int, candidates: int) ->
 def _read(file: epath.Path, prompts: int, candidates: int) -> np.ndarray:
     if not file.exists():
         raise FileNotFoundError(f"no feedback at {file}")
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-        scores_PK = np.array([[np.nan if score is None else float(score) for score in row] for row in rows])
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} has to be a list of lists of numbers, [prompt][candidate]: {error}") from error
-    if scores_PK.shape != (prompts, candidates) or np.isinf(scores_PK).any():
-        shape = " x ".join(map(str, scores_PK.shape))
-        raise ValueError(f"{file} has {shape} scores; this round has {prompts} prompts of {candidates} candidates each")
+    value = parse_json(read_text(file, MAX_BYTES), str(file))
+    where = f"{file} has to be a list of lists of numbers, [prompt][candidate]"
+    rows: list[list[float | None]] = conform(value, list[list[float | None]], where, strict=False)
+    found = sorted({len(row) for row in rows})
+    scores_PK = np.array([[np.nan if score is None else score for score in row] for row in rows if len(found) == 1])
+    if scores_PK.shape != (prompts, candidates):
+        each = " to ".join(str(count) for count in dict.fromkeys([*found[:1], *found[-1:]])) or "0"
+        raise ValueError(
+            f"{file} has scores of {len(rows)} prompts with {each} candidates each; this round has {prompts} prompts "
+            f"of {candidates} candidates each"
+        )
+    if np.isinf(scores_PK).any():
+        raise ValueError(f"{file} has an infinite score, of prompt {int(np.isinf(scores_PK).any(1).argmax())}")
     return scores_PK
 
 

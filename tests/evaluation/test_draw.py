@@ -12,7 +12,7 @@ from dpo_jax.evaluation.draw import begin_folder, draw, find_images, list_entrie
 from dpo_jax.evaluation.image_folder import read_list
 from dpo_jax.evaluation.prompts import Prompt
 
-PROMPTS = [Prompt("a red square", "shapes"), Prompt("a / circle"), Prompt("nothing")]
+PROMPTS = [Prompt("a red square", "shapes", 0), Prompt("a / circle", "", 1), Prompt("nothing", "", 2)]
 
 
 class FakeGenerator:
@@ -98,16 +98,16 @@ def test_images_to_begin_from(tmp_path):
             Image.new("RGB", (20, 12), (value,) * 3).save(folder / name)
     (tmp_path / "out").mkdir()
     entries = list_entries(PROMPTS, 0, 1)
-    files = find_images(folder, 3)
+    files = find_images(folder, range(3))
 
     draw(FakeGenerator(), {}, entries, tmp_path / "out", begin_from=files)
 
     assert [colour[2] for colour in colours(tmp_path / "out").values()] == [10, 20, 30]
-    assert find_images(files[0], 3) == [files[0]] * 3
+    assert find_images(files[0], range(3)) == [files[0]] * 3
     with pytest.raises(FileNotFoundError, match=r"no image for prompt number 3, such as 00003.png"):
-        find_images(folder, 4)
+        find_images(folder, range(4))
     with pytest.raises(FileNotFoundError, match="no image and no folder of images at"):
-        find_images(tmp_path / "absent", 1)
+        find_images(tmp_path / "absent", [0])
     files[0].write_bytes(b"no image")
     (tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match=r"00000.png can't be read as an image: not an image"):

@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 from dpo_jax.data.images import read_image
+from dpo_jax.evaluation.compare import match
+from dpo_jax.evaluation.draw import list_entries
 from dpo_jax.evaluation.image_folder import Entry, image_name, read_list, write_list
-from dpo_jax.evaluation.prompts import Prompt
+from dpo_jax.evaluation.prompts import Prompt, distinct, read_prompts
 
 
 def _image(path):
@@ -31,13 +33,51 @@ def test_what_is_written_is_read(tmp_path):
 def test_folders_of_other_programs(tmp_path):
     for name in ("00001.jpg", "00001-2.png", "0_first.png"):
         _image(tmp_path / name)
-    prompts = [Prompt("a", "letters"), Prompt("b")]
+    prompts = [Prompt("a", "letters", 0), Prompt("b", "", 1)]
     expected = [Entry("00001-2.png", "b", 0), Entry("00001.jpg", "b", 1), Entry("0_first.png", "a", 0, "letters")]
     assert read_list(tmp_path, prompts) == expected
     (tmp_path / "00001.txt").write_text("a caption of its own\n")
     assert Entry("00001.jpg", "a caption of its own", 0) in read_list(tmp_path, prompts)
     with pytest.raises(ValueError, match=r"00001-2.png: no prompt is known for it"):
         read_list(tmp_path, prompts[:1])
+
+
+def test_numbers_are_lines_of_the_file_whatever_is_repeated_or_blank(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a\nb\nb\n\nc\n")
+    for number in (0, 1, 2, 4):
+        _image(tmp_path / f"{number:05d}.png")
+    prompts = read_prompts(tmp_path / "prompts.txt", repeated=True)
+    expected = [("00000.png", "a"), ("00001.png", "b"), ("00002.png", "b"), ("00004.png", "c")]
+    assert [entry[:2] for entry in read_list(tmp_path, prompts)] == expected
+    contest = match({"x": tmp_path, "y": tmp_path}, prompts)
+    assert [(file.name, text) for file, text in zip(contest.images["y"], contest.captions, strict=True)] == expected
+    drawn = list_entries(distinct(prompts), 7, 1)
+    assert [entry.image for entry in drawn] == ["00000_a_7.png", "00001_b_7.png", "00004_c_7.png"]
+    for entry in drawn:
+        _image(tmp_path / entry.image)
+    with_numbers = {entry.image: entry.prompt for entry in read_list(tmp_path, prompts)}
+    assert all(with_numbers[entry.image] == entry.prompt for entry in drawn)
+    _image(tmp_path / "00003.png")
+    with pytest.raises(ValueError, match=r"00003.png: no prompt is known for it"):
+        read_list(tmp_path, prompts)
+
+
+def test_captions_and_lists_of_other_systems(tmp_path):
+    for name in ("a.png", "cafe\u0301.png"):
+        _image(tmp_path / name)
+    (tmp_path / "a.txt").write_bytes("\ufeffa café\r\nby night\r\n".encode())
+    (tmp_path / "cafe\u0301.txt").write_bytes("two".encode("utf-16"))
+    captions = [Entry("a.png", "a café\nby night", 0), Entry("cafe\u0301.png", "two", 0)]
+    assert read_list(tmp_path) == captions
+    (tmp_path / "prompts.jsonl").write_bytes(
+        '\ufeff{"image": "a.png", "prompt": "one\u2028line", "seed": "3", "category": null}\r\n\r\n'
+        '{"image": "caf\xe9.png", "prompt": "two", "seed": 4.0}'.encode()
+    )
+    assert read_list(tmp_path) == [Entry("a.png", "one\u2028line", 3), Entry("cafe\u0301.png", "two", 4)]
+    (tmp_path / "prompts.jsonl").unlink()
+    (tmp_path / "a.txt").write_bytes("one\ncaf\xe9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a.txt, line 2 is not valid UTF-8"):
+        read_list(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "sub/x.png", "gone.png"])
@@ -57,7 +97,7 @@ def test_other_faults_are_told_in_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="has no images"):
         read_list(tmp_path)
     (tmp_path / "prompts.jsonl").write_text('{"image": "a.png"}\n')
-    with pytest.raises(ValueError, match="line 1: expected"):
+    with pytest.raises(ValueError, match="line 1: prompt: field required; seed: field required"):
         read_list(tmp_path)
     (tmp_path / "a.png").write_bytes(b"\x89PNG broken")
     with pytest.raises(ValueError, match="can't be read as an image"):

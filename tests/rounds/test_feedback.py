@@ -29,19 +29,26 @@ def test_annotators_are_averaged_where_they_said_something(tmp_path):
     np.testing.assert_array_equal(read_feedback([ann], 3, 3), [[5, 1, NAN], [2, NAN, 0.5], [1, 1, 1]])
 
 
+def test_numbers_as_other_programs_write_them(tmp_path):
+    file = write(tmp_path / "a.json", '\ufeff[["1", 2.0, NaN],\r\n[true, null, "-0.5"]]')
+    np.testing.assert_array_equal(read_feedback([file], 2, 3), [[1, 2, NAN], [1, NAN, -0.5]])
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([[1, 2]], "1 x 2 scores; this round has 2 prompts of 2 candidates each"),
-        ([[1, 2, 3], [1, 2, 3]], "2 x 3 scores; this round has 2 prompts of 2"),
+        ([[1, 2]], "scores of 1 prompts with 2 candidates each; this round has 2 prompts of 2 candidates each"),
+        ([[1, 2, 3], [1, 2, 3]], "scores of 2 prompts with 3 candidates each; this round has 2 prompts of 2"),
         ([], "this round has 2 prompts of 2"),
         ([[[1], [2]], [[3], [4]]], "has to be a list of lists of numbers"),
-        ([[1, 2], [1]], "has to be a list of lists of numbers"),
+        ([[1, 2], [1]], "scores of 2 prompts with 1 to 2 candidates each"),
+        ([[1, 2], [1, 10**400]], "has to be a list of lists of numbers"),
         ([[1, 2], [1, "good"]], "has to be a list of lists of numbers"),
         ([1, 2], "has to be a list of lists of numbers"),
         ({"a": 1}, "has to be a list of lists of numbers"),
-        ("[[1, 2], [1,", "has to be a list of lists of numbers"),
-        ("[[1, 2], [1, Infinity]]", "2 x 2 scores; this round"),
+        ("[[1, 2], [1,", "is not valid JSON"),
+        ("[[1, 2], [1, Infinity]]", "an infinite score, of prompt 1"),
+        ("version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer"),
         ([[None, None], [None, None]], "no score"),
     ],
 )
