@@ -4,6 +4,8 @@ import difflib
 import importlib.util
 import inspect
 import itertools
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the whole traceback of a
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Parses the flags, runs `main` and exits: 0 when it returned, 1 after an error, 2 for wrong flags."""
+    sys.argv[1:] = map(expand_home, sys.argv[1:])
     if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):
         print(f"{inspect.getdoc(inspect.getmodule(main))}\n\nFlags:\n{flags.FLAGS.main_module_help()}")
         sys.exit(0)
@@ -37,6 +40,11 @@ def run(main: Callable[[], None]) -> NoReturn:
             raise
         _fail(str(error), code=1)
     sys.exit(0)
+
+
+def expand_home(argument: str) -> str:
+    """The argument with `~` where a path may begin, as in --output=~/x, as the home folder; shells leave it."""
+    return re.sub(r"(^|[=,])~(?=/|,|$)", lambda found: found[1] + os.path.expanduser("~"), argument)
 
 
 def load_config(spec: str) -> ConfigDict:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from dpo_jax.cli import flatten, load_config, unflatten
+from dpo_jax import cli
+from dpo_jax.cli import expand_home, flatten, load_config, unflatten
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,6 +46,33 @@ def test_wrong_flags_are_one_sentence(arguments, message, tmp_path):
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("--output=~/x", "--output=HOME/x"),
+        ("--output=~", "--output=HOME"),
+        ("~/x", "HOME/x"),
+        ("--input=~/a.parquet,b,~/c*.parquet", "--input=HOME/a.parquet,b,HOME/c*.parquet"),
+        ("--config.data.path=~/x", "--config.data.path=HOME/x"),
+        ("--models=base=~/x,tuned=~/y", "--models=base=HOME/x,tuned=HOME/y"),
+        ("--output=a~/x", "--output=a~/x"),
+        ("--output=~ann/x", "--output=~ann/x"),
+        ("--prompts=a/~/b", "--prompts=a/~/b"),
+    ],
+)
+def test_a_tilde_is_the_home_folder_where_a_path_may_begin(argument, expected, monkeypatch):
+    monkeypatch.setenv("HOME", "HOME")
+    assert expand_home(argument) == expected
+
+
+def test_a_tilde_is_expanded_before_flags_are_parsed(monkeypatch):
+    monkeypatch.setenv("HOME", "HOME")
+    monkeypatch.setattr(sys, "argv", ["command", "--no_such_flag=~/x"])
+    with pytest.raises(SystemExit):
+        cli.run(lambda: None)
+    assert sys.argv == ["command", "--no_such_flag=HOME/x"]
 
 
 def test_every_config_loads_and_every_field_is_known():

@@ -10,6 +10,7 @@ parts/00012/
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -52,8 +53,11 @@ def make_part(source: Source, chunk: Chunk, folder: Path) -> None:
                 if wrong:
                     candidate, reason = wrong[0]
                     set_aside(reason, where=row.where, caption=row.caption, candidate=candidate)
+                elif (kept := _settled(row, [image.digest for image in verified])) is None:
+                    counts["dropped"]["of one and the same image"] += 1
                 else:
-                    records.append(_described(row, [store.add(image) for image in verified]))
+                    row, order = kept
+                    records.append(_described(row, [store.add(verified[k]) for k in order]))
                     counts["candidates"][len(row.images)] += 1
                     ties += len(row.images) > 1 and len(set(row.preference)) == 1
     located = zip(store.rows, image_files.locate(temporary / FILE), strict=True)
@@ -146,6 +150,35 @@ class _Images:
             self.rows.append({"sha256": image.digest, "width": width, "height": height, "bytes": len(image.data)})
             self._writer.add(image.data)
         return self._indices[image.digest]
+
+
+def _settled(record: Record, digests: list[bytes]) -> tuple[Record, list[int]] | None:
+    """The record with equal shares for candidates of the same image and caption, best first again, and that order.
+
+    No image is better than itself: None where nothing else is compared.
+    """
+    captions = record.captions or [""] * len(digests)
+    same: dict[tuple[bytes, str], list[int]] = {}
+    for k, key in enumerate(zip(digests, captions, strict=True)):
+        same.setdefault(key, []).append(k)
+    if len(same) == len(digests):
+        return record, list(range(len(digests)))
+    if len(same) == 1:
+        return None
+    shares = list(record.preference)
+    for candidates in same.values():
+        if len({shares[k] for k in candidates}) > 1:  # equal ones would change in their last bit
+            mean = math.fsum(shares[k] for k in candidates) / len(candidates)
+            for k in candidates:
+                shares[k] = mean
+    order = sorted(range(len(shares)), key=lambda k: -shares[k])
+    ordered = record._replace(
+        images=tuple(record.images[k] for k in order),
+        preference=tuple(shares[k] for k in order),
+        models=tuple(record.models[k] for k in order),
+        captions=None if record.captions is None else tuple(record.captions[k] for k in order),
+    )
+    return ordered, order
 
 
 def _described(record: Record, indices: list[int]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def test_tfds_alone_reads_the_images(write_pairs: Write, tmp_path: Path) -> None
 def test_images_are_stored_once_within_and_across_parts(tmp_path: Path) -> None:
     a, b, c, d, bad = (*(noise_jpeg(i) for i in range(4)), b"bad")
     source = in_memory(
-        [record(a, b), record(b, a), record(b, b)],
+        [record(a, b), record(b, a), record(b, b, captions=("x", "y"))],
         [record(b, bad), record(a, b)],  # stores nothing new
         [record(c, a), record(d, c)],  # stored anew without a
         [record(bad, b)],  # no record at all
@@ -155,6 +155,32 @@ def test_prompts_are_split_by_their_hash(tmp_path: Path, fraction: float, distin
     assert [value < limit for value in ordered] == [True] * held_out + [False] * (distinct - held_out)
     sides = {"train": distinct - held_out, "validation": held_out}
     assert prompts == {name: count for name, count in sides.items() if count}
+
+
+def test_no_image_is_better_than_itself(tmp_path: Path) -> None:
+    a, b, c = (noise_jpeg(i) for i in range(3))
+    source = in_memory(
+        [
+            record(a, a),
+            record(a, a, preference=(0.5, 0.5)),
+            record(b, b, b),
+            record(a, a, captions=("mine", "yours")),  # which of two captions an image fits is a preference
+            record(a, b, a, c, preference=(0.5, 0.25, 0.125, 0.125), models=("1", "2", "3", "4")),
+            record(a, b, a, preference=(0.5, 0.5, 0.0), models=("1", "2", "3")),
+            record(a, b, b, b, preference=(0.4, 0.2, 0.2, 0.2)),
+            record(a),
+        ]
+    )
+    summary = prepare(source, [tmp_path], tmp_path / "out", workers=0)
+    assert summary.dropped == {"of one and the same image": 3}
+    assert "dropped      3 of one and the same image" in str(summary)
+    assert (summary.records, summary.ties, summary.pairs) == (5, 0, 1)
+    got = [(r["images"], r["preference"], r["models"]) for r in records_of(tmp_path / "out")]
+    assert got[0][:2] == ([0, 0], [1, 0])
+    assert got[1] == ([0, 0, 1, 2], [0.3125, 0.3125, 0.25, 0.125], ["1", "3", "2", "4"])
+    assert got[2] == ([1, 0, 0], [0.5, 0.25, 0.25], ["2", "1", "3"])
+    assert got[3][:2] == ([0, 1, 1, 1], pytest.approx([0.4, 0.2, 0.2, 0.2]))
+    assert got[4][:2] == ([0], [1])
 
 
 def test_every_row_is_counted(tmp_path: Path) -> None:
