@@ -23,6 +23,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dpo_jax import cli
+from dpo_jax.rounds.config import check
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, or FILE:variant.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder that receives, or already holds, the run.", required=True)
@@ -49,6 +50,7 @@ def main() -> None:
         raise ValueError("--feedback is people's, and config.online.judges names judges; leave out either")
     if FEEDBACK.value and STAGE.value != "train":
         raise ValueError("--feedback is of one round; give it with --stage=train")
+    check(CONFIG.value)
     from dpo_jax.rounds.loop import learn  # after the flags are checked: importing JAX takes seconds
     from dpo_jax.training import command
 

@@ -17,6 +17,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from dpo_jax import cli
+from dpo_jax.training.config import FIELDS, default_config
+from dpo_jax.training.fields import check_fields
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, or FILE:variant.", lock_config=True)
 TOPOLOGY = flags.DEFINE_string(
@@ -52,6 +54,8 @@ def main() -> None:
     from dpo_jax.planning.topology import GIB, parse_topology
 
     config, topology = CONFIG.value, parse_topology(TOPOLOGY.value)
+    if "online" not in config:
+        check_fields(config, default_config(), FIELDS)
     if FIT.value:
         config, plan = fit(config, topology, UTILISATION.value, say)
     else:

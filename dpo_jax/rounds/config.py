@@ -8,45 +8,47 @@ import dataclasses
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpo_jax.cli import flatten
-from dpo_jax.training.config import CHOICES as NETWORK_CHOICES
-from dpo_jax.training.config import Derived, Variant, check_ranges, check_settings, default_config, divide_batch
+from dpo_jax.training.config import (
+    COUNT,
+    NOT_ALL,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    Derived,
+    Variant,
+    check_settings,
+    default_config,
+    divide_batch,
+)
+from dpo_jax.training.config import FIELDS as NETWORK_FIELDS
+from dpo_jax.training.fields import Values, check_fields
 
-AT_LEAST_1 = (
-    "online.rounds",
-    "online.prompts_per_round",
-    "online.epochs",
-    "online.sampling_steps",
-    "online.prompts_at_a_time",
-    "data.batch_size",
-    "data.accumulation",
-    "data.resolution",
-    "log_every",
-    "checkpoint.every",
-    "checkpoint.keep",
-    "sample.seeds",
-    "sample.steps",
-)
-AT_LEAST_0 = (
-    "seed",
-    "online.guidance",
-    "online.margin",
-    "loss.beta",
-    "loss.clip",
-    "loss.advantage_clip",
-    "loss.kl_weight",
-)
-SHARES = ("online.timesteps", "online.branch_after", "online.eta", "online.clip", "ema.decay")
-CHOICES = {
-    "loss.name": ("d3po", "ddpo", "dpok"),
-    "online.combine": ("mean", "pareto"),
-    "online.advantage": ("prompt", "group"),
-    "online.update_by": ("prompt", "pair"),
-    "online.reference": ("initial", "round"),
-    "online.sampler": NETWORK_CHOICES["sample.sampler"],
-    **{field: NETWORK_CHOICES[field] for field in ("dtype", "vae_dtype", "attention", "sample.sampler")},
-    "remat": ("none", "dots", "attention", "block"),
+FIELDS = NETWORK_FIELDS | {
+    "steps": NOT_NEGATIVE,
+    "remat": Values(choices=("none", "dots", "attention", "block")),
+    "loss.name": Values(choices=("d3po", "ddpo", "dpok")),
+    "loss.clip": POSITIVE,
+    "loss.advantage_clip": POSITIVE,
+    "loss.kl_weight": NOT_NEGATIVE,
+    "online.rounds": COUNT,
+    "online.prompts_per_round": Values(at_least=1, at_most=2**20),
+    "online.candidates": Values(at_least=1, at_most=2**10),
+    "online.combine": Values(choices=("mean", "pareto")),
+    "online.sampler": NETWORK_FIELDS["sample.sampler"],
+    "online.sampling_steps": COUNT,
+    "online.eta": SHARE,
+    "online.guidance": NOT_NEGATIVE,
+    "online.prompts_at_a_time": Values(at_least=1, at_most=2**20),
+    "online.branch_after": NOT_ALL,
+    "online.margin": NOT_ALL,
+    "online.timesteps": Values(above=0, at_most=1),
+    "online.epochs": COUNT,
+    "online.update_by": Values(choices=("prompt", "pair")),
+    "online.reference": Values(choices=("initial", "round")),
+    "online.clip": Values(above=0, below=1),
+    "online.advantage": Values(choices=("prompt", "group")),
 }
+"""The values that the fields of `online_config` take; every number has an entry."""
 
 
 def online_config() -> ConfigDict:
@@ -176,9 +178,9 @@ class Plan:
 
 def check(config: ConfigDict) -> None:
     """Raises ValueError for values that no machine can run, with the remedy."""
+    check_fields(config, online_config(), FIELDS)
     if not config.model:
         raise ValueError("config.model is empty; set it in the config file or with --config.model=...")
-    check_ranges(config, at_least_1=AT_LEAST_1, at_least_0=AT_LEAST_0, shares=SHARES, choices=CHOICES)
     check_settings(config)
     online = config.online
     if config.steps:
@@ -186,14 +188,6 @@ def check(config: ConfigDict) -> None:
             f"config.steps={config.steps}, but the steps of an online run are its rounds x the updates in one; leave "
             "it at 0 and set online.rounds"
         )
-    if online.clip in (0, 1):
-        raise ValueError(
-            f"config.online.clip={online.clip} leaves no gradient or no limit; take a share above 0 and below 1, such "
-            "as 0.1"
-        )
-    strength = "loss.beta" if config.loss.name == "d3po" else "loss.advantage_clip"
-    if not flatten(config)[strength]:
-        raise ValueError(f"config.{strength}=0 leaves no gradient; take a number above 0")
     if online.candidates < (2 if config.loss.name == "d3po" or online.advantage == "group" else 1):
         raise ValueError(f"config.online.candidates={online.candidates}; there is nothing to compare: take 2 or more")
     if config.lora.dropout:
@@ -201,8 +195,6 @@ def check(config: ConfigDict) -> None:
             f"config.lora.dropout={config.lora.dropout} would change the probabilities of the policy that sampled; "
             "set lora.dropout=0"
         )
-    if online.timesteps == 0:
-        raise ValueError("config.online.timesteps=0 trains on nothing; take a share above 0, up to 1")
     if online.prompts_per_round % config.data.batch_size:
         raise ValueError(
             f"config.online.prompts_per_round={online.prompts_per_round} is no multiple of "

@@ -8,12 +8,13 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from dpo_jax.cli import flatten
+from dpo_jax.training.fields import Values, are_patterns, are_rules, check_fields
 
 # A work directory may be continued with other values of these; any other difference is another experiment.
 # Where models and data come from may change too: what they are is told by "fingerprints".
@@ -42,33 +43,70 @@ FREE_TO_CHANGE = (
     "online.latent_judge",
 )
 
-AT_LEAST_1 = (
-    "steps",
-    "log_every",
-    "data.batch_size",
-    "data.accumulation",
-    "data.resolution",
-    "checkpoint.every",
-    "checkpoint.keep",
-    "validation.max_pairs",
-    "validation.draws",
-    "sample.seeds",
-    "sample.steps",
-)
-AT_LEAST_0 = ("seed", "data.min_side", "data.limit", "data.encoded_views", "data.num_workers")
-SHARES = ("data.caption_dropout", "data.min_agreement", "lora.dropout", "ema.decay")
-CHOICES = {
-    "dtype": ("float32", "bfloat16"),
-    "vae_dtype": ("float32", "bfloat16"),
-    "attention": ("xla", "cudnn", "splash"),
-    "remat": ("none", "dots", "attention", "block", "auto"),
-    "data.size_conditioning": ("constant", "real"),
-    "data.ties": ("drop", "zero_weight", "soft"),
-    "data.labels": ("hard", "soft"),
-    "data.combine": ("mean", "pareto"),
-    "data.relabel": ("none", "swapped", "shuffled"),
-    "sample.sampler": ("", "ddim", "euler", "euler_ancestral", "dpmsolver++", "lcm"),
+SHARE = Values(at_least=0, at_most=1)
+NOT_ALL = Values(at_least=0, below=1)
+POSITIVE = Values(above=0)
+NOT_NEGATIVE = Values(at_least=0)
+COUNT = Values(at_least=1)
+DTYPE = Values(choices=("float32", "bfloat16"))
+
+FIELDS = {
+    "steps": COUNT,
+    "seed": Values(at_least=0, at_most=2**32 - 1),
+    "dtype": DTYPE,
+    "vae_dtype": DTYPE,
+    "remat": Values(choices=("none", "dots", "attention", "block", "auto")),
+    "attention": Values(choices=("xla", "cudnn", "splash")),
+    "log_every": COUNT,
+    "lora.rank": Values(at_least=0, at_most=2**16),
+    "lora.alpha": NOT_NEGATIVE,
+    "lora.targets": Values(wrong=are_patterns),
+    "lora.dropout": NOT_ALL,
+    "ema.decay": NOT_ALL,
+    "loss.name": Values(choices=("dpo", "sft")),
+    "loss.beta": POSITIVE,
+    "data.batch_size": Values(at_least=1, at_most=2**24),
+    "data.accumulation": Values(at_least=1, at_most=2**24),
+    "data.resolution": Values(at_least=1, at_most=2**14),
+    "data.caption_dropout": SHARE,
+    "data.size_conditioning": Values(choices=("constant", "real")),
+    "data.ties": Values(choices=("drop", "zero_weight", "soft")),
+    "data.labels": Values(choices=("hard", "soft")),
+    "data.combine": Values(choices=("mean", "pareto")),
+    "data.generators": Values(wrong=are_patterns),
+    "data.min_agreement": SHARE,
+    "data.min_side": NOT_NEGATIVE,
+    "data.limit": NOT_NEGATIVE,
+    "data.relabel": Values(choices=("none", "swapped", "shuffled")),
+    "data.encoded_views": Values(at_least=0, at_most=2**10),
+    "data.num_workers": Values(at_least=0, at_most=2**10),
+    "optimizer.name": Values(choices=("adamw", "adafactor")),
+    "optimizer.learning_rate": POSITIVE,
+    "optimizer.schedule": Values(choices=("constant", "constant_with_warmup", "linear", "cosine")),
+    "optimizer.warmup_steps": NOT_NEGATIVE,
+    "optimizer.beta1": NOT_ALL,
+    "optimizer.beta2": NOT_ALL,
+    "optimizer.epsilon": POSITIVE,
+    "optimizer.weight_decay": NOT_NEGATIVE,
+    "optimizer.clip_norm": Values(above=0, may_be_infinite=True),
+    "mesh.data": Values(at_least=-1),
+    "mesh.fsdp": Values(at_least=-1),
+    "mesh.tensor": Values(at_least=-1),
+    "mesh.rules": Values(wrong=are_rules),
+    "checkpoint.every": COUNT,
+    "checkpoint.keep": COUNT,
+    "validation.every": NOT_NEGATIVE,
+    "validation.max_pairs": COUNT,
+    "validation.draws": COUNT,
+    "sample.every": NOT_NEGATIVE,
+    "sample.seeds": Values(at_least=1, at_most=2**16),
+    "sample.sampler": Values(choices=("", "ddim", "euler", "euler_ancestral", "dpmsolver++", "lcm")),
+    "sample.steps": COUNT,
+    "sample.guidance": NOT_NEGATIVE,
 }
+"""The values that the fields of `default_config` take; every number has an entry."""
+MAX_GRID = 1024
+"""Images of a grid, which are drawn in one batch."""
 
 
 def default_config() -> ConfigDict:
@@ -219,42 +257,27 @@ def check(config: ConfigDict) -> None:
     """Raises ValueError for values that no machine can run, with the remedy."""
     if "online" in config:
         raise ValueError("this config is for dpo_jax.online; give one for a data set, such as configs/sd15.py")
+    check_fields(config, default_config(), FIELDS)
     for field in ("model", "data.path"):
         if not flatten(config)[field]:
             raise ValueError(f"config.{field} is empty; set it in the config file or with --config.{field}=...")
-    check_ranges(config, at_least_1=AT_LEAST_1, at_least_0=AT_LEAST_0, shares=SHARES, choices=CHOICES)
     check_settings(config)
     check_views(config)
 
 
-def check_ranges(
-    config: ConfigDict,
-    *,
-    at_least_1: Collection[str],
-    at_least_0: Collection[str] = (),
-    shares: Collection[str],
-    choices: Mapping[str, Collection[str]],
-) -> None:
-    """Raises ValueError for a field, by its dotted path, with a value out of its range."""
-    fields = flatten(config)
-    for field in at_least_1:
-        if fields[field] < 1:
-            raise ValueError(f"config.{field}={fields[field]} must be at least 1")
-    for field in at_least_0:
-        if fields[field] < 0:
-            raise ValueError(f"config.{field}={fields[field]} must be 0 or more")
-    for field, known in choices.items():
-        if fields[field] not in known:
-            raise ValueError(f"config.{field}={fields[field]!r}; choose from {', '.join(known)}")
-    for field in shares:
-        if not 0 <= fields[field] <= 1:
-            raise ValueError(f"config.{field}={fields[field]} is a share, from 0 to 1")
-
-
 def check_settings(config: ConfigDict) -> None:
     """Raises ValueError for settings of the network that don't go together."""
-    if config.lora.dropout == 1:
-        raise ValueError("config.lora.dropout=1 drops everything; it must be less than 1")
+    sizes = {f"mesh.{axis}": config.mesh[axis] for axis in ("data", "fsdp", "tensor")}
+    if 0 in sizes.values() or list(sizes.values()).count(-1) > 1:
+        given = ", ".join(f"config.{field}={size}" for field, size in sizes.items())
+        raise ValueError(f"{given}: each must be 1 or more, or one of them -1, which takes the devices that are left")
+    if config.sample.every and not config.sample.prompts:
+        raise ValueError("config.sample.prompts is empty; name prompts for the image grids, or set sample.every=0")
+    if config.sample.every and config.sample.seeds * len(config.sample.prompts) > MAX_GRID:
+        raise ValueError(
+            f"config.sample.seeds={config.sample.seeds} of {len(config.sample.prompts)} prompts are more images than "
+            f"the {MAX_GRID} that a grid takes; set fewer"
+        )
     if config.scan and config.lora.dropout:
         raise ValueError(
             f"config.scan=True runs equal blocks as one, but config.lora.dropout={config.lora.dropout} draws for each "
@@ -262,8 +285,6 @@ def check_settings(config: ConfigDict) -> None:
         )
     if config.attention == "cudnn" and config.dtype != "bfloat16":
         raise ValueError(f'config.attention="cudnn" takes bfloat16, not config.dtype={config.dtype}; change either')
-    if config.lora.rank < 0:
-        raise ValueError(f"config.lora.rank={config.lora.rank} must be 0 (no LoRA) or more")
     if config.lora.init_reference and not config.lora.init:
         raise ValueError("config.lora.init_reference is set, but config.lora.init names no LoRA")
 

@@ -18,7 +18,7 @@ from dpo_jax.evaluation.generate import Generator, Sampling
 from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.sharding import Placement, make_mesh
-from dpo_jax.training.config import CHOICES
+from dpo_jax.training.config import FIELDS
 from dpo_jax.training.model import load_tokenizers_of
 
 ROOT = Path(__file__).parents[2]
@@ -243,4 +243,4 @@ def test_a_seed_out_of_range_is_an_error(models):
 
 
 def test_configs_offer_the_samplers_there_are():
-    assert CHOICES["sample.sampler"] == ("", *SAMPLERS)
+    assert FIELDS["sample.sampler"].choices == ("", *SAMPLERS)

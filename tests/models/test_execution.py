@@ -11,7 +11,7 @@ from dpo_jax.models.network import Network, init_params
 from dpo_jax.models.random_model import UNET_SDXL
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
-from dpo_jax.training.config import CHOICES
+from dpo_jax.training.config import FIELDS
 
 CONFIG = UNetConfig.from_dict(UNET_SDXL, "config.json")
 CONDITIONING = Conditioning(jnp.ones((2, 5, 80)), jnp.ones((2, 40)), jnp.ones((2, 6)))
@@ -74,7 +74,7 @@ def test_each_policy_keeps_less_than_the_one_before(params) -> None:
 
 
 def test_the_config_offers_these_policies() -> None:
-    assert CHOICES["remat"] == (*POLICIES, "auto")
+    assert FIELDS["remat"].choices == (*POLICIES, "auto")
 
 
 def test_in_a_loop_equal_blocks_are_traced_once(params) -> None:

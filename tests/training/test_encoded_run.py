@@ -193,7 +193,7 @@ def test_more_files_than_a_process_may_open(config, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"vae_dtype": "float16"}, "config.vae_dtype='float16'; choose from"),
+        ({"vae_dtype": "float16"}, "config.vae_dtype='float16' must be one of"),
         ({"data.resolution": 0}, "config.data.resolution=0 must be at least 1"),
         ({"data.encoded_views": 0}, "trains from images; set it to the number of views"),
         ({"model": ""}, "config.model is empty"),

@@ -1,0 +1,125 @@
+"""Which values the fields of a config take, and one sentence about all that are wrong.
+
+Numbers are compared as float32, in which training computes: there an `ema.decay` of 0.99999999 is 1.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dpo_jax.cli import flatten
+
+MAX_INT = 2**31 - 1
+"""Steps and sizes are int32 on devices."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """The values of a field, among those of the type of its default. Bounds that are None don't hold."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    may_be_infinite: bool = False
+    choices: tuple[str, ...] = ()
+    wrong: Callable[[Any], str | None] = lambda value: None
+    """What else is wrong with a value, as the end of a sentence that begins with it."""
+
+    def __str__(self) -> str:
+        if self.choices:
+            return f"one of {', '.join(repr(choice) for choice in self.choices)}"
+        if (self.at_least, self.at_most) == (0, 1):
+            return "a share, from 0 to 1"
+        if (self.above, self.below) == (0, 1):
+            return "strictly between 0 and 1"
+        bounds = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
+        return " and ".join(f"{name} {bound}" for name, bound in bounds.items() if bound is not None)
+
+
+def check_fields(config: ConfigDict, defaults: ConfigDict, values: Mapping[str, Values]) -> None:
+    """Raises one ValueError that names every field, by its dotted path, with a value that it does not take."""
+    fields, problems = flatten(config), []
+    for field, default in flatten(defaults).items():
+        if field not in fields:
+            problems.append(f"config.{field} is missing; begin with the config that `default_config` makes")
+        elif reason := problem(fields[field], default, values.get(field, Values())):
+            shown = repr(fields[field])
+            problems.append(f"config.{field}={shown if len(shown) < 100 else f'{shown[:97]}...'} {reason}")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def problem(value: Any, default: Any, values: Values) -> str | None:
+    """What is wrong with the value of a field, as the end of a sentence; None if nothing is."""
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "must be True or False"
+    if isinstance(default, (int, float)):
+        return _problem_of_number(value, values, is_whole=isinstance(default, int))
+    if isinstance(default, str):
+        if not isinstance(value, str):
+            return "must be a text"
+        if values.choices and value not in values.choices:
+            return f"must be {values}"
+    elif not isinstance(value, (tuple, list)):
+        return "must be a tuple, such as ('a', 'b')"
+    elif values.wrong is not are_rules and not all(isinstance(part, str) for part in value):
+        return "must be a tuple of texts, such as ('a', 'b')"
+    return values.wrong(value)
+
+
+def _problem_of_number(value: Any, values: Values, *, is_whole: bool) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, int if is_whole else (int, float)):
+        return "must be a whole number" if is_whole else "must be a number"
+    if is_whole and values.at_most is None and value > MAX_INT:
+        return f"must be at most {MAX_INT}"
+    number = value if is_whole else _in_float32(value)
+    if not math.isfinite(number) and not (values.may_be_infinite and value == math.inf):
+        return "must be a finite number" + (" in float32" if abs(value) < math.inf else "")
+    holds = (
+        (values.at_least is None or number >= values.at_least)
+        and (values.above is None or number > values.above)
+        and (values.at_most is None or number <= values.at_most)
+        and (values.below is None or number < values.below)
+    )
+    return None if holds else f"must be {values}"
+
+
+def _in_float32(value: float) -> float:
+    try:
+        with np.errstate(over="ignore"):
+            return float(np.float32(value))
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf
+
+
+def are_patterns(value: str | tuple[str, ...]) -> str | None:
+    """For `Values.wrong` of regular expressions."""
+    for pattern in [value] if isinstance(value, str) else value:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            return f"must be a regular expression ({pattern!r}: {error})"
+    return None
+
+
+def are_rules(value: Any) -> str | None:
+    """For `Values.wrong` of `mesh.rules`."""
+    form = "must be a tuple of rules such as (r'\\.attn1\\.to_q\\.kernel$', (None, 'tensor'))"
+    for rule in value:
+        if not (isinstance(rule, (tuple, list)) and len(rule) == 2):
+            return f"{form}, not {rule!r}"
+        pattern, axes = rule
+        if not isinstance(pattern, str) or not isinstance(axes, (tuple, list)):
+            return f"{form}, not {rule!r}"
+        unknown = [axis for axis in axes if axis not in (None, "data", "fsdp", "tensor")]
+        if unknown:
+            return f"has {unknown[0]!r} for an axis; it must be None, 'data', 'fsdp' or 'tensor'"
+        if reason := are_patterns(pattern):
+            return reason
+    return None

@@ -1,0 +1,148 @@
+"""Values of fields that would train nothing, or that no machine can compute, are refused before anything loads."""
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from dpo_jax.cli import flatten, load_config, replaced
+from dpo_jax.rounds import config as rounds_config
+from dpo_jax.training import config as training_config
+
+ROOT = Path(__file__).parents[2]
+NAN, INF = float("nan"), float("inf")
+
+
+def offline(**fields: object) -> ConfigDict:
+    return replaced(load_config(f"{ROOT}/configs/tiny.py:tiny"), fields)
+
+
+def online(**fields: object) -> ConfigDict:
+    return replaced(load_config(f"{ROOT}/configs/tiny_online.py:tiny"), fields)
+
+
+@pytest.mark.parametrize("module", [training_config, rounds_config], ids=["offline", "online"])
+def test_every_number_has_a_range(module):
+    defaults = module.default_config() if module is training_config else module.online_config()
+    numbers = [f for f, v in flatten(defaults).items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    assert [field for field in numbers if field not in module.FIELDS] == []
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "reason"),
+    [
+        ("loss.beta", (-2000.0, 0.0, 1e-60), "must be above 0"),
+        ("loss.beta", (NAN, INF, -INF), "must be a finite number"),
+        ("loss.beta", (1e39, 10**400), "must be a finite number in float32"),
+        ("loss.beta", (True, "1", None, (1.0,)), "must be a number"),
+        ("optimizer.learning_rate", (-1e-5, 0.0), "must be above 0"),
+        ("optimizer.learning_rate", (NAN, INF), "must be a finite number"),
+        ("optimizer.clip_norm", (0.0, -1.0), "must be above 0"),
+        ("optimizer.clip_norm", (NAN, -INF), "must be a finite number"),
+        ("optimizer.beta1", (1.0, -0.1, 1 - 1e-9), "must be at least 0 and below 1"),
+        ("optimizer.beta2", (1.0, 2.0), "must be at least 0 and below 1"),
+        ("optimizer.epsilon", (0.0, -1e-8), "must be above 0"),
+        ("optimizer.weight_decay", (-0.01,), "must be at least 0"),
+        ("optimizer.warmup_steps", (-3,), "must be at least 0"),
+        ("ema.decay", (1.0, 1.5, -0.1, 0.999999999), "must be at least 0 and below 1"),
+        ("lora.alpha", (-4.0,), "must be at least 0"),
+        ("lora.rank", (-1, 10**9), "must be at least 0 and at most 65536"),
+        ("lora.targets", ("(", "a{99999999999}", "*"), "must be a regular expression"),
+        ("data.generators", (("ok", "["),), "must be a regular expression"),
+        ("data.generators", ("name", 3), "must be a tuple"),
+        ("data.judges", ((1, 2),), "must be a tuple of texts"),
+        ("sample.prompts", (("a", 3),), "must be a tuple of texts"),
+        ("seed", (-1, 2**32, 10**20), "must be at least 0 and at most 4294967295"),
+        ("steps", (2**31, 10**20), "must be at most 2147483647"),
+        ("steps", (0, -1), "must be at least 1"),
+        ("steps", (True, 2.5, "3"), "must be a whole number"),
+        ("sample.guidance", (NAN, INF), "must be a finite number"),
+        ("sample.steps", (0,), "must be at least 1"),
+        ("data.random_flip", (1, "yes"), "must be True or False"),
+        ("model", (3, None), "must be a text"),
+        ("loss.name", ("dop",), "must be one of 'dpo', 'sft'"),
+        ("optimizer.name", ("adam",), "must be one of 'adamw', 'adafactor'"),
+        ("optimizer.schedule", ("cosin",), "must be one of"),
+        ("mesh.rules", ((("(", ("fsdp", None)),),), "must be a regular expression"),
+        ("mesh.rules", (3, "to_q"), "must be a tuple"),
+        ("mesh.rules", (("to_q",), ((3, (None,)),), (("to_q", "fsdp"),)), "must be a tuple of rules such as"),
+        ("mesh.rules", ((("to_q", ("fsdq", None)),),), "has 'fsdq' for an axis"),
+    ],
+)
+def test_senseless_values_are_refused(field, values, reason):
+    for value in values:
+        with pytest.raises(ValueError, match=reason) as error:
+            training_config.check(offline(**{field: value}))
+        assert str(error.value).startswith(f"config.{field}=")
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "reason"),
+    [
+        ("loss.beta", (NAN, 0.0), "must be"),
+        ("loss.clip", (NAN, 0.0, -1.0, INF), "must be"),
+        ("loss.advantage_clip", (NAN, 0.0), "must be"),
+        ("loss.kl_weight", (NAN, -0.1), "must be"),
+        ("online.eta", (NAN, -0.1, 1.1), "must be"),
+        ("online.guidance", (NAN, INF), "must be a finite number"),
+        ("online.margin", (NAN, 1.0, -0.1), "must be"),
+        ("online.branch_after", (1.0,), "must be"),
+        ("online.candidates", (0, True, 10**9), "must be"),
+        ("online.judges", ("jpeg_compressibility",), "must be a tuple"),
+        ("online.timesteps", (NAN, 0.0), "must be"),
+        ("online.clip", (NAN,), "must be"),
+        ("lora.targets", ("(",), "must be a regular expression"),
+    ],
+)
+def test_senseless_values_of_online_fields_are_refused(field, values, reason):
+    for value in values:
+        with pytest.raises(ValueError, match=reason) as error:
+            rounds_config.check(online(**{field: value}))
+        assert str(error.value).startswith(f"config.{field}=")
+
+
+def test_all_wrong_fields_are_told_at_once():
+    with pytest.raises(ValueError, match="config") as error:
+        training_config.check(offline(**{"loss.beta": -1.0, "ema.decay": 1.0, "dtype": "fp8"}))
+    assert str(error.value) == (
+        "config.dtype='fp8' must be one of 'float32', 'bfloat16'; "
+        "config.ema.decay=1.0 must be at least 0 and below 1; config.loss.beta=-1.0 must be above 0"
+    )
+
+
+def test_sensible_values_at_the_bounds_are_taken():
+    for fields in (
+        {"seed": 2**32 - 1, "optimizer.clip_norm": INF, "ema.decay": 0.9999, "optimizer.beta1": 0.0},
+        {"loss.beta": 1, "lora.alpha": 0.0, "optimizer.weight_decay": 0.0, "sample.guidance": 0},
+        {"mesh.rules": ((r"\.to_q\.kernel$", (None, "tensor")),), "mesh.tensor": -1, "mesh.data": 1},
+    ):
+        training_config.check(offline(**fields))
+
+
+def test_sizes_of_a_mesh_that_divide_by_zero():
+    for sizes in itertools.product((-1, 0, 1), repeat=3):
+        fields = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), sizes, strict=True))
+        if 0 in sizes or sizes.count(-1) > 1:
+            with pytest.raises(ValueError, match="each must be 1 or more, or one of them -1"):
+                training_config.check(offline(**fields))
+        else:
+            training_config.check(offline(**fields))
+
+
+def test_grids_need_prompts():
+    with pytest.raises(ValueError, match=r"sample\.prompts is empty; .*sample\.every=0"):
+        training_config.check(offline(**{"sample.prompts": ()}))
+    training_config.check(offline(**{"sample.prompts": (), "sample.every": 0}))
+
+
+def test_a_field_that_a_config_lacks_is_told():
+    config = offline()
+    with config.unlocked():
+        del config.optimizer.beta2
+    with pytest.raises(ValueError, match=r"config\.optimizer\.beta2 is missing"):
+        training_config.check(config)
+    assert math.isfinite(config.optimizer.beta1)
