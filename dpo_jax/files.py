@@ -61,6 +61,24 @@ def look_at(path: epath.PathLike) -> str | None:
         return what_it_is(file.read(64))
 
 
+def why(path: epath.PathLike, error: Exception) -> str:
+    """Why a library can't read a file: what it really is where that is known, otherwise the error's first line."""
+    with contextlib.suppress(OSError):
+        known = look_at(path)
+        if known and known not in ("a Parquet file", "an Arrow file"):
+            return f"it is {known}"
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def check_inside(path: epath.PathLike, folder: epath.PathLike) -> None:
+    """ValueError where links would have us write outside of a folder, which may come from somebody else."""
+    place, end = Path(folder).resolve(), Path(path).resolve()
+    if not end.is_relative_to(place):
+        raise ValueError(
+            f"{path} leads out of {folder}, to {end}; remove the link, or link the whole data set in place of a part"
+        )
+
+
 def is_local(path: epath.PathLike) -> bool:
     """Whether a path is in a file system, and not in an object store (gs://, s3://)."""
     return "://" not in str(path)

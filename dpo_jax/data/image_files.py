@@ -3,26 +3,90 @@
 They are Parquet as TFDS writes it, with one tf.train.Example a row, but neither compressed nor encoded, as images are
 compressed already: so the bytes of each stand in one piece, to be mapped into memory. Reading JPEGs of 512 pixels from
 ArrayRecord, which cuts them every 64 KiB, took 5 to 7% of the time of decoding them, and a mere copy 3% (see
-benchmarks/NOTES.md). No checksum is looked at. TFDS's own random access first reads all files into memory.
+benchmarks/NOTES.md). TFDS's own random access first reads all files into memory.
+
+TFDS only ever writes here. Its `features.json` names the Python class of each feature, and TFDS imports whatever module
+is named there: a folder that somebody else made would run their code. So both JSON files are read as data.
 """
 
 import bisect
+import hashlib
 import itertools
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pydantic
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
+from dpo_jax import files
+from dpo_jax.data.images import DamagedImage
+
+NAME, SPLIT = "preference_images", "images"  # TFDS reserves "all"
 FEATURES = tfds.features.FeaturesDict({"image": tfds.features.Image()})
 SCHEMA = pa.schema({"data": pa.binary()})
 GROUP_BYTES = 2**22
 """That a writer holds before it writes them."""
 ROWS_AT_ONCE = 8
+
+INFO, FEATURES_FILE = "dataset_info.json", "features.json"
+MAX_SHARDS = 100_000
+"""As many as the five digits of a file's name can number."""
+Decimal = Annotated[str, pydantic.StringConstraints(pattern=r"^[0-9]{1,18}$")]
+"""How TFDS writes a 64-bit integer."""
+Count = Annotated[str, pydantic.StringConstraints(pattern=r"^[1-9][0-9]{0,8}$")]
+FEATURES_JSON: dict[str, Any] = {
+    "featuresDict": {
+        "features": {
+            "image": {
+                "image": {"dtype": "uint8", "shape": {"dimensions": ["-1", "-1", "3"]}},
+                "pythonClassName": "tensorflow_datasets.core.features.image_feature.Image",
+            }
+        }
+    },
+    "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
+}
+"""What TFDS writes of `FEATURES`; no other `features.json` is accepted."""
+
+
+class _Split(pydantic.BaseModel):
+    name: Literal["images"]
+    shardLengths: Annotated[list[Count], pydantic.Field(min_length=1, max_length=MAX_SHARDS)]
+    filepathTemplate: Literal["{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"]
+    numBytes: Decimal = "0"
+
+
+class _Info(pydantic.BaseModel):
+    """The part of TFDS's `dataset_info.json` that tells which files there are."""
+
+    name: Literal["preference_images"]
+    fileFormat: Literal["parquet"]
+    splits: Annotated[list[_Split], pydantic.Field(min_length=1, max_length=1)]
+
+
+def shard_name(number: int, count: int) -> str:
+    """The name that TFDS gives a file of images."""
+    return f"{NAME}-{SPLIT}.parquet-{number:05}-of-{count:05}"
+
+
+def read_layout(folder: Path) -> tuple[list[Path], list[int]]:
+    """The files of a folder that TFDS wrote for us, and how many images each has.
+
+    Raises ValueError where its JSON describes anything else: another class, another name, another format.
+    """
+    info: _Info = files.read_json(folder / INFO, _Info)
+    (split,) = info.splits
+    if files.read_json(folder / FEATURES_FILE) != FEATURES_JSON:
+        raise ValueError(
+            f"{folder / FEATURES_FILE} is not what dpo_jax writes there, and such a file can name code to run"
+        )
+    counts = [int(length) for length in split.shardLengths]
+    return [folder / shard_name(number, len(counts)) for number in range(len(counts))], counts
 
 
 class Writer:
@@ -84,10 +148,18 @@ class ImageFiles:
     Args:
         counts: images of each file.
         offsets_I, lengths_I: where each begins in its file, and its bytes.
+        sha256: of each image as it was stored, by its position.
     """
 
-    def __init__(self, files: Sequence[Path], counts: Sequence[int], offsets_I: np.ndarray, lengths_I: np.ndarray):
-        self._files, self._offsets_I, self._lengths_I = files, offsets_I, lengths_I
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        counts: Sequence[int],
+        offsets_I: np.ndarray,
+        lengths_I: np.ndarray,
+        sha256: Callable[[int], bytes],
+    ):
+        self.files, self._offsets_I, self._lengths_I, self._sha256 = paths, offsets_I, lengths_I, sha256
         self._counts, self._stops = counts, list(itertools.accumulate(counts))
         self._mapped: dict[int, mmap.mmap] = {}
 
@@ -95,32 +167,38 @@ class ImageFiles:
         return self._stops[-1]
 
     def __getitem__(self, position: int) -> memoryview:
+        """An image as it was stored. Raises DamagedImage, which names the file, where its bytes have changed."""
         number = bisect.bisect_right(self._stops, position)
         mapped = self._mapped.get(number)
         if mapped is None:
-            mapped = self._mapped.setdefault(number, _map(self._files[number]))
+            mapped = self._mapped.setdefault(number, _map(self.files[number]))
         start, length = int(self._offsets_I[position]), int(self._lengths_I[position])
         # All of it is fetched from disk at once, without waiting: the decoder would go page by page.
         first = start - start % mmap.PAGESIZE
         mapped.madvise(mmap.MADV_WILLNEED, first, start + length - first)
-        return memoryview(mapped)[start : start + length]
+        image = memoryview(mapped)[start : start + length]
+        if hashlib.sha256(image).digest() != self._sha256(position):  # 1% of the time of decoding it
+            raise DamagedImage(f"the bytes of image {position} in {self.files[number]} have changed")
+        return image
 
     def check(self) -> None:
         """Opens every file, in less than a millisecond each: one that is cut short isn't found in the middle of a run.
 
         Raises ValueError if a file is missing, damaged, or of other images.
         """
-        for file, count, stop in zip(self._files, self._counts, self._stops, strict=True):
+        for file, count, stop in zip(self.files, self._counts, self._stops, strict=True):
             try:
-                found = pq.read_metadata(file).num_rows
+                found = pq.read_metadata(files.check_regular(file)).num_rows
             except (pa.ArrowException, OSError) as error:
-                reason = str(error).splitlines()[0]
-                raise ValueError(f"{file} is missing or damaged ({reason})") from None
+                raise ValueError(f"{file} is missing or damaged ({files.why(file, error)})") from None
             if found != count:
                 raise ValueError(f"{file} holds {found} images instead of {count}")
-            end = int(self._offsets_I[stop - 1] + self._lengths_I[stop - 1])
-            if end > file.stat().st_size:
-                raise ValueError(f"{file} is damaged (its last image ends at byte {end}, behind its end)")
+            starts = self._offsets_I[stop - count : stop]
+            stops = starts + self._lengths_I[stop - count : stop]
+            if stops[-1] > file.stat().st_size:
+                raise ValueError(f"{file} is damaged (its last image ends at byte {stops[-1]}, behind its end)")
+            if starts[0] < 0 or (self._lengths_I[stop - count : stop] < 1).any() or (starts[1:] < stops[:-1]).any():
+                raise ValueError(f"the images of {file} overlap in images.arrow")
 
 
 def _map(file: Path) -> mmap.mmap:

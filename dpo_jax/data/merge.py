@@ -22,7 +22,6 @@ from dpo_jax.data import image_files, parts
 from dpo_jax.data.prepared import IMAGES, RECORDS
 
 VERSION = tfds.core.Version("3.0.0")
-NAME, SPLIT = "preference_images", "images"  # TFDS reserves "all"
 
 GROUPS = 64
 """Files of hashes: all are open while they are written; one at a time is read into memory."""
@@ -154,20 +153,20 @@ def _by_hash(tables: Iterable[np.ndarray], dtype: np.dtype, scratch: Path) -> It
 
 def _move_shards(stored: Sequence[_Part], target: Path, on_shard: Callable[[int, int], None]) -> Iterator[pa.Table]:
     """One shard a part that keeps an image, and what TFDS wants to know about them; yields `IMAGES` of each."""
-    shards = [target / f"{NAME}-{SPLIT}.parquet-{i:05}-of-{len(stored):05}" for i in range(len(stored))]
+    shards = [target / image_files.shard_name(number, len(stored)) for number in range(len(stored))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for done, table in enumerate(pool.map(_move_shard, stored, shards), 1):
             on_shard(done, len(shards))
             yield table
     identity = tfds.core.dataset_info.DatasetIdentity(
-        name=NAME, version=VERSION, data_dir=str(target), module_name=__name__
+        name=image_files.NAME, version=VERSION, data_dir=str(target), module_name=__name__
     )
     info = tfds.core.DatasetInfo(
         builder=identity, features=image_files.FEATURES, description="Images of prepared records."
     )
     info.set_file_format("parquet")
     lengths, size = [part.owned for part in stored], sum(shard.stat().st_size for shard in shards)
-    info.set_splits(tfds.core.splits.SplitDict([tfds.core.splits.SplitInfo(SPLIT, lengths, size)]))
+    info.set_splits(tfds.core.splits.SplitDict([tfds.core.splits.SplitInfo(image_files.SPLIT, lengths, size)]))
     info.write_to_directory(target)
 
 

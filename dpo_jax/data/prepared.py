@@ -5,8 +5,9 @@
   images/        TFDS data set of one split (image_files.py): each distinct image once, encoded as it came
   images.arrow   one row an image, in the same order
   records.arrow  one row a prompt with its candidates, best first
+  checksums.json SHA-256 of these files (checksums.py)
 
-Both tables are mapped into memory, so that opening costs nothing; in the order of judges they are built anew.
+Both tables are mapped into memory and read once, to be checked; in the order of judges they are built anew.
 
 Axes: N records, M candidates of all records together, I images.
 """
@@ -21,10 +22,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import tensorflow_datasets as tfds
 
-from dpo_jax.data import scores
-from dpo_jax.data.image_files import ImageFiles
+from dpo_jax.data import checksums, scores, table_checks
+from dpo_jax.data.image_files import FEATURES_FILE, INFO, ImageFiles, read_layout
 from dpo_jax.data.rows import Rows
 from dpo_jax.data.scores import Combine
 
@@ -53,6 +53,8 @@ IMAGES = pa.schema(
 
 
 AGAIN = "prepare it again into another folder"
+CHECKED = ("records.arrow", "images.arrow", f"images/{INFO}", f"images/{FEATURES_FILE}")
+"""The files whose checksums are compared whenever a data set is opened."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +129,23 @@ class Prepared:
     @functools.cached_property
     def images(self) -> ImageFiles:
         """Random access to the images, as they came."""
-        (split,) = tfds.builder_from_directory(self.folder / "images").info.splits.values()
-        files = [Path(file) for file in split.filepaths]
+        paths, counts = read_layout(self.folder / "images")
         offsets_I, lengths_I = (self._images_table[name].to_numpy() for name in ("offset", "bytes"))
-        return ImageFiles(files, split.shard_lengths, offsets_I, lengths_I)
+        digests = Rows(self._images_table.select(["sha256"]))
+        return ImageFiles(
+            paths, counts, offsets_I, lengths_I, lambda position: digests.read(position, ("sha256",))["sha256"]
+        )
+
+    def name_of(self, record: int) -> str:
+        """Which record it is, for messages."""
+        return f"record {record} of {self.folder} ({self.records['where'][record].as_py()})"
 
     @property
+    def has_checksums(self) -> bool:
+        """Whether changed bits can be noticed: a data set that was prepared earlier has no checksums."""
+        return (self.folder / checksums.FILE).exists()
+
+    @functools.cached_property
     def _images_table(self) -> pa.Table:
         return scores.map_table(self.folder / "images.arrow", IMAGES, AGAIN)
 
@@ -160,21 +173,44 @@ def open_prepared(folder: str | Path, judges: Sequence[str] = (), combine: Combi
             f"no prepared data set at {folder}: "
             f"run python -m dpo_jax.prepare --source=pickapic --input=FILES --output={folder}"
         )
-    for name in ("images.arrow", "images/dataset_info.json"):
+    for name in CHECKED[1:]:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"the data set {folder} misses {name}; {AGAIN}")
     prepared = Prepared(folder, tuple(judges), combine)
-    known = len(prepared.sizes_I2)
-    if len(prepared.images) != known:
-        raise ValueError(f"{folder} holds {len(prepared.images)} images, but images.arrow lists {known}; {AGAIN}")
     try:
-        prepared.images.check()
+        _check(folder)
     except ValueError as error:
-        raise ValueError(f"{error}; {AGAIN}") from None
-    extremes = pc.min_max(pc.list_flatten(prepared.records["images"]))
-    if not 0 <= extremes["min"].as_py() <= extremes["max"].as_py() < known:
-        raise ValueError(f"{folder}: records.arrow refers to images that images.arrow doesn't list; {AGAIN}")
+        raise ValueError(str(error) if AGAIN in str(error) else f"{error}; {AGAIN}") from None
+    _ = prepared.records  # reads the scores of the judges, and says what is wrong with them
     return prepared
+
+
+def _check(folder: Path) -> None:
+    """Raises ValueError where a file of a data set is damaged, or they don't fit together."""
+    digests = checksums.read(folder)
+    if digests is not None:
+        checksums.check(folder, digests, CHECKED)
+    records, images = (checksums.sha256(folder / name) for name in CHECKED[:2])
+    known = _check_images(folder, images)
+    stored = Prepared(folder).images
+    if len(stored) != known:
+        raise ValueError(f"{folder} holds {len(stored)} images, but images.arrow lists {known}")
+    stored.check()
+    _check_records(folder, records, known)
+
+
+@functools.lru_cache(maxsize=64)  # once per process for each state of the file
+def _check_images(folder: Path, sha256: str) -> int:
+    """The number of images."""
+    table = scores.map_table(folder / "images.arrow", IMAGES, AGAIN)
+    table_checks.check_images(folder / "images.arrow", table)
+    return table.num_rows
+
+
+@functools.lru_cache(maxsize=64)
+def _check_records(folder: Path, sha256: str, known_images: int) -> None:
+    table = scores.map_table(folder / "records.arrow", RECORDS, AGAIN)
+    table_checks.check_records(folder / "records.arrow", table, known_images)
 
 
 def select(

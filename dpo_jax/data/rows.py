@@ -34,6 +34,8 @@ class Rows:
 def _cell(column: pa.Array) -> Cell:
     if column.null_count == 0 and pa.types.is_string(column.type):
         return _text(column)
+    if column.null_count == 0 and pa.types.is_binary(column.type):
+        return _bytes(column)
     if column.null_count == 0 and pa.types.is_list(column.type) and pa.types.is_primitive(column.type.value_type):
         return _numbers(column)
     if column.null_count == len(column):
@@ -42,10 +44,15 @@ def _cell(column: pa.Array) -> Cell:
 
 
 def _text(column: pa.StringArray) -> Cell:
+    of_row = _bytes(column)
+    return lambda row: of_row(row).decode()
+
+
+def _bytes(column: pa.BinaryArray | pa.StringArray) -> Cell:
     _, offsets, data = column.buffers()
     stops = np.frombuffer(offsets, np.int32)[column.offset :]
     text = memoryview(data or b"")
-    return lambda row: str(text[stops[row] : stops[row + 1]], "utf-8")
+    return lambda row: text[stops[row] : stops[row + 1]].tobytes()
 
 
 def _numbers(column: pa.ListArray) -> Cell:

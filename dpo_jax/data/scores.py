@@ -8,15 +8,17 @@ Axes: N records, M candidates of all records together, J judges.
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from dpo_jax import files
+from dpo_jax.data import checksums, table_checks
 
 Combine = Literal["mean", "pareto"]
 
@@ -76,20 +78,17 @@ def write_scores(
         summary: what NAME.json is to hold.
     """
     scored_N = complete(scores_M, of)
+    scores_M = np.where(scored_N[of.record_M], scores_M, np.nan).astype(np.float32)
     offsets = np.concatenate([[0], np.cumsum(np.where(scored_N, of.number_N, 0))])
     values = pa.array(scores_M[scored_N[of.record_M]], pa.float32())
     lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, mask=pa.array(~scored_N))
-    schema = SCORES.with_metadata({"judge": judge, "origin": origin, "records_sha256": _digest(folder)})
-    table = pa.table([lists], schema)
-
-    def write_table(path: Path) -> None:
-        with pa.ipc.new_file(str(path), schema) as writer:
-            writer.write_table(table, max_chunksize=ROWS_A_BATCH)
-
+    digests = {"records_sha256": _digest(folder), "scores_sha256": _digest_of(scores_M)}
+    schema = SCORES.with_metadata({"judge": judge, "origin": origin} | digests)
     file = scores_file(folder, judge)
-    file.parent.mkdir(exist_ok=True)
-    _write(file, write_table)
-    _write(file.with_suffix(".json"), lambda path: path.write_text(json.dumps(summary, indent=1) + "\n"))
+    files.check_inside(file, folder)
+    with files.writing(file) as stream, pa.ipc.new_file(stream, schema) as writer:
+        writer.write_table(pa.table([lists], schema), max_chunksize=ROWS_A_BATCH)
+    files.write_whole(file.with_suffix(".json"), json.dumps(summary, indent=1) + "\n")
 
 
 def read_scores(folder: Path, judges: Sequence[str], of: Candidates) -> np.ndarray:
@@ -114,23 +113,35 @@ def _read(folder: Path, judge: str, of: Candidates, digest: str) -> np.ndarray:
         )
     again = f"make it again by {again} --overwrite"
     table = map_table(file, SCORES, again)
-    if (table.schema.metadata or {}).get(b"records_sha256") != digest.encode():
+    table_checks.validate(file, table)
+    metadata = table.schema.metadata or {}
+    if metadata.get(b"records_sha256") != digest.encode():
         raise ValueError(f"{file} was made for another data set than {folder} (records.arrow differs); {again}")
     scored_N = table["scores"].is_valid().to_numpy()
     number_N = pc.list_value_length(table["scores"]).fill_null(0).to_numpy()
+    values = pc.list_flatten(table["scores"]).to_numpy()
     if not np.array_equal(number_N, of.number_N * scored_N if len(scored_N) == len(of.number_N) else []):
         raise ValueError(f"{file} has not one score for each image; {again}")
+    if not np.isfinite(values).all():  # NaN stands for null, too
+        raise ValueError(f"{file} has a score that is not a finite number; {again}")
     scores_M = np.full(len(of.record_M), np.nan, np.float32)
-    scores_M[scored_N[of.record_M]] = pc.list_flatten(table["scores"]).to_numpy()
+    scores_M[scored_N[of.record_M]] = values
+    if metadata.get(b"scores_sha256", _digest_of(scores_M).encode()) != _digest_of(scores_M).encode():
+        raise ValueError(f"{file} is damaged (the SHA-256 of its scores is another); {again}")
     return scores_M
+
+
+def has_checksum(folder: Path, judge: str) -> bool:
+    """Whether changed bits can be noticed: scores that were written earlier have no checksum."""
+    return b"scores_sha256" in (pa.ipc.open_file(pa.memory_map(str(scores_file(folder, judge)))).schema.metadata or {})
 
 
 def map_table(path: Path, schema: pa.Schema, again: str) -> pa.Table:
     """An Arrow file mapped into memory. Raises ValueError, with the remedy, for a damaged file or another schema."""
     try:
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table = pa.ipc.open_file(pa.memory_map(str(files.check_regular(path)))).read_all()
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}); {again}") from None
+        raise ValueError(f"{path} is damaged ({files.why(path, error)}); {again}") from None
     if table.schema != schema:
         raise ValueError(f"{path} has another layout than this version of dpo_jax reads; {again}")
     return table
@@ -225,15 +236,9 @@ def _beaten(scores_JM: np.ndarray, of: Candidates) -> np.ndarray:
     return beaten_M
 
 
+def _digest_of(scores_M: np.ndarray) -> str:
+    return hashlib.sha256(scores_M.tobytes()).hexdigest()
+
+
 def _digest(folder: Path) -> str:
-    with open(folder / "records.arrow", "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(file: Path, write: Callable[[Path], object]) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return checksums.sha256(folder / "records.arrow")

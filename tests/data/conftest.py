@@ -69,7 +69,7 @@ def write_prepared(folder: Path, records: Sequence[dict[str, Any]], images_per_s
     for number, shard in enumerate(shards):
         file = folder / "images" / f"preference_images-images.parquet-{number:05}-of-{len(shards):05}"
         examples = pa.table({"data": pa.array([example_of(data) for data in shard], pa.binary())})
-        pq.write_table(examples, file, compression="none", use_dictionary=False)
+        pq.write_table(examples, file, compression="none", use_dictionary=False, write_statistics=False)
         content = file.read_bytes()
         offsets += [content.index(data) for data in shard]
     identity = tfds.core.dataset_info.DatasetIdentity(

@@ -1,5 +1,6 @@
 """Images come back as they went in, in one piece, through TFDS's format and around it."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from pyarrow import parquet
 
 from dpo_jax.data import image_files
 from dpo_jax.data.image_files import ImageFiles, Writer, locate, read_in_order
+from dpo_jax.data.images import DamagedImage
 
 SIZES = [1, 127, 128, 60_000, 5, 5, 700_000, 2_100_000, 16_383]
 
@@ -25,7 +27,8 @@ def write(folder: Path, *files: list[bytes]) -> ImageFiles:
                 writer.add(image)
     offsets = np.concatenate([locate(path) for path in paths])
     lengths = np.array([len(image) for images in files for image in images], np.int32)
-    return ImageFiles(paths, [len(images) for images in files], offsets, lengths)
+    digests = [hashlib.sha256(image).digest() for images in files for image in images]
+    return ImageFiles(paths, [len(images) for images in files], offsets, lengths, digests.__getitem__)
 
 
 @pytest.mark.parametrize("group_bytes", [1, 100_000, 2**22])
@@ -67,3 +70,21 @@ def test_a_file_that_does_not_fit(images: list[bytes], tmp_path: Path) -> None:
     (tmp_path / "0.parquet").unlink()
     with pytest.raises(ValueError, match=r"0.parquet is missing or damaged"):
         stored.check()
+
+
+def test_a_changed_bit_is_told_when_the_image_is_read(images: list[bytes], tmp_path: Path) -> None:
+    stored = write(tmp_path, images[:4], images[4:])
+    (first, *_, last) = locate(tmp_path / "1.parquet")
+    for offset in (first, last + len(images[-1]) - 1):
+        with open(tmp_path / "1.parquet", "r+b") as file:
+            file.seek(offset)
+            flipped = file.read(1)[0] ^ 1
+            file.seek(offset)
+            file.write(bytes([flipped]))
+    stored.check()  # looks at no image
+    for position, image in enumerate(images):
+        if position in (4, len(images) - 1):
+            with pytest.raises(DamagedImage, match=rf"the bytes of image {position} in .*1.parquet have changed"):
+                stored[position]
+        else:
+            assert stored[position] == image

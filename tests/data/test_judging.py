@@ -230,9 +230,12 @@ def column(lists: list[list[float]]) -> pa.ChunkedArray:
 def test_agreement_against_a_count(seed: int, tmp_path: Path) -> None:
     rng = np.random.default_rng(seed)
     votes = [sorted(rng.integers(0, 3, number).tolist(), reverse=True) for number in rng.integers(1, 8, 12)]
+    shares = [
+        np.divide(vote, sum(vote)) if any(vote) else np.full(len(vote), len(vote) > 1) / len(vote) for vote in votes
+    ]
     points, others = ([rng.integers(0, 4, len(vote)).astype(float).tolist() for vote in votes] for _ in range(2))
     records = [
-        {"caption": f"{n % 4}", "images": [grey(8 * n + k) for k in range(len(vote))], "preference": vote}
+        {"caption": f"{n % 4}", "images": [grey(8 * n + k) for k in range(len(vote))], "preference": shares[n]}
         | {"split": "train" if n % 2 else "validation"}
         for n, vote in enumerate(votes)
     ]
