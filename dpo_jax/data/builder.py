@@ -254,10 +254,11 @@ def _check_damage(summary: Summary, allowed: float, records: float, folders: Seq
         return
     files = (folder / "damaged.jsonl" for folder in folders)
     first = json.loads(next(text for file in files if file.exists() and (text := file.read_text())).split("\n")[0])
+    found = f": {first['found']}" if "found" in first else ""
     raise ValueError(
         f"{summary.quarantined} of {summary.records + summary.quarantined} records are damaged (e.g. {first['where']}: "
-        f"{first['reason']}), more than --max_damaged_fraction={allowed} allows; mend them, or raise the limit to go "
-        "on with what is finished"
+        f"{first['reason']}{found}), more than --max_damaged_fraction={allowed} allows; mend them, or raise the limit "
+        "to go on with what is finished"
     )
 
 

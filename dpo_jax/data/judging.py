@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 from dpo_jax.data import images
 from dpo_jax.data.prepared import Prepared
 from dpo_jax.data.scores import Candidates, candidates, complete
-from dpo_jax.data.sources.json_rows import numbers
+from dpo_jax.data.sources.json_rows import lines, numbers
+from dpo_jax.data.sources.values import index
 
 Score = Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]
 """As in `rewards.Scorer`."""
@@ -91,17 +92,15 @@ def import_scores(prepared: Prepared, file: Path, on_progress: OnProgress = lamb
         raise FileNotFoundError(f"no file of scores at {file}; its lines should be {LINES}")
     find = _Finder(prepared)
     scores_M = np.full(len(find.of.record_M), np.nan, np.float32)
-    total, done = file.stat().st_size, 0
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    _enter(scores_M, *find(line))
-                except ValueError as error:
-                    raise ValueError(f"{file} line {number}: {error}") from None
-            done += len(line)
-            if number % LINES_A_STEP == 0:
-                on_progress(done, total)
+    total = file.stat().st_size
+    for number, (offset, line) in enumerate(lines(file), 1):
+        if line.strip():
+            try:
+                _enter(scores_M, *find(line))
+            except ValueError as error:
+                raise ValueError(f"{file} line {number}: {error}") from None
+        if number % LINES_A_STEP == 0:
+            on_progress(offset + len(line), total)
     if not complete(scores_M, find.of).any():
         raise ValueError(f"{file} has no record's scores complete; its lines should be {LINES}, one for each")
     return scores_M
@@ -131,7 +130,9 @@ class _Finder:
     def __call__(self, line: bytes) -> tuple[np.ndarray, list[float]]:
         """(their positions, a score for each or one for all)."""
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode())
+        except UnicodeDecodeError:
+            raise ValueError("not UTF-8; save the file as UTF-8") from None
         except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict) and {"record", "scores"} <= row.keys():
@@ -142,11 +143,12 @@ class _Finder:
 
     def _of_record(self, record: object, scores: object) -> tuple[np.ndarray, list[float]]:
         known = len(self.of.number_N)
-        if not isinstance(record, int) or isinstance(record, bool) or not 0 <= record < known:
+        row = index(record, known)
+        if row is None or isinstance(record, bool):
             raise ValueError(f"there is no record {record!r}; they are 0 to {known - 1}")
-        first, number = self.of.first_N[record], self.of.number_N[record]
+        first, number = self.of.first_N[row], self.of.number_N[row]
         if isinstance(scores, list) and len(scores) != number:
-            raise ValueError(f"record {record} has {number} images, but gets {len(scores)} scores")
+            raise ValueError(f"record {row} has {number} images, but gets {len(scores)} scores")
         return np.arange(first, first + number), numbers("scores", scores, number)
 
     def _of_image(self, caption: object, sha256: object) -> np.ndarray:

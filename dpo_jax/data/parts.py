@@ -45,7 +45,7 @@ def make_part(source: Source, chunk: Chunk, folder: Path) -> None:
             if isinstance(row, Dropped):
                 counts["dropped"][row.reason] += 1
             elif isinstance(row, Damaged):
-                set_aside(row.reason, where=row.where)
+                set_aside(row.reason, where=row.where, **({"found": row.found} if row.found else {}))
             else:
                 verdicts = [store.verify(data) for data in row.images]
                 verified = [verdict for verdict in verdicts if isinstance(verdict, _Verified)]

@@ -90,7 +90,7 @@ def test_pickapic_keeps_rows_whose_neighbours_text_is_not_utf8(write_pairs: Writ
     ("columns", "message"),
     [
         ({"jpg_1": None}, "misses the column jpg_1; it has jpg_0, caption"),
-        ({"label_0": ["1", "0"]}, "the column label_0 holds string, but should hold number values"),
+        ({"label_0": [[1], [0]]}, "the column label_0 holds list<.*>, but should hold number values"),
         ({"jpg_0": ["a.jpg", "b.jpg"]}, "the column jpg_0 holds string, but should hold image values"),
     ],
 )
@@ -167,7 +167,7 @@ def test_hpdv3(tmp_path: Path, as_lines: bool) -> None:
     assert voted.preference == pytest.approx((0.8, 0.2))
     assert voted[:3] == (f"{file} row 0", "é", (b"images/a.jpg", b"images/b.jpg"))
     assert (plain.preference, plain.models) == ((1.0, 0.0), ("x", "y"))
-    assert unread.images == (b"images/a.jpg", None)
+    assert unread == Damaged(f"{file} row 2", "no image", f"there is no {tmp_path}/no.jpg or {tmp_path}/train/no.jpg")
 
 
 def test_hpdv2(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_imagerewarddb_groups_the_images_of_a_prompt(tmp_path: Path, suffix: str
     three, two, single = read("imagerewarddb", file)
     assert three.images == (b"zipped 2", b"zipped 3", b"images/train/train_1/0.webp")
     assert three.preference == pytest.approx((0.5, 0.5, 0))
-    assert (two.caption, two.images, two.preference) == ("of q", (b"zipped 1", None), (1.0, 0.0))
+    assert two == Damaged(f"{file} prompt q", "no image", f"there is no {tmp_path}/images/train/train_1/4.webp")
     assert single == Damaged(f"{file} prompt r", "fewer than two images")
 
 
@@ -266,11 +266,11 @@ def test_jsonl(tmp_path: Path) -> None:
         ({"images": ["a.png", 3]}, "path is not text"),
         ({"images": ["a.png", "a\0.png"]}, "path is not text"),
         ({"preferred": 2}, "not the index of an image"),
-        ({"preferred": True}, "not the index of an image"),
+        ({"preferred": 0.5}, "not the index of an image"),
         ({"votes": [1, 2]}, "more than one of"),
         ({"preferred": None, "votes": [1, -2]}, "negative or not a number"),
         ({"preferred": None, "votes": [1, 2, 3]}, "not a list of as many numbers"),
-        ({"preferred": None, "ranks": [1, "2"]}, "not a finite number"),
+        ({"preferred": None, "ranks": [1, "two"]}, "not a finite number"),
         ({"preferred": None, "ranks": [1, 10**400]}, "not a finite number"),
         ({"preferred": None, "scores": [[1, 2], [1]]}, "not a list of as many numbers"),
         ({"preferred": None, "scores": [1, float("nan")]}, "not a finite number"),
@@ -300,6 +300,7 @@ def test_chunks_of_json_begin_anywhere(tmp_path: Path, indent: int | None, monke
     monkeypatch.setattr(json_rows, "MIN_ROWS_A_CHUNK", 7)
     monkeypatch.setattr(json_rows, "rows_a_chunk", lambda rows: rows // 25 * 14)
     monkeypatch.setattr(json_rows, "BLOCK_BYTES", 200)  # rows lie across blocks
+    write_images(tmp_path, "a", "b")
     rows = [{"prompt": f"é {{]}} {i}", "path1": "a", "path2": "b"} for i in range(25)]
     (file := tmp_path / "a.json").write_text(json.dumps(rows, indent=indent, ensure_ascii=False), encoding="utf-8")
     source = SOURCES["hpdv3"]
@@ -401,7 +402,7 @@ def test_pickapic_tar_reads_every_way_to_name_members(tmp_path: Path) -> None:
         Record(f"{file} 2", "c", (b"5", b"4"), (1.0, 0.0), ("m", "")),
         Dropped(f"{file} 3", "unlabelled"),
         Damaged(f"{file} 4", "without jpg_1"),
-        Damaged(f"{file} 5", "a label, caption or JSON member is not valid"),
+        Damaged(f"{file} 5", "a label is not a number", "{'label_0': 'one'}"),
     ]
 
 
@@ -444,7 +445,7 @@ def test_tars_written_one_behind_the_other_are_read(tmp_path: Path) -> None:
 
 
 def test_what_is_no_tar_is_refused(tmp_path: Path, write_pairs: Write) -> None:
-    with pytest.raises(ValueError, match="is not a readable tar file"):
+    with pytest.raises(ValueError, match="is a Parquet file"):
         SOURCES["pickapic_tar"].chunks([write_pairs(1)])
 
 

@@ -2,12 +2,16 @@
 
 import functools
 import os
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from dpo_jax.data.sources.record import Chunk, Damaged, Record, Row, make_record, rows_a_chunk
+from dpo_jax.data.sources.paths import in_any_form, read_file
+from dpo_jax.data.sources.record import Chunk, Damaged, Record, Row, Unusable, make_record, rows_a_chunk
+from dpo_jax.files import read_text
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+MAX_CAPTION_BYTES = 2**20
 
 
 def pairs_folder_chunks(folders: Sequence[Path]) -> list[Chunk]:
@@ -26,7 +30,8 @@ def read_pairs_folder(chunk: Chunk) -> Iterator[Row]:
         where = f"{folder} {name}"
         files = winners.get(name, []), losers.get(name, [])
         if any(len(found) != 1 for found in files):
-            yield Damaged(where, "there is not one image of this name in both w and l")
+            counts = " and ".join(f"{len(found)} in {place}" for place, found in zip("wl", files, strict=True))
+            yield Damaged(where, "there is not one image of this name in both w and l", f"there are {counts}")
             continue
         try:
             caption = _caption(folder / "w", folder / "captions", folder, name=name)
@@ -34,8 +39,8 @@ def read_pairs_folder(chunk: Chunk) -> Iterator[Row]:
             captions = None if caption is None or other in (None, caption) else [caption, other]
             images = [folder / place / found[0] for place, found in zip("wl", files, strict=True)]
             yield make_record(where, caption, (1, 0), _reader(images), captions=captions)
-        except ValueError as error:
-            yield Damaged(where, str(error))
+        except Unusable as error:
+            yield Damaged(where, error.reason, error.found)
 
 
 def liked_chunks(folders: Sequence[Path]) -> list[Chunk]:
@@ -49,8 +54,8 @@ def read_liked(chunk: Chunk) -> Iterator[Row]:
         try:
             row = make_record(str(file), _caption(file.parent, name=file.stem), (1,), _reader([file]))
             yield row._replace(preference=(float(place == "liked"),)) if isinstance(row, Record) else row
-        except ValueError as error:
-            yield Damaged(str(file), str(error))
+        except Unusable as error:
+            yield Damaged(str(file), error.reason, error.found)
 
 
 def _chunks(folders: Sequence[Path], places: tuple[str, str], rows: Callable[[Path], Sequence[object]]) -> list[Chunk]:
@@ -79,7 +84,7 @@ def _opinions(folder: Path) -> list[tuple[str, str]]:
 
 
 def _images(folder: Path) -> dict[str, list[str]]:
-    """Names of image files by what they are without suffix."""
+    """Names of image files by what they are without suffix, with accents joined to their letters."""
     return _images_since(folder, folder.stat().st_mtime_ns)
 
 
@@ -91,27 +96,20 @@ def _images_since(folder: Path, changed: int) -> dict[str, list[str]]:
     for name in names:
         stem, suffix = os.path.splitext(name)
         if suffix.lower() in SUFFIXES and not name.startswith("."):
-            images.setdefault(stem, []).append(name)
+            images.setdefault(unicodedata.normalize("NFC", stem), []).append(name)
     return images
 
 
 def _caption(*folders: Path, name: str) -> str | None:
     for folder in folders:
-        file = folder / f"{name}.txt"
-        if file.is_file():
+        file = in_any_form(folder, f"{name}.txt")
+        if file is not None and file.is_file():
             try:
-                return _read(file).decode("utf-8-sig").strip()
-            except UnicodeDecodeError:
-                raise ValueError("its caption is not UTF-8") from None
+                return read_text(file, MAX_CAPTION_BYTES).strip()
+            except (OSError, ValueError) as error:
+                raise Unusable("its caption can't be read", str(error)) from None
     return None
 
 
 def _reader(files: Sequence[Path]) -> Callable[[int], bytes]:
-    return lambda k: _read(files[k])
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError:
-        raise ValueError("a file can't be read") from None
+    return lambda k: read_file(files[k])

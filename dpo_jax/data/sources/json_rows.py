@@ -1,16 +1,20 @@
 """Rows of JSONL files and of JSON lists, found without parsing the file whole, so that a chunk begins anywhere."""
 
+import codecs
 import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from dpo_jax.data.sources.record import MIN_ROWS_A_CHUNK, Chunk, Damaged, Row, rows_a_chunk
+from dpo_jax.data.sources.record import MIN_ROWS_A_CHUNK, Chunk, Damaged, Row, Unusable, rows_a_chunk
+from dpo_jax.data.sources.values import number
+from dpo_jax.files import check_regular, what_it_is
 
 # A row of a JSON list is no longer than this.
 BLOCK_BYTES = 1 << 20
+MAX_LINE_BYTES = 1 << 24
 ROWS_LOOKED_AT = 100
 
 # What may stand before the first row, before another one or the end of the list, and where a chunk begins.
@@ -21,11 +25,29 @@ Rows = Callable[[Path, int], Iterator[tuple[int, bytes]]]
 
 
 def lines(file: Path, offset: int = 0) -> Iterator[tuple[int, bytes]]:
-    with open(file, "rb") as stream:
+    """The lines of a file.
+
+    Raises:
+        ValueError: it is not a text file in UTF-8, or a line has no end.
+    """
+    with open(check_regular(file), "rb") as stream:
+        offset = max(offset, _text_begins(file, stream))
         stream.seek(offset)
-        for line in stream:
+        while line := stream.readline(MAX_LINE_BYTES):
+            if len(line) == MAX_LINE_BYTES:
+                raise ValueError(f"{file} is not JSON: the line at byte {offset} has more than {MAX_LINE_BYTES} bytes")
             yield offset, line
             offset += len(line)
+
+
+def _text_begins(file: Path, stream: BinaryIO) -> int:
+    """The byte behind a byte order mark."""
+    head = stream.read(64)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{file} is UTF-16; save the file as UTF-8")
+    if head and (known := what_it_is(head)):
+        raise ValueError(f"{file} is {known}")
+    return len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
 
 
 def elements(file: Path, offset: int = 0) -> Iterator[tuple[int, bytes]]:
@@ -34,13 +56,17 @@ def elements(file: Path, offset: int = 0) -> Iterator[tuple[int, bytes]]:
     Raises:
         ValueError: the list is damaged; where the next object begins can't be told then.
     """
-    with open(file, "rb") as stream:
+    with open(check_regular(file), "rb") as stream:
+        begin = _text_begins(file, stream)
+        stream.seek(begin)
         if stream.read(BLOCK_BYTES).lstrip()[:1] != b"[":
             yield from lines(file, offset)
             return
+        before = NOTHING if offset else OPENING
+        offset = offset or begin
         stream.seek(offset)
         decoder = json.JSONDecoder(strict=False)
-        text, at, before = "", 0, NOTHING if offset else OPENING
+        text, at = "", 0
         while True:
             if len(text) - at < BLOCK_BYTES:  # as latin-1 a byte is a character, and JSON's own signs are the same
                 text, at = text[at:] + stream.read(BLOCK_BYTES).decode("latin-1"), 0
@@ -70,14 +96,19 @@ def chunk_rows(
     """
     found = []
     for file in files:
-        offsets, count, known = [], 0, False
+        offsets, count, known, problem = [], 0, False, ""
         for offset, row in rows(file, 0):
             if count % MIN_ROWS_A_CHUNK == 0:
                 offsets.append(offset)
-            known = known or (count < ROWS_LOOKED_AT and has_schema(_parse(row) or {}))
+            if not known and count < ROWS_LOOKED_AT and row.strip():
+                try:
+                    known = has_schema(_parse(row))
+                except Unusable as error:
+                    place = f", line {count + 1}" if rows is lines else f" row {count}"
+                    problem = problem or f"{file}{place} is {error.reason} ({error.found})"
             count += 1
         if count and not known:
-            raise ValueError(f"{file} has another schema: a row should be {schema}")
+            raise ValueError(problem or f"{file} has another schema: a row should be {schema}")
         found.append((file, count, offsets))
     limit = rows_a_chunk(sum(count for _, count, _ in found))
     return [
@@ -88,32 +119,33 @@ def chunk_rows(
 
 
 def read_rows(chunk: Chunk, rows: Rows, make_row: Callable[[str, Path, dict[str, Any]], Row]) -> Iterator[Row]:
-    """The rows of a chunk; `make_row` raises ValueError with the reason if one can't be used."""
-    for number, (_, text) in enumerate(itertools.islice(rows(chunk.file, chunk.offset), chunk.stop - chunk.start)):
-        where = f"{chunk.file} row {chunk.start + number}"
-        row = _parse(text)
-        if row is not None:
+    """The rows of a chunk; `make_row` raises Unusable if one can't be used."""
+    for row, (_, text) in enumerate(itertools.islice(rows(chunk.file, chunk.offset), chunk.stop - chunk.start)):
+        where = f"{chunk.file} row {chunk.start + row}"
+        if text.strip():
             try:
-                yield make_row(where, chunk.file.parent, row)
-            except ValueError as error:
-                yield Damaged(where, str(error))
-        elif text.strip():
-            yield Damaged(where, "not a JSON object")
+                yield make_row(where, chunk.file.parent, _parse(text))
+            except Unusable as error:
+                yield Damaged(where, error.reason, error.found)
 
 
 def numbers(name: str, value: object, count: int) -> list[float]:
-    """`value` if it's a list of so many finite numbers, else ValueError."""
+    """`value` as so many finite numbers; Unusable if it isn't a list of these."""
     if not isinstance(value, list) or len(value) != count:
-        raise ValueError(f'"{name}" is not a list of as many numbers as there are images')
-    if any(isinstance(x, bool) or not isinstance(x, int | float) or not abs(x) < 1e300 for x in value):
-        raise ValueError(f'"{name}" holds what is not a finite number')
-    return [float(x) for x in value]
+        raise Unusable(f'"{name}" is not a list of as many numbers as there are images', repr(value)[:200])
+    found = [number(x) for x in value]
+    if any(x is None or not abs(x) < 1e300 for x in found):
+        raise Unusable(f'"{name}" holds what is not a finite number', repr(value)[:200])
+    return [x for x in found if x is not None]
 
 
-def _parse(text: bytes) -> dict[str, Any] | None:
-    """None if it's anything but a JSON object."""
+def _parse(text: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(text)
+        row = json.loads(text.decode())
+    except UnicodeDecodeError as error:
+        raise Unusable("not UTF-8; save the file as UTF-8", f"byte 0x{text[error.start]:02x}") from None
     except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
+        row = None
+    if not isinstance(row, dict):
+        raise Unusable("not a JSON object", repr(text[:80].decode(errors="replace")))
+    return row

@@ -12,8 +12,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpo_jax.data.images import MAX_BYTES
 from dpo_jax.data.sources.json_rows import chunk_rows, elements, lines, numbers, read_rows
-from dpo_jax.data.sources.record import Chunk, Damaged, Dropped, Row, borda, make_record, rows_a_chunk
+from dpo_jax.data.sources.paths import find, in_any_form, no_image, read_file, read_image, relative
+from dpo_jax.data.sources.record import Chunk, Damaged, Dropped, Row, Unusable, borda, make_record, rows_a_chunk
+from dpo_jax.data.sources.values import index, is_missing, is_unstated
 
 PREFERENCES = "preferred", "ranks", "votes", "scores"
 IMAGEREWARD = "prompt_id", "prompt", "image_path", "rank"
@@ -36,16 +39,17 @@ def read_jsonl(chunk: Chunk) -> Iterator[Row]:
 def _jsonl_row(where: str, folder: Path, row: Mapping[str, Any]) -> Row:
     paths, models, captions = row.get("images"), row.get("models"), row.get("captions")
     if not isinstance(paths, list) or len(paths) < 2:
-        raise ValueError('"images" is not a list of two or more paths')
+        raise Unusable('"images" is not a list of two or more paths', repr(paths)[:200])
+    models, captions = (None if is_missing(value) else value for value in (models, captions))
     if not isinstance(models, list | None) or not isinstance(captions, list | None):
-        raise ValueError("models and captions are lists")
-    stated = [name for name in PREFERENCES if row.get(name) is not None]
+        raise Unusable("models and captions are lists")
+    stated = [name for name in PREFERENCES if not is_unstated(row.get(name))]
     if not stated:
         return Dropped(where, "unlabelled")
     if len(stated) > 1:
-        raise ValueError(f"more than one of {', '.join(PREFERENCES)}")
+        raise Unusable(f"more than one of {', '.join(PREFERENCES)}")
     shares = shares_of(stated[0], row[stated[0]], len(paths))
-    return make_record(where, row.get("prompt"), shares, lambda k: read_image(folder, paths[k]), models or (), captions)
+    return make_record(where, row.get("prompt"), shares, lambda k: read_image(paths[k], folder), models or (), captions)
 
 
 def shares_of(name: str, value: Any, count: int) -> list[float]:
@@ -57,12 +61,13 @@ def shares_of(name: str, value: Any, count: int) -> list[float]:
             annotator, that are averaged.
 
     Raises:
-        ValueError: `value` isn't what `name` calls for.
+        Unusable: `value` isn't what `name` calls for.
     """
     if name == "preferred":
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
-            raise ValueError('"preferred" is not the index of an image')
-        return [float(k == value) for k in range(count)]
+        best = index(value, count)
+        if best is None:
+            raise Unusable('"preferred" is not the index of an image', f"{value!r}"[:200])
+        return [float(k == best) for k in range(count)]
     if name == "scores" and isinstance(value, list) and value and isinstance(value[0], list):
         annotators = [numbers(name, scores, count) for scores in value]
         value = [math.fsum(scores) for scores in zip(*annotators, strict=True)]  # in the order of their means
@@ -97,22 +102,20 @@ def _hpd_row(stem: str, where: str, folder: Path, row: Mapping[str, Any]) -> Row
     if "path1" in row:
         paths, models = [row["path1"], row.get("path2")], [row.get("model1"), row.get("model2")]
         votes = row.get("choice_dist")
-        shares = sorted(numbers("choice_dist", votes, 2), reverse=True) if votes else [1.0, 0.0]
+        stated = votes != [] and not is_unstated(votes)
+        shares = sorted(numbers("choice_dist", votes, 2), reverse=True) if stated else [1.0, 0.0]
     else:
         paths = row.get("file_path") or row.get("image_path")
         if not isinstance(paths, list) or len(paths) < 2:
-            raise ValueError("fewer than two images")
-        if row.get("human_preference") is not None:
+            raise Unusable("fewer than two images")
+        if not is_unstated(row.get("human_preference")):
             shares = numbers("human_preference", row["human_preference"], len(paths))
-        elif row.get("rank") is not None:
+        elif not is_unstated(row.get("rank")):
             shares = borda([-rank for rank in numbers("rank", row["rank"], len(paths))])
         else:
             return Dropped(where, "unlabelled")
 
-    def image(k: int) -> bytes | None:
-        return read_image(folder, paths[k]) or read_image(folder / stem, paths[k])
-
-    return make_record(where, row.get("prompt"), shares, image, models)
+    return make_record(where, row.get("prompt"), shares, lambda k: read_image(paths[k], folder, folder / stem), models)
 
 
 def imagerewarddb_chunks(files: Sequence[Path]) -> list[Chunk]:
@@ -131,21 +134,25 @@ def read_imagerewarddb(chunk: Chunk) -> Iterator[Row]:
         where = f"{chunk.file} prompt {prompt_id}"
         try:
             yield _imagereward_row(where, chunk.file.parent, rows)
-        except ValueError as error:
-            yield Damaged(where, str(error))
+        except Unusable as error:
+            yield Damaged(where, error.reason, error.found)
 
 
 def _imagereward_row(where: str, folder: Path, rows: list[dict[str, Any]]) -> Row:
     if len(rows) < 2:
-        raise ValueError("fewer than two images")
+        raise Unusable("fewer than two images")
     ranks = [row["rank"] for row in rows]
-    if None in ranks:
+    if any(is_unstated(rank) for rank in ranks):
         return Dropped(where, "unlabelled")
     shares = borda([-rank for rank in numbers("rank", ranks, len(rows))])
     paths = [row["image_path"] for row in rows]
 
-    def image(k: int) -> bytes | None:
-        return read_image(folder, paths[k]) or _read_zipped(folder, paths[k])
+    def image(k: int) -> bytes:
+        found = find(paths[k], folder)
+        data = read_file(found) if found else _read_zipped(folder, paths[k])
+        if data is None:
+            raise no_image(paths[k], folder)
+        return data
 
     return make_record(where, rows[0]["prompt"], shares, image)
 
@@ -162,7 +169,7 @@ def _prompts_since(file: Path, changed: int) -> dict[str, list[dict[str, Any]]]:
             table = pq.read_table(file)
             rows = table.select([name for name in IMAGEREWARD if name in table.column_names]).to_pylist()
         else:
-            rows = [json.loads(element) for _, element in elements(file)]
+            rows = [json.loads(element.decode()) for _, element in elements(file) if element.strip()]
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, ValueError, MemoryError, RecursionError) as error:
@@ -175,40 +182,25 @@ def _prompts_since(file: Path, changed: int) -> dict[str, list[dict[str, Any]]]:
     return prompts
 
 
-def read_image(folder: Path, name: object) -> bytes | None:
-    """The file's bytes, or None if there's none.
-
-    Raises:
-        ValueError: the path leads out of `folder`, or the file can't be read.
-    """
-    path = _inside(folder, name)
-    try:
-        return path.read_bytes() if path.is_file() else None
-    except OSError:
-        raise ValueError("an image file can't be read") from None
-
-
 def _read_zipped(folder: Path, name: object) -> bytes | None:
-    path = _inside(folder, name)
-    archive = path.parent.with_suffix(".zip")
-    if not archive.is_file():
+    """From the archive in place of the image's folder."""
+    place, _, file = relative(name, folder).rpartition("/")
+    archive = in_any_form(folder, f"{place}.zip")
+    if archive is None or not archive.is_file():
         return None
     try:
-        return _zip(archive).read(path.name)
+        stored = _zip(archive).getinfo(file)
+        if stored.file_size > MAX_BYTES:
+            raise Unusable("an image in a zip archive can't be read", f"{archive} {name} has {stored.file_size} bytes")
+        return _zip(archive).read(stored)
     except KeyError:
         return None
-    except Exception:  # zipfile and its decompressors raise whatever a damaged archive leads them to
-        raise ValueError("an image in a zip archive can't be read") from None
+    except Unusable:
+        raise
+    except Exception as error:  # zipfile and its decompressors raise whatever a damaged archive leads them to
+        raise Unusable("an image in a zip archive can't be read", f"{archive} {name}: {error}") from None
 
 
 @functools.lru_cache(maxsize=4)
 def _zip(archive: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(archive)
-
-
-def _inside(folder: Path, name: object) -> Path:
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise ValueError("an image's path is not text")
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError("an image's path leads out of the data set's folder")
-    return folder / name

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dpo_jax.data.sources.values import is_missing
+
 CHUNKS = 64
 MIN_ROWS_A_CHUNK, MAX_ROWS_A_CHUNK = 100, 2000
 
@@ -40,6 +42,17 @@ class Damaged(NamedTuple):
 
     where: str
     reason: str
+    """Short, and the same for the same fault: reasons are counted."""
+    found: str = ""
+    """What was found, or looked for in vain."""
+
+
+class Unusable(ValueError):
+    """Why a row is `Damaged`: its reason, and what was found."""
+
+    def __init__(self, reason: str, found: str = ""):
+        super().__init__(reason)
+        self.reason, self.found = reason, found
 
 
 Row = Record | Dropped | Damaged
@@ -112,13 +125,12 @@ def make_record(
 
     Args:
         shares: one for each candidate, in any unit: votes, labels, or what `borda` returns.
-        image: reads candidate number k, only called for rows that state a preference; raises ValueError with the
-            reason why it can't.
-        models: of each candidate, None where unknown; empty if no candidate's is known.
+        image: reads candidate number k, only called for rows that state a preference; raises Unusable where it can't.
+        models: of each candidate, null where unknown; empty if no candidate's is known.
     """
-    if caption is None:
+    if is_missing(caption):
         return Dropped(where, "without caption")
-    names = [name or "" for name in models] or [""] * len(shares)
+    names = ["" if is_missing(name) else name for name in models] or [""] * len(shares)
     texts = [caption, *names, *(captions or ())]
     if not all(isinstance(text, str) and _encodes(text) for text in texts):
         return Damaged(where, "a caption or model is not text")
@@ -133,8 +145,8 @@ def make_record(
     order = sorted(range(len(shares)), key=lambda k: -shares[k])
     try:
         images = tuple(image(k) for k in order)
-    except ValueError as error:
-        return Damaged(where, str(error))
+    except Unusable as error:
+        return Damaged(where, error.reason, error.found)
     return Record(
         where=where,
         caption=str(caption),

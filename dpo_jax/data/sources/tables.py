@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_jax.data.sources.record import Chunk, Damaged, Row, Source, make_record, rows_a_chunk
+from dpo_jax.data.sources.record import Chunk, Damaged, Dropped, Row, Source, Unusable, make_record, rows_a_chunk
+from dpo_jax.data.sources.values import is_unstated, number, truth
+from dpo_jax.files import check_regular, look_at
 
 ROWS_AT_ONCE = 8
 BUFFER_BYTES = 1 << 20
@@ -27,15 +29,26 @@ class Schema(NamedTuple):
     row: Callable[[str, Mapping[str, Any], Image], Row]
     """Of where the row stands, its values but images, and a function that reads the image of a column."""
 
+    @property
+    def kinds(self) -> dict[str, str]:
+        return {**self.needed, **self.optional}
+
 
 def pickapic_row(where: str, values: Mapping[str, Any], image: Image) -> Row:
     """A row of Pick-a-Pic v1 or v2 (https://arxiv.org/abs/2305.01569), whatever file it stands in.
 
     `label_1` is what `label_0` leaves of 1 where it's missing; with `has_label` false the row is unlabelled.
     """
-    first, second = (None if label != label else label for label in (values["label_0"], values.get("label_1")))
-    if values.get("has_label") is False or first is None:
-        first = second = 0
+    stated = {name: values.get(name) for name in ("label_0", "label_1", "has_label")}
+    stated = {name: value for name, value in stated.items() if not is_unstated(value)}
+    labels = {name: number(value) for name, value in stated.items() if name != "has_label"}
+    has_label = truth(stated.get("has_label", True))
+    if None in labels.values() or has_label is None:
+        return Damaged(where, "a label is not a number", repr(stated)[:200])
+    first = labels.get("label_0")
+    if first is None or not has_label:
+        return Dropped(where, "unlabelled")
+    second = labels.get("label_1")
     shares = first, 1 - first if second is None else second
     models = values.get("model_0"), values.get("model_1")
     return make_record(where, values["caption"], shares, lambda k: image(f"jpg_{k}"), models)
@@ -103,22 +116,38 @@ def _read(schema: Schema, chunk: Chunk) -> Iterator[Row]:
 
 
 def _row(schema: Schema, where: str, batch: pa.RecordBatch, i: int) -> Row:
-    kinds = {**schema.needed, **schema.optional}
+    values = {}
+    for name in batch.schema.names:
+        if schema.kinds[name] != "image":
+            try:
+                value = batch.column(name)[i].as_py()
+                values[name] = value.decode() if isinstance(value, bytes) else value
+            except ERRORS as error:
+                return Damaged(where, "a value is not of its column's type", f"{name}: {error}")
+    return schema.row(where, values, lambda name: _bytes(batch.column(name)[i]))
+
+
+def _bytes(value: pa.Scalar) -> bytes | None:
+    """An image from a cell: bytes, the struct of Hugging Face's datasets, or a list of numbers from 0 to 255."""
+    if isinstance(value, pa.StructScalar) and value.is_valid:
+        value = value["bytes"]
+    if not value.is_valid or not isinstance(value, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar):
+        return value.as_py()
+    array = value.values
+    if array.null_count:
+        raise Unusable("an image is a list with nulls")
+    if array.type == pa.int8():  # Java's bytes have a sign
+        array = array.view(pa.uint8())
     try:
-        values = {name: batch.column(name)[i].as_py() for name in batch.schema.names if kinds[name] != "image"}
-    except ERRORS:
-        return Damaged(where, "a value is not of its column's type")
-
-    def image(name: str) -> bytes | None:
-        value = batch.column(name)[i]
-        return (value["bytes"] if isinstance(value, pa.StructScalar) and value.is_valid else value).as_py()
-
-    return schema.row(where, values, image)
+        return array.cast(pa.uint8()).to_numpy().tobytes()
+    except pa.ArrowException as error:
+        raise Unusable("an image is a list of numbers that are not bytes", str(error)) from None
 
 
 def _open(file: Path) -> tuple[pq.ParquetFile, list[int]]:
     """The file and the rows of each row group."""
     try:
+        check_regular(file)
         # By default pyarrow would hold whole columns of a row group: hundreds of MB of images.
         table = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
         counts = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
@@ -126,6 +155,9 @@ def _open(file: Path) -> tuple[pq.ParquetFile, list[int]]:
     except FileNotFoundError:
         raise
     except ERRORS as error:
+        known = look_at(file) if file.is_file() else None
+        if known and not known.endswith("Parquet file"):
+            raise ValueError(f"{file} is {known}") from None
         raise ValueError(f"{file} is not a readable parquet file ({error})") from None
     if sum(counts) != table.metadata.num_rows or min(counts, default=0) < 0:
         raise ValueError(f"{file} is damaged: its row groups don't have as many rows as the file")
@@ -136,7 +168,7 @@ def _check_schema(schema: Schema, found: pa.Schema, file: Path) -> None:
     absent = [name for name in schema.needed if name not in found.names]
     if absent:
         raise ValueError(f"{file} misses the column {', '.join(absent)}; it has {', '.join(found.names)}")
-    for name, kind in {**schema.needed, **schema.optional}.items():
+    for name, kind in schema.kinds.items():
         if found.names.count(name) > 1:
             raise ValueError(f"{file} has more than one column {name}")
         if name in found.names and not _is_of(found.field(name).type, kind):
@@ -147,12 +179,17 @@ def _is_of(type: pa.DataType, kind: str) -> bool:
     types = pa.types
     if types.is_dictionary(type):
         type = type.value_type
-    if kind == "image" and types.is_struct(type):  # as Hugging Face's datasets store them
-        return type.get_field_index("bytes") >= 0 and _is_of(type.field("bytes").type, "image")
+    if kind == "image":
+        if types.is_struct(type):  # as Hugging Face's datasets store them
+            return type.get_field_index("bytes") >= 0 and _is_of(type.field("bytes").type, "image")
+        if types.is_list(type) or types.is_large_list(type) or types.is_fixed_size_list(type):
+            return types.is_integer(type.value_type)
+    text = types.is_string, types.is_large_string, types.is_string_view
+    data = types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary
     accepted = {
-        "text": (types.is_string, types.is_large_string),
-        "number": (types.is_integer, types.is_floating, types.is_boolean),
-        "boolean": (types.is_boolean,),
-        "image": (types.is_binary, types.is_large_binary),
+        "text": (*text, *data),  # Spark may leave out that bytes are text
+        "number": (*text, types.is_integer, types.is_floating, types.is_decimal, types.is_boolean),
+        "boolean": (*text, types.is_integer, types.is_floating, types.is_decimal, types.is_boolean),
+        "image": data,
     }
     return types.is_null(type) or any(accepts(type) for accepts in accepted[kind])

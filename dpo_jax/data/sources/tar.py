@@ -1,18 +1,18 @@
 """WebDataset tar files of the Pick-a-Pic schema, streamed member by member."""
 
-import json
 import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dpo_jax.data.images import MAX_BYTES
 from dpo_jax.data.sources.record import Chunk, Damaged, Row
 from dpo_jax.data.sources.tables import pickapic_row
+from dpo_jax.files import check_regular, conform, decode_text, look_at, parse_json
 
 CAPTIONS = "caption", "original_prompt", "txt"
 IMAGES = "jpg_0", "jpg_1"
-LABELS = "label_0", "label_1"
 TEXTS = "caption", "label_0", "label_1", "model_0", "model_1", "has_label"
 
 LOST = "a part of the tar is damaged or missing"
@@ -22,9 +22,10 @@ def pickapic_tar_chunks(files: Sequence[Path]) -> list[Chunk]:
     """A file a chunk, counted in bytes."""
     for file in files:
         try:
-            tarfile.open(file, "r:").close()
+            tarfile.open(check_regular(file), "r:").close()
         except (tarfile.TarError, ValueError) as error:
-            raise ValueError(f"{file} is not a readable tar file ({error})") from None
+            known = look_at(file) if file.is_file() else None
+            raise ValueError(f"{file} is {known or f'not a readable tar file ({error})'}") from None
     return [Chunk(file, 0, file.stat().st_size) for file in files]
 
 
@@ -55,17 +56,14 @@ def read_pickapic_tar(chunk: Chunk) -> Iterator[Row]:
 
 def _row(where: str, parts: Mapping[str, bytes | None]) -> Row:
     try:
-        values: dict[str, Any] = json.loads(parts.get("json") or b"{}")
-        texts = {name: data.decode("utf-8-sig").strip() for name, data in parts.items() if data and name in TEXTS}
-        values = values | texts | {name: float(texts[name]) for name in LABELS if name in texts}
-        values["has_label"] = str(values.get("has_label", True)).lower() not in ("false", "0")
-    except (ValueError, TypeError, RecursionError):
-        return Damaged(where, "a label, caption or JSON member is not valid")
+        facts = parse_json(decode_text(parts.get("json") or b"{}", "json"), "json")
+        values: dict[str, Any] = conform(facts, dict[str, Any], "json")
+        values |= {name: decode_text(data, name).strip() for name, data in parts.items() if data and name in TEXTS}
+    except ValueError as error:
+        return Damaged(where, "a label, caption or JSON member is not valid", str(error))
     absent = [name for name in TEXTS[:2] if name not in values] + [name for name in IMAGES if not parts.get(name)]
     if absent:
         return Damaged(where, f"without {', '.join(absent)}")
-    if not all(isinstance(values.get(name), int | float | None) for name in LABELS):
-        return Damaged(where, "a label is not a number")
     return pickapic_row(where, values, parts.__getitem__)
 
 
@@ -90,7 +88,7 @@ def _members(file: Path) -> Iterator[tuple[str, bytes | None] | Damaged]:
             end = tar.offset
             tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
             if member.isreg():
-                whole = member.offset_data + member.size <= size
+                whole = member.size <= MAX_BYTES and member.offset_data + member.size <= size
                 stored = tar.extractfile(member) if whole else None
                 yield member.name, stored.read() if stored else None
     yield Damaged(f"{file} byte {size}", LOST)  # a whole tar ends in padding
