@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 )
 
 from dpo_jax.weights.io import CONVERT_PICKLE, PICKLES, SAFETENSORS, preferred_weights
-from dpo_jax.weights.lora_files import FILES, PEFT_CONFIG
+from dpo_jax.weights.lora_metadata import FILES, PEFT_CONFIG
 
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2")

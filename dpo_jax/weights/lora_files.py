@@ -1,54 +1,30 @@
-"""LoRA files: every layout that people hold, read; the two that tools open, written; and an adapter merged.
+"""LoRA files: read in every layout that people hold, merged into a model, and written for the tools that open them.
 
 A LoRA adds `alpha / rank * A B` to the kernels of some layers (arXiv 2106.09685). All layouts hold the same two
-matrices per layer, in PyTorch's axes, and differ in names and in where alpha is:
-
-    diffusers, PEFT    unet.LAYER.lora_A.weight               alpha in the file's metadata or adapter_config.json
-    older diffusers    unet.LAYER.lora.down.weight            alpha = rank
-    oldest diffusers   unet.ATTN.processor.to_q_lora.down.weight    alpha = rank
-    kohya              lora_unet_LAYER.lora_down.weight       alpha in lora_unet_LAYER.alpha
-
-kohya joins a layer's name by underscores, which can't be undone, so every layout maps from our names outward. For SDXL
-it takes the names of the original checkpoint, otherwise those of diffusers.
+matrices per layer, in PyTorch's axes; `lora_layouts` knows their names, `lora_metadata` where alpha is said, and
+`lora_methods` what relatives of LoRA add.
 """
 
+import functools
 import json
-import math
-import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from types import MappingProxyType
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from etils import epath
 from jax.typing import DTypeLike
 
-from dpo_jax.weights import original, safetensors_file
+from dpo_jax.weights import lora_layouts, original, safetensors_file
 from dpo_jax.weights.io import PICKLES, first_several
-from dpo_jax.weights.layout import ParamSpec, Specs, from_torch, to_torch
+from dpo_jax.weights.layout import ParamSpec, Specs, cast, from_torch, to_torch
+from dpo_jax.weights.lora_layouts import Place
+from dpo_jax.weights.lora_metadata import DIFFUSERS_METADATA, FILES, PEFT_CONFIG, Stated
+from dpo_jax.weights.lora_methods import Change, fold_mid, method_of, rank_of, read_change
 from dpo_jax.weights.mapped_file import fetch
-
-FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-PEFT_CONFIG = "adapter_config.json"
-DIFFUSERS_METADATA = "lora_adapter_metadata"
-
-LAYER_AND_PART = re.compile(r"(?P<layer>.+?)([._]lora[._](?P<part>A|B|down|up)\.weight|\.alpha)")
-PARTS = {"A": "lora_A", "down": "lora_A", "B": "lora_B", "up": "lora_B", None: "alpha"}
-TEXT_ENCODERS = ("lora_te", "text_encoder")
-FOR_TEXT_ENCODERS = (
-    "for text encoders, which are not adapted here (fuse the whole LoRA in PyTorch: pipe.load_lora_weights(FILE); "
-    "pipe.fuse_lora(); pipe.unload_lora_weights(); pipe.save_pretrained(FOLDER), and start from that folder)"
-)
-OTHER_METHODS = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "lora_mid": "Tucker decomposition",
-    "lora_B.bias": "LoRA with biases",
-}
-MADE_FOR = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name", "base_model_name_or_path")
 
 Array = np.ndarray | jax.Array
 Number = TypeVar("Number", int, float)
@@ -63,78 +39,111 @@ class Adapter(NamedTuple):
     alphas: Mapping[str, float]
     """LAYER -> alpha; what is added is scaled by alpha / rank."""
 
+    changes: Mapping[str, Change] = MappingProxyType({})
+    """By the names of parameters, what other methods than LoRA make of them (`lora_methods`): to be merged only."""
+
     def rank(self, layer: str) -> int:
         return self.params[f"{layer}.lora_A.kernel"].shape[-1]
 
 
 def read_lora(path: epath.PathLike, base_specs: Specs) -> Adapter:
-    """The LoRA in the file or folder at `path`, in the dtype stored, checked against the UNet of `base_specs`.
+    """The LoRA for a UNet in the file or folder at `path`, in the dtype stored, to be trained further or rewritten.
 
-    Where nothing says alpha it is the rank. Raises one ValueError with all that does not fit: layers that the UNet
-    lacks or that have another shape, parts for text encoders, other methods than LoRA, A without B.
+    Raises as `read_adapters`, and ValueError where the file holds what can only be merged.
+    """
+    adapter = read_adapters(path, {"unet": base_specs})["unet"]
+    check_low_rank(adapter, str(path))
+    return adapter
+
+
+def check_low_rank(adapter: Adapter, what: str) -> None:
+    """Raises ValueError where an adapter is not a LoRA alone, and so can be merged only."""
+    methods = Counter(change.method for change in adapter.changes.values())
+    if methods:
+        found = ", ".join(f"{method} ({count} weights)" for method, count in methods.items())
+        raise ValueError(
+            f"{what} holds {found}, which can be merged into a model but not trained or rewritten as a LoRA; merge it "
+            "with dpo_jax.export --model=MODEL --lora=FILE --format=diffusers, and go on from that folder"
+        )
+
+
+def read_adapters(path: epath.PathLike, specs: Mapping[str, Specs]) -> dict[str, Adapter]:
+    """What the file or folder at `path` adds to each component (unet, text_encoder, ...) that `specs` describes.
+
+    Where nothing says alpha it is the rank. What is for none of the components (text encoders that `specs` leaves out,
+    embeddings) is left out, with a warning. Raises one ValueError with all that does not fit: layers that the UNet
+    lacks or that have another shape, methods that are not known, A without B; and where nothing is for the UNet, or a
+    value is not finite.
     """
     path = _find_file(epath.Path(path))
-    config = _peft_config(path)
-    names = _stored_names(base_specs)
-    layers: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+    names: dict[str, Place] = {}
+    for component, its_specs in specs.items():
+        names |= lora_layouts.stored_names(component, its_specs)
+    layers: dict[Place, dict[str, np.ndarray]] = defaultdict(dict)
     problems: dict[str, list[str]] = defaultdict(list)
+    left_out: dict[str, list[str]] = defaultdict(list)
+    read: dict[str, np.ndarray] = {}
     for key, array in safetensors_file.read(path).items():
-        match = LAYER_AND_PART.fullmatch(key)
-        stored, part = (match["layer"], PARTS[match["part"]]) if match else (key, "")
-        method = next((method for mark, method in OTHER_METHODS.items() if mark in key), None)
-        if key.startswith(TEXT_ENCODERS):
-            problems[FOR_TEXT_ENCODERS].append(stored)
+        stored, part = lora_layouts.split(key)
+        place = names.get(stored)
+        owner, method = lora_layouts.for_others(key), lora_layouts.unsupported(key)
+        if place is None and owner:
+            left_out[owner].append(stored)
         elif method:
             problems["of a method that is not supported"].append(f"{key} ({method})")
-        elif stored not in names:
+        elif place is None or not part:
             problems["layers that it lacks"].append(stored)
-        elif part in layers[names[stored]]:
+        elif part in layers[place]:
             problems["stored twice"].append(key)
         else:
-            layers[names[stored]][part] = array
+            layers[place][part] = read[key] = fetch(array)
+    _check_values(read, path)
 
-    params, alphas = {}, {}
-    for layer, parts in sorted(layers.items()):
-        if not {"lora_A", "lora_B"} <= parts.keys():
-            problems["incomplete"].append(f"{layer} (only {', '.join(sorted(parts))})")
-            continue
-        rank = parts["lora_A"].shape[0] if parts["lora_A"].ndim else 0
+    stated = Stated(path, has_alphas=any("alpha" in parts for parts in layers.values()))
+    found = {component: _Found({}, {}, {}) for component in specs}
+    for place, parts in sorted(layers.items()):
         try:
-            for part, spec in _low_rank_specs(base_specs[f"{layer}.kernel"], rank).items():
-                params[f"{layer}.{part}.kernel"] = np.array(from_torch(parts[part], spec), order="C")
-            alphas[layer] = float(parts["alpha"].item()) if "alpha" in parts else _peft_alpha(config, layer, rank)
-        except ValueError as error:
-            problems["misshapen"].append(f"{layer} ({error})")
-    if problems or not alphas:
-        metadata = config | safetensors_file.read_metadata(path)
-        made_for = next((f", made for {metadata[key]}," for key in MADE_FOR if metadata.get(key)), "")
-        listed = "; ".join(first_several(names, kind) for kind, names in problems.items())
-        raise ValueError(f"{path}{made_for} is no LoRA for this UNet: {listed or 'it is empty'}")
-    return Adapter(params, alphas)
+            _read_layer(found[place.component], place, parts, specs[place.component], stated)
+        except _Incomplete as error:
+            problems["incomplete"].append(f"{place.layer} ({error})")
+        except _Misshapen as error:
+            problems["misshapen"].append(f"{place.layer} ({error})")
+    _check_found(path, stated, problems, left_out, has_unet=any(place.component == "unet" for place in layers))
+    return {component: Adapter(*parts) for component, parts in found.items()}
 
 
-def write_peft(path: epath.PathLike, adapter: Adapter, base_specs: Specs, *, dtype: DTypeLike) -> None:
+def write_peft(
+    path: epath.PathLike,
+    adapter: Adapter,
+    base_specs: Specs,
+    *,
+    dtype: DTypeLike,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Writes the file that diffusers' `pipe.load_lora_weights` opens; it looks for FILES[0] in a folder.
 
-    Alphas are in the metadata, which diffusers reads since 0.34; what does not read it takes alpha = rank.
+    alpha / rank is multiplied into the weights, so that alpha = rank holds for those that don't read the metadata
+    (diffusers before 0.34, OneTrainer) as for those that do. `metadata`: what else the file says about itself.
     """
     ranks = {layer: adapter.rank(layer) for layer in sorted(adapter.alphas)}
-    rank, alpha = _most_common(ranks.values()), _most_common(adapter.alphas[layer] for layer in ranks)
+    adapter = _with_alphas(adapter, ranks)
+    rank = _most_common(ranks.values())
+    # Patterns fit the ends of names, but for the ^.
+    others = {f"^{layer}": r for layer, r in ranks.items() if r != rank}
     config = {
         "r": rank,
-        "lora_alpha": alpha,
+        "lora_alpha": rank,
         "target_modules": list(ranks),
-        # Patterns fit the ends of names, but for the ^.
-        "rank_pattern": {f"^{layer}": r for layer, r in ranks.items() if r != rank},
-        "alpha_pattern": {f"^{layer}": adapter.alphas[layer] for layer in ranks if adapter.alphas[layer] != alpha},
+        "rank_pattern": others,
+        "alpha_pattern": others,
     }
-    metadata = json.dumps({f"unet.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)
+    stated = json.dumps({f"unet.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)
     tensors = {
         f"unet.{layer}.{part}.weight": array
         for layer in ranks
         for part, array in _torch_arrays(adapter, layer, base_specs, dtype).items()
     }
-    _write(epath.Path(path), tensors, {DIFFUSERS_METADATA: metadata})
+    _write(epath.Path(path), tensors, {DIFFUSERS_METADATA: stated} | dict(metadata))
 
 
 def write_kohya(
@@ -145,30 +154,35 @@ def write_kohya(
     dtype: DTypeLike,
     original_names: bool,
     base_model_version: str | None = None,
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Writes the file that web UIs open. `original_names` as they expect for SDXL; diffusers' own otherwise.
+    """Writes the file that web UIs open, and diffusers and OneTrainer too.
 
-    Web UIs tell families apart by `base_model_version`: `sd_v1`, `sd_v2`, `sd_v2_v` (predicts v), `sdxl_base_v1-0`.
-    diffusers opens these files too, but takes one alpha for all attention layers.
+    `original_names` as they expect for SDXL; diffusers' own otherwise. Web UIs tell families apart by
+    `base_model_version`: `sd_v1`, `sd_v2`, `sd_v2_v` (predicts v), `sdxl_base_v1-0`. The alpha is the same for all
+    layers (the commonest rank), as diffusers takes one for all attention layers; what differs is multiplied into the
+    weights. `metadata`: what else the file says about itself.
     """
     layers = sorted(adapter.alphas)
+    alpha = _most_common(map(adapter.rank, layers))
+    adapter = _with_alphas(adapter, dict.fromkeys(layers, alpha))
     names = original.unet_module_names(base_specs) if original_names else {layer: layer for layer in layers}
     tensors: dict[str, np.ndarray] = {}
     for layer in layers:
-        name = _kohya(names[layer])
+        name = f"lora_unet_{lora_layouts.joined(names[layer])}"
         arrays = _torch_arrays(adapter, layer, base_specs, dtype)
-        tensors[f"{name}.alpha"] = np.array(adapter.alphas[layer], np.float32)
+        tensors[f"{name}.alpha"] = np.array(alpha, np.float32)
         tensors[f"{name}.lora_down.weight"] = arrays["lora_A"]
         tensors[f"{name}.lora_up.weight"] = arrays["lora_B"]
-    metadata = {
+    stated = {
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(_most_common(map(adapter.rank, layers))),
-        "ss_network_alpha": str(_most_common(adapter.alphas[layer] for layer in layers)),
+        "ss_network_dim": str(alpha),
+        "ss_network_alpha": str(float(alpha)),
     }
     if base_model_version:
         is_v2 = base_model_version.startswith("sd_v2")
-        metadata |= {"ss_base_model_version": base_model_version, "ss_v2": str(is_v2)}
-    _write(epath.Path(path), tensors, metadata)
+        stated |= {"ss_base_model_version": base_model_version, "ss_v2": str(is_v2)}
+    _write(epath.Path(path), tensors, stated | dict(metadata))
 
 
 def lora_files_of(path: epath.Path) -> list[epath.Path]:
@@ -179,31 +193,149 @@ def lora_files_of(path: epath.Path) -> list[epath.Path]:
 
 
 class Merged(Mapping[str, np.ndarray]):
-    """A model's parameters with an adapter added to its kernels, in float32 at least.
+    """A model's parameters with `strength` times an adapter added to them, in float32 at least.
 
     Each is made when it is asked for, on the host (a TPU would multiply in bfloat16), and none is kept.
     """
 
-    def __init__(self, params: Mapping[str, Array], adapter: Adapter):
-        self._params, self._adapter = params, adapter
+    def __init__(self, params: Mapping[str, Array], adapter: Adapter, strength: float = 1.0):
+        self._params, self._adapter, self._strength = params, adapter, strength
 
     def __getitem__(self, name: str) -> np.ndarray:
         stored = fetch(self._params[name])
         value = stored.astype(np.promote_types(stored.dtype, np.float32))
-        layer = name.removesuffix(".kernel")
-        if layer == name or layer not in self._adapter.alphas:
+        adapter, layer = self._adapter, name.removesuffix(".kernel")
+        if name in adapter.changes:
+            return adapter.changes[name](value, self._strength)
+        if layer == name or layer not in adapter.alphas:
             return value
-        A, B = (
-            np.asarray(self._adapter.params[f"{layer}.{part}.kernel"], value.dtype) for part in ("lora_A", "lora_B")
-        )
+        A, B = (np.asarray(adapter.params[f"{layer}.{part}.kernel"], value.dtype) for part in ("lora_A", "lora_B"))
         # The 1 x 1 window of a convolution's B broadcasts over A's.
-        return value + self._adapter.alphas[layer] / self._adapter.rank(layer) * (A @ B)
+        return value + self._strength * adapter.alphas[layer] / adapter.rank(layer) * (A @ B)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._params)
 
     def __len__(self) -> int:
         return len(self._params)
+
+
+class _Found(NamedTuple):
+    """An `Adapter` while it is read."""
+
+    params: dict[str, np.ndarray]
+    alphas: dict[str, float]
+    changes: dict[str, Change]
+
+
+class _Incomplete(ValueError):
+    """A layer lacks one of the matrices that its method needs."""
+
+
+class _Misshapen(ValueError):
+    """What is stored has another shape than the layer needs."""
+
+
+def _read_layer(found: _Found, place: Place, parts: dict[str, np.ndarray], specs: Specs, stated: Stated) -> None:
+    """Adds to `found` what `parts` do to a layer."""
+    layer, parts = place.layer, dict(parts)
+    stored_alpha = parts.pop("alpha", None)
+    norms_and_biases = {"diff_b": "bias", "b_norm": "bias", "w_norm": "scale"}.items()
+    of_weight = {part: array for part, array in parts.items() if part not in dict(norms_and_biases)}
+    for part, name in norms_and_biases:
+        if part in parts:
+            _add_change(found, f"{layer}.{name}", {"diff": parts[part]}, 1.0, specs)
+    if "diff" in of_weight:
+        name = "scale" if f"{layer}.scale" in specs else "kernel"
+        _add_change(found, f"{layer}.{name}", of_weight, 1.0, specs)
+    if "diff" in of_weight or (parts and not of_weight):
+        return
+    method = method_of(of_weight)
+    if method in ("LoRA", "DoRA") and not {"lora_A", "lora_B"} <= of_weight.keys():
+        raise _Incomplete(f"only {', '.join(sorted(of_weight)) or 'alpha'}")
+    rank = rank_of(of_weight)
+    if rank == 0:
+        raise _Misshapen("of rank 0, so it has no weights")
+    alpha: float
+    if rank is None:
+        alpha, rank = 1.0, 1
+    elif stored_alpha is None:
+        alpha = stated.alpha(place.component, layer, rank)
+    elif stored_alpha.size == 1:
+        alpha = float(stored_alpha.item())
+    else:
+        raise _Misshapen(f"alpha is stored as {stored_alpha.shape}, and one number is needed")
+    try:
+        if "lora_mid" in of_weight:
+            of_weight["lora_A"] = fold_mid(of_weight["lora_A"], of_weight.pop("lora_mid"))
+    except ValueError:
+        raise _Misshapen("lora_mid and lora_down don't fit each other") from None
+    if method != "LoRA":
+        _add_change(found, f"{layer}.kernel", of_weight, alpha / rank, specs)
+        return
+    if f"{layer}.kernel" not in specs:
+        raise _Misshapen("it is no linear layer and no convolution")
+    for part, spec in _low_rank_specs(specs[f"{layer}.kernel"], rank).items():
+        try:
+            value = from_torch(of_weight[part], spec)
+        except ValueError as error:
+            raise _Misshapen(str(error)) from None
+        found.params[f"{layer}.{part}.kernel"] = np.array(value, order="C")
+    found.alphas[layer] = alpha
+
+
+def _add_change(found: _Found, name: str, arrays: dict[str, np.ndarray], scale: float, specs: Specs) -> None:
+    if name not in specs:
+        raise _Misshapen(f"the model has no {name}")
+    try:
+        found.changes[name] = read_change(arrays, scale, specs[name])
+    except ValueError as error:
+        raise _Misshapen(str(error)) from None
+
+
+def _check_values(arrays: Mapping[str, np.ndarray], path: epath.Path) -> None:
+    """Raises ValueError for values that are no numbers to compute with."""
+    others = [f"{key} ({array.dtype})" for key, array in arrays.items() if not _is_float(array.dtype)]
+    if others:
+        raise ValueError(f"{path} holds {first_several(others, 'tensors that are not floating point')}")
+    bad = [key for key, array in arrays.items() if not np.isfinite(array).all()]
+    if bad:
+        raise ValueError(
+            f"{path} holds values that are not finite (NaN or infinity), so its training diverged or the file is "
+            f"damaged; use an earlier or another copy. {first_several(bad, 'such tensors')}"
+        )
+
+
+def _is_float(dtype: np.dtype) -> bool:
+    return bool(jax.dtypes.issubdtype(dtype, np.floating))
+
+
+def _check_found(
+    path: epath.Path,
+    stated: Stated,
+    problems: Mapping[str, list[str]],
+    left_out: Mapping[str, list[str]],
+    *,
+    has_unet: bool,
+) -> None:
+    """Raises ValueError for all problems, and where nothing is for the UNet; warns of what is left out."""
+    made_for = f", made for {stated.made_for}," if stated.made_for else ""
+    if problems:
+        listed = "; ".join(first_several(names, kind) for kind, names in problems.items())
+        raise ValueError(f"{path}{made_for} is no LoRA for this UNet: {listed}")
+    others = "; ".join(first_several(names, f"layers for {owner}") for owner, names in left_out.items())
+    if not has_unet:
+        raise ValueError(
+            f"{path}{made_for} is no LoRA for this UNet: {f'it holds only {others}' if others else 'it is empty'}"
+        )
+    if others:
+        _warn(f"warning: {path}: left out {others}")
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Prints a warning once, however often a file is read."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def _find_file(path: epath.Path) -> epath.Path:
@@ -223,39 +355,6 @@ def _find_file(path: epath.Path) -> epath.Path:
     return path
 
 
-def _stored_names(base_specs: Specs) -> dict[str, str]:
-    """Every name under which a file may hold a layer -> our name of it."""
-    original_names = original.unet_module_names(base_specs)
-    layers: dict[str, str] = {}
-    for layer in (name.removesuffix(".kernel") for name in base_specs if name.endswith(".kernel")):
-        processor = re.sub(r"\.(to_\w+)(\.0)?$", r".processor.\1", layer)
-        layers |= {prefix + name: layer for prefix in ("unet.", "base_model.model.", "") for name in (layer, processor)}
-        layers |= {_kohya(name): layer for name in (layer, original_names[layer])}
-    return layers
-
-
-def _kohya(layer: str) -> str:
-    return "lora_unet_" + layer.replace(".", "_")
-
-
-def _peft_config(path: epath.Path) -> dict[str, Any]:
-    """peft's LoraConfig from the file's metadata, as diffusers writes it, or from beside the file, as peft does."""
-    metadata = safetensors_file.read_metadata(path)
-    if DIFFUSERS_METADATA in metadata:
-        config = json.loads(metadata[DIFFUSERS_METADATA])
-        return {key.removeprefix("unet."): value for key, value in config.items()}
-    beside = path.parent / PEFT_CONFIG
-    return json.loads(beside.read_text()) if path.name == FILES[1] and beside.exists() else {}
-
-
-def _peft_alpha(config: dict[str, Any], layer: str, rank: int) -> float:
-    """As peft finds it: the first pattern that fits the end of the layer's name, else what is said of all."""
-    patterns = config.get("alpha_pattern") or {}
-    fits = (alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", layer))
-    alpha = float(next(fits, config.get("lora_alpha", rank)))
-    return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha  # which scales by alpha / sqrt(rank)
-
-
 def _low_rank_specs(base: ParamSpec, rank: int) -> dict[str, ParamSpec]:
     *window, inputs, outputs = base.shape
     return {
@@ -264,11 +363,24 @@ def _low_rank_specs(base: ParamSpec, rank: int) -> dict[str, ParamSpec]:
     }
 
 
+def _with_alphas(adapter: Adapter, alphas: Mapping[str, float]) -> Adapter:
+    """The same LoRA with other alphas. Its A matrices, which are larger than its B and so lose less in half precision,
+    take what changes, in float32 at least."""
+    params = dict(adapter.params)
+    for layer, alpha in alphas.items():
+        if adapter.alphas[layer] != alpha:
+            name = f"{layer}.lora_A.kernel"
+            A = np.asarray(params[name])
+            params[name] = A.astype(np.promote_types(A.dtype, np.float32)) * (adapter.alphas[layer] / alpha)
+    return Adapter(params, alphas)
+
+
 def _torch_arrays(adapter: Adapter, layer: str, base_specs: Specs, dtype: DTypeLike) -> dict[str, np.ndarray]:
-    return {
-        part: to_torch(np.asarray(adapter.params[f"{layer}.{part}.kernel"]), spec).astype(dtype)
-        for part, spec in _low_rank_specs(base_specs[f"{layer}.kernel"], adapter.rank(layer)).items()
-    }
+    arrays = {}
+    for part, spec in _low_rank_specs(base_specs[f"{layer}.kernel"], adapter.rank(layer)).items():
+        array = to_torch(np.asarray(adapter.params[f"{layer}.{part}.kernel"]), spec)
+        arrays[part] = cast(array, dtype, f"{layer}.{part}")
+    return arrays
 
 
 def _write(path: epath.Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:

@@ -110,8 +110,6 @@ def test_diffusers_opens_what_is_written(model: tuple[str, DiffusionPipeline], w
     family, pipe = model
     specs = SPECS[family]
     adapter = random_adapter(specs, layers_of(specs))
-    if write is write_for_web_uis:  # of which diffusers gives every attention layer the commonest alpha
-        adapter = adapter._replace(alphas=dict.fromkeys(adapter.alphas, 1.5))
     write(tmp_path / FILE, adapter, specs)
     pipe.load_lora_weights(tmp_path, weight_name=FILE)
     assert_same(our_deltas(adapter, specs), peft_deltas(pipe.unet))
@@ -136,10 +134,7 @@ def test_reads_what_diffusers_saves(model: tuple[str, DiffusionPipeline], rslora
     adapter = read_lora(tmp_path, SPECS[family])
     assert_same(our_deltas(adapter, SPECS[family]), peft_deltas(pipe.unet))
     write_peft(tmp_path / "again.safetensors", adapter, SPECS[family], dtype=np.float32)
-    written, saved = load_file(tmp_path / "again.safetensors"), load_file(tmp_path / FILE)
-    assert written.keys() == saved.keys()
-    for name, tensor in saved.items():
-        assert torch.equal(written[name], tensor)
+    assert load_file(tmp_path / "again.safetensors").keys() == load_file(tmp_path / FILE).keys()
 
 
 def test_reads_what_peft_saves(model: tuple[str, DiffusionPipeline], tmp_path: Path) -> None:
@@ -215,6 +210,8 @@ def test_kohya_names_of_sdxl(tmp_path: Path) -> None:
     config = json.loads((PUBLISHED / "sdxl" / "unet" / "config.json").read_text())
     specs = unet_specs(config)
     adapter = random_adapter(specs, layers_of(specs), np.float16)
+    ranks = [adapter.rank(layer) for layer in adapter.alphas]
+    adapter = adapter._replace(alphas=dict.fromkeys(adapter.alphas, max(sorted(ranks), key=ranks.count)))
     path = tmp_path / "lora.safetensors"
     write_kohya(path, adapter, specs, dtype=np.float16, original_names=True)
     assert_equal(read_lora(path, specs), adapter)
@@ -245,16 +242,36 @@ def test_what_web_uis_read(tmp_path: Path) -> None:
         "format": "pt",
         "ss_network_module": "networks.lora",
         "ss_network_dim": "2",
-        "ss_network_alpha": "1.0",
+        "ss_network_alpha": "2.0",
         "ss_base_model_version": "sd_v2_v",
         "ss_v2": "True",
     }
     stored = load_file(path)
     stem = "lora_unet_down_blocks_0_resnets_0_conv1"
-    assert stored[f"{stem}.alpha"].item() == 1.0
+    assert stored[f"{stem}.alpha"].item() == 2.0
     assert stored[f"{stem}.lora_down.weight"].dtype == torch.float16
     assert stored[f"{stem}.lora_down.weight"].shape == (2, 16, 3, 3)
     assert stored[f"{stem}.lora_up.weight"].shape == (16, 2, 1, 1)
+
+
+def test_alpha_is_multiplied_into_what_diffusers_opens(model: tuple[str, DiffusionPipeline], tmp_path: Path) -> None:
+    """Without its metadata, which old diffusers and OneTrainer do not read, the file means the same."""
+    family, pipe = model
+    specs = SPECS[family]
+    layers = [TO_Q, TO_OUT, CONV, PROJ_IN]
+    adapter = random_adapter(specs, layers)
+    params = dict(adapter.params) | {
+        f"{layer}.lora_{part}.kernel": np.repeat(adapter.params[f"{layer}.lora_{part}.kernel"][..., :1, :], 2, axis=-2)
+        if part == "B"
+        else np.repeat(adapter.params[f"{layer}.lora_{part}.kernel"][..., :1], 2, axis=-1)
+        for layer in layers
+        for part in "AB"
+    }
+    adapter = Adapter(params, dict(zip(layers, (0.5, 1.0, 8.0, 3.0), strict=True)))
+    write_for_diffusers(tmp_path / "with.safetensors", adapter, specs)
+    save_file(load_file(tmp_path / "with.safetensors"), tmp_path / FILE)
+    pipe.load_lora_weights(tmp_path, weight_name=FILE)
+    assert_same(our_deltas(adapter, specs), peft_deltas(pipe.unet))
 
 
 def test_metadata_gives_the_commonest_and_what_differs(tmp_path: Path) -> None:
@@ -267,9 +284,9 @@ def test_metadata_gives_the_commonest_and_what_differs(tmp_path: Path) -> None:
     config = json.loads(safetensors_file.read_metadata(epath.Path(tmp_path / FILE))["lora_adapter_metadata"])
     assert config == {
         "unet.r": 1,
-        "unet.lora_alpha": 3.0,
+        "unet.lora_alpha": 1,
         "unet.rank_pattern": {f"^{CONV}": 3},
-        "unet.alpha_pattern": {f"^{CONV}": 1.5},
+        "unet.alpha_pattern": {f"^{CONV}": 3},
         "unet.target_modules": sorted(layers),
     }
 
@@ -277,6 +294,7 @@ def test_metadata_gives_the_commonest_and_what_differs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
 def test_read_then_write_is_identity(dtype: type, tmp_path: Path) -> None:
     adapter = random_adapter(SD15, layers_of(SD15), dtype)
+    ranks = {layer: adapter.rank(layer) for layer in adapter.alphas}
     for number, write in enumerate(
         (
             lambda path, adapter: write_peft(path, adapter, SD15, dtype=dtype),
@@ -284,10 +302,12 @@ def test_read_then_write_is_identity(dtype: type, tmp_path: Path) -> None:
             lambda path, adapter: write_kohya(path, adapter, SD15, dtype=dtype, original_names=True),
         )
     ):
+        # With other alphas the weights change.
+        adapter = adapter._replace(alphas=dict.fromkeys(ranks, 1) if number else ranks)
         path, again = tmp_path / f"{number}.safetensors", tmp_path / f"{number}_again.safetensors"
         write(path, adapter)
         assert_equal(read_lora(path, SD15), adapter)
-        params, alphas = read_lora(path, SD15)
+        params, alphas, _ = read_lora(path, SD15)
         write(again, Adapter(dict(reversed(params.items())), dict(reversed(alphas.items()))))
         assert again.read_bytes() == path.read_bytes()
         load_file(path)
@@ -310,7 +330,7 @@ def test_projections_come_as_linear_layers_or_convolutions(shape: tuple[int, ...
 
 
 def test_what_is_read_outlives_the_file(tmp_path: Path) -> None:
-    adapter = random_adapter(SD15, [TO_Q])
+    adapter = random_adapter(SD15, [TO_Q])._replace(alphas={TO_Q: 1.0})
     write_peft(tmp_path / FILE, adapter, SD15, dtype=np.float32)
     read = read_lora(tmp_path, SD15)
     (tmp_path / FILE).write_bytes(bytes((tmp_path / FILE).stat().st_size))
@@ -341,7 +361,6 @@ def test_all_faults_in_one_error(tmp_path: Path) -> None:
     assert f"1 misshapen: {TO_Q} (stored as (2, 768), the model needs (2, 32))" in message
     assert "2 stored twice" in message
     assert f"1 incomplete: {TO_Q.replace('to_q', 'to_k')} (only lora_A)" in message
-    assert "1 for text encoders, which are not adapted here (fuse the whole LoRA in PyTorch: pipe.load_lora" in message
 
 
 def test_lora_of_another_family(tmp_path: Path) -> None:
@@ -354,20 +373,15 @@ def test_lora_of_another_family(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "reason"),
     [
-        ("lora_unet_mid_block_attentions_0_proj_in.dora_scale", "DoRA"),
-        (f"unet.{TO_Q}.lora_magnitude_vector", "DoRA"),
-        ("lora_unet_mid_block_attentions_0_proj_in.hada_w1_a", "LoHa"),
-        ("lora_unet_mid_block_attentions_0_proj_in.lokr_w1", "LoKr"),
-        ("lora_unet_mid_block_resnets_0_conv1.lora_mid.weight", "Tucker decomposition"),
         (f"unet.{TO_Q}.lora_B.bias", "LoRA with biases"),
-        ("lora_te_text_model_encoder_layers_0_mlp_fc1.alpha", "for text encoders"),
-        ("lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha", "for text encoders"),
-        ("text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_A.weight", "for text encoders"),
+        ("lora_unet_mid_block_attentions_0_proj_in.oft_blocks", "OFT"),
+        ("lora_unet_mid_block_attentions_0_proj_in.a1.weight", "GLoRA"),
+        ("lora_unet_mid_block_attentions_0_proj_in.on_input", "IA3"),
     ],
 )
 def test_what_is_not_supported_is_named(key: str, reason: str, tmp_path: Path) -> None:
     save_file(linear(TO_Q) | {key: torch.zeros(1)}, tmp_path / FILE)
-    with pytest.raises(ValueError, match=rf": 1 (of a method that is not supported: .*\({reason}\)|{reason}.*)"):
+    with pytest.raises(ValueError, match=rf": 1 of a method that is not supported: .*\({reason}\)"):
         read_lora(tmp_path, SD15)
 
 

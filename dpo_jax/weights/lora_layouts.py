@@ -1,0 +1,123 @@
+"""How LoRA files name what they hold: every layout is a prefix, the name of a layer, and a part.
+
+    prefix    `unet.`, `diffusion_model.`, `base_model.model.`, `lora_unet_` and others, or none
+    layer     diffusers' name, or that of the original checkpoint; behind `lora_unet_` joined by underscores
+    part      `.lora_A.weight`, `.lora_down.weight`, `.lora.down.weight`, `.lora_A.default.weight`, `.alpha`, ...
+
+    diffusers, PEFT             unet.LAYER.lora_A.weight, base_model.model.LAYER.lora_A.default.weight
+    old diffusers               unet.LAYER.lora.down.weight, unet.ATTENTION.processor.to_q_lora.down.weight
+    ComfyUI, ai-toolkit         diffusion_model.ORIGINAL_LAYER.lora_A.weight
+    OneTrainer                  unet.ORIGINAL_LAYER.lora_down.weight
+    kohya, LyCORIS              lora_unet_LAYER_JOINED_BY_UNDERSCORES.lora_down.weight
+
+Underscores can't be undone, so every name maps from ours outward.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from dpo_jax.weights import original
+from dpo_jax.weights.layout import Specs
+
+DOTTED = {  # by component; "" is the UNet's where nothing says whose layers these are
+    "unet": (
+        *("", "unet.", "diffusion_model.", "model.diffusion_model."),
+        *("base_model.model.", "unet.base_model.model.", "base_model.model.unet."),
+    ),
+    "text_encoder": ("text_encoder.", "text_encoder.base_model.model.", "text_encoders.clip_l.transformer."),
+    "text_encoder_2": ("text_encoder_2.", "text_encoder_2.base_model.model.", "text_encoders.clip_g.transformer."),
+}
+JOINED = {
+    "unet": ("lora_unet_", "lycoris_"),
+    "text_encoder": ("lora_te_", "lora_te1_"),
+    "text_encoder_2": ("lora_te2_",),
+}
+
+# What the end of a tensor's name says that it is. Adapter names (`default`) stand before the last part.
+_PARTS = {
+    "lora_A": r"(?:[._]lora|\.lora_linear_layer)[._](?:A|down)(?:\.\w+)?\.weight",
+    "lora_B": r"(?:[._]lora|\.lora_linear_layer)[._](?:B|up)(?:\.\w+)?\.weight",
+    "lora_mid": r"\.lora_mid\.weight",
+    "alpha": r"\.alpha",
+    "dora_scale": r"\.dora_scale",  # of LyCORIS, along inputs or outputs
+    "magnitude": r"\.lora_magnitude_vector(?:\.\w+)*",  # of PEFT, always along outputs
+    **{f"hada_{name}": rf"\.hada_{name}(?:\.\w+)?" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f"lokr_{name}": rf"\.lokr_{name}(?:\.\w+)?" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    "diff": r"\.diff",
+    "diff_b": r"\.diff_b",
+    "w_norm": r"\.w_norm",
+    "b_norm": r"\.b_norm",
+}
+_NAME = re.compile("(?P<layer>.+?)(?:" + "|".join(f"(?P<{part}>{end})" for part, end in _PARTS.items()) + ")")
+
+UNSUPPORTED = {
+    r"\.lora_(A|B|up|down)(\.\w+)?\.bias$": "LoRA with biases",
+    r"\.(oft|boft)_|\.oft_R": "OFT",
+    r"\.(a1|a2|b1|b2|bm1|bm2)\.weight$": "GLoRA",
+    r"\.on_input$": "IA3",
+    r"\.lora_embedding_": "LoRA of an embedding",
+}
+
+# Whose a tensor is that no UNet has.
+FOR_OTHERS = {
+    "text encoders": (
+        r"lora_te\d?_|lora_prior_te|(base_model\.model\.)?text_encoders?(_\d)?\.|te\d?\.|clip_[lgh]\.|cond_stage_model\."
+        r"|conditioner\."
+    ),
+    "embeddings": r"bundle_emb|emb_params|(clip_[lgh]|t5)(_out)?$|string_to_param|embeddings?\.",
+    "the VAE": r"lora_vae_|vae\.|first_stage_model\.",
+    "a transformer such as SD3's or Flux's": (
+        r"lora_transformer_|(base_model\.model\.)?transformer\.|.*(double|single|joint)_(transformer_)?blocks[._]"
+    ),
+}
+
+
+class Place(NamedTuple):
+    """What a tensor of a LoRA file belongs to."""
+
+    component: str
+    layer: str
+
+
+def split(key: str) -> tuple[str, str]:
+    """(stored name of the layer, part) of a tensor's name; the part is "" where it is none of a LoRA."""
+    match = _NAME.fullmatch(key)
+    if match is None:
+        return key, ""
+    return match["layer"], next(part for part in _PARTS if match[part] is not None)
+
+
+def unsupported(key: str) -> str | None:
+    """The method that a tensor's name tells of and that is not read here."""
+    return next((method for sign, method in UNSUPPORTED.items() if re.search(sign, key)), None)
+
+
+def for_others(key: str) -> str | None:
+    """What else than a UNet a tensor is for, by its name."""
+    return next((owner for owner, sign in FOR_OTHERS.items() if re.match(sign, key)), None)
+
+
+def stored_names(component: str, specs: Specs) -> dict[str, Place]:
+    """Every name under which a file may hold a layer -> what it belongs to."""
+    names: dict[str, Place] = {}
+    originals = original.unet_module_names(specs) if component == "unet" else {}
+    for layer in layers_of(specs):
+        place = Place(component, layer)
+        # Old diffusers hung the LoRA of an attention layer on the attention's processor.
+        processor = re.sub(r"\.(to_\w+)(\.0)?$", r".processor.\1", layer)
+        short = layer.removeprefix("text_model.")  # as transformers 5 calls it
+        ours = {layer, originals.get(layer, layer), processor, short}
+        names |= {prefix + name: place for prefix in DOTTED[component] for name in ours}
+        names |= {prefix + joined(name): place for prefix in JOINED[component] for name in ours}
+    return names
+
+
+def joined(layer: str) -> str:
+    """A layer's name as kohya writes it."""
+    return layer.replace(".", "_")
+
+
+def layers_of(names: Iterable[str]) -> list[str]:
+    """The layers that parameters of these names belong to."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in names))

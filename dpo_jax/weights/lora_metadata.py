@@ -1,0 +1,120 @@
+"""What a LoRA file says of itself: the alpha of each layer where no tensor holds it, and what the LoRA was made for."""
+
+import math
+import time
+from typing import Any
+
+import pydantic
+import regex
+from etils import epath
+from typing_extensions import TypedDict
+
+from dpo_jax.files import conform, parse_json, read_json
+from dpo_jax.weights import safetensors_file
+
+FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+PEFT_CONFIG = "adapter_config.json"
+DIFFUSERS_METADATA = "lora_adapter_metadata"
+MADE_FOR = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name", "base_model_name_or_path")
+MAX_CONFIG_BYTES = 2**26
+SECONDS_TO_MATCH = 5.0
+"""A pattern from a stranger's file can take for ever: within this time all of them have to be matched."""
+
+
+class PeftConfig(TypedDict, total=False):
+    """The fields of PEFT's LoraConfig that say how strong a LoRA is; it has many more."""
+
+    lora_alpha: pydantic.FiniteFloat
+    alpha_pattern: dict[str, pydantic.FiniteFloat] | None
+    use_rslora: bool | None
+
+
+class Stated:
+    """The alphas that a file states in words."""
+
+    def __init__(self, path: epath.Path, has_alphas: bool = False):
+        """`has_alphas`: the file has tensors for alpha, so that a number for all layers is only a remark."""
+        self._path = path
+        self.metadata: dict[str, str] = conform(
+            safetensors_file.read_metadata(path), dict[str, str], f"{path}: the metadata"
+        )
+        self._configs: dict[str, tuple[PeftConfig, dict[regex.Pattern, float]]] = {}
+        self._fields, self._where = self._read_fields()
+        self._seconds_left = SECONDS_TO_MATCH
+        self._plain = None if has_alphas else self._read_plain()
+
+    @property
+    def made_for(self) -> str | None:
+        """The model that the LoRA is for, as the file calls it."""
+        fields = self._fields | self.metadata
+        return next((str(fields[key]) for key in MADE_FOR if fields.get(key)), None)
+
+    def alpha(self, component: str, layer: str, rank: int) -> float:
+        """The alpha of a layer for which no tensor holds one; its rank where nothing is said.
+
+        As PEFT finds it: the first pattern that fits the end of the layer's name, else what is said of all.
+        """
+        config, patterns = self._config(component)
+        alpha = next((alpha for pattern, alpha in patterns.items() if self._fits(pattern, layer)), None)
+        if alpha is None:
+            alpha = config.get("lora_alpha", rank if self._plain is None else self._plain)
+        return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha  # which scales by alpha / sqrt(rank)
+
+    def _read_fields(self) -> tuple[dict[str, Any], str]:
+        """PEFT's LoraConfig from the file's metadata, as diffusers writes it, or from beside the file, as PEFT does."""
+        where = f"{self._path}: the metadata {DIFFUSERS_METADATA}"
+        if DIFFUSERS_METADATA in self.metadata:
+            return conform(parse_json(self.metadata[DIFFUSERS_METADATA], where), dict[str, Any], where), where
+        beside = self._path.parent / PEFT_CONFIG
+        if self._path.name == FILES[1] and beside.exists():
+            return read_json(beside, dict[str, Any], MAX_CONFIG_BYTES), str(beside)
+        return {}, where
+
+    def _config(self, component: str) -> tuple[PeftConfig, dict[regex.Pattern, float]]:
+        if component not in self._configs:
+            own = {name.removeprefix(f"{component}."): value for name, value in self._fields.items()}
+            config: PeftConfig = conform(own, PeftConfig, self._where)
+            patterns = {self._compiled(text): alpha for text, alpha in (config.get("alpha_pattern") or {}).items()}
+            self._configs[component] = config, patterns
+        return self._configs[component]
+
+    def _compiled(self, pattern: str) -> regex.Pattern:
+        try:
+            return regex.compile(rf"(.*\.)?({pattern})")
+        except (regex.error, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"{self._where}: alpha_pattern {pattern[:60]!r} is not a regular expression ({error})"
+            ) from None
+
+    def _fits(self, pattern: regex.Pattern, layer: str) -> bool:
+        start = time.monotonic()
+        try:
+            if self._seconds_left > 0:
+                return pattern.fullmatch(layer, timeout=self._seconds_left) is not None
+        except TimeoutError:
+            pass
+        finally:
+            self._seconds_left -= time.monotonic() - start
+        raise ValueError(
+            f"{self._where}: its alpha_pattern takes longer than {SECONDS_TO_MATCH:g} seconds to match; write the "
+            "names of the layers instead of complex regular expressions"
+        )
+
+    def _read_plain(self) -> float | None:
+        """A field of its own in the metadata, as some trainers write alpha: all values are text there."""
+        for name in ("lora_alpha", "ss_network_alpha"):
+            text = self.metadata.get(name)
+            if text is None or text in (
+                "",
+                "None",
+                "Dynamic",
+            ):  # kohya's words for: not set, and different in each layer
+                continue
+            try:
+                alpha = float(text)
+            except ValueError:
+                alpha = math.nan
+            if not math.isfinite(alpha):
+                raise ValueError(f"{self._path}: the metadata {name}={text[:60]!r} is not a number")
+            return alpha
+        return None
