@@ -6,12 +6,14 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from dpo_jax import locks
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SCHEDULERS = {"SLURM": "SLURM_STEP_NUM_TASKS", "Open MPI": "OMPI_COMM_WORLD_SIZE"}
@@ -136,6 +138,16 @@ def together(doing: str) -> Iterator[None]:
             raise ChildProcessError(f"process {failed[0]} failed {doing}; see its own output")
     if error is not None:
         raise error
+
+
+@contextmanager
+def locked(folder: Any, command: str, name: str = ".lock", what: object = None) -> Iterator[None]:
+    """As `locks.locked`, by the first process for all; where it is refused, with a ChildProcessError in the others."""
+    with ExitStack() as held:
+        with together(f"to lock {what or folder}"):
+            if is_first():
+                held.enter_context(locks.locked(folder, command, name, what))
+        yield
 
 
 def _silent(call: str, seconds: int) -> str:

@@ -67,7 +67,7 @@ def main() -> None:
     from dpo_jax import cluster  # after the flags are checked: importing JAX takes seconds
 
     cluster.join()
-    with cluster.leaving_at_once():
+    with cluster.leaving_at_once(), cluster.locked(OUTPUT.value, "python -m dpo_jax.evaluate"):
         evaluate(named, since)
 
 

@@ -14,8 +14,9 @@ become PyTorch ones, single files become folders, folders single files, and a Lo
 """
 
 from absl import flags
+from etils import epath
 
-from dpo_jax import cli
+from dpo_jax import cli, locks
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a training run.")
 MODEL = flags.DEFINE_string("model", None, "Instead of it: a model folder, a hub id, or a single .safetensors file.")
@@ -44,6 +45,12 @@ def main() -> None:
     given = [flag.name for flag in of_model if flag.value]
     if WORKDIR.value is not None and given:
         raise ValueError(f"--{given[0]} goes with --model; a training run has its own")
+    output = epath.Path(OUTPUT.value)
+    with locks.locked(output.parent, "python -m dpo_jax.export", f".{output.name}.lock", what=output):
+        write()
+
+
+def write() -> None:
     from dpo_jax.training.export import export, open_tuned, open_untrained
 
     if WORKDIR.value is not None:

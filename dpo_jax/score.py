@@ -46,25 +46,28 @@ def main() -> None:
             f"--judge={judge}: the judges that come with dpo_jax are {', '.join(JUDGES)}; give scores of another one "
             "by --scores=FILE.jsonl"
         )
+    from dpo_jax import locks
     from dpo_jax.data import agreement, judging  # after the flags are checked: importing TFDS takes a second
     from dpo_jax.data.prepared import open_prepared
     from dpo_jax.progress import ProgressBar
 
     prepared = open_prepared(DATA.value)
-    if scores.scores_file(prepared.folder, name).exists() and not OVERWRITE.value:
-        raise FileExistsError(f"{prepared.folder} has scores by {name} already; replace them by --overwrite")
-    if file is None:
-        scorer = open_judge(JUDGE.value, dtype=DTYPE.value, batch_size=BATCH_SIZE.value, timeout=TIMEOUT.value)
-        with ProgressBar("images") as bar:
-            show = functools.partial(bar.show, "scoring")
-            scores_M = judging.score_images(prepared, scorer.score, show, batch=BATCH_SIZE.value)
-    else:
-        with ProgressBar("bytes") as bar:
-            scores_M = judging.import_scores(prepared, Path(file), functools.partial(bar.show, "reading"))
-    of = scores.candidates(prepared.records["images"])
-    summary = agreement.summarise(prepared, name, file or f"dpo_jax.rewards: {JUDGE.value}", scores_M)
-    scores.write_scores(prepared.folder, name, summary.origin, scores_M, of, summary.as_json())
-    print(f"{summary}\nwritten to {scores.scores_file(prepared.folder, name)}")
+    file_there = scores.scores_file(prepared.folder, name)
+    with locks.locked(file_there.parent, "python -m dpo_jax.score", f".{name}.lock", what=file_there):
+        if file_there.exists() and not OVERWRITE.value:
+            raise FileExistsError(f"{prepared.folder} has scores by {name} already; replace them by --overwrite")
+        if file is None:
+            scorer = open_judge(JUDGE.value, dtype=DTYPE.value, batch_size=BATCH_SIZE.value, timeout=TIMEOUT.value)
+            with ProgressBar("images") as bar:
+                show = functools.partial(bar.show, "scoring")
+                scores_M = judging.score_images(prepared, scorer.score, show, batch=BATCH_SIZE.value)
+        else:
+            with ProgressBar("bytes") as bar:
+                scores_M = judging.import_scores(prepared, Path(file), functools.partial(bar.show, "reading"))
+        of = scores.candidates(prepared.records["images"])
+        summary = agreement.summarise(prepared, name, file or f"dpo_jax.rewards: {JUDGE.value}", scores_M)
+        scores.write_scores(prepared.folder, name, summary.origin, scores_M, of, summary.as_json())
+        print(f"{summary}\nwritten to {file_there}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from absl import flags
 
-from dpo_jax import cli
+from dpo_jax import cli, locks
 from dpo_jax.voting.study import MODES, QUESTIONS, Question
 
 IMAGES = flags.DEFINE_list("images", None, "Folders of images, comma-separated.")
@@ -107,7 +107,12 @@ def serve(paths: list[Path], questions: dict[str, Question]) -> None:
     prompts = read_prompts(PROMPTS.value, repeated=True) if PROMPTS.value else ()
     folders = [read_folder(path, prompts) for path in paths]
     listener = listen(HOST.value, PORT.value)
-    with listener, open_study(Path(OUTPUT.value), MODE.value, folders) as store:
+    votes = Path(OUTPUT.value)
+    with (
+        listener,
+        open_study(votes, MODE.value, folders) as store,
+        locks.locked(votes.parent, "python -m dpo_jax.vote", f".{votes.name}.lock", what=votes),
+    ):
         survey = Survey(store, questions, ties=TIES.value, raters=RATERS.value, stop_early=STOP_EARLY.value)
         app = make_app(survey, token)
         print(f"{len(store.tasks)} of them to show, each to {RATERS.value} raters; votes are kept in {store.path}")

@@ -12,22 +12,20 @@ the same input gives the same bytes whatever the number of workers:
 """
 
 import dataclasses
-import fcntl
 import json
 import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpo_jax import locks
 from dpo_jax.data import parts
 from dpo_jax.data.merge import VERSION, Merged, merge
 from dpo_jax.data.sources import Chunk, Source
@@ -116,15 +114,15 @@ def prepare(
         on_progress: called at the start and after each part.
 
     Raises:
-        FileExistsError: `output` exists and isn't an empty folder, another run is writing it, or an unfinished run of
-            another input lies there.
+        BlockingIOError: another run is writing `output`.
+        FileExistsError: `output` exists and isn't an empty folder, or an unfinished run of another input lies there.
         ValueError: no usable record, too many damaged ones, or files of another schema.
         ChildProcessError: a worker was killed, e.g. for want of memory.
     """
     _check_free(output)
     chunks = source.chunks(files)
     partial = output.absolute().parent / f".{output.name}.partial"
-    with _locked(partial, output):
+    with locks.locked(partial, "python -m dpo_jax.prepare", what=output):
         _check_free(output)  # another run may just have ended
         _begin(partial, _manifest(source, files, chunks))
         folders = [partial / "parts" / f"{number:05}" for number in range(len(chunks))]
@@ -164,26 +162,6 @@ def prepare(
 def _check_free(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} already exists and is not an empty folder; name another --output or remove it")
-
-
-@contextmanager
-def _locked(partial: Path, output: Path) -> Iterator[None]:
-    """Keeps other runs away from the folder of unfinished work; the kernel lets go when this process ends."""
-    partial.mkdir(parents=True, exist_ok=True)
-    with open(partial / "lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise FileExistsError(
-                f"another run is writing {output} ({file.read()}); wait until it ends, or name another --output"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
 
 
 def _manifest(source: Source, files: Sequence[Path], chunks: Sequence[Chunk]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def begin_folder(folder: epath.PathLike, settings: Mapping[str, Any]) -> None:
             )
         return
     partial = folder / f"{SETTINGS}.partial"
-    if folder.exists() and any(path.name != partial.name for path in folder.iterdir()):
+    if folder.exists() and any(path.name not in (partial.name, ".lock") for path in folder.iterdir()):
         raise FileExistsError(f"{folder} holds files that are no images of ours; choose an empty or new --output")
     cluster.wait("looked at the folder")
     if cluster.is_first():

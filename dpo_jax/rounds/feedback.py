@@ -107,6 +107,21 @@ def learnable(
     return rewards_PSKR, np.zeros(rewards_PSKR.shape[:-1])
 
 
+def is_decided(rewards_SKR: np.ndarray) -> bool:
+    """Whether at some step a candidate is better than another, as `losses.is_preferred` has it."""
+    known_SK1 = ~np.isnan(rewards_SKR).any(axis=-1, keepdims=True)
+    rewards_SKR = np.where(known_SK1, rewards_SKR, np.nan)  # or a pair would be compared by what both have
+    is_higher_SKK = np.any(rewards_SKR[:, :, None] > rewards_SKR[:, None], axis=-1)
+    return bool((is_higher_SKK != np.swapaxes(is_higher_SKK, 1, 2)).any())
+
+
+def decided(config: ConfigDict, rewards_PSKR: np.ndarray, advantages_PSK: np.ndarray) -> np.ndarray:
+    """For each prompt, whether what `learnable` returned has anything to learn: a better candidate, an advantage."""
+    if config.loss.name == "d3po":
+        return np.array([is_decided(rewards_SKR) for rewards_SKR in rewards_PSKR])
+    return (np.abs(advantages_PSK) > 1e-6).any(axis=(1, 2))  # rounding alone makes 1e-9 of equal rewards
+
+
 def advantages(rewards_PSK: np.ndarray, prompts: Sequence[str], statistics: PromptStatistics | None) -> np.ndarray:
     """Of each reward, by the statistics of its prompt or, without them, of its group of candidates; 0 where it is NaN.
 

@@ -22,7 +22,7 @@ from dpo_jax.evaluation.prompts import read_prompts
 from dpo_jax.objectives.advantages import PromptStatistics
 from dpo_jax.rewards import Scorer
 from dpo_jax.rounds.config import Plan, check, make_plan, online_config
-from dpo_jax.rounds.feedback import learnable, read_feedback
+from dpo_jax.rounds.feedback import decided, learnable, read_feedback
 from dpo_jax.rounds.folder import Rewards, RoundFolder
 from dpo_jax.rounds.judges import find_latent_judge, latent_judge_fingerprints, open_judges
 from dpo_jax.rounds.method import learned_steps, on_trajectories, sampler_table
@@ -36,6 +36,9 @@ from dpo_jax.training.preemption import Notice, Preempted
 from dpo_jax.training.start import StartClock
 from dpo_jax.training.step import TrainState
 from dpo_jax.training.trainer import Loop, begin, check_backend, running
+
+MOST_IDLE = 3
+"""A run ends when nothing was learned from so many rounds, and from none before."""
 
 
 def learn(config: ConfigDict, workdir: epath.PathLike, stage: str = "", feedback: Sequence[str] = ()) -> None:
@@ -60,7 +63,7 @@ def learn(config: ConfigDict, workdir: epath.PathLike, stage: str = "", feedback
             f"config.online.prompts_per_round={config.online.prompts_per_round}, but {config.online.prompts} has "
             f"{len(prompts)} prompts, and people are shown none twice; take fewer"
         )
-    with Notice.awaited() as notice:
+    with Notice.awaited() as notice, cluster.locked(workdir, "python -m dpo_jax.online"):
         judges = open_judges(config)
         pipeline = open_model(config, workdir)
         steps_S = learned_steps(config, sampler_table(config, pipeline))
@@ -100,6 +103,8 @@ class Rounds:
         self._result = Result(self._workdir, self._config, plan)
         self._kept = 0
         """The first round whose trajectories may still be there."""
+        self._idle: int | None = 0
+        """Rounds of which nothing was learned; None once there was one of which something was."""
         self._statistics_R = [PromptStatistics() for _ in self._names] if remembers else []
 
     def run(self, state: TrainState, stage: str) -> TrainState:
@@ -107,9 +112,11 @@ class Rounds:
         first = int(state.step) // self._plan.updates
         if self._judges and cluster.is_first():
             self._forget(first + 1)
-        if self._statistics_R:  # of what they had seen
-            for folder in map(self.folder, range(first)):
-                learnable(self._config, self._shown(folder)[:, None], folder.prompts, self._statistics_R)
+        if first >= MOST_IDLE:
+            self._idle = None
+        for folder in map(self.folder, range(first if self._statistics_R or first < MOST_IDLE else 0)):
+            learned = learnable(self._config, self._shown(folder)[:, None], folder.prompts, self._statistics_R)
+            self._count_idle(self._config.online.branching or bool(decided(self._config, *learned).any()))
         for number in range(first, self._config.online.rounds):
             folder, step = self.folder(number), int(state.step)
             missing = self._missing(folder)
@@ -134,6 +141,7 @@ class Rounds:
                 return state
             rewards_PSKR = self._judged(folder, step)
             learned = learnable(self._config, rewards_PSKR, folder.prompts, self._statistics_R)
+            self._tell_undecided(number, decided(self._config, *learned))
             token_ids_PEL = self._tokenizers(folder.prompts)
             updates = Updates(self._config, self._plan, folder, self._steps_S, token_ids_PEL, *learned, step=step)
             state = self._loop.run(state, updates, end=(number + 1) * self._plan.updates)
@@ -274,6 +282,27 @@ class Rounds:
         self._result.write(folder.number)
         said = "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
         self._say(f"round {folder.number + 1}/{self._config.online.rounds} at step {start}: {said}")
+
+    def _tell_undecided(self, number: int, decided_P: np.ndarray) -> None:
+        """Says how many prompts of a round teach nothing; ValueError where no prompt of `MOST_IDLE` rounds did."""
+        undecided, total = int((~decided_P).sum()), len(decided_P)
+        who = " and ".join(self._names)
+        if 0 < undecided < total:
+            self._say(f"round {number + 1}: by {who} no candidate of {undecided} of {total} prompts is better")
+        if undecided == total:
+            self._say(
+                f"warning: round {number + 1}: by {who} no candidate of {total} prompts is better than another; "
+                "nothing is learned from this round"
+            )
+        self._count_idle(undecided < total)
+        if self._judges and self._idle == min(MOST_IDLE, self._config.online.rounds):
+            raise ValueError(
+                f"by {who} no candidate of the first {self._idle} rounds is better than another, so nothing can be "
+                "learned; correct config.online.judges, or raise online.candidates, and begin another --workdir"
+            )
+
+    def _count_idle(self, is_decided: bool) -> None:
+        self._idle = None if is_decided or self._idle is None else self._idle + 1
 
     def _said(self, folder: RoundFolder, found: Sequence[Rewards]) -> np.ndarray:
         """shown_PKR: by judges, as it was found, or by people."""

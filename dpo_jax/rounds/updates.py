@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax.batch import PreferenceBatch, Sampled, Transitions
 from dpo_jax.rounds.config import Plan
+from dpo_jax.rounds.feedback import is_decided
 from dpo_jax.rounds.folder import RoundFolder
 
 
@@ -104,5 +105,4 @@ class Updates:
         """Whether a candidate is better than another, as `losses.is_preferred` has it; or, for advantages, known."""
         if self._config.loss.name != "d3po":
             return not bool(np.isnan(rewards_KR).all())
-        pairs = itertools.combinations(rewards_KR[~np.isnan(rewards_KR).any(axis=1)], 2)
-        return any((one_R > other_R).any() != (one_R < other_R).any() for one_R, other_R in pairs)
+        return is_decided(rewards_KR[None])

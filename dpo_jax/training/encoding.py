@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from dpo_jax import cluster
 from dpo_jax.data.encoded import folder_of, is_finished, open_encodings
 from dpo_jax.data.images import View
 from dpo_jax.data.prepared import open_prepared
@@ -46,18 +47,19 @@ def encode_data(config: ConfigDict, workers: int | None, say: Callable[[str], No
         with contextlib.suppress(ValueError):  # damaged: what isn't whole is made again
             open_encodings(prepared.folder, facts)
             return folder
-    placement = Placement(make_mesh(devices=jax.local_devices()))
-    encoder = DatasetEncoder(
-        pipeline,
-        load_encoders(config, pipeline, placement),
-        load_tokenizers_of(pipeline),
-        prepared,
-        placement.mesh,
-        folder,
-        resolution=data.resolution,
-        views=[View(**view) for view in facts["views"]],
-        num_workers=workers or os.cpu_count() or 1,
-    )
-    say(str(encoder))
-    encoder.run(facts, on_progress)
+    with cluster.locked(folder.parent, "python -m dpo_jax.prepare --encode", f".{folder.name}.lock", what=folder):
+        placement = Placement(make_mesh(devices=jax.local_devices()))
+        encoder = DatasetEncoder(
+            pipeline,
+            load_encoders(config, pipeline, placement),
+            load_tokenizers_of(pipeline),
+            prepared,
+            placement.mesh,
+            folder,
+            resolution=data.resolution,
+            views=[View(**view) for view in facts["views"]],
+            num_workers=workers or os.cpu_count() or 1,
+        )
+        say(str(encoder))
+        encoder.run(facts, on_progress)
     return folder

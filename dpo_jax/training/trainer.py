@@ -62,7 +62,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     clock = StartClock()
     derived = resolve(config, device_count=jax.device_count(), process_count=jax.process_count())
     check_backend(config)
-    with Notice.awaited() as notice:
+    with Notice.awaited() as notice, cluster.locked(workdir, "python -m dpo_jax.train"):
         check_data(config)
         pipeline = open_model(config, workdir)
         fields = begin(config, workdir, pipeline, default_config(), data_fingerprints(config))

@@ -463,7 +463,8 @@ def test_of_two_runs_on_one_output_the_second_is_refused(slow: Source, many_part
     while not list(partial.glob("parts/.00000.*")):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    with pytest.raises(FileExistsError, match=rf"another run is writing {output} \(process {process.pid} on "):
+    message = rf"^{output} is in use by python -m dpo_jax\.prepare \(process {process.pid} on "
+    with pytest.raises(BlockingIOError, match=message):
         prepare(PICKAPIC, [many_parts[4]], output, workers=0)
     assert list(partial.glob("parts/.00000.*"))
     process.kill()

@@ -9,7 +9,7 @@ from etils import epath
 
 from dpo_jax.objectives.advantages import PromptStatistics
 from dpo_jax.objectives.losses import is_preferred
-from dpo_jax.rounds.feedback import advantages, best_and_worst, combined, learnable, read_feedback
+from dpo_jax.rounds.feedback import advantages, best_and_worst, combined, decided, is_decided, learnable, read_feedback
 
 NAN = np.nan
 
@@ -214,3 +214,25 @@ def test_what_d3po_prefers(online):
         preferred_PSKR, advantages_PSK = learnable(online(**fields), rewards_PSKR, ["a", "b"], [])
         np.testing.assert_array_equal(preferred_PSKR, expected)
         np.testing.assert_array_equal(advantages_PSK, np.zeros((2, 1, 3)))
+
+
+def test_decided_is_what_the_loss_prefers():
+    """Of all pairs of two candidates by two judges, with and without words."""
+    for a, b, c, d in itertools.product((0.0, 1.0, NAN), repeat=4):
+        pair_KR = np.array([[a, b], [c, d]])
+        unknown_K = np.isnan(pair_KR).any(axis=1)
+        preferred_KK = np.asarray(is_preferred(pair_KR[None].astype(np.float32)))[0]
+        assert is_decided(pair_KR[None]) == bool(preferred_KK.any() and not unknown_K.any()), pair_KR
+
+
+@pytest.mark.parametrize("method", ["", "ddpo,", "grpo,"])
+def test_prompts_whose_candidates_are_alike_are_undecided(online, method):
+    config = online(f"tiny_online:{method}tiny", **{"online.candidates": 3})
+    same_KR, better_KR = np.full((3, 1), 0.1), np.array([[0.1], [0.2], [0.1]])
+    statistics = [PromptStatistics()] if method == "ddpo," else []
+    rewards_PSKR = np.stack([same_KR, same_KR])[:, None]
+    learned = learnable(config, rewards_PSKR, ["a", "b"], statistics)
+    assert decided(config, *learned).tolist() == [False, False]
+    if method != "ddpo,":  # which compares with the whole batch
+        learned = learnable(config, np.stack([same_KR, better_KR])[:, None], ["a", "b"], statistics)
+        assert decided(config, *learned).tolist() == [False, True]

@@ -112,3 +112,16 @@ def test_a_task_for_people_ends_with_images_to_vote_on(online, tmp_path, capsys)
     assert "ask people, then go on with --stage=train" in "".join(capsys.readouterr())
     assert len(read_list(tmp_path / "rounds/00000/images")) == config.online.prompts_per_round * 3
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_judge_that_rates_all_alike_ends_the_run(online, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dpo_jax.rewards.jpeg.kilobytes", lambda picture_HWC: 9.0)
+    config = online("d3po:compressibility,tiny", **{"sample.every": 0})
+    assert config.online.rounds == 2
+    for _ in range(2):  # the second call finds what the first one noted
+        message = r"no candidate of the first 2 rounds is better than another.*correct config\.online\.judges"
+        with pytest.raises(ValueError, match=message):
+            learn(config, tmp_path)
+    said = "".join(capsys.readouterr())
+    assert "round 1: by jpeg_compressibility no candidate of" in said.replace("\n", " ")
+    assert "nothing is learned from this round" in said.replace("\n", " ")

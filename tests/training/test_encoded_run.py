@@ -214,7 +214,7 @@ def test_what_training_would_refuse_is_not_encoded(config, fields, message: str)
         ({"data.encoded_views": 2, "data.random_flip": False}, "all views would be alike: set encoded_views=1"),
         ({"data.encoded_views": 3}, "without random_crop an image has two views"),
         ({"data.path": "random:8"}, "needs a prepared data set"),
-        ({"data.encoded_views": -1}, "must be 0 or more"),
+        ({"data.encoded_views": -1}, "encoded_views=-1 must be at least 0"),
     ],
 )
 def test_views_that_cannot_be_stored_are_refused(config, fields, message: str) -> None:

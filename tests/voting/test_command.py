@@ -8,6 +8,8 @@ import sys
 import httpx2
 import pytest
 
+from dpo_jax.locks import locked
+
 
 def vote(*arguments):
     command = [sys.executable, "-m", "dpo_jax.vote", *map(str, arguments)]
@@ -45,6 +47,14 @@ def test_votes_are_served_kept_and_exported(make_folders, serve, tmp_path):
     assert read.returncode == 0, read.stderr
     summary = json.loads((tmp_path / "data" / "summary.json").read_text())
     assert (summary["records"], summary["pairs"], summary["quarantined"]) == (3, 3, 0)
+
+
+def test_of_two_pages_on_the_same_votes_the_second_is_refused(make_folders, tmp_path):
+    arguments = _listed(make_folders("base", "tuned")), f"--output={tmp_path}/votes.sqlite", "--port=0"
+    with locked(tmp_path, "another command", ".votes.sqlite.lock"):
+        done = vote(*arguments)
+    assert done.returncode == 1
+    assert f"error: {tmp_path}/votes.sqlite is in use by another command (process " in done.stderr
 
 
 def test_other_machines_need_a_token(make_folders, serve, tmp_path):

@@ -1,0 +1,207 @@
+"""One writer for a folder: whoever comes second is told who is there, and whatever happened to the first, it can end.
+
+In a file system the kernel keeps the lock (flock) and lets go of it when the process ends, also by SIGKILL. Other hosts
+that share the file system, and object stores, know of no such lock; for them its file says whose it is and is renewed
+every few seconds. A lock that nobody has renewed for `STALE_SECONDS`, or whose process on this host is gone, is taken
+over; a process that finds its lock taken over ends at once, before it writes anything more.
+"""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import os
+import secrets
+import socket
+import stat
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from dpo_jax.files import is_local
+
+HEARTBEAT_SECONDS = 4.0
+STALE_SECONDS = 90.0
+SETTLE_SECONDS = 1.0
+"""After which the one of two that wrote to an object store at the same time sees who was last."""
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def locked(folder: epath.PathLike, command: str, name: str = ".lock", what: object = None) -> Iterator[None]:
+    """Keeps other processes that ask for the same lock away from a folder, which is made if it is not there.
+
+    Args:
+        folder: to write to.
+        command: what this process is, for the message that others get: "python -m dpo_jax.train".
+        name: of the lock's file, where one folder holds several things.
+        what: is locked, for that message; by default the folder.
+
+    Raises:
+        BlockingIOError: another process has the lock; says which, within 10 seconds.
+        OSError: nothing can be written there.
+    """
+    folder = epath.Path(folder)
+    what = what or folder
+    is_new = not folder.exists()
+    with _told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    me = {
+        "owner": secrets.token_hex(8),
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "command": command,
+        "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    path = folder / name
+    descriptor = _flock(path, what) if is_local(path) else None
+    try:
+        if descriptor is None or (_read(path) or me)["host"] != me["host"]:
+            _check_alive(path, what, me)
+        with _told(folder):
+            _write(path, me, descriptor)
+        if descriptor is None:
+            time.sleep(SETTLE_SECONDS)
+            if (_read(path) or me)["owner"] != me["owner"]:
+                raise BlockingIOError(_held(what, _read(path)))
+    except BaseException:
+        if descriptor is not None:
+            os.close(descriptor)
+        raise
+    done = threading.Event()
+    heart = threading.Thread(target=_renew, args=(path, what, me, descriptor, done), daemon=True)
+    heart.start()
+    try:
+        yield
+    finally:
+        done.set()
+        heart.join()
+        if (_read(path) or {}).get("owner") == me["owner"]:
+            path.unlink(missing_ok=True)  # before it is let go of: who waits for it makes a new one
+        if descriptor is not None:
+            os.close(descriptor)
+        if is_new and is_local(folder):
+            with contextlib.suppress(OSError):  # it holds what was written
+                os.rmdir(folder)
+
+
+@contextlib.contextmanager
+def _told(folder: epath.Path) -> Iterator[None]:
+    """Names the folder where the operating system refuses to write to it."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(error.errno, f"{folder} can't be written to ({reason}); choose another place") from None
+
+
+def _flock(path: epath.Path, what: object) -> int | None:
+    """The open, locked file, or None where the file system has no such locks."""
+    while True:
+        if os.path.islink(path):
+            raise OSError(f"{path} is a symbolic link, which a lock never is; remove it")
+        with _told(path.parent):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(f"{path} is not a regular file, which a lock always is; remove it")
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+                    return descriptor
+            os.close(descriptor)  # of a file that its owner has just removed
+        except BlockingIOError:
+            os.close(descriptor)
+            raise BlockingIOError(_held(what, _wait_for(path))) from None
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in _NO_LOCKS:
+                return None
+            raise
+
+
+def _check_alive(path: epath.Path, what: object, me: dict[str, Any]) -> None:
+    """BlockingIOError if the lock is of a process that has renewed it of late, or does so now."""
+    found = _read(path)
+    if found is None:
+        return
+    if found["host"] == me["host"] and (found["process"] == me["process"] or not _is_running(found["process"])):
+        return
+    if time.time() - found["renewed"] < STALE_SECONDS:
+        raise BlockingIOError(_held(what, found))
+    # The clocks of hosts may differ, so only one that stands still is of a dead process.
+    deadline = time.monotonic() + 2 * HEARTBEAT_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(HEARTBEAT_SECONDS / 8)
+        now = _read(path)
+        if now is None:
+            return
+        if now != found:
+            raise BlockingIOError(_held(what, now))
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is somebody else's
+        pass
+    return True
+
+
+def _renew(path: epath.Path, what: object, me: dict[str, Any], descriptor: int | None, done: threading.Event) -> None:
+    while not done.wait(HEARTBEAT_SECONDS):
+        found = _read(path)
+        if found is not None and found["owner"] != me["owner"]:
+            print(
+                f"error: {_held(what, found)}. It took this process for dead, which ends so that nothing is "
+                "written twice",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)
+        with contextlib.suppress(OSError):  # a full disk; others wait longer than for one renewal
+            _write(path, me, descriptor)
+
+
+def _write(path: epath.Path, me: dict[str, Any], descriptor: int | None) -> None:
+    data = (json.dumps(me | {"renewed": time.time()}) + "\n").encode()
+    if descriptor is None:
+        path.write_bytes(data)
+        return
+    # In place, since the lock is the file's and not the name's; spaces hide what was longer.
+    os.pwrite(descriptor, data.ljust(os.fstat(descriptor).st_size), 0)
+
+
+def _read(path: epath.Path) -> dict[str, Any] | None:
+    """What the owner wrote; None where nobody did, or not all of it."""
+    try:
+        found = json.loads(path.read_bytes()[:4096])
+        known = {"owner": str, "host": str, "process": int, "command": str, "since": str, "renewed": float}
+        return found if all(isinstance(found[field], kind) for field, kind in known.items()) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _wait_for(path: epath.Path) -> dict[str, Any] | None:
+    """`_read`, when the owner has had the time to write."""
+    for _ in range(20):
+        found = _read(path)
+        if found is not None:
+            return found
+        time.sleep(0.05)
+    return None
+
+
+def _held(what: object, found: dict[str, Any] | None) -> str:
+    who = "another process"
+    if found is not None:
+        command, host = (ascii(found[field])[1:-1][:200] for field in ("command", "host"))
+        who = f"{command} (process {found['process']} on {host}, since {ascii(found['since'])[1:-1][:40]})"
+    return f"{what} is in use by {who}; wait until that ends, or choose another place"
