@@ -12,8 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
-from dpo_jax.models.layers import Adaptable, torch_default_init
+from dpo_jax.models.layers import Adaptable, Initializer, torch_default_init
 from dpo_jax.models.network import Network
 from dpo_jax.weights.layout import Params, Specs
 
@@ -71,14 +72,29 @@ def is_lora(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
-def init_lora(specs: Specs, seed: int) -> Params:
-    """A as peft draws it, B zero: at first the adapter changes nothing."""
-    params = {}
+def init_lora(specs: Specs, seed: int, initializer: str) -> Params:
+    """Return a new adapter, float32: A is drawn, B is zero, so that at first the adapter changes nothing.
+
+    Args:
+        specs: of the adapter's parameters.
+        seed: of the draw.
+        initializer: how A is drawn, a name in `INITIALIZERS`.
+    """
+    draw_A, params = INITIALIZERS[initializer], {}
     for number, (name, spec) in enumerate(specs.items()):
         key = jax.random.fold_in(jax.random.key(seed), number)
         is_A = ".lora_A." in name
-        params[name] = torch_default_init(key, spec.shape, jnp.float32) if is_A else jnp.zeros(spec.shape, jnp.float32)
+        params[name] = draw_A(key, spec.shape, jnp.float32) if is_A else jnp.zeros(spec.shape, jnp.float32)
     return params
+
+
+def _gaussian(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    """Normal with a standard deviation of 1 / rank, as peft's `init_lora_weights="gaussian"` and old diffusers."""
+    return jax.random.normal(key, shape, dtype) / shape[-1]
+
+
+INITIALIZERS: Mapping[str, Initializer] = {"kaiming": torch_default_init, "gaussian": _gaussian}
+"""How A is drawn: "kaiming" uniformly, with a standard deviation of 1 / sqrt(3 fan_in), which is peft's default."""
 
 
 def _layers(module: nnx.Module) -> Mapping[str, Adaptable]:

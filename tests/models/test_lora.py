@@ -81,7 +81,7 @@ def test_outputs_and_gradients_are_those_of_peft(folder: str, x64: None) -> None
 def test_a_fresh_adapter_changes_nothing_at_all(folder: str, dtype: str) -> None:
     pipeline = opened(folder, dtype, ATTENTION)
     base = pipeline.load("unet", dtype=dtype)
-    fresh = init_lora(pipeline.trained_specs, seed=0)
+    fresh = init_lora(pipeline.trained_specs, 0, "kaiming")
     both = jax.jit(lambda adapter: [pipeline.denoise(params, *inputs(dtype)) for params in (base | adapter, base)])
     with_it, without = both(fresh)
     assert np.array_equal(with_it, without)
@@ -89,16 +89,31 @@ def test_a_fresh_adapter_changes_nothing_at_all(folder: str, dtype: str) -> None
     assert not np.array_equal(with_more, without)
 
 
-def test_initial_values_are_distributed_as_pefts(folder: str) -> None:
-    pipeline = opened(folder, "float32", r"attn2\.to_k$")
-    for name, value in init_lora(pipeline.trained_specs, seed=0).items():
+@pytest.mark.parametrize(("initializer", "pefts"), [("kaiming", True), ("gaussian", "gaussian")])
+def test_initial_values_are_distributed_as_pefts(folder: str, initializer: str, pefts: bool | str) -> None:
+    pipeline = load_pipeline(folder, dtype="float32")
+    pipeline = pipeline.with_lora(find_targets(pipeline.unet, EVERY_KIND, rank=16, alpha=16))
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    torch.manual_seed(0)
+    unet.add_adapter(peft.LoraConfig(r=16, target_modules=rf".*({EVERY_KIND})", init_lora_weights=pefts))
+    theirs = {name.replace(".default.", "."): p.detach().numpy() for name, p in unet.named_parameters()}
+    ours = init_lora(pipeline.trained_specs, 0, initializer)
+    assert len(ours) > 20
+    for name, value in ours.items():
+        expected = theirs[torch_name(name)]
         if ".lora_B." in name:
             assert not value.any()
-        else:
-            bound = value.shape[0] ** -0.5  # kaiming_uniform with a = sqrt(5)
-            assert 0.9 * bound < np.abs(value).max() <= bound
-    a, b = (init_lora(pipeline.trained_specs, seed=seed) for seed in (0, 1))
-    assert not np.array_equal(next(iter(a.values())), next(iter(b.values())))
+            assert not expected.any()
+            continue
+        fan_in = value.size // 16
+        std = 1 / 16 if initializer == "gaussian" else (3 * fan_in) ** -0.5
+        for drawn in (np.asarray(value), expected):
+            assert drawn.std() == pytest.approx(std, rel=4 / drawn.size**0.5), name
+            assert abs(drawn.mean()) < 4 * std / drawn.size**0.5, name
+            kurtosis = (drawn**4).mean() / drawn.std() ** 4  # 3 of a normal distribution, 1.8 of a uniform one
+            assert (kurtosis > 2.4) == (initializer == "gaussian"), name
+    other = init_lora(pipeline.trained_specs, 1, initializer)
+    assert not np.array_equal(next(iter(ours.values())), next(iter(other.values())))
 
 
 def test_dropout_zeroes_its_share_and_keeps_the_mean(folder: str) -> None:

@@ -16,9 +16,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from dpo_jax.cli import load_config
+from dpo_jax.cli import flatten, load_config
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.training import trainer
+from dpo_jax.training.config import check_same_experiment, default_config, resolve
 from dpo_jax.training.run import open_run
 from dpo_jax.training.trainer import train
 
@@ -68,8 +69,19 @@ def test_variants_of_configs():
     for name in ("sd15", "sdxl", "sdxl_turbo", "tiny"):
         full, lora = (load_config(f"{ROOT}/configs/{name}.py{variant}") for variant in ("", ":lora"))
         assert full.lora.rank == 0 < lora.lora.rank
+        assert lora.lora.initializer == ("kaiming" if name == "tiny" else "gaussian")
     with pytest.raises(ValueError, match="has no variant 'lore'; it has :lora and :tiny"):
         load_config(f"{ROOT}/configs/sdxl.py:lore")
+
+
+def test_a_lora_begun_before_its_initializer_could_be_chosen_goes_on():
+    config = load_config(f"{ROOT}/configs/sd15.py:lora")
+    saved = json.loads(json.dumps(flatten(config)))
+    del saved["lora.initializer"]
+    check_same_experiment(flatten(config), saved, "runs/old", default_config())
+    config.lora.initializer = "gausian"
+    with pytest.raises(ValueError, match=r"config.lora.initializer='gausian'; choose from kaiming, gaussian"):
+        resolve(config, device_count=1, process_count=1)
 
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
