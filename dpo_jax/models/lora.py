@@ -54,6 +54,14 @@ def add_lora(module: nnx.Module, adapters: Adapters, dropout: float, rngs: nnx.R
         layer = layers[name]
         layer.lora_A, layer.lora_B = layer.make_low_rank(rank, rngs)
         layer.lora_scale, layer.lora_dropout = alpha / rank, dropout
+        layer.sums_wide = layer.lora_B.sums_wide = True
+
+
+def round_as_adapted(module: nnx.Module, adapters: Adapters) -> None:
+    """Has the named layers compute, in place, what they compute with a low-rank path that adds nothing."""
+    layers = _layers(module)
+    for name in adapters:
+        layers[name].sums_wide = True
 
 
 def set_dropout_keys(module: nnx.Module, keys_N: jax.Array) -> None:

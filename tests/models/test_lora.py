@@ -9,9 +9,11 @@ import numpy as np
 import peft
 import pytest
 import torch
+from flax import nnx
 
 from dpo_jax.batch import Conditioning
-from dpo_jax.models.lora import find_targets, init_lora
+from dpo_jax.models.layers import Conv, Linear
+from dpo_jax.models.lora import LowRank, add_lora, find_targets, init_lora
 from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.weights.layout import from_torch, torch_name
@@ -77,9 +79,16 @@ def test_outputs_and_gradients_are_those_of_peft(folder: str, x64: None) -> None
         np.testing.assert_allclose(grad, from_torch(gradient.numpy(), specs[name]), rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
-def test_a_fresh_adapter_changes_nothing_at_all(folder: str, dtype: str) -> None:
-    pipeline = opened(folder, dtype, ATTENTION)
+@pytest.mark.parametrize(
+    ("dtype", "pattern"),
+    [
+        pytest.param("float32", ATTENTION, marks=pytest.mark.slow),
+        ("bfloat16", ATTENTION),
+        pytest.param("bfloat16", EVERY_KIND, marks=pytest.mark.slow),
+    ],
+)
+def test_a_fresh_adapter_changes_nothing_at_all(folder: str, dtype: str, pattern: str) -> None:
+    pipeline = opened(folder, dtype, pattern)
     base = pipeline.load("unet", dtype=dtype)
     fresh = init_lora(pipeline.trained_specs, 0, "kaiming")
     both = jax.jit(lambda adapter: [pipeline.denoise(params, *inputs(dtype)) for params in (base | adapter, base)])
@@ -87,6 +96,26 @@ def test_a_fresh_adapter_changes_nothing_at_all(folder: str, dtype: str) -> None
     assert np.array_equal(with_it, without)
     with_more, _ = both({name: value + 0.1 for name, value in fresh.items()})
     assert not np.array_equal(with_more, without)
+
+
+@pytest.mark.parametrize("make", [Linear, Conv])
+@pytest.mark.parametrize("size", [1e-5, 1e-4])
+def test_what_a_new_adapter_adds_survives_bfloat16(make: type[Linear | Conv], size: float) -> None:
+    """On average over outputs, although it is less than half of the last bit that bfloat16 keeps of each."""
+    random, width = np.random.default_rng(0), 64
+    layer = make(width, width, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    add_lora(nnx.List([layer]), {"0": LowRank(8, 8)}, 0.0, nnx.Rngs(1))
+    x_NHWC = jnp.asarray(random.normal(size=(16, 32, 32, width)), jnp.bfloat16)
+    B = random.choice([-size, size], layer.lora_B.kernel.shape)
+
+    def output(B: np.ndarray) -> np.ndarray:
+        layer.lora_B.kernel[...] = jnp.asarray(B, jnp.bfloat16)
+        return np.asarray(jax.jit(lambda x: layer(x))(x_NHWC), np.float64)
+
+    expected = np.asarray(layer.lora_A(x_NHWC), np.float64) @ B.reshape(8, width)
+    added = output(B) - output(0 * B)
+    assert expected.std() < 2**-9 * np.median(np.abs(output(0 * B)))
+    assert (added * expected).sum() == pytest.approx((expected**2).sum(), rel=0.05)
 
 
 @pytest.mark.parametrize(("initializer", "pefts"), [("kaiming", True), ("gaussian", "gaussian")])

@@ -21,7 +21,7 @@ from dpo_jax.models.random_model import write_random_model
 from dpo_jax.training import trainer
 from dpo_jax.training.config import check_same_experiment, default_config, resolve
 from dpo_jax.training.run import open_run
-from dpo_jax.training.trainer import train
+from dpo_jax.training.trainer import check_backend, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -189,6 +189,14 @@ def test_wrong_configs_are_one_sentence_and_leave_no_run_behind(tiny_config, tmp
         train(tiny_config("sd15", **fields), tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_says_that_bfloat16_is_not_for_cpus(dtype, capsys):
+    config = load_config(f"{ROOT}/configs/sd15.py")
+    config.dtype = dtype
+    check_backend(config)
+    assert ("set --config.dtype=float32" in capsys.readouterr().err) == (dtype == "bfloat16")
 
 
 def test_export_and_evaluate_need_a_run(tmp_path):
