@@ -28,6 +28,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 def lora(c: ConfigDict) -> None:
     """diffusers' train_diffusion_dpo.py with the arguments of its README."""
     c.lora.rank = 8  # alpha = rank; queries, keys, values and outputs of every attention
+    c.lora.initializer = "gaussian"
     c.data.batch_size = 32  # the script's 16 x 2 accumulated
     c.data.accumulation = 8  # 4 pairs at a time, for one GPU; divide it by the number of devices
     c.data.caption_dropout = 0.0  # the script has none

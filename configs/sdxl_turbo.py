@@ -34,6 +34,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 def lora(c: ConfigDict) -> None:
     """diffusers' train_diffusion_dpo_sdxl.py --is_turbo with the arguments of its README."""
     c.lora.rank = 8
+    c.lora.initializer = "gaussian"
     c.data.batch_size = 16  # the script's 8 x 2 accumulated
     c.data.accumulation = 4  # 4 pairs at a time, for one GPU; divide it by the number of devices
     c.data.size_conditioning = "real"

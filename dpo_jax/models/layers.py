@@ -42,9 +42,15 @@ class Adaptable(nnx.Module):
     """A layer to which `models/lora.py` can add a low-rank path beside its own (LoRA, arXiv 2106.09685)."""
 
     dtype: DTypeLike
-    lora_A: Callable[[jax.Array], jax.Array] | None = None
+    sums_wide: bool = False
+    """Whether all that is added up to the output stays in float32 at least until the end, and is rounded once.
+
+    Of a layer with a low-rank path, and of the same layer without it: a new adapter adds less than half of the last
+    bit that bfloat16 keeps of an output, and what is added after rounding would mostly be lost.
+    """
+    lora_A: "Adaptable | None" = None
     """To `rank` features."""
-    lora_B: Callable[[jax.Array], jax.Array] | None = None
+    lora_B: "Adaptable | None" = None
     """Back to the layer's own."""
     lora_scale: float = 1.0
     """alpha / rank."""
@@ -53,7 +59,19 @@ class Adaptable(nnx.Module):
     lora_keys_N: jax.Array | None = None
     """One dropout key per row of the input; None outside training."""
 
-    def make_low_rank(self, rank: int, rngs: nnx.Rngs) -> tuple[nnx.Module, nnx.Module]:
+    @property
+    def sum_dtype(self) -> DTypeLike:
+        """The dtype in which the output is added up."""
+        return jnp.promote_types(self.dtype, jnp.float32) if self.sums_wide else self.dtype
+
+    def __call__(self, x_N: jax.Array) -> jax.Array:
+        return self.plus_lora(x_N, self.own_output(x_N)).astype(self.dtype)
+
+    def own_output(self, x_N: jax.Array) -> jax.Array:
+        """The output without the low-rank path, in `sum_dtype`."""
+        raise NotImplementedError
+
+    def make_low_rank(self, rank: int, rngs: nnx.Rngs) -> tuple["Adaptable", "Adaptable"]:
         """The layers that become `lora_A` and `lora_B`."""
         raise NotImplementedError
 
@@ -65,7 +83,7 @@ class Adaptable(nnx.Module):
             keep = 1 - self.lora_dropout
             kept_N = jax.vmap(lambda key: jax.random.bernoulli(key, keep, x_N.shape[1:]))(self.lora_keys_N)
             x_N = jnp.where(kept_N, x_N / keep, 0)
-        return y_N + self.lora_B(self.lora_A(x_N)) * self.lora_scale
+        return y_N + self.lora_B.own_output(self.lora_A(x_N)) * self.lora_scale
 
 
 class Linear(Adaptable):
@@ -88,13 +106,12 @@ class Linear(Adaptable):
         self.bias = make_param(nnx.initializers.zeros, rngs, (out_features,)) if use_bias else None
         self.dtype, self.rounded = dtype, rounded or dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(self.dtype) @ self.kernel[...].astype(self.rounded).astype(self.dtype)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(self.rounded).astype(self.dtype)
-        return self.plus_lora(x, y)
+    def own_output(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...].astype(self.rounded).astype(self.dtype)
+        y = jnp.matmul(x.astype(self.dtype), kernel, preferred_element_type=self.sum_dtype)
+        return y if self.bias is None else y + self.bias[...].astype(self.rounded).astype(self.sum_dtype)
 
-    def make_low_rank(self, rank: int, rngs: nnx.Rngs) -> tuple[nnx.Module, nnx.Module]:
+    def make_low_rank(self, rank: int, rngs: nnx.Rngs) -> tuple[Adaptable, Adaptable]:
         in_features, out_features = self.kernel.shape
         return (
             Linear(in_features, rank, use_bias=False, dtype=self.dtype, rngs=rngs),
@@ -124,17 +141,20 @@ class Conv(Adaptable):
         self.padding = ((padding, padding), (padding, padding)) if isinstance(padding, int) else padding
         self.dtype = dtype
 
-    def __call__(self, x_NHWC: jax.Array) -> jax.Array:
+    def own_output(self, x_NHWC: jax.Array) -> jax.Array:
         y_NHWC = jax.lax.conv_general_dilated(
             x_NHWC.astype(self.dtype),
             self.kernel[...].astype(self.dtype),
             window_strides=(self.stride, self.stride),
             padding=self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            preferred_element_type=self.sum_dtype,
         )
-        return self.plus_lora(x_NHWC, y_NHWC if self.bias is None else y_NHWC + self.bias[...].astype(self.dtype))
+        if self.bias is None:
+            return y_NHWC
+        return y_NHWC + self.bias[...].astype(self.dtype).astype(self.sum_dtype)
 
-    def make_low_rank(self, rank: int, rngs: nnx.Rngs) -> tuple[nnx.Module, nnx.Module]:
+    def make_low_rank(self, rank: int, rngs: nnx.Rngs) -> tuple[Adaptable, Adaptable]:
         kernel_size, _, in_channels, out_channels = self.kernel.shape
         to_rank = Conv(
             in_channels,

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
-from dpo_jax.models.layers import Adaptable, torch_default_init
+from dpo_jax.models.layers import Adaptable, Initializer, torch_default_init
 from dpo_jax.models.network import Network
 from dpo_jax.weights.layout import Params, Specs
 
@@ -53,6 +54,14 @@ def add_lora(module: nnx.Module, adapters: Adapters, dropout: float, rngs: nnx.R
         layer = layers[name]
         layer.lora_A, layer.lora_B = layer.make_low_rank(rank, rngs)
         layer.lora_scale, layer.lora_dropout = alpha / rank, dropout
+        layer.sums_wide = layer.lora_B.sums_wide = True
+
+
+def round_as_adapted(module: nnx.Module, adapters: Adapters) -> None:
+    """Has the named layers compute, in place, what they compute with a low-rank path that adds nothing."""
+    layers = _layers(module)
+    for name in adapters:
+        layers[name].sums_wide = True
 
 
 def set_dropout_keys(module: nnx.Module, keys_N: jax.Array) -> None:
@@ -71,14 +80,29 @@ def is_lora(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
-def init_lora(specs: Specs, seed: int) -> Params:
-    """A as peft draws it, B zero: at first the adapter changes nothing."""
-    params = {}
+def init_lora(specs: Specs, seed: int, initializer: str) -> Params:
+    """Return a new adapter, float32: A is drawn, B is zero, so that at first the adapter changes nothing.
+
+    Args:
+        specs: of the adapter's parameters.
+        seed: of the draw.
+        initializer: how A is drawn, a name in `INITIALIZERS`.
+    """
+    draw_A, params = INITIALIZERS[initializer], {}
     for number, (name, spec) in enumerate(specs.items()):
         key = jax.random.fold_in(jax.random.key(seed), number)
         is_A = ".lora_A." in name
-        params[name] = torch_default_init(key, spec.shape, jnp.float32) if is_A else jnp.zeros(spec.shape, jnp.float32)
+        params[name] = draw_A(key, spec.shape, jnp.float32) if is_A else jnp.zeros(spec.shape, jnp.float32)
     return params
+
+
+def _gaussian(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    """Normal with a standard deviation of 1 / rank, as peft's `init_lora_weights="gaussian"` and old diffusers."""
+    return jax.random.normal(key, shape, dtype) / shape[-1]
+
+
+INITIALIZERS: Mapping[str, Initializer] = {"kaiming": torch_default_init, "gaussian": _gaussian}
+"""How A is drawn: "kaiming" uniformly, with a standard deviation of 1 / sqrt(3 fan_in), which is peft's default."""
 
 
 def _layers(module: nnx.Module) -> Mapping[str, Adaptable]:

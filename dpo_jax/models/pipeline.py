@@ -21,7 +21,7 @@ from dpo_jax.diffusion.schedule import Schedule, make_schedule
 from dpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from dpo_jax.models.execution import PLAIN, Execution
 from dpo_jax.models.families import ORIGINAL_PREFIXES, Family, family_of_single_file, find_family, has_component
-from dpo_jax.models.lora import Adapters, add_lora, lora_specs, set_dropout_keys
+from dpo_jax.models.lora import Adapters, add_lora, lora_specs, round_as_adapted, set_dropout_keys
 from dpo_jax.models.network import Network
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
@@ -98,11 +98,25 @@ class Pipeline:
         """The same model with a LoRA in the named layers of its UNet."""
 
         def make(rngs: Any) -> UNet2DConditionModel:
-            unet = UNet2DConditionModel(self.unet.config, execution=self.execution, dtype=self.dtype, rngs=rngs)
+            return UNet2DConditionModel(self.unet.config, execution=self.execution, dtype=self.dtype, rngs=rngs)
+
+        def make_adapted(rngs: Any) -> UNet2DConditionModel:
+            unet = make(rngs)
             add_lora(unet, adapters, dropout, rngs)
             return unet
 
-        return dataclasses.replace(self, adapters=adapters, adapted_unet=Network.build(make, self.unet.config))
+        def make_plain(rngs: Any) -> UNet2DConditionModel:
+            unet = make(rngs)
+            round_as_adapted(unet, adapters)
+            return unet
+
+        config = self.unet.config
+        return dataclasses.replace(
+            self,
+            adapters=adapters,
+            unet=Network.build(make_plain, config),
+            adapted_unet=Network.build(make_adapted, config),
+        )
 
     @property
     def trained_specs(self) -> Specs:

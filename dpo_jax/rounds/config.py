@@ -96,6 +96,7 @@ def online_config() -> ConfigDict:
 
     c.dtype = c.vae_dtype = "bfloat16"
     c.lora.rank = 4  # alpha = rank; queries, keys, values and outputs of every attention
+    c.lora.initializer = "gaussian"
     c.optimizer.name = "adamw"
     c.optimizer.learning_rate = 3e-5
     c.optimizer.scale_by_batch = False

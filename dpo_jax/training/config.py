@@ -27,6 +27,7 @@ FREE_TO_CHANGE = (
     "reference",
     "model_config",
     "lora.init",
+    "lora.initializer",  # matters before the first step only, and what was begun before it existed began with "kaiming"
     "data.path",
     "remat",
     "scan",
@@ -62,6 +63,7 @@ FIELDS = {
     "lora.alpha": NOT_NEGATIVE,
     "lora.targets": Values(wrong=are_patterns),
     "lora.dropout": NOT_ALL,
+    "lora.initializer": Values(choices=("kaiming", "gaussian")),
     "ema.decay": NOT_ALL,
     "loss.name": Values(choices=("dpo", "sft")),
     "loss.beta": POSITIVE,
@@ -134,6 +136,7 @@ def default_config() -> ConfigDict:
     c.lora.alpha = 0.0  # the adapter's output is scaled by alpha / rank; 0 means alpha = rank
     c.lora.targets = r"attn[12]\.(to_q|to_k|to_v|to_out\.0)$"  # regular expression found in the names of its layers
     c.lora.dropout = 0.0  # share of an adapter's inputs zeroed in training
+    c.lora.initializer = "kaiming"  # how A begins: peft's default; or "gaussian", std 1 / rank, as diffusers' scripts
     c.lora.init = ""  # a LoRA file or hub id to go on from; its rank, alpha and targets then hold
     c.lora.init_reference = False  # whether the reference has that LoRA too
 

@@ -75,7 +75,7 @@ def initial_adapter(config: ConfigDict, pipeline: Pipeline) -> Params:
     """The LoRA of `config.lora.init`, or one that changes nothing yet; float32, on the host."""
     specs = pipeline.trained_specs
     if not config.lora.init:
-        return jax.device_get(init_lora(specs, config.seed))
+        return jax.device_get(init_lora(specs, config.seed, config.lora.initializer))
     params = read_lora(find_lora(config.lora.init), pipeline.unet.specs).params
     return jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))
 

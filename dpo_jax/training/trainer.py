@@ -14,6 +14,7 @@ import dataclasses
 import errno
 import itertools
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -79,12 +80,19 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def check_backend(config: ConfigDict) -> None:
-    """Refuses an attention kernel that is for other devices than those here; ValueError."""
+    """Refuses an attention kernel that is for other devices than those here; ValueError. Warns of bfloat16 on CPUs."""
     needed = {"cudnn": "gpu", "splash": "tpu"}.get(config.attention, jax.default_backend())
     if needed != jax.default_backend():
         raise ValueError(
             f'config.attention="{config.attention}" needs a {needed.upper()}, not {jax.default_backend()}; set '
             "config.attention=xla"
+        )
+    if config.dtype == "bfloat16" and jax.default_backend() == "cpu" and cluster.is_first():
+        print(
+            "warning: config.dtype=bfloat16 on CPUs is slow, and XLA may round policy and reference differently there, "
+            "so that the loss need not begin at log 2; set --config.dtype=float32",
+            file=sys.stderr,
+            flush=True,
         )
 
 

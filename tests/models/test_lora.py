@@ -9,9 +9,11 @@ import numpy as np
 import peft
 import pytest
 import torch
+from flax import nnx
 
 from dpo_jax.batch import Conditioning
-from dpo_jax.models.lora import find_targets, init_lora
+from dpo_jax.models.layers import Conv, Linear
+from dpo_jax.models.lora import LowRank, add_lora, find_targets, init_lora
 from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.weights.layout import from_torch, torch_name
@@ -77,11 +79,18 @@ def test_outputs_and_gradients_are_those_of_peft(folder: str, x64: None) -> None
         np.testing.assert_allclose(grad, from_torch(gradient.numpy(), specs[name]), rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
-def test_a_fresh_adapter_changes_nothing_at_all(folder: str, dtype: str) -> None:
-    pipeline = opened(folder, dtype, ATTENTION)
+@pytest.mark.parametrize(
+    ("dtype", "pattern"),
+    [
+        pytest.param("float32", ATTENTION, marks=pytest.mark.slow),
+        ("bfloat16", ATTENTION),
+        pytest.param("bfloat16", EVERY_KIND, marks=pytest.mark.slow),
+    ],
+)
+def test_a_fresh_adapter_changes_nothing_at_all(folder: str, dtype: str, pattern: str) -> None:
+    pipeline = opened(folder, dtype, pattern)
     base = pipeline.load("unet", dtype=dtype)
-    fresh = init_lora(pipeline.trained_specs, seed=0)
+    fresh = init_lora(pipeline.trained_specs, 0, "kaiming")
     both = jax.jit(lambda adapter: [pipeline.denoise(params, *inputs(dtype)) for params in (base | adapter, base)])
     with_it, without = both(fresh)
     assert np.array_equal(with_it, without)
@@ -89,16 +98,51 @@ def test_a_fresh_adapter_changes_nothing_at_all(folder: str, dtype: str) -> None
     assert not np.array_equal(with_more, without)
 
 
-def test_initial_values_are_distributed_as_pefts(folder: str) -> None:
-    pipeline = opened(folder, "float32", r"attn2\.to_k$")
-    for name, value in init_lora(pipeline.trained_specs, seed=0).items():
+@pytest.mark.parametrize("make", [Linear, Conv])
+@pytest.mark.parametrize("size", [1e-5, 1e-4])
+def test_what_a_new_adapter_adds_survives_bfloat16(make: type[Linear | Conv], size: float) -> None:
+    """On average over outputs, although it is less than half of the last bit that bfloat16 keeps of each."""
+    random, width = np.random.default_rng(0), 64
+    layer = make(width, width, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    add_lora(nnx.List([layer]), {"0": LowRank(8, 8)}, 0.0, nnx.Rngs(1))
+    x_NHWC = jnp.asarray(random.normal(size=(16, 32, 32, width)), jnp.bfloat16)
+    B = random.choice([-size, size], layer.lora_B.kernel.shape)
+
+    def output(B: np.ndarray) -> np.ndarray:
+        layer.lora_B.kernel[...] = jnp.asarray(B, jnp.bfloat16)
+        return np.asarray(jax.jit(lambda x: layer(x))(x_NHWC), np.float64)
+
+    expected = np.asarray(layer.lora_A(x_NHWC), np.float64) @ B.reshape(8, width)
+    added = output(B) - output(0 * B)
+    assert expected.std() < 2**-9 * np.median(np.abs(output(0 * B)))
+    assert (added * expected).sum() == pytest.approx((expected**2).sum(), rel=0.05)
+
+
+@pytest.mark.parametrize(("initializer", "pefts"), [("kaiming", True), ("gaussian", "gaussian")])
+def test_initial_values_are_distributed_as_pefts(folder: str, initializer: str, pefts: bool | str) -> None:
+    pipeline = load_pipeline(folder, dtype="float32")
+    pipeline = pipeline.with_lora(find_targets(pipeline.unet, EVERY_KIND, rank=16, alpha=16))
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    torch.manual_seed(0)
+    unet.add_adapter(peft.LoraConfig(r=16, target_modules=rf".*({EVERY_KIND})", init_lora_weights=pefts))
+    theirs = {name.replace(".default.", "."): p.detach().numpy() for name, p in unet.named_parameters()}
+    ours = init_lora(pipeline.trained_specs, 0, initializer)
+    assert len(ours) > 20
+    for name, value in ours.items():
+        expected = theirs[torch_name(name)]
         if ".lora_B." in name:
             assert not value.any()
-        else:
-            bound = value.shape[0] ** -0.5  # kaiming_uniform with a = sqrt(5)
-            assert 0.9 * bound < np.abs(value).max() <= bound
-    a, b = (init_lora(pipeline.trained_specs, seed=seed) for seed in (0, 1))
-    assert not np.array_equal(next(iter(a.values())), next(iter(b.values())))
+            assert not expected.any()
+            continue
+        fan_in = value.size // 16
+        std = 1 / 16 if initializer == "gaussian" else (3 * fan_in) ** -0.5
+        for drawn in (np.asarray(value), expected):
+            assert drawn.std() == pytest.approx(std, rel=4 / drawn.size**0.5), name
+            assert abs(drawn.mean()) < 4 * std / drawn.size**0.5, name
+            kurtosis = (drawn**4).mean() / drawn.std() ** 4  # 3 of a normal distribution, 1.8 of a uniform one
+            assert (kurtosis > 2.4) == (initializer == "gaussian"), name
+    other = init_lora(pipeline.trained_specs, 1, initializer)
+    assert not np.array_equal(next(iter(ours.values())), next(iter(other.values())))
 
 
 def test_dropout_zeroes_its_share_and_keeps_the_mean(folder: str) -> None:

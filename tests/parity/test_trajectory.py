@@ -9,20 +9,23 @@ import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 from transformers import Adafactor
 
 from dpo_jax.batch import Conditioning, PreferenceBatch, Raw
 from dpo_jax.diffusion.schedule import make_schedule
+from dpo_jax.models.lora import add_lora, find_targets, init_lora, lora_specs
 from dpo_jax.models.network import Network
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.objectives.denoising import score_candidates
 from dpo_jax.objectives.losses import dpo
+from dpo_jax.training.config import default_config
 from dpo_jax.training.optim import learning_rate_schedule, make_optimizer
 from dpo_jax.training.step import Objective, TrainState, make_train_step
-from dpo_jax.weights.layout import from_torch, torch_name
+from dpo_jax.weights.layout import Params, from_torch, torch_name
 
 UNET = {
     "sample_size": 8,
@@ -189,3 +192,133 @@ def test_twenty_steps_of_the_official_formula(name, monkeypatch):
         assert difference < 1e-6, f"{key}: {difference:.1e}"
     ranks = {len(spec.shape) for spec in network.specs.values()}
     assert ranks == {1, 2, 4}, "Adafactor should meet factored matrices and convolutions, and plain vectors"
+
+
+LORA_RANK, LORA_BETA, LORA_RATE, LORA_STEPS = 2, 2500.0, 1e-3, 10  # a rank at which draws of the two kinds differ
+
+
+def torch_lora_trajectory(inputs: Inputs) -> tuple[list[float], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The training loop of diffusers' train_diffusion_dpo.py: losses, and its LoRA before and after."""
+    unet = torch_unet().requires_grad_(False)
+    torch.manual_seed(1)
+    targets = ["to_k", "to_q", "to_v", "to_out.0"]
+    unet.add_adapter(
+        peft.LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, init_lora_weights="gaussian", target_modules=targets)
+    )
+    trained = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+    for p in trained.values():
+        p.data = p.data.double()
+
+    def state() -> dict[str, np.ndarray]:
+        return {name.replace(".default.", "."): p.detach().numpy().copy() for name, p in trained.items()}
+
+    before = state()
+    optimizer = torch.optim.AdamW(trained.values(), lr=LORA_RATE, weight_decay=WEIGHT_DECAY)
+    latents = torch.from_numpy(np.concatenate([inputs.latents_BKHWC[:, 0], inputs.latents_BKHWC[:, 1]]))
+    latents = latents.permute(0, 3, 1, 2)
+    context, pooled, time_ids = (
+        torch.from_numpy(array).repeat(2, *[1] * (array.ndim - 1)) for array in inputs.conditioning
+    )
+    noise = torch.from_numpy(inputs.noise_BHWC).permute(0, 3, 1, 2).repeat(2, 1, 1, 1)
+    timesteps = torch.from_numpy(inputs.t_B).long().repeat(2)
+    noisy_latents = diffusers.DDPMScheduler(**SCHEDULER).add_noise(latents, noise, timesteps)
+
+    def difference() -> torch.Tensor:
+        added = {"text_embeds": pooled, "time_ids": time_ids}
+        prediction = unet(noisy_latents, timesteps, context, added_cond_kwargs=added).sample
+        losses_w, losses_l = (prediction - noise).pow(2).mean(dim=[1, 2, 3]).chunk(2)
+        return losses_w - losses_l
+
+    losses = []
+    for _ in range(LORA_STEPS):
+        model_diff = difference()
+        unet.disable_adapters()
+        with torch.no_grad():
+            ref_diff = difference()
+        unet.enable_adapters()
+        loss = -torch.nn.functional.logsigmoid(LORA_BETA * (ref_diff - model_diff)).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), CLIP_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, before, state()
+
+
+def moved(adapter: Params) -> float:
+    """The norm of what an adapter adds to all kernels."""
+    products = [adapter[name] @ adapter[name.replace("lora_A", "lora_B")] for name in adapter if "lora_A" in name]
+    return float(np.sqrt(sum(np.square(product).sum() for product in products)))
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_lora_moves_as_in_the_script_of_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten steps from the script's own draw, and from ours: one is the same run, the other goes as far."""
+    monkeypatch.setattr("diffusers.models.embeddings.get_timestep_embedding", double_sinusoids)
+    config = UNetConfig.from_dict(UNET, "UNET")
+    plain = Network.build(lambda rngs: UNet2DConditionModel(config, dtype=jnp.float64, rngs=rngs), config)
+    adapters = find_targets(plain, default_config().lora.targets, rank=LORA_RANK, alpha=LORA_RANK)
+
+    def make(rngs: Any) -> UNet2DConditionModel:
+        unet = UNet2DConditionModel(config, dtype=jnp.float64, rngs=rngs)
+        add_lora(unet, adapters, 0.0, rngs)
+        return unet
+
+    adapted = Network.build(make, config)
+    specs = lora_specs(adapted)
+    weights = {key: value.numpy() for key, value in torch_unet().state_dict().items()}
+    base = {key: jnp.asarray(from_torch(weights[torch_name(key)], spec)) for key, spec in plain.specs.items()}
+    inputs = make_inputs()
+    latents_BKHWC, noise_BHWC, t_B, conditioning = jax.tree.map(jnp.asarray, inputs)
+    schedule = make_schedule(SCHEDULER)
+
+    def score(params, frozen, batch, step, training):
+        return score_candidates(
+            lambda params, *inputs: (adapted if params.keys() > base.keys() else plain)(params, *inputs),
+            frozen["base"] | params,
+            frozen["base"],
+            schedule,
+            latents_BKHWC,
+            noise_BHWC,
+            t_B,
+            conditioning,
+        )
+
+    optimizer = make_optimizer(
+        "adamw",
+        learning_rate_schedule("constant", LORA_RATE, warmup_steps=0, total_steps=LORA_STEPS),
+        specs,
+        weight_decay=WEIGHT_DECAY,
+        clip_norm=CLIP_NORM,
+    )
+    objective = Objective(loss=lambda scores, preference_BK: dpo(scores, preference_BK, beta=2 * LORA_BETA))
+    step = jax.jit(make_train_step(score, objective, optimizer))
+    batch = PreferenceBatch(
+        Raw(jnp.zeros((B, K, 1, 1, 3)), jnp.zeros((B, K), bool), jnp.zeros((B, 1, 1, L), jnp.int32)),
+        size_cond_BK6=jnp.zeros((B, K, 6)),
+        preference_BK=jnp.array([[1.0, 0.0]] * B),
+        valid_BK=jnp.ones((B, K), bool),
+        weight_B=jnp.ones(B),
+        index_B=jnp.arange(B),
+    )
+
+    def train(adapter: Params) -> tuple[list[float], Params]:
+        state, losses = TrainState(jnp.int32(0), adapter, optimizer.init(adapter), {}), []
+        for _ in range(LORA_STEPS):
+            state, metrics = step(state, {"base": base}, batch)
+            losses.append(float(metrics["train/loss"]))
+        return losses, state.params
+
+    expected_losses, before, expected = torch_lora_trajectory(inputs)
+    losses, trained = train({key: jnp.asarray(from_torch(before[torch_name(key)], specs[key])) for key in specs})
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-8)
+    assert losses[-1] < 0.9 * losses[0]
+    for key, spec in specs.items():
+        np.testing.assert_allclose(trained[key], from_torch(expected[torch_name(key)], spec), rtol=1e-6, atol=1e-9)
+
+    def from_our_draws(initializer: str) -> float:
+        drawn = [init_lora(specs, seed, initializer) for seed in range(3)]
+        return float(np.mean([moved(train(jax.tree.map(jnp.float64, adapter))[1]) for adapter in drawn]))
+
+    assert from_our_draws("gaussian") == pytest.approx(moved(trained), rel=0.05)
+    assert from_our_draws("kaiming") < 0.5 * moved(trained)

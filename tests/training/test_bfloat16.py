@@ -37,22 +37,25 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", POLICIES)
-def test_policy_and_reference_round_alike(remat: str, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "remat"), [*(("configs/tiny.py", remat) for remat in POLICIES), ("configs/tiny.py:lora", "none")]
+)
+def test_policy_and_reference_round_alike(config: str, remat: str, data: Path, tmp_path: Path) -> None:
     """With beta = 5000 the loss begins at log 2, but for the few pairs of which a CPU's product rounds otherwise.
 
     Where intermediate values are not rounded it begins at 2.
     """
     fields = {"dtype": "bfloat16", "loss.beta": 5000.0, "steps": 1, "remat": remat, "data.path": data}
-    assert run("configs/tiny.py", tmp_path, **fields) == pytest.approx([math.log(2)], abs=0.02)
+    assert run(config, tmp_path, **fields) == pytest.approx([math.log(2)], abs=0.02)
 
 
 @pytest.mark.slow
-def test_200_steps_are_those_of_float32_within_noise(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", ["configs/tiny.py", "configs/tiny.py:lora"])
+def test_200_steps_are_those_of_float32_within_noise(config: str, data: Path, tmp_path: Path) -> None:
     """Of the demo's model: its curve in bfloat16 is nearer to that in float32 than another order of the data is."""
     settings: dict[str, object] = {"data.path": data, "steps": 200}
     curves = {
-        name: run("configs/tiny.py", tmp_path / name, **settings, **fields)
+        name: run(config, tmp_path / name, **settings, **fields)
         for name, fields in {
             "float32": {},
             "bfloat16": {"dtype": "bfloat16"},

@@ -16,11 +16,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from dpo_jax.cli import load_config
+from dpo_jax.cli import flatten, load_config
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.training import trainer
+from dpo_jax.training.config import check_same_experiment, default_config, resolve
 from dpo_jax.training.run import open_run
-from dpo_jax.training.trainer import train
+from dpo_jax.training.trainer import check_backend, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,8 +69,19 @@ def test_variants_of_configs():
     for name in ("sd15", "sdxl", "sdxl_turbo", "tiny"):
         full, lora = (load_config(f"{ROOT}/configs/{name}.py{variant}") for variant in ("", ":lora"))
         assert full.lora.rank == 0 < lora.lora.rank
+        assert lora.lora.initializer == ("kaiming" if name == "tiny" else "gaussian")
     with pytest.raises(ValueError, match="has no variant 'lore'; it has :lora and :tiny"):
         load_config(f"{ROOT}/configs/sdxl.py:lore")
+
+
+def test_a_lora_begun_before_its_initializer_could_be_chosen_goes_on():
+    config = load_config(f"{ROOT}/configs/sd15.py:lora")
+    saved = json.loads(json.dumps(flatten(config)))
+    del saved["lora.initializer"]
+    check_same_experiment(flatten(config), saved, "runs/old", default_config())
+    config.lora.initializer = "gausian"
+    with pytest.raises(ValueError, match=r"config.lora.initializer='gausian'; choose from kaiming, gaussian"):
+        resolve(config, device_count=1, process_count=1)
 
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
@@ -177,6 +189,14 @@ def test_wrong_configs_are_one_sentence_and_leave_no_run_behind(tiny_config, tmp
         train(tiny_config("sd15", **fields), tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_says_that_bfloat16_is_not_for_cpus(dtype, capsys):
+    config = load_config(f"{ROOT}/configs/sd15.py")
+    config.dtype = dtype
+    check_backend(config)
+    assert ("set --config.dtype=float32" in capsys.readouterr().err) == (dtype == "bfloat16")
 
 
 def test_export_and_evaluate_need_a_run(tmp_path):
