@@ -19,12 +19,13 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,8 +169,18 @@ def _check_free(output: Path) -> None:
 
 @contextmanager
 def _locked(partial: Path, output: Path) -> Iterator[None]:
-    """Keeps other runs away from the folder of unfinished work; the kernel lets go when this process ends."""
-    partial.mkdir(parents=True, exist_ok=True)
+    """Keeps other runs away from the folder of unfinished work; the kernel lets go when this process ends.
+
+    Its name can be guessed, so it must be a real folder of this user: through a link the data would land elsewhere.
+    """
+    with suppress(FileExistsError):
+        partial.mkdir(parents=True)
+    found = os.lstat(partial)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise FileExistsError(
+            f"{partial}, where unfinished work is kept, is a link or belongs to another user; remove it, or name "
+            "another --output"
+        )
     with open(partial / "lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

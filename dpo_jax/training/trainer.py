@@ -30,6 +30,7 @@ from dpo_jax.cli import flatten
 from dpo_jax.data.inputs import Inputs
 from dpo_jax.evaluation.generate import Generator
 from dpo_jax.evaluation.report import image_grid, save_png
+from dpo_jax.files import write_whole
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sharding import replicated, to_devices
 from dpo_jax.training.checkpoint import Checkpoints, read_config, restore, write_config
@@ -116,7 +117,7 @@ def running(
     clock.lap("restore" if restored else "load")
     write_config(workdir, fields)  # all that is read has been read
     start = int(state.step)
-    checkpoints = Checkpoints(workdir, keep=experiment.config.checkpoint.keep)
+    checkpoints = Checkpoints(workdir, keep=experiment.config.checkpoint.keep, fields=fields)
     writer = MetricWriter(workdir, start)
     try:
         _announce(experiment, workdir, start)
@@ -328,6 +329,6 @@ def _announce(experiment: Experiment, workdir: epath.Path, start: int) -> None:
     print(f"devices: {experiment.mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(experiment.mesh.shape)}")
     print(f"model:   {experiment.config.model} ({experiment.pipeline.family.name}), {trained:,} trained parameters")
     table = experiment.placement.table(experiment.pipeline.trained_specs)
-    (workdir / "sharding.txt").write_text(f"{table}\n")
+    write_whole(workdir / "sharding.txt", f"{table}\n")
     print(f"weights: {table.splitlines()[0]}, each in {workdir / 'sharding.txt'}")
     print(f"workdir: {workdir}, " + (f"continuing after step {start}" if start else "from the start"), flush=True)
