@@ -39,6 +39,8 @@ class MetricWriter:
         self._failed = False
         self._torn = False
         """Whether the file may end in half a line."""
+        self.validated: set[int] = set()
+        """The steps that validation figures were there of at the start."""
         self._board: Board | None = None
         if not self._active:
             return
@@ -47,6 +49,7 @@ class MetricWriter:
             if not is_whole:
                 self._path.replace(self._path.with_name("metrics.jsonl.damaged"))
             kept = [row for row in rows if row["step"] <= start]
+            self.validated = {int(row["step"]) for row in kept if is_validation(row)}
             files.write_whole(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         except OSError as error:
             self._fail(error)
