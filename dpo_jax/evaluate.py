@@ -101,9 +101,11 @@ def evaluate(named: dict[str, str], since: float) -> None:
         features = features_of(FEATURES.value, how, contest, bar.show)
     result = compare(contest, scores, features) | {"features": FEATURES.value, "settings": settings}
     runs = [*CURVES.value, *(source for source in named.values() if is_run(source))]
-    result |= summary(result) | {"pair_accuracy": None}
+    result |= summary(result) | {"pair_accuracy": None, "pair_accuracy_step": None}
     for run in runs:
-        result["pair_accuracy"] = last_validation(run).get("validation/pair_accuracy")
+        validation = last_validation(run)
+        result["pair_accuracy"] = validation.get("validation/pair_accuracy")
+        result["pair_accuracy_step"] = validation.get("step")
     result["seconds"] = time.time() - since
     if not cluster.is_first():
         return
@@ -142,6 +144,7 @@ def draw_all(
     given = {"sampler": SAMPLER.value, "steps": STEPS.value, "guidance": GUIDANCE.value}
     changed: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
     settings: dict[str, Any] = {}
+    models: dict[str, str] = {}
     sampling, resolution = None, RESOLUTION.value
     for name, source in named.items():
         opened = open_any(source, dtype)
@@ -151,10 +154,11 @@ def draw_all(
         sampling = dataclasses.replace(sampling, sampler=sampling.sampler or own)
         generator = opened.generator(sampling, resolution=resolution, batch_size=BATCH_SIZE.value)
         settings = {**dataclasses.asdict(sampling), "resolution": resolution, "dtype": dtype}
-        begin_folder(folders[name], {"model": opened.fingerprint, "seed": SEED.value, **settings})
+        models[name] = opened.fingerprint  # of a run it tells the step
+        begin_folder(folders[name], {"model": models[name], "seed": SEED.value, **settings})
         show = functools.partial(bar.show, f"drawing by {name}")
         draw(generator, opened.unet, entries, folders[name], on_progress=show)
-    return settings
+    return settings | {"models": models}
 
 
 def open_any(source: str, dtype: str) -> "Opened":
@@ -193,7 +197,10 @@ def tell(result: dict[str, Any], output: epath.Path) -> None:
             print(f"  {name}: mean {model['mean']:.4g} [{model['low']:.4g}, {model['high']:.4g}]")
     print()
     if result["pair_accuracy"] is not None:
-        print(f"implicit accuracy on held-out pairs: {result['pair_accuracy']:.1%}")
+        print(
+            f"implicit accuracy on held-out pairs: {result['pair_accuracy']:.1%} "
+            f"(after step {result['pair_accuracy_step']:.0f})"
+        )
     print(f"seconds: {result['seconds']:.0f}\nfigures: {output / 'result.json'}\nreport:  {output / 'report.html'}")
 
 

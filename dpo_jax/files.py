@@ -235,9 +235,26 @@ def writing(path: epath.PathLike) -> Iterator[IO[bytes]]:
     sync(path.parent)
 
 
+def append(path: epath.PathLike, text: str) -> None:
+    """Adds to the end of a file of ours, on the disk (fsync) when it returns; follows no link."""
+    if not is_local(path):  # nothing can be appended to what object stores hold
+        path = epath.Path(path)
+        write_whole(path, (path.read_bytes() if path.exists() else b"") + text.encode())
+        return
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_FOLLOW, 0o666), "ab") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def partial_name(name: str) -> str:
     """A random hidden name for what will be called `name`: `.config.json.4f1d0c2b.partial`."""
     return f".{name}.{secrets.token_hex(4)}.partial"
+
+
+def is_partial(name: str) -> bool:
+    """Whether `partial_name` made this name: such files are what killed processes left."""
+    return name.startswith(".") and name.endswith(".partial")
 
 
 def sync(path: epath.PathLike) -> None:

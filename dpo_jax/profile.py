@@ -25,6 +25,7 @@ def main() -> None:
         raise ValueError("--config is missing; give one of the files in configs/, such as --config=configs/sdxl.py")
     import jax
 
+    from dpo_jax.files import write_whole
     from dpo_jax.planning.measured import measure
     from dpo_jax.planning.search import settle_remat
 
@@ -44,7 +45,7 @@ def main() -> None:
         rate = f"{flops / seconds / 1e12:9.2f}" if flops and seconds else ""
         print(f"  {kind:24} {1000 * seconds:8.2f} {seconds / in_all:7.1%} {rate}")
     figures = measured._asdict() | {"device": device.device_kind, "devices": jax.device_count(), "pairs": pairs}
-    (folder / "profile.json").write_text(json.dumps(figures, indent=1) + "\n")
+    write_whole(folder / "profile.json", json.dumps(figures, indent=1) + "\n")
     print(f"\nwritten to {folder}")
 
 

@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import stat
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -122,6 +123,7 @@ def prepare(
     _check_free(output)
     chunks = source.chunks(files)
     partial = output.absolute().parent / f".{output.name}.partial"
+    _check_own(partial)
     with locks.locked(partial, "python -m dpo_jax.prepare", what=output):
         _check_free(output)  # another run may just have ended
         _begin(partial, _manifest(source, files, chunks))
@@ -162,6 +164,18 @@ def prepare(
 def _check_free(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} already exists and is not an empty folder; name another --output or remove it")
+
+
+def _check_own(partial: Path) -> None:
+    """Refuses a link, or another user's folder, in place of the folder of unfinished work, whose name can be guessed."""
+    if not os.path.lexists(partial):
+        return
+    found = os.lstat(partial)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise FileExistsError(
+            f"{partial}, where unfinished work is kept, is a link or belongs to another user; remove it, or name "
+            "another --output"
+        )
 
 
 def _manifest(source: Source, files: Sequence[Path], chunks: Sequence[Chunk]) -> dict[str, Any]:

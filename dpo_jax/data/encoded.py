@@ -30,6 +30,7 @@ from etils import epath
 from dpo_jax.data.images import View
 from dpo_jax.data.parts import sync
 from dpo_jax.data.prepared import Prepared
+from dpo_jax.files import partial_name
 from dpo_jax.weights import safetensors_file
 from dpo_jax.weights.mapped_file import read_into
 
@@ -214,7 +215,7 @@ def write_captions(folder: Path, captions: pa.Array) -> None:
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Has `write` fill a temporary file that then becomes `path`, also for a machine that crashes."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(partial_name(path.name))
     write(unfinished)
     sync(unfinished)
     os.replace(unfinished, path)

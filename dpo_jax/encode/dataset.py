@@ -26,6 +26,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from dpo_jax import files
 from dpo_jax.data.encoded import (
     FACTS,
     EncodedFile,
@@ -258,9 +259,9 @@ class DatasetEncoder:
             table.fill([file for file in share if not file.is_whole], on_progress)
         multihost_utils.sync_global_devices("data set encoded")
         if jax.process_index() == 0:
-            files = {table.name: {"files": len(table.files), "rows_a_file": table.rows_a_file} for table in self.tables}
-            text = json.dumps({"facts": dict(facts), **files}, indent=1) + "\n"
-            write_whole(self.folder / FACTS, lambda path: path.write_text(text))
+            sizes = {table.name: {"files": len(table.files), "rows_a_file": table.rows_a_file} for table in self.tables}
+            text = json.dumps({"facts": dict(facts), **sizes}, indent=1) + "\n"
+            files.write_whole(self.folder / FACTS, text)
             for unfinished in self.folder.glob(".*"):  # of runs that were killed
                 unfinished.unlink(missing_ok=True)
 

@@ -20,7 +20,7 @@ from dpo_jax.evaluation.generate import Generator
 from dpo_jax.evaluation.image_folder import SUFFIXES, Entry, image_name, write_list
 from dpo_jax.evaluation.prompts import Prompt
 from dpo_jax.evaluation.report import image_grid, save_png
-from dpo_jax.files import read_bytes, read_json, write_whole
+from dpo_jax.files import is_partial, read_bytes, read_json, write_whole
 from dpo_jax.weights.layout import Params
 
 SETTINGS = "sampling.json"
@@ -59,8 +59,7 @@ def begin_folder(folder: epath.PathLike, settings: Mapping[str, Any]) -> None:
                 "or the former values to continue it"
             )
         return
-    partial = folder / f"{SETTINGS}.partial"
-    if folder.exists() and any(path.name not in (partial.name, ".lock") for path in folder.iterdir()):
+    if folder.exists() and not all(is_partial(path.name) or path.name == ".lock" for path in folder.iterdir()):
         raise FileExistsError(f"{folder} holds files that are no images of ours; choose an empty or new --output")
     cluster.wait("looked at the folder")
     if cluster.is_first():
@@ -102,7 +101,8 @@ def draw(
             names = [entries[i].image for i in missing[done : done + len(batch)]]
             if cluster.is_first():
                 writing = [
-                    writers.submit(_write, folder / name, image) for name, image in zip(names, batch, strict=True)
+                    writers.submit(save_png, folder / name, Image.fromarray(image))
+                    for name, image in zip(names, batch, strict=True)
                 ]
             done += len(batch)
             on_progress(len(entries) - len(missing) + done, len(entries))
@@ -148,12 +148,6 @@ class _Squares(Sequence[np.ndarray]):
     def __getitem__(self, i: Any) -> Any:
         file = self._files[i]
         return fit(decode_file(file, read_bytes(file, MAX_BYTES)), self._resolution, View())[0]
-
-
-def _write(path: epath.Path, image_HWC: np.ndarray) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    save_png(partial, Image.fromarray(image_HWC))
-    partial.replace(path)
 
 
 def _write_grid(folder: epath.Path, entries: Sequence[Entry]) -> None:

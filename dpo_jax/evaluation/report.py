@@ -7,6 +7,8 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
+from dpo_jax.files import writing
+
 MARGIN = 8
 CELL = 128
 """Images smaller than this many pixels are enlarged, so that a grid of a tiny model can be seen."""
@@ -31,8 +33,6 @@ def image_grid(rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: Sequen
 
 
 def save_png(path: epath.PathLike, image: Image.Image) -> None:
-    """Writes the image, and its folder where there is none."""
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    """Writes the image, and its folder where there is none: whole, or not at all."""
+    with writing(path) as file:
         image.save(file, format="PNG")

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from jax.typing import DTypeLike
 
-from dpo_jax.files import new_folder
+from dpo_jax.files import new_folder, write_whole
 from dpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from dpo_jax.models.families import FAMILIES
 from dpo_jax.models.network import Network
@@ -183,7 +183,7 @@ def write_tokenizer(
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
     config = {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True, "model_max_length": max_tokens, **special}
     _write_json(folder / "vocab.json", vocabulary)
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
+    write_whole(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
     _write_json(folder / "special_tokens_map.json", special)
     _write_json(folder / "tokenizer_config.json", config)
 
@@ -207,5 +207,4 @@ def _write(
 
 
 def _write_json(path: epath.Path, value: Any) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

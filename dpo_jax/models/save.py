@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from jax.typing import DTypeLike
 
-from dpo_jax.files import new_folder
+from dpo_jax.files import new_folder, write_whole
 from dpo_jax.models.pipeline import Pipeline, read_model_index
 from dpo_jax.weights import original
 from dpo_jax.weights.io import LEGACY_FLAX, MAX_SHARD_BYTES, PICKLES, save_component
@@ -55,8 +55,8 @@ def save_pipeline(
                 model_index[name] = [None, None]
             else:
                 _copy(source, target / name)
-        (target / "model_index.json").write_text(json.dumps(model_index, indent=2) + "\n")
-        (target / "README.md").write_text(card)
+        write_whole(target / "model_index.json", json.dumps(model_index, indent=2) + "\n")
+        write_whole(target / "README.md", card)
 
 
 def save_unet(
@@ -88,7 +88,7 @@ def save_single_file(
         }
         file = f"{epath.Path(output).name}.safetensors"
         original.write(target / file, components, dtype=dtype)
-        (target / "README.md").write_text(card)
+        write_whole(target / "README.md", card)
     return epath.Path(output) / file
 
 

@@ -59,21 +59,15 @@ class RoundFolder:
 
     def write_images(self, prompt: int, images_KHWC: np.ndarray) -> None:
         """The prompt's images, for people."""
-        self.images.mkdir(parents=True, exist_ok=True)
         for entry, image_HWC in zip(self._entries(prompt, len(images_KHWC)), images_KHWC, strict=True):
-            partial = self.images / f"{entry.image}.partial"
-            save_png(partial, Image.fromarray(image_HWC))
-            partial.replace(self.images / entry.image)
+            save_png(self.images / entry.image, Image.fromarray(image_HWC))
 
     def write_trajectory(self, prompt: int, way: Way, rewards: Rewards | None) -> None:
         """The last of a prompt's files."""
-        self._trajectories.mkdir(parents=True, exist_ok=True)
         said = {} if rewards is None else {k: v for k, v in rewards._asdict().items() if v is not None}
         buffer = io.BytesIO()
         np.savez(buffer, **way._asdict(), **said)
-        partial = self._file(prompt).with_suffix(".partial")
-        partial.write_bytes(buffer.getvalue())
-        partial.replace(self._file(prompt))
+        write_whole(self._file(prompt), buffer.getvalue())
 
     def read_way(self, prompt: int) -> Way:
         """ValueError if the file is damaged."""

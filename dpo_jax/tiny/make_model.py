@@ -17,7 +17,7 @@ from etils import epath
 from flax import nnx
 
 from dpo_jax import cli
-from dpo_jax.files import new_folder
+from dpo_jax.files import new_folder, write_whole
 from dpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from dpo_jax.models.network import Network, init_params
 from dpo_jax.models.unet import UNet2DConditionModel
@@ -123,7 +123,6 @@ def main() -> None:
             _save(folder / name, fields, text, make, seed, spread_words)
         tokenizer.save(folder / "tokenizer")
         tokenizer.save(folder / "tokenizer_2", pad_token="!")
-        (folder / "scheduler").mkdir()
         _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
         _write_json(folder / "model_index.json", MODEL_INDEX)
     print(f"wrote {OUTPUT.value}")
@@ -154,7 +153,7 @@ def _save(
 
 
 def _write_json(path: epath.Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

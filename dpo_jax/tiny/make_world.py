@@ -5,11 +5,10 @@
 Only training captions are used: those held out stay unseen by everything that is shipped. The text files list both.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from dpo_jax import cli
+from dpo_jax.files import write_whole
 from dpo_jax.tiny import pairs, world
 
 OUTPUT = flags.DEFINE_string("output", None, "Parquet file to write.", required=True)
@@ -23,7 +22,7 @@ def main() -> None:
     captions, heldout = world.split()
     pairs.write(OUTPUT.value, pairs.rendered_pairs(captions, PAIRS.value))
     for file, listed in ((TRAIN.value, captions), (HELDOUT.value, heldout)):
-        Path(file).write_text("\n".join(listed) + "\n")
+        write_whole(file, "\n".join(listed) + "\n")
     print(f"wrote {PAIRS.value} pairs to {OUTPUT.value}")
 
 

@@ -14,6 +14,7 @@ import pyarrow.parquet
 from etils import epath
 from PIL import Image
 
+from dpo_jax.files import writing
 from dpo_jax.rewards import shapes
 from dpo_jax.tiny import world
 
@@ -94,9 +95,7 @@ def write(path: epath.PathLike, pairs: Sequence[Pair]) -> None:
     columns["best_image_uid"] = [
         columns["image_0_uid" if pair.labels[0] else "image_1_uid"][row] for row, pair in enumerate(pairs)
     ]
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with writing(path) as file:
         pyarrow.parquet.write_table(pa.table(columns), file, compression="zstd")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from etils import epath
 
+from dpo_jax.files import write_whole
 from dpo_jax.tiny import world
 
 NUM_TOKENS = 1024
@@ -74,9 +75,9 @@ def save(folder: epath.PathLike, *, pad_token: str = END) -> int:
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_LENGTH, "do_lower_case": True, **special}
 
     folder = epath.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    write_whole(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
+    write_whole(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
+    write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    write_whole(folder / "special_tokens_map.json", json.dumps(special, indent=2) + "\n")
     return len(tokens)

@@ -1,14 +1,15 @@
 """Checkpoints: Orbax, asynchronous, atomic, verified when they are read, the newest few kept.
 
-A work directory holds `config.json` (the resolved experiment) and `checkpoints/STEP/` with three items: `state` (step,
+A work directory holds `config.json` (the resolved experiment) and `checkpoints/STEP/` with four items: `state` (step,
 trained parameters, optimizer state, moving average), `position` (samples seen, which places the data stream exactly,
-whatever the number of processes or loader workers, as {"position": N}) and `checksums` of both.
-Checkpoints that turn out damaged are moved to `damaged_checkpoints/`.
+whatever the number of processes or loader workers, as {"position": N}), `checksums` of both, and `config`, a copy of
+config.json for the day that one is damaged. Checkpoints that turn out damaged are moved to `damaged_checkpoints/`.
 """
 
+import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,17 +21,29 @@ from etils import epath
 from jax import lax
 from jax.experimental import multihost_utils
 
+from dpo_jax import files
 from dpo_jax.training.step import TrainState
 from dpo_jax.weights.layout import Params
 
 
 class Checkpoints:
-    """Saves the training state under `workdir/checkpoints`; what a killed run left half written there is removed."""
+    """Saves the training state under `workdir/checkpoints`; what a killed run left half written there is removed.
 
-    def __init__(self, workdir: epath.PathLike, *, keep: int):
+    Args:
+        workdir: receives the folder.
+        keep: checkpoints to keep, the newest ones.
+        fields: of the experiment, as `write_config` has them; kept with each checkpoint.
+    """
+
+    def __init__(self, workdir: epath.PathLike, *, keep: int, fields: Mapping[str, Any] | None = None):
         self.folder = _folder(workdir)
+        self._fields = None if fields is None else _signed(fields)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, enable_async_checkpointing=True, cleanup_tmp_directories=True
+            max_to_keep=keep,
+            create=True,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._sync),
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -51,15 +64,21 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         tree = state._asdict()
+        items = {
+            "state": ocp.args.StandardSave(tree),
+            "position": ocp.args.JsonSave(position),
+            "checksums": ocp.args.JsonSave(checksums(tree) | position),
+        }
+        if self._fields is not None:
+            items["config"] = ocp.args.JsonSave(self._fields)
         with self._failure_told():
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(tree),
-                    position=ocp.args.JsonSave(position),
-                    checksums=ocp.args.JsonSave(checksums(tree) | position),
-                ),
-            )
+            self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def _sync(self) -> None:
+        """Puts a written checkpoint on the disk before it gets its name: Orbax does not sync small files."""
+        if files.is_local(self.folder):
+            for folder in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                files.sync_tree(folder)
 
     def check(self) -> None:
         """Raises OSError if a write has failed by now."""
@@ -71,6 +90,7 @@ class Checkpoints:
         with self._failure_told():
             self._manager.wait_until_finished()
             self._manager.close()
+            files.sync(self.folder)
 
     @contextmanager
     def _failure_told(self) -> Iterator[None]:
@@ -228,16 +248,60 @@ def _first_line(error: Exception) -> str:
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
-    """What `write_config` wrote, or None in a new work directory."""
+    """Return what `write_config` wrote, or None in a new work directory.
+
+    Where config.json is damaged or missing the newest checkpoint's copy is returned, with a warning; ValueError where
+    the file is damaged and there is no copy.
+    """
     path = epath.Path(workdir) / "config.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    found = path.exists()
+    try:
+        if found:
+            return _checked(path)
+        problem = f"{path} is missing"
+    except ValueError as error:
+        problem = str(error)
+    for step in sorted(_steps(workdir), reverse=True):
+        copy = _folder(workdir) / str(step) / "config" / "metadata"
+        try:
+            fields = _checked(copy)
+        except (OSError, ValueError):  # written before checkpoints had copies, or damaged too
+            continue
+        if jax.process_index() == 0:
+            print(f"warning: {problem}; its copy {copy} is used instead", file=sys.stderr, flush=True)
+        return fields
+    if found:
+        raise ValueError(
+            f"{problem}, and no checkpoint in {_folder(workdir)} has a copy of it; restore the file from a backup, or "
+            "choose another work directory"
+        )
+    return None
 
 
-def write_config(workdir: epath.PathLike, flat: dict[str, Any]) -> None:
+def write_config(workdir: epath.PathLike, fields: Mapping[str, Any]) -> None:
     """Records the fields of the experiment, whole or not at all, by the first process."""
     if jax.process_index() == 0:
-        folder = epath.Path(workdir)
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / ".config.json.unfinished"
-        unfinished.write_text(json.dumps(flat, indent=2) + "\n")
-        unfinished.replace(folder / "config.json")
+        files.write_whole(epath.Path(workdir) / "config.json", json.dumps(_signed(fields), indent=2) + "\n")
+
+
+def _signed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {**fields, "checksum": _digest(fields)}
+
+
+def _checked(path: epath.Path) -> dict[str, Any]:
+    """The fields of a file that `_signed` made; older ones have no checksum. ValueError where it is damaged."""
+    fields: dict[str, Any] = files.read_json(path, dict[str, Any])
+    checksum = fields.pop("checksum", None)
+    if checksum is not None and checksum != _digest(fields):
+        raise ValueError(f"{path} is damaged or was edited: its checksum does not match its fields")
+    return fields
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _steps(workdir: epath.PathLike) -> list[int]:
+    """The steps that have finished checkpoints."""
+    folder = _folder(workdir)
+    return list(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []

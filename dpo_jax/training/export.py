@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from jax.typing import DTypeLike
 
-from dpo_jax.files import new_folder
+from dpo_jax.files import new_folder, write_whole
 from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.models.save import Weights, save_pipeline, save_single_file, save_unet
 from dpo_jax.training.checkpoint import read_config
@@ -95,5 +95,5 @@ def export(
                 original_names=kohya.original_names,
                 base_model_version=kohya.base_model_version,
             )
-        (target / "README.md").write_text(card)
+        write_whole(target / "README.md", card)
     return output / file

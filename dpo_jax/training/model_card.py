@@ -80,7 +80,11 @@ def model_card(facts: Mapping[str, Any], pipeline: Pipeline, format: str, name: 
     measured = {name: value for name, value in facts["validation"].items() if name != "step"}
     if measured:
         rows = [f"| {name.removeprefix('validation/')} | {value:.6g} |" for name, value in measured.items()]
-        parts.append("## Held-out pairs\n\n" + "\n".join(["| metric | value |", "|---|---|", *rows]) + "\n")
+        parts.append(
+            f"## Held-out pairs, after step {facts['validation']['step']}\n\n"
+            + "\n".join(["| metric | value |", "|---|---|", *rows])
+            + "\n"
+        )
     parts.append(f"## Config\n\n```json\n{json.dumps(config, indent=2)}\n```\n")
     return "\n".join(parts)
 
@@ -94,7 +98,9 @@ def _measured(result: Mapping[str, Any]) -> list[str]:
             f"first round, {score['mean']:.4g} in the last, after {last['images']} images"
             for judge, score in last["scores"].items()
         ]
+    models = result.get("settings", {}).get("models", {})
     return [
+        *(f"- measured on {name}: {fingerprint}" for name, fingerprint in models.items()),
         f"- win rate over the base: {result['win_rate']:.1%}, 95% interval [{result['win_rate_low']:.1%}, "
         f"{result['win_rate_high']:.1%}], {result['comparisons']} comparisons, {result['ties']} ties count half",
         f"- judge's mean score: base {result['base_score']:.4g}, tuned {result['tuned_score']:.4g}",

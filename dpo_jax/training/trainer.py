@@ -6,7 +6,8 @@ Order of a start or a resume:
   3. the frozen models (reference, VAE, text encoders) are read from the model folder, at every start: a resumed run can
      never drift onto its own policy;
   4. the training state comes from the newest whole checkpoint, or else the policy's weights from the model folder;
-  5. the data stream continues after the last sample that the checkpoint has seen.
+  5. what was due at that step and is missing, as the run was killed before it, is done: validation, image grid;
+  6. the data stream continues after the last sample that the checkpoint has seen.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ from dpo_jax.cli import flatten
 from dpo_jax.data.inputs import Inputs
 from dpo_jax.evaluation.generate import Generator
 from dpo_jax.evaluation.report import image_grid, save_png
+from dpo_jax.files import write_whole
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sharding import replicated, to_devices
 from dpo_jax.training.checkpoint import Checkpoints, read_config, restore, write_config
@@ -122,21 +124,28 @@ def running(
     restored = restore(workdir, experiment.abstract_state())
     state, position = restored or (experiment.initial_state(), None)
     clock.lap("restore" if restored else "load")
-    write_config(workdir, fields)  # all that is read has been read
     start = int(state.step)
-    checkpoints = Checkpoints(workdir, keep=experiment.config.checkpoint.keep)
-    writer = MetricWriter(workdir, start)
-    try:
+    with _full_disk_told(workdir), contextlib.ExitStack() as stack:
+        write_config(workdir, fields)  # all that is read has been read
+        checkpoints = Checkpoints(workdir, keep=experiment.config.checkpoint.keep, fields=fields)
+        stack.callback(checkpoints.close)
+        writer = MetricWriter(workdir, start)
+        stack.callback(writer.close)
         _announce(experiment, workdir, start)
-        with ProgressBar(experiment.config.steps, start) as bar:
-            yield Loop(experiment, inputs, workdir, checkpoints, writer, bar, notice, clock), state, position
+        bar = stack.enter_context(ProgressBar(experiment.config.steps, start))
+        loop = Loop(experiment, inputs, workdir, checkpoints, writer, bar, notice, clock)
+        loop.catch_up(state)
+        yield loop, state, position
+
+
+@contextlib.contextmanager
+def _full_disk_told(workdir: epath.Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise OSError(f"no room is left in {workdir}; make some, then run the same command again") from error
-    finally:
-        writer.close()
-        checkpoints.close()
 
 
 class Batches(Protocol):
@@ -172,6 +181,19 @@ class Loop:
         self._generator: Generator | None = None
         self._reference_images: np.ndarray | None = None
 
+    def catch_up(self, state: TrainState) -> None:
+        """Does what was due at the step of a restored state, and is not there: a kill came after the checkpoint."""
+        step, params = int(state.step), state.ema or state.params
+        if not step:
+            return
+        if jax.process_count() == 1 and self.notice.received():
+            raise Preempted(PREEMPTED.format(step))
+        if self._validates_at(step) and cluster.says_first(step not in self.writer.validated):
+            self._validate(step, params)
+        if self._samples_at(step) and cluster.says_first(cluster.is_first() and not self._grid_file(step).exists()):
+            self._sample(step, params)
+        self.clock.lap("catch up")
+
     def run(self, state: TrainState, batches: Batches, end: int | None = None) -> TrainState:
         """Trains to step `end`, by default the last one, where it logs and saves whatever the intervals."""
         config, total = self.config, self.config.steps
@@ -197,7 +219,7 @@ class Loop:
             saves = step % config.checkpoint.every == 0 or step == end or stops
             logs = step % config.log_every == 0 or step == end or stops
             validates = self._validates_at(step)
-            samples = bool(config.sample.every) and (step % config.sample.every == 0 or step == total)
+            samples = self._samples_at(step)
             if self._began is None:
                 cluster.wait("first step compiled")
                 window.append(self._fetch(pending, step))
@@ -269,6 +291,10 @@ class Loop:
         every = self.config.validation.every if self.inputs is not None else 0
         return bool(every) and (step % every == 0 or step == self.config.steps)
 
+    def _samples_at(self, step: int) -> bool:
+        every = self.config.sample.every
+        return bool(every) and (step % every == 0 or step == self.config.steps)
+
     def _validate(self, step: int, params: Params) -> None:
         """Implicit accuracy and errors on held-out pairs, the same timesteps and noises every time."""
         assert self.inputs is not None, "only a run on a data set validates"
@@ -316,9 +342,11 @@ class Loop:
         grid = image_grid(rows, (["policy"] if references is None else ["reference", "policy"]) * sample.seeds)
         self.writer.image(step, "samples", np.asarray(grid))
         if jax.process_index() == 0:
-            path = self.workdir / "samples" / f"step_{step:06d}.png"
-            save_png(path, grid)
-            self.bar.say(f"step {step} samples: {path}")
+            save_png(self._grid_file(step), grid)
+            self.bar.say(f"step {step} samples: {self._grid_file(step)}")
+
+    def _grid_file(self, step: int) -> epath.Path:
+        return self.workdir / "samples" / f"step_{step:06d}.png"
 
     def _encoders(self) -> Frozen:
         """VAE and text encoders; of a run that reads encodings only while images are sampled."""
@@ -336,6 +364,6 @@ def _announce(experiment: Experiment, workdir: epath.Path, start: int) -> None:
     print(f"devices: {experiment.mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(experiment.mesh.shape)}")
     print(f"model:   {experiment.config.model} ({experiment.pipeline.family.name}), {trained:,} trained parameters")
     table = experiment.placement.table(experiment.pipeline.trained_specs)
-    (workdir / "sharding.txt").write_text(f"{table}\n")
+    write_whole(workdir / "sharding.txt", f"{table}\n")
     print(f"weights: {table.splitlines()[0]}, each in {workdir / 'sharding.txt'}")
     print(f"workdir: {workdir}, " + (f"continuing after step {start}" if start else "from the start"), flush=True)

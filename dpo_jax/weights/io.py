@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from jax.typing import DTypeLike
 
-from dpo_jax.files import new_folder
+from dpo_jax.files import new_folder, write_whole
 from dpo_jax.weights import flax_msgpack, original, safetensors_file
 from dpo_jax.weights.layout import (
     Params,
@@ -164,9 +164,9 @@ def save_component(
         else [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     )
     with new_folder(folder) as target:
-        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_whole(target / "config.json", json.dumps(config, indent=2) + "\n")
         if card is not None:
-            (target / "README.md").write_text(card)
+            write_whole(target / "README.md", card)
         for file, names in zip(files, shards, strict=True):
             header = {torch_name(name): (specs[name].torch_shape, dtypes[name]) for name in names}
             tensors = (
@@ -177,7 +177,7 @@ def save_component(
             total = sum(math.prod(spec.shape) * dtypes[name].itemsize for name, spec in specs.items())
             weight_map = {torch_name(name): file for file, names in zip(files, shards, strict=True) for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (target / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+            write_whole(target / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def fingerprint(files: Iterable[epath.Path], *, places: int = 64, chunk: int = 2**14) -> str:

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from dpo_jax.files import writing
 from dpo_jax.weights.mapped_file import open_bytes
 
 DTYPES = {
@@ -70,7 +71,7 @@ def write(
         start = end
     encoded = json.dumps(entries).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
+    with writing(path) as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, tensor in tensors:
             assert (tensor.shape, tensor.dtype) == header[name]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from dpo_jax.cli import flatten, load_config
 from dpo_jax.models.random_model import write_random_model
+from dpo_jax.training.checkpoint import read_config
 from dpo_jax.training.export import export, open_tuned, open_untrained
 from dpo_jax.training.model_card import METHODS, model_card
 from dpo_jax.training.run import open_run
@@ -85,7 +86,7 @@ def test_model_card_says_how_it_was_made_and_what_was_measured(run, tmp_path):
     assert "62.5%, 95% interval [50.0%, 75.0%], 40 comparisons" in text
     assert "| pair_accuracy |" in text
     config = json.loads(re.search(r"```json\n(.*)```", text, re.DOTALL)[1])
-    assert config == json.loads((run / "config.json").read_text())
+    assert config == read_config(run)
 
 
 @pytest.mark.parametrize(

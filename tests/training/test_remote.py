@@ -62,7 +62,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[epath.Path]:
 
 
 class NoCheckpoints(trainer.Checkpoints):
-    def __init__(self, workdir, *, keep):
+    def __init__(self, workdir, *, keep, fields):
         self.folder = None
 
     def save(self, state, position):
