@@ -167,7 +167,7 @@ def _check_free(output: Path) -> None:
 
 
 def _check_own(partial: Path) -> None:
-    """Refuses a link, or another user's folder, in place of the folder of unfinished work, whose name can be guessed."""
+    """Refuses a link or another user's folder in place of the folder of unfinished work: its name can be guessed."""
     if not os.path.lexists(partial):
         return
     found = os.lstat(partial)
