@@ -95,7 +95,7 @@ def draw_all() -> None:
     from etils import epath
 
     from dpo_jax import cluster
-    from dpo_jax.diffusion.samplers import own_sampler
+    from dpo_jax.diffusion.samplers import SAMPLER_OF_CLASS, other_fields, own_sampler
     from dpo_jax.evaluation.draw import begin_folder, draw, find_images, list_entries
     from dpo_jax.evaluation.generate import MAX_SEED
     from dpo_jax.evaluation.prompts import read_prompts
@@ -134,11 +134,13 @@ def draw_all() -> None:
     }
     begin_folder(OUTPUT.value, settings)
 
+    other = other_fields(SAMPLER_OF_CLASS.get(schedule.class_name, ""), schedule)
+    unlike = "".join(f", {field}={schedule.sampler_fields[field]!r}" for field in other)
     started = time.monotonic()
     with ProgressBar("images", quiet=not cluster.is_first()) as bar:
         bar.say(
             f"{len(entries)} images of {len(prompts)} prompts, {resolution} pixels, {generator.batch_size} at a time: "
-            f"{sampling.sampler} (the model has {schedule.class_name}), {sampling.steps} steps, "
+            f"{sampling.sampler} (the model has {schedule.class_name}{unlike}), {sampling.steps} steps, "
             f"guidance {sampling.guidance:g}"
         )
         cut = opened.tokenizers.count_cut([prompt.text for prompt in prompts])

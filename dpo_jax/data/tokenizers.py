@@ -11,6 +11,8 @@ from tokenizers import Tokenizer
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch, at every start
 from transformers import CLIPTokenizer
 
+from dpo_jax.data.tokenizer_files import check_tokenizer
+
 CAPTIONS_KEPT = 2**16
 """Whose token ids stay in memory, 1.2 kB each for SDXL: Pick-a-Pic has 59,000 captions, with some 15 pairs each."""
 
@@ -38,19 +40,37 @@ class Tokenizers:
         return np.asarray([tokenizer.encode(caption).ids for tokenizer in self._tokenizers], np.int32)
 
 
-def load_tokenizers(folder: str | Path, names: Sequence[str]) -> Tokenizers:
+def load_tokenizers(folder: str | Path, names: Sequence[str], sizes: Sequence[tuple[int, int]] = ()) -> Tokenizers:
     """Reads `folder/name` for each name, e.g. `("tokenizer", "tokenizer_2")` of SDXL.
 
     Captions are padded to the tokenizer's `model_max_length` with its own padding token; SDXL's second pads with "!".
 
+    Args:
+        folder: holds the tokenizers.
+        names: their subfolders.
+        sizes: (tokens, positions) that the text encoder of each has embeddings of; by default they are not compared.
+
     Raises:
         FileNotFoundError: a tokenizer is missing.
-        ValueError: their lengths differ, or one states none.
+        ValueError: one can't be read, states no length, or has more tokens than its text encoder knows; or their
+            lengths differ.
     """
     loaded = {name: _load(Path(folder) / name) for name in names}
     lengths = {name: tokenizer.model_max_length for name, tokenizer in loaded.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"the tokenizers of {folder} have different model_max_length: {lengths}")
+    for (name, tokenizer), (tokens, positions) in zip(loaded.items(), sizes, strict=False):
+        token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if largest >= tokens:
+            raise ValueError(
+                f"the tokenizer {Path(folder) / name} has more tokens than its text encoder has embeddings: {token!r} "
+                f"is number {largest}, and the encoder's vocab_size is {tokens}; take the two from one model"
+            )
+        if tokenizer.model_max_length > positions:
+            raise ValueError(
+                f"the tokenizer {Path(folder) / name} makes {tokenizer.model_max_length} tokens of a caption, and its "
+                f"text encoder has {positions} positions (max_position_embeddings); take the two from one model"
+            )
     for tokenizer in loaded.values():
         tokenizer.backend_tokenizer.enable_truncation(tokenizer.model_max_length)
         tokenizer.backend_tokenizer.enable_padding(
@@ -61,11 +81,22 @@ def load_tokenizers(folder: str | Path, names: Sequence[str]) -> Tokenizers:
 
 def _load(folder: Path) -> CLIPTokenizer:
     # from_pretrained would take a missing folder for a name on the hub, and missing files for an empty vocabulary.
-    if not (folder / "tokenizer.json").is_file() and not (
-        (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-    ):
-        raise FileNotFoundError(f"no tokenizer at {folder}: it needs vocab.json and merges.txt, or tokenizer.json")
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    if tokenizer.model_max_length > 1024:  # transformers' stand-in for "not stated" is 1e30
+    check_tokenizer(folder)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the libraries raise whatever comes, also plain Exception
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the tokenizer at {folder} can't be read ({reason}); download it again") from error
+    length = tokenizer.model_max_length
+    if length > 1024:  # transformers' stand-in for "not stated" is 1e30
         raise ValueError(f"{folder}/tokenizer_config.json doesn't state model_max_length")
+    if length < 3 or length != int(length):
+        raise ValueError(f"{folder}/tokenizer_config.json: model_max_length is {length}, not a number from 3 to 1024")
+    tokenizer.model_max_length = int(length)
+    begin, end, padding = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    if begin is None or end is None or padding is None or begin == end:
+        raise ValueError(
+            f"the tokenizer at {folder} can't mark where a caption begins and ends: bos_token is "
+            f"{tokenizer.bos_token!r}, eos_token {tokenizer.eos_token!r}, pad_token {tokenizer.pad_token!r}"
+        )
     return tokenizer

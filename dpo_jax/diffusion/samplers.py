@@ -98,7 +98,7 @@ def euler(schedule: Schedule, num_steps: int, eta: float = 0.0) -> SamplerTable:
 
     In these latents it is DDIM with other ends: each step leads to the level where the next one begins.
     """
-    _only(schedule, interpolation_type="linear")
+    _check_fields("euler", schedule)
     t_S = _timesteps(schedule, num_steps, "linspace").astype(np.float32)
     steps = _begin(schedule, t_S, *_levels(schedule, t_S))
     next_signal_S, next_noise_S = _following(schedule, steps)
@@ -115,8 +115,7 @@ def euler_ancestral(schedule: Schedule, num_steps: int) -> SamplerTable:
 
 def dpmsolver_multistep(schedule: Schedule, num_steps: int) -> SamplerTable:
     """DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2), as diffusers' `DPMSolverMultistepScheduler`."""
-    only = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "variance_type": None}
-    _only(schedule, **only, use_lu_lambdas=False, lambda_min_clipped=-np.inf)
+    _check_fields("dpmsolver++", schedule)
     # Where timestep 0 belongs to the spacing it is an end, and no step.
     count = num_steps if _spacing(schedule, "linspace") == "trailing" else num_steps + 1
     t_S = _timesteps(schedule, count, "linspace").round()[:num_steps]
@@ -171,9 +170,26 @@ SAMPLER_OF_CLASS = {
 }
 
 
+# The fields of a scheduler's file that a sampler knows one value of.
+ANY_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+ONLY_VALUES: dict[str, dict[str, Any]] = {
+    "euler": ANY_SIGMAS | {"interpolation_type": "linear"},
+    "dpmsolver++": ANY_SIGMAS
+    | {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "variance_type": None}
+    | {"use_lu_lambdas": False, "lambda_min_clipped": -np.inf},
+}
+
+
 def own_sampler(schedule: Schedule) -> str:
-    """What the class of the schedule's file means; DDIM for its own and for those that are not here."""
-    return SAMPLER_OF_CLASS.get(schedule.class_name, "ddim")
+    """What the schedule's file means; DDIM for its own class, and for what none of our samplers computes."""
+    name = SAMPLER_OF_CLASS.get(schedule.class_name, "ddim")
+    return "ddim" if other_fields(name, schedule) else name
+
+
+def other_fields(sampler: str, schedule: Schedule) -> list[str]:
+    """The fields of the scheduler's file that would have the sampler compute something else than it does here."""
+    given, only = schedule.sampler_fields, ONLY_VALUES.get(sampler, {})
+    return [name for name, value in only.items() if given.get(name) is not None and given[name] != value]
 
 
 def sample(denoise: Denoiser, table: SamplerTable, x_NHWC: jax.Array, keys_N: jax.Array | None = None) -> jax.Array:
@@ -385,13 +401,11 @@ def _last(table: SamplerTable, count: int) -> SamplerTable:
     return table._replace(steps=steps)
 
 
-def _only(schedule: Schedule, **supported: Any) -> None:
+def _check_fields(sampler: str, schedule: Schedule) -> None:
     """Refuses a scheduler's file that would have the sampler compute something else."""
-    supported |= {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
-    given = schedule.sampler_fields
-    other = [name for name, value in supported.items() if given.get(name, value) != value]
+    other = other_fields(sampler, schedule)
     if other:
         raise ValueError(
-            f"the model's scheduler has {other[0]}={given[other[0]]!r}, and this sampler only knows "
-            f"{supported[other[0]]!r}; choose another one, such as ddim"
+            f"the model's scheduler has {other[0]}={schedule.sampler_fields[other[0]]!r}, and {sampler} here only "
+            f"knows {ONLY_VALUES[sampler][other[0]]!r}; choose another sampler, such as ddim"
         )

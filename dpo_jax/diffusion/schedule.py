@@ -13,11 +13,14 @@ Axes: N images, H x W latent cells, C channels, T training timesteps.
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pydantic
+
+from dpo_jax.files import conform
 
 
 class Schedule(NamedTuple):
@@ -43,11 +46,12 @@ class Schedule(NamedTuple):
     """What else the file says to some samplers, such as `final_sigmas_type`."""
 
 
-# Fields that steer other samplers than ours, or nothing at all.
+# Fields that steer other samplers than ours, or nothing at all. Latents are never clipped: diffusers' pipelines of
+# Stable Diffusion turn clip_sample off, and thresholding is for pixels.
 _IGNORED_FIELDS = {
-    *("_diffusers_version", "skip_prk_steps", "clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio"),
-    *("sigma_min", "sigma_max", "flow_shift", "time_shift_type", "shift_terminal", "predict_x0", "solver_p"),
-    *("disable_corrector", "tau_func", "predictor_order", "corrector_order", "noise_sampler_seed"),
+    *("clip_sample", "clip_sample_range", "thresholding", "sample_max_value", "dynamic_thresholding_ratio"),
+    *("skip_prk_steps", "sigma_min", "sigma_max", "flow_shift", "time_shift_type", "shift_terminal", "predict_x0"),
+    *("solver_p", "disable_corrector", "tau_func", "predictor_order", "corrector_order", "noise_sampler_seed"),
 }
 # Fields that steer some of our samplers and leave the training tables alone.
 _SAMPLER_FIELDS = {
@@ -55,15 +59,33 @@ _SAMPLER_FIELDS = {
     *("final_sigmas_type", "lambda_min_clipped", "algorithm_type", "solver_order", "solver_type", "variance_type"),
     *("lower_order_final", "euler_at_final", "original_inference_steps", "timestep_scaling"),
 }
-# Fields of which we compute one value only; a missing field has that value.
-_ONLY_VALUES = {
-    "trained_betas": None,
-    "clip_sample": False,
-    "thresholding": False,
-    "timestep_type": "discrete",
-    "use_flow_sigmas": False,
-    "use_dynamic_shifting": False,
-}
+Beta = Annotated[float, pydantic.Field(gt=0, lt=1)]
+MAX_TIMESTEPS = 100_000
+
+
+class SchedulerConfig(pydantic.BaseModel):
+    """The fields of a scheduler_config.json that are computed by. Of the last ones only the default is supported."""
+
+    num_train_timesteps: Annotated[int, pydantic.Field(ge=2, le=MAX_TIMESTEPS)]
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+    beta_start: Beta
+    beta_end: Beta
+    trained_betas: Annotated[list[Beta], pydantic.Field(max_length=MAX_TIMESTEPS)] | None = None
+    """The betas themselves, instead of the three fields before."""
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    timestep_spacing: Literal["", "leading", "trailing", "linspace"] | None = ""
+    steps_offset: Annotated[int, pydantic.Field(ge=0, le=MAX_TIMESTEPS)] = 0
+    set_alpha_to_one: bool = True
+    rescale_betas_zero_snr: bool | None = False
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+    original_inference_steps: Annotated[int, pydantic.Field(ge=1, le=MAX_TIMESTEPS)] = 50
+    timestep_scaling: Annotated[float, pydantic.Field(gt=0, lt=1e9)] = 10.0
+    timestep_type: Literal["discrete"] = "discrete"
+    use_flow_sigmas: Literal[False] | None = False
+    use_dynamic_shifting: Literal[False] | None = False
+
+
 # Scheduler classes of diffusers that sample the same variance-preserving forward process, so one function makes the
 # tables for all of them. Another process (flow matching, EDM) would be another function that fills the same tables.
 VARIANCE_PRESERVING = {
@@ -73,8 +95,6 @@ VARIANCE_PRESERVING = {
     *("DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"),
     *("LCMScheduler", "TCDScheduler", "SASolverScheduler"),
 }
-_REQUIRED_FIELDS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
-_SPACINGS = ("leading", "trailing", "linspace")
 
 
 def make_schedule(
@@ -86,9 +106,9 @@ def make_schedule(
 ) -> Schedule:
     """The schedule of a diffusers `scheduler_config.json`, whichever sampler class wrote it.
 
-    The training fields are shared by all of them; fields that only steer samplers we don't have are ignored. Samples
-    are never clipped. Betas and their cumulative products are rounded to float32 where PyTorch rounds them, so the
-    tables are bit for bit those of diffusers.
+    The training fields are shared by all of them; fields that only steer samplers we don't have are ignored, and those
+    that begin with an underscore. Betas and their cumulative products are rounded to float32 where PyTorch rounds them,
+    so the tables are bit for bit those of diffusers.
 
     Args:
         scheduler_config: the parsed JSON.
@@ -100,60 +120,44 @@ def make_schedule(
     Raises:
         ValueError: a field is missing, unknown, or has a value that would need another computation.
     """
-    config = dict(scheduler_config)
-    class_name = config.pop("_class_name", "DDIMScheduler").removeprefix("Flax")
+    class_name = scheduler_config.get("_class_name", "DDIMScheduler")
+    class_name = class_name.removeprefix("Flax") if isinstance(class_name, str) else repr(class_name)
     if class_name not in VARIANCE_PRESERVING:
         known = ", ".join(sorted(VARIANCE_PRESERVING))
         raise ValueError(f"{where}: unknown scheduler {class_name}; known are {known}")
-    problems = [f"{field} is missing" for field in _REQUIRED_FIELDS if field not in config]
-    problems += [
-        f"{field}={config[field]!r} (only {value!r} is supported)"
-        for field, value in _ONLY_VALUES.items()
-        if config.get(field, value) != value
-    ]
-    known_fields = {*_IGNORED_FIELDS, *_SAMPLER_FIELDS, *_ONLY_VALUES, *_REQUIRED_FIELDS}
-    known_fields |= {
-        "prediction_type",
-        "timestep_spacing",
-        "steps_offset",
-        "set_alpha_to_one",
-        "rescale_betas_zero_snr",
-    }
-    problems += [f"{field} is unknown" for field in sorted(config.keys() - known_fields)]
-    if problems:
-        raise ValueError(f"{where} cannot be used: {'; '.join(problems)}")
+    fields = {name: value for name, value in scheduler_config.items() if not name.startswith("_")}
+    unknown = sorted(fields.keys() - _IGNORED_FIELDS - _SAMPLER_FIELDS - SchedulerConfig.model_fields.keys())
+    if unknown:
+        raise ValueError(
+            f"{where}: unknown fields {', '.join(unknown[:10])}, which may change what the model is trained on; remove "
+            "those that steer sampling alone"
+        )
+    config: SchedulerConfig = conform(fields, SchedulerConfig, where)
 
     betas_T = _betas(config, where)
-    if zero_terminal_snr or config.get("rescale_betas_zero_snr", False):
+    if zero_terminal_snr or config.rescale_betas_zero_snr:
         betas_T = _rescale_to_zero_terminal_snr(betas_T)
     alphas_bar_T = _cumulative_product(np.float32(1) - betas_T).astype(np.float64)
     signal_T, noise_T = np.sqrt(alphas_bar_T), np.sqrt(1 - alphas_bar_T)
-
-    prediction_type = config.get("prediction_type", "epsilon")
     targets = {"epsilon": (np.zeros_like(signal_T), np.ones_like(signal_T)), "v_prediction": (-noise_T, signal_T)}
-    if prediction_type not in targets:
-        raise ValueError(f"{where}: prediction_type={prediction_type!r}, expected one of {list(targets)}")
-    spacing = config.get("timestep_spacing", "")
-    if spacing and spacing not in _SPACINGS:
-        raise ValueError(f"{where}: timestep_spacing={spacing!r}, expected one of {list(_SPACINGS)}")
 
     num_timesteps = len(signal_T)
     chosen = np.arange(num_timesteps) if training_timesteps is None else np.asarray(training_timesteps)
     if chosen.size == 0 or chosen.min() < 0 or chosen.max() >= num_timesteps:
         raise ValueError(f"training_timesteps={training_timesteps} must be some of 0..{num_timesteps - 1}")
-    to_one = config.get("set_alpha_to_one", True)
+    to_one = config.set_alpha_to_one
     return Schedule(
         signal_T=signal_T,
         noise_T=noise_T,
-        target_x0_T=targets[prediction_type][0],
-        target_noise_T=targets[prediction_type][1],
+        target_x0_T=targets[config.prediction_type][0],
+        target_noise_T=targets[config.prediction_type][1],
         training_timesteps=chosen.astype(np.int32),
         final_signal=1.0 if to_one else float(signal_T[0]),
         final_noise=0.0 if to_one else float(noise_T[0]),
-        timestep_spacing=spacing,
-        steps_offset=config.get("steps_offset", 0),
+        timestep_spacing=config.timestep_spacing or "",
+        steps_offset=config.steps_offset,
         class_name=class_name,
-        sampler_fields={field: config[field] for field in sorted(_SAMPLER_FIELDS & config.keys())},
+        sampler_fields={field: fields[field] for field in sorted(_SAMPLER_FIELDS & fields.keys())},
     )
 
 
@@ -175,18 +179,23 @@ def _at(table_T: np.ndarray, t_N: jax.Array, like_NHWC: jax.Array) -> jax.Array:
     return values_N.reshape(-1, *[1] * (like_NHWC.ndim - 1))
 
 
-def _betas(config: dict[str, Any], where: str) -> np.ndarray:
-    kind, start, end = config["beta_schedule"], config["beta_start"], config["beta_end"]
-    num_timesteps = config["num_train_timesteps"]
-    if kind == "linear":
+def _betas(config: SchedulerConfig, where: str) -> np.ndarray:
+    start, end, num_timesteps = config.beta_start, config.beta_end, config.num_train_timesteps
+    if config.trained_betas is not None:
+        if len(config.trained_betas) != num_timesteps:
+            raise ValueError(
+                f"{where}: trained_betas has {len(config.trained_betas)} numbers, and num_train_timesteps is "
+                f"{num_timesteps}"
+            )
+        return np.asarray(config.trained_betas, np.float32)
+    if config.beta_schedule == "linear":
         return _torch_linspace(start, end, num_timesteps)
-    if kind == "scaled_linear":
+    if config.beta_schedule == "scaled_linear":
         return _torch_linspace(start**0.5, end**0.5, num_timesteps) ** 2
-    if kind == "squaredcos_cap_v2":  # arXiv 2102.09672, equation 17
-        alpha_bar = [math.cos((i / num_timesteps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(num_timesteps + 1)]
-        betas = [min(1 - after / before, 0.999) for before, after in itertools.pairwise(alpha_bar)]
-        return np.asarray(betas, np.float32)
-    raise ValueError(f"{where}: beta_schedule={kind!r}, expected 'linear', 'scaled_linear' or 'squaredcos_cap_v2'")
+    # squaredcos_cap_v2: arXiv 2102.09672, equation 17
+    alpha_bar = [math.cos((i / num_timesteps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(num_timesteps + 1)]
+    betas = [min(1 - after / before, 0.999) for before, after in itertools.pairwise(alpha_bar)]
+    return np.asarray(betas, np.float32)
 
 
 def _torch_linspace(start: float, end: float, num: int) -> np.ndarray:

@@ -46,7 +46,7 @@ class Opened:
 
     @functools.cached_property
     def tokenizers(self) -> Tokenizers:
-        return load_tokenizers(self.pipeline.folder, self.pipeline.tokenizer_names)
+        return load_tokenizers(self.pipeline.folder, self.pipeline.tokenizer_names, self.pipeline.text_sizes)
 
     def generator(self, sampling: Sampling, *, resolution: int, batch_size: int) -> Generator:
         """Loads nothing yet; give it `unet` to draw with."""

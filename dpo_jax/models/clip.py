@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import pydantic
 from flax import nnx
 from jax.typing import DTypeLike
 
-from dpo_jax.models.config_json import read_config
+from dpo_jax.files import conform
+from dpo_jax.models.config_json import Depth, Positive, TokenId, Vocabulary, Width, read_config
 from dpo_jax.models.layers import Embedding, LayerNorm, Linear
 from dpo_jax.models.operations import attention
 
@@ -50,26 +52,44 @@ METADATA = frozenset(
 )
 
 
+class Parts(pydantic.BaseModel):
+    """Of what the config.json of a CLIP, or of its text encoder, is made up."""
+
+    architectures: list[str] | None = None
+    text_config: dict[str, Any] | None = None
+    text_config_dict: dict[str, Any] | None = None
+    vision_config: dict[str, Any] | None = None
+    vision_config_dict: dict[str, Any] | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class LayersConfig:
     """What the layers of both encoders are made by; defaults are those of transformers for texts."""
 
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
+    hidden_size: Width = 512
+    intermediate_size: Width = 2048
+    num_hidden_layers: Depth = 12
+    num_attention_heads: Width = 8
     hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: Positive = 1e-5
+
+    def check(self, where: str) -> None:
+        """Raises ValueError, naming `where`, if the width does not divide into the heads."""
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"{where}: hidden_size = {self.hidden_size} does not divide into num_attention_heads = "
+                f"{self.num_attention_heads}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig(LayersConfig):
     """The fields of a transformers CLIP text config.json that decide the computation; defaults are transformers'."""
 
-    vocab_size: int = 49408
-    max_position_embeddings: int = 77
-    eos_token_id: int = 49407
-    projection_dim: int = 512
+    vocab_size: Vocabulary = 49408
+    max_position_embeddings: Width = 77
+    eos_token_id: TokenId = 49407
+    projection_dim: Width = 512
     with_projection: bool = False
     """Whether `pooled` goes through `text_projection`: the CLIPTextModelWithProjection of transformers."""
 
@@ -79,12 +99,14 @@ class CLIPTextConfig(LayersConfig):
 
         Raises ValueError naming `where` and the field that this code does not support.
         """
-        architectures = config.get("architectures") or ()
-        with_projection = any(name.endswith(("CLIPTextModelWithProjection", "CLIPModel")) for name in architectures)
-        if "text_config" in config:
+        parts: Parts = conform(config, Parts, where)
+        with_projection = any(
+            name.endswith(("CLIPTextModelWithProjection", "CLIPModel")) for name in parts.architectures or ()
+        )
+        if parts.text_config is not None:
             shared = {"projection_dim": config["projection_dim"]} if "projection_dim" in config else {}
             # Old files repeat the text half in `text_config_dict`, which transformers lets win.
-            config = {**config["text_config"], **(config.get("text_config_dict") or {}), **shared}
+            config = {**parts.text_config, **(parts.text_config_dict or {}), **shared}
         supported = {
             "model_type": ("clip_text_model",),
             "hidden_act": tuple(ACTIVATIONS),
@@ -94,8 +116,7 @@ class CLIPTextConfig(LayersConfig):
             "pruned_heads": ({}, None),
         }
         result = read_config(cls, config, where, supported=supported, metadata=METADATA)
-        if not isinstance(result.eos_token_id, int):
-            raise ValueError(f"{where}: eos_token_id = {result.eos_token_id!r} is not supported, only one integer")
+        result.check(where)
         return dataclasses.replace(result, with_projection=with_projection)
 
 

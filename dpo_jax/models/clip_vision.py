@@ -15,8 +15,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from dpo_jax.models.clip import ACTIVATIONS, METADATA, CLIPEncoder, CLIPTextConfig, CLIPTextTransformer, LayersConfig
-from dpo_jax.models.config_json import read_config
+from dpo_jax.files import conform
+from dpo_jax.models.clip import (
+    ACTIVATIONS,
+    METADATA,
+    CLIPEncoder,
+    CLIPTextConfig,
+    CLIPTextTransformer,
+    LayersConfig,
+    Parts,
+)
+from dpo_jax.models.config_json import Width, read_config
 from dpo_jax.models.layers import Conv, Embedding, LayerNorm, Linear, make_param
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -28,11 +37,11 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 class CLIPVisionConfig(LayersConfig):
     """The fields of a transformers CLIP vision config that decide the computation; defaults are transformers'."""
 
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_attention_heads: int = 12
-    image_size: int = 224
-    patch_size: int = 32
+    hidden_size: Width = 768
+    intermediate_size: Width = 3072
+    num_attention_heads: Width = 12
+    image_size: Width = 224
+    patch_size: Width = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +50,16 @@ class CLIPConfig:
 
     text: CLIPTextConfig
     vision: CLIPVisionConfig
-    projection_dim: int = 512
+    projection_dim: Width = 512
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], where: str) -> "CLIPConfig":
         """Reads the config.json of a whole CLIP. Raises ValueError naming `where` and what is not supported."""
-        if config.get("model_type") != "clip" or "vision_config" not in config or "text_config" not in config:
+        parts: Parts = conform(config, Parts, where)
+        if config.get("model_type") != "clip" or parts.vision_config is None or parts.text_config is None:
             raise ValueError(f"{where} does not describe a whole CLIP, with an image and a text encoder")
         # Old files repeat the vision half in `vision_config_dict`, which transformers lets win.
-        vision = {**config["vision_config"], **(config.get("vision_config_dict") or {})}
+        vision = {**parts.vision_config, **(parts.vision_config_dict or {})}
         supported = {
             "model_type": ("clip_vision_model",),
             "hidden_act": tuple(ACTIVATIONS),
@@ -60,11 +70,14 @@ class CLIPConfig:
             "pruned_heads": ({}, None),
         }
         metadata = METADATA | {"eos_token_id", "projection_dim"}
-        return cls(
-            CLIPTextConfig.from_dict(config, where),
-            read_config(CLIPVisionConfig, vision, f"{where}: vision_config", supported=supported, metadata=metadata),
-            config.get("projection_dim", cls.projection_dim),
-        )
+        text = CLIPTextConfig.from_dict(config, where)
+        where = f"{where}: vision_config"
+        result = read_config(CLIPVisionConfig, vision, where, supported=supported, metadata=metadata)
+        result.check(where)
+        if result.image_size < result.patch_size:
+            raise ValueError(f"{where}: image_size = {result.image_size} is less than patch_size = {result.patch_size}")
+        # `text` has checked its type, and has the default of both halves where the file has none.
+        return cls(text, result, config.get("projection_dim", cls.projection_dim))
 
 
 class CLIPModel(nnx.Module):

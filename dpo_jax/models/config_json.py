@@ -1,10 +1,27 @@
 """Reading a checkpoint's config.json into a frozen dataclass, refusing what this code would compute differently."""
 
 import dataclasses
+import functools
+import typing
 from collections.abc import Collection, Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+import pydantic
+
+from dpo_jax.files import conform
 
 Config = TypeVar("Config")
+
+MAX_BYTES = 2**24
+"""No config.json is larger: the largest have a few kB."""
+Width = Annotated[int, pydantic.Field(ge=1, le=2**16)]
+"""Channels, features, heads, positions: a larger number is damage, and building its network would never end."""
+Depth = Annotated[int, pydantic.Field(ge=1, le=256)]
+"""Layers that follow each other."""
+Vocabulary = Annotated[int, pydantic.Field(ge=1, le=2**24)]
+TokenId = Annotated[int, pydantic.Field(ge=0, le=2**24)]
+Positive = Annotated[float, pydantic.Field(gt=0, lt=1e9)]
+Finite = Annotated[float, pydantic.Field(gt=-1e9, lt=1e9)]
 
 
 def read_config(
@@ -17,14 +34,41 @@ def read_config(
 ) -> Config:
     """Builds the dataclass `cls`, whose defaults are the original library's.
 
-    A field in `supported` must have a value listed there. Every other field must be one of `cls`, or change no output:
-    named in `metadata` or beginning with an underscore. Anything else raises a ValueError naming `where` and the field.
+    A field of `cls` must have its type, and one in `supported` a value listed there. Every other field must change no
+    output: named in `metadata` or beginning with an underscore. Raises one ValueError that names `where` and all fields
+    that are wrong.
     """
     known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
+    problems = []
+    try:
+        checked: pydantic.BaseModel = conform(values, _schema(cls), where)  # type: ignore[arg-type]
+        values = {name: getattr(checked, name) for name in values}
+    except ValueError as error:
+        problems.append(str(error).removeprefix(f"{where}: "))
     for name, value in config.items():
         if name in supported and value not in supported[name]:
             choices = " or ".join(map(repr, supported[name]))
-            raise ValueError(f"{where}: {name} = {value!r} is not supported, only {choices}")
+            problems.append(f"{name} = {shown(value)} is not supported, only {choices}")
         if name not in known and name not in supported and name not in metadata and not name.startswith("_"):
-            raise ValueError(f"{where}: unknown field {name} = {value!r}, which may change what the model computes")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known})
+            problems.append(f"unknown field {name} = {shown(value)}, which may change what the model computes")
+    if problems:
+        raise ValueError(f"{where}: {'; '.join(problems[:5])}")
+    return cls(**values)
+
+
+def shown(value: Any) -> str:
+    """A value as errors show it: not more than a line of it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@functools.cache
+def _schema(cls: Any) -> type[pydantic.BaseModel]:
+    """The fields of a dataclass as a pydantic model, which takes dictionaries also where types are strict."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    fields: dict[str, Any] = {
+        field.name: (hints[field.name], field.default)
+        for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+    }
+    return pydantic.create_model(cls.__name__, **fields)

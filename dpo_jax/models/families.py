@@ -57,6 +57,20 @@ class Family:
     """The family whose files look the same, so that this one must be named."""
 
 
+_TEXT_ENCODERS = [
+    ("transformers", f"{flax}CLIPTextModel{end}") for flax in ("", "Flax") for end in ("", "WithProjection")
+]
+_TOKENIZERS = [("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")]
+CLASSES = {
+    "unet": [("diffusers", "UNet2DConditionModel"), ("diffusers", "FlaxUNet2DConditionModel")],
+    "vae": [("diffusers", "AutoencoderKL"), ("diffusers", "FlaxAutoencoderKL")],
+    "text_encoder": _TEXT_ENCODERS,
+    "text_encoder_2": _TEXT_ENCODERS,
+    "tokenizer": _TOKENIZERS,
+    "tokenizer_2": _TOKENIZERS,
+}
+"""What model_index.json may say of a component: its library and class there."""
+
 PUBLISHED = Path(__file__).parent / "published"
 """A folder a family: the configs of its published model, without weights."""
 
@@ -149,10 +163,7 @@ def family_of_single_file(names: Collection[str], where: str, name: str | None =
         )
     for sign, what in _OTHER_SCHEDULES.items():
         if sign in names:
-            raise ValueError(
-                f"{where} holds a tensor {sign}, so it {what}, and a single file does not say how; give a diffusers "
-                "folder of this model, which has its scheduler's config"
-            )
+            raise ValueError(f"{where} holds a tensor {sign}, so it {what}, which is not supported")
     fitting = {family.name: family for family in FAMILIES.values() if _original_prefixes(family) == present}
     if not fitting:
         raise ValueError(f"{where} has the text encoders {sorted(present)}, which no supported family has together")
@@ -167,6 +178,15 @@ def family_of_single_file(names: Collection[str], where: str, name: str | None =
 def has_component(model_index: Mapping[str, Any], name: str) -> bool:
     """Whether model_index.json lists the component; absent ones are written as [null, null]."""
     return (model_index.get(name) or [None])[0] is not None
+
+
+def check_classes(model_index: Mapping[str, Any], where: str) -> None:
+    """Refuses components of classes that are not computed here, such as those that a model brings as Python files."""
+    for name, classes in CLASSES.items():
+        if has_component(model_index, name) and tuple(model_index[name]) not in classes:
+            library, found = model_index[name]
+            expected = " or ".join(f"{of}.{kind}" for of, kind in classes if not kind.startswith("Flax"))
+            raise ValueError(f"{where}: {name} is {library}.{found}, and only {expected} is supported")
 
 
 def _guess(text_encoders: set[str], unet: UNetConfig) -> str:
@@ -188,13 +208,15 @@ _OTHER_FILES = {
     r"^lora_|\blora_(A|B|up|down)\b|\.lora\.": "a LoRA, which is trained on top of a model",
     r"joint_blocks\.|double_blocks\.|transformer_blocks\.0\.norm1_context": "SD3 or Flux, whose denoiser is no UNet",
     r"^control_model\.|controlnet": "a ControlNet",
-    r"input_blocks\.|^down_blocks\.": "a UNet without text encoders",
+    r"input_blocks\.|^down_blocks\.": "a UNet without text encoders (give the model that it belongs to, and "
+    "this file as --unet, or config.unet in training)",
     r"^(first_stage_model\.)?decoder\.": "a VAE alone",
     r"text_model\.|resblocks\.": "a text encoder alone",
 }
-# Tensors by which SDXL's descendants tell web UIs that they have another noise schedule or target.
+# Tensors by which SDXL's descendants tell web UIs that they have another noise schedule or target; these have no
+# numbers, and say it of the whole model.
+V_PRED, ZERO_TERMINAL_SNR = "v_pred", "ztsnr"
 _OTHER_SCHEDULES = {
-    "v_pred": "predicts velocity",
     "edm_mean": "has the noise schedule of EDM",
     "edm_vpred.sigma_max": "has the noise schedule of EDM",
 }

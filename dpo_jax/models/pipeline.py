@@ -6,21 +6,33 @@ A model is a diffusers folder, PyTorch or legacy Flax, a hub id of one, or one f
 
 import dataclasses
 import functools
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pydantic
 from etils import epath
 from jax.typing import DTypeLike
 
 from dpo_jax.batch import Conditioning
 from dpo_jax.diffusion.schedule import Schedule, make_schedule
+from dpo_jax.files import conform, read_json
 from dpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from dpo_jax.models.config_json import MAX_BYTES
 from dpo_jax.models.execution import PLAIN, Execution
-from dpo_jax.models.families import ORIGINAL_PREFIXES, Family, family_of_single_file, find_family, has_component
+from dpo_jax.models.families import (
+    ORIGINAL_PREFIXES,
+    V_PRED,
+    ZERO_TERMINAL_SNR,
+    Family,
+    check_classes,
+    family_of_single_file,
+    find_family,
+    has_component,
+)
 from dpo_jax.models.lora import Adapters, add_lora, lora_specs, round_as_adapted, set_dropout_keys
 from dpo_jax.models.network import Network
 from dpo_jax.models.unet import UNet2DConditionModel
@@ -52,8 +64,12 @@ class Pipeline:
     """SDXL: an empty caption is embedded as zeros, not by the text encoders."""
     dtype: jnp.dtype
     """Compute dtype of UNet and text encoders."""
+    scheduler_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The scheduler's config, with what a single file says of itself by empty tensors."""
     variant: str = ""
     """Which of several sets of weights is read: "fp16"."""
+    allow_nonfinite: bool = False
+    """Whether weights may hold NaN and infinity."""
     execution: Execution = PLAIN
     """How the UNet's blocks are run."""
     adapters: Adapters = dataclasses.field(default_factory=dict)
@@ -149,6 +165,12 @@ class Pipeline:
         """What the names of each component begin with in a single file of the original layout."""
         return ORIGINAL_PREFIXES | {encoder.folder: encoder.original_prefix for encoder in self.family.text_encoders}
 
+    @property
+    def text_sizes(self) -> list[tuple[int, int]]:
+        """(tokens, positions) that each text encoder has embeddings of."""
+        configs = [encoder.config for encoder in self.text_encoders]
+        return [(config.vocab_size, config.max_position_embeddings) for config in configs]
+
     def read(self, component: str) -> dict[str, np.ndarray]:
         """The weights of one component as they are stored; see `weights.io.read_params`."""
         specs, prefix = self.components[component].specs, self.original_prefixes[component]
@@ -165,7 +187,8 @@ class Pipeline:
         """The parameters of one component, from `path` instead where given; see `weights.io.load_params`."""
         specs, prefix = self.components[component].specs, self.original_prefixes[component]
         path = path or self.weights[component]
-        return load_params(path, specs, dtype=dtype, sharding=sharding, prefix=prefix, variant=self.variant)
+        options: dict[str, Any] = {"variant": self.variant, "allow_nonfinite": self.allow_nonfinite}
+        return load_params(path, specs, dtype=dtype, sharding=sharding, prefix=prefix, **options)
 
     def unet_config(self, path: epath.Path) -> UNetConfig:
         """Of the UNet that lies at `path`, in a folder of its own or in a single file."""
@@ -200,6 +223,7 @@ def load_pipeline(
     revision: str = "",
     variant: str = "",
     execution: Execution = PLAIN,
+    allow_nonfinite: bool = False,
 ) -> Pipeline:
     """Reads the configs of a model and builds its networks, computing in `dtype` (VAE: `vae_dtype`).
 
@@ -218,13 +242,18 @@ def load_pipeline(
         revision: branch, tag or commit on the hub.
         variant: such as "fp16": which of several sets of weights to fetch from the hub.
         execution: how the UNet's blocks are run.
+        allow_nonfinite: load weights also where they hold NaN and infinity.
     """
     path = find_model(str(model), revision=revision, variant=variant)
+    names: set[str] = set()
     if path.is_dir():
         folder = path
     else:
-        of_file = family_of_single_file(tensor_names(path), str(path), family)
-        family, folder = of_file.name, _configs_of_file(path, of_file, model_config)
+        names = tensor_names(path)
+        of_file = family_of_single_file(names, str(path), family)
+        if not vae and not any(name.startswith(ORIGINAL_PREFIXES["vae"]) for name in names):
+            raise ValueError(f"{path} has no VAE; name one by --vae (config.vae in training): a folder, file or hub id")
+        family, folder = of_file.name, _configs_of_file(path, of_file, model_config, V_PRED in names)
     model_index = read_model_index(folder)
     absent = [name for name in ("unet", "vae", "scheduler") if not has_component(model_index, name)]
     if absent:
@@ -249,10 +278,13 @@ def load_pipeline(
     for encoder in found.text_encoders:
         weights[encoder.folder] = path_of(path, encoder.folder)
         clip = CLIPTextConfig.from_dict(*_config(folder, weights[encoder.folder], encoder.folder))
+        # Of the two places that say so, this is the one that diffusers goes by.
+        clip = dataclasses.replace(clip, with_projection=model_index[encoder.folder][1].endswith("WithProjection"))
         text_encoders.append(_build(CLIPTextModel, clip, dtype))
     _check_widths(found, unet_config, [encoder.config for encoder in text_encoders], weights)
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
-    make = functools.partial(make_schedule, _json(scheduler_path), where=str(scheduler_path))
+    scheduler_config = _with_marks(_json(scheduler_path), names, str(path), str(scheduler_path) if model_config else "")
+    make = functools.partial(make_schedule, scheduler_config, where=str(scheduler_path))
     return Pipeline(
         folder=folder,
         weights=weights,
@@ -262,9 +294,11 @@ def load_pipeline(
         text_encoders=tuple(text_encoders),
         schedule=make(training_timesteps=found.training_timesteps, zero_terminal_snr=found.zero_terminal_snr),
         sampling_schedule=make(),
-        force_zeros_for_empty_prompt=model_index.get("force_zeros_for_empty_prompt", False),
+        force_zeros_for_empty_prompt=bool(model_index.get("force_zeros_for_empty_prompt", False)),
         dtype=jnp.dtype(dtype),
+        scheduler_config=scheduler_config,
         variant=variant,
+        allow_nonfinite=allow_nonfinite,
         execution=execution,
     )
 
@@ -298,7 +332,33 @@ def read_model_index(folder: epath.Path) -> dict[str, Any]:
             f"no diffusers model folder at {folder}: {path} does not exist; give the path of a downloaded model, for "
             f"example from: hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir {folder}"
         )
-    return _json(path)
+    model_index = _json(path)
+    conform(model_index, ModelIndex, str(path))
+    for name, value in model_index.items():
+        if isinstance(value, list):
+            conform(value, Part, f"{path}: {name}")
+            if not re.fullmatch(r"\w+", name):
+                raise ValueError(f"{path}: {name!r} is not the name of a component")
+    check_classes(model_index, str(path))
+    return model_index
+
+
+Part = Annotated[list[str | None], pydantic.Field(min_length=2, max_length=2)]
+"""[library, class]."""
+
+
+class ModelIndex(pydantic.BaseModel):
+    """What model_index.json says of what is read here."""
+
+    class_name: Annotated[str, pydantic.Field(alias="_class_name")]
+    unet: Part | None = None
+    vae: Part | None = None
+    scheduler: Part | None = None
+    text_encoder: Part | None = None
+    text_encoder_2: Part | None = None
+    tokenizer: Part | None = None
+    tokenizer_2: Part | None = None
+    force_zeros_for_empty_prompt: bool | None = None
 
 
 def _refuse_work_directory(folder: epath.Path) -> None:
@@ -323,9 +383,9 @@ def _config_path(folder: epath.Path, weights: epath.Path, component: str) -> epa
     return (weights if weights.is_dir() else folder / component) / "config.json"
 
 
-def _configs_of_file(path: epath.Path, family: Family, model_config: str) -> epath.Path:
+def _configs_of_file(path: epath.Path, family: Family, model_config: str, predicts_velocity: bool) -> epath.Path:
     """The folder of the configs and tokenizers that belong to a single file."""
-    if family.has_unlike_siblings and not model_config:
+    if family.has_unlike_siblings and not model_config and not predicts_velocity:
         raise ValueError(
             f"{path} is a file of the family {family.name}, which does not say what it predicts; set model_config to "
             f"{family.published} (768 pixels, velocity) or to {family.published}-base (512 pixels, noise)"
@@ -336,6 +396,29 @@ def _configs_of_file(path: epath.Path, family: Family, model_config: str) -> epa
         raise FileNotFoundError(
             f"{path} has no configs and no tokenizers; name a folder or hub id that has them as model_config ({error})"
         ) from error
+
+
+def _with_marks(config: dict[str, Any], names: Collection[str], path: str, named: str) -> dict[str, Any]:
+    """The scheduler's config, and what the tensors without numbers in a single file say of the model.
+
+    They are V_PRED and ZERO_TERMINAL_SNR, and win over the published model's config. Raises ValueError where they
+    contradict the config that the user `named`.
+    """
+    said: dict[str, Any] = {}
+    if V_PRED in names:
+        said["prediction_type"] = "v_prediction"
+    if ZERO_TERMINAL_SNR in names:
+        said["rescale_betas_zero_snr"] = True
+    for field, value in said.items():
+        if named and config.get(field, value) != value:
+            mark = V_PRED if field == "prediction_type" else ZERO_TERMINAL_SNR
+            raise ValueError(
+                f"{path} holds the tensor {mark}, which says {field}={value!r}, but {named} says {config[field]!r}; "
+                "take the configs that belong to this model, or correct that file"
+            )
+    if "rescale_betas_zero_snr" in said and (not named or "timestep_spacing" not in config):
+        said["timestep_spacing"] = "trailing"  # or sampling would not begin in the pure noise that it was trained on
+    return config | said
 
 
 def _check_widths(
@@ -361,4 +444,4 @@ def _check_widths(
 def _json(path: epath.Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"no {path}, though model_index.json lists {path.parent.name}; download it again")
-    return json.loads(path.read_text())
+    return read_json(path, dict[str, Any], MAX_BYTES)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_jax.models.config_json import read_config
+from dpo_jax.models.config_json import Depth, Positive, Width, read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,37 +15,39 @@ class UNetConfig:
     `from_dict` repeats it.
     """
 
-    sample_size: int | None = None
-    """Height and width of the latents it was trained on; the network itself takes any size."""
-    in_channels: int = 4
-    out_channels: int = 4
+    sample_size: Width | None = None
+    """Height and width of the latents it was trained on, the smaller of two; the network itself takes any size."""
+    in_channels: Width = 4
+    out_channels: Width = 4
     down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
     up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
     """Coarsest resolution first, the order in which they run."""
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: tuple[int, ...] = (2, 2, 2, 2)
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    cross_attention_dim: tuple[int, ...] = (1280, 1280, 1280, 1280)
-    transformer_layers_per_block: tuple[int, ...] = (1, 1, 1, 1)
-    attention_head_dim: tuple[int, ...] = (8, 8, 8, 8)
+    block_out_channels: tuple[Width, ...] = (320, 640, 1280, 1280)
+    layers_per_block: tuple[Depth, ...] = (2, 2, 2, 2)
+    norm_num_groups: Width = 32
+    norm_eps: Positive = 1e-5
+    cross_attention_dim: tuple[Width, ...] = (1280, 1280, 1280, 1280)
+    transformer_layers_per_block: tuple[Depth, ...] = (1, 1, 1, 1)
+    attention_head_dim: tuple[Width, ...] = (8, 8, 8, 8)
     """The NUMBER of attention heads: a misnomer that diffusers keeps because every published config has it."""
     use_linear_projection: bool = False
     addition_embed_type: str | None = None
     """"text_time" (SDXL): the pooled caption and the size conditioning are added to the time embedding."""
-    addition_time_embed_dim: int | None = None
+    addition_time_embed_dim: Width | None = None
     """Features of each time id."""
-    projection_class_embeddings_input_dim: int | None = None
+    projection_class_embeddings_input_dim: Width | None = None
     """Width of the pooled caption plus that of all embedded time ids."""
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], where: str) -> "UNetConfig":
         """Reads a config.json; raises ValueError naming `where` and the field that this code does not support."""
-        levels = len(config.get("block_out_channels", cls.block_out_channels))
+        channels = config.get("block_out_channels", cls.block_out_channels)
+        levels = len(channels) if isinstance(channels, list | tuple) and len(channels) <= MAX_LEVELS else 1
         repeated = {}
         for name in _PER_LEVEL:
             value = config.get(name, getattr(cls, name)[0])
             repeated[name] = value if isinstance(value, list | tuple) else [value] * levels
+        repeated["sample_size"] = _side(config.get("sample_size"))
         supported = _SUPPORTED | {"only_cross_attention": (False, [False] * levels)}
         result = read_config(cls, {**config, **repeated}, where, supported=supported, metadata=_METADATA)
         result._check(where)
@@ -53,15 +55,21 @@ class UNetConfig:
 
     def _check(self, where: str) -> None:
         levels = len(self.block_out_channels)
+        if not 1 <= levels <= MAX_LEVELS:
+            raise ValueError(f"{where}: block_out_channels has {levels} levels; a UNet has 1 to {MAX_LEVELS}")
         for name in (*_PER_LEVEL, "down_block_types", "up_block_types"):
             if len(getattr(self, name)) != levels:
                 raise ValueError(
                     f"{where}: {name} = {getattr(self, name)} does not fit the {levels} levels of "
                     f"block_out_channels = {self.block_out_channels}"
                 )
-        for name in ("transformer_layers_per_block", "cross_attention_dim", "attention_head_dim"):
-            if not all(isinstance(value, int) for value in getattr(self, name)):
-                raise ValueError(f"{where}: {name} = {getattr(self, name)} is not supported, only one integer a level")
+        layers = zip(self.layers_per_block, self.transformer_layers_per_block, strict=True)
+        total = sum(resnets * (1 + transformers) for resnets, transformers in layers)
+        if total > MAX_LAYERS:
+            raise ValueError(
+                f"{where}: layers_per_block = {self.layers_per_block} and transformer_layers_per_block = "
+                f"{self.transformer_layers_per_block} make {total} layers; at most {MAX_LAYERS} are supported"
+            )
         for name, choices in _BLOCKS.items():
             for block in getattr(self, name):
                 if block not in choices:
@@ -94,6 +102,17 @@ class UNetConfig:
                 f"projection_class_embeddings_input_dim, not {sizes}"
             )
 
+
+def _side(sample_size: Any) -> Any:
+    """One number for [height, width], and 64 for 64.0; anything else as it is."""
+    sides = list(sample_size) if isinstance(sample_size, list | tuple) and len(sample_size) == 2 else [sample_size]
+    sides = [int(side) if isinstance(side, float) and side.is_integer() else side for side in sides]
+    return min(sides) if all(isinstance(side, int) for side in sides) else sample_size
+
+
+MAX_LEVELS = 8
+MAX_LAYERS = 256
+"""SDXL has 32 on the way down. Building more takes minutes, and nothing published has them."""
 
 _PER_LEVEL = ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim")
 

@@ -13,26 +13,28 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from dpo_jax.models.config_json import read_config
+from dpo_jax.models.config_json import Depth, Finite, Positive, Width, read_config, shown
 from dpo_jax.models.layers import Conv, GroupNorm, Linear
 from dpo_jax.models.operations import attention
 
 EPSILON = 1e-6
+MAX_LAYERS = 64
+"""Published VAEs have 8 on the way down."""
 
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
     """The fields of a diffusers AutoencoderKL config.json that decide its shape or its use; defaults are diffusers'."""
 
-    in_channels: int = 3
-    out_channels: int = 3
-    block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1
-    latent_channels: int = 4
-    norm_num_groups: int = 32
-    scaling_factor: float = 0.18215
+    in_channels: Width = 3
+    out_channels: Width = 3
+    block_out_channels: tuple[Width, ...] = (64,)
+    layers_per_block: Depth = 1
+    latent_channels: Width = 4
+    norm_num_groups: Width = 32
+    scaling_factor: Positive = 0.18215
     """The UNet sees `(latents - shift_factor) * scaling_factor`; encode and decode here apply neither."""
-    shift_factor: float | None = None
+    shift_factor: Finite | None = None
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
@@ -51,8 +53,19 @@ class VAEConfig:
         result = read_config(cls, config, where, supported=supported, metadata=metadata)
         for field, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             types, levels = config.get(field, (block,)), len(result.block_out_channels)
-            if list(types) != [block] * levels:
-                raise ValueError(f"{where}: {field} = {list(types)} is not supported, only {levels} times {block!r}")
+            if types != [block] * levels and types != (block,) * levels:
+                raise ValueError(f"{where}: {field} = {shown(types)} is not supported, only {levels} times {block!r}")
+        layers = levels * result.layers_per_block
+        if not 0 < layers <= MAX_LAYERS:
+            raise ValueError(
+                f"{where}: block_out_channels = {result.block_out_channels} and layers_per_block = "
+                f"{result.layers_per_block} make {layers} layers; a VAE has 1 to {MAX_LAYERS}"
+            )
+        if any(width % result.norm_num_groups for width in result.block_out_channels):
+            raise ValueError(
+                f"{where}: block_out_channels = {result.block_out_channels} do not divide into "
+                f"norm_num_groups = {result.norm_num_groups} groups"
+            )
         return result
 
 

@@ -5,9 +5,9 @@ Axes: N pictures or captions, P projected width, L tokens.
 
 import dataclasses
 import html
-import json
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import ftfy
 import jax
@@ -18,7 +18,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from dpo_jax.data.tokenizers import load_tokenizers
+from dpo_jax.files import read_json
 from dpo_jax.models.clip_vision import CLIPConfig, CLIPModel, CLIPVisionTransformer
+from dpo_jax.models.config_json import MAX_BYTES
 from dpo_jax.models.layers import Linear
 from dpo_jax.models.network import Network
 from dpo_jax.models.score_head import ScoreMLP
@@ -83,7 +85,9 @@ class CLIPJudge:
         weights = find_weights(source)
         config = _read_config(find_beside(weights, ("config.json",), ("config.json",), kind.processor))
         tokenizer = find_beside(weights, CLIP_TOKENIZER, ("tokenizer.json", "vocab.json"), kind.processor)
-        self._tokenizer = load_tokenizers(str(tokenizer), ["."])
+        self._tokenizer = load_tokenizers(
+            str(tokenizer), ["."], [(config.text.vocab_size, config.text.max_position_embeddings)]
+        )
         self._batches = Batches(settings)
         network, self._params, scale = _load_clip(weights, config, settings, self._batches)
         self._kind, self._size = kind, config.vision.image_size
@@ -189,7 +193,7 @@ def unit_length(features_NP: jax.Array) -> jax.Array:
 
 def _read_config(folder: epath.Path) -> CLIPConfig:
     file = folder / "config.json"
-    return CLIPConfig.from_dict(json.loads(file.read_text()), str(file))
+    return CLIPConfig.from_dict(read_json(file, dict[str, Any], MAX_BYTES), str(file))
 
 
 def _load_clip(

@@ -86,7 +86,7 @@ def open_implicit(source: str, settings: Settings) -> Score:
         return BETA * total_N / DRAWS
 
     jitted = jax.jit(on_mesh(placement.mesh, rate), out_shardings=replicated(placement.mesh))
-    tokenizers = load_tokenizers(reference.folder, reference.tokenizer_names)
+    tokenizers = load_tokenizers(reference.folder, reference.tokenizer_names, reference.text_sizes)
 
     def score(pictures: Pictures, captions: Sequence[str]) -> np.ndarray:
         def rows(some: slice) -> tuple[np.ndarray, np.ndarray]:

@@ -11,15 +11,17 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
+import pydantic
 from etils import epath
 from jax.typing import DTypeLike
 
-from dpo_jax.files import new_folder, write_whole
+from dpo_jax.files import check_regular, look_at, new_folder, read_json, write_whole
 from dpo_jax.weights import flax_msgpack, original, safetensors_file
+from dpo_jax.weights.finite import is_finite, refuse_nonfinite
 from dpo_jax.weights.layout import (
     Params,
     ParamSpec,
@@ -61,15 +63,15 @@ CONVERT_STATE_DICT = (
 )
 """The same for a file of one network's tensors."""
 
-# Stored beside the parameters by some versions of transformers, and no part of the computation of who lacks them.
-HARMLESS = (
-    "text_model.embeddings.position_ids",
-    "vision_model.embeddings.position_ids",
-    "embeddings.position_ids",
-    "logit_scale",
-)
-
 MAX_SHARD_BYTES = 10 * 10**9  # diffusers' own default
+MAX_INDEX_BYTES = 100 * 10**6
+
+
+class Index(pydantic.BaseModel):
+    """The index of a sharded checkpoint."""
+
+    weight_map: Annotated[dict[str, str], pydantic.Field(min_length=1)]
+    """The file of each tensor."""
 
 
 class _Stored(NamedTuple):
@@ -89,14 +91,29 @@ def load_params(
     sharding: Sharding | None = None,
     prefix: str = "",
     variant: str = "",
+    allow_nonfinite: bool = False,
 ) -> Params:
     """The parameters that `specs` names, read from `path`, cast to `dtype` and placed tensor by tensor.
 
     With `sharding` (name, spec -> placement) each process reads from disk only the slices its devices hold; without,
-    everything goes to the default device. `path`, `prefix`, `variant` and errors: see `read_params`.
+    everything goes to the default device. `path`, `prefix`, `variant` and errors: see `read_params`. Raises ValueError
+    for NaN and infinity in what this process reads, unless `allow_nonfinite`.
     """
     stored = read_params(path, specs, prefix=prefix, variant=variant)
-    return {name: _place(array, dtype, sharding and sharding(name, specs[name])) for name, array in stored.items()}
+    nonfinite: dict[str, None] = {}
+
+    def cast(name: str, view: np.ndarray) -> np.ndarray:
+        array = np.array(fetch(view), dtype, order="C")
+        if not allow_nonfinite and not is_finite(array):
+            nonfinite[name] = None
+        return array
+
+    params = {
+        name: _place(array, functools.partial(cast, name), sharding and sharding(name, specs[name]))
+        for name, array in stored.items()
+    }
+    refuse_nonfinite(nonfinite, path, np.dtype(dtype).name)
+    return params
 
 
 def read_params(path: epath.PathLike, specs: Specs, *, prefix: str = "", variant: str = "") -> dict[str, np.ndarray]:
@@ -124,7 +141,7 @@ def read_params(path: epath.PathLike, specs: Specs, *, prefix: str = "", variant
         first_several(names, kind)
         for kind, names in (
             ("missing", missing),
-            ("unexpected", sorted(unused.difference(HARMLESS))),
+            ("unexpected", sorted(name for name in unused if not original.is_no_part(name, specs))),
             ("misshapen", misshapen),
         )
         if names
@@ -149,11 +166,12 @@ def save_component(
     dtype: DTypeLike | None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     card: str | None = None,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Writes `config.json` and the parameters as diffusers (or transformers) would, all of it or nothing.
 
     Parameters are brought to the host one at a time. A `dtype` of None keeps each one's own; `card` becomes README.md.
-    Raises ValueError if `folder` exists and is not empty.
+    Raises ValueError if `folder` exists and is not empty, and for NaN and infinity unless `allow_nonfinite`.
     """
     stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
     dtypes = {name: np.dtype(dtype or params[name].dtype) for name in specs}
@@ -172,7 +190,7 @@ def save_component(
             tensors = (
                 (torch_name(name), to_torch(fetch(params[name]), specs[name]).astype(dtypes[name])) for name in names
             )
-            safetensors_file.write(target / file, tensors, header)
+            safetensors_file.write(target / file, tensors, header, allow_nonfinite=allow_nonfinite)
         if len(shards) > 1:
             total = sum(math.prod(spec.shape) * dtypes[name].itemsize for name, spec in specs.items())
             weight_map = {torch_name(name): file for file, names in zip(files, shards, strict=True) for name in names}
@@ -210,14 +228,23 @@ def _open_file(path: epath.Path, specs: Specs, prefix: str) -> _Stored:
 
 def _refuse_pickle(file: epath.Path) -> None:
     if file.suffix != ".safetensors":
-        raise ValueError(f"{file} is no .safetensors file; {CONVERT_PICKLE}")
+        known = look_at(check_regular(file)) or "not a .safetensors file"
+        pickled = file.suffix in PICKLES or "pickle" in known
+        raise ValueError(f"{file} is not a .safetensors file; {CONVERT_PICKLE}" if pickled else f"{file} is {known}")
 
 
 def _open_folder(folder: epath.Path, variant: str) -> _Stored:
     files = weight_files(folder, variant)
     if files[0].name in LEGACY_FLAX:
         return _Stored(flax_msgpack.read(files[0]), flax_aliases, from_flax)
-    arrays = {key: array for file in files for key, array in safetensors_file.read(file).items()}
+    arrays: dict[str, np.ndarray] = {}
+    for file in files:
+        of_file = safetensors_file.read(file)
+        twice = sorted(of_file.keys() & arrays.keys())
+        if twice:
+            raise ValueError(first_several(twice, f"tensors of {file} are in another file of its folder too"))
+        arrays |= of_file
+    original.refuse_scaled(arrays, folder)
     return _Stored(arrays, torch_aliases, from_torch)
 
 
@@ -235,7 +262,11 @@ def weight_files(folder: epath.Path, variant: str = "") -> list[epath.Path]:
         raise FileNotFoundError(f"no weights in {folder}; looked for {', '.join(SAFETENSORS + LEGACY_FLAX)}")
     if not name.endswith(".json"):
         return [folder / name]
-    shards = sorted(set(json.loads((folder / name).read_text())["weight_map"].values()))
+    index: Index = read_json(folder / name, Index, MAX_INDEX_BYTES)
+    shards = sorted(set(index.weight_map.values()))
+    outside = [shard for shard in shards if "/" in shard or "\\" in shard or not shard.endswith(".safetensors")]
+    if outside:
+        raise ValueError(f"{folder / name} names {outside[0]!r}, which is not a .safetensors file of its folder")
     absent = [shard for shard in shards if shard not in names]
     if absent:
         raise FileNotFoundError(f"{folder / name} names files that are absent: {', '.join(absent)}")
@@ -248,13 +279,14 @@ def preferred_weights(names: Collection[str], variant: str = "") -> str | None:
     return next((name for name in (*of_variant_first, *LEGACY_FLAX) if name in names), None)
 
 
-def _place(array: np.ndarray, dtype: DTypeLike, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def _place(
+    array: np.ndarray, cast: Callable[[np.ndarray], np.ndarray], sharding: jax.sharding.Sharding | None
+) -> jax.Array:
     """The stored array on its devices. Each part is read once, also where several devices here hold copies of it."""
 
     @functools.cache
     def part(*bounds: tuple[int | None, int | None]) -> np.ndarray:
-        view = array[tuple(itertools.starmap(slice, bounds))]
-        return np.array(fetch(view), dtype, order="C")
+        return cast(array[tuple(itertools.starmap(slice, bounds))])
 
     if sharding is None:
         return jax.device_put(part())

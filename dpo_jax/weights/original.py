@@ -50,10 +50,37 @@ BLIP_IMAGE_LAYER = {
     "mlp": "mlp",
 }
 
-# What files hold beside the networks: the rest of OpenCLIP and of BLIP, and what training a VAE left behind.
+# What files hold beside the networks: the rest of OpenCLIP and of BLIP, and what training left behind.
 NO_PART = re.compile(
     r"^(logit_scale|attn_mask|text_projection)$|^blip\.(text|vision)_proj\.|\bposition_ids$|^(loss|model_ema)\."
 )
+# And beside a text encoder: the image half of its CLIP, and the projection that not every one uses.
+NO_TEXT = re.compile(r"^(visual_projection|text_projection)\.weight$|^(vision_model|visual)\.")
+# What the names of a component begin with in files of it alone, beside what they begin with in a whole model.
+ALONE = {"model.diffusion_model.": ("diffusion_model.",)}
+WHOLE_MODEL = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.")
+
+SCALE = re.compile(r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale|input_scale)$")
+CONVERT_SCALED = (
+    "multiply them out once in PyTorch: python -c \"import safetensors.torch as s; x = s.load_file('{file}'); "
+    "g = lambda n: x.get(n[:-6] + 'scale_weight', x.get(n + '_scale')); s.save_file({{n: t if g(n) is None else "
+    "(t.float() * g(n).float()).half() for n, t in x.items() if 'scale' not in n.split('.')[-1]}}, "
+    "'{stem}-fp16.safetensors')\""
+)
+
+
+def is_no_part(name: str, specs: Specs) -> bool:
+    """Whether what a file calls `name`, and the network of `specs` has no place for, may be left out."""
+    is_text = "text_model.embeddings.token_embedding.embedding" in specs and "logit_scale" not in specs
+    return bool(NO_PART.search(name) or (is_text and NO_TEXT.search(name)))
+
+
+def refuse_scaled(names: Iterable[str], path: epath.Path) -> None:
+    """Raises ValueError where weights are to be multiplied by scales that lie beside them."""
+    scales = [name for name in names if SCALE.search(name)]
+    if scales:
+        convert = CONVERT_SCALED.format(file=path, stem=path.with_suffix(""))
+        raise ValueError(f"{path} holds fp8 weights with scales (such as {scales[0]}), which are not read; {convert}")
 
 
 def read(path: epath.Path, specs: Specs, prefix: str) -> dict[str, np.ndarray]:
@@ -62,19 +89,31 @@ def read(path: epath.Path, specs: Specs, prefix: str) -> dict[str, np.ndarray]:
     `prefix` is what the component's names begin with; in a file that holds no such name all of it is the component.
     What is no part of the network is left out, also the last layer of SD2's text encoder, which diffusers' folders
     drop. Any other array whose name is no original one comes back as it is called: it may have today's name already.
+
+    Raises ValueError where other components of a whole model are there and this one is not.
     """
     stored = safetensors_file.read(path)
-    arrays = {name.removeprefix(prefix): array for name, array in stored.items() if name.startswith(prefix)} or stored
+    refuse_scaled(stored, path)
+    arrays = stored
+    for beginning in (prefix, *ALONE.get(prefix, ())):
+        found = {name.removeprefix(beginning): array for name, array in stored.items() if name.startswith(beginning)}
+        if found:
+            arrays = found
+            break
+    if arrays is stored and any(name.startswith(WHOLE_MODEL) for name in stored):
+        raise ValueError(f"{path} lacks a part of the model: none of its tensors begins with {prefix}")
     originals = _original_names(specs)
     theirs = set(originals.values())
-    found = {name: _from_original(name, arrays[of]) for name, of in originals.items() if of in arrays}
+    renamed = {name: _from_original(name, arrays[of]) for name, of in originals.items() if of in arrays}
     dropped_layer = f"transformer.resblocks.{_count(originals, 'text_model.encoder.layers')}."
     others = {
         name: array
         for name, array in arrays.items()
-        if name not in theirs and not NO_PART.search(name) and not name.startswith(dropped_layer)
+        if name not in theirs
+        and (name in originals or not is_no_part(name, specs))
+        and not name.startswith(dropped_layer)
     }
-    return others | found
+    return others | renamed
 
 
 def write(
@@ -82,6 +121,7 @@ def write(
     components: Mapping[str, tuple[Mapping[str, jax.Array | np.ndarray], Specs]],
     *,
     dtype: DTypeLike | None,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Writes one file of several components, each given by its prefix as parameters and specs, tensor by tensor.
 
@@ -108,7 +148,7 @@ def write(
             arrays = [to_torch(fetch(params[name]), spec) for params, name, spec in parts]
             yield original, _to_original(original, arrays).astype(header[original][1])
 
-    safetensors_file.write(path, tensors(), header)
+    safetensors_file.write(path, tensors(), header, allow_nonfinite=allow_nonfinite)
 
 
 def unet_module_names(specs: Iterable[str]) -> dict[str, str]:

@@ -8,12 +8,15 @@ official NumPy bindings read whole tensors and know no bfloat16.
 import json
 import math
 from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
 
 import ml_dtypes
 import numpy as np
+import pydantic
 from etils import epath
 
-from dpo_jax.files import writing
+from dpo_jax.files import check_regular, conform, decode_text, parse_json, what_it_is, writing
+from dpo_jax.weights.finite import is_finite
 from dpo_jax.weights.mapped_file import open_bytes
 
 DTYPES = {
@@ -21,6 +24,8 @@ DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "U8": np.dtype(np.uint8),
@@ -29,27 +34,41 @@ DTYPES = {
 METADATA = "__metadata__"
 
 
+MAX_HEADER_BYTES = 100 * 10**6
+"""The format's own limit."""
+Count = Annotated[int, pydantic.Field(ge=0, le=2**48)]
+
+
+class Entry(pydantic.BaseModel):
+    """What the header says of one tensor."""
+
+    dtype: str
+    shape: Annotated[list[Count], pydantic.Field(max_length=16)]
+    data_offsets: Annotated[list[Count], pydantic.Field(min_length=2, max_length=2)]
+    """Of its first byte and the one behind its last, counted from the end of the header."""
+
+
+Header = dict[str, Entry]
+
+
 def read(path: epath.Path) -> dict[str, np.ndarray]:
     """Every tensor of a file as a read-only view. Raises ValueError for a truncated or damaged file, before any use."""
-    data = open_bytes(path)
-    header, header_end = _header(data, path)
-    return {name: _view(data[header_end:], name, info, path) for name, info in header.items() if name != METADATA}
+    data, header, _, start = _open(path)
+    return {name: _view(data[start:], name, entry, path) for name, entry in header.items()}
 
 
 def locate(path: epath.Path) -> dict[str, tuple[int, tuple[int, ...]]]:
     """(offset in the file, shape) of every tensor, to read parts without keeping the file open. Raises as `read`."""
-    data = open_bytes(path)
-    header, header_end = _header(data, path)
-    shapes = {
-        name: _view(data[header_end:], name, info, path).shape for name, info in header.items() if name != METADATA
+    data, header, _, start = _open(path)
+    return {
+        name: (start + entry.data_offsets[0], _view(data[start:], name, entry, path).shape)
+        for name, entry in header.items()
     }
-    return {name: (header_end + header[name]["data_offsets"][0], shape) for name, shape in shapes.items()}
 
 
 def read_metadata(path: epath.Path) -> dict[str, str]:
     """What the file says about itself. Raises ValueError for a truncated or damaged file."""
-    header, _ = _header(open_bytes(path), path)
-    return header.get(METADATA, {})
+    return _open(path)[2]
 
 
 def write(
@@ -57,10 +76,13 @@ def write(
     tensors: Iterable[tuple[str, np.ndarray]],
     header: Mapping[str, tuple],
     metadata: Mapping[str, str] | None = None,
+    *,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Writes `tensors`, consumed one at a time; `header` gives name -> (shape, dtype) in the same order.
 
-    `metadata` is what the file says about itself, beside being PyTorch's.
+    `metadata` is what the file says about itself, beside being PyTorch's. Raises ValueError at a tensor with NaN or
+    infinity, unless `allow_nonfinite`.
     """
     dtype_names = {dtype: name for name, dtype in DTYPES.items()}
     entries: dict = {METADATA: {"format": "pt"} | dict(metadata or {})}
@@ -75,30 +97,48 @@ def write(
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, tensor in tensors:
             assert (tensor.shape, tensor.dtype) == header[name]
+            if not allow_nonfinite and not is_finite(tensor):
+                raise ValueError(
+                    f"{name} as {tensor.dtype} is not finite (NaN or infinity), so {path.name} is not written: the "
+                    "model is damaged, or its numbers are too large for this dtype (then choose float32); "
+                    "--allow_nonfinite exports it all the same"
+                )
             file.write(tensor.tobytes())
 
 
-def _header(data: np.ndarray, path: epath.Path) -> tuple[dict, int]:
-    """The file's header, and where its tensors begin."""
-    header_end = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    try:
-        if header_end > len(data):
-            raise ValueError("the header ends after the file")
-        header = json.loads(data[8:header_end].tobytes())
-        ends = [info["data_offsets"][1] for name, info in header.items() if name != METADATA]
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path} is truncated or no safetensors file: no header; copy it again") from error
-    expected = header_end + max(ends, default=0)
-    if len(data) != expected:
-        raise ValueError(f"{path} is truncated or damaged: {len(data)} bytes instead of {expected}; copy it again")
-    return header, header_end
+def _open(path: epath.Path) -> tuple[np.ndarray, Header, dict[str, str], int]:
+    """The file's bytes, what its header says of its tensors and of itself, and where the tensors begin."""
+    data = open_bytes(check_regular(path))
+    length = int.from_bytes(data[:8].tobytes(), "little")
+    start = 8 + length
+    if not 2 <= length <= MAX_HEADER_BYTES or start > len(data) or data[8] not in b"{ ":
+        known = what_it_is(data[:64].tobytes())
+        raise ValueError(
+            f"{path} is {known}"
+            if known
+            else f"{path} is truncated or not a safetensors file: no header; copy it again"
+        )
+    text = decode_text(data[8:start].tobytes(), f"{path}: the header")
+    entries: dict[str, Any] = conform(parse_json(text, f"{path}: the header"), dict[str, Any], f"{path}: the header")
+    metadata: dict[str, str] = conform(entries.pop(METADATA, {}), dict[str, str], f"{path}: {METADATA}")
+    header: Header = conform(entries, Header, f"{path}: the header")
+    position = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1].data_offsets):
+        first, end = entry.data_offsets
+        if first != position or end < first:
+            raise ValueError(f"{path} is damaged: the bytes of {name} begin at {first}, not {position}; copy it again")
+        position = end
+    if len(data) != start + position:
+        size = start + position
+        raise ValueError(f"{path} is truncated or damaged: {len(data)} bytes instead of {size}; copy it again")
+    return data, header, metadata, start
 
 
-def _view(data: np.ndarray, name: str, info: dict, path: epath.Path) -> np.ndarray:
-    if info["dtype"] not in DTYPES:
-        raise ValueError(f"{path}: {name} is stored as {info['dtype']}; supported are {', '.join(DTYPES)}")
-    start, end = info["data_offsets"]
-    dtype, shape = DTYPES[info["dtype"]], tuple(info["shape"])
+def _view(data: np.ndarray, name: str, entry: Entry, path: epath.Path) -> np.ndarray:
+    if entry.dtype not in DTYPES:
+        raise ValueError(f"{path}: {name} is stored as {entry.dtype}; supported are {', '.join(DTYPES)}")
+    start, end = entry.data_offsets
+    dtype, shape = DTYPES[entry.dtype], tuple(entry.shape)
     if end - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{path} is damaged: {name} of shape {shape} has {end - start} bytes; copy it again")
     return data[start:end].view(dtype).reshape(shape)

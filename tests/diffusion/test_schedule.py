@@ -85,19 +85,45 @@ def test_every_sampler_class_of_published_folders_is_read(name):
             {"_class_name": "FlowMatchEulerDiscreteScheduler"},
             "unknown scheduler FlowMatchEuler.*; known are .*DDIMScheduler",
         ),
-        ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
-        ({"clip_sample": True}, "clip_sample"),
-        ({"thresholding": True}, "thresholding"),
-        ({"timestep_type": "continuous"}, "timestep_type"),
-        ({"shift": 3.0}, "shift is unknown"),
-        ({"prediction_type": "sample"}, "prediction_type='sample'"),
-        ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid'"),
-        ({"timestep_spacing": "karras"}, "timestep_spacing='karras'"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas has 2 numbers, and num_train_timesteps is 1000"),
+        ({"trained_betas": [0.1, "0.2"]}, "trained_betas.1: input should be a valid number, not '0.2'"),
+        ({"timestep_type": "continuous"}, "timestep_type: input should be 'discrete', not 'continuous'"),
+        ({"shift": 3.0}, "unknown fields shift"),
+        ({"prediction_type": "sample"}, "prediction_type: input should be 'epsilon' or 'v_prediction', not 'sample'"),
+        ({"beta_schedule": "sigmoid"}, "beta_schedule: input should be 'linear', .*, not 'sigmoid'"),
+        ({"timestep_spacing": "karras"}, "timestep_spacing: .* not 'karras'"),
+        ({"beta_start": "0.00085"}, "beta_start: input should be a valid number, not '0.00085'"),
+        ({"num_train_timesteps": 10**12}, "num_train_timesteps: input should be less than or equal to 100000"),
+        ({"beta_end": float("nan")}, "beta_end: "),
+        ({"_class_name": ["x", "DDIMScheduler"]}, r"unknown scheduler \['x', 'DDIMScheduler'\]"),
     ],
 )
 def test_a_field_that_would_change_the_computation_is_an_error(change, named):
     with pytest.raises(ValueError, match=named):
         make_schedule(SD15 | change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"clip_sample": True, "clip_sample_range": 1.0, "_class_name": "DDPMScheduler"},
+        {"thresholding": True, "dynamic_thresholding_ratio": 0.9},
+        {"use_karras_sigmas": True, "_class_name": "DPMSolverMultistepScheduler"},
+        {"_use_default_values": ["sample_max_value"], "_name_or_path": "somewhere"},
+        {"rescale_betas_zero_snr": None, "timestep_spacing": None},
+    ],
+)
+def test_fields_that_steer_sampling_alone_change_nothing(change):
+    np.testing.assert_array_equal(make_schedule(SD15 | change).signal_T, make_schedule(SD15).signal_T)
+
+
+def test_trained_betas_are_the_betas():
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    alphas_bar_T = diffusers.DDPMScheduler(trained_betas=betas.tolist()).alphas_cumprod.double().numpy()
+
+    schedule = make_schedule(SD15 | {"beta_end": 0.5, "trained_betas": betas.tolist()})
+
+    np.testing.assert_array_equal(schedule.signal_T, np.sqrt(alphas_bar_T))
 
 
 def test_the_class_of_the_file_and_its_fields_are_there_for_samplers():
@@ -111,7 +137,7 @@ def test_the_class_of_the_file_and_its_fields_are_there_for_samplers():
 
 
 def test_a_missing_field_is_an_error():
-    with pytest.raises(ValueError, match="beta_start is missing; beta_end is missing"):
+    with pytest.raises(ValueError, match="beta_start: field required; beta_end: field required"):
         make_schedule({"num_train_timesteps": 1000, "beta_schedule": "linear"})
 
 

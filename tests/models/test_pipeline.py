@@ -81,7 +81,7 @@ def test_no_model_folder(tmp_path: Path) -> None:
 
 def test_a_single_file_that_is_a_pickle(tmp_path: Path) -> None:
     torch.save({"model.diffusion_model.out.2.bias": torch.zeros(4)}, tmp_path / "sd15.ckpt")
-    with pytest.raises(ValueError, match=r"sd15.ckpt is no .safetensors file; opening a pickle can run code"):
+    with pytest.raises(ValueError, match=r"sd15.ckpt is not a .safetensors file; opening a pickle can run code"):
         load_pipeline(tmp_path / "sd15.ckpt", dtype="float32")
 
 

@@ -138,13 +138,13 @@ def test_all_faults_in_one_error(tmp_path: Path) -> None:
 def test_truncated_file(folder: Path, size: int) -> None:
     path = folder / FILE
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match=f"{FILE} is truncated"):
+    with pytest.raises(ValueError, match=f"{FILE} is (truncated|empty)"):
         load_params(folder, SPECS, dtype=jnp.float32)
 
 
 def test_not_a_safetensors_file(folder: Path) -> None:
     (folder / FILE).write_text("<html>404 not found, and some more words</html>")
-    with pytest.raises(ValueError, match="truncated or no safetensors file"):
+    with pytest.raises(ValueError, match=f"{FILE} is a web page: the download failed"):
         load_params(folder, SPECS, dtype=jnp.float32)
 
 

@@ -157,7 +157,7 @@ def test_files_at_full_size_are_known_by_what_they_hold(
     }
     written: dict[str, torch.Tensor] = {}
 
-    def keep_header(path: epath.Path, tensors: object, header: dict[str, tuple]) -> None:
+    def keep_header(path: epath.Path, tensors: object, header: dict[str, tuple], **options: object) -> None:
         written.update({name: torch.empty(shape, device="meta") for name, (shape, _) in header.items()})
 
     monkeypatch.setattr(safetensors_file, "write", keep_header)
@@ -335,7 +335,11 @@ CLIP_OF = {family.name: f"{family.text_encoders[-1].original_prefix}x" for famil
         (["encoder.conv_in.weight", "decoder.conv_in.weight"], None, "holds a VAE alone"),
         (["text_model.final_layer_norm.bias"], None, "holds a text encoder alone"),
         (["b", "d", "c", "a"], None, "holds tensors such as a, b, c;"),
-        ([UNET, CLIP_OF["sdxl_refiner"], "v_pred"], None, "holds a tensor v_pred, so it predicts velocity"),
+        (
+            [UNET, CLIP_OF["sdxl_refiner"], "edm_mean"],
+            None,
+            "holds a tensor edm_mean, so it has the noise",
+        ),
         ([UNET, CLIP_OF["sd15"]], "sd21", "holds a model of the family sd15, not sd21; leave the family out"),
         ([UNET, CLIP_OF["sdxl"]], None, r"has the text encoders \['conditioner.embedders.1.model.'\], which no"),
     ],

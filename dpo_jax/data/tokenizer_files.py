@@ -1,0 +1,122 @@
+"""The files of a CLIP tokenizer, checked before transformers reads them, which tells little of what is wrong."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+
+from dpo_jax.files import conform, read_json, read_text
+
+MAX_BYTES = 2**26
+"""CLIP's largest file has 2 MB."""
+Id = Annotated[int, pydantic.Field(ge=0, le=2**24)]
+
+
+class Token(pydantic.BaseModel):
+    """A token with its settings."""
+
+    content: str
+
+
+class TokenWithId(Token):
+    """The same in tokenizer.json."""
+
+    id: Id
+
+
+Special = str | Token | None
+
+
+class Specials(pydantic.BaseModel):
+    """special_tokens_map.json."""
+
+    bos_token: Special = None
+    eos_token: Special = None
+    unk_token: Special = None
+    pad_token: Special = None
+
+
+class Settings(Specials):
+    """tokenizer_config.json."""
+
+    model_max_length: int | Annotated[float, pydantic.Field(allow_inf_nan=False)] | None = None
+    added_tokens_decoder: dict[str, Token] = pydantic.Field(default_factory=dict)
+
+
+class Model(pydantic.BaseModel):
+    """The part of tokenizer.json that holds the vocabulary."""
+
+    vocab: Annotated[dict[str, Id], pydantic.Field(min_length=1)]
+    merges: list[str] | list[list[str]]
+
+
+class Whole(pydantic.BaseModel):
+    """tokenizer.json."""
+
+    model: Model
+    added_tokens: list[TokenWithId] = pydantic.Field(default_factory=list)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raises FileNotFoundError or ValueError, naming the file, unless the folder holds the files of a tokenizer."""
+    whole, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    if not whole.exists() and not (vocabulary.exists() and merges.exists()):
+        raise FileNotFoundError(f"no tokenizer at {folder}: it needs vocab.json and merges.txt, or tokenizer.json")
+    known: dict[str, int] = {}
+    if vocabulary.exists():
+        known |= _read(vocabulary, Annotated[dict[str, Id], pydantic.Field(min_length=1)])
+        _check_unique(known, vocabulary)
+    if merges.exists():
+        _check_merges(_merges_of(merges), known, merges) if known else None
+    if whole.exists():
+        found = _read(whole, Whole)
+        _check_unique(found.model.vocab, whole)
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in found.model.merges]
+        _check_merges(pairs, found.model.vocab, whole)
+        known |= found.model.vocab | {token.content: token.id for token in found.added_tokens}
+    added = folder / "added_tokens.json"
+    if added.exists():
+        known |= _read(added, dict[str, Id])
+    settings = folder / "tokenizer_config.json"
+    if settings.exists():
+        said = _read(settings, Settings)
+        numbers = [number for number in said.added_tokens_decoder if not number.isdecimal()]
+        if numbers:
+            raise ValueError(f"{settings}: added_tokens_decoder: {numbers[0]!r} is not the number of a token")
+        known |= {token.content: int(number) for number, token in said.added_tokens_decoder.items()}
+        _check_specials(said, known, settings)
+    specials = folder / "special_tokens_map.json"
+    if specials.exists():
+        _check_specials(_read(specials, Specials), known, specials)
+
+
+def _read(path: Path, schema: Any) -> Any:
+    return conform(read_json(path, limit=MAX_BYTES), schema, str(path))
+
+
+def _merges_of(path: Path) -> list[list[str]]:
+    lines = read_text(path, MAX_BYTES).split("\n")
+    return [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
+
+
+def _check_unique(vocabulary: dict[str, int], path: Path) -> None:
+    if len(set(vocabulary.values())) < len(vocabulary):
+        raise ValueError(f"{path} is damaged: {len(vocabulary)} tokens have {len(set(vocabulary.values()))} numbers")
+
+
+def _check_merges(merges: list[list[str]], vocabulary: dict[str, int], path: Path) -> None:
+    for number, merge in enumerate(merges, 1):
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
+            shown = " ".join(merge)
+            raise ValueError(
+                f"{path} is damaged, or belongs to another vocabulary: merge {number}, {shown[:60]!r}, is not two "
+                "tokens that make a third; download the tokenizer again"
+            )
+
+
+def _check_specials(said: Specials, known: dict[str, int], path: Path) -> None:
+    for field in Specials.model_fields:
+        token = getattr(said, field)
+        content = token.content if isinstance(token, Token) else token
+        if content is not None and content not in known:
+            raise ValueError(f"{path}: {field} is {content!r}, which is not in the vocabulary")

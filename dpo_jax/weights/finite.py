@@ -1,0 +1,50 @@
+"""NaN and infinity in weights, found while the weights pass through the host.
+
+All weights pass through the host, each process's own part of them, so nothing is compiled, gathered or read twice.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from etils import epath
+
+BYTES_AT_A_TIME = 2**18
+"""So much stays in a processor's cache while it is looked at."""
+
+# Shifted left by one, which drops the sign, the bits of what is not finite are at least these.
+_LEAST: dict[str, np.unsignedinteger] = {
+    "float64": np.uint64(0xFFE0_0000_0000_0000),
+    "float32": np.uint32(0xFF00_0000),
+    "float16": np.uint16(0xF800),
+    "bfloat16": np.uint16(0xFF00),
+    "float8_e5m2": np.uint8(0xF8),
+    "float8_e4m3fn": np.uint8(0xFE),
+}
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether an array holds neither NaN nor infinity; always so for integers."""
+    least = _LEAST.get(array.dtype.name)
+    if least is None or not array.size:
+        return True
+    bits = array.ravel(order="K").view(least.dtype)
+    step = BYTES_AT_A_TIME // least.dtype.itemsize
+    return all(np.left_shift(bits[i : i + step], 1).max() < least for i in range(0, len(bits), step))
+
+
+def refuse_nonfinite(names: Iterable[str], path: epath.PathLike, dtype: object = "") -> None:
+    """Raises ValueError if there are `names` of tensors of the file or folder that are not finite (as `dtype`)."""
+    names = list(names)
+    if not names:
+        return
+    several = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    held = f" as {dtype}" if dtype else ""
+    raise ValueError(
+        f"{path} holds numbers that are not finite{held} (NaN or infinity) in {', '.join(names[:3])}{several}; "
+        "download or convert it again, or take another (sample, evaluate and export use it with --allow_nonfinite)"
+    )
+
+
+def refuse_nonfinite_arrays(arrays: Mapping[str, np.ndarray], path: epath.PathLike) -> None:
+    """The same of arrays by name."""
+    refuse_nonfinite((name for name, array in arrays.items() if not is_finite(np.asarray(array))), path)
