@@ -51,6 +51,9 @@ DTYPE = flags.DEFINE_enum(
 FEATURES = flags.DEFINE_string(
     "features", "thumbnails", "What diversity and drift are distances of: thumbnails, or clip=FOLDER_OR_ID."
 )
+ALLOW_NONFINITE = flags.DEFINE_bool(
+    "allow_nonfinite", False, "Draw also with weights that hold NaN or infinity, and judge black images."
+)
 CURVES = flags.DEFINE_list("curves", [], "Work directories of training runs whose curves the report shows.")
 SINCE = flags.DEFINE_float("since", None, "Unix time that `seconds` counts from; by default this command's start.")
 
@@ -166,7 +169,10 @@ def open_any(source: str, dtype: str) -> "Opened":
     from dpo_jax.evaluation.opened import open_model
     from dpo_jax.training.run import open_run
 
-    return open_run(source).opened() if is_run(source) else open_model(source, dtype=dtype)
+    allow = ALLOW_NONFINITE.value
+    if is_run(source):
+        return open_run(source, allow_nonfinite=allow).opened()
+    return open_model(source, dtype=dtype, allow_nonfinite=allow)
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:

@@ -36,12 +36,15 @@ MODEL_CONFIG = flags.DEFINE_string(
 )
 REVISION = flags.DEFINE_string("revision", "", "Branch, tag or commit of a hub id.")
 VARIANT = flags.DEFINE_string("variant", "", "Which set of weights to fetch from the hub, such as fp16.")
+UNET = flags.DEFINE_string("unet", "", "With --model: another UNet; a folder, a file, or a hub id.")
+VAE = flags.DEFINE_string("vae", "", "With --model: another VAE, likewise.")
+ALLOW_NONFINITE = flags.DEFINE_bool("allow_nonfinite", False, "Export weights also where they hold NaN or infinity.")
 
 
 def main() -> None:
     if (WORKDIR.value is None) == (MODEL.value is None):
         raise ValueError("give either --workdir (a training run) or --model (a model to convert), one of the two")
-    of_model = (LORA, FAMILY, MODEL_CONFIG, REVISION, VARIANT)
+    of_model = (LORA, FAMILY, MODEL_CONFIG, REVISION, VARIANT, UNET, VAE)
     given = [flag.name for flag in of_model if flag.value]
     if WORKDIR.value is not None and given:
         raise ValueError(f"--{given[0]} goes with --model; a training run has its own")
@@ -54,7 +57,7 @@ def write() -> None:
     from dpo_jax.training.export import export, open_tuned, open_untrained
 
     if WORKDIR.value is not None:
-        tuned = open_tuned(WORKDIR.value)
+        tuned = open_tuned(WORKDIR.value, allow_nonfinite=ALLOW_NONFINITE.value)
     else:
         tuned = open_untrained(
             MODEL.value or "",
@@ -63,6 +66,9 @@ def write() -> None:
             model_config=MODEL_CONFIG.value,
             revision=REVISION.value,
             variant=VARIANT.value,
+            unet=UNET.value,
+            vae=VAE.value,
+            allow_nonfinite=ALLOW_NONFINITE.value,
         )
     path = export(
         tuned, OUTPUT.value, format=FORMAT.value, dtype=DTYPE.value, max_shard_bytes=int(SHARD_GB.value * 10**9)

@@ -73,6 +73,9 @@ MODEL_CONFIG = flags.DEFINE_string(
 )
 REVISION = flags.DEFINE_string("revision", "", "Branch, tag or commit of a hub id.")
 VARIANT = flags.DEFINE_string("variant", "", "Which set of weights to fetch from the hub, such as fp16.")
+ALLOW_NONFINITE = flags.DEFINE_bool(
+    "allow_nonfinite", False, "Draw also with weights that hold NaN or infinity, and keep black images."
+)
 OF_MODEL = (UNET, VAE, FAMILY, MODEL_CONFIG, REVISION, VARIANT, DTYPE, VAE_DTYPE, ATTENTION)
 
 
@@ -164,7 +167,8 @@ def open_named() -> Any:
     if WORKDIR.value is not None:
         from dpo_jax.training.run import open_run
 
-        return open_run(WORKDIR.value).opened(lora=LORA.value, lora_scale=LORA_SCALE.value)
+        run = open_run(WORKDIR.value, allow_nonfinite=ALLOW_NONFINITE.value)
+        return run.opened(lora=LORA.value, lora_scale=LORA_SCALE.value)
     import jax
 
     from dpo_jax.evaluation.opened import open_model
@@ -184,6 +188,7 @@ def open_named() -> Any:
         model_config=MODEL_CONFIG.value,
         revision=REVISION.value,
         variant=VARIANT.value,
+        allow_nonfinite=ALLOW_NONFINITE.value,
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from dpo_jax.data.tokenizers import Tokenizers
 from dpo_jax.diffusion.samplers import classifier_free_guidance, make_table, sample, starting_latents
-from dpo_jax.encode.images import decode_latents, posterior_moments, sample_posterior
+from dpo_jax.encode.images import decode_checked, posterior_moments, sample_posterior
 from dpo_jax.encode.text import make_conditionings
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sharding import Placement, batch_constraint, batch_parts, batch_sharding, on_mesh, replicated
@@ -57,6 +57,7 @@ class Generator:
         sampling: how.
         resolution: pixels, height and width.
         batch_size: images sampled at a time; rounded up to what the mesh divides.
+        report: is told of images whose numbers are not finite, which are black then; by default they are an error.
 
     Raises ValueError for what the model can't be sampled with.
     """
@@ -71,8 +72,10 @@ class Generator:
         *,
         resolution: int,
         batch_size: int,
+        report: Callable[[str], None] | None = None,
     ):
         self._encoders = encoders
+        self._report = report
         self._components = set(pipeline.components) - {"unet"}
         self._tokenizers = tokenizers
         self._mesh = mesh = placement.mesh
@@ -101,7 +104,7 @@ class Generator:
             token_ids_NEL: jax.Array,
             seeds_N: jax.Array,
             images_NHWC: jax.Array | None,
-        ) -> jax.Array:
+        ) -> tuple[jax.Array, jax.Array]:
             unet = pipeline.gather(placement, "unet", unet)
             frozen = {name: pipeline.gather(placement, name, params) for name, params in frozen.items()}
             sizes_N6 = jnp.tile(size_cond_16, (len(token_ids_NEL), 1))
@@ -121,7 +124,7 @@ class Generator:
                 x0 = sample_posterior(pipeline.vae, moments_NhwC[:, None], posterior_keys_N)[:, 0]
             x_T = starting_latents(table, self.starting_noise(seeds_N), x0)
             latents = sample(denoise, table, x_T, step_keys_N)
-            return decode_latents(pipeline.vae, frozen["vae"], latents)
+            return decode_checked(pipeline.vae, frozen["vae"], latents)
 
         self._generate = jax.jit(on_mesh(mesh, generate), out_shardings=replicated(mesh))
 
@@ -155,11 +158,19 @@ class Generator:
             captions: one an image.
             seeds: one an image, 0 to `MAX_SEED`: all that is random follows from it.
             images: to begin from, uint8 [H, W, 3] of `resolution`; None begins from noise.
+
+        Raises ValueError for images whose numbers are not finite, unless they are reported.
         """
         if len(seeds) and not 0 <= min(seeds) <= max(seeds) <= MAX_SEED:
             raise ValueError(f"seeds {min(seeds)} to {max(seeds)} must be in 0..{MAX_SEED}")
         frozen = {name: params for name, params in self._encoders().items() if name in self._components}
-        pending: tuple[jax.Array, int] | None = None
+
+        def fetched(batch: tuple[jax.Array, jax.Array], of_batch: range) -> np.ndarray:
+            images_NHWC, finite_N = (np.asarray(x)[: len(of_batch)] for x in batch)
+            self._check([of_batch[n] for n in np.flatnonzero(~finite_N)], captions, seeds)
+            return images_NHWC
+
+        pending: tuple[tuple[jax.Array, jax.Array], range] | None = None
         for start in range(0, len(captions), self.batch_size):
             of_batch = range(start, min(start + self.batch_size, len(captions)))
             padded = [of_batch[i % len(of_batch)] for i in range(self.batch_size)]
@@ -170,11 +181,21 @@ class Generator:
             )
             batch = self._generate(unet, frozen, *jax.device_put(rows, batch_sharding(self._mesh)))
             if pending is not None:
-                yield _fetched(*pending)
-            pending = batch, len(of_batch)
+                yield fetched(*pending)
+            pending = batch, of_batch
         if pending is not None:
-            yield _fetched(*pending)
+            yield fetched(*pending)
 
-
-def _fetched(batch: jax.Array, count: int) -> np.ndarray:
-    return np.asarray(batch)[:count]
+    def _check(self, black: Sequence[int], captions: Sequence[str], seeds: Sequence[int]) -> None:
+        """Tells of the images that are not finite."""
+        if not black:
+            return
+        more = f" and {len(black) - 1} more" if len(black) > 1 else ""
+        message = (
+            f"the image of {captions[black[0]]!r}, seed {seeds[black[0]]}{more} came out black: its numbers are not "
+            "finite (NaN or infinity); try dtype and vae_dtype float32 or another VAE, and if that does not help the "
+            "weights are damaged"
+        )
+        if self._report is None:
+            raise ValueError(message)
+        self._report(message)

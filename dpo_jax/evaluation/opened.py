@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from dpo_jax.data.tokenizers import Tokenizers, load_tokenizers
 from dpo_jax.evaluation.generate import Generator, Sampling
 from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.sharding import Placement, make_mesh
+from dpo_jax.weights.finite import is_finite, refuse_nonfinite
 from dpo_jax.weights.hub import find_lora
 from dpo_jax.weights.io import fingerprint
 from dpo_jax.weights.layout import Params
@@ -50,8 +52,16 @@ class Opened:
 
     def generator(self, sampling: Sampling, *, resolution: int, batch_size: int) -> Generator:
         """Loads nothing yet; give it `unet` to draw with."""
-        options = {"resolution": resolution, "batch_size": batch_size}
-        return Generator(self.pipeline, lambda: self.encoders, self.tokenizers, self.placement, sampling, **options)
+        return Generator(
+            self.pipeline,
+            lambda: self.encoders,
+            self.tokenizers,
+            self.placement,
+            sampling,
+            resolution=resolution,
+            batch_size=batch_size,
+            report=functools.partial(print, file=sys.stderr) if self.pipeline.allow_nonfinite else None,
+        )
 
 
 def open_model(
@@ -110,10 +120,13 @@ def add_lora(unet: Mapping[str, Array], pipeline: Pipeline, placement: Placement
     specs = pipeline.unet.specs
     adapter = read_lora(find_lora(lora), specs)
     scaled = adapter._replace(alphas={layer: scale * alpha for layer, alpha in adapter.alphas.items()})
-    return {
-        name: jax.device_put(np.asarray(value, pipeline.dtype), placement(name, specs[name]))
-        for name, value in Merged(unet, scaled).items()
-    }
+    params, nonfinite = {}, []
+    for name, value in Merged(unet, scaled).items():
+        array = np.asarray(value, pipeline.dtype)
+        nonfinite += [] if pipeline.allow_nonfinite or is_finite(array) else [name]
+        params[name] = jax.device_put(array, placement(name, specs[name]))
+    refuse_nonfinite(nonfinite, pipeline.weights["unet"], pipeline.dtype.name)
+    return params
 
 
 def lora_mark(lora: str, scale: float) -> str:

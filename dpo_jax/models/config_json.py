@@ -45,7 +45,7 @@ def read_config(
         checked: pydantic.BaseModel = conform(values, _schema(cls), where)  # type: ignore[arg-type]
         values = {name: getattr(checked, name) for name in values}
     except ValueError as error:
-        problems.append(str(error).removeprefix(f"{where}: "))
+        problems.append(str(error).removeprefix(f"{where}: ").replace("a valid tuple", "a list"))
     for name, value in config.items():
         if name in supported and value not in supported[name]:
             choices = " or ".join(map(repr, supported[name]))

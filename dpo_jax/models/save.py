@@ -44,13 +44,14 @@ def save_pipeline(
     """
     model_index = _without_flax(read_model_index(pipeline.folder))
     networks = pipeline.components
+    options: dict[str, Any] = {"max_shard_bytes": max_shard_bytes, "allow_nonfinite": pipeline.allow_nonfinite}
     with new_folder(output) as target:
         for name in [name for name, value in model_index.items() if isinstance(value, list)]:
             source = pipeline.folder / name
             if name in networks:
                 weights = unet if name == "unet" else pipeline.read(name)
                 config, specs = _config(pipeline, name, dtype), networks[name].specs
-                save_component(target / name, config, weights, specs, dtype=dtype, max_shard_bytes=max_shard_bytes)
+                save_component(target / name, config, weights, specs, dtype=dtype, **options)
             elif not source.is_dir() or _lacks_weights(source):  # a safety checker that nobody downloaded, or can open
                 model_index[name] = [None, None]
             else:
@@ -70,7 +71,8 @@ def save_unet(
 ) -> None:
     """Writes the UNet alone, a folder for `UNet2DConditionModel.from_pretrained`; arguments as in `save_pipeline`."""
     config, specs = _config(pipeline, "unet", dtype), pipeline.unet.specs
-    save_component(output, config, unet, specs, dtype=dtype, max_shard_bytes=max_shard_bytes, card=card)
+    options: dict[str, Any] = {"max_shard_bytes": max_shard_bytes, "allow_nonfinite": pipeline.allow_nonfinite}
+    save_component(output, config, unet, specs, dtype=dtype, card=card, **options)
 
 
 def save_single_file(
@@ -87,7 +89,7 @@ def save_single_file(
             for name, network in pipeline.components.items()
         }
         file = f"{epath.Path(output).name}.safetensors"
-        original.write(target / file, components, dtype=dtype)
+        original.write(target / file, components, dtype=dtype, allow_nonfinite=pipeline.allow_nonfinite)
         write_whole(target / "README.md", card)
     return epath.Path(output) / file
 

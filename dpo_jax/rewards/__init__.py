@@ -86,7 +86,15 @@ def open_judge(
 
     def checked(pictures: Pictures, captions: Sequence[str]) -> np.ndarray:
         _check(name, pictures, captions)
-        return np.asarray(score(pictures, captions), np.float32) if len(captions) else np.zeros(0, np.float32)
+        scores = np.asarray(score(pictures, captions), np.float32) if len(captions) else np.zeros(0, np.float32)
+        odd = np.flatnonzero(~np.isfinite(scores))
+        if odd.size:
+            more = f" and {odd.size - 1} more images" if odd.size > 1 else ""
+            raise ValueError(
+                f"the judge {name} gave the score {scores[odd[0]]} to an image of {captions[odd[0]]!r}{more}, which "
+                "can't be compared with others; its weights or its dtype may be to blame"
+            )
+        return scores
 
     return Scorer(name, checked, judge.is_outside)
 

@@ -13,6 +13,7 @@ from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.models.save import Weights, save_pipeline, save_single_file, save_unet
 from dpo_jax.training.checkpoint import read_config
 from dpo_jax.training.metrics import last_validation
+from dpo_jax.training.model import load_tokenizers_of
 from dpo_jax.training.model_card import model_card, read_result
 from dpo_jax.training.run import open_run
 from dpo_jax.weights.hub import find_lora
@@ -38,9 +39,9 @@ class Tuned:
     run a float32 UNet after a float16 text encoder."""
 
 
-def open_tuned(workdir: epath.PathLike) -> Tuned:
+def open_tuned(workdir: epath.PathLike, *, allow_nonfinite: bool = False) -> Tuned:
     """The newest checkpoint of a training run."""
-    run = open_run(workdir)
+    run = open_run(workdir, allow_nonfinite=allow_nonfinite)
     card = {"config": read_config(workdir), "step": run.step, "validation": last_validation(workdir)}
     card |= {"result": read_result(workdir)}
     return Tuned(f"the model after step {run.step}", run.pipeline, run.merged, run.adapter, card, "float32")
@@ -49,6 +50,7 @@ def open_tuned(workdir: epath.PathLike) -> Tuned:
 def open_untrained(model: str, *, lora: str | None, **options: Any) -> Tuned:
     """A model as it is, or with a LoRA; `options` are those of `load_pipeline`."""
     pipeline = load_pipeline(model, dtype="float32", **options)
+    load_tokenizers_of(pipeline)  # which are copied: damaged ones are told here, not by who opens the copy
     unet = pipeline.read("unet")
     if lora is None:
         return Tuned(model, pipeline, unet, None, {"model": model}, dtype=None)

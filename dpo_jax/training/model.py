@@ -137,9 +137,14 @@ def load_tokenizers_of(pipeline: Pipeline) -> Tokenizers:
 
 
 def make_generator(
-    config: ConfigDict, pipeline: Pipeline, encoders: Callable[[], Frozen], placement: Placement, batch_size: int
+    config: ConfigDict,
+    pipeline: Pipeline,
+    encoders: Callable[[], Frozen],
+    placement: Placement,
+    batch_size: int,
+    report: Callable[[str], None] | None = None,
 ) -> Generator:
-    """The sampler that `config.sample` describes."""
+    """The sampler that `config.sample` describes; `report` is told of images that are not finite."""
     return Generator(
         pipeline,
         encoders,
@@ -148,6 +153,7 @@ def make_generator(
         sampling_of(config),
         resolution=config.data.resolution,
         batch_size=batch_size,
+        report=report,
     )
 
 

@@ -81,13 +81,16 @@ class Run:
         )
 
 
-def open_run(workdir: epath.PathLike) -> Run:
-    """Reads the config and the newest checkpoint of a work directory, without its optimizer state."""
+def open_run(workdir: epath.PathLike, *, allow_nonfinite: bool = False) -> Run:
+    """Reads the config and the newest checkpoint of a work directory, without its optimizer state.
+
+    With `allow_nonfinite` also weights that hold NaN and infinity are loaded and drawn with.
+    """
     saved = read_config(workdir)
     if saved is None:
         raise FileNotFoundError(f"no training run at {workdir}: it has no config.json; train first, see dpo_jax.train")
     config = unflatten(flatten(default_config()) | saved)
-    pipeline = open_model(config, workdir)
+    pipeline = dataclasses.replace(open_model(config, workdir), allow_nonfinite=allow_nonfinite)
     if pipeline.fingerprint() != saved["fingerprints.model"]:
         raise ValueError(f"the model in {pipeline.folder} has changed since {workdir} began; put the former one back")
     placement = Placement(make_mesh(data=1, fsdp=-1))  # whatever devices are here, not those that trained

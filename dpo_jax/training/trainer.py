@@ -325,7 +325,7 @@ class Loop:
         if self._generator is None:
             e = self.experiment
             self._generator = make_generator(
-                self.config, e.pipeline, self._encoders, e.placement, batch_size=len(captions)
+                self.config, e.pipeline, self._encoders, e.placement, batch_size=len(captions), report=self.bar.say
             )
             if e.objective.needs_reference:
                 self._reference_images = self._generator(reference_params(e.frozen), captions, seeds)

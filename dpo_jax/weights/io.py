@@ -112,7 +112,9 @@ def load_params(
         name: _place(array, functools.partial(cast, name), sharding and sharding(name, specs[name]))
         for name, array in stored.items()
     }
-    refuse_nonfinite(nonfinite, path, np.dtype(dtype).name)
+    if nonfinite:
+        files = weight_files(epath.Path(path), variant) if epath.Path(path).is_dir() else [path]
+        refuse_nonfinite(map(torch_name, nonfinite), files[0] if len(files) == 1 else path, np.dtype(dtype).name)
     return params
 
 
