@@ -101,10 +101,10 @@ def export(path: Path, questions: list[str]) -> None:
 
 def serve(paths: list[Path], questions: dict[str, Question]) -> None:
     from dpo_jax.evaluation.prompts import read_prompts
-    from dpo_jax.voting import server
     from dpo_jax.voting.app import make_app, results_token
     from dpo_jax.voting.guard import is_local
     from dpo_jax.voting.raters import Raters, clean_name
+    from dpo_jax.voting.server import make_server
     from dpo_jax.voting.store import open_study
     from dpo_jax.voting.study import read_folder
     from dpo_jax.voting.survey import Survey
@@ -137,7 +137,7 @@ def serve(paths: list[Path], questions: dict[str, Question]) -> None:
         print(f"results: {link(listener, '/results', results_token(store))}")
         print("Keep the link to the results to yourself: they tell which folder an image is from.", flush=True)
         try:
-            server.serve(app, listener)
+            make_server(app).run(sockets=[listener])
         except KeyboardInterrupt:
             print(f"\nstopped with {len(store.votes())} votes in {store.path}; the same command continues")
 

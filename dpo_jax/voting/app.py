@@ -94,7 +94,7 @@ class Pages:
         files = [file for file in (PAGES / "static").iterdir() if file.suffix in STATIC_TYPES]
         self._static = {file.name: (file.read_bytes(), STATIC_TYPES[file.suffix]) for file in files}
         self._images = TaskImages(self._store)
-        self._results = Shared(self._write_results)
+        self._results = Shared(self._write_results, lambda: self._store.revision)
 
     def home(self, request: Request) -> Response:
         if "rater" in request.query_params:
@@ -236,15 +236,23 @@ def _png(path: Path) -> bytes:
 
 
 class Shared(Generic[T]):
-    """Work that takes long, done once at a time in a thread of its own: who asks meanwhile gets the same."""
+    """Work that takes long, done once at a time in a thread of its own: who asks meanwhile gets the same.
 
-    def __init__(self, work: Callable[[], T]):
-        self._work, self._lock = work, threading.Lock()
+    Args:
+        version: work is done again once this has changed.
+    """
+
+    def __init__(self, work: Callable[[], T], version: Callable[[], object]):
+        self._work, self._version, self._lock = work, version, threading.Lock()
         self._thread = ThreadPoolExecutor(1)
-        self._running: Future[T] | None = None
+        self._latest: Future[T] | None = None
+        self._done: object = None
 
     def get(self) -> "Future[T]":
+        version = self._version()
         with self._lock:
-            if self._running is None or self._running.done():
-                self._running = self._thread.submit(self._work)
-            return self._running
+            is_over = self._latest is None or self._latest.done()
+            if is_over and (self._latest is None or self._done != version or self._latest.exception()):
+                self._latest, self._done = self._thread.submit(self._work), version
+            assert self._latest is not None
+            return self._latest

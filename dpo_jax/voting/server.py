@@ -2,12 +2,11 @@
 
 import asyncio
 import resource
-import socket
 from typing import Any, ClassVar
 
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 REQUEST_SECONDS = 15.0
 """From the first byte of a request (or from connecting) to its last."""
@@ -29,6 +28,7 @@ class ImpatientProtocol(H11Protocol):
         super().connection_made(transport)
         self._deadline: asyncio.TimerHandle | None = None
         self._is_receiving = True
+        self._whole: RequestResponseCycle | None = None
         self._wait(REQUEST_SECONDS)
         if len(self._connections) > self.most:
             halves = (other for other in self._connections if other._is_receiving)
@@ -41,20 +41,25 @@ class ImpatientProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if not self._is_receiving:
-            self._is_receiving = True
-            self._wait(REQUEST_SECONDS)
+        self._receive()
         super().data_received(data)
         self._look()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._look()
+        if self.cycle is not self._whole or self.conn.trailing_data[0]:  # part of the next request came ahead
+            self._receive()
+
+    def _receive(self) -> None:
+        if not self._is_receiving:
+            self._is_receiving = True
+            self._wait(REQUEST_SECONDS)
 
     def _look(self) -> None:
         """Gives the answer its time once the request is whole."""
-        if self._is_receiving and self.cycle is not None and not self.cycle.more_body:
-            self._is_receiving = False
+        if self.cycle is not None and self.cycle is not self._whole and not self.cycle.more_body:
+            self._whole, self._is_receiving = self.cycle, False
             self._wait(RESPONSE_SECONDS)
 
     def _wait(self, seconds: float) -> None:
@@ -65,22 +70,14 @@ class ImpatientProtocol(H11Protocol):
         self._deadline = self.loop.call_later(seconds, self.transport.abort)
 
 
-def serve(app: Starlette, listener: socket.socket) -> None:
-    """Serves until the process is interrupted, which raises KeyboardInterrupt."""
+def make_server(app: Starlette) -> uvicorn.Server:
+    """A server for as many connections as the operating system lets this process have."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    files = (
-        MOST_CONNECTIONS + SPARE_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_CONNECTIONS + SPARE_FILES)
-    )
+    wanted = MOST_CONNECTIONS + SPARE_FILES
+    files = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
     ImpatientProtocol.most = max(files - SPARE_FILES, 1)
     # One sort of HTTP parser whatever else is installed; nothing here needs web sockets.
-    config = uvicorn.Config(
-        app,
-        http=ImpatientProtocol,
-        ws="none",
-        lifespan="off",
-        log_level="error",
-        server_header=False,
-        proxy_headers=False,
-    )
-    uvicorn.Server(config).run(sockets=[listener])
+    switched_off: dict[str, Any] = {"ws": "none", "lifespan": "off", "server_header": False, "proxy_headers": False}
+    config = uvicorn.Config(app, http=ImpatientProtocol, log_level="error", **switched_off)
+    return uvicorn.Server(config)

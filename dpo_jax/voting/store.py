@@ -51,7 +51,7 @@ class Store:
     """
 
     def __init__(self, path: Path, connection: sqlite3.Connection):
-        self.path = path
+        self.path, self._changes = path, 0
         self._connection, self._lock = connection, threading.Lock()
         self._read()
 
@@ -69,6 +69,12 @@ class Store:
     @property
     def how(self) -> Mode:
         return MODES[self.mode]
+
+    @property
+    def revision(self) -> int:
+        """Another number after each change."""
+        with self._reading():
+            return self._changes
 
     def opaque(self, *parts: object) -> str:
         """A name that tells nothing about its parts to who hasn't got the file; it's always the same."""
@@ -154,6 +160,7 @@ class Store:
         key = vote.task, vote.question
         tally = collections.Counter(self._tallies.get(key))  # a new one: others may be looking at the old
         tally[vote.answer] += change
+        self._changes += 1
         self._tallies[key] = +tally
         if change > 0:
             self._answered.setdefault(vote.rater, {})[key] = None

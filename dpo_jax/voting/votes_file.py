@@ -208,9 +208,8 @@ def check_file(path: Path) -> None:
 
 
 def damaged(path: Path, reason: str) -> ValueError:
-    return ValueError(
-        f"{path} is damaged ({reason.rstrip('.')}); restore it from a backup, or name another --output to begin anew"
-    )
+    reason = "".join(char if char.isprintable() else "?" for char in reason).rstrip(".")
+    return ValueError(f"{path} is damaged ({reason}); restore it from a backup, or name another --output to begin anew")
 
 
 # ---- opening
@@ -232,6 +231,8 @@ def opening(path: Path) -> Iterator[sqlite3.Connection]:
             connection.close()
         if isinstance(error, sqlite3.Error):
             raise _in_a_sentence(path, error) from error
+        if isinstance(error, UnicodeDecodeError):  # SQLite's message quotes what is damaged
+            raise damaged(path, str(error)) from error
         raise
 
 
@@ -387,9 +388,13 @@ def transaction(connection: sqlite3.Connection, kind: str = "IMMEDIATE") -> Iter
 
 
 def durable(connection: sqlite3.Connection) -> None:
-    """From now on readers never wait for writers, and a commit returns once it's on the disk."""
+    """From now on readers never wait for writers, and a commit returns once it's on the disk.
+
+    And in the file itself: a log that is lost, left behind by a copy or damaged takes no vote with it.
+    """
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA wal_autocheckpoint = 1")
 
 
 def begin(path: Path, mode: str, digest: str, secret: str, folders: Sequence[Path], tasks: Sequence[Task]) -> None:
