@@ -1,13 +1,18 @@
-"""A web page on which people compare generated images.
+"""Serve a web page on which people compare generated images, and keep their votes.
 
   python -m dpo_jax.vote --images=samples/base,samples/tuned --output=votes.sqlite
 
-Each folder has images and their prompts, as dpo_jax.sample writes them (prompts.jsonl), or with a caption beside each
-image; images of the same prompt and seed are compared. Raters don't learn which folder an image is from. Votes are
-safe in --output as soon as they are given; the same command continues. Results so far are at /results.
+Each folder holds images and their prompts, as dpo_jax.sample writes them (prompts.jsonl), or a caption beside each
+image. Images of the same prompt and seed are compared. Two links are printed. The first opens the page to vote on:
+raters give a name there, and nothing that they are sent tells which folder an image is from. The second opens the
+results, which do tell: keep it to yourself. A vote is on the disk in --output as soon as it is given, and the same
+command continues an interrupted study.
 
-Only this machine is served unless --host names an address of it; raters then need the link that is printed, which has a
-token. What they said becomes data for training with
+A name belongs to the person who gave it first. To come back on another device, raters open the link of their own that
+the page shows when they click on their name. --invite prints such links, and admits nobody else.
+
+By default only this machine can open the page. To let others in, give an address of this machine with --host; the link
+then has a token. Votes become training data with
 
   python -m dpo_jax.vote --output=votes.sqlite --export=votes.jsonl
   python -m dpo_jax.prepare --source=jsonl --input=votes.jsonl --output=data/votes
@@ -15,9 +20,9 @@ token. What they said becomes data for training with
 
 import importlib.util
 import re
-import secrets
 import socket
 from pathlib import Path
+from urllib.parse import urlencode
 
 from absl import flags
 
@@ -25,38 +30,43 @@ from dpo_jax import cli, locks
 from dpo_jax.voting.study import MODES, QUESTIONS, Question
 
 IMAGES = flags.DEFINE_list("images", None, "Folders of images, comma-separated.")
-OUTPUT = flags.DEFINE_string("output", None, "SQLite file of votes, to begin or to continue.", required=True)
+OUTPUT = flags.DEFINE_string("output", None, "SQLite file of votes; begun if it does not exist.", required=True)
 MODE = flags.DEFINE_enum(
     "mode", "pairs", list(MODES), "How to ask.\n" + "\n".join(f"{name}: {mode.help}" for name, mode in MODES.items())
 )
 ASKED = flags.DEFINE_list(
     "questions",
     None,
-    "What to ask; of pairs all of these if not given, of more images the first. With --export whose answers to write.\n"
+    "Questions to ask. Default: all of them for pairs, otherwise the first. With --export: the question to export.\n"
     + "\n".join(f"{name}: {question.text}" for name, question in QUESTIONS.items()),
 )
-TAGS = flags.DEFINE_list("tags", [], 'With --mode=tag: the faults to ask for, such as "distorted hand,unsafe".')
-TIES = flags.DEFINE_bool("ties", False, "With --mode=pairs: let raters say that both images are alike.")
-RATERS = flags.DEFINE_integer("raters", 5, "Votes after which a pair is finished and not asked again.", lower_bound=1)
+TAGS = flags.DEFINE_list("tags", [], 'Faults to ask for (with --mode=tag), for example "distorted hand,unsafe".')
+TIES = flags.DEFINE_bool("ties", False, "Let raters say that both images are alike (with --mode=pairs).")
+RATERS = flags.DEFINE_integer(
+    "raters", 5, "Votes per comparison, after which it is finished and not asked again.", lower_bound=1
+)
 STOP_EARLY = flags.DEFINE_bool(
-    "stop_early", False, "Finish a pair once the votes still to come can't change the majority: 3 of 5, not all 5."
+    "stop_early", False, "Finish a comparison once further votes can't change its majority: 3 of 5 instead of all 5."
+)
+INVITE = flags.DEFINE_list(
+    "invite", [], "Names of raters, comma-separated: print a link for each of them, and let nobody else begin to vote."
 )
 PROMPTS = flags.DEFINE_string(
-    "prompts", None, "List of prompts, for folders whose images have but a number in it (00012.png) to tell theirs."
+    "prompts", None, "List of prompts, for folders whose images are named by the number of their prompt (00012.png)."
 )
-HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to serve; 0.0.0.0 for all of this machine's.")
+HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to serve; 0.0.0.0 for all addresses of this machine.")
 PORT = flags.DEFINE_integer("port", 8000, "Port to serve; 0 for a free one.", lower_bound=0, upper_bound=65535)
 TOKEN = flags.DEFINE_string(
-    "token", None, "What the link must have; made at random if not given and --host is not this machine alone."
+    "token", None, "Token of the raters' link. Default: none if only this machine is served, otherwise a random one."
 )
 EXPORT = flags.DEFINE_string(
-    "export", None, "Write the votes to this file instead: .jsonl for dpo_jax.prepare, .json for D3PO's scores."
+    "export", None, "Write the votes to this file instead: .jsonl for dpo_jax.prepare, .json for D3PO's feedback."
 )
 
 
 def main() -> None:
     if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn", "jinja2", "krippendorff")):
-        raise ValueError('the page needs a few more packages: pip install -c constraints.txt -e ".[vote]"')
+        raise ValueError('the page to vote on needs a few more packages: pip install -c constraints.txt -e ".[vote]"')
     questions = asked()
     if EXPORT.value is not None:
         export(Path(EXPORT.value), list(TAGS.value or ASKED.value or ()))
@@ -70,7 +80,7 @@ def asked() -> dict[str, Question]:
     """The questions by name."""
     tags = [tag.strip() for tag in TAGS.value or ()]
     if (MODE.value == "tag") != bool(tags) and EXPORT.value is None:
-        raise ValueError("--mode=tag and --tags go together: --tags='distorted hand,unsafe' names what to ask for")
+        raise ValueError("--mode=tag and --tags need each other; for example --mode=tag --tags='distorted hand,unsafe'")
     if tags:
         return {tag: Question(f"{tag[:1].upper()}{tag[1:]}?") for tag in tags}
     names = ASKED.value or (list(QUESTIONS) if MODE.value == "pairs" else list(QUESTIONS)[:1])
@@ -86,24 +96,26 @@ def export(path: Path, questions: list[str]) -> None:
 
     with open_votes(Path(OUTPUT.value)) as store:
         rows, left_out = export(store, path, questions)
-    print(f"{rows} prompts or pairs with votes written to {path}; {left_out} have none, or not for all images")
+    print(f"{rows} prompts or pairs with votes were written to {path}; {left_out} lack votes for some or all images")
 
 
 def serve(paths: list[Path], questions: dict[str, Question]) -> None:
-    import uvicorn
-
     from dpo_jax.evaluation.prompts import read_prompts
-    from dpo_jax.voting.app import make_app
+    from dpo_jax.voting.app import make_app, results_token
     from dpo_jax.voting.guard import is_local
+    from dpo_jax.voting.raters import Raters, clean_name
+    from dpo_jax.voting.server import make_server
     from dpo_jax.voting.store import open_study
     from dpo_jax.voting.study import read_folder
     from dpo_jax.voting.survey import Survey
 
-    token = TOKEN.value or (None if is_local(HOST.value) else secrets.token_urlsafe(16))
-    if token is not None and not re.fullmatch(r"[\w-]{8,}", token, re.ASCII):
-        raise ValueError("--token has at least 8 letters, digits, - and _, so that it can't be guessed")
+    if TOKEN.value is not None and not re.fullmatch(r"[\w-]{8,}", TOKEN.value, re.ASCII):
+        raise ValueError("--token must have at least 8 letters, digits, - and _, so that nobody can guess it")
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError("--images names a folder twice")
+    for name in INVITE.value:
+        if not clean_name(name):
+            raise ValueError(f"--invite: {name!r} is not a name; a name has one to 64 visible characters")
     prompts = read_prompts(PROMPTS.value, repeated=True) if PROMPTS.value else ()
     folders = [read_folder(path, prompts) for path in paths]
     listener = listen(HOST.value, PORT.value)
@@ -113,16 +125,19 @@ def serve(paths: list[Path], questions: dict[str, Question]) -> None:
         open_study(votes, MODE.value, folders) as store,
         locks.locked(votes.parent, "python -m dpo_jax.vote", f".{votes.name}.lock", what=votes),
     ):
+        token = TOKEN.value or (None if is_local(HOST.value) else store.opaque("token", "raters"))
         survey = Survey(store, questions, ties=TIES.value, raters=RATERS.value, stop_early=STOP_EARLY.value)
-        app = make_app(survey, token)
-        print(f"{len(store.tasks)} of them to show, each to {RATERS.value} raters; votes are kept in {store.path}")
-        print(f"vote:    {link(listener, '/', token)}\nresults: {link(listener, '/results', token)}", flush=True)
-        # One sort of HTTP parser whatever else is installed; nothing here needs web sockets.
-        config = uvicorn.Config(
-            app, http="h11", ws="none", lifespan="off", log_level="error", server_header=False, proxy_headers=False
-        )
+        app = make_app(survey, token, is_open=not INVITE.value)
+        print(f"{len(store.tasks)} {store.how.unit}, {RATERS.value} raters each; votes are kept in {store.path}")
+        if INVITE.value:
+            raters = Raters(store)
+            for name in map(clean_name, INVITE.value):
+                print(f"{name}: {link(listener, '/', token, raters.invite(name))}")
+        print(f"vote:    {link(listener, '/', token)}")
+        print(f"results: {link(listener, '/results', results_token(store))}")
+        print("Keep the link to the results to yourself: they tell which folder an image is from.", flush=True)
         try:
-            uvicorn.Server(config).run(sockets=[listener])
+            make_server(app).run(sockets=[listener])
         except KeyboardInterrupt:
             print(f"\nstopped with {len(store.votes())} votes in {store.path}; the same command continues")
 
@@ -134,14 +149,15 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=128)
     except OSError as error:
         reason = (error.strerror or str(error)).partition(" (while")[0]  # Python repeats the address
-        raise ValueError(f"can't serve {host}:{port} ({reason}); take another --port or --host") from error
+        raise ValueError(f"{host}:{port} can't be served ({reason}); choose another --port or --host") from error
 
 
-def link(listener: socket.socket, path: str, token: str | None) -> str:
+def link(listener: socket.socket, path: str, token: str | None, card: str | None = None) -> str:
     host, port = listener.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = socket.gethostname()
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}{path}{f'?token={token}' if token else ''}"
+    query = urlencode({name: value for name, value in (("token", token), ("rater", card)) if value})
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}{path}{f'?{query}' if query else ''}"
 
 
 if __name__ == "__main__":

@@ -127,6 +127,7 @@ class Server:
         for line in self.process.stdout:
             if found := re.match(r"vote: +(http://\S+:(\d+)/\S*)", line):
                 self.url, self.port = found[1], int(found[2])
+                self.results = self.process.stdout.readline().split()[1]
                 return self
         raise AssertionError(self.process.communicate()[1])
 

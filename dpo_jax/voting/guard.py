@@ -4,7 +4,7 @@ import hmac
 import ipaddress
 import json
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlencode
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -24,22 +24,28 @@ HEADERS = {
 A_YEAR = 365 * 24 * 3600  # seconds
 LANDINGS = ("/", "/results")
 """Where a link with a token may lead."""
+SEES_RESULTS = "dpo_jax.sees_results"
 
 
 class Guard:
-    """Lets through who shows the token, in a link once and in a cookie from then on.
+    """Lets through who shows a token, in a link once and in a cookie from then on.
 
-    Without a token only a browser on the same machine is served, by a name of that machine: a page of some other site,
-    whose name was made to point here, is turned away. What changes anything must come from a page of ours: it is JSON,
-    which no form of another site can send.
+    The raters' token opens the page to vote on, the results' token all. Without a token for raters only a browser on
+    the same machine is served, by a name of that machine: a page of some other site, whose name was made to point here,
+    is turned away. What changes anything must come from a page of ours: it is JSON, which no form of another site can
+    send.
 
     Args:
-        token: None where none is asked for.
-        cookie: the token cookie's name.
+        raters: None where no token is asked for.
+        results: sets `scope[SEES_RESULTS]` for who shows it.
+        cookie: how the cookies' names begin.
     """
 
-    def __init__(self, app: ASGIApp, token: str | None, cookie: str):
-        self._app, self._token, self._cookie = app, token, cookie
+    def __init__(self, app: ASGIApp, raters: str | None, results: str, cookie: str):
+        self._app, self._raters, self._results = app, raters, results
+        self._cookies = {results: f"results-{cookie}"}
+        if raters is not None:
+            self._cookies[raters] = f"token-{cookie}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,24 +63,33 @@ class Guard:
 
     def _turned_away(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
-        if self._token is None:
-            if not is_local(_host_name(headers.get("host", ""))):
-                return PlainTextResponse("This page is served to its own machine, as localhost.", 403)
-        else:
-            shown = parse_qs(scope["query_string"].decode("latin-1")).get("token", [])
-            if any(self._is_token(token) for token in shown):
-                response = RedirectResponse(scope["path"] if scope["path"] in LANDINGS else "/", 303)
-                response.set_cookie(self._cookie, self._token, max_age=A_YEAR, httponly=True, samesite="lax")
-                return response
-            if not self._is_token(cookie_parser(headers.get("cookie", "")).get(self._cookie, "")):
-                return PlainTextResponse("Open the link that you were given: it has a token in it.", 403)
+        if self._raters is None and not is_local(_host_name(headers.get("host", ""))):
+            return PlainTextResponse("This page is served to its own machine, as localhost.", 403)
+        cookies, query = cookie_parser(headers.get("cookie", "")), parse_qs(scope["query_string"].decode("latin-1"))
+        held = []
+        for token, cookie in self._cookies.items():
+            if any([_equal(shown, token) for shown in query.get("token", [])]):
+                return _keep(token, cookie, scope["path"], query)
+            if _equal(cookies.get(cookie, ""), token):
+                held.append(token)
+        scope[SEES_RESULTS] = self._results in held
+        if self._raters is not None and not held:
+            return PlainTextResponse("Open the link that you were given: it has a token in it.", 403)
         if scope["method"] not in ("GET", "HEAD"):
             return _unlike_ours(headers)
         return None
 
-    def _is_token(self, shown: str) -> bool:
-        assert self._token is not None
-        return hmac.compare_digest(shown.encode("utf-8", "replace"), self._token.encode())
+
+def _equal(shown: str, token: str) -> bool:
+    return hmac.compare_digest(shown.encode("utf-8", "replace"), token.encode())
+
+
+def _keep(token: str, cookie: str, path: str, query: dict[str, list[str]]) -> Response:
+    """Takes the token out of the address, where others would see it."""
+    rest = urlencode([(name, value) for name, values in query.items() if name != "token" for value in values])
+    response = RedirectResponse((path if path in LANDINGS else "/") + (f"?{rest}" if rest else ""), 303)
+    response.set_cookie(cookie, token, max_age=A_YEAR, httponly=True, samesite="lax")
+    return response
 
 
 def _unlike_ours(headers: Headers) -> Response | None:

@@ -1,57 +1,43 @@
 """Votes in an SQLite file. A vote that was acknowledged is on the disk, whatever happens to the process.
 
-Table `votes` has a row for each: rater, task, question, answer (JSON numbers, one for each image of the task, in the
-order of `tasks.images`), shown (JSON: which image stood at each place, from left to right) and time (UTC). Rater, task
-and question are unique. What a rater took back is in `undone`. `tasks` and `folders` say what was shown, so that the
-file can be exported by itself.
+What was read from the file is kept in memory, so that asking what is next costs the same at 20,000 votes as at none.
 """
 
 import collections
-import datetime
-import hashlib
-import json
+import hmac
 import secrets
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
-from dpo_jax.voting.study import MODES, Answer, Folder, Mode, Task, TaskImage, study_digest
+from dpo_jax.voting.study import MODES, Answer, Folder, Mode, study_digest
+from dpo_jax.voting.votes_file import (
+    COLUMNS,
+    VERSION,
+    Contents,
+    Vote,
+    begin,
+    check_file,
+    checked,
+    dump,
+    durable,
+    name_key,
+    now,
+    opaque,
+    opening,
+    place,
+    read,
+    transaction,
+    upgrade,
+    version_of,
+)
 
-APPLICATION_ID = 0x64706F76  # "dpov"; SQLite keeps it in the file's header
-SCHEMA = """
-CREATE TABLE study (mode TEXT NOT NULL, digest TEXT NOT NULL, secret TEXT NOT NULL);
-CREATE TABLE folders (position INTEGER PRIMARY KEY, path TEXT NOT NULL);
-CREATE TABLE tasks (
-    id TEXT PRIMARY KEY, position INTEGER NOT NULL, prompt TEXT NOT NULL, seed INTEGER, category TEXT NOT NULL,
-    images TEXT NOT NULL
-);
-CREATE TABLE votes (
-    rater TEXT NOT NULL, task TEXT NOT NULL REFERENCES tasks (id), question TEXT NOT NULL, answer TEXT NOT NULL,
-    shown TEXT NOT NULL, time TEXT NOT NULL, UNIQUE (rater, task, question)
-);
-CREATE INDEX tallies ON votes (task, question, answer);
-CREATE TABLE undone (
-    rater TEXT NOT NULL, task TEXT NOT NULL, question TEXT NOT NULL, answer TEXT NOT NULL, shown TEXT NOT NULL,
-    time TEXT NOT NULL, undone TEXT NOT NULL
-);
-"""
+MOST_UNDONE = 10
+"""Times that a rater may take back an answer to one question about one task."""
 
-
-class Vote(NamedTuple):
-    rater: str
-    task: str
-    question: str
-    answer: Answer
-    """In the order of the task's images."""
-    shown: tuple[int, ...]
-    """Which of the task's images stood at each place."""
-    time: str
-
-
-Tallies = dict[tuple[str, str], collections.Counter[Answer]]
+Tallies = Mapping[tuple[str, str], Mapping[Answer, int]]
 """How often each answer was given, by task and question."""
 
 
@@ -65,55 +51,100 @@ class Store:
     """
 
     def __init__(self, path: Path, connection: sqlite3.Connection):
-        self.path = path
+        self.path, self._changes = path, 0
         self._connection, self._lock = connection, threading.Lock()
-        ((self.mode, self.digest, self._secret),) = connection.execute("SELECT mode, digest, secret FROM study")
-        self.folders = [Path(row[0]) for row in connection.execute("SELECT path FROM folders ORDER BY position")]
-        rows = connection.execute("SELECT id, prompt, seed, category, images FROM tasks ORDER BY position")
-        self.tasks = {
-            id: Task(prompt, seed, category, tuple(TaskImage(*image) for image in json.loads(images)))
-            for id, prompt, seed, category, images in rows
-        }
+        self._read()
+
+    def _read(self) -> None:
+        self._others = self._version_of_others()  # before: what comes between is read once more
+        contents: Contents = read(self.path, self._connection)
+        self.mode, self.digest, self._secret = contents.mode, contents.digest, contents.secret
+        self.folders, self.tasks = contents.folders, contents.tasks
+        self._votes, self._undone, self._raters = contents.votes, contents.undone, contents.raters
+        self._answered: dict[str, dict[tuple[str, str], None]] = {}
+        self._tallies: dict[tuple[str, str], collections.Counter[Answer]] = {}
+        for vote in self._votes.values():
+            self._count(vote, 1)
 
     @property
     def how(self) -> Mode:
         return MODES[self.mode]
 
+    @property
+    def revision(self) -> int:
+        """Another number after each change."""
+        with self._reading():
+            return self._changes
+
     def opaque(self, *parts: object) -> str:
         """A name that tells nothing about its parts to who hasn't got the file; it's always the same."""
-        return _opaque(self._secret, *parts)
+        return opaque(self._secret, *parts)
 
     def add(self, rater: str, task: str, question: str, answer: Answer, shown: Sequence[int]) -> Vote:
         """Stores a vote durably, unless this rater has voted on it before; returns the vote that is stored."""
-        row = rater, task, question, _dump(answer), _dump(shown), _now()
-        with self._transaction() as run:
-            run("INSERT INTO votes VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", row)
-            where = "rater = ? AND task = ? AND question = ?"
-            (stored,) = run(f"SELECT {_COLUMNS} FROM votes WHERE {where}", row[:3])
-        return _vote(stored)
+        vote = Vote(rater, task, question, tuple(answer), tuple(shown), now())
+        with self._changing() as run:
+            if vote.key in self._votes:
+                return self._votes[vote.key]
+            row = rater, task, question, dump(vote.answer), dump(vote.shown), vote.time
+            run("INSERT INTO votes VALUES (?, ?, ?, ?, ?, ?, ?)", checked(self._secret, "votes", row))
+            self._connection.execute("COMMIT")
+            self._votes[vote.key] = vote
+            self._count(vote, 1)
+        return vote
 
     def undo(self, rater: str, task: str, question: str) -> bool:
-        """Takes a vote back and keeps it in `undone`; False if there is none."""
-        where = "rater = ? AND task = ? AND question = ?"
-        with self._transaction() as run:
-            key = rater, task, question
-            run(f"INSERT INTO undone SELECT {_COLUMNS}, ? FROM votes WHERE {where}", (_now(), *key))
-            return run(f"DELETE FROM votes WHERE {where}", key).rowcount > 0
+        """Takes a vote back and keeps it in `undone`; False if there is none.
+
+        Raises ValueError if that was done too often, or if it isn't the rater's latest.
+        """
+        key = rater, task, question
+        with self._changing() as run:
+            if key not in self._votes:
+                return False
+            if key[1:] != next(reversed(self._answered[rater])):
+                raise ValueError("only your latest answer can be taken back")
+            if self._undone[key] >= MOST_UNDONE:
+                raise ValueError(f"this answer was taken back {MOST_UNDONE} times already, so now it stays")
+            where = "rater = ? AND task = ? AND question = ?"
+            columns = ", ".join(COLUMNS["votes"])
+            run(f"INSERT INTO undone SELECT {columns}, ? FROM votes WHERE {where}", (now(), *key))
+            run(f"DELETE FROM votes WHERE {where}", key)
+            self._connection.execute("COMMIT")
+            self._undone[key] += 1
+            self._count(self._votes.pop(key), -1)
+        return True
+
+    def join(self, name: str, claim: str) -> bool:
+        """Takes a name for who knows `claim`; False if somebody else has it."""
+        with self._changing() as run:
+            key = name_key(name)
+            if key not in self._raters:
+                row = checked(self._secret, "raters", (key, name, claim, now()))
+                run("INSERT INTO raters VALUES (?, ?, ?, ?, ?)", row)
+                self._connection.execute("COMMIT")
+                self._raters[key] = name, claim
+            taken_by, known = self._raters[key]
+            return hmac.compare_digest(claim, known) and taken_by == name
+
+    def name_of(self, name: str) -> str | None:
+        """As the rater wrote it who took this name, or one that people take for it; None if nobody did."""
+        with self._reading():
+            return self._raters.get(name_key(name), (None, ""))[0]
 
     def votes(self) -> list[Vote]:
         """In the order in which they were given."""
-        return [_vote(row) for row in self._read(f"SELECT {_COLUMNS} FROM votes ORDER BY rowid")]
+        with self._reading():
+            return list(self._votes.values())
 
     def answered(self, rater: str) -> list[tuple[str, str]]:
         """Tasks and questions that a rater has answered, the latest last."""
-        return self._read("SELECT task, question FROM votes WHERE rater = ? ORDER BY rowid", (rater,))
+        with self._reading():
+            return list(self._answered.get(rater, ()))
 
     def tallies(self) -> Tallies:
-        counts: Tallies = collections.defaultdict(collections.Counter)
-        rows = self._read("SELECT task, question, answer, COUNT(*) FROM votes GROUP BY task, question, answer")
-        for task, question, answer, count in rows:
-            counts[task, question][tuple(json.loads(answer))] = count
-        return counts
+        with self._reading():
+            return self._tallies
 
     def close(self) -> None:
         with self._lock:
@@ -125,113 +156,81 @@ class Store:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _read(self, query: str, values: Sequence[object] = ()) -> list[tuple]:
-        with self._lock:
-            return self._connection.execute(query, values).fetchall()
+    def _count(self, vote: Vote, change: int) -> None:
+        key = vote.task, vote.question
+        tally = collections.Counter(self._tallies.get(key))  # a new one: others may be looking at the old
+        tally[vote.answer] += change
+        self._changes += 1
+        self._tallies[key] = +tally
+        if change > 0:
+            self._answered.setdefault(vote.rater, {})[key] = None
+        else:
+            del self._answered[vote.rater][key]
+
+    def _version_of_others(self) -> int:
+        """Changes when another connection has changed the file."""
+        return self._connection.execute("PRAGMA data_version").fetchone()[0]
+
+    def _refresh(self) -> None:
+        if self._version_of_others() != self._others:
+            self._read()
 
     @contextmanager
-    def _transaction(self) -> Iterator:
-        with self._lock, _transaction(self._connection) as run:
-            yield run
+    def _reading(self) -> Iterator[None]:
+        with self._lock:
+            self._refresh()
+            yield
+
+    @contextmanager
+    def _changing(self) -> Iterator:
+        """Inside nobody else changes the file; what is not committed there is undone."""
+        with self._lock:
+            try:
+                self._connection.execute("BEGIN IMMEDIATE")
+                while self._version_of_others() != self._others:
+                    self._connection.execute("ROLLBACK")
+                    self._read()
+                    self._connection.execute("BEGIN IMMEDIATE")
+                yield self._connection.execute
+            finally:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
 
 
 def open_study(path: Path, mode: str, folders: Sequence[Folder]) -> Store:
     """Opens the file of votes on these folders, or begins one.
 
     Raises:
-        ValueError: the folders make up no task, or the file holds something else, such as votes on other folders.
+        ValueError: the folders make up no task, or the file holds something else, such as votes on other folders, or
+            is damaged.
     """
-    tasks, digest = MODES[mode].tasks(folders), study_digest(mode, folders)
+    tasks, digest, paths = MODES[mode].tasks(folders), study_digest(mode, folders), [folder.path for folder in folders]
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} to")
-    with _opening(path) as connection:
-        with _transaction(connection) as run:
-            if run("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0:
-                _begin(run, mode, digest, tasks)
-            _check(connection, path)
-            ((found_mode, found),) = run("SELECT mode, digest FROM study")
-            if found_mode != mode:
-                raise ValueError(f"{path} holds answers of --mode={found_mode}; take another --output for {mode}")
-            if found != digest:
-                raise ValueError(f"{path} holds votes on other images, or in another order; take another --output")
-            for position, folder in enumerate(folders):
-                run("INSERT OR REPLACE INTO folders VALUES (?, ?)", (position, str(folder.path.resolve())))
+        raise FileNotFoundError(f"{path.parent} is not a folder, so {path.name} can't be written to it")
+    try:
+        check_file(path)
+    except FileNotFoundError:
+        begin(path, mode, digest, secrets.token_hex(), paths, tasks)
+    with opening(path) as connection:
+        found = read(path, connection)
+        if found.mode != mode:
+            raise ValueError(f"{path} holds answers of --mode={found.mode}; name another --output for {mode}")
+        if found.digest != digest or list(found.tasks.values()) != tasks:
+            raise ValueError(f"{path} holds votes on other images, or in another order; name another --output")
+        durable(connection)
+        if version_of(connection) < VERSION:
+            upgrade(connection)
+        with transaction(connection) as run:
+            place(run, found.secret, paths)
         return Store(path, connection)
 
 
 def open_votes(path: Path) -> Store:
     """Opens a file of votes that exists, wherever its images are.
 
-    Raises FileNotFoundError or ValueError for files that aren't one.
+    Raises FileNotFoundError or ValueError for files that aren't one, or are damaged.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file of votes at {path}; --images=DIR_A,DIR_B begins one")
-    with _opening(path) as connection:
-        _check(connection, path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file of votes at {path}; --images=DIR_A,DIR_B begins one")
+    with opening(path) as connection:
         return Store(path, connection)
-
-
-@contextmanager
-def _opening(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection that's closed if opening fails, with SQLite's errors in a sentence."""
-    connection = None
-    try:
-        connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA journal_mode = WAL")  # readers never wait for writers
-        connection.execute("PRAGMA synchronous = FULL")  # a commit returns once it's on the disk
-        yield connection
-    except BaseException as error:
-        if connection is not None:
-            connection.close()
-        if isinstance(error, sqlite3.Error):
-            raise ValueError(f"{path} can't be opened as a file of votes: {error}") from error
-        raise
-
-
-def _check(connection: sqlite3.Connection, path: Path) -> None:
-    if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-        raise ValueError(f"{path} is no file of votes; dpo_jax.vote has not written it")
-
-
-def _begin(run, mode: str, digest: str, tasks: Sequence[Task]) -> None:
-    for statement in filter(str.strip, SCHEMA.split(";")):
-        run(statement)
-    run(f"PRAGMA application_id = {APPLICATION_ID}")
-    secret = secrets.token_hex()
-    run("INSERT INTO study VALUES (?, ?, ?)", (mode, digest, secret))
-    for position, task in enumerate(tasks):
-        row = position, task.prompt, task.seed, task.category, _dump(task.images)
-        run("INSERT INTO tasks VALUES (?, ?, ?, ?, ?, ?)", (_opaque(secret, "task", position), *row))
-
-
-@contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator:
-    """All that is run inside, or nothing."""
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield connection.execute
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
-
-
-_COLUMNS = ", ".join(Vote._fields)
-
-
-def _vote(row: tuple) -> Vote:
-    rater, task, question, answer, shown, time = row
-    return Vote(rater, task, question, tuple(json.loads(answer)), tuple(json.loads(shown)), time)
-
-
-def _dump(values: Sequence) -> str:
-    return json.dumps(values, ensure_ascii=False)
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-
-
-def _opaque(secret: str, *parts: object) -> str:
-    return hashlib.blake2b(json.dumps(parts).encode(), key=bytes.fromhex(secret), digest_size=12).hexdigest()

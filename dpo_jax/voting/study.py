@@ -61,6 +61,8 @@ class Mode(NamedTuple):
     """A way to ask."""
 
     help: str
+    unit: str
+    """What a study of this mode has many of."""
     hint: str
     """What a rater has to do, beneath the question."""
     tasks: Callable[[Sequence[Folder]], list[Task]]
@@ -158,6 +160,7 @@ def _points_beaten(answer: Answer) -> Answer:
 MODES = {
     "pairs": Mode(
         help="two images of a prompt and seed, from two folders: which one?",
+        unit="comparisons",
         hint="",
         tasks=_all_pairs,
         is_answer=lambda answer: answer in ((1, 0), (0, 1), TIE),
@@ -167,6 +170,7 @@ MODES = {
     ),
     "rank": Mode(
         help="K images of a prompt, one from each folder, or all of a single folder: put in order.",
+        unit="groups of images",
         hint="Choose the images in order, the best first.",
         tasks=_groups,
         is_answer=lambda answer: sorted(answer) == list(range(1, len(answer) + 1)),
@@ -175,6 +179,7 @@ MODES = {
     ),
     "points": Mode(
         help="the same, but each image gets 1 to 5 points.",
+        unit="groups of images",
         hint="Give each image points: 1 is poor, 5 is excellent.",
         tasks=_groups,
         is_answer=lambda answer: all(points in POINTS for points in answer),
@@ -183,6 +188,7 @@ MODES = {
     ),
     "tag": Mode(
         help="a single image: does it have this fault? --tags names the faults.",
+        unit="images",
         hint="",
         tasks=_singles,
         is_answer=lambda answer: answer in ((0,), (1,)),

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpo_jax.voting.store import Store
-from dpo_jax.voting.study import TIE, Answer, Question, TaskImage
+from dpo_jax.voting.study import TIE, Answer, Question
 
-LONGEST_NAME = 64
 NO_VOTES: Mapping[Answer, int] = {}
 
 
@@ -80,7 +79,10 @@ class Survey:
         return self.store.add(rater, task, question, answer, shown).answer == answer
 
     def undo(self, rater: str, task: str, question: str) -> dict[str, Any]:
-        """Takes an answer back, if it was given; the state that asks for it again."""
+        """Takes the latest answer back, if it was given; the state that asks for it again.
+
+        Raises ValueError for an earlier one, and for one that was taken back too often.
+        """
         self._check(task, question)
         if self.store.undo(rater, task, question):
             return self.state(rater, (task, question))
@@ -99,9 +101,13 @@ class Survey:
             return False
         return abs(sum(side(answer) * count for answer, count in tally.items())) > self.raters - votes
 
-    def images(self) -> dict[str, TaskImage]:
-        """All images by their opaque ids."""
-        return {self._image_id(image): image for task in self.store.tasks.values() for image in task.images}
+    def find_image(self, rater: str, id: str) -> tuple[str, int] | None:
+        """The task of an id that this rater was told, and which of its images it is; None for all else."""
+        task = id.partition("/")[0]
+        if task not in self.store.tasks:
+            return None
+        found = dict(zip(self._images(rater, task), self.shown(rater, task), strict=True))
+        return (task, found[id]) if id in found else None
 
     def _check(self, task: str, question: str) -> None:
         if task not in self.store.tasks or question not in self.questions:
@@ -122,16 +128,6 @@ class Survey:
         }
 
     def _images(self, rater: str, task: str) -> list[str]:
-        images = self.store.tasks[task].images
-        return [self._image_id(images[k]) for k in self.shown(rater, task)]
-
-    def _image_id(self, image: TaskImage) -> str:
-        return self.store.opaque("image", *image)
-
-
-def clean_name(name: object) -> str:
-    """A rater's name without what can't be seen; "" if it can't be a name."""
-    if not isinstance(name, str):
-        return ""
-    name = " ".join(name.split())
-    return name if len(name) <= LONGEST_NAME and name.isprintable() else ""
+        """Ids by place, which nobody else is told, and which are others in the next task with the same image."""
+        places = range(len(self.store.tasks[task].images))
+        return [f"{task}/{self.store.opaque('image', rater, task, place)}" for place in places]

@@ -9,7 +9,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from dpo_jax.evaluation.image_folder import Entry, write_list
-from dpo_jax.voting.app import make_app
+from dpo_jax.voting.app import make_app, results_token
 from dpo_jax.voting.store import open_study
 from dpo_jax.voting.study import QUESTIONS, read_folder
 from dpo_jax.voting.survey import Survey
@@ -60,9 +60,16 @@ def survey(make_folders: MakeFolders, tmp_path: Path) -> Iterator[Callable[..., 
         store.close()
 
 
-def client(survey: Survey, rater: str = "", token: str | None = None) -> TestClient:
+def client(survey: Survey, rater: str = "", token: str | None = None, **fields: object) -> TestClient:
     """A browser without JavaScript; what raises in the app raises here."""
-    made = TestClient(make_app(survey, token), base_url="http://127.0.0.1:8000")
+    made = TestClient(make_app(survey, token, **fields), base_url="http://127.0.0.1:8000")
     if rater:
         assert made.post("/api/start", json={"name": rater}).status_code == 200
+    return made
+
+
+def owner(survey: Survey, token: str | None = None) -> TestClient:
+    """The browser of who runs the study: it was shown the link to the results."""
+    made = client(survey, token=token)
+    assert made.get(f"/results?token={results_token(survey.store)}").status_code == 200
     return made

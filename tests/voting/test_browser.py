@@ -143,8 +143,19 @@ def test_a_second_rater_and_a_reload(page):
     opened.driver.refresh()
     assert opened.wait("ready").text("#count") == "2 of 3"
     opened.find("#leave").click()
+    link = opened.find("#link").get_attribute("value")
+    opened.find("#stay").click()
+    opened.press(Keys.ARROW_LEFT)
+    opened.find("#leave").click()
+    opened.find("body").send_keys(Keys.ARROW_LEFT)  # votes for nothing while the dialog is open
+    opened.find("#forget").click()
     opened.until(lambda: opened.find_all("#name"))
+    opened.find("#name").send_keys("ann" + Keys.ENTER)
+    opened.until(lambda: "This name is taken" in opened.text("#message"))
+    opened.driver.refresh()
     assert opened.start("bob").text("#count") == "1 of 3"
+    opened.driver.get(link)
+    assert opened.wait("ready").text("#count") == "3 of 3"
 
 
 @pytest.mark.parametrize(
@@ -161,7 +172,7 @@ def test_a_phones_screen_is_wide_enough(page, flags):
     for button in opened.find_all("#answers button"):
         assert button.rect["height"] >= 40  # for thumbs
         assert opened.ask("innerHeight") >= button.rect["y"] + button.rect["height"]  # without scrolling
-    opened.driver.get(f"{opened.ask('location.origin')}/results")
+    opened.driver.get(page.server.results)
     assert opened.fits()
 
 

@@ -28,7 +28,7 @@ def test_votes_are_served_kept_and_exported(make_folders, serve, tmp_path):
         assert server.url.startswith("http://127.0.0.1:")
         assert "token" not in server.url
         with httpx2.Client(base_url=server.url) as browser:
-            browser.post("/api/start", json={"name": "ann"})
+            browser.post("/api/start", json={"name": "ann", "key": "her browser's"}).raise_for_status()
             state = browser.get("/api/state").json()
             assert state["done"] == life
             key = {name: state["now"][name] for name in ("task", "question")}
@@ -38,10 +38,8 @@ def test_votes_are_served_kept_and_exported(make_folders, serve, tmp_path):
         assert f"stopped with {life + 1} votes" in out
         assert (err, server.process.returncode) == ("", 0)
     done = vote(f"--output={tmp_path}/votes.sqlite", f"--export={tmp_path}/votes.jsonl")
-    assert (
-        done.stdout
-        == f"3 prompts or pairs with votes written to {tmp_path}/votes.jsonl; 0 have none, or not for all images\n"
-    )
+    written = f"3 prompts or pairs with votes were written to {tmp_path}/votes.jsonl; "
+    assert done.stdout == f"{written}0 lack votes for some or all images\n"
     prepare = "dpo_jax.prepare", "--source=jsonl", f"--input={tmp_path}/votes.jsonl", f"--output={tmp_path}/data"
     read = subprocess.run([sys.executable, "-m", *prepare, "--workers=0"], capture_output=True, text=True)
     assert read.returncode == 0, read.stderr
@@ -65,8 +63,11 @@ def test_other_machines_need_a_token(make_folders, serve, tmp_path):
     with httpx2.Client(base_url=here, follow_redirects=True) as browser:
         assert browser.get("/").status_code == 403
         assert "Your name" in browser.get(f"/?token={token}").text
-        assert browser.get("/results").status_code == 200
-    assert httpx2.get(f"{here}/results?token={token}x").status_code == 403
+        assert browser.get("/results").status_code == 403
+        assert browser.get(f"/results?token={token}").status_code == 403
+        own = server.results.partition("?")[2]
+        assert "Results so far" in browser.get(f"/results?{own}").text
+    assert httpx2.get(f"{here}/results?{own}x").status_code == 403
 
 
 def test_a_file_of_other_images_is_refused(make_folders, serve, tmp_path):
@@ -75,7 +76,7 @@ def test_a_file_of_other_images_is_refused(make_folders, serve, tmp_path):
     done = vote(_listed([base, other]), f"--output={tmp_path}/votes.sqlite", "--port=0")
     assert done.returncode == 1
     assert done.stderr == (
-        f"error: {tmp_path}/votes.sqlite holds votes on other images, or in another order; take another --output\n"
+        f"error: {tmp_path}/votes.sqlite holds votes on other images, or in another order; name another --output\n"
     )
 
 
@@ -88,13 +89,13 @@ def test_a_file_of_other_images_is_refused(make_folders, serve, tmp_path):
         (["--images=base,empty"], "empty has no images"),
         (["--images=base,others"], "base and others have no image of the same prompt and seed"),
         (["--images=base,tuned", "--questions=beauty"], "--questions=beauty: the questions are preference, appeal"),
-        (["--images=base,tuned", "--tags=hand"], "--mode=tag and --tags go together"),
-        (["--images=base,tuned", "--mode=tag"], "--mode=tag and --tags go together"),
+        (["--images=base,tuned", "--tags=hand"], "--mode=tag and --tags need each other"),
+        (["--images=base,tuned", "--mode=tag"], "--mode=tag and --tags need each other"),
         (["--images=base,tuned", "--token=short"], "at least 8 letters"),
-        (["--images=base,tuned", "--port={taken}"], "can't serve 127.0.0.1:{taken} (Address already in use)"),
-        (["--images=base,tuned", "--output=gone/votes.sqlite"], "no folder gone"),
+        (["--images=base,tuned", "--port={taken}"], "127.0.0.1:{taken} can't be served (Address already in use)"),
+        (["--images=base,tuned", "--output=gone/votes.sqlite"], "gone is not a folder"),
         ([], "--images is missing"),
-        (["--export=votes.jsonl"], "no file of votes at votes.sqlite"),
+        (["--export=votes.jsonl"], "there is no file of votes at votes.sqlite"),
     ],
 )
 def test_wrong_use_is_told_in_a_sentence(make_folders, tmp_path, monkeypatch, flags, message):

@@ -14,6 +14,8 @@ PATHS = [
     "/api/{}",
     "/results/{}",
     "/image/0123456789abcdef01234567{}",
+    "/image/0123456789abcdef01234567/{}",
+    "/?rater={}",
 ]
 CLIMBS = [
     "../../../etc/passwd",
@@ -196,6 +198,8 @@ def test_hostile_requests_are_refused_and_the_server_lives(make_folders, serve, 
         jar = "; ".join(f"{name}={value}" for name, value in sorted(browser.cookies.items(), reverse=True))
         cookie = f"Cookie: {jar}\r\n"
         assert cookie.startswith("Cookie: token-")
+        card = jar.partition("rater-")[2].partition("=")[2]
+        assert card.startswith("ann.")
         requests = _requests(cookie, before["now"]["task"])
         answers = {request: _answer(server.port, request) for request in requests}
         assert len(answers) >= 500

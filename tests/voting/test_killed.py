@@ -32,7 +32,7 @@ class Rater(threading.Thread):
 
     def _vote_on_everything(self, name: str, choices: random.Random) -> None:
         with httpx2.Client(base_url=self._url, timeout=5) as browser:
-            self._ask(browser, "/api/start", {"name": name})
+            self._ask(browser, "/api/start", {"name": name, "key": name})
             state = self._ask(browser, "/api/state")
             while state is not None and state["now"] is not None:
                 key = {"task": state["now"]["task"], "question": state["now"]["question"]}

@@ -2,11 +2,10 @@
 
 import concurrent.futures
 import datetime
-import sqlite3
 
 import pytest
 
-from dpo_jax.voting.store import open_study, open_votes
+from dpo_jax.voting.store import open_study
 from dpo_jax.voting.study import read_folder
 
 
@@ -99,22 +98,3 @@ def test_only_its_own_study_opens_it(study, make_folders, tmp_path):
     moved = folders[0].path.rename(tmp_path / "moved")
     with open_study(path, "pairs", [read_folder(moved), folders[1]]) as store:
         assert store.folders == [moved, folders[1].path]
-
-
-def test_files_of_others_are_left_alone(study, tmp_path):
-    path, folders = study
-    text = tmp_path / "notes.txt"
-    text.write_text("not a database, but long enough to look like one" * 100)
-    with pytest.raises(ValueError, match="can't be opened as a file of votes"):
-        open_study(text, "pairs", folders)
-    assert text.read_text().startswith("not a database")
-    with sqlite3.connect(path) as connection:
-        connection.execute("CREATE TABLE mine (x)")
-    connection.close()
-    with pytest.raises(ValueError, match="is no file of votes"):
-        open_study(path, "pairs", folders)
-    with pytest.raises(FileNotFoundError, match="no file of votes at"):
-        open_votes(tmp_path / "gone.sqlite")
-    assert not (tmp_path / "gone.sqlite").exists()
-    with pytest.raises(FileNotFoundError, match="no folder"):
-        open_study(tmp_path / "nowhere" / "votes.sqlite", "pairs", folders)

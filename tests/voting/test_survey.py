@@ -4,8 +4,6 @@ import itertools
 
 import pytest
 
-from dpo_jax.voting.survey import clean_name
-
 
 def answer_all(survey, rater, choose=lambda now: [1, 0]):
     """Tasks in the order in which this rater was asked."""
@@ -163,10 +161,3 @@ def test_ranks_go_back_to_their_images(survey):
         survey.vote("ann", task, "preference", [folder + 1 for folder in shown])  # a best, then b, then c
     assert {vote.answer for vote in survey.store.votes()} == {(1, 2, 3)}
     assert len({vote.shown for vote in survey.store.votes()}) == 6
-
-
-def test_names():
-    assert clean_name("  Ann \t Bo ") == "Ann Bo"
-    assert clean_name("Zoë 李") == "Zoë 李"
-    for wrong in ("", " \n", "a" * 65, "a\0b", "\ud800", "\u202e", 3, None, ["a"]):
-        assert clean_name(wrong) == ""

@@ -203,7 +203,7 @@ function undo() {
 
 function press(event) {
   const onControl = event.target.closest("button") && (event.key === " " || event.key === "Enter");
-  if (event.repeat || event.ctrlKey || event.metaKey || event.altKey || onControl) return;
+  if ($("me").open || event.repeat || event.ctrlKey || event.metaKey || event.altKey || onControl) return;
   if ($("zoom").open) {
     if (event.key === "ArrowLeft" || event.key === "ArrowRight") zoom(zoomed + (event.key === "ArrowLeft" ? -1 : 1));
     else if (event.key.toLowerCase() === "z") $("zoom").close();
@@ -221,7 +221,11 @@ function press(event) {
 
 document.addEventListener("keydown", press);
 $("undo").onclick = undo;
-$("leave").onclick = async () => {
+$("link").value = new URL($("link").value, location.origin).href;
+$("link").onfocus = () => $("link").select();
+$("leave").onclick = () => $("me").showModal();
+$("stay").onclick = () => $("me").close();
+$("forget").onclick = async () => {
   await call("/api/leave", {});
   location.assign("/");
 };

@@ -1,0 +1,83 @@
+"""The HTTP server of the pages. People who send half a request, or don't read the answer, shut nobody out."""
+
+import asyncio
+import resource
+from typing import Any, ClassVar
+
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+
+REQUEST_SECONDS = 15.0
+"""From the first byte of a request (or from connecting) to its last."""
+RESPONSE_SECONDS = 180.0
+"""From there until the answer has left and the next request begins: images over a slow phone line take a while."""
+MOST_CONNECTIONS = 4096
+SPARE_FILES = 64
+"""What the process opens besides: the votes, images."""
+
+
+class ImpatientProtocol(H11Protocol):
+    """Ends connections whose other side takes too long, and of too many the one that has made no progress longest."""
+
+    _connections: ClassVar[dict["ImpatientProtocol", None]] = {}
+    """Those that have made no progress longest come first."""
+    most: ClassVar[int] = MOST_CONNECTIONS
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._deadline: asyncio.TimerHandle | None = None
+        self._is_receiving = True
+        self._whole: RequestResponseCycle | None = None
+        self._wait(REQUEST_SECONDS)
+        if len(self._connections) > self.most:
+            halves = (other for other in self._connections if other._is_receiving)
+            next(halves, next(iter(self._connections))).transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connections.pop(self, None)
+        if self._deadline is not None:
+            self._deadline.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._receive()
+        super().data_received(data)
+        self._look()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._look()
+        if self.cycle is not self._whole or self.conn.trailing_data[0]:  # part of the next request came ahead
+            self._receive()
+
+    def _receive(self) -> None:
+        if not self._is_receiving:
+            self._is_receiving = True
+            self._wait(REQUEST_SECONDS)
+
+    def _look(self) -> None:
+        """Gives the answer its time once the request is whole."""
+        if self.cycle is not None and self.cycle is not self._whole and not self.cycle.more_body:
+            self._whole, self._is_receiving = self.cycle, False
+            self._wait(RESPONSE_SECONDS)
+
+    def _wait(self, seconds: float) -> None:
+        self._connections.pop(self, None)
+        self._connections[self] = None
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = self.loop.call_later(seconds, self.transport.abort)
+
+
+def make_server(app: Starlette) -> uvicorn.Server:
+    """A server for as many connections as the operating system lets this process have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_CONNECTIONS + SPARE_FILES
+    files = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    ImpatientProtocol.most = max(files - SPARE_FILES, 1)
+    # One sort of HTTP parser whatever else is installed; nothing here needs web sockets.
+    switched_off: dict[str, Any] = {"ws": "none", "lifespan": "off", "server_header": False, "proxy_headers": False}
+    config = uvicorn.Config(app, http=ImpatientProtocol, log_level="error", **switched_off)
+    return uvicorn.Server(config)
