@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 from PIL import Image
+from typing_extensions import TypedDict
 
 from dpo_jax.evaluation.image_folder import Entry, image_name, write_list
 from dpo_jax.evaluation.report import save_png
-from dpo_jax.files import write_whole
+from dpo_jax.files import read_json, write_whole
 from dpo_jax.rounds.rollout import Way
 
 
@@ -34,6 +35,24 @@ class Rewards(NamedTuple):
     """Of its images."""
     steps_SKR: np.ndarray | None = None
     """Of branching: of what each candidate of each step was about to become."""
+
+
+class _Said(TypedDict):
+    round: int
+    step: int
+    judges: list[str]
+    prompts: list[str]
+    scores: list[list[list[float | None]]]
+
+
+def read_said(file: epath.PathLike) -> dict[str, Any]:
+    """What `RoundFolder.write_scores` wrote; ValueError where it is damaged."""
+    found: dict[str, Any] = read_json(file, _Said)
+    counts = {len(of_prompt) for of_prompt in found["scores"]}
+    judged = {len(said) for of_prompt in found["scores"] for said in of_prompt}
+    if len(found["scores"]) != len(found["prompts"]) or len(counts) != 1 or judged != {len(found["judges"])}:
+        raise ValueError(f"{file} is damaged: its scores are not [prompt][candidate][judge]; restore it from a backup")
+    return found
 
 
 class RoundFolder:
@@ -89,7 +108,7 @@ class RoundFolder:
 
     def read_scores(self) -> dict[str, Any] | None:
         """What `write_scores` wrote; None if it has not."""
-        return json.loads(self._scores.read_text()) if self._scores.exists() else None
+        return read_said(self._scores) if self._scores.exists() else None
 
     def feedback(self) -> list[epath.Path]:
         """The files in which people scored the images."""

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax.files import write_whole
 from dpo_jax.rounds.config import Plan
+from dpo_jax.rounds.folder import read_said
 
 FIELDS = ("advantage", "update_by", "reference", "candidates", "branching", "best_and_worst", "latent_judge")
 """Of `config.online`: what tells methods apart."""
@@ -43,7 +44,7 @@ class Result:
 
 
 def _round(file: epath.Path, plan: Plan) -> dict[str, Any]:
-    found = json.loads(file.read_text())
+    found = read_said(file)
     scores_NR = np.array(found["scores"], np.float64).reshape(-1, len(found["judges"]))
     number = found["round"]
     return {

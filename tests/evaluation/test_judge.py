@@ -63,6 +63,30 @@ def test_what_was_judged_is_not_judged_again_unless_it_changed(contest, asked, t
     assert after["brightness"]["first"][3] == pytest.approx(noise.mean(), rel=1e-6)
 
 
+def test_scores_that_were_damaged_are_judged_again(contest, asked, tmp_path):
+    before = run(contest, tmp_path / "scores")
+    kept = tmp_path / "scores/brightness/first.json"
+    whole = kept.read_text()
+    for damaged in (whole.replace("3.0", "3.5"), whole[:-9], "", "[]", whole.replace("checksum", "checksun")):
+        kept.write_text(damaged)
+        asked.clear()
+        after = run(contest, tmp_path / "scores")
+        assert len(asked) == 10
+        np.testing.assert_array_equal(after["brightness"]["first"], before["brightness"]["first"])
+        assert kept.read_text() == whole
+
+
+def test_an_image_of_the_same_length_is_judged_anew(contest, asked, tmp_path):
+    run(contest, tmp_path / "scores")
+    asked.clear()
+    first, second = contest.images["first"][3:5]
+    one, other = first.read_bytes(), second.read_bytes()
+    assert len(one) == len(other)
+    first.write_bytes(other)
+    second.write_bytes(one)
+    assert run(contest, tmp_path / "scores")["brightness"]["first"].tolist() == [0, 1, 2, 4, 3, 5, 6, 7, 8, 9]
+
+
 def test_two_judges_of_one_kind_are_told_apart(contest, asked, tmp_path):
     scores = run(contest, tmp_path / "scores", ["brightness=a/b", "brightness=c"])
     assert list(scores) == ["brightness", "brightness=c"]

@@ -122,6 +122,24 @@ def test_scores_come_back_with_what_nobody_said(folder):
     np.testing.assert_array_equal(np.array(scores["scores"], float), shown_PKR)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"round": 3', '"round": "x"', "round: input should be a valid integer, not 'x'"),
+        ('"step"', '"stop"', "step: field required"),
+        ("1.5", "[1.5]", r"scores.0.0.0: input should be a valid number, not \[1.5\]"),
+        ("1.5, null", "1.5", r"its scores are not \[prompt\]\[candidate\]\[judge\]"),
+        ("}", "", "is not valid JSON"),
+    ],
+)
+def test_damaged_scores_are_named(folder, old, new, message):
+    folder.write_scores({"round": 3, "step": 12, "judges": ["a", "b"]}, np.array([[[1.5, np.nan], [2, 3]]] * 3))
+    file = folder.path / "scores.json"
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=f"scores.json.*{message}"):
+        folder.read_scores()
+
+
 def test_images_are_found_by_others_and_asked_about_prompt_by_prompt(folder):
     for p in (2, 0, 1):  # in whatever order they were sampled
         folder.write_images(p, images_KHWC(p))
