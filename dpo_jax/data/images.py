@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from dpo_jax.files import read_bytes, what_it_is
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # none that starts another program, as EPS does
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")  # of files that are looked for
 MAX_PIXELS = 2**26  # 8192 x 8192
 MAX_BYTES = 2**29  # of a file; MAX_PIXELS of 16 bits and four channels, uncompressed
 MAX_RATIO = 32  # `fit` resizes before it crops, so that a longer strip would take gigabytes

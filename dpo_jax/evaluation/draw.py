@@ -15,9 +15,9 @@ from etils import epath
 from PIL import Image
 
 from dpo_jax import cluster
-from dpo_jax.data.images import MAX_BYTES, View, decode_file, fit, read_image
+from dpo_jax.data.images import MAX_BYTES, SUFFIXES, View, decode_file, fit, read_image
 from dpo_jax.evaluation.generate import Generator
-from dpo_jax.evaluation.image_folder import SUFFIXES, Entry, image_name, write_list
+from dpo_jax.evaluation.image_folder import Entry, image_name, write_list
 from dpo_jax.evaluation.prompts import Prompt
 from dpo_jax.evaluation.report import image_grid, save_png
 from dpo_jax.files import is_partial, read_bytes, read_json, write_whole

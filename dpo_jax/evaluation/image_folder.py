@@ -15,11 +15,11 @@ from typing import NamedTuple, NotRequired
 from etils import epath
 from typing_extensions import TypedDict
 
+from dpo_jax.data.images import SUFFIXES
 from dpo_jax.evaluation.prompts import Prompt
 from dpo_jax.files import read_json_lines, read_text, write_whole
 
 LIST = "prompts.jsonl"
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class Entry(NamedTuple):

@@ -121,6 +121,8 @@ def _parquet(file: epath.Path) -> Iterator[Prompt]:
     import pyarrow as pa
     from pyarrow import parquet
 
+    from dpo_jax.data.sources.tables import not_parquet
+
     try:
         table = parquet.ParquetFile(check_regular(file))
         names = table.schema_arrow.names
@@ -132,8 +134,8 @@ def _parquet(file: epath.Path) -> Iterator[Prompt]:
             for text in batch.column(0).cast(pa.string()).to_pylist():
                 yield Prompt(text or "", "", number)
                 number += 1
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is not a readable parquet file: {str(error).splitlines()[0]}") from None
+    except (pa.ArrowException, OSError, MemoryError) as error:
+        raise not_parquet(file, error) from None
 
 
 _READERS = {

@@ -6,11 +6,11 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from dpo_jax.data.images import SUFFIXES
 from dpo_jax.data.sources.paths import in_any_form, read_file
 from dpo_jax.data.sources.record import Chunk, Damaged, Record, Row, Unusable, make_record, rows_a_chunk
 from dpo_jax.files import read_text
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 MAX_CAPTION_BYTES = 2**20
 
 

@@ -2,21 +2,21 @@
 
 import functools
 import itertools
-import json
 import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_jax.data.images import MAX_BYTES
 from dpo_jax.data.sources.json_rows import chunk_rows, elements, lines, numbers, read_rows
 from dpo_jax.data.sources.paths import find, in_any_form, no_image, read_file, read_image, relative
 from dpo_jax.data.sources.record import Chunk, Damaged, Dropped, Row, Unusable, borda, make_record, rows_a_chunk
+from dpo_jax.data.sources.tables import ERRORS, not_parquet
 from dpo_jax.data.sources.values import index, is_missing, is_unstated
+from dpo_jax.files import check_regular, decode_text, parse_json
 
 PREFERENCES = "preferred", "ranks", "votes", "scores"
 IMAGEREWARD = "prompt_id", "prompt", "image_path", "rank"
@@ -164,16 +164,20 @@ def _prompts(file: Path) -> dict[str, list[dict[str, Any]]]:
 
 @functools.lru_cache(maxsize=1)  # for the next chunk
 def _prompts_since(file: Path, changed: int) -> dict[str, list[dict[str, Any]]]:
-    try:
-        if file.suffix == ".parquet":
+    rows: list[Any]
+    if check_regular(file).suffix == ".parquet":
+        try:
             table = pq.read_table(file)
             rows = table.select([name for name in IMAGEREWARD if name in table.column_names]).to_pylist()
-        else:
-            rows = [json.loads(element.decode()) for _, element in elements(file) if element.strip()]
-    except FileNotFoundError:
-        raise
-    except (pa.ArrowException, OSError, ValueError, MemoryError, RecursionError) as error:
-        raise ValueError(f"{file} is not a readable parquet or JSON file ({error})") from None
+        except ERRORS as error:
+            raise not_parquet(file, error) from None
+    else:
+        where = f"{file}, the object at byte"
+        rows = [
+            parse_json(decode_text(element, f"{where} {at}"), f"{where} {at}")
+            for at, element in elements(file)
+            if element.strip()
+        ]
     prompts: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if not isinstance(row, dict) or not set(IMAGEREWARD) <= set(row):

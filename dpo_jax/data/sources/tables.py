@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from etils import epath
 
 from dpo_jax.data.sources.record import Chunk, Damaged, Dropped, Row, Source, Unusable, make_record, rows_a_chunk
 from dpo_jax.data.sources.values import is_unstated, number, truth
@@ -146,8 +147,8 @@ def _bytes(value: pa.Scalar) -> bytes | None:
 
 def _open(file: Path) -> tuple[pq.ParquetFile, list[int]]:
     """The file and the rows of each row group."""
+    check_regular(file)
     try:
-        check_regular(file)
         # By default pyarrow would hold whole columns of a row group: hundreds of MB of images.
         table = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
         counts = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
@@ -155,13 +156,20 @@ def _open(file: Path) -> tuple[pq.ParquetFile, list[int]]:
     except FileNotFoundError:
         raise
     except ERRORS as error:
-        known = look_at(file) if file.is_file() else None
-        if known and not known.endswith("Parquet file"):
-            raise ValueError(f"{file} is {known}") from None
-        raise ValueError(f"{file} is not a readable parquet file ({error})") from None
+        raise not_parquet(file, error) from None
     if sum(counts) != table.metadata.num_rows or min(counts, default=0) < 0:
         raise ValueError(f"{file} is damaged: its row groups don't have as many rows as the file")
     return table, counts
+
+
+def not_parquet(file: epath.PathLike, error: Exception) -> ValueError:
+    """The error for a file that pyarrow refuses, in one line."""
+    path = epath.Path(file)
+    known = look_at(path) if path.is_file() else None
+    if known and not known.endswith("Parquet file"):
+        return ValueError(f"{file} is {known}")
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return ValueError(f"{file} is not a readable parquet file ({reason})")
 
 
 def _check_schema(schema: Schema, found: pa.Schema, file: Path) -> None:
