@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from dpo_jax.data import image_files, images, prepared
@@ -53,7 +54,7 @@ def make_part(source: Source, chunk: Chunk, folder: Path) -> None:
                 if wrong:
                     candidate, reason = wrong[0]
                     set_aside(reason, where=row.where, caption=row.caption, candidate=candidate)
-                elif (kept := _settled(row, [image.digest for image in verified])) is None:
+                elif (kept := _settled(row, _firsts(verified))) is None:
                     counts["dropped"]["of one and the same image"] += 1
                 else:
                     row, order = kept
@@ -112,6 +113,8 @@ class _Verified(NamedTuple):
     data: bytes
     digest: bytes
     size: tuple[int, int]
+    strip: int
+    """A hash of the pixels halfway down: where it differs, images do."""
 
 
 class _Images:
@@ -120,7 +123,7 @@ class _Images:
     def __init__(self, file: Path):
         self.rows: list[dict[str, Any]] = []
         self._writer = image_files.Writer(file)
-        self._verdicts: dict[bytes, tuple[int, int] | str] = {}  # sha256 -> (width, height), or what is wrong
+        self._verdicts: dict[bytes, tuple[tuple[int, int], int] | str] = {}  # sha256 -> (size, strip), or what is wrong
         self._indices: dict[bytes, int] = {}
 
     def __enter__(self) -> "_Images":
@@ -136,11 +139,14 @@ class _Images:
         digest = hashlib.sha256(data).digest()
         if digest not in self._verdicts:
             try:
-                self._verdicts[digest] = images.decode(data).size
+                image = images.decode(data)
+                width, middle = image.width, image.height // 2
+                strip = hash(image.crop((0, middle, width, min(middle + 8, image.height))).tobytes())
+                self._verdicts[digest] = image.size, strip
             except images.DamagedImage as error:
                 self._verdicts[digest] = str(error)
         verdict = self._verdicts[digest]
-        return verdict if isinstance(verdict, str) else _Verified(data, digest, verdict)
+        return verdict if isinstance(verdict, str) else _Verified(data, digest, *verdict)
 
     def add(self, image: _Verified) -> int:
         """The image's index; it is stored if it is new."""
@@ -152,17 +158,35 @@ class _Images:
         return self._indices[image.digest]
 
 
-def _settled(record: Record, digests: list[bytes]) -> tuple[Record, list[int]] | None:
+def _firsts(candidates: list[_Verified]) -> list[int]:
+    """For each candidate the first one with its pixels, whatever the files are like."""
+    return [
+        next(j for j, earlier in enumerate(candidates[: k + 1]) if j == k or _have_same_pixels(earlier, image))
+        for k, image in enumerate(candidates)
+    ]
+
+
+def _have_same_pixels(a: _Verified, b: _Verified) -> bool:
+    if a.digest == b.digest:
+        return True
+    alike = (a.size, a.strip) == (b.size, b.strip)
+    return alike and np.array_equal(np.asarray(images.decode(a.data)), np.asarray(images.decode(b.data)))
+
+
+def _settled(record: Record, firsts: list[int]) -> tuple[Record, list[int]] | None:
     """The record with equal shares for candidates of the same image and caption, best first again, and that order.
 
     No image is better than itself: None where nothing else is compared.
+
+    Args:
+        firsts: as of `_firsts`.
     """
-    captions = record.captions or [""] * len(digests)
-    same: dict[tuple[bytes, str], list[int]] = {}
-    for k, key in enumerate(zip(digests, captions, strict=True)):
+    captions = record.captions or [""] * len(firsts)
+    same: dict[tuple[int, str], list[int]] = {}
+    for k, key in enumerate(zip(firsts, captions, strict=True)):
         same.setdefault(key, []).append(k)
-    if len(same) == len(digests):
-        return record, list(range(len(digests)))
+    if len(same) == len(firsts):
+        return record, list(range(len(firsts)))
     if len(same) == 1:
         return None
     shares = list(record.preference)

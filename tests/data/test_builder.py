@@ -20,10 +20,11 @@ import tensorflow_datasets as tfds
 
 from dpo_jax.data import builder, merge, parts, prepared
 from dpo_jax.data.builder import Progress, prepare
+from dpo_jax.data.images import decode
 from dpo_jax.data.prepared import open_prepared
 from dpo_jax.data.sources import SOURCES, Chunk, Damaged, Dropped, Record, Row, Source
 
-from .conftest import noise_jpeg
+from .conftest import encode, noise_jpeg
 
 Write = Callable[..., Path]
 PICKAPIC = SOURCES["pickapic"]
@@ -159,11 +160,16 @@ def test_prompts_are_split_by_their_hash(tmp_path: Path, fraction: float, distin
 
 def test_no_image_is_better_than_itself(tmp_path: Path) -> None:
     a, b, c = (noise_jpeg(i) for i in range(3))
+    pixels, white = np.asarray(decode(a)), np.full((64, 64, 3), 255, np.uint8)
+    nearly = white.copy()
+    nearly[-1] = 0
     source = in_memory(
         [
             record(a, a),
             record(a, a, preference=(0.5, 0.5)),
             record(b, b, b),
+            record(encode(pixels, "PNG"), encode(pixels, "BMP")),
+            record(encode(white, "PNG"), encode(nearly, "PNG")),
             record(a, a, captions=("mine", "yours")),  # which of two captions an image fits is a preference
             record(a, b, a, c, preference=(0.5, 0.25, 0.125, 0.125), models=("1", "2", "3", "4")),
             record(a, b, a, preference=(0.5, 0.5, 0.0), models=("1", "2", "3")),
@@ -172,15 +178,16 @@ def test_no_image_is_better_than_itself(tmp_path: Path) -> None:
         ]
     )
     summary = prepare(source, [tmp_path], tmp_path / "out", workers=0)
-    assert summary.dropped == {"of one and the same image": 3}
-    assert "dropped      3 of one and the same image" in str(summary)
-    assert (summary.records, summary.ties, summary.pairs) == (5, 0, 1)
-    got = [(r["images"], r["preference"], r["models"]) for r in records_of(tmp_path / "out")]
-    assert got[0][:2] == ([0, 0], [1, 0])
-    assert got[1] == ([0, 0, 1, 2], [0.3125, 0.3125, 0.25, 0.125], ["1", "3", "2", "4"])
-    assert got[2] == ([1, 0, 0], [0.5, 0.25, 0.25], ["2", "1", "3"])
-    assert got[3][:2] == ([0, 1, 1, 1], pytest.approx([0.4, 0.2, 0.2, 0.2]))
-    assert got[4][:2] == ([0], [1])
+    assert summary.dropped == {"of one and the same image": 4}
+    assert "dropped      4 of one and the same image" in str(summary)
+    assert (summary.records, summary.ties, summary.pairs) == (6, 0, 2)
+    alike, *got = [(r["images"], r["preference"], r["models"]) for r in records_of(tmp_path / "out")]
+    assert alike[:2] == ([0, 1], [1, 0])  # white but for the last row of one
+    assert got[0][:2] == ([2, 2], [1, 0])
+    assert got[1] == ([2, 2, 3, 4], [0.3125, 0.3125, 0.25, 0.125], ["1", "3", "2", "4"])
+    assert got[2] == ([3, 2, 2], [0.5, 0.25, 0.25], ["2", "1", "3"])
+    assert got[3][:2] == ([2, 3, 3, 3], pytest.approx([0.4, 0.2, 0.2, 0.2]))
+    assert got[4][:2] == ([2], [1])
 
 
 def test_every_row_is_counted(tmp_path: Path) -> None:
