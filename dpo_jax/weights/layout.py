@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.typing import DTypeLike
 
 
 class ParamSpec(NamedTuple):
@@ -68,18 +67,6 @@ def from_torch(array: np.ndarray, spec: ParamSpec) -> np.ndarray:
 def from_flax(array: np.ndarray, spec: ParamSpec) -> np.ndarray:
     """A legacy Flax array in our layout, which is the same up to the two axes of a 1x1 convolution."""
     return _squeezed(array, spec.shape)
-
-
-def cast(array: np.ndarray, dtype: DTypeLike, name: str) -> np.ndarray:
-    """The array in `dtype`. Raises ValueError where that makes finite numbers infinite, as float16 does from 65,520."""
-    with np.errstate(over="ignore"):
-        result = array.astype(dtype)
-    if result.dtype.itemsize < array.dtype.itemsize and not np.isfinite(result).all() and np.isfinite(array).all():
-        raise ValueError(
-            f"{name} holds numbers up to {np.abs(array).max():.4g}, which {result.dtype} can't hold; choose bfloat16 "
-            "or float32"
-        )
-    return result
 
 
 def _squeezed(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

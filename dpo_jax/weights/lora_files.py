@@ -19,8 +19,9 @@ from etils import epath
 from jax.typing import DTypeLike
 
 from dpo_jax.weights import lora_layouts, original, safetensors_file
+from dpo_jax.weights.finite import is_finite
 from dpo_jax.weights.io import PICKLES, first_several
-from dpo_jax.weights.layout import ParamSpec, Specs, cast, from_torch, to_torch
+from dpo_jax.weights.layout import ParamSpec, Specs, from_torch, to_torch
 from dpo_jax.weights.lora_layouts import Place
 from dpo_jax.weights.lora_metadata import DIFFUSERS_METADATA, FILES, PEFT_CONFIG, Stated
 from dpo_jax.weights.lora_methods import Change, fold_mid, method_of, rank_of, read_change
@@ -41,6 +42,11 @@ class Adapter(NamedTuple):
 
     changes: Mapping[str, Change] = MappingProxyType({})
     """By the names of parameters, what other methods than LoRA make of them (`lora_methods`): to be merged only."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it changes nothing."""
+        return not self.alphas and not self.changes
 
     def rank(self, layer: str) -> int:
         return self.params[f"{layer}.lora_A.kernel"].shape[-1]
@@ -67,13 +73,15 @@ def check_low_rank(adapter: Adapter, what: str) -> None:
         )
 
 
-def read_adapters(path: epath.PathLike, specs: Mapping[str, Specs]) -> dict[str, Adapter]:
+def read_adapters(
+    path: epath.PathLike, specs: Mapping[str, Specs], *, allow_nonfinite: bool = False
+) -> dict[str, Adapter]:
     """What the file or folder at `path` adds to each component (unet, text_encoder, ...) that `specs` describes.
 
     Where nothing says alpha it is the rank. What is for none of the components (text encoders that `specs` leaves out,
     embeddings) is left out, with a warning. Raises one ValueError with all that does not fit: layers that the UNet
     lacks or that have another shape, methods that are not known, A without B; and where nothing is for the UNet, or a
-    value is not finite.
+    value is not finite, unless `allow_nonfinite`.
     """
     path = _find_file(epath.Path(path))
     names: dict[str, Place] = {}
@@ -97,7 +105,7 @@ def read_adapters(path: epath.PathLike, specs: Mapping[str, Specs]) -> dict[str,
             problems["stored twice"].append(key)
         else:
             layers[place][part] = read[key] = fetch(array)
-    _check_values(read, path)
+    _check_values(read, path, allow_nonfinite)
 
     stated = Stated(path, has_alphas=any("alpha" in parts for parts in layers.values()))
     found = {component: _Found({}, {}, {}) for component in specs}
@@ -293,13 +301,13 @@ def _add_change(found: _Found, name: str, arrays: dict[str, np.ndarray], scale: 
         raise _Misshapen(str(error)) from None
 
 
-def _check_values(arrays: Mapping[str, np.ndarray], path: epath.Path) -> None:
+def _check_values(arrays: Mapping[str, np.ndarray], path: epath.Path, allow_nonfinite: bool) -> None:
     """Raises ValueError for values that are no numbers to compute with."""
     others = [f"{key} ({array.dtype})" for key, array in arrays.items() if not _is_float(array.dtype)]
     if others:
         raise ValueError(f"{path} holds {first_several(others, 'tensors that are not floating point')}")
-    bad = [key for key, array in arrays.items() if not np.isfinite(array).all()]
-    if bad:
+    bad = [key for key, array in arrays.items() if not is_finite(array)]
+    if bad and not allow_nonfinite:
         raise ValueError(
             f"{path} holds values that are not finite (NaN or infinity), so its training diverged or the file is "
             f"damaged; use an earlier or another copy. {first_several(bad, 'such tensors')}"
@@ -379,7 +387,8 @@ def _torch_arrays(adapter: Adapter, layer: str, base_specs: Specs, dtype: DTypeL
     arrays = {}
     for part, spec in _low_rank_specs(base_specs[f"{layer}.kernel"], adapter.rank(layer)).items():
         array = to_torch(np.asarray(adapter.params[f"{layer}.{part}.kernel"]), spec)
-        arrays[part] = cast(array, dtype, f"{layer}.{part}")
+        with np.errstate(over="ignore"):  # who writes it refuses infinity
+            arrays[part] = array.astype(dtype)
     return arrays
 
 

@@ -9,7 +9,7 @@ replaced. What depends on the model's size, as how many layers a level has, is c
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -122,11 +122,15 @@ def write(
     *,
     dtype: DTypeLike | None,
     allow_nonfinite: bool = False,
+    marks: Sequence[str] = (),
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes one file of several components, each given by its prefix as parameters and specs, tensor by tensor.
 
-    A `dtype` of None keeps each tensor's own. The last layer of SD2's text encoder is not there to be written. ComfyUI
-    prints that it misses it, but nobody uses it: diffusers ignores it, and web UIs take the output of the one before.
+    A `dtype` of None keeps each tensor's own. `marks` are names of tensors without numbers, by which web UIs tell
+    models; `metadata` is what the file says about itself. The last layer of SD2's text encoder is not there to be
+    written. ComfyUI prints that it misses it, but nobody uses it: diffusers ignores it, and web UIs take the output of
+    the one before.
     """
     sources: dict[str, list] = {}
     for prefix, (params, specs) in components.items():
@@ -148,7 +152,10 @@ def write(
             arrays = [to_torch(fetch(params[name]), spec) for params, name, spec in parts]
             yield original, _to_original(original, arrays).astype(header[original][1])
 
-    safetensors_file.write(path, tensors(), header, allow_nonfinite=allow_nonfinite)
+        yield from ((mark, np.zeros(0, np.float32)) for mark in marks)
+
+    header |= {mark: ((0,), np.dtype(np.float32)) for mark in marks}
+    safetensors_file.write(path, tensors(), header, metadata, allow_nonfinite=allow_nonfinite)
 
 
 def unet_module_names(specs: Iterable[str]) -> dict[str, str]:

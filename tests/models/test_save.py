@@ -25,6 +25,7 @@ from dpo_jax.weights.layout import OLD_VAE_ATTENTION
 
 CARD = "---\nlibrary_name: diffusers\n---\n\nTuned — by hand.\n"
 CLIPS = ("text_encoder", "text_encoder_2")
+OLD_TOKENIZER = ("vocab.json", "merges.txt")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -98,15 +99,19 @@ def with_prefix(names: dict) -> dict:
 
 
 def assert_same_model(ours: Path, theirs: Path) -> None:
-    """The same files, but for our README.md; the same JSON; the same tensors, byte by byte."""
+    """The same files, but for our README.md and what old tools read of tokenizers; the same JSON, but for where it was
+    read from; the same tensors, byte by byte."""
     paths = {path.relative_to(theirs) for path in theirs.rglob("*") if path.is_file()}
-    assert {path.relative_to(ours) for path in ours.rglob("*") if path.is_file()} == paths | {Path("README.md")}
+    added = {path.with_name(name) for path in paths if path.name == "tokenizer.json" for name in OLD_TOKENIZER}
+    assert {path.relative_to(ours) for path in ours.rglob("*") if path.is_file()} == paths | {Path("README.md")} | added
     for path in paths:
         if path.suffix == ".safetensors":
             tensors, expected = stored(ours / path.parent), stored(theirs / path.parent)
             assert tensors == (with_prefix(expected) if path.parent.name in CLIPS else expected), path
-        elif path.name in ("config.json", "model_index.json"):
-            assert json.loads((ours / path).read_text()) == json.loads((theirs / path).read_text()), path
+        elif path.name.endswith("config.json") or path.name == "model_index.json":
+            expected = json.loads((theirs / path).read_text())
+            expected.pop("_name_or_path", None)
+            assert json.loads((ours / path).read_text()) == expected, path
         else:
             assert (ours / path).read_bytes() == (theirs / path).read_bytes(), path
 
@@ -130,6 +135,27 @@ def test_a_single_file_becomes_the_folder_it_was(family: str, of_pytorch: dict[s
     shutil.copytree(folder, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
     reopened = load_pipeline(file, dtype="float32", family=family, model_config=str(tmp_path / "configs"))
     assert_same_model(save(reopened, tmp_path / "folder"), folder)
+
+
+def test_a_tokenizer_of_transformers_5_is_written_as_old_tools_read_it_too(tmp_path: Path) -> None:
+    tiny = Path(__file__).parents[2] / "dpo_jax" / "tiny" / "model"
+    shutil.copytree(tiny, tmp_path / "model", ignore=shutil.ignore_patterns("vocab.json", "merges.txt"))
+    for name in ("tokenizer", "tokenizer_2"):
+        transformers.CLIPTokenizer.from_pretrained(tiny / name).save_pretrained(tmp_path / "model" / name)
+        assert not (tmp_path / "model" / name / "vocab.json").exists()
+    save(load_pipeline(tmp_path / "model", dtype="float32"), tmp_path / "ours")
+    for name in ("tokenizer", "tokenizer_2"):
+        written = tmp_path / "ours" / name
+        assert json.loads((written / "vocab.json").read_text()) == json.loads((tiny / name / "vocab.json").read_text())
+        lines, expected = ((f / "merges.txt").read_text().splitlines() for f in (written, tiny / name))
+        assert (lines[0], lines[1:]) == ("#version: 0.2", expected[1:])
+
+
+def test_programs_that_a_model_brings_are_not_passed_on(sdxl: Path, tmp_path: Path) -> None:
+    (sdxl / "tokenizer" / "custom.py").write_text("raise SystemExit")
+    (sdxl / "tokenizer" / "__pycache__").mkdir()
+    save(load_pipeline(sdxl, dtype="float32"), tmp_path / "ours")
+    assert not list((tmp_path / "ours").rglob("*.py"))
 
 
 @pytest.mark.parametrize(("held", "dtype"), [("float32", "bfloat16"), ("float16", "float32")])

@@ -19,6 +19,7 @@ from dpo_jax.models.random_model import write_random_model
 from dpo_jax.training.checkpoint import read_config
 from dpo_jax.training.export import export, open_tuned, open_untrained
 from dpo_jax.training.model_card import METHODS, model_card
+from dpo_jax.training.model_origin import Origin
 from dpo_jax.training.run import open_run
 from dpo_jax.training.trainer import train
 
@@ -99,7 +100,7 @@ def test_model_card_says_how_it_was_made_and_what_was_measured(run, tmp_path):
 def test_model_card_names_the_method(run, spec, tag):
     file, _, variant = spec.partition(":")
     facts = {"config": flatten(load_config(f"{ROOT}/configs/{file}.py:{variant}")), "step": 1, "validation": {}}
-    card = model_card(facts, open_run(run).pipeline, "unet", "mine", "float32")
+    card = model_card(facts, open_run(run).pipeline, "unet", "mine", "float32", Origin(None, None))
     assert yaml.safe_load(card.split("---")[1])["tags"] == ["text-to-image", tag, "dpo_jax"]
     assert f"trained by {METHODS[tag]} for" in card
 

@@ -142,7 +142,8 @@ def test_after_resume_the_reference_is_still_the_base(tiny_config, trained, tmp_
 
 
 def test_going_on_from_a_lora(tiny_config, trained, tmp_path):
-    """For the policy alone, the margin begins where that LoRA ended; for both, at zero. Its rank and alpha hold."""
+    """For the policy alone, the margin begins where that LoRA ended; for both, at zero. Its rank holds; alpha / rank is
+    in the weights that were exported."""
     file = export(open_tuned(trained), tmp_path / "lora", format="kohya", dtype=None, max_shard_bytes=10**10)
     first = {}
     for init_reference in (False, True):
@@ -151,7 +152,7 @@ def test_going_on_from_a_lora(tiny_config, trained, tmp_path):
         train(tiny_config("sd15", steps=1, **(FIELDS | {"lora.rank": 0}), **fields), workdir)
         first[init_reference] = losses_of(workdir)[0]
         run = open_run(workdir)
-        assert {(size.rank, size.alpha) for size in run.pipeline.adapters.values()} == {(4, 2.0)}
+        assert {(size.rank, size.alpha) for size in run.pipeline.adapters.values()} == {(4, 4.0)}
         assert json.loads((workdir / "config.json").read_text())["fingerprints.lora"]
         assert any(np.any(value) for name, value in run.base.items() if ".lora_B." in name)
     assert first[True] == pytest.approx(math.log(2), abs=1e-5)

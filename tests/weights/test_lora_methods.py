@@ -6,6 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from etils import epath
 from peft import LoHaConfig, LoKrConfig, LoraConfig
 
 from dpo_jax.models.network import Network
@@ -42,7 +43,7 @@ class Layers(torch.nn.Module):
 
 def save(path: Path, tensors: dict[str, np.ndarray]) -> None:
     header = {name: (array.shape, array.dtype) for name, array in tensors.items()}
-    safetensors_file.write(path, tensors.items(), header)
+    safetensors_file.write(epath.Path(path), tensors.items(), header)
 
 
 def merged(path: Path, strength: float = 1.0) -> dict[str, np.ndarray]:

@@ -1,0 +1,105 @@
+"""What an exported model was made from, and under which licence, as cards and files say it; no word of local paths."""
+
+import datetime
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from dpo_jax.models.families import License
+from dpo_jax.models.pipeline import Pipeline
+from dpo_jax.weights.hub import HUB_ID
+
+_LOCAL = re.compile(r"~[\w.-]*(/|$)|[A-Za-z]:[\\/]|/|\\\\\w|file:/")
+"""How paths begin that only mean something on one machine."""
+
+
+class Origin(NamedTuple):
+    """The base of an exported model."""
+
+    base_model: str | None
+    """Its hub id, where it is known."""
+    license: License | None
+    remark: str = ""
+    """What is guessed or not known, and how to say it."""
+
+
+def origin_of(model: str, pipeline: Pipeline, license: str = "", base_model: str = "") -> Origin:
+    """The origin of a model that was opened as `model`; `license` and `base_model` are what the user says.
+
+    Raises ValueError where they are not what the hub's model cards take.
+    """
+    named = HUB_ID.fullmatch(base_model)
+    if base_model and (named is None or named["repo"] != base_model):
+        raise ValueError(f"--base_model={base_model} is not a hub id; give owner/name")
+    if license and not re.fullmatch(r"[A-Za-z0-9.+-]+", license):
+        raise ValueError(
+            f"--license={license} is not the hub's id of a licence, such as openrail++, apache-2.0 or other"
+        )
+    hub_id = HUB_ID.fullmatch(model)
+    repo = hub_id["repo"] if hub_id and not epath.Path(model).expanduser().exists() else None
+    base, family = base_model or repo, pipeline.family
+    if license:
+        known = license == family.license.id  # of "other" the name and link are needed too
+        return Origin(base, family.license if known else License(license))
+    if base in (family.published, *family.also_published):
+        return Origin(base, family.license)
+    what = f"{base}" if base else "the base model"
+    if not pipeline.is_of_published_size:
+        return Origin(base, None, f"The licence of {what} is not known: state it with --license{_and_base(base)}.")
+    return Origin(
+        base,
+        family.license,
+        f"The licence is that of {family.published}, which models of this family usually come from; if {what} has "
+        f"another, state it with --license{_and_base(base)}.",
+    )
+
+
+def _and_base(base: str | None) -> str:
+    return "" if base else ", and the base's hub id with --base_model"
+
+
+def without_paths(value: Any) -> Any:
+    """A JSON value whose texts name the last part only of what lies on this machine."""
+    if isinstance(value, Mapping):
+        return {name: without_paths(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(item) for item in value]
+    return public_name(value) if isinstance(value, str) else value
+
+
+def public_name(text: str) -> str:
+    """A text with the last part only of absolute paths, also of those in lists such as `NAME=PATH:PATH`."""
+    if _LOCAL.match(text) and not re.search("[=,;]", text):
+        return _last_part(text)
+    parts = re.split(r"([=,;\s'\"()]|(?<!\b[A-Za-z]):(?!//))", text)
+    return "".join(_last_part(part) if _LOCAL.match(part) else part for part in parts)
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1] or path[:1]
+
+
+def model_spec(facts: Mapping[str, Any], pipeline: Pipeline, format: str, title: str, origin: Origin) -> dict[str, str]:
+    """What a .safetensors file says about itself, by Stability's ModelSpec 1.0.0; web UIs and hubs show it.
+
+    `facts` are those of `model_card`.
+    """
+    config = facts.get("config") or {}
+    is_lora = format in ("lora", "kohya")
+    size = config.get("data.resolution") or (pipeline.unet.config.sample_size or 64) * pipeline.vae_factor
+    # kohya's scripts and SwarmUI tell a LoRA by the ending; diffusers' names are another implementation's.
+    is_original = format == "single" or (format == "kohya" and pipeline.family.original_layer_names)
+    fields = {
+        "sai_model_spec": "1.0.0",
+        "architecture": pipeline.marks.architecture + ("/lora" if is_lora else ""),
+        "implementation": "https://github.com/Stability-AI/generative-models" if is_original else "diffusers",
+        "title": title,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "resolution": f"{size}x{size}",
+        "prediction_type": "v" if pipeline.predicts_velocity else "epsilon",
+    }
+    if origin.license:
+        fields["license"] = origin.license.name or origin.license.id
+    return {f"modelspec.{name}": value for name, value in fields.items()}
