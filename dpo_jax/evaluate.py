@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 from etils import epath
 
-from dpo_jax import cli
+from dpo_jax import cli, locks
 from dpo_jax.evaluation.prompts import BUNDLED
 
 if TYPE_CHECKING:
@@ -67,11 +67,12 @@ def main() -> None:
         raise ValueError(f"--{'models' if MODELS.value else 'images'} names one; give two or more to compare")
     if MODELS.value and not PROMPTS.value:
         raise ValueError("--prompts is missing; name a file of prompts, or a list as in --prompts=bundled")
-    from dpo_jax import cluster  # after the flags are checked: importing JAX takes seconds
+    with locks.locked_early(OUTPUT.value, "python -m dpo_jax.evaluate"):
+        from dpo_jax import cluster  # after the flags are checked: importing JAX takes seconds
 
-    cluster.join()
-    with cluster.leaving_at_once(), cluster.locked(OUTPUT.value, "python -m dpo_jax.evaluate"):
-        evaluate(named, since)
+        cluster.join()
+        with cluster.leaving_at_once(), cluster.locked(OUTPUT.value, "python -m dpo_jax.evaluate"):
+            evaluate(named, since)
 
 
 def evaluate(named: dict[str, str], since: float) -> None:

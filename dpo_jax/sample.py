@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from dpo_jax import cli
+from dpo_jax import cli, locks
 from dpo_jax.evaluation.prompts import BUNDLED
 
 MODEL = flags.DEFINE_string("model", None, "A model folder, a hub id, or a single .safetensors file.")
@@ -87,11 +87,12 @@ def main() -> None:
         raise ValueError(f"--{given[0]} goes with --model; a training run has its own")
     if STRENGTH.value is not None and INIT_IMAGE.value is None:
         raise ValueError("--strength says how much of --init_image is drawn anew, and --init_image is missing")
-    from dpo_jax import cluster  # after the flags are checked: importing JAX takes seconds
+    with locks.locked_early(OUTPUT.value, "python -m dpo_jax.sample"):
+        from dpo_jax import cluster  # after the flags are checked: importing JAX takes seconds
 
-    cluster.join()
-    with cluster.leaving_at_once(), cluster.locked(OUTPUT.value, "python -m dpo_jax.sample"):
-        draw_all()
+        cluster.join()
+        with cluster.leaving_at_once(), cluster.locked(OUTPUT.value, "python -m dpo_jax.sample"):
+            draw_all()
 
 
 def draw_all() -> None:

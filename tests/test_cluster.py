@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from dpo_jax import cluster
+from dpo_jax import cluster, processes
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "launch" / "local_cluster.sh"
@@ -25,7 +25,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         assert heartbeat_timeout_seconds == 4 * shutdown_timeout_seconds == 4 * cluster.patience()
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    for name in (*cluster.EXPLICIT, *cluster.SCHEDULERS.values(), cluster.TIMEOUT):
+    for name in (*processes.EXPLICIT, *processes.SCHEDULERS.values(), cluster.TIMEOUT):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     return calls
@@ -38,13 +38,13 @@ def test_one_process_joins_nobody(joined) -> None:
 
 
 def test_variables_name_the_others(joined, monkeypatch) -> None:
-    for name, value in zip(cluster.EXPLICIT, ("host:123", "4", "3"), strict=True):
+    for name, value in zip(processes.EXPLICIT, ("host:123", "4", "3"), strict=True):
         monkeypatch.setenv(name, value)
     cluster.join()
     assert joined == [("host:123", 4, 3)]
 
 
-@pytest.mark.parametrize("name", cluster.SCHEDULERS.values())
+@pytest.mark.parametrize("name", processes.SCHEDULERS.values())
 def test_a_scheduler_with_several_tasks_is_asked(joined, monkeypatch, name: str) -> None:
     monkeypatch.setenv(name, "1")
     cluster.join()
@@ -55,7 +55,7 @@ def test_a_scheduler_with_several_tasks_is_asked(joined, monkeypatch, name: str)
 
 
 def test_a_tpu_knows_its_hosts(joined, monkeypatch) -> None:
-    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: name == "libtpu")
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name == "libtpu")
     cluster.join()
     assert joined == []  # JAX_PLATFORMS=cpu: compiled for, not run on
     monkeypatch.delenv("JAX_PLATFORMS")
@@ -114,7 +114,7 @@ def test_local_cluster_hands_a_notice_on_and_waits(tmp_path: Path) -> None:
 
 def test_a_failure_of_one_process_ends_the_others() -> None:
     code = """
-from dpo_jax import cluster
+from dpo_jax import cluster, processes
 cluster.join()
 with cluster.together("to build"):
     if cluster.is_first():

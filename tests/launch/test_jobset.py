@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dpo_jax.cluster import EXPLICIT
+from dpo_jax.processes import EXPLICIT
 from dpo_jax.training.preemption import EXIT_CODE
 
 ROOT = Path(__file__).parents[2]
