@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from dpo_jax import cluster, processes
+from dpo_jax.locks import locked
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "launch" / "local_cluster.sh"
@@ -114,7 +115,7 @@ def test_local_cluster_hands_a_notice_on_and_waits(tmp_path: Path) -> None:
 
 def test_a_failure_of_one_process_ends_the_others() -> None:
     code = """
-from dpo_jax import cluster, processes
+from dpo_jax import cluster
 cluster.join()
 with cluster.together("to build"):
     if cluster.is_first():
@@ -127,6 +128,28 @@ with cluster.together("to build"):
     assert (
         "ChildProcessError: process 0 failed to build; see its own output" in Path(folder, "process_1.log").read_text()
     )
+
+
+@pytest.mark.slow
+def test_one_process_locks_for_all(tmp_path: Path) -> None:
+    code = f"""
+from dpo_jax import cluster
+cluster.join()
+with cluster.locked({str(tmp_path)!r}, "python -m dpo_jax.train"):
+    cluster.wait("inside")
+    print("inside", flush=True)
+"""
+    arguments = {"PROCESSES": "2", "DEVICES": "1", "LOGS": ""}
+    done = local_cluster(sys.executable, "-c", code, **arguments)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())
+    with locked(tmp_path, "another command"):
+        done = local_cluster(sys.executable, "-c", code, **arguments)
+    assert done.returncode == 1
+    folder = done.stderr.strip().rpartition(" ")[2]
+    assert f"BlockingIOError: {tmp_path} is in use by another command (process {os.getpid()} on " in done.stderr
+    assert f"process 0 failed to lock {tmp_path}" in Path(folder, "process_1.log").read_text()
+    assert "inside" not in done.stdout
 
 
 def test_local_cluster_tells_what_it_would_run_and_what_it_takes() -> None:
