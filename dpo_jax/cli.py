@@ -4,6 +4,7 @@ import difflib
 import importlib.util
 import inspect
 import itertools
+import math
 import os
 import re
 import sys
@@ -26,6 +27,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     try:
         _check_overrides(sys.argv[1:])
         rest = flags.FLAGS(sys.argv)
+        _check_finite()
     except (flags.Error, ValueError, OSError) as error:
         _fail(f"{str(error).rstrip('.')}. Run with --help to see the flags.", code=2)
     if len(rest) > 1:
@@ -92,6 +94,14 @@ def unflatten(fields: dict[str, Any]) -> ConfigDict:
 def replaced(config: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
     """A copy of the config with other values of some fields, by their dotted paths."""
     return unflatten(flatten(config) | fields)
+
+
+def _check_finite() -> None:
+    """Refuses flags that are NaN, which lies in any bounds, or infinite. Fields of a config have their own check."""
+    for name in flags.FLAGS:
+        value = flags.FLAGS[name].value
+        if isinstance(value, float) and not math.isfinite(value) and not name.startswith("config."):
+            raise ValueError(f"--{name}={value} must be a finite number")
 
 
 def _check_overrides(arguments: list[str]) -> None:

@@ -1,6 +1,5 @@
 """Joins the processes of one run, by JAX's own distributed runtime."""
 
-import importlib.util
 import os
 import re
 import sys
@@ -14,10 +13,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dpo_jax import locks
+from dpo_jax.processes import EXPLICIT, may_have_peers
 
-EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-SCHEDULERS = {"SLURM": "SLURM_STEP_NUM_TASKS", "Open MPI": "OMPI_COMM_WORLD_SIZE"}
-"""What tells how many processes were started, where JAX finds the rest by itself."""
 TIMEOUT = "DPO_JAX_PEER_TIMEOUT"
 """Environment variable: seconds that a process waits for the others before it calls them; 120 unless set."""
 SECONDS_TO_LEAVE = 5
@@ -27,7 +24,7 @@ def join() -> None:
     """Connects to the other processes where there are any; call it before anything else of JAX.
 
     The environment says whether there are: the three variables of `EXPLICIT`, the same on all processes but for the
-    last; a scheduler of `SCHEDULERS`; or a TPU, whose hosts know each other.
+    last; a scheduler of `processes.SCHEDULERS`; or a TPU, whose hosts know each other.
 
     Raises:
         ValueError: some of `EXPLICIT` are missing, or they or `TIMEOUT` are no numbers.
@@ -37,7 +34,7 @@ def join() -> None:
     given = {name: os.environ[name] for name in EXPLICIT if os.environ.get(name)}
     if given:
         _join_explicitly(given, limits)
-    elif any(int(os.environ.get(name, 1)) > 1 for name in SCHEDULERS.values()) or _has_tpu():
+    elif may_have_peers():
         jax.distributed.initialize(**limits)
 
 
@@ -142,10 +139,13 @@ def together(doing: str) -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Any, command: str, name: str = ".lock", what: object = None) -> Iterator[None]:
-    """As `locks.locked`, by the first process for all; where it is refused, with a ChildProcessError in the others."""
+    """As `locks.locked`, by the first process for all; where it is refused, with a ChildProcessError in the others.
+
+    What this process has locked before, by `locks.locked_early`, stays so.
+    """
     with ExitStack() as held:
         with together(f"to lock {what or folder}"):
-            if is_first():
+            if is_first() and not locks.is_held(folder, name):
                 held.enter_context(locks.locked(folder, command, name, what))
         yield
 
@@ -181,8 +181,3 @@ def _join_explicitly(given: dict[str, str], limits: Any) -> None:
             "the number of this one, from 0; or unset them for a run of one process"
         )
     jax.distributed.initialize(address, int(count), int(process), **limits)
-
-
-def _has_tpu() -> bool:
-    platforms = os.environ.get("JAX_PLATFORMS") or "tpu"
-    return "tpu" in platforms and importlib.util.find_spec("libtpu") is not None

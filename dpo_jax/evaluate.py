@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 from etils import epath
 
-from dpo_jax import cli
+from dpo_jax import cli, locks
 from dpo_jax.evaluation.prompts import BUNDLED
+from dpo_jax.rewards import find_judge
 
 if TYPE_CHECKING:
     from dpo_jax.evaluation.opened import Opened
@@ -38,13 +39,17 @@ PROMPTS = flags.DEFINE_string(
 )
 JUDGES = flags.DEFINE_list("judges", None, "Judges, NAME or NAME=what it is opened from.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "Folder for the report.", required=True)
-SEEDS = flags.DEFINE_integer("seeds", 4, "Images of each prompt, from seeds that follow each other.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 10**6, "The first; far from those that training images are drawn from.")
-STEPS = flags.DEFINE_integer("steps", None, "Denoising steps. By default what the first model is drawn with.")
-GUIDANCE = flags.DEFINE_float("guidance", None, "Classifier-free guidance scale, likewise.")
-SAMPLER = flags.DEFINE_string("sampler", None, "Sampler, likewise.")
-RESOLUTION = flags.DEFINE_integer("resolution", None, "Pixels, height and width, likewise.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images drawn or judged at a time.", lower_bound=1)
+SEEDS = flags.DEFINE_integer("seeds", 4, "Images of each prompt, from seeds that follow each other.", 1, 2**16)
+SEED = flags.DEFINE_integer(
+    "seed", 10**6, "The first; far from those that training images are drawn from.", 0, 2**32 - 1
+)
+STEPS = flags.DEFINE_integer("steps", None, "Denoising steps. By default what the first model is drawn with.", 1)
+GUIDANCE = flags.DEFINE_float("guidance", None, "Classifier-free guidance scale, likewise.", 0)
+SAMPLER = flags.DEFINE_enum(
+    "sampler", None, ["ddim", "euler", "euler_ancestral", "dpmsolver++", "lcm"], "Sampler, likewise."
+)
+RESOLUTION = flags.DEFINE_integer("resolution", None, "Pixels, height and width, likewise.", 1, 2**14)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images drawn or judged at a time.", 1, 2**16)
 DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "Of models and judges. By default bfloat16, on CPUs float32."
 )
@@ -67,11 +72,18 @@ def main() -> None:
         raise ValueError(f"--{'models' if MODELS.value else 'images'} names one; give two or more to compare")
     if MODELS.value and not PROMPTS.value:
         raise ValueError("--prompts is missing; name a file of prompts, or a list as in --prompts=bundled")
-    from dpo_jax import cluster  # after the flags are checked: importing JAX takes seconds
+    if SEED.value + SEEDS.value > 2**32:
+        raise ValueError(f"--seed={SEED.value} with --seeds={SEEDS.value} goes past the last seed, {2**32 - 1}")
+    for spec in JUDGES.value:
+        find_judge(spec)
+    if FEATURES.value != "thumbnails" and not FEATURES.value.startswith("clip="):
+        raise ValueError(f"--features={FEATURES.value}: take thumbnails, or clip=FOLDER_OR_ID")
+    with locks.locked_early(OUTPUT.value, "python -m dpo_jax.evaluate"):
+        from dpo_jax import cluster  # after the flags are checked: importing JAX takes seconds
 
-    cluster.join()
-    with cluster.leaving_at_once(), cluster.locked(OUTPUT.value, "python -m dpo_jax.evaluate"):
-        evaluate(named, since)
+        cluster.join()
+        with cluster.leaving_at_once(), cluster.locked(OUTPUT.value, "python -m dpo_jax.evaluate"):
+            evaluate(named, since)
 
 
 def evaluate(named: dict[str, str], since: float) -> None:
@@ -84,7 +96,7 @@ def evaluate(named: dict[str, str], since: float) -> None:
     from dpo_jax.evaluation.prompts import distinct, read_prompts
     from dpo_jax.files import write_whole
     from dpo_jax.progress import ProgressBar
-    from dpo_jax.rewards import Settings
+    from dpo_jax.rewards import Settings, open_judge
     from dpo_jax.training.metrics import last_validation, read_metrics
     from dpo_jax.training.start import keep_compiled_programs
 
@@ -96,6 +108,8 @@ def evaluate(named: dict[str, str], since: float) -> None:
         settings: dict[str, Any] = {}
         folders = named
         if MODELS.value:
+            for spec in JUDGES.value:  # what is missing is told before hours of drawing; opened again by `judge_all`
+                open_judge(spec, dtype=dtype, batch_size=BATCH_SIZE.value)
             folders = {name: str(output / "images" / name) for name in named}
             settings = draw_all(named, folders, distinct(prompts), dtype, bar)
         contest = match(folders, prompts)
@@ -149,8 +163,10 @@ def draw_all(
     settings: dict[str, Any] = {}
     models: dict[str, str] = {}
     sampling, resolution = None, RESOLUTION.value
+    # A model that can't be opened is told before the first one draws; of runs, opening reads the weights at once.
+    ready = {name: open_any(source, dtype) for name, source in named.items() if not is_run(source)}
     for name, source in named.items():
-        opened = open_any(source, dtype)
+        opened = ready.pop(name, None) or open_any(source, dtype)
         sampling = sampling or dataclasses.replace(opened.sampling, **changed)
         resolution = resolution or opened.resolution
         own = own_sampler(opened.pipeline.sampling_schedule)

@@ -303,4 +303,10 @@ def new_folder(folder: epath.PathLike) -> Iterator[epath.Path]:
     sync(folder.parent)
 
 
+def readable_bytes(size: int) -> str:
+    """A number of bytes as "3.4 GiB"."""
+    power = min(max(size.bit_length() - 1, 0) // 10, 4)
+    return f"{size / 2 ** (10 * power):.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)

@@ -24,12 +24,32 @@ from typing import Any
 from etils import epath
 
 from dpo_jax.files import is_local
+from dpo_jax.processes import may_have_peers
 
 HEARTBEAT_SECONDS = 4.0
 STALE_SECONDS = 90.0
 SETTLE_SECONDS = 1.0
 """After which the one of two that wrote to an object store at the same time sees who was last."""
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
+
+
+_held_here: set[str] = set()
+"""The locks of this process."""
+
+
+@contextlib.contextmanager
+def locked_early(folder: epath.PathLike, command: str) -> Iterator[None]:
+    """As `locked`, before JAX is imported, which takes seconds; nothing where the process may be one of several.
+
+    Those ask by `cluster.locked`, when they know which of them is the first.
+    """
+    with contextlib.nullcontext() if may_have_peers() else locked(folder, command):
+        yield
+
+
+def is_held(folder: epath.PathLike, name: str = ".lock") -> bool:
+    """Whether this process has that lock."""
+    return str(epath.Path(folder) / name) in _held_here
 
 
 @contextlib.contextmanager
@@ -48,7 +68,7 @@ def locked(folder: epath.PathLike, command: str, name: str = ".lock", what: obje
     """
     folder = epath.Path(folder)
     what = what or folder
-    is_new = not folder.exists()
+    made = [place for place in (folder, *folder.parents) if not place.exists()] if is_local(folder) else []
     with _told(folder):
         folder.mkdir(parents=True, exist_ok=True)
     me = {
@@ -76,18 +96,20 @@ def locked(folder: epath.PathLike, command: str, name: str = ".lock", what: obje
     done = threading.Event()
     heart = threading.Thread(target=_renew, args=(path, what, me, descriptor, done), daemon=True)
     heart.start()
+    _held_here.add(str(path))
     try:
         yield
     finally:
+        _held_here.discard(str(path))
         done.set()
         heart.join()
         if (_read(path) or {}).get("owner") == me["owner"]:
             path.unlink(missing_ok=True)  # before it is let go of: who waits for it makes a new one
         if descriptor is not None:
             os.close(descriptor)
-        if is_new and is_local(folder):
-            with contextlib.suppress(OSError):  # it holds what was written
-                os.rmdir(folder)
+        with contextlib.suppress(OSError):  # it holds what was written
+            for place in made:
+                os.rmdir(place)
 
 
 @contextlib.contextmanager

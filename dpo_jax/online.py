@@ -22,7 +22,7 @@ sample and evaluate take it as they take any run.
 from absl import flags
 from ml_collections import config_flags
 
-from dpo_jax import cli
+from dpo_jax import cli, locks
 from dpo_jax.rounds.config import check
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, or FILE:variant.", lock_config=True)
@@ -51,10 +51,11 @@ def main() -> None:
     if FEEDBACK.value and STAGE.value != "train":
         raise ValueError("--feedback is of one round; give it with --stage=train")
     check(CONFIG.value)
-    from dpo_jax.rounds.loop import learn  # after the flags are checked: importing JAX takes seconds
-    from dpo_jax.training import command
+    with locks.locked_early(WORKDIR.value, "python -m dpo_jax.online"):
+        from dpo_jax.rounds.loop import learn  # after the flags are checked: importing JAX takes seconds
+        from dpo_jax.training import command
 
-    command.run(lambda: learn(CONFIG.value, WORKDIR.value, STAGE.value or "", FEEDBACK.value))
+        command.run(lambda: learn(CONFIG.value, WORKDIR.value, STAGE.value or "", FEEDBACK.value))
 
 
 if __name__ == "__main__":

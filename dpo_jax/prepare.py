@@ -31,7 +31,7 @@ OUTPUT = flags.DEFINE_string(
     "output", None, "Folder to write: a new or empty one; with --encode also one that was prepared.", required=True
 )
 WORKERS = flags.DEFINE_integer(
-    "workers", None, "Processes (to encode: threads) that read; one a core if not given, 0 for none.", lower_bound=0
+    "workers", None, "Processes (to encode: threads) that read; one a core if not given, 0 for none.", 0, 2**10
 )
 VALIDATION_FRACTION = flags.DEFINE_float(
     "validation_fraction", 0.05, "Share of the prompts to hold out for validation.", lower_bound=0, upper_bound=1

@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from dpo_jax import cli
+from dpo_jax import cli, locks
 from dpo_jax.evaluation.prompts import BUNDLED
 
 MODEL = flags.DEFINE_string("model", None, "A model folder, a hub id, or a single .safetensors file.")
@@ -28,17 +28,22 @@ PROMPTS = flags.DEFINE_string(
     required=True,
 )
 OUTPUT = flags.DEFINE_string("output", None, "Folder for the images.", required=True)
-SEEDS = flags.DEFINE_integer("seeds", 1, "Images of each prompt, from seeds that follow each other.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "The first seed.", lower_bound=0)
+SEEDS = flags.DEFINE_integer("seeds", 1, "Images of each prompt, from seeds that follow each other.", 1, 2**16)
+SEED = flags.DEFINE_integer("seed", 0, "The first seed.", 0, 2**32 - 1)
 SAMPLER = flags.DEFINE_enum(
     "sampler",
     None,
     ["ddim", "euler", "euler_ancestral", "dpmsolver++", "lcm"],
     "By default what the model's scheduler means, ddim where that is none of these; of a run its config.sample.",
 )
-STEPS = flags.DEFINE_integer("steps", None, "Denoising steps. By default the family's: 30, or 4 for sdxl_turbo.")
+STEPS = flags.DEFINE_integer(
+    "steps", None, "Denoising steps. By default the family's: 30, or 4 for sdxl_turbo.", lower_bound=1
+)
 GUIDANCE = flags.DEFINE_float(
-    "guidance", None, "Classifier-free guidance scale; 1 or less for none. By default the family's: 7.5, 5 or 0."
+    "guidance",
+    None,
+    "Classifier-free guidance scale; 1 or less for none. By default the family's: 7.5, 5 or 0.",
+    lower_bound=0,
 )
 GUIDANCE_RESCALE = flags.DEFINE_float(
     "guidance_rescale", 0.0, "How far guided predictions are brought back to the spread of plain ones.", 0.0, 1.0
@@ -46,15 +51,17 @@ GUIDANCE_RESCALE = flags.DEFINE_float(
 NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
 ETA = flags.DEFINE_float("eta", 0.0, "ddim: share of noise that is drawn anew in each step.", 0.0, 1.0)
 RESOLUTION = flags.DEFINE_integer(
-    "resolution", None, "Pixels, height and width. By default what the model is made for."
+    "resolution", None, "Pixels, height and width. By default what the model is made for.", 1, 2**14
 )
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images drawn at a time, by all devices together.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images drawn at a time, by all devices together.", 1, 2**16)
 INIT_IMAGE = flags.DEFINE_string(
     "init_image",
     None,
     "An image to begin from, or a folder of images named by their prompt's line from 0 (00012.png).",
 )
-STRENGTH = flags.DEFINE_float("strength", None, "With --init_image: share of the steps that are taken. [0.8]")
+STRENGTH = flags.DEFINE_float(
+    "strength", None, "With --init_image: share of the steps that are taken. [0.8]", lower_bound=0, upper_bound=1
+)
 LORA = flags.DEFINE_string("lora", "", "A LoRA to add to the UNet: a file, or a hub id with the file's name.")
 LORA_SCALE = flags.DEFINE_float("lora_scale", 1.0, "What the LoRA is multiplied by.")
 DTYPE = flags.DEFINE_enum(
@@ -64,7 +71,7 @@ VAE_DTYPE = flags.DEFINE_enum("vae_dtype", None, ["float32", "bfloat16"], "The s
 ATTENTION = flags.DEFINE_enum(
     "attention", None, ["xla", "cudnn"], "With --model: cudnn is one kernel of GPUs, in bfloat16. [xla]"
 )
-FSDP = flags.DEFINE_integer("fsdp", 1, "With --model: devices that one copy of it is split over.")
+FSDP = flags.DEFINE_integer("fsdp", 1, "With --model: devices that one copy of it is split over.", 1)
 UNET = flags.DEFINE_string("unet", "", "With --model: another UNet; a folder, a file, or a hub id.")
 VAE = flags.DEFINE_string("vae", "", "With --model: another VAE, likewise.")
 FAMILY = flags.DEFINE_string("family", None, "With --model: its family where the files can't tell (sdxl_turbo).")
@@ -87,11 +94,12 @@ def main() -> None:
         raise ValueError(f"--{given[0]} goes with --model; a training run has its own")
     if STRENGTH.value is not None and INIT_IMAGE.value is None:
         raise ValueError("--strength says how much of --init_image is drawn anew, and --init_image is missing")
-    from dpo_jax import cluster  # after the flags are checked: importing JAX takes seconds
+    with locks.locked_early(OUTPUT.value, "python -m dpo_jax.sample"):
+        from dpo_jax import cluster  # after the flags are checked: importing JAX takes seconds
 
-    cluster.join()
-    with cluster.leaving_at_once(), cluster.locked(OUTPUT.value, "python -m dpo_jax.sample"):
-        draw_all()
+        cluster.join()
+        with cluster.leaving_at_once(), cluster.locked(OUTPUT.value, "python -m dpo_jax.sample"):
+            draw_all()
 
 
 def draw_all() -> None:

@@ -30,8 +30,8 @@ JUDGE = flags.DEFINE_string(
 )
 NAME = flags.DEFINE_string("name", None, "The name to keep the scores under; by default the judge's.")
 DTYPE = flags.DEFINE_enum("dtype", Settings.dtype, ["float32", "bfloat16"], "What a judge's network computes in.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images shown to the judge at a time.", lower_bound=1)
-TIMEOUT = flags.DEFINE_float("timeout", Settings.timeout, "Seconds that an outside judge has for each time.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images shown to the judge at a time.", 1, 2**16)
+TIMEOUT = flags.DEFINE_float("timeout", Settings.timeout, "Seconds that an outside judge has for each time.", 0.001)
 SCORES = flags.DEFINE_string("scores", None, "JSONL file that an outside judge wrote.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the scores that there are by this judge.")
 

@@ -14,7 +14,7 @@ import functools
 from absl import flags
 from ml_collections import config_flags
 
-from dpo_jax import cli
+from dpo_jax import cli, locks
 from dpo_jax.training.config import check
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, or FILE:variant.", lock_config=True)
@@ -25,12 +25,13 @@ def main() -> None:
     if CONFIG.value is None:
         raise ValueError("--config is missing; give one of the files in configs/, such as --config=configs/tiny.py")
     check(CONFIG.value)
-    from dpo_jax.planning.search import settle_remat  # after the flags are checked: importing JAX takes seconds
-    from dpo_jax.training import command
-    from dpo_jax.training.trainer import train
+    with locks.locked_early(WORKDIR.value, "python -m dpo_jax.train"):
+        from dpo_jax.planning.search import settle_remat  # after the flags are checked: importing JAX takes seconds
+        from dpo_jax.training import command
+        from dpo_jax.training.trainer import train
 
-    say = functools.partial(print, flush=True)
-    command.run(lambda: train(settle_remat(CONFIG.value, say), WORKDIR.value))
+        say = functools.partial(print, flush=True)
+        command.run(lambda: train(settle_remat(CONFIG.value, say), WORKDIR.value))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ ASKED = flags.DEFINE_list(
 TAGS = flags.DEFINE_list("tags", [], 'Faults to ask for (with --mode=tag), for example "distorted hand,unsafe".')
 TIES = flags.DEFINE_bool("ties", False, "Let raters say that both images are alike (with --mode=pairs).")
 RATERS = flags.DEFINE_integer(
-    "raters", 5, "Votes per comparison, after which it is finished and not asked again.", lower_bound=1
+    "raters", 5, "Votes per comparison, after which it is finished and not asked again.", 1, 2**20
 )
 STOP_EARLY = flags.DEFINE_bool(
     "stop_early", False, "Finish a comparison once further votes can't change its majority: 3 of 5 instead of all 5."

@@ -75,6 +75,64 @@ def test_a_tilde_is_expanded_before_flags_are_parsed(monkeypatch):
     assert sys.argv == ["command", "--no_such_flag=HOME/x"]
 
 
+PARSE = """
+import importlib, sys
+from absl import flags
+from dpo_jax import cli
+command, required, *given = sys.argv[1:]
+importlib.import_module(f"dpo_jax.{command}")
+for flag in given:
+    sys.argv = [command, *required.split(), flag]
+    try:
+        cli.run(lambda: print("accepted", flag))
+    except SystemExit as exit:
+        print(exit.code, file=sys.stderr)
+    flags.FLAGS[flag[2:].split("=")[0]].unparse()
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "required", "wrong", "right"),
+    [
+        (
+            "sample",
+            "--prompts=p --output=o",
+            "steps=-1 steps=0 guidance=nan guidance=inf guidance=-1 seeds=0 seeds=99999999999 seed=-1 seed=4294967296 "
+            "eta=nan eta=1.1 guidance_rescale=nan resolution=0 resolution=-8 batch_size=0 strength=nan strength=2 "
+            "lora_scale=nan lora_scale=inf fsdp=0 sampler=ddmi steps=1e3",
+            "steps=1 guidance=0 lora_scale=-0.5 eta=1 strength=0.5 seed=4294967295",
+        ),
+        (
+            "evaluate",
+            "--judges=shapes --output=o",
+            "steps=0 guidance=nan guidance=-1 seeds=0 seed=-1 resolution=0 batch_size=0 sampler=ddmi since=nan",
+            "steps=1 guidance=7.5 seed=0",
+        ),
+        (
+            "prepare",
+            "--output=o",
+            "validation_fraction=2 validation_fraction=-0.1 validation_fraction=nan max_damaged_fraction=nan "
+            "max_damaged_fraction=1.5 workers=-1 workers=99999999",
+            "validation_fraction=0 validation_fraction=1 workers=0",
+        ),
+        ("score", "--data=d --judge=shapes", "batch_size=0 timeout=0 timeout=nan timeout=inf dtype=fp8", "timeout=0.5"),
+        ("export", "--output=o", "max_shard_gb=0 max_shard_gb=nan max_shard_gb=inf max_shard_gb=-1", "max_shard_gb=2"),
+        ("vote", "--output=o", "raters=0 raters=-1 port=-1 port=65536 mode=x", "raters=1 port=0"),
+    ],
+)
+def test_senseless_numbers_are_refused_when_flags_are_parsed(command, required, wrong, right):
+    values = {"refused": wrong.split(), "accepted": right.split()}
+    flags = [f"--{value}" for value in values["refused"] + values["accepted"]]
+    done = subprocess.run(
+        [sys.executable, "-c", PARSE, command, required, *flags], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert [line.removeprefix("accepted --") for line in done.stdout.splitlines()] == values["accepted"]
+    assert len(errors) == len(values["refused"])
+    for error, value in zip(errors, values["refused"], strict=True):
+        assert value.split("=")[0] in error
+
+
 def test_every_config_loads_and_every_field_is_known():
     for path in sorted((ROOT / "configs").glob("*.py")):
         for variant in ("", ":tiny"):

@@ -9,7 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from dpo_jax import cluster
+from dpo_jax import cluster, processes
+from dpo_jax.locks import locked
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "launch" / "local_cluster.sh"
@@ -25,7 +26,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         assert heartbeat_timeout_seconds == 4 * shutdown_timeout_seconds == 4 * cluster.patience()
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    for name in (*cluster.EXPLICIT, *cluster.SCHEDULERS.values(), cluster.TIMEOUT):
+    for name in (*processes.EXPLICIT, *processes.SCHEDULERS.values(), cluster.TIMEOUT):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     return calls
@@ -38,13 +39,13 @@ def test_one_process_joins_nobody(joined) -> None:
 
 
 def test_variables_name_the_others(joined, monkeypatch) -> None:
-    for name, value in zip(cluster.EXPLICIT, ("host:123", "4", "3"), strict=True):
+    for name, value in zip(processes.EXPLICIT, ("host:123", "4", "3"), strict=True):
         monkeypatch.setenv(name, value)
     cluster.join()
     assert joined == [("host:123", 4, 3)]
 
 
-@pytest.mark.parametrize("name", cluster.SCHEDULERS.values())
+@pytest.mark.parametrize("name", processes.SCHEDULERS.values())
 def test_a_scheduler_with_several_tasks_is_asked(joined, monkeypatch, name: str) -> None:
     monkeypatch.setenv(name, "1")
     cluster.join()
@@ -55,7 +56,7 @@ def test_a_scheduler_with_several_tasks_is_asked(joined, monkeypatch, name: str)
 
 
 def test_a_tpu_knows_its_hosts(joined, monkeypatch) -> None:
-    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: name == "libtpu")
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name == "libtpu")
     cluster.join()
     assert joined == []  # JAX_PLATFORMS=cpu: compiled for, not run on
     monkeypatch.delenv("JAX_PLATFORMS")
@@ -127,6 +128,28 @@ with cluster.together("to build"):
     assert (
         "ChildProcessError: process 0 failed to build; see its own output" in Path(folder, "process_1.log").read_text()
     )
+
+
+@pytest.mark.slow
+def test_one_process_locks_for_all(tmp_path: Path) -> None:
+    code = f"""
+from dpo_jax import cluster
+cluster.join()
+with cluster.locked({str(tmp_path)!r}, "python -m dpo_jax.train"):
+    cluster.wait("inside")
+    print("inside", flush=True)
+"""
+    arguments = {"PROCESSES": "2", "DEVICES": "1", "LOGS": ""}
+    done = local_cluster(sys.executable, "-c", code, **arguments)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())
+    with locked(tmp_path, "another command"):
+        done = local_cluster(sys.executable, "-c", code, **arguments)
+    assert done.returncode == 1
+    folder = done.stderr.strip().rpartition(" ")[2]
+    assert f"BlockingIOError: {tmp_path} is in use by another command (process {os.getpid()} on " in done.stderr
+    assert f"process 0 failed to lock {tmp_path}" in Path(folder, "process_1.log").read_text()
+    assert "inside" not in done.stdout
 
 
 def test_local_cluster_tells_what_it_would_run_and_what_it_takes() -> None:

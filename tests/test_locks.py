@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_jax import locks
+from dpo_jax import cluster, locks
 from dpo_jax.locks import locked
 
 HOLDER = """
@@ -82,7 +82,7 @@ def test_one_has_it_at_a_time_and_nothing_is_left_of_it(tmp_path, monkeypatch, q
                     pytest.fail("two have it")
             (folder / "kept").touch()
         assert [path.name for path in folder.iterdir()] == ["kept"]
-    with contextlib.suppress(ValueError), locked(tmp_path / "new", "third"):
+    with contextlib.suppress(ValueError), locked(tmp_path / "new" / "run", "third"):
         raise ValueError
     if way is not object_store:  # which has no folders
         assert not (tmp_path / "new").exists(), "of a command that failed before it wrote anything"
@@ -248,3 +248,20 @@ def test_every_command_asks_before_it_loads_anything(command, mixed_pairs, tmp_p
         assert done.returncode == 1
         assert re.search(r"^error: \S+ is in use by another command \(process \d+ on ", done.stderr), done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_process_that_may_have_peers_asks_only_when_it_knows_them(tmp_path, monkeypatch):
+    with locks.locked_early(tmp_path, "me"):
+        assert locks.is_held(tmp_path)
+        with cluster.locked(tmp_path, "me"):  # it is this process's already
+            pass
+        assert locks.is_held(tmp_path)
+        assert (tmp_path / ".lock").exists()
+    assert not locks.is_held(tmp_path)
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    with locks.locked_early(tmp_path, "me"):
+        assert not locks.is_held(tmp_path)
+        assert not (tmp_path / ".lock").exists()
+        with cluster.locked(tmp_path, "me"):
+            assert locks.is_held(tmp_path)
+    assert not list(tmp_path.iterdir())

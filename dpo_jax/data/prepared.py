@@ -213,6 +213,10 @@ def _check_records(folder: Path, sha256: str, known_images: int) -> None:
     table_checks.check_records(folder / "records.arrow", table, known_images)
 
 
+class NothingChosenError(ValueError):
+    """A data set has no record that a choice leaves."""
+
+
 def select(
     prepared: Prepared,
     *,
@@ -237,7 +241,8 @@ def select(
     Of records that are ordered by judges, only those that all of the judges scored are used.
 
     Raises:
-        ValueError: no record is left, a regular expression can't be read, or judges should state an agreement.
+        NothingChosenError: no record is left.
+        ValueError: a regular expression can't be read, or judges should state an agreement.
     """
     if min_agreement and prepared.judges:
         raise ValueError(
@@ -247,7 +252,9 @@ def select(
     records = prepared.records
     splits = records["split"].unique().to_pylist()
     if split not in splits:
-        raise ValueError(f"the data set {prepared.folder} has no split {split!r}; it has {', '.join(sorted(splits))}")
+        raise NothingChosenError(
+            f"the data set {prepared.folder} has no split {split!r}; it has {', '.join(sorted(splits))}"
+        )
     images_M = pc.list_flatten(records["images"]).to_numpy()
     preference_M = pc.list_flatten(records["preference"]).to_numpy()
     number_N, first_N, record_M, rank_M = scores.candidates(records["images"])
@@ -284,7 +291,7 @@ def select(
     trained_on_N = passed_N & untied_N if ties == "zero_weight" else passed_N
     if not trained_on_N.any():
         what = "nothing but ties" if passed_N.any() else "nothing"
-        raise ValueError(f"{what} is left of {prepared.folder}: {', then '.join(left)}; loosen the choice")
+        raise NothingChosenError(f"{what} is left of {prepared.folder}: {', then '.join(left)}; loosen the choice")
     chosen = np.flatnonzero(passed_N)
     return chosen[:limit] if limit else chosen
 

@@ -42,6 +42,7 @@ from dpo_jax.data.prepared import Prepared
 from dpo_jax.data.tokenizers import Tokenizers
 from dpo_jax.encode.images import mirror, posterior_moments
 from dpo_jax.encode.text import encode_text
+from dpo_jax.files import readable_bytes
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sharding import batch_sharding
 from dpo_jax.weights import safetensors_file
@@ -230,11 +231,11 @@ class DatasetEncoder:
         for table in self.tables:
             done = f", {table.count - table.missing_rows} done" if table.missing_rows < table.count else ""
             lines.append(
-                f"{table.name:12} {table.count} x {_readable(table.row_bytes)} = "
-                f"{_readable(table.count * table.row_bytes)}, {table.count * table.flop / 1e12:.4g} TFLOP{done}"
+                f"{table.name:12} {table.count} x {readable_bytes(table.row_bytes)} = "
+                f"{readable_bytes(table.count * table.row_bytes)}, {table.count * table.flop / 1e12:.4g} TFLOP{done}"
             )
         seconds = sum(table.missing_rows * table.seconds for table in self.tables) / jax.process_count()
-        lines.append(f"to write     {_readable(self._missing_bytes)}; {_readable(self._free)} are free")
+        lines.append(f"to write     {readable_bytes(self._missing_bytes)}; {readable_bytes(self._free)} are free")
         lines.append(
             f"time         about {datetime.timedelta(seconds=math.ceil(seconds))} on {jax.device_count()} x "
             f"{jax.devices()[0].device_kind}, if images are read as fast"
@@ -248,8 +249,8 @@ class DatasetEncoder:
         """
         if self._missing_bytes > self._free:
             raise OSError(
-                f"the encodings need another {_readable(self._missing_bytes)}, but {_readable(self._free)} are free in "
-                f"{self.folder.parent}; make room, or encode fewer views or a lower resolution"
+                f"the encodings need another {readable_bytes(self._missing_bytes)}, but {readable_bytes(self._free)} "
+                f"are free in {self.folder.parent}; make room, or encode fewer views or a lower resolution"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
@@ -281,8 +282,3 @@ def _check_finite(tensor: np.ndarray, what: str) -> None:
             f"the {what} are not finite: the model overflows in its dtype; set vae_dtype (or dtype) to float32, or "
             "take a VAE made for half precision"
         )
-
-
-def _readable(size: int) -> str:
-    power = min(max(size.bit_length() - 1, 0) // 10, 4)
-    return f"{size / 2 ** (10 * power):.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

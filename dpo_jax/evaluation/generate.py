@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.data.tokenizers import Tokenizers
-from dpo_jax.diffusion.samplers import classifier_free_guidance, make_table, sample, starting_latents
+from dpo_jax.diffusion.samplers import (
+    SamplerTable,
+    classifier_free_guidance,
+    make_table,
+    sample,
+    starting_latents,
+)
 from dpo_jax.encode.images import decode_checked, posterior_moments, sample_posterior
 from dpo_jax.encode.text import make_conditionings
 from dpo_jax.models.pipeline import Pipeline
@@ -39,6 +45,17 @@ class Sampling:
     """What guidance leads away from; "" is the empty caption, as the model embeds it."""
     strength: float = 1.0
     """With images to begin from: the share of the steps that are taken, the last ones."""
+
+
+def plan_sampling(pipeline: Pipeline, sampling: Sampling, resolution: int) -> tuple[tuple[int, int, int], SamplerTable]:
+    """Shape of an image's latents, and the sampler's table. Raises ValueError where the model can't be sampled so."""
+    cells, rest = divmod(resolution, pipeline.vae_factor)
+    halvings = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+    if rest or cells % halvings or cells < 1:
+        raise ValueError(f"resolution={resolution} must be a multiple of {pipeline.vae_factor * halvings} pixels")
+    options = {"eta": sampling.eta, "strength": sampling.strength}
+    table = make_table(sampling.sampler, pipeline.sampling_schedule, sampling.steps, **options)
+    return (cells, cells, pipeline.unet.config.in_channels), table
 
 
 class Generator:
@@ -82,13 +99,7 @@ class Generator:
         self.resolution = resolution
         self.batch_size = -(-batch_size // batch_parts(mesh)) * batch_parts(mesh)
         """Images sampled at a time."""
-        cells, rest = divmod(resolution, pipeline.vae_factor)
-        halvings = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-        if rest or cells % halvings or cells < 1:
-            raise ValueError(f"resolution={resolution} must be a multiple of {pipeline.vae_factor * halvings} pixels")
-        self.latent_shape = (cells, cells, pipeline.unet.config.in_channels)
-        options = {"eta": sampling.eta, "strength": sampling.strength}
-        table = make_table(sampling.sampler, pipeline.sampling_schedule, sampling.steps, **options)
+        self.latent_shape, table = plan_sampling(pipeline, sampling, resolution)
         conditionings = make_conditionings(
             pipeline,
             tokenizers([sampling.negative_prompt]),

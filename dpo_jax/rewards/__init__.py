@@ -74,15 +74,9 @@ def open_judge(
     Raises:
         ValueError, FileNotFoundError: there is no such judge, or not what it needs.
     """
-    name, separator, source = spec.partition("=")
-    if name not in JUDGES:
-        raise ValueError(f"there is no judge {name!r}; those that come with dpo_jax are {', '.join(JUDGES)}")
+    name, source = find_judge(spec)
     judge = JUDGES[name]
-    if separator and not judge.needs:
-        raise ValueError(f"the judge {name} is opened by its name alone, not by {spec!r}")
-    if judge.needs and not source and not judge.default:
-        raise ValueError(f"the judge {name} needs {judge.needs}: {name}=...")
-    score = judge.open(source or judge.default, Settings(dtype, batch_size, placement, timeout))
+    score = judge.open(source, Settings(dtype, batch_size, placement, timeout))
 
     def checked(pictures: Pictures, captions: Sequence[str]) -> np.ndarray:
         _check(name, pictures, captions)
@@ -97,6 +91,19 @@ def open_judge(
         return scores
 
     return Scorer(name, checked, judge.is_outside)
+
+
+def find_judge(spec: str) -> tuple[str, str]:
+    """The name of a spec's judge and what it is opened from; ValueError where there is no such judge."""
+    name, separator, source = spec.partition("=")
+    if name not in JUDGES:
+        raise ValueError(f"there is no judge {name!r}; those that come with dpo_jax are {', '.join(JUDGES)}")
+    judge = JUDGES[name]
+    if separator and not judge.needs:
+        raise ValueError(f"the judge {name} is opened by its name alone, not by {spec!r}")
+    if judge.needs and not source and not judge.default:
+        raise ValueError(f"the judge {name} needs {judge.needs}: {name}=...")
+    return name, source or judge.default
 
 
 def _check(name: str, pictures: Pictures, captions: Sequence[str]) -> None:

@@ -29,9 +29,10 @@ from dpo_jax.rounds.method import learned_steps, on_trajectories, sampler_table
 from dpo_jax.rounds.result import Result
 from dpo_jax.rounds.rollout import Drawn, Rollout
 from dpo_jax.rounds.updates import Updates
-from dpo_jax.training.experiment import build
+from dpo_jax.training.experiment import build, compose
 from dpo_jax.training.metrics import read_metrics
-from dpo_jax.training.model import load_tokenizers_of, open_model
+from dpo_jax.training.model import load_tokenizers_of, make_placement, open_model
+from dpo_jax.training.needs import check_grids, check_room
 from dpo_jax.training.preemption import Notice, Preempted
 from dpo_jax.training.start import StartClock
 from dpo_jax.training.step import TrainState
@@ -66,12 +67,15 @@ def learn(config: ConfigDict, workdir: epath.PathLike, stage: str = "", feedback
     with Notice.awaited() as notice, cluster.locked(workdir, "python -m dpo_jax.online"):
         judges = open_judges(config)
         pipeline = open_model(config, workdir)
+        check_grids(config, pipeline)
         steps_S = learned_steps(config, sampler_table(config, pipeline))
         plan = make_plan(config, steps_S, device_count=jax.device_count(), process_count=jax.process_count())
         config = replaced(config, {"steps": config.online.rounds * plan.updates})
         digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
         fingerprints = latent_judge_fingerprints(find_latent_judge(config, pipeline), pipeline.variant)
         fields = begin(config, workdir, pipeline, online_config(), fingerprints | {"fingerprints.prompts": digest})
+        composed = compose(config, plan.derived, pipeline, make_placement(config), on_trajectories)
+        check_room(config, workdir, composed.abstract_state())
         experiment = build(config, plan.derived, pipeline, on_trajectories)
         with running(experiment, workdir, fields, notice, clock) as (loop, state, _):
             Rounds(loop, plan, prompts, judges, steps_S, feedback).run(state, stage)

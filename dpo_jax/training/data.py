@@ -7,9 +7,12 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from dpo_jax import cluster
+from dpo_jax.cli import replaced
 from dpo_jax.data.encoded import choose_views, open_encodings
 from dpo_jax.data.inputs import Decoded, Inputs, Stored
 from dpo_jax.data.pipeline import NUM_WORKERS, BatchIterator, Pairs, make_iterator, open_pairs, validation_batches
+from dpo_jax.data.prepared import NothingChosenError
 from dpo_jax.data.scores import scores_file
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.training.config import Derived
@@ -17,11 +20,26 @@ from dpo_jax.training.model import load_tokenizers_of
 from dpo_jax.weights.io import fingerprint
 
 
-def check_data(config: ConfigDict) -> None:
-    """Opens the splits that the run will read and chooses from them, before anything else takes time."""
-    _training_pairs(config)
+def check_data(config: ConfigDict) -> ConfigDict:
+    """Opens the splits that the run will read and chooses from them, before anything else takes time.
+
+    Returns the config; where no pair is held out, as in small data sets, with validation turned off, and says so.
+    """
+    pairs = len(_training_pairs(config))
+    if pairs < config.data.batch_size:
+        _say(f"a step of {config.data.batch_size} pairs sees some of the {pairs} pairs of the data set several times")
     if config.validation.every:
-        _validation_pairs(config)
+        try:
+            _validation_pairs(config)
+        except NothingChosenError as error:
+            _say(f"validation is off: {error}. To validate, prepare more prompts or a larger --validation_fraction")
+            return replaced(config, {"validation.every": 0})
+    return config
+
+
+def _say(message: str) -> None:
+    if cluster.is_first():
+        print(message, flush=True)
 
 
 def make_inputs(config: ConfigDict, pipeline: Pipeline) -> Inputs:

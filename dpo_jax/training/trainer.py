@@ -44,9 +44,17 @@ from dpo_jax.training.data import (
     open_training_batches,
     open_validation_batches,
 )
-from dpo_jax.training.experiment import Experiment, build
+from dpo_jax.training.experiment import Experiment, build, compose
 from dpo_jax.training.metrics import MetricWriter, ProgressBar
-from dpo_jax.training.model import for_sampling, load_encoders, make_generator, model_fingerprints, open_model
+from dpo_jax.training.model import (
+    for_sampling,
+    load_encoders,
+    make_generator,
+    make_placement,
+    model_fingerprints,
+    open_model,
+)
+from dpo_jax.training.needs import check_grids, check_room
 from dpo_jax.training.preemption import Notice, Preempted
 from dpo_jax.training.start import StartClock, keep_compiled_programs
 from dpo_jax.training.step import Frozen, TrainState, make_eval_step, reference_params
@@ -66,10 +74,13 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     derived = resolve(config, device_count=jax.device_count(), process_count=jax.process_count())
     check_backend(config)
     with Notice.awaited() as notice, cluster.locked(workdir, "python -m dpo_jax.train"):
-        check_data(config)
+        config = check_data(config)
         pipeline = open_model(config, workdir)
+        check_grids(config, pipeline)
         fields = begin(config, workdir, pipeline, default_config(), data_fingerprints(config))
         inputs = make_inputs(config, pipeline)
+        composed = compose(config, derived, pipeline, make_placement(config))
+        check_room(config, workdir, composed.abstract_state())
         experiment = build(config, derived, pipeline)
         batches = open_training_batches(config, derived, inputs)
         with running(experiment, workdir, fields, notice, clock, inputs) as (loop, state, position):

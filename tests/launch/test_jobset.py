@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dpo_jax.cluster import EXPLICIT
+from dpo_jax.processes import EXPLICIT
 from dpo_jax.training.preemption import EXIT_CODE
 
 ROOT = Path(__file__).parents[2]
@@ -109,5 +109,5 @@ def test_command_is_understood() -> None:
         [sys.executable, "-m", "dpo_jax.train", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     # All flags and fields were accepted: what it misses is the data, where they say.
-    assert done.stderr.startswith("error: no prepared data set at /shared/data/pickapic")
+    assert "\nerror: no prepared data set at /shared/data/pickapic" in f"\n{done.stderr}"
     assert done.returncode == 1

@@ -1,0 +1,69 @@
+"""What a run will need later, looked at before it loads anything: image grids and room for checkpoints."""
+
+import math
+import shutil
+import sys
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from dpo_jax import cluster
+from dpo_jax.evaluation.generate import plan_sampling
+from dpo_jax.files import is_local, readable_bytes
+from dpo_jax.models.pipeline import Pipeline
+from dpo_jax.training.model import sampling_of
+
+LEAST_SHARE = 0.9
+"""Of the bytes of a state: what a checkpoint takes on disk at least, since Orbax compresses it."""
+
+
+def check_grids(config: ConfigDict, pipeline: Pipeline) -> None:
+    """Raises ValueError where the model can't draw the image grids that the config wants."""
+    if not config.sample.every:
+        return
+    try:
+        plan_sampling(pipeline, sampling_of(config), config.data.resolution)
+    except ValueError as error:
+        raise ValueError(
+            f"the image grids of config.sample.every={config.sample.every} can't be drawn: {error}. Change "
+            "config.data.resolution or config.sample, or set config.sample.every=0"
+        ) from error
+
+
+def check_room(config: ConfigDict, workdir: epath.PathLike, state: Any) -> None:
+    """Raises OSError where the disk has no room for one more checkpoint; warns where those that are kept don't fit.
+
+    Args:
+        config: of the experiment.
+        workdir: of the run; what lies on an object store has room.
+        state: shapes of the training state.
+    """
+    with cluster.together("to look for room for checkpoints"):
+        if cluster.is_first() and is_local(workdir):
+            _check_room(config, epath.Path(workdir), state)
+
+
+def _check_room(config: ConfigDict, workdir: epath.Path, state: Any) -> None:
+    folder = workdir / "checkpoints"
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+    if max(steps, default=-1) >= config.steps:
+        return  # nothing more will be saved
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    free = shutil.disk_usage(workdir).free
+    if free < LEAST_SHARE * size:
+        raise OSError(
+            f"a checkpoint takes {readable_bytes(size)}, and {readable_bytes(free)} are free in {workdir}; make room "
+            "there, or choose a --workdir on a larger disk"
+        )
+    keep = config.checkpoint.keep
+    more = max(keep + 1 - len(steps), 1)  # the oldest is removed when the next one is whole
+    if free < more * size:
+        print(
+            f"warning: {readable_bytes(free)} are free in {workdir}, and {more} more checkpoints of "
+            f"{readable_bytes(size)} will be written there before the first one is removed; make room, or set "
+            f"config.checkpoint.keep below {keep}",
+            file=sys.stderr,
+            flush=True,
+        )
