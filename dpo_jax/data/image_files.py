@@ -181,6 +181,11 @@ class ImageFiles:
             raise DamagedImage(f"the bytes of image {position} in {self.files[number]} have changed")
         return image
 
+    def positions(self) -> Iterator[tuple[Path, range]]:
+        """Every file, and the positions of its images."""
+        for file, count, stop in zip(self.files, self._counts, self._stops, strict=True):
+            yield file, range(stop - count, stop)
+
     def check(self) -> None:
         """Opens every file, in less than a millisecond each: one that is cut short isn't found in the middle of a run.
 

@@ -27,6 +27,7 @@ from dpo_jax.data import checksums, scores, table_checks
 from dpo_jax.data.image_files import FEATURES_FILE, INFO, ImageFiles, read_layout
 from dpo_jax.data.rows import Rows
 from dpo_jax.data.scores import Combine
+from dpo_jax.progress import warn_once
 
 Ties = Literal["drop", "zero_weight", "soft"]
 
@@ -53,6 +54,8 @@ IMAGES = pa.schema(
 
 
 AGAIN = "prepare it again into another folder"
+MAX_DAMAGED = 0.01
+"""Share of the records or images that may be left out because they are damaged; a single one always may."""
 CHECKED = ("records.arrow", "images.arrow", f"images/{INFO}", f"images/{FEATURES_FILE}")
 """The files whose checksums are compared whenever a data set is opened."""
 
@@ -140,11 +143,6 @@ class Prepared:
         """Which record it is, for messages."""
         return f"record {record} of {self.folder} ({self.records['where'][record].as_py()})"
 
-    @property
-    def has_checksums(self) -> bool:
-        """Whether changed bits can be noticed: a data set that was prepared earlier has no checksums."""
-        return (self.folder / checksums.FILE).exists()
-
     @functools.cached_property
     def _images_table(self) -> pa.Table:
         return scores.map_table(self.folder / "images.arrow", IMAGES, AGAIN)
@@ -182,6 +180,11 @@ def open_prepared(folder: str | Path, judges: Sequence[str] = (), combine: Combi
     except ValueError as error:
         raise ValueError(str(error) if AGAIN in str(error) else f"{error}; {AGAIN}") from None
     _ = prepared.records  # reads the scores of the judges, and says what is wrong with them
+    if not (folder / checksums.FILE).exists():
+        warn_once(
+            f"{folder} was prepared without checksums of its tables, so that damage may go unnoticed; add them by "
+            f"python -m dpo_jax.prepare --verify --output={folder}"
+        )
     return prepared
 
 
