@@ -7,8 +7,8 @@ PREPARED/encoded/NAME/
     captions-00000.safetensors their "context" and "pooled", in that order
 
 Rows of images and captions are spread over files evenly, all but the last of equal length. Everything is bfloat16, but
-for a CRC-32 of each view's moments and of each caption's embeddings ("moments.crc32" ..., int64), which is compared
-whenever they are read, 4 GB a second. encoding.json holds the SHA-256 of captions.arrow.
+for the XXH3 of each view's moments and of each caption's embeddings ("moments.xxh3" ..., int64), which is compared
+whenever they are read. encoding.json holds the SHA-256 of captions.arrow.
 
 Axes: I images, V views of each, S captions, h x w latent cells, C channels (the mean's, then the log variance's),
 L tokens, D context width, P pooled width.
@@ -21,7 +21,6 @@ import hashlib
 import json
 import math
 import os
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pydantic
+import xxhash
 from etils import epath
 
 from dpo_jax import files
@@ -43,7 +43,7 @@ from dpo_jax.weights.mapped_file import read_into
 FACTS = "encoding.json"
 CAPTIONS = "captions.arrow"
 CAPTIONS_SCHEMA = pa.schema({"caption": pa.string()})
-CRC = ".crc32"
+CHECKSUM = ".xxh3"
 ROW_AXES = {"moments": 2, "context": 1, "pooled": 1}
 """The axes of a file's tensors that number what is read at a time: images and views, or captions."""
 FILE_BYTES = 2**28
@@ -210,14 +210,14 @@ class EncodedFile:
         """Rows; of images, rows and views."""
         self.rows = self.lead_shape[0]
         self.row_shapes = {name: shapes[name][axes:] for name, axes in known.items()}
-        self.has_checksums = all(shapes.get(name + CRC) == self.lead_shape for name in known)
+        self.has_checksums = all(shapes.get(name + CHECKSUM) == self.lead_shape for name in known)
 
     def read(self, name: str, row: int, out: np.ndarray) -> None:
         """A row (of images, a view of one) of as many bytes as `out` has; DamagedEncoding if they have changed."""
         if not 0 <= row < math.prod(self.lead_shape):
             raise DamagedEncoding(f"{self.path} has no row {row} of {name}")
         read_into(self.path, self._offsets[name] + row * out.nbytes, out)
-        if self.has_checksums and zlib.crc32(out.view(np.uint8).data) != self._checksums[name][row]:
+        if self.has_checksums and _xxh3(out) != self._checksums[name][row]:
             raise DamagedEncoding(f"row {row} of {name} in {self.path} has changed")
 
     def damage(self) -> str | None:
@@ -235,19 +235,24 @@ class EncodedFile:
     def _checksums(self) -> dict[str, np.ndarray]:
         found = {name: np.empty(math.prod(self.lead_shape), np.int64) for name in self.row_shapes}
         for name, values in found.items():
-            read_into(self.path, self._offsets[name + CRC], values)
+            read_into(self.path, self._offsets[name + CHECKSUM], values)
         return found
 
 
 def with_checksums(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors of a file, and beside each the CRC-32 of its rows."""
+    """The tensors of a file, and beside each the XXH3 of its rows."""
     both = dict(tensors)
     for name, tensor in tensors.items():
         lead_shape = tensor.shape[: ROW_AXES[name]]
         number = math.prod(lead_shape)
         rows = tensor.view(np.uint8).reshape(number, tensor.nbytes // number)
-        both[name + CRC] = np.array([zlib.crc32(row.data) for row in rows], np.int64).reshape(lead_shape)
+        both[name + CHECKSUM] = np.array([_xxh3(row) for row in rows], np.int64).reshape(lead_shape)
     return both
+
+
+def _xxh3(row: np.ndarray) -> int:
+    """Signed, as safetensors has no unsigned integers of 64 bits that all readers know."""
+    return int.from_bytes(xxhash.xxh3_64_digest(row.view(np.uint8).data), "big", signed=True)
 
 
 class _Strings:

@@ -18,6 +18,7 @@ from typing import Annotated, Any, NamedTuple
 
 import pyarrow as pa
 import pydantic
+import xxhash
 
 from dpo_jax import files
 from dpo_jax.data import checksums, image_files, images, prepared
@@ -171,7 +172,8 @@ class _Images:
         if image.digest not in self._indices:
             self._indices[image.digest] = len(self.rows)
             width, height = image.size
-            self.rows.append({"sha256": image.digest, "width": width, "height": height, "bytes": len(image.data)})
+            digests = {"sha256": image.digest, "xxh3": xxhash.xxh3_64_intdigest(image.data)}
+            self.rows.append(digests | {"width": width, "height": height, "bytes": len(image.data)})
             self._writer.add(image.data)
         return self._indices[image.digest]
 

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_jax.data import checksums, scores, table_checks
-from dpo_jax.data.image_files import FEATURES_FILE, INFO, ImageFiles, read_layout
+from dpo_jax.data.image_files import FEATURES_FILE, INFO, ImageFiles, by_sha256, by_xxh3, read_layout
 from dpo_jax.data.rows import Rows
 from dpo_jax.data.scores import Combine
 from dpo_jax.progress import warn_once
@@ -49,9 +49,10 @@ IMAGES = pa.schema(
         "height": pa.int32(),
         "offset": pa.int64(),  # where it begins in its file of the data set
         "bytes": pa.int32(),
+        "xxh3": pa.uint64(),  # XXH3 of its bytes: 30 times as fast as SHA-256, to be compared at each read
     }
 )
-
+IMAGES_BEFORE_XXH3 = pa.schema([field for field in IMAGES if field.name != "xxh3"])
 
 AGAIN = "prepare it again into another folder"
 MAX_DAMAGED = 0.01
@@ -133,11 +134,10 @@ class Prepared:
     def images(self) -> ImageFiles:
         """Random access to the images, as they came."""
         paths, counts = read_layout(self.folder / "images")
-        offsets_I, lengths_I = (self._images_table[name].to_numpy() for name in ("offset", "bytes"))
-        digests = Rows(self._images_table.select(["sha256"]))
-        return ImageFiles(
-            paths, counts, offsets_I, lengths_I, lambda position: digests.read(position, ("sha256",))["sha256"]
-        )
+        table = self._images_table
+        offsets_I, lengths_I = (table[name].to_numpy() for name in ("offset", "bytes"))
+        is_whole = by_xxh3(table["xxh3"].to_numpy()) if "xxh3" in table.column_names else by_sha256(table["sha256"])
+        return ImageFiles(paths, counts, offsets_I, lengths_I, is_whole)
 
     def name_of(self, record: int) -> str:
         """Which record it is, for messages."""
@@ -145,7 +145,7 @@ class Prepared:
 
     @functools.cached_property
     def _images_table(self) -> pa.Table:
-        return scores.map_table(self.folder / "images.arrow", IMAGES, AGAIN)
+        return scores.map_table(self.folder / "images.arrow", IMAGES, AGAIN, IMAGES_BEFORE_XXH3)
 
 
 def open_prepared(folder: str | Path, judges: Sequence[str] = (), combine: Combine = "mean") -> Prepared:
@@ -205,7 +205,7 @@ def _check(folder: Path) -> None:
 @functools.lru_cache(maxsize=64)  # once per process for each state of the file
 def _check_images(folder: Path, sha256: str) -> int:
     """The number of images."""
-    table = scores.map_table(folder / "images.arrow", IMAGES, AGAIN)
+    table = Prepared(folder)._images_table
     table_checks.check_images(folder / "images.arrow", table)
     return table.num_rows
 

@@ -136,13 +136,17 @@ def has_checksum(folder: Path, judge: str) -> bool:
     return b"scores_sha256" in (pa.ipc.open_file(pa.memory_map(str(scores_file(folder, judge)))).schema.metadata or {})
 
 
-def map_table(path: Path, schema: pa.Schema, again: str) -> pa.Table:
-    """An Arrow file mapped into memory. Raises ValueError, with the remedy, for a damaged file or another schema."""
+def map_table(path: Path, schema: pa.Schema, again: str, earlier: pa.Schema | None = None) -> pa.Table:
+    """An Arrow file mapped into memory. Raises ValueError, with the remedy, for a damaged file or another schema.
+
+    Args:
+        earlier: schema of an earlier version, which is read as well.
+    """
     try:
         table = pa.ipc.open_file(pa.memory_map(str(files.check_regular(path)))).read_all()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is damaged ({files.why(path, error)}); {again}") from None
-    if table.schema != schema:
+    if table.schema not in (schema, earlier):
         raise ValueError(f"{path} has another layout than this version of dpo_jax reads; {again}")
     return table
 

@@ -340,7 +340,7 @@ def test_what_has_no_checksums_still_opens(data: Path) -> None:
     change_json(folder / "encoding.json", lambda x: x.pop("captions_sha256"))
     for file in folder.glob("*.safetensors"):
         tensors = {name: np.array(tensor) for name, tensor in safetensors_file.read(epath.Path(file)).items()}
-        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(encoded.CRC)}
+        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(encoded.CHECKSUM)}
         header = {name: (tensor.shape, tensor.dtype) for name, tensor in kept.items()}
         file.unlink()
         safetensors_file.write(epath.Path(file), kept.items(), header)
