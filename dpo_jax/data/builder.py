@@ -8,7 +8,7 @@ the same input gives the same bytes whatever the number of workers:
     OUTPUT/images.arrow     of each, in the same order: sha256, width and height (upright), where it lies in its shard
     OUTPUT/records.arrow    records, whose `images` are positions in that order, best first
     OUTPUT/summary.json     what became of the rows
-    OUTPUT/checksums.json   SHA-256 of the files above
+    OUTPUT/checksums.json   of the files above
     OUTPUT/quarantine.jsonl what was set aside, and why
 """
 
@@ -159,7 +159,7 @@ def prepare(
         _add_merged(summary, merged)
         (data / SUMMARY).write_text(json.dumps(vars(summary), indent=1) + "\n")
         others = [SUMMARY, *prepared.CHECKED]
-        checksums.write(data, merged.sha256 | {name: checksums.sha256(data / name) for name in others})
+        checksums.write(data, merged.checksums | {name: checksums.checksum(data / name) for name in others})
         parts.sync(data)
         os.replace(data, output)
         shutil.rmtree(partial)

@@ -8,7 +8,7 @@ PREPARED/encoded/NAME/
 
 Rows of images and captions are spread over files evenly, all but the last of equal length. Everything is bfloat16, but
 for the XXH3 of each view's moments and of each caption's embeddings ("moments.xxh3" ..., int64), which is compared
-whenever they are read. encoding.json holds the SHA-256 of captions.arrow.
+whenever they are read. encoding.json holds that of captions.arrow.
 
 Axes: I images, V views of each, S captions, h x w latent cells, C channels (the mean's, then the log variance's),
 L tokens, D context width, P pooled width.
@@ -81,7 +81,7 @@ class Written(pydantic.BaseModel):
     facts: Facts
     images: Files
     captions: Files
-    captions_sha256: checksums.Digest | None = None
+    captions_checksum: checksums.Digest | None = None
     """Of captions.arrow; what was encoded earlier has none."""
 
 
@@ -107,7 +107,7 @@ class Encodings:
     @property
     def has_checksums(self) -> bool:
         """Whether changed bits can be noticed: what was encoded earlier has no checksums."""
-        return self._written.captions_sha256 is not None and all(file.has_checksums for file in self.files)
+        return self._written.captions_checksum is not None and all(file.has_checksums for file in self.files)
 
     @property
     def files(self) -> "list[EncodedFile]":
@@ -144,9 +144,9 @@ class Encodings:
 
     def _check(self) -> None:
         written = self._written
-        digest = written.captions_sha256
-        if digest is not None and checksums.sha256(self.folder / CAPTIONS) != digest:
-            raise ValueError(f"the SHA-256 of {CAPTIONS} is another")
+        digest = written.captions_checksum
+        if digest is not None and checksums.checksum(self.folder / CAPTIONS) != digest:
+            raise ValueError(f"{CAPTIONS} has another checksum")
         if folder_of(self.folder.parents[1], self.facts) != self.folder:
             raise ValueError(f"the facts in {FACTS} are not those of the folder's name")
         images = pa.ipc.open_file(pa.memory_map(str(self.folder.parents[1] / "images.arrow")))

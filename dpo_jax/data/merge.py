@@ -41,7 +41,7 @@ class Merged(NamedTuple):
     resolutions: Counter[str]
     """Images by width x height, the most common first."""
     quarantined: int
-    sha256: dict[str, str]
+    checksums: dict[str, str]
     """Of the files of images, by their names as seen from the data set."""
 
 
@@ -162,7 +162,7 @@ def _move_shards(
 ) -> Iterator[tuple[str, str, pa.Table]]:
     """One shard a part that keeps an image, and what TFDS wants to know about them.
 
-    Yields name, SHA-256 and `IMAGES` of each.
+    Yields name, checksum and `IMAGES` of each.
     """
     shards = [target / image_files.shard_name(number, len(stored)) for number in range(len(stored))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -186,7 +186,7 @@ def _move_shard(part: _Part, shard: Path) -> tuple[str, pa.Table]:
     if part.owned == len(part.places):
         if not shard.exists():
             os.replace(file, shard)
-        return parts.read_counts(part.folder).sha256, table
+        return parts.read_counts(part.folder).checksum, table
     if not shard.exists():
         rewritten = shard.with_name(f".{shard.name}")
         with image_files.Writer(rewritten) as writer:
@@ -199,7 +199,7 @@ def _move_shard(part: _Part, shard: Path) -> tuple[str, pa.Table]:
     table = table.filter(pa.array(part.owns))
     column = IMAGES.get_field_index("offset")
     table = table.set_column(column, IMAGES.field(column), pa.array(image_files.locate(shard), pa.int64()))
-    return checksums.sha256(shard), table
+    return checksums.checksum(shard), table
 
 
 def _split(folders: Sequence[Path], scratch: Path, validation_fraction: float) -> tuple[np.uint64, dict[str, int]]:

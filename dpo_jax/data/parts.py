@@ -44,7 +44,7 @@ class Counts(pydantic.BaseModel):
     candidates: dict[str, Number]
     bytes: dict[str, Number]
     """Of each of the part's files."""
-    sha256: checksums.Digest
+    checksum: checksums.Digest
     """Of the images' file."""
 
 
@@ -90,8 +90,8 @@ def make_part(source: Source, chunk: Chunk, folder: Path) -> None:
     _write(temporary / "images.arrow", prepared.IMAGES, [row | {"offset": offset} for row, offset in located])
     _write(temporary / "records.arrow", RECORDS, records)
     sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
-    digest = checksums.sha256(temporary / FILE)  # it was just read: from memory
-    summary = {"rows": rows, "records": len(records), "ties": ties, **counts, "bytes": sizes, "sha256": digest}
+    digest = checksums.checksum(temporary / FILE)  # it was just read: from memory
+    summary = {"rows": rows, "records": len(records), "ties": ties, **counts, "bytes": sizes, "checksum": digest}
     (temporary / COUNTS).write_text(json.dumps(summary))
     sync(temporary)
     os.replace(temporary, folder)

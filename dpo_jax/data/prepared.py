@@ -5,7 +5,7 @@
   images/        TFDS data set of one split (image_files.py): each distinct image once, encoded as it came
   images.arrow   one row an image, in the same order
   records.arrow  one row a prompt with its candidates, best first
-  checksums.json SHA-256 of these files (checksums.py)
+  checksums.json of these files (checksums.py)
 
 Both tables are mapped into memory and read once, to be checked; in the order of judges they are built anew.
 
@@ -193,7 +193,7 @@ def _check(folder: Path) -> None:
     digests = checksums.read(folder)
     if digests is not None:
         checksums.check(folder, digests, CHECKED)
-    records, images = (checksums.sha256(folder / name) for name in CHECKED[:2])
+    records, images = (checksums.checksum(folder / name) for name in CHECKED[:2])
     known = _check_images(folder, images)
     stored = Prepared(folder).images
     if len(stored) != known:

@@ -63,13 +63,13 @@ def verify(folder: Path, on_progress: OnProgress = lambda done, total: None) -> 
     problems: list[str] = []
     suspects = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for name, digest in zip(names, pool.map(lambda name: checksums.sha256(folder / name), names), strict=True):
+        for name, digest in zip(names, pool.map(lambda name: checksums.checksum(folder / name), names), strict=True):
             if stored is None:
                 digests[name] = digest
                 suspects.append(folder / name)
             elif digest != digests.get(name):
                 suspects.append(folder / name)
-                problems.append(f"{folder / name} (its SHA-256 is not the one in {checksums.FILE})")
+                problems.append(f"{folder / name} (its checksum is not the one in {checksums.FILE})")
             done += sizes[folder / name]
             on_progress(done, total)
         for file, damage in zip(encoded, pool.map(lambda file: file.damage(), encoded), strict=True):

@@ -266,8 +266,8 @@ class DatasetEncoder:
             tables = {
                 table.name: {"files": len(table.files), "rows_a_file": table.rows_a_file} for table in self.tables
             }
-            digest = checksums.sha256(self.folder / CAPTIONS)
-            written = {"facts": dict(facts), **tables, "captions_sha256": digest}
+            digest = checksums.checksum(self.folder / CAPTIONS)
+            written = {"facts": dict(facts), **tables, "captions_checksum": digest}
             files.write_whole(self.folder / FACTS, json.dumps(written, indent=1) + "\n")
             for unfinished in self.folder.glob(".*"):  # of runs that were killed
                 unfinished.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
+import xxhash
 
 from dpo_jax.data import builder, merge, parts, prepared
 from dpo_jax.data.builder import Progress, prepare
@@ -81,9 +82,9 @@ def test_stored_as_it_came(write_pairs: Write, tmp_path: Path) -> None:
     assert table["sha256"].to_pylist() == [hashlib.sha256(data).digest() for data in images]
     assert [(row["width"], row["height"]) for row in table.to_pylist()[:2]] == [(40, 56), (56, 40)]
     assert len(open_prepared(tmp_path / "out")) == 13
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in bytes_of(tmp_path / "out").items()}
+    digests = {name: xxhash.xxh3_128_hexdigest(data) for name, data in bytes_of(tmp_path / "out").items()}
     del digests["quarantine.jsonl"], digests["checksums.json"]
-    assert json.loads((tmp_path / "out" / "checksums.json").read_text()) == {"sha256": digests}
+    assert json.loads((tmp_path / "out" / "checksums.json").read_text()) == {"xxh3_128": digests}
     assert not list(tmp_path.glob(".*"))
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == json.loads(json.dumps(vars(summary)))
     assert (summary.rows, summary.records, summary.pairs, summary.images, summary.duplicates) == (13, 13, 13, 23, 3)

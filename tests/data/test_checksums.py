@@ -82,8 +82,8 @@ def write_encodings(data: Path) -> Encodings:
     images = write("images", len(prepared.images), {"moments": (1, 2, 2, 8)})
     texts = write("captions", len(captions), {"context": (3, 4), "pooled": (0,)})
     written = {"facts": FACTS, "images": images, "captions": texts}
-    digest = checksums.sha256(folder / "captions.arrow")
-    (folder / "encoding.json").write_text(json.dumps(written | {"captions_sha256": digest}))
+    digest = checksums.checksum(folder / "captions.arrow")
+    (folder / "encoding.json").write_text(json.dumps(written | {"captions_checksum": digest}))
     return encoded.open_encodings(data, FACTS)
 
 
@@ -259,7 +259,7 @@ def change_json(file: Path, change: Callable[[Any], object]) -> None:
         ),
         (lambda x: x["facts"].update(views=[]), r"facts.views: list should have at least 1 item"),
         (lambda x: x["facts"].update(resolution=-1), r"facts.resolution: input should be greater"),
-        (lambda x: x.update(captions_sha256="0" * 64), "the SHA-256 of captions.arrow is another"),
+        (lambda x: x.update(captions_checksum="0" * 32), "captions.arrow has another checksum"),
         (lambda x: x.clear(), "facts: field required; images: field required; captions: field required"),
     ],
 )
@@ -282,7 +282,7 @@ def test_verify(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     open_prepared(data)
     assert f"add them by python -m dpo_jax.prepare --verify --output={data}\n" in capsys.readouterr().err
     assert "it had no checksums: they were written to" in str(verify(data))
-    added, stored = (json.loads(content)["sha256"] for content in ((data / "checksums.json").read_bytes(), before))
+    added, stored = (json.loads(content)["xxh3_128"] for content in ((data / "checksums.json").read_bytes(), before))
     assert added == {name: stored[name] for name in added}
     open_prepared(data)
     assert capsys.readouterr().err.count("without checksums") <= 1
@@ -306,11 +306,11 @@ def test_verify_names_all_that_is_damaged(data: Path) -> None:
     with pytest.raises(ValueError, match=r"^5 damaged in ") as error:
         verify(data)
     for part in (
-        f"{data}/images/{shard.name.replace('00001-of', '00000-of')} (its SHA-256 is not the one in checksums.json)",
-        f"{shard} (its SHA-256 is not the one in checksums.json)",
+        f"{data}/images/{shard.name.replace('00001-of', '00000-of')} (its checksum is not the one in checksums.json)",
+        f"{shard} (its checksum is not the one in checksums.json)",
         "the bytes of image 3 in ",
         f"row 0 of context in {texts} has changed",
-        f"{scores} is damaged (the SHA-256 of its scores is another)",
+        f"{scores} is damaged (its scores have another checksum)",
     ):
         assert part in str(error.value)
     shard.unlink()
@@ -322,22 +322,22 @@ def test_tables_that_have_changed_are_refused(data: Path) -> None:
     for name in ("records.arrow", "images.arrow", "images/dataset_info.json"):
         content = (data / name).read_bytes()
         flip(data / name, len(content) // 2)
-        message = rf"{name} is damaged \(its SHA-256 is not the one in checksums.json\); prepare it again"
+        message = rf"{name} is damaged \(its checksum is not the one in checksums.json\); prepare it again"
         with pytest.raises(ValueError, match=message):
             open_prepared(data)
         (data / name).write_bytes(content)
-    change_json(data / "checksums.json", lambda x: x["sha256"].pop("records.arrow"))
+    change_json(data / "checksums.json", lambda x: x["xxh3_128"].pop("records.arrow"))
     with pytest.raises(ValueError, match=r"checksums.json is damaged \(it does not list records.arrow\)"):
         open_prepared(data)
-    change_json(data / "checksums.json", lambda x: x["sha256"].update({"../../etc/passwd": "0"}))
-    with pytest.raises(ValueError, match=r"checksums.json: sha256.../../etc/passwd"):
+    change_json(data / "checksums.json", lambda x: x["xxh3_128"].update({"../../etc/passwd": "0"}))
+    with pytest.raises(ValueError, match=r"checksums.json: xxh3_128.../../etc/passwd"):
         open_prepared(data)
 
 
 def test_what_has_no_checksums_still_opens(data: Path) -> None:
     """Encodings and scores of an earlier version."""
     folder = folder_of(data, FACTS)
-    change_json(folder / "encoding.json", lambda x: x.pop("captions_sha256"))
+    change_json(folder / "encoding.json", lambda x: x.pop("captions_checksum"))
     for file in folder.glob("*.safetensors"):
         tensors = {name: np.array(tensor) for name, tensor in safetensors_file.read(epath.Path(file)).items()}
         kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(encoded.CHECKSUM)}
@@ -347,7 +347,7 @@ def test_what_has_no_checksums_still_opens(data: Path) -> None:
     scores = data / "scores" / "mine.arrow"
     with pa.ipc.open_file(scores.read_bytes()) as reader:
         table = reader.read_all()
-    metadata = {k: v for k, v in table.schema.metadata.items() if k != b"scores_sha256"}
+    metadata = {k: v for k, v in table.schema.metadata.items() if k != b"scores_xxh3"}
     table = table.replace_schema_metadata(metadata)
     with pa.ipc.new_file(str(scores), table.schema) as writer:
         writer.write_table(table)
