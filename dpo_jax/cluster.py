@@ -61,6 +61,13 @@ def says_first(value: np.ndarray | bool) -> np.ndarray:
     return np.frombuffer(said.tobytes(), array.dtype).reshape(array.shape)
 
 
+def total(number: int) -> int:
+    """The sum of what the processes say, on all of them."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.process_allgather(np.array(number, np.int32)).sum())
+
+
 def patience() -> int:
     """Seconds to wait for the others; see `TIMEOUT`."""
     given = os.environ.get(TIMEOUT) or "120"

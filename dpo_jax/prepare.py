@@ -7,18 +7,23 @@ before, and stores what they make of it. Training with the same config then has 
 
   python -m dpo_jax.prepare --output=data/pickapic --encode --config=configs/sdxl.py --config.data.encoded_views=2
 
-Run the same command again to continue where a run stopped.
+Run the same command again to continue where a run stopped. To read all that was prepared and encoded, and compare it
+with its checksums:
+
+  python -m dpo_jax.prepare --verify --output=data/pickapic
 """
 
+import functools
 import glob
-import json
 from pathlib import Path
 
+import pydantic
 from absl import flags
 from ml_collections import config_flags
 
 from dpo_jax import cli
 from dpo_jax.data.sources import SOURCES, missing
+from dpo_jax.files import read_json
 
 SOURCE = flags.DEFINE_enum(
     "source",
@@ -42,6 +47,7 @@ MAX_DAMAGED_FRACTION = flags.DEFINE_float(
 ENCODE = flags.DEFINE_bool(
     "encode", False, "Store latents and embeddings by the models of --config (whose data.path is --output)."
 )
+VERIFY = flags.DEFINE_bool("verify", False, "Compare all of --output with its checksums, and do nothing else.")
 CONFIG = config_flags.DEFINE_config_file("config", None, "With --encode: config file, or FILE:variant.")
 
 
@@ -49,6 +55,9 @@ def main() -> None:
     if ENCODE.value != (CONFIG.value is not None):
         raise ValueError("--encode and --config go together: the config says by which models and at which resolution")
     output = Path(OUTPUT.value)
+    if VERIFY.value:
+        compare(output)
+        return
     if not ENCODE.value:
         build(output)
         return
@@ -97,18 +106,37 @@ def build(output: Path) -> None:
     print(f"{summary}\nwritten to {output}")
 
 
+class Inputs(pydantic.BaseModel):
+    """The part of `summary.json` that says what was prepared."""
+
+    files: list[str]
+    source: str
+    validation_fraction: float
+
+
 def is_prepared(output: Path, files: list[Path]) -> bool:
     """Whether an earlier run has prepared just this. Raises FileExistsError if it was something else."""
     if not (output / "summary.json").is_file():
         return False
-    summary = json.loads((output / "summary.json").read_text())
+    summary: Inputs = read_json(output / "summary.json", Inputs)
     given = [str(file) for file in files], SOURCES[SOURCE.value].help, VALIDATION_FRACTION.value
-    if (summary["files"], summary["source"], summary["validation_fraction"]) != given:
+    if (summary.files, summary.source, summary.validation_fraction) != given:
         raise FileExistsError(
             f"{output} was prepared before, from other --input, or with another --source or --validation_fraction; "
             "leave --input out to encode what is there"
         )
     return True
+
+
+def compare(output: Path) -> None:
+    from dpo_jax.data.verify import verify
+    from dpo_jax.progress import ProgressBar
+
+    if ENCODE.value or INPUT.value is not None:
+        raise ValueError("--verify reads what is in --output; give neither --input nor --encode with it")
+    with ProgressBar("bytes") as bar:
+        verified = verify(output, functools.partial(bar.show, "verifying"))
+    print(verified)
 
 
 def encode(output: Path) -> None:

@@ -8,6 +8,7 @@ the same input gives the same bytes whatever the number of workers:
     OUTPUT/images.arrow     of each, in the same order: sha256, width and height (upright), where it lies in its shard
     OUTPUT/records.arrow    records, whose `images` are positions in that order, best first
     OUTPUT/summary.json     what became of the rows
+    OUTPUT/checksums.json   of the files above
     OUTPUT/quarantine.jsonl what was set aside, and why
 """
 
@@ -26,11 +27,12 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo_jax import locks
-from dpo_jax.data import parts
+from dpo_jax import files, locks
+from dpo_jax.data import checksums, parts, prepared
 from dpo_jax.data.merge import VERSION, Merged, merge
 from dpo_jax.data.sources import Chunk, Source
 
+SUMMARY = "summary.json"
 RECORDS_TO_JUDGE_BY = 10_000
 """A run stops before its end for too much damage only when as many records would have too much."""
 
@@ -153,8 +155,11 @@ def prepare(
             on_progress(Progress("merging", done, total, summary.records))
 
         data = partial / "data"
-        _add_merged(summary, merge(folders, data, validation_fraction, moved))
-        (data / "summary.json").write_text(json.dumps(vars(summary), indent=1) + "\n")
+        merged = merge(folders, data, validation_fraction, moved)
+        _add_merged(summary, merged)
+        (data / SUMMARY).write_text(json.dumps(vars(summary), indent=1) + "\n")
+        others = [SUMMARY, *prepared.CHECKED]
+        checksums.write(data, merged.checksums | {name: checksums.checksum(data / name) for name in others})
         parts.sync(data)
         os.replace(data, output)
         shutil.rmtree(partial)
@@ -194,7 +199,10 @@ def _begin(partial: Path, manifest: dict[str, Any]) -> None:
     """Fills the folder of unfinished work, or checks that it is of the same input and removes what isn't finished."""
     file = partial / "manifest.json"
     if file.exists():
-        begun = json.loads(file.read_text())
+        try:
+            begun: dict[str, Any] = files.read_json(file, dict[str, Any])
+        except ValueError as error:
+            raise ValueError(f"{error}; remove {partial} (rm -r) to begin again") from None
         for key, value in manifest.items():
             if begun.get(key) != value:
                 raise FileExistsError(
@@ -208,10 +216,7 @@ def _begin(partial: Path, manifest: dict[str, Any]) -> None:
         for remains in ("parts", "data"):
             shutil.rmtree(partial / remains, ignore_errors=True)
         (partial / "parts").mkdir()
-        unfinished = partial / ".manifest.json"
-        unfinished.write_text(json.dumps(manifest, indent=1))
-        parts.sync(unfinished)
-        os.replace(unfinished, file)
+        files.write_whole(file, json.dumps(manifest, indent=1))
 
 
 def _count(files: Sequence[Path], folders: Sequence[Path]) -> Summary:
@@ -222,13 +227,13 @@ def _count(files: Sequence[Path], folders: Sequence[Path]) -> Summary:
 
 
 def _add_counts(summary: Summary, folder: Path) -> None:
-    counts = json.loads((folder / "counts.json").read_text())
-    summary.rows += counts["rows"]
-    summary.records += counts["records"]
-    summary.ties += counts["ties"]
-    summary.dropped.update(counts["dropped"])
-    summary.damaged.update(counts["damaged"])
-    summary.candidates.update(counts["candidates"])
+    counts = parts.read_counts(folder)
+    summary.rows += counts.rows
+    summary.records += counts.records
+    summary.ties += counts.ties
+    summary.dropped.update(counts.dropped)
+    summary.damaged.update(counts.damaged)
+    summary.candidates.update(counts.candidates)
     summary.quarantined = summary.damaged.total()
     summary.pairs = summary.candidates["2"]
 

@@ -22,10 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
 import tensorflow_datasets as tfds
+import xxhash
 from tensorflow_datasets.proto import tf_example_pb2
 
 from dpo_jax import files
 from dpo_jax.data.images import DamagedImage
+from dpo_jax.data.rows import Rows
 
 NAME, SPLIT = "preference_images", "images"  # TFDS reserves "all"
 FEATURES = tfds.features.FeaturesDict({"image": tfds.features.Image()})
@@ -142,13 +144,35 @@ def locate(file: Path) -> list[int]:
     return offsets
 
 
+IsWhole = Callable[[int, memoryview], bool]
+"""(position, image) -> whether its bytes are those that were stored."""
+
+
+def by_xxh3(digests_I: np.ndarray) -> IsWhole:
+    """Compares an image whenever it is read: in 2 microseconds for 100 kB, which are decoded in 1000."""
+    return lambda position, image: xxhash.xxh3_64_intdigest(image) == digests_I[position]
+
+
+def by_sha256(digests: pa.ChunkedArray) -> IsWhole:
+    """Compares an image when it is read for the first time: 70 microseconds for 100 kB."""
+    rows = Rows(pa.table({"sha256": digests}))
+    known_I = np.zeros(len(digests), bool)
+
+    def is_whole(position: int, image: memoryview) -> bool:
+        if not known_I[position]:
+            known_I[position] = hashlib.sha256(image).digest() == rows.read(position, ("sha256",))["sha256"]
+        return bool(known_I[position])
+
+    return is_whole
+
+
 class ImageFiles:
     """Random access to the images of several files, mapped into memory and not copied.
 
     Args:
         counts: images of each file.
         offsets_I, lengths_I: where each begins in its file, and its bytes.
-        sha256: of each image as it was stored, by its position.
+        is_whole: whether the bytes at a position are those that were stored.
     """
 
     def __init__(
@@ -157,9 +181,9 @@ class ImageFiles:
         counts: Sequence[int],
         offsets_I: np.ndarray,
         lengths_I: np.ndarray,
-        sha256: Callable[[int], bytes],
+        is_whole: IsWhole,
     ):
-        self.files, self._offsets_I, self._lengths_I, self._sha256 = paths, offsets_I, lengths_I, sha256
+        self.files, self._offsets_I, self._lengths_I, self._is_whole = paths, offsets_I, lengths_I, is_whole
         self._counts, self._stops = counts, list(itertools.accumulate(counts))
         self._mapped: dict[int, mmap.mmap] = {}
 
@@ -177,9 +201,14 @@ class ImageFiles:
         first = start - start % mmap.PAGESIZE
         mapped.madvise(mmap.MADV_WILLNEED, first, start + length - first)
         image = memoryview(mapped)[start : start + length]
-        if hashlib.sha256(image).digest() != self._sha256(position):  # 1% of the time of decoding it
+        if not self._is_whole(position, image):
             raise DamagedImage(f"the bytes of image {position} in {self.files[number]} have changed")
         return image
+
+    def positions(self) -> Iterator[tuple[Path, range]]:
+        """Every file, and the positions of its images."""
+        for file, count, stop in zip(self.files, self._counts, self._stops, strict=True):
+            yield file, range(stop - count, stop)
 
     def check(self) -> None:
         """Opens every file, in less than a millisecond each: one that is cut short isn't found in the middle of a run.

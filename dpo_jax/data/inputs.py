@@ -38,6 +38,8 @@ class Row(NamedTuple):
 
     number: int
     """In the batch."""
+    record_number: int
+    """Of the record, among those to train on."""
     record: dict[str, Any]
     captions: Sequence[str]
     draws: Draws | None

@@ -18,10 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_jax.data import images
-from dpo_jax.data.prepared import Prepared
+from dpo_jax.data.prepared import MAX_DAMAGED, Prepared
 from dpo_jax.data.scores import Candidates, candidates, complete
 from dpo_jax.data.sources.json_rows import lines, numbers
 from dpo_jax.data.sources.values import index
+from dpo_jax.progress import warn_once
 
 Score = Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]
 """As in `rewards.Scorer`."""
@@ -38,29 +39,53 @@ def score_images(
     """scores_M, float32, of every candidate; what stands in several records is judged once.
 
     Images are read in the order in which they are stored, and decoded by all cores while the judge works, which is
-    shown `batch` of them at a time.
+    shown `batch` of them at a time. A damaged image is told on stderr and gets NaN.
 
     Raises:
-        ValueError: the judge can't judge an image; the message tells the record.
+        ValueError: the judge can't judge an image, or more than 1% are damaged; the message tells the record.
     """
     of = candidates(prepared.records["images"])
     distinct = _distinct(prepared.records, of)
     total = len(distinct.image_U)
 
-    def read(u: int) -> np.ndarray:
-        return np.asarray(images.decode(prepared.images[int(distinct.image_U[u])]))
+    def read(u: int) -> np.ndarray | images.DamagedImage:
+        try:
+            return np.asarray(images.decode(prepared.images[int(distinct.image_U[u])]))
+        except images.DamagedImage as error:
+            return error
 
     options = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=2 * batch)
     pictures = iter(grain.MapDataset.range(total).map(read).to_iter_dataset(options))
-    scores_U = np.empty(total, np.float32)
+    scores_U = np.full(total, np.nan, np.float32)
+    damaged = 0
     for start in range(0, total, batch):
-        some = slice(start, min(start + batch, total))
-        captions = distinct.captions.take(pa.array(distinct.caption_U[some])).to_pylist()
-        record_of_each = of.record_M[distinct.first_U[some]]
+        some = np.arange(start, min(start + batch, total))
+        shown, whole = [], []
+        for u, picture in zip(some, itertools.islice(pictures, len(some)), strict=True):
+            if isinstance(picture, images.DamagedImage):
+                damaged += 1
+                _leave_out(prepared, int(of.record_M[distinct.first_U[u]]), picture, damaged, total)
+            else:
+                shown.append(picture)
+                whole.append(u)
+        captions = distinct.captions.take(pa.array(distinct.caption_U[whole])).to_pylist()
+        record_of_each = of.record_M[distinct.first_U[whole]]
         wheres = prepared.records["where"].take(pa.array(record_of_each)).to_pylist()
-        scores_U[some] = _score(score, list(itertools.islice(pictures, len(captions))), captions, wheres)
-        on_progress(some.stop, total)
+        if shown:
+            scores_U[whole] = _score(score, shown, captions, wheres)
+        on_progress(start + len(some), total)
     return scores_U[distinct.of_M]
+
+
+def _leave_out(prepared: Prepared, record: int, error: images.DamagedImage, damaged: int, total: int) -> None:
+    """Tells of a damaged image; raises ValueError where there are too many."""
+    message = f"{prepared.name_of(record)}: {error}"
+    if damaged > max(1, MAX_DAMAGED * total) or damaged == total:
+        raise ValueError(
+            f"{damaged} of {total} images are damaged, more than the {MAX_DAMAGED:.0%} that are left out; the last is "
+            f"{message}. See what is damaged by python -m dpo_jax.prepare --verify --output={prepared.folder}"
+        )
+    warn_once(f"{message}; left out")
 
 
 def _score(score: Score, pictures: Sequence[np.ndarray], captions: Sequence[str], wheres: Sequence[str]) -> np.ndarray:

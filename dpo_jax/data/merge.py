@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 import tensorflow_datasets as tfds
 
-from dpo_jax.data import image_files, parts
+from dpo_jax.data import checksums, image_files, parts
 from dpo_jax.data.prepared import IMAGES, RECORDS
 
-VERSION = tfds.core.Version("3.0.0")
+VERSION = tfds.core.Version("3.1.0")
 
 GROUPS = 64
 """Files of hashes: all are open while they are written; one at a time is read into memory."""
@@ -41,6 +41,8 @@ class Merged(NamedTuple):
     resolutions: Counter[str]
     """Images by width x height, the most common first."""
     quarantined: int
+    checksums: dict[str, str]
+    """Of the files of images, by their names as seen from the data set."""
 
 
 class _Part(NamedTuple):
@@ -71,8 +73,12 @@ def merge(
     scratch.mkdir(exist_ok=True)
     identified = _identify(folders, scratch)
     resolutions: Counter[str] = Counter()
+    digests = {}
     with pa.ipc.new_file(str(target / "images.arrow"), IMAGES) as writer:
-        for table in _move_shards([part for part in identified if part.owned], target / "images", on_shard):
+        for name, digest, table in _move_shards(
+            [part for part in identified if part.owned], target / "images", on_shard
+        ):
+            digests[f"images/{name}"] = digest
             writer.write_table(table)
             sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
             resolutions.update(f"{width}x{height}" for width, height in sizes)
@@ -105,7 +111,7 @@ def merge(
     number = sum(part.owned for part in identified)
     by_split = {name: splits[name] for name in prompts}
     ranked = Counter(dict(resolutions.most_common()))
-    return Merged(by_split, prompts, number, candidates - number, ranked, quarantined)
+    return Merged(by_split, prompts, number, candidates - number, ranked, quarantined, digests)
 
 
 def _identify(folders: Sequence[Path], scratch: Path) -> list[_Part]:
@@ -151,13 +157,18 @@ def _by_hash(tables: Iterable[np.ndarray], dtype: np.dtype, scratch: Path) -> It
         yield np.fromfile(file.name, dtype)
 
 
-def _move_shards(stored: Sequence[_Part], target: Path, on_shard: Callable[[int, int], None]) -> Iterator[pa.Table]:
-    """One shard a part that keeps an image, and what TFDS wants to know about them; yields `IMAGES` of each."""
+def _move_shards(
+    stored: Sequence[_Part], target: Path, on_shard: Callable[[int, int], None]
+) -> Iterator[tuple[str, str, pa.Table]]:
+    """One shard a part that keeps an image, and what TFDS wants to know about them.
+
+    Yields name, checksum and `IMAGES` of each.
+    """
     shards = [target / image_files.shard_name(number, len(stored)) for number in range(len(stored))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done, table in enumerate(pool.map(_move_shard, stored, shards), 1):
+        for done, (digest, table) in enumerate(pool.map(_move_shard, stored, shards), 1):
             on_shard(done, len(shards))
-            yield table
+            yield shards[done - 1].name, digest, table
     identity = tfds.core.dataset_info.DatasetIdentity(
         name=image_files.NAME, version=VERSION, data_dir=str(target), module_name=__name__
     )
@@ -170,12 +181,12 @@ def _move_shards(stored: Sequence[_Part], target: Path, on_shard: Callable[[int,
     info.write_to_directory(target)
 
 
-def _move_shard(part: _Part, shard: Path) -> pa.Table:
+def _move_shard(part: _Part, shard: Path) -> tuple[str, pa.Table]:
     file, table = part.folder / parts.FILE, _read(part.folder / "images.arrow")
     if part.owned == len(part.places):
         if not shard.exists():
             os.replace(file, shard)
-        return table
+        return parts.read_counts(part.folder).checksum, table
     if not shard.exists():
         rewritten = shard.with_name(f".{shard.name}")
         with image_files.Writer(rewritten) as writer:
@@ -187,7 +198,8 @@ def _move_shard(part: _Part, shard: Path) -> pa.Table:
         file.unlink()
     table = table.filter(pa.array(part.owns))
     column = IMAGES.get_field_index("offset")
-    return table.set_column(column, IMAGES.field(column), pa.array(image_files.locate(shard), pa.int64()))
+    table = table.set_column(column, IMAGES.field(column), pa.array(image_files.locate(shard), pa.int64()))
+    return checksums.checksum(shard), table
 
 
 def _split(folders: Sequence[Path], scratch: Path, validation_fraction: float) -> tuple[np.uint64, dict[str, int]]:

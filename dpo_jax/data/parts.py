@@ -14,17 +14,43 @@ import math
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pydantic
+import xxhash
 
-from dpo_jax.data import image_files, images, prepared
+from dpo_jax import files
+from dpo_jax.data import checksums, image_files, images, prepared
 from dpo_jax.data.sources import Chunk, Damaged, Dropped, Record, Source
 
 # Not the split, but a hash of the prompt, by which it is decided.
 RECORDS = pa.schema([*(field for field in prepared.RECORDS if field.name != "split"), ("prompt", pa.uint64())])
 FILE = "images.parquet"
+
+
+COUNTS = "counts.json"
+Number = Annotated[int, pydantic.Field(ge=0)]
+
+
+class Counts(pydantic.BaseModel):
+    """What became of a part's rows, as `counts.json` holds it."""
+
+    rows: Number
+    records: Number
+    ties: Number
+    dropped: dict[str, Number]
+    damaged: dict[str, Number]
+    candidates: dict[str, Number]
+    bytes: dict[str, Number]
+    """Of each of the part's files."""
+    checksum: checksums.Digest
+    """Of the images' file."""
+
+
+def read_counts(folder: Path) -> Counts:
+    return files.read_json(folder / COUNTS, Counts)
 
 
 def make_part(source: Source, chunk: Chunk, folder: Path) -> None:
@@ -65,8 +91,9 @@ def make_part(source: Source, chunk: Chunk, folder: Path) -> None:
     _write(temporary / "images.arrow", prepared.IMAGES, [row | {"offset": offset} for row, offset in located])
     _write(temporary / "records.arrow", RECORDS, records)
     sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
-    summary = {"rows": rows, "records": len(records), "ties": ties, **counts, "bytes": sizes}
-    (temporary / "counts.json").write_text(json.dumps(summary))
+    digest = checksums.checksum(temporary / FILE)  # it was just read: from memory
+    summary = {"rows": rows, "records": len(records), "ties": ties, **counts, "bytes": sizes, "checksum": digest}
+    (temporary / COUNTS).write_text(json.dumps(summary))
     sync(temporary)
     os.replace(temporary, folder)
 
@@ -74,13 +101,11 @@ def make_part(source: Source, chunk: Chunk, folder: Path) -> None:
 def is_whole(folder: Path, images_moved: bool) -> bool:
     """Whether the files of a finished part are as long as they were; a crash of the machine may have cut them."""
     try:
-        sizes = json.loads((folder / "counts.json").read_text())["bytes"]
-    except (OSError, ValueError, KeyError):
+        sizes = read_counts(folder).bytes
+    except (OSError, ValueError):
         return False
-    if images_moved:
-        del sizes[FILE]
-    files = [(folder / name, size) for name, size in sizes.items()]
-    return all(file.is_file() and file.stat().st_size == size for file, size in files)
+    found = [(folder / name, size) for name, size in sizes.items() if not (images_moved and name == FILE)]
+    return all(file.is_file() and file.stat().st_size == size for file, size in found)
 
 
 def sync(path: Path) -> None:
@@ -153,7 +178,8 @@ class _Images:
         if image.digest not in self._indices:
             self._indices[image.digest] = len(self.rows)
             width, height = image.size
-            self.rows.append({"sha256": image.digest, "width": width, "height": height, "bytes": len(image.data)})
+            digests = {"sha256": image.digest, "xxh3": xxhash.xxh3_64_intdigest(image.data)}
+            self.rows.append(digests | {"width": width, "height": height, "bytes": len(image.data)})
             self._writer.add(image.data)
         return self._indices[image.digest]
 

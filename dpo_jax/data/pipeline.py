@@ -21,10 +21,12 @@ from PIL import Image
 
 from dpo_jax.batch import Encoded, PreferenceBatch, Raw
 from dpo_jax.data import images
+from dpo_jax.data.encoded import DamagedEncoding
 from dpo_jax.data.inputs import Draws, Inputs, Row
 from dpo_jax.data.memory import Pool
-from dpo_jax.data.prepared import Prepared, Ties, open_prepared, select
+from dpo_jax.data.prepared import MAX_DAMAGED, Prepared, Ties, open_prepared, select
 from dpo_jax.data.scores import Combine
+from dpo_jax.progress import warn_once
 
 SizeConditioning = Literal["constant", "real"]
 Relabel = Literal["none", "swapped", "shuffled"]
@@ -57,6 +59,10 @@ class Pairs(Protocol):
 
     def read_images(self, record: dict[str, Any]) -> Sequence[images.Data]:
         """Encoded, as they came."""
+        ...
+
+    def name_of(self, index: int) -> str:
+        """Which record it is, for messages."""
         ...
 
 
@@ -188,10 +194,21 @@ def _draws(seed: int, positions: range) -> np.ndarray:
     return all_N4[:: positions.step]
 
 
+class Skipped(NamedTuple):
+    """A sample that was left out."""
+
+    number: int
+    """Of the record, among those to train on."""
+    reason: str
+
+
 class BatchIterator(Iterator[PreferenceBatch]):
     """Batches of this process's share of a stream of samples.
 
     Shards are dealt out last, by position: an epoch needn't divide by them.
+
+    A sample whose images or encodings are damaged stays in its place with weight 0 and all its inputs 0: so it is alike
+    on any number of processes. Each such record is told once, on stderr.
 
     The state is the position in the stream, a JSON-able dict: it can be resumed with other numbers of workers and
     processes and another batch size. Close the iterator, or use it as a context manager, to end its threads.
@@ -213,7 +230,9 @@ class BatchIterator(Iterator[PreferenceBatch]):
         self._threads: ThreadPoolExecutor | None = None
         self._pool = Pool()
         self._planned: deque[tuple[dict[str, np.ndarray], list[Row]]] = deque()
-        self._begun: deque[tuple[PreferenceBatch, list[Future[None]]]] = deque()
+        self._begun: deque[tuple[PreferenceBatch, list[Future[list[Skipped]]]]] = deque()
+        self.damaged: set[int] = set()
+        """Records that this iterator left out, by their number among those to train on."""
 
     def __next__(self) -> PreferenceBatch:
         # Every thread has rows to fill, also while this one begins batches and keeps Python's lock.
@@ -225,9 +244,23 @@ class BatchIterator(Iterator[PreferenceBatch]):
             raise StopIteration
         batch, tasks = self._begun.popleft()
         for task in tasks:
-            task.result()
+            for skipped in task.result():
+                self._skip(skipped)
         self._position += self._batch_size * self._shard_count
         return batch
+
+    def _skip(self, skipped: "Skipped") -> None:
+        """Notes a damaged record; raises ValueError when there are too many."""
+        self.damaged.add(skipped.number)
+        known = len(self._rows.pairs)
+        message = f"{self._rows.pairs.name_of(skipped.number)}: {skipped.reason}"
+        if len(self.damaged) > max(1, MAX_DAMAGED * known) or len(self.damaged) == known:
+            raise ValueError(
+                f"{len(self.damaged)} of {known} records have damaged images or encodings, more than the "
+                f"{MAX_DAMAGED:.0%} that are left out; the last is {message}. See what is damaged by "
+                "python -m dpo_jax.prepare --verify --output=FOLDER"
+            )
+        warn_once(f"{message}; left out")
 
     def _plan(self) -> bool:
         """Plans the next batches, unless the stream has ended."""
@@ -272,43 +305,6 @@ class BatchIterator(Iterator[PreferenceBatch]):
         self.close()
 
 
-def view_batches(
-    prepared: Prepared,
-    views: Sequence[images.View],
-    resolution: int,
-    num_workers: int,
-    positions: np.ndarray,
-    batch_size: int,
-) -> Iterator[np.ndarray]:
-    """All views of the images at these positions, uint8 [batch_size, V, H, W, 3]; the last batch may be shorter."""
-    begun: deque[tuple[np.ndarray, list[Future[None]]]] = deque()
-    with ThreadPoolExecutor(num_workers) as threads:
-        for start in range(0, len(positions), batch_size):
-            some = positions[start : start + batch_size]
-            images_NVHWC = np.empty((len(some), len(views), resolution, resolution, 3), np.uint8)
-            rows = [
-                threads.submit(_read_views, prepared, int(position), views, images_VHWC)
-                for position, images_VHWC in zip(some, images_NVHWC, strict=True)
-            ]
-            begun.append((images_NVHWC, rows))
-            if len(begun) > 2:
-                yield _finished(*begun.popleft())
-        while begun:
-            yield _finished(*begun.popleft())
-
-
-def _read_views(prepared: Prepared, position: int, views: Sequence[images.View], images_VHWC: np.ndarray) -> None:
-    data = prepared.images[position]
-    for view, image_HWC in zip(views, images_VHWC, strict=True):
-        images.read(data, view, image_HWC)
-
-
-def _finished(batch: np.ndarray, rows: Sequence[Future[None]]) -> np.ndarray:
-    for row in rows:
-        row.result()
-    return batch
-
-
 class PreparedPairs:
     """The chosen records of a prepared data set, with the labels to train on."""
 
@@ -344,6 +340,9 @@ class PreparedPairs:
     def read_images(self, record: dict[str, Any]) -> Sequence[images.Data]:
         return self._prepared.read_images(record)
 
+    def name_of(self, index: int) -> str:
+        return self._prepared.name_of(int(self._indices_N[index]))
+
 
 class RandomPairs:
     """Made pairs for tests and dry runs: coloured noise in several shapes, each pair with a caption of its own."""
@@ -372,6 +371,9 @@ class RandomPairs:
         made = [_noise_png(rng, height, width) for _ in range(2)]
         return [made[position % 2] for position in positions]
 
+    def name_of(self, index: int) -> str:
+        return f"made pair {index}"
+
 
 def _noise_png(rng: np.random.Generator, height: int, width: int) -> bytes:
     noise = np.clip(rng.integers(256, size=3) + rng.normal(0, 30, (height, width, 3)), 0, 255)
@@ -398,6 +400,9 @@ class _Relabelled:
 
     def read_images(self, record: dict[str, Any]) -> Sequence[images.Data]:
         return self._pairs.read_images(record)
+
+    def name_of(self, index: int) -> str:
+        return self._pairs.name_of(index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -433,13 +438,31 @@ class _Rows:
         captions = record["captions"] + [""] * (self.pairs.num_captions - len(record["captions"]))
         if sample.drop_caption < self.caption_dropout:
             captions = [""] * len(captions)
-        return Row(number, record, captions, sample.draws)
+        return Row(number, sample.number, record, captions, sample.draws)
 
     def allocate(self, pool: Pool, batch_size: int) -> Raw | Encoded:
         return self.inputs.allocate(pool, batch_size, self.pairs.num_candidates, self.pairs.num_captions)
 
-    def fill(self, batch: PreferenceBatch, rows: Sequence[Row]) -> None:
+    def fill(self, batch: PreferenceBatch, rows: Sequence[Row]) -> list[Skipped]:
         """Writes the rows' inputs into the batch; those of candidates that a record lacks are 0."""
+        try:
+            self._fill(batch, rows)
+            return []
+        except (images.DamagedImage, DamagedEncoding):  # one of them; the others are done again
+            return [skipped for row in rows if (skipped := self._fill_or_skip(batch, row))]
+
+    def _fill_or_skip(self, batch: PreferenceBatch, row: Row) -> Skipped | None:
+        try:
+            self._fill(batch, [row])
+            return None
+        except (images.DamagedImage, DamagedEncoding) as error:
+            inputs: Any = batch.inputs
+            for array in inputs:
+                array[row.number] = 0
+            batch.weight_B[row.number] = 0
+            return Skipped(row.record_number, str(error))
+
+    def _fill(self, batch: PreferenceBatch, rows: Sequence[Row]) -> None:
         places = self.inputs.fill(batch.inputs, rows, self.pairs.read_images)
         if self.size_conditioning == "real":
             for row, places_K4 in zip(rows, places, strict=True):

@@ -16,9 +16,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
 from dpo_jax import files
-from dpo_jax.data import checksums, table_checks
+from dpo_jax.data import table_checks
 
 Combine = Literal["mean", "pareto"]
 
@@ -82,7 +83,7 @@ def write_scores(
     offsets = np.concatenate([[0], np.cumsum(np.where(scored_N, of.number_N, 0))])
     values = pa.array(scores_M[scored_N[of.record_M]], pa.float32())
     lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, mask=pa.array(~scored_N))
-    digests = {"records_sha256": _digest(folder), "scores_sha256": _digest_of(scores_M)}
+    digests = {"records_sha256": _digest(folder), "scores_xxh3": _digest_of(scores_M)}
     schema = SCORES.with_metadata({"judge": judge, "origin": origin} | digests)
     file = scores_file(folder, judge)
     files.check_inside(file, folder)
@@ -126,23 +127,27 @@ def _read(folder: Path, judge: str, of: Candidates, digest: str) -> np.ndarray:
         raise ValueError(f"{file} has a score that is not a finite number; {again}")
     scores_M = np.full(len(of.record_M), np.nan, np.float32)
     scores_M[scored_N[of.record_M]] = values
-    if metadata.get(b"scores_sha256", _digest_of(scores_M).encode()) != _digest_of(scores_M).encode():
-        raise ValueError(f"{file} is damaged (the SHA-256 of its scores is another); {again}")
+    if metadata.get(b"scores_xxh3", _digest_of(scores_M).encode()) != _digest_of(scores_M).encode():
+        raise ValueError(f"{file} is damaged (its scores have another checksum); {again}")
     return scores_M
 
 
 def has_checksum(folder: Path, judge: str) -> bool:
     """Whether changed bits can be noticed: scores that were written earlier have no checksum."""
-    return b"scores_sha256" in (pa.ipc.open_file(pa.memory_map(str(scores_file(folder, judge)))).schema.metadata or {})
+    return b"scores_xxh3" in (pa.ipc.open_file(pa.memory_map(str(scores_file(folder, judge)))).schema.metadata or {})
 
 
-def map_table(path: Path, schema: pa.Schema, again: str) -> pa.Table:
-    """An Arrow file mapped into memory. Raises ValueError, with the remedy, for a damaged file or another schema."""
+def map_table(path: Path, schema: pa.Schema, again: str, earlier: pa.Schema | None = None) -> pa.Table:
+    """An Arrow file mapped into memory. Raises ValueError, with the remedy, for a damaged file or another schema.
+
+    Args:
+        earlier: schema of an earlier version, which is read as well.
+    """
     try:
         table = pa.ipc.open_file(pa.memory_map(str(files.check_regular(path)))).read_all()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is damaged ({files.why(path, error)}); {again}") from None
-    if table.schema != schema:
+    if table.schema not in (schema, earlier):
         raise ValueError(f"{path} has another layout than this version of dpo_jax reads; {again}")
     return table
 
@@ -237,8 +242,9 @@ def _beaten(scores_JM: np.ndarray, of: Candidates) -> np.ndarray:
 
 
 def _digest_of(scores_M: np.ndarray) -> str:
-    return hashlib.sha256(scores_M.tobytes()).hexdigest()
+    return xxhash.xxh3_128_hexdigest(scores_M.tobytes())
 
 
 def _digest(folder: Path) -> str:
-    return checksums.sha256(folder / "records.arrow")
+    with open(folder / "records.arrow", "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -27,19 +27,22 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dpo_jax import files
+from dpo_jax.data import checksums
 from dpo_jax.data.encoded import (
+    CAPTIONS,
     FACTS,
     EncodedFile,
     distinct_captions,
     file_name,
     rows_a_file,
+    with_checksums,
     write_captions,
     write_whole,
 )
 from dpo_jax.data.images import View
-from dpo_jax.data.pipeline import view_batches
 from dpo_jax.data.prepared import Prepared
 from dpo_jax.data.tokenizers import Tokenizers
+from dpo_jax.data.views import view_batches
 from dpo_jax.encode.images import mirror, posterior_moments
 from dpo_jax.encode.text import encode_text
 from dpo_jax.files import readable_bytes
@@ -147,6 +150,7 @@ class Table:
                     on_progress(self.name, done, len(positions))
             for name, tensor in tensors.items():
                 _check_finite(tensor, f"{name} of {self.name} {file.start} to {file.stop}")
+            tensors = with_checksums(tensors)
             header = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
             def write(path: Path, tensors: Any = tensors, header: Any = header) -> None:
@@ -260,9 +264,12 @@ class DatasetEncoder:
             table.fill([file for file in share if not file.is_whole], on_progress)
         multihost_utils.sync_global_devices("data set encoded")
         if jax.process_index() == 0:
-            sizes = {table.name: {"files": len(table.files), "rows_a_file": table.rows_a_file} for table in self.tables}
-            text = json.dumps({"facts": dict(facts), **sizes}, indent=1) + "\n"
-            files.write_whole(self.folder / FACTS, text)
+            tables = {
+                table.name: {"files": len(table.files), "rows_a_file": table.rows_a_file} for table in self.tables
+            }
+            digest = checksums.checksum(self.folder / CAPTIONS)
+            written = {"facts": dict(facts), **tables, "captions_checksum": digest}
+            files.write_whole(self.folder / FACTS, json.dumps(written, indent=1) + "\n")
             for unfinished in self.folder.glob(".*"):  # of runs that were killed
                 unfinished.unlink(missing_ok=True)
 

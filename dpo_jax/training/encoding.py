@@ -13,6 +13,7 @@ from dpo_jax.data.encoded import folder_of, is_finished, open_encodings
 from dpo_jax.data.images import View
 from dpo_jax.data.prepared import open_prepared
 from dpo_jax.encode.dataset import DatasetEncoder, OnProgress
+from dpo_jax.files import check_inside
 from dpo_jax.sharding import Placement, make_mesh
 from dpo_jax.training.config import check
 from dpo_jax.training.data import encoding_facts
@@ -40,6 +41,7 @@ def encode_data(config: ConfigDict, workers: int | None, say: Callable[[str], No
         )
     check(config)
     prepared = open_prepared(data.path)
+    check_inside(prepared.folder / "encoded", prepared.folder)
     pipeline = open_model(config, prepared.folder / "encoded" / config.model.replace(":", "-"))
     facts = encoding_facts(config, pipeline)
     folder = folder_of(prepared.folder, facts)

@@ -30,6 +30,7 @@ from dpo_jax import cluster
 from dpo_jax.batch import PreferenceBatch
 from dpo_jax.cli import flatten
 from dpo_jax.data.inputs import Inputs
+from dpo_jax.data.pipeline import BatchIterator
 from dpo_jax.evaluation.generate import Generator
 from dpo_jax.evaluation.report import image_grid, save_png
 from dpo_jax.files import write_whole
@@ -248,6 +249,9 @@ class Loop:
                 pending = None
             if logs:
                 elapsed = time.monotonic() - timer
+                if isinstance(batches, BatchIterator):  # only told where there are some
+                    damaged = cluster.total(len(batches.damaged))
+                    window[-1] |= {"data/damaged_records": damaged} if damaged else {}
                 self._log(step, window, elapsed / (step - timed_from) if step > timed_from else None)
                 window, timer, timed_from = [], time.monotonic(), step
             paused = time.monotonic()
@@ -280,7 +284,7 @@ class Loop:
         return values
 
     def _log(self, step: int, window: list[dict[str, float]], seconds_per_step: float | None) -> None:
-        means = {name: float(np.mean([values[name] for values in window])) for name in window[0]}
+        means = {name: float(np.mean([values[name] for values in window if name in values])) for name in window[-1]}
         means["train/learning_rate"] = float(self.experiment.learning_rate(step - 1))
         seconds_left = None
         if seconds_per_step is not None and self._began is not None:

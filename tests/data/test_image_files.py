@@ -1,14 +1,14 @@
 """Images come back as they went in, in one piece, through TFDS's format and around it."""
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from pyarrow import parquet
 
 from dpo_jax.data import image_files
-from dpo_jax.data.image_files import ImageFiles, Writer, locate, read_in_order
+from dpo_jax.data.image_files import ImageFiles, Writer, by_xxh3, locate, read_in_order
 from dpo_jax.data.images import DamagedImage
 
 SIZES = [1, 127, 128, 60_000, 5, 5, 700_000, 2_100_000, 16_383]
@@ -27,8 +27,8 @@ def write(folder: Path, *files: list[bytes]) -> ImageFiles:
                 writer.add(image)
     offsets = np.concatenate([locate(path) for path in paths])
     lengths = np.array([len(image) for images in files for image in images], np.int32)
-    digests = [hashlib.sha256(image).digest() for images in files for image in images]
-    return ImageFiles(paths, [len(images) for images in files], offsets, lengths, digests.__getitem__)
+    digests = np.array([xxhash.xxh3_64_intdigest(image) for images in files for image in images], np.uint64)
+    return ImageFiles(paths, [len(images) for images in files], offsets, lengths, by_xxh3(digests))
 
 
 @pytest.mark.parametrize("group_bytes", [1, 100_000, 2**22])

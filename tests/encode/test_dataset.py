@@ -104,13 +104,13 @@ def test_stored_numbers_are_those_of_the_models(config, tmp_path: Path, family: 
         assert_rounded(pooled_P, pooled_NP[0])
         assert len(pooled_P) == (0 if family == "sd15" else pooled_NP.shape[1])
     assert len({text_of(encodings, caption)[0].tobytes() for caption in captions}) == len(captions)
-    with pytest.raises(KeyError):
+    with pytest.raises(encoded.DamagedEncoding, match="has no caption 'no caption of the data set'"):
         text_of(encodings, "no caption of the data set")
     # What was said beforehand: rows and bytes, as the files then have them.
     size = sum(file.stat().st_size for file in folder.glob("images-*"))
     assert f"images       {len(data.images)} x " in said[0]
     assert f"captions     {len(captions)} x " in said[0]
-    assert size == pytest.approx(len(data.images) * 3 * moments_of(encodings, 0, 0).nbytes, rel=0.05)
+    assert size == pytest.approx(len(data.images) * 3 * moments_of(encodings, 0, 0).nbytes, rel=0.1)
 
 
 def test_the_files_open_in_pytorch(config) -> None:
