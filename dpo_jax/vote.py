@@ -22,7 +22,6 @@ import importlib.util
 import re
 import socket
 from pathlib import Path
-from urllib.parse import urlencode
 
 from absl import flags
 
@@ -97,16 +96,18 @@ def export(path: Path, questions: list[str]) -> None:
     with open_votes(Path(OUTPUT.value)) as store:
         rows, left_out = export(store, path, questions)
     print(f"{rows} prompts or pairs with votes were written to {path}; {left_out} lack votes for some or all images")
+    if path.suffix == ".json" and left_out:
+        print("Images without a vote are null there, which D3PO's own scripts can't read; ask for their votes first")
 
 
 def serve(paths: list[Path], questions: dict[str, Question]) -> None:
     from dpo_jax.evaluation.prompts import read_prompts
     from dpo_jax.voting.app import make_app, results_token
     from dpo_jax.voting.guard import is_local
-    from dpo_jax.voting.raters import Raters, clean_name
+    from dpo_jax.voting.raters import Raters, clean_name, rater_link
     from dpo_jax.voting.server import make_server
     from dpo_jax.voting.store import open_study
-    from dpo_jax.voting.study import read_folder
+    from dpo_jax.voting.study import read_folder, warnings
     from dpo_jax.voting.survey import Survey
 
     if TOKEN.value is not None and not re.fullmatch(r"[\w-]{8,}", TOKEN.value, re.ASCII):
@@ -129,12 +130,14 @@ def serve(paths: list[Path], questions: dict[str, Question]) -> None:
         survey = Survey(store, questions, ties=TIES.value, raters=RATERS.value, stop_early=STOP_EARLY.value)
         app = make_app(survey, token, is_open=not INVITE.value)
         print(f"{len(store.tasks)} {store.how.unit}, {RATERS.value} raters each; votes are kept in {store.path}")
+        for warning in warnings(folders, list(store.tasks.values()), store.how.unit):
+            print(f"warning: {warning}")
         if INVITE.value:
             raters = Raters(store)
             for name in map(clean_name, INVITE.value):
-                print(f"{name}: {link(listener, '/', token, raters.invite(name))}")
-        print(f"vote:    {link(listener, '/', token)}")
-        print(f"results: {link(listener, '/results', results_token(store))}")
+                print(f"{name}: {link(listener, rater_link(token, raters.invite(name)))}")
+        print(f"vote:    {link(listener, f'/?token={token}' if token else '/')}")
+        print(f"results: {link(listener, f'/results?token={results_token(store)}')}")
         print("Keep the link to the results to yourself: they tell which folder an image is from.", flush=True)
         try:
             make_server(app).run(sockets=[listener])
@@ -152,12 +155,11 @@ def listen(host: str, port: int) -> socket.socket:
         raise ValueError(f"{host}:{port} can't be served ({reason}); choose another --port or --host") from error
 
 
-def link(listener: socket.socket, path: str, token: str | None, card: str | None = None) -> str:
+def link(listener: socket.socket, path: str) -> str:
     host, port = listener.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = socket.gethostname()
-    query = urlencode({name: value for name, value in (("token", token), ("rater", card)) if value})
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}{path}{f'?{query}' if query else ''}"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}{path}"
 
 
 if __name__ == "__main__":

@@ -124,7 +124,9 @@ class Server:
         command = [sys.executable, "-m", "dpo_jax.vote", f"--port={self.port}", *self._arguments]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
+        self.said: list[str] = []
         for line in self.process.stdout:
+            self.said.append(line)
             if found := re.match(r"vote: +(http://\S+:(\d+)/\S*)", line):
                 self.url, self.port = found[1], int(found[2])
                 self.results = self.process.stdout.readline().split()[1]

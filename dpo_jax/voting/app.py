@@ -19,6 +19,7 @@ POST /api/undo     {"task": ..., "question": ...}: `Survey.state` that asks agai
 import asyncio
 import collections
 import functools
+import hashlib
 import io
 import sqlite3
 import threading
@@ -27,7 +28,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -37,15 +37,20 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.templating import Jinja2Templates
 
-from dpo_jax.data.images import read_image
+from dpo_jax.data.images import MAX_BYTES, decode_file
+from dpo_jax.files import read_bytes
 from dpo_jax.voting.guard import A_YEAR, SEES_RESULTS, Guard, read_json
-from dpo_jax.voting.raters import LONGEST_NAME, Raters, clean_name
+from dpo_jax.voting.raters import LONGEST_NAME, Raters, clean_name, rater_link
 from dpo_jax.voting.store import Store
 from dpo_jax.voting.survey import Survey
 
 PAGES = Path(__file__).parent / "pages"
 STATIC_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 CACHED_IMAGES = 64
+TAKEN = (
+    "This name is taken. If it is yours, open your own link, or ask whoever runs this page for it; otherwise choose "
+    "another name."
+)
 
 T = TypeVar("T")
 
@@ -57,7 +62,7 @@ def make_app(survey: Survey, token: str | None = None, *, is_open: bool = True) 
         token: who can't show it sees nothing; None serves the own machine only.
         is_open: whether anybody with the link may vote, or only raters who were invited.
     """
-    pages = Pages(survey, Raters(survey.store, is_open))
+    pages = Pages(survey, Raters(survey.store, is_open), token)
     routes = [
         Route("/", pages.home),
         Route("/results", pages.results),
@@ -87,8 +92,8 @@ def _cookie(store: Store) -> str:
 class Pages:
     """The routes of one survey."""
 
-    def __init__(self, survey: Survey, raters: Raters):
-        self._survey, self._store, self._raters = survey, survey.store, raters
+    def __init__(self, survey: Survey, raters: Raters, token: str | None):
+        self._survey, self._store, self._raters, self._token = survey, survey.store, raters, token
         self._cookie = f"rater-{_cookie(self._store)}"
         self._templates = Jinja2Templates(PAGES)
         files = [file for file in (PAGES / "static").iterdir() if file.suffix in STATIC_TYPES]
@@ -103,7 +108,9 @@ class Pages:
                 raise HTTPException(403, "This is not a rater's link. Open the whole link that you were given.")
             return self._as(rater, RedirectResponse("/", 303))
         rater = self._rater(request)
-        fields = {"survey": self._survey, "rater": rater, "raters": self._raters}
+        fields = {"survey": self._survey, "rater": rater, "is_open": self._raters.is_open}
+        if rater:
+            fields["link"] = rater_link(self._token, self._raters.card(rater))
         return self._templates.TemplateResponse(request, "vote.html" if rater else "start.html", fields)
 
     async def results(self, request: Request) -> Response:
@@ -123,8 +130,8 @@ class Pages:
             raise HTTPException(404, "There is no such image.")
         try:
             data = self._images.of(found[0])[found[1]]
-        except ValueError:
-            raise HTTPException(404, "An image here can't be read any more.") from None
+        except (ValueError, OSError):
+            raise HTTPException(404, "An image here was changed, or can't be read any more.") from None
         headers = {"Cache-Control": f"private, max-age={A_YEAR}, immutable"}
         return Response(data, media_type="image/png", headers=headers)
 
@@ -147,10 +154,7 @@ class Pages:
         if not isinstance(key, str):
             raise HTTPException(400, '"key" is not text.')
         if await run_in_threadpool(self._raters.join, name, key) is None:
-            raise HTTPException(
-                409,
-                "This name is taken. If it is yours, open your own link; otherwise choose another name.",
-            )
+            raise HTTPException(409, TAKEN)
         return self._as(name, JSONResponse({"name": name}))
 
     def _as(self, rater: str, response: Response) -> Response:
@@ -215,23 +219,30 @@ class TaskImages:
 
     def __init__(self, store: Store):
         self._store = store
-        self._read = functools.lru_cache(max(1, CACHED_IMAGES // len(next(iter(store.tasks.values())).images)))(_pngs)
+        images = len(next(iter(store.tasks.values())).images)
+        self._read = functools.lru_cache(max(1, CACHED_IMAGES // images))(self._pngs)
         self._locks: collections.defaultdict[str, threading.Lock] = collections.defaultdict(threading.Lock)
 
     def of(self, task: str) -> tuple[bytes, ...]:
         """All of them, or ValueError: nobody is to learn which of them was slow to read, or can't be read."""
         with self._locks[task]:  # both sides of a pair are asked for at once; the second waits for the first
-            images = self._store.tasks[task].images
-            return self._read(tuple(self._store.folders[image.folder] / image.name for image in images))
+            return self._read(task)
+
+    def _pngs(self, task: str) -> tuple[bytes, ...]:
+        """All as long as the longest: decoders read no further than a PNG's end."""
+        pngs = [
+            _png(self._store.folders[image.folder] / image.name, self._store.digests.get(image))
+            for image in self._store.tasks[task].images
+        ]
+        return tuple(png.ljust(max(map(len, pngs)), b"\0") for png in pngs)
 
 
-def _pngs(paths: tuple[Path, ...]) -> tuple[bytes, ...]:
-    return tuple(map(_png, paths))
-
-
-def _png(path: Path) -> bytes:
+def _png(path: Path, digest: str | None) -> bytes:
+    data = read_bytes(path, MAX_BYTES)
+    if digest not in (None, hashlib.sha256(data).hexdigest()):
+        raise ValueError(f"{path} was changed since the study began")
     file = io.BytesIO()
-    Image.fromarray(read_image(path)).save(file, "PNG", compress_level=1)
+    decode_file(path, data).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 

@@ -2,7 +2,7 @@
 
 import hmac
 import secrets
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlencode
 
 from dpo_jax.voting.store import Store
 
@@ -43,6 +43,11 @@ class Raters:
     def card(self, name: str) -> str:
         """What shows that somebody has this name: for nobody else's eyes."""
         return f"{quote(name, safe='')}.{self._store.opaque('rater', name)}"
+
+
+def rater_link(token: str | None, card: str) -> str:
+    """The path of a rater's own link, from the root of the page."""
+    return "/?" + urlencode({"token": token, "rater": card} if token else {"rater": card})
 
 
 def clean_name(name: object) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from dpo_jax.voting.study import MODES, Answer, Folder, Mode, study_digest
+from dpo_jax.voting.study import MODES, Answer, Folder, Mode, TaskImage, study_digest
 from dpo_jax.voting.votes_file import (
     COLUMNS,
     VERSION,
@@ -48,10 +48,12 @@ class Store:
         mode: name in MODES.
         folders: where the images are.
         tasks: by their opaque id, in order.
+        digests: SHA-256 of each image's file, where the folders were at hand when the file was opened.
     """
 
     def __init__(self, path: Path, connection: sqlite3.Connection):
         self.path, self._changes = path, 0
+        self.digests: dict[TaskImage, str] = {}
         self._connection, self._lock = connection, threading.Lock()
         self._read()
 
@@ -222,7 +224,11 @@ def open_study(path: Path, mode: str, folders: Sequence[Folder]) -> Store:
             upgrade(connection)
         with transaction(connection) as run:
             place(run, found.secret, paths)
-        return Store(path, connection)
+        store = Store(path, connection)
+        for position, folder in enumerate(folders):
+            for entry, digest in zip(folder.entries, folder.digests, strict=True):
+                store.digests[TaskImage(position, entry.image)] = digest
+        return store
 
 
 def open_votes(path: Path) -> Store:

@@ -41,6 +41,8 @@ class Folder(NamedTuple):
     entries: list[Entry]
     digests: list[str]
     """SHA-256 of each file: folders of two models often agree in all but that."""
+    sizes: list[tuple[int, int]]
+    """(width, height) of each image."""
 
 
 class TaskImage(NamedTuple):
@@ -90,8 +92,8 @@ def read_folder(path: Path, prompts: Sequence[Prompt] = ()) -> Folder:
             raise ValueError(f"{path} has two images of the prompt {entry.prompt!r} and seed {entry.seed}; drop one")
         seen.add((entry.prompt, entry.seed))
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        digests = list(pool.map(_checked_digest, [path / entry.image for entry in entries]))
-    return Folder(path, entries, digests)
+        seen_images = list(pool.map(_look, [path / entry.image for entry in entries]))
+    return Folder(path, entries, [digest for digest, _ in seen_images], [size for _, size in seen_images])
 
 
 def study_digest(mode: str, folders: Sequence[Folder]) -> str:
@@ -100,10 +102,25 @@ def study_digest(mode: str, folders: Sequence[Folder]) -> str:
     return hashlib.sha256(json.dumps([mode, lists]).encode()).hexdigest()
 
 
-def _checked_digest(path: Path) -> str:
+def warnings(folders: Sequence[Folder], tasks: Sequence[Task], unit: str) -> list[str]:
+    """What makes answers to some tasks worth less."""
+    images = [
+        {entry.image: (digest, size) for entry, digest, size in zip(*folder[1:], strict=True)} for folder in folders
+    ]
+    shown = [[images[image.folder][image.name] for image in task.images] for task in tasks]
+    alike = sum(len({digest for digest, _ in of_task}) < len(of_task) for of_task in shown)
+    of_sizes = sum(len({size for _, size in of_task}) > 1 for of_task in shown)
+    counts = {
+        "the same image twice; answers to them say nothing": alike,
+        "images of different sizes, by which raters can tell them apart": of_sizes,
+    }
+    return [f"{count} of {len(tasks)} {unit} show {what}" for what, count in counts.items() if count]
+
+
+def _look(path: Path) -> tuple[str, tuple[int, int]]:
+    """(SHA-256 of the file, size of the image)"""
     data = read_bytes(path, MAX_BYTES)
-    decode_file(path, data)
-    return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(data).hexdigest(), decode_file(path, data).size
 
 
 def _all_pairs(folders: Sequence[Folder]) -> list[Task]:

@@ -38,6 +38,7 @@ def test_nothing_tells_where_an_image_is_from(survey, tmp_path):
         exif[0x010E] = f"secret_{k}"
         with Image.open(folder / "0-0.png") as image:
             image.save(folder / "0-0.png", pnginfo=notes, exif=exif, icc_profile=b"secret profile")
+    made.store.digests.clear()
     browser = client(made, "ann")
     sent = [browser.get("/").text, browser.get("/api/state").text, browser.get("/static/vote.js").text]
     now = browser.get("/api/state").json()["now"]
@@ -57,10 +58,13 @@ def test_replies_differ_in_their_pixels_alone(survey):
     made = survey(prompts=6)
     for number, folder in enumerate(made.store.folders):  # as other programs may store what they made
         for path in folder.glob("*.png"):
-            Image.new("RGB", (16, 16), "red").save(path, ("PNG", "JPEG")[number], quality=100, subsampling=0)
-    browser = client(made, "ann")
-    replies = list(_all_images(browser).values())
+            noise_HWC = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+            image = Image.fromarray(noise_HWC if number else np.zeros_like(noise_HWC))
+            image.save(path, ("PNG", "JPEG")[number], quality=100, subsampling=0)
+    made.store.digests.clear()
+    replies = list(_all_images(client(made, "ann")).values())
     assert len(replies) == 12
+    assert len({reply.headers["content-length"] for reply in replies}) == 1  # in each pair
     headers = [{name: value for name, value in reply.headers.items() if name != "content-length"} for reply in replies]
     assert all(found == headers[0] for found in headers)
     assert not {"etag", "last-modified", "server"} & set(headers[0])
@@ -107,10 +111,10 @@ def test_all_images_of_a_task_are_read_before_one_is_sent(survey, monkeypatch):
     made = survey(prompts=4)
     read, lock = [], threading.Lock()
 
-    def note(path):
+    def note(path, digest):
         with lock:
             read.append(path)
-        return original(path)
+        return original(path, digest)
 
     original = app._png
     monkeypatch.setattr(app, "_png", note)
@@ -124,14 +128,18 @@ def test_all_images_of_a_task_are_read_before_one_is_sent(survey, monkeypatch):
     assert set(sides) == {"base"}  # always in the same order, whichever was asked for
 
 
-def test_an_image_that_can_not_be_read_any_more_is_missing_on_both_sides(survey):
+@pytest.mark.parametrize("what", ["damaged", "another", "gone"])
+def test_an_image_that_is_not_the_one_any_more_is_missing_on_both_sides(survey, what):
     made = survey(prompts=1)
     browser = client(made, "ann")
-    (made.store.folders[0] / "0-0.png").write_bytes(b"damaged since")
+    other = (made.store.folders[1] / "0-0.png").read_bytes()
+    data = {"damaged": b"damaged since", "another": other, "gone": None}[what]
+    (made.store.folders[0] / "0-0.png").unlink()
+    if data is not None:
+        (made.store.folders[0] / "0-0.png").write_bytes(data)
     replies = [browser.get(f"/image/{id}") for id in browser.get("/api/state").json()["now"]["images"]]
-    assert [(reply.status_code, reply.text) for reply in replies] == [
-        (404, "An image here can't be read any more.")
-    ] * 2
+    found = [(reply.status_code, reply.text) for reply in replies]
+    assert found == [(404, "An image here was changed, or can't be read any more.")] * 2
 
 
 def test_answers_are_alike_for_both_sides(survey):

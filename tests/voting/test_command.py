@@ -9,6 +9,7 @@ import httpx2
 import pytest
 
 from dpo_jax.locks import locked
+from dpo_jax.voting.store import open_votes
 
 
 def vote(*arguments):
@@ -68,6 +69,26 @@ def test_other_machines_need_a_token(make_folders, serve, tmp_path):
         own = server.results.partition("?")[2]
         assert "Results so far" in browser.get(f"/results?{own}").text
     assert httpx2.get(f"{here}/results?{own}x").status_code == 403
+
+
+def test_raters_are_invited_by_links_of_their_own(make_folders, serve, tmp_path):
+    flags = f"--output={tmp_path}/votes.sqlite", "--invite=ann,Zoë 李", "--questions=preference"
+    server = serve(_listed(make_folders("base", "tuned")), *flags, "--token=right-token")
+    links = dict(line.strip().split(": ", 1) for line in server.said if ": http" in line and "vote" not in line)
+    assert list(links) == ["ann", "Zoë 李"]
+    for link in links.values():
+        with httpx2.Client(follow_redirects=True) as browser:
+            page = browser.get(link).raise_for_status()
+            assert page.url.path == "/"
+            state = browser.get(page.url.join("/api/state")).json()
+            key = {name: state["now"][name] for name in ("task", "question")}
+            browser.post(page.url.join("/api/vote"), json=key | {"answer": [1, 0]}).raise_for_status()
+    with httpx2.Client(base_url=server.url.partition("?")[0], follow_redirects=True) as browser:
+        assert "Only people who were invited" in browser.get("/?token=right-token").text
+        assert browser.post("/api/start", json={"name": "eve"}).status_code == 403
+    server.stop()
+    with open_votes(tmp_path / "votes.sqlite") as store:
+        assert {vote.rater for vote in store.votes()} == set(links)
 
 
 def test_a_file_of_other_images_is_refused(make_folders, serve, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from dpo_jax.evaluation.image_folder import LIST
-from dpo_jax.voting.study import MODES, TIE, TaskImage, read_folder, study_digest
+from dpo_jax.voting.study import MODES, TIE, TaskImage, read_folder, study_digest, warnings
 
 
 def _tasks(mode, paths):
@@ -94,3 +94,15 @@ def test_scores_rise_with_what_raters_like():
     assert MODES["rank"].scores((1, 3, 2)) == (2, 0, 1)
     assert MODES["tag"].scores((1,)) == (0,)
     assert [MODES["pairs"].side(answer) for answer in ((1, 0), (0, 1), TIE)] == [1, -1, 0]
+
+
+def test_pairs_that_say_nothing_or_tell_are_counted(make_folders):
+    paths = make_folders("a", "b", prompts=4)
+    assert warnings([read_folder(path) for path in paths], _tasks("pairs", paths), "comparisons") == []
+    (paths[1] / "1-0.png").write_bytes((paths[0] / "1-0.png").read_bytes())
+    for prompt in (2, 3):
+        Image.new("RGB", (9, 8)).save(paths[1] / f"{prompt}-0.png")
+    assert warnings([read_folder(path) for path in paths], _tasks("pairs", paths), "comparisons") == [
+        "1 of 4 comparisons show the same image twice; answers to them say nothing",
+        "2 of 4 comparisons show images of different sizes, by which raters can tell them apart",
+    ]
