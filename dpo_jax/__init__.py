@@ -1,6 +1,12 @@
 """dpo_jax: align text-to-image diffusion models with human preferences, in JAX."""
 
 import os
+import sys
+
+from dpo_jax import interrupts
+
+if sys.argv[:1] == ["-m"]:  # `python -m dpo_jax.NAME` begins: cli.run takes over when all is imported
+    interrupts.leave_at_once()
 
 # Without this flag XLA keeps bfloat16 intermediates in float32 wherever a fusion likes to, so the policy's and the
 # reference's forward pass round differently although their weights are equal, and beta = 5000 turns that into a

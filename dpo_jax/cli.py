@@ -4,6 +4,7 @@ import difflib
 import importlib.util
 import inspect
 import itertools
+import logging
 import math
 import os
 import re
@@ -12,14 +13,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import ConfigDict
+
+from dpo_jax import interrupts, streams
 
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the whole traceback of an error instead of one sentence.")
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Parses the flags, runs `main` and exits: 0 when it returned, 1 after an error, 2 for wrong flags."""
+    """Parses the flags, runs `main` and exits.
+
+    The exit code is 0 when `main` returned, 1 after an error, 2 for wrong flags, 130 after Ctrl-C.
+    """
+    streams.protect()
+    interrupts.await_first()
     sys.argv[1:] = map(expand_home, sys.argv[1:])
     if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):
         print(f"{inspect.getdoc(inspect.getmodule(main))}\n\nFlags:\n{flags.FLAGS.main_module_help()}")
@@ -32,16 +40,31 @@ def run(main: Callable[[], None]) -> NoReturn:
         _fail(f"{str(error).rstrip('.')}. Run with --help to see the flags.", code=2)
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}; every option is a flag. Run with --help to see them.", code=2)
-    logging.set_verbosity(logging.ERROR)
+    _silence_libraries(logging.ERROR if TRACEBACK.value else logging.CRITICAL)
     try:
         main()
     except KeyboardInterrupt:
-        _fail("interrupted", code=130)
+        _fail("interrupted", code=interrupts.EXIT_CODE)
     except (ValueError, OSError) as error:
         if TRACEBACK.value:
             raise
+        if interrupts.received():
+            _fail(f"interrupted; {error}", code=interrupts.EXIT_CODE)
         _fail(str(error), code=1)
+    except Exception:
+        if interrupts.received() and not TRACEBACK.value:  # libraries make all kinds of errors of it
+            _fail("interrupted", code=interrupts.EXIT_CODE)
+        raise
+    interrupts.leave_at_once()
     sys.exit(0)
+
+
+def _silence_libraries(level: int) -> None:
+    """What goes wrong is told once, by the error; the threads of Orbax would tell it hundreds of times, and worse."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(level)
+    if level > logging.ERROR:
+        sys.unraisablehook = interrupts.raise_again(lambda unraisable: None)
 
 
 def expand_home(argument: str) -> str:
@@ -128,4 +151,5 @@ def _check_overrides(arguments: list[str]) -> None:
 
 def _fail(message: str, *, code: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
+    interrupts.leave_at_once()
     sys.exit(code)

@@ -120,7 +120,7 @@ def leaving_at_once() -> Iterator[None]:
     """A process that fails inside doesn't wait at its end for the others, which wait for it."""
     try:
         yield
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         if jax.process_count() > 1:
             timer = threading.Timer(SECONDS_TO_LEAVE, os._exit, (1,))
             timer.daemon = True

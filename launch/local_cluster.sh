@@ -11,8 +11,8 @@
 #   LOGS       folder for the output of all processes but the first; a temporary one unless set
 #   DRY_RUN    1 prints what would be run
 #
-# Ends when all have ended, with the first failure's exit code; when one fails, the others are stopped. SIGTERM goes to
-# all of them, as a scheduler sends it: they save, and end with code 75.
+# Ends when all have ended, with the first failure's exit code; when one fails, the others are stopped, and also when this
+# script is killed. SIGTERM goes to all of them, as a scheduler sends it: they save, and end with code 75.
 set -euo pipefail
 processes=${PROCESSES:-2}
 devices=${DEVICES:-4}
@@ -35,13 +35,26 @@ pids=()
 notified=
 trap 'notified=1; kill "${pids[@]}" 2>/dev/null || true' TERM
 trap 'kill -KILL "${pids[@]}" 2>/dev/null || true' EXIT  # they take SIGTERM as a notice and wait for each other
+# Nothing runs after SIGKILL, so another process reads their numbers from a pipe, which ends when this script does.
+pipe=$logs/.watch.$$
+mkfifo -m 600 "$pipe"
+(
+  trap '' INT TERM HUP
+  watched=()
+  while read -r pid; do watched+=("$pid"); done
+  kill -KILL "${watched[@]}" 2>/dev/null
+) <"$pipe" >/dev/null 2>&1 &
+disown
+exec 9>"$pipe"
+rm "$pipe"
 for ((i = 0; i < processes; i++)); do
   if [ "$i" = 0 ]; then
-    JAX_PROCESS_ID=$i "$@" &
+    JAX_PROCESS_ID=$i "$@" 9>&- &
   else
-    JAX_PROCESS_ID=$i "$@" >"$logs/process_$i.log" 2>&1 &
+    JAX_PROCESS_ID=$i "$@" >"$logs/process_$i.log" 2>&1 9>&- &
   fi
   pids+=($!)
+  echo $! >&9
 done
 for ((i = 0; i < processes; i++)); do
   code=0

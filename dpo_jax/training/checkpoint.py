@@ -21,7 +21,7 @@ from etils import epath
 from jax import lax
 from jax.experimental import multihost_utils
 
-from dpo_jax import files
+from dpo_jax import files, interrupts
 from dpo_jax.training.step import TrainState
 from dpo_jax.weights.layout import Params
 
@@ -94,8 +94,10 @@ class Checkpoints:
 
     @contextmanager
     def _failure_told(self) -> Iterator[None]:
+        """Orbax can't be interrupted: it would be left with half of its threads, and the checkpoint half written."""
         try:
-            yield
+            with interrupts.held():
+                yield
         except Exception as error:  # of whatever class the file system and the libraries in between have for it
             whole = max(ocp.utils.checkpoint_steps(self.folder), default=None)
             kept = "there is no earlier one" if whole is None else f"the one of step {whole} is whole"

@@ -1,19 +1,14 @@
 """What the commands that train have in common."""
 
-import logging
 import sys
 from collections.abc import Callable
 
-from dpo_jax import cli, cluster
+from dpo_jax import cluster
 from dpo_jax.training.preemption import EXIT_CODE, Preempted
 
 
 def run(job: Callable[[], None]) -> None:
     """Joins the processes of the run and does the job; exits with `EXIT_CODE` if it is preempted."""
-    if not cli.TRACEBACK.value:  # a checkpoint that can't be written is told hundreds of times by its threads
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        sys.unraisablehook = lambda unraisable: None
     cluster.join()
     with cluster.leaving_at_once():
         try:

@@ -26,7 +26,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dpo_jax import cluster
+from dpo_jax import cluster, interrupts
 from dpo_jax.batch import PreferenceBatch
 from dpo_jax.cli import flatten
 from dpo_jax.data.inputs import Inputs
@@ -217,6 +217,7 @@ class Loop:
         if start < end and self.notice.given(start):
             raise Preempted(PREEMPTED.format(start))
         for step in range(start + 1, end + 1):
+            interrupts.check()
             batch = self.place(next(batches))
             # Compiling may take long, and not the same time everywhere: so the first step isn't watched.
             with cluster.watched(f"to begin step {step}") if self._began else contextlib.nullcontext():

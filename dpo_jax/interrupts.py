@@ -1,0 +1,96 @@
+"""Ctrl-C: the first ends a command, but not in the middle of what must be whole; the second ends it at once.
+
+A KeyboardInterrupt can be lost: Python drops it in destructors and in callbacks of the garbage collector, and libraries
+turn it into errors of their own. So `received` remembers it, and long loops ask `check`.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, NoReturn
+
+EXIT_CODE = 130
+"""Of a command that was interrupted: 128 and the number of SIGINT, as shells have it."""
+
+
+class _State:
+    received = False
+    held = 0
+
+
+def received() -> bool:
+    """Whether the command has been interrupted."""
+    return _State.received
+
+
+def check() -> None:
+    """Raises KeyboardInterrupt if the command has been interrupted."""
+    if _State.received:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """The first Ctrl-C inside raises KeyboardInterrupt at its end; the second one at once."""
+    before = _State.received
+    _State.held += 1
+    try:
+        yield
+    finally:
+        _State.held -= 1
+    if not before:
+        check()
+
+
+def await_first() -> None:
+    """Takes SIGINT for the command that begins, unless it is ignored, as in the background of a script."""
+    _State.received, _State.held = False, 0
+    _take(_receive)
+    sys.unraisablehook = raise_again(sys.unraisablehook)
+
+
+def leave_at_once() -> None:
+    """Has SIGINT end the process without more ado: while libraries are imported, and when all is done."""
+    _take(_leave)
+
+
+def _take(handler: Callable[[int, FrameType | None], Any]) -> None:
+    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, _receive, _leave):
+        signal.signal(signal.SIGINT, handler)
+
+
+def _receive(number: int, frame: FrameType | None) -> None:
+    again, _State.received = _State.received, True
+    if _State.held and not again:
+        return
+    if _is_importing(frame):  # extension modules crash when they are half imported
+        _leave(number, frame)
+    raise KeyboardInterrupt
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    os.write(2, b"error: interrupted\n")
+    os._exit(EXIT_CODE)
+
+
+def raise_again(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """For sys.unraisablehook: a lost KeyboardInterrupt comes again, of other exceptions the hook is told."""
+
+    def tell(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            _State.received = False  # it comes from a thread, when the main one is out of what drops exceptions
+            threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        else:
+            hook(unraisable)
+
+    return tell

@@ -1,0 +1,82 @@
+"""Losing standard output or error stops no command."""
+
+import errno
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dpo_jax.streams import Lasting
+
+ROOT = Path(__file__).parents[1]
+COMMAND = """
+import contextlib, os, sys
+from dpo_jax import cli
+work = sys.argv.pop()
+def main():
+    for stream in (sys.stdout, sys.stderr):
+        for _ in range(3):
+            print("x" * 10_000, file=stream, flush=True)
+        print("not flushed", file=stream)
+    with open(work, "wb") as file:
+        with contextlib.suppress(OSError):
+            os.write(2, b"from a library")
+        file.write(b"mine")
+cli.run(main)
+"""
+
+
+class Failing(io.StringIO):
+    def __init__(self, error: Exception):
+        super().__init__()
+        self.error: Exception | None = error
+
+    def write(self, text: str) -> int:
+        if self.error is not None:
+            raise self.error
+        return super().write(text)
+
+    def flush(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "full"), BrokenPipeError(errno.EPIPE, "gone"), OSError(errno.EIO, "no terminal")]
+)
+def test_what_cannot_be_written_is_lost(error: OSError) -> None:
+    failing = Failing(error)
+    stream = Lasting(failing)
+    assert stream.write("lost") == 4
+    stream.writelines(["lost", "lost"])
+    print("lost", file=stream, flush=True)
+    Console(file=stream).print("lost")
+    failing.error = None
+    print("kept", file=stream, flush=True)
+    assert failing.getvalue() == "kept\n"
+    stream.close()
+    print("lost", file=stream, flush=True)
+
+
+@pytest.mark.parametrize("lost", ["pipe", "disk", "closed"])
+def test_a_command_whose_output_is_lost_goes_on_to_its_end(tmp_path: Path, lost: str) -> None:
+    work = tmp_path / "work"
+    command = [sys.executable, "-c", COMMAND, str(work)]
+    if lost == "closed":
+        code = subprocess.run(["bash", "-c", '"$@" >&- 2>&-', "bash", *command], cwd=ROOT, check=False).returncode
+    elif lost == "disk":
+        if not os.path.exists("/dev/full"):
+            pytest.skip("needs /dev/full")
+        with open("/dev/full", "w") as full:
+            code = subprocess.run(command, cwd=ROOT, stdout=full, stderr=full, check=False).returncode
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+        code = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=writer, check=False).returncode
+        os.close(writer)
+    assert code == 0
+    assert work.read_text() == "mine"
