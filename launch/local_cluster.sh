@@ -36,17 +36,17 @@ notified=
 trap 'notified=1; kill "${pids[@]}" 2>/dev/null || true' TERM
 trap 'kill -KILL "${pids[@]}" 2>/dev/null || true' EXIT  # they take SIGTERM as a notice and wait for each other
 # Nothing runs after SIGKILL, so another process reads their numbers from a pipe, which ends when this script does.
-pipe=$logs/.watch.$$
-mkfifo -m 600 "$pipe"
+watch=$(mktemp -d)
+mkfifo "$watch/pipe"
 (
   trap '' INT TERM HUP
   watched=()
   while read -r pid; do watched+=("$pid"); done
   kill -KILL "${watched[@]}" 2>/dev/null
-) <"$pipe" >/dev/null 2>&1 &
+) <"$watch/pipe" >/dev/null 2>&1 &
 disown
-exec 9>"$pipe"
-rm "$pipe"
+exec 9>"$watch/pipe"
+rm -r "$watch"
 for ((i = 0; i < processes; i++)); do
   if [ "$i" = 0 ]; then
     JAX_PROCESS_ID=$i "$@" 9>&- &

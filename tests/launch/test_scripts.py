@@ -3,7 +3,9 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,42 @@ def assert_fits(arguments: list[str], devices: int) -> None:
     mesh = unflatten(known).mesh
     mesh_shape(mesh.data, mesh.fsdp, mesh.tensor, devices)
     divide_batch(unflatten(known), known["data.batch_size"], device_count=devices, process_count=1)
+
+
+def local_cluster(tmp_path: Path, command: str) -> subprocess.Popen[bytes]:
+    """Two processes that each write their number to a file of its name and run the command."""
+    script = ["bash", "-c", f"echo $$ >{tmp_path}/$JAX_PROCESS_ID; mv {tmp_path}/$JAX_PROCESS_ID{{,.is}}; {command}"]
+    environment = os.environ | {"LOGS": str(tmp_path), "PORT": "1", "TMPDIR": str(tmp_path)}
+    return subprocess.Popen(["bash", LAUNCH / "local_cluster.sh", *script], env=environment, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT, signal.SIGHUP])
+def test_a_local_cluster_that_is_killed_leaves_no_process(tmp_path: Path, kind: signal.Signals) -> None:
+    launcher = local_cluster(tmp_path, "exec sleep 60")
+    files = [tmp_path / f"{i}.is" for i in range(2)]
+    while not all(file.exists() for file in files):
+        assert launcher.poll() is None
+        time.sleep(0.02)
+    launcher.send_signal(kind)  # and it is not waited for, as if nobody cared
+    deadline = time.monotonic() + 10
+    while any(is_running(int(file.read_text())) for file in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert launcher.wait(10) != 0
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("command", "code"), [("true", 0), ("exit 3", 3)])
+def test_a_local_cluster_ends_with_its_processes(tmp_path: Path, command: str, code: int) -> None:
+    assert local_cluster(tmp_path, command).wait(10) == code
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.is", "1.is", "process_1.log"]
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
