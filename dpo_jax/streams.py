@@ -1,6 +1,7 @@
 """Standard output and error that never stop a command: not when their reader is gone, nor when the disk is full."""
 
 import contextlib
+import functools
 import io
 import os
 import sys
@@ -24,6 +25,12 @@ def protect() -> None:
             stream = io.TextIOWrapper(io.FileIO(number, "w", closefd=False), write_through=True)
         if not isinstance(stream, Lasting):
             setattr(sys, name, Lasting(stream))
+
+
+@functools.cache
+def warn(message: str) -> None:
+    """Prints a warning to standard error, but the same one only once."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 class Lasting:

@@ -8,7 +8,6 @@ config.json for the day that one is damaged. Checkpoints that turn out damaged a
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +21,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 
 from dpo_jax import files, interrupts
+from dpo_jax.streams import warn
 from dpo_jax.training.step import TrainState
 from dpo_jax.weights.layout import Params
 
@@ -206,14 +206,15 @@ def _read(folder: epath.Path, abstract: dict[str, Any]) -> tuple[Any, Any, str |
                 abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
             ),
         )
-        position = json.loads((folder / "position" / "metadata").read_text())
-        expected = json.loads((folder / "checksums" / "metadata").read_text())
+        position = files.read_json(folder / "position" / "metadata", dict[str, int])
+        expected = files.read_json(folder / "checksums" / "metadata", dict[str, int])
     except Exception as error:  # of whatever class: damaged files raise almost any
         reason = _first_line(error)
     reason = _agreed(reason)
     if reason is None:
         found = checksums(tree) | position
-        wrong = [name for name, value in found.items() if value != expected.get(name)]
+        names = [*found, *(name for name in expected if not name.startswith("["))]  # others are parts of a position
+        wrong = [name for name in names if name not in found or found[name] != expected.get(name)]
         reason = _agreed(f"{len(wrong)} values are not those that were saved, such as {wrong[0]}" if wrong else None)
     return tree, position, reason
 
@@ -235,9 +236,7 @@ def _tell_damaged(workdir: epath.PathLike, step: int, why: str, *, move: bool) -
         if aside.exists():
             aside.rmtree()
         folder.rename(aside)
-    print(
-        f"warning: checkpoint {aside if move else folder} is damaged and not used: {why}", file=sys.stderr, flush=True
-    )
+    warn(f"checkpoint {aside if move else folder} is damaged and not used: {why}")
 
 
 def _folder(workdir: epath.PathLike) -> epath.Path:
@@ -270,7 +269,7 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
         except (OSError, ValueError):  # written before checkpoints had copies, or damaged too
             continue
         if jax.process_index() == 0:
-            print(f"warning: {problem}; its copy {copy} is used instead", file=sys.stderr, flush=True)
+            warn(f"{problem}; its copy {copy} is used instead")
         return fields
     if found:
         raise ValueError(

@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import json
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
@@ -21,6 +20,7 @@ from tensorboardX.summary import image, scalar
 
 from dpo_jax import files
 from dpo_jax.progress import SECONDS_BETWEEN_LINES
+from dpo_jax.streams import warn
 
 SECONDS_BETWEEN_FLUSHES = 10
 """Of TensorBoard's events: an object store receives the whole file each time."""
@@ -186,10 +186,6 @@ def last_validation(workdir: epath.PathLike) -> dict[str, float]:
 def is_validation(row: Mapping[str, float]) -> bool:
     """Whether the row holds figures of held-out pairs."""
     return any(name.startswith("validation/") for name in row)
-
-
-def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def _read(path: epath.Path) -> tuple[list[dict[str, float]], bool]:

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,7 @@ def open_run(workdir: epath.PathLike, *, allow_nonfinite: bool = False) -> Run:
     saved = read_config(workdir)
     if saved is None:
         raise FileNotFoundError(f"no training run at {workdir}: it has no config.json; train first, see dpo_jax.train")
-    config = unflatten(flatten(default_config()) | saved)
+    config = unflatten(flatten(default_config()) | _checked(saved, workdir))
     pipeline = dataclasses.replace(open_model(config, workdir), allow_nonfinite=allow_nonfinite)
     if pipeline.fingerprint() != saved["fingerprints.model"]:
         raise ValueError(f"the model in {pipeline.folder} has changed since {workdir} began; put the former one back")
@@ -103,3 +104,18 @@ def open_run(workdir: epath.PathLike, *, allow_nonfinite: bool = False) -> Run:
     item = "ema" if config.ema.decay else "params"
     params, step = restore_params(workdir, abstract_params(pipeline.trained_specs, jnp.float32, placement), item)
     return Run(config, pipeline, placement, params, step)
+
+
+def _checked(saved: dict[str, Any], workdir: epath.PathLike) -> dict[str, Any]:
+    """The fields of config.json, if those that are known have values of their types; ValueError names the others."""
+    wrong = [] if isinstance(saved.get("fingerprints.model"), str) else ["fingerprints.model: missing"]
+    for field, default in flatten(default_config()).items():
+        kinds: Any = {bool: bool, int: int, float: (int, float), str: str}.get(type(default), (list, tuple))
+        value = saved.get(field, default)
+        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
+            wrong.append(f"{field}: {value!r} instead of one such as {default!r}")
+    if wrong:
+        raise ValueError(
+            f"{epath.Path(workdir) / 'config.json'} is damaged ({'; '.join(wrong[:5])}); restore it from a backup"
+        )
+    return saved

@@ -105,6 +105,15 @@ def test_whatever_happens_to_a_file_the_state_is_right(
     assert {file.parent.name for file in skipped} >= {"d", "position", "checksums"}
 
 
+@pytest.mark.parametrize("item", ["position", "checksums"])
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"position": "2"}', '{"position": null}', "2", '{"position": 3}'])
+def test_items_that_are_other_json_are_damage(tmp_path: Path, item: str, content: str) -> None:
+    save(tmp_path, 1, 2)
+    (tmp_path / "checkpoints" / "2" / item / "metadata").write_text(content)
+    assert restore_params(tmp_path, abstract().params, "params")[1] == 1
+    assert_goes_on_from(tmp_path, 1)
+
+
 def test_without_a_whole_checkpoint_it_says_so_and_moves_nothing(tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
     for step in (1, 2):

@@ -12,6 +12,7 @@ from dpo_jax import files
 from dpo_jax.training import metrics
 from dpo_jax.training.checkpoint import Checkpoints, read_config, write_config
 from dpo_jax.training.metrics import MetricWriter, last_validation, read_metrics
+from dpo_jax.training.run import open_run
 from dpo_jax.training.step import TrainState
 
 FIELDS = {"steps": 3, "loss.beta": 5000.0, "sample.prompts": ["a red square"], "model": "tiny"}
@@ -168,3 +169,13 @@ def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name_and_an_older_one_go
     save(tmp_path, 1, 2, keep=1, fields=FIELDS)
     assert synced == [["1."], ["1", "2."]]
     assert [path.name for path in there.iterdir()] == ["2"]
+
+
+def test_fields_of_other_types_are_told_all_at_once(tmp_path) -> None:
+    """A file without a checksum, as older versions wrote it."""
+    fields = {"steps": "many", "ema.decay": None, "data.random_flip": 1, "sample.prompts": "one", "loss.beta": 5000}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"config\.json is damaged \(fingerprints.model: missing; ") as raised:
+        open_run(tmp_path)
+    assert all(field in str(raised.value) for field in fields.keys() - {"loss.beta"})
+    assert "loss.beta" not in str(raised.value)
