@@ -49,8 +49,8 @@ def run(main: Callable[[], None]) -> NoReturn:
         if TRACEBACK.value:
             raise
         if interrupts.received():
-            _fail(f"interrupted; {error}", code=interrupts.EXIT_CODE)
-        _fail(str(error), code=1)
+            _fail(f"interrupted; {_sentence(error)}", code=interrupts.EXIT_CODE)
+        _fail(_sentence(error), code=1)
     except Exception:
         if interrupts.received() and not TRACEBACK.value:  # libraries make all kinds of errors of it
             _fail("interrupted", code=interrupts.EXIT_CODE)
@@ -147,6 +147,13 @@ def _check_overrides(arguments: list[str]) -> None:
         if inside:
             hint = f"it is a group of {', '.join(inside)}"
         raise ValueError(f"the config {files[-1]} has no field {field!r}; {hint}")
+
+
+def _sentence(error: ValueError | OSError) -> str:
+    """The operating system's errors without their number, after the file that they are about."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
 
 
 def _fail(message: str, *, code: int) -> NoReturn:

@@ -157,3 +157,22 @@ def test_no_field_is_hidden_by_a_method_of_its_group():
 def test_unflatten_restores_nesting():
     config = ConfigDict({"a": {"b": {"c": 1}}, "d": "x"})
     assert unflatten(flatten(config)).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(28, "no room is left"), "no room is left"),
+        (FileNotFoundError(2, "No such file or directory", "/x"), "/x: No such file or directory"),
+        (OSError("a sentence"), "a sentence"),
+        (ValueError("a sentence"), "a sentence"),
+    ],
+)
+def test_errors_of_the_operating_system_are_told_without_their_number(error, told, monkeypatch, capsys):
+    def main() -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(SystemExit) as exited:
+        cli.run(main)
+    assert (exited.value.code, capsys.readouterr().err) == (1, f"error: {told}\n")

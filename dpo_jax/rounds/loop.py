@@ -116,6 +116,7 @@ class Rounds:
         first = int(state.step) // self._plan.updates
         if self._judges and cluster.is_first():
             self._forget(first + 1)
+        self._remove_trajectories(first - 1)  # a kill may have come before it
         if first >= MOST_IDLE:
             self._idle = None
         for folder in map(self.folder, range(first if self._statistics_R or first < MOST_IDLE else 0)):
