@@ -50,7 +50,17 @@ def run(arguments: list[str], environment: dict[str, str], marks: str, log: str)
         mark("start")  # the first step, with all that JAX traces and compiles, belongs to it
         return restored
 
+    def marked(phase: str, method):
+        def act(*arguments):
+            mark(phase)
+            method(*arguments)
+            mark("steps")
+
+        return act
+
     trainer.Checkpoints, trainer.restore = Marked, marked_restore
+    trainer.Loop._validate = marked("validate", trainer.Loop._validate)
+    trainer.Loop._sample = marked("sample", trainer.Loop._sample)
     mark("start")
     sys.argv = ["dpo_jax.train", *arguments]
     runpy.run_module("dpo_jax.train", run_name="__main__")

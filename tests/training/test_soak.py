@@ -1,4 +1,7 @@
-"""Kills runs at more than fifty moments, and each ends with the parameters of the run that nobody disturbed."""
+"""Kills runs at more than sixty moments, and each ends with all that the run has which nobody disturbed.
+
+That is its parameters, the figures of held-out pairs and the image grids, bit for bit.
+"""
 
 import itertools
 import json
@@ -17,15 +20,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from dpo_jax.training.metrics import is_validation, read_metrics
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 STEPS = 30
 FIELDS = [f"steps={STEPS}", "checkpoint.every=10", "checkpoint.keep=2", "data.batch_size=4", "data.random_crop=True"]
-FIELDS += ["validation.every=0", "sample.every=0"]
-PLAN = {"save": 18, "steps": 17, "restore": 11, "start": 6}
+FIELDS += ["validation.every=10", "validation.max_pairs=4", "sample.every=10", "sample.seeds=1", "sample.steps=2"]
+PLAN = {"save": 18, "steps": 17, "restore": 11, "start": 6, "validate": 7, "sample": 7}
 """Kills by what the run is doing then."""
-REQUIRED = {"save": 15, "steps": 15, "restore": 10, "start": 5}
-OF_TWO = 10
+REQUIRED = {"save": 15, "steps": 15, "restore": 10, "start": 5, "validate": 5, "sample": 5}
+OF_TWO = 12
 """Of them in runs of two processes. These take longer: JAX lets the first alone keep what it compiles."""
 KILLS_A_RUN = 9
 GRACE = 60
@@ -105,7 +110,12 @@ def final_state(workdir: Path) -> dict[str, bytes]:
     state = checkpointer.restore(folder / "state", args=ocp.args.PyTreeRestore(restore_args=as_arrays))
     leaves = dict(ocp.tree.to_flat_dict(state, sep="/"))
     position = json.loads((folder / "position" / "metadata").read_text())
-    return {name: np.asarray(value).tobytes() for name, value in (leaves | position).items()}
+    arrays = {name: np.asarray(value).tobytes() for name, value in (leaves | position).items()}
+    rows = [row for row in read_metrics(workdir) if is_validation(row)]
+    grids = {file.name: file.read_bytes() for file in (workdir / "samples").iterdir()}
+    assert [row["step"] for row in rows] == list(range(10, STEPS + 1, 10))
+    assert len(grids) == len(rows)
+    return arrays | grids | {f"validation of step {row['step']}": json.dumps(row).encode() for row in rows}
 
 
 class Hit(NamedTuple):
@@ -221,7 +231,7 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(
                 attempt = launcher.start(workdir, processes)
                 assert attempt.wait(900) == [0] * processes, attempt.output()
             assert final_state(workdir) == expected
-            say(f"{processes} processes: the same parameters")
+            say(f"{processes} processes: the same parameters, figures and grids")
 
     with capsys.disabled():
         print("\nkills  phase    signal   processes")
@@ -230,5 +240,5 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(
         print(f"{seen.total()} kills, {half_written} left a half-written checkpoint; {time.monotonic() - began:.0f} s")
     for phase, count in REQUIRED.items():
         assert sum(n for (where, *_), n in seen.items() if where == phase) >= count
-    assert seen.total() >= 50
+    assert seen.total() >= 60
     assert {kind for _, kind, _ in seen} == {"SIGKILL", "SIGTERM"}
