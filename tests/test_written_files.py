@@ -26,10 +26,11 @@ ALLOWED = {  # where, and why nobody can have laid a link there
     "files.py": "is what all others use",
     "data/parts.py": "fills the new folder of a part, inside the folder of unfinished work that builder.py owns",
     "data/merge.py": "fills folders inside the folder of unfinished work that builder.py owns",
-    "data/builder.py": "owns the folder of unfinished work: no link and no other user's, see _locked",
+    "data/builder.py": "owns the folder of unfinished work: no link and no other user's, see _check_own",
     "data/image_files.py": "writes what its callers name: parts.py and merge.py",
     "data/encoded.py": "fills files of random names that then take the place of the old ones",
     "data/scores.py": "fills files of random names that then take the place of the old ones",
+    "locks.py": "writes in place, to a file that it opened without following links, or to an object store",
     "rewards/outside.py": "fills a new temporary folder that only this user can enter",
 }
 WRITERS = {"write_text", "write_bytes", "tofile", "new_file", "ParquetWriter", "save_file", "NamedTemporaryFile"}
