@@ -301,6 +301,11 @@ def load_pipeline(
             f"{vae_config.latent_channels}; those that take an image beside the noise (inpainting, upscaling) can't be "
             "trained here"
         )
+    if unet_config.out_channels != unet_config.in_channels:
+        raise ValueError(
+            f"{folder}: the UNet takes {unet_config.in_channels} channels and predicts {unet_config.out_channels}; the "
+            "two must be the same"
+        )
     found = find_family(model_index, unet_config, str(weights["unet"] if unet else folder), family)
     text_encoders = []
     for encoder in found.text_encoders:
@@ -364,7 +369,7 @@ def read_model_index(folder: epath.Path) -> dict[str, Any]:
     conform(model_index, ModelIndex, str(path))
     for name, value in model_index.items():
         if isinstance(value, list):
-            conform(value, Part, f"{path}: {name}")
+            conform({name: value}, dict[str, Part], str(path))
             if not re.fullmatch(r"\w+", name):
                 raise ValueError(f"{path}: {name!r} is not the name of a component")
     check_classes(model_index, str(path))

@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+import pydantic
 
 from dpo_jax.models.config_json import Depth, Positive, Width, read_config
 
@@ -15,7 +17,7 @@ class UNetConfig:
     `from_dict` repeats it.
     """
 
-    sample_size: Width | None = None
+    sample_size: Annotated[int, pydantic.Field(ge=1, le=1024)] | None = None
     """Height and width of the latents it was trained on, the smaller of two; the network itself takes any size."""
     in_channels: Width = 4
     out_channels: Width = 4
@@ -85,6 +87,11 @@ class UNetConfig:
                     f"{where}: block_out_channels = {self.block_out_channels} do not divide into "
                     f"norm_num_groups = {self.norm_num_groups} groups"
                 )
+        if self.block_out_channels[0] % 2 or (self.addition_time_embed_dim or 0) % 2:
+            raise ValueError(
+                f"{where}: the first of block_out_channels = {self.block_out_channels} and addition_time_embed_dim = "
+                f"{self.addition_time_embed_dim} must be even: half are sines and half are cosines"
+            )
         if self.addition_embed_type not in (None, "text_time"):
             raise ValueError(
                 f"{where}: addition_embed_type = {self.addition_embed_type!r} is not supported, "

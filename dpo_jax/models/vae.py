@@ -55,6 +55,11 @@ class VAEConfig:
             types, levels = config.get(field, (block,)), len(result.block_out_channels)
             if types != [block] * levels and types != (block,) * levels:
                 raise ValueError(f"{where}: {field} = {shown(types)} is not supported, only {levels} times {block!r}")
+        if (result.in_channels, result.out_channels) != (3, 3):
+            raise ValueError(
+                f"{where}: in_channels = {result.in_channels} and out_channels = {result.out_channels} are not "
+                "supported, only 3 (RGB)"
+            )
         layers = levels * result.layers_per_block
         if not 0 < layers <= MAX_LAYERS:
             raise ValueError(

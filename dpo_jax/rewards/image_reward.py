@@ -8,8 +8,10 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from etils import epath
 from tokenizers import BertWordPieceTokenizer
 
+from dpo_jax.files import read_lines
 from dpo_jax.models.blip import ImageReward, ImageRewardConfig
 from dpo_jax.models.network import Network
 from dpo_jax.rewards import Pictures, Score, Settings
@@ -29,7 +31,7 @@ def open_image_reward(source: str, settings: Settings, config: ImageRewardConfig
     """Opens the published file, converted to .safetensors; BERT's vocab.txt beside it, or else from the hub."""
     file = find_file(source)
     vocabulary = find_beside(file, ("vocab.txt",), ("vocab.txt",), BERT) / "vocab.txt"
-    tokenizer = BertWordPieceTokenizer.from_file(str(vocabulary), lowercase=True)
+    tokenizer = BertWordPieceTokenizer(vocab=_read_vocabulary(vocabulary, config), lowercase=True)
     tokenizer.enable_truncation(MAX_TOKENS)
     tokenizer.enable_padding(length=MAX_TOKENS)
     batches = Batches(settings)
@@ -55,3 +57,16 @@ def open_image_reward(source: str, settings: Settings, config: ImageRewardConfig
         return batches(compiled, params, len(captions), rows)
 
     return score
+
+
+def _read_vocabulary(path: epath.Path, config: ImageRewardConfig) -> dict[str, int]:
+    """The number of each token of BERT's vocab.txt: that of its line. Raises ValueError where it does not fit."""
+    tokens = read_lines(path)
+    absent = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if token not in tokens]
+    if absent or not len(set(tokens)) == len(tokens) <= config.text.vocab_size:
+        problem = f"lacks {absent[0]}" if absent else f"has {len(tokens)} tokens, {len(set(tokens))} of them distinct"
+        raise ValueError(
+            f"{path} is not BERT's vocabulary of at most {config.text.vocab_size} tokens: it {problem}; take that "
+            f"of {BERT}"
+        )
+    return {token: number for number, token in enumerate(tokens)}

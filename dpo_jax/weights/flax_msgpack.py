@@ -12,10 +12,16 @@ import ml_dtypes  # noqa: F401 -- NumPy knows the name bfloat16 from it
 import numpy as np
 from etils import epath
 
+from dpo_jax.files import check_regular, what_it_is
 from dpo_jax.weights.mapped_file import fetch, open_bytes
 
 CHUNKED = "__msgpack_chunked_array__"
 ARRAY, SCALAR = 1, 3  # extensions that Flax defined
+DTYPES = (
+    *("float64", "float32", "float16", "bfloat16", "bool"),
+    *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
+)
+"""Names that files may give; NumPy knows others, such as that of arrays of Python objects."""
 
 
 def read(path: epath.Path) -> dict[str, np.ndarray]:
@@ -23,13 +29,16 @@ def read(path: epath.Path) -> dict[str, np.ndarray]:
 
     Arrays above 1 GiB, which no Stable Diffusion has, were stored in pieces that lie apart; only these are read whole.
     """
-    parser = _Parser(open_bytes(path))
+    parser = _Parser(open_bytes(check_regular(path)))
+    known = what_it_is(parser.data[:64].tobytes())
+    if known:
+        raise ValueError(f"{path} is {known}")
     try:
         arrays = dict(_arrays(parser.value()))
         if parser.position != len(parser.data):
             raise ValueError("something follows the end")
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{path} is truncated or no Flax msgpack; copy it again") from error
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path} is truncated or not a Flax msgpack file; copy it again") from error
     return arrays
 
 
@@ -96,7 +105,7 @@ class _Parser:
         kind = self._number(1)
         end = self.position + size
         shape, dtype, data = self.value()
-        if kind not in (ARRAY, SCALAR) or self.position != end:
+        if kind not in (ARRAY, SCALAR) or self.position != end or dtype not in DTYPES:
             raise ValueError("an extension that is no array")
         return data.view(np.dtype(dtype)).reshape(shape)
 

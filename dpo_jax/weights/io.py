@@ -204,7 +204,7 @@ def fingerprint(files: Iterable[epath.Path], *, places: int = 64, chunk: int = 2
     """A digest of files that others would not have: names, sizes, and `places` evenly spaced chunks of each, so that
     10 GB take no longer than 10 MB."""
     digest = hashlib.sha256()
-    for path in files:
+    for path in map(check_regular, files):
         size = path.stat().length
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

@@ -1,10 +1,13 @@
 """A model with a LoRA at any scale draws what PyTorch's pipeline draws with it."""
 
+import shutil
+
 import diffusers
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from dpo_jax.evaluation.generate import Sampling
 from dpo_jax.evaluation.opened import open_model
@@ -80,3 +83,42 @@ def test_a_lora_marks_the_model(folder):
     assert len(marks) == 3
     with pytest.raises(FileNotFoundError, match="absent"):
         open_model(str(folder / "model"), dtype=jnp.float32, lora=str(folder / "absent.safetensors"))
+
+
+def test_images_that_are_not_finite_are_an_error_or_reported(folder, tmp_path, capsys):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    file = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["conv_out.bias"][0] = np.nan
+    save_file(weights, file)
+    sampling = Sampling(1, 0.0, "ddim")
+
+    opened = open_model(str(tmp_path / "model"), dtype=jnp.float32)
+    with pytest.raises(
+        ValueError, match=r"unet/diffusion_pytorch_model.safetensors holds numbers .* in conv_out\.bias"
+    ):
+        _ = opened.unet
+
+    allowed = open_model(str(tmp_path / "model"), dtype=jnp.float32, allow_nonfinite=True)
+    drawn = allowed.generator(sampling, resolution=32, batch_size=2)(allowed.unet, ["a", "b", "c"], [5, 6, 7])
+    assert drawn.shape == (3, 32, 32, 3)
+    told = capsys.readouterr().err
+    assert "the image of 'a', seed 5 and 1 more came out black: its numbers are not finite" in told
+    assert "the image of 'c', seed 7 came out black" in told
+
+    opened = open_model(str(folder / "model"), dtype=jnp.float32)
+    generator = opened.generator(sampling, resolution=32, batch_size=2)
+    with pytest.raises(ValueError, match=r"the image of 'a', seed 5 and 1 more came out black"):
+        generator(allowed.unet, ["a", "b", "c"], [5, 6, 7])
+    generator(opened.unet, ["a"], [5])
+
+
+def test_a_model_that_is_not_finite_with_a_lora(folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    file = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["conv_in.weight"][0, 0, 0, 0] = np.inf
+    save_file(weights, file)
+    opened = open_model(str(tmp_path / "model"), dtype=jnp.float32, lora=str(folder / "lora.safetensors"))
+    with pytest.raises(ValueError, match=r"unet holds numbers that are not finite as float32 .* in conv_in\.kernel"):
+        _ = opened.unet

@@ -1,7 +1,9 @@
 """ImageReward on a small random model in the published file's layout, against PyTorch."""
 
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,3 +89,22 @@ def test_the_published_size_is_what_is_opened(published: tuple[TorchImageReward,
         open_judge(f"imagereward={file}")
     with pytest.raises(FileNotFoundError, match=r"no folder or file .*/nothing\.safetensors"):
         open_judge(f"imagereward={tmp_path}/nothing.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("[CLS]", "cls"), r"lacks \[CLS\]"),
+        (lambda text: text + "fish\n", "has 21 tokens, 20 of them distinct"),
+        (lambda text: text + "\n".join(f"w{i}" for i in range(1000)), "has 1020 tokens"),
+        (lambda text: "<!doctype html>", r"lacks \[PAD\]"),
+    ],
+)
+def test_a_vocabulary_that_does_not_fit(
+    published: tuple[TorchImageReward, Path], tmp_path: Path, change: Any, message: str
+) -> None:
+    file = tmp_path / "ImageReward.safetensors"
+    shutil.copy(published[1], file)
+    (tmp_path / "vocab.txt").write_text(change((published[1].parent / "vocab.txt").read_text()))
+    with pytest.raises(ValueError, match=rf"vocab.txt is not BERT's vocabulary .*: it {message}"):
+        open_image_reward(str(file), Settings(), SMALL)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpo_jax.rewards import JUDGES, open_judge
+from dpo_jax.rewards import JUDGES, Judge, open_judge
 
 BLACK = np.zeros((4, 6, 3), np.uint8)
 
@@ -71,3 +71,13 @@ def test_no_pictures_are_no_scores() -> None:
 def test_defaults_are_hub_ids_of_judges_that_need_something() -> None:
     for judge in JUDGES.values():
         assert not judge.default or (judge.needs and judge.default.count("/") == 1)
+
+
+@pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf])
+def test_scores_that_are_not_finite_are_refused(score: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Judge(lambda source, settings: lambda pictures, captions: np.array([1, score, score]), "broken")
+    monkeypatch.setitem(JUDGES, "broken", broken)
+    with pytest.raises(
+        ValueError, match=rf"the judge broken gave the score {score} to an image of 'b' and 1 more images"
+    ):
+        open_judge("broken").score([BLACK] * 3, ["a", "b", "c"])

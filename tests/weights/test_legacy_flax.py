@@ -128,7 +128,7 @@ def test_big_arrays_stored_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_truncated_msgpack(legacy: Path, tmp_path: Path) -> None:
     encoded = (legacy / "vae" / "diffusion_flax_model.msgpack").read_bytes()
     (tmp_path / "diffusion_flax_model.msgpack").write_bytes(encoded[:-100])
-    with pytest.raises(ValueError, match=r"diffusion_flax_model.msgpack is truncated or no Flax msgpack"):
+    with pytest.raises(ValueError, match=r"diffusion_flax_model.msgpack is truncated or not a Flax msgpack file"):
         load_params(tmp_path, {}, dtype="float32")
 
 
