@@ -34,7 +34,7 @@ IMAGES = flags.DEFINE_list("images", [], "Instead of them: folders of images, FO
 PROMPTS = flags.DEFINE_string(
     "prompts",
     None,
-    "Prompts, one a line; also .jsonl, .tsv, .json, .parquet, a folder of them, or one of our lists: "
+    "Prompts, one a line; also .jsonl, .tsv, .csv, .json, .parquet, a folder of them, or one of our lists: "
     f"{', '.join(BUNDLED)}.",
 )
 JUDGES = flags.DEFINE_list("judges", None, "Judges, NAME or NAME=what it is opened from.", required=True)

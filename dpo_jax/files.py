@@ -130,7 +130,13 @@ def decode_text(data: bytes, where: str) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         found = data[error.start : error.start + 1].hex()
         raise ValueError(f"{where}, line {line} is not valid UTF-8 (byte 0x{found}); save the file as UTF-8") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if "\0" in text:
+        place = f"{where}, line {text.count(chr(10), 0, text.index(chr(0))) + 1}"
+        known = what_it_is(data[:64])
+        reason = "has a null byte: it is damaged, or UTF-16 without a byte order mark; save the file as UTF-8"
+        raise ValueError(f"{where} is {known}" if known else f"{place} {reason}")
+    return text
 
 
 def read_lines(path: epath.PathLike) -> list[str]:

@@ -78,7 +78,8 @@ def build(output: Path) -> None:
         raise ValueError("--input is missing; name the files or folders to read")
     files = []
     for pattern in INPUT.value:
-        matches = sorted(glob.glob(pattern, recursive=True))
+        # Brackets may be part of a name.
+        matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
         if not matches:
             raise missing(pattern)
         files += [Path(match) for match in matches]

@@ -24,7 +24,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Instead of it: work directory of
 PROMPTS = flags.DEFINE_string(
     "prompts",
     None,
-    f"Prompts, one a line; also .jsonl, .tsv, .json, .parquet, or one of our lists: {', '.join(BUNDLED)}.",
+    f"Prompts, one a line; also .jsonl, .tsv, .csv, .json, .parquet, or one of our lists: {', '.join(BUNDLED)}.",
     required=True,
 )
 OUTPUT = flags.DEFINE_string("output", None, "Folder for the images.", required=True)

@@ -96,8 +96,26 @@ def decode(data: Data) -> Image.Image:
         raise DamagedImage(reason[0][:80] if reason else type(error).__name__) from error
 
 
+_UNREAD = {
+    b"%!PS": "PostScript",
+    b"%PDF": "PDF",
+    b"<svg": "SVG",
+    b"8BPS": "Photoshop",
+    b"\xff\x0a": "JPEG XL",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+}
+"""How files of formats begin that are not read."""
+_HEIF = {b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"}
+
+
 def _not_an_image(head: bytes) -> str:
     known = what_it_is(head)
+    format = next((name for sign, name in _UNREAD.items() if head.startswith(sign)), "")
+    if head[4:8] == b"ftyp" and head[8:12] in _HEIF:
+        format = "HEIC"
+    if format:
+        return f"not an image in a format that is read, but {format}; convert it to PNG or JPEG"
     return "not an image" if known is None or known.endswith("image") else f"not an image: it is {known}"
 
 

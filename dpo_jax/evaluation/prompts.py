@@ -103,7 +103,8 @@ def _table(file: epath.Path, rows: "csv.DictReader[str]") -> Iterator[Prompt]:
     try:
         columns = {name.strip().lower(): name for name in rows.fieldnames or () if name}
         if "prompt" not in columns:
-            raise ValueError(f"{file} has no column Prompt, as PartiPrompts has; it has {', '.join(columns.values())}")
+            found = " ".join(", ".join(columns.values()).split())
+            raise ValueError(f"{file} has no column Prompt, as PartiPrompts has; it has {found[:200]}")
         for index, row in enumerate(rows):
             category = row.get(columns.get("category", "")) or ""
             number = rows.line_num - 2 if rows.reader.dialect.quoting == csv.QUOTE_NONE else index

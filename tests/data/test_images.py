@@ -201,6 +201,9 @@ def test_bombs_are_refused_by_their_header() -> None:
     assert not done.stderr
 
 
+UNREAD = "not an image in a format that is read, but {}; convert it to PNG or JPEG"
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -209,7 +212,8 @@ def test_bombs_are_refused_by_their_header() -> None:
             b"version https://git-lfs.github.com/spec/v1\noid",
             "not an image: it is a Git LFS pointer, not the file itself: fetch it with git lfs pull",
         ),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", UNREAD.format("PostScript")),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", UNREAD.format("HEIC")),
         (saved(ramp(64, 64), "JPEG")[:-40], "image file is truncated"),
         (saved(Image.effect_noise((64, 64), 50))[:-99], "image file is truncated"),
         (png(0, 4, 8, 2, b""), "not an image"),

@@ -75,9 +75,14 @@ def test_pickapic_sets_impossible_labels_aside(write_pairs: Write) -> None:
 
 
 def test_pickapic_hands_null_images_on_and_reads_the_structs_of_hugging_face(write_pairs: Write) -> None:
-    structs = [{"bytes": b"x", "path": "x.jpg"}, {"bytes": None, "path": "y.jpg"}, None]
-    rows = read("pickapic", write_pairs(3, jpg_0=structs, jpg_1=[b"z", b"z", None]))
-    assert [row.images for row in rows] == [(b"z", b"x"), (None, b"z"), (None, None)]
+    paths = [(b"x", "x.jpg"), (None, None), (None, "y.jpg"), (None, "w.jpg")]
+    structs = [*({"bytes": data, "path": path} for data, path in paths), None]
+    file = write_pairs(5, jpg_0=structs, jpg_1=[b"z", b"z", b"z", b"z", None])
+    write_images(file.parent, "y.jpg")
+    rows = read("pickapic", file)
+    missing = rows.pop(3)
+    assert [row.images for row in rows] == [(b"z", b"x"), (None, b"z"), (b"z", b"y.jpg"), (None, None)]
+    assert missing == Damaged(f"{file} row 3", "no image", f"there is no {file.parent}/w.jpg")
 
 
 def test_pickapic_keeps_rows_whose_neighbours_text_is_not_utf8(write_pairs: Write) -> None:

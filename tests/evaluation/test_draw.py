@@ -10,7 +10,7 @@ from PIL import Image
 from dpo_jax.data.images import read_image
 from dpo_jax.evaluation.draw import begin_folder, draw, find_images, list_entries
 from dpo_jax.evaluation.image_folder import read_list
-from dpo_jax.evaluation.prompts import Prompt
+from dpo_jax.evaluation.prompts import Prompt, read_prompts
 
 PROMPTS = [Prompt("a red square", "shapes", 0), Prompt("a / circle", "", 1), Prompt("nothing", "", 2)]
 
@@ -112,6 +112,20 @@ def test_images_to_begin_from(tmp_path):
     (tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match=r"00000.png can't be read as an image: not an image"):
         draw(FakeGenerator(), {}, entries, tmp_path / "other", begin_from=files)
+
+
+def test_lines_that_repeat_a_prompt_begin_from_their_own_images(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a\n\na\nbcd\n")
+    folder, output = tmp_path / "from", tmp_path / "out"
+    for path in (folder, output):
+        path.mkdir()
+    for number, value in {0: 10, 2: 20, 3: 30}.items():
+        Image.new("RGB", (8, 8), (value,) * 3).save(folder / f"{number:05d}.png")
+    prompts = read_prompts(tmp_path / "prompts.txt", repeated=True)
+    files = find_images(folder, [prompt.number for prompt in prompts])
+    draw(FakeGenerator(), {}, list_entries(prompts, 5, 1), output, begin_from=files)
+    expected = {"00000_a_5.png": (1, 5, 10), "00002_a_5.png": (1, 5, 20), "00003_bcd_5.png": (3, 5, 30)}
+    assert colours(output) == expected
 
 
 def test_a_folder_is_of_one_way_of_drawing(tmp_path):

@@ -88,6 +88,8 @@ def test_every_list_is_among_the_files_that_are_installed():
         ("a.txt", b"\n \n", "has no prompt"),
         ("a.txt", b"a\nb\ncaf\xe9\n", r"a.txt, line 3 is not valid UTF-8 \(byte 0xe9\)"),
         ("a.txt", b"\x89PNG\r\n\x1a\n\0\0", "a.txt is a PNG image"),
+        ("a.txt", "a\nb".encode("utf-16-le"), "a.txt, line 1 has a null byte: it is damaged, or UTF-16 without"),
+        ("a.txt", bytes(9), "a.txt is nothing but zero bytes"),
         ("a.jsonl", b'{"prompt": "x"}\n{"text": "y"}\n', "line 2: prompt: field required"),
         ("a.jsonl", b'{"prompt": \n', "line 1 is not valid JSON"),
         ("a.jsonl", b'{"prompt": "\\ud83d"}\n', "line 1 is not valid JSON"),

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
+from dpo_jax.data.sources.paths import read_image
 from dpo_jax.data.sources.record import Chunk, Damaged, Dropped, Row, Source, Unusable, make_record, rows_a_chunk
 from dpo_jax.data.sources.values import is_unstated, number, truth
 from dpo_jax.files import check_regular, look_at
@@ -108,7 +109,7 @@ def _read(schema: Schema, chunk: Chunk) -> Iterator[Row]:
         try:
             for batch in table.iter_batches(ROWS_AT_ONCE, [group], columns, use_threads=False):
                 for i in range(len(batch)):
-                    yield _row(schema, f"{chunk.file} row {row}", batch, i)
+                    yield _row(schema, chunk.file, row, batch, i)
                     row += 1
         except ERRORS:
             pass  # pyarrow can't go on behind a damaged page, but the next row group stands alone
@@ -116,7 +117,8 @@ def _read(schema: Schema, chunk: Chunk) -> Iterator[Row]:
             yield Damaged(f"{chunk.file} row {lost}", "this part of the parquet file is damaged")
 
 
-def _row(schema: Schema, where: str, batch: pa.RecordBatch, i: int) -> Row:
+def _row(schema: Schema, file: Path, row: int, batch: pa.RecordBatch, i: int) -> Row:
+    where = f"{file} row {row}"
     values = {}
     for name in batch.schema.names:
         if schema.kinds[name] != "image":
@@ -125,12 +127,18 @@ def _row(schema: Schema, where: str, batch: pa.RecordBatch, i: int) -> Row:
                 values[name] = value.decode() if isinstance(value, bytes) else value
             except ERRORS as error:
                 return Damaged(where, "a value is not of its column's type", f"{name}: {error}")
-    return schema.row(where, values, lambda name: _bytes(batch.column(name)[i]))
+    return schema.row(where, values, lambda name: _bytes(batch.column(name)[i], file.parent))
 
 
-def _bytes(value: pa.Scalar) -> bytes | None:
-    """An image from a cell: bytes, the struct of Hugging Face's datasets, or a list of numbers from 0 to 255."""
+def _bytes(value: pa.Scalar, folder: Path) -> bytes | None:
+    """An image from a cell: bytes, the struct of Hugging Face's datasets, or a list of numbers from 0 to 255.
+
+    A struct without bytes names a file, which is looked for in `folder`.
+    """
     if isinstance(value, pa.StructScalar) and value.is_valid:
+        path = value["path"].as_py() if "path" in value else None
+        if path and not value["bytes"].is_valid:
+            return read_image(path, folder)
         value = value["bytes"]
     if not value.is_valid or not isinstance(value, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar):
         return value.as_py()
