@@ -90,12 +90,12 @@ def asked() -> dict[str, Question]:
 
 
 def export(path: Path, questions: list[str]) -> None:
-    from dpo_jax.voting.export import export
+    from dpo_jax.voting.export import describe, export
     from dpo_jax.voting.store import open_votes
 
     with open_votes(Path(OUTPUT.value)) as store:
         rows, left_out = export(store, path, questions)
-    print(f"{rows} prompts or pairs with votes were written to {path}; {left_out} lack votes for some or all images")
+    print(describe(path, rows, left_out))
     if path.suffix == ".json" and left_out:
         print("Images without a vote are null there, which D3PO's own scripts can't read; ask for their votes first")
 

@@ -8,11 +8,11 @@ import numpy as np
 from etils import epath
 from jax.typing import DTypeLike
 
+from dpo_jax.cli import flatten
 from dpo_jax.evaluation.opened import read_lora_for
 from dpo_jax.files import new_folder, write_whole
 from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.models.save import Weights, save_pipeline, save_single_file, save_unet
-from dpo_jax.training.checkpoint import read_config
 from dpo_jax.training.metrics import last_validation
 from dpo_jax.training.model import load_tokenizers_of
 from dpo_jax.training.model_card import model_card, read_result
@@ -45,7 +45,7 @@ class Tuned:
 def open_tuned(workdir: epath.PathLike, *, allow_nonfinite: bool = False) -> Tuned:
     """The newest checkpoint of a training run."""
     run = open_run(workdir, allow_nonfinite=allow_nonfinite)
-    card = {"config": read_config(workdir), "step": run.step, "validation": last_validation(workdir)}
+    card = {"config": flatten(run.config), "step": run.step, "validation": last_validation(workdir)}
     card |= {"result": read_result(workdir)}
     return Tuned(f"the model after step {run.step}", run.pipeline, run.merged, run.adapter, card, "float32")
 

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
+import pydantic
 from etils import epath
 from huggingface_hub import ModelCardData
+from typing_extensions import TypedDict
 
-from dpo_jax.files import read_json
+from dpo_jax.files import conform, read_json
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.models.save import unlike_published
 from dpo_jax.training.model_origin import Origin, public_name, without_paths
@@ -137,6 +139,7 @@ def _measured(result: Mapping[str, Any]) -> list[str]:
             f"{first['scores'][judge]['mean']:.4g} in the first round, {score['mean']:.4g} in the last, after "
             f"{last['images']} images"
             for judge, score in last["scores"].items()
+            if judge in first["scores"]
         ]
     models = result.get("settings", {}).get("models", {})
     return [
@@ -147,10 +150,46 @@ def _measured(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
+class _Comparison(TypedDict):
+    """What `dpo_jax.evaluate` writes, as far as a card tells it."""
+
+    win_rate: float
+    win_rate_low: float
+    win_rate_high: float
+    comparisons: int
+    ties: float
+    base_score: float
+    tuned_score: float
+    settings: NotRequired["_Settings"]
+
+
+class _Settings(TypedDict):
+    models: NotRequired[dict[str, str]]
+
+
+class _Score(TypedDict):
+    mean: float
+
+
+class _Round(TypedDict):
+    images: float
+    scores: dict[str, _Score]
+
+
+class _Rounds(TypedDict):
+    """What `dpo_jax.online` writes, likewise."""
+
+    rounds: Annotated[list[_Round], pydantic.Field(min_length=1)]
+
+
 def read_result(workdir: epath.PathLike) -> dict[str, Any] | None:
-    """What `dpo_jax.evaluate` or `dpo_jax.online` wrote, or None."""
+    """What `dpo_jax.evaluate` or `dpo_jax.online` wrote, or None. Raises ValueError where it is damaged."""
     path = epath.Path(workdir) / "result.json"
-    return read_json(path, dict[str, Any]) if path.exists() else None
+    if not path.exists():
+        return None
+    result: dict[str, Any] = read_json(path, dict[str, Any])
+    conform(result, _Rounds if "rounds" in result else _Comparison, str(path))
+    return result
 
 
 def _method(config: Mapping[str, Any]) -> str:

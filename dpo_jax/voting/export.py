@@ -10,10 +10,11 @@ the images' paths relative to the file, the names of their folders as models, an
 What has no vote is left out.
 
 A `.json` file is D3PO's human feedback (https://arxiv.org/abs/2311.13231): `[prompt][candidate]`, the mean score over
-raters, higher is better, null where nobody has voted. A prompt's candidates are its images from the K folders, in the
-order of --images, or the K seeds of a single folder, in the order of its list. Rows follow the first folder's list:
-with K folders each prompt and seed is a row, with a single folder each prompt of two images or more. Tags have the
-images of a prompt from all folders in a row. Pairs have no scores.
+raters, higher is better, null where nobody has voted (which `dpo_jax.online` reads and D3PO's released script does
+not). A prompt's candidates are its images from the K folders, in the order of --images, or the K seeds of a single
+folder, in the order of its list. Rows follow the first folder's list: with K folders each prompt and seed is a row,
+with a single folder each prompt of two images or more. Tags have the images of a prompt from all folders in a row.
+Pairs have no scores.
 """
 
 import json
@@ -67,6 +68,17 @@ def export(store: Store, path: Path, questions: Sequence[str] = ()) -> tuple[int
         missing = len(groups) - len(complete)
     write_whole(path, lines)
     return len(groups) - missing, missing
+
+
+def describe(path: Path, rows: int, missing: int) -> str:
+    """What `export` has written, for whoever called it."""
+    written = f"{rows} prompts or pairs with votes were written to {path}; {missing} lack votes for some or all images"
+    if path.suffix == ".json" and missing:
+        written += (
+            ". Their scores are null, which dpo_jax.online reads and D3PO's released script does not: for that script "
+            "have every image voted on first"
+        )
+    return written
 
 
 def _chosen(store: Store, votes: Sequence[Vote], questions: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from dpo_jax.models.families import FAMILIES
 from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.training.export import export, open_untrained
-from dpo_jax.training.model_card import model_card
+from dpo_jax.training.model_card import model_card, read_result
 from dpo_jax.training.model_origin import Origin, model_spec, origin_of, public_name, without_paths
 from dpo_jax.weights import safetensors_file
 
@@ -232,6 +232,9 @@ def test_single_files_of_velocity_models_say_so_to_web_uis(folder: Path, velocit
     exec(code, {"pipe": opened, "diffusers": diffusers})
     assert opened.scheduler.config.prediction_type == "v_prediction"
     assert opened.scheduler.alphas_cumprod[-1] < 1e-6
+    reopened = load_pipeline(path, dtype="float32", model_config=str(velocity))
+    assert reopened.predicts_velocity
+    assert reopened.ends_in_noise
 
 
 def test_an_exported_folder_has_the_schedule_of_the_model(velocity: Path, tmp_path: Path) -> None:
@@ -264,6 +267,23 @@ def test_figures_carry_the_step_they_were_measured_at(pipeline: Pipeline) -> Non
     assert "Measured after step 1200, on these weights." in model_card(
         facts, pipeline, "lora", "mine", "float32", Origin(None, None)
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "valid dictionary"),
+        ("{", "is not valid JSON"),
+        ("{}", r"win_rate: field required; win_rate_low: .* and \d more"),
+        ('{"rounds": []}', "rounds: list should have at least 1 item"),
+        ('{"rounds": [{"images": 1, "scores": {"a": 2}}]}', "rounds.0.scores.a: "),
+    ],
+)
+def test_a_damaged_result_names_its_file(text: str, message: str, tmp_path: Path) -> None:
+    assert read_result(tmp_path) is None
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/result.json.*{message}"):
+        read_result(tmp_path)
 
 
 @pytest.mark.parametrize(

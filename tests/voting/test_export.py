@@ -1,6 +1,7 @@
 """What is exported is read: by prepare, and as D3PO's feedback."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from dpo_jax.data import builder
 from dpo_jax.data.prepared import open_prepared
 from dpo_jax.data.sources import SOURCES
 from dpo_jax.rounds.feedback import read_feedback
-from dpo_jax.voting.export import export
+from dpo_jax.voting.export import describe, export
 from dpo_jax.voting.study import Question
 
 A, B, TIE = (1, 0), (0, 1), (0.5, 0.5)
@@ -89,6 +90,12 @@ def test_prepare_and_d3po_read_scores(survey, tmp_path, mode, answers, scores, m
     records, _ = _prepare(tmp_path / "votes.jsonl")
     assert records[0]["preference"] == sorted(records[0]["preference"], reverse=True)
     assert len(records[0]["images"]) == 3
+
+
+def test_null_in_feedback_is_told_to_users_of_d3pos_script():
+    assert "null, which dpo_jax.online reads and D3PO's released script does not" in describe(Path("f.json"), 3, 1)
+    assert "null" not in describe(Path("f.json"), 3, 0)
+    assert "null" not in describe(Path("f.jsonl"), 3, 1)
 
 
 def test_tags_become_scores_of_a_prompts_images(survey, tmp_path):
