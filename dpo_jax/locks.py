@@ -23,7 +23,7 @@ from typing import Any
 
 from etils import epath
 
-from dpo_jax.files import is_local
+from dpo_jax.files import is_local, write_whole
 from dpo_jax.processes import may_have_peers
 
 HEARTBEAT_SECONDS = 4.0
@@ -195,10 +195,12 @@ def _renew(path: epath.Path, what: object, me: dict[str, Any], descriptor: int |
 def _write(path: epath.Path, me: dict[str, Any], descriptor: int | None) -> None:
     data = (json.dumps(me | {"renewed": time.time()}) + "\n").encode()
     if descriptor is None:
-        path.write_bytes(data)
+        # What is in an object store appears when it is closed; elsewhere others must not read half of it.
+        write_whole(path, data) if is_local(path) else path.write_bytes(data)
         return
     # In place, since the lock is the file's and not the name's; spaces hide what was longer.
     os.pwrite(descriptor, data.ljust(os.fstat(descriptor).st_size), 0)
+    os.fsync(descriptor)  # for other hosts, that would not see it before the file is closed
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:
