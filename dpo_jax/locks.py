@@ -33,8 +33,19 @@ SETTLE_SECONDS = 1.0
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
-_held_here: set[str] = set()
-"""The locks of this process."""
+_held_here: dict[str, int | None] = {}
+"""The locks of this process, and where they are open."""
+
+
+def _let_go() -> None:
+    """In a forked child, which would otherwise keep the locks of a parent that was killed."""
+    for descriptor in _held_here.values():
+        if descriptor is not None:
+            os.close(descriptor)
+    _held_here.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 @contextlib.contextmanager
@@ -96,20 +107,27 @@ def locked(folder: epath.PathLike, command: str, name: str = ".lock", what: obje
     done = threading.Event()
     heart = threading.Thread(target=_renew, args=(path, what, me, descriptor, done), daemon=True)
     heart.start()
-    _held_here.add(str(path))
+    _held_here[str(path)] = descriptor
     try:
         yield
     finally:
-        _held_here.discard(str(path))
-        done.set()
-        heart.join()
-        if (_read(path) or {}).get("owner") == me["owner"]:
-            path.unlink(missing_ok=True)  # before it is let go of: who waits for it makes a new one
-        if descriptor is not None:
-            os.close(descriptor)
-        with contextlib.suppress(OSError):  # it holds what was written
-            for place in made:
-                os.rmdir(place)
+        if os.getpid() == me["process"]:  # and not a child
+            _release(path, me, descriptor, heart, done)
+            with contextlib.suppress(OSError):  # it holds what was written
+                for place in made:
+                    os.rmdir(place)
+
+
+def _release(
+    path: epath.Path, me: dict[str, Any], descriptor: int | None, heart: threading.Thread, done: threading.Event
+) -> None:
+    del _held_here[str(path)]
+    done.set()
+    heart.join()
+    if (_read(path) or {}).get("owner") == me["owner"]:
+        path.unlink(missing_ok=True)  # before it is let go of: who waits for it makes a new one
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

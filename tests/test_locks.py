@@ -67,6 +67,34 @@ def test_the_second_is_told_who_is_there_and_after_a_kill_the_next_goes_on_at_on
     assert time.monotonic() - began < 1
 
 
+FORKING = HOLDER.replace(
+    "    print(",
+    """    import os
+    if not os.fork():
+        sys.exit()
+    child = os.fork()
+    if not child:
+        time.sleep(600)
+    print(child, """,
+)
+
+
+def test_children_keep_nothing_of_a_killed_parent(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", FORKING, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    child = int(holder.stdout.readline().split()[0])
+    try:
+        with pytest.raises(BlockingIOError), locked(tmp_path, "me"):  # also not the child that has ended
+            pytest.fail("two have it")
+        holder.kill()
+        holder.wait()
+        with locked(tmp_path, "me"):
+            os.kill(child, 0)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        holder.stdout.close()
+
+
 @WAYS
 def test_one_has_it_at_a_time_and_nothing_is_left_of_it(tmp_path, monkeypatch, quick, way):
     way(monkeypatch)
