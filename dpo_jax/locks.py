@@ -23,7 +23,7 @@ from typing import Any
 
 from etils import epath
 
-from dpo_jax.files import is_local
+from dpo_jax.files import is_local, write_whole
 from dpo_jax.processes import may_have_peers
 
 HEARTBEAT_SECONDS = 4.0
@@ -33,8 +33,19 @@ SETTLE_SECONDS = 1.0
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
-_held_here: set[str] = set()
-"""The locks of this process."""
+_held_here: dict[str, int | None] = {}
+"""The locks of this process, and where they are open."""
+
+
+def _let_go() -> None:
+    """In a forked child, which would otherwise keep the locks of a parent that was killed."""
+    for descriptor in _held_here.values():
+        if descriptor is not None:
+            os.close(descriptor)
+    _held_here.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 @contextlib.contextmanager
@@ -96,20 +107,27 @@ def locked(folder: epath.PathLike, command: str, name: str = ".lock", what: obje
     done = threading.Event()
     heart = threading.Thread(target=_renew, args=(path, what, me, descriptor, done), daemon=True)
     heart.start()
-    _held_here.add(str(path))
+    _held_here[str(path)] = descriptor
     try:
         yield
     finally:
-        _held_here.discard(str(path))
-        done.set()
-        heart.join()
-        if (_read(path) or {}).get("owner") == me["owner"]:
-            path.unlink(missing_ok=True)  # before it is let go of: who waits for it makes a new one
-        if descriptor is not None:
-            os.close(descriptor)
-        with contextlib.suppress(OSError):  # it holds what was written
-            for place in made:
-                os.rmdir(place)
+        if os.getpid() == me["process"]:  # and not a child
+            _release(path, me, descriptor, heart, done)
+            with contextlib.suppress(OSError):  # it holds what was written
+                for place in made:
+                    os.rmdir(place)
+
+
+def _release(
+    path: epath.Path, me: dict[str, Any], descriptor: int | None, heart: threading.Thread, done: threading.Event
+) -> None:
+    del _held_here[str(path)]
+    done.set()
+    heart.join()
+    if (_read(path) or {}).get("owner") == me["owner"]:
+        path.unlink(missing_ok=True)  # before it is let go of: who waits for it makes a new one
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -195,10 +213,12 @@ def _renew(path: epath.Path, what: object, me: dict[str, Any], descriptor: int |
 def _write(path: epath.Path, me: dict[str, Any], descriptor: int | None) -> None:
     data = (json.dumps(me | {"renewed": time.time()}) + "\n").encode()
     if descriptor is None:
-        path.write_bytes(data)
+        # What is in an object store appears when it is closed; elsewhere others must not read half of it.
+        write_whole(path, data) if is_local(path) else path.write_bytes(data)
         return
     # In place, since the lock is the file's and not the name's; spaces hide what was longer.
     os.pwrite(descriptor, data.ljust(os.fstat(descriptor).st_size), 0)
+    os.fsync(descriptor)  # for other hosts, that would not see it before the file is closed
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:

@@ -301,9 +301,10 @@ class Rounds:
             )
         self._count_idle(undecided < total)
         if self._judges and self._idle == min(MOST_IDLE, self._config.online.rounds):
+            first = "the first round" if self._idle == 1 else f"the first {self._idle} rounds"
             raise ValueError(
-                f"by {who} no candidate of the first {self._idle} rounds is better than another, so nothing can be "
-                "learned; correct config.online.judges, or raise online.candidates, and begin another --workdir"
+                f"by {who} no candidate of {first} is better than another, so nothing can be learned; correct "
+                "config.online.judges, or raise online.candidates, and begin another --workdir"
             )
 
     def _count_idle(self, is_decided: bool) -> None:

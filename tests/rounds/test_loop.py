@@ -114,12 +114,13 @@ def test_a_task_for_people_ends_with_images_to_vote_on(online, tmp_path, capsys)
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-def test_a_judge_that_rates_all_alike_ends_the_run(online, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("rounds", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_judge_that_rates_all_alike_ends_the_run(online, tmp_path, monkeypatch, capsys, rounds):
     monkeypatch.setattr("dpo_jax.rewards.jpeg.kilobytes", lambda picture_HWC: 9.0)
-    config = online("d3po:compressibility,tiny", **{"sample.every": 0})
-    assert config.online.rounds == 2
+    config = online("d3po:compressibility,tiny", **{"sample.every": 0, "online.rounds": rounds})
     for _ in range(2):  # the second call finds what the first one noted
-        message = r"no candidate of the first 2 rounds is better than another.*correct config\.online\.judges"
+        first = "first round" if rounds == 1 else f"first {rounds} rounds"
+        message = rf"no candidate of the {first} is better than another.*correct config\.online\.judges"
         with pytest.raises(ValueError, match=message):
             learn(config, tmp_path)
     said = "".join(capsys.readouterr())

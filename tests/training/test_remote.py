@@ -1,5 +1,7 @@
 """A work directory in object storage: all goes there by one path library, but for checkpoints, which Orbax sends."""
 
+import json
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -9,6 +11,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 from tensorboardX import record_writer
 
+from dpo_jax import locks
 from dpo_jax.evaluation.report import save_png
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.training import trainer
@@ -97,3 +100,23 @@ def test_a_run_writes_all_into_the_bucket(bucket, events, tiny_config, tmp_path,
     assert "MiB a device" in (workdir / "sharding.txt").read_text()
     assert events.opened[-1].startswith("gs://bucket/runs/one/tensorboard/")
     assert latest_step(workdir) is None
+
+
+def test_a_lock_in_the_bucket(bucket, monkeypatch) -> None:
+    monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(locks, "SETTLE_SECONDS", 0.05)
+    folder, file = bucket / "run", bucket / "run" / ".lock"
+    with locks.locked(folder, "me"):
+        mine = json.loads(file.read_text())
+        time.sleep(0.3)
+        assert json.loads(file.read_text())["renewed"] > mine["renewed"]
+    assert not file.exists()
+    for ago, lives in ((0, True), (1000, False)):
+        file.write_text(json.dumps(mine | {"owner": "abc", "host": "elsewhere", "renewed": time.time() - ago}))
+        if lives:
+            message = r"^gs://bucket/run is in use by me \(process \d+ on elsewhere, since "
+            with pytest.raises(BlockingIOError, match=message), locks.locked(folder, "another"):
+                pytest.fail("two have it")
+        else:
+            with locks.locked(folder, "another"):
+                assert json.loads(file.read_text())["command"] == "another"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STEPS = 4
+STEPS = 2
 
 
 def start(workdir: Path) -> "subprocess.Popen[str]":
@@ -20,9 +20,11 @@ def start(workdir: Path) -> "subprocess.Popen[str]":
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_of_two_starts_at_once_the_second_ends_in_one_sentence_and_nothing_is_lost(tmp_path, capsys):
     """Twenty times; the time of the second counts from when the first one had the lock, with 2 starts on 2 cores."""
-    rows = []
+    with capsys.disabled():
+        print("\n  no  codes  second ended after, steps in metrics.jsonl, checkpoints")
     for number in range(20):
         workdir = tmp_path / str(number)
         processes = [start(workdir) for _ in range(2)]
@@ -46,6 +48,5 @@ def test_of_two_starts_at_once_the_second_ends_in_one_sentence_and_nothing_is_lo
         assert saved == list(range(1, STEPS + 1))
         assert not (workdir / "damaged_checkpoints").exists()
         assert not (workdir / ".lock").exists()
-        rows.append(f"{number + 1:4}  {first.returncode}  {second.returncode}  {seconds:5.1f} s  {steps}  {saved}")
-    with capsys.disabled():
-        print("\n  no  codes   second after  metrics of steps, checkpoints", *rows, sep="\n")
+        with capsys.disabled():
+            print(f"{number + 1:4}  {first.returncode}  {second.returncode}  {seconds:5.1f} s  {steps}  {saved}")
