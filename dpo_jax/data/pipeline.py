@@ -126,7 +126,7 @@ def make_iterator(
         batch_size: prompts a batch of this process; all processes together read `batch_size * shard_count`.
         caption_dropout: probability of training on the empty caption instead.
         size_conditioning: `constant` tells the model (res, res, 0, 0, res, res) as the official Diffusion-DPO trainer
-            does; `real` the original size and the crop, as diffusers' SDXL trainers do.
+            does; `real` each image's original size and its crop, as diffusers' SDXL trainers do.
         relabel: for control experiments: `swapped` reverses the order of the candidates of every record, `shuffled`
             that of half of the records, the same ones in each epoch.
         shard_index: this process; it reads positions `shard_index + n * shard_count` of the stream.

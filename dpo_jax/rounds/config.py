@@ -70,7 +70,7 @@ def online_config() -> ConfigDict:
 
     c.online = ConfigDict()
     c.online.rounds = 400  # of sampling, judging and training
-    c.online.prompts = "animals"  # a list that comes with dpo_jax, or any file that `dpo_jax.evaluate --prompts` takes
+    c.online.prompts = "ddpo_animals"  # a list that comes with dpo_jax, or a file, as `dpo_jax.evaluate --prompts`
     c.online.prompts_per_round = 20
     c.online.candidates = 2  # images of a prompt, from the same starting noise
     c.online.judges = ("jpeg_compressibility",)  # as `dpo_jax.evaluate --judges` takes them; () asks people

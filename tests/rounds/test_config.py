@@ -102,14 +102,14 @@ def test_the_configs_that_come_with_it_are_right(online, name):
 @pytest.mark.parametrize(
     ("task", "judges", "prompts", "rounds", "images"),
     [
-        ("", ("jpeg_compressibility",), "animals", 400, 40),
-        ("compressibility", ("jpeg_compressibility",), "animals", 400, 40),
-        ("incompressibility", ("jpeg_incompressibility",), "animals", 400, 40),
-        ("aesthetic", ("aesthetic",), "animals", 1000, 16),
-        ("alignment", ("pickscore",), "animal_activities", 400, 40),
+        ("", ("jpeg_compressibility",), "ddpo_animals", 400, 40),
+        ("compressibility", ("jpeg_compressibility",), "ddpo_animals", 400, 40),
+        ("incompressibility", ("jpeg_incompressibility",), "ddpo_animals", 400, 40),
+        ("aesthetic", ("aesthetic",), "ddpo_animals", 1000, 16),
+        ("alignment", ("pickscore",), "ddpo_animal_activities", 400, 40),
         ("hands", (), "hands", 5, 140),
         ("safety", (), "bundled", 5, 140),
-        ("compressibility,ddpo", ("jpeg_compressibility",), "animals", 400, 20),
+        ("compressibility,ddpo", ("jpeg_compressibility",), "ddpo_animals", 400, 20),
     ],
 )
 def test_tasks_have_the_published_judges_prompts_and_sizes(online, task, judges, prompts, rounds, images):
