@@ -83,6 +83,21 @@ def test_policy_equal_to_reference_has_loss_log_2(params):
     assert metrics["train/loss"] == pytest.approx(np.log(2), abs=1e-12)
 
 
+def test_only_training_offsets_noise_and_perturbs_inputs(params):
+    plain = make_score(encode, denoise, SCHEDULE, DPO, seed=3)
+    scores = {"plain": plain(perturbed(params), frozen_like(params), make_batch(), jnp.int32(0), training=True)}
+    for options in ({"noise_offset": 0.1}, {"input_perturbation": 0.1}):
+        score = make_score(encode, denoise, SCHEDULE, DPO, seed=3, **options)
+        held_out = score(perturbed(params), frozen_like(params), make_batch(), jnp.int32(0))
+        np.testing.assert_array_equal(held_out.error_BK, scores["plain"].error_BK)
+        name = next(iter(options))
+        scores[name] = score(perturbed(params), frozen_like(params), make_batch(), jnp.int32(0), training=True)
+        same = score(params, frozen_like(params), make_batch(), jnp.int32(0), training=True)
+        np.testing.assert_allclose(same.log_ratio_BK, 0, atol=1e-12)
+    errors = [np.asarray(one.error_BK) for one in scores.values()]
+    assert not any(np.allclose(errors[i], errors[j]) for i in range(3) for j in range(i))
+
+
 def test_swapped_candidates_negate_the_margin(params):
     batch = make_batch()
     swapped = with_images(batch, batch.inputs.images_BKHWC[:, ::-1])
