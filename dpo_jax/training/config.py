@@ -84,6 +84,7 @@ FIELDS = {
     "data.min_agreement": SHARE,
     "data.min_side": NOT_NEGATIVE,
     "data.limit": NOT_NEGATIVE,
+    "data.limit_seed": Values(at_least=-1),
     "data.relabel": Values(choices=("none", "swapped", "shuffled")),
     "data.encoded_views": Values(at_least=0, at_most=2**10),
     "data.num_workers": Values(at_least=0, at_most=2**10),
@@ -151,7 +152,7 @@ def default_config() -> ConfigDict:
     c.ema.decay = 0.0  # of the moving average of the trained weights that is then sampled and exported; 0 keeps none
 
     c.loss = ConfigDict()
-    c.loss.name = "dpo"  # "dpo", or "sft": plain denoising of the preferred image
+    c.loss.name = "dpo"  # "dpo", or "sft": plain denoising of the preferred image, or of single ones
     c.loss.beta = 5000.0  # strength of the pull towards the reference; in the unit of the published code
     c.loss.noise_offset = 0.0  # size of a further draw of the noise, one number a channel; such as 0.05
     c.loss.input_perturbation = 0.0  # size of a draw that is added to the noise, but not to be predicted; such as 0.1
@@ -172,7 +173,8 @@ def default_config() -> ConfigDict:
     c.data.generators = ()  # regular expressions: the models of both images must match one; () takes all
     c.data.min_agreement = 0.0  # lowest share of the votes for the winner, 0.5 to 1
     c.data.min_side = 0  # fewest pixels on the shorter side of both images
-    c.data.limit = 0  # train on the first this many of the pairs chosen; 0 takes all
+    c.data.limit = 0  # train on this many of the pairs chosen; 0 takes all
+    c.data.limit_seed = -1  # which ones: -1 takes the first; any other number draws them, always the same
     c.data.relabel = "none"  # control experiments: "swapped" or "shuffled" labels
     c.data.encoded_views = 0  # train from what `prepare --encode` stored: this many views of each image; 0 from images
     c.data.num_workers = 0  # threads on each host that read and decode; 0: two a core, at most 8

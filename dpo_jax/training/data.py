@@ -107,7 +107,15 @@ def open_validation_batches(config: ConfigDict, derived: Derived, inputs: Inputs
 
 def _training_pairs(config: ConfigDict) -> Pairs:
     data = config.data
-    return open_pairs(data.path, "train", ties=data.ties, labels=data.labels, limit=data.limit, **_choices(config))
+    return open_pairs(
+        data.path,
+        "train",
+        ties=data.ties,
+        labels=data.labels,
+        limit=data.limit,
+        limit_seed=data.limit_seed,
+        **_choices(config),
+    )
 
 
 def _validation_pairs(config: ConfigDict) -> Pairs:
@@ -124,6 +132,7 @@ def _choices(config: ConfigDict) -> dict[str, Any]:
         "generators": data.generators,
         "min_agreement": data.min_agreement,
         "min_side": data.min_side,
+        "liked_images": config.loss.name == "sft",
     }
 
 

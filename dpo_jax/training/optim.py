@@ -21,9 +21,9 @@ def learning_rate_schedule(
 ) -> optax.Schedule:
     """The learning rate as a function of the steps already made, as `diffusers.optimization.get_scheduler` has it.
 
-    `constant` ignores the other arguments. All others rise linearly from 0, so that the very first step changes nothing,
-    then stay (`constant_with_warmup`), or fall until `total_steps`: to 0 along a line (`linear`), half a cosine
-    (`cosine`) or several of them one after the other (`cosine_with_restarts`: `cycles`); or to 1e-7 along
+    `constant` ignores the other arguments. All others rise linearly from 0, so that the very first step changes
+    nothing, then stay (`constant_with_warmup`), or fall until `total_steps`: to 0 along a line (`linear`), half a
+    cosine (`cosine`) or several of them one after the other (`cosine_with_restarts`: `cycles`); or to 1e-7 along
     `(1 - progress) ** power` (`polynomial`).
     """
     end = min(1.0, POLYNOMIAL_END / learning_rate)  # as a share of the learning rate

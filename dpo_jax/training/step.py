@@ -162,7 +162,7 @@ def make_train_step(
         preference_BK = batch.preference_BK[:, : scores.log_ratio_BK.shape[1]]
         loss_B = objective.loss(scores, preference_BK)
         metrics = {"train/loss": loss_B} | objective.metrics(scores, preference_BK)
-        weight_B = prompt_weights(batch)
+        weight_B = prompt_weights(batch, objective)
         sums = {name: jnp.sum(value * weight_B) for name, value in metrics.items()}
         return sums["train/loss"], sums
 
@@ -182,7 +182,7 @@ def make_train_step(
             add = jax.tree_util.Partial(jax.tree.map, jnp.add)
             (grads, sums), _ = jax.lax.scan(lambda total, one: (add(total, of_batch(one)), None), zeros, micro)
 
-        weight = jnp.sum(prompt_weights(batch))
+        weight = jnp.sum(prompt_weights(batch, objective))
         total_weight = jnp.maximum(weight, 1e-8)
         grads, metrics = jax.tree.map(lambda x: x / total_weight.astype(x.dtype), (grads, sums))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -209,7 +209,7 @@ def moving_average(ema: Params, params: Params, step: jax.Array, decay: float) -
 
 
 def make_eval_step(
-    score: Score,
+    score: Score, objective: Objective
 ) -> Callable[[Params, Frozen, PreferenceBatch, jax.Array], tuple[Metrics, jax.Array]]:
     """`evaluate(params, frozen, batch, draw_number) -> (weighted sums, total weight)`, no gradient."""
 
@@ -217,15 +217,15 @@ def make_eval_step(
         params: Params, frozen: Frozen, batch: PreferenceBatch, number: jax.Array
     ) -> tuple[Metrics, jax.Array]:
         scores = score(params, frozen, batch, number)
-        metrics, weight_B = score_metrics(scores, batch.preference_BK), prompt_weights(batch)
+        metrics, weight_B = score_metrics(scores, batch.preference_BK), prompt_weights(batch, objective)
         return {name: jnp.sum(value * weight_B) for name, value in metrics.items()}, jnp.sum(weight_B)
 
     return evaluate
 
 
-def prompt_weights(batch: PreferenceBatch) -> jax.Array:
-    """weight_B, 0 where a candidate is only padding."""
-    return batch.weight_B * batch.valid_BK.all(axis=1)
+def prompt_weights(batch: PreferenceBatch, objective: Objective) -> jax.Array:
+    """weight_B, 0 where a candidate that the objective looks at is only padding."""
+    return batch.weight_B * batch.valid_BK[:, : objective.num_candidates].all(axis=1)
 
 
 def keep_candidates(batch: PreferenceBatch, count: int | None) -> PreferenceBatch:

@@ -363,6 +363,20 @@ def test_labels_and_ties(mixed: Path) -> None:
     assert single == {name: ([float(name != "disliked")], 1.0) for name in ("soft", "seven", "liked", "disliked")}
 
 
+def test_single_images_that_were_liked(mixed: Path) -> None:
+    """They are rows with a candidate that is only padding."""
+    rows = rows_by_caption(mixed, liked_images=True)
+    assert rows.keys() == {"soft", "seven", "liked"}
+    assert {name: row.valid_BK.tolist() for name, row in rows.items()} == {
+        "soft": [True, True],
+        "seven": [True, True],
+        "liked": [True, False],
+    }
+    assert rows["liked"].inputs.images_BKHWC[:, 0, 0, 0].tolist() == [30, 0]
+    assert rows["liked"].preference_BK.tolist() == [1, 0]
+    assert rows["liked"].weight_B == 1
+
+
 def test_best_and_worst_are_kept_of_more_candidates(mixed: Path) -> None:
     for number, reds in ((1, [20]), (2, [20, 26]), (3, [20, 21, 26]), (7, list(range(20, 27)))):
         row = rows_by_caption(mixed, num_candidates=number)["seven"]

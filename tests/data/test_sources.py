@@ -358,6 +358,19 @@ def test_liked(tmp_path: Path) -> None:
     ]
 
 
+def test_captioned_folder(tmp_path: Path) -> None:
+    write_images(tmp_path, "1.png", "2.webp", "3.png", "notes.md", "more/4.png")
+    (tmp_path / "1.txt").write_text("a cat\n")
+    (tmp_path / "2.txt").write_text("a dog")
+    assert read("captioned_folder", tmp_path) == [
+        Record(f"{tmp_path}/1.png", "a cat", (b"1.png",), (1.0,), ("",)),
+        Record(f"{tmp_path}/2.webp", "a dog", (b"2.webp",), (1.0,), ("",)),
+        Dropped(f"{tmp_path}/3.png", "without caption"),
+    ]
+    with pytest.raises(ValueError, match=r"1\.png should be a folder of images"):
+        SOURCES["captioned_folder"].chunks([tmp_path / "1.png"])
+
+
 @pytest.mark.parametrize(("name", "places"), [("pairs_folder", ("w", "l")), ("liked", ("liked", "disliked"))])
 def test_a_folder_is_listed_once_for_all_its_chunks(
     tmp_path: Path, name: str, places: tuple[str, str], monkeypatch: pytest.MonkeyPatch

@@ -124,7 +124,7 @@ def test_offset_noise_adds_one_number_for_all_cells_of_a_channel():
 
 def test_a_perturbed_input_is_noisier_than_what_is_to_be_predicted(x64):
     """x_t of `noise + size * draw` for all candidates of a prompt; the target is `noise`."""
-    latents_BKHWC, noise_BHWC, t_B, conditioning = inputs()
+    latents_BKHWC, noise_BHWC, t_B, _ = inputs()
     perturbed_BHWC = perturb(jax.random.key(1), jnp.arange(B), noise_BHWC, 0.1)
     drawn_BHWC = (perturbed_BHWC - noise_BHWC) / 0.1
     assert drawn_BHWC.std() == pytest.approx(1, abs=0.2)

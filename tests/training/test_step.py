@@ -128,6 +128,17 @@ def test_weight_zero_gives_no_gradient(params):
         assert not np.allclose(half.params[name], params[name], rtol=1e-9)
 
 
+def test_sft_trains_on_single_images_and_dpo_does_not(params):
+    """Their second candidate is only padding."""
+    batch = make_batch()
+    singles = batch._replace(valid_BK=np.tile([True, False], (8, 1)))
+    of_pairs, of_singles = (run(params, b, objective=SFT)[0] for b in (batch, singles))
+    jax.tree.map(np.testing.assert_array_equal, of_pairs.params, of_singles.params)
+    assert not np.array_equal(of_singles.params["in"], params["in"])
+    of_dpo, _ = run(params, singles, reference=perturbed(params))
+    jax.tree.map(np.testing.assert_array_equal, of_dpo.params, params)
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_batch_without_weight_is_no_update(params, accumulation):
     """Neither of weights and their average, nor of momentum and the counts of the optimizer."""
