@@ -78,7 +78,8 @@ def online_config() -> ConfigDict:
     c.online.sampler = "ddim"  # or another one that adds noise: "euler_ancestral"
     c.online.sampling_steps = 20
     c.online.eta = 1.0  # DDIM: share of fresh noise; above 0, or steps would have no probability
-    c.online.guidance = 5.0  # in sampling and in training
+    c.online.guidance = 5.0  # in sampling and, unless the next field says otherwise, in training
+    c.online.train_guided = True  # False compares policy and reference without guidance, for half of the evaluations
     c.online.prompts_at_a_time = 5  # sampled together, with all their candidates
     c.online.branching = False  # SPO: candidates part at every step and are judged there; a random one goes on
     c.online.branch_after = 0.0  # share of the steps before that, which are ordinary and not trained on
@@ -221,6 +222,12 @@ def check(config: ConfigDict) -> None:
                     f"config.{field}={value} names a reference, and with {why} no network is one; leave it out, or "
                     'take loss.name="d3po" with online.reference="initial"'
                 )
+    if not online.train_guided and not needs_reference(config):
+        raise ValueError(
+            "config.online.train_guided=False compares with the probabilities that guided sampling stored, and with "
+            f'online.reference="{online.reference}" or loss.name="{config.loss.name}" nothing else; set '
+            'online.train_guided=True, or loss.name="d3po" with online.reference="initial"'
+        )
     if online.latent_judge and not online.branching:
         raise ValueError("config.online.latent_judge judges single steps; set config.online.branching=True")
     if online.branching and config.loss.name != "d3po" and online.advantage == "prompt":

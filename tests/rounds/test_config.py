@@ -78,6 +78,11 @@ PUBLISHED = {"data.batch_size": 1, "data.accumulation": 20, "online.prompts_per_
         ({"online.branching": True, "online.update_by": "pair"}, r'update_by="pair" is D3PO.*for branching'),
         ({"online.branching": True, "loss.name": "ddpo"}, r'candidates of a step, and ddpo .*advantage="group"'),
         ({"online.branching": True, "online.judges": ()}, r"branching judges at every step, which people can't"),
+        (
+            {"online.train_guided": False, "online.reference": "round"},
+            r'train_guided=False compares .* online\.reference="round".* nothing else; set online\.train_guided=True',
+        ),
+        ({"online.train_guided": False, "loss.name": "ddpo"}, r'train_guided=False .* loss\.name="ddpo" nothing else'),
         ({"online.latent_judge": "a:b"}, r"latent_judge judges single steps; set config\.online\.branching=True"),
         ({"attention": "cudnn"}, r'attention="cudnn" takes bfloat16'),
     ],
