@@ -43,6 +43,7 @@ FIELDS = NETWORK_FIELDS | {
     "online.margin": NOT_ALL,
     "online.timesteps": Values(above=0, at_most=1),
     "online.epochs": COUNT,
+    "online.evaluate_every": NOT_NEGATIVE,
     "online.update_by": Values(choices=("prompt", "pair")),
     "online.reference": Values(choices=("initial", "round")),
     "online.clip": Values(above=0, below=1),
@@ -81,6 +82,8 @@ def online_config() -> ConfigDict:
     c.online.guidance = 5.0  # in sampling and, unless the next field says otherwise, in training
     c.online.train_guided = True  # False compares policy and reference without guidance, for half of the evaluations
     c.online.prompts_at_a_time = 5  # sampled together, with all their candidates
+    c.online.evaluate_every = 0  # rounds between two evaluations, also after the last; 0 makes none
+    c.online.evaluation_prompts = "bundled"  # prompts to evaluate by, as online.prompts: others than those trained on
     c.online.branching = False  # SPO: candidates part at every step and are judged there; a random one goes on
     c.online.branch_after = 0.0  # share of the steps before that, which are ordinary and not trained on
     # LPO: such candidates are judged as latents by the implicit reward of two UNets, TUNED:REFERENCE; TUNED alone is
@@ -222,6 +225,11 @@ def check(config: ConfigDict) -> None:
                     f"config.{field}={value} names a reference, and with {why} no network is one; leave it out, or "
                     'take loss.name="d3po" with online.reference="initial"'
                 )
+    if online.evaluate_every and not online.judges:
+        raise ValueError(
+            f"config.online.evaluate_every={online.evaluate_every} asks judges, and online.judges names none; set "
+            "evaluate_every=0 where people judge"
+        )
     if not online.train_guided and not needs_reference(config):
         raise ValueError(
             "config.online.train_guided=False compares with the probabilities that guided sampling stored, and with "

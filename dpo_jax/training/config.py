@@ -41,6 +41,8 @@ FREE_TO_CHANGE = (
     "online.rounds",
     "online.prompts",
     "online.prompts_at_a_time",
+    "online.evaluate_every",
+    "online.evaluation_prompts",
     "online.latent_judge",
 )
 

@@ -83,6 +83,10 @@ PUBLISHED = {"data.batch_size": 1, "data.accumulation": 20, "online.prompts_per_
             r'train_guided=False compares .* online\.reference="round".* nothing else; set online\.train_guided=True',
         ),
         ({"online.train_guided": False, "loss.name": "ddpo"}, r'train_guided=False .* loss\.name="ddpo" nothing else'),
+        (
+            {"online.evaluate_every": 2, "online.judges": ()},
+            r"evaluate_every=2 asks judges, and online\.judges names none",
+        ),
         ({"online.latent_judge": "a:b"}, r"latent_judge judges single steps; set config\.online\.branching=True"),
         ({"attention": "cudnn"}, r'attention="cudnn" takes bfloat16'),
     ],
