@@ -220,6 +220,11 @@ class NothingChosenError(ValueError):
     """A data set has no record that a choice leaves."""
 
 
+def lines_of(caption: str) -> list[str]:
+    """The lines of a caption that hold text, each a caption of its own; the caption itself where none does."""
+    return [line.strip() for line in caption.split("\n") if line.strip()] or [caption]
+
+
 def select(
     prepared: Prepared,
     *,

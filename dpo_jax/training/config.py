@@ -167,6 +167,7 @@ def default_config() -> ConfigDict:
     c.data.random_crop = False  # otherwise the centre; always the same for the images of a pair
     c.data.random_flip = True  # horizontal; always the same for the images of a pair
     c.data.caption_dropout = 0.2  # share of captions replaced by the empty one
+    c.data.caption_lines = False  # each line of a caption is a caption of its own, one of them drawn every time
     c.data.size_conditioning = "constant"  # SDXL's size input: "constant" (resolution, no crop) or "real"
     c.data.ties = "drop"  # pairs without a winner: or "zero_weight" (no part in the loss) or "soft" (1/2 each)
     c.data.labels = "hard"  # the winner takes all, or "soft": the shares of the votes as the data set states them

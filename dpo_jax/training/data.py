@@ -65,6 +65,7 @@ def encoding_facts(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
         "resolution": data.resolution,
         "views": [view._asdict() for view in views],
         "data": data_fingerprint(data.path),
+        **({"caption_lines": True} if data.caption_lines else {}),  # what was stored before there was a choice has none
     }
 
 
@@ -140,6 +141,7 @@ def _options(config: ConfigDict) -> dict[str, Any]:
     """What training and validation batches have in common."""
     return {
         "size_conditioning": config.data.size_conditioning,
+        "caption_lines": config.data.caption_lines,
         "shard_index": jax.process_index(),
         "shard_count": jax.process_count(),
     }

@@ -247,12 +247,18 @@ def test_jsonl(tmp_path: Path) -> None:
         {"prompt": "p", "images": paths[:3], "ranks": [2, 1, 2], "captions": ["a", "b", "c"]},
         {"prompt": "p", "images": paths[:2]},
         {"images": paths[:2], "preferred": 0},
+        {"prompt": ["a cat", "a\n black cat "], "images": paths[:2], "preferred": 0},
+        {"prompt": ["a cat", " "], "images": paths[:2], "preferred": 0},
     )
-    pair, seven, own, unlabelled, untold = read("jsonl", file)
+    pair, seven, own, unlabelled, untold, several, one_is_empty = read("jsonl", file)
     assert pair == Record(f"{file} row 0", "p", (b"im/1.png", b"im/0.png"), (1.0, 0.0), ("", "x"))
     assert seven.images == tuple(f"im/{i}.png".encode() for i in (5, 6, 4, 3, 2, 1, 0))
     assert seven.preference == pytest.approx([k / 21 for k in (6, 5, 4, 3, 2, 1, 0)])
     assert (own.images, own.captions) == ((b"im/1.png", b"im/0.png", b"im/2.png"), ("b", "a", "c"))
+    assert isinstance(several, Record)
+    assert several.caption == "a cat\na black cat"
+    assert isinstance(one_is_empty, Damaged)
+    assert one_is_empty.reason == '"prompt" is a list that has something else than captions'
     assert (unlabelled, untold) == (Dropped(f"{file} row 3", "unlabelled"), Dropped(f"{file} row 4", "without caption"))
 
 
