@@ -3,7 +3,8 @@
 Tasks: `:compressibility` (the default, as in the released code), `:incompressibility` (exact rewards), `:aesthetic` and
 `:alignment` (prompt and image, by PickScore), and by people `:hands` (distortion) and `:safety`. Methods: `:ddpo`,
 `:dpok`, `:grpo`, `:spo` and `:lpo`; without one D3PO. A task with a judge and a method are named with a comma,
-`configs/d3po.py:alignment,ddpo`; tasks for people are D3PO's. `:tiny` runs any of them in seconds.
+`configs/d3po.py:alignment,ddpo`; tasks for people are D3PO's, but with lists of prompts
+of our own. `:tiny` runs any of them in seconds.
 """
 
 import functools
@@ -18,7 +19,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c = online_config()
     c.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     c.online.judges = ("jpeg_compressibility",)
-    c.online.prompts = "animals"
+    c.online.prompts = "ddpo_animals"  # the released code's "simple_animals"
     c.online.prompts_per_round = 20  # x 2 candidates: 40 images, and an update for each prompt
     c.online.rounds = 400
     variants = {
@@ -57,7 +58,7 @@ def incompressibility(c: ConfigDict) -> None:
 def alignment(c: ConfigDict) -> None:
     """Judged by PickScore here, by people in the paper; `--config.online.judges="()"` asks them."""
     c.online.judges = ("pickscore",)
-    c.online.prompts = "animal_activities"  # DDPO's for this task
+    c.online.prompts = "ddpo_animal_activities"  # DDPO's for this task
 
 
 def people(c: ConfigDict) -> None:

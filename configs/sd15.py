@@ -26,7 +26,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def lora(c: ConfigDict) -> None:
-    """diffusers' train_diffusion_dpo.py with the arguments of its README."""
+    """diffusers' train_diffusion_dpo.py with the arguments of its README, but for 8-bit AdamW and float16.
+
+    The script crops and mirrors the two images of a pair independently; here they share both.
+    """
     c.lora.rank = 8  # alpha = rank; queries, keys, values and outputs of every attention
     c.lora.initializer = "gaussian"
     c.data.batch_size = 32  # the script's 16 x 2 accumulated

@@ -18,7 +18,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.accumulation = 64  # 1 pair at a time on each of 32 devices; a pair takes about 8 GiB beside the model
     c.data.caption_dropout = 0.2
     c.loss.beta = 5000.0
-    c.steps = 2000  # the published checkpoint is the best of one every 200 steps
+    c.steps = 2000  # the released launcher saves a checkpoint every 200
     c.optimizer.name = "adafactor"  # a second AdamW moment of 2.6 billion parameters would not fit beside the rest
     c.optimizer.learning_rate = 1e-8  # x 2048 = 2.048e-5
     c.optimizer.scale_by_batch = True
@@ -30,14 +30,19 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def lora(c: ConfigDict) -> None:
-    """diffusers' train_diffusion_dpo_sdxl.py with the arguments of its README."""
+    """diffusers' train_diffusion_dpo_sdxl.py with the arguments of its README, but for 8-bit AdamW and float16.
+
+    The script resizes the second image of a pair to the size of the first, and tells the model that size for both. Here
+    each image is resized by itself, and the model is told its own size.
+    """
+    c.vae_dtype = "float32"  # as the script's VAE always is
     c.lora.rank = 8  # alpha = rank; queries, keys, values and outputs of every attention
     c.lora.initializer = "gaussian"
     c.data.batch_size = 16  # the script's 8 x 2 accumulated
     c.data.accumulation = 16  # 1 pair at a time, for one GPU; divide it by the number of devices
     c.data.caption_dropout = 0.0  # the script has none
-    c.data.size_conditioning = "real"  # the script's; the published full run has the constant
-    c.loss.beta = 5000.0  # the script's 2500, whose loss is written without the factor 1/2
+    c.data.size_conditioning = "real"  # sizes and crops, as in the script; the published full run has the constant
+    c.loss.beta = 5000.0  # the script's default; its loss has the factor 1/2, as ours
     c.steps = 2000
     c.optimizer.name = "adamw"  # an adapter's moments are small
     c.optimizer.learning_rate = 1e-5

@@ -32,13 +32,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def lora(c: ConfigDict) -> None:
-    """diffusers' train_diffusion_dpo_sdxl.py --is_turbo with the arguments of its README."""
+    """diffusers' train_diffusion_dpo_sdxl.py --is_turbo with the arguments of its README; see configs/sdxl.py."""
+    c.vae_dtype = "float32"  # as the script's VAE always is
     c.lora.rank = 8
     c.lora.initializer = "gaussian"
     c.data.batch_size = 16  # the script's 8 x 2 accumulated
     c.data.accumulation = 4  # 4 pairs at a time, for one GPU; divide it by the number of devices
     c.data.size_conditioning = "real"
-    c.loss.beta = 5000.0  # the script's 2500, whose loss is written without the factor 1/2
+    c.loss.beta = 5000.0  # the script's default; its loss has the factor 1/2, as ours
     c.steps = 2000
     c.optimizer.name = "adamw"
     c.optimizer.learning_rate = 1e-5

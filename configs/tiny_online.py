@@ -22,6 +22,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.accumulation = 1
     c.online.rounds = 15
     c.online.prompts = "tiny_train"
+    c.online.evaluation_prompts = "tiny_heldout"
     c.online.prompts_per_round = 32
     c.online.prompts_at_a_time = 16
     c.online.candidates = 4

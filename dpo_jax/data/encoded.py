@@ -35,7 +35,7 @@ from etils import epath
 from dpo_jax import files
 from dpo_jax.data import checksums, table_checks
 from dpo_jax.data.images import View
-from dpo_jax.data.prepared import Prepared
+from dpo_jax.data.prepared import Prepared, lines_of
 from dpo_jax.data.scores import map_table
 from dpo_jax.weights import safetensors_file
 from dpo_jax.weights.mapped_file import read_into
@@ -333,11 +333,16 @@ def choose_views(count: int, *, random_crop: bool, random_flip: bool) -> list[Vi
     return views
 
 
-def distinct_captions(prepared: Prepared) -> pa.Array:
-    """All captions that training may ask for, sorted: those of records, of single candidates, and the empty one."""
+def distinct_captions(prepared: Prepared, *, caption_lines: bool = False) -> pa.Array:
+    """All captions that training may ask for, sorted: those of records, of single candidates, and the empty one.
+
+    With `caption_lines` their lines take their place.
+    """
     columns = [prepared.records["caption"], pc.list_flatten(prepared.records["captions"])]
     captions = pa.chunked_array([*(chunk for column in columns for chunk in column.chunks), pa.array([""])])
     captions = pc.unique(captions.drop_null())
+    if caption_lines:
+        captions = pa.array({line for caption in captions.to_pylist() for line in lines_of(caption)}, pa.string())
     return captions.take(pc.sort_indices(captions))
 
 

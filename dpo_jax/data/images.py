@@ -31,8 +31,9 @@ class View(NamedTuple):
     """Where candidates of a prompt are cropped and whether they are mirrored; shared, so that no candidate is favoured.
 
     `top` and `left` are fractions in [0, 1) of the room that the resized image leaves; None takes the centre. What is
-    mirrored is so before the crop, as in the official Diffusion-DPO trainer and diffusers' SDXL trainers. Here it is
-    only cut from the other side: to mirror the square is left to who encodes it, see `encode.images.mirror`.
+    mirrored is so before the crop, as in diffusers' SDXL trainers. The official Diffusion-DPO trainer crops first, so
+    that a central crop lies one column further where the room is odd; random crops are alike. Here the square is only
+    cut from the other side: to mirror it is left to who encodes it, see `encode.images.mirror`.
     """
 
     top: float | None = None

@@ -24,7 +24,7 @@ from dpo_jax.data import images
 from dpo_jax.data.encoded import DamagedEncoding
 from dpo_jax.data.inputs import Draws, Inputs, Row
 from dpo_jax.data.memory import Pool
-from dpo_jax.data.prepared import MAX_DAMAGED, Prepared, Ties, open_prepared, select
+from dpo_jax.data.prepared import MAX_DAMAGED, Prepared, Ties, lines_of, open_prepared, select
 from dpo_jax.data.scores import Combine
 from dpo_jax.progress import warn_once
 
@@ -113,6 +113,7 @@ def make_iterator(
     seed: int,
     caption_dropout: float = 0.0,
     size_conditioning: SizeConditioning = "constant",
+    caption_lines: bool = False,
     relabel: Relabel = "none",
     shard_index: int = 0,
     shard_count: int = 1,
@@ -126,7 +127,9 @@ def make_iterator(
         batch_size: prompts a batch of this process; all processes together read `batch_size * shard_count`.
         caption_dropout: probability of training on the empty caption instead.
         size_conditioning: `constant` tells the model (res, res, 0, 0, res, res) as the official Diffusion-DPO trainer
-            does; `real` the original size and the crop, as diffusers' SDXL trainers do.
+            does; `real` each image's original size and its crop, as diffusers' SDXL trainers do.
+        caption_lines: each line of a caption is one of several captions, of which one is drawn every time, the same one
+            for all candidates that share them; in validation it is the first.
         relabel: for control experiments: `swapped` reverses the order of the candidates of every record, `shuffled`
             that of half of the records, the same ones in each epoch.
         shard_index: this process; it reads positions `shard_index + n * shard_count` of the stream.
@@ -135,7 +138,7 @@ def make_iterator(
     """
     if relabel != "none":
         pairs = _Relabelled(pairs, seed if relabel == "shuffled" else None)
-    rows = _Rows(inputs, pairs, size_conditioning, caption_dropout)
+    rows = _Rows(inputs, pairs, size_conditioning, caption_lines, caption_dropout)
     # Only numbers of records go through Grain: it would measure the size of all that a record holds.
     order = grain.MapDataset.range(len(pairs)).seed(seed).shuffle().repeat(None)
 
@@ -152,6 +155,7 @@ def validation_batches(
     *,
     batch_size: int,
     size_conditioning: SizeConditioning = "constant",
+    caption_lines: bool = False,
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> "BatchIterator":
@@ -165,7 +169,7 @@ def validation_batches(
     def samples(positions: range) -> list[Sample]:
         return [Sample(at, at % len(pairs), counts=at < len(pairs)) for at in positions]
 
-    rows = _Rows(inputs, pairs, size_conditioning)
+    rows = _Rows(inputs, pairs, size_conditioning, caption_lines)
     return BatchIterator(samples, padded, rows, batch_size, shard_index, shard_count)
 
 
@@ -412,6 +416,7 @@ class _Rows:
     inputs: Inputs
     pairs: Pairs
     size_conditioning: SizeConditioning
+    caption_lines: bool = False
     caption_dropout: float = 0.0
 
     def plan(self, samples: Sequence[Sample]) -> tuple[dict[str, np.ndarray], list[Row]]:
@@ -438,7 +443,15 @@ class _Rows:
         captions = record["captions"] + [""] * (self.pairs.num_captions - len(record["captions"]))
         if sample.drop_caption < self.caption_dropout:
             captions = [""] * len(captions)
+        elif self.caption_lines:
+            captions = [self._line(caption, sample) for caption in captions]
         return Row(number, sample.number, record, captions, sample.draws)
+
+    def _line(self, caption: str, sample: Sample) -> str:
+        """Drawn by what is left of the number that has kept the caption: uniform from the dropout to 1."""
+        lines = lines_of(caption)
+        share = (sample.drop_caption - self.caption_dropout) / (1 - self.caption_dropout)
+        return lines[0 if sample.draws is None else int(share * len(lines))]
 
     def allocate(self, pool: Pool, batch_size: int) -> Raw | Encoded:
         return self.inputs.allocate(pool, batch_size, self.pairs.num_candidates, self.pairs.num_captions)

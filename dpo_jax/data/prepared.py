@@ -220,6 +220,11 @@ class NothingChosenError(ValueError):
     """A data set has no record that a choice leaves."""
 
 
+def lines_of(caption: str) -> list[str]:
+    """The lines of a caption that hold text, each a caption of its own; the caption itself where none does."""
+    return [line.strip() for line in caption.split("\n") if line.strip()] or [caption]
+
+
 def select(
     prepared: Prepared,
     *,
@@ -229,7 +234,9 @@ def select(
     min_agreement: float = 0.0,
     min_side: int = 0,
     num_candidates: int = 2,
+    liked_images: bool = False,
     limit: int = 0,
+    limit_seed: int = -1,
 ) -> np.ndarray:
     """Which records to use: their indices, ascending. With more than one candidate wanted, single images stay out.
 
@@ -239,7 +246,9 @@ def select(
         min_agreement: lowest share of the best candidate against the worst, 0.5 for a tie.
         min_side: lowest number of pixels on the shorter side of every candidate.
         num_candidates: as in `Prepared.record`; the last three filters look only at the candidates kept.
-        limit: at most this many, the first ones; 0 means all.
+        liked_images: single images that were liked are used all the same; those that were disliked never are then.
+        limit: at most this many; 0 means all.
+        limit_seed: which ones: -1 takes the first, any other number draws them, always the same for the same number.
 
     Of records that are ordered by judges, only those that all of the judges scored are used.
 
@@ -275,7 +284,9 @@ def select(
     filters = {f"in the split {split}": pc.equal(records["split"], split).to_numpy()}
     if prepared.judges:
         filters[f"with scores by {' and '.join(prepared.judges)}"] = prepared.scored_N
-    if num_candidates > 1:
+    if liked_images:
+        filters["with several images or one that was liked"] = ~single_N | (best_N > 0)
+    elif num_candidates > 1:
         filters["with several images"] = ~single_N
     if ties == "drop":
         filters["without ties"] = untied_N
@@ -294,9 +305,16 @@ def select(
     trained_on_N = passed_N & untied_N if ties == "zero_weight" else passed_N
     if not trained_on_N.any():
         what = "nothing but ties" if passed_N.any() else "nothing"
-        raise NothingChosenError(f"{what} is left of {prepared.folder}: {', then '.join(left)}; loosen the choice")
+        hint = "loosen the choice"
+        if (single_N & (best_N > 0)).any() and not liked_images and num_candidates > 1:
+            hint += ', or train on its single images with loss.name="sft"'
+        raise NothingChosenError(f"{what} is left of {prepared.folder}: {', then '.join(left)}; {hint}")
     chosen = np.flatnonzero(passed_N)
-    return chosen[:limit] if limit else chosen
+    if not limit:
+        return chosen
+    if limit_seed >= 0:
+        chosen = np.random.default_rng(limit_seed).permutation(chosen)
+    return np.sort(chosen[:limit])
 
 
 def _made_by(generators: Sequence[str], models: pa.ChunkedArray) -> np.ndarray:

@@ -199,9 +199,10 @@ class DatasetEncoder:
         resolution: int,
         views: Sequence[View],
         num_workers: int,
+        caption_lines: bool = False,
     ):
         self.folder = folder
-        self._captions = captions = distinct_captions(prepared)
+        self._captions = captions = distinct_captions(prepared, caption_lines=caption_lines)
         mirrored_V = jnp.asarray([view.flip for view in views])
 
         def moments(params: Params, images_NVHWC: jax.Array) -> Mapping[str, jax.Array]:

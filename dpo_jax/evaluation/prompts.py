@@ -12,14 +12,20 @@ from dpo_jax.files import check_regular, read_json, read_json_lines, read_lines,
 
 BUNDLED = {
     "bundled": "evaluation/bundled_prompts.jsonl",
+    "ddpo_animals": "evaluation/ddpo_animals.txt",
+    "ddpo_animal_activities": "evaluation/ddpo_animal_activities.jsonl",
     "animals": "evaluation/animals.txt",
     "animal_activities": "evaluation/animal_activities.jsonl",
     "hands": "evaluation/hands.txt",
     "tiny_train": "tiny/train.txt",
     "tiny_heldout": "tiny/heldout.txt",
 }
-"""Files of the lists that come with the package: 64 prompts to evaluate by; 45 animals, and 24 of them at 8 activities,
-to learn from as DDPO and D3PO do (arXiv 2305.13301, 2311.13231); 40 hands at work; the captions of the tiny world."""
+"""Files of the lists that come with the package.
+
+The 45 animals and the 3 activities that DDPO and D3PO train on (arXiv 2305.13301, 2311.13231): an animal is prompted
+for by its bare name, as in their code, and each is at each activity. The others are our own: 64 prompts to evaluate by;
+45 animals, and 24 of them at 8 activities; 40 hands at work; the captions of the tiny world.
+"""
 
 
 class Prompt(NamedTuple):

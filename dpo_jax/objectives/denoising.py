@@ -32,6 +32,8 @@ def draw(
     schedule: Schedule,
     latent_shape: tuple[int, ...],
     dtype: DTypeLike = jnp.float32,
+    *,
+    offset: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """One timestep and one noise image per prompt, shared by its candidates (arXiv 2311.12908, section 4).
 
@@ -41,6 +43,8 @@ def draw(
         schedule: says which timesteps are trained on; they are drawn uniformly.
         latent_shape: (H, W, C).
         dtype: of the noise.
+        offset: size of a further draw, one number for all cells of a channel (offset noise, as the official
+            Diffusion-DPO trainer's `noise_offset`), that is part of the noise and of what is to be predicted.
 
     Returns:
         t_B (int32) and noise_BHWC.
@@ -49,9 +53,23 @@ def draw(
     def draw_one(sample_key: jax.Array) -> tuple[jax.Array, jax.Array]:
         t_key, noise_key = jax.random.split(sample_key)
         t = jax.random.choice(t_key, jnp.asarray(schedule.training_timesteps))
-        return t, jax.random.normal(noise_key, latent_shape, dtype)
+        noise_HWC = jax.random.normal(noise_key, latent_shape, dtype)
+        if offset:
+            offset_key = jax.random.fold_in(noise_key, 0)
+            noise_HWC += offset * jax.random.normal(offset_key, (1, 1, latent_shape[-1]), dtype)
+        return t, noise_HWC
 
     return jax.vmap(draw_one)(keys_for(key, index_B))
+
+
+def perturb(key: jax.Array, index_B: jax.Array, noise_BHWC: jax.Array, size: float) -> jax.Array:
+    """The noise to make x_t of, while `noise_BHWC` is to be predicted (input perturbation, arXiv 2301.11706).
+
+    It is `noise + size * N(0, 1)`, one further draw per prompt, which its candidates share. The official Diffusion-DPO
+    trainer draws one per image, so that the two images of a pair no longer share their noise.
+    """
+    draw_one = jax.vmap(lambda sample_key: jax.random.normal(sample_key, noise_BHWC.shape[1:], noise_BHWC.dtype))
+    return noise_BHWC + size * draw_one(keys_for(key, index_B))
 
 
 def score_candidates(
@@ -64,6 +82,7 @@ def score_candidates(
     t_B: jax.Array,
     conditioning: Conditioning,
     dropout_keys_B: jax.Array | None = None,
+    perturbed_noise_BHWC: jax.Array | None = None,
 ) -> Scores:
     """The denoising errors of all candidates and the log-ratio they stand for (arXiv 2311.12908, equation 14).
 
@@ -84,11 +103,13 @@ def score_candidates(
         conditioning: each field with B rows (shared by the candidates) or B * K (one per candidate).
         dropout_keys_B: keys of the policy's dropout, shared by the candidates: what is dropped for one and not for the
             other would be noise in their difference. None turns dropout off.
+        perturbed_noise_BHWC: the noise that x_t is made of, where it is not `noise_BHWC` itself; see `perturb`.
     """
     B, K = latents_BKHWC.shape[:2]
     x0_NHWC = latents_BKHWC.reshape(B * K, *latents_BKHWC.shape[2:])
     noise_NHWC, t_N, conditioning, dropout_keys_N = per_candidate((noise_BHWC, t_B, conditioning, dropout_keys_B), B, K)
-    x_NHWC = add_noise(schedule, x0_NHWC, noise_NHWC, t_N)
+    added_NHWC = noise_NHWC if perturbed_noise_BHWC is None else per_candidate(perturbed_noise_BHWC, B, K)
+    x_NHWC = add_noise(schedule, x0_NHWC, added_NHWC, t_N)
     target_NHWC = training_target(schedule, x0_NHWC, noise_NHWC, t_N)
 
     def errors_BK(params: Any, *dropout_keys: jax.Array) -> jax.Array:

@@ -43,6 +43,7 @@ FIELDS = NETWORK_FIELDS | {
     "online.margin": NOT_ALL,
     "online.timesteps": Values(above=0, at_most=1),
     "online.epochs": COUNT,
+    "online.evaluate_every": NOT_NEGATIVE,
     "online.update_by": Values(choices=("prompt", "pair")),
     "online.reference": Values(choices=("initial", "round")),
     "online.clip": Values(above=0, below=1),
@@ -70,7 +71,7 @@ def online_config() -> ConfigDict:
 
     c.online = ConfigDict()
     c.online.rounds = 400  # of sampling, judging and training
-    c.online.prompts = "animals"  # a list that comes with dpo_jax, or any file that `dpo_jax.evaluate --prompts` takes
+    c.online.prompts = "ddpo_animals"  # a list that comes with dpo_jax, or a file, as `dpo_jax.evaluate --prompts`
     c.online.prompts_per_round = 20
     c.online.candidates = 2  # images of a prompt, from the same starting noise
     c.online.judges = ("jpeg_compressibility",)  # as `dpo_jax.evaluate --judges` takes them; () asks people
@@ -78,8 +79,11 @@ def online_config() -> ConfigDict:
     c.online.sampler = "ddim"  # or another one that adds noise: "euler_ancestral"
     c.online.sampling_steps = 20
     c.online.eta = 1.0  # DDIM: share of fresh noise; above 0, or steps would have no probability
-    c.online.guidance = 5.0  # in sampling and in training
+    c.online.guidance = 5.0  # in sampling and, unless the next field says otherwise, in training
+    c.online.train_guided = True  # False compares policy and reference without guidance, for half of the evaluations
     c.online.prompts_at_a_time = 5  # sampled together, with all their candidates
+    c.online.evaluate_every = 0  # rounds between two evaluations, also after the last; 0 makes none
+    c.online.evaluation_prompts = "bundled"  # prompts to evaluate by, as online.prompts: others than those trained on
     c.online.branching = False  # SPO: candidates part at every step and are judged there; a random one goes on
     c.online.branch_after = 0.0  # share of the steps before that, which are ordinary and not trained on
     # LPO: such candidates are judged as latents by the implicit reward of two UNets, TUNED:REFERENCE; TUNED alone is
@@ -221,6 +225,17 @@ def check(config: ConfigDict) -> None:
                     f"config.{field}={value} names a reference, and with {why} no network is one; leave it out, or "
                     'take loss.name="d3po" with online.reference="initial"'
                 )
+    if online.evaluate_every and not online.judges:
+        raise ValueError(
+            f"config.online.evaluate_every={online.evaluate_every} asks judges, and online.judges names none; set "
+            "evaluate_every=0 where people judge"
+        )
+    if not online.train_guided and not needs_reference(config):
+        raise ValueError(
+            "config.online.train_guided=False compares with the probabilities that guided sampling stored, and with "
+            f'online.reference="{online.reference}" or loss.name="{config.loss.name}" nothing else; set '
+            'online.train_guided=True, or loss.name="d3po" with online.reference="initial"'
+        )
     if online.latent_judge and not online.branching:
         raise ValueError("config.online.latent_judge judges single steps; set config.online.branching=True")
     if online.branching and config.loss.name != "d3po" and online.advantage == "prompt":

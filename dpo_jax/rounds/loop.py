@@ -38,6 +38,8 @@ from dpo_jax.training.start import StartClock
 from dpo_jax.training.step import TrainState
 from dpo_jax.training.trainer import Loop, begin, check_backend, running
 
+FIRST_FRESH = 2**30
+"""The number of the first prompt to evaluate by, beyond those of all rounds: noises follow from it."""
 MOST_IDLE = 3
 """A run ends when nothing was learned from so many rounds, and from none before."""
 
@@ -64,6 +66,11 @@ def learn(config: ConfigDict, workdir: epath.PathLike, stage: str = "", feedback
             f"config.online.prompts_per_round={config.online.prompts_per_round}, but {config.online.prompts} has "
             f"{len(prompts)} prompts, and people are shown none twice; take fewer"
         )
+    fresh = (
+        [prompt.text for prompt in read_prompts(config.online.evaluation_prompts)]
+        if config.online.evaluate_every
+        else []
+    )
     with Notice.awaited() as notice, cluster.locked(workdir, "python -m dpo_jax.online"):
         judges = open_judges(config)
         pipeline = open_model(config, workdir)
@@ -78,7 +85,7 @@ def learn(config: ConfigDict, workdir: epath.PathLike, stage: str = "", feedback
         check_room(config, workdir, composed.abstract_state())
         experiment = build(config, plan.derived, pipeline, on_trajectories)
         with running(experiment, workdir, fields, notice, clock) as (loop, state, _):
-            Rounds(loop, plan, prompts, judges, steps_S, feedback).run(state, stage)
+            Rounds(loop, plan, prompts, judges, steps_S, feedback, fresh).run(state, stage)
 
 
 class Rounds:
@@ -95,7 +102,10 @@ class Rounds:
         judges: Sequence[Scorer],
         steps_S: np.ndarray,
         feedback: Sequence[str],
+        fresh: Sequence[str] = (),
     ):
+        self._fresh = fresh
+        """The prompts to evaluate by."""
         self._loop, self._plan, self._prompts, self._judges = loop, plan, prompts, judges
         self._steps_S, self._feedback = steps_S, [epath.Path(file) for file in feedback]
         self._config, self._workdir, self._say = loop.config, loop.workdir, loop.bar.say
@@ -123,6 +133,7 @@ class Rounds:
             learned = learnable(self._config, self._shown(folder)[:, None], folder.prompts, self._statistics_R)
             self._count_idle(self._config.online.branching or bool(decided(self._config, *learned).any()))
         for number in range(first, self._config.online.rounds):
+            self._evaluate(number, state)
             folder, step = self.folder(number), int(state.step)
             missing = self._missing(folder)
             if stage == "train" and missing:
@@ -153,9 +164,39 @@ class Rounds:
             self._remove_trajectories(number)
             if stage == "train":
                 return state
+        self._evaluate(self._config.online.rounds, state)
         if cluster.is_first():
             self._say(f"all {self._config.online.rounds} rounds are done; figures: {self._workdir / 'result.json'}")
         return state
+
+    def _evaluate(self, number: int, state: TrainState) -> None:
+        """Has the judges score images of prompts that are not trained on, by the policy that a round begins with.
+
+        The noises are the same every time, so that only the policy differs. It is done when the round is due, or the
+        last one was, and once: what has been noted, or would come in the middle of a round, is left out.
+        """
+        every, total = self._config.online.evaluate_every, self._config.online.rounds
+        is_due = bool(every) and (number % every == 0 or number == total)
+        if not is_due or int(state.step) != number * self._plan.updates:
+            return
+        noted = cluster.is_first() and any(row.get("evaluation/round") == number for row in read_metrics(self._workdir))
+        if cluster.says_first(noted):
+            return
+        size, scores_R = self._rollout.batch_size, np.zeros(len(self._judges))
+        for start in range(0, len(self._fresh), size):
+            if jax.process_count() == 1 and self._loop.notice.received():
+                raise Preempted(f"preempted before round {number}; run the same command again to go on from there")
+            captions = self._fresh[start : start + size]
+            numbers = [FIRST_FRESH + start + i for i in range(len(captions))]
+            drawn = self._rollout(state.params, self._loop.experiment.frozen, captions, numbers)
+            scores_R += self._scores(drawn.images_BKHWC, captions).mean(axis=1).sum(axis=0)
+            self._loop.bar.note(f"evaluating before round {number}: {start + len(captions)}/{len(self._fresh)} prompts")
+        means = dict(zip(self._names, (scores_R / len(self._fresh)).tolist(), strict=True))
+        if cluster.is_first():
+            scalars = {f"evaluation/{name}": mean for name, mean in means.items()}
+            self._loop.writer.scalars(int(state.step), {"evaluation/round": number, **scalars})
+            said = "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
+            self._say(f"after {number} rounds, {len(self._fresh)} prompts that are not trained on: {said}")
 
     def folder(self, number: int) -> RoundFolder:
         """Of a round; its prompts are drawn by the seed and its number alone."""

@@ -64,7 +64,8 @@ def learned_steps(config: ConfigDict, table: SamplerTable) -> np.ndarray:
 
 def on_trajectories(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> tuple[Objective, Score]:
     """Losses of log-probabilities, over images that the model sampled itself; the counterpart of `on_pairs`."""
-    objective, guidance = make_objective(config), config.online.guidance
+    objective = make_objective(config)
+    guidance = config.online.guidance if config.online.train_guided else 1.0
     table = sampler_table(config, pipeline)
     conditionings = make_conditionings(pipeline, load_tokenizers_of(pipeline)([""]), guidance)
     denoise = with_guidance(pipeline.denoise, guidance)

@@ -41,6 +41,8 @@ FREE_TO_CHANGE = (
     "online.rounds",
     "online.prompts",
     "online.prompts_at_a_time",
+    "online.evaluate_every",
+    "online.evaluation_prompts",
     "online.latent_judge",
 )
 
@@ -50,6 +52,9 @@ POSITIVE = Values(above=0)
 NOT_NEGATIVE = Values(at_least=0)
 COUNT = Values(at_least=1)
 DTYPE = Values(choices=("float32", "bfloat16"))
+
+FALLING = ("linear", "cosine", "cosine_with_restarts", "polynomial")
+"""The schedules whose learning rate depends on the number of steps."""
 
 FIELDS = {
     "steps": COUNT,
@@ -67,6 +72,8 @@ FIELDS = {
     "ema.decay": NOT_ALL,
     "loss.name": Values(choices=("dpo", "sft")),
     "loss.beta": POSITIVE,
+    "loss.noise_offset": NOT_NEGATIVE,
+    "loss.input_perturbation": NOT_NEGATIVE,
     "data.batch_size": Values(at_least=1, at_most=2**24),
     "data.accumulation": Values(at_least=1, at_most=2**24),
     "data.resolution": Values(at_least=1, at_most=2**14),
@@ -79,12 +86,15 @@ FIELDS = {
     "data.min_agreement": SHARE,
     "data.min_side": NOT_NEGATIVE,
     "data.limit": NOT_NEGATIVE,
+    "data.limit_seed": Values(at_least=-1),
     "data.relabel": Values(choices=("none", "swapped", "shuffled")),
     "data.encoded_views": Values(at_least=0, at_most=2**10),
     "data.num_workers": Values(at_least=0, at_most=2**10),
     "optimizer.name": Values(choices=("adamw", "adafactor")),
     "optimizer.learning_rate": POSITIVE,
-    "optimizer.schedule": Values(choices=("constant", "constant_with_warmup", "linear", "cosine")),
+    "optimizer.schedule": Values(choices=("constant", "constant_with_warmup", *FALLING)),
+    "optimizer.cycles": COUNT,
+    "optimizer.power": POSITIVE,
     "optimizer.warmup_steps": NOT_NEGATIVE,
     "optimizer.beta1": NOT_ALL,
     "optimizer.beta2": NOT_ALL,
@@ -144,8 +154,10 @@ def default_config() -> ConfigDict:
     c.ema.decay = 0.0  # of the moving average of the trained weights that is then sampled and exported; 0 keeps none
 
     c.loss = ConfigDict()
-    c.loss.name = "dpo"  # "dpo", or "sft": plain denoising of the preferred image
+    c.loss.name = "dpo"  # "dpo", or "sft": plain denoising of the preferred image, or of single ones
     c.loss.beta = 5000.0  # strength of the pull towards the reference; in the unit of the published code
+    c.loss.noise_offset = 0.0  # size of a further draw of the noise, one number a channel; such as 0.05
+    c.loss.input_perturbation = 0.0  # size of a draw that is added to the noise, but not to be predicted; such as 0.1
 
     c.data = ConfigDict()
     c.data.path = ""  # folder that `python -m dpo_jax.prepare` wrote; "random:N" makes N pairs
@@ -155,6 +167,7 @@ def default_config() -> ConfigDict:
     c.data.random_crop = False  # otherwise the centre; always the same for the images of a pair
     c.data.random_flip = True  # horizontal; always the same for the images of a pair
     c.data.caption_dropout = 0.2  # share of captions replaced by the empty one
+    c.data.caption_lines = False  # each line of a caption is a caption of its own, one of them drawn every time
     c.data.size_conditioning = "constant"  # SDXL's size input: "constant" (resolution, no crop) or "real"
     c.data.ties = "drop"  # pairs without a winner: or "zero_weight" (no part in the loss) or "soft" (1/2 each)
     c.data.labels = "hard"  # the winner takes all, or "soft": the shares of the votes as the data set states them
@@ -163,7 +176,8 @@ def default_config() -> ConfigDict:
     c.data.generators = ()  # regular expressions: the models of both images must match one; () takes all
     c.data.min_agreement = 0.0  # lowest share of the votes for the winner, 0.5 to 1
     c.data.min_side = 0  # fewest pixels on the shorter side of both images
-    c.data.limit = 0  # train on the first this many of the pairs chosen; 0 takes all
+    c.data.limit = 0  # train on this many of the pairs chosen; 0 takes all
+    c.data.limit_seed = -1  # which ones: -1 takes the first; any other number draws them, always the same
     c.data.relabel = "none"  # control experiments: "swapped" or "shuffled" labels
     c.data.encoded_views = 0  # train from what `prepare --encode` stored: this many views of each image; 0 from images
     c.data.num_workers = 0  # threads on each host that read and decode; 0: two a core, at most 8
@@ -172,7 +186,10 @@ def default_config() -> ConfigDict:
     c.optimizer.name = "adamw"  # or "adafactor": transformers' variant, without parameter scaling
     c.optimizer.learning_rate = 1e-8  # before scaling
     c.optimizer.scale_by_batch = True  # multiply the learning rate by data.batch_size, as the published runs do
-    c.optimizer.schedule = "constant_with_warmup"  # or "constant", "linear", "cosine" (the last two end at 0)
+    # Or "constant", or one that falls until the last step: "linear", "cosine", "cosine_with_restarts", "polynomial".
+    c.optimizer.schedule = "constant_with_warmup"
+    c.optimizer.cycles = 1  # "cosine_with_restarts": half cosines, one after the other
+    c.optimizer.power = 1.0  # "polynomial": of the share of the steps that is left
     c.optimizer.warmup_steps = 500  # steps from 0 to the full learning rate
     c.optimizer.beta1 = 0.9  # AdamW
     c.optimizer.beta2 = 0.999  # AdamW
@@ -349,8 +366,8 @@ def check_views(config: ConfigDict) -> None:
 def check_same_experiment(fields: dict[str, Any], saved: dict[str, Any], workdir: Any, defaults: ConfigDict) -> None:
     """Refuses to continue a work directory that another config or another model began; names the fields that differ."""
     now = json.loads(json.dumps(fields))
-    # The learning rates of the other two schedules follow from the number of steps.
-    steps_are_free = now["optimizer.schedule"] not in ("linear", "cosine")
+    # The learning rates of schedules that fall follow from the number of steps.
+    steps_are_free = now["optimizer.schedule"] not in FALLING
     free = (*FREE_TO_CHANGE, "steps") if steps_are_free else FREE_TO_CHANGE
     # A field that did not exist when the run began had its default.
     saved = json.loads(json.dumps(flatten(defaults))) | saved

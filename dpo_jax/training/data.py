@@ -65,6 +65,7 @@ def encoding_facts(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
         "resolution": data.resolution,
         "views": [view._asdict() for view in views],
         "data": data_fingerprint(data.path),
+        **({"caption_lines": True} if data.caption_lines else {}),  # what was stored before there was a choice has none
     }
 
 
@@ -107,7 +108,15 @@ def open_validation_batches(config: ConfigDict, derived: Derived, inputs: Inputs
 
 def _training_pairs(config: ConfigDict) -> Pairs:
     data = config.data
-    return open_pairs(data.path, "train", ties=data.ties, labels=data.labels, limit=data.limit, **_choices(config))
+    return open_pairs(
+        data.path,
+        "train",
+        ties=data.ties,
+        labels=data.labels,
+        limit=data.limit,
+        limit_seed=data.limit_seed,
+        **_choices(config),
+    )
 
 
 def _validation_pairs(config: ConfigDict) -> Pairs:
@@ -124,6 +133,7 @@ def _choices(config: ConfigDict) -> dict[str, Any]:
         "generators": data.generators,
         "min_agreement": data.min_agreement,
         "min_side": data.min_side,
+        "liked_images": config.loss.name == "sft",
     }
 
 
@@ -131,6 +141,7 @@ def _options(config: ConfigDict) -> dict[str, Any]:
     """What training and validation batches have in common."""
     return {
         "size_conditioning": config.data.size_conditioning,
+        "caption_lines": config.data.caption_lines,
         "shard_index": jax.process_index(),
         "shard_count": jax.process_count(),
     }

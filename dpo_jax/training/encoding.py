@@ -61,6 +61,7 @@ def encode_data(config: ConfigDict, workers: int | None, say: Callable[[str], No
             resolution=data.resolution,
             views=[View(**view) for view in facts["views"]],
             num_workers=workers or os.cpu_count() or 1,
+            caption_lines=data.caption_lines,
         )
         say(str(encoder))
         encoder.run(facts, on_progress)

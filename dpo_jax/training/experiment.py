@@ -137,6 +137,8 @@ def on_pairs(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> tu
         objective,
         config.seed,
         dropout=config.lora.dropout > 0,
+        noise_offset=config.loss.noise_offset,
+        input_perturbation=config.loss.input_perturbation,
         constrain=batch_constraint(placement.mesh),
         gather=functools.partial(pipeline.gather, placement),
     )
@@ -158,7 +160,12 @@ def compose(
     objective, score = method(config, pipeline, placement)
     o = config.optimizer
     learning_rate = learning_rate_schedule(
-        o.schedule, derived.learning_rate, warmup_steps=o.warmup_steps, total_steps=config.steps
+        o.schedule,
+        derived.learning_rate,
+        warmup_steps=o.warmup_steps,
+        total_steps=config.steps,
+        cycles=o.cycles,
+        power=o.power,
     )
     optimizer = make_optimizer(
         o.name,

@@ -12,17 +12,29 @@ import optax
 
 from dpo_jax.weights.layout import Params, Specs
 
+POLYNOMIAL_END = 1e-7
+"""The learning rate that diffusers' `polynomial` falls to."""
 
-def learning_rate_schedule(name: str, learning_rate: float, *, warmup_steps: int, total_steps: int) -> optax.Schedule:
+
+def learning_rate_schedule(
+    name: str, learning_rate: float, *, warmup_steps: int, total_steps: int, cycles: int = 1, power: float = 1.0
+) -> optax.Schedule:
     """The learning rate as a function of the steps already made, as `diffusers.optimization.get_scheduler` has it.
 
-    `constant` ignores the other arguments. `constant_with_warmup`, `linear` and `cosine` rise linearly from 0, so that
-    the very first step changes nothing, then stay, or fall to 0 at `total_steps` along a line or half a cosine.
+    `constant` ignores the other arguments. All others rise linearly from 0, so that the very first step changes
+    nothing, then stay (`constant_with_warmup`), or fall until `total_steps`: to 0 along a line (`linear`), half a
+    cosine (`cosine`) or several of them one after the other (`cosine_with_restarts`: `cycles`); or to 1e-7 along
+    `(1 - progress) ** power` (`polynomial`).
     """
+    end = min(1.0, POLYNOMIAL_END / learning_rate)  # as a share of the learning rate
     falls = {
         "constant_with_warmup": lambda progress: 1.0,
         "linear": lambda progress: 1 - progress,
         "cosine": lambda progress: (1 + jnp.cos(jnp.pi * progress)) / 2,
+        "cosine_with_restarts": lambda progress: jnp.where(
+            progress < 1, (1 + jnp.cos(jnp.pi * (cycles * progress % 1))) / 2, 0
+        ),
+        "polynomial": lambda progress: end + (1 - end) * (1 - progress) ** power,
     }
     if name == "constant":
         return optax.constant_schedule(learning_rate)

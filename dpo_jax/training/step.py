@@ -16,7 +16,7 @@ import optax
 
 from dpo_jax.batch import Conditioning, PreferenceBatch, Scores
 from dpo_jax.diffusion.schedule import Schedule
-from dpo_jax.objectives.denoising import Denoise, draw, keys_for, score_candidates
+from dpo_jax.objectives.denoising import Denoise, draw, keys_for, perturb, score_candidates
 from dpo_jax.objectives.losses import implicit_accuracy, margin
 from dpo_jax.weights.layout import Params
 
@@ -77,12 +77,15 @@ def make_score(
     seed: int,
     *,
     dropout: bool = False,
+    noise_offset: float = 0.0,
+    input_perturbation: float = 0.0,
     constrain: Callable[[Any], Any] = lambda tree: tree,
     gather: Callable[[str, Params], Params] = lambda component, params: params,
 ) -> Score:
     """`score(params, frozen, batch, step, training)`: encodes the batch, draws t and noise, scores every candidate.
 
-    With `dropout`, training gives `denoise` keys for it. `constrain` keeps what enters the networks split over devices
+    With `dropout`, training gives `denoise` keys for it; and only training offsets the noise and perturbs the input, by
+    the sizes given: see `denoising.draw` and `perturb`. `constrain` keeps what enters the networks split over devices
     along its leading axis, as the batch is; `gather` brings together the weights of a component that are split over
     devices, where they are used. Every draw is a function of (seed, step, global sample index)
     alone, so it is the same on 1 or 64 devices and with any accumulation.
@@ -97,12 +100,34 @@ def make_score(
         posterior_key, diffusion_key, dropout_key = keys
         dropout_keys_B = keys_for(dropout_key, batch.index_B) if training and dropout else None
         latents_BKHWC, conditioning = encode(encoders, batch, keys_for(posterior_key, batch.index_B))
-        t_B, noise_BHWC = draw(diffusion_key, batch.index_B, schedule, latents_BKHWC.shape[2:], latents_BKHWC.dtype)
-        latents_BKHWC, conditioning, t_B, noise_BHWC = constrain((latents_BKHWC, conditioning, t_B, noise_BHWC))
+        t_B, noise_BHWC = draw(
+            diffusion_key,
+            batch.index_B,
+            schedule,
+            latents_BKHWC.shape[2:],
+            latents_BKHWC.dtype,
+            offset=noise_offset if training else 0.0,
+        )
+        perturbed_BHWC = None
+        if training and input_perturbation:
+            perturbation_key = jax.random.fold_in(diffusion_key, 2**32 - 1)  # no sample has this index
+            perturbed_BHWC = perturb(perturbation_key, batch.index_B, noise_BHWC, input_perturbation)
+        latents_BKHWC, conditioning, t_B, noise_BHWC, perturbed_BHWC = constrain(
+            (latents_BKHWC, conditioning, t_B, noise_BHWC, perturbed_BHWC)
+        )
         policy = gather("unet", frozen.get("base", {}) | params)
         reference = gather("unet", reference_params(frozen)) if objective.needs_reference else None
         return score_candidates(
-            denoise, policy, reference, schedule, latents_BKHWC, noise_BHWC, t_B, conditioning, dropout_keys_B
+            denoise,
+            policy,
+            reference,
+            schedule,
+            latents_BKHWC,
+            noise_BHWC,
+            t_B,
+            conditioning,
+            dropout_keys_B,
+            perturbed_BHWC,
         )
 
     return score
@@ -137,7 +162,7 @@ def make_train_step(
         preference_BK = batch.preference_BK[:, : scores.log_ratio_BK.shape[1]]
         loss_B = objective.loss(scores, preference_BK)
         metrics = {"train/loss": loss_B} | objective.metrics(scores, preference_BK)
-        weight_B = prompt_weights(batch)
+        weight_B = prompt_weights(batch, objective)
         sums = {name: jnp.sum(value * weight_B) for name, value in metrics.items()}
         return sums["train/loss"], sums
 
@@ -157,7 +182,7 @@ def make_train_step(
             add = jax.tree_util.Partial(jax.tree.map, jnp.add)
             (grads, sums), _ = jax.lax.scan(lambda total, one: (add(total, of_batch(one)), None), zeros, micro)
 
-        weight = jnp.sum(prompt_weights(batch))
+        weight = jnp.sum(prompt_weights(batch, objective))
         total_weight = jnp.maximum(weight, 1e-8)
         grads, metrics = jax.tree.map(lambda x: x / total_weight.astype(x.dtype), (grads, sums))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -184,7 +209,7 @@ def moving_average(ema: Params, params: Params, step: jax.Array, decay: float) -
 
 
 def make_eval_step(
-    score: Score,
+    score: Score, objective: Objective
 ) -> Callable[[Params, Frozen, PreferenceBatch, jax.Array], tuple[Metrics, jax.Array]]:
     """`evaluate(params, frozen, batch, draw_number) -> (weighted sums, total weight)`, no gradient."""
 
@@ -192,15 +217,15 @@ def make_eval_step(
         params: Params, frozen: Frozen, batch: PreferenceBatch, number: jax.Array
     ) -> tuple[Metrics, jax.Array]:
         scores = score(params, frozen, batch, number)
-        metrics, weight_B = score_metrics(scores, batch.preference_BK), prompt_weights(batch)
+        metrics, weight_B = score_metrics(scores, batch.preference_BK), prompt_weights(batch, objective)
         return {name: jnp.sum(value * weight_B) for name, value in metrics.items()}, jnp.sum(weight_B)
 
     return evaluate
 
 
-def prompt_weights(batch: PreferenceBatch) -> jax.Array:
-    """weight_B, 0 where a candidate is only padding."""
-    return batch.weight_B * batch.valid_BK.all(axis=1)
+def prompt_weights(batch: PreferenceBatch, objective: Objective) -> jax.Array:
+    """weight_B, 0 where a candidate that the objective looks at is only padding."""
+    return batch.weight_B * batch.valid_BK[:, : objective.num_candidates].all(axis=1)
 
 
 def keep_candidates(batch: PreferenceBatch, count: int | None) -> PreferenceBatch:

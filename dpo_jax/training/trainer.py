@@ -189,7 +189,9 @@ class Loop:
         self.place = to_devices(experiment.mesh)
         self._began: tuple[float, int] | None = None
         """When the first step of this process had been made, and which one it was."""
-        self.eval_step = jax.jit(make_eval_step(experiment.score), out_shardings=replicated(experiment.mesh))
+        self.eval_step = jax.jit(
+            make_eval_step(experiment.score, experiment.objective), out_shardings=replicated(experiment.mesh)
+        )
         self._generator: Generator | None = None
         self._reference_images: np.ndarray | None = None
 

@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import pytest
 import tree
 
 from dpo_jax.batch import PreferenceBatch
+from dpo_jax.data.encoded import distinct_captions
 from dpo_jax.data.inputs import Decoded
 from dpo_jax.data.pipeline import (
     NUM_WORKERS,
@@ -23,6 +25,7 @@ from dpo_jax.data.pipeline import (
     open_pairs,
     validation_batches,
 )
+from dpo_jax.data.prepared import open_prepared
 
 from .conftest import encode, write_prepared
 
@@ -361,6 +364,52 @@ def test_labels_and_ties(mixed: Path) -> None:
     assert labels(ties="zero_weight") == {"tie": (half, 0.0), "soft": (winner, 1.0), "seven": (winner, 1.0)}
     single = labels(num_candidates=1)
     assert single == {name: ([float(name != "disliked")], 1.0) for name in ("soft", "seven", "liked", "disliked")}
+
+
+def test_one_of_the_lines_of_a_caption_is_drawn_every_time(tmp_path: Path) -> None:
+    """And else nothing changes; in validation it is the first."""
+    image = encode(np.zeros((8, 8, 3), np.uint8), "PNG")
+    records: list[dict[str, Any]] = [
+        {"caption": "a\nbb\n\n ccc ", "images": [image, image]},
+        {"caption": "own", "captions": ["1", "2\n22"], "images": [image, image]},
+        {"caption": "first\nsecond", "images": [image, image], "split": "validation"},
+    ]
+    folder = write_prepared(tmp_path / "out", records)
+    assert distinct_captions(open_prepared(folder)).to_pylist() == sorted(
+        ["", "1", "2\n22", "own", "a\nbb\n\n ccc ", "first\nsecond"]
+    )
+    lines = distinct_captions(open_prepared(folder), caption_lines=True).to_pylist()
+    assert lines == ["", "1", "2", "22", "a", "bb", "ccc", "first", "own", "second"]
+
+    options = {"caption_dropout": 0.25, "random_flip": True}
+    drawn, whole = (take(folder, 150, caption_lines=drawn, **options) for drawn in (True, False))
+    found = Counter((caption_of(row, 0), caption_of(row, 1)) for row in rows_of(drawn))
+    shared = {pair: count for pair, count in found.items() if pair[0] in ("a", "bb", "ccc")}
+    assert shared.keys() == {(line, line) for line in ("a", "bb", "ccc")}
+    assert found.keys() - shared.keys() == {("", ""), ("1", "2"), ("1", "22")}
+    assert all(count == pytest.approx(75, abs=30) for count in shared.values())  # 300 of 600, a quarter without caption
+    assert all(found[pair] == pytest.approx(112, abs=40) for pair in (("1", "2"), ("1", "22")))
+    for one, other in zip(drawn, whole, strict=True):
+        np.testing.assert_array_equal(one.inputs.mirrored_BK, other.inputs.mirrored_BK)
+        dropped = [caption_of(row) == "" for row in rows_of([one])]
+        assert dropped == [caption_of(row) == "" for row in rows_of([other])]
+    held_out = open_pairs(folder, "validation")
+    with validation_batches(held_out, Decoded(16, spell), batch_size=1, caption_lines=True) as batches:
+        assert [caption_of(row) for row in rows_of(batches)] == ["first"]
+
+
+def test_single_images_that_were_liked(mixed: Path) -> None:
+    """They are rows with a candidate that is only padding."""
+    rows = rows_by_caption(mixed, liked_images=True)
+    assert rows.keys() == {"soft", "seven", "liked"}
+    assert {name: row.valid_BK.tolist() for name, row in rows.items()} == {
+        "soft": [True, True],
+        "seven": [True, True],
+        "liked": [True, False],
+    }
+    assert rows["liked"].inputs.images_BKHWC[:, 0, 0, 0].tolist() == [30, 0]
+    assert rows["liked"].preference_BK.tolist() == [1, 0]
+    assert rows["liked"].weight_B == 1
 
 
 def test_best_and_worst_are_kept_of_more_candidates(mixed: Path) -> None:

@@ -144,7 +144,11 @@ def test_training_pairs_of_judges(judged: Path) -> None:
         ({"min_side": 33}, ["four"]),
         ({"num_candidates": 1}, ["clear", "both dreamlike", "0.7", "single", "four"]),
         ({"num_candidates": 1, "min_agreement": 0.9}, ["clear", "both dreamlike", "single"]),
+        ({"liked_images": True}, ["clear", "both dreamlike", "0.7", "four"]),  # "single" was disliked
         ({"limit": 2}, ["clear", "both dreamlike"]),
+        ({"limit": 2, "limit_seed": 0}, ["clear", "0.7"]),
+        ({"limit": 2, "limit_seed": 3}, ["0.7", "four"]),
+        ({"limit": 20, "limit_seed": 0}, ["clear", "both dreamlike", "0.7", "four"]),
         ({"limit": 20, "min_side": 17}, ["0.7", "four"]),
     ],
 )

@@ -252,12 +252,18 @@ def test_jsonl(tmp_path: Path) -> None:
         {"prompt": "p", "images": paths[:3], "ranks": [2, 1, 2], "captions": ["a", "b", "c"]},
         {"prompt": "p", "images": paths[:2]},
         {"images": paths[:2], "preferred": 0},
+        {"prompt": ["a cat", "a\n black cat "], "images": paths[:2], "preferred": 0},
+        {"prompt": ["a cat", " "], "images": paths[:2], "preferred": 0},
     )
-    pair, seven, own, unlabelled, untold = read("jsonl", file)
+    pair, seven, own, unlabelled, untold, several, one_is_empty = read("jsonl", file)
     assert pair == Record(f"{file} row 0", "p", (b"im/1.png", b"im/0.png"), (1.0, 0.0), ("", "x"))
     assert seven.images == tuple(f"im/{i}.png".encode() for i in (5, 6, 4, 3, 2, 1, 0))
     assert seven.preference == pytest.approx([k / 21 for k in (6, 5, 4, 3, 2, 1, 0)])
     assert (own.images, own.captions) == ((b"im/1.png", b"im/0.png", b"im/2.png"), ("b", "a", "c"))
+    assert isinstance(several, Record)
+    assert several.caption == "a cat\na black cat"
+    assert isinstance(one_is_empty, Damaged)
+    assert one_is_empty.reason == '"prompt" is a list that has something else than captions'
     assert (unlabelled, untold) == (Dropped(f"{file} row 3", "unlabelled"), Dropped(f"{file} row 4", "without caption"))
 
 
@@ -361,6 +367,19 @@ def test_liked(tmp_path: Path) -> None:
         Dropped(f"{tmp_path}/liked/2.png", "without caption"),
         Record(f"{tmp_path}/disliked/1.webp", "a dog", (b"disliked/1.webp",), (0.0,), ("",)),
     ]
+
+
+def test_captioned_folder(tmp_path: Path) -> None:
+    write_images(tmp_path, "1.png", "2.webp", "3.png", "notes.md", "more/4.png")
+    (tmp_path / "1.txt").write_text("a cat\n")
+    (tmp_path / "2.txt").write_text("a dog")
+    assert read("captioned_folder", tmp_path) == [
+        Record(f"{tmp_path}/1.png", "a cat", (b"1.png",), (1.0,), ("",)),
+        Record(f"{tmp_path}/2.webp", "a dog", (b"2.webp",), (1.0,), ("",)),
+        Dropped(f"{tmp_path}/3.png", "without caption"),
+    ]
+    with pytest.raises(ValueError, match=r"1\.png should be a folder of images"):
+        SOURCES["captioned_folder"].chunks([tmp_path / "1.png"])
 
 
 @pytest.mark.parametrize(("name", "places"), [("pairs_folder", ("w", "l")), ("liked", ("liked", "disliked"))])

@@ -67,6 +67,17 @@ def test_animals_alone_and_each_of_24_at_each_of_8_activities():
     assert {prompt.text for prompt in prompts} == {f"{animal} {activity}" for animal in who for activity in doing}
 
 
+def test_the_published_animals_and_activities():
+    """Facts of DDPO's released code, which D3PO's has too: 45 bare names; each animal, with its article, at each."""
+    animals = [prompt.text for prompt in read_prompts("ddpo_animals")]
+    assert (len(animals), animals[0], animals[20], animals[-1]) == (45, "cat", "ant", "kangaroo")
+    prompts = read_prompts("ddpo_animal_activities")
+    articles = [f"{'an' if animal == 'ant' else 'a'} {animal}" for animal in animals]
+    activities = ("washing the dishes", "riding a bike", "playing chess")
+    assert [prompt.text for prompt in prompts] == [f"{one} {doing}" for doing in activities for one in articles]
+    assert all(prompt.text.endswith(prompt.category) for prompt in prompts)
+
+
 def test_forty_hands_or_people_at_what_hands_do():
     assert len(read_prompts("hands")) == 40
 
@@ -108,7 +119,7 @@ def test_what_is_no_list_is_refused_in_a_sentence(tmp_path, name, content, messa
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no prompts at .* or one of bundled, animals, "):
+    with pytest.raises(FileNotFoundError, match=r"no prompts at .* or one of bundled, ddpo_animals, "):
         read_prompts(tmp_path / "a.txt")
 
 

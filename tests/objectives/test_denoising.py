@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dpo_jax.batch import Conditioning
 from dpo_jax.diffusion.schedule import make_schedule
-from dpo_jax.objectives.denoising import draw, keys_for, score_candidates
+from dpo_jax.objectives.denoising import draw, keys_for, perturb, score_candidates
 
 SCHEDULE = make_schedule(
     {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -104,6 +105,38 @@ def test_draws_depend_on_the_sample_not_on_its_place_in_the_batch():
     np.testing.assert_array_equal(t_part, t_B[np.array([3, 1])])
     np.testing.assert_array_equal(noise_part, noise_BHWC[np.array([3, 1])])
     assert len(np.unique(noise_BHWC[:, 0, 0, 0])) == 4
+
+
+def test_offset_noise_adds_one_number_for_all_cells_of_a_channel():
+    plain, offset = (
+        jax.jit(lambda index_B, size=size: draw(jax.random.key(0), index_B, SCHEDULE, (4, 4, 2), offset=size))(
+            jnp.arange(2000)
+        )
+        for size in (0.0, 0.25)
+    )
+    np.testing.assert_array_equal(plain[0], offset[0])
+    added_BHWC = np.asarray(offset[1] - plain[1])
+    np.testing.assert_allclose(added_BHWC, np.broadcast_to(added_BHWC[:, :1, :1], added_BHWC.shape), atol=1e-6)
+    assert added_BHWC[:, 0, 0].std() == pytest.approx(0.25, rel=0.05)
+    assert abs(np.corrcoef(added_BHWC[:, 0, 0].T)[0, 1]) < 0.08
+    assert abs(np.corrcoef(added_BHWC[:, 0, 0, 0], plain[1][:, 0, 0, 0])[0, 1]) < 0.08
+
+
+def test_a_perturbed_input_is_noisier_than_what_is_to_be_predicted(x64):
+    """x_t of `noise + size * draw` for all candidates of a prompt; the target is `noise`."""
+    latents_BKHWC, noise_BHWC, t_B, _ = inputs()
+    perturbed_BHWC = perturb(jax.random.key(1), jnp.arange(B), noise_BHWC, 0.1)
+    drawn_BHWC = (perturbed_BHWC - noise_BHWC) / 0.1
+    assert drawn_BHWC.std() == pytest.approx(1, abs=0.2)
+    signal_BK, spread_BK = (x_T[t_B][:, None, None, None, None] for x_T in (SCHEDULE.signal_T, SCHEDULE.noise_T))
+    x_BKHWC = signal_BK * latents_BKHWC + spread_BK * (noise_BHWC + 0.1 * drawn_BHWC)[:, None]
+    expected_BK = jnp.square(x_BKHWC - noise_BHWC[:, None]).mean(axis=(2, 3, 4))
+
+    scores = score_candidates(
+        lambda params, x_NHWC, *_: x_NHWC, {}, None, SCHEDULE, *inputs(), perturbed_noise_BHWC=perturbed_BHWC
+    )
+
+    np.testing.assert_allclose(scores.error_BK, expected_BK, rtol=1e-6)
 
 
 def test_draws_are_uniform_over_the_training_timesteps_and_standard_normal():

@@ -78,6 +78,15 @@ PUBLISHED = {"data.batch_size": 1, "data.accumulation": 20, "online.prompts_per_
         ({"online.branching": True, "online.update_by": "pair"}, r'update_by="pair" is D3PO.*for branching'),
         ({"online.branching": True, "loss.name": "ddpo"}, r'candidates of a step, and ddpo .*advantage="group"'),
         ({"online.branching": True, "online.judges": ()}, r"branching judges at every step, which people can't"),
+        (
+            {"online.train_guided": False, "online.reference": "round"},
+            r'train_guided=False compares .* online\.reference="round".* nothing else; set online\.train_guided=True',
+        ),
+        ({"online.train_guided": False, "loss.name": "ddpo"}, r'train_guided=False .* loss\.name="ddpo" nothing else'),
+        (
+            {"online.evaluate_every": 2, "online.judges": ()},
+            r"evaluate_every=2 asks judges, and online\.judges names none",
+        ),
         ({"online.latent_judge": "a:b"}, r"latent_judge judges single steps; set config\.online\.branching=True"),
         ({"attention": "cudnn"}, r'attention="cudnn" takes bfloat16'),
     ],
@@ -102,14 +111,14 @@ def test_the_configs_that_come_with_it_are_right(online, name):
 @pytest.mark.parametrize(
     ("task", "judges", "prompts", "rounds", "images"),
     [
-        ("", ("jpeg_compressibility",), "animals", 400, 40),
-        ("compressibility", ("jpeg_compressibility",), "animals", 400, 40),
-        ("incompressibility", ("jpeg_incompressibility",), "animals", 400, 40),
-        ("aesthetic", ("aesthetic",), "animals", 1000, 16),
-        ("alignment", ("pickscore",), "animal_activities", 400, 40),
+        ("", ("jpeg_compressibility",), "ddpo_animals", 400, 40),
+        ("compressibility", ("jpeg_compressibility",), "ddpo_animals", 400, 40),
+        ("incompressibility", ("jpeg_incompressibility",), "ddpo_animals", 400, 40),
+        ("aesthetic", ("aesthetic",), "ddpo_animals", 1000, 16),
+        ("alignment", ("pickscore",), "ddpo_animal_activities", 400, 40),
         ("hands", (), "hands", 5, 140),
         ("safety", (), "bundled", 5, 140),
-        ("compressibility,ddpo", ("jpeg_compressibility",), "animals", 400, 20),
+        ("compressibility,ddpo", ("jpeg_compressibility",), "ddpo_animals", 400, 20),
     ],
 )
 def test_tasks_have_the_published_judges_prompts_and_sizes(online, task, judges, prompts, rounds, images):

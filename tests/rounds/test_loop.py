@@ -21,7 +21,19 @@ METHODS = [
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(online, tmp_path, method):
     """The tasks differ in their judges and prompts; see test_config.py."""
-    check_run(online(f"d3po:{method}tiny"), tmp_path)
+    prompts = tmp_path / "fresh.txt"
+    prompts.write_text("an owl\na koala\nan otter\n")
+    fields = {"online.evaluate_every": 3, "online.evaluation_prompts": str(prompts)}
+    workdir = tmp_path / "run"
+    config = online(f"d3po:{method}tiny", **fields)
+    check_run(config, workdir)
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [(row["evaluation/round"], row["step"]) for row in rows if "evaluation/round" in row]
+    assert evaluated == [(0, 0), (2, 4)]  # of two rounds: before the first, and after the last
+    (judge,) = config.online.judges
+    scores = [row[f"evaluation/{judge}"] for row in rows if "evaluation/round" in row]
+    assert all(math.isfinite(score) for score in scores)
+    assert scores[0] != scores[1]
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax.cli import replaced
 from dpo_jax.diffusion.samplers import classifier_free_guidance, sample, starting_latents
 from dpo_jax.diffusion.schedule import make_schedule
 from dpo_jax.diffusion.trajectories import branch, random_steps
@@ -129,6 +130,20 @@ def test_images_are_those_of_the_sampler_and_of_the_last_latents(opened):
     for latents in (last_NhwC, latents_NhwC):
         assert np.abs(o.decode(latents) - images_NHWC).max() <= 1
     assert np.abs(images_NHWC[1:] - images_NHWC[:-1]).mean(axis=(1, 2, 3)).min() > 3, "no two images are alike"
+
+
+def test_training_may_be_without_guidance(opened, tmp_path):
+    """Its log-probabilities are those that a scale of 1 gives, of the same transitions of guided sampling."""
+    o = opened()
+    batch = o.batches(RoundFolder(tmp_path, 0, CAPTIONS))
+
+    def log_probs(**fields):
+        _, score = on_trajectories(replaced(o.config, fields), o.pipeline, o.experiment.placement)
+        return np.asarray(jax.jit(score)(o.params, o.experiment.frozen, batch, jnp.int32(0)).log_prob_BK)
+
+    unguided = log_probs(**{"online.train_guided": False})
+    np.testing.assert_array_equal(unguided, log_probs(**{"online.guidance": 1.0}))
+    assert np.abs(unguided - batch.inputs.transitions.log_prob_BK).max() > 1e-2
 
 
 def test_what_becomes_of_a_prompt_does_not_depend_on_its_place(opened):

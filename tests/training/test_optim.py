@@ -12,6 +12,7 @@ from diffusers.optimization import get_scheduler
 from transformers import Adafactor
 
 from dpo_jax.models.layers import CONV_AXES, LINEAR_AXES
+from dpo_jax.training.config import FALLING
 from dpo_jax.training.optim import learning_rate_schedule, make_optimizer
 from dpo_jax.weights.layout import ParamSpec
 
@@ -120,11 +121,28 @@ def test_adafactor_state_is_a_fraction_of_the_linear_layers(run):
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 3])
-@pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "linear", "cosine"])
-def test_learning_rates_match_diffusers(x64, name, warmup_steps):
+@pytest.mark.parametrize(
+    ("name", "cycles", "power"),
+    [
+        *((name, 1, 1.0) for name in ("constant", "constant_with_warmup", *FALLING)),
+        ("cosine_with_restarts", 3, 1.0),
+        ("polynomial", 1, 2.5),
+        ("polynomial", 1, 0.5),
+    ],
+)
+def test_learning_rates_match_diffusers(x64, name, cycles, power, warmup_steps):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-5)
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=STEPS)
-    schedule = learning_rate_schedule(name, 2e-5, warmup_steps=warmup_steps, total_steps=STEPS)
+    scheduler = get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=warmup_steps,
+        num_training_steps=STEPS,
+        num_cycles=cycles,
+        power=power,
+    )
+    schedule = learning_rate_schedule(
+        name, 2e-5, warmup_steps=warmup_steps, total_steps=STEPS, cycles=cycles, power=power
+    )
 
     for step in range(STEPS + 1):
         np.testing.assert_allclose(schedule(jnp.int32(step)), scheduler.get_last_lr()[0], rtol=1e-12, atol=1e-20)

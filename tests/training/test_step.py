@@ -83,6 +83,21 @@ def test_policy_equal_to_reference_has_loss_log_2(params):
     assert metrics["train/loss"] == pytest.approx(np.log(2), abs=1e-12)
 
 
+def test_only_training_offsets_noise_and_perturbs_inputs(params):
+    plain = make_score(encode, denoise, SCHEDULE, DPO, seed=3)
+    scores = {"plain": plain(perturbed(params), frozen_like(params), make_batch(), jnp.int32(0), training=True)}
+    for options in ({"noise_offset": 0.1}, {"input_perturbation": 0.1}):
+        score = make_score(encode, denoise, SCHEDULE, DPO, seed=3, **options)
+        held_out = score(perturbed(params), frozen_like(params), make_batch(), jnp.int32(0))
+        np.testing.assert_array_equal(held_out.error_BK, scores["plain"].error_BK)
+        name = next(iter(options))
+        scores[name] = score(perturbed(params), frozen_like(params), make_batch(), jnp.int32(0), training=True)
+        same = score(params, frozen_like(params), make_batch(), jnp.int32(0), training=True)
+        np.testing.assert_allclose(same.log_ratio_BK, 0, atol=1e-12)
+    errors = [np.asarray(one.error_BK) for one in scores.values()]
+    assert not any(np.allclose(errors[i], errors[j]) for i in range(3) for j in range(i))
+
+
 def test_swapped_candidates_negate_the_margin(params):
     batch = make_batch()
     swapped = with_images(batch, batch.inputs.images_BKHWC[:, ::-1])
@@ -111,6 +126,17 @@ def test_weight_zero_gives_no_gradient(params):
     for name in params:
         np.testing.assert_allclose(half.params[name], expected.params[name], rtol=1e-12)
         assert not np.allclose(half.params[name], params[name], rtol=1e-9)
+
+
+def test_sft_trains_on_single_images_and_dpo_does_not(params):
+    """Their second candidate is only padding."""
+    batch = make_batch()
+    singles = batch._replace(valid_BK=np.tile([True, False], (8, 1)))
+    of_pairs, of_singles = (run(params, b, objective=SFT)[0] for b in (batch, singles))
+    jax.tree.map(np.testing.assert_array_equal, of_pairs.params, of_singles.params)
+    assert not np.array_equal(of_singles.params["in"], params["in"])
+    of_dpo, _ = run(params, singles, reference=perturbed(params))
+    jax.tree.map(np.testing.assert_array_equal, of_dpo.params, params)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

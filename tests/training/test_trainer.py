@@ -80,7 +80,7 @@ def test_a_lora_begun_before_its_initializer_could_be_chosen_goes_on():
     del saved["lora.initializer"]
     check_same_experiment(flatten(config), saved, "runs/old", default_config())
     config.lora.initializer = "gausian"
-    with pytest.raises(ValueError, match=r"config.lora.initializer='gausian'; choose from kaiming, gaussian"):
+    with pytest.raises(ValueError, match=r"config.lora.initializer='gausian' must be one of 'kaiming', 'gaussian'"):
         resolve(config, device_count=1, process_count=1)
 
 

@@ -38,6 +38,11 @@ SOURCES = {
         folders.read_liked,
         "Folders with images in liked/ and disliked/, captions in .txt files.",
     ),
+    "captioned_folder": Source(
+        folders.captioned_chunks,
+        folders.read_captioned,
+        'Folders of single images, captions in .txt files beside them: for loss.name="sft".',
+    ),
     "pickapic_tar": Source(
         tar.pickapic_tar_chunks,
         tar.read_pickapic_tar,

@@ -50,18 +50,33 @@ def liked_chunks(folders: Sequence[Path]) -> list[Chunk]:
 def read_liked(chunk: Chunk) -> Iterator[Row]:
     """Images without a counterpart, in liked/ and disliked/, each with its caption NAME.txt beside it."""
     for place, name in _opinions(chunk.file)[chunk.start : chunk.stop]:
-        file = chunk.file / place / name
-        try:
-            row = make_record(str(file), _caption(file.parent, name=file.stem), (1,), _reader([file]))
-            yield row._replace(preference=(float(place == "liked"),)) if isinstance(row, Record) else row
-        except Unusable as error:
-            yield Damaged(str(file), error.reason, error.found)
+        yield _single(chunk.file / place / name, liked=place == "liked")
 
 
-def _chunks(folders: Sequence[Path], places: tuple[str, str], rows: Callable[[Path], Sequence[object]]) -> list[Chunk]:
+def captioned_chunks(folders: Sequence[Path]) -> list[Chunk]:
+    return _chunks(folders, (), _all_files)
+
+
+def read_captioned(chunk: Chunk) -> Iterator[Row]:
+    """Images of one folder, each with its caption NAME.txt beside it."""
+    for name in _all_files(chunk.file)[chunk.start : chunk.stop]:
+        yield _single(chunk.file / name, liked=True)
+
+
+def _single(file: Path, *, liked: bool) -> Row:
+    """The record of an image without a counterpart."""
+    try:
+        row = make_record(str(file), _caption(file.parent, name=file.stem), (1,), _reader([file]))
+        return row._replace(preference=(float(liked),)) if isinstance(row, Record) else row
+    except Unusable as error:
+        return Damaged(str(file), error.reason, error.found)
+
+
+def _chunks(folders: Sequence[Path], places: tuple[str, ...], rows: Callable[[Path], Sequence[object]]) -> list[Chunk]:
     for folder in folders:
-        if not all((folder / place).is_dir() for place in places):
-            raise ValueError(f"{folder} should be a folder with the folders {' and '.join(places)}")
+        if not all((folder / place).is_dir() for place in ("", *places)):
+            inside = f" with the folders {' and '.join(places)}" if places else " of images"
+            raise ValueError(f"{folder} should be a folder{inside}")
     counts = [(folder, len(rows(folder))) for folder in folders]
     limit = rows_a_chunk(sum(count for _, count in counts))
     return [
@@ -75,12 +90,12 @@ def _pair_names(folder: Path) -> list[str]:
 
 def _opinions(folder: Path) -> list[tuple[str, str]]:
     """(liked or disliked, the file's name) of each image."""
-    return [
-        (place, name)
-        for place in ("liked", "disliked")
-        for _, names in sorted(_images(folder / place).items())
-        for name in names
-    ]
+    return [(place, name) for place in ("liked", "disliked") for name in _all_files(folder / place)]
+
+
+def _all_files(folder: Path) -> list[str]:
+    """The name of each image's file."""
+    return [name for _, names in sorted(_images(folder).items()) for name in names]
 
 
 def _images(folder: Path) -> dict[str, list[str]]:

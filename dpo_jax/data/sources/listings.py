@@ -31,7 +31,8 @@ def jsonl_chunks(files: Sequence[Path]) -> list[Chunk]:
 def read_jsonl(chunk: Chunk) -> Iterator[Row]:
     """One prompt a line: {"prompt": ..., "images": [paths relative to this file], and one of PREFERENCES}.
 
-    `models` and `captions` (an own caption for each candidate) may follow.
+    `models` and `captions` (an own caption for each candidate) may follow. A prompt may be a list of captions, which
+    become the lines of one: see `data.caption_lines`.
     """
     return read_rows(chunk, lines, _jsonl_row)
 
@@ -49,7 +50,12 @@ def _jsonl_row(where: str, folder: Path, row: Mapping[str, Any]) -> Row:
     if len(stated) > 1:
         raise Unusable(f"more than one of {', '.join(PREFERENCES)}")
     shares = shares_of(stated[0], row[stated[0]], len(paths))
-    return make_record(where, row.get("prompt"), shares, lambda k: read_image(paths[k], folder), models or (), captions)
+    prompt = row.get("prompt")
+    if isinstance(prompt, list):
+        if not prompt or not all(isinstance(text, str) and text.strip() for text in prompt):
+            raise Unusable('"prompt" is a list that has something else than captions', repr(prompt)[:200])
+        prompt = "\n".join(" ".join(text.split()) for text in prompt)
+    return make_record(where, prompt, shares, lambda k: read_image(paths[k], folder), models or (), captions)
 
 
 def shares_of(name: str, value: Any, count: int) -> list[float]:
