@@ -1,6 +1,7 @@
 """The command, as a user runs it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from dpo_jax.data.sources import SOURCES
 
-from .conftest import ROOT
+from .conftest import ROOT, Command
 
 PAIRS = ROOT / "dpo_jax" / "tiny" / "pairs.parquet"
 
@@ -49,6 +50,43 @@ def test_says_that_it_continues(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert done.stderr == "continuing: 1 of 1 parts are finished\n"
     assert "quarantined  10 (10 not an image)" in done.stdout
+
+
+def test_verify(tmp_path: Path, command: Command) -> None:
+    pq.write_table(pq.read_table(PAIRS).slice(0, 20), tmp_path / "pairs.parquet")
+    output = f"--output={tmp_path}/out"
+    assert command("prepare", f"--input={tmp_path}/pairs.parquet", output, "--workers=0").returncode == 0
+    done = command("prepare", "--verify", output)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(rf"verified 6 files, [\d,]+ bytes, \d+ images in {tmp_path}/out\n", done.stdout)
+    (shard,) = (tmp_path / "out" / "images").glob("*parquet*")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(content)
+    done = command("prepare", "--verify", output)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(
+        f"error: 2 damaged in {tmp_path}/out: {shard} (its checksum is not the one in checksu"
+    )
+    assert len(done.stderr.splitlines()) == 1
+    assert command("prepare", "--verify", output, "--input=x").stderr.startswith("error: --verify reads what is in")
+    assert command("prepare", "--verify", f"--output={tmp_path}").stderr.startswith("error: no prepared data set at")
+
+
+def test_a_damaged_summary_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dpo_jax import prepare as module
+
+    for flag, value in (("SOURCE", "pickapic"), ("VALIDATION_FRACTION", 0.05)):
+        monkeypatch.setattr(module, flag, type("Flag", (), {"value": value}))
+    assert not module.is_prepared(tmp_path, [])
+    for content, message in (
+        ("[]", r"summary.json: the whole: input should be"),
+        ('{"files": "x", "source": 3}', r"files: .*; source: .*; validation_fraction: field required"),
+        ("", r"summary.json is empty"),
+    ):
+        (tmp_path / "summary.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            module.is_prepared(tmp_path, [])
 
 
 def test_help_lists_the_sources() -> None:

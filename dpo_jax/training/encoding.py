@@ -45,6 +45,7 @@ def encode_data(config: ConfigDict, workers: int | None, say: Callable[[str], No
     pipeline = open_model(config, prepared.folder / "encoded" / config.model.replace(":", "-"))
     facts = encoding_facts(config, pipeline)
     folder = folder_of(prepared.folder, facts)
+    check_inside(folder, prepared.folder)
     if is_finished(folder):
         with contextlib.suppress(ValueError):  # damaged: what isn't whole is made again
             open_encodings(prepared.folder, facts)

@@ -435,6 +435,24 @@ def test_what_a_crash_of_the_machine_cut_short_is_made_again(
     assert bytes_of(output) == bytes_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff"])
+def test_a_damaged_manifest_is_named(write_pairs: Write, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "manifest.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"manifest.json.*; remove .*\.out\.partial \(rm -r\) to begin again"):
+        prepare(PICKAPIC, [write_pairs(2)], tmp_path / "out", workers=0)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"rows": -1}', b'{"rows": "many", "bytes": 3}'])
+def test_a_part_whose_counts_are_damaged_is_made_again(write_pairs: Write, tmp_path: Path, content: bytes) -> None:
+    pairs = write_pairs(3, jpg_0=[b"bad"] * 3)
+    with pytest.raises(ValueError, match="3 of 3 records are damaged"):
+        prepare(PICKAPIC, [pairs], tmp_path / "out", workers=0)
+    (tmp_path / ".out.partial" / "parts" / "00000" / "counts.json").write_bytes(content)
+    with pytest.raises(ValueError, match="3 of 3 records are damaged"):
+        prepare(PICKAPIC, [pairs], tmp_path / "out", workers=0)
+
+
 def test_remains_of_a_finished_run_are_no_obstacle(
     many_parts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
