@@ -58,7 +58,7 @@ class Store:
         self._read()
 
     def _read(self) -> None:
-        self._others = self._version_of_others()  # before: what comes between is read once more
+        others = self._version_of_others()  # before: what comes between is read once more
         contents: Contents = read(self.path, self._connection)
         self.mode, self.digest, self._secret = contents.mode, contents.digest, contents.secret
         self.folders, self.tasks = contents.folders, contents.tasks
@@ -67,6 +67,7 @@ class Store:
         self._tallies: dict[tuple[str, str], collections.Counter[Answer]] = {}
         for vote in self._votes.values():
             self._count(vote, 1)
+        self._others = others
 
     @property
     def how(self) -> Mode:
@@ -175,7 +176,10 @@ class Store:
 
     def _refresh(self) -> None:
         if self._version_of_others() != self._others:
-            self._read()
+            try:
+                self._read()
+            except ValueError as error:  # by now it is damaged
+                raise sqlite3.DatabaseError(str(error)) from error
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -191,7 +195,7 @@ class Store:
                 self._connection.execute("BEGIN IMMEDIATE")
                 while self._version_of_others() != self._others:
                     self._connection.execute("ROLLBACK")
-                    self._read()
+                    self._refresh()
                     self._connection.execute("BEGIN IMMEDIATE")
                 yield self._connection.execute
             finally:
