@@ -12,27 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from dpo_jax.voting.contents import Contents, Vote, read
+from dpo_jax.voting.schema import COLUMNS, VERSION, checked, dump, name_key, now, opaque, transaction, version_of
 from dpo_jax.voting.study import MODES, Answer, Folder, Mode, TaskImage, study_digest
-from dpo_jax.voting.votes_file import (
-    COLUMNS,
-    VERSION,
-    Contents,
-    Vote,
-    begin,
-    check_file,
-    checked,
-    dump,
-    durable,
-    name_key,
-    now,
-    opaque,
-    opening,
-    place,
-    read,
-    transaction,
-    upgrade,
-    version_of,
-)
+from dpo_jax.voting.votes_file import begin, check_file, durable, opening, place, upgrade
 
 MOST_UNDONE = 10
 """Times that a rater may take back an answer to one question about one task."""
