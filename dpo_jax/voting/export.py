@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_jax.files import write_whole
+from dpo_jax.voting.contents import Vote
 from dpo_jax.voting.results import folder_names, group_by_task, mean_scores
-from dpo_jax.voting.store import Store, Vote
+from dpo_jax.voting.store import Store
 from dpo_jax.voting.study import QUESTIONS, TaskImage
 
 

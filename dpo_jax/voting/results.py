@@ -13,7 +13,8 @@ import krippendorff
 import numpy as np
 
 from dpo_jax.evaluation.winrate import WinRate, rate_over_prompts
-from dpo_jax.voting.store import Store, Vote
+from dpo_jax.voting.contents import Vote
+from dpo_jax.voting.store import Store
 from dpo_jax.voting.study import Answer, Question, Task
 
 Wins = dict[tuple[int, int], dict[str, list[float]]]

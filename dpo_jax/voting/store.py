@@ -12,27 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from dpo_jax.voting.contents import Contents, Vote, read
+from dpo_jax.voting.schema import COLUMNS, VERSION, checked, dump, name_key, now, opaque, transaction, version_of
 from dpo_jax.voting.study import MODES, Answer, Folder, Mode, TaskImage, study_digest
-from dpo_jax.voting.votes_file import (
-    COLUMNS,
-    VERSION,
-    Contents,
-    Vote,
-    begin,
-    check_file,
-    checked,
-    dump,
-    durable,
-    name_key,
-    now,
-    opaque,
-    opening,
-    place,
-    read,
-    transaction,
-    upgrade,
-    version_of,
-)
+from dpo_jax.voting.votes_file import begin, check_file, durable, opening, place, upgrade
 
 MOST_UNDONE = 10
 """Times that a rater may take back an answer to one question about one task."""
@@ -58,7 +41,7 @@ class Store:
         self._read()
 
     def _read(self) -> None:
-        self._others = self._version_of_others()  # before: what comes between is read once more
+        others = self._version_of_others()  # before: what comes between is read once more
         contents: Contents = read(self.path, self._connection)
         self.mode, self.digest, self._secret = contents.mode, contents.digest, contents.secret
         self.folders, self.tasks = contents.folders, contents.tasks
@@ -67,6 +50,7 @@ class Store:
         self._tallies: dict[tuple[str, str], collections.Counter[Answer]] = {}
         for vote in self._votes.values():
             self._count(vote, 1)
+        self._others = others
 
     @property
     def how(self) -> Mode:
@@ -175,7 +159,10 @@ class Store:
 
     def _refresh(self) -> None:
         if self._version_of_others() != self._others:
-            self._read()
+            try:
+                self._read()
+            except ValueError as error:  # by now it is damaged
+                raise sqlite3.DatabaseError(str(error)) from error
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -191,7 +178,7 @@ class Store:
                 self._connection.execute("BEGIN IMMEDIATE")
                 while self._version_of_others() != self._others:
                     self._connection.execute("ROLLBACK")
-                    self._read()
+                    self._refresh()
                     self._connection.execute("BEGIN IMMEDIATE")
                 yield self._connection.execute
             finally:

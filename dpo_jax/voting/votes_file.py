@@ -1,173 +1,32 @@
-"""The SQLite file of votes: how it is begun, and what is checked before anything in it is believed.
+"""How a file of votes is opened, begun and brought up to date: whole or not at all, and nothing that isn't one."""
 
-Table `votes` has a row for each vote: rater, task, question, answer (JSON numbers, one for each image of the task, in
-the order of `tasks.images`), shown (JSON: which image stood at each place, from left to right) and time (UTC). Rater,
-task and question are unique. What a rater took back is in `undone`, and who may vote is in `raters`. `tasks` and
-`folders` say what was shown, so that the file can be exported by itself.
-
-SQLite notices damage to its own structures only. Rows therefore carry a checksum, keyed with the file's secret.
-"""
-
-import collections
-import datetime
-import hashlib
-import json
-import math
 import os
 import sqlite3
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePath
-from typing import Annotated, Any, NamedTuple
+from pathlib import Path
 
-import pydantic
-from typing_extensions import TypedDict
+from dpo_jax.files import check_regular, look_at, partial_name, sync
+from dpo_jax.voting.schema import (
+    APPLICATION_ID,
+    COLUMNS,
+    SCHEMAS,
+    VERSION,
+    checked,
+    damaged,
+    dump,
+    name_key,
+    now,
+    opaque,
+    transaction,
+    version_of,
+)
+from dpo_jax.voting.study import Task
 
-from dpo_jax.files import check_regular, conform, look_at, parse_json, partial_name, sync
-from dpo_jax.voting.study import MODES, Answer, Task, TaskImage
-
-APPLICATION_ID = 0x64706F76  # "dpov"; SQLite keeps it in the file's header
-VERSION = 1
 MAX_BYTES = 2**30
 """A file of 20,000 votes has some 10 MB."""
 MAX_VALUE = 2**20
 """Bytes of a text in a row."""
-SCHEMAS = (
-    """
-CREATE TABLE study (mode TEXT NOT NULL, digest TEXT NOT NULL, secret TEXT NOT NULL);
-CREATE TABLE folders (position INTEGER PRIMARY KEY, path TEXT NOT NULL);
-CREATE TABLE tasks (
-    id TEXT PRIMARY KEY, position INTEGER NOT NULL, prompt TEXT NOT NULL, seed INTEGER, category TEXT NOT NULL,
-    images TEXT NOT NULL
-);
-CREATE TABLE votes (
-    rater TEXT NOT NULL, task TEXT NOT NULL REFERENCES tasks (id), question TEXT NOT NULL, answer TEXT NOT NULL,
-    shown TEXT NOT NULL, time TEXT NOT NULL, UNIQUE (rater, task, question)
-);
-CREATE INDEX tallies ON votes (task, question, answer);
-CREATE TABLE undone (
-    rater TEXT NOT NULL, task TEXT NOT NULL, question TEXT NOT NULL, answer TEXT NOT NULL, shown TEXT NOT NULL,
-    time TEXT NOT NULL, undone TEXT NOT NULL
-);
-""",
-    """
-DROP INDEX tallies;
-ALTER TABLE study ADD COLUMN checksum TEXT NOT NULL DEFAULT '';
-ALTER TABLE folders ADD COLUMN checksum TEXT NOT NULL DEFAULT '';
-ALTER TABLE tasks ADD COLUMN checksum TEXT NOT NULL DEFAULT '';
-ALTER TABLE votes ADD COLUMN checksum TEXT NOT NULL DEFAULT '';
-CREATE TABLE raters (
-    key TEXT PRIMARY KEY, name TEXT NOT NULL, claim TEXT NOT NULL, time TEXT NOT NULL, checksum TEXT NOT NULL
-);
-""",
-)
-"""What version 0 consists of, and what each later version changes."""
-
-COLUMNS = {
-    "study": ("mode", "digest", "secret"),
-    "folders": ("position", "path"),
-    "tasks": ("id", "position", "prompt", "seed", "category", "images"),
-    "votes": ("rater", "task", "question", "answer", "shown", "time"),
-    "raters": ("key", "name", "claim", "time"),
-}
-"""Of the tables whose rows have a checksum, all but the checksum."""
-
-
-class Vote(NamedTuple):
-    rater: str
-    task: str
-    question: str
-    answer: Answer
-    """In the order of the task's images."""
-    shown: tuple[int, ...]
-    """Which of the task's images stood at each place."""
-    time: str
-
-    @property
-    def key(self) -> "Key":
-        return self.rater, self.task, self.question
-
-
-Key = tuple[str, str, str]
-"""Rater, task and question."""
-
-
-class Contents(NamedTuple):
-    """All of a file of votes."""
-
-    mode: str
-    digest: str
-    secret: str
-    folders: list[Path]
-    tasks: dict[str, Task]
-    votes: dict[Key, Vote]
-    """In the order in which they were given."""
-    undone: collections.Counter[Key]
-    raters: dict[str, tuple[str, str]]
-    """(name, claim) by `name_key`."""
-
-
-class _Study(TypedDict):
-    mode: str
-    digest: Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
-    secret: Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
-
-
-class _Folder(TypedDict):
-    position: int
-    path: str
-
-
-class _Task(TypedDict):
-    id: str
-    position: int
-    prompt: str
-    seed: int | None
-    category: str
-    images: str
-
-
-class _Vote(TypedDict):
-    rater: str
-    task: str
-    question: str
-    answer: str
-    shown: str
-    time: str
-
-
-class _Rater(TypedDict):
-    key: str
-    name: str
-    claim: str
-    time: str
-
-
-def name_key(name: str) -> str:
-    """The same for names that people take for one: "Ann" is "ann"."""
-    return unicodedata.normalize("NFKC", name).casefold()
-
-
-def opaque(secret: str, *parts: object) -> str:
-    """A name that tells nothing about its parts to who hasn't got the secret; it's always the same."""
-    return hashlib.blake2b(json.dumps(parts).encode(), key=bytes.fromhex(secret), digest_size=12).hexdigest()
-
-
-def checked(secret: str, table: str, row: Sequence[object]) -> tuple:
-    """The row as it is stored, with its checksum."""
-    return (*row, opaque(secret, "checksum", table, *row))
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-
-
-def dump(values: Sequence) -> str:
-    return json.dumps(values, ensure_ascii=False)
-
-
-# ---- before SQLite sees the file
 
 
 def check_file(path: Path) -> None:
@@ -205,14 +64,6 @@ def check_file(path: Path) -> None:
     kind = look_at(path)
     if kind != "an SQLite database":
         raise ValueError(f"{path} is not a file of votes, but {kind or 'something else'}; name another --output")
-
-
-def damaged(path: Path, reason: str) -> ValueError:
-    reason = "".join(char if char.isprintable() else "?" for char in reason).rstrip(".")
-    return ValueError(f"{path} is damaged ({reason}); restore it from a backup, or name another --output to begin anew")
-
-
-# ---- opening
 
 
 @contextmanager
@@ -272,119 +123,6 @@ def _structure(connection: sqlite3.Connection) -> list[tuple]:
         if kind == "table" and not is_virtual:
             structure += connection.execute("SELECT * FROM pragma_table_xinfo(?)", (name,))
     return structure
-
-
-def version_of(connection: sqlite3.Connection) -> int:
-    return connection.execute("PRAGMA user_version").fetchone()[0]
-
-
-# ---- reading
-
-
-def read(path: Path, connection: sqlite3.Connection) -> Contents:
-    """All that the file holds. Raises ValueError, naming the file, for rows that dpo_jax.vote can't have written."""
-    has_checksums = version_of(connection) > 0
-    try:
-        with transaction(connection, "DEFERRED"):
-            (study,) = _rows(connection, "study", list[_Study], None)
-            secret = study["secret"] if has_checksums else None
-            if secret is not None:
-                _rows(connection, "study", list[_Study], secret)
-            folders = _rows(connection, "folders", list[_Folder], secret)
-            tasks = _rows(connection, "tasks", list[_Task], secret)
-            votes = _rows(connection, "votes", list[_Vote], secret)
-            raters = _rows(connection, "raters", list[_Rater], secret) if has_checksums else []
-            undone = connection.execute("SELECT rater, task, question FROM undone").fetchall()
-        if study["mode"] not in MODES:
-            raise ValueError(f"table study: unknown mode {study['mode']!r}")
-        read_tasks = _tasks(tasks, study["secret"], len(folders))
-        return Contents(
-            mode=study["mode"],
-            digest=study["digest"],
-            secret=study["secret"],
-            folders=[_folder(row, position) for position, row in enumerate(folders)],
-            tasks=read_tasks,
-            votes=_votes(votes, study["mode"], read_tasks),
-            undone=collections.Counter(conform(undone, list[Key], "table undone")),
-            raters={row["key"]: (row["name"], row["claim"]) for row in raters},
-        )
-    except ValueError as error:
-        raise damaged(path, str(error)) from None
-
-
-def _rows(connection: sqlite3.Connection, table: str, schema: Any, secret: str | None) -> list[Any]:
-    """The rows of a table, in order. Checksums are compared if there is a secret."""
-    columns = COLUMNS[table]
-    order = "position" if "position" in columns else "rowid"
-    chosen = ", ".join(columns) + (", checksum" if secret is not None else "")
-    found = connection.execute(f"SELECT {chosen} FROM {table} ORDER BY {order}").fetchall()
-    rows = conform([dict(zip(columns, row, strict=False)) for row in found], schema, f"table {table}")
-    if table == "study" and len(rows) != 1:
-        raise ValueError(f"table study has {len(rows)} rows, not 1")
-    for number, row in enumerate(found, 1):
-        if secret is not None and row != checked(secret, table, row[:-1]):
-            raise ValueError(f"table {table}, row {number} is not as it was written")
-    return rows
-
-
-def _folder(row: _Folder, position: int) -> Path:
-    path = row["path"]
-    if row["position"] != position or not os.path.isabs(path) or os.path.normpath(path) != path:
-        raise ValueError(f"table folders: {path!r} is not the path of a folder")
-    return Path(path)
-
-
-def _tasks(rows: Sequence[_Task], secret: str, folders: int) -> dict[str, Task]:
-    images = [parse_json(row["images"], f"table tasks, row {number}") for number, row in enumerate(rows, 1)]
-    images = conform(images, list[list[tuple[int, str]]], "table tasks, images", strict=False)
-    tasks = {}
-    for position, (row, named) in enumerate(zip(rows, images, strict=True)):
-        where = f"table tasks, row {position + 1}"
-        if row["position"] != position or row["id"] != opaque(secret, "task", position):
-            raise ValueError(f"{where}: wrong id or position")
-        for folder, name in named:
-            if not 0 <= folder < folders or PurePath(name).name != name or name in ("", "..") or "\0" in name:
-                raise ValueError(f"{where}: {name!r} is not the name of an image in one of {folders} folders")
-        if not named:
-            raise ValueError(f"{where}: no images")
-        shown = tuple(TaskImage(*image) for image in named)
-        tasks[row["id"]] = Task(row["prompt"], row["seed"], row["category"], shown)
-    return tasks
-
-
-def _votes(rows: Sequence[_Vote], mode: str, tasks: dict[str, Task]) -> dict[Key, Vote]:
-    columns = [[parse_json(row[name], f"table votes, {name}") for row in rows] for name in ("answer", "shown")]  # type: ignore[literal-required]
-    answers: list[list[float]] = conform(columns[0], list[list[int | float]], "table votes, answer")
-    orders: list[list[int]] = conform(columns[1], list[list[int]], "table votes, shown")
-    votes = {}
-    for number, (row, answer, shown) in enumerate(zip(rows, map(tuple, answers), map(tuple, orders), strict=True), 1):
-        where = f"table votes, row {number}"
-        if row["task"] not in tasks:
-            raise ValueError(f"{where}: there is no task {row['task']!r}")
-        places = len(tasks[row["task"]].images)
-        if len(answer) != places or not all(map(math.isfinite, answer)) or not MODES[mode].is_answer(answer):
-            raise ValueError(f"{where}: {row['answer']} is not an answer of --mode={mode}")
-        if sorted(shown) != list(range(places)):
-            raise ValueError(f"{where}: {row['shown']} is not an order of {places} images")
-        vote = Vote(row["rater"], row["task"], row["question"], answer, shown, row["time"])
-        votes[vote.key] = vote
-    return votes
-
-
-# ---- writing
-
-
-@contextmanager
-def transaction(connection: sqlite3.Connection, kind: str = "IMMEDIATE") -> Iterator:
-    """All that is run inside, or nothing."""
-    connection.execute(f"BEGIN {kind}")
-    try:
-        yield connection.execute
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
 
 
 def durable(connection: sqlite3.Connection) -> None:

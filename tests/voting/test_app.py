@@ -2,6 +2,7 @@
 
 import json
 import re
+import sqlite3
 
 import pytest
 
@@ -134,6 +135,17 @@ def test_a_full_disk_is_told_and_nothing_is_lost(survey):
     limit(10**6)
     assert vote() == 200
     assert len(made.store.votes()) == codes.count(200) + 1
+
+
+def test_a_file_that_is_damaged_meanwhile_takes_no_votes(survey):
+    made = survey()
+    browser = client(made, "ann")
+    with sqlite3.connect(made.store.path) as other:
+        other.execute("UPDATE tasks SET prompt = 'another'")
+    other.close()
+    for reply in (browser.get("/api/state"), browser.post("/api/start", json={"name": "bob"})):
+        assert reply.status_code == 503
+        assert "is damaged" in reply.text
 
 
 @pytest.mark.parametrize("mode", ["pairs", "rank", "points"])

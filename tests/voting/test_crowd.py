@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import httpx2
 import pytest
 
-from dpo_jax.voting import results, server, votes_file
+from dpo_jax.voting import results, schema, server
 from dpo_jax.voting.app import make_app, results_token
 from dpo_jax.voting.server import ImpatientProtocol, make_server
 
@@ -123,8 +123,8 @@ def _fill(made, votes: int) -> None:
     rows = []
     for number in range(votes):
         task = list(made.store.tasks)[number % len(made.store.tasks)]
-        row = f"early {number // len(made.store.tasks)}", task, "preference", "[1, 0]", "[0, 1]", votes_file.now()
-        rows.append(votes_file.checked(made.store._secret, "votes", row))
+        row = f"early {number // len(made.store.tasks)}", task, "preference", "[1, 0]", "[0, 1]", schema.now()
+        rows.append(schema.checked(made.store._secret, "votes", row))
     with made.store._changing() as run:
         made.store._connection.executemany("INSERT INTO votes VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
         run("COMMIT")

@@ -1,6 +1,8 @@
 """How folders become tasks."""
 
 import json
+import os
+import subprocess
 
 import pytest
 from PIL import Image
@@ -94,6 +96,28 @@ def test_scores_rise_with_what_raters_like():
     assert MODES["rank"].scores((1, 3, 2)) == (2, 0, 1)
     assert MODES["tag"].scores((1,)) == (0,)
     assert [MODES["pairs"].side(answer) for answer in ((1, 0), (0, 1), TIE)] == [1, -1, 0]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n8 8 scale\nshowpage\n", "not an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "not an image|Git LFS pointer"),
+        (b"", "not an image|empty"),
+    ],
+    ids=["postscript", "svg", "pointer", "empty"],
+)
+def test_what_is_no_image_is_told_and_starts_no_program(make_folders, monkeypatch, data, reason):
+    def start(*arguments, **fields):
+        raise AssertionError(f"a program was started: {arguments}")
+
+    for module, name in ((subprocess, "Popen"), (os, "system"), (os, "posix_spawn")):
+        monkeypatch.setattr(module, name, start)
+    (folder,) = make_folders("a")
+    (folder / "1-0.png").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"1-0.png .*({reason})"):
+        read_folder(folder)
 
 
 def test_pairs_that_say_nothing_or_tell_are_counted(make_folders):

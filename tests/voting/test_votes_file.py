@@ -7,12 +7,12 @@ import sqlite3
 
 import pytest
 
-from dpo_jax.voting import votes_file
+from dpo_jax.voting import schema
 from dpo_jax.voting.export import export
 from dpo_jax.voting.raters import Raters
+from dpo_jax.voting.schema import checked, opaque
 from dpo_jax.voting.store import open_study, open_votes
 from dpo_jax.voting.study import read_folder
-from dpo_jax.voting.votes_file import checked, opaque
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_a_strangers_file_reaches_nothing_outside(path, folders, table, values, 
     """Made by somebody who knows how: checksums agree."""
     connection = sqlite3.connect(path, isolation_level=None)
     ((secret,),) = connection.execute("SELECT secret FROM study")
-    columns = votes_file.COLUMNS[table]
+    columns = schema.COLUMNS[table]
     (row,) = connection.execute(f"SELECT {', '.join(columns)} FROM {table} LIMIT 1")
     row = checked(secret, table, (dict(zip(columns, row, strict=True)) | values).values())
     fields = ", ".join(f"{column} = ?" for column in (*columns, "checksum"))
@@ -237,14 +237,14 @@ def test_a_file_of_the_version_before_continues(folders, tmp_path):
         digest, tasks = new.digest, list(new.tasks.values())
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute("PRAGMA journal_mode = WAL")
-    connection.executescript(votes_file.SCHEMAS[0])
-    connection.execute(f"PRAGMA application_id = {votes_file.APPLICATION_ID}")
+    connection.executescript(schema.SCHEMAS[0])
+    connection.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
     connection.execute("INSERT INTO study VALUES ('pairs', ?, ?)", (digest, secret))
     for position, folder in enumerate(folders):
         connection.execute("INSERT INTO folders VALUES (?, ?)", (position, str(folder.path)))
     for position, task in enumerate(tasks):
         row = opaque(secret, "task", position), position, task.prompt, task.seed, task.category
-        connection.execute("INSERT INTO tasks VALUES (?, ?, ?, ?, ?, ?)", (*row, votes_file.dump(task.images)))
+        connection.execute("INSERT INTO tasks VALUES (?, ?, ?, ?, ?, ?)", (*row, schema.dump(task.images)))
         vote = "Ann", row[0], "preference", "[1, 0]", "[0, 1]", "2026-01-01T00:00:00.000+00:00"
         connection.execute("INSERT INTO votes VALUES (?, ?, ?, ?, ?, ?)", vote)
     connection.close()
