@@ -188,7 +188,11 @@ def test_feedback_that_is_missing_or_of_another_shape_is_told(sampled, tmp_path)
     for feedback, error, message in (
         ([], ValueError, r"nobody has scored round 0"),
         ([str(tmp_path / "gone.json")], FileNotFoundError, r"no feedback at .*gone\.json"),
-        ([write(tmp_path / "a.json", [[1, 2, 3]])], ValueError, r"scores of 1 prompts with 3 candidates each; this round has 2 prompts of 3"),
+        (
+            [write(tmp_path / "a.json", [[1, 2, 3]])],
+            ValueError,
+            r"scores of 1 prompts with 3 candidates each; this round has 2 prompts of 3",
+        ),
     ):
         with pytest.raises(error, match=message):
             learn(config, workdir, "train", feedback)

@@ -19,7 +19,7 @@ from dpo_jax.models.random_model import write_random_model
 from dpo_jax.training.checkpoint import read_config
 from dpo_jax.training.export import export, open_tuned, open_untrained
 from dpo_jax.training.model_card import METHODS, model_card
-from dpo_jax.training.model_origin import Origin, without_paths
+from dpo_jax.training.model_origin import Origin
 from dpo_jax.training.run import open_run
 from dpo_jax.training.trainer import train
 
