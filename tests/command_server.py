@@ -1,12 +1,14 @@
 """Runs commands of dpo_jax in processes forked from one that has imported what they need, which spares each seconds.
 
-Reads a line of JSON for each, `module`, `arguments`, `cwd` and files for `stdout` and `stderr`; writes its exit status.
+Reads a line of JSON for each, `module`, `arguments`, `cwd` and files for `stdout` and `stderr`, and perhaps the
+`seconds` after which the process is killed; writes its exit status.
 """
 
 import importlib
 import json
 import os
 import runpy
+import signal
 import sys
 
 PRELOADED = (
@@ -38,6 +40,7 @@ request = forked()
 if request is not None:
     for number, file in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
         os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), number)
+    signal.alarm(request.get("seconds", 0))  # ends the process, whatever it does
     os.chdir(request["cwd"])
     sys.path[0] = request["cwd"]
     sys.argv = [request["module"], *request["arguments"]]
