@@ -1,4 +1,7 @@
-"""python -m tests.damage --count=3000 --output=FOLDER: gives damaged files to the commands and counts what became of them."""
+"""Gives damaged files to the commands and counts what became of them.
+
+python -m tests.damage --count=3000 --output=DIR
+"""
 
 import argparse
 import collections
@@ -58,7 +61,10 @@ def main() -> None:
                 log.write(json.dumps({"seed": seed, **vars(result)}) + "\n")
                 log.flush()
                 if result.verdict in BAD:
-                    print(f"{result.verdict}: {name}, seed {seed}: {result.file}: {result.damage}\n    {result.said}", flush=True)
+                    print(
+                        f"{result.verdict}: {name}, seed {seed}: {result.file}: {result.damage}\n    {result.said}",
+                        flush=True,
+                    )
     print(table(results))
     print(f"{time.time() - began:.0f} s; " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
     runner.close()

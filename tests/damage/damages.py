@@ -133,7 +133,8 @@ BYTES: dict[str, Damage] = dict(
 """Of any file."""
 
 ODD: tuple[Any, ...] = (
-    None, True, "text", "", "1", -1, 0, 0.5, 10**12, 1e300, float("nan"), float("inf"), [], {}, [[]], ["x"] * 3, {"a": 1},
+    None, True, "text", "", "1", -1, 0, 0.5, 10**12, 1e300, float("nan"), float("inf"), [], {}, [[]], ["x"] * 3,
+    {"a": 1},
 )  # fmt: skip
 
 
@@ -148,7 +149,9 @@ def nodes(value: Any, path: tuple = ()) -> Iterator[tuple]:
 def damage_json(text: str, rng: random.Random) -> tuple[str, str] | None:
     """(text, what was done)."""
     value = json.loads(text)
-    kind = rng.choice(["odd"] * 8 + ["without"] * 2 + ["whole", "deep", "number", "twice", "comma", "surrogate", "extra"])
+    kind = rng.choice(
+        ["odd"] * 8 + ["without"] * 2 + ["whole", "deep", "number", "twice", "comma", "surrogate", "extra"]
+    )
     if kind == "whole":
         other = rng.choice([None, 1, "text", [], {}, [value], {"a": value}, True])
         return json.dumps(other), f"{json.dumps(other)[:20]} alone"
@@ -173,7 +176,7 @@ def damage_json(text: str, rng: random.Random) -> tuple[str, str] | None:
     mark = "@@mark@@"
     if kind == "twice" and isinstance(node, dict):
         node[mark] = 0
-        twice = f'{json.dumps(path[-1])}: {json.dumps(rng.choice(ODD))}'
+        twice = f"{json.dumps(path[-1])}: {json.dumps(rng.choice(ODD))}"
         return json.dumps(value).replace(f'"{mark}": 0', twice), f"{name} twice"
     odd = rng.choice(ODD)
     if kind in ("deep", "number", "surrogate"):
@@ -229,7 +232,20 @@ def safetensors(file: Path, rng: random.Random) -> str | None:
     header, body = json.loads(data[8 : 8 + size]), bytearray(data[8 + size :])
     name = rng.choice([name for name in header if name != "__metadata__"])
     kind = rng.choice(
-        ["length", "header", "nan", "nan", "inf", "missing", "extra", "dtype", "shape", "offsets", "metadata", "overlap"]
+        [
+            "length",
+            "header",
+            "nan",
+            "nan",
+            "inf",
+            "missing",
+            "extra",
+            "dtype",
+            "shape",
+            "offsets",
+            "metadata",
+            "overlap",
+        ]
     )
     info = header[name]
     start, stop = info["data_offsets"]
@@ -259,12 +275,18 @@ def safetensors(file: Path, rng: random.Random) -> str | None:
     elif kind == "missing":
         del header[name]
     elif kind == "extra":
-        header["a.tensor.of.another.program"] = {"dtype": "F32", "shape": [1], "data_offsets": [len(body), len(body) + 4]}
+        header["a.tensor.of.another.program"] = {
+            "dtype": "F32",
+            "shape": [1],
+            "data_offsets": [len(body), len(body) + 4],
+        }
         body += bytes(4)
     elif kind == "dtype":
         info["dtype"] = rng.choice(["F8_E4M3", "F8_E5M2", "I8", "F33", "", 3, None, "F64", "F16"])
     elif kind == "shape":
-        info["shape"] = rng.choice([[], [-1], [0], info["shape"][::-1], [*info["shape"], 1], [2**40, 2**40], "x", [1.5]])
+        info["shape"] = rng.choice(
+            [[], [-1], [0], info["shape"][::-1], [*info["shape"], 1], [2**40, 2**40], "x", [1.5]]
+        )
     elif kind == "offsets":
         info["data_offsets"] = rng.choice([[-4, 0], [0, 2**62], [stop, start], [start], "x", [start, stop - 4], None])
     elif kind == "overlap":
@@ -320,7 +342,9 @@ def image(file: Path, rng: random.Random) -> str | None:
     """Other things under an image's name, and odd images."""
     from PIL import Image
 
-    kind = rng.choice(["PostScript", "huge", "strip", "1-bit", "CMYK", "float", "turned", "animation", "SVG", "16 bits"])
+    kind = rng.choice(
+        ["PostScript", "huge", "strip", "1-bit", "CMYK", "float", "turned", "animation", "SVG", "16 bits"]
+    )
     buffer = io.BytesIO()
     if kind == "PostScript":
         buffer.write(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n")

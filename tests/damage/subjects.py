@@ -69,7 +69,9 @@ def make_single(folder: Path, runner: Runner) -> None:
 
 def make_lora(folder: Path, runner: Runner) -> None:
     names = ("lora_A", "lora_B")
-    named = {f"unet.{layer}.{part}.weight": x for layer, ab in adapter().items() for part, x in zip(names, ab, strict=True)}
+    named = {
+        f"unet.{layer}.{part}.weight": x for layer, ab in adapter().items() for part, x in zip(names, ab, strict=True)
+    }
     save(named, folder / "lora.safetensors", {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 8})})
 
 
@@ -99,7 +101,9 @@ def make_pickapic(folder: Path, runner: Runner) -> None:
 def make_jsonl(folder: Path, runner: Runner) -> None:
     for i in range(6):
         (folder / f"{i}.png").write_bytes(noise(i))
-    rows = [{"prompt": f"a thing {i}", "images": [f"{i}.png", f"{(i + 1) % 6}.png"], "preferred": i % 2} for i in range(6)]
+    rows = [
+        {"prompt": f"a thing {i}", "images": [f"{i}.png", f"{(i + 1) % 6}.png"], "preferred": i % 2} for i in range(6)
+    ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -183,7 +187,12 @@ def make_encoded(folder: Path, runner: Runner) -> None:
     assert code == 0, out + err
 
 
-ENCODED = (*RUN, "--config.data.encoded_views=1", "--config.data.random_flip=False", "--config.data.caption_dropout=0.0")
+ENCODED = (
+    *RUN,
+    "--config.data.encoded_views=1",
+    "--config.data.random_flip=False",
+    "--config.data.caption_dropout=0.0",
+)
 EVALUATE = ("--judges=jpeg_compressibility", "--output={output}", "--batch_size=4")
 TIMES = ("result.json", "report.html", "compiled/**/*", "compiled/*", "*.html")
 

@@ -129,9 +129,7 @@ class Runner:
         self.begin(subject, pristine)
         rng = random.Random(f"{subject.name} {seed}")
         source = self.paths(subject)[0]
-        file = rng.choice(
-            sorted(path for pattern in subject.files for path in source.glob(pattern) if path.is_file())
-        )
+        file = rng.choice(sorted(path for pattern in subject.files for path in source.glob(pattern) if path.is_file()))
         name = str(file.relative_to(source))
         special = SPECIAL.get(file.suffix)
         damage = rng.choice(special) if special and rng.random() < 0.5 else BYTES[rng.choice(sorted(BYTES))]
@@ -172,4 +170,6 @@ def verdict(code: int, out: str, err: str, *, same: bool, named: bool, told: boo
         return "refused" if len(errors) == 1 and named else "unnamed"
     if same:
         return "harmless"
-    return "told" if told and "warning" in err or told and not valid else "no checksum" if valid else "silent"
+    if told and ("warning" in err or not valid):
+        return "told"
+    return "no checksum" if valid else "silent"
