@@ -263,6 +263,16 @@ def is_partial(name: str) -> bool:
     return name.startswith(".") and name.endswith(".partial")
 
 
+def remove_partials(folder: epath.PathLike) -> None:
+    """Removes the files in a folder that killed processes left half written; call it while nobody else writes there."""
+    if not is_local(folder) or not os.path.isdir(folder):
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if is_partial(entry.name) and not entry.is_dir(follow_symlinks=False):
+                Path(entry.path).unlink(missing_ok=True)
+
+
 def sync(path: epath.PathLike) -> None:
     """Has the operating system write a file or the entries of a folder to the disk; nothing on object stores."""
     if not is_local(path):

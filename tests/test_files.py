@@ -114,6 +114,17 @@ def test_a_file_is_written_whole_or_not_at_all_and_follows_no_link(tmp_path: Pat
     assert sorted(path.name for path in target.parent.iterdir() if not path.is_symlink()) == ["a.json"]
 
 
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / files.partial_name("a.png")).write_text("half")
+    (tmp_path / files.partial_name("b.png")).symlink_to(tmp_path / "victim")
+    (tmp_path / files.partial_name("folder")).mkdir()
+    files.remove_partials(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert (tmp_path / "victim").read_text() == "mine"
+    files.remove_partials(tmp_path / "absent")
+
+
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with files.new_folder(tmp_path / "a" / "b") as folder:
         (folder / "x").write_text("x")

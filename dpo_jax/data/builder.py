@@ -31,6 +31,7 @@ from dpo_jax import files, locks
 from dpo_jax.data import checksums, parts, prepared
 from dpo_jax.data.merge import VERSION, Merged, merge
 from dpo_jax.data.sources import Chunk, Source
+from dpo_jax.files import sync
 
 SUMMARY = "summary.json"
 RECORDS_TO_JUDGE_BY = 10_000
@@ -162,6 +163,7 @@ def prepare(
         checksums.write(data, merged.checksums | {name: checksums.checksum(data / name) for name in others})
         parts.sync(data)
         os.replace(data, output)
+        sync(output.absolute().parent)
         shutil.rmtree(partial)
     return summary
 

@@ -33,7 +33,7 @@ from dpo_jax.data.inputs import Inputs
 from dpo_jax.data.pipeline import BatchIterator
 from dpo_jax.evaluation.generate import Generator
 from dpo_jax.evaluation.report import image_grid, save_png
-from dpo_jax.files import write_whole
+from dpo_jax.files import remove_partials, write_whole
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sharding import replicated, to_devices
 from dpo_jax.training.checkpoint import Checkpoints, read_config, restore, write_config
@@ -138,6 +138,9 @@ def running(
     clock.lap("restore" if restored else "load")
     start = int(state.step)
     with _full_disk_told(workdir), contextlib.ExitStack() as stack:
+        if cluster.is_first():
+            for folder in (workdir, workdir / "samples"):
+                remove_partials(folder)
         write_config(workdir, fields)  # all that is read has been read
         checkpoints = Checkpoints(workdir, keep=experiment.config.checkpoint.keep, fields=fields)
         stack.callback(checkpoints.close)
