@@ -49,19 +49,10 @@ def encode_images(
     return sample_posterior(vae, moments_NhwC.reshape(B, K, *moments_NhwC.shape[1:]), keys_B)
 
 
-def decode_latents(vae: Network, params: Params, latents_NhwC: jax.Array) -> jax.Array:
-    """Scaled latents to uint8 images_NHWC."""
-    return to_pixels(_decode(vae, params, latents_NhwC))
-
-
-def decode_checked(vae: Network, params: Params, latents_NhwC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`decode_latents`, and finite_N: whether all numbers of an image are, for NaN becomes black."""
-    images_NHWC = _decode(vae, params, latents_NhwC)
+def decode_latents(vae: Network, params: Params, latents_NhwC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scaled latents to uint8 images_NHWC, and finite_N: whether all numbers of an image are, for NaN becomes black."""
+    images_NHWC = vae(params, latents_NhwC / vae.config.scaling_factor + _shift(vae), method="decode")
     return to_pixels(images_NHWC), jnp.isfinite(images_NHWC).all(axis=(1, 2, 3))
-
-
-def _decode(vae: Network, params: Params, latents_NhwC: jax.Array) -> jax.Array:
-    return vae(params, latents_NhwC / vae.config.scaling_factor + _shift(vae), method="decode")
 
 
 def _shift(vae: Network) -> float:

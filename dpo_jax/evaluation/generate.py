@@ -18,7 +18,7 @@ from dpo_jax.diffusion.samplers import (
     sample,
     starting_latents,
 )
-from dpo_jax.encode.images import decode_checked, posterior_moments, sample_posterior
+from dpo_jax.encode.images import decode_latents, posterior_moments, sample_posterior
 from dpo_jax.encode.text import make_conditionings
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sharding import Placement, batch_constraint, batch_parts, batch_sharding, on_mesh, replicated
@@ -135,7 +135,7 @@ class Generator:
                 x0 = sample_posterior(pipeline.vae, moments_NhwC[:, None], posterior_keys_N)[:, 0]
             x_T = starting_latents(table, self.starting_noise(seeds_N), x0)
             latents = sample(denoise, table, x_T, step_keys_N)
-            return decode_checked(pipeline.vae, frozen["vae"], latents)
+            return decode_latents(pipeline.vae, frozen["vae"], latents)
 
         self._generate = jax.jit(on_mesh(mesh, generate), out_shardings=replicated(mesh))
 

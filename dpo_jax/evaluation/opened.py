@@ -18,7 +18,7 @@ from dpo_jax.sharding import Placement, make_mesh
 from dpo_jax.weights.finite import is_finite, refuse_nonfinite
 from dpo_jax.weights.hub import find_lora
 from dpo_jax.weights.io import fingerprint
-from dpo_jax.weights.layout import Params
+from dpo_jax.weights.layout import Params, torch_name
 from dpo_jax.weights.lora_files import Adapter, Array, Merged, lora_files_of, read_adapters
 
 
@@ -147,7 +147,7 @@ def add_lora(
         array = np.asarray(value, pipeline.dtype)
         nonfinite += [] if pipeline.allow_nonfinite or is_finite(array) else [name]
         params[name] = jax.device_put(array, placement(name, specs[name]))
-    refuse_nonfinite(nonfinite, pipeline.weights[component], pipeline.dtype.name)
+    refuse_nonfinite(map(torch_name, nonfinite), pipeline.weights[component], pipeline.dtype.name)
     return params
 
 

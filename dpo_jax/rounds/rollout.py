@@ -81,7 +81,13 @@ class Rollout:
         padded = [i % count for i in range(self.batch_size)]
         rows = self._tokenizers([captions[i] for i in padded]), np.array([numbers[i] for i in padded], np.int32)
         given = jax.device_put(rows, batch_sharding(self._mesh))
-        transitions, images_BKHWC, seen_BSK = self._rollout(params, frozen, self._latent_judge, *given)
+        transitions, images_BKHWC, seen_BSK, finite_B = self._rollout(params, frozen, self._latent_judge, *given)
+        black = np.flatnonzero(~jax.device_get(finite_B)[:count])
+        if black.size:
+            raise ValueError(
+                f"images of {black.size} prompts, the first {captions[black[0]]!r}, came out black: their numbers are "
+                "not finite (NaN or infinity); try dtype and vae_dtype float32, or a lower optimizer.learning_rate"
+            )
         local = zip(*(_rows(x) for x in (transitions[0], transitions[1], transitions[3])), strict=True)
         ways = {row: Way(x, next_x, log_prob) for (row, x), (_, next_x), (_, log_prob) in local if row < count}
         images_BKHWC, seen_BSK = jax.device_get((images_BKHWC, seen_BSK))
@@ -91,9 +97,10 @@ class Rollout:
 def make_rollout(
     config: ConfigDict, pipeline: Pipeline, placement: Placement, negative_1EL: np.ndarray
 ) -> jax.stages.Wrapped:
-    """`(params, frozen, latent_judge, token_ids_BEL, number_B) -> (transitions, images, seen)`, jitted.
+    """`(params, frozen, latent_judge, token_ids_BEL, number_B) -> (transitions, images, seen, finite_B)`, jitted.
 
-    The transitions are [B, S, ...], the rest as in `Drawn`.
+    The transitions are [B, S, ...], the rest as in `Drawn`; `finite_B` tells whether all numbers of a prompt's images
+    are finite.
     """
     online, resolution, mesh = config.online, config.data.resolution, placement.mesh
     table, K = sampler_table(config, pipeline), online.candidates
@@ -106,7 +113,7 @@ def make_rollout(
 
     def rollout(
         params: Params, frozen: Frozen, latent_judge: dict[str, Params], token_ids_BEL: jax.Array, number_B: jax.Array
-    ) -> tuple[Transitions, jax.Array, jax.Array | None]:
+    ) -> tuple[Transitions, jax.Array, jax.Array | None, jax.Array]:
         B = len(number_B)
         unet = gather("unet", frozen.get("base", {}) | params)
         encoders = {name: gather(name, frozen[name]) for name in frozen if name not in ("base", "reference")}
@@ -124,16 +131,18 @@ def make_rollout(
             whole = gather("unet", weights)
             return lambda x_BhwC, t_B: pipeline.denoise(whole, x_BhwC, t_B, both[0])
 
-        def decoded(latents_BKhwC: jax.Array) -> jax.Array:
+        def decoded(latents_BKhwC: jax.Array) -> tuple[jax.Array, jax.Array]:
             latents_NHWC = latents_BKhwC.reshape(-1, *latent_shape)
-            images_NHWC = decode_latents(pipeline.vae, encoders["vae"], latents_NHWC)
-            return images_NHWC.reshape(*latents_BKhwC.shape[:2], *images_NHWC.shape[1:])
+            images_NHWC, finite_N = decode_latents(pipeline.vae, encoders["vae"], latents_NHWC)
+            shape_BK = latents_BKhwC.shape[:2]
+            return images_NHWC.reshape(*shape_BK, *images_NHWC.shape[1:]), finite_N.reshape(shape_BK).all(axis=1)
 
         if not online.branching:
             trajectory = sample_trajectory(guided(B * K), table, *branch(x_BhwC, step_keys_B, K))
             transitions = jax.vmap(lambda step: transitions_at(trajectory, jnp.full(B, step)))(jnp.asarray(steps_S))
             x0_BKhwC = trajectory.latents_VNHWC[-1].reshape(B, K, *latent_shape)
-            return prompts_first(transitions), decoded(x0_BKhwC), None
+            images_BKHWC, finite_B = decoded(x0_BKhwC)
+            return prompts_first(transitions), images_BKHWC, None, finite_B
 
         look = see_images(guided(B * K))
         if latent_judge:
@@ -142,13 +151,17 @@ def make_rollout(
         ways = jax.tree.map(lambda x_SB: x_SB[steps_S], found._replace(x0_BHWC=None))
         step_SB = jnp.broadcast_to(jnp.asarray(steps_S)[:, None], (len(steps_S), B))
         transitions = Transitions(ways.x_SBHWC[:, :, None], ways.next_x_SBKHWC, step_SB, ways.log_prob_SBK)
-        seen_SBK = ways.seen_SBK if latent_judge else jax.lax.map(decoded, ways.seen_SBK)
-        return prompts_first(transitions), decoded(found.x0_BHWC[:, None]), prompts_first(seen_SBK)
+        images_BKHWC, finite_B = decoded(found.x0_BHWC[:, None])
+        seen_SBK = ways.seen_SBK
+        if not latent_judge:
+            seen_SBK, finite_SB = jax.lax.map(decoded, seen_SBK)
+            finite_B &= finite_SB.all(axis=0)
+        return prompts_first(transitions), images_BKHWC, prompts_first(seen_SBK), finite_B
 
     def prompts_first(tree: Any) -> Any:
         return jax.tree.map(lambda x_SB: jnp.swapaxes(x_SB, 0, 1), tree)
 
-    places = batch_sharding(mesh), replicated(mesh), replicated(mesh)
+    places = batch_sharding(mesh), replicated(mesh), replicated(mesh), replicated(mesh)
     return jax.jit(on_mesh(mesh, rollout), out_shardings=places)
 
 

@@ -12,6 +12,7 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import
 
 from dpo_jax.batch import Conditioning
 from dpo_jax.diffusion.samplers import (
+    SAMPLER_OF_CLASS,
     SAMPLERS,
     classifier_free_guidance,
     make_table,
@@ -332,3 +333,28 @@ def test_a_flow_is_only_another_schedule(x64):
     for now, after in itertools.pairwise(times):
         expected = expected + (after - now) * toy(expected, round(1000 * now) - 1, np.sin)
     np.testing.assert_allclose(result, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "own"),
+    [
+        ("DPMSolverMultistepScheduler", {}, "dpmsolver++"),
+        ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, "ddim"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "ddim"),
+        ("DPMSolverMultistepScheduler", {"use_karras_sigmas": None}, "dpmsolver++"),
+        ("EulerDiscreteScheduler", {"use_exponential_sigmas": True}, "ddim"),
+        ("EulerAncestralDiscreteScheduler", {"use_karras_sigmas": True}, "euler_ancestral"),
+        ("DDPMScheduler", {"clip_sample": True, "thresholding": True}, "ddim"),
+    ],
+)
+def test_a_scheduler_that_no_sampler_here_computes_means_ddim(name, fields, own):
+    schedule = make_schedule(BETAS | {"_class_name": name} | fields)
+
+    assert own_sampler(schedule) == own
+    make_table("", schedule, 5)
+    other = SAMPLER_OF_CLASS.get(name, "ddim")
+    if own != other:
+        with pytest.raises(
+            ValueError, match=rf"scheduler has {next(iter(fields))}=.*; choose another sampler, such as ddim"
+        ):
+            make_table(other, schedule, 5)

@@ -58,7 +58,7 @@ class Opened:
         return starting_latents(self.table, jnp.stack(noises)), jnp.stack([jax.random.fold_in(k, 1) for k in keys])
 
     def decode(self, latents_NhwC):
-        decode = jax.jit(lambda vae, x: decode_latents(self.pipeline.vae, vae, x))
+        decode = jax.jit(lambda vae, x: decode_latents(self.pipeline.vae, vae, x)[0])
         return np.asarray(decode(self.experiment.frozen["vae"], latents_NhwC))
 
     def batches(self, folder):
@@ -105,6 +105,16 @@ def test_candidates_begin_alike_and_each_step_leads_to_the_next(opened):
         np.testing.assert_array_equal(way.x_SJhwC[1:], way.next_x_SKhwC[:-1])
         parted = [np.abs(way.next_x_SKhwC[0, k] - way.next_x_SKhwC[0, k - 1]).mean() for k in range(K)]
         assert min(parted) > 0.1
+
+
+def test_images_that_are_not_finite_are_an_error(opened):
+    o = opened()
+    name = next(iter(o.params))
+    broken = o.params | {name: jnp.full_like(o.params[name], jnp.nan)}
+    with pytest.raises(
+        ValueError, match="images of 2 prompts, the first 'a red circle at the top left', came out black"
+    ):
+        o.rollout(broken, o.experiment.frozen, CAPTIONS, NUMBERS)
 
 
 def test_images_are_those_of_the_sampler_and_of_the_last_latents(opened):
