@@ -6,6 +6,7 @@ understands) is checked by `conform`. Errors are ValueError, or FileNotFoundErro
 """
 
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -190,10 +191,16 @@ def conform(value: Any, schema: type[T] | Any, where: str, strict: bool = True) 
     """
     if schema is Any:
         return value
+    of: Any = schema
     try:
-        return pydantic.TypeAdapter(schema).validate_python(value, strict=strict)
+        return _adapter(of).validate_python(value, strict=strict)
     except pydantic.ValidationError as error:
         raise ValueError(f"{where}: {_problems(error)}") from None
+
+
+@functools.lru_cache(maxsize=256)  # to make one takes as long as to validate hundreds of values
+def _adapter(schema: Any) -> "pydantic.TypeAdapter[Any]":
+    return pydantic.TypeAdapter(schema)
 
 
 def _problems(error: pydantic.ValidationError, several: int = 5) -> str:

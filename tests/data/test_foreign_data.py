@@ -47,6 +47,24 @@ def test_labels_of_any_type(write_pairs: Write, type: pa.DataType) -> None:
     assert isinstance(unlabelled, Dropped)
 
 
+def test_a_table_may_be_a_folder_of_parts(write_pairs: Write, tmp_path: Path) -> None:
+    folder = tmp_path / "table.parquet"
+    (folder / "x").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"table.parquet is a folder without .parquet files"):
+        SOURCES["pickapic"].chunks([folder])
+    for name in ("part-1.parquet", "x/part-0.parquet"):
+        write_pairs(2, f"table.parquet/{name}")
+    for name in ("_SUCCESS", "_metadata.parquet", ".part-1.parquet.crc"):
+        (folder / name).write_bytes(b"")
+    wheres = [row.where.removeprefix(f"{folder}/") for row in read("pickapic", folder)]
+    assert wheres == [
+        "part-1.parquet row 0",
+        "part-1.parquet row 1",
+        "x/part-0.parquet row 0",
+        "x/part-0.parquet row 1",
+    ]
+
+
 @pytest.mark.parametrize("values", [[1, 0, None], ["True", "false", ""], [1.0, 0.0, float("nan")]])
 def test_has_label_of_any_type(write_pairs: Write, values: list[Any]) -> None:
     rows = read("pickapic", write_pairs(3, has_label=values))

@@ -191,7 +191,7 @@ def test_feedback_that_is_missing_or_of_another_shape_is_told(sampled, tmp_path)
         (
             [write(tmp_path / "a.json", [[1, 2, 3]])],
             ValueError,
-            r"scores of 1 prompts with 3 candidates each; this round has 2 prompts of 3",
+            r"of 1 prompts with 3 candidates .* 2 prompts of 3",
         ),
     ):
         with pytest.raises(error, match=message):

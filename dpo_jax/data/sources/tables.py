@@ -1,6 +1,7 @@
 """Parquet files whose rows hold the encoded images."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,7 +83,7 @@ def table_source(schema: Schema, help: str) -> Source:
 def _chunks(schema: Schema, files: Sequence[Path]) -> list[Chunk]:
     """As many row groups a chunk as have `rows_a_chunk` rows together, at least one."""
     groups = []
-    for file in files:
+    for file in itertools.chain.from_iterable(map(_files, files)):
         table, counts = _open(file)
         _check_schema(schema, table.schema_arrow, file)
         groups.append((file, counts))
@@ -98,6 +99,16 @@ def _chunks(schema: Schema, files: Sequence[Path]) -> list[Chunk]:
         if rows:
             chunks.append(Chunk(file, start, len(counts)))
     return chunks
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, or the parts of a table that Spark, Dask or Polars wrote as a folder."""
+    if not path.is_dir():
+        return [path]
+    parts = sorted(file for file in path.rglob("*.parquet") if not file.name.startswith((".", "_")))
+    if not parts:
+        raise ValueError(f"{path} is a folder without .parquet files")
+    return parts
 
 
 def _read(schema: Schema, chunk: Chunk) -> Iterator[Row]:
