@@ -277,14 +277,19 @@ class Derived:
 
 def check(config: ConfigDict) -> None:
     """Raises ValueError for values that no machine can run, with the remedy."""
-    if "online" in config:
-        raise ValueError("this config is for dpo_jax.online; give one for a data set, such as configs/sd15.py")
-    check_fields(config, default_config(), FIELDS)
+    check_values(config)
     for field in ("model", "data.path"):
         if not flatten(config)[field]:
             raise ValueError(f"config.{field} is empty; set it in the config file or with --config.{field}=...")
     check_settings(config)
     check_views(config)
+
+
+def check_values(config: ConfigDict) -> None:
+    """Raises ValueError for fields with values that they don't take; what a plan needs, without a model or data."""
+    if "online" in config:
+        raise ValueError("this config is for dpo_jax.online; give one for a data set, such as configs/sd15.py")
+    check_fields(config, default_config(), FIELDS)
 
 
 def check_settings(config: ConfigDict) -> None:
