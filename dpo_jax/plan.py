@@ -17,8 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dpo_jax import cli
-from dpo_jax.training.config import FIELDS, default_config
-from dpo_jax.training.fields import check_fields
+from dpo_jax.training.config import check_values
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, or FILE:variant.", lock_config=True)
 TOPOLOGY = flags.DEFINE_string(
@@ -54,8 +53,7 @@ def main() -> None:
     from dpo_jax.planning.topology import GIB, parse_topology
 
     config, topology = CONFIG.value, parse_topology(TOPOLOGY.value)
-    if "online" not in config:
-        check_fields(config, default_config(), FIELDS)
+    check_values(config)
     if FIT.value:
         config, plan = fit(config, topology, UTILISATION.value, say)
     else:

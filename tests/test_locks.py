@@ -67,22 +67,22 @@ def test_the_second_is_told_who_is_there_and_after_a_kill_the_next_goes_on_at_on
     assert time.monotonic() - began < 1
 
 
-FORKING = HOLDER.replace(
-    "    print(",
-    """    import os
+FORKING = """
+import os, sys, time
+from dpo_jax.locks import locked
+with locked(sys.argv[1], "python -m dpo_jax.train"):
     if not os.fork():
         sys.exit()
-    child = os.fork()
-    if not child:
-        time.sleep(600)
-    print(child, """,
-)
+    if not os.fork():
+        print(os.getpid(), flush=True)
+    time.sleep(600)
+"""
 
 
 def test_children_keep_nothing_of_a_killed_parent(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", FORKING, tmp_path], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
-    child = int(holder.stdout.readline().split()[0])
+    child = int(holder.stdout.readline())
     try:
         with pytest.raises(BlockingIOError), locked(tmp_path, "me"):  # also not the child that has ended
             pytest.fail("two have it")

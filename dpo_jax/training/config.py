@@ -117,6 +117,8 @@ FIELDS = {
     "sample.guidance": NOT_NEGATIVE,
 }
 """The values that the fields of `default_config` take; every number has an entry."""
+MAX_RATE = 1e30
+"""Far from what trains, and from what float32 can't hold."""
 MAX_GRID = 1024
 """Images of a grid, which are drawn in one batch."""
 
@@ -275,14 +277,19 @@ class Derived:
 
 def check(config: ConfigDict) -> None:
     """Raises ValueError for values that no machine can run, with the remedy."""
-    if "online" in config:
-        raise ValueError("this config is for dpo_jax.online; give one for a data set, such as configs/sd15.py")
-    check_fields(config, default_config(), FIELDS)
+    check_values(config)
     for field in ("model", "data.path"):
         if not flatten(config)[field]:
             raise ValueError(f"config.{field} is empty; set it in the config file or with --config.{field}=...")
     check_settings(config)
     check_views(config)
+
+
+def check_values(config: ConfigDict) -> None:
+    """Raises ValueError for fields with values that they don't take; what a plan needs, without a model or data."""
+    if "online" in config:
+        raise ValueError("this config is for dpo_jax.online; give one for a data set, such as configs/sd15.py")
+    check_fields(config, default_config(), FIELDS)
 
 
 def check_settings(config: ConfigDict) -> None:
@@ -298,6 +305,16 @@ def check_settings(config: ConfigDict) -> None:
             f"config.sample.seeds={config.sample.seeds} of {len(config.sample.prompts)} prompts are more images than "
             f"the {MAX_GRID} that a grid takes; set fewer"
         )
+    optimizer, rate = config.optimizer, peak_learning_rate(config)
+    if rate * optimizer.weight_decay >= 1:
+        raise ValueError(
+            f"config.optimizer.weight_decay={optimizer.weight_decay} times the learning rate of {rate:.4g} takes all "
+            "of a weight, or more, off at every step; lower either"
+        )
+    if rate > MAX_RATE:
+        raise ValueError(
+            f"config.optimizer.learning_rate={optimizer.learning_rate} is {rate:.4g} after scale_by_batch; lower it"
+        )
     if config.scan and config.lora.dropout:
         raise ValueError(
             f"config.scan=True runs equal blocks as one, but config.lora.dropout={config.lora.dropout} draws for each "
@@ -307,6 +324,11 @@ def check_settings(config: ConfigDict) -> None:
         raise ValueError(f'config.attention="cudnn" takes bfloat16, not config.dtype={config.dtype}; change either')
     if config.lora.init_reference and not config.lora.init:
         raise ValueError("config.lora.init_reference is set, but config.lora.init names no LoRA")
+
+
+def peak_learning_rate(config: ConfigDict) -> float:
+    """The learning rate after scaling."""
+    return config.optimizer.learning_rate * (config.data.batch_size if config.optimizer.scale_by_batch else 1)
 
 
 def resolve(config: ConfigDict, *, device_count: int, process_count: int) -> Derived:
@@ -336,7 +358,7 @@ def divide_batch(config: ConfigDict, rows: int, *, device_count: int, process_co
     return Derived(
         local_batch_size=rows // process_count,
         micro_batch_per_device=rows // (accumulation * parts),
-        learning_rate=config.optimizer.learning_rate * (batch if config.optimizer.scale_by_batch else 1),
+        learning_rate=peak_learning_rate(config),
     )
 
 
