@@ -19,6 +19,8 @@ from dpo_jax import files
 
 FILE = "checksums.json"
 CHUNK = 2**24
+MAX_JSON = 2**26
+"""Bytes; a hundred thousand shards take 12 MB."""
 Name = Annotated[str, pydantic.StringConstraints(pattern=r"^(images/)?\w[\w.-]*$")]
 Digest = Annotated[str, pydantic.StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 
@@ -48,7 +50,7 @@ def read(folder: Path) -> dict[str, str] | None:
     """What `write` stored; None for a data set that was prepared before there were checksums."""
     if not (folder / FILE).exists():
         return None
-    return files.read_json(folder / FILE, _Checksums).xxh3_128
+    return files.read_json(folder / FILE, _Checksums, MAX_JSON).xxh3_128
 
 
 def check(folder: Path, digests: Mapping[str, str], names: Iterable[str]) -> None:

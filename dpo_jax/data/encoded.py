@@ -34,9 +34,9 @@ from etils import epath
 
 from dpo_jax import files
 from dpo_jax.data import checksums, table_checks
+from dpo_jax.data.arrow_file import map_table
 from dpo_jax.data.images import View
 from dpo_jax.data.prepared import Prepared, lines_of
-from dpo_jax.data.scores import map_table
 from dpo_jax.weights import safetensors_file
 from dpo_jax.weights.mapped_file import read_into
 
@@ -144,6 +144,7 @@ class Encodings:
 
     def _check(self) -> None:
         written = self._written
+        _ = self._captions  # another file than a table may be too long to read whole
         digest = written.captions_checksum
         if digest is not None and checksums.checksum(self.folder / CAPTIONS) != digest:
             raise ValueError(f"{CAPTIONS} has another checksum")
@@ -171,7 +172,7 @@ class Encodings:
 
     @functools.cached_property
     def _written(self) -> "Written":
-        return files.read_json(self.folder / FACTS, Written)
+        return files.read_json(self.folder / FACTS, Written, checksums.MAX_JSON)
 
     @functools.cached_property
     def _images(self) -> list["EncodedFile"]:

@@ -26,6 +26,7 @@ import xxhash
 from tensorflow_datasets.proto import tf_example_pb2
 
 from dpo_jax import files
+from dpo_jax.data import checksums
 from dpo_jax.data.images import DamagedImage
 from dpo_jax.data.rows import Rows
 
@@ -81,9 +82,9 @@ def read_layout(folder: Path) -> tuple[list[Path], list[int]]:
 
     Raises ValueError where its JSON describes anything else: another class, another name, another format.
     """
-    info: _Info = files.read_json(folder / INFO, _Info)
+    info: _Info = files.read_json(folder / INFO, _Info, checksums.MAX_JSON)
     (split,) = info.splits
-    if files.read_json(folder / FEATURES_FILE) != FEATURES_JSON:
+    if files.read_json(folder / FEATURES_FILE, limit=checksums.MAX_JSON) != FEATURES_JSON:
         raise ValueError(
             f"{folder / FEATURES_FILE} is not what dpo_jax writes there, and such a file can name code to run"
         )

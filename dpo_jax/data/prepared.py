@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_jax.data import checksums, scores, table_checks
+from dpo_jax.data.arrow_file import map_table
 from dpo_jax.data.image_files import FEATURES_FILE, INFO, ImageFiles, by_sha256, by_xxh3, read_layout
 from dpo_jax.data.rows import Rows
 from dpo_jax.data.scores import Combine
@@ -113,7 +114,7 @@ class Prepared:
 
     @functools.cached_property
     def _records_and_scored(self) -> tuple[pa.Table, np.ndarray]:
-        votes = scores.map_table(self.folder / "records.arrow", RECORDS, AGAIN)
+        votes = map_table(self.folder / "records.arrow", RECORDS, AGAIN)
         if not self.judges:
             return votes, np.ones(votes.num_rows, bool)
         of = scores.candidates(votes["images"])
@@ -145,7 +146,7 @@ class Prepared:
 
     @functools.cached_property
     def _images_table(self) -> pa.Table:
-        return scores.map_table(self.folder / "images.arrow", IMAGES, AGAIN, IMAGES_BEFORE_XXH3)
+        return map_table(self.folder / "images.arrow", IMAGES, AGAIN, IMAGES_BEFORE_XXH3)
 
 
 def open_prepared(folder: str | Path, judges: Sequence[str] = (), combine: Combine = "mean") -> Prepared:
@@ -190,12 +191,14 @@ def open_prepared(folder: str | Path, judges: Sequence[str] = (), combine: Combi
 
 def _check(folder: Path) -> None:
     """Raises ValueError where a file of a data set is damaged, or they don't fit together."""
+    prepared = Prepared(folder)
+    _ = prepared.records, prepared._images_table  # other files than tables may be too long to read whole
     digests = checksums.read(folder)
     if digests is not None:
         checksums.check(folder, digests, CHECKED)
     records, images = (checksums.checksum(folder / name) for name in CHECKED[:2])
     known = _check_images(folder, images)
-    stored = Prepared(folder).images
+    stored = prepared.images
     if len(stored) != known:
         raise ValueError(f"{folder} holds {len(stored)} images, but images.arrow lists {known}")
     stored.check()
@@ -212,7 +215,7 @@ def _check_images(folder: Path, sha256: str) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _check_records(folder: Path, sha256: str, known_images: int) -> None:
-    table = scores.map_table(folder / "records.arrow", RECORDS, AGAIN)
+    table = map_table(folder / "records.arrow", RECORDS, AGAIN)
     table_checks.check_records(folder / "records.arrow", table, known_images)
 
 

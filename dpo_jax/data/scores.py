@@ -20,6 +20,7 @@ import xxhash
 
 from dpo_jax import files
 from dpo_jax.data import table_checks
+from dpo_jax.data.arrow_file import map_table
 
 Combine = Literal["mean", "pareto"]
 
@@ -135,21 +136,6 @@ def _read(folder: Path, judge: str, of: Candidates, digest: str) -> np.ndarray:
 def has_checksum(folder: Path, judge: str) -> bool:
     """Whether changed bits can be noticed: scores that were written earlier have no checksum."""
     return b"scores_xxh3" in (pa.ipc.open_file(pa.memory_map(str(scores_file(folder, judge)))).schema.metadata or {})
-
-
-def map_table(path: Path, schema: pa.Schema, again: str, earlier: pa.Schema | None = None) -> pa.Table:
-    """An Arrow file mapped into memory. Raises ValueError, with the remedy, for a damaged file or another schema.
-
-    Args:
-        earlier: schema of an earlier version, which is read as well.
-    """
-    try:
-        table = pa.ipc.open_file(pa.memory_map(str(files.check_regular(path)))).read_all()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged ({files.why(path, error)}); {again}") from None
-    if table.schema not in (schema, earlier):
-        raise ValueError(f"{path} has another layout than this version of dpo_jax reads; {again}")
-    return table
 
 
 def complete(scores_M: np.ndarray, of: Candidates) -> np.ndarray:

@@ -319,9 +319,14 @@ def test_verify_names_all_that_is_damaged(data: Path) -> None:
 
 
 def test_tables_that_have_changed_are_refused(data: Path) -> None:
-    for name in ("records.arrow", "images.arrow", "images/dataset_info.json"):
+    digest = open_prepared(data).sha256_I[3].as_py()
+    for name, part in (
+        ("records.arrow", b"prompt 3"),
+        ("images.arrow", digest),
+        ("images/dataset_info.json", b"Images"),
+    ):
         content = (data / name).read_bytes()
-        flip(data / name, len(content) // 2)
+        flip(data / name, content.index(part))
         message = rf"{name} is damaged \(its checksum is not the one in checksums.json\); prepare it again"
         with pytest.raises(ValueError, match=message):
             open_prepared(data)

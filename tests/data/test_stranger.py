@@ -13,6 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from dpo_jax.data.image_files import FEATURES, FEATURES_JSON, MAX_SHARDS
+from dpo_jax.data.images import DamagedImage
 from dpo_jax.data.pipeline import open_pairs
 from dpo_jax.data.prepared import RECORDS as SCHEMA
 from dpo_jax.data.prepared import Prepared, open_prepared
@@ -226,6 +227,57 @@ def test_offsets_that_lead_out_of_the_file(folder: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"records.arrow is damaged \(.*\); prepare it again"):
         open_prepared(folder)
+
+
+@pytest.mark.parametrize("compression", ["zstd", "lz4"])
+def test_a_table_that_would_grow_in_memory(folder: Path, compression: str) -> None:
+    """A few kB could become a TB."""
+    with pa.ipc.open_file((folder / "records.arrow").read_bytes()) as reader:
+        table = reader.read_all()
+    table = table.set_column(0, table.schema.field(0), pa.array(["a" * 10_000_000] * 4))
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with pa.ipc.new_file(str(folder / "records.arrow"), table.schema, options=options) as writer:
+        writer.write_table(table)
+    assert (folder / "records.arrow").stat().st_size < 500_000
+    with pytest.raises(ValueError, match=r"records.arrow is damaged \(its columns are compressed or .*prepare it"):
+        open_prepared(folder)
+
+
+@pytest.mark.parametrize("name", ["records.arrow", "images.arrow", "images/features.json", "checksums.json"])
+def test_an_endless_file(folder: Path, name: str) -> None:
+    with open(folder / name, "wb") as file:
+        file.truncate(300 * 2**30)  # sparse
+    with pytest.raises(ValueError, match=rf"{name} (is damaged|has 322,122,547,200 bytes; such a file has at most)"):
+        open_prepared(folder)
+
+
+@pytest.mark.parametrize("name", ["records.arrow", "images.arrow"])
+def test_damaged_tables_without_checksums_are_refused_or_read(folder: Path, name: str) -> None:
+    """No traceback and no crash, whatever bytes change; what can't be told without checksums is read."""
+    rng, whole = np.random.default_rng(0), (folder / name).read_bytes()
+    refused = 0
+    for number in range(120):
+        content = bytearray(whole)
+        at = int(rng.integers(len(content) - 8))
+        damage = [bytes([content[at] ^ 1 << number % 8]), rng.bytes(8), b"\xff\xff\xff\x7f", b""]
+        content[at : at + len(damage[number % 4])] = damage[number % 4]
+        (folder / name).write_bytes(content if number % 4 < 3 else content[:at])
+        refused += not opens(folder)
+    assert 40 < refused < 120
+
+
+def opens(folder: Path) -> bool:
+    try:
+        pairs = open_pairs(folder, "train")
+    except ValueError as error:
+        assert "\n" not in str(error)  # noqa: PT017 - whether there is an error is not what is tested
+        return False
+    for index in range(len(pairs)):
+        try:
+            pairs.read_images(pairs[index])
+        except DamagedImage:
+            continue
+    return True
 
 
 def test_links_do_not_lead_writing_out_of_the_folder(folder: Path, tmp_path: Path) -> None:
