@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import pydantic
 
-from dpo_jax.files import conform, read_json, read_text
+from dpo_jax.files import conform, parse_json, read_bytes, read_text
 
 MAX_BYTES = 2**26
 """CLIP's largest file has 2 MB."""
@@ -30,8 +30,8 @@ Special = str | Token | None
 class Specials(pydantic.BaseModel):
     """special_tokens_map.json."""
 
-    bos_token: Special = None
-    eos_token: Special = None
+    bos_token: str | Token = ""
+    eos_token: str | Token = ""
     unk_token: Special = None
     pad_token: Special = None
 
@@ -91,11 +91,18 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def _read(path: Path, schema: Any) -> Any:
-    return conform(read_json(path, limit=MAX_BYTES), schema, str(path))
+    return conform(parse_json(_text(path), str(path)), schema, str(path))
+
+
+def _text(path: Path) -> str:
+    """The text of a file; ValueError for encodings that the tokenizer's library does not read."""
+    if read_bytes(path, MAX_BYTES).startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{path} begins with a byte order mark; save it as UTF-8 without")
+    return read_text(path, MAX_BYTES)
 
 
 def _merges_of(path: Path) -> list[list[str]]:
-    lines = read_text(path, MAX_BYTES).split("\n")
+    lines = _text(path).split("\n")
     return [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
 
 
@@ -118,5 +125,5 @@ def _check_specials(said: Specials, known: dict[str, int], path: Path) -> None:
     for field in Specials.model_fields:
         token = getattr(said, field)
         content = token.content if isinstance(token, Token) else token
-        if content is not None and content not in known:
+        if content and content not in known:
             raise ValueError(f"{path}: {field} is {content!r}, which is not in the vocabulary")

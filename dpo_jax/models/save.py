@@ -4,8 +4,9 @@ Every weight goes out as PyTorch safetensors under today's names, whatever it ca
 encoders' names, without which transformers 4 would silently find nothing, and none of the old VAE names.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NotRequired
 
@@ -17,10 +18,11 @@ from typing_extensions import TypedDict
 
 from dpo_jax.files import new_folder, read_json, write_whole
 from dpo_jax.models.families import PUBLISHED, V_PRED, ZERO_TERMINAL_SNR
-from dpo_jax.models.pipeline import Pipeline, read_model_index
+from dpo_jax.models.pipeline import Pipeline, files_of, read_model_index
 from dpo_jax.weights import original
 from dpo_jax.weights.hub import HUB_ID
 from dpo_jax.weights.io import LEGACY_FLAX, MAX_SHARD_BYTES, PICKLES, save_component
+from dpo_jax.weights.safetensors_file import NotFinite
 
 Weights = Mapping[str, jax.Array | np.ndarray]
 
@@ -58,7 +60,8 @@ def save_pipeline(
             if name in networks:
                 weights = unet if name == "unet" else others.get(name) or pipeline.read(name)
                 config, specs = _config(pipeline, name, dtype), networks[name].specs
-                save_component(target / name, config, weights, specs, dtype=dtype, **options)
+                with _naming(pipeline, {name: ""}):
+                    save_component(target / name, config, weights, specs, dtype=dtype, **options)
             elif not source.is_dir() or _lacks_weights(source):  # a safety checker that nobody downloaded, or can open
                 model_index[name] = [None, None]
             else:
@@ -83,7 +86,8 @@ def save_unet(
     """Writes the UNet alone, a folder for `UNet2DConditionModel.from_pretrained`; arguments as in `save_pipeline`."""
     config, specs = _config(pipeline, "unet", dtype), pipeline.unet.specs
     options: dict[str, Any] = {"max_shard_bytes": max_shard_bytes, "allow_nonfinite": pipeline.allow_nonfinite}
-    save_component(output, config, unet, specs, dtype=dtype, card=card, **options)
+    with _naming(pipeline, {"unet": ""}):
+        save_component(output, config, unet, specs, dtype=dtype, card=card, **options)
 
 
 def save_single_file(
@@ -111,9 +115,22 @@ def save_single_file(
         file = f"{epath.Path(output).name}.safetensors"
         marks = [mark for mark, is_so in unlike_published(pipeline).items() if is_so]
         options: dict[str, Any] = {"marks": marks, "metadata": metadata, "allow_nonfinite": pipeline.allow_nonfinite}
-        original.write(target / file, components, dtype=dtype, **options)
+        with _naming(pipeline, prefixes):
+            original.write(target / file, components, dtype=dtype, **options)
         write_whole(target / "README.md", card)
     return epath.Path(output) / file
+
+
+@contextlib.contextmanager
+def _naming(pipeline: Pipeline, prefixes: Mapping[str, str]) -> Iterator[None]:
+    """Where a tensor is not finite, names the file of the component that its name's beginning stands for."""
+    try:
+        yield
+    except NotFinite as error:
+        component = next(name for name, prefix in prefixes.items() if error.name.startswith(prefix))
+        files = files_of(pipeline.weights[component], pipeline.variant)
+        changed = ", or what was trained or merged into it" if component == "unet" else ""
+        raise ValueError(f"{files[0]}{changed}: {error}") from None
 
 
 def unlike_published(pipeline: Pipeline) -> dict[str, bool]:

@@ -51,6 +51,18 @@ class Entry(pydantic.BaseModel):
 Header = dict[str, Entry]
 
 
+class NotFinite(ValueError):
+    """A tensor that was to be written is not finite.
+
+    Attributes:
+        name: what the file was to call it.
+    """
+
+    def __init__(self, message: str, name: str):
+        super().__init__(message)
+        self.name = name
+
+
 def read(path: epath.Path) -> dict[str, np.ndarray]:
     """Every tensor of a file as a read-only view. Raises ValueError for a truncated or damaged file, before any use."""
     data, header, _, start = _open(path)
@@ -98,10 +110,11 @@ def write(
         for name, tensor in tensors:
             assert (tensor.shape, tensor.dtype) == header[name]
             if not allow_nonfinite and not is_finite(tensor):
-                raise ValueError(
+                raise NotFinite(
                     f"{name} as {tensor.dtype} is not finite (NaN or infinity), so {path.name} is not written: the "
                     "model is damaged, or its numbers are too large for this dtype (then choose float32); "
-                    "--allow_nonfinite exports it all the same"
+                    "--allow_nonfinite exports it all the same",
+                    name,
                 )
             file.write(tensor.tobytes())
 

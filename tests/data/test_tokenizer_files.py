@@ -54,6 +54,8 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 1\n"
             "'x' is not the number of a token",
         ),
         ("special_tokens_map.json", '{"bos_token": {}}', "bos_token.*content: field required"),
+        ("tokenizer_config.json", '{"bos_token": null}', "bos_token.str: input should be a valid string, not None"),
+        ("vocab.json", '\ufeff{"a": 1}', "begins with a byte order mark; save it as UTF-8 without"),
         ("special_tokens_map.json", '{"eos_token": "<end>"}', "eos_token is '<end>', which is not in the vocabulary"),
         ("added_tokens.json", '{"<x>": null}', "<x>: input should be a valid integer"),
         ("tokenizer.json", '{"model": {"vocab": [], "merges": []}}', "model.vocab: input should be a valid dictionary"),

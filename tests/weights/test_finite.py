@@ -1,5 +1,6 @@
 """Weights that are not finite are found when they are loaded, also in parts, and when they are written."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -10,6 +11,9 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
+from dpo_jax.models.pipeline import load_pipeline
+from dpo_jax.models.random_model import write_random_model
+from dpo_jax.models.save import save_pipeline, save_single_file, save_unet
 from dpo_jax.weights import safetensors_file
 from dpo_jax.weights.finite import is_finite
 from dpo_jax.weights.io import load_params, save_component
@@ -91,3 +95,22 @@ def test_fp8_without_scales_is_read(tmp_path: Path) -> None:
     safetensors_file.write(epath.Path(tmp_path / "x.safetensors"), [("b.bias", values)], header)
     read = load_params(tmp_path / "x.safetensors", {"b.bias": ParamSpec((3,), (0,))}, dtype="float32")
     np.testing.assert_array_equal(read["b.bias"], [0.5, -448, 2.0**-9])
+
+
+def test_exports_name_the_file_that_the_tensor_came_from(tmp_path: Path) -> None:
+    write_random_model("sd15", tmp_path / "model")
+    file = tmp_path / "model" / "vae" / FILE
+    tensors = load_file(file)
+    tensors["decoder.conv_in.bias"][0] = np.nan
+    save_file(tensors, file)
+    pipeline = load_pipeline(tmp_path / "model", dtype="float32")
+    unet = pipeline.read("unet")
+    with pytest.raises(ValueError, match=rf"^{file}: decoder\.conv_in\.bias as float32 is not finite"):
+        save_pipeline(pipeline, tmp_path / "folder", unet, dtype=None, card="")
+    with pytest.raises(ValueError, match=rf"^{file}: first_stage_model\.decoder\.conv_in\.bias as float32 is not fin"):
+        save_single_file(pipeline, tmp_path / "single", unet, dtype=None, card="")
+    unet["conv_in.bias"] = np.full_like(unet["conv_in.bias"], np.inf)
+    with pytest.raises(ValueError, match=rf"unet/{FILE}, or what was trained or merged into it: conv_in\.bias as"):
+        save_unet(pipeline, tmp_path / "unet", unet, dtype=None, card="")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    save_pipeline(dataclasses.replace(pipeline, allow_nonfinite=True), tmp_path / "x", unet, dtype=None, card="")
