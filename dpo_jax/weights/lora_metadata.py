@@ -1,8 +1,10 @@
 """What a LoRA file says of itself: the alpha of each layer where no tensor holds it, and what the LoRA was made for."""
 
 import math
+import re
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 import regex
@@ -12,6 +14,8 @@ from typing_extensions import TypedDict
 from dpo_jax.files import conform, parse_json, read_json
 from dpo_jax.weights import safetensors_file
 
+T = TypeVar("T")
+
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_METADATA = "lora_adapter_metadata"
@@ -19,13 +23,16 @@ MADE_FOR = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name
 MAX_CONFIG_BYTES = 2**26
 SECONDS_TO_MATCH = 5.0
 """A pattern from a stranger's file can take for ever: within this time all of them have to be matched."""
+MAX_PATTERN = 10_000
+_SIMPLE = re.compile(r"\^?[\w.-]*")
+"""Patterns as diffusers and PEFT write them for single layers, up to a thousand in a file; they take no time."""
 
 
 class PeftConfig(TypedDict, total=False):
     """The fields of PEFT's LoraConfig that say how strong a LoRA is; it has many more."""
 
     lora_alpha: pydantic.FiniteFloat
-    alpha_pattern: dict[str, pydantic.FiniteFloat] | None
+    alpha_pattern: Annotated[dict[str, pydantic.FiniteFloat], pydantic.Field(max_length=5000)] | None
     use_rslora: bool | None
 
 
@@ -38,7 +45,7 @@ class Stated:
         self.metadata: dict[str, str] = conform(
             safetensors_file.read_metadata(path), dict[str, str], f"{path}: the metadata"
         )
-        self._configs: dict[str, tuple[PeftConfig, dict[regex.Pattern, float]]] = {}
+        self._configs: dict[str, tuple[PeftConfig, dict[regex.Pattern | re.Pattern, float]]] = {}
         self._fields, self._where = self._read_fields()
         self._seconds_left = SECONDS_TO_MATCH
         self._plain = None if has_alphas else self._read_plain()
@@ -70,7 +77,7 @@ class Stated:
             return read_json(beside, dict[str, Any], MAX_CONFIG_BYTES), str(beside)
         return {}, where
 
-    def _config(self, component: str) -> tuple[PeftConfig, dict[regex.Pattern, float]]:
+    def _config(self, component: str) -> tuple[PeftConfig, dict[regex.Pattern | re.Pattern, float]]:
         if component not in self._configs:
             own = {name.removeprefix(f"{component}."): value for name, value in self._fields.items()}
             config: PeftConfig = conform(own, PeftConfig, self._where)
@@ -78,19 +85,30 @@ class Stated:
             self._configs[component] = config, patterns
         return self._configs[component]
 
-    def _compiled(self, pattern: str) -> regex.Pattern:
+    def _compiled(self, pattern: str) -> regex.Pattern | re.Pattern:
+        if len(pattern) > MAX_PATTERN:
+            raise ValueError(f"{self._where}: a pattern of alpha_pattern has {len(pattern):,} characters")
+        whole = rf"(.*\.)?({pattern})"
+        if _SIMPLE.fullmatch(pattern):
+            return re.compile(whole)
         try:
-            return regex.compile(rf"(.*\.)?({pattern})")
+            return self._timed(lambda: regex.compile(whole))
         except (regex.error, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"{self._where}: alpha_pattern {pattern[:60]!r} is not a regular expression ({error})"
             ) from None
 
-    def _fits(self, pattern: regex.Pattern, layer: str) -> bool:
+    def _fits(self, pattern: regex.Pattern | re.Pattern, layer: str) -> bool:
+        if isinstance(pattern, re.Pattern):
+            return pattern.fullmatch(layer) is not None
+        return self._timed(lambda: pattern.fullmatch(layer, timeout=self._seconds_left)) is not None
+
+    def _timed(self, call: Callable[[], T]) -> T:
+        """What `call` returns, while there is time left."""
         start = time.monotonic()
         try:
             if self._seconds_left > 0:
-                return pattern.fullmatch(layer, timeout=self._seconds_left) is not None
+                return call()
         except TimeoutError:
             pass
         finally:
@@ -104,11 +122,8 @@ class Stated:
         """A field of its own in the metadata, as some trainers write alpha: all values are text there."""
         for name in ("lora_alpha", "ss_network_alpha"):
             text = self.metadata.get(name)
-            if text is None or text in (
-                "",
-                "None",
-                "Dynamic",
-            ):  # kohya's words for: not set, and different in each layer
+            # kohya's words for: not set, and another in each layer.
+            if text is None or text in ("", "None", "Dynamic"):
                 continue
             try:
                 alpha = float(text)

@@ -196,6 +196,8 @@ def test_tensors_of_alpha_come_before_what_is_said_of_all(tmp_path: Path) -> Non
         ({K: '{"unet.alpha_pattern": {"a": Infinity}}'}, "alpha_pattern.a: input should be a finite number, not inf"),
         ({K: json.dumps({"unet.alpha_pattern": {"(": 2}})}, r"alpha_pattern '\(' is not a regular expression"),
         ({K: json.dumps({"unet.alpha_pattern": [2]})}, r"alpha_pattern: input should be a valid dictionary"),
+        ({K: json.dumps({"unet.alpha_pattern": {"a|" * 10_000: 2}})}, "pattern of alpha_pattern has 20,000 characters"),
+        ({K: json.dumps({"unet.alpha_pattern": {f"a{i}": 2 for i in range(5001)}})}, "have at most 5000 items"),
         ({"lora_alpha": "much"}, "the metadata lora_alpha='much' is not a number"),
         ({"lora_alpha": "inf"}, "the metadata lora_alpha='inf' is not a number"),
     ],
