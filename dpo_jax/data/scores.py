@@ -21,6 +21,7 @@ import xxhash
 from dpo_jax import files
 from dpo_jax.data import table_checks
 from dpo_jax.data.arrow_file import map_table
+from dpo_jax.progress import warn_once
 
 Combine = Literal["mean", "pareto"]
 
@@ -128,7 +129,9 @@ def _read(folder: Path, judge: str, of: Candidates, digest: str) -> np.ndarray:
         raise ValueError(f"{file} has a score that is not a finite number; {again}")
     scores_M = np.full(len(of.record_M), np.nan, np.float32)
     scores_M[scored_N[of.record_M]] = values
-    if metadata.get(b"scores_xxh3", _digest_of(scores_M).encode()) != _digest_of(scores_M).encode():
+    if b"scores_xxh3" not in metadata:
+        warn_once(f"{file} has no checksum, so that damage may go unnoticed; to add one, {again}")
+    elif metadata[b"scores_xxh3"] != _digest_of(scores_M).encode():
         raise ValueError(f"{file} is damaged (its scores have another checksum); {again}")
     return scores_M
 

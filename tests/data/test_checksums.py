@@ -339,7 +339,7 @@ def test_tables_that_have_changed_are_refused(data: Path) -> None:
         open_prepared(data)
 
 
-def test_what_has_no_checksums_still_opens(data: Path) -> None:
+def test_what_has_no_checksums_still_opens(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Encodings and scores of an earlier version."""
     folder = folder_of(data, FACTS)
     change_json(folder / "encoding.json", lambda x: x.pop("captions_checksum"))
@@ -358,6 +358,9 @@ def test_what_has_no_checksums_still_opens(data: Path) -> None:
         writer.write_table(table)
     assert not encoded.open_encodings(data, FACTS).has_checksums
     epoch(data, "encodings", judges=("mine",))
+    said = capsys.readouterr().err
+    for path in (folder, scores):
+        assert said.count(f"warning: {path} has no checksum") == 1
     assert verify(data).without == [str(folder), str(scores)]
     of = candidates(open_prepared(data).records["images"])
     np.testing.assert_array_equal(read_scores(data, ["mine"], of)[0], np.arange(2 * PAIRS))
