@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shutil
+import sqlite3
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -392,7 +393,42 @@ def arrow(file: Path, rng: random.Random) -> str | None:
     return what
 
 
+def sqlite(file: Path, rng: random.Random) -> str | None:
+    """A file of SQLite that is whole, and in which somebody changed something."""
+    connection = sqlite3.connect(file, isolation_level=None)
+    tables = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    table = rng.choice(tables)
+    column = rng.choice([row[1] for row in connection.execute(f"PRAGMA table_info({table})")])
+    kind = rng.choice(["value"] * 6 + ["no rows", "a row less", "trigger", "table", "version"])
+    done = True
+    if kind == "value":
+        value = rng.choice(
+            [None, 7, -1, 0.5, 2**62, "text", "", "[1, 1]", "[NaN]", "[" * 9000, b"\xff\xfe", b"", "\ud7ff\0"]
+        )
+        where = f"rowid = (SELECT max(rowid) FROM {table})"
+        text = "CAST(? AS TEXT)" if isinstance(value, bytes) and rng.random() < 0.5 else "?"
+        try:
+            done = connection.execute(f"UPDATE {table} SET {column} = {text} WHERE {where}", (value,)).rowcount > 0
+        except sqlite3.IntegrityError:
+            done = False
+        kind = f"{column} = {value!r}"[:60]
+    elif kind == "a row less" and table == "votes":
+        return None  # whoever runs a study may leave out what somebody said
+    elif kind in ("no rows", "a row less"):
+        where = f"WHERE rowid = (SELECT max(rowid) FROM {table})" if kind == "a row less" else ""
+        done = connection.execute(f"DELETE FROM {table} {where}").rowcount > 0
+    elif kind == "trigger":
+        connection.execute(f"CREATE TRIGGER t AFTER INSERT ON {table} BEGIN DELETE FROM {table}; END")
+    elif kind == "table":
+        connection.execute(f"ALTER TABLE {table} RENAME TO other")
+    else:
+        connection.execute(f"PRAGMA user_version = {rng.choice([-1, 0, 2, 2**31 - 1])}")
+    connection.close()
+    return f"SQLite: {table}, {kind}" if done else None
+
+
 SPECIAL: dict[str, tuple[Damage, ...]] = {
+    ".sqlite": (sqlite,),
     ".json": (json_value,),
     ".jsonl": (json_line,),
     ".txt": (text_line,),

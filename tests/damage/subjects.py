@@ -159,6 +159,22 @@ def make_listed(suffix: str) -> Make:
     return make
 
 
+def make_votes(folder: Path, runner: Runner) -> None:
+    from dpo_jax.voting.store import open_study
+    from dpo_jax.voting.study import read_folder
+
+    make_listed(".jsonl")(folder, runner)
+    for name in ("a", "b"):
+        for number, caption in enumerate(CAPTIONS):
+            (folder / name / f"{number:05d}.txt").write_text(caption)
+    with open_study(folder / "study.sqlite", "points", [read_folder(folder / name) for name in ("a", "b")]) as store:
+        for rater in ("ann", "bob"):
+            store.join(rater, "a claim")
+            for number, task in enumerate(store.tasks):
+                store.add(rater, task, "preference", (1 + number, 5 - number), (0, 1))
+        store.undo("bob", task, "preference")
+
+
 def make_prepared(folder: Path, runner: Runner) -> None:
     make_pickapic(folder, runner)
     code, out, err = runner.command(
@@ -318,6 +334,15 @@ SUBJECTS: dict[str, tuple[Subject, Make]] = {
                 make_listed(suffix),
             )
             for suffix in (".txt", ".json", ".jsonl", ".tsv")
+        ),
+        (
+            Subject(
+                "export what people said",
+                "dpo_jax.vote",
+                ("--output={input}/study.sqlite", "--export={output}/feedback.json"),
+                ("study.sqlite",),
+            ),
+            make_votes,
         ),
         (
             Subject(
