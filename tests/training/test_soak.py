@@ -131,7 +131,8 @@ def hit(attempt: Attempt, phase: str, number: int, seconds: float, rng: random.R
         if [name for _, name in attempt.marked()].count(phase) > number:
             break
         time.sleep(0.002)
-    time.sleep(rng.uniform(0, seconds))
+    brief = 1.0 if phase in ("validate", "sample") else seconds  # the first time takes long, as it is compiled
+    time.sleep(rng.uniform(0, min(brief, seconds)))
     if not attempt.alive() or attempt.phase() == "end":
         return None
     kind = rng.choice([signal.SIGKILL, signal.SIGTERM])
