@@ -18,7 +18,8 @@ from dpo_jax.training.model import load_tokenizers_of
 from dpo_jax.training.model_card import model_card, read_result
 from dpo_jax.training.model_origin import Origin, model_spec, origin_of
 from dpo_jax.training.run import open_run
-from dpo_jax.weights.lora_files import Adapter, Merged, check_low_rank, write_kohya, write_peft
+from dpo_jax.weights.lora_files import Adapter, Merged, check_low_rank
+from dpo_jax.weights.lora_write import write_kohya, write_peft
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """What diffusers calls a LoRA's file and looks for first."""

@@ -14,7 +14,8 @@ from dpo_jax.evaluation.opened import open_model
 from dpo_jax.models.lora import find_targets
 from dpo_jax.models.pipeline import load_pipeline
 from dpo_jax.models.random_model import write_random_model
-from dpo_jax.weights.lora_files import Adapter, write_peft
+from dpo_jax.weights.lora_files import Adapter
+from dpo_jax.weights.lora_write import write_peft
 
 SAMPLING = Sampling(4, 3.0, "ddim")
 

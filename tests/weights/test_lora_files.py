@@ -23,7 +23,8 @@ from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.weights import safetensors_file
 from dpo_jax.weights.layout import Specs, to_torch, torch_name
-from dpo_jax.weights.lora_files import Adapter, Merged, read_lora, write_kohya, write_peft
+from dpo_jax.weights.lora_files import Adapter, Merged, read_lora
+from dpo_jax.weights.lora_write import write_kohya, write_peft
 
 FILE = "pytorch_lora_weights.safetensors"
 TO_Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

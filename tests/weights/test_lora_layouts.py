@@ -15,7 +15,8 @@ from dpo_jax.models.random_model import RANDOM_MODELS
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.weights import lora_metadata, original, safetensors_file
-from dpo_jax.weights.lora_files import Adapter, read_adapters, read_lora, write_kohya
+from dpo_jax.weights.lora_files import Adapter, read_adapters, read_lora
+from dpo_jax.weights.lora_write import write_kohya
 
 TO_Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 TO_OUT = "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"

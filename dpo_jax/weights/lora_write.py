@@ -1,0 +1,121 @@
+"""LoRAs written for the tools that open them: diffusers, PEFT and OneTrainer, or web UIs."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import TypeVar
+
+import numpy as np
+from etils import epath
+from jax.typing import DTypeLike
+
+from dpo_jax.weights import lora_layouts, original, safetensors_file
+from dpo_jax.weights.layout import Specs, to_torch
+from dpo_jax.weights.lora_files import Adapter, low_rank_specs
+from dpo_jax.weights.lora_metadata import DIFFUSERS_METADATA
+
+Number = TypeVar("Number", int, float)
+
+
+def write_peft(
+    path: epath.PathLike,
+    adapter: Adapter,
+    base_specs: Specs,
+    *,
+    dtype: DTypeLike,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Writes the file that diffusers' `pipe.load_lora_weights` opens; it looks for FILES[0] in a folder.
+
+    alpha / rank is multiplied into the weights, so that alpha = rank holds for those that don't read the metadata
+    (diffusers before 0.34, OneTrainer) as for those that do. `metadata`: what else the file says about itself.
+    """
+    ranks = {layer: adapter.rank(layer) for layer in sorted(adapter.alphas)}
+    adapter = _with_alphas(adapter, ranks)
+    rank = _most_common(ranks.values())
+    # Patterns fit the ends of names, but for the ^.
+    others = {f"^{layer}": r for layer, r in ranks.items() if r != rank}
+    config = {
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": list(ranks),
+        "rank_pattern": others,
+        "alpha_pattern": others,
+    }
+    stated = json.dumps({f"unet.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)
+    tensors = {
+        f"unet.{layer}.{part}.weight": array
+        for layer in ranks
+        for part, array in _torch_arrays(adapter, layer, base_specs, dtype).items()
+    }
+    _write(epath.Path(path), tensors, {DIFFUSERS_METADATA: stated} | dict(metadata))
+
+
+def write_kohya(
+    path: epath.PathLike,
+    adapter: Adapter,
+    base_specs: Specs,
+    *,
+    dtype: DTypeLike,
+    original_names: bool,
+    base_model_version: str | None = None,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Writes the file that web UIs open, and diffusers and OneTrainer too.
+
+    `original_names` as they expect for SDXL; diffusers' own otherwise. Web UIs tell families apart by
+    `base_model_version`: `sd_v1`, `sd_v2`, `sd_v2_v` (predicts v), `sdxl_base_v1-0`. The alpha is the same for all
+    layers (the commonest rank), as diffusers takes one for all attention layers; what differs is multiplied into the
+    weights. `metadata`: what else the file says about itself.
+    """
+    layers = sorted(adapter.alphas)
+    alpha = _most_common(map(adapter.rank, layers))
+    adapter = _with_alphas(adapter, dict.fromkeys(layers, alpha))
+    names = original.unet_module_names(base_specs) if original_names else {layer: layer for layer in layers}
+    tensors: dict[str, np.ndarray] = {}
+    for layer in layers:
+        name = f"lora_unet_{lora_layouts.joined(names[layer])}"
+        arrays = _torch_arrays(adapter, layer, base_specs, dtype)
+        tensors[f"{name}.alpha"] = np.array(alpha, np.float32)
+        tensors[f"{name}.lora_down.weight"] = arrays["lora_A"]
+        tensors[f"{name}.lora_up.weight"] = arrays["lora_B"]
+    stated = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(alpha),
+        "ss_network_alpha": str(float(alpha)),
+    }
+    if base_model_version:
+        is_v2 = base_model_version.startswith("sd_v2")
+        stated |= {"ss_base_model_version": base_model_version, "ss_v2": str(is_v2)}
+    _write(epath.Path(path), tensors, stated | dict(metadata))
+
+
+def _with_alphas(adapter: Adapter, alphas: Mapping[str, float]) -> Adapter:
+    """The same LoRA with other alphas. Its A matrices, which are larger than its B and so lose less in half precision,
+    take what changes, in float32 at least."""
+    params = dict(adapter.params)
+    for layer, alpha in alphas.items():
+        if adapter.alphas[layer] != alpha:
+            name = f"{layer}.lora_A.kernel"
+            A = np.asarray(params[name])
+            params[name] = A.astype(np.promote_types(A.dtype, np.float32)) * (adapter.alphas[layer] / alpha)
+    return Adapter(params, alphas)
+
+
+def _torch_arrays(adapter: Adapter, layer: str, base_specs: Specs, dtype: DTypeLike) -> dict[str, np.ndarray]:
+    arrays = {}
+    for part, spec in low_rank_specs(base_specs[f"{layer}.kernel"], adapter.rank(layer)).items():
+        array = to_torch(np.asarray(adapter.params[f"{layer}.{part}.kernel"]), spec)
+        with np.errstate(over="ignore"):  # who writes it refuses infinity
+            arrays[part] = array.astype(dtype)
+    return arrays
+
+
+def _write(path: epath.Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    header = {name: (array.shape, array.dtype) for name, array in tensors.items()}
+    safetensors_file.write(path, tensors.items(), header, metadata)
+
+
+def _most_common(values: Iterable[Number]) -> Number:
+    return Counter(values).most_common(1)[0][0]
