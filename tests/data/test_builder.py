@@ -562,13 +562,13 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1
 def test_memory_is_flat(write_pairs: Write, tmp_path: Path) -> None:
     """In one process, which so reads, verifies and merges."""
     random = np.random.default_rng(0)
-    jpeg = noise_jpeg(0)
+    jpegs = {"jpg_0": noise_jpeg(0), "jpg_1": noise_jpeg(1)}
 
-    def padded() -> bytes:
-        return jpeg + random.bytes(40_000)  # after the end of a JPEG anything may stand
+    def padded(name: str) -> bytes:
+        return jpegs[name] + random.bytes(40_000)  # after the end of a JPEG anything may stand
 
     files = [
-        write_pairs(100, f"{n}.parquet", **{name: [padded() for _ in range(100)] for name in ("jpg_0", "jpg_1")})
+        write_pairs(100, f"{n}.parquet", **{name: [padded(name) for _ in range(100)] for name in jpegs})
         for n in range(10)
     ]
 
