@@ -55,14 +55,16 @@ def match(folders: Mapping[str, epath.PathLike], prompts: Sequence[Prompt] = ())
         prompts: only these are compared, and their categories hold; all prompts of the first folder by default. Images
             may be named by their numbers, so lines that repeat a prompt belong here too.
 
-    Raises ValueError where nothing is left.
+    Raises ValueError where fewer than two prompts are left, which have no interval.
     """
     listed = {name: _by_prompt(read_list(folder, prompts)) for name, folder in folders.items()}
     first = next(iter(listed.values()))
     wanted = distinct(prompts) or [Prompt(text, entries[0].category) for text, entries in first.items()]
     common = [prompt for prompt in wanted if all(prompt.text in entries for entries in listed.values())]
-    if not common:
-        raise ValueError(f"{' and '.join(map(str, folders.values()))} have no image of the same prompt")
+    if len(common) < 2:
+        found = f"only one prompt in common ({common[0].text!r})" if common else "no image of the same prompt"
+        more = "; an interval over prompts needs two or more" if common else ""
+        raise ValueError(f"{' and '.join(map(str, folders.values()))} have {found}{more}")
     counts = [min(len(entries[prompt.text]) for entries in listed.values()) for prompt in common]
     images = {
         name: [

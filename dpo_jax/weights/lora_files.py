@@ -5,8 +5,6 @@ matrices per layer, in PyTorch's axes; `lora_layouts` knows their names, `lora_m
 `lora_methods` what relatives of LoRA add.
 """
 
-import functools
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -16,6 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from dpo_jax.streams import warn
 from dpo_jax.weights import lora_layouts, safetensors_file
 from dpo_jax.weights.finite import is_finite
 from dpo_jax.weights.io import PICKLES, first_several
@@ -261,13 +260,7 @@ def _check_found(
             f"{path}{made_for} is no LoRA for this UNet: {f'it holds only {others}' if others else 'it is empty'}"
         )
     if others:
-        _warn(f"warning: {path}: left out {others}")
-
-
-@functools.cache
-def _warn(message: str) -> None:
-    """Prints a warning once, however often a file is read."""
-    print(message, file=sys.stderr, flush=True)
+        warn(f"{path}: left out {others}")
 
 
 def _find_file(path: epath.Path) -> epath.Path:

@@ -1,6 +1,7 @@
 """What a LoRA file says of itself: the alpha of each layer where no tensor holds it, and what the LoRA was made for."""
 
 import math
+import os
 import re
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from etils import epath
 from typing_extensions import TypedDict
 
 from dpo_jax.files import conform, parse_json, read_json
+from dpo_jax.streams import warn
 from dpo_jax.weights import safetensors_file
 
 T = TypeVar("T")
@@ -73,8 +75,10 @@ class Stated:
         if DIFFUSERS_METADATA in self.metadata:
             return conform(parse_json(self.metadata[DIFFUSERS_METADATA], where), dict[str, Any], where), where
         beside = self._path.parent / PEFT_CONFIG
-        if self._path.name == FILES[1] and beside.exists():
-            return read_json(beside, dict[str, Any], MAX_CONFIG_BYTES), str(beside)
+        if self._path.name == FILES[1]:
+            if beside.exists() or os.path.islink(beside):  # a broken link is an error
+                return read_json(beside, dict[str, Any], MAX_CONFIG_BYTES), str(beside)
+            warn(f"{beside} is missing, which says how strong this LoRA is; alpha is taken to be its rank")
         return {}, where
 
     def _config(self, component: str) -> tuple[PeftConfig, dict[regex.Pattern | re.Pattern, float]]:

@@ -46,6 +46,8 @@ def test_a_list_of_prompts_chooses_and_says_the_categories(folders):
     assert contest.left_out == 1
     with pytest.raises(ValueError, match="no image of the same prompt"):
         match(folders, [Prompt("c")])
+    with pytest.raises(ValueError, match=r"only one prompt in common \('a'\); an interval over prompts needs two"):
+        match(folders, [Prompt("a")])
 
 
 def test_figures(folders):

@@ -138,7 +138,9 @@ def test_reads_what_diffusers_saves(model: tuple[str, DiffusionPipeline], rslora
     assert load_file(tmp_path / "again.safetensors").keys() == load_file(tmp_path / FILE).keys()
 
 
-def test_reads_what_peft_saves(model: tuple[str, DiffusionPipeline], tmp_path: Path) -> None:
+def test_reads_what_peft_saves(
+    model: tuple[str, DiffusionPipeline], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     family, pipe = model
     targets = ["to_k", "conv2", "conv_out"]
     config = LoraConfig(r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False)
@@ -147,6 +149,13 @@ def test_reads_what_peft_saves(model: tuple[str, DiffusionPipeline], tmp_path: P
     expected = peft_deltas(pipe.unet)
     adapted.unload()
     assert_same(our_deltas(read_lora(tmp_path, SPECS[family]), SPECS[family]), expected)
+    assert not capsys.readouterr().err
+    (tmp_path / "adapter_config.json").unlink()
+    assert set(read_lora(tmp_path, SPECS[family]).alphas.values()) == {2}
+    assert "adapter_config.json is missing" in capsys.readouterr().err
+    (tmp_path / "adapter_config.json").symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json does not exist"):
+        read_lora(tmp_path, SPECS[family])
 
 
 def old_name(layer: str) -> str:
