@@ -21,6 +21,10 @@ from dpo_jax import interrupts, streams
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the whole traceback of an error instead of one sentence.")
 
 
+MESSAGE = 1000
+"""Characters of either end of a message that are always shown."""
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Parses the flags, runs `main` and exits.
 
@@ -157,6 +161,9 @@ def _sentence(error: ValueError | OSError) -> str:
 
 
 def _fail(message: str, *, code: int) -> NoReturn:
+    message = " ".join(message.split("\n"))  # a name may hold a line break
+    if len(message) > 2 * MESSAGE:
+        message = f"{message[:MESSAGE]} ... {message[-MESSAGE:]}"
     print(f"error: {message}", file=sys.stderr)
     interrupts.leave_at_once()
     sys.exit(code)

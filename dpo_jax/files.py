@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -154,7 +155,7 @@ def split_lines(text: str) -> list[str]:
 def parse_json(text: str, where: str) -> Any:
     """The value of a JSON text that `where` names; ValueError where it is not valid JSON, or too deep to be meant."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_once)
         if "\\ud" in text or "\\uD" in text:  # escapes of surrogates, which are no text without their other half
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -168,6 +169,15 @@ def parse_json(text: str, where: str) -> Any:
         raise ValueError(f"{where} is not valid JSON (nested too deeply)") from None
     except ValueError as error:  # an integer of more digits than Python converts
         raise ValueError(f"{where} is not valid JSON ({str(error).split(';')[0]})") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these fields; Python would take the last of two of one name, in silence."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"it has the field {name!r} twice")
+    return value
 
 
 def read_json(path: epath.PathLike, schema: type[T] | Any = Any, limit: int = MAX_TEXT_BYTES) -> T:

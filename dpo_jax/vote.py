@@ -66,6 +66,8 @@ EXPORT = flags.DEFINE_string(
 def main() -> None:
     if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn", "jinja2", "krippendorff")):
         raise ValueError('the page to vote on needs a few more packages: pip install -c constraints.txt -e ".[vote]"')
+    if not Path(OUTPUT.value).name:
+        raise ValueError(f"--output={OUTPUT.value} names no file; take one such as --output=votes.sqlite")
     questions = asked()
     if EXPORT.value is not None:
         export(Path(EXPORT.value), list(TAGS.value or ASKED.value or ()))

@@ -49,6 +49,7 @@ def test_what_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
         (b"PK\x03\x04....", "a zip archive"),
         (b"\x1f\x8b\x08\x00", "a gzip archive"),
         (bytes(100), "nothing but zero bytes"),
+        (b'{"a": 1, "b": {"c": 1, "c": 1}}', r"not valid JSON \(it has the field 'c' twice"),
         (b'{"a": 1,}', "not valid JSON .*line 1, column"),
         (b"[" * 100_000, r"not valid JSON \(nested too deeply"),
         (b"1" * 10_000, "not valid JSON"),

@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dpo_jax.cli import flatten
-from dpo_jax.training.fields import Values, are_patterns, are_rules, check_fields
+from dpo_jax.training.fields import Values, are_devices, are_patterns, are_rules, check_fields
 
 # A work directory may be continued with other values of these; any other difference is another experiment.
 # Where models and data come from may change too: what they are is told by "fingerprints".
@@ -101,9 +101,9 @@ FIELDS = {
     "optimizer.epsilon": POSITIVE,
     "optimizer.weight_decay": NOT_NEGATIVE,
     "optimizer.clip_norm": Values(above=0, may_be_infinite=True),
-    "mesh.data": Values(at_least=-1),
-    "mesh.fsdp": Values(at_least=-1),
-    "mesh.tensor": Values(at_least=-1),
+    "mesh.data": Values(at_least=-1, wrong=are_devices),
+    "mesh.fsdp": Values(at_least=-1, wrong=are_devices),
+    "mesh.tensor": Values(at_least=-1, wrong=are_devices),
     "mesh.rules": Values(wrong=are_rules),
     "checkpoint.every": COUNT,
     "checkpoint.keep": COUNT,
@@ -295,9 +295,9 @@ def check_values(config: ConfigDict) -> None:
 def check_settings(config: ConfigDict) -> None:
     """Raises ValueError for settings of the network that don't go together."""
     sizes = {f"mesh.{axis}": config.mesh[axis] for axis in ("data", "fsdp", "tensor")}
-    if 0 in sizes.values() or list(sizes.values()).count(-1) > 1:
+    if list(sizes.values()).count(-1) > 1:
         given = ", ".join(f"config.{field}={size}" for field, size in sizes.items())
-        raise ValueError(f"{given}: each must be 1 or more, or one of them -1, which takes the devices that are left")
+        raise ValueError(f"{given}: only one of them may be -1, which takes the devices that are left")
     if config.sample.every and not config.sample.prompts:
         raise ValueError("config.sample.prompts is empty; name prompts for the image grids, or set sample.every=0")
     if config.sample.every and config.sample.seeds * len(config.sample.prompts) > MAX_GRID:

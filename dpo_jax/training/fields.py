@@ -87,7 +87,7 @@ def _problem_of_number(value: Any, values: Values, *, is_whole: bool) -> str | N
         and (values.at_most is None or number <= values.at_most)
         and (values.below is None or number < values.below)
     )
-    return None if holds else f"must be {values}"
+    return values.wrong(value) if holds else f"must be {values}"
 
 
 def _in_float32(value: float) -> float:
@@ -96,6 +96,11 @@ def _in_float32(value: float) -> float:
             return float(np.float32(value))
     except OverflowError:  # an integer of hundreds of digits
         return math.inf
+
+
+def are_devices(value: int) -> str | None:
+    """For `Values.wrong` of the sizes of the mesh."""
+    return "must be 1 or more, or -1 for the devices that are left" if value == 0 else None
 
 
 def are_patterns(value: str | tuple[str, ...]) -> str | None:

@@ -76,9 +76,13 @@ class Stated:
             return conform(parse_json(self.metadata[DIFFUSERS_METADATA], where), dict[str, Any], where), where
         beside = self._path.parent / PEFT_CONFIG
         if self._path.name == FILES[1]:
+            config: dict[str, Any] | None = None
             if beside.exists() or os.path.islink(beside):  # a broken link is an error
-                return read_json(beside, dict[str, Any], MAX_CONFIG_BYTES), str(beside)
-            warn(f"{beside} is missing, which says how strong this LoRA is; alpha is taken to be its rank")
+                config = read_json(beside, dict[str, Any], MAX_CONFIG_BYTES)
+            if config is None or "lora_alpha" not in config:
+                reason = "is missing" if config is None else "has no lora_alpha"
+                warn(f"{beside} {reason}, which says how strong this LoRA is; alpha is taken to be its rank")
+            return config or {}, str(beside)
         return {}, where
 
     def _config(self, component: str) -> tuple[PeftConfig, dict[regex.Pattern | re.Pattern, float]]:

@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from dpo_jax.cli import flatten, load_config
+
 from .trial import ROOT, Runner, Subject
 
 TINY = ROOT / "dpo_jax" / "tiny" / "model"
@@ -203,6 +205,73 @@ def make_encoded(folder: Path, runner: Runner) -> None:
     assert code == 0, out + err
 
 
+def make_prompts(folder: Path, runner: Runner) -> None:
+    (folder / "prompts.txt").write_text("".join(f"{caption}\n" for caption in CAPTIONS[:2]))
+    (folder / "init").mkdir()
+    for i in range(2):
+        (folder / "init" / f"{i:05d}.png").write_bytes(noise(i))
+
+
+def make_drawn(folder: Path, runner: Runner) -> None:
+    """A folder that `sample` goes on with, as one image is missing."""
+    make_prompts(folder, runner)
+    code, out, err = runner.command("dpo_jax.sample", [a.format(input=folder, output=folder / "drawn") for a in SAMPLE])
+    assert code == 0, out + err
+    next(iter(sorted((folder / "drawn").glob("0*.png")))).unlink()
+
+
+def make_scores(folder: Path, runner: Runner) -> None:
+    make_prepared(folder, runner)
+    code, out, err = runner.command("dpo_jax.score", [f"--data={folder / 'data'}", "--judge=jpeg_compressibility"])
+    assert code == 0, out + err
+
+
+def make_nothing(folder: Path, runner: Runner) -> None:
+    pass
+
+
+SAMPLE = (
+    f"--model={TINY}", "--prompts={input}/prompts.txt", "--output={output}", "--steps=2", "--batch_size=2",
+    "--init_image={input}/init",
+)  # fmt: skip
+FIELDS = {
+    config: tuple(f"--config.{field}" for field in flatten(load_config(f"{ROOT}/configs/{config}.py")))
+    for config in ("sdxl", "tiny")
+}
+FLAGS: tuple[tuple[str, Make, tuple[str, ...], str], ...] = (
+    (
+        "sample",
+        make_prompts,
+        SAMPLE,
+        "seeds seed sampler steps guidance guidance_rescale eta resolution batch_size strength lora lora_scale dtype "
+        "fsdp unet vae family model_config revision variant prompts model init_image workdir negative_prompt",
+    ),
+    (
+        "evaluate",
+        make_images,
+        ("--images={input}/a,{input}/b", "--judges=jpeg_compressibility", "--output={output}"),
+        "images prompts judges seeds batch_size dtype features curves since models",
+    ),
+    (
+        "prepare",
+        make_pickapic,
+        ("--input={input}/a.parquet", "--output={output}", "--workers=0"),
+        "input source validation_fraction max_damaged_fraction workers encode",
+    ),
+    (
+        "export",
+        make_model,
+        ("--model={input}/model", "--output={output}"),
+        "model lora format dtype max_shard_gb family model_config revision variant vae license base_model workdir",
+    ),
+    (
+        "vote",
+        make_votes,
+        ("--output={input}/study.sqlite", "--export={output}/feedback.json"),
+        "output mode questions tags raters host port token export",
+    ),
+)
+"""(command, what it reads, arguments, flags)."""
 ENCODED = (
     *RUN,
     "--config.data.encoded_views=1",
@@ -223,6 +292,7 @@ SUBJECTS: dict[str, tuple[Subject, Make]] = {
                 ("model/**/*.json", "model/**/*.safetensors", "model/**/merges.txt", "model/*.json"),
                 ignored=("README.md",),
                 valid=("*.safetensors",),
+                settings=("*.json", "merges.txt"),
             ),
             make_model,
         ),
@@ -256,6 +326,7 @@ SUBJECTS: dict[str, tuple[Subject, Make]] = {
                 ("lora/*",),
                 ignored=("README.md",),
                 valid=("*.safetensors",),
+                settings=("*.json",),
             ),
             make_peft,
         ),
@@ -346,6 +417,72 @@ SUBJECTS: dict[str, tuple[Subject, Make]] = {
         ),
         (
             Subject(
+                "sample with images to begin from",
+                "dpo_jax.sample",
+                SAMPLE,
+                ("prompts.txt", "init/*"),
+                valid=("*.txt", "*.png"),
+                share=1,
+            ),
+            make_prompts,
+        ),
+        (
+            Subject(
+                "sample into a folder that was begun",
+                "dpo_jax.sample",
+                tuple(argument.replace("{output}", "{input}/drawn") for argument in SAMPLE),
+                ("drawn/*.json*", "drawn/0*.png"),
+                valid=("*.png",),
+                names=("drawn",),
+                output_is_input=True,
+                share=1,
+            ),
+            make_drawn,
+        ),
+        (
+            Subject(
+                "train on a judge's scores",
+                "dpo_jax.train",
+                (
+                    *(*RUN, "--config.data.path={input}/data", "--workdir={output}"),
+                    "--config.data.judges=('jpeg_compressibility',)",
+                ),
+                ("data/scores/*",),
+                names=("data",),
+                share=1,
+            ),
+            make_scores,
+        ),
+        *(
+            (
+                Subject(
+                    f"plan {config} with odd fields",
+                    "dpo_jax.plan",
+                    (f"--config=configs/{config}.py", "--topology=v5e:4x4"),
+                    (),
+                    flags=fields,
+                    share=6 if config == "tiny" else 1,
+                ),
+                make_nothing,
+            )
+            for config, fields in FIELDS.items()
+        ),
+        *(
+            (
+                Subject(
+                    f"odd flags of {name}",
+                    f"dpo_jax.{name}",
+                    arguments,
+                    (),
+                    flags=tuple(f"--{flag}" for flag in names.split()),
+                    share=3,
+                ),
+                make,
+            )
+            for name, make, arguments, names in FLAGS
+        ),
+        (
+            Subject(
                 "score prepared data",
                 "dpo_jax.score",
                 ("--data={input}/data", "--judge=jpeg_compressibility"),
@@ -402,4 +539,4 @@ SUBJECTS: dict[str, tuple[Subject, Make]] = {
             make_run,
         ),
     )
-}  # fmt: skip
+}

@@ -21,6 +21,13 @@ SECONDS = 60
 DATE = re.compile(rb"20\d\d-\d\d-\d\dT[\d:.+]{8,}")
 """Of an export, in its metadata."""
 
+ODD_TEXTS = (
+    *("", "0", "-1", "1", "0.5", "nan", "inf", "-inf", "1e400", "9" * 400, "text", "None", "True", "()", "('a',)"),
+    *("(1, 2)", "[", "(", "*", "../../x", "/dev/zero", "/dev/null", "/", ".", "~", "\u00e9\u4e2d", "a\nb", "x" * 5000),
+    *("-", "--", "a,b", "a=b", "{}", "lambda: 0", "http://127.0.0.1:9/x"),
+)
+"""Values of flags and of a config's fields."""
+
 VERDICTS = (
     "refused",  # one sentence that names the file
     "harmless",  # the same result as of the whole file
@@ -31,6 +38,7 @@ VERDICTS = (
     "traceback",
     "hang",
 )
+BITS = ("one bit", "64 bits", "noise", "zeros", "a NUL")
 BAD = ("silent", "unnamed", "traceback", "hang")
 
 
@@ -51,6 +59,10 @@ class Subject:
     valid: tuple[str, ...] = ()
     """Patterns of files where other contents may be just another valid input, and nothing can tell: people's own texts
     and images, and weights."""
+    flags: tuple[str, ...] = ()
+    """Flags that get odd values, in place of damaged files."""
+    settings: tuple[str, ...] = ()
+    """Patterns of files where changed bits may be just another setting, and nothing can tell."""
     names: tuple[str, ...] = ()
     """What else names a file in a message, beside its own name, such as the folder that it is of."""
     output_is_input: bool = False
@@ -110,10 +122,10 @@ class Runner:
         place.mkdir(parents=True)
         shutil.copytree(pristine, self.paths(subject)[0], symlinks=True)
 
-    def run(self, subject: Subject) -> tuple[int, str, str, str]:
+    def run(self, subject: Subject, *more: str) -> tuple[int, str, str, str]:
         """(exit status, stdout, stderr, digest of the result)."""
         source, target = self.paths(subject)
-        arguments = [argument.format(input=source, output=target) for argument in subject.arguments]
+        arguments = [argument.format(input=source, output=target) for argument in subject.arguments] + list(more)
         code, out, err = self.command(subject.module, arguments)
         return code, out, err, self._digest(target, subject)
 
@@ -132,6 +144,16 @@ class Runner:
         self.begin(subject, pristine)
         rng = random.Random(f"{subject.name} {seed}")
         source = self.paths(subject)[0]
+        if subject.flags:
+            flag, value = rng.choice(subject.flags), rng.choice(ODD_TEXTS)
+            code, out, err, _ = self.run(subject, f"{flag}={value}")
+            named = any(
+                part and part in err + out for part in (re.split(r"[.-]", flag)[-1], value[:100].split("\n")[0])
+            )
+            # What is taken is a setting like others: whether it makes sense is for the tests of each.
+            found = verdict(code, out, err, same=True, named=named, told=False, valid=False)
+            said = f"{code}: {(err or out).strip()[-600:]}"
+            return Result(subject.name, flag, f"= {value[:40]!r}", found, said)
         file = rng.choice(sorted(path for pattern in subject.files for path in source.glob(pattern) if path.is_file()))
         name = str(file.relative_to(source))
         special = SPECIAL.get(file.suffix)
@@ -140,7 +162,8 @@ class Runner:
         if what is None:
             return None
         code, out, err, digest = self.run(subject)
-        valid = any(Path(name).match(pattern) for pattern in subject.valid)
+        patterns = subject.valid + (subject.settings if what in BITS else ())
+        valid = any(Path(name).match(pattern) for pattern in patterns)
         named = any(part in out + err for part in (file.name, file.stem, *subject.names))
         same = digest == clean_digest
         told = named or self._counts(out) != self._counts(clean_out)
