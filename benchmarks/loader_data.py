@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from etils import epath
 from PIL import Image, ImageDraw
 
-from dpo_jax.data import encoded, prepared
+from dpo_jax.data import checksums, encoded, prepared
 from dpo_jax.data.builder import prepare
 from dpo_jax.data.prepared import open_prepared
 from dpo_jax.data.sources import SOURCES
@@ -145,3 +145,4 @@ def write_records(folder: Path, count: int) -> None:
     }
     with pa.ipc.new_file(str(folder / "records.arrow"), prepared.RECORDS) as file:
         file.write_table(pa.table(columns, prepared.RECORDS), max_chunksize=10_000)
+    (folder / checksums.FILE).unlink()  # of the records that were there

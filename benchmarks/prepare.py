@@ -54,17 +54,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         for times in (1, 10):
             folder = Path(root, f"records{times}")
-            write(folder, times * 20_000 // scale, padded(image(8, "PNG"), 0), rows_a_group=1000, rows_a_page=1000)
+            write(folder, times * 20_000 // scale, padded(8, "PNG", 0), rows_a_group=1000, rows_a_page=1000)
             results.append(run("records", folder, workers=2))
         once, ten_times = results
         growth = (ten_times["main_bytes"] - once["main_bytes"]) / (ten_times["records"] - once["records"])
         print(f"growth of main: {growth:.0f} bytes a record")
         for rows_a_page in (1, 1000):
             folder = Path(root, f"pages{rows_a_page}")
-            write(folder, 1000 // scale, padded(image(8, "PNG"), 500_000), rows_a_group=1000, rows_a_page=rows_a_page)
+            write(folder, 1000 // scale, padded(8, "PNG", 500_000), rows_a_group=1000, rows_a_page=rows_a_page)
             results.append(run("row group", folder, workers=1) | {"rows_a_page": rows_a_page})
         folder = Path(root, "small")
-        write(folder, 1200 // scale, padded(image(512, "JPEG"), 0), rows_a_group=100 // scale, rows_a_page=100)
+        write(folder, 1200 // scale, padded(512, "JPEG", 0), rows_a_group=100 // scale, rows_a_page=100)
         results += [run("small input", folder, workers) for _ in range(rounds) for workers in (1, 2)]
     if JSON.value:
         Path(JSON.value).write_text(json.dumps(results, indent=2) + "\n")
@@ -159,7 +159,7 @@ def line(result: dict[str, Any]) -> str:
     )
 
 
-def write(folder: Path, pairs: int, image: Callable[[], bytes], rows_a_group: int, rows_a_page: int) -> None:
+def write(folder: Path, pairs: int, image: Callable[[int], bytes], rows_a_group: int, rows_a_page: int) -> None:
     folder.mkdir()
     for start in range(0, pairs, ROWS_A_FILE):
         rows = range(start, min(start + ROWS_A_FILE, pairs))
@@ -173,19 +173,20 @@ def write(folder: Path, pairs: int, image: Callable[[], bytes], rows_a_group: in
         ) as file:
             for first in range(0, len(rows), rows_a_group):
                 group = rows[first : first + rows_a_group]
-                columns = [[image() for _ in group], [image() for _ in group], [f"prompt {i}" for i in group]]
+                columns = [[image(0) for _ in group], [image(1) for _ in group], [f"prompt {i}" for i in group]]
                 file.write_table(pa.table([*columns, [float(i % 2) for i in group]], SCHEMA), rows_a_group)
 
 
-def padded(image: bytes, size: int) -> Callable[[], bytes]:
-    """Makes images that are all different in their bytes: behind the end of an image anything may stand."""
+def padded(side: int, format: str, size: int) -> Callable[[int], bytes]:
+    """Makes images of two kinds, all different in their bytes: behind the end of an image anything may stand."""
     numbers = itertools.count()
-    return lambda: image + next(numbers).to_bytes(8) + bytes(max(size - len(image), 0))
+    images = [image(side, format, kind) for kind in range(2)]
+    return lambda kind: images[kind] + next(numbers).to_bytes(8) + bytes(max(size - len(images[kind]), 0))
 
 
-def image(side: int, format: str) -> bytes:
+def image(side: int, format: str, seed: int) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)).save(file, format)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)).save(file, format)
     return file.getvalue()
 
 

@@ -33,6 +33,10 @@ from dpo_jax.cli import load_config
 from dpo_jax.data import builder
 from dpo_jax.data.sources import SOURCES
 
+# A shell that starts something in the background has it ignore Ctrl-C, and so would all that is started here.
+for ignored in {signal.SIGINT, signal.SIGHUP}:
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, signal.default_int_handler if ignored is signal.SIGINT else signal.SIG_DFL)
 gc.freeze()  # what is imported stays; and tracing makes so many objects that looking for cycles takes a tenth of it
 gc.set_threshold(100_000, 50, 50)
 ROOT = Path(__file__).parents[1]

@@ -73,20 +73,17 @@ def test_verify(tmp_path: Path, command: Command) -> None:
     assert command("prepare", "--verify", f"--output={tmp_path}").stderr.startswith("error: no prepared data set at")
 
 
-def test_a_damaged_summary_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dpo_jax import prepare as module
-
-    for flag, value in (("SOURCE", "pickapic"), ("VALIDATION_FRACTION", 0.05)):
-        monkeypatch.setattr(module, flag, type("Flag", (), {"value": value}))
-    assert not module.is_prepared(tmp_path, [])
+def test_a_damaged_summary_is_named(tmp_path: Path, command: Command) -> None:
     for content, message in (
         ("[]", r"summary.json: the whole: input should be"),
         ('{"files": "x", "source": 3}', r"files: .*; source: .*; validation_fraction: field required"),
         ("", r"summary.json is empty"),
     ):
         (tmp_path / "summary.json").write_text(content)
-        with pytest.raises(ValueError, match=message):
-            module.is_prepared(tmp_path, [])
+        config = f"--config={ROOT}/configs/sd15.py:tiny"
+        done = command("prepare", f"--input={PAIRS}", f"--output={tmp_path}", "--encode", config)
+        assert done.returncode == 1
+        assert re.search(message, done.stderr)
 
 
 def test_help_lists_the_sources() -> None:

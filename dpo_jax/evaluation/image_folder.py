@@ -66,6 +66,8 @@ def read_list(folder: epath.PathLike, prompts: Sequence[Prompt] = ()) -> list[En
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of images at {folder}; python -m dpo_jax.sample makes one")
     entries = _listed(folder) if (folder / LIST).exists() else _found(folder, prompts)
+    if not entries and (folder / LIST).exists():
+        raise ValueError(f"{folder / LIST} lists no images")
     if not entries:
         raise ValueError(f"{folder} has no images ({', '.join(SUFFIXES)})")
     return entries

@@ -32,13 +32,18 @@ VERDICTS = (
     "refused",  # one sentence that names the file
     "harmless",  # the same result as of the whole file
     "told",  # another result, and the damage is told
-    "no checksum",  # another result from a valid file of a format that has no checksum
+    "weights",  # another result from weights, a format that has no checksum
+    "another",  # another result from another valid input: a text, an image, a setting
     "silent",
     "unnamed",  # one sentence, and not of which file
     "traceback",
     "hang",
 )
-BITS = ("one bit", "64 bits", "noise", "zeros", "a NUL")
+NO_OTHER_INPUT = (
+    *("empty", "all zeros", "noise alone", "Git LFS pointer", "web page", "pickle", "zip", "gzip", "UTF-16"),
+    *("byte order mark", "CR LF", "absent", "a folder", "a pipe", "a link to /dev/zero", "a link to itself"),
+)
+"""Damages after which a file is not another valid one: it means the same, or is refused."""
 BAD = ("silent", "unnamed", "traceback", "hang")
 
 
@@ -57,12 +62,10 @@ class Subject:
     ignored: tuple[str, ...] = ()
     """Patterns of files in {output} that are not part of the result, such as times."""
     valid: tuple[str, ...] = ()
-    """Patterns of files where other contents may be just another valid input, and nothing can tell: people's own texts
-    and images, and weights."""
+    """Patterns of files where other contents may be just another valid input, and nothing can tell: people's own texts,
+    images and settings, and weights."""
     flags: tuple[str, ...] = ()
     """Flags that get odd values, in place of damaged files."""
-    settings: tuple[str, ...] = ()
-    """Patterns of files where changed bits may be just another setting, and nothing can tell."""
     names: tuple[str, ...] = ()
     """What else names a file in a message, beside its own name, such as the folder that it is of."""
     output_is_input: bool = False
@@ -151,7 +154,7 @@ class Runner:
                 part and part in err + out for part in (re.split(r"[.-]", flag)[-1], value[:100].split("\n")[0])
             )
             # What is taken is a setting like others: whether it makes sense is for the tests of each.
-            found = verdict(code, out, err, same=True, named=named, told=False, valid=False)
+            found = verdict(code, out, err, same=True, named=named, told=False, valid="")
             said = f"{code}: {(err or out).strip()[-600:]}"
             return Result(subject.name, flag, f"= {value[:40]!r}", found, said)
         file = rng.choice(sorted(path for pattern in subject.files for path in source.glob(pattern) if path.is_file()))
@@ -162,8 +165,9 @@ class Runner:
         if what is None:
             return None
         code, out, err, digest = self.run(subject)
-        patterns = subject.valid + (subject.settings if what in BITS else ())
-        valid = any(Path(name).match(pattern) for pattern in patterns)
+        valid = ""
+        if what not in NO_OTHER_INPUT and any(Path(name).match(pattern) for pattern in subject.valid):
+            valid = "weights" if file.suffix == ".safetensors" else "another"
         named = any(part in out + err for part in (file.name, file.stem, *subject.names))
         same = digest == clean_digest
         told = named or self._counts(out) != self._counts(clean_out)
@@ -179,6 +183,8 @@ class Runner:
                     digest.update(f"{name} {path.stat().st_size}".encode())
                     continue
                 content = DATE.sub(b"", path.read_bytes())
+                if path.suffix in (".json", ".txt"):  # copies of what was read
+                    content = content.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n")
                 digest.update(f"{name}\0".encode() + hashlib.sha256(content).digest())
         return digest.hexdigest()
 
@@ -187,7 +193,7 @@ class Runner:
         return [line for line in out.splitlines() if re.match(r"(dropped|quarantined|records|rows read)", line)]
 
 
-def verdict(code: int, out: str, err: str, *, same: bool, named: bool, told: bool, valid: bool) -> str:
+def verdict(code: int, out: str, err: str, *, same: bool, named: bool, told: bool, valid: str) -> str:
     if code == -14:
         return "hang"
     if "Traceback (most recent call last)" in err + out or code not in (0, 1, 2):
@@ -199,4 +205,4 @@ def verdict(code: int, out: str, err: str, *, same: bool, named: bool, told: boo
         return "harmless"
     if told and ("warning" in err or not valid):
         return "told"
-    return "no checksum" if valid else "silent"
+    return valid or "silent"

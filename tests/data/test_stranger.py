@@ -1,6 +1,7 @@
 """A prepared data set from somebody else: it starts no code, and nothing is written outside of its folder."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from dpo_jax.data.prepared import RECORDS as SCHEMA
 from dpo_jax.data.prepared import Prepared, open_prepared
 from dpo_jax.data.scores import candidates, write_scores
 
+from ..conftest import Command
 from .conftest import noise_jpeg, write_prepared
 
 Change = Callable[[Any], object]
@@ -47,10 +49,9 @@ def change_table(file: Path, **columns: Any) -> None:
 
 
 def test_the_classes_it_names_are_not_imported(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_config: Callable[..., Any]
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_config: Callable[..., Any], command: Command
 ) -> None:
     """By the ways of training and scoring; TFDS itself is shown to import the module, and the marker to be left."""
-    from dpo_jax import score
     from dpo_jax.training.data import check_data
 
     marker = tmp_path / "marker"
@@ -71,10 +72,9 @@ def test_the_classes_it_names_are_not_imported(
         open_pairs(folder, "train")
     with pytest.raises(ValueError, match=message):
         check_data(tiny_config("sd15", **{"data.path": str(folder)}))
-    for flag, value in (("DATA", str(folder)), ("JUDGE", "shapes"), ("SCORES", None), ("NAME", None)):
-        monkeypatch.setattr(score, flag, type("Flag", (), {"value": value}))
-    with pytest.raises(ValueError, match=message):
-        score.main()
+    scored = command("score", f"--data={folder}", "--judge=shapes")
+    assert scored.returncode == 1
+    assert re.search(message, scored.stderr)
     assert not marker.exists()
     assert "strangers_code" not in sys.modules
     with pytest.raises(ValueError, match="Unrecognized FeatureConnector type"):

@@ -157,7 +157,9 @@ def test_files_at_full_size_are_known_by_what_they_hold(
     }
     written: dict[str, torch.Tensor] = {}
 
-    def keep_header(path: epath.Path, tensors: object, header: dict[str, tuple], **options: object) -> None:
+    def keep_header(
+        path: epath.Path, tensors: object, header: dict[str, tuple], *more: object, **options: object
+    ) -> None:
         written.update({name: torch.empty(shape, device="meta") for name, (shape, _) in header.items()})
 
     monkeypatch.setattr(safetensors_file, "write", keep_header)
