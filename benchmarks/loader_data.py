@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 
 from dpo_jax.data import checksums, encoded, prepared
 from dpo_jax.data.builder import prepare
+from dpo_jax.data.images import View
 from dpo_jax.data.prepared import open_prepared
 from dpo_jax.data.sources import SOURCES
 from dpo_jax.weights import safetensors_file
@@ -112,7 +113,8 @@ def write_encodings(case: Case) -> None:
         "images": (len(data.images), {"moments": (1, cells, cells, 8)}),
         "captions": (len(captions), {"context": (77, 2048), "pooled": (1280,)}),
     }
-    written: dict[str, Any] = {"facts": {"resolution": case.resolution, "views": [{}]}}
+    facts = {"family": "made", "resolution": case.resolution, "views": [View()._asdict()]}
+    written: dict[str, Any] = {"facts": facts}
     bfloat16 = np.dtype(ml_dtypes.bfloat16)
     for kind, (rows, shapes) in tables.items():
         a_file = encoded.rows_a_file(sum(int(np.prod(shape)) for shape in shapes.values()) * bfloat16.itemsize)
