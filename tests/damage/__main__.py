@@ -65,7 +65,9 @@ def main() -> None:
                         f"{result.verdict}: {name}, seed {seed}: {result.file}: {result.damage}\n    {result.said}",
                         flush=True,
                     )
-    print(table(results))
+    shown = table(results)
+    (output / "table.md").write_text(shown + "\n")
+    print(shown)
     print(f"{time.time() - began:.0f} s; " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
     runner.close()
 
