@@ -44,6 +44,10 @@ _SIGNS = (  # how files begin that are something else than their name says
 )
 
 
+_NO_TEXT = (b"PK\x03\x04",)
+"""Beginnings that UTF-8 could have, and no text has."""
+
+
 def what_it_is(head: bytes) -> str | None:
     """What a file that begins with `head` (64 bytes are enough) really is, or None where that is not known."""
     if not head:
@@ -133,6 +137,11 @@ def decode_text(data: bytes, where: str) -> str:
         found = data[error.start : error.start + 1].hex()
         raise ValueError(f"{where}, line {line} is not valid UTF-8 (byte 0x{found}); save the file as UTF-8") from None
     text = text.replace("\r\n", "\n").replace("\r", "\n")
+    known = (
+        what_it_is(data[:64]) if data.startswith(_NO_TEXT) or text[:64].lstrip().startswith(("<", "version")) else None
+    )
+    if known:
+        raise ValueError(f"{where} is {known}")
     if "\0" in text:
         place = f"{where}, line {text.count(chr(10), 0, text.index(chr(0))) + 1}"
         known = what_it_is(data[:64])

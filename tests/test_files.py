@@ -39,6 +39,15 @@ def test_what_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
         files.read_text(tmp_path / "a.txt")
 
 
+@pytest.mark.parametrize("data", [b"PK\x03\x04a red circle", b"\n<!DOCTYPE html>\n<html>", LFS.encode()])
+def test_what_is_no_text_is_told(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.txt is a "):
+        files.read_lines(tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_text("<sks> dog\nversion 2 of a cat\n")
+    assert len(files.read_lines(tmp_path / "a.txt")) == 2
+
+
 @pytest.mark.parametrize(
     ("data", "told"),
     [

@@ -420,6 +420,7 @@ SUBJECTS: dict[str, tuple[Subject, Make]] = {
                 SAMPLE,
                 ("prompts.txt", "init/*"),
                 valid=("*.txt", "*.png"),
+                names=("init",),
                 share=1,
             ),
             make_prompts,
