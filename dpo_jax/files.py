@@ -251,9 +251,13 @@ def writing(path: epath.PathLike) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(partial_name(path.name))
     if not is_local(path):  # an object store: what is written appears when it is closed
-        with partial.open("wb") as remote:
-            yield remote
-        partial.replace(path)
+        try:
+            with partial.open("wb") as remote:
+                yield remote
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
         return
     try:
         with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o666), "wb") as file:

@@ -85,6 +85,7 @@ def locked(folder: epath.PathLike, command: str, name: str = ".lock", what: obje
     me = {
         "owner": secrets.token_hex(8),
         "host": socket.gethostname(),
+        "processes": _process_numbers(),
         "process": os.getpid(),
         "command": command,
         "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -93,7 +94,7 @@ def locked(folder: epath.PathLike, command: str, name: str = ".lock", what: obje
     descriptor = _flock(path, what) if is_local(path) else None
     try:
         if descriptor is None or (_read(path) or me)["host"] != me["host"]:
-            _check_alive(path, what, me)
+            _check_alive(path, what, me, has_flock=descriptor is not None)
         with _told(folder):
             _write(path, me, descriptor)
         if descriptor is None:
@@ -124,8 +125,9 @@ def _release(
     del _held_here[str(path)]
     done.set()
     heart.join()
-    if (_read(path) or {}).get("owner") == me["owner"]:
-        path.unlink(missing_ok=True)  # before it is let go of: who waits for it makes a new one
+    with contextlib.suppress(Exception):  # what became of the work is more than what becomes of its lock
+        if (_read(path) or {}).get("owner") == me["owner"]:
+            path.unlink(missing_ok=True)  # before it is let go of: who waits for it makes a new one
     if descriptor is not None:
         os.close(descriptor)
 
@@ -165,24 +167,38 @@ def _flock(path: epath.Path, what: object) -> int | None:
             raise
 
 
-def _check_alive(path: epath.Path, what: object, me: dict[str, Any]) -> None:
+def _check_alive(path: epath.Path, what: object, me: dict[str, Any], *, has_flock: bool) -> None:
     """BlockingIOError if the lock is of a process that has renewed it of late, or does so now."""
     found = _read(path)
+    for _ in range(3):  # what can't be read may still be somebody's
+        if found is None and path.exists():
+            time.sleep(HEARTBEAT_SECONDS / 8)
+            found = _read(path)
     if found is None:
         return
-    if found["host"] == me["host"] and (found["process"] == me["process"] or not _is_running(found["process"])):
+    is_here = found["host"] == me["host"] and found.get("processes", me["processes"]) == me["processes"]
+    if is_here and (found["process"] == me["process"] or not _is_running(found["process"])):
         return
-    if time.time() - found["renewed"] < STALE_SECONDS:
+    # Where the kernel gave the lock, who renewed it of late may be dead all the same: it is seen whether it lives.
+    if not has_flock and 0 <= time.time() - found["renewed"] < STALE_SECONDS:
         raise BlockingIOError(_held(what, found))
     # The clocks of hosts may differ, so only one that stands still is of a dead process.
     deadline = time.monotonic() + 2 * HEARTBEAT_SECONDS
     while time.monotonic() < deadline:
         time.sleep(HEARTBEAT_SECONDS / 8)
-        now = _read(path)
-        if now is None:
+        if not path.exists():
             return
-        if now != found:
+        now = _read(path)  # None if it could not be read this time
+        if now is not None and now != found:
             raise BlockingIOError(_held(what, now))
+
+
+def _process_numbers() -> str:
+    """Tells where a process number means the same: containers of one name have numbers of their own."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _is_running(process: int) -> bool:
@@ -206,7 +222,8 @@ def _renew(path: epath.Path, what: object, me: dict[str, Any], descriptor: int |
                 flush=True,
             )
             os._exit(1)
-        with contextlib.suppress(OSError):  # a full disk; others wait longer than for one renewal
+        # A full disk, or whatever class an object store's library has for it; others wait longer than for one renewal.
+        with contextlib.suppress(Exception):
             _write(path, me, descriptor)
 
 
@@ -222,12 +239,19 @@ def _write(path: epath.Path, me: dict[str, Any], descriptor: int | None) -> None
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:
-    """What the owner wrote; None where nobody did, or not all of it."""
+    """What the owner wrote; None where nobody did, not all of it, or it can't be read now."""
     try:
         found = json.loads(path.read_bytes()[:4096])
-        known = {"owner": str, "host": str, "process": int, "command": str, "since": str, "renewed": float}
+        known = {
+            "owner": str,
+            "host": str,
+            "process": int,
+            "command": str,
+            "since": str,
+            "renewed": float,
+        }
         return found if all(isinstance(found[field], kind) for field, kind in known.items()) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except Exception:  # of whatever class an object store's library has
         return None
 
 

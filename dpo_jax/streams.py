@@ -23,6 +23,8 @@ def protect() -> None:
         stream = getattr(sys, name)
         if stream is None:
             stream = io.TextIOWrapper(io.FileIO(number, "w", closefd=False), write_through=True)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal has no letter for is shown all the same
         if not isinstance(stream, Lasting):
             setattr(sys, name, Lasting(stream))
 

@@ -5,7 +5,6 @@ Axes: N records, M candidates of all records together, U distinct (image, captio
 
 import functools
 import itertools
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from dpo_jax.data.prepared import MAX_DAMAGED, Prepared
 from dpo_jax.data.scores import Candidates, candidates, complete
 from dpo_jax.data.sources.json_rows import lines, numbers
 from dpo_jax.data.sources.values import index
+from dpo_jax.files import parse_json
 from dpo_jax.progress import warn_once
 
 Score = Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]
@@ -155,10 +155,10 @@ class _Finder:
     def __call__(self, line: bytes) -> tuple[np.ndarray, list[float]]:
         """(their positions, a score for each or one for all)."""
         try:
-            row = json.loads(line.decode())
+            row = parse_json(line.decode(), "the line")
         except UnicodeDecodeError:
             raise ValueError("not UTF-8; save the file as UTF-8") from None
-        except (ValueError, RecursionError):
+        except ValueError:
             row = None
         if isinstance(row, dict) and {"record", "scores"} <= row.keys():
             return self._of_record(row["record"], row["scores"])

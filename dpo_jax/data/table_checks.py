@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_jax.data.images import MAX_PIXELS
+from dpo_jax.data.sources.record import MAX_CANDIDATES
 
 PER_CANDIDATE = ("images", "preference", "models")
 """Lists that every record has one of, with an entry for each candidate."""
@@ -51,6 +52,7 @@ def check_records(path: Path, records: pa.Table, known_images: int) -> None:
     problems.tell()  # what follows counts on values being there
     number_N = pc.list_value_length(records["images"]).to_numpy()
     problems.add(number_N < 1, "images is empty")
+    problems.add(number_N > MAX_CANDIDATES, f"images has more than {MAX_CANDIDATES} entries")
     for name in ("preference", "models"):
         problems.add(pc.list_value_length(records[name]).to_numpy() != number_N, f"{name} has not one entry per image")
     own = records["captions"]

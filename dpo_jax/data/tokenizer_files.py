@@ -41,6 +41,10 @@ class Settings(Specials):
 
     model_max_length: int | Annotated[float, pydantic.Field(allow_inf_nan=False)] | None = None
     added_tokens_decoder: dict[str, Token] = pydantic.Field(default_factory=dict)
+    # transformers would take these in place of the files of the vocabulary.
+    vocab: None = None
+    merges: None = None
+    tokenizer_object: None = None
 
 
 class Model(pydantic.BaseModel):

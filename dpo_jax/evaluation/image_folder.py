@@ -85,11 +85,17 @@ def _listed(folder: epath.Path) -> list[Entry]:
     return entries
 
 
+def _in_natural_order(path: epath.Path) -> list[tuple[int, str]]:
+    """Numbers in names by their size: `1-2.png` before `1-10.png`."""
+    parts = re.split(r"(\d+)", path.name)
+    return [(int(part) if part.isascii() and part.isdigit() else -1, part) for part in parts]
+
+
 def _found(folder: epath.Path, prompts: Sequence[Prompt]) -> list[Entry]:
     entries = []
     by_number = {prompt.number: prompt for prompt in prompts}
     seen: collections.Counter[str] = collections.Counter()
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.iterdir(), key=_in_natural_order):
         if path.name.startswith(".") or path.suffix.lower() not in SUFFIXES:
             continue
         caption, number = path.with_suffix(".txt"), re.match(r"\d+", path.name)

@@ -64,6 +64,8 @@ def problem(value: Any, default: Any, values: Values) -> str | None:
     if isinstance(default, str):
         if not isinstance(value, str):
             return "must be a text"
+        if not is_text(value):
+            return "must be text that UTF-8 can hold"
         if values.choices and value not in values.choices:
             return f"must be {values}"
     elif not isinstance(value, (tuple, list)):
@@ -96,6 +98,15 @@ def _in_float32(value: float) -> float:
             return float(np.float32(value))
     except OverflowError:  # an integer of hundreds of digits
         return math.inf
+
+
+def is_text(value: str) -> bool:
+    """False for lone surrogates, such as Python makes of the bytes of a name that is not UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def are_devices(value: int) -> str | None:

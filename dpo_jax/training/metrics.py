@@ -51,7 +51,7 @@ class MetricWriter:
             kept = [row for row in rows if row["step"] <= start]
             self.validated = {int(row["step"]) for row in kept if is_validation(row)}
             files.write_whole(self._path, "".join(json.dumps(row) + "\n" for row in kept))
-        except OSError as error:
+        except Exception as error:  # of whatever class the libraries of object stores have for it
             self._fail(error)
         with self._drawing_on_board():
             self._board = Board(self._path.parent / "tensorboard", start + 1)
@@ -63,7 +63,7 @@ class MetricWriter:
         try:
             files.append(self._path, f"\n{row}" if self._torn else row)
             self._torn = False
-        except OSError as error:
+        except Exception as error:
             self._torn = True
             self._fail(error)
         with self._drawing_on_board():
@@ -81,10 +81,11 @@ class MetricWriter:
             if self._board is not None:
                 self._board.close()
 
-    def _fail(self, error: OSError) -> None:
+    def _fail(self, error: Exception) -> None:
         if not self._failed:
             self._failed = True
-            warn(f"{self._path} can't be written ({error.strerror or error}); training goes on without its figures")
+            reason = getattr(error, "strerror", None) or error
+            warn(f"{self._path} can't be written ({reason}); training goes on without its figures")
 
     @contextlib.contextmanager
     def _drawing_on_board(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 import math
 import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -51,14 +52,18 @@ def _check_room(config: ConfigDict, workdir: epath.Path, state: Any) -> None:
     if max(steps, default=-1) >= config.steps:
         return  # nothing more will be saved
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    free = shutil.disk_usage(workdir).free
+    # What a killed run left half-written is removed before the next checkpoint is written.
+    leftovers = [file for file in Path(folder).glob("*.orbax-checkpoint-tmp*/**/*") if file.is_file()]
+    free = shutil.disk_usage(folder if folder.exists() else workdir).free
+    free += sum(file.stat().st_size for file in leftovers)
     if free < LEAST_SHARE * size:
         raise OSError(
             f"a checkpoint takes {readable_bytes(size)}, and {readable_bytes(free)} are free in {workdir}; make room "
             "there, or choose a --workdir on a larger disk"
         )
     keep = config.checkpoint.keep
-    more = max(keep + 1 - len(steps), 1)  # the oldest is removed when the next one is whole
+    to_write = -(-(config.steps - max(steps, default=0)) // config.checkpoint.every)
+    more = min(max(keep + 1 - len(steps), 1), to_write)  # the oldest is removed when the next one is whole
     if free < more * size:
         print(
             f"warning: {readable_bytes(free)} are free in {workdir}, and {more} more checkpoints of "

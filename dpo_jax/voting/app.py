@@ -242,7 +242,7 @@ def _png(path: Path, digest: str | None) -> bytes:
     if digest not in (None, hashlib.sha256(data).hexdigest()):
         raise ValueError(f"{path} was changed since the study began")
     file = io.BytesIO()
-    decode_file(path, data).save(file, "PNG", compress_level=1)
+    decode_file(path, data).save(file, "PNG", compress_level=1, icc_profile=None)  # which Pillow would copy
     return file.getvalue()
 
 

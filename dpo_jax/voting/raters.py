@@ -1,6 +1,7 @@
 """Who may vote as whom. A name belongs to who gave it first, by a card that only this person's browser has."""
 
 import hmac
+import re
 import secrets
 from urllib.parse import quote, unquote, urlencode
 
@@ -50,9 +51,15 @@ def rater_link(token: str | None, card: str) -> str:
     return "/?" + urlencode({"token": token, "rater": card} if token else {"rater": card})
 
 
+_UNSEEN = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+"""Letters and marks that show nothing, of which a second "ann" could be made."""
+
+
 def clean_name(name: object) -> str:
     """A rater's name without what can't be seen; "" if it can't be a name."""
     if not isinstance(name, str):
         return ""
-    name = " ".join(name.split())
+    name = " ".join(_UNSEEN.sub("", name).split())
     return name if len(name) <= LONGEST_NAME and name.isprintable() else ""

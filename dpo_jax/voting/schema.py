@@ -62,7 +62,7 @@ COLUMNS = {
 
 def name_key(name: str) -> str:
     """The same for names that people take for one: "Ann" is "ann"."""
-    return unicodedata.normalize("NFKC", name).casefold()
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
 def opaque(secret: str, *parts: object) -> str:

@@ -196,11 +196,13 @@ def _read_layer(found: _Found, place: Place, parts: dict[str, np.ndarray], specs
         alpha = float(stored_alpha.item())
     else:
         raise _Misshapen(f"alpha is stored as {stored_alpha.shape}, and one number is needed")
-    try:
-        if "lora_mid" in of_weight:
-            of_weight["lora_A"] = fold_mid(of_weight["lora_A"], of_weight.pop("lora_mid"))
-    except ValueError:
-        raise _Misshapen("lora_mid and lora_down don't fit each other") from None
+    if "lora_mid" in of_weight:
+        down, mid = of_weight["lora_A"], of_weight.pop("lora_mid")
+        *window, inputs, _ = specs[f"{layer}.kernel"].shape
+        # Before they are multiplied: their product could be of any size.
+        if mid.shape != (rank, rank, *window) or down.shape[:2] != (rank, inputs) or down.size != rank * inputs:
+            raise _Misshapen(f"lora_mid {mid.shape} and lora_down {down.shape} don't fit each other and the layer")
+        of_weight["lora_A"] = fold_mid(down, mid)
     if method != "LoRA":
         _add_change(found, f"{layer}.kernel", of_weight, alpha / rank, specs)
         return
@@ -226,7 +228,12 @@ def _add_change(found: _Found, name: str, arrays: dict[str, np.ndarray], scale: 
 
 def _check_values(arrays: Mapping[str, np.ndarray], path: epath.Path, allow_nonfinite: bool) -> None:
     """Raises ValueError for values that are no numbers to compute with."""
-    others = [f"{key} ({array.dtype})" for key, array in arrays.items() if not _is_float(array.dtype)]
+    # diffusers' own conversion to kohya's names writes whole numbers for alpha.
+    others = [
+        f"{key} ({array.dtype})"
+        for key, array in arrays.items()
+        if not _is_float(array.dtype) and not (key.endswith("alpha") and array.dtype.kind == "i")
+    ]
     if others:
         raise ValueError(f"{path} holds {first_several(others, 'tensors that are not floating point')}")
     bad = [key for key, array in arrays.items() if not is_finite(array)]

@@ -286,7 +286,7 @@ def test_jsonl(tmp_path: Path) -> None:
         ({"preferred": None, "scores": [[1, 2], [1]]}, "not a list of as many numbers"),
         ({"preferred": None, "scores": [1, float("nan")]}, "not a finite number"),
         ({"prompt": 3}, "a caption or model is not text"),
-        ({"prompt": "\ud800"}, "a caption or model is not text"),
+        ({"prompt": "\ud800"}, "not a JSON object"),
         ({"captions": ["a"]}, "as many models and captions as candidates"),
         ({"models": "x"}, "models and captions are lists"),
     ],

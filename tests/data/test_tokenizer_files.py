@@ -30,7 +30,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 1\n"
     [
         *((file, LFS, "is a Git LFS pointer") for file in ("vocab.json", "tokenizer_config.json")),
         *((file, "", "is empty") for file in ("vocab.json", "special_tokens_map.json", "added_tokens.json")),
-        ("merges.txt", LFS, "merge 1, 'version https:.*is not two tokens that make a third"),
+        ("merges.txt", LFS, "is a Git LFS pointer"),
         ("merges.txt", "#version: 0.2\na b c\n", "merge 1, 'a b c'"),
         ("merges.txt", "#version: 0.2\nq\n", "merge 1, 'q'"),
         ("merges.txt", "#version: 0.2\nzz z\n", "merge 1, 'zz z'"),

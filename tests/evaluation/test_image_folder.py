@@ -34,7 +34,7 @@ def test_folders_of_other_programs(tmp_path):
     for name in ("00001.jpg", "00001-2.png", "0_first.png"):
         _image(tmp_path / name)
     prompts = [Prompt("a", "letters", 0), Prompt("b", "", 1)]
-    expected = [Entry("00001-2.png", "b", 0), Entry("00001.jpg", "b", 1), Entry("0_first.png", "a", 0, "letters")]
+    expected = [Entry("0_first.png", "a", 0, "letters"), Entry("00001-2.png", "b", 0), Entry("00001.jpg", "b", 1)]
     assert read_list(tmp_path, prompts) == expected
     (tmp_path / "00001.txt").write_text("a caption of its own\n")
     assert Entry("00001.jpg", "a caption of its own", 0) in read_list(tmp_path, prompts)

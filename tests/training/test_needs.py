@@ -118,7 +118,7 @@ BYTES = 1000 * 256 * 4 + 4
     ],
 )
 def test_room_for_checkpoints(tiny_config, tmp_path, monkeypatch, capsys, free, saved, outcome):
-    config = tiny_config("sd15", steps=4)
+    config = tiny_config("sd15", steps=4, **{"checkpoint.every": 1})
     assert config.checkpoint.keep == 3
     for step in saved:
         (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from dpo_jax.data.sources.record import MIN_ROWS_A_CHUNK, Chunk, Damaged, Row, Unusable, rows_a_chunk
 from dpo_jax.data.sources.values import number
-from dpo_jax.files import check_regular, what_it_is
+from dpo_jax.files import check_regular, parse_json, what_it_is
 
 # A row of a JSON list is no longer than this.
 BLOCK_BYTES = 1 << 20
@@ -141,10 +141,10 @@ def numbers(name: str, value: object, count: int) -> list[float]:
 
 def _parse(text: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(text.decode())
+        row = parse_json(text.decode(), "the line")
     except UnicodeDecodeError as error:
         raise Unusable("not UTF-8; save the file as UTF-8", f"byte 0x{text[error.start]:02x}") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         row = None
     if not isinstance(row, dict):
         raise Unusable("not a JSON object", repr(text[:80].decode(errors="replace")))

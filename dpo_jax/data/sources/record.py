@@ -11,6 +11,8 @@ from dpo_jax.data.sources.values import is_missing
 
 CHUNKS = 64
 MIN_ROWS_A_CHUNK, MAX_ROWS_A_CHUNK = 100, 2000
+MAX_CANDIDATES = 256
+"""Of a prompt: people compare a few images, and comparing all pairs of a million takes for ever."""
 
 
 class Record(NamedTuple):
@@ -130,6 +132,8 @@ def make_record(
     """
     if is_missing(caption):
         return Dropped(where, "without caption")
+    if len(shares) > MAX_CANDIDATES:
+        return Damaged(where, f"more than {MAX_CANDIDATES} candidates", str(len(shares)))
     names = ["" if is_missing(name) else name for name in models] or [""] * len(shares)
     texts = [caption, *names, *(captions or ())]
     if not all(isinstance(text, str) and _encodes(text) for text in texts):
