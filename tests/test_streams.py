@@ -80,3 +80,15 @@ def test_a_command_whose_output_is_lost_goes_on_to_its_end(tmp_path: Path, lost:
         os.close(writer)
     assert code == 0
     assert work.read_text() == "mine"
+
+
+def test_what_the_terminal_has_no_letter_for_is_shown_all_the_same() -> None:
+    command = "from dpo_jax import streams; streams.protect(); print('caf\\xe9 \\u732b')"
+    done = subprocess.run(
+        [sys.executable, "-c", command],
+        capture_output=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+        check=True,
+    )
+    assert done.stdout == b"caf\xe9 \\u732b\n"

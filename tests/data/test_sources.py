@@ -267,6 +267,15 @@ def test_jsonl(tmp_path: Path) -> None:
     assert (unlabelled, untold) == (Dropped(f"{file} row 3", "unlabelled"), Dropped(f"{file} row 4", "without caption"))
 
 
+def test_a_line_that_says_two_things_says_nothing(tmp_path: Path) -> None:
+    write_images(tmp_path, "a.png", "b.png")
+    (tmp_path / "pairs.jsonl").write_text(
+        '{"prompt": "p", "images": ["a.png", "b.png"], "preferred": 0, "preferred": 1}'
+    )
+    (row,) = read("jsonl", tmp_path / "pairs.jsonl")
+    assert isinstance(row, Damaged)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -287,6 +296,8 @@ def test_jsonl(tmp_path: Path) -> None:
         ({"preferred": None, "scores": [1, float("nan")]}, "not a finite number"),
         ({"prompt": 3}, "a caption or model is not text"),
         ({"prompt": "\ud800"}, "not a JSON object"),
+        ({"images": ["/\ud800.png", "a.png"]}, "not a JSON object"),
+        ({"images": ["a.png"] * 257}, "more than 256 candidates"),
         ({"captions": ["a"]}, "as many models and captions as candidates"),
         ({"models": "x"}, "models and captions are lists"),
     ],

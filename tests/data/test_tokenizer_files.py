@@ -47,6 +47,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 1\n"
         ("tokenizer_config.json", '{"model_max_length": 2}', "model_max_length is 2, not a number from 3 to 1024"),
         ("tokenizer_config.json", '{"model_max_length": 9.5}', "model_max_length is 9.5, not a number"),
         ("tokenizer_config.json", '{"pad_token": 3}', "pad_token"),
+        ("tokenizer_config.json", '{"vocab": {"a": 0}, "merges": []}', "vocab: .*; merges: "),
         ("tokenizer_config.json", '{"pad_token": "<pad>"}', "pad_token is '<pad>', which is not in the vocabulary"),
         (
             "tokenizer_config.json",

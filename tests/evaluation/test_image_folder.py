@@ -42,6 +42,12 @@ def test_folders_of_other_programs(tmp_path):
         read_list(tmp_path, prompts[:1])
 
 
+def test_seeds_follow_the_numbers_in_names(tmp_path):
+    for name in ("0-2.png", "0-10.png", "0-1.png"):
+        _image(tmp_path / name)
+    assert [entry.image for entry in read_list(tmp_path, [Prompt("a", "", 0)])] == ["0-1.png", "0-2.png", "0-10.png"]
+
+
 def test_numbers_are_lines_of_the_file_whatever_is_repeated_or_blank(tmp_path):
     (tmp_path / "prompts.txt").write_text("a\nb\nb\n\nc\n")
     for number in (0, 1, 2, 4):

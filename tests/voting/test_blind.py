@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from dpo_jax.voting import app
@@ -155,3 +155,12 @@ def test_answers_are_alike_for_both_sides(survey):
         assert undone["now"] == now
         replies.append([(state["done"], state["total"], sorted(state)) for state in (after, undone)])
     assert all(reply == replies[0] for reply in replies)
+
+
+def test_images_are_sent_without_what_programs_write_beside_the_pixels(tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png", icc_profile=profile, dpi=(72, 72))
+    kinds = re.findall(
+        rb"(IHDR|iCCP|sRGB|gAMA|cHRM|pHYs|tEXt|iTXt|eXIf|tIME|IDAT|IEND)", app._png(tmp_path / "a.png", None)
+    )
+    assert set(kinds) == {b"IHDR", b"IDAT", b"IEND"}

@@ -27,7 +27,7 @@ def _vote(browser, answer=(1, 0)):
     return key
 
 
-@pytest.mark.parametrize("name", ["ann", "Ann", " ANN ", "\uff41nn"])
+@pytest.mark.parametrize("name", ["ann", "Ann", " ANN ", "\uff41nn", "ann\ufe0f", "a\u034fnn"])
 def test_typing_a_name_is_not_being_that_person(survey, name):
     made = survey()
     ann, other = client(made, "ann"), client(made)

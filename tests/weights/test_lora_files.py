@@ -418,3 +418,17 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
             ValueError, match=r"weights.bin is no .safetensors file; opening a pickle.*weights_only=True"
         ):
             read_lora(path, SD15)
+
+
+def test_alpha_may_be_a_whole_number(tmp_path: Path) -> None:
+    """As diffusers' own conversion to kohya's names writes it."""
+    from safetensors.numpy import load_file, save_file
+
+    specs = SPECS["sdxl"]
+    adapter = random_adapter(specs, layers_of(specs)[:2])
+    write_kohya(tmp_path / "a.safetensors", adapter, specs, dtype=np.float32, original_names=True)
+    tensors = load_file(tmp_path / "a.safetensors")
+    whole = {name: array.astype(np.int64) if name.endswith(".alpha") else array for name, array in tensors.items()}
+    save_file(whole, tmp_path / "b.safetensors")
+    read = read_lora(tmp_path / "b.safetensors", specs)
+    assert list(read.alphas.values()) == [float(array) for name, array in whole.items() if name.endswith(".alpha")]
