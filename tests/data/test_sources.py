@@ -269,11 +269,9 @@ def test_jsonl(tmp_path: Path) -> None:
 
 def test_a_line_that_says_two_things_says_nothing(tmp_path: Path) -> None:
     write_images(tmp_path, "a.png", "b.png")
-    (tmp_path / "pairs.jsonl").write_text(
-        '{"prompt": "p", "images": ["a.png", "b.png"], "preferred": 0, "preferred": 1}'
-    )
-    (row,) = read("jsonl", tmp_path / "pairs.jsonl")
-    assert isinstance(row, Damaged)
+    good = '{"prompt": "p", "images": ["a.png", "b.png"], "preferred": 0}'
+    (tmp_path / "pairs.jsonl").write_text(f'{good}\n{good[:-1]}, "preferred": 1}}\n')
+    assert [type(row) for row in read("jsonl", tmp_path / "pairs.jsonl")] == [Record, Damaged]
 
 
 @pytest.mark.parametrize(
