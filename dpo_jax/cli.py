@@ -38,6 +38,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.exit(0)
     try:
         _check_overrides(sys.argv[1:])
+        _check_addresses(sys.argv[1:])
         rest = flags.FLAGS(sys.argv)
         _check_finite()
     except (flags.Error, ValueError, OSError) as error:
@@ -129,6 +130,16 @@ def _check_finite() -> None:
         value = flags.FLAGS[name].value
         if isinstance(value, float) and not math.isfinite(value) and not name.startswith("config."):
             raise ValueError(f"--{name}={value} must be a finite number")
+
+
+def _check_addresses(arguments: list[str]) -> None:
+    """Refuses addresses on the web where a path is meant; only judges are asked at one."""
+    for argument in arguments:
+        found = re.match(r"(--(?!judge)[\w.]+)=(?:.*,)?(?:\w+=)?(?P<address>(?:https?|ftp|hf)://[^,]*)", argument)
+        if found:
+            raise ValueError(
+                f"{found[1]}={found['address']} is an address on the web, and a path or a hub id is needed; download it"
+            )
 
 
 def _check_overrides(arguments: list[str]) -> None:

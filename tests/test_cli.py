@@ -38,6 +38,7 @@ def test_help_shows_the_flags_and_succeeds(command):
         (["--config=configs/tiny.py", "--wrokdir=x"], "Did you mean: workdir"),
         (["--config=configs/tiny.py", "stray"], "unexpected argument 'stray'"),
         ([], "--config is missing"),
+        (["--config=configs/tiny.py", "--config.model=https://x/y"], "--config.model=https://x/y is an address on the"),
     ],
 )
 def test_wrong_flags_are_one_sentence(arguments, message, tmp_path):

@@ -292,6 +292,7 @@ SUBJECTS: dict[str, tuple[Subject, Make]] = {
                 ("model/**/*.json", "model/**/*.safetensors", "model/**/merges.txt", "model/*.json"),
                 ignored=("README.md",),
                 valid=("*.safetensors", "*.json", "merges.txt"),
+                names=("model/tokenizer",),
             ),
             make_model,
         ),

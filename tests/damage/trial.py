@@ -151,7 +151,7 @@ class Runner:
             flag, value = rng.choice(subject.flags), rng.choice(ODD_TEXTS)
             code, out, err, _ = self.run(subject, f"{flag}={value}")
             named = any(
-                part and part in err + out for part in (re.split(r"[.-]", flag)[-1], value[:100].split("\n")[0])
+                part and part in err + out for part in (re.split(r"[.-]", flag)[-1], re.split(r"[\n,]", value[:100])[0])
             )
             # What is taken is a setting like others: whether it makes sense is for the tests of each.
             found = verdict(code, out, err, same=True, named=named, told=False, valid="")
