@@ -109,6 +109,14 @@ def check_regular(path: epath.PathLike) -> epath.Path:
     return path
 
 
+def check_tree(folder: epath.PathLike) -> None:
+    """`check_regular` for all files below a folder; nothing on object stores."""
+    if is_local(folder):
+        for place, _, names in os.walk(folder):
+            for name in names:
+                check_regular(Path(place) / name)
+
+
 def read_bytes(path: epath.PathLike, limit: int) -> bytes:
     """The contents of a file of at most `limit` bytes; never opens a device or a pipe, which may have no end."""
     path = check_regular(path)

@@ -199,6 +199,7 @@ def _read(folder: epath.Path, abstract: dict[str, Any]) -> tuple[Any, Any, str |
     expected: dict[str, int] = {}
     reason: str | None = None
     try:
+        files.check_tree(folder)  # a pipe would be read for ever
         # By the handler itself: around it Orbax waits for all processes, which one that fails would never reach.
         tree = ocp.PyTreeCheckpointHandler().restore(
             folder / "state",

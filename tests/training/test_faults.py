@@ -74,8 +74,13 @@ def files_of(checkpoint: Path) -> list[Path]:
     return sorted(path for path in checkpoint.rglob("*") if path.is_file())
 
 
+def pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves reads unfinished
-@pytest.mark.parametrize("damage", [truncate, empty, zero, flip, Path.unlink], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("damage", [truncate, empty, zero, flip, Path.unlink, pipe], ids=lambda damage: damage.__name__)
 def test_whatever_happens_to_a_file_the_state_is_right(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], damage: Callable[[Path], None]
 ) -> None:
