@@ -97,7 +97,7 @@ def test_the_published_size_is_what_is_opened(published: tuple[TorchImageReward,
         (lambda text: text.replace("[CLS]", "cls"), r"lacks \[CLS\]"),
         (lambda text: text + "fish\n", "has 21 tokens, 20 of them distinct"),
         (lambda text: text + "\n".join(f"w{i}" for i in range(1000)), "has 1020 tokens"),
-        (lambda text: "<!doctype html>", r"lacks \[PAD\]"),
+        (lambda text: text.replace("[PAD]", "pad"), r"lacks \[PAD\]"),
     ],
 )
 def test_a_vocabulary_that_does_not_fit(
