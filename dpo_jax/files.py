@@ -158,6 +158,15 @@ def decode_text(data: bytes, where: str) -> str:
     return text
 
 
+def is_text(value: str) -> bool:
+    """False for lone surrogates, such as Python makes of the bytes of a name that is not UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def read_lines(path: epath.PathLike) -> list[str]:
     r"""The lines of a text file. Only line ends separate them: not the form feeds and U+2028 that splitlines takes."""
     return split_lines(read_text(path))

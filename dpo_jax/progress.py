@@ -1,17 +1,9 @@
 """How far a command is: a bar with rate and time left, or plain lines where there is no terminal."""
 
 import datetime
-import functools
-import sys
 import time
 
 SECONDS_BETWEEN_LINES = 10
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    """Says something on stderr, once per process."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 class ProgressBar:

@@ -37,7 +37,7 @@ from dpo_jax.data import checksums, table_checks
 from dpo_jax.data.arrow_file import map_table
 from dpo_jax.data.images import View
 from dpo_jax.data.prepared import Prepared, lines_of
-from dpo_jax.progress import warn_once
+from dpo_jax.streams import warn
 from dpo_jax.weights import safetensors_file
 from dpo_jax.weights.mapped_file import read_into
 
@@ -288,9 +288,7 @@ def open_encodings(data: Path, facts: dict[str, Any]) -> Encodings:
         encodings = Encodings(folder)
         encodings.check()
         if not encodings.has_checksums:
-            warn_once(
-                f"{folder} has no checksums, so that damage may go unnoticed; remove it and encode again to add them"
-            )
+            warn(f"{folder} has no checksums, so that damage may go unnoticed; remove it and encode again to add them")
         return encodings
     if folder.exists():
         raise FileNotFoundError(f"the encodings in {folder} are not finished; go on by {_command(data)}")

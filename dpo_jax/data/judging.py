@@ -22,7 +22,7 @@ from dpo_jax.data.scores import Candidates, candidates, complete
 from dpo_jax.data.sources.json_rows import lines, numbers
 from dpo_jax.data.sources.values import index
 from dpo_jax.files import parse_json
-from dpo_jax.progress import warn_once
+from dpo_jax.streams import warn
 
 Score = Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]
 """As in `rewards.Scorer`."""
@@ -85,7 +85,7 @@ def _leave_out(prepared: Prepared, record: int, error: images.DamagedImage, dama
             f"{damaged} of {total} images are damaged, more than the {MAX_DAMAGED:.0%} that are left out; the last is "
             f"{message}. See what is damaged by python -m dpo_jax.prepare --verify --output={prepared.folder}"
         )
-    warn_once(f"{message}; left out")
+    warn(f"{message}; left out")
 
 
 def _score(score: Score, pictures: Sequence[np.ndarray], captions: Sequence[str], wheres: Sequence[str]) -> np.ndarray:

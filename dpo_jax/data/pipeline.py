@@ -26,7 +26,7 @@ from dpo_jax.data.inputs import Draws, Inputs, Row
 from dpo_jax.data.memory import Pool
 from dpo_jax.data.prepared import MAX_DAMAGED, Prepared, Ties, lines_of, open_prepared, select
 from dpo_jax.data.scores import Combine
-from dpo_jax.progress import warn_once
+from dpo_jax.streams import warn
 
 SizeConditioning = Literal["constant", "real"]
 Relabel = Literal["none", "swapped", "shuffled"]
@@ -264,7 +264,7 @@ class BatchIterator(Iterator[PreferenceBatch]):
                 f"{MAX_DAMAGED:.0%} that are left out; the last is {message}. See what is damaged by "
                 "python -m dpo_jax.prepare --verify --output=FOLDER"
             )
-        warn_once(f"{message}; left out")
+        warn(f"{message}; left out")
 
     def _plan(self) -> bool:
         """Plans the next batches, unless the stream has ended."""

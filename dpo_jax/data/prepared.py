@@ -28,7 +28,7 @@ from dpo_jax.data.arrow_file import map_table
 from dpo_jax.data.image_files import FEATURES_FILE, INFO, ImageFiles, by_sha256, by_xxh3, read_layout
 from dpo_jax.data.rows import Rows
 from dpo_jax.data.scores import Combine
-from dpo_jax.progress import warn_once
+from dpo_jax.streams import warn
 
 Ties = Literal["drop", "zero_weight", "soft"]
 
@@ -182,7 +182,7 @@ def open_prepared(folder: str | Path, judges: Sequence[str] = (), combine: Combi
         raise ValueError(str(error) if AGAIN in str(error) else f"{error}; {AGAIN}") from None
     _ = prepared.records  # reads the scores of the judges, and says what is wrong with them
     if not (folder / checksums.FILE).exists():
-        warn_once(
+        warn(
             f"{folder} was prepared without checksums of its tables, so that damage may go unnoticed; add them by "
             f"python -m dpo_jax.prepare --verify --output={folder}"
         )

@@ -21,7 +21,7 @@ import xxhash
 from dpo_jax import files
 from dpo_jax.data import table_checks
 from dpo_jax.data.arrow_file import map_table
-from dpo_jax.progress import warn_once
+from dpo_jax.streams import warn
 
 Combine = Literal["mean", "pareto"]
 
@@ -130,7 +130,7 @@ def _read(folder: Path, judge: str, of: Candidates, digest: str) -> np.ndarray:
     scores_M = np.full(len(of.record_M), np.nan, np.float32)
     scores_M[scored_N[of.record_M]] = values
     if b"scores_xxh3" not in metadata:
-        warn_once(f"{file} has no checksum, so that damage may go unnoticed; to add one, {again}")
+        warn(f"{file} has no checksum, so that damage may go unnoticed; to add one, {again}")
     elif metadata[b"scores_xxh3"] != _digest_of(scores_M).encode():
         raise ValueError(f"{file} is damaged (its scores have another checksum); {again}")
     return scores_M

@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax.cli import flatten
+from dpo_jax.files import is_text
 
 MAX_INT = 2**31 - 1
 """Steps and sizes are int32 on devices."""
@@ -98,15 +99,6 @@ def _in_float32(value: float) -> float:
             return float(np.float32(value))
     except OverflowError:  # an integer of hundreds of digits
         return math.inf
-
-
-def is_text(value: str) -> bool:
-    """False for lone surrogates, such as Python makes of the bytes of a name that is not UTF-8."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def are_devices(value: int) -> str | None:

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import random
-import shutil
 import sqlite3
 import struct
 from collections.abc import Callable, Iterator
@@ -440,10 +439,3 @@ SPECIAL: dict[str, tuple[Damage, ...]] = {
     ".jpg": (image,),
 }
 """By the ending of a file's name."""
-
-
-def swap(file: Path, other: Path) -> None:
-    """Puts another file in its place."""
-    if file.is_dir():
-        shutil.rmtree(file)
-    shutil.copyfile(other, file)

@@ -25,7 +25,7 @@ from dpo_jax.data.scores import candidates, read_scores, write_scores
 from dpo_jax.data.sources import SOURCES
 from dpo_jax.data.verify import verify
 from dpo_jax.data.views import view_batches
-from dpo_jax.progress import warn_once
+from dpo_jax.streams import warn
 from dpo_jax.weights import safetensors_file
 
 from .conftest import noise_jpeg
@@ -37,7 +37,7 @@ FACTS = {"family": "sd15", "resolution": 16, "views": [{"top": None, "left": Non
 
 @pytest.fixture(autouse=True)
 def _say_again() -> None:
-    warn_once.cache_clear()
+    warn.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +278,7 @@ def test_verify(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (data / "checksums.json").read_bytes()
 
     (data / "checksums.json").unlink()  # as it was prepared earlier
-    warn_once.cache_clear()
+    warn.cache_clear()
     open_prepared(data)
     assert f"add them by python -m dpo_jax.prepare --verify --output={data}\n" in capsys.readouterr().err
     assert "it had no checksums: they were written to" in str(verify(data))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dpo_jax.data.prepared import open_prepared
-from dpo_jax.progress import warn_once
+from dpo_jax.streams import warn
 from dpo_jax.training.trainer import train
 
 
@@ -47,6 +47,6 @@ def test_a_run_leaves_it_out_counts_it_and_resumes(
 
     shutil.copytree(tmp_path / "run", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "4")
-    warn_once.cache_clear()
+    warn.cache_clear()
     train(tiny_config("sd15", **fields), tmp_path / "resumed")
     assert final_state(tmp_path / "resumed") == expected

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpo_jax.data.sources.values import is_missing
+from dpo_jax.files import is_text
 
 CHUNKS = 64
 MIN_ROWS_A_CHUNK, MAX_ROWS_A_CHUNK = 100, 2000
@@ -136,7 +137,7 @@ def make_record(
         return Damaged(where, f"more than {MAX_CANDIDATES} candidates", str(len(shares)))
     names = ["" if is_missing(name) else name for name in models] or [""] * len(shares)
     texts = [caption, *names, *(captions or ())]
-    if not all(isinstance(text, str) and _encodes(text) for text in texts):
+    if not all(isinstance(text, str) and is_text(text) for text in texts):
         return Damaged(where, "a caption or model is not text")
     if not len(shares) == len(names) == len(captions or shares):
         return Damaged(where, "as many models and captions as candidates are needed")
@@ -159,12 +160,3 @@ def make_record(
         models=tuple(str(names[k]) for k in order),
         captions=None if captions is None else tuple(str(captions[k]) for k in order),
     )
-
-
-def _encodes(text: str) -> bool:
-    """False for lone surrogates, which JSON can escape but no file can hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
