@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -426,12 +427,41 @@ def sqlite(file: Path, rng: random.Random) -> str | None:
     return f"SQLite: {table}, {kind}" if done else None
 
 
+def npz(file: Path, rng: random.Random) -> str:
+    """Arrays of a trajectory that are missing, of other shapes or types, or objects."""
+    with np.load(file) as found:
+        arrays = dict(found)
+    name = rng.choice(sorted(arrays))
+    kind = rng.choice(["missing", "extra", "nan", "inf", "shape", "row", "empty", "type", "text", "objects", "complex"])
+    array = arrays[name]
+    if kind in ("nan", "inf"):
+        array.flat[rng.randrange(array.size)] = float(kind)
+    elif kind == "missing":
+        del arrays[name]
+    elif kind == "extra":
+        arrays["a_thing_of_old"] = array
+    else:
+        arrays[name] = {
+            "shape": array.ravel(),
+            "row": array[:1, ..., None],
+            "empty": array[:0],
+            "type": array.astype(np.float64),
+            "text": array.astype(str),
+            "objects": array.astype(object),
+            "complex": array.astype(complex),
+        }[kind]
+    np.savez(file, **arrays)
+    return f"arrays: {name}, {kind}"
+
+
 SPECIAL: dict[str, tuple[Damage, ...]] = {
     ".sqlite": (sqlite,),
+    ".npz": (npz,),
     ".json": (json_value,),
     ".jsonl": (json_line,),
     ".txt": (text_line,),
     ".tsv": (text_line,),
+    ".csv": (text_line,),
     ".safetensors": (safetensors,),
     ".parquet": (parquet,),
     ".arrow": (arrow,),

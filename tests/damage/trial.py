@@ -61,6 +61,8 @@ class Subject:
     """Patterns of those that are damaged, in {input}."""
     ignored: tuple[str, ...] = ()
     """Patterns of files in {output} that are not part of the result, such as times."""
+    results: tuple[str, ...] = ("*",)
+    """Patterns of those that are."""
     valid: tuple[str, ...] = ()
     """Patterns of files where other contents may be just another valid input, and nothing can tell: people's own texts,
     images and settings, and weights."""
@@ -168,7 +170,8 @@ class Runner:
         valid = ""
         if what not in NO_OTHER_INPUT and any(Path(name).match(pattern) for pattern in subject.valid):
             valid = "weights" if file.suffix == ".safetensors" else "another"
-        named = any(part in out + err for part in (file.name, file.stem, *subject.names))
+        names = [name.format(input=source) for name in subject.names]
+        named = any(part in out + err for part in (file.name, file.stem, *names))
         same = digest == clean_digest
         told = named or self._counts(out) != self._counts(clean_out)
         return Result(subject.name, name, what, verdict(code, out, err, same=same, named=named, told=told, valid=valid),
@@ -178,7 +181,8 @@ class Runner:
         digest = hashlib.sha256()
         for path in sorted(folder.rglob("*")) if folder.exists() else ():
             name = path.relative_to(folder)
-            if path.is_file() and not any(name.match(pattern) for pattern in subject.ignored):
+            is_result = any(map(name.match, subject.results)) and not any(map(name.match, subject.ignored))
+            if path.is_file() and is_result:
                 if path.stat().st_size > 2**28:
                     digest.update(f"{name} {path.stat().st_size}".encode())
                     continue
