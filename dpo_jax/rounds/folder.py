@@ -14,17 +14,18 @@ Axes: P prompts, K candidates, S learned steps, R rewards, J as in `rollout.py`.
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pydantic
 from etils import epath
 from PIL import Image
 from typing_extensions import TypedDict
 
 from dpo_jax.evaluation.image_folder import Entry, image_name, write_list
 from dpo_jax.evaluation.report import save_png
-from dpo_jax.files import read_json, write_whole
+from dpo_jax.files import check_regular, read_json, write_whole
 from dpo_jax.rounds.rollout import Way
 
 
@@ -42,12 +43,14 @@ class _Said(TypedDict):
     step: int
     judges: list[str]
     prompts: list[str]
-    scores: list[list[list[float | None]]]
+    scores: list[list[list[pydantic.FiniteFloat | None]]]
 
 
-def read_said(file: epath.PathLike) -> dict[str, Any]:
-    """What `RoundFolder.write_scores` wrote; ValueError where it is damaged."""
+def read_said(file: epath.PathLike, number: int) -> dict[str, Any]:
+    """What `RoundFolder.write_scores` wrote of a round; ValueError where it is damaged or of another one."""
     found: dict[str, Any] = read_json(file, _Said)
+    if found["round"] != number:
+        raise ValueError(f"{file} is of round {found['round']}, not {number}; restore it from a backup")
     counts = {len(of_prompt) for of_prompt in found["scores"]}
     judged = {len(said) for of_prompt in found["scores"] for said in of_prompt}
     if len(found["scores"]) != len(found["prompts"]) or len(counts) != 1 or judged != {len(found["judges"])}:
@@ -88,14 +91,25 @@ class RoundFolder:
         np.savez(buffer, **way._asdict(), **said)
         write_whole(self._file(prompt), buffer.getvalue())
 
-    def read_way(self, prompt: int) -> Way:
-        """ValueError if the file is damaged."""
-        arrays = self._read(prompt, Way._fields)
-        return Way(*(arrays[field] for field in Way._fields))
+    def read_way(self, prompt: int, steps: int, candidates: int, beginnings: int) -> Way:
+        """S, K and J as given; ValueError if the file is damaged or of another round."""
+        SJ, SK = (steps, beginnings), (steps, candidates)
+        way = Way(**self._read(prompt, {"x_SJhwC": (*SJ, 0, 0, 0), "next_x_SKhwC": (*SK, 0, 0, 0), "log_prob_SK": SK}))
+        if way.x_SJhwC.shape[2:] != way.next_x_SKhwC.shape[2:] or not all(np.isfinite(x).all() for x in way):
+            raise self._damaged(prompt, "its latents are of several sizes, or not finite")
+        return way
 
-    def read_rewards(self) -> list[Rewards]:
-        """Of every prompt, from its trajectory's file."""
-        return [Rewards(**self._read(p, Rewards._fields)) for p in range(len(self.prompts))]
+    def read_rewards(self, shown: tuple[int, int], steps: tuple[int, int, int] | None) -> list[Rewards]:
+        """Rewards of every prompt, from its trajectory's file.
+
+        Args:
+            shown: the shape K, R of `shown_KR`.
+            steps: the shape S, K, R of `steps_SKR`, of branching.
+
+        Raises ValueError if a file is damaged or of another round.
+        """
+        shapes: dict[str, tuple[int, ...]] = {"shown_KR": shown} | ({} if steps is None else {"steps_SKR": steps})
+        return [Rewards(**self._read(p, shapes)) for p in range(len(self.prompts))]
 
     def write_list(self, images_a_prompt: int) -> None:
         """`prompts.jsonl`, when all images are there."""
@@ -106,9 +120,25 @@ class RoundFolder:
         scores = [[[None if np.isnan(x) else float(x) for x in said_R] for said_R in said_KR] for said_KR in shown_PKR]
         write_whole(self._scores, json.dumps(fields | {"prompts": self.prompts, "scores": scores}) + "\n")
 
-    def read_scores(self) -> dict[str, Any] | None:
-        """What `write_scores` wrote; None if it has not."""
-        return read_said(self._scores) if self._scores.exists() else None
+    def is_scored(self) -> bool:
+        """Whether `write_scores` was called."""
+        return self._scores.exists()
+
+    def read_scores(self, shape_KR: tuple[int, int]) -> np.ndarray | None:
+        """The scores [P, K, R] that `write_scores` wrote, of these K and R; None if it has not.
+
+        Raises ValueError if the file is damaged or of another round.
+        """
+        if not self.is_scored():
+            return None
+        found = read_said(self._scores, self.number)
+        scores_PKR = np.array(found["scores"], np.float64)
+        if found["prompts"] != self.prompts or scores_PKR.shape[1:] != shape_KR:
+            raise ValueError(
+                f"{self._scores} has other prompts, candidates or judges than round {self.number}; restore it from a "
+                "backup, or begin another --workdir"
+            )
+        return scores_PKR
 
     def feedback(self) -> list[epath.Path]:
         """The files in which people scored the images."""
@@ -125,15 +155,24 @@ class RoundFolder:
         text = self.prompts[prompt]
         return [Entry(image_name(prompt, text, k), text, k) for k in range(count)]
 
-    def _read(self, prompt: int, fields: Sequence[str]) -> dict[str, np.ndarray]:
-        """Those of the arrays that the prompt's file has."""
+    def _read(self, prompt: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+        """Arrays of the prompt's file, of these shapes; 0 stands for any size."""
         file = self._file(prompt)
         try:
-            with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-                return {field: arrays[field] for field in fields if field in arrays}
+            with check_regular(file).open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+                found = {name: arrays[name] for name in shapes}
         except Exception as error:  # of whatever class: damaged files raise almost any
-            raise ValueError(
-                f"{file} can't be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}); put it "
-                f"back; as long as nothing of round {self.number} is trained on, remove it and run again, to sample it "
-                "anew, otherwise begin another --workdir"
-            ) from error
+            raise self._damaged(prompt, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+        for name, shape in shapes.items():
+            array = found[name]
+            fits = array.ndim == len(shape) and all(n in (0, size) for n, size in zip(shape, array.shape, strict=True))
+            if array.dtype.kind != "f" or not fits:
+                needed = ", ".join(str(size or "any") for size in shape)
+                raise self._damaged(prompt, f"{name} is {array.dtype} {list(array.shape)}, not float [{needed}]")
+        return found
+
+    def _damaged(self, prompt: int, problem: str) -> ValueError:
+        return ValueError(
+            f"{self._file(prompt)} can't be read ({problem}); put it back; as long as nothing of round {self.number} "
+            "is trained on, remove it and run again, to sample it anew, otherwise begin another --workdir"
+        )

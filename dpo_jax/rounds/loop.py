@@ -145,7 +145,7 @@ class Rounds:
                     "another --workdir"
                 )
             self._sample(folder, state, missing)
-            people = cluster.is_first() and bool(self._feedback or folder.feedback() or folder.read_scores())
+            people = cluster.is_first() and bool(self._feedback or folder.feedback() or folder.is_scored())
             is_judged = bool(self._judges) or bool(cluster.says_first(people))
             if stage == "train" and not is_judged:
                 raise ValueError(
@@ -300,17 +300,20 @@ class Rounds:
 
     def _judged(self, folder: RoundFolder, step: int) -> np.ndarray:
         """rewards_PSKR of the round; what is said of its images is noted once, and holds when the run is resumed."""
-        found = folder.read_rewards() if self._judges else []
+        online, steps = self._config.online, None
+        if online.branching:
+            steps = len(self._steps_S), online.candidates, 1 if online.latent_judge else len(self._names)
+        found = folder.read_rewards(self._shape_KR, steps) if self._judges else []
         with cluster.together(f"noting what was said of round {folder.number}"):
             if cluster.is_first():
                 self._note(folder, step, found)
-        steps = [rewards.steps_SKR for rewards in found if rewards.steps_SKR is not None]
-        return np.stack(steps) if steps else self._shown(folder)[:, None]
+        of_steps = [rewards.steps_SKR for rewards in found if rewards.steps_SKR is not None]
+        return np.stack(of_steps) if of_steps else self._shown(folder)[:, None]
 
     def _note(self, folder: RoundFolder, step: int, found: Sequence[Rewards]) -> None:
         """Into the round's folder, the metrics and `result.json`; what a kill has kept from some of them as well."""
         start = folder.number * self._plan.updates
-        noted_PKR = _scores_of(folder) if folder.read_scores() else None
+        noted_PKR = folder.read_scores(self._shape_KR)
         # Of judges what is beside the trajectories counts: the rounds may have been begun anew.
         shown_PKR = self._said(folder, found) if noted_PKR is None or self._judges or self._feedback else noted_PKR
         is_new = noted_PKR is None or not np.array_equal(shown_PKR, noted_PKR, equal_nan=True)
@@ -360,12 +363,16 @@ class Rounds:
 
     def _shown(self, folder: RoundFolder) -> np.ndarray:
         """[P, K, R], from `scores.json`."""
-        K = 1 if self._config.online.branching else self._config.online.candidates
-        shown_PKR = np.zeros((len(folder.prompts), K, len(self._names)))
+        shown_PKR = np.zeros((len(folder.prompts), *self._shape_KR))
         with cluster.together(f"reading what was said of round {folder.number}"):
             if cluster.is_first():
-                shown_PKR = _scores_of(folder)
+                shown_PKR = _there(folder, folder.read_scores(self._shape_KR))
         return cluster.says_first(shown_PKR)
+
+    @property
+    def _shape_KR(self) -> tuple[int, int]:
+        """Images of a prompt, and scores of each."""
+        return 1 if self._config.online.branching else self._config.online.candidates, len(self._names)
 
     def _remove_trajectories(self, last: int) -> None:
         """Of the rounds up to `last` that no checkpoint is in the middle of."""
@@ -376,11 +383,10 @@ class Rounds:
             self._kept += 1
 
 
-def _scores_of(folder: RoundFolder) -> np.ndarray:
-    """[P, K, R], from `scores.json`."""
-    scores = folder.read_scores()
-    if scores is None:
+def _there(folder: RoundFolder, shown_PKR: np.ndarray | None) -> np.ndarray:
+    """What `read_scores` found, which has to be there."""
+    if shown_PKR is None:
         raise FileNotFoundError(
             f"{folder.path} has no scores.json, and later rounds build on it; put it back or begin another --workdir"
         )
-    return np.array(scores["scores"], np.float64)
+    return shown_PKR

@@ -38,15 +38,14 @@ class Result:
         """
         for number in range(len(self._rounds), last + 1):
             file = self._workdir / "rounds" / f"{number:05d}" / "scores.json"
-            self._rounds.append(_round(file, self._plan))
+            self._rounds.append(_round(file, number, self._plan))
         fields = self._fields | {"rounds": self._rounds}
         write_whole(self._workdir / "result.json", json.dumps(fields, indent=2) + "\n")
 
 
-def _round(file: epath.Path, plan: Plan) -> dict[str, Any]:
-    found = read_said(file)
+def _round(file: epath.Path, number: int, plan: Plan) -> dict[str, Any]:
+    found = read_said(file, number)
     scores_NR = np.array(found["scores"], np.float64).reshape(-1, len(found["judges"]))
-    number = found["round"]
     return {
         "round": number,
         "images": number * plan.images,

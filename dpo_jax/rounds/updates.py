@@ -73,7 +73,8 @@ class Updates:
         if T < S:
             rng = np.random.default_rng([self._config.seed, self._folder.number, epoch, p])
             chosen_T = np.sort(rng.choice(S, T, replace=False))
-        way = self._folder.read_way(p)
+        K, branches = self._config.online.candidates, self._config.online.branching
+        way = self._folder.read_way(p, S, K, 1 if branches else K)
         x_TJHWC, shared = way.x_SJhwC[chosen_T], way.x_SJhwC.shape[1] == 1
         transitions = Transitions(
             x_TJHWC if shared else x_TJHWC[:, candidates_K],

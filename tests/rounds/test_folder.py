@@ -8,7 +8,7 @@ import pytest
 
 from dpo_jax.data.images import read_image
 from dpo_jax.evaluation.image_folder import read_list
-from dpo_jax.rounds.folder import Rewards, RoundFolder
+from dpo_jax.rounds.folder import Rewards, RoundFolder, read_said
 from dpo_jax.rounds.rollout import Way
 from dpo_jax.voting.study import MODES, read_folder
 
@@ -42,13 +42,17 @@ def test_what_was_sampled_comes_back(folder, tmp_path):
     assert folder.missing() == []
 
     for p in range(3):
-        for found, expected in zip(folder.read_way(p), way(p), strict=True):
+        for found, expected in zip(folder.read_way(p, S, K, K), way(p), strict=True):
             assert found.dtype == np.float32
             np.testing.assert_array_equal(found, expected)
-    first, second, _ = folder.read_rewards()
+    first, second, _ = folder.read_rewards((K, R), None)
     np.testing.assert_array_equal(first.shown_KR, rewards.shown_KR)
-    assert first.steps_SKR is None
-    np.testing.assert_array_equal(second.steps_SKR, rewards.steps_SKR)
+    assert first.steps_SKR is second.steps_SKR is None
+    with pytest.raises(ValueError, match=r"00000\.npz can't be read \('steps_SKR is not a file in the archive'\)"):
+        folder.read_rewards((K, R), (S, K, R))
+    for p in range(3):
+        folder.write_trajectory(p, way(p), rewards)
+    np.testing.assert_array_equal(folder.read_rewards((K, R), (S, K, R))[1].steps_SKR, rewards.steps_SKR)
     assert RoundFolder(tmp_path, 3, PROMPTS).missing() == []  # a later start sees the same
     assert RoundFolder(tmp_path, 4, PROMPTS).missing() == [0, 1, 2]
 
@@ -73,7 +77,7 @@ def test_a_write_that_is_cut_off_leaves_the_prompt_missing(folder, monkeypatch, 
     folder.write_trajectory(1, way(1), None)  # and what was left is in nobody's way
     folder.write_images(1, images_KHWC(1))
     assert folder.missing() == [2]
-    np.testing.assert_array_equal(folder.read_way(1).log_prob_SK, way(1).log_prob_SK)
+    np.testing.assert_array_equal(folder.read_way(1, S, K, K).log_prob_SK, way(1).log_prob_SK)
 
 
 def damages(data: bytes):
@@ -94,7 +98,7 @@ def test_a_damaged_trajectory_is_told_with_the_remedy(folder, damage):
         r"00000\.npz can't be read \(.+\); put it back; as long as nothing of round 3 is trained on, remove it and run "
         "again, to sample it anew, otherwise begin another --workdir"
     )
-    reads = [lambda: folder.read_way(0), folder.read_rewards]
+    reads = [lambda: folder.read_way(0, S, K, K), lambda: folder.read_rewards((K, R), None)]
     for read in reads[:1] if damage == "flipped" else reads:  # a bit of the latents, which say nothing of rewards
         with pytest.raises(ValueError, match=message) as error:
             read()
@@ -105,11 +109,44 @@ def test_objects_are_not_unpickled(folder):
     folder.write_trajectory(0, way(0), None)
     np.savez(folder.path / "trajectories" / "00000.npz", x_SJhwC=np.array([print], object))
     with pytest.raises(ValueError, match="can't be read"):
-        folder.read_way(0)
+        folder.read_way(0, S, K, K)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "problem"),
+    [
+        ("x_SJhwC", lambda x: x[1:], r"x_SJhwC is float32 \[3, 3, 2, 2, 4\], not float \[4, 3, any, any, any\]"),
+        ("x_SJhwC", lambda x: x[:, :1], r"x_SJhwC is float32 \[4, 1, 2, 2, 4\]"),
+        ("x_SJhwC", lambda x: x[..., 1:], "several sizes, or not finite"),
+        ("x_SJhwC", lambda x: x * np.nan, "several sizes, or not finite"),
+        ("next_x_SKhwC", lambda x: x[0], r"next_x_SKhwC is float32 \[3, 2, 2, 4\]"),
+        ("next_x_SKhwC", lambda x: x.astype(str), r"next_x_SKhwC is <U\d+ \["),
+        ("log_prob_SK", lambda x: x.T, r"log_prob_SK is float32 \[3, 4\], not float \[4, 3\]"),
+        ("log_prob_SK", None, "log_prob_SK is not a file in the archive"),
+    ],
+)
+def test_the_trajectory_of_another_round_is_told(folder, name, change, problem):
+    arrays = way(0)._asdict()
+    del arrays[name]
+    if change:
+        arrays[name] = change(way(0)._asdict()[name])
+    folder.write_trajectory(0, way(0), None)
+    np.savez(folder.path / "trajectories" / "00000.npz", **arrays)
+    with pytest.raises(ValueError, match=rf"00000\.npz can't be read \(.*{problem}.*\); put it back"):
+        folder.read_way(0, S, K, K)
+
+
+def test_a_pipe_in_place_of_a_trajectory_is_not_waited_for(folder):
+    folder.write_trajectory(0, way(0), None)
+    file = folder.path / "trajectories" / "00000.npz"
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match=r"00000\.npz can't be read \(.*is not a regular file\)"):
+        folder.read_way(0, S, K, K)
 
 
 def test_scores_come_back_with_what_nobody_said(folder):
-    assert folder.read_scores() is None
+    assert folder.read_scores((K, R)) is None
     shown_PKR = np.array([[[1.5, np.nan], [2, 3]], [[np.nan, np.nan], [0, -1]], [[0.1, 1 / 3], [1e9, 1e-9]]])
     folder.write_scores({"round": 3, "step": 12, "judges": ["a", "b"]}, shown_PKR)
 
@@ -117,9 +154,9 @@ def test_scores_come_back_with_what_nobody_said(folder):
         raise AssertionError(f"{constant} is no JSON")
 
     json.loads((folder.path / "scores.json").read_text(), parse_constant=refuse)
-    scores = folder.read_scores()
+    scores = read_said(folder.path / "scores.json", 3)
     assert (scores["round"], scores["step"], scores["judges"], scores["prompts"]) == (3, 12, ["a", "b"], PROMPTS)
-    np.testing.assert_array_equal(np.array(scores["scores"], float), shown_PKR)
+    np.testing.assert_array_equal(folder.read_scores((2, R)), shown_PKR)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +167,10 @@ def test_scores_come_back_with_what_nobody_said(folder):
         ("1.5", "[1.5]", r"scores.0.0.0: input should be a valid number, not \[1.5\]"),
         ("1.5, null", "1.5", r"its scores are not \[prompt\]\[candidate\]\[judge\]"),
         ("}", "", "is not valid JSON"),
+        ("1.5", "NaN", "scores.0.0.0: input should be a finite number"),
+        ('"round": 3', '"round": 4', "is of round 4, not 3"),
+        ("a cat", "a car", "has other prompts, candidates or judges than round 3"),
+        (", [2.0, 3.0]", "", "has other prompts, candidates or judges than round 3"),
     ],
 )
 def test_damaged_scores_are_named(folder, old, new, message):
@@ -137,7 +178,7 @@ def test_damaged_scores_are_named(folder, old, new, message):
     file = folder.path / "scores.json"
     file.write_text(file.read_text().replace(old, new))
     with pytest.raises(ValueError, match=f"scores.json.*{message}"):
-        folder.read_scores()
+        folder.read_scores((2, R))
 
 
 def test_images_are_found_by_others_and_asked_about_prompt_by_prompt(folder):

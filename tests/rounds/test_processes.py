@@ -29,7 +29,8 @@ from dpo_jax.rounds.folder import RoundFolder
 from dpo_jax.rounds.loop import learn
 if not cluster.is_first():  # as if its file system were slow to tell
     RoundFolder.feedback = RoundFolder.missing = lambda self: []
-    RoundFolder.read_scores = lambda self: None
+    RoundFolder.read_scores = lambda self, shape_KR: None
+    RoundFolder.is_scored = lambda self: False
 config = load_config("configs/d3po.py:tiny")
 config.online.rounds, config.data.batch_size, config.sample.every = 1, 2, 0
 config.online.prompts_per_round, config.online.candidates = 4, 2
