@@ -25,7 +25,7 @@ from typing_extensions import TypedDict
 
 from dpo_jax.evaluation.image_folder import Entry, image_name, write_list
 from dpo_jax.evaluation.report import save_png
-from dpo_jax.files import check_regular, read_json, write_whole
+from dpo_jax.files import check_regular, read_json, what_it_is, write_whole
 from dpo_jax.rounds.rollout import Way
 
 
@@ -159,8 +159,13 @@ class RoundFolder:
         """Arrays of the prompt's file, of these shapes; 0 stands for any size."""
         file = self._file(prompt)
         try:
-            with check_regular(file).open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-                found = {name: arrays[name] for name in shapes}
+            with check_regular(file).open("rb") as stream:
+                head = stream.read(64)
+                if not head.startswith(b"PK"):  # NumPy would advise to unpickle whatever it is
+                    raise ValueError(f"it is {what_it_is(head) or 'not an .npz file'}")
+                stream.seek(0)
+                with np.load(stream, allow_pickle=False) as arrays:
+                    found = {name: arrays[name] for name in shapes}
         except Exception as error:  # of whatever class: damaged files raise almost any
             raise self._damaged(prompt, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
         for name, shape in shapes.items():

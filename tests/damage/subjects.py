@@ -353,7 +353,7 @@ SUBJECTS: dict[str, tuple[Subject, whole.Make]] = {
                     f"go on with a round of {who}",
                     "dpo_jax.online",
                     (*whole.ONLINE[who], "--workdir={input}/run", "--stage=train"),
-                    ("run/rounds/*/*.json", "run/rounds/00001/*/*", *more),
+                    ("run/rounds/*/*.json", "run/rounds/00001/trajectories/*", *more),
                     results=("metrics.jsonl", "result.json"),
                     output_is_input=True,
                     share=1,

@@ -136,6 +136,18 @@ def test_the_trajectory_of_another_round_is_told(folder, name, change, problem):
         folder.read_way(0, S, K, K)
 
 
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [(bytes(500), "nothing but zero bytes"), (b"\x80\x04\x95os", "a Python pickle"), (b"no arrays", "not an .npz file")],
+)
+def test_what_is_no_trajectory_is_told_without_advice_to_unpickle_it(folder, data, problem):
+    folder.write_trajectory(0, way(0), None)
+    (folder.path / "trajectories" / "00000.npz").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"00000\.npz can't be read \(it is {problem}") as error:
+        folder.read_way(0, S, K, K)
+    assert "allow_pickle" not in str(error.value)
+
+
 def test_a_pipe_in_place_of_a_trajectory_is_not_waited_for(folder):
     folder.write_trajectory(0, way(0), None)
     file = folder.path / "trajectories" / "00000.npz"
