@@ -155,11 +155,10 @@ class _Finder:
     def __call__(self, line: bytes) -> tuple[np.ndarray, list[float]]:
         """(their positions, a score for each or one for all)."""
         try:
-            row = parse_json(line.decode(), "the line")
+            text = line.decode()
         except UnicodeDecodeError:
             raise ValueError("not UTF-8; save the file as UTF-8") from None
-        except ValueError:
-            row = None
+        row = parse_json(text, f"not of the form {LINES}: it")
         if isinstance(row, dict) and {"record", "scores"} <= row.keys():
             return self._of_record(row["record"], row["scores"])
         if isinstance(row, dict) and {"caption", "sha256", "score"} <= row.keys():

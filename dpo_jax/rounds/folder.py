@@ -96,7 +96,7 @@ class RoundFolder:
         SJ, SK = (steps, beginnings), (steps, candidates)
         way = Way(**self._read(prompt, {"x_SJhwC": (*SJ, 0, 0, 0), "next_x_SKhwC": (*SK, 0, 0, 0), "log_prob_SK": SK}))
         if way.x_SJhwC.shape[2:] != way.next_x_SKhwC.shape[2:] or not all(np.isfinite(x).all() for x in way):
-            raise self._damaged(prompt, "its latents are of several sizes, or not finite")
+            raise self._damaged(prompt, "its numbers are not finite, or its latents of several sizes")
         return way
 
     def read_rewards(self, shown: tuple[int, int], steps: tuple[int, int, int] | None) -> list[Rewards]:

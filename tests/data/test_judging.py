@@ -151,7 +151,8 @@ def test_both_kinds_of_lines(prepared: Prepared, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("not json", "not of the form"),
+        ("not json", r"not of the form .* it is not valid JSON \(Expecting value, line 1, column 1\)"),
+        ('{"record": 1, "scores": [1, 2], "record": 0}', r"not of the form .* \(it has the field 'record' twice"),
         ("\x00\xff", "not of the form"),
         ("[" * 100_000, "not of the form"),
         ("[1]", "not of the form"),
