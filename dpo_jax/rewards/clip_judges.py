@@ -32,6 +32,8 @@ from dpo_jax.weights.io import load_params, read_params
 from dpo_jax.weights.layout import Params
 
 CLIP_L, CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+LARGEST_LOG_SCALE = 80.0
+"""Scores that are multiplied by e to this power can still be added up in float32."""
 CAPTIONS_KEPT = 2**14
 """Whose features stay in memory, 4 kB each: captions come again with other pictures."""
 
@@ -202,5 +204,9 @@ def _load_clip(
     """A CLIP, its parameters, and its scale, which rounded to bfloat16 would be off by a hundredth."""
     network = Network.build(lambda rngs: CLIPModel(config, dtype=settings.dtype, rngs=rngs), config)
     params = load_params(weights, network.specs, dtype=settings.dtype, sharding=batches.placement)
-    scale = read_params(weights, network.specs)["logit_scale"]
-    return network, params, math.exp(float(scale))
+    log_scale = float(read_params(weights, network.specs)["logit_scale"])
+    if log_scale > LARGEST_LOG_SCALE:
+        raise ValueError(
+            f"{weights} is damaged: logit_scale = {log_scale:g}, and CLIPs have about 4.6; download it again"
+        )
+    return network, params, math.exp(log_scale)

@@ -41,7 +41,8 @@ def refuse_nonfinite(names: Iterable[str], path: epath.PathLike, dtype: object =
     held = f" as {dtype}" if dtype else ""
     raise ValueError(
         f"{path} holds numbers that are not finite{held} (NaN or infinity) in {', '.join(names[:3])}{several}; "
-        "download or convert it again, or take another (sample, evaluate and export use it with --allow_nonfinite)"
+        "download or convert it again, or take another (sample, evaluate and export use a diffusion model all the same "
+        "with --allow_nonfinite; a judge has to be whole)"
     )
 
 

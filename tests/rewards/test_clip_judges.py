@@ -247,6 +247,22 @@ def test_the_command_scores_a_data_set(clip: Clip, mixed_pairs: Path) -> None:
     np.testing.assert_allclose(scores_M, expected, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("logit_scale", 1000.0, r"logit_scale = 1000, and CLIPs have about 4\.6"),
+        ("text_projection.weight", np.nan, r"not finite.* in text_projection\.weight; .*a judge has to be whole"),
+    ],
+)
+def test_damaged_weights_are_named(clip: Clip, tmp_path: Path, name: str, value: float, message: str) -> None:
+    shutil.copytree(clip[1], tmp_path / "clip")
+    tensors = load_file(tmp_path / "clip" / "model.safetensors")
+    tensors[name][...] = value
+    save_file(tensors, tmp_path / "clip" / "model.safetensors")
+    with pytest.raises(ValueError, match=f"^{tmp_path}/clip.*{message}"):
+        open_judge(f"pickscore={tmp_path}/clip")
+
+
 def test_a_pickle_is_refused_with_a_command_that_converts_it(clip: Clip, pictures: Pictures, tmp_path: Path) -> None:
     model, folder = clip
     shutil.copytree(folder, tmp_path / "clip", ignore=shutil.ignore_patterns("*.safetensors"))
