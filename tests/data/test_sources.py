@@ -417,6 +417,14 @@ def _info(name: str, size: int) -> tarfile.TarInfo:
     return info
 
 
+def test_a_hole_of_gigabytes_in_a_tar_is_skipped(tmp_path: Path) -> None:
+    labelled = {"label_0": 0, "label_1": 1, "caption": "c"}
+    members = {"0.jpg_0": b"0", "0.jpg_1": b"1", "0.json": json.dumps(labelled).encode()}
+    file = write_tar(tmp_path / "a.tar", members)
+    os.truncate(file, 300 * 2**30)
+    assert [type(row) for row in read("pickapic_tar", file)] == [Damaged, Record]
+
+
 def test_pickapic_tar_reads_every_way_to_name_members(tmp_path: Path) -> None:
     labelled = {"label_0": 0, "label_1": 1, "caption": "c", "has_label": True, "model_1": "m"}
     members = {

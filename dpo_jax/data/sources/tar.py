@@ -1,5 +1,6 @@
 """WebDataset tar files of the Pick-a-Pic schema, streamed member by member."""
 
+import os
 import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,6 +75,7 @@ def _members(file: Path) -> Iterator[tuple[str, bytes | None] | Damaged]:
     with open(file, "rb") as stream, tarfile.open(fileobj=stream, mode="r:", ignore_zeros=True) as tar:
         while end < size:
             try:
+                tar.offset = _behind_zeros(file, tar.offset, size)
                 member = tar.next()
             except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError):
                 if tar.offset < size:
@@ -92,6 +94,23 @@ def _members(file: Path) -> Iterator[tuple[str, bytes | None] | Damaged]:
                 stored = tar.extractfile(member) if whole else None
                 yield member.name, stored.read() if stored else None
     yield Damaged(f"{file} byte {size}", LOST)  # a whole tar ends in padding
+
+
+def _behind_zeros(file: Path, offset: int, size: int) -> int:
+    """Where the blocks of zeros end; `tarfile` would look at each, of which a file with a hole may have billions."""
+    with open(file, "rb", buffering=0) as stream:
+        while offset < size:
+            stream.seek(offset)
+            block = stream.read(tarfile.BLOCKSIZE)
+            if any(block):
+                return offset
+            offset += tarfile.BLOCKSIZE
+            try:
+                data = os.lseek(stream.fileno(), offset, os.SEEK_DATA)
+            except OSError:  # there is nothing but a hole
+                return size
+            offset += (data - offset) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+    return size
 
 
 def _is_padding(stream: BinaryIO, start: int, stop: int) -> bool:
