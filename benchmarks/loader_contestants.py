@@ -17,10 +17,10 @@ import simplejpeg
 from loader_data import TOKENIZERS, Case, encoded_folder
 from PIL import Image
 
-from dpo_jax.data import encoded
 from dpo_jax.data.images import View, read
-from dpo_jax.data.inputs import Decoded, Inputs, Stored
-from dpo_jax.data.pipeline import make_iterator, open_pairs
+from dpo_jax.data.load.inputs import Decoded, Inputs, Stored
+from dpo_jax.data.load.pipeline import make_iterator, open_pairs
+from dpo_jax.data.store import latents
 from dpo_jax.data.tokenizers import load_tokenizers
 
 BATCH_SIZE = 8
@@ -36,7 +36,7 @@ def ours(case: Case) -> Iterator[Iterator[Any]]:
 
 @contextlib.contextmanager
 def cache(case: Case) -> Iterator[Iterator[Any]]:
-    with our_batches(case, Stored(encoded.Encodings(encoded_folder(case)))) as batches:
+    with our_batches(case, Stored(latents.Encodings(encoded_folder(case)))) as batches:
         yield batches
 
 

@@ -134,7 +134,7 @@ def pooled(output: Path, judge: str) -> dict[str, Any]:
 
 def panel(output: Path) -> dict[str, Any]:
     """What five raters say of some images of all runs, on the page."""
-    from dpo_jax.evaluation.image_folder import Entry, read_list, write_list
+    from dpo_jax.sampling.image_folder import Entry, read_list, write_list
     from dpo_jax.voting.results import summarise
     from dpo_jax.voting.store import open_votes
     from dpo_jax.voting.study import QUESTIONS

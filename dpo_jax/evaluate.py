@@ -22,12 +22,12 @@ from absl import flags
 from etils import epath
 
 from dpo_jax import cli, locks
-from dpo_jax.evaluation.prompts import BUNDLED
 from dpo_jax.rewards import find_judge
+from dpo_jax.sampling.prompts import BUNDLED
 
 if TYPE_CHECKING:
-    from dpo_jax.evaluation.opened import Opened
-    from dpo_jax.evaluation.prompts import Prompt
+    from dpo_jax.sampling.loaded_model import Opened
+    from dpo_jax.sampling.prompts import Prompt
 
 MODELS = flags.DEFINE_list("models", [], "Models to draw with, the base first: FOLDER_OR_ID_OR_FILE or NAME=...")
 IMAGES = flags.DEFINE_list("images", [], "Instead of them: folders of images, FOLDER or NAME=FOLDER.")
@@ -93,12 +93,12 @@ def evaluate(named: dict[str, str], since: float) -> None:
     from dpo_jax.evaluation.compare import compare, match
     from dpo_jax.evaluation.html_report import write_report
     from dpo_jax.evaluation.judge import features_of, judge_all
-    from dpo_jax.evaluation.prompts import distinct, read_prompts
     from dpo_jax.files import write_whole
     from dpo_jax.progress import ProgressBar
     from dpo_jax.rewards import Settings, open_judge
+    from dpo_jax.sampling.prompts import distinct, read_prompts
     from dpo_jax.training.metrics import last_validation, read_metrics
-    from dpo_jax.training.start import keep_compiled_programs
+    from dpo_jax.training.startup import keep_compiled_programs
 
     output = epath.Path(OUTPUT.value)
     keep_compiled_programs(output)  # models of one structure share them
@@ -155,7 +155,7 @@ def draw_all(
 ) -> dict[str, Any]:
     """Draws the prompts by each model into its folder, all in the way of the first but for what flags say."""
     from dpo_jax.diffusion.samplers import own_sampler
-    from dpo_jax.evaluation.draw import begin_folder, draw, list_entries
+    from dpo_jax.sampling.draw import begin_folder, draw, list_entries
 
     entries = list_entries(prompts, SEED.value, SEEDS.value)
     given = {"sampler": SAMPLER.value, "steps": STEPS.value, "guidance": GUIDANCE.value}
@@ -182,7 +182,7 @@ def draw_all(
 
 def open_any(source: str, dtype: str) -> "Opened":
     """A model, or the newest of a training run."""
-    from dpo_jax.evaluation.opened import open_model
+    from dpo_jax.sampling.loaded_model import open_model
     from dpo_jax.training.run import open_run
 
     allow = ALLOW_NONFINITE.value

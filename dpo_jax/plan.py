@@ -47,9 +47,9 @@ def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from dpo_jax.planning.compiled import compile_step, summarize
     from dpo_jax.planning.estimate import make_plan, measure_holdings, measure_work
+    from dpo_jax.planning.model_shapes import open_structure
     from dpo_jax.planning.report import as_text, compiled_text
     from dpo_jax.planning.search import choose_remat, fit
-    from dpo_jax.planning.structure import open_structure
     from dpo_jax.planning.topology import GIB, parse_topology
 
     config, topology = CONFIG.value, parse_topology(TOPOLOGY.value)

@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def build(output: Path) -> None:
-    from dpo_jax.data import builder  # after the flags are checked: importing TFDS takes a second
+    from dpo_jax.data.prepare import builder
     from dpo_jax.progress import ProgressBar
 
     if INPUT.value is None:
@@ -130,7 +130,7 @@ def is_prepared(output: Path, files: list[Path]) -> bool:
 
 
 def compare(output: Path) -> None:
-    from dpo_jax.data.verify import verify
+    from dpo_jax.data.prepare.verify import verify
     from dpo_jax.progress import ProgressBar
 
     if ENCODE.value or INPUT.value is not None:

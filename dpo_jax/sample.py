@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 
 from dpo_jax import cli, locks
-from dpo_jax.evaluation.prompts import BUNDLED
+from dpo_jax.sampling.prompts import BUNDLED
 
 MODEL = flags.DEFINE_string("model", None, "A model folder, a hub id, or a single .safetensors file.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Instead of it: work directory of a training run, of which the newest.")
@@ -107,10 +107,10 @@ def draw_all() -> None:
 
     from dpo_jax import cluster
     from dpo_jax.diffusion.samplers import SAMPLER_OF_CLASS, other_fields, own_sampler
-    from dpo_jax.evaluation.draw import begin_folder, draw, find_images, list_entries
-    from dpo_jax.evaluation.generate import MAX_SEED
-    from dpo_jax.evaluation.prompts import read_prompts
     from dpo_jax.progress import ProgressBar
+    from dpo_jax.sampling.draw import begin_folder, draw, find_images, list_entries
+    from dpo_jax.sampling.generate import MAX_SEED
+    from dpo_jax.sampling.prompts import read_prompts
     from dpo_jax.weights.io import fingerprint
 
     own_images = bool(INIT_IMAGE.value) and epath.Path(INIT_IMAGE.value).is_dir()
@@ -179,8 +179,8 @@ def open_named() -> Any:
         return run.opened(lora=LORA.value, lora_scale=LORA_SCALE.value)
     import jax
 
-    from dpo_jax.evaluation.opened import open_model
     from dpo_jax.models.execution import Execution
+    from dpo_jax.sampling.loaded_model import open_model
 
     return open_model(
         MODEL.value or "",

@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 
 from dpo_jax import cli
-from dpo_jax.data import scores
+from dpo_jax.data.store import scores
 from dpo_jax.rewards import JUDGES, Settings, open_judge
 
 DATA = flags.DEFINE_string("data", None, "Folder that dpo_jax.prepare wrote.", required=True)
@@ -47,8 +47,8 @@ def main() -> None:
             "by --scores=FILE.jsonl"
         )
     from dpo_jax import locks
-    from dpo_jax.data import agreement, judging  # after the flags are checked: importing TFDS takes a second
-    from dpo_jax.data.prepared import open_prepared
+    from dpo_jax.data.labels import agreement, judging
+    from dpo_jax.data.store.prepared import open_prepared
     from dpo_jax.progress import ProgressBar
 
     prepared = open_prepared(DATA.value)

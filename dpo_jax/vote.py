@@ -103,9 +103,9 @@ def export(path: Path, questions: list[str]) -> None:
 
 
 def serve(paths: list[Path], questions: dict[str, Question]) -> None:
-    from dpo_jax.evaluation.prompts import read_prompts
+    from dpo_jax.sampling.prompts import read_prompts
+    from dpo_jax.voting.access import is_local
     from dpo_jax.voting.app import make_app, results_token
-    from dpo_jax.voting.guard import is_local
     from dpo_jax.voting.raters import Raters, clean_name, rater_link
     from dpo_jax.voting.server import make_server
     from dpo_jax.voting.store import open_study

@@ -14,12 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dpo_jax.data import builder
-from dpo_jax.data.pipeline import open_pairs
-from dpo_jax.data.prepared import open_prepared
-from dpo_jax.data.scores import candidates, read_scores
+from dpo_jax.data.load.pipeline import open_pairs
+from dpo_jax.data.prepare import builder
 from dpo_jax.data.sources import SOURCES
-from dpo_jax.rewards import JUDGES, shapes
+from dpo_jax.data.store.prepared import open_prepared
+from dpo_jax.data.store.scores import candidates, read_scores
+from dpo_jax.rewards import JUDGES
+from dpo_jax.tiny import judge
 
 from .conftest import ROOT, Command
 
@@ -100,7 +101,7 @@ def test_training_pairs_follow_the_exact_judge(score: Command, data: Path, tmp_p
         judged = open_pairs(tmp_path / "turned", split, judges=("shapes",))
         for i in range(len(judged)):
             caption, images = judged[i]["caption"], judged.read_images(judged[i])
-            first, second = (shapes.score(pixels(image), [caption])[0] for image in images)
+            first, second = (judge.score(pixels(image), [caption])[0] for image in images)
             assert first > second
 
 
@@ -145,8 +146,8 @@ def test_a_command_that_fails_is_not_asked_again(score: Command, data: Path, tmp
 
 def test_help_names_the_judges(score: Command) -> None:
     shown = " ".join(score("--help").stdout.split())
-    for name, judge in JUDGES.items():
-        assert f"{name}: {judge.help}" in shown
+    for name, found in JUDGES.items():
+        assert f"{name}: {found.help}" in shown
 
 
 def test_scores_are_not_overwritten_by_mistake(score: Command, data: Path, tmp_path: Path) -> None:

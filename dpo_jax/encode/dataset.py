@@ -27,8 +27,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dpo_jax import files
-from dpo_jax.data import checksums
-from dpo_jax.data.encoded import (
+from dpo_jax.data.images import View
+from dpo_jax.data.load.views import view_batches
+from dpo_jax.data.store import checksums
+from dpo_jax.data.store.latents import (
     CAPTIONS,
     FACTS,
     EncodedFile,
@@ -39,10 +41,8 @@ from dpo_jax.data.encoded import (
     write_captions,
     write_whole,
 )
-from dpo_jax.data.images import View
-from dpo_jax.data.prepared import Prepared
+from dpo_jax.data.store.prepared import Prepared
 from dpo_jax.data.tokenizers import Tokenizers
-from dpo_jax.data.views import view_batches
 from dpo_jax.encode.images import mirror, posterior_moments
 from dpo_jax.encode.text import encode_text
 from dpo_jax.files import readable_bytes

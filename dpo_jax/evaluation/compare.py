@@ -11,9 +11,9 @@ import numpy as np
 from etils import epath
 
 from dpo_jax.evaluation.drift import diversity, frechet_distance
-from dpo_jax.evaluation.image_folder import Entry, read_list
-from dpo_jax.evaluation.prompts import Prompt, distinct
 from dpo_jax.evaluation.winrate import mean_over_prompts, rate_over_prompts
+from dpo_jax.sampling.image_folder import Entry, read_list
+from dpo_jax.sampling.prompts import Prompt, distinct
 
 Scores = Mapping[str, Mapping[str, np.ndarray]]
 """scores_N by judge and by model."""

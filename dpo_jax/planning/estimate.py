@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 from dpo_jax.cli import replaced
 from dpo_jax.models.operations import AGAIN
 from dpo_jax.models.pipeline import Pipeline
+from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.products import sums_by_kind
 from dpo_jax.planning.program import Program, peak_bytes
-from dpo_jax.planning.structure import open_structure
 from dpo_jax.planning.topology import GIB, Topology
 from dpo_jax.sharding import AXES, Placement, mesh_shape, rules_of
 from dpo_jax.training.config import resolve

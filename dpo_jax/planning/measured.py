@@ -10,9 +10,9 @@ import jax
 from ml_collections import ConfigDict
 
 from dpo_jax.planning.hlo import NOT_DONE, Module, products, work_of
-from dpo_jax.planning.made_up import random_batch, random_state
+from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.products import sums_by_kind
-from dpo_jax.planning.structure import open_structure
+from dpo_jax.planning.synthetic import random_batch, random_state
 from dpo_jax.sharding import Placement, make_mesh, rules_of
 from dpo_jax.training.config import resolve
 from dpo_jax.training.experiment import compose

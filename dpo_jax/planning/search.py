@@ -19,7 +19,7 @@ from dpo_jax.planning.estimate import (
     measure_work,
     memory_by_kind,
 )
-from dpo_jax.planning.structure import open_structure
+from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.topology import GIB, Topology
 
 

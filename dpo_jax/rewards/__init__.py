@@ -120,7 +120,7 @@ def _from(module: str, opens: str) -> Callable[[str, Settings], Score]:
     """The function that opens a judge, in a module that is imported when it is called."""
 
     def open_it(source: str, settings: Settings) -> Score:
-        found: Any = importlib.import_module(f"dpo_jax.rewards.{module}")
+        found: Any = importlib.import_module(f"dpo_jax.{module}")
         return getattr(found, opens)(source, settings)
 
     return open_it
@@ -128,66 +128,66 @@ def _from(module: str, opens: str) -> Callable[[str, Settings], Score]:
 
 JUDGES = {
     "shapes": Judge(
-        _from("shapes", "open_shapes"), "the exact judge of the tiny world, whose pictures have 32 x 32 pixels"
+        _from("tiny.judge", "open_shapes"), "the exact judge of the tiny world, whose pictures have 32 x 32 pixels"
     ),
     "clipscore": Judge(
-        _from("clip_judges", "open_clipscore"),
+        _from("rewards.clip_judges", "open_clipscore"),
         "100 x the cosine of CLIP's features of picture and caption, at least 0",
         "a CLIP in transformers' layout",
         "openai/clip-vit-large-patch14",
     ),
     "pickscore": Judge(
-        _from("clip_judges", "open_pickscore"),
+        _from("rewards.clip_judges", "open_pickscore"),
         "PickScore: a CLIP tuned on the votes of Pick-a-Pic",
         "a CLIP in transformers' layout",
         "yuvalkirstain/PickScore_v1",
     ),
     "hpsv2": Judge(
-        _from("clip_judges", "open_hps"),
+        _from("rewards.clip_judges", "open_hps"),
         "HPSv2: a CLIP tuned on the votes of HPDv2",
         "HPS_v2_compressed.pt of xswu/HPSv2 on the hub, converted to .safetensors",
     ),
     "hpsv2.1": Judge(
-        _from("clip_judges", "open_hps"),
+        _from("rewards.clip_judges", "open_hps"),
         "HPSv2.1: the same, on better data",
         "HPS_v2.1_compressed.pt of xswu/HPSv2 on the hub, converted to .safetensors",
     ),
     "imagereward": Judge(
-        _from("image_reward", "open_image_reward"),
+        _from("rewards.image_reward", "open_image_reward"),
         "ImageReward: a BLIP trained on experts' rankings",
         "ImageReward.pt of THUDM/ImageReward on the hub, converted to .safetensors",
     ),
     "aesthetic": Judge(
-        _from("clip_judges", "open_aesthetic"),
+        _from("rewards.clip_judges", "open_aesthetic"),
         "LAION's aesthetic predictor v2, from 1 to 10; it reads no caption",
         "sac+logos+ava1-l14-linearMSE.pth of github.com/christophschuhmann/improved-aesthetic-predictor, converted to "
         ".safetensors",
     ),
     "implicit": Judge(
-        _from("implicit", "open_implicit"),
+        _from("rewards.implicit", "open_implicit"),
         "the implicit reward of a model that was tuned by preferences: how much better it denoises than its reference",
         "two models, as in implicit=TUNED:REFERENCE",
     ),
     "jpeg_compressibility": Judge(
-        _from("jpeg", "open_compressibility"), "minus the kilobytes of the picture as a JPEG of quality 95"
+        _from("rewards.jpeg", "open_compressibility"), "minus the kilobytes of the picture as a JPEG of quality 95"
     ),
     "jpeg_incompressibility": Judge(
-        _from("jpeg", "open_incompressibility"), "the kilobytes of the picture as a JPEG of quality 95"
+        _from("rewards.jpeg", "open_incompressibility"), "the kilobytes of the picture as a JPEG of quality 95"
     ),
     "python": Judge(
-        _from("outside", "open_function"),
+        _from("rewards.outside", "open_function"),
         "your own: a Python function, called with a list of pictures and one of captions, that returns a number each",
         "a function of the working directory or the environment, module:function",
         is_outside=True,
     ),
     "command": Judge(
-        _from("outside", "open_command"),
+        _from("rewards.outside", "open_command"),
         "your own: a command that reads lines of JSON with image files and captions, and prints a score for each",
         "a command line",
         is_outside=True,
     ),
     "http": Judge(
-        _from("outside", "open_http"),
+        _from("rewards.outside", "open_http"),
         "your own: an HTTP endpoint that answers images and captions with scores",
         "an address",
         is_outside=True,

@@ -14,7 +14,7 @@ import numpy as np
 
 from dpo_jax.models.clip_vision import IMAGE_MEAN, IMAGE_STD
 from dpo_jax.rewards import Pictures, Settings
-from dpo_jax.rewards.pictures import Fit
+from dpo_jax.rewards.images import Fit
 from dpo_jax.sharding import Placement, batch_parts, batch_sharding, make_mesh, replicated
 from dpo_jax.weights.layout import Params, Specs
 

@@ -27,7 +27,7 @@ from dpo_jax.models.score_head import ScoreMLP
 from dpo_jax.rewards import Pictures, Score, Settings
 from dpo_jax.rewards.batches import Batches, fitted, normalised
 from dpo_jax.rewards.files import CLIP_TOKENIZER, find_beside, find_file, find_weights
-from dpo_jax.rewards.pictures import Fit, crop_like_transformers, letterbox
+from dpo_jax.rewards.images import Fit, crop_like_transformers, letterbox
 from dpo_jax.weights.io import load_params, read_params
 from dpo_jax.weights.layout import Params
 

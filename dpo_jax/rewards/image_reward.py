@@ -17,7 +17,7 @@ from dpo_jax.models.network import Network
 from dpo_jax.rewards import Pictures, Score, Settings
 from dpo_jax.rewards.batches import Batches, fitted, normalised
 from dpo_jax.rewards.files import find_beside, find_file
-from dpo_jax.rewards.pictures import crop_like_torchvision
+from dpo_jax.rewards.images import crop_like_torchvision
 from dpo_jax.weights.io import load_params
 from dpo_jax.weights.layout import Params
 

@@ -22,10 +22,10 @@ from etils import epath
 from PIL import Image
 from typing_extensions import TypedDict
 
-from dpo_jax.evaluation.image_folder import Entry, image_name, write_list
-from dpo_jax.evaluation.report import save_png
 from dpo_jax.files import read_json, write_whole
 from dpo_jax.rounds.rollout import Way
+from dpo_jax.sampling.grid import save_png
+from dpo_jax.sampling.image_folder import Entry, image_name, write_list
 
 
 class Rewards(NamedTuple):

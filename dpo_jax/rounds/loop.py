@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 
 from dpo_jax import cluster
 from dpo_jax.cli import replaced
-from dpo_jax.evaluation.prompts import read_prompts
 from dpo_jax.objectives.advantages import PromptStatistics
 from dpo_jax.rewards import Scorer
 from dpo_jax.rounds.config import Plan, check, make_plan, online_config
@@ -29,12 +28,13 @@ from dpo_jax.rounds.method import learned_steps, on_trajectories, sampler_table
 from dpo_jax.rounds.result import Result
 from dpo_jax.rounds.rollout import Drawn, Rollout
 from dpo_jax.rounds.updates import Updates
+from dpo_jax.sampling.prompts import read_prompts
 from dpo_jax.training.experiment import build, compose
 from dpo_jax.training.metrics import read_metrics
 from dpo_jax.training.model import load_tokenizers_of, make_placement, open_model
 from dpo_jax.training.needs import check_grids, check_room
 from dpo_jax.training.preemption import Notice, Preempted
-from dpo_jax.training.start import StartClock
+from dpo_jax.training.startup import StartClock
 from dpo_jax.training.step import TrainState
 from dpo_jax.training.trainer import Loop, begin, check_backend, running
 

@@ -9,11 +9,11 @@ from ml_collections import ConfigDict
 
 from dpo_jax import cluster
 from dpo_jax.cli import replaced
-from dpo_jax.data.encoded import choose_views, open_encodings
-from dpo_jax.data.inputs import Decoded, Inputs, Stored
-from dpo_jax.data.pipeline import NUM_WORKERS, BatchIterator, Pairs, make_iterator, open_pairs, validation_batches
-from dpo_jax.data.prepared import NothingChosenError
-from dpo_jax.data.scores import scores_file
+from dpo_jax.data.load.inputs import Decoded, Inputs, Stored
+from dpo_jax.data.load.pipeline import NUM_WORKERS, BatchIterator, Pairs, make_iterator, open_pairs, validation_batches
+from dpo_jax.data.store.latents import choose_views, open_encodings
+from dpo_jax.data.store.prepared import NothingChosenError
+from dpo_jax.data.store.scores import scores_file
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.training.config import Derived
 from dpo_jax.training.model import load_tokenizers_of

@@ -9,9 +9,9 @@ import jax
 from ml_collections import ConfigDict
 
 from dpo_jax import cluster
-from dpo_jax.data.encoded import folder_of, is_finished, open_encodings
 from dpo_jax.data.images import View
-from dpo_jax.data.prepared import open_prepared
+from dpo_jax.data.store.latents import folder_of, is_finished, open_encodings
+from dpo_jax.data.store.prepared import open_prepared
 from dpo_jax.encode.dataset import DatasetEncoder, OnProgress
 from dpo_jax.files import check_inside
 from dpo_jax.sharding import Placement, make_mesh

@@ -11,9 +11,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dpo_jax import cluster
-from dpo_jax.evaluation.generate import plan_sampling
 from dpo_jax.files import is_local, readable_bytes
 from dpo_jax.models.pipeline import Pipeline
+from dpo_jax.sampling.generate import plan_sampling
 from dpo_jax.training.model import sampling_of
 
 LEAST_SHARE = 0.9

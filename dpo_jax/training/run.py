@@ -13,8 +13,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dpo_jax.cli import flatten, unflatten
-from dpo_jax.evaluation.opened import Opened, add_lora, load_encoders, lora_mark, read_lora_for
 from dpo_jax.models.pipeline import Pipeline
+from dpo_jax.sampling.loaded_model import Opened, add_lora, load_encoders, lora_mark, read_lora_for
 from dpo_jax.sharding import Placement, make_mesh
 from dpo_jax.training.checkpoint import read_config, restore_params
 from dpo_jax.training.config import default_config

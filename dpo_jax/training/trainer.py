@@ -29,12 +29,12 @@ from ml_collections import ConfigDict
 from dpo_jax import cluster, interrupts
 from dpo_jax.batch import PreferenceBatch
 from dpo_jax.cli import flatten
-from dpo_jax.data.inputs import Inputs
-from dpo_jax.data.pipeline import BatchIterator
-from dpo_jax.evaluation.generate import Generator
-from dpo_jax.evaluation.report import image_grid, save_png
+from dpo_jax.data.load.inputs import Inputs
+from dpo_jax.data.load.pipeline import BatchIterator
 from dpo_jax.files import remove_partials, write_whole
 from dpo_jax.models.pipeline import Pipeline
+from dpo_jax.sampling.generate import Generator
+from dpo_jax.sampling.grid import image_grid, save_png
 from dpo_jax.sharding import replicated, to_devices
 from dpo_jax.training.checkpoint import Checkpoints, read_config, restore, write_config
 from dpo_jax.training.config import check_same_experiment, default_config, resolve
@@ -57,7 +57,7 @@ from dpo_jax.training.model import (
 )
 from dpo_jax.training.needs import check_grids, check_room
 from dpo_jax.training.preemption import Notice, Preempted
-from dpo_jax.training.start import StartClock, keep_compiled_programs
+from dpo_jax.training.startup import StartClock, keep_compiled_programs
 from dpo_jax.training.step import Frozen, TrainState, make_eval_step, reference_params
 from dpo_jax.weights.layout import Params
 

@@ -39,7 +39,7 @@ from starlette.templating import Jinja2Templates
 
 from dpo_jax.data.images import MAX_BYTES, decode_file
 from dpo_jax.files import read_bytes
-from dpo_jax.voting.guard import A_YEAR, SEES_RESULTS, Guard, read_json
+from dpo_jax.voting.access import A_YEAR, SEES_RESULTS, Guard, read_json
 from dpo_jax.voting.raters import LONGEST_NAME, Raters, clean_name, rater_link
 from dpo_jax.voting.store import Store
 from dpo_jax.voting.survey import Survey

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from dpo_jax.data.images import MAX_BYTES, decode_file
-from dpo_jax.evaluation.image_folder import Entry, read_list
-from dpo_jax.evaluation.prompts import Prompt
 from dpo_jax.files import read_bytes
+from dpo_jax.sampling.image_folder import Entry, read_list
+from dpo_jax.sampling.prompts import Prompt
 
 Answer = tuple[float, ...]
 

@@ -15,16 +15,17 @@ import pytest
 from etils import epath
 
 from dpo_jax.batch import PreferenceBatch
-from dpo_jax.data import checksums, encoded, judging
-from dpo_jax.data.builder import prepare
-from dpo_jax.data.encoded import Encodings, distinct_captions, folder_of, with_checksums, write_captions
-from dpo_jax.data.inputs import Decoded, Inputs, Stored
-from dpo_jax.data.pipeline import make_iterator, open_pairs, validation_batches
-from dpo_jax.data.prepared import CHECKED, open_prepared
-from dpo_jax.data.scores import candidates, read_scores, write_scores
+from dpo_jax.data.labels import judging
+from dpo_jax.data.load.inputs import Decoded, Inputs, Stored
+from dpo_jax.data.load.pipeline import make_iterator, open_pairs, validation_batches
+from dpo_jax.data.load.views import view_batches
+from dpo_jax.data.prepare.builder import prepare
+from dpo_jax.data.prepare.verify import verify
 from dpo_jax.data.sources import SOURCES
-from dpo_jax.data.verify import verify
-from dpo_jax.data.views import view_batches
+from dpo_jax.data.store import checksums, latents
+from dpo_jax.data.store.latents import Encodings, distinct_captions, folder_of, with_checksums, write_captions
+from dpo_jax.data.store.prepared import CHECKED, open_prepared
+from dpo_jax.data.store.scores import candidates, read_scores, write_scores
 from dpo_jax.streams import warn
 from dpo_jax.weights import safetensors_file
 
@@ -76,7 +77,7 @@ def write_encodings(data: Path) -> Encodings:
             }
             both = with_checksums(tensors)
             header = {name: (tensor.shape, tensor.dtype) for name, tensor in both.items()}
-            safetensors_file.write(epath.Path(folder / encoded.file_name(kind, number)), both.items(), header)
+            safetensors_file.write(epath.Path(folder / latents.file_name(kind, number)), both.items(), header)
         return {"files": len(starts), "rows_a_file": 10}
 
     images = write("images", len(prepared.images), {"moments": (1, 2, 2, 8)})
@@ -84,7 +85,7 @@ def write_encodings(data: Path) -> Encodings:
     written = {"facts": FACTS, "images": images, "captions": texts}
     digest = checksums.checksum(folder / "captions.arrow")
     (folder / "encoding.json").write_text(json.dumps(written | {"captions_checksum": digest}))
-    return encoded.open_encodings(data, FACTS)
+    return latents.open_encodings(data, FACTS)
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def data(whole: Path, tmp_path: Path) -> Path:
 
 
 def inputs_of(data: Path, kind: str) -> Inputs:
-    return Stored(encoded.open_encodings(data, FACTS)) if kind == "encodings" else Decoded(16, spell, True, True)
+    return Stored(latents.open_encodings(data, FACTS)) if kind == "encodings" else Decoded(16, spell, True, True)
 
 
 def epoch(data: Path, kind: str, **options: Any) -> list[PreferenceBatch]:
@@ -266,7 +267,7 @@ def change_json(file: Path, change: Callable[[Any], object]) -> None:
 def test_what_encodings_say_of_themselves(data: Path, change: Callable[[Any], object], message: str) -> None:
     change_json(folder_of(data, FACTS) / "encoding.json", change)
     with pytest.raises(ValueError, match=rf"the encodings in .* are damaged \(.*{message}.*; mend them by") as error:
-        encoded.open_encodings(data, FACTS)
+        latents.open_encodings(data, FACTS)
     assert len(str(error.value)) < 800
 
 
@@ -345,7 +346,7 @@ def test_what_has_no_checksums_still_opens(data: Path, capsys: pytest.CaptureFix
     change_json(folder / "encoding.json", lambda x: x.pop("captions_checksum"))
     for file in folder.glob("*.safetensors"):
         tensors = {name: np.array(tensor) for name, tensor in safetensors_file.read(epath.Path(file)).items()}
-        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(encoded.CHECKSUM)}
+        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(latents.CHECKSUM)}
         header = {name: (tensor.shape, tensor.dtype) for name, tensor in kept.items()}
         file.unlink()
         safetensors_file.write(epath.Path(file), kept.items(), header)
@@ -356,7 +357,7 @@ def test_what_has_no_checksums_still_opens(data: Path, capsys: pytest.CaptureFix
     table = table.replace_schema_metadata(metadata)
     with pa.ipc.new_file(str(scores), table.schema) as writer:
         writer.write_table(table)
-    assert not encoded.open_encodings(data, FACTS).has_checksums
+    assert not latents.open_encodings(data, FACTS).has_checksums
     epoch(data, "encodings", judges=("mine",))
     said = capsys.readouterr().err
     for path in (folder, scores):

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
-from dpo_jax.data.agreement import agreement, summarise
-from dpo_jax.data.judging import import_scores, score_images
-from dpo_jax.data.prepared import Prepared, open_prepared
-from dpo_jax.data.scores import candidates, read_scores, write_scores
+from dpo_jax.data.labels.agreement import agreement, summarise
+from dpo_jax.data.labels.judging import import_scores, score_images
+from dpo_jax.data.store.prepared import Prepared, open_prepared
+from dpo_jax.data.store.scores import candidates, read_scores, write_scores
 
 from .conftest import encode, write_prepared
 

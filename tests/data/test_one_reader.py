@@ -12,10 +12,11 @@ from etils import epath
 from PIL import EpsImagePlugin, Image
 
 import dpo_jax
-from dpo_jax.data import builder
 from dpo_jax.data.images import View, read, read_image
+from dpo_jax.data.prepare import builder
 from dpo_jax.data.sources import SOURCES
-from dpo_jax.evaluation import draw, html_report, judge
+from dpo_jax.evaluation import html_report, judge
+from dpo_jax.sampling import draw
 from dpo_jax.voting import study
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"

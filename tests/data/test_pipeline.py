@@ -13,9 +13,8 @@ import pytest
 import tree
 
 from dpo_jax.batch import PreferenceBatch
-from dpo_jax.data.encoded import distinct_captions
-from dpo_jax.data.inputs import Decoded
-from dpo_jax.data.pipeline import (
+from dpo_jax.data.load.inputs import Decoded
+from dpo_jax.data.load.pipeline import (
     NUM_WORKERS,
     ROWS_A_TASK,
     Pairs,
@@ -25,7 +24,8 @@ from dpo_jax.data.pipeline import (
     open_pairs,
     validation_batches,
 )
-from dpo_jax.data.prepared import open_prepared
+from dpo_jax.data.store.latents import distinct_captions
+from dpo_jax.data.store.prepared import open_prepared
 
 from .conftest import encode, write_prepared
 

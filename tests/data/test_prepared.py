@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dpo_jax.data.pipeline import open_pairs
-from dpo_jax.data.prepared import Combine, Prepared, open_prepared, select
-from dpo_jax.data.scores import candidates, write_scores
+from dpo_jax.data.load.pipeline import open_pairs
+from dpo_jax.data.store.prepared import Combine, Prepared, open_prepared, select
+from dpo_jax.data.store.scores import candidates, write_scores
 
 from .conftest import encode, write_prepared
 

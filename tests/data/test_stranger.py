@@ -13,12 +13,12 @@ import pyarrow as pa
 import pytest
 import tensorflow_datasets as tfds
 
-from dpo_jax.data.image_files import FEATURES, FEATURES_JSON, MAX_SHARDS
 from dpo_jax.data.images import DamagedImage
-from dpo_jax.data.pipeline import open_pairs
-from dpo_jax.data.prepared import RECORDS as SCHEMA
-from dpo_jax.data.prepared import Prepared, open_prepared
-from dpo_jax.data.scores import candidates, write_scores
+from dpo_jax.data.load.pipeline import open_pairs
+from dpo_jax.data.store.image_store import FEATURES, FEATURES_JSON, MAX_SHARDS
+from dpo_jax.data.store.prepared import RECORDS as SCHEMA
+from dpo_jax.data.store.prepared import Prepared, open_prepared
+from dpo_jax.data.store.scores import candidates, write_scores
 
 from ..conftest import Command
 from .conftest import noise_jpeg, write_prepared

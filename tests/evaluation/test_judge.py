@@ -6,9 +6,9 @@ from PIL import Image
 
 from dpo_jax.evaluation import judge
 from dpo_jax.evaluation.compare import match
-from dpo_jax.evaluation.image_folder import Entry, write_list
 from dpo_jax.evaluation.judge import features_of, judge_all
 from dpo_jax.rewards import Scorer, Settings
+from dpo_jax.sampling.image_folder import Entry, write_list
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import pytest
 from dpo_jax.cli import load_config
 from dpo_jax.planning import search
 from dpo_jax.planning.estimate import Work, make_plan, measure_holdings, measure_work
+from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.report import as_text
 from dpo_jax.planning.search import choose_remat, settle_remat
-from dpo_jax.planning.structure import open_structure
 from dpo_jax.planning.topology import parse_topology
 
 ROOT = Path(__file__).parents[2]

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from dpo_jax.data import images
-from dpo_jax.data.prepared import open_prepared
-from dpo_jax.data.scores import candidates, read_scores
+from dpo_jax.data.store.prepared import open_prepared
+from dpo_jax.data.store.scores import candidates, read_scores
 from dpo_jax.models.clip_vision import IMAGE_MEAN, IMAGE_STD
 from dpo_jax.rewards import clip_judges, open_judge
-from dpo_jax.rewards.pictures import letterbox
+from dpo_jax.rewards.images import letterbox
 
 from .conftest import CAPTIONS, IMAGE_SIZE
 

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from dpo_jax.cli import load_config
-from dpo_jax.evaluation.prompts import read_prompts
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.rewards import JUDGES
 from dpo_jax.rounds.config import check, first_branch, make_plan, needs_reference
 from dpo_jax.rounds.loop import learn
+from dpo_jax.sampling.prompts import read_prompts
 from dpo_jax.training import config as training_config
 
 STEPS = np.arange(20, dtype=np.int32)

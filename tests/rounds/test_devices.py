@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.images import read_image
-from dpo_jax.evaluation.image_folder import read_list
+from dpo_jax.sampling.image_folder import read_list
 from dpo_jax.training.run import open_run
 
 ROOT = Path(__file__).parents[2]

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.images import read_image
-from dpo_jax.evaluation.image_folder import read_list
 from dpo_jax.rounds.folder import Rewards, RoundFolder
 from dpo_jax.rounds.rollout import Way
+from dpo_jax.sampling.image_folder import read_list
 from dpo_jax.voting.study import MODES, read_folder
 
 PROMPTS = ["a cat", "a dog: große, rote!", "a red circle"]

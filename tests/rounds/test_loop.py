@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 
-from dpo_jax.evaluation.image_folder import read_list
 from dpo_jax.rounds.folder import RoundFolder
 from dpo_jax.rounds.loop import learn
 from dpo_jax.rounds.result import FIELDS
+from dpo_jax.sampling.image_folder import read_list
 from dpo_jax.training.run import open_run
 
 METHODS = [

@@ -1,0 +1,145 @@
+"""What a record's images and captions become: pixels and tokens, or what `prepare --encode` stored of them.
+
+Everything is written straight into a row of the batch.
+
+Axes: B prompts, K candidates, M captions (one shared by the candidates, or K), H x W pixels, h x w latent cells,
+C channels.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from dpo_jax.batch import Encoded, Raw
+from dpo_jax.data import images
+from dpo_jax.data.load.buffer_pool import Pool
+from dpo_jax.data.store.latents import Encodings
+
+TokenizeCaptions = Callable[[Sequence[str]], np.ndarray]
+"""Captions -> token_ids_MEL."""
+ReadImages = Callable[[dict[str, Any]], Sequence[images.Data]]
+"""Record -> its images, encoded."""
+
+
+class Draws(NamedTuple):
+    """Random numbers in [0, 1) that choose the view of a record's images."""
+
+    top: float
+    left: float
+    flip: float
+
+
+class Row(NamedTuple):
+    """What a row of a batch is made of."""
+
+    number: int
+    """In the batch."""
+    record_number: int
+    """Of the record, among those to train on."""
+    record: dict[str, Any]
+    captions: Sequence[str]
+    draws: Draws | None
+    """Without them images are seen as they are in validation: from the centre, not mirrored."""
+
+
+class Inputs(Protocol):
+    """How the inputs of a batch are made. Called in several threads."""
+
+    @property
+    def resolution(self) -> int:
+        """Side of the square images in pixels."""
+        ...
+
+    def allocate(self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int) -> Raw | Encoded:
+        """Room for a batch."""
+        ...
+
+    def fill(self, batch: Any, rows: Sequence[Row], read_images: ReadImages) -> list[np.ndarray]:
+        """Writes rows into a batch; where a record has fewer candidates than there is room for, the rest is 0.
+
+        Returns (height, width, crop top, crop left) of each row's images.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """Images decoded, resized and cropped, captions tokenised; the step encodes them.
+
+    Args:
+        tokenizers: of the model.
+        random_crop: where to crop, drawn once for all candidates of a prompt; otherwise the centre.
+        random_flip: mirror half of the prompts, all candidates alike.
+    """
+
+    resolution: int
+    tokenizers: TokenizeCaptions
+    random_crop: bool = False
+    random_flip: bool = False
+
+    def allocate(self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int) -> Raw:
+        E, L = self.tokenizers([""]).shape[1:]
+        images_BKHWC = pool.empty((batch_size, num_candidates, self.resolution, self.resolution, 3), np.uint8)
+        token_ids_BMEL = np.empty((batch_size, num_captions, E, L), np.int32)
+        return Raw(images_BKHWC, np.empty((batch_size, num_candidates), bool), token_ids_BMEL)
+
+    def fill(self, batch: Raw, rows: Sequence[Row], read_images: ReadImages) -> list[np.ndarray]:
+        # Decoding comes last: it empties a core's caches, and what Python does behind it takes several times as long.
+        token_ids_NEL = self.tokenizers([caption for row in rows for caption in row.captions])
+        numbers = [row.number for row in rows]
+        batch.token_ids_BMEL[numbers] = token_ids_NEL.reshape(len(rows), -1, *token_ids_NEL.shape[1:])
+        encoded: list[tuple[images.Data, images.View, np.ndarray]] = []
+        for row in rows:
+            view, images_KHWC = self._view(row.draws), batch.images_BKHWC[row.number]
+            found = read_images(row.record)
+            encoded += [(data, view, image) for data, image in zip(found, images_KHWC, strict=False)]
+            batch.mirrored_BK[row.number] = view.flip
+            images_KHWC[len(found) :] = 0
+        places = iter([(*size, *offsets) for size, offsets in images.read_all(encoded)])
+        return [np.asarray(list(itertools.islice(places, len(row.record["images"]))), np.float32) for row in rows]
+
+    def _view(self, draws: Draws | None) -> images.View:
+        if draws is None:
+            return images.View()
+        top, left = (draws.top, draws.left) if self.random_crop else (None, None)
+        return images.View(top, left, self.random_flip and draws.flip < 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Looked up: one of the stored views of the images, and the captions' embeddings."""
+
+    encodings: Encodings
+
+    @property
+    def resolution(self) -> int:
+        return self.encodings.resolution
+
+    def allocate(self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int) -> Encoded:
+        shapes = self.encodings.row_shapes
+        return Encoded(
+            pool.empty((batch_size, num_candidates, *shapes["moments"]), ml_dtypes.bfloat16),
+            pool.empty((batch_size, num_captions, *shapes["context"]), ml_dtypes.bfloat16),
+            pool.empty((batch_size, num_captions, *shapes["pooled"]), ml_dtypes.bfloat16),
+        )
+
+    def fill(self, batch: Encoded, rows: Sequence[Row], read_images: ReadImages) -> list[np.ndarray]:
+        return [self._fill_row(batch, row) for row in rows]
+
+    def _fill_row(self, batch: Encoded, row: Row) -> np.ndarray:
+        encodings, record, number = self.encodings, row.record, 0
+        if row.draws is not None:  # of two views the mirrored one where `Decoded` would flip
+            number = len(encodings.views) - 1 - int(row.draws.flip * len(encodings.views))
+        moments_KhwC = batch.moments_BKhwC[row.number]
+        moments_KhwC[len(record["images"]) :] = 0
+        for k, image in enumerate(record["images"]):
+            encodings.read_moments(image, number, moments_KhwC[k])
+        for m, caption in enumerate(row.captions):
+            encodings.read_text(caption, batch.context_BMLD[row.number, m], batch.pooled_BMP[row.number, m])
+        view = encodings.views[number]
+        offsets = [images.crop_offsets(height, width, self.resolution, view) for height, width in record["sizes"]]
+        return np.concatenate([record["sizes"], offsets], axis=1).astype(np.float32)
