@@ -190,10 +190,8 @@ def vote(url: str, rater: int) -> None:
     ask("/api/start", {"name": f"rater {rater}"})
     state = json.loads(ask("/api/state"))
     while now := state["now"]:
-        pictures = [
-            np.asarray(Image.open(io.BytesIO(ask(f"/image/{image}"))).convert("RGB")) for image in now["images"]
-        ]
-        scores = judge.score(pictures, [now["prompt"]] * 2)
+        images = [np.asarray(Image.open(io.BytesIO(ask(f"/image/{image}"))).convert("RGB")) for image in now["images"]]
+        scores = judge.score(images, [now["prompt"]] * 2)
         right = int(np.sign(scores[0] - scores[1]))
         wrong = [answer for answer in (-1, 0, 1) if answer != right]
         said = rng.choice(wrong) if rng.random() < WRONG else right

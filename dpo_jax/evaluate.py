@@ -26,7 +26,7 @@ from dpo_jax.rewards import find_judge
 from dpo_jax.sampling.prompts import BUNDLED
 
 if TYPE_CHECKING:
-    from dpo_jax.sampling.loaded_model import Opened
+    from dpo_jax.sampling.loaded_model import LoadedModel
     from dpo_jax.sampling.prompts import Prompt
 
 MODELS = flags.DEFINE_list("models", [], "Models to draw with, the base first: FOLDER_OR_ID_OR_FILE or NAME=...")
@@ -180,7 +180,7 @@ def draw_all(
     return settings | {"models": models}
 
 
-def open_any(source: str, dtype: str) -> "Opened":
+def open_any(source: str, dtype: str) -> "LoadedModel":
     """A model, or the newest of a training run."""
     from dpo_jax.sampling.loaded_model import open_model
     from dpo_jax.training.run import open_run

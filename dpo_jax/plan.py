@@ -46,7 +46,7 @@ def main() -> None:
     # No accelerator is needed, and where there is none JAX offers the compiler for GPUs only to those who say so.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from dpo_jax.planning.compiled import compile_step, summarize
-    from dpo_jax.planning.estimate import make_plan, measure_holdings, measure_work
+    from dpo_jax.planning.estimate import measure_holdings, measure_work, round_sizes
     from dpo_jax.planning.model_shapes import open_structure
     from dpo_jax.planning.report import as_text, compiled_text
     from dpo_jax.planning.search import choose_remat, fit
@@ -64,7 +64,7 @@ def main() -> None:
         pipeline = open_structure(config)
         holdings = measure_holdings(config, pipeline, topology.num_devices)
         work = measure_work(config, topology.device.kind)
-        plan = make_plan(
+        plan = round_sizes(
             holdings,
             work,
             topology,

@@ -7,7 +7,7 @@ work=runs/make_tiny
 python -m tools.tiny.train_vae --output=$work/vae
 python -m tools.tiny.make_model --vae=$work/vae --output=$work/untrained
 
-# The base: plain denoising of captioned pictures, by this trainer's SFT mode.
+# The base: plain denoising of captioned images, by this trainer's SFT mode.
 python -m tools.tiny.make_world --output=$work/world.parquet --train=$work/train.txt --heldout=$work/heldout.txt
 python -m dpo_jax.prepare --source=pickapic --input=$work/world.parquet --output=$work/data
 python -m dpo_jax.train --config=configs/tiny.py:base --workdir=$work/base \

@@ -121,7 +121,7 @@ def test_a_command_as_the_judge_under_a_name_of_its_own(score: Command, data: Pa
 
 
 def test_a_function_of_the_working_directory_as_the_judge(data: Path, tmp_path: Path) -> None:
-    lines = ["def blueness(pictures, captions):", "    return [float(picture[..., 2].mean()) for picture in pictures]"]
+    lines = ["def blueness(images, captions):", "    return [float(image[..., 2].mean()) for image in images]"]
     (tmp_path / "liking.py").write_text("\n".join(lines))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}  # python -m adds no folder of its own
     arguments = [f"--data={data}", "--judge=python=liking:blueness", "--name=liking", "--batch_size=1000"]
@@ -195,6 +195,6 @@ def test_an_image_that_the_judge_refuses(score: Command, tmp_path: Path) -> None
     done = score(f"--data={tmp_path}/out", "--judge=shapes")
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {open_prepared(tmp_path / 'out').record(0)['where']} can't be judged: ")
-    assert "reads uint8 pictures [N, 32, 32, 3], not uint8 [1, 32, 40, 3]" in done.stderr
+    assert "reads uint8 images [N, 32, 32, 3], not uint8 [1, 32, 40, 3]" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out" / "scores").exists()

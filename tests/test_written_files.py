@@ -13,7 +13,7 @@ from dpo_jax.data.prepare.builder import prepare
 from dpo_jax.data.sources import Source
 from dpo_jax.data.store.latents import write_captions
 from dpo_jax.rounds.folder import Rewards, RoundFolder
-from dpo_jax.rounds.rollout import Way
+from dpo_jax.rounds.rollout import StoredTrajectory
 from dpo_jax.sampling.draw import begin_folder
 from dpo_jax.sampling.grid import save_png
 from dpo_jax.sampling.image_folder import Entry, write_list
@@ -56,8 +56,8 @@ def test_only_files_py_writes_files() -> None:
 
 
 def write_trajectory(folder: Path) -> None:
-    way = Way(*(np.zeros(1) for _ in Way._fields))
-    RoundFolder(folder, 0, ["a"]).write_trajectory(0, way, Rewards(np.zeros((1, 1))))
+    trajectory = StoredTrajectory(*(np.zeros(1) for _ in StoredTrajectory._fields))
+    RoundFolder(folder, 0, ["a"]).write_trajectory(0, trajectory, Rewards(np.zeros((1, 1))))
 
 
 IMAGE = Image.new("RGB", (4, 4))

@@ -1,4 +1,4 @@
-"""A whole CLIP (Radford et al., arXiv 2103.00020): image encoder and text encoder that agree on a picture's content.
+"""A whole CLIP (Radford et al., arXiv 2103.00020): image encoder and text encoder that agree on an image's content.
 
 Structure and parameter names are those of transformers' CLIPModel.
 
@@ -30,7 +30,7 @@ from dpo_jax.models.layers import Conv, Embedding, LayerNorm, Linear, make_param
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-"""By which pictures (0 to 1, RGB) are normalised: OpenAI's, and of every model here."""
+"""By which images (0 to 1, RGB) are normalised: OpenAI's, and of every model here."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -236,7 +236,7 @@ def measure_holdings(config: ConfigDict, pipeline: Pipeline, num_devices: int) -
     )
 
 
-def make_plan(
+def round_sizes(
     holdings: Holdings,
     work: Work,
     topology: Topology,

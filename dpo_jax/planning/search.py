@@ -14,10 +14,10 @@ from dpo_jax.planning.estimate import (
     Holdings,
     Plan,
     Work,
-    make_plan,
     measure_holdings,
     measure_work,
     memory_by_kind,
+    round_sizes,
 )
 from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.topology import GIB, Topology
@@ -68,7 +68,7 @@ def choose(config: ConfigDict, works: Sequence[Work], topology: Topology, utilis
         one = with_settings(config, remat="none", accumulation=1, data=devices // fsdp, fsdp=fsdp)
         holdings.append(measure_holdings(one, pipeline, topology.num_devices))
     plans = [
-        make_plan(held, work, topology, batch_size=batch, accumulation=accumulation, utilisation=utilisation)
+        round_sizes(held, work, topology, batch_size=batch, accumulation=accumulation, utilisation=utilisation)
         for work in works
         for held in holdings
         for accumulation in _divisors(batch // devices)

@@ -1,4 +1,4 @@
-"""Judges of pictures. Each scores how well a picture suits its caption, higher is better.
+"""Judges of images. Each scores how well an image suits its caption, higher is better.
 
 `JUDGES` is the table of them, `open_judge` the way to one. Importing this module is cheap: JAX and the networks come
 with the judge that needs them.
@@ -14,18 +14,18 @@ import numpy as np
 if TYPE_CHECKING:
     from dpo_jax.sharding import Placement
 
-Pictures = Sequence[np.ndarray] | np.ndarray
-Score = Callable[[Pictures, Sequence[str]], np.ndarray]
+Images = Sequence[np.ndarray] | np.ndarray
+Reward = Callable[[Images, Sequence[str]], np.ndarray]
 
 
-class Scorer(NamedTuple):
-    """What compares pictures in place of people: an opened judge."""
+class Judge(NamedTuple):
+    """What compares images in place of people: an opened judge."""
 
     name: str
-    score: Score
-    """(uint8 pictures [H, W, 3] of any sizes, a caption for each) -> float32 [N].
+    score: Reward
+    """(uint8 images [H, W, 3] of any sizes, a caption for each) -> float32 [N].
 
-    Raises ValueError with the reason if it can't judge a picture or a caption, OSError if it can't judge at all."""
+    Raises ValueError with the reason if it can't judge an image or a caption, OSError if it can't judge at all."""
     is_outside: bool = False
     """Whether one process can ask it for all, which may be dear."""
 
@@ -37,17 +37,17 @@ class Settings:
     dtype: str = "float32"
     """Of a network's weights and computation: float32, or bfloat16 with half the memory."""
     batch_size: int = 32
-    """Pictures that go through a network at a time; rounded up to a multiple of what the mesh splits it into."""
+    """Images that go through a network at a time; rounded up to a multiple of what the mesh splits it into."""
     placement: "Placement | None" = None
-    """Where a network's weights lie; by default each device has them all and takes its part of the pictures."""
+    """Where a network's weights lie; by default each device has them all and takes its part of the images."""
     timeout: float = 600.0
     """Seconds that an outside judge has for each call."""
 
 
-class Judge(NamedTuple):
+class JudgeKind(NamedTuple):
     """A line of the table."""
 
-    open: Callable[[str, Settings], Score]
+    open: Callable[[str, Settings], Reward]
     """(what follows NAME= in the spec, or the default) -> the function that scores; raises as `open_judge`."""
     help: str
     needs: str = ""
@@ -65,7 +65,7 @@ def open_judge(
     batch_size: int = Settings.batch_size,
     placement: "Placement | None" = None,
     timeout: float = Settings.timeout,
-) -> Scorer:
+) -> Judge:
     """Opens the judge of a spec: `NAME`, or `NAME=` and what it is opened from.
 
     That is a folder, a file or a hub id for a network (`pickscore=models/PickScore_v1`), `module:function` for
@@ -78,9 +78,9 @@ def open_judge(
     judge = JUDGES[name]
     score = judge.open(source, Settings(dtype, batch_size, placement, timeout))
 
-    def checked(pictures: Pictures, captions: Sequence[str]) -> np.ndarray:
-        _check(name, pictures, captions)
-        scores = np.asarray(score(pictures, captions), np.float32) if len(captions) else np.zeros(0, np.float32)
+    def checked(images: Images, captions: Sequence[str]) -> np.ndarray:
+        _check(name, images, captions)
+        scores = np.asarray(score(images, captions), np.float32) if len(captions) else np.zeros(0, np.float32)
         odd = np.flatnonzero(~np.isfinite(scores))
         if odd.size:
             more = f" and {odd.size - 1} more images" if odd.size > 1 else ""
@@ -90,7 +90,7 @@ def open_judge(
             )
         return scores
 
-    return Scorer(name, checked, judge.is_outside)
+    return Judge(name, checked, judge.is_outside)
 
 
 def find_judge(spec: str) -> tuple[str, str]:
@@ -106,20 +106,18 @@ def find_judge(spec: str) -> tuple[str, str]:
     return name, source or judge.default
 
 
-def _check(name: str, pictures: Pictures, captions: Sequence[str]) -> None:
-    if len(pictures) != len(captions):
-        raise ValueError(f"{len(pictures)} pictures but {len(captions)} captions: give one caption a picture")
-    for picture in pictures:
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
-            raise ValueError(
-                f"the judge {name} looks at uint8 pictures [H, W, 3], not {picture.dtype} {list(picture.shape)}"
-            )
+def _check(name: str, images: Images, captions: Sequence[str]) -> None:
+    if len(images) != len(captions):
+        raise ValueError(f"{len(images)} images but {len(captions)} captions: give one caption an image")
+    for image in images:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise ValueError(f"the judge {name} looks at uint8 images [H, W, 3], not {image.dtype} {list(image.shape)}")
 
 
-def _from(module: str, opens: str) -> Callable[[str, Settings], Score]:
+def _from(module: str, opens: str) -> Callable[[str, Settings], Reward]:
     """The function that opens a judge, in a module that is imported when it is called."""
 
-    def open_it(source: str, settings: Settings) -> Score:
+    def open_it(source: str, settings: Settings) -> Reward:
         found: Any = importlib.import_module(f"dpo_jax.{module}")
         return getattr(found, opens)(source, settings)
 
@@ -127,66 +125,66 @@ def _from(module: str, opens: str) -> Callable[[str, Settings], Score]:
 
 
 JUDGES = {
-    "shapes": Judge(
-        _from("tiny.judge", "open_shapes"), "the exact judge of the tiny world, whose pictures have 32 x 32 pixels"
+    "shapes": JudgeKind(
+        _from("tiny.judge", "open_shapes"), "the exact judge of the tiny world, whose images have 32 x 32 pixels"
     ),
-    "clipscore": Judge(
+    "clipscore": JudgeKind(
         _from("rewards.clip_judges", "open_clipscore"),
-        "100 x the cosine of CLIP's features of picture and caption, at least 0",
+        "100 x the cosine of CLIP's features of image and caption, at least 0",
         "a CLIP in transformers' layout",
         "openai/clip-vit-large-patch14",
     ),
-    "pickscore": Judge(
+    "pickscore": JudgeKind(
         _from("rewards.clip_judges", "open_pickscore"),
         "PickScore: a CLIP tuned on the votes of Pick-a-Pic",
         "a CLIP in transformers' layout",
         "yuvalkirstain/PickScore_v1",
     ),
-    "hpsv2": Judge(
+    "hpsv2": JudgeKind(
         _from("rewards.clip_judges", "open_hps"),
         "HPSv2: a CLIP tuned on the votes of HPDv2",
         "HPS_v2_compressed.pt of xswu/HPSv2 on the hub, converted to .safetensors",
     ),
-    "hpsv2.1": Judge(
+    "hpsv2.1": JudgeKind(
         _from("rewards.clip_judges", "open_hps"),
         "HPSv2.1: the same, on better data",
         "HPS_v2.1_compressed.pt of xswu/HPSv2 on the hub, converted to .safetensors",
     ),
-    "imagereward": Judge(
+    "imagereward": JudgeKind(
         _from("rewards.image_reward", "open_image_reward"),
         "ImageReward: a BLIP trained on experts' rankings",
         "ImageReward.pt of THUDM/ImageReward on the hub, converted to .safetensors",
     ),
-    "aesthetic": Judge(
+    "aesthetic": JudgeKind(
         _from("rewards.clip_judges", "open_aesthetic"),
         "LAION's aesthetic predictor v2, from 1 to 10; it reads no caption",
         "sac+logos+ava1-l14-linearMSE.pth of github.com/christophschuhmann/improved-aesthetic-predictor, converted to "
         ".safetensors",
     ),
-    "implicit": Judge(
+    "implicit": JudgeKind(
         _from("rewards.implicit", "open_implicit"),
         "the implicit reward of a model that was tuned by preferences: how much better it denoises than its reference",
         "two models, as in implicit=TUNED:REFERENCE",
     ),
-    "jpeg_compressibility": Judge(
-        _from("rewards.jpeg", "open_compressibility"), "minus the kilobytes of the picture as a JPEG of quality 95"
+    "jpeg_compressibility": JudgeKind(
+        _from("rewards.jpeg", "open_compressibility"), "minus the kilobytes of the image as a JPEG of quality 95"
     ),
-    "jpeg_incompressibility": Judge(
-        _from("rewards.jpeg", "open_incompressibility"), "the kilobytes of the picture as a JPEG of quality 95"
+    "jpeg_incompressibility": JudgeKind(
+        _from("rewards.jpeg", "open_incompressibility"), "the kilobytes of the image as a JPEG of quality 95"
     ),
-    "python": Judge(
+    "python": JudgeKind(
         _from("rewards.outside", "open_function"),
-        "your own: a Python function, called with a list of pictures and one of captions, that returns a number each",
+        "your own: a Python function, called with a list of images and one of captions, that returns a number each",
         "a function of the working directory or the environment, module:function",
         is_outside=True,
     ),
-    "command": Judge(
+    "command": JudgeKind(
         _from("rewards.outside", "open_command"),
         "your own: a command that reads lines of JSON with image files and captions, and prints a score for each",
         "a command line",
         is_outside=True,
     ),
-    "http": Judge(
+    "http": JudgeKind(
         _from("rewards.outside", "open_http"),
         "your own: an HTTP endpoint that answers images and captions with scores",
         "an address",

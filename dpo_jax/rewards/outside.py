@@ -1,8 +1,8 @@
 """Judges that are no part of dpo_jax: a Python function, a command or an HTTP endpoint, so a model of any framework.
 
-A function is called with a list of pictures, uint8 [H, W, 3], and a list of their captions; it returns a number each.
+A function is called with a list of images, uint8 [H, W, 3], and a list of their captions; it returns a number each.
 
-A command is started for each batch of pictures. It reads lines of {"image": path of a PNG file, "caption": ...} and
+A command is started for each batch of images. It reads lines of {"image": path of a PNG file, "caption": ...} and
 prints a line for each in the same order, a number or {"score": number}. What takes long to load had better be an
 endpoint: it is sent {"images": [{"png_base64": ..., "caption": ...}, ...]} by POST and answers {"scores": [...]}.
 
@@ -30,21 +30,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dpo_jax.rewards import Pictures, Score, Settings
+from dpo_jax.rewards import Images, Reward, Settings
 
 LARGEST = float(np.finfo(np.float32).max)
 
 
-def open_function(source: str, settings: Settings) -> Score:
+def open_function(source: str, settings: Settings) -> Reward:
     """A judge that is a Python function, `module:function`, of the working directory or the environment.
 
     Raises ValueError where there is none, or importing its module fails.
     """
     function = _import(source)
 
-    def score(pictures: Pictures, captions: Sequence[str]) -> np.ndarray:
+    def score(images: Images, captions: Sequence[str]) -> np.ndarray:
         try:
-            values = np.atleast_1d(np.asarray(function(list(pictures), list(captions)))).tolist()
+            values = np.atleast_1d(np.asarray(function(list(images), list(captions)))).tolist()
         except Exception as error:
             raise OSError(f"the judge {source} raises {_told(error)}") from error
         return _scores(f"the judge {source}", [json.dumps(value, default=repr) for value in values], captions)
@@ -52,7 +52,7 @@ def open_function(source: str, settings: Settings) -> Score:
     return score
 
 
-def open_command(source: str, settings: Settings) -> Score:
+def open_command(source: str, settings: Settings) -> Reward:
     """A judge that is a command line, run without a shell. Raises ValueError where it can't be read as one."""
     try:
         command = shlex.split(source)
@@ -61,12 +61,12 @@ def open_command(source: str, settings: Settings) -> Score:
     if not command:
         raise ValueError("command= is followed by nothing: it needs a command line")
 
-    def score(pictures: Pictures, captions: Sequence[str]) -> np.ndarray:
+    def score(images: Images, captions: Sequence[str]) -> np.ndarray:
         with tempfile.TemporaryDirectory(prefix="dpo_jax_") as folder:
             lines = []
-            for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+            for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
                 path = Path(folder) / f"{number:06d}.png"
-                path.write_bytes(_png(picture))
+                path.write_bytes(_png(image))
                 lines.append(json.dumps({"image": str(path), "caption": caption}))
             printed = _run(command, "\n".join(lines) + "\n", settings.timeout)
         values = [line for line in printed.splitlines() if line.strip()]
@@ -75,17 +75,17 @@ def open_command(source: str, settings: Settings) -> Score:
     return score
 
 
-def open_http(source: str, settings: Settings) -> Score:
+def open_http(source: str, settings: Settings) -> Reward:
     """A judge that is an HTTP endpoint. Raises ValueError for an address of another kind."""
     if not source.startswith(("http://", "https://")):
         raise ValueError(f"http={source} is no address: it begins with http:// or https://")
 
-    def score(pictures: Pictures, captions: Sequence[str]) -> np.ndarray:
-        images = [
-            {"png_base64": base64.b64encode(_png(picture)).decode(), "caption": caption}
-            for picture, caption in zip(pictures, captions, strict=True)
+    def score(images: Images, captions: Sequence[str]) -> np.ndarray:
+        entries = [
+            {"png_base64": base64.b64encode(_png(image)).decode(), "caption": caption}
+            for image, caption in zip(images, captions, strict=True)
         ]
-        answer = _post(source, json.dumps({"images": images}).encode(), settings.timeout)
+        answer = _post(source, json.dumps({"images": entries}).encode(), settings.timeout)
         try:
             values = json.loads(answer)["scores"]
         except (ValueError, KeyError, TypeError):
@@ -161,7 +161,7 @@ def _post(address: str, body: bytes, timeout: float) -> str:
 def _scores(judge: str, lines: Sequence[str], captions: Sequence[str]) -> np.ndarray:
     """The numbers of as many lines as there are captions."""
     if len(lines) != len(captions):
-        raise OSError(f"{judge} gives {len(lines)} scores for {len(captions)} pictures")
+        raise OSError(f"{judge} gives {len(lines)} scores for {len(captions)} images")
     values: list[float] = []
     for line, caption in zip(lines, captions, strict=True):
         try:
@@ -176,9 +176,9 @@ def _scores(judge: str, lines: Sequence[str], captions: Sequence[str]) -> np.nda
     return np.asarray(values, np.float32)
 
 
-def _png(picture_HWC: np.ndarray) -> bytes:
+def _png(image_HWC: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(picture_HWC).save(buffer, format="PNG", compress_level=1)
+    Image.fromarray(image_HWC).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
 
 

@@ -165,7 +165,7 @@ METHODS: dict[str, Variant] = {"ddpo": ddpo, "dpok": dpok, "grpo": grpo, "spo": 
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RoundSizes:
     """What a round consists of."""
 
     derived: Derived
@@ -261,7 +261,7 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def make_plan(config: ConfigDict, learned_steps: np.ndarray, *, device_count: int, process_count: int) -> Plan:
+def round_sizes(config: ConfigDict, learned_steps: np.ndarray, *, device_count: int, process_count: int) -> RoundSizes:
     """Derives and checks; raises ValueError with the values and the remedy.
 
     Args:
@@ -289,7 +289,7 @@ def make_plan(config: ConfigDict, learned_steps: np.ndarray, *, device_count: in
     else:
         training = P * T * (2 * pairs if pairs > 1 else K) * networks
         images, sampling = P * K, P * K * S
-    return Plan(
+    return RoundSizes(
         derived=derived,
         timesteps=T,
         pairs=pairs,

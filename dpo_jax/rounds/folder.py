@@ -23,7 +23,7 @@ from PIL import Image
 from typing_extensions import TypedDict
 
 from dpo_jax.files import read_json, write_whole
-from dpo_jax.rounds.rollout import Way
+from dpo_jax.rounds.rollout import StoredTrajectory
 from dpo_jax.sampling.grid import save_png
 from dpo_jax.sampling.image_folder import Entry, image_name, write_list
 
@@ -81,17 +81,17 @@ class RoundFolder:
         for entry, image_HWC in zip(self._entries(prompt, len(images_KHWC)), images_KHWC, strict=True):
             save_png(self.images / entry.image, Image.fromarray(image_HWC))
 
-    def write_trajectory(self, prompt: int, way: Way, rewards: Rewards | None) -> None:
+    def write_trajectory(self, prompt: int, trajectory: StoredTrajectory, rewards: Rewards | None) -> None:
         """The last of a prompt's files."""
         said = {} if rewards is None else {k: v for k, v in rewards._asdict().items() if v is not None}
         buffer = io.BytesIO()
-        np.savez(buffer, **way._asdict(), **said)
+        np.savez(buffer, **trajectory._asdict(), **said)
         write_whole(self._file(prompt), buffer.getvalue())
 
-    def read_way(self, prompt: int) -> Way:
+    def read_trajectory(self, prompt: int) -> StoredTrajectory:
         """ValueError if the file is damaged."""
-        arrays = self._read(prompt, Way._fields)
-        return Way(*(arrays[field] for field in Way._fields))
+        arrays = self._read(prompt, StoredTrajectory._fields)
+        return StoredTrajectory(*(arrays[field] for field in StoredTrajectory._fields))
 
     def read_rewards(self) -> list[Rewards]:
         """Of every prompt, from its trajectory's file."""

@@ -7,13 +7,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dpo_jax.models.pipeline import Pipeline, files_of, find_component
-from dpo_jax.rewards import JUDGES, Scorer, open_judge
+from dpo_jax.rewards import JUDGES, Judge, open_judge
 from dpo_jax.sharding import Placement
 from dpo_jax.weights.io import fingerprint
 from dpo_jax.weights.layout import Params
 
 
-def open_judges(config: ConfigDict) -> list[Scorer]:
+def open_judges(config: ConfigDict) -> list[Judge]:
     """Those of `online.judges`; ValueError or FileNotFoundError with the field and what to write.
 
     In float32 whatever the model's dtype: candidates are alike but for details, and it is their order that counts.

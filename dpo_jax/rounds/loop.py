@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 from dpo_jax import cluster
 from dpo_jax.cli import replaced
 from dpo_jax.objectives.advantages import PromptStatistics
-from dpo_jax.rewards import Scorer
-from dpo_jax.rounds.config import Plan, check, make_plan, online_config
+from dpo_jax.rewards import Judge
+from dpo_jax.rounds.config import RoundSizes, check, online_config, round_sizes
 from dpo_jax.rounds.feedback import decided, learnable, read_feedback
 from dpo_jax.rounds.folder import Rewards, RoundFolder
 from dpo_jax.rounds.judges import find_latent_judge, latent_judge_fingerprints, open_judges
@@ -76,7 +76,7 @@ def learn(config: ConfigDict, workdir: epath.PathLike, stage: str = "", feedback
         pipeline = open_model(config, workdir)
         check_grids(config, pipeline)
         steps_S = learned_steps(config, sampler_table(config, pipeline))
-        plan = make_plan(config, steps_S, device_count=jax.device_count(), process_count=jax.process_count())
+        plan = round_sizes(config, steps_S, device_count=jax.device_count(), process_count=jax.process_count())
         config = replaced(config, {"steps": config.online.rounds * plan.updates})
         digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
         fingerprints = latent_judge_fingerprints(find_latent_judge(config, pipeline), pipeline.variant)
@@ -97,9 +97,9 @@ class Rounds:
     def __init__(
         self,
         loop: Loop,
-        plan: Plan,
+        plan: RoundSizes,
         prompts: Sequence[str],
-        judges: Sequence[Scorer],
+        judges: Sequence[Judge],
         steps_S: np.ndarray,
         feedback: Sequence[str],
         fresh: Sequence[str] = (),
@@ -244,8 +244,8 @@ class Rounds:
             with cluster.watched(f"to write the images of prompt {numbers[0]}"):
                 cluster.wait("wrote images")
             for b, p in new:
-                if b in drawn.ways:
-                    folder.write_trajectory(p, drawn.ways[b], rewards[b] if rewards else None)
+                if b in drawn.trajectories:
+                    folder.write_trajectory(p, drawn.trajectories[b], rewards[b] if rewards else None)
             missing = missing.difference(batch)
             self._loop.bar.note(f"sampling round {folder.number}: {total - len(missing)}/{total} prompts")
         if cluster.is_first():
@@ -269,13 +269,13 @@ class Rounds:
     def _scores(self, images_BKHWC: np.ndarray, captions: Sequence[str]) -> np.ndarray:
         """[B, K, R]; those of the first process, since an outside judge may not say the same twice, nor for nothing."""
         B, K = images_BKHWC.shape[:2]
-        pictures, each = images_BKHWC.reshape(B * K, *images_BKHWC.shape[2:]), [c for c in captions for _ in range(K)]
+        images, each = images_BKHWC.reshape(B * K, *images_BKHWC.shape[2:]), [c for c in captions for _ in range(K)]
         scores_RN = np.zeros((len(self._judges), B * K), np.float32)
 
         def ask(*, is_outside: bool) -> None:
             for r, judge in enumerate(self._judges):
                 if judge.is_outside == is_outside:
-                    scores_RN[r] = judge.score(pictures, each)
+                    scores_RN[r] = judge.score(images, each)
 
         with cluster.together("asking its judges"):
             if cluster.is_first():

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpo_jax.batch import PreferenceBatch, Sampled, Scores
+from dpo_jax.batch import LogRatios, PreferenceBatch, Sampled
 from dpo_jax.diffusion.samplers import SamplerTable, make_table, with_guidance
 from dpo_jax.diffusion.trajectories import random_steps
 from dpo_jax.encode.text import make_conditionings
@@ -21,7 +21,7 @@ from dpo_jax.objectives.transitions import (
 from dpo_jax.rounds.config import first_branch, needs_reference
 from dpo_jax.sharding import Placement, batch_constraint
 from dpo_jax.training.model import load_tokenizers_of
-from dpo_jax.training.step import Frozen, Objective, Score, reference_params
+from dpo_jax.training.step import ComputeLogRatios, Frozen, Objective, reference_params
 from dpo_jax.weights.layout import Params
 
 
@@ -62,7 +62,7 @@ def learned_steps(config: ConfigDict, table: SamplerTable) -> np.ndarray:
     return kept_S
 
 
-def on_trajectories(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> tuple[Objective, Score]:
+def on_trajectories(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> tuple[Objective, ComputeLogRatios]:
     """Losses of log-probabilities, over images that the model sampled itself; the counterpart of `on_pairs`."""
     objective = make_objective(config)
     guidance = config.online.guidance if config.online.train_guided else 1.0
@@ -73,7 +73,7 @@ def on_trajectories(config: ConfigDict, pipeline: Pipeline, placement: Placement
 
     def score(
         params: Params, frozen: Frozen, batch: PreferenceBatch, step: jax.Array, training: bool = False
-    ) -> Scores:
+    ) -> LogRatios:
         sampled = batch.inputs
         assert isinstance(sampled, Sampled)
         encoders = {name: gather(name, frozen[name]) for name in frozen if name not in ("base", "reference", "vae")}

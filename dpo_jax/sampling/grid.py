@@ -15,7 +15,7 @@ CELL = 128
 
 
 def image_grid(rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: Sequence[str]) -> Image.Image:
-    """A picture with one row for each caption and one titled column for each uint8 image [H, W, 3] of it."""
+    """An image with one row for each caption and one titled column for each uint8 image [H, W, 3] of it."""
     size = max(CELL, rows[0][1][0].shape[0])
     font = ImageFont.load_default(size=14)
     left, top = 160, 18 + MARGIN  # room for the captions and for the titles

@@ -23,7 +23,7 @@ from dpo_jax.weights.lora_files import Adapter, Array, Merged, lora_files_of, re
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
+class LoadedModel:
     """A model with whatever has been added to it."""
 
     pipeline: Pipeline
@@ -74,7 +74,7 @@ def open_model(
     vae_dtype: DTypeLike | None = None,
     fsdp: int = 1,
     **options: Any,
-) -> Opened:
+) -> LoadedModel:
     """Opens a model that nobody need have trained here.
 
     Args:
@@ -97,7 +97,7 @@ def open_model(
             return add_lora(pipeline.read("unet"), pipeline, placement, "unet", adapters["unet"], lora_scale)
         return pipeline.load("unet", dtype=dtype, sharding=placement)
 
-    return Opened(
+    return LoadedModel(
         pipeline,
         placement,
         pipeline.fingerprint() + lora_mark(lora, lora_scale),

@@ -1,9 +1,9 @@
 """The exact judge of the tiny world: it reads shape, colour and place from the pixels. Nothing in it was trained.
 
-The picture is split into object and background by colour; the object's outline is compared with every drawing the
+The image is split into object and background by colour; the object's outline is compared with every drawing the
 world can make, its average colour with every colour that has a name.
 
-Axes: N pictures, H x W pixels, C colour channels, M possible drawings.
+Axes: N images, H x W pixels, C colour channels, M possible drawings.
 """
 
 import functools
@@ -21,7 +21,7 @@ MAX_PLACE_DISTANCE = 4.0  # pixels, in each direction, beyond which a place has 
 
 
 class Reading(NamedTuple):
-    """What is seen in a picture; None for what has no name in this world."""
+    """What is seen in an image; None for what has no name in this world."""
 
     shape: str | None
     colour: str | None
@@ -34,21 +34,21 @@ def open_shapes(source: str, settings: object) -> Callable[[Sequence[np.ndarray]
 
 
 def score(images_NHWC: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-    """The fraction of a caption's shape, colour and place that its picture shows: float32 [N] of 0, 1/3, 2/3, 1."""
+    """The fraction of a caption's shape, colour and place that its image shows: float32 [N] of 0, 1/3, 2/3, 1."""
     readings = read(images_NHWC)
     if len(readings) != len(captions):
-        raise ValueError(f"{len(readings)} pictures but {len(captions)} captions: give one caption a picture")
+        raise ValueError(f"{len(readings)} images but {len(captions)} captions: give one caption an image")
     wanted = [world.parse(caption) for caption in captions]
     points_N3 = [[a == b for a, b in zip(seen, want, strict=True)] for seen, want in zip(readings, wanted, strict=True)]
     return np.asarray(points_N3, np.float32).reshape(-1, 3).mean(axis=1)
 
 
 def read(images_NHWC: np.ndarray) -> list[Reading]:
-    """Shape, colour and place of the one object in each 32 x 32 picture."""
+    """Shape, colour and place of the one object in each 32 x 32 image."""
     images_NHWC = np.asarray(images_NHWC)
     if images_NHWC.dtype != np.uint8 or images_NHWC.shape[1:] != (world.SIZE, world.SIZE, 3):
         raise ValueError(
-            f"the shapes judge reads uint8 pictures [N, {world.SIZE}, {world.SIZE}, 3], "
+            f"the shapes judge reads uint8 images [N, {world.SIZE}, {world.SIZE}, 3], "
             f"not {images_NHWC.dtype} {list(images_NHWC.shape)}"
         )
     drawings_MP, shapes_M, centres_M2 = _drawings()

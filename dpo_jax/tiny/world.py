@@ -1,4 +1,4 @@
-"""A world small enough to learn in minutes: one coloured shape in one quarter of a 32 x 32 picture, and its caption.
+"""A world small enough to learn in minutes: one coloured shape in one quarter of a 32 x 32 image, and its caption.
 
 Axes: H x W pixels, C colour channels, M drawings.
 """
@@ -71,10 +71,10 @@ def draw(shape: str, centre: tuple[float, float], radius: float) -> np.ndarray:
 
 
 def render(caption: str, rng: np.random.Generator) -> np.ndarray:
-    """A picture of the caption, uint8 [H, W, C]; place, radius, grey and noise vary with `rng`."""
+    """An image of the caption, uint8 [H, W, C]; place, radius, grey and noise vary with `rng`."""
     shape, colour, place = parse(caption)
     down, right = PLACES[place] + rng.uniform(-JITTER, JITTER, 2)
     cover_HW1 = draw(shape, (down, right), rng.uniform(*RADII))[..., None]
-    picture_HWC = cover_HW1 * COLOURS[colour] + (1 - cover_HW1) * rng.uniform(*BACKGROUNDS)
-    picture_HWC = picture_HWC + rng.normal(0, NOISE, picture_HWC.shape)
-    return picture_HWC.round().clip(0, 255).astype(np.uint8)
+    image_HWC = cover_HW1 * COLOURS[colour] + (1 - cover_HW1) * rng.uniform(*BACKGROUNDS)
+    image_HWC = image_HWC + rng.normal(0, NOISE, image_HWC.shape)
+    return image_HWC.round().clip(0, 255).astype(np.uint8)

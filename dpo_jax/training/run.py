@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax.cli import flatten, unflatten
 from dpo_jax.models.pipeline import Pipeline
-from dpo_jax.sampling.loaded_model import Opened, add_lora, load_encoders, lora_mark, read_lora_for
+from dpo_jax.sampling.loaded_model import LoadedModel, add_lora, load_encoders, lora_mark, read_lora_for
 from dpo_jax.sharding import Placement, make_mesh
 from dpo_jax.training.checkpoint import read_config, restore_params
 from dpo_jax.training.config import default_config
@@ -66,7 +66,7 @@ class Run:
         """The tuned UNet in float32, a LoRA added to the kernels it is for."""
         return self.params if self.adapter is None else Merged(self.pipeline.read("unet"), self.adapter)
 
-    def opened(self, *, lora: str = "", lora_scale: float = 1.0) -> Opened:
+    def opened(self, *, lora: str = "", lora_scale: float = 1.0) -> LoadedModel:
         """The tuned model to draw with, and with a further LoRA where one is named."""
         pipeline, placement = self.pipeline, self.placement
         config = json.dumps(flatten(self.config), sort_keys=True)
@@ -77,7 +77,7 @@ class Run:
                 return add_lora(self.merged, pipeline, placement, "unet", adapters["unet"], lora_scale)
             return self.policy
 
-        return Opened(
+        return LoadedModel(
             pipeline,
             placement,
             f"run {hashlib.sha256(config.encode()).hexdigest()[:16]}, step {self.step}{lora_mark(lora, lora_scale)}",

@@ -27,7 +27,7 @@ LANDINGS = ("/", "/results")
 SEES_RESULTS = "dpo_jax.sees_results"
 
 
-class Guard:
+class Access:
     """Lets through who shows a token, in a link once and in a cookie from then on.
 
     The raters' token opens the page to vote on, the results' token all. Without a token for raters only a browser on

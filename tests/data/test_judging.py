@@ -55,10 +55,10 @@ class Brightness:
     def __init__(self) -> None:
         self.seen: list[tuple[int, str]] = []
 
-    def __call__(self, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
-        assert all(picture.dtype == np.uint8 and picture.ndim == 3 for picture in pictures)
-        self.seen += [(len(picture), text) for picture, text in zip(pictures, captions, strict=True)]
-        return np.asarray([100 * len(text) + p[..., 2].mean() for p, text in zip(pictures, captions, strict=True)])
+    def __call__(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+        assert all(image.dtype == np.uint8 and image.ndim == 3 for image in images)
+        self.seen += [(len(image), text) for image, text in zip(images, captions, strict=True)]
+        return np.asarray([100 * len(text) + p[..., 2].mean() for p, text in zip(images, captions, strict=True)])
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
@@ -78,22 +78,22 @@ def test_own_captions_count(prepared: Prepared) -> None:
 
 
 def test_a_judge_that_cannot_stack_sizes_gets_them_singly(prepared: Prepared) -> None:
-    def judge(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
-        return np.stack(list(pictures)).mean(axis=(1, 2, 3))
+    def judge(images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+        return np.stack(list(images)).mean(axis=(1, 2, 3))
 
     assert score_images(prepared, judge)[:3].tolist() == [10, 20, 20]
 
 
 def test_what_a_judge_refuses_is_named(prepared: Prepared) -> None:
-    def judge(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
-        if any(len(picture) == 11 for picture in pictures):
+    def judge(images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+        if any(len(image) == 11 for image in images):
             raise ValueError("11 pixels are too high")
-        return np.zeros(len(pictures))
+        return np.zeros(len(images))
 
     with pytest.raises(ValueError, match=r"^made row 3 can't be judged: 11 pixels are too high$"):
         score_images(prepared, judge)
 
-    def undecided(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+    def undecided(images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
         return np.asarray([np.nan if text == "three" else 0 for text in captions])
 
     with pytest.raises(ValueError, match=r"^made row 4 can't be judged: an image got the score nan$"):

@@ -50,9 +50,9 @@ def learned(workdir: Path, fields: dict, *, processes: int, devices: int):
     done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    images = workdir / "rounds" / "00000" / "images"
-    pictures = np.stack([read_image(images / entry.image) for entry in read_list(images)]).astype(int)
-    return pictures, [row["train/loss"] for row in rows if "train/loss" in row], open_run(workdir)
+    folder = workdir / "rounds" / "00000" / "images"
+    images = np.stack([read_image(folder / entry.image) for entry in read_list(folder)]).astype(int)
+    return images, [row["train/loss"] for row in rows if "train/loss" in row], open_run(workdir)
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +83,10 @@ def on_one_device(tmp_path_factory: pytest.TempPathFactory):
     ids=lambda value: NAMES.get(json.dumps(value)) if isinstance(value, dict) else str(value),
 )
 def test_eight_devices_agree_with_one(on_one_device, tmp_path: Path, mesh: str, fields: dict, processes: int) -> None:
-    pictures, losses, run = learned(tmp_path, fields | MESHES[mesh], processes=processes, devices=8 // processes)
-    expected_pictures, expected_losses, expected = on_one_device(**fields)
+    images, losses, run = learned(tmp_path, fields | MESHES[mesh], processes=processes, devices=8 // processes)
+    expected_images, expected_losses, expected = on_one_device(**fields)
 
-    assert np.abs(pictures - expected_pictures).max() <= 1
+    assert np.abs(images - expected_images).max() <= 1
     assert len(losses) == 6
     assert abs(expected_losses[-1] - expected_losses[0]) > 1e-3
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)

@@ -7,20 +7,20 @@ from dpo_jax.tiny import judge, world
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     rng = np.random.default_rng(3)
     captions = world.captions() * 5
     return np.stack([world.render(caption, rng) for caption in captions]), captions
 
 
-def test_every_clean_picture_is_read_right(pictures):
-    images, captions = pictures
+def test_every_clean_image_is_read_right(images):
+    images, captions = images
     assert (open_judge("shapes").score(images, captions) == 1).all()
     assert [tuple(reading) for reading in judge.read(images)] == [world.parse(caption) for caption in captions]
 
 
-def test_blur_and_noise_as_from_a_small_vae_change_little(pictures):
-    images, captions = pictures
+def test_blur_and_noise_as_from_a_small_vae_change_little(images):
+    images, captions = images
     noise = np.random.default_rng(0).normal(0, 6, images.shape)
     blurred = gaussian_filter(images.astype(float), (0, 0.8, 0.8, 0)) + noise
     assert (judge.score(blurred.clip(0, 255).astype(np.uint8), captions) == 1).mean() > 0.99
@@ -55,9 +55,9 @@ def test_what_is_no_object_has_no_name():
     assert judge.read(centred[None]) == [("square", "red", None)]
 
 
-def test_wrong_input_is_refused(pictures):
-    images, captions = pictures
-    with pytest.raises(ValueError, match="2 pictures but 1 captions"):
+def test_wrong_input_is_refused(images):
+    images, captions = images
+    with pytest.raises(ValueError, match="2 images but 1 captions"):
         judge.score(images[:2], captions[:1])
-    with pytest.raises(ValueError, match="reads uint8 pictures"):
+    with pytest.raises(ValueError, match="reads uint8 images"):
         judge.score(images[:2] / 255.0, captions[:2])

@@ -26,7 +26,7 @@ def test_it_is_a_small_sdxl(pipeline):
     assert not [file for file in FOLDER.rglob("*.safetensors") if file.stat().st_size < 1e5]
 
 
-def test_vae_reconstructs_held_out_pictures(pipeline):
+def test_vae_reconstructs_held_out_images(pipeline):
     rng = np.random.default_rng(5)
     captions = world.split()[1] * 4
     images_NHWC = np.stack([world.render(caption, rng) for caption in captions])

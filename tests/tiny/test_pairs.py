@@ -11,7 +11,7 @@ from tools.tiny import pairs
 def test_judged_pairs_are_untied_disjoint_and_labelled_by_the_judge():
     rng = np.random.default_rng(0)
 
-    def sample(captions, seeds):  # half of the pictures show something else
+    def sample(captions, seeds):  # half of the images show something else
         shown = [caption if seed % 2 else world.captions()[seed] for caption, seed in zip(captions, seeds, strict=True)]
         return np.stack([world.render(caption, rng) for caption in shown])
 
@@ -25,7 +25,7 @@ def test_judged_pairs_are_untied_disjoint_and_labelled_by_the_judge():
     assert 5 < sum(pair.labels[0] for pair in judged) < 25
 
 
-def test_the_file_has_the_schema_of_pick_a_pic_and_its_pictures_unchanged(tmp_path):
+def test_the_file_has_the_schema_of_pick_a_pic_and_its_images_unchanged(tmp_path):
     written = pairs.rendered_pairs(world.captions(), 4)
     swapped = written[0]._replace(images=written[0].images[::-1], labels=(0.0, 1.0))
     pairs.write(tmp_path / "world.parquet", [*written, swapped])

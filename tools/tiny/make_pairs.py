@@ -2,7 +2,7 @@
 
     python -m tools.tiny.make_pairs --model=dpo_jax/tiny/model --output=dpo_jax/tiny/pairs.parquet
 
-For each training caption the base draws many pictures; two of unequal score make a pair, and no picture is used twice.
+For each training caption the base draws many images; two of unequal score make a pair, and no image is used twice.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from tools.tiny import pairs
 MODEL = flags.DEFINE_string("model", None, "The base model's folder.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "Parquet file to write.", required=True)
 PAIRS = flags.DEFINE_integer("pairs", 1000, "Number of pairs at most.")
-SEEDS = flags.DEFINE_integer("seeds", 36, "Pictures to draw for each caption.")
+SEEDS = flags.DEFINE_integer("seeds", 36, "Images to draw for each caption.")
 STEPS = flags.DEFINE_integer("steps", 20, "DDIM steps.")
 GUIDANCE = flags.DEFINE_float("guidance", 2.5, "Classifier-free guidance scale.")
 

@@ -1,4 +1,4 @@
-"""Writes rendered pictures of the world as pairs, to train the base on: the right picture wins over a wrong one.
+"""Writes rendered images of the world as pairs, to train the base on: the right image wins over a wrong one.
 
     python -m tools.tiny.make_world --output=world.parquet --train=train.txt --heldout=heldout.txt
 

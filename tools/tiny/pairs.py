@@ -1,6 +1,6 @@
 """Pairs of the tiny world: rendered ones to train the base on, judged samples to tune it with; and their parquet file.
 
-Axes: N pictures, H x W pixels, C colour channels.
+Axes: N images, H x W pixels, C colour channels.
 """
 
 import io
@@ -22,18 +22,18 @@ Sampler = Callable[[Sequence[str], Sequence[int]], np.ndarray]
 
 
 class Pair(NamedTuple):
-    """Two pictures of one caption, uint8 [H, W, C], and what somebody thought of them."""
+    """Two images of one caption, uint8 [H, W, C], and what somebody thought of them."""
 
     caption: str
     images: tuple[np.ndarray, np.ndarray]
     labels: tuple[float, float]
     """(1, 0) or (0, 1)."""
     model: str
-    """What made the pictures."""
+    """What made the images."""
 
 
 def rendered_pairs(captions: Sequence[str], num_pairs: int) -> list[Pair]:
-    """Pairs whose first picture shows its caption and whose second shows another one."""
+    """Pairs whose first image shows its caption and whose second shows another one."""
     rng = np.random.default_rng(0)
     pairs = []
     for _ in range(num_pairs):
@@ -45,7 +45,7 @@ def rendered_pairs(captions: Sequence[str], num_pairs: int) -> list[Pair]:
 def judged_pairs(sample: Sampler, captions: Sequence[str], seeds_per_caption: int, num_pairs: int) -> list[Pair]:
     """At most `num_pairs` pairs of samples that the judge scores unequally, in random order.
 
-    Each caption is drawn `seeds_per_caption` times, no picture is in two pairs, and the better one comes first as often
+    Each caption is drawn `seeds_per_caption` times, no image is in two pairs, and the better one comes first as often
     as second.
     """
     rng = np.random.default_rng(0)
@@ -78,7 +78,7 @@ def untied(scores_N: np.ndarray, rng: np.random.Generator) -> list[tuple[int, in
 def write(path: epath.PathLike, pairs: Sequence[Pair]) -> None:
     """Writes a parquet file of the Pick-a-Pic schema, one pair a row.
 
-    The pictures are PNG, and so stay exact, although the schema calls their columns jpg: readers look at the bytes.
+    The images are PNG, and so stay exact, although the schema calls their columns jpg: readers look at the bytes.
     """
     columns: dict[str, list] = {
         "caption": [pair.caption for pair in pairs],

@@ -23,7 +23,7 @@ PROMPT_WORDS = """
 a an the of in on at to with and or by from for is are under over near behind beside between around above below into
 left right top bottom center centre middle corner side front back upper lower small large big little tiny huge tall
 red green blue yellow purple black white orange pink brown grey gray gold silver cyan violet colour color dark light
-circle square triangle cross ring star heart shape line round object background plain simple flat solid picture image
+circle square triangle cross ring star heart shape line round object background plain simple flat solid image image
 photo photograph portrait painting drawing sketch illustration render art artwork digital oil watercolor pencil style
 realistic detailed beautiful high quality best sharp focus soft bright warm cold sunset sunrise night day morning
 landscape mountain river lake sea ocean forest tree flower garden city street house building castle bridge sky cloud

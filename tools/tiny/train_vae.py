@@ -1,9 +1,9 @@
-"""Trains the tiny model's VAE on pictures of its world: about 4 minutes on 2 CPU cores.
+"""Trains the tiny model's VAE on images of its world: about 4 minutes on 2 CPU cores.
 
     python -m tools.tiny.train_vae --output=runs/tiny/vae
 
 Writes a diffusers AutoencoderKL folder whose scaling_factor brings the latents to unit variance, and prints how well
-it reconstructs pictures of held-out captions.
+it reconstructs images of held-out captions.
 
 Axes: N images, H x W pixels, h x w latent cells, C channels.
 """
@@ -23,7 +23,7 @@ from dpo_jax.weights.layout import Params
 
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write the VAE to.", required=True)
 STEPS = flags.DEFINE_integer("steps", 900, "Number of training steps.")
-BATCH = flags.DEFINE_integer("batch", 32, "Pictures a step.")
+BATCH = flags.DEFINE_integer("batch", 32, "Images a step.")
 LEARNING_RATE = flags.DEFINE_float("learning_rate", 2e-3, "Largest learning rate of Adam.")
 
 CONFIG = {
@@ -54,7 +54,7 @@ def main() -> None:
     train_captions, held_out_captions = world.split()
     params = train(vae, init_params(make, seed=0), train_captions)
 
-    images_NHWC = pictures(held_out_captions * 20, np.random.default_rng(1))
+    images_NHWC = images(held_out_captions * 20, np.random.default_rng(1))
     latents_NhwC, decoded_NHWC = reconstruct(vae, params, images_NHWC)
     error = np.mean((decoded_NHWC.astype(np.float64) - images_NHWC) ** 2)
     right = np.mean(judge.score(decoded_NHWC, held_out_captions * 20) == 1)
@@ -89,7 +89,7 @@ def train(vae: Network, params: Params, captions: list[str]) -> Params:
 
     rng, key, opt_state = np.random.default_rng(0), jax.random.key(0), tx.init(params)
     for i in range(STEPS.value):
-        images_NHWC = pictures(rng.choice(captions, BATCH.value).tolist(), rng)
+        images_NHWC = images(rng.choice(captions, BATCH.value).tolist(), rng)
         params, opt_state, error = step(params, opt_state, to_signed(images_NHWC), jax.random.fold_in(key, i))
         if (i + 1) % 100 == 0:
             print(f"step {i + 1}: PSNR {10 * np.log10(4 / float(error)):.1f} dB", flush=True)
@@ -97,7 +97,7 @@ def train(vae: Network, params: Params, captions: list[str]) -> Params:
 
 
 def reconstruct(vae: Network, params: Params, images_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The latents (mean of the posterior) of uint8 pictures, and the uint8 pictures that they decode to."""
+    """The latents (mean of the posterior) of uint8 images, and the uint8 images that they decode to."""
 
     @jax.jit
     def run(images_NHWC):
@@ -109,13 +109,13 @@ def reconstruct(vae: Network, params: Params, images_NHWC: np.ndarray) -> tuple[
     return np.asarray(latents_NhwC), pixels_NHWC.astype(np.uint8)
 
 
-def pictures(captions: list[str], rng: np.random.Generator) -> np.ndarray:
-    """One new picture a caption, uint8 [N, H, W, C]."""
+def images(captions: list[str], rng: np.random.Generator) -> np.ndarray:
+    """One new image a caption, uint8 [N, H, W, C]."""
     return np.stack([world.render(caption, rng) for caption in captions])
 
 
 def to_signed(images_NHWC: np.ndarray) -> jax.Array:
-    """uint8 pictures in [-1, 1]."""
+    """uint8 images in [-1, 1]."""
     return jnp.asarray(images_NHWC, jnp.float32) / 127.5 - 1
 
 

@@ -24,7 +24,7 @@ from dpo_jax.data.store.scores import Candidates, candidates, complete
 from dpo_jax.files import parse_json
 from dpo_jax.streams import warn
 
-Score = Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]
+Reward = Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]
 """As in `rewards.Scorer`."""
 OnProgress = Callable[[int, int], None]
 """Called with what is done and the total."""
@@ -34,7 +34,7 @@ LINES = '{"record": 12, "scores": [0.1, 0.7]} or {"caption": ..., "sha256": ...,
 
 
 def score_images(
-    prepared: Prepared, score: Score, on_progress: OnProgress = lambda done, total: None, *, batch: int = 64
+    prepared: Prepared, score: Reward, on_progress: OnProgress = lambda done, total: None, *, batch: int = 64
 ) -> np.ndarray:
     """scores_M, float32, of every candidate; what stands in several records is judged once.
 
@@ -55,18 +55,18 @@ def score_images(
             return error
 
     options = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=2 * batch)
-    pictures = iter(grain.MapDataset.range(total).map(read).to_iter_dataset(options))
+    decoded = iter(grain.MapDataset.range(total).map(read).to_iter_dataset(options))
     scores_U = np.full(total, np.nan, np.float32)
     damaged = 0
     for start in range(0, total, batch):
         some = np.arange(start, min(start + batch, total))
         shown, whole = [], []
-        for u, picture in zip(some, itertools.islice(pictures, len(some)), strict=True):
-            if isinstance(picture, images.DamagedImage):
+        for u, image in zip(some, itertools.islice(decoded, len(some)), strict=True):
+            if isinstance(image, images.DamagedImage):
                 damaged += 1
-                _leave_out(prepared, int(of.record_M[distinct.first_U[u]]), picture, damaged, total)
+                _leave_out(prepared, int(of.record_M[distinct.first_U[u]]), image, damaged, total)
             else:
-                shown.append(picture)
+                shown.append(image)
                 whole.append(u)
         captions = distinct.captions.take(pa.array(distinct.caption_U[whole])).to_pylist()
         record_of_each = of.record_M[distinct.first_U[whole]]
@@ -88,15 +88,15 @@ def _leave_out(prepared: Prepared, record: int, error: images.DamagedImage, dama
     warn(f"{message}; left out")
 
 
-def _score(score: Score, pictures: Sequence[np.ndarray], captions: Sequence[str], wheres: Sequence[str]) -> np.ndarray:
+def _score(score: Reward, images: Sequence[np.ndarray], captions: Sequence[str], wheres: Sequence[str]) -> np.ndarray:
     try:
-        scores = np.asarray(score(pictures, captions), np.float32)
+        scores = np.asarray(score(images, captions), np.float32)
     except ValueError as error:
-        if len(pictures) == 1:
+        if len(images) == 1:
             raise ValueError(f"{wheres[0]} can't be judged: {error}") from None
-        singles = zip(pictures, captions, wheres, strict=True)  # to find out which one it is
-        return np.concatenate([_score(score, [picture], [text], [where]) for picture, text, where in singles])
-    assert scores.shape == (len(pictures),), f"{len(pictures)} images got scores of shape {scores.shape}"
+        singles = zip(images, captions, wheres, strict=True)  # to find out which one it is
+        return np.concatenate([_score(score, [image], [text], [where]) for image, text, where in singles])
+    assert scores.shape == (len(images),), f"{len(images)} images got scores of shape {scores.shape}"
     if not np.isfinite(scores).all():
         first = int(np.isfinite(scores).argmin())
         raise ValueError(f"{wheres[first]} can't be judged: an image got the score {scores[first]}")

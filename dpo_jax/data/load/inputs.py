@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
-from dpo_jax.batch import Encoded, Raw
+from dpo_jax.batch import Cached, Raw
 from dpo_jax.data import images
 from dpo_jax.data.load.buffer_pool import Pool
 from dpo_jax.data.store.latents import Encodings
@@ -54,7 +54,7 @@ class Inputs(Protocol):
         """Side of the square images in pixels."""
         ...
 
-    def allocate(self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int) -> Raw | Encoded:
+    def allocate(self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int) -> Raw | Cached:
         """Room for a batch."""
         ...
 
@@ -119,18 +119,18 @@ class Stored:
     def resolution(self) -> int:
         return self.encodings.resolution
 
-    def allocate(self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int) -> Encoded:
+    def allocate(self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int) -> Cached:
         shapes = self.encodings.row_shapes
-        return Encoded(
+        return Cached(
             pool.empty((batch_size, num_candidates, *shapes["moments"]), ml_dtypes.bfloat16),
             pool.empty((batch_size, num_captions, *shapes["context"]), ml_dtypes.bfloat16),
             pool.empty((batch_size, num_captions, *shapes["pooled"]), ml_dtypes.bfloat16),
         )
 
-    def fill(self, batch: Encoded, rows: Sequence[Row], read_images: ReadImages) -> list[np.ndarray]:
+    def fill(self, batch: Cached, rows: Sequence[Row], read_images: ReadImages) -> list[np.ndarray]:
         return [self._fill_row(batch, row) for row in rows]
 
-    def _fill_row(self, batch: Encoded, row: Row) -> np.ndarray:
+    def _fill_row(self, batch: Cached, row: Row) -> np.ndarray:
         encodings, record, number = self.encodings, row.record, 0
         if row.draws is not None:  # of two views the mirrored one where `Decoded` would flip
             number = len(encodings.views) - 1 - int(row.draws.flip * len(encodings.views))

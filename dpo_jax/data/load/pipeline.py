@@ -19,7 +19,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from dpo_jax.batch import Encoded, PreferenceBatch, Raw
+from dpo_jax.batch import Cached, PreferenceBatch, Raw
 from dpo_jax.data import images
 from dpo_jax.data.load.buffer_pool import Pool
 from dpo_jax.data.load.inputs import Draws, Inputs, Row
@@ -453,7 +453,7 @@ class _Rows:
         share = (sample.drop_caption - self.caption_dropout) / (1 - self.caption_dropout)
         return lines[0 if sample.draws is None else int(share * len(lines))]
 
-    def allocate(self, pool: Pool, batch_size: int) -> Raw | Encoded:
+    def allocate(self, pool: Pool, batch_size: int) -> Raw | Cached:
         return self.inputs.allocate(pool, batch_size, self.pairs.num_candidates, self.pairs.num_captions)
 
     def fill(self, batch: PreferenceBatch, rows: Sequence[Row]) -> list[Skipped]:
