@@ -22,6 +22,7 @@ from absl import flags
 from etils import epath
 
 from dpo_jax import cli, locks
+from dpo_jax.errors import UserError
 from dpo_jax.rewards import find_judge
 from dpo_jax.sampling.prompts import BUNDLED
 
@@ -66,18 +67,18 @@ SINCE = flags.DEFINE_float("since", None, "Unix time that `seconds` counts from;
 def main() -> None:
     since = SINCE.value or time.time()
     if bool(MODELS.value) == bool(IMAGES.value):
-        raise ValueError("give either --models or --images, one of the two")
+        raise UserError("give either --models or --images, one of the two")
     named = name_all(MODELS.value or IMAGES.value)
     if len(named) < 2:
-        raise ValueError(f"--{'models' if MODELS.value else 'images'} names one; give two or more to compare")
+        raise UserError(f"--{'models' if MODELS.value else 'images'} names one; give two or more to compare")
     if MODELS.value and not PROMPTS.value:
-        raise ValueError("--prompts is missing; name a file of prompts, or a list as in --prompts=bundled")
+        raise UserError("--prompts is missing; name a file of prompts, or a list as in --prompts=bundled")
     if SEED.value + SEEDS.value > 2**32:
-        raise ValueError(f"--seed={SEED.value} with --seeds={SEEDS.value} goes past the last seed, {2**32 - 1}")
+        raise UserError(f"--seed={SEED.value} with --seeds={SEEDS.value} goes past the last seed, {2**32 - 1}")
     for spec in JUDGES.value:
         find_judge(spec)
     if FEATURES.value != "thumbnails" and not FEATURES.value.startswith("clip="):
-        raise ValueError(f"--features={FEATURES.value}: take thumbnails, or clip=FOLDER_OR_ID")
+        raise UserError(f"--features={FEATURES.value}: take thumbnails, or clip=FOLDER_OR_ID")
     with locks.locked_early(OUTPUT.value, "python -m dpo_jax.evaluate"):
         from dpo_jax import cluster  # after the flags are checked: importing JAX takes seconds
 
@@ -140,7 +141,7 @@ def name_all(specs: list[str]) -> dict[str, str]:
         source = source if equals else spec
         name = name if equals else spec.rstrip("/").rpartition("/")[2]
         if not source or not name or "/" in name or name in named:
-            raise ValueError(f"{spec}: the name {name!r} is empty, taken or has a slash; give one as in NAME={source}")
+            raise UserError(f"{spec}: the name {name!r} is empty, taken or has a slash; give one as in NAME={source}")
         named[name] = source
     return named
 

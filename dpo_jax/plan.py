@@ -17,6 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dpo_jax import cli
+from dpo_jax.errors import UserError
 from dpo_jax.training.config import check_values
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, or FILE:variant.", lock_config=True)
@@ -42,7 +43,7 @@ JSON = flags.DEFINE_bool("json", False, "Print the plan as JSON alone.")
 
 def main() -> None:
     if CONFIG.value is None:
-        raise ValueError("--config is missing; give one of the files in configs/, such as --config=configs/sdxl.py")
+        raise UserError("--config is missing; give one of the files in configs/, such as --config=configs/sdxl.py")
     # No accelerator is needed, and where there is none JAX offers the compiler for GPUs only to those who say so.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from dpo_jax.planning.compiled import compile_step, summarize

@@ -15,6 +15,7 @@ import simplejpeg
 from etils import epath
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from dpo_jax.errors import UserError
 from dpo_jax.files import read_bytes, what_it_is
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # none that starts another program, as EPS does
@@ -45,7 +46,7 @@ Data = bytes | memoryview
 """An encoded image."""
 
 
-class DamagedImage(ValueError):
+class DamagedImage(UserError):
     """The message is a short reason without sizes or names, so that the same damage counts as the same."""
 
 
@@ -62,7 +63,7 @@ def decode_file(path: epath.PathLike, data: Data) -> Image.Image:
     try:
         return decode(data)
     except DamagedImage as error:
-        raise ValueError(f"{path} can't be read as an image: {error}") from error
+        raise UserError(f"{path} can't be read as an image: {error}") from error
 
 
 def decode(data: Data) -> Image.Image:
@@ -241,9 +242,9 @@ def _size_of_plain_jpeg(data: Data) -> tuple[int, int]:
         header = Image.open(io.BytesIO(data), formats=["JPEG"])
         # The two may read a damaged header differently.
         if header.size != (width, height) or header.format != "JPEG" or _is_turned(header):
-            raise ValueError("not a plain JPEG")
+            raise UserError("not a plain JPEG")
         if colours not in ("YCbCr", "RGB"):
-            raise ValueError(f"a JPEG in {colours}")
+            raise UserError(f"a JPEG in {colours}")
         size = height, width
     _check_size(size)
     return size

@@ -45,6 +45,7 @@ from dpo_jax.data.store.prepared import Prepared
 from dpo_jax.data.tokenizers import Tokenizers
 from dpo_jax.encode.images import mirror, posterior_moments
 from dpo_jax.encode.text import encode_text
+from dpo_jax.errors import EnvironmentFault, UserError
 from dpo_jax.files import readable_bytes
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sharding import batch_sharding
@@ -253,7 +254,7 @@ class DatasetEncoder:
         Raises OSError when the disk is too small for it, before anything is written.
         """
         if self._missing_bytes > self._free:
-            raise OSError(
+            raise EnvironmentFault(
                 f"the encodings need another {readable_bytes(self._missing_bytes)}, but {readable_bytes(self._free)} "
                 f"are free in {self.folder.parent}; make room, or encode fewer views or a lower resolution"
             )
@@ -286,7 +287,7 @@ class DatasetEncoder:
 
 def _check_finite(tensor: np.ndarray, what: str) -> None:
     if not np.isfinite(tensor).all():
-        raise ValueError(
+        raise UserError(
             f"the {what} are not finite: the model overflows in its dtype; set vae_dtype (or dtype) to float32, or "
             "take a VAE made for half precision"
         )

@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 
 from dpo_jax import cluster
 from dpo_jax.data.images import MAX_BYTES, read_image
+from dpo_jax.errors import UserError
 from dpo_jax.evaluation.compare import Contest
 from dpo_jax.evaluation.drift import thumbnails
 from dpo_jax.files import read_bytes, read_json, write_whole
@@ -81,7 +82,7 @@ def features_of(spec: str, settings: Settings, contest: Contest, on_progress: On
 
         name, _, source = spec.partition("=")
         if name != "clip":
-            raise ValueError(f"--features={spec}: take thumbnails, or clip=FOLDER_OR_ID")
+            raise UserError(f"--features={spec}: take thumbnails, or clip=FOLDER_OR_ID")
         describe = open_image_features(source, settings)
     return {
         model: np.concatenate([describe(images) for _, images in _chunks(files, f"looking at {model}", on_progress)])

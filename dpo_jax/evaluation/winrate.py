@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dpo_jax.errors import UserError
+
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 
@@ -46,7 +48,7 @@ def mean_over_prompts(values: Sequence[np.ndarray]) -> tuple[float, float, float
     """
     P = len(values)
     if P < 2:
-        raise ValueError(f"an interval over prompts needs at least 2 prompts, not {P}")
+        raise UserError(f"an interval over prompts needs at least 2 prompts, not {P}")
     mean_P = np.array([of_prompt.mean() for of_prompt in values])
     drawn_RP = np.random.default_rng(0).multinomial(P, np.full(P, 1 / P), size=RESAMPLES)
     low, high = np.quantile(drawn_RP @ mean_P / P, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])

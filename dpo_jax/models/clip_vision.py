@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from dpo_jax.errors import UserError
 from dpo_jax.files import conform
 from dpo_jax.models.clip import (
     ACTIVATIONS,
@@ -57,7 +58,7 @@ class CLIPConfig:
         """Reads the config.json of a whole CLIP. Raises ValueError naming `where` and what is not supported."""
         parts: Parts = conform(config, Parts, where)
         if config.get("model_type") != "clip" or parts.vision_config is None or parts.text_config is None:
-            raise ValueError(f"{where} does not describe a whole CLIP, with an image and a text encoder")
+            raise UserError(f"{where} does not describe a whole CLIP, with an image and a text encoder")
         # Old files repeat the vision half in `vision_config_dict`, which transformers lets win.
         vision = {**parts.vision_config, **(parts.vision_config_dict or {})}
         supported = {
@@ -75,7 +76,7 @@ class CLIPConfig:
         result = read_config(CLIPVisionConfig, vision, where, supported=supported, metadata=metadata)
         result.check(where)
         if result.image_size < result.patch_size:
-            raise ValueError(f"{where}: image_size = {result.image_size} is less than patch_size = {result.patch_size}")
+            raise UserError(f"{where}: image_size = {result.image_size} is less than patch_size = {result.patch_size}")
         # `text` has checked its type, and has the default of both halves where the file has none.
         return cls(text, result, config.get("projection_dim", cls.projection_dim))
 

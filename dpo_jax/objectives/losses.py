@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.batch import LogRatios
+from dpo_jax.errors import UserError
 
 
 def dpo(scores: LogRatios, preference_BK: jax.Array, *, beta: float) -> jax.Array:
@@ -93,7 +94,7 @@ def clamp(x: jax.Array, low: float, high: float) -> jax.Array:
 def margin(scores: LogRatios) -> jax.Array:
     """`log_ratio_w - log_ratio_l` per prompt; times beta it is the difference of implicit rewards."""
     if scores.log_ratio_BK.shape[1] != 2:
-        raise ValueError(f"a pair has 2 candidates, this batch has {scores.log_ratio_BK.shape[1]}")
+        raise UserError(f"a pair has 2 candidates, this batch has {scores.log_ratio_BK.shape[1]}")
     return scores.log_ratio_BK[:, 0] - scores.log_ratio_BK[:, 1]
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from dpo_jax.errors import UserError
+
 if TYPE_CHECKING:
     from dpo_jax.sharding import Placement
 
@@ -84,7 +86,7 @@ def open_judge(
         odd = np.flatnonzero(~np.isfinite(scores))
         if odd.size:
             more = f" and {odd.size - 1} more images" if odd.size > 1 else ""
-            raise ValueError(
+            raise UserError(
                 f"the judge {name} gave the score {scores[odd[0]]} to an image of {captions[odd[0]]!r}{more}, which "
                 "can't be compared with others; its weights or its dtype may be to blame"
             )
@@ -97,21 +99,21 @@ def find_judge(spec: str) -> tuple[str, str]:
     """The name of a spec's judge and what it is opened from; ValueError where there is no such judge."""
     name, separator, source = spec.partition("=")
     if name not in JUDGES:
-        raise ValueError(f"there is no judge {name!r}; those that come with dpo_jax are {', '.join(JUDGES)}")
+        raise UserError(f"there is no judge {name!r}; those that come with dpo_jax are {', '.join(JUDGES)}")
     judge = JUDGES[name]
     if separator and not judge.needs:
-        raise ValueError(f"the judge {name} is opened by its name alone, not by {spec!r}")
+        raise UserError(f"the judge {name} is opened by its name alone, not by {spec!r}")
     if judge.needs and not source and not judge.default:
-        raise ValueError(f"the judge {name} needs {judge.needs}: {name}=...")
+        raise UserError(f"the judge {name} needs {judge.needs}: {name}=...")
     return name, source or judge.default
 
 
 def _check(name: str, images: Images, captions: Sequence[str]) -> None:
     if len(images) != len(captions):
-        raise ValueError(f"{len(images)} images but {len(captions)} captions: give one caption an image")
+        raise UserError(f"{len(images)} images but {len(captions)} captions: give one caption an image")
     for image in images:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise ValueError(f"the judge {name} looks at uint8 images [H, W, 3], not {image.dtype} {list(image.shape)}")
+            raise UserError(f"the judge {name} looks at uint8 images [H, W, 3], not {image.dtype} {list(image.shape)}")
 
 
 def _from(module: str, opens: str) -> Callable[[str, Settings], Reward]:

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 from tokenizers import BertWordPieceTokenizer
 
+from dpo_jax.errors import UserError
 from dpo_jax.files import read_lines
 from dpo_jax.models.blip import ImageReward, ImageRewardConfig
 from dpo_jax.models.network import Network
@@ -65,7 +66,7 @@ def _read_vocabulary(path: epath.Path, config: ImageRewardConfig) -> dict[str, i
     absent = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if token not in tokens]
     if absent or not len(set(tokens)) == len(tokens) <= config.text.vocab_size:
         problem = f"lacks {absent[0]}" if absent else f"has {len(tokens)} tokens, {len(set(tokens))} of them distinct"
-        raise ValueError(
+        raise UserError(
             f"{path} is not BERT's vocabulary of at most {config.text.vocab_size} tokens: it {problem}; take that "
             f"of {BERT}"
         )

@@ -19,6 +19,7 @@ from dpo_jax.data.images import View, fit
 from dpo_jax.data.tokenizers import load_tokenizers
 from dpo_jax.encode.images import posterior_moments, sample_posterior
 from dpo_jax.encode.text import condition, encode_text
+from dpo_jax.errors import UserError
 from dpo_jax.models.pipeline import load_pipeline
 from dpo_jax.objectives.denoising import score_candidates
 from dpo_jax.rewards import Images, Reward, Settings
@@ -39,10 +40,10 @@ def open_implicit(source: str, settings: Settings) -> Reward:
     # Not the colon of gs://bucket.
     names = re.split(r":(?!//)", source)
     if len(names) != 2 or not all(names):
-        raise ValueError(f"the judge implicit={source} needs two models, as in implicit=TUNED:REFERENCE")
+        raise UserError(f"the judge implicit={source} needs two models, as in implicit=TUNED:REFERENCE")
     tuned, reference = (load_pipeline(name, dtype=settings.dtype) for name in names)
     if tuned.unet.specs != reference.unet.specs:
-        raise ValueError(f"{names[0]} and {names[1]} have unlike UNets, so neither is tuned from the other")
+        raise UserError(f"{names[0]} and {names[1]} have unlike UNets, so neither is tuned from the other")
     batches = Batches(settings)
     placement, family, vae = batches.placement, reference.family, reference.vae
     weights: Any = {

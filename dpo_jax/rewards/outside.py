@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dpo_jax.errors import EnvironmentFault, OutsideConnectionError, OutsideProcessError, OutsideTimeoutError, UserError
 from dpo_jax.rewards import Images, Reward, Settings
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -46,7 +47,7 @@ def open_function(source: str, settings: Settings) -> Reward:
         try:
             values = np.atleast_1d(np.asarray(function(list(images), list(captions)))).tolist()
         except Exception as error:
-            raise OSError(f"the judge {source} raises {_told(error)}") from error
+            raise EnvironmentFault(f"the judge {source} raises {_told(error)}") from error
         return _scores(f"the judge {source}", [json.dumps(value, default=repr) for value in values], captions)
 
     return score
@@ -57,9 +58,9 @@ def open_command(source: str, settings: Settings) -> Reward:
     try:
         command = shlex.split(source)
     except ValueError as error:
-        raise ValueError(f"command={source} is no command line: {error}") from None
+        raise UserError(f"command={source} is no command line: {error}") from None
     if not command:
-        raise ValueError("command= is followed by nothing: it needs a command line")
+        raise UserError("command= is followed by nothing: it needs a command line")
 
     def score(images: Images, captions: Sequence[str]) -> np.ndarray:
         with tempfile.TemporaryDirectory(prefix="dpo_jax_") as folder:
@@ -78,7 +79,7 @@ def open_command(source: str, settings: Settings) -> Reward:
 def open_http(source: str, settings: Settings) -> Reward:
     """A judge that is an HTTP endpoint. Raises ValueError for an address of another kind."""
     if not source.startswith(("http://", "https://")):
-        raise ValueError(f"http={source} is no address: it begins with http:// or https://")
+        raise UserError(f"http={source} is no address: it begins with http:// or https://")
 
     def score(images: Images, captions: Sequence[str]) -> np.ndarray:
         entries = [
@@ -91,7 +92,9 @@ def open_http(source: str, settings: Settings) -> Reward:
         except (ValueError, KeyError, TypeError):
             values = None
         if not isinstance(values, list):
-            raise ConnectionError(f'the judge at {source} answers {_short(answer)}; it should be {{"scores": [...]}}')
+            raise OutsideConnectionError(
+                f'the judge at {source} answers {_short(answer)}; it should be {{"scores": [...]}}'
+            )
         return _scores(f"the judge at {source}", list(map(json.dumps, values)), captions)
 
     return score
@@ -100,7 +103,7 @@ def open_http(source: str, settings: Settings) -> Reward:
 def _import(source: str) -> Callable[..., Any]:
     module_name, _, name = source.partition(":")
     if not module_name or not name:
-        raise ValueError(f"python={source} names no function; write python=module:function")
+        raise UserError(f"python={source} names no function; write python=module:function")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -111,10 +114,10 @@ def _import(source: str) -> Callable[..., Any]:
             message = f"there is no module {missing} in the working directory or the environment"
         else:
             message = f"importing {module_name} raises {_told(error)}"
-        raise ValueError(f"python={source} can't be opened: {message}") from error
+        raise UserError(f"python={source} can't be opened: {message}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"python={source} can't be opened: {module_name} has no function {name}")
+        raise UserError(f"python={source} can't be opened: {module_name} has no function {name}")
     return function
 
 
@@ -127,7 +130,7 @@ def _run(command: Sequence[str], lines: str, timeout: float) -> str:
             command, stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace", start_new_session=True
         )
     except OSError as error:
-        raise ChildProcessError(f"the judge {name} can't be run: {error.strerror}") from None
+        raise OutsideProcessError(f"the judge {name} can't be run: {error.strerror}") from None
     with process:
         try:
             printed, complaints = process.communicate(lines, timeout)
@@ -135,11 +138,11 @@ def _run(command: Sequence[str], lines: str, timeout: float) -> str:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             if isinstance(error, subprocess.TimeoutExpired):
-                raise TimeoutError(f"the judge {name} has not answered in {timeout:g} s") from None
+                raise OutsideTimeoutError(f"the judge {name} has not answered in {timeout:g} s") from None
             raise
     if process.returncode:
         last_line = complaints.strip().rpartition("\n")[2]
-        raise ChildProcessError(f"the judge {name} ended with {process.returncode}: {_short(last_line)}")
+        raise OutsideProcessError(f"the judge {name} ended with {process.returncode}: {_short(last_line)}")
     return printed
 
 
@@ -150,18 +153,18 @@ def _post(address: str, body: bytes, timeout: float) -> str:
             return response.read().decode()
     except urllib.error.HTTPError as error:
         text = _short(error.read().decode(errors="replace"))
-        raise ConnectionError(f"the judge at {address} answers with status {error.code}: {text}") from None
+        raise OutsideConnectionError(f"the judge at {address} answers with status {error.code}: {text}") from None
     except (OSError, UnicodeDecodeError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(reason, TimeoutError):
-            raise TimeoutError(f"the judge at {address} has not answered in {timeout:g} s") from None
-        raise ConnectionError(f"the judge at {address} can't be asked: {_short(str(reason))}") from None
+            raise OutsideTimeoutError(f"the judge at {address} has not answered in {timeout:g} s") from None
+        raise OutsideConnectionError(f"the judge at {address} can't be asked: {_short(str(reason))}") from None
 
 
 def _scores(judge: str, lines: Sequence[str], captions: Sequence[str]) -> np.ndarray:
     """The numbers of as many lines as there are captions."""
     if len(lines) != len(captions):
-        raise OSError(f"{judge} gives {len(lines)} scores for {len(captions)} images")
+        raise EnvironmentFault(f"{judge} gives {len(lines)} scores for {len(captions)} images")
     values: list[float] = []
     for line, caption in zip(lines, captions, strict=True):
         try:
@@ -171,7 +174,7 @@ def _scores(judge: str, lines: Sequence[str], captions: Sequence[str]) -> np.nda
             value = None
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not abs(value) <= LARGEST:  # nor is NaN
-            raise OSError(f"{judge} gives {_short(line)} for the caption {caption!r}; it should be a number")
+            raise EnvironmentFault(f"{judge} gives {_short(line)} for the caption {caption!r}; it should be a number")
         values.append(value)
     return np.asarray(values, np.float32)
 

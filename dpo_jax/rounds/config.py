@@ -8,6 +8,7 @@ import dataclasses
 import numpy as np
 from ml_collections import ConfigDict
 
+from dpo_jax.errors import UserError
 from dpo_jax.training.config import (
     COUNT,
     NOT_ALL,
@@ -185,35 +186,35 @@ def check(config: ConfigDict) -> None:
     """Raises ValueError for values that no machine can run, with the remedy."""
     check_fields(config, online_config(), FIELDS)
     if not config.model:
-        raise ValueError("config.model is empty; set it in the config file or with --config.model=...")
+        raise UserError("config.model is empty; set it in the config file or with --config.model=...")
     check_settings(config)
     online = config.online
     if config.steps:
-        raise ValueError(
+        raise UserError(
             f"config.steps={config.steps}, but the steps of an online run are its rounds x the updates in one; leave "
             "it at 0 and set online.rounds"
         )
     if online.candidates < (2 if config.loss.name == "d3po" or online.advantage == "group" else 1):
-        raise ValueError(f"config.online.candidates={online.candidates}; there is nothing to compare: take 2 or more")
+        raise UserError(f"config.online.candidates={online.candidates}; there is nothing to compare: take 2 or more")
     if config.lora.dropout:
-        raise ValueError(
+        raise UserError(
             f"config.lora.dropout={config.lora.dropout} would change the probabilities of the policy that sampled; "
             "set lora.dropout=0"
         )
     if online.prompts_per_round % config.data.batch_size:
-        raise ValueError(
+        raise UserError(
             f"config.online.prompts_per_round={online.prompts_per_round} is no multiple of "
             f"data.batch_size={config.data.batch_size}, the prompts in an update; change either"
         )
     if config.loss.name == "dpok" and online.reference == "round":
-        raise ValueError('dpok needs a reference of its own: set config.online.reference="initial"')
+        raise UserError('dpok needs a reference of its own: set config.online.reference="initial"')
     if online.update_by == "pair" and (config.loss.name != "d3po" or online.branching):
-        raise ValueError(
+        raise UserError(
             'config.online.update_by="pair" is D3PO\'s on whole trajectories; set it to "prompt" for '
             f"{'branching' if online.branching else config.loss.name}"
         )
     if online.update_by == "pair" and online.best_and_worst:
-        raise ValueError(
+        raise UserError(
             'config.online.update_by="pair" updates by every pair, of which best_and_worst leaves one; set update_by='
             '"prompt"'
         )
@@ -221,42 +222,42 @@ def check(config: ConfigDict) -> None:
         for field, value in (("reference", config.reference), ("lora.init_reference", config.lora.init_reference)):
             if value:
                 why = config.loss.name if config.loss.name != "d3po" else 'online.reference="round"'
-                raise ValueError(
+                raise UserError(
                     f"config.{field}={value} names a reference, and with {why} no network is one; leave it out, or "
                     'take loss.name="d3po" with online.reference="initial"'
                 )
     if online.evaluate_every and not online.judges:
-        raise ValueError(
+        raise UserError(
             f"config.online.evaluate_every={online.evaluate_every} asks judges, and online.judges names none; set "
             "evaluate_every=0 where people judge"
         )
     if not online.train_guided and not needs_reference(config):
-        raise ValueError(
+        raise UserError(
             "config.online.train_guided=False compares with the probabilities that guided sampling stored, and with "
             f'online.reference="{online.reference}" or loss.name="{config.loss.name}" nothing else; set '
             'online.train_guided=True, or loss.name="d3po" with online.reference="initial"'
         )
     if online.latent_judge and not online.branching:
-        raise ValueError("config.online.latent_judge judges single steps; set config.online.branching=True")
+        raise UserError("config.online.latent_judge judges single steps; set config.online.branching=True")
     if online.branching and config.loss.name != "d3po" and online.advantage == "prompt":
-        raise ValueError(
+        raise UserError(
             f"config.online.branching compares the candidates of a step, and {config.loss.name} the last rewards of a "
             'prompt, whatever their step; set config.online.advantage="group"'
         )
     if online.branching and not online.judges:
-        raise ValueError("config.online.branching judges at every step, which people can't; name judges")
+        raise UserError("config.online.branching judges at every step, which people can't; name judges")
     if not online.branching and online.branch_after:
-        raise ValueError(
+        raise UserError(
             f"config.online.branch_after={online.branch_after} is when candidates part, and they don't; set "
             "online.branching=True"
         )
     if online.best_and_worst and config.loss.name != "d3po":
-        raise ValueError(
+        raise UserError(
             f"config.online.best_and_worst chooses a pair, and {config.loss.name} learns from all candidates; set it "
             "to False"
         )
     if online.margin and not online.best_and_worst:
-        raise ValueError(
+        raise UserError(
             f"config.online.margin={online.margin} is between the best and the worst; set online.best_and_worst=True"
         )
 
@@ -274,7 +275,7 @@ def round_sizes(config: ConfigDict, learned_steps: np.ndarray, *, device_count: 
     S, T = config.online.sampling_steps, max(1, round(online.timesteps * len(learned_steps)))
     derived = divide_batch(config, B * T, device_count=device_count, process_count=process_count)
     if B % process_count:
-        raise ValueError(
+        raise UserError(
             f"data.batch_size={B} prompts don't divide over {process_count} processes; take a multiple of it"
         )
     pairs = K * (K - 1) // 2 if online.update_by == "pair" else 1

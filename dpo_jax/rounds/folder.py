@@ -22,6 +22,7 @@ from etils import epath
 from PIL import Image
 from typing_extensions import TypedDict
 
+from dpo_jax.errors import UserError
 from dpo_jax.files import read_json, write_whole
 from dpo_jax.rounds.rollout import StoredTrajectory
 from dpo_jax.sampling.grid import save_png
@@ -51,7 +52,7 @@ def read_said(file: epath.PathLike) -> dict[str, Any]:
     counts = {len(of_prompt) for of_prompt in found["scores"]}
     judged = {len(said) for of_prompt in found["scores"] for said in of_prompt}
     if len(found["scores"]) != len(found["prompts"]) or len(counts) != 1 or judged != {len(found["judges"])}:
-        raise ValueError(f"{file} is damaged: its scores are not [prompt][candidate][judge]; restore it from a backup")
+        raise UserError(f"{file} is damaged: its scores are not [prompt][candidate][judge]; restore it from a backup")
     return found
 
 
@@ -132,7 +133,7 @@ class RoundFolder:
             with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
                 return {field: arrays[field] for field in fields if field in arrays}
         except Exception as error:  # of whatever class: damaged files raise almost any
-            raise ValueError(
+            raise UserError(
                 f"{file} can't be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}); put it "
                 f"back; as long as nothing of round {self.number} is trained on, remove it and run again, to sample it "
                 "anew, otherwise begin another --workdir"

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax import cluster
 from dpo_jax.cli import replaced
+from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.objectives.advantages import PromptStatistics
 from dpo_jax.rewards import Judge
 from dpo_jax.rounds.config import RoundSizes, check, online_config, round_sizes
@@ -62,7 +63,7 @@ def learn(config: ConfigDict, workdir: epath.PathLike, stage: str = "", feedback
     check_backend(config)
     prompts = [prompt.text for prompt in read_prompts(config.online.prompts)]
     if not config.online.judges and config.online.prompts_per_round > len(prompts):
-        raise ValueError(
+        raise UserError(
             f"config.online.prompts_per_round={config.online.prompts_per_round}, but {config.online.prompts} has "
             f"{len(prompts)} prompts, and people are shown none twice; take fewer"
         )
@@ -137,9 +138,9 @@ class Rounds:
             folder, step = self.folder(number), int(state.step)
             missing = self._missing(folder)
             if stage == "train" and missing:
-                raise ValueError(f"round {number} is not sampled yet; run with --stage=sample first")
+                raise UserError(f"round {number} is not sampled yet; run with --stage=sample first")
             if step > number * self._plan.updates and missing:
-                raise ValueError(
+                raise UserError(
                     f"step {step} is in the middle of round {number}, but trajectories of it are missing in "
                     f"{folder.path}, and the weights that they were sampled with have changed; put them back or begin "
                     "another --workdir"
@@ -148,7 +149,7 @@ class Rounds:
             people = cluster.is_first() and bool(self._feedback or folder.feedback() or folder.read_scores())
             is_judged = bool(self._judges) or bool(cluster.says_first(people))
             if stage == "train" and not is_judged:
-                raise ValueError(
+                raise UserError(
                     f"nobody has scored round {number}: {folder.path} has no feedback*.json; vote on it and export the "
                     "votes there (run with --stage=sample to see how), or name files with --feedback"
                 )
@@ -315,7 +316,7 @@ class Rounds:
         shown_PKR = self._said(folder, found) if noted_PKR is None or self._judges or self._feedback else noted_PKR
         is_new = noted_PKR is None or not np.array_equal(shown_PKR, noted_PKR, equal_nan=True)
         if is_new and noted_PKR is not None and step > start and self._feedback:
-            raise ValueError(
+            raise UserError(
                 f"--feedback differs from {folder.path / 'scores.json'}, by which round {folder.number} is trained on "
                 f"up to step {step} already; leave out --feedback to go on by that, or begin another --workdir"
             )
@@ -343,7 +344,7 @@ class Rounds:
         self._count_idle(undecided < total)
         if self._judges and self._idle == min(MOST_IDLE, self._config.online.rounds):
             first = "the first round" if self._idle == 1 else f"the first {self._idle} rounds"
-            raise ValueError(
+            raise UserError(
                 f"by {who} no candidate of {first} is better than another, so nothing can be learned; correct "
                 "config.online.judges, or raise online.candidates, and begin another --workdir"
             )
@@ -380,7 +381,7 @@ def _scores_of(folder: RoundFolder) -> np.ndarray:
     """[P, K, R], from `scores.json`."""
     scores = folder.read_scores()
     if scores is None:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder.path} has no scores.json, and later rounds build on it; put it back or begin another --workdir"
         )
     return np.array(scores["scores"], np.float64)

@@ -10,6 +10,7 @@ from dpo_jax.batch import LogRatios, PreferenceBatch, Sampled
 from dpo_jax.diffusion.samplers import SamplerTable, make_table, with_guidance
 from dpo_jax.diffusion.trajectories import random_steps
 from dpo_jax.encode.text import make_conditionings
+from dpo_jax.errors import UserError
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.objectives.losses import d3po, ddpo, dpok
 from dpo_jax.objectives.transitions import (
@@ -55,7 +56,7 @@ def learned_steps(config: ConfigDict, table: SamplerTable) -> np.ndarray:
     steps_S = random_steps(table)
     kept_S = steps_S[steps_S >= first_branch(config)]
     if not len(kept_S):
-        raise ValueError(
+        raise UserError(
             f"config.online.branch_after={config.online.branch_after} of {config.online.sampling_steps} steps leaves "
             "none to train on; take less"
         )

@@ -25,6 +25,7 @@ from dpo_jax.diffusion.trajectories import (
 )
 from dpo_jax.encode.images import decode_latents
 from dpo_jax.encode.text import make_conditionings
+from dpo_jax.errors import UserError
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.objectives.denoising import per_candidate
 from dpo_jax.rounds.config import first_branch
@@ -84,7 +85,7 @@ class Rollout:
         transitions, images_BKHWC, seen_BSK, finite_B = self._rollout(params, frozen, self._latent_judge, *given)
         black = np.flatnonzero(~jax.device_get(finite_B)[:count])
         if black.size:
-            raise ValueError(
+            raise UserError(
                 f"images of {black.size} prompts, the first {captions[black[0]]!r}, came out black: their numbers are "
                 "not finite (NaN or infinity); try dtype and vae_dtype float32, or a lower optimizer.learning_rate"
             )

@@ -16,6 +16,7 @@ from PIL import Image
 
 from dpo_jax import cluster
 from dpo_jax.data.images import MAX_BYTES, SUFFIXES, View, decode_file, fit, read_image
+from dpo_jax.errors import ExistingFileError, MissingFileError
 from dpo_jax.files import is_partial, read_bytes, read_json, write_whole
 from dpo_jax.sampling.generate import Generator
 from dpo_jax.sampling.grid import image_grid, save_png
@@ -54,13 +55,13 @@ def begin_folder(folder: epath.PathLike, settings: Mapping[str, Any]) -> None:
         differing = [key for key in {**found, **settings} if found.get(key) != settings.get(key)]
         if differing:
             values = (f"{key}: {found.get(key)!r} there, {settings.get(key)!r} now" for key in differing)
-            raise FileExistsError(
+            raise ExistingFileError(
                 f"the images in {folder} were drawn by other settings ({'; '.join(values)}); choose another --output, "
                 "or the former values to continue it"
             )
         return
     if folder.exists() and not all(is_partial(path.name) or path.name == ".lock" for path in folder.iterdir()):
-        raise FileExistsError(f"{folder} holds files that are no images of ours; choose an empty or new --output")
+        raise ExistingFileError(f"{folder} holds files that are no images of ours; choose an empty or new --output")
     cluster.wait("looked at the folder")
     if cluster.is_first():
         write_whole(file, json.dumps(settings, indent=2) + "\n")
@@ -122,7 +123,7 @@ def find_images(path: epath.PathLike, numbers: Sequence[int]) -> list[epath.Path
     """
     path = epath.Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no image and no folder of images at {path}")
+        raise MissingFileError(f"no image and no folder of images at {path}")
     if not path.is_dir():
         return [path] * len(numbers)
     found: dict[int, epath.Path] = {}
@@ -132,7 +133,7 @@ def find_images(path: epath.PathLike, numbers: Sequence[int]) -> list[epath.Path
             found.setdefault(int(number[0]), file)
     absent = [number for number in numbers if number not in found]
     if absent:
-        raise FileNotFoundError(f"{path} has no image for prompt number {absent[0]}, such as {absent[0]:05d}.png")
+        raise MissingFileError(f"{path} has no image for prompt number {absent[0]}, such as {absent[0]:05d}.png")
     return [found[number] for number in numbers]
 
 

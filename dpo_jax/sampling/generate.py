@@ -20,6 +20,7 @@ from dpo_jax.diffusion.samplers import (
 )
 from dpo_jax.encode.images import decode_latents, posterior_moments, sample_posterior
 from dpo_jax.encode.text import make_conditionings
+from dpo_jax.errors import UserError
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sharding import Placement, batch_constraint, batch_parts, batch_sharding, on_mesh, replicated
 from dpo_jax.weights.layout import Params
@@ -52,7 +53,7 @@ def plan_sampling(pipeline: Pipeline, sampling: Sampling, resolution: int) -> tu
     cells, rest = divmod(resolution, pipeline.vae_factor)
     halvings = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
     if rest or cells % halvings or cells < 1:
-        raise ValueError(f"resolution={resolution} must be a multiple of {pipeline.vae_factor * halvings} pixels")
+        raise UserError(f"resolution={resolution} must be a multiple of {pipeline.vae_factor * halvings} pixels")
     options = {"eta": sampling.eta, "strength": sampling.strength}
     table = make_table(sampling.sampler, pipeline.sampling_schedule, sampling.steps, **options)
     return (cells, cells, pipeline.unet.config.in_channels), table
@@ -173,7 +174,7 @@ class Generator:
         Raises ValueError for images whose numbers are not finite, unless they are reported.
         """
         if len(seeds) and not 0 <= min(seeds) <= max(seeds) <= MAX_SEED:
-            raise ValueError(f"seeds {min(seeds)} to {max(seeds)} must be in 0..{MAX_SEED}")
+            raise UserError(f"seeds {min(seeds)} to {max(seeds)} must be in 0..{MAX_SEED}")
         frozen = {name: params for name, params in self._encoders().items() if name in self._components}
 
         def fetched(batch: tuple[jax.Array, jax.Array], of_batch: range) -> np.ndarray:
@@ -208,5 +209,5 @@ class Generator:
             "weights are damaged"
         )
         if self._report is None:
-            raise ValueError(message)
+            raise UserError(message)
         self._report(message)

@@ -16,6 +16,7 @@ from etils import epath
 from typing_extensions import TypedDict
 
 from dpo_jax.data.images import SUFFIXES
+from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.files import read_json_lines, read_text, write_whole
 from dpo_jax.sampling.prompts import Prompt
 
@@ -64,12 +65,12 @@ def read_list(folder: epath.PathLike, prompts: Sequence[Prompt] = ()) -> list[En
     """
     folder = epath.Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder of images at {folder}; python -m dpo_jax.sample makes one")
+        raise MissingFileError(f"no folder of images at {folder}; python -m dpo_jax.sample makes one")
     entries = _listed(folder) if (folder / LIST).exists() else _found(folder, prompts)
     if not entries and (folder / LIST).exists():
-        raise ValueError(f"{folder / LIST} lists no images")
+        raise UserError(f"{folder / LIST} lists no images")
     if not entries:
-        raise ValueError(f"{folder} has no images ({', '.join(SUFFIXES)})")
+        raise UserError(f"{folder} has no images ({', '.join(SUFFIXES)})")
     return entries
 
 
@@ -80,7 +81,7 @@ def _listed(folder: epath.Path) -> list[Entry]:
     for number, line in lines:
         image = names.get(unicodedata.normalize("NFC", line["image"]))
         if image is None:  # also anything with a path in it
-            raise ValueError(f"{folder / LIST}, line {number}: there is no image {line['image']} in {folder}")
+            raise UserError(f"{folder / LIST}, line {number}: there is no image {line['image']} in {folder}")
         entries.append(Entry(image, line["prompt"], line["seed"], line.get("category") or ""))
     return entries
 
@@ -104,7 +105,7 @@ def _found(folder: epath.Path, prompts: Sequence[Prompt]) -> list[Entry]:
         elif number and int(number[0]) in by_number:
             prompt = by_number[int(number[0])]
         else:
-            raise ValueError(
+            raise UserError(
                 f"{path}: no prompt is known for it: it is in no {LIST}, has no caption {caption.name}, and its name "
                 f"does not begin with the number of a line, from 0, that has one of {len(prompts)} prompts"
             )

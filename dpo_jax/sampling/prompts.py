@@ -8,6 +8,7 @@ from typing import NamedTuple, NotRequired
 from etils import epath
 from typing_extensions import TypedDict
 
+from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.files import check_regular, read_json, read_json_lines, read_lines, read_text
 
 BUNDLED = {
@@ -60,13 +61,13 @@ def read_prompts(source: epath.PathLike, *, repeated: bool = False) -> list[Prom
     bundled = BUNDLED.get(str(source))
     path = epath.Path(__file__).parents[1] / bundled if bundled else epath.Path(source)
     if not path.exists():
-        raise FileNotFoundError(f"no prompts at {path}; name a file (one prompt a line) or one of {', '.join(BUNDLED)}")
+        raise MissingFileError(f"no prompts at {path}; name a file (one prompt a line) or one of {', '.join(BUNDLED)}")
     files = sorted(file for file in path.iterdir() if file.suffix in _READERS) if path.is_dir() else [path]
     prompts: list[Prompt] = []
     first = 0
     for file in files:
         if file.suffix not in _READERS:
-            raise ValueError(f"{file}: prompts are read from {', '.join(_READERS)}")
+            raise UserError(f"{file}: prompts are read from {', '.join(_READERS)}")
         last = -1
         for prompt in _READERS[file.suffix](file):
             last, text = prompt.number, prompt.text.strip("\ufeff").strip()  # files joined by cat have marks within
@@ -74,7 +75,7 @@ def read_prompts(source: epath.PathLike, *, repeated: bool = False) -> list[Prom
                 prompts.append(Prompt(text, prompt.category, first + prompt.number))
         first += last + 1
     if not prompts:
-        raise ValueError(f"{path} has no prompt; write one prompt a line")
+        raise UserError(f"{path} has no prompt; write one prompt a line")
     return prompts if repeated else distinct(prompts)
 
 
@@ -110,13 +111,13 @@ def _table(file: epath.Path, rows: "csv.DictReader[str]") -> Iterator[Prompt]:
         columns = {name.strip().lower(): name for name in rows.fieldnames or () if name}
         if "prompt" not in columns:
             found = " ".join(", ".join(columns.values()).split())
-            raise ValueError(f"{file} has no column Prompt, as PartiPrompts has; it has {found[:200]}")
+            raise UserError(f"{file} has no column Prompt, as PartiPrompts has; it has {found[:200]}")
         for index, row in enumerate(rows):
             category = row.get(columns.get("category", "")) or ""
             number = rows.line_num - 2 if rows.reader.dialect.quoting == csv.QUOTE_NONE else index
             yield Prompt(row[columns["prompt"]] or "", category, number)
     except csv.Error as error:
-        raise ValueError(f"{file}, line {rows.line_num + 1} can't be read as a table: {error}") from None
+        raise UserError(f"{file}, line {rows.line_num + 1} can't be read as a table: {error}") from None
 
 
 def _json_list(file: epath.Path) -> Iterator[Prompt]:
@@ -135,7 +136,7 @@ def _parquet(file: epath.Path) -> Iterator[Prompt]:
         names = table.schema_arrow.names
         column = next((name for name in ("caption", "prompt") if name in names), None)
         if column is None:
-            raise ValueError(f"{file} has no column caption, as Pick-a-Pic has; it has {', '.join(names)}")
+            raise UserError(f"{file} has no column caption, as Pick-a-Pic has; it has {', '.join(names)}")
         number = 0
         for batch in table.iter_batches(columns=[column]):
             for text in batch.column(0).cast(pa.string()).to_pylist():

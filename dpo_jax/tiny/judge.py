@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dpo_jax.errors import UserError
 from dpo_jax.tiny import world
 
 MIN_CONTRAST = 60.0  # an object differs from the background by at least this much (Euclidean distance of RGB)
@@ -37,7 +38,7 @@ def score(images_NHWC: np.ndarray, captions: Sequence[str]) -> np.ndarray:
     """The fraction of a caption's shape, colour and place that its image shows: float32 [N] of 0, 1/3, 2/3, 1."""
     readings = read(images_NHWC)
     if len(readings) != len(captions):
-        raise ValueError(f"{len(readings)} images but {len(captions)} captions: give one caption an image")
+        raise UserError(f"{len(readings)} images but {len(captions)} captions: give one caption an image")
     wanted = [world.parse(caption) for caption in captions]
     points_N3 = [[a == b for a, b in zip(seen, want, strict=True)] for seen, want in zip(readings, wanted, strict=True)]
     return np.asarray(points_N3, np.float32).reshape(-1, 3).mean(axis=1)
@@ -47,7 +48,7 @@ def read(images_NHWC: np.ndarray) -> list[Reading]:
     """Shape, colour and place of the one object in each 32 x 32 image."""
     images_NHWC = np.asarray(images_NHWC)
     if images_NHWC.dtype != np.uint8 or images_NHWC.shape[1:] != (world.SIZE, world.SIZE, 3):
-        raise ValueError(
+        raise UserError(
             f"the shapes judge reads uint8 images [N, {world.SIZE}, {world.SIZE}, 3], "
             f"not {images_NHWC.dtype} {list(images_NHWC.shape)}"
         )

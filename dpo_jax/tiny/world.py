@@ -7,6 +7,8 @@ import itertools
 
 import numpy as np
 
+from dpo_jax.errors import UserError
+
 SIZE = 32
 COLOURS = {
     "red": (210, 35, 40),
@@ -46,7 +48,7 @@ def parse(caption: str) -> tuple[str, str, str]:
         [colour] = set(words) & set(COLOURS)
         [place] = [place for place in PLACES if place in " ".join(words)]
     except ValueError:
-        raise ValueError(
+        raise UserError(
             f"caption {caption!r} is not of the tiny world: it needs one shape of {SHAPES}, one colour of "
             f"{tuple(COLOURS)} and one place of {tuple(PLACES)}"
         ) from None
@@ -66,7 +68,7 @@ def draw(shape: str, centre: tuple[float, float], radius: float) -> np.ndarray:
     elif shape == "cross":
         inside = (np.minimum(abs(y), abs(x)) < 0.33 * radius) & (np.maximum(abs(y), abs(x)) < 1.1 * radius)
     else:
-        raise ValueError(f"unknown shape {shape!r}: choose one of {SHAPES}")
+        raise UserError(f"unknown shape {shape!r}: choose one of {SHAPES}")
     return inside.reshape(SIZE, 4, SIZE, 4).mean(axis=(1, 3))
 
 

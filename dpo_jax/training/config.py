@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dpo_jax.cli import flatten
+from dpo_jax.errors import UserError
 from dpo_jax.training.fields import Values, are_devices, are_patterns, are_rules, check_fields
 
 # A work directory may be continued with other values of these; any other difference is another experiment.
@@ -233,7 +234,7 @@ def apply_variants(c: ConfigDict, argument: str | None, variants: Mapping[str, V
     for name in argument.split(",") if argument else []:
         if name not in variants:
             known = " and ".join(f":{variant}" for variant in variants)
-            raise ValueError(f"this config has no variant {name!r}; it has {known}")
+            raise UserError(f"this config has no variant {name!r}; it has {known}")
         variants[name](c)
     return c
 
@@ -280,7 +281,7 @@ def check(config: ConfigDict) -> None:
     check_values(config)
     for field in ("model", "data.path"):
         if not flatten(config)[field]:
-            raise ValueError(f"config.{field} is empty; set it in the config file or with --config.{field}=...")
+            raise UserError(f"config.{field} is empty; set it in the config file or with --config.{field}=...")
     check_settings(config)
     check_views(config)
 
@@ -288,7 +289,7 @@ def check(config: ConfigDict) -> None:
 def check_values(config: ConfigDict) -> None:
     """Raises ValueError for fields with values that they don't take; what a plan needs, without a model or data."""
     if "online" in config:
-        raise ValueError("this config is for dpo_jax.online; give one for a data set, such as configs/sd15.py")
+        raise UserError("this config is for dpo_jax.online; give one for a data set, such as configs/sd15.py")
     check_fields(config, default_config(), FIELDS)
 
 
@@ -297,33 +298,33 @@ def check_settings(config: ConfigDict) -> None:
     sizes = {f"mesh.{axis}": config.mesh[axis] for axis in ("data", "fsdp", "tensor")}
     if list(sizes.values()).count(-1) > 1:
         given = ", ".join(f"config.{field}={size}" for field, size in sizes.items())
-        raise ValueError(f"{given}: only one of them may be -1, which takes the devices that are left")
+        raise UserError(f"{given}: only one of them may be -1, which takes the devices that are left")
     if config.sample.every and not config.sample.prompts:
-        raise ValueError("config.sample.prompts is empty; name prompts for the image grids, or set sample.every=0")
+        raise UserError("config.sample.prompts is empty; name prompts for the image grids, or set sample.every=0")
     if config.sample.every and config.sample.seeds * len(config.sample.prompts) > MAX_GRID:
-        raise ValueError(
+        raise UserError(
             f"config.sample.seeds={config.sample.seeds} of {len(config.sample.prompts)} prompts are more images than "
             f"the {MAX_GRID} that a grid takes; set fewer"
         )
     optimizer, rate = config.optimizer, peak_learning_rate(config)
     if rate * optimizer.weight_decay >= 1:
-        raise ValueError(
+        raise UserError(
             f"config.optimizer.weight_decay={optimizer.weight_decay} times the learning rate of {rate:.4g} takes all "
             "of a weight, or more, off at every step; lower either"
         )
     if rate > MAX_RATE:
-        raise ValueError(
+        raise UserError(
             f"config.optimizer.learning_rate={optimizer.learning_rate} is {rate:.4g} after scale_by_batch; lower it"
         )
     if config.scan and config.lora.dropout:
-        raise ValueError(
+        raise UserError(
             f"config.scan=True runs equal blocks as one, but config.lora.dropout={config.lora.dropout} draws for each "
             "of them; set scan=False or lora.dropout=0"
         )
     if config.attention == "cudnn" and config.dtype != "bfloat16":
-        raise ValueError(f'config.attention="cudnn" takes bfloat16, not config.dtype={config.dtype}; change either')
+        raise UserError(f'config.attention="cudnn" takes bfloat16, not config.dtype={config.dtype}; change either')
     if config.lora.init_reference and not config.lora.init:
-        raise ValueError("config.lora.init_reference is set, but config.lora.init names no LoRA")
+        raise UserError("config.lora.init_reference is set, but config.lora.init names no LoRA")
 
 
 def peak_learning_rate(config: ConfigDict) -> float:
@@ -350,7 +351,7 @@ def divide_batch(config: ConfigDict, rows: int, *, device_count: int, process_co
         most = max(n for n in range(1, accumulation + 1) if fits * each // parts % n == 0)
         changes = [f"data.batch_size={fits}"] if fits != batch else []
         changes += [f"data.accumulation={most}"] if most != accumulation else []
-        raise ValueError(
+        raise UserError(
             f"data.batch_size={batch}{f' x {each} timesteps' if each != 1 else ''} does not divide over {parts} "
             f"devices x {accumulation} micro-batches; set {' and '.join(changes)}, or data.batch_size to a multiple of "
             f"{takes}"
@@ -367,22 +368,22 @@ def check_views(config: ConfigDict) -> None:
     data = config.data
     augmented = [name for name in ("random_crop", "random_flip") if data[name]]
     if data.encoded_views == 1 and augmented:
-        raise ValueError(
+        raise UserError(
             f"config.data.encoded_views=1 stores one view of each image, but config.data.{augmented[0]} asks for more; "
             f"set encoded_views=2 or more, or {augmented[0]}=False"
         )
     if data.encoded_views > 1 and not augmented:
-        raise ValueError(
+        raise UserError(
             f"config.data.encoded_views={data.encoded_views}, but all views would be alike: set encoded_views=1, "
             "or random_flip=True or random_crop=True"
         )
     if data.encoded_views > 2 and not data.random_crop:
-        raise ValueError(
+        raise UserError(
             f"config.data.encoded_views={data.encoded_views}, but without random_crop an image has two views: itself "
             "and mirrored; set encoded_views=2"
         )
     if data.encoded_views and data.path.startswith("random:"):
-        raise ValueError(f"config.data.encoded_views needs a prepared data set; {data.path} is made anew in every run")
+        raise UserError(f"config.data.encoded_views needs a prepared data set; {data.path} is made anew in every run")
 
 
 def check_same_experiment(fields: dict[str, Any], saved: dict[str, Any], workdir: Any, defaults: ConfigDict) -> None:
@@ -396,7 +397,7 @@ def check_same_experiment(fields: dict[str, Any], saved: dict[str, Any], workdir
     names = [f for f in sorted(now.keys() | saved.keys()) if not _is_free(f, free)]
     differing = [f"{f} was {saved.get(f)!r}, now {now.get(f)!r}" for f in names if now.get(f) != saved.get(f)]
     if differing:
-        raise ValueError(
+        raise UserError(
             f"{workdir} was begun with another config ({'; '.join(differing)}); "
             "choose another --workdir, or the former values to continue it"
         )

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from dpo_jax.batch import Cached, Conditioning, PreferenceBatch, Raw
 from dpo_jax.encode.images import encode_images, sample_posterior
 from dpo_jax.encode.text import condition, encode_text
+from dpo_jax.errors import UserError
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.objectives.losses import dpo, sft
 from dpo_jax.sharding import Placement, batch_constraint, batch_sharding, on_mesh, replicated
@@ -226,5 +227,5 @@ def make_objective(config: ConfigDict) -> Objective:
         "sft": Objective(sft, needs_reference=False, num_candidates=1),
     }
     if config.loss.name not in objectives:
-        raise ValueError(f"loss.name={config.loss.name!r}; the losses are {', '.join(objectives)}")
+        raise UserError(f"loss.name={config.loss.name!r}; the losses are {', '.join(objectives)}")
     return objectives[config.loss.name]

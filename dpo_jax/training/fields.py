@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax.cli import flatten
+from dpo_jax.errors import UserError
 from dpo_jax.files import is_text
 
 MAX_INT = 2**31 - 1
@@ -53,7 +54,7 @@ def check_fields(config: ConfigDict, defaults: ConfigDict, values: Mapping[str, 
             shown = repr(fields[field])
             problems.append(f"config.{field}={shown if len(shown) < 100 else f'{shown[:97]}...'} {reason}")
     if problems:
-        raise ValueError("; ".join(problems))
+        raise UserError("; ".join(problems))
 
 
 def problem(value: Any, default: Any, values: Values) -> str | None:

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from dpo_jax.data.tokenizers import Tokenizers, load_tokenizers
+from dpo_jax.errors import UserError
 from dpo_jax.models.execution import Execution
 from dpo_jax.models.lora import LowRank, find_targets, init_lora
 from dpo_jax.models.pipeline import Pipeline, files_of, find_component, load_pipeline
@@ -54,14 +55,14 @@ def open_model(config: ConfigDict, workdir: epath.PathLike) -> Pipeline:
         execution=Execution(config.remat, config.scan, config.attention),
     )
     if config.data.resolution % pipeline.vae_factor:
-        raise ValueError(f"data.resolution={config.data.resolution} is not a multiple of {pipeline.vae_factor}")
+        raise UserError(f"data.resolution={config.data.resolution} is not a multiple of {pipeline.vae_factor}")
     lora = config.lora
     if lora.init:
         adapter = read_lora(find_lora(lora.init), pipeline.unet.specs)
         adapters = {layer: LowRank(adapter.rank(layer), alpha) for layer, alpha in adapter.alphas.items()}
         ranks = sorted({size.rank for size in adapters.values()})
         if lora.rank and ranks != [lora.rank]:
-            raise ValueError(
+            raise UserError(
                 f"config.lora.rank={lora.rank}, but {lora.init} has rank {ranks}; set lora.rank=0 to take it"
             )
         return pipeline.with_lora(adapters, lora.dropout)

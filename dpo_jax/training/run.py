@@ -13,6 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dpo_jax.cli import flatten, unflatten
+from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sampling.loaded_model import LoadedModel, add_lora, load_encoders, lora_mark, read_lora_for
 from dpo_jax.sharding import Placement, make_mesh
@@ -95,11 +96,11 @@ def open_run(workdir: epath.PathLike, *, allow_nonfinite: bool = False) -> Run:
     """
     saved = read_config(workdir)
     if saved is None:
-        raise FileNotFoundError(f"no training run at {workdir}: it has no config.json; train first, see dpo_jax.train")
+        raise MissingFileError(f"no training run at {workdir}: it has no config.json; train first, see dpo_jax.train")
     config = unflatten(flatten(default_config()) | _checked(saved, workdir))
     pipeline = dataclasses.replace(open_model(config, workdir), allow_nonfinite=allow_nonfinite)
     if pipeline.fingerprint() != saved["fingerprints.model"]:
-        raise ValueError(f"the model in {pipeline.folder} has changed since {workdir} began; put the former one back")
+        raise UserError(f"the model in {pipeline.folder} has changed since {workdir} began; put the former one back")
     placement = Placement(make_mesh(data=1, fsdp=-1))  # whatever devices are here, not those that trained
     item = "ema" if config.ema.decay else "params"
     params, step = restore_params(workdir, abstract_params(pipeline.trained_specs, jnp.float32, placement), item)
@@ -115,7 +116,7 @@ def _checked(saved: dict[str, Any], workdir: epath.PathLike) -> dict[str, Any]:
         if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
             wrong.append(f"{field}: {value!r} instead of one such as {default!r}")
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"{epath.Path(workdir) / 'config.json'} is damaged ({'; '.join(wrong[:5])}); restore it from a backup"
         )
     return saved

@@ -38,6 +38,7 @@ from starlette.routing import Route
 from starlette.templating import Jinja2Templates
 
 from dpo_jax.data.images import MAX_BYTES, decode_file
+from dpo_jax.errors import UserError
 from dpo_jax.files import read_bytes
 from dpo_jax.voting.access import A_YEAR, SEES_RESULTS, Access, read_json
 from dpo_jax.voting.raters import LONGEST_NAME, Raters, clean_name, rater_link
@@ -240,7 +241,7 @@ class TaskImages:
 def _png(path: Path, digest: str | None) -> bytes:
     data = read_bytes(path, MAX_BYTES)
     if digest not in (None, hashlib.sha256(data).hexdigest()):
-        raise ValueError(f"{path} was changed since the study began")
+        raise UserError(f"{path} was changed since the study began")
     file = io.BytesIO()
     decode_file(path, data).save(file, "PNG", compress_level=1, icc_profile=None)  # which Pillow would copy
     return file.getvalue()

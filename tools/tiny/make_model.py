@@ -17,6 +17,7 @@ from etils import epath
 from flax import nnx
 
 from dpo_jax import cli
+from dpo_jax.errors import MissingFileError
 from dpo_jax.files import new_folder, write_whole
 from dpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from dpo_jax.models.network import Network, init_params
@@ -107,7 +108,7 @@ def main() -> None:
     """Writes every component, all of them or nothing."""
     vae = epath.Path(VAE.value)
     if not (vae / "config.json").exists():
-        raise FileNotFoundError(f"no VAE in {vae}; make one with python -m tools.tiny.train_vae --output={vae}")
+        raise MissingFileError(f"no VAE in {vae}; make one with python -m tools.tiny.train_vae --output={vae}")
     with new_folder(OUTPUT.value) as folder:
         (folder / "vae").mkdir()
         for file in vae.iterdir():

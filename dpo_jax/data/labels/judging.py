@@ -21,6 +21,7 @@ from dpo_jax.data.sources.json_rows import lines, numbers
 from dpo_jax.data.sources.values import index
 from dpo_jax.data.store.prepared import MAX_DAMAGED, Prepared
 from dpo_jax.data.store.scores import Candidates, candidates, complete
+from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.files import parse_json
 from dpo_jax.streams import warn
 
@@ -81,7 +82,7 @@ def _leave_out(prepared: Prepared, record: int, error: images.DamagedImage, dama
     """Tells of a damaged image; raises ValueError where there are too many."""
     message = f"{prepared.name_of(record)}: {error}"
     if damaged > max(1, MAX_DAMAGED * total) or damaged == total:
-        raise ValueError(
+        raise UserError(
             f"{damaged} of {total} images are damaged, more than the {MAX_DAMAGED:.0%} that are left out; the last is "
             f"{message}. See what is damaged by python -m dpo_jax.prepare --verify --output={prepared.folder}"
         )
@@ -93,13 +94,13 @@ def _score(score: Reward, images: Sequence[np.ndarray], captions: Sequence[str],
         scores = np.asarray(score(images, captions), np.float32)
     except ValueError as error:
         if len(images) == 1:
-            raise ValueError(f"{wheres[0]} can't be judged: {error}") from None
+            raise UserError(f"{wheres[0]} can't be judged: {error}") from None
         singles = zip(images, captions, wheres, strict=True)  # to find out which one it is
         return np.concatenate([_score(score, [image], [text], [where]) for image, text, where in singles])
     assert scores.shape == (len(images),), f"{len(images)} images got scores of shape {scores.shape}"
     if not np.isfinite(scores).all():
         first = int(np.isfinite(scores).argmin())
-        raise ValueError(f"{wheres[first]} can't be judged: an image got the score {scores[first]}")
+        raise UserError(f"{wheres[first]} can't be judged: an image got the score {scores[first]}")
     return scores
 
 
@@ -114,7 +115,7 @@ def import_scores(prepared: Prepared, file: Path, on_progress: OnProgress = lamb
         ValueError: a line can't be read, names what isn't there, or contradicts an earlier one.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"no file of scores at {file}; its lines should be {LINES}")
+        raise MissingFileError(f"no file of scores at {file}; its lines should be {LINES}")
     find = _Finder(prepared)
     scores_M = np.full(len(find.of.record_M), np.nan, np.float32)
     total = file.stat().st_size
@@ -123,11 +124,11 @@ def import_scores(prepared: Prepared, file: Path, on_progress: OnProgress = lamb
             try:
                 _enter(scores_M, *find(line))
             except ValueError as error:
-                raise ValueError(f"{file} line {number}: {error}") from None
+                raise UserError(f"{file} line {number}: {error}") from None
         if number % LINES_A_STEP == 0:
             on_progress(offset + len(line), total)
     if not complete(scores_M, find.of).any():
-        raise ValueError(f"{file} has no record's scores complete; its lines should be {LINES}, one for each")
+        raise UserError(f"{file} has no record's scores complete; its lines should be {LINES}, one for each")
     return scores_M
 
 
@@ -135,13 +136,13 @@ def _enter(scores_M: np.ndarray, where: np.ndarray, values: Sequence[float]) -> 
     with np.errstate(over="ignore"):
         scores = np.asarray(values).astype(np.float32)
     if not np.isfinite(scores).all():
-        raise ValueError(f"a score of {max(values, key=abs):g} is beyond float32")
+        raise UserError(f"a score of {max(values, key=abs):g} is beyond float32")
     earlier = scores_M[where]
     differs = ~np.isnan(earlier) & (earlier != scores)
     if differs.any():
         first = int(differs.argmax())
         score = np.broadcast_to(scores, earlier.shape)[first]
-        raise ValueError(f"a score of {score:g} for an image that had {earlier[first]:g} in an earlier line")
+        raise UserError(f"a score of {score:g} for an image that had {earlier[first]:g} in an earlier line")
     scores_M[where] = scores
 
 
@@ -157,39 +158,39 @@ class _Finder:
         try:
             row = parse_json(line.decode(), "the line")
         except UnicodeDecodeError:
-            raise ValueError("not UTF-8; save the file as UTF-8") from None
+            raise UserError("not UTF-8; save the file as UTF-8") from None
         except ValueError:
             row = None
         if isinstance(row, dict) and {"record", "scores"} <= row.keys():
             return self._of_record(row["record"], row["scores"])
         if isinstance(row, dict) and {"caption", "sha256", "score"} <= row.keys():
             return self._of_image(row["caption"], row["sha256"]), numbers("score", [row["score"]], 1)
-        raise ValueError(f"not of the form {LINES}")
+        raise UserError(f"not of the form {LINES}")
 
     def _of_record(self, record: object, scores: object) -> tuple[np.ndarray, list[float]]:
         known = len(self.of.number_N)
         row = index(record, known)
         if row is None or isinstance(record, bool):
-            raise ValueError(f"there is no record {record!r}; they are 0 to {known - 1}")
+            raise UserError(f"there is no record {record!r}; they are 0 to {known - 1}")
         first, number = self.of.first_N[row], self.of.number_N[row]
         if isinstance(scores, list) and len(scores) != number:
-            raise ValueError(f"record {row} has {number} images, but gets {len(scores)} scores")
+            raise UserError(f"record {row} has {number} images, but gets {len(scores)} scores")
         return np.arange(first, first + number), numbers("scores", scores, number)
 
     def _of_image(self, caption: object, sha256: object) -> np.ndarray:
         if not isinstance(sha256, str) or not re.fullmatch("[0-9a-fA-F]{64}", sha256):
-            raise ValueError(f'"sha256" is {sha256!r}, not 64 hexadecimal digits')
+            raise UserError(f'"sha256" is {sha256!r}, not 64 hexadecimal digits')
         digest = np.array(bytes.fromhex(sha256), "S32")[()]  # as NumPy's strings are: without zeros at the end
         sorted_I, image_I = self._digests
         place = sorted_I.searchsorted(digest)
         if place == len(sorted_I) or sorted_I[place] != digest:
-            raise ValueError(f"no image has the sha256 {sha256}")
+            raise UserError(f"no image has the sha256 {sha256}")
         distinct, captions, candidate_M, start_U = self._pairs
         number = captions.get(caption) if isinstance(caption, str) else None
         key = -1 if number is None else int(image_I[place]) * len(captions) + number
         u = distinct.key_U.searchsorted(key)
         if u == len(distinct.key_U) or distinct.key_U[u] != key:
-            raise ValueError(f"no record has the caption {caption!r} with this image")
+            raise UserError(f"no record has the caption {caption!r} with this image")
         return candidate_M[start_U[u] : start_U[u + 1]]
 
     @functools.cached_property

@@ -26,6 +26,7 @@ from dpo_jax.data.load.inputs import Draws, Inputs, Row
 from dpo_jax.data.store.latents import DamagedEncoding
 from dpo_jax.data.store.prepared import MAX_DAMAGED, Prepared, Ties, lines_of, open_prepared, select
 from dpo_jax.data.store.scores import Combine
+from dpo_jax.errors import UserError
 from dpo_jax.streams import warn
 
 SizeConditioning = Literal["constant", "real"]
@@ -94,10 +95,10 @@ def open_pairs(
     if str(path).startswith("random:"):
         number = str(path).removeprefix("random:")
         if not number.isdigit() or not int(number):
-            raise ValueError(f"data path {path}: random:N makes N pairs, and {number!r} is no number above 0")
+            raise UserError(f"data path {path}: random:N makes N pairs, and {number!r} is no number above 0")
         return RandomPairs(int(number), seed=0 if split == "train" else 1)
     if judges and labels == "soft":
-        raise ValueError(
+        raise UserError(
             f"labels='soft' are shares of the votes, which scores by {', '.join(judges)} do not state; take 'hard' ones"
         )
     prepared = open_prepared(path, judges, combine)
@@ -259,7 +260,7 @@ class BatchIterator(Iterator[PreferenceBatch]):
         known = len(self._rows.pairs)
         message = f"{self._rows.pairs.name_of(skipped.number)}: {skipped.reason}"
         if len(self.damaged) > max(1, MAX_DAMAGED * known) or len(self.damaged) == known:
-            raise ValueError(
+            raise UserError(
                 f"{len(self.damaged)} of {known} records have damaged images or encodings, more than the "
                 f"{MAX_DAMAGED:.0%} that are left out; the last is {message}. See what is damaged by "
                 "python -m dpo_jax.prepare --verify --output=FOLDER"

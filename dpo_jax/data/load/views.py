@@ -11,6 +11,7 @@ import numpy as np
 
 from dpo_jax.data import images
 from dpo_jax.data.store.prepared import AGAIN, Prepared
+from dpo_jax.errors import UserError
 
 
 def view_batches(
@@ -44,7 +45,7 @@ def _read_views(prepared: Prepared, position: int, views: Sequence[images.View],
         for view, image_HWC in zip(views, images_VHWC, strict=True):
             images.read(data, view, image_HWC)
     except images.DamagedImage as error:
-        raise ValueError(f"image {position} of {prepared.folder} can't be encoded: {error}; {AGAIN}") from None
+        raise UserError(f"image {position} of {prepared.folder} can't be encoded: {error}; {AGAIN}") from None
 
 
 def _finished(batch: np.ndarray, rows: Sequence[Future[None]]) -> np.ndarray:

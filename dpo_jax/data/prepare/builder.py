@@ -32,6 +32,7 @@ from dpo_jax.data.prepare import worker
 from dpo_jax.data.prepare.merge import VERSION, Merged, merge
 from dpo_jax.data.sources import Chunk, Source
 from dpo_jax.data.store import checksums, prepared
+from dpo_jax.errors import ExistingFileError, OutsideProcessError, UserError
 from dpo_jax.files import sync
 
 SUMMARY = "summary.json"
@@ -151,7 +152,7 @@ def prepare(
         if not summary.records:
             shutil.rmtree(partial)
             found = _listed(summary.dropped + summary.damaged)
-            raise ValueError(f"no usable record among {summary.rows} rows ({found}) of {', '.join(summary.files[:3])}")
+            raise UserError(f"no usable record among {summary.rows} rows ({found}) of {', '.join(summary.files[:3])}")
 
         def moved(done: int, total: int) -> None:
             on_progress(Progress("merging", done, total, summary.records))
@@ -171,7 +172,9 @@ def prepare(
 
 def _check_free(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} already exists and is not an empty folder; name another --output or remove it")
+        raise ExistingFileError(
+            f"{output} already exists and is not an empty folder; name another --output or remove it"
+        )
 
 
 def _check_own(partial: Path) -> None:
@@ -180,7 +183,7 @@ def _check_own(partial: Path) -> None:
         return
     found = os.lstat(partial)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise FileExistsError(
+        raise ExistingFileError(
             f"{partial}, where unfinished work is kept, is a link or belongs to another user; remove it, or name "
             "another --output"
         )
@@ -205,10 +208,10 @@ def _begin(partial: Path, manifest: dict[str, Any]) -> None:
         try:
             begun: dict[str, Any] = files.read_json(file, dict[str, Any])
         except ValueError as error:
-            raise ValueError(f"{error}; remove {partial} (rm -r) to begin again") from None
+            raise UserError(f"{error}; remove {partial} (rm -r) to begin again") from None
         for key, value in manifest.items():
             if begun.get(key) != value:
-                raise FileExistsError(
+                raise ExistingFileError(
                     f"{partial} holds an unfinished run whose {key} differ from those given now (the input changed); "
                     f"remove it (rm -r {partial}) to begin again"
                 )
@@ -255,7 +258,7 @@ def _check_damage(summary: Summary, allowed: float, records: float, folders: Seq
     files = (folder / "damaged.jsonl" for folder in folders)
     first = json.loads(next(text for file in files if file.exists() and (text := file.read_text())).split("\n")[0])
     found = f": {first['found']}" if "found" in first else ""
-    raise ValueError(
+    raise UserError(
         f"{summary.quarantined} of {summary.records + summary.quarantined} records are damaged (e.g. {first['where']}: "
         f"{first['reason']}{found}), more than --max_damaged_fraction={allowed} allows; mend them, or raise the limit "
         "to go on with what is finished"
@@ -285,7 +288,7 @@ def _make_parts(source: Source, missing: Mapping[Path, Chunk], workers: int, fin
                 for process in processes:
                     process.terminate()
                 if isinstance(error, BrokenProcessPool):
-                    raise ChildProcessError(_who_died(processes, missing)) from None
+                    raise OutsideProcessError(_who_died(processes, missing)) from None
                 raise
 
 

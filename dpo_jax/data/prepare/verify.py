@@ -10,6 +10,7 @@ from dpo_jax.data.images import DamagedImage
 from dpo_jax.data.store import checksums, scores
 from dpo_jax.data.store.latents import FACTS, Encodings
 from dpo_jax.data.store.prepared import CHECKED, Prepared, open_prepared
+from dpo_jax.errors import MissingFileError, UserError
 
 OnProgress = Callable[[int, int], None]
 """Called with the bytes read and their total."""
@@ -51,7 +52,7 @@ def verify(folder: Path, on_progress: OnProgress = lambda done, total: None) -> 
     names = sorted({*CHECKED, *shards, *digests})
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"the data set {folder} misses {', '.join(missing)}")
+        raise MissingFileError(f"the data set {folder} misses {', '.join(missing)}")
     encodings = [Encodings(file.parent) for file in sorted((folder / "encoded").glob(f"*/{FACTS}"))]
     for each in encodings:
         each.check()
@@ -85,7 +86,7 @@ def verify(folder: Path, on_progress: OnProgress = lambda done, total: None) -> 
         except ValueError as error:
             problems.append(str(error))
     if problems:
-        raise ValueError(f"{len(problems)} damaged in {folder}: {'; '.join(problems[:10])}")
+        raise UserError(f"{len(problems)} damaged in {folder}: {'; '.join(problems[:10])}")
     if stored is None:
         checksums.write(folder, digests)
     without = [str(each.folder) for each in encodings if not each.has_checksums]

@@ -9,6 +9,7 @@ from pathlib import Path
 from dpo_jax.data.images import SUFFIXES
 from dpo_jax.data.sources.paths import in_any_form, read_file
 from dpo_jax.data.sources.record import Chunk, Damaged, Record, Row, Unusable, make_record, rows_a_chunk
+from dpo_jax.errors import UserError
 from dpo_jax.files import read_text
 
 MAX_CAPTION_BYTES = 2**20
@@ -76,7 +77,7 @@ def _chunks(folders: Sequence[Path], places: tuple[str, ...], rows: Callable[[Pa
     for folder in folders:
         if not all((folder / place).is_dir() for place in ("", *places)):
             inside = f" with the folders {' and '.join(places)}" if places else " of images"
-            raise ValueError(f"{folder} should be a folder{inside}")
+            raise UserError(f"{folder} should be a folder{inside}")
     counts = [(folder, len(rows(folder))) for folder in folders]
     limit = rows_a_chunk(sum(count for _, count in counts))
     return [

@@ -16,6 +16,7 @@ from dpo_jax.data.sources.paths import find, in_any_form, no_image, read_file, r
 from dpo_jax.data.sources.record import Chunk, Damaged, Dropped, Row, Unusable, borda, make_record, rows_a_chunk
 from dpo_jax.data.sources.tables import ERRORS, not_parquet
 from dpo_jax.data.sources.values import index, is_missing, is_unstated
+from dpo_jax.errors import UserError
 from dpo_jax.files import check_regular, decode_text, parse_json
 
 PREFERENCES = "preferred", "ranks", "votes", "scores"
@@ -187,7 +188,7 @@ def _prompts_since(file: Path, changed: int) -> dict[str, list[dict[str, Any]]]:
     prompts: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if not isinstance(row, dict) or not set(IMAGEREWARD) <= set(row):
-            raise ValueError(f"{file} is not the metadata of ImageRewardDB: a row has {', '.join(IMAGEREWARD)}")
+            raise UserError(f"{file} is not the metadata of ImageRewardDB: a row has {', '.join(IMAGEREWARD)}")
         prompts.setdefault(str(row["prompt_id"]), []).append(row)
     return prompts
 

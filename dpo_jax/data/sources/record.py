@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpo_jax.data.sources.values import is_missing
+from dpo_jax.errors import UserError
 from dpo_jax.files import is_text
 
 CHUNKS = 64
@@ -50,7 +51,7 @@ class Damaged(NamedTuple):
     """What was found, or looked for in vain."""
 
 
-class Unusable(ValueError):
+class Unusable(UserError):
     """Why a row is `Damaged`: its reason, and what was found."""
 
     def __init__(self, reason: str, found: str = ""):

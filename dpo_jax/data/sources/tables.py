@@ -13,6 +13,7 @@ from etils import epath
 from dpo_jax.data.sources.paths import read_image
 from dpo_jax.data.sources.record import Chunk, Damaged, Dropped, Row, Source, Unusable, make_record, rows_a_chunk
 from dpo_jax.data.sources.values import is_unstated, number, truth
+from dpo_jax.errors import UserError
 from dpo_jax.files import check_regular, look_at
 
 ROWS_AT_ONCE = 8
@@ -107,7 +108,7 @@ def _files(path: Path) -> list[Path]:
         return [path]
     parts = sorted(file for file in path.rglob("*.parquet") if not file.name.startswith((".", "_")))
     if not parts:
-        raise ValueError(f"{path} is a folder without .parquet files")
+        raise UserError(f"{path} is a folder without .parquet files")
     return parts
 
 
@@ -177,7 +178,7 @@ def _open(file: Path) -> tuple[pq.ParquetFile, list[int]]:
     except ERRORS as error:
         raise not_parquet(file, error) from None
     if sum(counts) != table.metadata.num_rows or min(counts, default=0) < 0:
-        raise ValueError(f"{file} is damaged: its row groups don't have as many rows as the file")
+        raise UserError(f"{file} is damaged: its row groups don't have as many rows as the file")
     return table, counts
 
 
@@ -194,12 +195,12 @@ def not_parquet(file: epath.PathLike, error: Exception) -> ValueError:
 def _check_schema(schema: Schema, found: pa.Schema, file: Path) -> None:
     absent = [name for name in schema.needed if name not in found.names]
     if absent:
-        raise ValueError(f"{file} misses the column {', '.join(absent)}; it has {', '.join(found.names)}")
+        raise UserError(f"{file} misses the column {', '.join(absent)}; it has {', '.join(found.names)}")
     for name, kind in schema.kinds.items():
         if found.names.count(name) > 1:
-            raise ValueError(f"{file} has more than one column {name}")
+            raise UserError(f"{file} has more than one column {name}")
         if name in found.names and not _is_of(found.field(name).type, kind):
-            raise ValueError(f"{file}: the column {name} holds {found.field(name).type}, but should hold {kind} values")
+            raise UserError(f"{file}: the column {name} holds {found.field(name).type}, but should hold {kind} values")
 
 
 def _is_of(type: pa.DataType, kind: str) -> bool:

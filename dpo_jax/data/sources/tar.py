@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 from dpo_jax.data.images import MAX_BYTES
 from dpo_jax.data.sources.record import Chunk, Damaged, Row
 from dpo_jax.data.sources.tables import pickapic_row
+from dpo_jax.errors import UserError
 from dpo_jax.files import check_regular, conform, decode_text, look_at, parse_json
 
 CAPTIONS = "caption", "original_prompt", "txt"
@@ -25,7 +26,7 @@ def pickapic_tar_chunks(files: Sequence[Path]) -> list[Chunk]:
             tarfile.open(check_regular(file), "r:").close()
         except (tarfile.TarError, ValueError) as error:
             known = look_at(file) if file.is_file() else None
-            raise ValueError(f"{file} is {known or f'not a readable tar file ({error})'}") from None
+            raise UserError(f"{file} is {known or f'not a readable tar file ({error})'}") from None
     return [Chunk(file, 0, file.stat().st_size) for file in files]
 
 

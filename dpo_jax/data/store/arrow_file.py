@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from dpo_jax import files
+from dpo_jax.errors import UserError
 
 _RECORD_BATCH = 3
 """Number of this kind of message in Arrow's Message.fbs."""
@@ -25,8 +26,8 @@ def map_table(path: Path, schema: pa.Schema, again: str, earlier: pa.Schema | No
             _refuse_compressed(mapped)
             return reader.read_all()
     except (pa.ArrowException, OSError, struct.error, IndexError) as error:
-        raise ValueError(f"{path} is damaged ({files.why(path, error)}); {again}") from None
-    raise ValueError(f"{path} has another layout than this version of dpo_jax reads; {again}")
+        raise UserError(f"{path} is damaged ({files.why(path, error)}); {again}") from None
+    raise UserError(f"{path} has another layout than this version of dpo_jax reads; {again}")
 
 
 def _refuse_compressed(mapped: pa.MemoryMappedFile) -> None:

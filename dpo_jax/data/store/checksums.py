@@ -16,6 +16,7 @@ import pydantic
 import xxhash
 
 from dpo_jax import files
+from dpo_jax.errors import UserError
 
 FILE = "checksums.json"
 CHUNK = 2**24
@@ -57,10 +58,10 @@ def check(folder: Path, digests: Mapping[str, str], names: Iterable[str]) -> Non
     """Raises ValueError where a file is not as it was when its digest was stored."""
     for name in names:
         if name not in digests:
-            raise ValueError(f"{folder / FILE} is damaged (it does not list {name})")
+            raise UserError(f"{folder / FILE} is damaged (it does not list {name})")
         too_long = name.endswith(".json") and files.check_regular(folder / name).stat().length > MAX_JSON
         if too_long or checksum(folder / name) != digests[name]:  # what is too long would take minutes to read
-            raise ValueError(f"{folder / name} is damaged (its checksum is not the one in {FILE})")
+            raise UserError(f"{folder / name} is damaged (its checksum is not the one in {FILE})")
 
 
 class _Checksums(pydantic.BaseModel):

@@ -29,6 +29,7 @@ from dpo_jax import files
 from dpo_jax.data.images import DamagedImage
 from dpo_jax.data.store import checksums
 from dpo_jax.data.store.arrow_rows import Rows
+from dpo_jax.errors import UserError
 
 NAME, SPLIT = "preference_images", "images"  # TFDS reserves "all"
 FEATURES = tfds.features.FeaturesDict({"image": tfds.features.Image()})
@@ -85,7 +86,7 @@ def read_layout(folder: Path) -> tuple[list[Path], list[int]]:
     info: _Info = files.read_json(folder / INFO, _Info, checksums.MAX_JSON)
     (split,) = info.splits
     if files.read_json(folder / FEATURES_FILE, limit=checksums.MAX_JSON) != FEATURES_JSON:
-        raise ValueError(
+        raise UserError(
             f"{folder / FEATURES_FILE} is not what dpo_jax writes there, and such a file can name code to run"
         )
     counts = [int(length) for length in split.shardLengths]
@@ -220,15 +221,15 @@ class ImageFiles:
             try:
                 found = pq.read_metadata(files.check_regular(file)).num_rows
             except (pa.ArrowException, OSError) as error:
-                raise ValueError(f"{file} is missing or damaged ({files.why(file, error)})") from None
+                raise UserError(f"{file} is missing or damaged ({files.why(file, error)})") from None
             if found != count:
-                raise ValueError(f"{file} holds {found} images instead of {count}")
+                raise UserError(f"{file} holds {found} images instead of {count}")
             starts = self._offsets_I[stop - count : stop]
             stops = starts + self._lengths_I[stop - count : stop]
             if stops[-1] > file.stat().st_size:
-                raise ValueError(f"{file} is damaged (its last image ends at byte {stops[-1]}, behind its end)")
+                raise UserError(f"{file} is damaged (its last image ends at byte {stops[-1]}, behind its end)")
             if starts[0] < 0 or (self._lengths_I[stop - count : stop] < 1).any() or (starts[1:] < stops[:-1]).any():
-                raise ValueError(f"the images of {file} overlap in images.arrow")
+                raise UserError(f"the images of {file} overlap in images.arrow")
 
 
 def _map(file: Path) -> mmap.mmap:

@@ -37,6 +37,7 @@ from dpo_jax.data.images import View
 from dpo_jax.data.store import checksums, table_checks
 from dpo_jax.data.store.arrow_file import map_table
 from dpo_jax.data.store.prepared import Prepared, lines_of
+from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.streams import warn
 from dpo_jax.weights import safetensors_file
 from dpo_jax.weights.mapped_file import read_into
@@ -51,7 +52,7 @@ FILE_BYTES = 2**28
 """What is lost at most when encoding is stopped, and is dealt to one of several processes."""
 
 
-class DamagedEncoding(ValueError):
+class DamagedEncoding(UserError):
     """What was stored of an image or a caption has changed."""
 
 
@@ -139,7 +140,7 @@ class Encodings:
             self._check()
         except (ValueError, OSError) as error:
             reason, data = str(error).splitlines()[0], self.folder.parents[1]
-            raise ValueError(
+            raise UserError(
                 f"the encodings in {self.folder} are damaged ({reason}); mend them by {_command(data)}"
             ) from None
 
@@ -148,9 +149,9 @@ class Encodings:
         _ = self._captions  # another file than a table may be too long to read whole
         digest = written.captions_checksum
         if digest is not None and checksums.checksum(self.folder / CAPTIONS) != digest:
-            raise ValueError(f"{CAPTIONS} has another checksum")
+            raise UserError(f"{CAPTIONS} has another checksum")
         if folder_of(self.folder.parents[1], self.facts) != self.folder:
-            raise ValueError(f"the facts in {FACTS} are not those of the folder's name")
+            raise UserError(f"the facts in {FACTS} are not those of the folder's name")
         images = pa.ipc.open_file(pa.memory_map(str(self.folder.parents[1] / "images.arrow")))
         number = sum(images.get_batch(i).num_rows for i in range(images.num_record_batches))
         sides = (
@@ -160,16 +161,16 @@ class Encodings:
         for kind, table, opened, count in sides:
             rows = [file.rows for file in opened]
             if rows[:-1] != [table.rows_a_file] * (len(rows) - 1) or not 0 < rows[-1] <= table.rows_a_file:
-                raise ValueError(f"a file of {kind} has not {table.rows_a_file} rows, as {FACTS} says")
+                raise UserError(f"a file of {kind} has not {table.rows_a_file} rows, as {FACTS} says")
             if sum(rows) != count:
-                raise ValueError(f"the files of {kind} have {sum(rows)} rows in all instead of {count}")
+                raise UserError(f"the files of {kind} have {sum(rows)} rows in all instead of {count}")
             if any(file.row_shapes != opened[0].row_shapes for file in opened):
-                raise ValueError(f"the files of {kind} have rows of different shapes")
+                raise UserError(f"the files of {kind} have rows of different shapes")
         missing = {"moments", "context", "pooled"} - self.row_shapes.keys()
         if missing:
-            raise ValueError(f"no file has {' and '.join(sorted(missing))}")
+            raise UserError(f"no file has {' and '.join(sorted(missing))}")
         if any(file.lead_shape[1:] != (len(self.views),) for file in self._images):
-            raise ValueError(f"a file of images has not {len(self.views)} views, as {FACTS} says")
+            raise UserError(f"a file of images has not {len(self.views)} views, as {FACTS} says")
 
     @functools.cached_property
     def _written(self) -> "Written":
@@ -207,7 +208,7 @@ class EncodedFile:
         known = {name: ROW_AXES[name] for name in shapes if name in ROW_AXES}
         leads = {shapes[name][:axes] for name, axes in known.items()}
         if len(leads) != 1 or any(len(shapes[name]) <= axes for name, axes in known.items()):
-            raise ValueError(f"{path} has not the tensors of images, nor of captions")
+            raise UserError(f"{path} has not the tensors of images, nor of captions")
         (self.lead_shape,) = leads
         """Rows; of images, rows and views."""
         self.rows = self.lead_shape[0]
@@ -291,7 +292,7 @@ def open_encodings(data: Path, facts: dict[str, Any]) -> Encodings:
             warn(f"{folder} has no checksums, so that damage may go unnoticed; remove it and encode again to add them")
         return encodings
     if folder.exists():
-        raise FileNotFoundError(f"the encodings in {folder} are not finished; go on by {_command(data)}")
+        raise MissingFileError(f"the encodings in {folder} are not finished; go on by {_command(data)}")
     others = []
     for other in sorted((data / "encoded").glob(f"*/{FACTS}")):
         try:
@@ -303,7 +304,7 @@ def open_encodings(data: Path, facts: dict[str, Any]) -> Encodings:
         shown = [f"{name} was {_shown(found.get(name))}, now {_shown(facts[name])}" for name in differing]
         others.append(f"{other.parent.name}: {'; '.join(shown)}")
     there = f" (there are {', and '.join(others)})" if others else ""
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"{data} has no encodings by this model with these settings{there}; make them by {_command(data)}"
     )
 

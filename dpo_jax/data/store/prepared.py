@@ -28,6 +28,7 @@ from dpo_jax.data.store.arrow_file import map_table
 from dpo_jax.data.store.arrow_rows import Rows
 from dpo_jax.data.store.image_store import FEATURES_FILE, INFO, ImageFiles, by_sha256, by_xxh3, read_layout
 from dpo_jax.data.store.scores import Combine
+from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.streams import warn
 
 Ties = Literal["drop", "zero_weight", "soft"]
@@ -162,24 +163,24 @@ def open_prepared(folder: str | Path, judges: Sequence[str] = (), combine: Combi
     """
     folder = Path(folder)
     if combine not in get_args(Combine):
-        raise ValueError(
+        raise UserError(
             f"combine={combine!r}; scores of several judges are combined by {' or '.join(get_args(Combine))}"
         )
     if not (folder / "records.arrow").is_file():
         if (folder / "dataset_info.json").is_file():
-            raise ValueError(f"{folder} was prepared by an earlier version of dpo_jax; {AGAIN}")
-        raise FileNotFoundError(
+            raise UserError(f"{folder} was prepared by an earlier version of dpo_jax; {AGAIN}")
+        raise MissingFileError(
             f"no prepared data set at {folder}: "
             f"run python -m dpo_jax.prepare --source=pickapic --input=FILES --output={folder}"
         )
     for name in CHECKED[1:]:
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"the data set {folder} misses {name}; {AGAIN}")
+            raise MissingFileError(f"the data set {folder} misses {name}; {AGAIN}")
     prepared = Prepared(folder, tuple(judges), combine)
     try:
         _check(folder)
     except ValueError as error:
-        raise ValueError(str(error) if AGAIN in str(error) else f"{error}; {AGAIN}") from None
+        raise UserError(str(error) if AGAIN in str(error) else f"{error}; {AGAIN}") from None
     _ = prepared.records  # reads the scores of the judges, and says what is wrong with them
     if not (folder / checksums.FILE).exists():
         warn(
@@ -200,7 +201,7 @@ def _check(folder: Path) -> None:
     known = _check_images(folder, images)
     stored = prepared.images
     if len(stored) != known:
-        raise ValueError(f"{folder} holds {len(stored)} images, but images.arrow lists {known}")
+        raise UserError(f"{folder} holds {len(stored)} images, but images.arrow lists {known}")
     stored.check()
     _check_records(folder, records, known)
 
@@ -219,7 +220,7 @@ def _check_records(folder: Path, sha256: str, known_images: int) -> None:
     table_checks.check_records(folder / "records.arrow", table, known_images)
 
 
-class NothingChosenError(ValueError):
+class NothingChosenError(UserError):
     """A data set has no record that a choice leaves."""
 
 
@@ -260,7 +261,7 @@ def select(
         ValueError: a regular expression can't be read, or judges should state an agreement.
     """
     if min_agreement and prepared.judges:
-        raise ValueError(
+        raise UserError(
             f"min_agreement={min_agreement} is a share of the votes, which scores by {', '.join(prepared.judges)} "
             "do not state; leave one of them out"
         )
@@ -325,7 +326,7 @@ def _made_by(generators: Sequence[str], models: pa.ChunkedArray) -> np.ndarray:
     try:
         patterns = [re.compile(generator) for generator in generators]
     except re.error as error:
-        raise ValueError(
+        raise UserError(
             f"generators={tuple(generators)}: {error.pattern!r} is no regular expression ({error})"
         ) from None
     names_M = pc.list_flatten(models).dictionary_encode().combine_chunks()

@@ -21,6 +21,7 @@ import xxhash
 from dpo_jax import files
 from dpo_jax.data.store import table_checks
 from dpo_jax.data.store.arrow_file import map_table
+from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.streams import warn
 
 Combine = Literal["mean", "pareto"]
@@ -56,7 +57,7 @@ def candidates(lists: pa.ChunkedArray) -> Candidates:
 def check_name(judge: str) -> None:
     """Raises ValueError for a name that can't be a file's, or that the summary uses for the votes."""
     if not re.fullmatch(r"\w[\w.-]*", judge) or judge == "votes":
-        raise ValueError(
+        raise UserError(
             f"--judge={judge}: a judge is named by letters, digits, '_', '.' and '-', and not votes; "
             "its scores are kept under that name"
         )
@@ -110,7 +111,7 @@ def _read(folder: Path, judge: str, of: Candidates, digest: str) -> np.ndarray:
     again = f"python -m dpo_jax.score --data={folder} --judge={judge}"
     if not file.is_file():
         there = ", ".join(judges_of(folder)) or "nobody"
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder} holds no scores by {judge!r} (those there are by {there}); make them by {again} "
             "(with --scores=FILE.jsonl for a judge that doesn't come with dpo_jax)"
         )
@@ -119,20 +120,20 @@ def _read(folder: Path, judge: str, of: Candidates, digest: str) -> np.ndarray:
     table_checks.validate(file, table)
     metadata = table.schema.metadata or {}
     if metadata.get(b"records_sha256") != digest.encode():
-        raise ValueError(f"{file} was made for another data set than {folder} (records.arrow differs); {again}")
+        raise UserError(f"{file} was made for another data set than {folder} (records.arrow differs); {again}")
     scored_N = table["scores"].is_valid().to_numpy()
     number_N = pc.list_value_length(table["scores"]).fill_null(0).to_numpy()
     values = pc.list_flatten(table["scores"]).to_numpy()
     if not np.array_equal(number_N, of.number_N * scored_N if len(scored_N) == len(of.number_N) else []):
-        raise ValueError(f"{file} has not one score for each image; {again}")
+        raise UserError(f"{file} has not one score for each image; {again}")
     if not np.isfinite(values).all():  # NaN stands for null, too
-        raise ValueError(f"{file} has a score that is not a finite number; {again}")
+        raise UserError(f"{file} has a score that is not a finite number; {again}")
     scores_M = np.full(len(of.record_M), np.nan, np.float32)
     scores_M[scored_N[of.record_M]] = values
     if b"scores_xxh3" not in metadata:
         warn(f"{file} has no checksum, so that damage may go unnoticed; to add one, {again}")
     elif metadata[b"scores_xxh3"] != _digest_of(scores_M).encode():
-        raise ValueError(f"{file} is damaged (its scores have another checksum); {again}")
+        raise UserError(f"{file} is damaged (its scores have another checksum); {again}")
     return scores_M
 
 

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from dpo_jax.data.images import MAX_PIXELS
 from dpo_jax.data.sources.record import MAX_CANDIDATES
+from dpo_jax.errors import UserError
 
 PER_CANDIDATE = ("images", "preference", "models")
 """Lists that every record has one of, with an entry for each candidate."""
@@ -31,14 +32,14 @@ class _Problems:
 
     def tell(self) -> None:
         if self._found:
-            raise ValueError(f"{self._path}: {'; '.join(self._found)}")
+            raise UserError(f"{self._path}: {'; '.join(self._found)}")
 
 
 def check_records(path: Path, records: pa.Table, known_images: int) -> None:
     """Raises ValueError where records have nulls, lists of other lengths, unknown images or impossible preferences."""
     validate(path, records)
     if not records.num_rows:
-        raise ValueError(f"{path} holds no records")
+        raise UserError(f"{path} holds no records")
     problems = _Problems(path, "record")
     for name in records.column_names:
         column = records[name]
@@ -100,4 +101,4 @@ def validate(path: Path, table: pa.Table) -> None:
     try:
         table.validate(full=True)
     except pa.ArrowException as error:
-        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]})") from None
