@@ -208,16 +208,16 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def tell(result: dict[str, Any], output: epath.Path) -> None:
-    print(f"{result['images']} images of {result['prompts']} prompts by each; ties count half, intervals are of 95%")
+    from dpo_jax.evaluation.winrate import describe_win_rate, win_rate_in
+
+    images, prompts = result["images"], result["prompts"]
+    print(f"{images} images per model ({prompts} prompts); ties count 1/2; 95% confidence intervals")
     for judge, judged in result["judges"].items():
         print(f"\n{judge}")
         for row in judged["win_rates"]:
-            print(
-                f"  {row['of']} over {row['over']}: win rate {row['rate']:.1%}, interval [{row['low']:.1%}, "
-                f"{row['high']:.1%}], {row['ties']} ties"
-            )
+            print(f"  {describe_win_rate(row['of'], row['over'], win_rate_in(row))}, {row['ties']} ties")
         for name, model in judged["models"].items():
-            print(f"  {name}: mean {model['mean']:.4g} [{model['low']:.4g}, {model['high']:.4g}]")
+            print(f"  {name}: mean score {model['mean']:.4g} [{model['low']:.4g}, {model['high']:.4g}]")
     print()
     if result["pair_accuracy"] is not None:
         print(
