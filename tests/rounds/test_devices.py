@@ -21,6 +21,8 @@ import json, sys
 from dpo_jax import cluster, sharding
 from dpo_jax.cli import load_config, replaced
 workdir, fields = sys.argv[1], json.loads(sys.argv[2])
+def brightness(images, captions):  # the bytes of a JPEG would turn rounding of one pixel into another order
+    return [image.mean() for image in images]
 cluster.join()
 from dpo_jax.rounds.loop import learn
 sharding.SMALL = 256  # or nothing of this model would be split
@@ -28,6 +30,7 @@ config = load_config("configs/d3po.py:tiny")
 config.online.rounds, config.online.epochs, config.data.batch_size, config.sample.every = 1, 3, 2, 0
 config.online.prompts_per_round, config.online.candidates = 4, 3
 config.optimizer.learning_rate, config.optimizer.epsilon, config.loss.beta = 3e-2, 1e-2, 10.0
+config.online.judges = ("python=__main__:brightness",)
 learn(replaced(config, fields), workdir)
 """
 
