@@ -124,7 +124,7 @@ def write_encodings(case: Case) -> None:
             tensors = ((name, np.ones(shape, dtype)) for name, (shape, dtype) in header.items())
             safetensors_file.write(epath.Path(folder / latents.file_name(kind, number)), tensors, header)
         written[kind] = {"rows_a_file": a_file, "files": len(starts)}
-    (folder / latents.FACTS).write_text(json.dumps(written))
+    (folder / latents.INDEX).write_text(json.dumps(written))
 
 
 def encoded_folder(case: Case) -> Path:

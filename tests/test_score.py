@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dpo_jax.data.load.pipeline import open_pairs
+from dpo_jax.data.load.pipeline import open_records
 from dpo_jax.data.prepare import builder
 from dpo_jax.data.sources import SOURCES
 from dpo_jax.data.store.prepared import open_prepared
@@ -73,8 +73,8 @@ def test_an_outside_judge_and_the_exact_one(score: Command, data: Path, tmp_path
     assert done.stdout.splitlines()[-1] == f"written to {data}/scores/shapes.arrow"
 
     # Both agree on what Pareto leaves; alone, each has its own order.
-    by_blue = open_pairs(data, "train", judges=("blue",))
-    by_both = open_pairs(data, "train", judges=("blue", "shapes"), combine="pareto")
+    by_blue = open_records(data, "train", judges=("blue",))
+    by_both = open_records(data, "train", judges=("blue", "shapes"), combine="pareto")
     trained_on = [record["split"] == "train" for record in records[1:]]
     assert len(by_blue) == sum(trained_on)
     assert len(by_both) == (prefers_first & trained_on).sum()
@@ -98,7 +98,7 @@ def test_training_pairs_follow_the_exact_judge(score: Command, data: Path, tmp_p
     assert done.returncode == 0, done.stderr
     assert "agrees with  votes: 50.0% [" in done.stdout
     for split in ("train", "validation"):
-        judged = open_pairs(tmp_path / "turned", split, judges=("shapes",))
+        judged = open_records(tmp_path / "turned", split, judges=("shapes",))
         for i in range(len(judged)):
             caption, images = judged[i]["caption"], judged.read_images(judged[i])
             first, second = (judge.score(pixels(image), [caption])[0] for image in images)

@@ -32,8 +32,8 @@ from dpo_jax.data.load.views import view_batches
 from dpo_jax.data.store import checksums
 from dpo_jax.data.store.latents import (
     CAPTIONS,
-    FACTS,
-    EncodedFile,
+    INDEX,
+    LatentsFile,
     distinct_captions,
     file_name,
     rows_a_file,
@@ -41,7 +41,7 @@ from dpo_jax.data.store.latents import (
     write_captions,
     write_whole,
 )
-from dpo_jax.data.store.prepared import Prepared
+from dpo_jax.data.store.prepared import PreparedData
 from dpo_jax.data.tokenizers import Tokenizers
 from dpo_jax.encode.images import mirror, posterior_moments
 from dpo_jax.encode.text import encode_text
@@ -73,7 +73,7 @@ class File(NamedTuple):
     @property
     def is_whole(self) -> bool:
         try:
-            return EncodedFile(self.path).rows == self.stop - self.start
+            return LatentsFile(self.path).rows == self.stop - self.start
         except (OSError, ValueError):  # not there, or damaged
             return False
 
@@ -193,7 +193,7 @@ class DatasetEncoder:
         pipeline: Pipeline,
         frozen: Mapping[str, Params],
         tokenizers: Tokenizers,
-        prepared: Prepared,
+        prepared: PreparedData,
         mesh: Mesh,
         folder: Path,
         *,
@@ -271,7 +271,7 @@ class DatasetEncoder:
             }
             digest = checksums.checksum(self.folder / CAPTIONS)
             written = {"facts": dict(facts), **tables, "captions_checksum": digest}
-            files.write_whole(self.folder / FACTS, json.dumps(written, indent=1) + "\n")
+            files.write_whole(self.folder / INDEX, json.dumps(written, indent=1) + "\n")
             for unfinished in self.folder.glob(".*"):  # of runs that were killed
                 unfinished.unlink(missing_ok=True)
 

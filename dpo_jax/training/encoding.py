@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax import cluster
 from dpo_jax.data.images import View
-from dpo_jax.data.store.latents import folder_of, is_finished, open_encodings
+from dpo_jax.data.store.latents import folder_of, is_finished, open_latents
 from dpo_jax.data.store.prepared import open_prepared
 from dpo_jax.encode.dataset import DatasetEncoder, OnProgress
 from dpo_jax.errors import UserError
@@ -49,7 +49,7 @@ def encode_data(config: ConfigDict, workers: int | None, say: Callable[[str], No
     check_inside(folder, prepared.folder)
     if is_finished(folder):
         with contextlib.suppress(ValueError):  # damaged: what isn't whole is made again
-            open_encodings(prepared.folder, facts)
+            open_latents(prepared.folder, facts)
             return folder
     with cluster.locked(folder.parent, "python -m dpo_jax.prepare --encode", f".{folder.name}.lock", what=folder):
         placement = Placement(make_mesh(devices=jax.local_devices()))

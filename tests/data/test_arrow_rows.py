@@ -5,7 +5,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from dpo_jax.data.store.arrow_rows import Rows
+from dpo_jax.data.store.arrow_rows import RowReader
 from dpo_jax.data.store.prepared import RECORDS
 
 COLUMNS: dict[str, list[Any]] = {
@@ -24,7 +24,7 @@ COLUMNS: dict[str, list[Any]] = {
 def test_every_cell_of_any_chunks(chunk: int, first: int) -> None:
     whole = pa.table(COLUMNS, RECORDS)
     table = pa.concat_tables([whole.slice(start, chunk) for start in range(0, 7, chunk)]).slice(first)
-    rows = Rows(table)
+    rows = RowReader(table)
     expected = table.to_pylist()
     assert [rows.read(i, RECORDS.names) for i in range(len(expected))] == expected
     assert rows.read(1, ("images", "where")) == {name: expected[1][name] for name in ("images", "where")}
@@ -35,9 +35,9 @@ def test_columns_may_be_cut_into_chunks_of_their_own() -> None:
     arrays = {name: pa.array(COLUMNS[name], RECORDS.field(name).type) for name in RECORDS.names}
     arrays["images"] = pa.chunked_array([arrays["images"][:5], arrays["images"][5:]])
     table = pa.table(arrays, RECORDS)
-    assert [Rows(table).read(i, RECORDS.names) for i in range(7)] == table.to_pylist()
+    assert [RowReader(table).read(i, RECORDS.names) for i in range(7)] == table.to_pylist()
 
 
 def test_a_row_that_is_not_there_is_refused() -> None:
     with pytest.raises(IndexError):
-        Rows(pa.table(COLUMNS, RECORDS)).read(7, ("caption",))
+        RowReader(pa.table(COLUMNS, RECORDS)).read(7, ("caption",))

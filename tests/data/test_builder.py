@@ -22,7 +22,7 @@ import xxhash
 from dpo_jax.data.images import decode
 from dpo_jax.data.prepare import builder, merge, worker
 from dpo_jax.data.prepare.builder import Progress, prepare
-from dpo_jax.data.sources import SOURCES, Chunk, Damaged, Dropped, Record, Row, Source
+from dpo_jax.data.sources import SOURCES, Chunk, Damaged, Dropped, Outcome, Record, Source
 from dpo_jax.data.store import prepared
 from dpo_jax.data.store.prepared import open_prepared
 
@@ -32,7 +32,7 @@ Write = Callable[..., Path]
 PICKAPIC = SOURCES["pickapic"]
 
 
-def in_memory(*chunks: list[Row]) -> Source:
+def in_memory(*chunks: list[Outcome]) -> Source:
     """A source of these rows; the files it is given say nothing."""
     return Source(
         chunks=lambda files: [Chunk(files[0], i, i + 1) for i in range(len(chunks))],

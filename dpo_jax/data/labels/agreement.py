@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy import stats
 
-from dpo_jax.data.store.prepared import Prepared
+from dpo_jax.data.store.prepared import PreparedData
 from dpo_jax.data.store.scores import Candidates, candidates, complete, judges_of, read_scores
 
 
@@ -66,7 +66,7 @@ class Summary:
         }
 
 
-def summarise(prepared: Prepared, judge: str, origin: str, scores_M: np.ndarray) -> Summary:
+def summarise(prepared: PreparedData, judge: str, origin: str, scores_M: np.ndarray) -> Summary:
     """Compares scores with the votes and with what other judges left in the folder."""
     records = prepared.records
     of = candidates(records["images"])

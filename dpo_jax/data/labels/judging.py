@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from dpo_jax.data import images
 from dpo_jax.data.sources.json_rows import lines, numbers
 from dpo_jax.data.sources.values import index
-from dpo_jax.data.store.prepared import MAX_DAMAGED, Prepared
+from dpo_jax.data.store.prepared import MAX_DAMAGED, PreparedData
 from dpo_jax.data.store.scores import Candidates, candidates, complete
 from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.files import parse_json
@@ -35,7 +35,7 @@ LINES = '{"record": 12, "scores": [0.1, 0.7]} or {"caption": ..., "sha256": ...,
 
 
 def score_images(
-    prepared: Prepared, score: Reward, on_progress: OnProgress = lambda done, total: None, *, batch: int = 64
+    prepared: PreparedData, score: Reward, on_progress: OnProgress = lambda done, total: None, *, batch: int = 64
 ) -> np.ndarray:
     """scores_M, float32, of every candidate; what stands in several records is judged once.
 
@@ -78,7 +78,7 @@ def score_images(
     return scores_U[distinct.of_M]
 
 
-def _leave_out(prepared: Prepared, record: int, error: images.DamagedImage, damaged: int, total: int) -> None:
+def _leave_out(prepared: PreparedData, record: int, error: images.DamagedImage, damaged: int, total: int) -> None:
     """Tells of a damaged image; raises ValueError where there are too many."""
     message = f"{prepared.name_of(record)}: {error}"
     if damaged > max(1, MAX_DAMAGED * total) or damaged == total:
@@ -104,7 +104,7 @@ def _score(score: Reward, images: Sequence[np.ndarray], captions: Sequence[str],
     return scores
 
 
-def import_scores(prepared: Prepared, file: Path, on_progress: OnProgress = lambda done, total: None) -> np.ndarray:
+def import_scores(prepared: PreparedData, file: Path, on_progress: OnProgress = lambda done, total: None) -> np.ndarray:
     """scores_M, float32, that an outside judge wrote, NaN for images without one.
 
     A line is {"record": row of records.arrow, "scores": [of its images in their order]}, or
@@ -149,7 +149,7 @@ def _enter(scores_M: np.ndarray, where: np.ndarray, values: Sequence[float]) -> 
 class _Finder:
     """Which candidates a line scores."""
 
-    def __init__(self, prepared: Prepared):
+    def __init__(self, prepared: PreparedData):
         self._prepared = prepared
         self.of = candidates(prepared.records["images"])
 

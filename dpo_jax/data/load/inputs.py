@@ -1,6 +1,6 @@
 """What a record's images and captions become: pixels and tokens, or what `prepare --encode` stored of them.
 
-Everything is written straight into a row of the batch.
+Everything is written straight into its place in the batch.
 
 Axes: B prompts, K candidates, M captions (one shared by the candidates, or K), H x W pixels, h x w latent cells,
 C channels.
@@ -17,15 +17,15 @@ import numpy as np
 from dpo_jax.batch import Cached, Raw
 from dpo_jax.data import images
 from dpo_jax.data.load.buffer_pool import Pool
-from dpo_jax.data.store.latents import Encodings
+from dpo_jax.data.store.latents import StoredLatents
 
 TokenizeCaptions = Callable[[Sequence[str]], np.ndarray]
 """Captions -> token_ids_MEL."""
-ReadImages = Callable[[dict[str, Any]], Sequence[images.Data]]
+ReadImages = Callable[[dict[str, Any]], Sequence[images.ImageBytes]]
 """Record -> its images, encoded."""
 
 
-class Draws(NamedTuple):
+class ViewDraws(NamedTuple):
     """Random numbers in [0, 1) that choose the view of a record's images."""
 
     top: float
@@ -33,8 +33,8 @@ class Draws(NamedTuple):
     flip: float
 
 
-class Row(NamedTuple):
-    """What a row of a batch is made of."""
+class Example(NamedTuple):
+    """One element of a batch: the record it is made of, and how."""
 
     number: int
     """In the batch."""
@@ -42,7 +42,7 @@ class Row(NamedTuple):
     """Of the record, among those to train on."""
     record: dict[str, Any]
     captions: Sequence[str]
-    draws: Draws | None
+    draws: ViewDraws | None
     """Without them images are seen as they are in validation: from the centre, not mirrored."""
 
 
@@ -58,16 +58,16 @@ class Inputs(Protocol):
         """Room for a batch."""
         ...
 
-    def fill(self, batch: Any, rows: Sequence[Row], read_images: ReadImages) -> list[np.ndarray]:
-        """Writes rows into a batch; where a record has fewer candidates than there is room for, the rest is 0.
+    def fill(self, batch: Any, examples: Sequence[Example], read_images: ReadImages) -> list[np.ndarray]:
+        """Writes examples into a batch; where a record has fewer candidates than there is room for, the rest is 0.
 
-        Returns (height, width, crop top, crop left) of each row's images.
+        Returns (height, width, crop top, crop left) of the images of each example.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoded:
+class RawInputs:
     """Images decoded, resized and cropped, captions tokenised; the step encodes them.
 
     Args:
@@ -87,22 +87,25 @@ class Decoded:
         token_ids_BMEL = np.empty((batch_size, num_captions, E, L), np.int32)
         return Raw(images_BKHWC, np.empty((batch_size, num_candidates), bool), token_ids_BMEL)
 
-    def fill(self, batch: Raw, rows: Sequence[Row], read_images: ReadImages) -> list[np.ndarray]:
+    def fill(self, batch: Raw, examples: Sequence[Example], read_images: ReadImages) -> list[np.ndarray]:
         # Decoding comes last: it empties a core's caches, and what Python does behind it takes several times as long.
-        token_ids_NEL = self.tokenizers([caption for row in rows for caption in row.captions])
-        numbers = [row.number for row in rows]
-        batch.token_ids_BMEL[numbers] = token_ids_NEL.reshape(len(rows), -1, *token_ids_NEL.shape[1:])
-        encoded: list[tuple[images.Data, images.View, np.ndarray]] = []
-        for row in rows:
-            view, images_KHWC = self._view(row.draws), batch.images_BKHWC[row.number]
-            found = read_images(row.record)
+        token_ids_NEL = self.tokenizers([caption for example in examples for caption in example.captions])
+        numbers = [example.number for example in examples]
+        batch.token_ids_BMEL[numbers] = token_ids_NEL.reshape(len(examples), -1, *token_ids_NEL.shape[1:])
+        encoded: list[tuple[images.ImageBytes, images.View, np.ndarray]] = []
+        for example in examples:
+            view, images_KHWC = self._view(example.draws), batch.images_BKHWC[example.number]
+            found = read_images(example.record)
             encoded += [(data, view, image) for data, image in zip(found, images_KHWC, strict=False)]
-            batch.mirrored_BK[row.number] = view.flip
+            batch.mirrored_BK[example.number] = view.flip
             images_KHWC[len(found) :] = 0
         places = iter([(*size, *offsets) for size, offsets in images.read_all(encoded)])
-        return [np.asarray(list(itertools.islice(places, len(row.record["images"]))), np.float32) for row in rows]
+        return [
+            np.asarray(list(itertools.islice(places, len(example.record["images"]))), np.float32)
+            for example in examples
+        ]
 
-    def _view(self, draws: Draws | None) -> images.View:
+    def _view(self, draws: ViewDraws | None) -> images.View:
         if draws is None:
             return images.View()
         top, left = (draws.top, draws.left) if self.random_crop else (None, None)
@@ -110,10 +113,10 @@ class Decoded:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class CachedInputs:
     """Looked up: one of the stored views of the images, and the captions' embeddings."""
 
-    encodings: Encodings
+    encodings: StoredLatents
 
     @property
     def resolution(self) -> int:
@@ -127,19 +130,19 @@ class Stored:
             pool.empty((batch_size, num_captions, *shapes["pooled"]), ml_dtypes.bfloat16),
         )
 
-    def fill(self, batch: Cached, rows: Sequence[Row], read_images: ReadImages) -> list[np.ndarray]:
-        return [self._fill_row(batch, row) for row in rows]
+    def fill(self, batch: Cached, examples: Sequence[Example], read_images: ReadImages) -> list[np.ndarray]:
+        return [self._fill_example(batch, example) for example in examples]
 
-    def _fill_row(self, batch: Cached, row: Row) -> np.ndarray:
-        encodings, record, number = self.encodings, row.record, 0
-        if row.draws is not None:  # of two views the mirrored one where `Decoded` would flip
-            number = len(encodings.views) - 1 - int(row.draws.flip * len(encodings.views))
-        moments_KhwC = batch.moments_BKhwC[row.number]
+    def _fill_example(self, batch: Cached, example: Example) -> np.ndarray:
+        encodings, record, number = self.encodings, example.record, 0
+        if example.draws is not None:  # of two views the mirrored one where `RawInputs` would flip
+            number = len(encodings.views) - 1 - int(example.draws.flip * len(encodings.views))
+        moments_KhwC = batch.moments_BKhwC[example.number]
         moments_KhwC[len(record["images"]) :] = 0
         for k, image in enumerate(record["images"]):
             encodings.read_moments(image, number, moments_KhwC[k])
-        for m, caption in enumerate(row.captions):
-            encodings.read_text(caption, batch.context_BMLD[row.number, m], batch.pooled_BMP[row.number, m])
+        for m, caption in enumerate(example.captions):
+            encodings.read_text(caption, batch.context_BMLD[example.number, m], batch.pooled_BMP[example.number, m])
         view = encodings.views[number]
         offsets = [images.crop_offsets(height, width, self.resolution, view) for height, width in record["sizes"]]
         return np.concatenate([record["sizes"], offsets], axis=1).astype(np.float32)

@@ -22,9 +22,9 @@ from PIL import Image
 from dpo_jax.batch import Cached, PreferenceBatch, Raw
 from dpo_jax.data import images
 from dpo_jax.data.load.buffer_pool import Pool
-from dpo_jax.data.load.inputs import Draws, Inputs, Row
-from dpo_jax.data.store.latents import DamagedEncoding
-from dpo_jax.data.store.prepared import MAX_DAMAGED, Prepared, Ties, lines_of, open_prepared, select
+from dpo_jax.data.load.inputs import Example, Inputs, ViewDraws
+from dpo_jax.data.store.latents import DamagedLatents
+from dpo_jax.data.store.prepared import MAX_DAMAGED, PreparedData, Ties, lines_of, open_prepared, select
 from dpo_jax.data.store.scores import Combine
 from dpo_jax.errors import UserError
 from dpo_jax.streams import warn
@@ -35,15 +35,15 @@ Labels = Literal["hard", "soft"]
 
 NUM_WORKERS = min(8, 2 * (os.cpu_count() or 1))
 """With fewer a core has nothing to decode while a batch is planned; with more they keep the planner from a core."""
-ROWS_A_TASK = 4
+EXAMPLES_PER_TASK = 4
 """That a thread fills at once: the fewer times it changes between Python and decoding, the less time both take."""
-ROWS_A_PLAN = 64
+EXAMPLES_PER_PLAN = 64
 """That are planned at once: behind a decode, which empties a core's caches, planning takes three times as long."""
 TRAINED_ON = ("caption", "captions", "images", "preference")
 """The columns of a prepared record that training looks at; each costs time."""
 
 
-class Pairs(Protocol):
+class TrainingRecords(Protocol):
     """Random access to records: dicts of `captions`, `images` (best first), `preference` and `weight`.
 
     There is one caption for all images, or one for each. Images are positions in the data set.
@@ -58,7 +58,7 @@ class Pairs(Protocol):
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
-    def read_images(self, record: dict[str, Any]) -> Sequence[images.Data]:
+    def read_images(self, record: dict[str, Any]) -> Sequence[images.ImageBytes]:
         """Encoded, as they came."""
         ...
 
@@ -67,7 +67,7 @@ class Pairs(Protocol):
         ...
 
 
-def open_pairs(
+def open_records(
     path: str | Path,
     split: str,
     *,
@@ -77,8 +77,8 @@ def open_pairs(
     judges: Sequence[str] = (),
     combine: Combine = "mean",
     **filters: Any,
-) -> Pairs:
-    """What is chosen of one split of a prepared folder; `random:N` makes N pairs, to which no choice applies.
+) -> TrainingRecords:
+    """What is chosen of one split of a prepared folder; `random:N` makes N records, to which no choice applies.
 
     Args:
         ties: `drop` leaves them out, `zero_weight` keeps them without a part in the loss, `soft` trains on them as on
@@ -96,18 +96,18 @@ def open_pairs(
         number = str(path).removeprefix("random:")
         if not number.isdigit() or not int(number):
             raise UserError(f"data path {path}: random:N makes N pairs, and {number!r} is no number above 0")
-        return RandomPairs(int(number), seed=0 if split == "train" else 1)
+        return RandomRecords(int(number), seed=0 if split == "train" else 1)
     if judges and labels == "soft":
         raise UserError(
             f"labels='soft' are shares of the votes, which scores by {', '.join(judges)} do not state; take 'hard' ones"
         )
     prepared = open_prepared(path, judges, combine)
     chosen = select(prepared, split=split, ties=ties, num_candidates=num_candidates, **filters)
-    return PreparedPairs(prepared, chosen, ties, labels, num_candidates)
+    return PreparedRecords(prepared, chosen, ties, labels, num_candidates)
 
 
 def make_iterator(
-    pairs: Pairs,
+    records: TrainingRecords,
     inputs: Inputs,
     *,
     batch_size: int,
@@ -123,7 +123,7 @@ def make_iterator(
     """Endless shuffled training batches, each epoch in another order.
 
     Args:
-        pairs: of `open_pairs`.
+        records: what `open_records` returned.
         inputs: what images and captions become.
         batch_size: prompts a batch of this process; all processes together read `batch_size * shard_count`.
         caption_dropout: probability of training on the empty caption instead.
@@ -138,20 +138,20 @@ def make_iterator(
             they decode is in its place; what processes decode would have to be handed over.
     """
     if relabel != "none":
-        pairs = _Relabelled(pairs, seed if relabel == "shuffled" else None)
-    rows = _Rows(inputs, pairs, size_conditioning, caption_lines, caption_dropout)
+        records = _Relabelled(records, seed if relabel == "shuffled" else None)
+    builder = _BatchBuilder(inputs, records, size_conditioning, caption_lines, caption_dropout)
     # Only numbers of records go through Grain: it would measure the size of all that a record holds.
-    order = grain.MapDataset.range(len(pairs)).seed(seed).shuffle().repeat(None)
+    order = grain.MapDataset.range(len(records)).seed(seed).shuffle().repeat(None)
 
     def samples(positions: range) -> list[Sample]:
         drawn = zip(positions, _draws(seed, positions).tolist(), strict=True)
-        return [Sample(at, order[at], drop_caption=drop, draws=Draws(*of_view)) for at, (drop, *of_view) in drawn]
+        return [Sample(at, order[at], drop_caption=drop, draws=ViewDraws(*of_view)) for at, (drop, *of_view) in drawn]
 
-    return BatchIterator(samples, len(order), rows, batch_size, shard_index, shard_count, num_workers)
+    return BatchIterator(samples, len(order), builder, batch_size, shard_index, shard_count, num_workers)
 
 
 def validation_batches(
-    pairs: Pairs,
+    records: TrainingRecords,
     inputs: Inputs,
     *,
     batch_size: int,
@@ -165,17 +165,17 @@ def validation_batches(
     What is missing from the last batches is filled with samples of weight 0. Arguments as in `make_iterator`.
     """
     everyone = batch_size * shard_count
-    padded = -(-len(pairs) // everyone) * everyone
+    padded = -(-len(records) // everyone) * everyone
 
     def samples(positions: range) -> list[Sample]:
-        return [Sample(at, at % len(pairs), counts=at < len(pairs)) for at in positions]
+        return [Sample(at, at % len(records), counts=at < len(records)) for at in positions]
 
-    rows = _Rows(inputs, pairs, size_conditioning, caption_lines)
-    return BatchIterator(samples, padded, rows, batch_size, shard_index, shard_count)
+    builder = _BatchBuilder(inputs, records, size_conditioning, caption_lines)
+    return BatchIterator(samples, padded, builder, batch_size, shard_index, shard_count)
 
 
 class Sample(NamedTuple):
-    """Which record a row of a batch is made of, and how."""
+    """Which record an example of a batch is made of, and how."""
 
     position: int
     """In the stream."""
@@ -185,11 +185,11 @@ class Sample(NamedTuple):
     """Otherwise its weight is 0."""
     drop_caption: float = 1.0
     """The caption is dropped with a greater probability than this."""
-    draws: Draws | None = None
+    draws: ViewDraws | None = None
 
 
 def _draws(seed: int, positions: range) -> np.ndarray:
-    """Random numbers in [0, 1) of samples: [position, caption dropout or one of `Draws`].
+    """Random numbers in [0, 1) of samples: [position, caption dropout or one of `ViewDraws`].
 
     Philox makes four of them for each value of its counter, which is the position: they depend on nothing else.
     """
@@ -223,25 +223,25 @@ class BatchIterator(Iterator[PreferenceBatch]):
         self,
         samples: Callable[[range], list[Sample]],
         length: int,
-        rows: "_Rows",
+        builder: "_BatchBuilder",
         batch_size: int,
         shard_index: int,
         shard_count: int,
         num_workers: int = NUM_WORKERS,
     ):
-        self._samples, self._length, self._rows, self._batch_size = samples, length, rows, batch_size
+        self._samples, self._length, self._builder, self._batch_size = samples, length, builder, batch_size
         self._shard_index, self._shard_count, self._num_workers = shard_index, shard_count, num_workers
         self._position = self._planned_to = 0
         self._threads: ThreadPoolExecutor | None = None
         self._pool = Pool()
-        self._planned: deque[tuple[dict[str, np.ndarray], list[Row]]] = deque()
+        self._planned: deque[tuple[dict[str, np.ndarray], list[Example]]] = deque()
         self._begun: deque[tuple[PreferenceBatch, list[Future[list[Skipped]]]]] = deque()
         self.damaged: set[int] = set()
         """Records that this iterator left out, by their number among those to train on."""
 
     def __next__(self) -> PreferenceBatch:
-        # Every thread has rows to fill, also while this one begins batches and keeps Python's lock.
-        enough = -(-self._num_workers * min(ROWS_A_TASK, self._batch_size) // self._batch_size)
+        # Every thread has examples to fill, also while this one begins batches and keeps Python's lock.
+        enough = -(-self._num_workers * min(EXAMPLES_PER_TASK, self._batch_size) // self._batch_size)
         if len(self._begun) <= enough:
             while len(self._begun) < 2 * enough and (self._planned or self._plan()):
                 self._begin(*self._planned.popleft())
@@ -257,8 +257,8 @@ class BatchIterator(Iterator[PreferenceBatch]):
     def _skip(self, skipped: "Skipped") -> None:
         """Notes a damaged record; raises ValueError when there are too many."""
         self.damaged.add(skipped.number)
-        known = len(self._rows.pairs)
-        message = f"{self._rows.pairs.name_of(skipped.number)}: {skipped.reason}"
+        known = len(self._builder.records)
+        message = f"{self._builder.records.name_of(skipped.number)}: {skipped.reason}"
         if len(self.damaged) > max(1, MAX_DAMAGED * known) or len(self.damaged) == known:
             raise UserError(
                 f"{len(self.damaged)} of {known} records have damaged images or encodings, more than the "
@@ -270,20 +270,20 @@ class BatchIterator(Iterator[PreferenceBatch]):
     def _plan(self) -> bool:
         """Plans the next batches, unless the stream has ended."""
         everyone = self._batch_size * self._shard_count
-        count = min(-(-ROWS_A_PLAN // self._batch_size), (self._length - self._planned_to) // everyone)
+        count = min(-(-EXAMPLES_PER_PLAN // self._batch_size), (self._length - self._planned_to) // everyone)
         start, self._planned_to = self._planned_to, self._planned_to + count * everyone
         samples = self._samples(range(start + self._shard_index, self._planned_to, self._shard_count))
         for first in range(0, count * self._batch_size, self._batch_size):
-            self._planned.append(self._rows.plan(samples[first : first + self._batch_size]))
+            self._planned.append(self._builder.plan(samples[first : first + self._batch_size]))
         return count > 0
 
-    def _begin(self, planned: dict[str, np.ndarray], rows: list[Row]) -> None:
+    def _begin(self, planned: dict[str, np.ndarray], examples: list[Example]) -> None:
         """Has the threads fill a planned batch."""
         self._threads = self._threads or ThreadPoolExecutor(self._num_workers)
-        batch = PreferenceBatch(inputs=self._rows.allocate(self._pool, len(rows)), **planned)
+        batch = PreferenceBatch(inputs=self._builder.allocate(self._pool, len(examples)), **planned)
         tasks = [
-            self._threads.submit(self._rows.fill, batch, rows[first : first + ROWS_A_TASK])
-            for first in range(0, len(rows), ROWS_A_TASK)
+            self._threads.submit(self._builder.fill, batch, examples[first : first + EXAMPLES_PER_TASK])
+            for first in range(0, len(examples), EXAMPLES_PER_TASK)
         ]
         self._begun.append((batch, tasks))
 
@@ -310,12 +310,12 @@ class BatchIterator(Iterator[PreferenceBatch]):
         self.close()
 
 
-class PreparedPairs:
+class PreparedRecords:
     """The chosen records of a prepared data set, with the labels to train on."""
 
     def __init__(
         self,
-        prepared: Prepared,
+        prepared: PreparedData,
         indices_N: np.ndarray,
         ties: Ties,
         labels: Labels,
@@ -342,14 +342,14 @@ class PreparedPairs:
             captions *= self.num_captions
         return record | {"captions": captions, "preference": preference, "weight": weight}
 
-    def read_images(self, record: dict[str, Any]) -> Sequence[images.Data]:
+    def read_images(self, record: dict[str, Any]) -> Sequence[images.ImageBytes]:
         return self._prepared.read_images(record)
 
     def name_of(self, index: int) -> str:
         return self._prepared.name_of(int(self._indices_N[index]))
 
 
-class RandomPairs:
+class RandomRecords:
     """Made pairs for tests and dry runs: coloured noise in several shapes, each pair with a caption of its own."""
 
     num_candidates = 2
@@ -369,7 +369,7 @@ class RandomPairs:
             "weight": 1.0,
         }
 
-    def read_images(self, record: dict[str, Any]) -> Sequence[images.Data]:
+    def read_images(self, record: dict[str, Any]) -> Sequence[images.ImageBytes]:
         positions = record["images"]
         rng = np.random.default_rng((self._seed, positions[0] // 2))
         height, width = rng.choice([48, 64, 80], 2)
@@ -390,40 +390,40 @@ def _noise_png(rng: np.random.Generator, height: int, width: int) -> bytes:
 class _Relabelled:
     """Records with their candidates in the opposite order: all of them, or those that a coin chooses."""
 
-    def __init__(self, pairs: Pairs, coin_seed: int | None):
-        self._pairs, self._coin_seed = pairs, coin_seed
-        self.num_candidates, self.num_captions = pairs.num_candidates, pairs.num_captions
+    def __init__(self, records: TrainingRecords, coin_seed: int | None):
+        self._records, self._coin_seed = records, coin_seed
+        self.num_candidates, self.num_captions = records.num_candidates, records.num_captions
 
     def __len__(self) -> int:
-        return len(self._pairs)
+        return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self._pairs[index]
+        record = self._records[index]
         if self._coin_seed is not None and np.random.default_rng((self._coin_seed, index)).random() < 0.5:
             return record
         return record | {name: record[name][::-1] for name in ("images", "sizes", "captions") if name in record}
 
-    def read_images(self, record: dict[str, Any]) -> Sequence[images.Data]:
-        return self._pairs.read_images(record)
+    def read_images(self, record: dict[str, Any]) -> Sequence[images.ImageBytes]:
+        return self._records.read_images(record)
 
     def name_of(self, index: int) -> str:
-        return self._pairs.name_of(index)
+        return self._records.name_of(index)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
-    """How samples become a batch: first all that takes no time, then each row's inputs, in threads."""
+class _BatchBuilder:
+    """How samples become a batch: first all that takes no time, then the inputs of each example, in threads."""
 
     inputs: Inputs
-    pairs: Pairs
+    records: TrainingRecords
     size_conditioning: SizeConditioning
     caption_lines: bool = False
     caption_dropout: float = 0.0
 
-    def plan(self, samples: Sequence[Sample]) -> tuple[dict[str, np.ndarray], list[Row]]:
-        """A batch's fields but for its inputs, and its rows. Candidates that a record lacks are not valid."""
-        records = [self.pairs[sample.number] for sample in samples]
-        B, K, size = len(samples), self.pairs.num_candidates, self.inputs.resolution
+    def plan(self, samples: Sequence[Sample]) -> tuple[dict[str, np.ndarray], list[Example]]:
+        """A batch's fields but for its inputs, and its examples. Candidates that a record lacks are not valid."""
+        records = [self.records[sample.number] for sample in samples]
+        B, K, size = len(samples), self.records.num_candidates, self.inputs.resolution
         preference_BK, valid_BK = np.zeros((B, K), np.float32), np.zeros((B, K), bool)
         for b, record in enumerate(records):
             number = len(record["images"])
@@ -438,15 +438,15 @@ class _Rows:
             "weight_B": np.asarray(weights, np.float32),
             "index_B": np.asarray([sample.position for sample in samples], np.int32),
         }
-        return planned, [self._row(*each) for each in zip(range(B), samples, records, strict=True)]
+        return planned, [self._example(*each) for each in zip(range(B), samples, records, strict=True)]
 
-    def _row(self, number: int, sample: Sample, record: dict[str, Any]) -> Row:
-        captions = record["captions"] + [""] * (self.pairs.num_captions - len(record["captions"]))
+    def _example(self, number: int, sample: Sample, record: dict[str, Any]) -> Example:
+        captions = record["captions"] + [""] * (self.records.num_captions - len(record["captions"]))
         if sample.drop_caption < self.caption_dropout:
             captions = [""] * len(captions)
         elif self.caption_lines:
             captions = [self._line(caption, sample) for caption in captions]
-        return Row(number, sample.number, record, captions, sample.draws)
+        return Example(number, sample.number, record, captions, sample.draws)
 
     def _line(self, caption: str, sample: Sample) -> str:
         """Drawn by what is left of the number that has kept the caption: uniform from the dropout to 1."""
@@ -455,29 +455,29 @@ class _Rows:
         return lines[0 if sample.draws is None else int(share * len(lines))]
 
     def allocate(self, pool: Pool, batch_size: int) -> Raw | Cached:
-        return self.inputs.allocate(pool, batch_size, self.pairs.num_candidates, self.pairs.num_captions)
+        return self.inputs.allocate(pool, batch_size, self.records.num_candidates, self.records.num_captions)
 
-    def fill(self, batch: PreferenceBatch, rows: Sequence[Row]) -> list[Skipped]:
-        """Writes the rows' inputs into the batch; those of candidates that a record lacks are 0."""
+    def fill(self, batch: PreferenceBatch, examples: Sequence[Example]) -> list[Skipped]:
+        """Writes the examples' inputs into the batch; those of candidates that a record lacks are 0."""
         try:
-            self._fill(batch, rows)
+            self._fill(batch, examples)
             return []
-        except (images.DamagedImage, DamagedEncoding):  # one of them; the others are done again
-            return [skipped for row in rows if (skipped := self._fill_or_skip(batch, row))]
+        except (images.DamagedImage, DamagedLatents):  # one of them; the others are done again
+            return [skipped for example in examples if (skipped := self._fill_or_skip(batch, example))]
 
-    def _fill_or_skip(self, batch: PreferenceBatch, row: Row) -> Skipped | None:
+    def _fill_or_skip(self, batch: PreferenceBatch, example: Example) -> Skipped | None:
         try:
-            self._fill(batch, [row])
+            self._fill(batch, [example])
             return None
-        except (images.DamagedImage, DamagedEncoding) as error:
+        except (images.DamagedImage, DamagedLatents) as error:
             inputs: Any = batch.inputs
             for array in inputs:
-                array[row.number] = 0
-            batch.weight_B[row.number] = 0
-            return Skipped(row.record_number, str(error))
+                array[example.number] = 0
+            batch.weight_B[example.number] = 0
+            return Skipped(example.record_number, str(error))
 
-    def _fill(self, batch: PreferenceBatch, rows: Sequence[Row]) -> None:
-        places = self.inputs.fill(batch.inputs, rows, self.pairs.read_images)
+    def _fill(self, batch: PreferenceBatch, examples: Sequence[Example]) -> None:
+        places = self.inputs.fill(batch.inputs, examples, self.records.read_images)
         if self.size_conditioning == "real":
-            for row, places_K4 in zip(rows, places, strict=True):
-                batch.size_cond_BK6[row.number, : len(places_K4), :4] = places_K4
+            for example, places_K4 in zip(examples, places, strict=True):
+                batch.size_cond_BK6[example.number, : len(places_K4), :4] = places_K4

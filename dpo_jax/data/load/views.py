@@ -10,12 +10,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from dpo_jax.data import images
-from dpo_jax.data.store.prepared import AGAIN, Prepared
+from dpo_jax.data.store.prepared import AGAIN, PreparedData
 from dpo_jax.errors import UserError
 
 
 def view_batches(
-    prepared: Prepared,
+    prepared: PreparedData,
     views: Sequence[images.View],
     resolution: int,
     num_workers: int,
@@ -39,7 +39,7 @@ def view_batches(
             yield _finished(*begun.popleft())
 
 
-def _read_views(prepared: Prepared, position: int, views: Sequence[images.View], images_VHWC: np.ndarray) -> None:
+def _read_views(prepared: PreparedData, position: int, views: Sequence[images.View], images_VHWC: np.ndarray) -> None:
     try:
         data = prepared.images[position]
         for view, image_HWC in zip(views, images_VHWC, strict=True):

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from dpo_jax.data.images import DamagedImage
 from dpo_jax.data.store import checksums, scores
-from dpo_jax.data.store.latents import FACTS, Encodings
-from dpo_jax.data.store.prepared import CHECKED, Prepared, open_prepared
+from dpo_jax.data.store.latents import INDEX, StoredLatents
+from dpo_jax.data.store.prepared import CHECKED, PreparedData, open_prepared
 from dpo_jax.errors import MissingFileError, UserError
 
 OnProgress = Callable[[int, int], None]
@@ -53,7 +53,7 @@ def verify(folder: Path, on_progress: OnProgress = lambda done, total: None) -> 
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise MissingFileError(f"the data set {folder} misses {', '.join(missing)}")
-    encodings = [Encodings(file.parent) for file in sorted((folder / "encoded").glob(f"*/{FACTS}"))]
+    encodings = [StoredLatents(file.parent) for file in sorted((folder / "encoded").glob(f"*/{INDEX}"))]
     for each in encodings:
         each.check()
     encoded = [file for each in encodings for file in each.files]
@@ -94,7 +94,7 @@ def verify(folder: Path, on_progress: OnProgress = lambda done, total: None) -> 
     return Verified(folder, len(sizes) + len(judges), total, len(prepared.images), stored is None, without)
 
 
-def _damaged_images(prepared: Prepared, suspects: list[Path]) -> Iterator[str]:
+def _damaged_images(prepared: PreparedData, suspects: list[Path]) -> Iterator[str]:
     for file, positions in prepared.images.positions():
         if file in suspects:
             for position in positions:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dpo_jax.data.sources.record import MIN_ROWS_A_CHUNK, Chunk, Damaged, Row, Unusable, rows_a_chunk
+from dpo_jax.data.sources.record import MIN_ROWS_A_CHUNK, Chunk, Damaged, Outcome, Unusable, rows_a_chunk
 from dpo_jax.data.sources.values import number
 from dpo_jax.errors import UserError
 from dpo_jax.files import check_regular, parse_json, what_it_is
@@ -119,7 +119,7 @@ def chunk_rows(
     ]
 
 
-def read_rows(chunk: Chunk, rows: Rows, make_row: Callable[[str, Path, dict[str, Any]], Row]) -> Iterator[Row]:
+def read_rows(chunk: Chunk, rows: Rows, make_row: Callable[[str, Path, dict[str, Any]], Outcome]) -> Iterator[Outcome]:
     """The rows of a chunk; `make_row` raises Unusable if one can't be used."""
     for row, (_, text) in enumerate(itertools.islice(rows(chunk.file, chunk.offset), chunk.stop - chunk.start)):
         where = f"{chunk.file} row {chunk.start + row}"

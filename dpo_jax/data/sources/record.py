@@ -59,7 +59,7 @@ class Unusable(UserError):
         self.reason, self.found = reason, found
 
 
-Row = Record | Dropped | Damaged
+Outcome = Record | Dropped | Damaged
 
 
 class Chunk(NamedTuple):
@@ -86,7 +86,7 @@ class Source(NamedTuple):
 
     chunks: Callable[[Sequence[Path]], list[Chunk]]
     """Splits the input, always the same way; raises ValueError for files of another layout before anything is read."""
-    read: Callable[[Chunk], Iterator[Row]]
+    read: Callable[[Chunk], Iterator[Outcome]]
     """Streams the rows of a chunk."""
     help: str
 
@@ -124,7 +124,7 @@ def make_record(
     image: Callable[[int], bytes | None],
     models: Sequence[object] = (),
     captions: Sequence[object] | None = None,
-) -> Row:
+) -> Outcome:
     """Checks a row, scales its shares to sum to 1, and orders it best first; equal candidates stay as stored.
 
     Args:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from dpo_jax.data.sources.paths import read_image
-from dpo_jax.data.sources.record import Chunk, Damaged, Dropped, Row, Source, Unusable, make_record, rows_a_chunk
+from dpo_jax.data.sources.record import Chunk, Damaged, Dropped, Outcome, Source, Unusable, make_record, rows_a_chunk
 from dpo_jax.data.sources.values import is_unstated, number, truth
 from dpo_jax.errors import UserError
 from dpo_jax.files import check_regular, look_at
@@ -30,7 +30,7 @@ class Schema(NamedTuple):
 
     needed: Mapping[str, str]
     optional: Mapping[str, str]
-    row: Callable[[str, Mapping[str, Any], Image], Row]
+    row: Callable[[str, Mapping[str, Any], Image], Outcome]
     """Of where the row stands, its values but images, and a function that reads the image of a column."""
 
     @property
@@ -38,7 +38,7 @@ class Schema(NamedTuple):
         return {**self.needed, **self.optional}
 
 
-def pickapic_row(where: str, values: Mapping[str, Any], image: Image) -> Row:
+def pickapic_row(where: str, values: Mapping[str, Any], image: Image) -> Outcome:
     """A row of Pick-a-Pic v1 or v2 (https://arxiv.org/abs/2305.01569), whatever file it stands in.
 
     `label_1` is what `label_0` leaves of 1 where it's missing; with `has_label` false the row is unlabelled.
@@ -58,7 +58,7 @@ def pickapic_row(where: str, values: Mapping[str, Any], image: Image) -> Row:
     return make_record(where, values["caption"], shares, lambda k: image(f"jpg_{k}"), models)
 
 
-def open_image_preferences_row(where: str, values: Mapping[str, Any], image: Image) -> Row:
+def open_image_preferences_row(where: str, values: Mapping[str, Any], image: Image) -> Outcome:
     """The data set data-is-better-together/open-image-preferences-v1-binarized of the hub."""
     names = "chosen", "rejected"
     models = [values.get(f"{name}_model") for name in names]
@@ -112,7 +112,7 @@ def _files(path: Path) -> list[Path]:
     return parts
 
 
-def _read(schema: Schema, chunk: Chunk) -> Iterator[Row]:
+def _read(schema: Schema, chunk: Chunk) -> Iterator[Outcome]:
     table, counts = _open(chunk.file)
     columns = [name for name in (*schema.needed, *schema.optional) if name in table.schema_arrow.names]
     for group in range(chunk.start, chunk.stop):
@@ -129,7 +129,7 @@ def _read(schema: Schema, chunk: Chunk) -> Iterator[Row]:
             yield Damaged(f"{chunk.file} row {lost}", "this part of the parquet file is damaged")
 
 
-def _row(schema: Schema, file: Path, row: int, batch: pa.RecordBatch, i: int) -> Row:
+def _row(schema: Schema, file: Path, row: int, batch: pa.RecordBatch, i: int) -> Outcome:
     where = f"{file} row {row}"
     values = {}
     for name in batch.schema.names:

@@ -15,7 +15,7 @@ Cell = Callable[[int], Any]
 """Row -> value, as `as_py` gives it."""
 
 
-class Rows:
+class RowReader:
     """Random access to a table's rows; holds no copy of its columns."""
 
     def __init__(self, table: pa.Table):

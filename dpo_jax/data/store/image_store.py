@@ -28,7 +28,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from dpo_jax import files
 from dpo_jax.data.images import DamagedImage
 from dpo_jax.data.store import checksums
-from dpo_jax.data.store.arrow_rows import Rows
+from dpo_jax.data.store.arrow_rows import RowReader
 from dpo_jax.errors import UserError
 
 NAME, SPLIT = "preference_images", "images"  # TFDS reserves "all"
@@ -157,7 +157,7 @@ def by_xxh3(digests_I: np.ndarray) -> IsWhole:
 
 def by_sha256(digests: pa.ChunkedArray) -> IsWhole:
     """Compares an image when it is read for the first time: 70 microseconds for 100 kB."""
-    rows = Rows(pa.table({"sha256": digests}))
+    rows = RowReader(pa.table({"sha256": digests}))
     known_I = np.zeros(len(digests), bool)
 
     def is_whole(position: int, image: memoryview) -> bool:

@@ -36,13 +36,13 @@ from dpo_jax import files
 from dpo_jax.data.images import View
 from dpo_jax.data.store import checksums, table_checks
 from dpo_jax.data.store.arrow_file import map_table
-from dpo_jax.data.store.prepared import Prepared, lines_of
+from dpo_jax.data.store.prepared import PreparedData, lines_of
 from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.streams import warn
 from dpo_jax.weights import safetensors_file
 from dpo_jax.weights.mapped_file import read_into
 
-FACTS = "encoding.json"
+INDEX = "encoding.json"
 CAPTIONS = "captions.arrow"
 CAPTIONS_SCHEMA = pa.schema({"caption": pa.string()})
 CHECKSUM = ".xxh3"
@@ -52,7 +52,7 @@ FILE_BYTES = 2**28
 """What is lost at most when encoding is stopped, and is dealt to one of several processes."""
 
 
-class DamagedEncoding(UserError):
+class DamagedLatents(UserError):
     """What was stored of an image or a caption has changed."""
 
 
@@ -62,7 +62,7 @@ class _View(pydantic.BaseModel):
     flip: bool
 
 
-class Facts(pydantic.BaseModel, extra="allow"):
+class Settings(pydantic.BaseModel, extra="allow"):
     """What encodings were made of and how; the rest is strings that are compared."""
 
     family: str
@@ -70,25 +70,25 @@ class Facts(pydantic.BaseModel, extra="allow"):
     views: Annotated[list[_View], pydantic.Field(min_length=1, max_length=2**16)]
 
 
-class Files(pydantic.BaseModel):
+class FileLayout(pydantic.BaseModel):
     """How the rows of images or captions are spread."""
 
     files: Annotated[int, pydantic.Field(ge=1, le=10**6)]
     rows_a_file: Annotated[int, pydantic.Field(ge=1, le=2**40)]
 
 
-class Written(pydantic.BaseModel):
+class Index(pydantic.BaseModel):
     """What `encoding.json` holds."""
 
-    facts: Facts
-    images: Files
-    captions: Files
+    facts: Settings
+    images: FileLayout
+    captions: FileLayout
     captions_checksum: checksums.Digest | None = None
     """Of captions.arrow; what was encoded earlier has none."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Encodings:
+class StoredLatents:
     """A finished folder."""
 
     folder: Path
@@ -112,7 +112,7 @@ class Encodings:
         return self._written.captions_checksum is not None and all(file.has_checksums for file in self.files)
 
     @property
-    def files(self) -> "list[EncodedFile]":
+    def files(self) -> "list[LatentsFile]":
         return [*self._images, *self._texts]
 
     @property
@@ -126,10 +126,10 @@ class Encodings:
         self._images[file].read("moments", row * len(self.views) + view, moments_hwC)
 
     def read_text(self, caption: str, context_LD: np.ndarray, pooled_P: np.ndarray) -> None:
-        """Likewise the embeddings of a caption. Both raise DamagedEncoding where there are none, or other bytes."""
+        """Likewise the embeddings of a caption. Both raise DamagedLatents where there are none, or other bytes."""
         position = bisect.bisect_left(self._captions, caption)
         if position == len(self._captions) or self._captions[position] != caption:
-            raise DamagedEncoding(f"{self.folder / CAPTIONS} has no caption {caption!r}")
+            raise DamagedLatents(f"{self.folder / CAPTIONS} has no caption {caption!r}")
         file, row = divmod(position, self._written.captions.rows_a_file)
         self._texts[file].read("context", row, context_LD)
         self._texts[file].read("pooled", row, pooled_P)
@@ -151,7 +151,7 @@ class Encodings:
         if digest is not None and checksums.checksum(self.folder / CAPTIONS) != digest:
             raise UserError(f"{CAPTIONS} has another checksum")
         if folder_of(self.folder.parents[1], self.facts) != self.folder:
-            raise UserError(f"the facts in {FACTS} are not those of the folder's name")
+            raise UserError(f"the facts in {INDEX} are not those of the folder's name")
         images = pa.ipc.open_file(pa.memory_map(str(self.folder.parents[1] / "images.arrow")))
         number = sum(images.get_batch(i).num_rows for i in range(images.num_record_batches))
         sides = (
@@ -161,7 +161,7 @@ class Encodings:
         for kind, table, opened, count in sides:
             rows = [file.rows for file in opened]
             if rows[:-1] != [table.rows_a_file] * (len(rows) - 1) or not 0 < rows[-1] <= table.rows_a_file:
-                raise UserError(f"a file of {kind} has not {table.rows_a_file} rows, as {FACTS} says")
+                raise UserError(f"a file of {kind} has not {table.rows_a_file} rows, as {INDEX} says")
             if sum(rows) != count:
                 raise UserError(f"the files of {kind} have {sum(rows)} rows in all instead of {count}")
             if any(file.row_shapes != opened[0].row_shapes for file in opened):
@@ -170,22 +170,22 @@ class Encodings:
         if missing:
             raise UserError(f"no file has {' and '.join(sorted(missing))}")
         if any(file.lead_shape[1:] != (len(self.views),) for file in self._images):
-            raise UserError(f"a file of images has not {len(self.views)} views, as {FACTS} says")
+            raise UserError(f"a file of images has not {len(self.views)} views, as {INDEX} says")
 
     @functools.cached_property
-    def _written(self) -> "Written":
-        return files.read_json(self.folder / FACTS, Written, checksums.MAX_JSON)
+    def _written(self) -> "Index":
+        return files.read_json(self.folder / INDEX, Index, checksums.MAX_JSON)
 
     @functools.cached_property
-    def _images(self) -> list["EncodedFile"]:
+    def _images(self) -> list["LatentsFile"]:
         return self._open("images")
 
     @functools.cached_property
-    def _texts(self) -> list["EncodedFile"]:
+    def _texts(self) -> list["LatentsFile"]:
         return self._open("captions")
 
-    def _open(self, kind: str) -> list["EncodedFile"]:
-        return [EncodedFile(self.folder / file_name(kind, i)) for i in range(getattr(self._written, kind).files)]
+    def _open(self, kind: str) -> list["LatentsFile"]:
+        return [LatentsFile(self.folder / file_name(kind, i)) for i in range(getattr(self._written, kind).files)]
 
     @functools.cached_property
     def _captions(self) -> "_Strings":
@@ -194,7 +194,7 @@ class Encodings:
         return _Strings(table["caption"])
 
 
-class EncodedFile:
+class LatentsFile:
     """Where the rows of one file lie. It isn't kept open: there may be more than a process may open.
 
     Raises ValueError or FileNotFoundError if the file is missing or damaged.
@@ -216,12 +216,12 @@ class EncodedFile:
         self.has_checksums = all(shapes.get(name + CHECKSUM) == self.lead_shape for name in known)
 
     def read(self, name: str, row: int, out: np.ndarray) -> None:
-        """A row (of images, a view of one) of as many bytes as `out` has; DamagedEncoding if they have changed."""
+        """A row (of images, a view of one) of as many bytes as `out` has; DamagedLatents if they have changed."""
         if not 0 <= row < math.prod(self.lead_shape):
-            raise DamagedEncoding(f"{self.path} has no row {row} of {name}")
+            raise DamagedLatents(f"{self.path} has no row {row} of {name}")
         read_into(self.path, self._offsets[name] + row * out.nbytes, out)
         if self.has_checksums and _xxh3(out) != self._checksums[name][row]:
-            raise DamagedEncoding(f"row {row} of {name} in {self.path} has changed")
+            raise DamagedLatents(f"row {row} of {name} in {self.path} has changed")
 
     def damage(self) -> str | None:
         """The first row that has changed, if there is one; reads the whole file."""
@@ -230,7 +230,7 @@ class EncodedFile:
             for row in range(math.prod(self.lead_shape)):
                 try:
                     self.read(name, row, row_bytes)
-                except DamagedEncoding as error:
+                except DamagedLatents as error:
                     return str(error)
         return None
 
@@ -277,7 +277,7 @@ def folder_of(data: Path, facts: dict[str, Any]) -> Path:
     return data / "encoded" / f"{facts['family']}-{facts['resolution']}-{digest}"
 
 
-def open_encodings(data: Path, facts: dict[str, Any]) -> Encodings:
+def open_latents(data: Path, facts: dict[str, Any]) -> StoredLatents:
     """The finished encodings with these facts.
 
     Raises:
@@ -286,7 +286,7 @@ def open_encodings(data: Path, facts: dict[str, Any]) -> Encodings:
     """
     folder = folder_of(data, facts)
     if is_finished(folder):
-        encodings = Encodings(folder)
+        encodings = StoredLatents(folder)
         encodings.check()
         if not encodings.has_checksums:
             warn(f"{folder} has no checksums, so that damage may go unnoticed; remove it and encode again to add them")
@@ -294,9 +294,9 @@ def open_encodings(data: Path, facts: dict[str, Any]) -> Encodings:
     if folder.exists():
         raise MissingFileError(f"the encodings in {folder} are not finished; go on by {_command(data)}")
     others = []
-    for other in sorted((data / "encoded").glob(f"*/{FACTS}")):
+    for other in sorted((data / "encoded").glob(f"*/{INDEX}")):
         try:
-            found = Encodings(other.parent).facts
+            found = StoredLatents(other.parent).facts
         except ValueError as error:
             others.append(str(error))
             continue
@@ -322,7 +322,7 @@ def _shown(fact: Any) -> str:
 
 
 def is_finished(folder: Path) -> bool:
-    return (folder / FACTS).is_file()
+    return (folder / INDEX).is_file()
 
 
 def choose_views(count: int, *, random_crop: bool, random_flip: bool) -> list[View]:
@@ -338,7 +338,7 @@ def choose_views(count: int, *, random_crop: bool, random_flip: bool) -> list[Vi
     return views
 
 
-def distinct_captions(prepared: Prepared, *, caption_lines: bool = False) -> pa.Array:
+def distinct_captions(prepared: PreparedData, *, caption_lines: bool = False) -> pa.Array:
     """All captions that training may ask for, sorted: those of records, of single candidates, and the empty one.
 
     With `caption_lines` their lines take their place.

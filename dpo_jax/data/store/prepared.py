@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 
 from dpo_jax.data.store import checksums, scores, table_checks
 from dpo_jax.data.store.arrow_file import map_table
-from dpo_jax.data.store.arrow_rows import Rows
+from dpo_jax.data.store.arrow_rows import RowReader
 from dpo_jax.data.store.image_store import FEATURES_FILE, INFO, ImageFiles, by_sha256, by_xxh3, read_layout
 from dpo_jax.data.store.scores import Combine
 from dpo_jax.errors import MissingFileError, UserError
@@ -64,7 +64,7 @@ CHECKED = ("records.arrow", "images.arrow", f"images/{INFO}", f"images/{FEATURES
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class PreparedData:
     """What `open_prepared` opens."""
 
     folder: Path
@@ -105,8 +105,8 @@ class Prepared:
         return self._records_and_scored[0]
 
     @functools.cached_property
-    def _rows(self) -> Rows:
-        return Rows(self.records)
+    def _rows(self) -> RowReader:
+        return RowReader(self.records)
 
     @property
     def scored_N(self) -> np.ndarray:
@@ -150,7 +150,7 @@ class Prepared:
         return map_table(self.folder / "images.arrow", IMAGES, AGAIN, IMAGES_BEFORE_XXH3)
 
 
-def open_prepared(folder: str | Path, judges: Sequence[str] = (), combine: Combine = "mean") -> Prepared:
+def open_prepared(folder: str | Path, judges: Sequence[str] = (), combine: Combine = "mean") -> PreparedData:
     """Opens the folder that `prepare` wrote and checks that its parts fit together.
 
     Args:
@@ -176,7 +176,7 @@ def open_prepared(folder: str | Path, judges: Sequence[str] = (), combine: Combi
     for name in CHECKED[1:]:
         if not (folder / name).is_file():
             raise MissingFileError(f"the data set {folder} misses {name}; {AGAIN}")
-    prepared = Prepared(folder, tuple(judges), combine)
+    prepared = PreparedData(folder, tuple(judges), combine)
     try:
         _check(folder)
     except ValueError as error:
@@ -192,7 +192,7 @@ def open_prepared(folder: str | Path, judges: Sequence[str] = (), combine: Combi
 
 def _check(folder: Path) -> None:
     """Raises ValueError where a file of a data set is damaged, or they don't fit together."""
-    prepared = Prepared(folder)
+    prepared = PreparedData(folder)
     _ = prepared.records, prepared._images_table  # other files than tables may be too long to read whole
     digests = checksums.read(folder)
     if digests is not None:
@@ -209,7 +209,7 @@ def _check(folder: Path) -> None:
 @functools.lru_cache(maxsize=64)  # once per process for each state of the file
 def _check_images(folder: Path, sha256: str) -> int:
     """The number of images."""
-    table = Prepared(folder)._images_table
+    table = PreparedData(folder)._images_table
     table_checks.check_images(folder / "images.arrow", table)
     return table.num_rows
 
@@ -230,7 +230,7 @@ def lines_of(caption: str) -> list[str]:
 
 
 def select(
-    prepared: Prepared,
+    prepared: PreparedData,
     *,
     split: str,
     ties: Ties = "drop",
@@ -249,7 +249,7 @@ def select(
         generators: regular expressions; the model of every candidate must contain a match of one of them.
         min_agreement: lowest share of the best candidate against the worst, 0.5 for a tie.
         min_side: lowest number of pixels on the shorter side of every candidate.
-        num_candidates: as in `Prepared.record`; the last three filters look only at the candidates kept.
+        num_candidates: as in `PreparedData.record`; the last three filters look only at the candidates kept.
         liked_images: single images that were liked are used all the same; those that were disliked never are then.
         limit: at most this many; 0 means all.
         limit_seed: which ones: -1 takes the first, any other number draws them, always the same for the same number.
