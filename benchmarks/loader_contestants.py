@@ -17,10 +17,10 @@ import simplejpeg
 from loader_data import TOKENIZERS, Case, encoded_folder
 from PIL import Image
 
-from dpo_jax.data import encoded
 from dpo_jax.data.images import View, read
-from dpo_jax.data.inputs import Decoded, Inputs, Stored
-from dpo_jax.data.pipeline import make_iterator, open_pairs
+from dpo_jax.data.load.inputs import CachedInputs, Inputs, RawInputs
+from dpo_jax.data.load.pipeline import make_iterator, open_records
+from dpo_jax.data.store import latents
 from dpo_jax.data.tokenizers import load_tokenizers
 
 BATCH_SIZE = 8
@@ -29,19 +29,19 @@ CORES = len(os.sched_getaffinity(0))
 
 @contextlib.contextmanager
 def ours(case: Case) -> Iterator[Iterator[Any]]:
-    inputs = Decoded(case.resolution, load_tokenizers(case.folder / "tokenizers", TOKENIZERS), random_flip=case.flip)
+    inputs = RawInputs(case.resolution, load_tokenizers(case.folder / "tokenizers", TOKENIZERS), random_flip=case.flip)
     with our_batches(case, inputs) as batches:
         yield batches
 
 
 @contextlib.contextmanager
 def cache(case: Case) -> Iterator[Iterator[Any]]:
-    with our_batches(case, Stored(encoded.Encodings(encoded_folder(case)))) as batches:
+    with our_batches(case, CachedInputs(latents.StoredLatents(encoded_folder(case)))) as batches:
         yield batches
 
 
 def our_batches(case: Case, inputs: Inputs) -> Any:
-    pairs = open_pairs(case.folder / "prepared", "train")
+    pairs = open_records(case.folder / "prepared", "train")
     return make_iterator(pairs, inputs, batch_size=BATCH_SIZE, seed=0)
 
 
@@ -184,7 +184,7 @@ def decode_for(files: Sequence[bytes], pillow: bool, seconds: float) -> tuple[in
 
 
 def in_order(case: Case) -> Iterator[list[bytes]]:
-    pairs = open_pairs(case.folder / "prepared", "train")
+    pairs = open_records(case.folder / "prepared", "train")
     return ([bytes(image) for image in pairs.read_images(pairs[i])] for i in range(len(pairs)))
 
 

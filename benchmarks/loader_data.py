@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 from etils import epath
 from PIL import Image, ImageDraw
 
-from dpo_jax.data import checksums, encoded, prepared
-from dpo_jax.data.builder import prepare
 from dpo_jax.data.images import View
-from dpo_jax.data.prepared import open_prepared
+from dpo_jax.data.prepare.builder import prepare
 from dpo_jax.data.sources import SOURCES
+from dpo_jax.data.store import checksums, latents, prepared
+from dpo_jax.data.store.prepared import open_prepared
 from dpo_jax.weights import safetensors_file
 
 ROOT = Path(__file__).parents[1]
@@ -106,8 +106,8 @@ def write_encodings(case: Case) -> None:
     data = open_prepared(case.folder / "prepared")
     folder = encoded_folder(case)
     folder.mkdir(parents=True)
-    captions = encoded.distinct_captions(data)
-    encoded.write_captions(folder, captions)
+    captions = latents.distinct_captions(data)
+    latents.write_captions(folder, captions)
     cells = case.resolution // 8
     tables: dict[str, tuple[int, dict[str, tuple[int, ...]]]] = {
         "images": (len(data.images), {"moments": (1, cells, cells, 8)}),
@@ -117,14 +117,14 @@ def write_encodings(case: Case) -> None:
     written: dict[str, Any] = {"facts": facts}
     bfloat16 = np.dtype(ml_dtypes.bfloat16)
     for kind, (rows, shapes) in tables.items():
-        a_file = encoded.rows_a_file(sum(int(np.prod(shape)) for shape in shapes.values()) * bfloat16.itemsize)
+        a_file = latents.rows_a_file(sum(int(np.prod(shape)) for shape in shapes.values()) * bfloat16.itemsize)
         starts = range(0, rows, a_file)
         for number, start in enumerate(starts):
             header = {name: ((min(a_file, rows - start), *shape), bfloat16) for name, shape in shapes.items()}
             tensors = ((name, np.ones(shape, dtype)) for name, (shape, dtype) in header.items())
-            safetensors_file.write(epath.Path(folder / encoded.file_name(kind, number)), tensors, header)
+            safetensors_file.write(epath.Path(folder / latents.file_name(kind, number)), tensors, header)
         written[kind] = {"rows_a_file": a_file, "files": len(starts)}
-    (folder / encoded.FACTS).write_text(json.dumps(written))
+    (folder / latents.INDEX).write_text(json.dumps(written))
 
 
 def encoded_folder(case: Case) -> Path:

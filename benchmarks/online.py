@@ -3,7 +3,7 @@
   python benchmarks/online.py --output=runs/online
 
 Every method starts from the same base and learns by the exact judge, until its judge has seen the same number of
-pictures; so much as JPEG files, too, and D3PO by both of its update rules on 7 candidates. Three seeds each. Then the
+images; so much as JPEG files, too, and D3PO by both of its update rules on 7 candidates. Three seeds each. Then the
 base and all models draw the held-out captions, and the same judge scores them: means of all seeds, with 95% intervals
 over captions, and each seed's rise, which differ by more than that. Writes OUTPUT/online.json, OUTPUT/online.md and
 OUTPUT/online.png, which has the scores in training against UNet evaluations and against updates; the last results are
@@ -27,7 +27,7 @@ from dpo_jax import cli
 OUTPUT = flags.DEFINE_string("output", None, "Folder for the runs and the tables.", required=True)
 SEEDS = flags.DEFINE_integer("seeds", 3, "Training runs of each method.", lower_bound=1)
 DRAWN = flags.DEFINE_integer("drawn", 12, "Images of each held-out caption by each model.", lower_bound=1)
-IMAGES = flags.DEFINE_integer("images", 1920, "Pictures that a judge sees in a run, but for the last round.")
+IMAGES = flags.DEFINE_integer("images", 1920, "Images that a judge sees in a run, but for the last round.")
 ONLY = flags.DEFINE_list("only", [], "Names of methods; all if not given.")
 
 ROOT = Path(__file__).parents[1]
@@ -154,7 +154,7 @@ def row(output: Path, name: str, method: Method) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| method | judge | base | tuned | rise | of each seed | pictures judged | UNet evaluations | updates |",
+        "| method | judge | base | tuned | rise | of each seed | images judged | UNet evaluations | updates |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:

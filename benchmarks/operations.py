@@ -123,7 +123,7 @@ def distinct_operations(mode: Mode) -> dict[Operation, int]:
     import jax.numpy as jnp
 
     from dpo_jax.models.kernels import KERNELS
-    from dpo_jax.planning.structure import open_structure
+    from dpo_jax.planning.model_shapes import open_structure
 
     config = load(mode)
     pipeline = open_structure(config)

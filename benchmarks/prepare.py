@@ -38,7 +38,7 @@ from absl import flags
 from PIL import Image
 
 from dpo_jax import cli
-from dpo_jax.data.builder import prepare
+from dpo_jax.data.prepare.builder import prepare
 from dpo_jax.data.sources import SOURCES
 
 TINY = flags.DEFINE_bool("tiny", False, "A hundredth of it, to see that everything runs.")

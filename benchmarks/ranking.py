@@ -134,7 +134,7 @@ def pooled(output: Path, judge: str) -> dict[str, Any]:
 
 def panel(output: Path) -> dict[str, Any]:
     """What five raters say of some images of all runs, on the page."""
-    from dpo_jax.evaluation.image_folder import Entry, read_list, write_list
+    from dpo_jax.sampling.image_folder import Entry, read_list, write_list
     from dpo_jax.voting.results import summarise
     from dpo_jax.voting.store import open_votes
     from dpo_jax.voting.study import QUESTIONS
@@ -190,10 +190,8 @@ def vote(url: str, rater: int) -> None:
     ask("/api/start", {"name": f"rater {rater}"})
     state = json.loads(ask("/api/state"))
     while now := state["now"]:
-        pictures = [
-            np.asarray(Image.open(io.BytesIO(ask(f"/image/{image}"))).convert("RGB")) for image in now["images"]
-        ]
-        scores = judge.score(pictures, [now["prompt"]] * 2)
+        images = [np.asarray(Image.open(io.BytesIO(ask(f"/image/{image}"))).convert("RGB")) for image in now["images"]]
+        scores = judge.score(images, [now["prompt"]] * 2)
         right = int(np.sign(scores[0] - scores[1]))
         wrong = [answer for answer in (-1, 0, 1) if answer != right]
         said = rng.choice(wrong) if rng.random() < WRONG else right

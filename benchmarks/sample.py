@@ -6,7 +6,7 @@ Both draw the same prompts with the same sampler, steps, guidance and batch, fro
 UNet and VAE. On the first GPU, or on CPUs: with --cores=1 where others use them too, for PyTorch's threads wait for
 each other.
 
-  ours      `dpo_jax.evaluation.generate.Generator`; on GPUs in bfloat16 with cuDNN's attention
+  ours      `dpo_jax.sampling.generate.Generator`; on GPUs in bfloat16 with cuDNN's attention
   pipeline  diffusers' pipeline as it comes, in the same dtype
   compiled  the same, channels last, UNet and VAE's decoder by torch.compile
 
@@ -144,9 +144,9 @@ def timed(draw: Callable[[list[str], int], Any], mode: Mode, seconds: float, dev
 def ours(folder: str, mode: Mode, sampler: str, steps: int, seconds: float) -> dict[str, Any]:
     import jax
 
-    from dpo_jax.evaluation.generate import Sampling
-    from dpo_jax.evaluation.opened import open_model
     from dpo_jax.models.execution import Execution
+    from dpo_jax.sampling.generate import Sampling
+    from dpo_jax.sampling.loaded_model import open_model
 
     device = jax.devices()[0]
     attention = "cudnn" if device.platform == "gpu" and mode.dtype == "bfloat16" else "xla"

@@ -112,8 +112,8 @@ def timed(step: Callable[[int], Any], wait: Callable[[Any], float], seconds: flo
 def ours(mode: Mode, seconds: float) -> dict[str, Any]:
     import jax
 
-    from dpo_jax.planning.made_up import random_batch, random_state
-    from dpo_jax.planning.structure import open_structure
+    from dpo_jax.planning.model_shapes import open_structure
+    from dpo_jax.planning.synthetic import random_batch, random_state
     from dpo_jax.sharding import Placement, make_mesh, rules_of
     from dpo_jax.training.config import resolve
     from dpo_jax.training.experiment import compose
@@ -311,7 +311,7 @@ class PeerShapes(NamedTuple):
     def of(cls, mode: Mode) -> "PeerShapes":
         from dpo_jax.models.families import PUBLISHED
         from dpo_jax.models.random_model import write_random_model
-        from dpo_jax.planning.structure import open_structure
+        from dpo_jax.planning.model_shapes import open_structure
 
         config = load(mode)
         pipeline = open_structure(config)

@@ -1,7 +1,7 @@
 """The embedded default learns online by the exact judge of its small captioned world, on two CPU cores in minutes.
 
 Without a variant it is D3PO; `:ddpo`, `:dpok`, `:grpo`, `:spo` and `:lpo` are the others, and `:compressibility` has it
-make pictures that are small as a JPEG instead. `:tiny` runs any of them in seconds.
+make images that are small as a JPEG instead. `:tiny` runs any of them in seconds.
 """
 
 import functools

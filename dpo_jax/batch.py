@@ -22,7 +22,7 @@ class Raw(NamedTuple):
     """int32 token ids, one row per text encoder."""
 
 
-class Encoded(NamedTuple):
+class Cached(NamedTuple):
     """What the VAE and the text encoders made of them, stored by `prepare --encode`; all bfloat16."""
 
     moments_BKhwC: Array
@@ -59,7 +59,7 @@ class Sampled(NamedTuple):
 class PreferenceBatch(NamedTuple):
     """One batch of prompts with K ranked candidates each; of sampled ones K in any order."""
 
-    inputs: Raw | Encoded | Sampled
+    inputs: Raw | Cached | Sampled
     size_cond_BK6: Array
     """float32 (original height, original width, crop top, crop left, target height, target width)."""
     preference_BK: Array
@@ -85,7 +85,7 @@ class Conditioning(NamedTuple):
     """Size conditioning as added time ids (SDXL: 6 numbers, refiner: 5)."""
 
 
-class Scores(NamedTuple):
+class LogRatios(NamedTuple):
     """What the losses are functions of; all float32 (float64 in tests), all per candidate."""
 
     log_ratio_BK: Array

@@ -1,6 +1,9 @@
 """What every command shares: flags, `--help`, and errors told in one sentence."""
 
+import contextlib
+import datetime
 import difflib
+import errno
 import importlib.util
 import inspect
 import itertools
@@ -8,15 +11,19 @@ import logging
 import math
 import os
 import re
+import socket
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict
 
-from dpo_jax import interrupts, streams
+from dpo_jax import files, interrupts, streams
+from dpo_jax.errors import MissingFileError, UserError
 
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the whole traceback of an error instead of one sentence.")
 
@@ -50,15 +57,15 @@ def run(main: Callable[[], None]) -> NoReturn:
         main()
     except KeyboardInterrupt:
         _fail("interrupted", code=interrupts.EXIT_CODE)
-    except (ValueError, OSError) as error:
+    except Exception as error:
         if TRACEBACK.value:
             raise
-        if interrupts.received():
-            _fail(f"interrupted; {_sentence(error)}", code=interrupts.EXIT_CODE)
-        _fail(_sentence(error), code=1)
-    except Exception:
-        if interrupts.received() and not TRACEBACK.value:  # libraries make all kinds of errors of it
-            _fail("interrupted", code=interrupts.EXIT_CODE)
+        told = isinstance(error, UserError) or _is_of_the_machine(error)
+        if interrupts.received():  # libraries make all kinds of errors of it
+            _fail(f"interrupted; {_sentence(error)}" if told else "interrupted", code=interrupts.EXIT_CODE)
+        if told:
+            _fail(_sentence(error), code=1)
+        _keep_traceback(error)
         raise
     interrupts.leave_at_once()
     sys.exit(0)
@@ -81,14 +88,14 @@ def load_config(spec: str) -> ConfigDict:
     """The config that `FILE` or `FILE:variant` describes."""
     path, _, argument = spec.partition(":")
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no config file {path}; the ones that come with the project are in configs/")
+        raise MissingFileError(f"no config file {path}; the ones that come with the project are in configs/")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert module_spec is not None
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise ValueError(f"{path} has no function get_config(arg), so it is not a config file")
+        raise UserError(f"{path} has no function get_config(arg), so it is not a config file")
     return module.get_config(argument or None)
 
 
@@ -129,7 +136,7 @@ def _check_finite() -> None:
     for name in flags.FLAGS:
         value = flags.FLAGS[name].value
         if isinstance(value, float) and not math.isfinite(value) and not name.startswith("config."):
-            raise ValueError(f"--{name}={value} must be a finite number")
+            raise UserError(f"--{name}={value} must be a finite number")
 
 
 def _check_addresses(arguments: list[str]) -> None:
@@ -137,7 +144,7 @@ def _check_addresses(arguments: list[str]) -> None:
     for argument in arguments:
         found = re.match(r"(--(?!judge)[\w.]+)=(?:.*,)?(?:\w+=)?(?P<address>(?:https?|ftp|hf)://[^,]*)", argument)
         if found:
-            raise ValueError(
+            raise UserError(
                 f"{found[1]}={found['address']} is an address on the web, and a path or a hub id is needed; download it"
             )
 
@@ -149,7 +156,7 @@ def _check_overrides(arguments: list[str]) -> None:
     if not files:
         lost = [argument for argument in arguments if argument.startswith("--config.")]
         if lost:
-            raise ValueError(f"{lost[0]} replaces a field of a config, and --config=FILE is missing")
+            raise UserError(f"{lost[0]} replaces a field of a config, and --config=FILE is missing")
         return
     fields = flatten(load_config(files[-1]))
     for argument in arguments:
@@ -161,10 +168,37 @@ def _check_overrides(arguments: list[str]) -> None:
         hint = f"did you mean --config.{near[0]}?" if near else f"it has {', '.join(fields)}"
         if inside:
             hint = f"it is a group of {', '.join(inside)}"
-        raise ValueError(f"the config {files[-1]} has no field {field!r}; {hint}")
+        raise UserError(f"the config {files[-1]} has no field {field!r}; {hint}")
 
 
-def _sentence(error: ValueError | OSError) -> str:
+OF_THE_MACHINE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOMEM),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    errno.EADDRINUSE,
+}
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """Whether the operating system refused something, such as a write to a full disk, which no code can mend."""
+    return isinstance(error, OSError) and error.errno in OF_THE_MACHINE
+
+
+def _keep_traceback(error: Exception) -> None:
+    """Write the traceback to WORKDIR/errors, if the command has a work directory that exists."""
+    workdir = flags.FLAGS.workdir if "workdir" in flags.FLAGS else None
+    if not workdir or not epath.Path(workdir).is_dir():
+        return
+    now = datetime.datetime.now(datetime.UTC)
+    name = f"{now:%Y-%m-%dT%H-%M-%S}-{socket.gethostname()}-{os.getpid()}.txt"
+    path = epath.Path(workdir) / "errors" / name
+    about = f"{' '.join(sys.argv)}\n\n"
+    with contextlib.suppress(OSError):  # the error itself is what must be seen
+        path.parent.mkdir(exist_ok=True)
+        files.write_whole(path, about + "".join(traceback.format_exception(error)))
+        print(f"kept in {path}", file=sys.stderr)
+
+
+def _sentence(error: Exception) -> str:
     """The operating system's errors without their number, after the file that they are about."""
     if not isinstance(error, OSError) or not error.strerror:
         return str(error)

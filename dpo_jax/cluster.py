@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dpo_jax import locks
+from dpo_jax.errors import OutsideProcessError, UserError
 from dpo_jax.processes import EXPLICIT, may_have_peers
 
 TIMEOUT = "DPO_JAX_PEER_TIMEOUT"
@@ -72,7 +73,7 @@ def patience() -> int:
     """Seconds to wait for the others; see `TIMEOUT`."""
     given = os.environ.get(TIMEOUT) or "120"
     if not given.isdigit() or int(given) < 1:
-        raise ValueError(f"{TIMEOUT}={given} must be a number of seconds, 1 or more")
+        raise UserError(f"{TIMEOUT}={given} must be a number of seconds, 1 or more")
     return int(given)
 
 
@@ -139,7 +140,7 @@ def together(doing: str) -> Iterator[None]:
     if jax.process_count() > 1:
         failed = np.flatnonzero(multihost_utils.process_allgather(np.array(error is not None)))
         if failed.size and error is None:
-            raise ChildProcessError(f"process {failed[0]} failed {doing}; see its own output")
+            raise OutsideProcessError(f"process {failed[0]} failed {doing}; see its own output")
     if error is not None:
         raise error
 
@@ -183,7 +184,7 @@ def _join_explicitly(given: dict[str, str], limits: Any) -> None:
     address, count, process = (given.get(name, "") for name in EXPLICIT)
     if len(given) < len(EXPLICIT) or not (count.isdigit() and process.isdigit() and int(process) < int(count)):
         said = ", ".join(f"{name}={given.get(name, '(not set)')}" for name in EXPLICIT)
-        raise ValueError(
+        raise UserError(
             f"{said}: to join several processes set all three, to host:port of the first process, their number, and "
             "the number of this one, from 0; or unset them for a run of one process"
         )

@@ -22,12 +22,13 @@ from absl import flags
 from etils import epath
 
 from dpo_jax import cli, locks
-from dpo_jax.evaluation.prompts import BUNDLED
+from dpo_jax.errors import UserError
 from dpo_jax.rewards import find_judge
+from dpo_jax.sampling.prompts import BUNDLED
 
 if TYPE_CHECKING:
-    from dpo_jax.evaluation.opened import Opened
-    from dpo_jax.evaluation.prompts import Prompt
+    from dpo_jax.sampling.loaded_model import LoadedModel
+    from dpo_jax.sampling.prompts import Prompt
 
 MODELS = flags.DEFINE_list("models", [], "Models to draw with, the base first: FOLDER_OR_ID_OR_FILE or NAME=...")
 IMAGES = flags.DEFINE_list("images", [], "Instead of them: folders of images, FOLDER or NAME=FOLDER.")
@@ -66,18 +67,18 @@ SINCE = flags.DEFINE_float("since", None, "Unix time that `seconds` counts from;
 def main() -> None:
     since = SINCE.value or time.time()
     if bool(MODELS.value) == bool(IMAGES.value):
-        raise ValueError("give either --models or --images, one of the two")
+        raise UserError("give either --models or --images, one of the two")
     named = name_all(MODELS.value or IMAGES.value)
     if len(named) < 2:
-        raise ValueError(f"--{'models' if MODELS.value else 'images'} names one; give two or more to compare")
+        raise UserError(f"--{'models' if MODELS.value else 'images'} names one; give two or more to compare")
     if MODELS.value and not PROMPTS.value:
-        raise ValueError("--prompts is missing; name a file of prompts, or a list as in --prompts=bundled")
+        raise UserError("--prompts is missing; name a file of prompts, or a list as in --prompts=bundled")
     if SEED.value + SEEDS.value > 2**32:
-        raise ValueError(f"--seed={SEED.value} with --seeds={SEEDS.value} goes past the last seed, {2**32 - 1}")
+        raise UserError(f"--seed={SEED.value} with --seeds={SEEDS.value} goes past the last seed, {2**32 - 1}")
     for spec in JUDGES.value:
         find_judge(spec)
     if FEATURES.value != "thumbnails" and not FEATURES.value.startswith("clip="):
-        raise ValueError(f"--features={FEATURES.value}: take thumbnails, or clip=FOLDER_OR_ID")
+        raise UserError(f"--features={FEATURES.value}: take thumbnails, or clip=FOLDER_OR_ID")
     with locks.locked_early(OUTPUT.value, "python -m dpo_jax.evaluate"):
         from dpo_jax import cluster  # after the flags are checked: importing JAX takes seconds
 
@@ -93,12 +94,12 @@ def evaluate(named: dict[str, str], since: float) -> None:
     from dpo_jax.evaluation.compare import compare, match
     from dpo_jax.evaluation.html_report import write_report
     from dpo_jax.evaluation.judge import features_of, judge_all
-    from dpo_jax.evaluation.prompts import distinct, read_prompts
     from dpo_jax.files import write_whole
     from dpo_jax.progress import ProgressBar
     from dpo_jax.rewards import Settings, open_judge
+    from dpo_jax.sampling.prompts import distinct, read_prompts
     from dpo_jax.training.metrics import last_validation, read_metrics
-    from dpo_jax.training.start import keep_compiled_programs
+    from dpo_jax.training.startup import keep_compiled_programs
 
     output = epath.Path(OUTPUT.value)
     keep_compiled_programs(output)  # models of one structure share them
@@ -140,7 +141,7 @@ def name_all(specs: list[str]) -> dict[str, str]:
         source = source if equals else spec
         name = name if equals else spec.rstrip("/").rpartition("/")[2]
         if not source or not name or "/" in name or name in named:
-            raise ValueError(f"{spec}: the name {name!r} is empty, taken or has a slash; give one as in NAME={source}")
+            raise UserError(f"{spec}: the name {name!r} is empty, taken or has a slash; give one as in NAME={source}")
         named[name] = source
     return named
 
@@ -155,7 +156,7 @@ def draw_all(
 ) -> dict[str, Any]:
     """Draws the prompts by each model into its folder, all in the way of the first but for what flags say."""
     from dpo_jax.diffusion.samplers import own_sampler
-    from dpo_jax.evaluation.draw import begin_folder, draw, list_entries
+    from dpo_jax.sampling.draw import begin_folder, draw, list_entries
 
     entries = list_entries(prompts, SEED.value, SEEDS.value)
     given = {"sampler": SAMPLER.value, "steps": STEPS.value, "guidance": GUIDANCE.value}
@@ -180,9 +181,9 @@ def draw_all(
     return settings | {"models": models}
 
 
-def open_any(source: str, dtype: str) -> "Opened":
+def open_any(source: str, dtype: str) -> "LoadedModel":
     """A model, or the newest of a training run."""
-    from dpo_jax.evaluation.opened import open_model
+    from dpo_jax.sampling.loaded_model import open_model
     from dpo_jax.training.run import open_run
 
     allow = ALLOW_NONFINITE.value
@@ -207,16 +208,16 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def tell(result: dict[str, Any], output: epath.Path) -> None:
-    print(f"{result['images']} images of {result['prompts']} prompts by each; ties count half, intervals are of 95%")
+    from dpo_jax.evaluation.winrate import describe_win_rate, win_rate_in
+
+    images, prompts = result["images"], result["prompts"]
+    print(f"{images} images per model ({prompts} prompts); ties count 1/2; 95% confidence intervals")
     for judge, judged in result["judges"].items():
         print(f"\n{judge}")
         for row in judged["win_rates"]:
-            print(
-                f"  {row['of']} over {row['over']}: win rate {row['rate']:.1%}, interval [{row['low']:.1%}, "
-                f"{row['high']:.1%}], {row['ties']} ties"
-            )
+            print(f"  {describe_win_rate(row['of'], row['over'], win_rate_in(row))}, {row['ties']} ties")
         for name, model in judged["models"].items():
-            print(f"  {name}: mean {model['mean']:.4g} [{model['low']:.4g}, {model['high']:.4g}]")
+            print(f"  {name}: mean score {model['mean']:.4g} [{model['low']:.4g}, {model['high']:.4g}]")
     print()
     if result["pair_accuracy"] is not None:
         print(

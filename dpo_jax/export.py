@@ -20,6 +20,7 @@ from absl import flags
 from etils import epath
 
 from dpo_jax import cli, locks
+from dpo_jax.errors import UserError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a training run.")
 MODEL = flags.DEFINE_string("model", None, "Instead of it: a model folder, a hub id, or a single .safetensors file.")
@@ -50,11 +51,11 @@ ALLOW_NONFINITE = flags.DEFINE_bool("allow_nonfinite", False, "Export weights al
 
 def main() -> None:
     if (WORKDIR.value is None) == (MODEL.value is None):
-        raise ValueError("give either --workdir (a training run) or --model (a model to convert), one of the two")
+        raise UserError("give either --workdir (a training run) or --model (a model to convert), one of the two")
     of_model = (LORA, FAMILY, MODEL_CONFIG, REVISION, VARIANT, UNET, VAE)
     given = [flag.name for flag in of_model if flag.value]
     if WORKDIR.value is not None and given:
-        raise ValueError(f"--{given[0]} goes with --model; a training run has its own")
+        raise UserError(f"--{given[0]} goes with --model; a training run has its own")
     output = epath.Path(OUTPUT.value)
     with locks.locked(output.parent, "python -m dpo_jax.export", f".{output.name}.lock", what=output):
         write()

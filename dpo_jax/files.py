@@ -19,6 +19,8 @@ from typing import IO, Any, TypeVar
 import pydantic
 from etils import epath
 
+from dpo_jax.errors import MissingFileError, UserError
+
 T = TypeVar("T")
 
 MAX_TEXT_BYTES = 2**30
@@ -80,7 +82,7 @@ def check_inside(path: epath.PathLike, folder: epath.PathLike) -> None:
     """ValueError where links would have us write outside of a folder, which may come from somebody else."""
     place, end = Path(folder).resolve(), Path(path).resolve()
     if not end.is_relative_to(place):
-        raise ValueError(
+        raise UserError(
             f"{path} leads out of {folder}, to {end}; remove the link, or link the whole data set in place of a part"
         )
 
@@ -97,15 +99,15 @@ def check_regular(path: epath.PathLike) -> epath.Path:
         try:
             mode = os.stat(path).st_mode
         except FileNotFoundError:
-            raise FileNotFoundError(f"{path} does not exist") from None
+            raise MissingFileError(f"{path} does not exist") from None
         except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-            raise ValueError(f"{str(path)!r} can't be read: {getattr(error, 'strerror', None) or error}") from None
+            raise UserError(f"{str(path)!r} can't be read: {getattr(error, 'strerror', None) or error}") from None
         if stat.S_ISDIR(mode):
-            raise ValueError(f"{path} is a folder, and a file is needed")
+            raise UserError(f"{path} is a folder, and a file is needed")
         if not stat.S_ISREG(mode):
-            raise ValueError(f"{path} is not a regular file")
+            raise UserError(f"{path} is not a regular file")
     elif not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise MissingFileError(f"{path} does not exist")
     return path
 
 
@@ -122,7 +124,7 @@ def read_bytes(path: epath.PathLike, limit: int) -> bytes:
     path = check_regular(path)
     size = path.stat().length
     if size > limit:
-        raise ValueError(f"{path} has {size:,} bytes; such a file has at most {limit:,}")
+        raise UserError(f"{path} has {size:,} bytes; such a file has at most {limit:,}")
     with path.open("rb") as file:
         return file.read(limit)
 
@@ -140,21 +142,21 @@ def decode_text(data: bytes, where: str) -> str:
     except UnicodeDecodeError as error:
         known = what_it_is(data[:64])
         if known:
-            raise ValueError(f"{where} is {known}") from None
+            raise UserError(f"{where} is {known}") from None
         line = data.count(b"\n", 0, error.start) + 1
         found = data[error.start : error.start + 1].hex()
-        raise ValueError(f"{where}, line {line} is not valid UTF-8 (byte 0x{found}); save the file as UTF-8") from None
+        raise UserError(f"{where}, line {line} is not valid UTF-8 (byte 0x{found}); save the file as UTF-8") from None
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     known = (
         what_it_is(data[:64]) if data.startswith(_NO_TEXT) or text[:64].lstrip().startswith(("<", "version")) else None
     )
     if known:
-        raise ValueError(f"{where} is {known}")
+        raise UserError(f"{where} is {known}")
     if "\0" in text:
         place = f"{where}, line {text.count(chr(10), 0, text.index(chr(0))) + 1}"
         known = what_it_is(data[:64])
         reason = "has a null byte: it is damaged, or UTF-16 without a byte order mark; save the file as UTF-8"
-        raise ValueError(f"{where} is {known}" if known else f"{place} {reason}")
+        raise UserError(f"{where} is {known}" if known else f"{place} {reason}")
     return text
 
 
@@ -186,15 +188,15 @@ def parse_json(text: str, where: str) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except UnicodeEncodeError:
-        raise ValueError(f"{where} is not valid JSON (half a surrogate pair is no character)") from None
+        raise UserError(f"{where} is not valid JSON (half a surrogate pair is no character)") from None
     except json.JSONDecodeError as error:
         known = what_it_is(text[:64].encode(errors="replace"))
         reason = f"{error.msg}, line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{where} is {known}" if known else f"{where} is not valid JSON ({reason})") from None
+        raise UserError(f"{where} is {known}" if known else f"{where} is not valid JSON ({reason})") from None
     except RecursionError:
-        raise ValueError(f"{where} is not valid JSON (nested too deeply)") from None
+        raise UserError(f"{where} is not valid JSON (nested too deeply)") from None
     except ValueError as error:  # an integer of more digits than Python converts
-        raise ValueError(f"{where} is not valid JSON ({str(error).split(';')[0]})") from None
+        raise UserError(f"{where} is not valid JSON ({str(error).split(';')[0]})") from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -202,7 +204,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"it has the field {name!r} twice")
+        raise UserError(f"it has the field {name!r} twice")
     return value
 
 
@@ -231,7 +233,7 @@ def conform(value: Any, schema: type[T] | Any, where: str, strict: bool = True) 
     try:
         return _adapter(of).validate_python(value, strict=strict)
     except pydantic.ValidationError as error:
-        raise ValueError(f"{where}: {_problems(error)}") from None
+        raise UserError(f"{where}: {_problems(error)}") from None
 
 
 @functools.lru_cache(maxsize=256)  # to make one takes as long as to validate hundreds of values
@@ -350,7 +352,7 @@ def new_folder(folder: epath.PathLike) -> Iterator[epath.Path]:
     """
     folder = epath.Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} already exists and is not an empty folder; choose another output or remove it")
+        raise UserError(f"{folder} already exists and is not an empty folder; choose another output or remove it")
     unfinished = folder.parent / partial_name(folder.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished.mkdir()

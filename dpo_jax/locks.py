@@ -23,6 +23,7 @@ from typing import Any
 
 from etils import epath
 
+from dpo_jax.errors import EnvironmentFault, InUseError
 from dpo_jax.files import is_local, write_whole
 from dpo_jax.processes import may_have_peers
 
@@ -100,7 +101,7 @@ def locked(folder: epath.PathLike, command: str, name: str = ".lock", what: obje
         if descriptor is None:
             time.sleep(SETTLE_SECONDS)
             if (_read(path) or me)["owner"] != me["owner"]:
-                raise BlockingIOError(_held(what, _read(path)))
+                raise InUseError(_held(what, _read(path)))
     except BaseException:
         if descriptor is not None:
             os.close(descriptor)
@@ -139,19 +140,19 @@ def _told(folder: epath.Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OSError(error.errno, f"{folder} can't be written to ({reason}); choose another place") from None
+        raise EnvironmentFault(error.errno, f"{folder} can't be written to ({reason}); choose another place") from None
 
 
 def _flock(path: epath.Path, what: object) -> int | None:
     """The open, locked file, or None where the file system has no such locks."""
     while True:
         if os.path.islink(path):
-            raise OSError(f"{path} is a symbolic link, which a lock never is; remove it")
+            raise EnvironmentFault(f"{path} is a symbolic link, which a lock never is; remove it")
         with _told(path.parent):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise OSError(f"{path} is not a regular file, which a lock always is; remove it")
+                raise EnvironmentFault(f"{path} is not a regular file, which a lock always is; remove it")
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
@@ -159,7 +160,7 @@ def _flock(path: epath.Path, what: object) -> int | None:
             os.close(descriptor)  # of a file that its owner has just removed
         except BlockingIOError:
             os.close(descriptor)
-            raise BlockingIOError(_held(what, _wait_for(path))) from None
+            raise InUseError(_held(what, _wait_for(path))) from None
         except OSError as error:
             os.close(descriptor)
             if error.errno in _NO_LOCKS:
@@ -181,7 +182,7 @@ def _check_alive(path: epath.Path, what: object, me: dict[str, Any], *, has_floc
         return
     # Where the kernel gave the lock, who renewed it of late may be dead all the same: it is seen whether it lives.
     if not has_flock and 0 <= time.time() - found["renewed"] < STALE_SECONDS:
-        raise BlockingIOError(_held(what, found))
+        raise InUseError(_held(what, found))
     # The clocks of hosts may differ, so only one that stands still is of a dead process.
     deadline = time.monotonic() + 2 * HEARTBEAT_SECONDS
     while time.monotonic() < deadline:
@@ -190,7 +191,7 @@ def _check_alive(path: epath.Path, what: object, me: dict[str, Any], *, has_floc
             return
         now = _read(path)  # None if it could not be read this time
         if now is not None and now != found:
-            raise BlockingIOError(_held(what, now))
+            raise InUseError(_held(what, now))
 
 
 def _process_numbers() -> str:

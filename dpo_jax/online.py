@@ -23,6 +23,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dpo_jax import cli, locks
+from dpo_jax.errors import UserError
 from dpo_jax.rounds.config import check
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, or FILE:variant.", lock_config=True)
@@ -43,13 +44,13 @@ FEEDBACK = flags.DEFINE_list(
 
 def main() -> None:
     if CONFIG.value is None:
-        raise ValueError("--config is missing; give one made for online learning, such as --config=configs/d3po.py")
+        raise UserError("--config is missing; give one made for online learning, such as --config=configs/d3po.py")
     if "online" not in CONFIG.value:
-        raise ValueError("this config is for dpo_jax.train; give one made for online learning, such as configs/d3po.py")
+        raise UserError("this config is for dpo_jax.train; give one made for online learning, such as configs/d3po.py")
     if FEEDBACK.value and CONFIG.value.online.judges:
-        raise ValueError("--feedback is people's, and config.online.judges names judges; leave out either")
+        raise UserError("--feedback is people's, and config.online.judges names judges; leave out either")
     if FEEDBACK.value and STAGE.value != "train":
-        raise ValueError("--feedback is of one round; give it with --stage=train")
+        raise UserError("--feedback is of one round; give it with --stage=train")
     check(CONFIG.value)
     with locks.locked_early(WORKDIR.value, "python -m dpo_jax.online"):
         from dpo_jax.rounds.loop import learn  # after the flags are checked: importing JAX takes seconds

@@ -17,6 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dpo_jax import cli
+from dpo_jax.errors import UserError
 from dpo_jax.training.config import check_values
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, or FILE:variant.", lock_config=True)
@@ -42,14 +43,14 @@ JSON = flags.DEFINE_bool("json", False, "Print the plan as JSON alone.")
 
 def main() -> None:
     if CONFIG.value is None:
-        raise ValueError("--config is missing; give one of the files in configs/, such as --config=configs/sdxl.py")
+        raise UserError("--config is missing; give one of the files in configs/, such as --config=configs/sdxl.py")
     # No accelerator is needed, and where there is none JAX offers the compiler for GPUs only to those who say so.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from dpo_jax.planning.compiled import compile_step, summarize
-    from dpo_jax.planning.estimate import make_plan, measure_holdings, measure_work
+    from dpo_jax.planning.estimate import measure_holdings, measure_work, round_sizes
+    from dpo_jax.planning.model_shapes import open_structure
     from dpo_jax.planning.report import as_text, compiled_text
     from dpo_jax.planning.search import choose_remat, fit
-    from dpo_jax.planning.structure import open_structure
     from dpo_jax.planning.topology import GIB, parse_topology
 
     config, topology = CONFIG.value, parse_topology(TOPOLOGY.value)
@@ -64,7 +65,7 @@ def main() -> None:
         pipeline = open_structure(config)
         holdings = measure_holdings(config, pipeline, topology.num_devices)
         work = measure_work(config, topology.device.kind)
-        plan = make_plan(
+        plan = round_sizes(
             holdings,
             work,
             topology,

@@ -23,6 +23,7 @@ from ml_collections import config_flags
 
 from dpo_jax import cli
 from dpo_jax.data.sources import SOURCES, missing
+from dpo_jax.errors import ExistingFileError, UserError
 from dpo_jax.files import read_json
 
 SOURCE = flags.DEFINE_enum(
@@ -53,7 +54,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "With --encode: config 
 
 def main() -> None:
     if ENCODE.value != (CONFIG.value is not None):
-        raise ValueError("--encode and --config go together: the config says by which models and at which resolution")
+        raise UserError("--encode and --config go together: the config says by which models and at which resolution")
     output = Path(OUTPUT.value)
     if VERIFY.value:
         compare(output)
@@ -71,11 +72,11 @@ def main() -> None:
 
 
 def build(output: Path) -> None:
-    from dpo_jax.data import builder  # after the flags are checked: importing TFDS takes a second
+    from dpo_jax.data.prepare import builder
     from dpo_jax.progress import ProgressBar
 
     if INPUT.value is None:
-        raise ValueError("--input is missing; name the files or folders to read")
+        raise UserError("--input is missing; name the files or folders to read")
     files = []
     for pattern in INPUT.value:
         # Brackets may be part of a name.
@@ -122,7 +123,7 @@ def is_prepared(output: Path, files: list[Path]) -> bool:
     summary: Inputs = read_json(output / "summary.json", Inputs)
     given = [str(file) for file in files], SOURCES[SOURCE.value].help, VALIDATION_FRACTION.value
     if (summary.files, summary.source, summary.validation_fraction) != given:
-        raise FileExistsError(
+        raise ExistingFileError(
             f"{output} was prepared before, from other --input, or with another --source or --validation_fraction; "
             "leave --input out to encode what is there"
         )
@@ -130,11 +131,11 @@ def is_prepared(output: Path, files: list[Path]) -> bool:
 
 
 def compare(output: Path) -> None:
-    from dpo_jax.data.verify import verify
+    from dpo_jax.data.prepare.verify import verify
     from dpo_jax.progress import ProgressBar
 
     if ENCODE.value or INPUT.value is not None:
-        raise ValueError("--verify reads what is in --output; give neither --input nor --encode with it")
+        raise UserError("--verify reads what is in --output; give neither --input nor --encode with it")
     with ProgressBar("bytes") as bar:
         verified = verify(output, functools.partial(bar.show, "verifying"))
     print(verified)

@@ -14,6 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dpo_jax import cli
+from dpo_jax.errors import UserError
 from dpo_jax.training.config import check_values
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, or FILE:variant.", lock_config=True)
@@ -23,7 +24,7 @@ STEPS = flags.DEFINE_integer("steps", 5, "Optimizer steps to time.", lower_bound
 
 def main() -> None:
     if CONFIG.value is None:
-        raise ValueError("--config is missing; give one of the files in configs/, such as --config=configs/sdxl.py")
+        raise UserError("--config is missing; give one of the files in configs/, such as --config=configs/sdxl.py")
     check_values(CONFIG.value)
     import jax
 

@@ -17,7 +17,8 @@ from typing import Any
 from absl import flags
 
 from dpo_jax import cli, locks
-from dpo_jax.evaluation.prompts import BUNDLED
+from dpo_jax.errors import UserError
+from dpo_jax.sampling.prompts import BUNDLED
 
 MODEL = flags.DEFINE_string("model", None, "A model folder, a hub id, or a single .safetensors file.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Instead of it: work directory of a training run, of which the newest.")
@@ -88,12 +89,12 @@ OF_MODEL = (UNET, VAE, FAMILY, MODEL_CONFIG, REVISION, VARIANT, DTYPE, VAE_DTYPE
 
 def main() -> None:
     if (WORKDIR.value is None) == (MODEL.value is None):
-        raise ValueError("give either --model or --workdir (a training run), one of the two")
+        raise UserError("give either --model or --workdir (a training run), one of the two")
     given = [flag.name for flag in OF_MODEL if flag.value] + (["fsdp"] if FSDP.value != 1 else [])
     if WORKDIR.value is not None and given:
-        raise ValueError(f"--{given[0]} goes with --model; a training run has its own")
+        raise UserError(f"--{given[0]} goes with --model; a training run has its own")
     if STRENGTH.value is not None and INIT_IMAGE.value is None:
-        raise ValueError("--strength says how much of --init_image is drawn anew, and --init_image is missing")
+        raise UserError("--strength says how much of --init_image is drawn anew, and --init_image is missing")
     with locks.locked_early(OUTPUT.value, "python -m dpo_jax.sample"):
         from dpo_jax import cluster  # after the flags are checked: importing JAX takes seconds
 
@@ -107,16 +108,16 @@ def draw_all() -> None:
 
     from dpo_jax import cluster
     from dpo_jax.diffusion.samplers import SAMPLER_OF_CLASS, other_fields, own_sampler
-    from dpo_jax.evaluation.draw import begin_folder, draw, find_images, list_entries
-    from dpo_jax.evaluation.generate import MAX_SEED
-    from dpo_jax.evaluation.prompts import read_prompts
     from dpo_jax.progress import ProgressBar
+    from dpo_jax.sampling.draw import begin_folder, draw, find_images, list_entries
+    from dpo_jax.sampling.generate import MAX_SEED
+    from dpo_jax.sampling.prompts import read_prompts
     from dpo_jax.weights.io import fingerprint
 
     own_images = bool(INIT_IMAGE.value) and epath.Path(INIT_IMAGE.value).is_dir()
     prompts = read_prompts(PROMPTS.value, repeated=own_images)
     if SEED.value + SEEDS.value - 1 > MAX_SEED:
-        raise ValueError(f"--seed={SEED.value} with --seeds={SEEDS.value} goes past the last seed, {MAX_SEED}")
+        raise UserError(f"--seed={SEED.value} with --seeds={SEEDS.value} goes past the last seed, {MAX_SEED}")
     entries = list_entries(prompts, SEED.value, SEEDS.value)
     begin_from = find_images(INIT_IMAGE.value, [prompt.number for prompt in prompts]) if INIT_IMAGE.value else []
     opened = open_named()
@@ -179,8 +180,8 @@ def open_named() -> Any:
         return run.opened(lora=LORA.value, lora_scale=LORA_SCALE.value)
     import jax
 
-    from dpo_jax.evaluation.opened import open_model
     from dpo_jax.models.execution import Execution
+    from dpo_jax.sampling.loaded_model import open_model
 
     return open_model(
         MODEL.value or "",

@@ -17,7 +17,8 @@ from pathlib import Path
 from absl import flags
 
 from dpo_jax import cli
-from dpo_jax.data import scores
+from dpo_jax.data.store import scores
+from dpo_jax.errors import ExistingFileError, UserError
 from dpo_jax.rewards import JUDGES, Settings, open_judge
 
 DATA = flags.DEFINE_string("data", None, "Folder that dpo_jax.prepare wrote.", required=True)
@@ -42,20 +43,20 @@ def main() -> None:
     name = NAME.value or judge
     scores.check_name(name)
     if file is None and judge not in JUDGES:
-        raise ValueError(
+        raise UserError(
             f"--judge={judge}: the judges that come with dpo_jax are {', '.join(JUDGES)}; give scores of another one "
             "by --scores=FILE.jsonl"
         )
     from dpo_jax import locks
-    from dpo_jax.data import agreement, judging  # after the flags are checked: importing TFDS takes a second
-    from dpo_jax.data.prepared import open_prepared
+    from dpo_jax.data.labels import agreement, judging
+    from dpo_jax.data.store.prepared import open_prepared
     from dpo_jax.progress import ProgressBar
 
     prepared = open_prepared(DATA.value)
     file_there = scores.scores_file(prepared.folder, name)
     with locks.locked(file_there.parent, "python -m dpo_jax.score", f".{name}.lock", what=file_there):
         if file_there.exists() and not OVERWRITE.value:
-            raise FileExistsError(f"{prepared.folder} has scores by {name} already; replace them by --overwrite")
+            raise ExistingFileError(f"{prepared.folder} has scores by {name} already; replace them by --overwrite")
         if file is None:
             scorer = open_judge(JUDGE.value, dtype=DTYPE.value, batch_size=BATCH_SIZE.value, timeout=TIMEOUT.value)
             with ProgressBar("images") as bar:

@@ -15,6 +15,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dpo_jax.errors import UserError
 from dpo_jax.weights.layout import ParamSpec, Specs
 
 AXES = ("data", "fsdp", "tensor")
@@ -57,13 +58,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
         # Explicit axis types, JAX's default, would make every FSDP matmul name its output sharding.
         mesh = jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
         if any(len({device.process_index for device in group}) > 1 for group in mesh.devices.reshape(-1, shape[2])):
-            raise ValueError(
+            raise UserError(
                 f"mesh.tensor={shape[2]} spans several processes, which read different images; take a divisor of the "
                 f"{jax.local_device_count()} devices of a process"
             )
         return mesh
     if shape[0] % len(slices):
-        raise ValueError(
+        raise UserError(
             f"mesh.data={shape[0]} is not a multiple of the {len(slices)} slices that the devices are in; "
             "fsdp and tensor stay within a slice"
         )
@@ -79,7 +80,7 @@ def mesh_shape(data: int, fsdp: int, tensor: int, count: int) -> tuple[int, int,
         sizes[sizes.index(-1)] = max(count // -math.prod(sizes), 1)
     if math.prod(sizes) != count or min(sizes) < 1:
         given = " x ".join(f"mesh.{name}={size}" for name, size in zip(AXES, (data, fsdp, tensor), strict=True))
-        raise ValueError(f"{given} does not make {count} devices; set one of them to -1 to let it take what is left")
+        raise UserError(f"{given} does not make {count} devices; set one of them to -1 to let it take what is left")
     return sizes[0], sizes[1], sizes[2]
 
 
@@ -192,7 +193,7 @@ class Placement:
         for pattern, rule in self.rules:
             if re.search(pattern, name):
                 if len(rule) != len(axes) or not set(rule) <= {*self.mesh.shape, None}:
-                    raise ValueError(
+                    raise UserError(
                         f"the rule {pattern!r}: {tuple(rule)} doesn't fit {name} of shape {spec.shape}; it needs "
                         f"{len(axes)} entries, each None or one of {', '.join(self.mesh.shape)}"
                     )

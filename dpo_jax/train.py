@@ -15,6 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dpo_jax import cli, locks
+from dpo_jax.errors import UserError
 from dpo_jax.training.config import check
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, or FILE:variant.", lock_config=True)
@@ -23,7 +24,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder that receives, or already
 
 def main() -> None:
     if CONFIG.value is None:
-        raise ValueError("--config is missing; give one of the files in configs/, such as --config=configs/tiny.py")
+        raise UserError("--config is missing; give one of the files in configs/, such as --config=configs/tiny.py")
     check(CONFIG.value)
     with locks.locked_early(WORKDIR.value, "python -m dpo_jax.train"):
         from dpo_jax.planning.search import settle_remat  # after the flags are checked: importing JAX takes seconds

@@ -26,6 +26,7 @@ from pathlib import Path
 from absl import flags
 
 from dpo_jax import cli, locks
+from dpo_jax.errors import UserError
 from dpo_jax.voting.study import MODES, QUESTIONS, Question
 
 IMAGES = flags.DEFINE_list("images", None, "Folders of images, comma-separated.")
@@ -65,14 +66,14 @@ EXPORT = flags.DEFINE_string(
 
 def main() -> None:
     if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn", "jinja2", "krippendorff")):
-        raise ValueError('the page to vote on needs a few more packages: pip install -c constraints.txt -e ".[vote]"')
+        raise UserError('the page to vote on needs a few more packages: pip install -c constraints.txt -e ".[vote]"')
     if not Path(OUTPUT.value).name:
-        raise ValueError(f"--output={OUTPUT.value} names no file; take one such as --output=votes.sqlite")
+        raise UserError(f"--output={OUTPUT.value} names no file; take one such as --output=votes.sqlite")
     questions = asked()
     if EXPORT.value is not None:
         export(Path(EXPORT.value), list(TAGS.value or ASKED.value or ()))
     elif IMAGES.value is None:
-        raise ValueError("--images is missing; name the folders of images, as --images=DIR_A,DIR_B")
+        raise UserError("--images is missing; name the folders of images, as --images=DIR_A,DIR_B")
     else:
         serve([Path(path) for path in IMAGES.value], questions)
 
@@ -81,13 +82,13 @@ def asked() -> dict[str, Question]:
     """The questions by name."""
     tags = [tag.strip() for tag in TAGS.value or ()]
     if (MODE.value == "tag") != bool(tags) and EXPORT.value is None:
-        raise ValueError("--mode=tag and --tags need each other; for example --mode=tag --tags='distorted hand,unsafe'")
+        raise UserError("--mode=tag and --tags need each other; for example --mode=tag --tags='distorted hand,unsafe'")
     if tags:
         return {tag: Question(f"{tag[:1].upper()}{tag[1:]}?") for tag in tags}
     names = ASKED.value or (list(QUESTIONS) if MODE.value == "pairs" else list(QUESTIONS)[:1])
     for name in names:
         if name not in QUESTIONS:
-            raise ValueError(f"--questions={name}: the questions are {', '.join(QUESTIONS)}")
+            raise UserError(f"--questions={name}: the questions are {', '.join(QUESTIONS)}")
     return {name: QUESTIONS[name] for name in names}
 
 
@@ -103,9 +104,9 @@ def export(path: Path, questions: list[str]) -> None:
 
 
 def serve(paths: list[Path], questions: dict[str, Question]) -> None:
-    from dpo_jax.evaluation.prompts import read_prompts
+    from dpo_jax.sampling.prompts import read_prompts
+    from dpo_jax.voting.access import is_local
     from dpo_jax.voting.app import make_app, results_token
-    from dpo_jax.voting.guard import is_local
     from dpo_jax.voting.raters import Raters, clean_name, rater_link
     from dpo_jax.voting.server import make_server
     from dpo_jax.voting.store import open_study
@@ -113,12 +114,12 @@ def serve(paths: list[Path], questions: dict[str, Question]) -> None:
     from dpo_jax.voting.survey import Survey
 
     if TOKEN.value is not None and not re.fullmatch(r"[\w-]{8,}", TOKEN.value, re.ASCII):
-        raise ValueError("--token must have at least 8 letters, digits, - and _, so that nobody can guess it")
+        raise UserError("--token must have at least 8 letters, digits, - and _, so that nobody can guess it")
     if len({path.resolve() for path in paths}) < len(paths):
-        raise ValueError("--images names a folder twice")
+        raise UserError("--images names a folder twice")
     for name in INVITE.value:
         if not clean_name(name):
-            raise ValueError(f"--invite: {name!r} is not a name; a name has one to 64 visible characters")
+            raise UserError(f"--invite: {name!r} is not a name; a name has one to 64 visible characters")
     prompts = read_prompts(PROMPTS.value, repeated=True) if PROMPTS.value else ()
     folders = [read_folder(path, prompts) for path in paths]
     listener = listen(HOST.value, PORT.value)
@@ -154,7 +155,7 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=128)
     except OSError as error:
         reason = (error.strerror or str(error)).partition(" (while")[0]  # Python repeats the address
-        raise ValueError(f"{host}:{port} can't be served ({reason}); choose another --port or --host") from error
+        raise UserError(f"{host}:{port} can't be served ({reason}); choose another --port or --host") from error
 
 
 def link(listener: socket.socket, path: str) -> str:

@@ -4,18 +4,18 @@ source "$(dirname "${BASH_SOURCE[0]}")/install.sh" ""
 work=runs/make_tiny
 
 # The VAE, then the whole model folder around it, its UNet still random.
-python -m dpo_jax.tiny.train_vae --output=$work/vae
-python -m dpo_jax.tiny.make_model --vae=$work/vae --output=$work/untrained
+python -m tools.tiny.train_vae --output=$work/vae
+python -m tools.tiny.make_model --vae=$work/vae --output=$work/untrained
 
-# The base: plain denoising of captioned pictures, by this trainer's SFT mode.
-python -m dpo_jax.tiny.make_world --output=$work/world.parquet --train=$work/train.txt --heldout=$work/heldout.txt
+# The base: plain denoising of captioned images, by this trainer's SFT mode.
+python -m tools.tiny.make_world --output=$work/world.parquet --train=$work/train.txt --heldout=$work/heldout.txt
 python -m dpo_jax.prepare --source=pickapic --input=$work/world.parquet --output=$work/data
 python -m dpo_jax.train --config=configs/tiny.py:base --workdir=$work/base \
   --config.model=$work/untrained --config.data.path=$work/data
 python -m dpo_jax.export --workdir=$work/base --output=$work/model --dtype=float16
 
 # Its own samples, labelled by the exact judge.
-python -m dpo_jax.tiny.make_pairs --seeds=40 --model=$work/model --output=$work/pairs.parquet
+python -m tools.tiny.make_pairs --seeds=40 --model=$work/model --output=$work/pairs.parquet
 
 rm -rf dpo_jax/tiny/model
 cp -r $work/model dpo_jax/tiny/model

@@ -17,8 +17,8 @@ import traceback
 
 PRELOADED = (
     "dpo_jax.evaluation.compare",
-    "dpo_jax.evaluation.opened",
-    "dpo_jax.evaluation.report",
+    "dpo_jax.sampling.loaded_model",
+    "dpo_jax.sampling.grid",
     "dpo_jax.rewards.clip_judges",
     "dpo_jax.rounds.loop",
     "dpo_jax.training.export",

@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from dpo_jax.cli import load_config
-from dpo_jax.data import builder
+from dpo_jax.data.prepare import builder
 from dpo_jax.data.sources import SOURCES
 
 # A shell that starts something in the background has it ignore Ctrl-C, and so would all that is started here.

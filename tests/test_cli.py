@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
 from ml_collections import ConfigDict
 
 from dpo_jax import cli
 from dpo_jax.cli import expand_home, flatten, load_config, unflatten
+from dpo_jax.errors import EnvironmentFault, UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -165,8 +167,8 @@ def test_unflatten_restores_nesting():
     [
         (OSError(28, "no room is left"), "no room is left"),
         (FileNotFoundError(2, "No such file or directory", "/x"), "/x: No such file or directory"),
-        (OSError("a sentence"), "a sentence"),
-        (ValueError("a sentence"), "a sentence"),
+        (EnvironmentFault("a sentence"), "a sentence"),
+        (UserError("a sentence"), "a sentence"),
     ],
 )
 def test_errors_of_the_operating_system_are_told_without_their_number(error, told, monkeypatch, capsys):
@@ -177,3 +179,20 @@ def test_errors_of_the_operating_system_are_told_without_their_number(error, tol
     with pytest.raises(SystemExit) as exited:
         cli.run(main)
     assert (exited.value.code, capsys.readouterr().err) == (1, f"error: {told}\n")
+
+
+@pytest.mark.parametrize("error", [ValueError("of ours"), OSError("of a library"), RuntimeError("of XLA")])
+def test_a_bug_shows_its_traceback_and_is_kept(error, monkeypatch, capsys, tmp_path):
+    def main() -> None:
+        raise error
+
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", str(tmp_path), "", flag_values=values)
+    monkeypatch.setattr(cli.flags, "FLAGS", values)
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(type(error), match=r"^of"):
+        cli.run(main)
+    (kept,) = (tmp_path / "errors").iterdir()
+    assert kept.read_text().startswith("command\n\nTraceback (most recent call last)")
+    assert f"{type(error).__name__}: {error}" in kept.read_text()
+    assert capsys.readouterr().err == f"kept in {kept}\n"

@@ -49,7 +49,7 @@ def test_models_then_their_images(evaluate: Callable[..., str], tmp_path: Path) 
 
     # The images alone, as if other programs had made them, and a judge that is a function.
     folders = [f"--images=x={output / 'images' / 'model'},y={output / 'images' / 'again'}"]
-    judges = "--judges=shapes,python=dpo_jax.rewards.shapes:score"
+    judges = "--judges=shapes,python=dpo_jax.tiny.judge:score"
     evaluate(*folders, *common, judges, f"--output={tmp_path / 'of_images'}")
     of_images = json.loads((tmp_path / "of_images" / "result.json").read_text())
     assert of_images["judges"]["shapes"]["models"]["x"] == result["judges"]["shapes"]["models"]["model"]

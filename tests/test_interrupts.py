@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from dpo_jax import cli, interrupts
+from dpo_jax.errors import EnvironmentFault
 from dpo_jax.training.checkpoint import Checkpoints, latest_step
 from dpo_jax.training.step import TrainState
 
@@ -98,7 +99,7 @@ def test_whatever_becomes_of_an_interrupt_the_command_is_interrupted(error, monk
             time.sleep(1)
         except KeyboardInterrupt:
             if error is None:
-                raise OSError("no room is left") from None
+                raise EnvironmentFault("no room is left") from None
             raise error from None
 
     assert exit_code_of(main, monkeypatch) == 130

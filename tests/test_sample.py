@@ -11,8 +11,8 @@ from PIL import Image
 
 from dpo_jax.data.images import read_image
 from dpo_jax.diffusion.samplers import SAMPLERS
-from dpo_jax.evaluation.image_folder import read_list
 from dpo_jax.models.random_model import write_random_model
+from dpo_jax.sampling.image_folder import read_list
 from dpo_jax.tiny import world
 
 from .conftest import Command

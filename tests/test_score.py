@@ -14,12 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dpo_jax.data import builder
-from dpo_jax.data.pipeline import open_pairs
-from dpo_jax.data.prepared import open_prepared
-from dpo_jax.data.scores import candidates, read_scores
+from dpo_jax.data.load.pipeline import open_records
+from dpo_jax.data.prepare import builder
 from dpo_jax.data.sources import SOURCES
-from dpo_jax.rewards import JUDGES, shapes
+from dpo_jax.data.store.prepared import open_prepared
+from dpo_jax.data.store.scores import candidates, read_scores
+from dpo_jax.rewards import JUDGES
+from dpo_jax.tiny import judge
 
 from .conftest import ROOT, Command
 
@@ -72,8 +73,8 @@ def test_an_outside_judge_and_the_exact_one(score: Command, data: Path, tmp_path
     assert done.stdout.splitlines()[-1] == f"written to {data}/scores/shapes.arrow"
 
     # Both agree on what Pareto leaves; alone, each has its own order.
-    by_blue = open_pairs(data, "train", judges=("blue",))
-    by_both = open_pairs(data, "train", judges=("blue", "shapes"), combine="pareto")
+    by_blue = open_records(data, "train", judges=("blue",))
+    by_both = open_records(data, "train", judges=("blue", "shapes"), combine="pareto")
     trained_on = [record["split"] == "train" for record in records[1:]]
     assert len(by_blue) == sum(trained_on)
     assert len(by_both) == (prefers_first & trained_on).sum()
@@ -97,10 +98,10 @@ def test_training_pairs_follow_the_exact_judge(score: Command, data: Path, tmp_p
     assert done.returncode == 0, done.stderr
     assert "agrees with  votes: 50.0% [" in done.stdout
     for split in ("train", "validation"):
-        judged = open_pairs(tmp_path / "turned", split, judges=("shapes",))
+        judged = open_records(tmp_path / "turned", split, judges=("shapes",))
         for i in range(len(judged)):
             caption, images = judged[i]["caption"], judged.read_images(judged[i])
-            first, second = (shapes.score(pixels(image), [caption])[0] for image in images)
+            first, second = (judge.score(pixels(image), [caption])[0] for image in images)
             assert first > second
 
 
@@ -120,7 +121,7 @@ def test_a_command_as_the_judge_under_a_name_of_its_own(score: Command, data: Pa
 
 
 def test_a_function_of_the_working_directory_as_the_judge(data: Path, tmp_path: Path) -> None:
-    lines = ["def blueness(pictures, captions):", "    return [float(picture[..., 2].mean()) for picture in pictures]"]
+    lines = ["def blueness(images, captions):", "    return [float(image[..., 2].mean()) for image in images]"]
     (tmp_path / "liking.py").write_text("\n".join(lines))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}  # python -m adds no folder of its own
     arguments = [f"--data={data}", "--judge=python=liking:blueness", "--name=liking", "--batch_size=1000"]
@@ -145,8 +146,8 @@ def test_a_command_that_fails_is_not_asked_again(score: Command, data: Path, tmp
 
 def test_help_names_the_judges(score: Command) -> None:
     shown = " ".join(score("--help").stdout.split())
-    for name, judge in JUDGES.items():
-        assert f"{name}: {judge.help}" in shown
+    for name, found in JUDGES.items():
+        assert f"{name}: {found.help}" in shown
 
 
 def test_scores_are_not_overwritten_by_mistake(score: Command, data: Path, tmp_path: Path) -> None:
@@ -194,6 +195,6 @@ def test_an_image_that_the_judge_refuses(score: Command, tmp_path: Path) -> None
     done = score(f"--data={tmp_path}/out", "--judge=shapes")
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {open_prepared(tmp_path / 'out').record(0)['where']} can't be judged: ")
-    assert "reads uint8 pictures [N, 32, 32, 3], not uint8 [1, 32, 40, 3]" in done.stderr
+    assert "reads uint8 images [N, 32, 32, 3], not uint8 [1, 32, 40, 3]" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out" / "scores").exists()

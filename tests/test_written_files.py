@@ -9,14 +9,14 @@ import pytest
 from PIL import Image
 
 from dpo_jax import files
-from dpo_jax.data.builder import prepare
-from dpo_jax.data.encoded import write_captions
+from dpo_jax.data.prepare.builder import prepare
 from dpo_jax.data.sources import Source
-from dpo_jax.evaluation.draw import begin_folder
-from dpo_jax.evaluation.image_folder import Entry, write_list
-from dpo_jax.evaluation.report import save_png
+from dpo_jax.data.store.latents import write_captions
 from dpo_jax.rounds.folder import Rewards, RoundFolder
-from dpo_jax.rounds.rollout import Way
+from dpo_jax.rounds.rollout import StoredTrajectory
+from dpo_jax.sampling.draw import begin_folder
+from dpo_jax.sampling.grid import save_png
+from dpo_jax.sampling.image_folder import Entry, write_list
 from dpo_jax.training.checkpoint import write_config
 from dpo_jax.training.metrics import MetricWriter
 from dpo_jax.weights import safetensors_file
@@ -24,12 +24,12 @@ from dpo_jax.weights import safetensors_file
 PACKAGE = Path(files.__file__).parent
 ALLOWED = {  # where, and why nobody can have laid a link there
     "files.py": "is what all others use",
-    "data/parts.py": "fills the new folder of a part, inside the folder of unfinished work that builder.py owns",
-    "data/merge.py": "fills folders inside the folder of unfinished work that builder.py owns",
-    "data/builder.py": "owns the folder of unfinished work: no link and no other user's, see _check_own",
-    "data/image_files.py": "writes what its callers name: parts.py and merge.py",
-    "data/encoded.py": "fills files of random names that then take the place of the old ones",
-    "data/scores.py": "fills files of random names that then take the place of the old ones",
+    "data/prepare/worker.py": "fills the new folder of a part, inside the unfinished work that builder.py owns",
+    "data/prepare/merge.py": "fills folders inside the folder of unfinished work that builder.py owns",
+    "data/prepare/builder.py": "owns the folder of unfinished work: no link and no other user's, see _check_own",
+    "data/store/image_store.py": "writes what its callers name: parts.py and merge.py",
+    "data/store/latents.py": "fills files of random names that then take the place of the old ones",
+    "data/store/scores.py": "fills files of random names that then take the place of the old ones",
     "locks.py": "writes in place, to a file that it opened without following links, or to an object store",
     "rewards/outside.py": "fills a new temporary folder that only this user can enter",
 }
@@ -56,8 +56,8 @@ def test_only_files_py_writes_files() -> None:
 
 
 def write_trajectory(folder: Path) -> None:
-    way = Way(*(np.zeros(1) for _ in Way._fields))
-    RoundFolder(folder, 0, ["a"]).write_trajectory(0, way, Rewards(np.zeros((1, 1))))
+    trajectory = StoredTrajectory(*(np.zeros(1) for _ in StoredTrajectory._fields))
+    RoundFolder(folder, 0, ["a"]).write_trajectory(0, trajectory, Rewards(np.zeros((1, 1))))
 
 
 IMAGE = Image.new("RGB", (4, 4))

@@ -15,6 +15,7 @@ import simplejpeg
 from etils import epath
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from dpo_jax.errors import UserError
 from dpo_jax.files import read_bytes, what_it_is
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # none that starts another program, as EPS does
@@ -41,11 +42,11 @@ class View(NamedTuple):
     flip: bool = False
 
 
-Data = bytes | memoryview
+ImageBytes = bytes | memoryview
 """An encoded image."""
 
 
-class DamagedImage(ValueError):
+class DamagedImage(UserError):
     """The message is a short reason without sizes or names, so that the same damage counts as the same."""
 
 
@@ -57,15 +58,15 @@ def read_image(path: epath.PathLike) -> np.ndarray:
     return np.asarray(decode_file(path, read_bytes(path, MAX_BYTES)))
 
 
-def decode_file(path: epath.PathLike, data: Data) -> Image.Image:
+def decode_file(path: epath.PathLike, data: ImageBytes) -> Image.Image:
     """`decode` of a file's contents; ValueError with the file and the reason."""
     try:
         return decode(data)
     except DamagedImage as error:
-        raise ValueError(f"{path} can't be read as an image: {error}") from error
+        raise UserError(f"{path} can't be read as an image: {error}") from error
 
 
-def decode(data: Data) -> Image.Image:
+def decode(data: ImageBytes) -> Image.Image:
     """The image as its EXIF orientation shows it, in RGB, transparent parts on white, of an animation the first frame.
 
     16-bit grey is scaled to 8 bits. Colour profiles are ignored, as the trainers of diffusers do.
@@ -174,11 +175,11 @@ def fit(image: Image.Image, resolution: int, view: View) -> tuple[np.ndarray, tu
     return np.asarray(image), (top, left)
 
 
-Seen = tuple[tuple[int, int], tuple[int, int]]
+Placement = tuple[tuple[int, int], tuple[int, int]]
 """(height, width) of an image, and the crop as of `fit`."""
 
 
-def read(data: Data, view: View, square_HWC: np.ndarray) -> Seen:
+def read(data: ImageBytes, view: View, square_HWC: np.ndarray) -> Placement:
     """Writes `fit(decode(data), resolution, view)` into `square_HWC`.
 
     The same pixels, but a JPEG in two thirds of the time. Pillow keeps four bytes a pixel and copies them three times;
@@ -190,7 +191,7 @@ def read(data: Data, view: View, square_HWC: np.ndarray) -> Seen:
     return _read(data, view, square_HWC, _size_if_plain(data))
 
 
-def read_all(images: Sequence[tuple[Data, View, np.ndarray]]) -> list[Seen]:
+def read_all(images: Sequence[tuple[ImageBytes, View, np.ndarray]]) -> list[Placement]:
     """`read` for several, faster: decoding empties a core's caches, and Python behind it takes several times as long.
 
     So headers come first, and between the images there is next to nothing.
@@ -199,7 +200,7 @@ def read_all(images: Sequence[tuple[Data, View, np.ndarray]]) -> list[Seen]:
     return [_read(*image, size) for image, size in zip(images, sizes, strict=True)]
 
 
-def _read(data: Data, view: View, square_HWC: np.ndarray, size: tuple[int, int] | None) -> Seen:
+def _read(data: ImageBytes, view: View, square_HWC: np.ndarray, size: tuple[int, int] | None) -> Placement:
     """With the size that `_size_if_plain` gave."""
     if size is not None:
         try:
@@ -211,7 +212,7 @@ def _read(data: Data, view: View, square_HWC: np.ndarray, size: tuple[int, int] 
     return (image.height, image.width), offsets
 
 
-def _read_plain(data: Data, view: View, square_HWC: np.ndarray, size: tuple[int, int]) -> Seen:
+def _read_plain(data: ImageBytes, view: View, square_HWC: np.ndarray, size: tuple[int, int]) -> Placement:
     resolution = len(square_HWC)
     if size == (resolution, resolution):
         simplejpeg.decode_jpeg(data, buffer=square_HWC)
@@ -225,7 +226,7 @@ def _read_plain(data: Data, view: View, square_HWC: np.ndarray, size: tuple[int,
     return size, offsets
 
 
-def _size_if_plain(data: Data) -> tuple[int, int] | None:
+def _size_if_plain(data: ImageBytes) -> tuple[int, int] | None:
     """(height, width) of a JPEG in colours that is upright; None for all else, and for what is damaged."""
     try:
         return _size_of_plain_jpeg(data)
@@ -233,7 +234,7 @@ def _size_if_plain(data: Data) -> tuple[int, int] | None:
         return None
 
 
-def _size_of_plain_jpeg(data: Data) -> tuple[int, int]:
+def _size_of_plain_jpeg(data: ImageBytes) -> tuple[int, int]:
     """(height, width) of a JPEG in colours that is upright; an exception for all else."""
     size = _size_in_plain_header(data)
     if size is None:
@@ -241,9 +242,9 @@ def _size_of_plain_jpeg(data: Data) -> tuple[int, int]:
         header = Image.open(io.BytesIO(data), formats=["JPEG"])
         # The two may read a damaged header differently.
         if header.size != (width, height) or header.format != "JPEG" or _is_turned(header):
-            raise ValueError("not a plain JPEG")
+            raise UserError("not a plain JPEG")
         if colours not in ("YCbCr", "RGB"):
-            raise ValueError(f"a JPEG in {colours}")
+            raise UserError(f"a JPEG in {colours}")
         size = height, width
     _check_size(size)
     return size
@@ -259,7 +260,7 @@ _HEAD = 2**10
 """Bytes that are walked over: tables and frame take some 620, and a comment little. What begins later is read twice."""
 
 
-def _size_in_plain_header(data: Data) -> tuple[int, int] | None:
+def _size_in_plain_header(data: ImageBytes) -> tuple[int, int] | None:
     """(height, width) if the header of a JPEG has nothing that could turn the image or make it another kind, as EXIF.
 
     Pillow takes 15 times as long to find out. In a JFIF file three colours are YCbCr.

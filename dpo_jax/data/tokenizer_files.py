@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import pydantic
 
+from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.files import conform, parse_json, read_bytes, read_text
 
 MAX_BYTES = 2**26
@@ -65,7 +66,7 @@ def check_tokenizer(folder: Path) -> None:
     """Raises FileNotFoundError or ValueError, naming the file, unless the folder holds the files of a tokenizer."""
     whole, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     if not whole.exists() and not (vocabulary.exists() and merges.exists()):
-        raise FileNotFoundError(f"no tokenizer at {folder}: it needs vocab.json and merges.txt, or tokenizer.json")
+        raise MissingFileError(f"no tokenizer at {folder}: it needs vocab.json and merges.txt, or tokenizer.json")
     known: dict[str, int] = {}
     if vocabulary.exists():
         known |= _read(vocabulary, Annotated[dict[str, Id], pydantic.Field(min_length=1)])
@@ -86,7 +87,7 @@ def check_tokenizer(folder: Path) -> None:
         said = _read(settings, Settings)
         numbers = [number for number in said.added_tokens_decoder if not number.isdecimal()]
         if numbers:
-            raise ValueError(f"{settings}: added_tokens_decoder: {numbers[0]!r} is not the number of a token")
+            raise UserError(f"{settings}: added_tokens_decoder: {numbers[0]!r} is not the number of a token")
         known |= {token.content: int(number) for number, token in said.added_tokens_decoder.items()}
         _check_specials(said, known, settings)
     specials = folder / "special_tokens_map.json"
@@ -101,7 +102,7 @@ def _read(path: Path, schema: Any) -> Any:
 def _text(path: Path) -> str:
     """The text of a file; ValueError for encodings that the tokenizer's library does not read."""
     if read_bytes(path, MAX_BYTES).startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError(f"{path} begins with a byte order mark; save it as UTF-8 without")
+        raise UserError(f"{path} begins with a byte order mark; save it as UTF-8 without")
     return read_text(path, MAX_BYTES)
 
 
@@ -112,14 +113,14 @@ def _merges_of(path: Path) -> list[list[str]]:
 
 def _check_unique(vocabulary: dict[str, int], path: Path) -> None:
     if len(set(vocabulary.values())) < len(vocabulary):
-        raise ValueError(f"{path} is damaged: {len(vocabulary)} tokens have {len(set(vocabulary.values()))} numbers")
+        raise UserError(f"{path} is damaged: {len(vocabulary)} tokens have {len(set(vocabulary.values()))} numbers")
 
 
 def _check_merges(merges: list[list[str]], vocabulary: dict[str, int], path: Path) -> None:
     for number, merge in enumerate(merges, 1):
         if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
             shown = " ".join(merge)
-            raise ValueError(
+            raise UserError(
                 f"{path} is damaged, or belongs to another vocabulary: merge {number}, {shown[:60]!r}, is not two "
                 "tokens that make a third; download the tokenizer again"
             )
@@ -130,4 +131,4 @@ def _check_specials(said: Specials, known: dict[str, int], path: Path) -> None:
         token = getattr(said, field)
         content = token.content if isinstance(token, Token) else token
         if content and content not in known:
-            raise ValueError(f"{path}: {field} is {content!r}, which is not in the vocabulary")
+            raise UserError(f"{path}: {field} is {content!r}, which is not in the vocabulary")

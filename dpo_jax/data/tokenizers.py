@@ -12,6 +12,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advi
 from transformers import CLIPTokenizer
 
 from dpo_jax.data.tokenizer_files import check_tokenizer
+from dpo_jax.errors import UserError
 
 CAPTIONS_KEPT = 2**16
 """Whose token ids stay in memory, 1.2 kB each for SDXL: Pick-a-Pic has 59,000 captions, with some 15 pairs each."""
@@ -58,16 +59,16 @@ def load_tokenizers(folder: str | Path, names: Sequence[str], sizes: Sequence[tu
     loaded = {name: _load(Path(folder) / name) for name in names}
     lengths = {name: tokenizer.model_max_length for name, tokenizer in loaded.items()}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"the tokenizers of {folder} have different model_max_length: {lengths}")
+        raise UserError(f"the tokenizers of {folder} have different model_max_length: {lengths}")
     for (name, tokenizer), (tokens, positions) in zip(loaded.items(), sizes, strict=False):
         token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
         if largest >= tokens:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer {Path(folder) / name} has more tokens than its text encoder has embeddings: {token!r} "
                 f"is number {largest}, and the encoder's vocab_size is {tokens}; take the two from one model"
             )
         if tokenizer.model_max_length > positions:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer {Path(folder) / name} makes {tokenizer.model_max_length} tokens of a caption, and its "
                 f"text encoder has {positions} positions (max_position_embeddings); take the two from one model"
             )
@@ -86,16 +87,16 @@ def _load(folder: Path) -> CLIPTokenizer:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the libraries raise whatever comes, also plain Exception
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the tokenizer at {folder} can't be read ({reason}); download it again") from error
+        raise UserError(f"the tokenizer at {folder} can't be read ({reason}); download it again") from error
     length = tokenizer.model_max_length
     if length > 1024:  # transformers' stand-in for "not stated" is 1e30
-        raise ValueError(f"{folder}/tokenizer_config.json doesn't state model_max_length")
+        raise UserError(f"{folder}/tokenizer_config.json doesn't state model_max_length")
     if length < 3 or length != int(length):
-        raise ValueError(f"{folder}/tokenizer_config.json: model_max_length is {length}, not a number from 3 to 1024")
+        raise UserError(f"{folder}/tokenizer_config.json: model_max_length is {length}, not a number from 3 to 1024")
     tokenizer.model_max_length = int(length)
     begin, end, padding = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     if begin is None or end is None or padding is None or begin == end:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer at {folder} can't mark where a caption begins and ends: bos_token is "
             f"{tokenizer.bos_token!r}, eos_token {tokenizer.eos_token!r}, pad_token {tokenizer.pad_token!r}"
         )

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.diffusion.schedule import Schedule
+from dpo_jax.errors import UserError
 
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
 """`denoise(x_NHWC, t_N) -> prediction_NHWC`."""
@@ -69,16 +70,16 @@ def make_table(
     """
     name = sampler or own_sampler(schedule)
     if name not in SAMPLERS:
-        raise ValueError(f"sampler {sampler!r}; the samplers are {', '.join(SAMPLERS)}")
+        raise UserError(f"sampler {sampler!r}; the samplers are {', '.join(SAMPLERS)}")
     if not 0 < num_steps <= len(schedule.signal_T):
-        raise ValueError(f"num_steps={num_steps} must be in 1..{len(schedule.signal_T)}")
+        raise UserError(f"num_steps={num_steps} must be in 1..{len(schedule.signal_T)}")
     if eta and name != "ddim":
-        raise ValueError(f"eta={eta} is ddim's share of fresh noise, and the sampler is {name}; leave eta at 0")
+        raise UserError(f"eta={eta} is ddim's share of fresh noise, and the sampler is {name}; leave eta at 0")
     if not 0 < strength <= 1:
-        raise ValueError(f"strength={strength} is the share of the steps that are taken, above 0 and up to 1")
+        raise UserError(f"strength={strength} is the share of the steps that are taken, above 0 and up to 1")
     taken = int(num_steps * strength)
     if not taken:
-        raise ValueError(f"strength={strength} of {num_steps} steps is less than one; raise either")
+        raise UserError(f"strength={strength} of {num_steps} steps is less than one; raise either")
     table = ddim(schedule, num_steps, eta) if eta else SAMPLERS[name](schedule, num_steps)
     return _last(table, taken)
 
@@ -120,7 +121,7 @@ def dpmsolver_multistep(schedule: Schedule, num_steps: int) -> SamplerTable:
     count = num_steps if _spacing(schedule, "linspace") == "trailing" else num_steps + 1
     t_S = _timesteps(schedule, count, "linspace").round()[:num_steps]
     if len(np.unique(t_S)) < num_steps:
-        raise ValueError(f"num_steps={num_steps} is too many for dpmsolver++ with {len(schedule.signal_T)} timesteps")
+        raise UserError(f"num_steps={num_steps} is too many for dpmsolver++ with {len(schedule.signal_T)} timesteps")
     steps = _begin(schedule, t_S, *_levels(schedule, t_S))
     next_signal_S, next_noise_S = _following(schedule, steps)
     steps = _towards(steps, next_signal_S, next_noise_S)
@@ -143,7 +144,7 @@ def lcm(schedule: Schedule, num_steps: int) -> SamplerTable:
     """Latent consistency sampling (arXiv 2310.04378, algorithm 3), as diffusers' `LCMScheduler`."""
     original = schedule.sampler_fields.get("original_inference_steps", 50)
     if num_steps > original:
-        raise ValueError(f"num_steps={num_steps}, but the consistency model was made for at most {original} steps")
+        raise UserError(f"num_steps={num_steps}, but the consistency model was made for at most {original} steps")
     learned = np.arange(original, 0, -1) * (len(schedule.signal_T) // original) - 1
     t_S = learned[np.linspace(0, original, num_steps, endpoint=False).astype(int)]
     steps = _begin(schedule, t_S, schedule.signal_T[t_S], schedule.noise_T[t_S])
@@ -215,7 +216,7 @@ def walk(
     steps = table.steps
     is_random = bool(np.any(steps.d))
     if is_random and keys_N is None:
-        raise ValueError("this sampler adds noise at each step and needs a key for each image")
+        raise UserError("this sampler adds noise at each step and needs a key for each image")
     # At least float32 between the steps, whatever the network computes in.
     x_NHWC = x_NHWC.astype(jnp.promote_types(x_NHWC.dtype, jnp.float32))
 
@@ -341,7 +342,7 @@ def _timesteps(schedule: Schedule, num_steps: int, default_spacing: str) -> np.n
     else:
         t_S = np.arange(num_steps)[::-1] * (num_timesteps // num_steps) + schedule.steps_offset
     if t_S[0] >= num_timesteps:
-        raise ValueError(
+        raise UserError(
             f"num_steps={num_steps} with steps_offset={schedule.steps_offset} starts past the last timestep"
         )
     return t_S.astype(float)
@@ -362,7 +363,7 @@ def _following(schedule: Schedule, steps: Steps) -> tuple[np.ndarray, np.ndarray
     """Signal and noise where the next step begins; after the last, those of the image."""
     final = schedule.sampler_fields.get("final_sigmas_type", "zero")
     if final not in ("zero", "sigma_min"):
-        raise ValueError(f"final_sigmas_type={final!r} of the scheduler, expected 'zero' or 'sigma_min'")
+        raise UserError(f"final_sigmas_type={final!r} of the scheduler, expected 'zero' or 'sigma_min'")
     signal, noise = (1.0, 0.0) if final == "zero" else (schedule.signal_T[0], schedule.noise_T[0])
     return np.append(steps.signal[1:], signal), np.append(steps.noise[1:], noise)
 
@@ -374,7 +375,7 @@ def _begin(schedule: Schedule, t_S: np.ndarray, signal_S: np.ndarray, noise_S: n
     target_noise_S = np.interp(signal_S, schedule.signal_T[::-1], schedule.target_noise_T[::-1])
     determinant_S = signal_S * target_noise_S - noise_S * target_x0_S
     if np.any(determinant_S == 0):
-        raise ValueError(
+        raise UserError(
             "this schedule has zero signal at a sampled timestep, from which epsilon prediction cannot tell the image; "
             "sample with the model's own schedule, without zero_terminal_snr"
         )
@@ -405,7 +406,7 @@ def _check_fields(sampler: str, schedule: Schedule) -> None:
     """Refuses a scheduler's file that would have the sampler compute something else."""
     other = other_fields(sampler, schedule)
     if other:
-        raise ValueError(
+        raise UserError(
             f"the model's scheduler has {other[0]}={schedule.sampler_fields[other[0]]!r}, and {sampler} here only "
             f"knows {ONLY_VALUES[sampler][other[0]]!r}; choose another sampler, such as ddim"
         )

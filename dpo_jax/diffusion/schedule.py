@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pydantic
 
+from dpo_jax.errors import UserError
 from dpo_jax.files import conform
 
 
@@ -124,11 +125,11 @@ def make_schedule(
     class_name = class_name.removeprefix("Flax") if isinstance(class_name, str) else repr(class_name)
     if class_name not in VARIANCE_PRESERVING:
         known = ", ".join(sorted(VARIANCE_PRESERVING))
-        raise ValueError(f"{where}: unknown scheduler {class_name}; known are {known}")
+        raise UserError(f"{where}: unknown scheduler {class_name}; known are {known}")
     fields = {name: value for name, value in scheduler_config.items() if not name.startswith("_")}
     unknown = sorted(fields.keys() - _IGNORED_FIELDS - _SAMPLER_FIELDS - SchedulerConfig.model_fields.keys())
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"{where}: unknown fields {', '.join(unknown[:10])}, which may change what the model is trained on; remove "
             "those that steer sampling alone"
         )
@@ -144,7 +145,7 @@ def make_schedule(
     num_timesteps = len(signal_T)
     chosen = np.arange(num_timesteps) if training_timesteps is None else np.asarray(training_timesteps)
     if chosen.size == 0 or chosen.min() < 0 or chosen.max() >= num_timesteps:
-        raise ValueError(f"training_timesteps={training_timesteps} must be some of 0..{num_timesteps - 1}")
+        raise UserError(f"training_timesteps={training_timesteps} must be some of 0..{num_timesteps - 1}")
     to_one = config.set_alpha_to_one
     return Schedule(
         signal_T=signal_T,
@@ -183,7 +184,7 @@ def _betas(config: SchedulerConfig, where: str) -> np.ndarray:
     start, end, num_timesteps = config.beta_start, config.beta_end, config.num_train_timesteps
     if config.trained_betas is not None:
         if len(config.trained_betas) != num_timesteps:
-            raise ValueError(
+            raise UserError(
                 f"{where}: trained_betas has {len(config.trained_betas)} numbers, and num_train_timesteps is "
                 f"{num_timesteps}"
             )

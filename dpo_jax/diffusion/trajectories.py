@@ -21,6 +21,7 @@ import numpy as np
 
 from dpo_jax.batch import Transitions
 from dpo_jax.diffusion.samplers import Denoiser, SamplerTable, Steps, step_mean, step_noise, walk
+from dpo_jax.errors import UserError
 
 
 class Trajectory(NamedTuple):
@@ -36,7 +37,7 @@ def random_steps(table: SamplerTable) -> np.ndarray:
     """int32, the steps whose transitions have a probability, in order. ValueError if there is none."""
     (random,) = np.nonzero(table.steps.d)
     if not len(random):
-        raise ValueError("this sampler adds no noise, so its steps have no probability; take ddim with eta above 0")
+        raise UserError("this sampler adds no noise, so its steps have no probability; take ddim with eta above 0")
     assert not np.any(table.steps.c[random]), "a transition must depend on nothing before it"
     return random.astype(np.int32)
 

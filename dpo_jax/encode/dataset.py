@@ -27,11 +27,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dpo_jax import files
-from dpo_jax.data import checksums
-from dpo_jax.data.encoded import (
+from dpo_jax.data.images import View
+from dpo_jax.data.load.views import view_batches
+from dpo_jax.data.store import checksums
+from dpo_jax.data.store.latents import (
     CAPTIONS,
-    FACTS,
-    EncodedFile,
+    INDEX,
+    LatentsFile,
     distinct_captions,
     file_name,
     rows_a_file,
@@ -39,12 +41,11 @@ from dpo_jax.data.encoded import (
     write_captions,
     write_whole,
 )
-from dpo_jax.data.images import View
-from dpo_jax.data.prepared import Prepared
+from dpo_jax.data.store.prepared import PreparedData
 from dpo_jax.data.tokenizers import Tokenizers
-from dpo_jax.data.views import view_batches
 from dpo_jax.encode.images import mirror, posterior_moments
 from dpo_jax.encode.text import encode_text
+from dpo_jax.errors import EnvironmentFault, UserError
 from dpo_jax.files import readable_bytes
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sharding import batch_sharding
@@ -72,7 +73,7 @@ class File(NamedTuple):
     @property
     def is_whole(self) -> bool:
         try:
-            return EncodedFile(self.path).rows == self.stop - self.start
+            return LatentsFile(self.path).rows == self.stop - self.start
         except (OSError, ValueError):  # not there, or damaged
             return False
 
@@ -192,7 +193,7 @@ class DatasetEncoder:
         pipeline: Pipeline,
         frozen: Mapping[str, Params],
         tokenizers: Tokenizers,
-        prepared: Prepared,
+        prepared: PreparedData,
         mesh: Mesh,
         folder: Path,
         *,
@@ -253,7 +254,7 @@ class DatasetEncoder:
         Raises OSError when the disk is too small for it, before anything is written.
         """
         if self._missing_bytes > self._free:
-            raise OSError(
+            raise EnvironmentFault(
                 f"the encodings need another {readable_bytes(self._missing_bytes)}, but {readable_bytes(self._free)} "
                 f"are free in {self.folder.parent}; make room, or encode fewer views or a lower resolution"
             )
@@ -270,7 +271,7 @@ class DatasetEncoder:
             }
             digest = checksums.checksum(self.folder / CAPTIONS)
             written = {"facts": dict(facts), **tables, "captions_checksum": digest}
-            files.write_whole(self.folder / FACTS, json.dumps(written, indent=1) + "\n")
+            files.write_whole(self.folder / INDEX, json.dumps(written, indent=1) + "\n")
             for unfinished in self.folder.glob(".*"):  # of runs that were killed
                 unfinished.unlink(missing_ok=True)
 
@@ -286,7 +287,7 @@ class DatasetEncoder:
 
 def _check_finite(tensor: np.ndarray, what: str) -> None:
     if not np.isfinite(tensor).all():
-        raise ValueError(
+        raise UserError(
             f"the {what} are not finite: the model overflows in its dtype; set vae_dtype (or dtype) to float32, or "
             "take a VAE made for half precision"
         )

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from dpo_jax.errors import UserError
 from dpo_jax.evaluation.drift import diversity, frechet_distance
-from dpo_jax.evaluation.image_folder import Entry, read_list
-from dpo_jax.evaluation.prompts import Prompt, distinct
 from dpo_jax.evaluation.winrate import mean_over_prompts, rate_over_prompts
+from dpo_jax.sampling.image_folder import Entry, read_list
+from dpo_jax.sampling.prompts import Prompt, distinct
 
 Scores = Mapping[str, Mapping[str, np.ndarray]]
 """scores_N by judge and by model."""
@@ -64,7 +65,7 @@ def match(folders: Mapping[str, epath.PathLike], prompts: Sequence[Prompt] = ())
     if len(common) < 2:
         found = f"only one prompt in common ({common[0].text!r})" if common else "no image of the same prompt"
         more = "; an interval over prompts needs two or more" if common else ""
-        raise ValueError(f"{' and '.join(map(str, folders.values()))} have {found}{more}")
+        raise UserError(f"{' and '.join(map(str, folders.values()))} have {found}{more}")
     counts = [min(len(entries[prompt.text]) for entries in listed.values()) for prompt in common]
     images = {
         name: [

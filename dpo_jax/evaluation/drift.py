@@ -9,15 +9,15 @@ Axes: N images, D features.
 import numpy as np
 from PIL import Image
 
-from dpo_jax.rewards import Pictures
+from dpo_jax.rewards import Images
 
 SIDE = 8
 """Of a thumbnail, in pixels."""
 
 
-def thumbnails(pictures: Pictures) -> np.ndarray:
-    """features_ND, D = 3 SIDE^2: the colours of parts of uint8 pictures [H, W, 3], from 0 to 1."""
-    small = [Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BOX) for picture in pictures]
+def thumbnails(images: Images) -> np.ndarray:
+    """features_ND, D = 3 SIDE^2: the colours of parts of uint8 images [H, W, 3], from 0 to 1."""
+    small = [Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX) for image in images]
     return np.stack([np.asarray(image, np.float64).ravel() / 255 for image in small])
 
 

@@ -11,10 +11,11 @@ from typing_extensions import TypedDict
 
 from dpo_jax import cluster
 from dpo_jax.data.images import MAX_BYTES, read_image
+from dpo_jax.errors import UserError
 from dpo_jax.evaluation.compare import Contest
 from dpo_jax.evaluation.drift import thumbnails
 from dpo_jax.files import read_bytes, read_json, write_whole
-from dpo_jax.rewards import Pictures, Settings, open_judge
+from dpo_jax.rewards import Images, Settings, open_judge
 
 CHUNK = 64
 """Images in memory at a time."""
@@ -51,8 +52,8 @@ def judge_all(
                 judge = judge or open_judge(spec, dtype=settings.dtype, batch_size=settings.batch_size)
                 show = f"{name} judges {model}"
                 chunks = [
-                    judge.score(pictures, contest.captions[start : start + CHUNK])
-                    for start, pictures in _chunks(files, show, on_progress)
+                    judge.score(images, contest.captions[start : start + CHUNK])
+                    for start, images in _chunks(files, show, on_progress)
                 ]
                 found = np.concatenate(chunks).tolist()
                 if cluster.is_first():
@@ -75,24 +76,22 @@ def _read(kept: epath.Path, digest: str) -> list[float] | None:
 
 def features_of(spec: str, settings: Settings, contest: Contest, on_progress: OnProgress) -> dict[str, np.ndarray]:
     """features_ND by model: of `thumbnails`, or of a CLIP, `clip=` and what it is opened from."""
-    describe: Callable[[Pictures], np.ndarray] = thumbnails
+    describe: Callable[[Images], np.ndarray] = thumbnails
     if spec != "thumbnails":
         from dpo_jax.rewards.clip_judges import open_image_features
 
         name, _, source = spec.partition("=")
         if name != "clip":
-            raise ValueError(f"--features={spec}: take thumbnails, or clip=FOLDER_OR_ID")
+            raise UserError(f"--features={spec}: take thumbnails, or clip=FOLDER_OR_ID")
         describe = open_image_features(source, settings)
     return {
-        model: np.concatenate(
-            [describe(pictures) for _, pictures in _chunks(files, f"looking at {model}", on_progress)]
-        )
+        model: np.concatenate([describe(images) for _, images in _chunks(files, f"looking at {model}", on_progress)])
         for model, files in contest.images.items()
     }
 
 
 def _chunks(files: Sequence[epath.Path], doing: str, on_progress: OnProgress) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """(number of the first, pictures) of some images at a time."""
+    """(number of the first, images) of some images at a time."""
     with ThreadPoolExecutor(READERS) as readers:
         for start in range(0, len(files), CHUNK):
             yield start, list(readers.map(read_image, files[start : start + CHUNK]))

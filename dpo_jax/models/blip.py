@@ -1,9 +1,9 @@
 """ImageReward's network (Xu et al., arXiv 2304.05977): a BLIP (Li et al., arXiv 2201.12086) that reads a caption while
-it looks at the picture, and an MLP that turns what it makes of both into a reward.
+it looks at the image, and an MLP that turns what it makes of both into a reward.
 
 Structure and parameter names are those of transformers' BlipVisionModel and BlipTextModel.
 
-N pictures with a caption each, H x W pixels, C channels, D hidden width, S patches and the class token, L tokens.
+N images with a caption each, H x W pixels, C channels, D hidden width, S patches and the class token, L tokens.
 """
 
 import dataclasses
@@ -145,7 +145,7 @@ class BLIPVisionAttention(nnx.Module):
 
 
 class BLIPTextModel(nnx.Module):
-    """A BERT whose every layer looks at the picture between its self-attention and its MLP; padding is not seen."""
+    """A BERT whose every layer looks at the image between its self-attention and its MLP; padding is not seen."""
 
     def __init__(self, config: BLIPTextConfig, image_width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.embeddings = BLIPTextEmbeddings(config, dtype=dtype, rngs=rngs)
@@ -183,7 +183,7 @@ class BLIPTextEncoder(nnx.Module):
 
 
 class BLIPTextLayer(nnx.Module):
-    """Post-norm transformer layer with cross-attention to the picture."""
+    """Post-norm transformer layer with cross-attention to the image."""
 
     def __init__(self, config: BLIPTextConfig, image_width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width, inner = config.hidden_size, config.intermediate_size

@@ -15,6 +15,7 @@ import pydantic
 from flax import nnx
 from jax.typing import DTypeLike
 
+from dpo_jax.errors import UserError
 from dpo_jax.files import conform
 from dpo_jax.models.config_json import Depth, Positive, TokenId, Vocabulary, Width, read_config
 from dpo_jax.models.layers import Embedding, LayerNorm, Linear
@@ -76,7 +77,7 @@ class LayersConfig:
     def check(self, where: str) -> None:
         """Raises ValueError, naming `where`, if the width does not divide into the heads."""
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
+            raise UserError(
                 f"{where}: hidden_size = {self.hidden_size} does not divide into num_attention_heads = "
                 f"{self.num_attention_heads}"
             )
@@ -184,7 +185,7 @@ class CLIPTextEmbeddings(nnx.Module):
     def __call__(self, token_ids_NL: jax.Array) -> jax.Array:
         length, longest = token_ids_NL.shape[1], self.position_embedding.embedding.shape[0]
         if length > longest:  # JAX would repeat the last position without a word.
-            raise ValueError(f"captions of {length} tokens do not fit a text model of {longest} positions")
+            raise UserError(f"captions of {length} tokens do not fit a text model of {longest} positions")
         return self.token_embedding(token_ids_NL) + self.position_embedding(jnp.arange(length))
 
 

@@ -1,4 +1,4 @@
-"""A whole CLIP (Radford et al., arXiv 2103.00020): image encoder and text encoder that agree on a picture's content.
+"""A whole CLIP (Radford et al., arXiv 2103.00020): image encoder and text encoder that agree on an image's content.
 
 Structure and parameter names are those of transformers' CLIPModel.
 
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from dpo_jax.errors import UserError
 from dpo_jax.files import conform
 from dpo_jax.models.clip import (
     ACTIVATIONS,
@@ -30,7 +31,7 @@ from dpo_jax.models.layers import Conv, Embedding, LayerNorm, Linear, make_param
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-"""By which pictures (0 to 1, RGB) are normalised: OpenAI's, and of every model here."""
+"""By which images (0 to 1, RGB) are normalised: OpenAI's, and of every model here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ class CLIPConfig:
         """Reads the config.json of a whole CLIP. Raises ValueError naming `where` and what is not supported."""
         parts: Parts = conform(config, Parts, where)
         if config.get("model_type") != "clip" or parts.vision_config is None or parts.text_config is None:
-            raise ValueError(f"{where} does not describe a whole CLIP, with an image and a text encoder")
+            raise UserError(f"{where} does not describe a whole CLIP, with an image and a text encoder")
         # Old files repeat the vision half in `vision_config_dict`, which transformers lets win.
         vision = {**parts.vision_config, **(parts.vision_config_dict or {})}
         supported = {
@@ -75,7 +76,7 @@ class CLIPConfig:
         result = read_config(CLIPVisionConfig, vision, where, supported=supported, metadata=metadata)
         result.check(where)
         if result.image_size < result.patch_size:
-            raise ValueError(f"{where}: image_size = {result.image_size} is less than patch_size = {result.patch_size}")
+            raise UserError(f"{where}: image_size = {result.image_size} is less than patch_size = {result.patch_size}")
         # `text` has checked its type, and has the default of both halves where the file has none.
         return cls(text, result, config.get("projection_dim", cls.projection_dim))
 

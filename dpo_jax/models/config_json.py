@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 import pydantic
 
+from dpo_jax.errors import UserError
 from dpo_jax.files import conform
 
 Config = TypeVar("Config")
@@ -53,7 +54,7 @@ def read_config(
         if name not in known and name not in supported and name not in metadata and not name.startswith("_"):
             problems.append(f"unknown field {name} = {shown(value)}, which may change what the model computes")
     if problems:
-        raise ValueError(f"{where}: {'; '.join(problems[:5])}")
+        raise UserError(f"{where}: {'; '.join(problems[:5])}")
     return cls(**values)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpo_jax.errors import UserError
 from dpo_jax.models.unet_config import UNetConfig
 
 
@@ -182,15 +183,15 @@ def find_family(model_index: Mapping[str, Any], unet: UNetConfig, where: str, na
     if name is None:
         name = guess
     if name not in FAMILIES:
-        raise ValueError(f"unknown model family {name!r}, expected one of {', '.join(FAMILIES)}")
+        raise UserError(f"unknown model family {name!r}, expected one of {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     needed = {encoder.folder for encoder in family.text_encoders}
     if present != needed:
-        raise ValueError(f"{where}: {name} has the text encoders {sorted(needed)}, this folder has {sorted(present)}")
+        raise UserError(f"{where}: {name} has the text encoders {sorted(needed)}, this folder has {sorted(present)}")
     if guess not in (name, family.looks_like):
-        raise ValueError(f"{where} holds a model of the family {guess}, not {name}; leave the family out")
+        raise UserError(f"{where} holds a model of the family {guess}, not {name}; leave the family out")
     if (family.num_time_ids > 0) != (unet.addition_embed_type == "text_time"):
-        raise ValueError(
+        raise UserError(
             f"{where}: {name} takes {family.num_time_ids} time ids, but the UNet's addition_embed_type is "
             f"{unet.addition_embed_type!r}"
         )
@@ -207,21 +208,19 @@ def family_of_single_file(names: Collection[str], where: str, name: str | None =
     if not present or not any(tensor.startswith(ORIGINAL_PREFIXES["unet"]) for tensor in names):
         found = next((what for sign, what in _OTHER_FILES.items() if any(re.search(sign, n) for n in names)), None)
         found = found or f"tensors such as {', '.join(sorted(names)[:3])}"
-        raise ValueError(
+        raise UserError(
             f"{where} holds {found}; a model that is one file must hold the UNet and the text encoders of Stable "
             "Diffusion 1, 2 or XL in the original layout"
         )
     for sign, what in _OTHER_SCHEDULES.items():
         if sign in names:
-            raise ValueError(f"{where} holds a tensor {sign}, so it {what}, which is not supported")
+            raise UserError(f"{where} holds a tensor {sign}, so it {what}, which is not supported")
     fitting = {family.name: family for family in FAMILIES.values() if _original_prefixes(family) == present}
     if not fitting:
-        raise ValueError(f"{where} has the text encoders {sorted(present)}, which no supported family has together")
+        raise UserError(f"{where} has the text encoders {sorted(present)}, which no supported family has together")
     name = name or next(iter(fitting))
     if name not in fitting:
-        raise ValueError(
-            f"{where} holds a model of the family {' or '.join(fitting)}, not {name}; leave the family out"
-        )
+        raise UserError(f"{where} holds a model of the family {' or '.join(fitting)}, not {name}; leave the family out")
     return fitting[name]
 
 
@@ -236,7 +235,7 @@ def check_classes(model_index: Mapping[str, Any], where: str) -> None:
         if has_component(model_index, name) and tuple(model_index[name]) not in classes:
             library, found = model_index[name]
             expected = " or ".join(f"{of}.{kind}" for of, kind in classes if not kind.startswith("Flax"))
-            raise ValueError(f"{where}: {name} is {library}.{found}, and only {expected} is supported")
+            raise UserError(f"{where}: {name} is {library}.{found}, and only {expected} is supported")
 
 
 def _guess(text_encoders: set[str], unet: UNetConfig) -> str:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from dpo_jax.errors import UserError
 from dpo_jax.models.operations import group_norm, layer_norm
 
 Initializer = Callable[..., jax.Array]
@@ -174,7 +175,7 @@ class GroupNorm(nnx.Module):
 
     def __init__(self, num_groups: int, channels: int, *, epsilon: float, dtype: DTypeLike, rngs: nnx.Rngs):
         if channels % num_groups:
-            raise ValueError(f"GroupNorm: {channels} channels do not divide into {num_groups} groups")
+            raise UserError(f"GroupNorm: {channels} channels do not divide into {num_groups} groups")
         self.scale = make_param(nnx.initializers.ones, rngs, (channels,))
         self.bias = make_param(nnx.initializers.zeros, rngs, (channels,))
         self.num_groups, self.epsilon, self.dtype = num_groups, epsilon, dtype

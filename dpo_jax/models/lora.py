@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from dpo_jax.errors import UserError
 from dpo_jax.models.layers import Adaptable, Initializer, torch_default_init
 from dpo_jax.models.network import Network
 from dpo_jax.weights.layout import Params, Specs
@@ -36,14 +37,14 @@ def find_targets(unet: Network, pattern: str, *, rank: int, alpha: float) -> Ada
     Raises ValueError when the pattern is no regular expression or is found nowhere.
     """
     if rank < 1:
-        raise ValueError(f"a LoRA of rank {rank} has no weights; give a rank of at least 1")
+        raise UserError(f"a LoRA of rank {rank} has no weights; give a rank of at least 1")
     layers = [name.removesuffix(".kernel") for name in unet.specs if name.endswith(".kernel")]
     try:
         adapters = {layer: LowRank(rank, alpha) for layer in layers if re.search(pattern, layer)}
     except re.error as error:
-        raise ValueError(f"the LoRA targets {pattern!r} are no regular expression: {error}") from error
+        raise UserError(f"the LoRA targets {pattern!r} are no regular expression: {error}") from error
     if not adapters:
-        raise ValueError(f"the LoRA targets {pattern!r} fit no layer of the UNet, whose names read like {layers[-2]}")
+        raise UserError(f"the LoRA targets {pattern!r} fit no layer of the UNet, whose names read like {layers[-2]}")
     return adapters
 
 

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from dpo_jax.batch import Conditioning
 from dpo_jax.diffusion.schedule import Schedule, make_schedule
+from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.files import conform, read_json
 from dpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from dpo_jax.models.config_json import MAX_BYTES
@@ -280,12 +281,12 @@ def load_pipeline(
         names = tensor_names(path)
         of_file = family_of_single_file(names, str(path), family)
         if not vae and not any(name.startswith(ORIGINAL_PREFIXES["vae"]) for name in names):
-            raise ValueError(f"{path} has no VAE; name one by --vae (config.vae in training): a folder, file or hub id")
+            raise UserError(f"{path} has no VAE; name one by --vae (config.vae in training): a folder, file or hub id")
         family, folder = of_file.name, _configs_of_file(path, of_file, model_config, V_PRED in names)
     model_index = read_model_index(folder)
     absent = [name for name in ("unet", "vae", "scheduler") if not has_component(model_index, name)]
     if absent:
-        raise ValueError(
+        raise UserError(
             f"{folder} is a {model_index.get('_class_name')} without {', '.join(absent)}; only Stable Diffusion 1, 2 "
             "and XL (base, Turbo, refiner) are supported"
         )
@@ -296,13 +297,13 @@ def load_pipeline(
     unet_config = UNetConfig.from_dict(*_config(folder, weights["unet"], "unet"))
     vae_config = VAEConfig.from_dict(*_config(folder, weights["vae"], "vae"))
     if unet_config.in_channels != vae_config.latent_channels:
-        raise ValueError(
+        raise UserError(
             f"{folder}: the UNet takes {unet_config.in_channels} channels and the VAE makes "
             f"{vae_config.latent_channels}; those that take an image beside the noise (inpainting, upscaling) can't be "
             "trained here"
         )
     if unet_config.out_channels != unet_config.in_channels:
-        raise ValueError(
+        raise UserError(
             f"{folder}: the UNet takes {unet_config.in_channels} channels and predicts {unet_config.out_channels}; the "
             "two must be the same"
         )
@@ -359,9 +360,9 @@ def read_model_index(folder: epath.Path) -> dict[str, Any]:
     _refuse_work_directory(folder)
     files = [file.name for file in folder.iterdir() if file.suffix == ".safetensors"] if folder.is_dir() else []
     if not path.exists() and files:
-        raise FileNotFoundError(f"{folder} is no diffusers model folder; if the model is {files[0]}, name that file")
+        raise MissingFileError(f"{folder} is no diffusers model folder; if the model is {files[0]}, name that file")
     if not path.exists():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no diffusers model folder at {folder}: {path} does not exist; give the path of a downloaded model, for "
             f"example from: hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir {folder}"
         )
@@ -371,7 +372,7 @@ def read_model_index(folder: epath.Path) -> dict[str, Any]:
         if isinstance(value, list):
             conform({name: value}, dict[str, Part], str(path))
             if not re.fullmatch(r"\w+", name):
-                raise ValueError(f"{path}: {name!r} is not the name of a component")
+                raise UserError(f"{path}: {name!r} is not the name of a component")
     check_classes(model_index, str(path))
     return model_index
 
@@ -396,7 +397,7 @@ class ModelIndex(pydantic.BaseModel):
 
 def _refuse_work_directory(folder: epath.Path) -> None:
     if (folder / "checkpoints").exists():
-        raise ValueError(
+        raise UserError(
             f"{folder} is the work directory of a training run; export it first: "
             f"python -m dpo_jax.export --workdir={folder} --output=NEW_FOLDER"
         )
@@ -419,14 +420,14 @@ def _config_path(folder: epath.Path, weights: epath.Path, component: str) -> epa
 def _configs_of_file(path: epath.Path, family: Family, model_config: str, predicts_velocity: bool) -> epath.Path:
     """The folder of the configs and tokenizers that belong to a single file."""
     if family.has_unlike_siblings and not model_config and not predicts_velocity:
-        raise ValueError(
+        raise UserError(
             f"{path} is a file of the family {family.name}, which does not say what it predicts; set model_config to "
             f"{family.published} (768 pixels, velocity) or to {family.published}-base (512 pixels, noise)"
         )
     try:
         return find_model(model_config or family.published, weights=False)
     except OSError as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{path} has no configs and no tokenizers; name a folder or hub id that has them as model_config ({error})"
         ) from error
 
@@ -445,7 +446,7 @@ def _with_marks(config: dict[str, Any], names: Collection[str], path: str, named
     for field, value in said.items():
         if named and config.get(field, value) != value:
             mark = V_PRED if field == "prediction_type" else ZERO_TERMINAL_SNR
-            raise ValueError(
+            raise UserError(
                 f"{path} holds the tensor {mark}, which says {field}={value!r}, but {named} says {config[field]!r}; "
                 "take the configs that belong to this model, or correct that file"
             )
@@ -460,7 +461,7 @@ def _check_widths(
     """Refuses a UNet that the text encoders' output does not fit, before anything is read."""
     context = sum(clip.hidden_size for clip in clips)
     if set(unet.cross_attention_dim) != {context}:
-        raise ValueError(
+        raise UserError(
             f"the UNet in {weights['unet']} attends to {unet.cross_attention_dim[0]} features a token, but the text "
             f"encoders of {family.name} make {context}; it belongs to another family"
         )
@@ -468,7 +469,7 @@ def _check_widths(
         pooled = clips[-1].projection_dim if clips[-1].with_projection else clips[-1].hidden_size
         made = pooled + family.num_time_ids * (unet.addition_time_embed_dim or 0)
         if made != unet.projection_class_embeddings_input_dim:
-            raise ValueError(
+            raise UserError(
                 f"the UNet in {weights['unet']} takes {unet.projection_class_embeddings_input_dim} added features, but "
                 f"{family.name} makes {made}; it belongs to another family"
             )
@@ -476,5 +477,5 @@ def _check_widths(
 
 def _json(path: epath.Path) -> dict[str, Any]:
     if not path.exists():
-        raise FileNotFoundError(f"no {path}, though model_index.json lists {path.parent.name}; download it again")
+        raise MissingFileError(f"no {path}, though model_index.json lists {path.parent.name}; download it again")
     return read_json(path, dict[str, Any], MAX_BYTES)

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 from jax.typing import DTypeLike
 
+from dpo_jax.errors import UserError
 from dpo_jax.files import new_folder, write_whole
 from dpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from dpo_jax.models.families import FAMILIES
@@ -127,7 +128,7 @@ RANDOM_MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[dict[str, A
 def write_random_model(family: str, folder: epath.PathLike, *, seed: int = 0, dtype: DTypeLike = "float32") -> None:
     """Writes a complete diffusers folder of the named family. Raises ValueError if `folder` exists and is not empty."""
     if family not in RANDOM_MODELS:
-        raise ValueError(f"unknown model family {family!r}, expected one of {', '.join(RANDOM_MODELS)}")
+        raise UserError(f"unknown model family {family!r}, expected one of {', '.join(RANDOM_MODELS)}")
     model_index, unet, text_encoders, scheduler = RANDOM_MODELS[family]
     vocabulary, merges = byte_vocabulary(WORDS)
     model_index = model_index | {

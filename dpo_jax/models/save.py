@@ -16,6 +16,7 @@ from etils import epath
 from jax.typing import DTypeLike
 from typing_extensions import TypedDict
 
+from dpo_jax.errors import UserError
 from dpo_jax.files import new_folder, read_json, write_whole
 from dpo_jax.models.families import PUBLISHED, V_PRED, ZERO_TERMINAL_SNR
 from dpo_jax.models.pipeline import Pipeline, files_of, read_model_index
@@ -130,7 +131,7 @@ def _naming(pipeline: Pipeline, prefixes: Mapping[str, str]) -> Iterator[None]:
         component = next(name for name, prefix in prefixes.items() if error.name.startswith(prefix))
         files = files_of(pipeline.weights[component], pipeline.variant)
         changed = ", or what was trained or merged into it" if component == "unet" else ""
-        raise ValueError(f"{files[0]}{changed}: {error}") from None
+        raise UserError(f"{files[0]}{changed}: {error}") from None
 
 
 def unlike_published(pipeline: Pipeline) -> dict[str, bool]:

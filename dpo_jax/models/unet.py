@@ -14,6 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from dpo_jax.batch import Conditioning
+from dpo_jax.errors import UserError
 from dpo_jax.models.execution import PLAIN, Execution
 from dpo_jax.models.layers import Conv, GroupNorm, Linear
 from dpo_jax.models.operations import accumulation_dtype
@@ -51,7 +52,7 @@ class UNet2DConditionModel(nnx.Module):
         """The prediction [N, H, W, C] in the compute dtype. Raises ValueError if the conditioning does not fit."""
         needed, given = self.config.cross_attention_dim, conditioning.context_NLD.shape[-1]
         if set(needed) != {given}:
-            raise ValueError(f"this UNet has cross_attention_dim = {needed}, but the captions have {given} features")
+            raise UserError(f"this UNet has cross_attention_dim = {needed}, but the captions have {given} features")
         high = accumulation_dtype(self.dtype)
         emb_NT = self.time_embedding(sinusoids(t_N, self.config.block_out_channels[0], high))
         if self.add_embedding is not None:
@@ -72,12 +73,12 @@ class UNet2DConditionModel(nnx.Module):
         pooled_NP, time_ids_NT = conditioning.pooled_NP, conditioning.time_ids_NT
         if pooled_NP is None or time_ids_NT is None:
             missing = "pooled_NP" if pooled_NP is None else "time_ids_NT"
-            raise ValueError(f"this UNet has addition_embed_type = 'text_time', but its conditioning has no {missing}")
+            raise UserError(f"this UNet has addition_embed_type = 'text_time', but its conditioning has no {missing}")
         each, needed = self.config.addition_time_embed_dim, self.config.projection_class_embeddings_input_dim
         assert each is not None  # `UNetConfig.from_dict` has checked it
         pooled, ids = pooled_NP.shape[-1], time_ids_NT.shape[-1]
         if pooled + ids * each != needed:
-            raise ValueError(
+            raise UserError(
                 f"this UNet takes projection_class_embeddings_input_dim = {needed} added features, but the "
                 f"conditioning has {pooled} pooled + {ids} time ids * {each} = {pooled + ids * each}"
             )

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import pydantic
 
+from dpo_jax.errors import UserError
 from dpo_jax.models.config_json import Depth, Positive, Width, read_config
 
 
@@ -58,53 +59,53 @@ class UNetConfig:
     def _check(self, where: str) -> None:
         levels = len(self.block_out_channels)
         if not 1 <= levels <= MAX_LEVELS:
-            raise ValueError(f"{where}: block_out_channels has {levels} levels; a UNet has 1 to {MAX_LEVELS}")
+            raise UserError(f"{where}: block_out_channels has {levels} levels; a UNet has 1 to {MAX_LEVELS}")
         for name in (*_PER_LEVEL, "down_block_types", "up_block_types"):
             if len(getattr(self, name)) != levels:
-                raise ValueError(
+                raise UserError(
                     f"{where}: {name} = {getattr(self, name)} does not fit the {levels} levels of "
                     f"block_out_channels = {self.block_out_channels}"
                 )
         layers = zip(self.layers_per_block, self.transformer_layers_per_block, strict=True)
         total = sum(resnets * (1 + transformers) for resnets, transformers in layers)
         if total > MAX_LAYERS:
-            raise ValueError(
+            raise UserError(
                 f"{where}: layers_per_block = {self.layers_per_block} and transformer_layers_per_block = "
                 f"{self.transformer_layers_per_block} make {total} layers; at most {MAX_LAYERS} are supported"
             )
         for name, choices in _BLOCKS.items():
             for block in getattr(self, name):
                 if block not in choices:
-                    raise ValueError(f"{where}: {block!r} in {name} is not supported, only {' or '.join(choices)}")
+                    raise UserError(f"{where}: {block!r} in {name} is not supported, only {' or '.join(choices)}")
         for width, heads in zip(self.block_out_channels, self.attention_head_dim, strict=True):
             if width % heads:
-                raise ValueError(
+                raise UserError(
                     f"{where}: block_out_channels = {self.block_out_channels} do not divide into "
                     f"attention_head_dim = {self.attention_head_dim} heads"
                 )
             if width % self.norm_num_groups:
-                raise ValueError(
+                raise UserError(
                     f"{where}: block_out_channels = {self.block_out_channels} do not divide into "
                     f"norm_num_groups = {self.norm_num_groups} groups"
                 )
         if self.block_out_channels[0] % 2 or (self.addition_time_embed_dim or 0) % 2:
-            raise ValueError(
+            raise UserError(
                 f"{where}: the first of block_out_channels = {self.block_out_channels} and addition_time_embed_dim = "
                 f"{self.addition_time_embed_dim} must be even: half are sines and half are cosines"
             )
         if self.addition_embed_type not in (None, "text_time"):
-            raise ValueError(
+            raise UserError(
                 f"{where}: addition_embed_type = {self.addition_embed_type!r} is not supported, "
                 "only None or 'text_time'"
             )
         if self.addition_embed_type is None and self.projection_class_embeddings_input_dim is not None:
-            raise ValueError(
+            raise UserError(
                 f"{where}: projection_class_embeddings_input_dim = {self.projection_class_embeddings_input_dim} "
                 "needs addition_embed_type = 'text_time'"
             )
         sizes = (self.addition_time_embed_dim, self.projection_class_embeddings_input_dim)
         if self.addition_embed_type == "text_time" and None in sizes:
-            raise ValueError(
+            raise UserError(
                 f"{where}: addition_embed_type = 'text_time' needs addition_time_embed_dim and "
                 f"projection_class_embeddings_input_dim, not {sizes}"
             )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from dpo_jax.errors import UserError
 from dpo_jax.models.config_json import Depth, Finite, Positive, Width, read_config, shown
 from dpo_jax.models.layers import Conv, GroupNorm, Linear
 from dpo_jax.models.operations import attention
@@ -54,20 +55,20 @@ class VAEConfig:
         for field, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             types, levels = config.get(field, (block,)), len(result.block_out_channels)
             if types != [block] * levels and types != (block,) * levels:
-                raise ValueError(f"{where}: {field} = {shown(types)} is not supported, only {levels} times {block!r}")
+                raise UserError(f"{where}: {field} = {shown(types)} is not supported, only {levels} times {block!r}")
         if (result.in_channels, result.out_channels) != (3, 3):
-            raise ValueError(
+            raise UserError(
                 f"{where}: in_channels = {result.in_channels} and out_channels = {result.out_channels} are not "
                 "supported, only 3 (RGB)"
             )
         layers = levels * result.layers_per_block
         if not 0 < layers <= MAX_LAYERS:
-            raise ValueError(
+            raise UserError(
                 f"{where}: block_out_channels = {result.block_out_channels} and layers_per_block = "
                 f"{result.layers_per_block} make {layers} layers; a VAE has 1 to {MAX_LAYERS}"
             )
         if any(width % result.norm_num_groups for width in result.block_out_channels):
-            raise ValueError(
+            raise UserError(
                 f"{where}: block_out_channels = {result.block_out_channels} do not divide into "
                 f"norm_num_groups = {result.norm_num_groups} groups"
             )

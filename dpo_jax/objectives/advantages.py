@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dpo_jax.errors import UserError
+
 
 @dataclasses.dataclass
 class PromptStatistics:
@@ -25,7 +27,7 @@ class PromptStatistics:
 
     def __post_init__(self) -> None:
         if not 0 < self.min_count <= self.buffer_size:
-            raise ValueError(f"min_count={self.min_count} must be in 1..{self.buffer_size}, the rewards remembered")
+            raise UserError(f"min_count={self.min_count} must be in 1..{self.buffer_size}, the rewards remembered")
 
     def advantages(self, prompts: Sequence[str], rewards_N: np.ndarray) -> np.ndarray:
         """`(reward - mean) / (std + 1e-6)` of each image, after remembering the rewards of all.

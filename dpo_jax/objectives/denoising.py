@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from dpo_jax.batch import Conditioning, Scores
+from dpo_jax.batch import Conditioning, LogRatios
 from dpo_jax.diffusion.schedule import Schedule, add_noise, training_target
 
 Denoise = Callable[..., jax.Array]
@@ -83,7 +83,7 @@ def score_candidates(
     conditioning: Conditioning,
     dropout_keys_B: jax.Array | None = None,
     perturbed_noise_BHWC: jax.Array | None = None,
-) -> Scores:
+) -> LogRatios:
     """The denoising errors of all candidates and the log-ratio they stand for (arXiv 2311.12908, equation 14).
 
     `log_ratio = -(e_policy - e_reference) / 2` with e the MEAN squared error over H, W and C: the unit of the paper's
@@ -118,9 +118,9 @@ def score_candidates(
 
     error_BK = errors_BK(policy) if dropout_keys_N is None else errors_BK(policy, dropout_keys_N)
     if reference is None:
-        return Scores(log_ratio_BK=-error_BK / 2, error_BK=error_BK)
+        return LogRatios(log_ratio_BK=-error_BK / 2, error_BK=error_BK)
     reference_error_BK = jax.lax.stop_gradient(errors_BK(reference))
-    return Scores(-(error_BK - reference_error_BK) / 2, error_BK, reference_error_BK)
+    return LogRatios(-(error_BK - reference_error_BK) / 2, error_BK, reference_error_BK)
 
 
 def per_candidate(tree: Any, B: int, K: int) -> Any:

@@ -7,10 +7,11 @@ losses of transitions take candidates in any order, and with them any scores, of
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.batch import Scores
+from dpo_jax.batch import LogRatios
+from dpo_jax.errors import UserError
 
 
-def dpo(scores: Scores, preference_BK: jax.Array, *, beta: float) -> jax.Array:
+def dpo(scores: LogRatios, preference_BK: jax.Array, *, beta: float) -> jax.Array:
     """Diffusion-DPO: `-log sigmoid(z)` with `z = beta (log_ratio_w - log_ratio_l)` (arXiv 2311.12908, equation 14).
 
     Soft preferences mix both directions, `-p log sigmoid(z) - (1 - p) log sigmoid(-z)`, which is the formula above at
@@ -20,12 +21,12 @@ def dpo(scores: Scores, preference_BK: jax.Array, *, beta: float) -> jax.Array:
     return -(preference_BK[:, 0] * jax.nn.log_sigmoid(z_B) + preference_BK[:, 1] * jax.nn.log_sigmoid(-z_B))
 
 
-def sft(scores: Scores, preference_BK: jax.Array) -> jax.Array:
+def sft(scores: LogRatios, preference_BK: jax.Array) -> jax.Array:
     """Supervised fine-tuning: the winner's denoising error (arXiv 2006.11239, equation 14). Needs no reference."""
     return scores.error_BK[:, 0]
 
 
-def d3po(scores: Scores, preference_BK: jax.Array, *, beta: float) -> jax.Array:
+def d3po(scores: LogRatios, preference_BK: jax.Array, *, beta: float) -> jax.Array:
     """D3PO: `-log sigmoid(beta (log_ratio_w - log_ratio_l))`, summed over all pairs (arXiv 2311.13231).
 
     Published beta: 0.1, with ratios clamped at 0.1; see `score_transitions`. A prompt of K candidates has up to
@@ -52,7 +53,7 @@ def is_preferred(reward_BKR: jax.Array) -> jax.Array:
     return (one_BK1R >= other_B1KR).all(axis=-1) & (one_BK1R > other_B1KR).any(axis=-1)
 
 
-def ddpo(scores: Scores, preference_BK: jax.Array, *, clip: float = 1e-4, advantage_clip: float = 5.0) -> jax.Array:
+def ddpo(scores: LogRatios, preference_BK: jax.Array, *, clip: float = 1e-4, advantage_clip: float = 5.0) -> jax.Array:
     """DDPO's importance-sampled policy gradient: `max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip))`.
 
     The ratio is to the weights that sampled, the mean over the candidates; arXiv 2305.13301, with the clipping of
@@ -66,7 +67,7 @@ def ddpo(scores: Scores, preference_BK: jax.Array, *, clip: float = 1e-4, advant
 
 
 def dpok(
-    scores: Scores,
+    scores: LogRatios,
     preference_BK: jax.Array,
     *,
     kl_weight: float = 0.01,
@@ -90,13 +91,13 @@ def clamp(x: jax.Array, low: float, high: float) -> jax.Array:
     return jnp.where((x >= low) & (x <= high), x, jnp.clip(x, low, high))
 
 
-def margin(scores: Scores) -> jax.Array:
+def margin(scores: LogRatios) -> jax.Array:
     """`log_ratio_w - log_ratio_l` per prompt; times beta it is the difference of implicit rewards."""
     if scores.log_ratio_BK.shape[1] != 2:
-        raise ValueError(f"a pair has 2 candidates, this batch has {scores.log_ratio_BK.shape[1]}")
+        raise UserError(f"a pair has 2 candidates, this batch has {scores.log_ratio_BK.shape[1]}")
     return scores.log_ratio_BK[:, 0] - scores.log_ratio_BK[:, 1]
 
 
-def implicit_accuracy(scores: Scores) -> jax.Array:
+def implicit_accuracy(scores: LogRatios) -> jax.Array:
     """1 where the implicit reward prefers the winner, 0 where the loser, 1/2 for a tie."""
     return (1 + jnp.sign(margin(scores))) / 2

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.batch import Scores, Transitions
+from dpo_jax.batch import LogRatios, Transitions
 from dpo_jax.diffusion.samplers import SamplerTable, Steps
 from dpo_jax.diffusion.trajectories import kl_divergence, log_prob, steps_at, transition_mean
 from dpo_jax.objectives.denoising import Denoise, per_candidate
@@ -30,7 +30,7 @@ def score_transitions(
     *,
     clip: float = 0.1,
     advantage_BK: jax.Array | None = None,
-) -> Scores:
+) -> LogRatios:
     """The log-probabilities of all candidates' transitions and their clamped ratio (arXiv 2311.13231).
 
     `log_ratio = log clamp(p_policy / p_reference, 1 - clip, 1 + clip)`, clamped for each candidate by itself as in
@@ -60,7 +60,7 @@ def score_transitions(
         kl_BK = kl_divergence(step, mean_BKHWC, reference_BKHWC)
     # The clamp of the ratio, but exp can't overflow.
     log_ratio_BK = clamp(log_prob_BK - reference_log_prob_BK, math.log(1 - clip), math.log(1 + clip))
-    return Scores(
+    return LogRatios(
         log_ratio_BK,
         log_prob_BK=log_prob_BK,
         old_log_prob_BK=transitions.log_prob_BK,
@@ -69,19 +69,19 @@ def score_transitions(
     )
 
 
-def beyond_ratio_to_sampled(scores: Scores, *, clip: float) -> jax.Array:
+def beyond_ratio_to_sampled(scores: LogRatios, *, clip: float) -> jax.Array:
     """[B, K], whether the ratio to the weights that sampled is further than `clip` from 1, as DDPO's code counts it."""
     return jnp.abs(jnp.exp(scores.log_prob_BK - scores.old_log_prob_BK) - 1) > clip
 
 
-def beyond_log_ratio(scores: Scores, *, clip: float) -> jax.Array:
+def beyond_log_ratio(scores: LogRatios, *, clip: float) -> jax.Array:
     """[B, K], whether `score_transitions` has clamped the log-ratio at this `clip`, or all but."""
     log_ratio_BK = scores.log_ratio_BK
     return (log_ratio_BK <= math.log(1 - clip)) | (log_ratio_BK >= math.log(1 + clip))
 
 
 def transition_metrics(
-    scores: Scores, preference_BK: jax.Array, *, is_clipped: Callable[[Scores], jax.Array]
+    scores: LogRatios, preference_BK: jax.Array, *, is_clipped: Callable[[LogRatios], jax.Array]
 ) -> dict[str, jax.Array]:
     """Numbers to watch, one a prompt.
 

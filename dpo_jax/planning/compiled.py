@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from dpo_jax.errors import UserError
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.planning.hlo import count_collectives, count_traffic, products
 from dpo_jax.planning.products import Sums, sums_by_kind
@@ -61,7 +62,7 @@ def compile_step(config: ConfigDict, pipeline: Pipeline, topology: Topology) -> 
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = str(error).partition("RESOURCE_EXHAUSTED: ")[2].partition("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"the step does not fit {topology.name}: {reason} Take more micro-batches (data.accumulation), another "
             "remat, or a larger mesh.fsdp; --fit finds what fits"
         ) from error
@@ -92,13 +93,13 @@ def described_devices(topology: Topology) -> Any:
 
     if topology.device.kind == "tpu":
         if importlib.util.find_spec("libtpu") is None:
-            raise ValueError('--compile needs the TPU compiler, libtpu: pip install "jax[tpu]"; no TPU has to be there')
+            raise UserError('--compile needs the TPU compiler, libtpu: pip install "jax[tpu]"; no TPU has to be there')
         # Off the cloud there is no metadata server to ask which TPU this is; and another process may have libtpu open.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         return topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
-        raise ValueError('--compile needs the GPU compiler: pip install "jax[cuda12]"; no GPU has to be there')
+        raise UserError('--compile needs the GPU compiler: pip install "jax[cuda12]"; no GPU has to be there')
     per_host, hosts = topology.shape
     return topologies.get_topology_desc(
         "", "cuda", target_config=hopper(topology), topology=f"1x{hosts}x{per_host}"

@@ -15,11 +15,12 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
 from dpo_jax.cli import replaced
+from dpo_jax.errors import UserError
 from dpo_jax.models.operations import AGAIN
 from dpo_jax.models.pipeline import Pipeline
+from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.products import sums_by_kind
 from dpo_jax.planning.program import Program, peak_bytes
-from dpo_jax.planning.structure import open_structure
 from dpo_jax.planning.topology import GIB, Topology
 from dpo_jax.sharding import AXES, Placement, mesh_shape, rules_of
 from dpo_jax.training.config import resolve
@@ -208,7 +209,7 @@ def measure_holdings(config: ConfigDict, pipeline: Pipeline, num_devices: int) -
     mesh = config.mesh
     shape = mesh_shape(mesh.data, mesh.fsdp, mesh.tensor, num_devices)
     if shape[2] > 1:
-        raise ValueError("a plan for mesh.tensor > 1 is not possible: what it sends within layers is not counted")
+        raise UserError("a plan for mesh.tensor > 1 is not possible: what it sends within layers is not counted")
     derived = resolve(config, device_count=num_devices, process_count=1)
     experiment = compose(config, derived, pipeline, Placement(_mesh(shape), rules_of(mesh.rules)))
     state, frozen = experiment.abstract_state(), experiment.frozen
@@ -236,7 +237,7 @@ def measure_holdings(config: ConfigDict, pipeline: Pipeline, num_devices: int) -
     )
 
 
-def make_plan(
+def round_sizes(
     holdings: Holdings,
     work: Work,
     topology: Topology,

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from dpo_jax.errors import UserError
 from dpo_jax.planning.hlo import NOT_DONE, Module, products, work_of
-from dpo_jax.planning.made_up import random_batch, random_state
+from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.products import sums_by_kind
-from dpo_jax.planning.structure import open_structure
+from dpo_jax.planning.synthetic import random_batch, random_state
 from dpo_jax.sharding import Placement, make_mesh, rules_of
 from dpo_jax.training.config import resolve
 from dpo_jax.training.experiment import compose
@@ -55,7 +56,7 @@ def measure(config: ConfigDict, folder: Path, steps: int) -> Measured:
         run()
     text = step.as_text()
     if text is None:
-        raise ValueError(f"the compiler for {jax.devices()[0].device_kind} doesn't show its program")
+        raise UserError(f"the compiler for {jax.devices()[0].device_kind} doesn't show its program")
     trace = max(folder.glob("**/*.xplane.pb"), key=lambda file: file.stat().st_mtime)
     return Measured(
         compile_seconds,
@@ -80,7 +81,7 @@ def read_trace(file: Path) -> list[tuple[str, float]]:
         if found:
             of_planes[plane.name] = found
     if not of_planes:
-        raise ValueError(f"{file} tells of no instruction of a device")
+        raise UserError(f"{file} tells of no instruction of a device")
     return of_planes[min(of_planes)]  # an accelerator's, before the host's
 
 

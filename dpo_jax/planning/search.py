@@ -8,18 +8,19 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from dpo_jax.cli import replaced
+from dpo_jax.errors import UserError
 from dpo_jax.models.execution import POLICIES
 from dpo_jax.planning.estimate import (
     SPARE,
     Holdings,
     Plan,
     Work,
-    make_plan,
     measure_holdings,
     measure_work,
     memory_by_kind,
+    round_sizes,
 )
-from dpo_jax.planning.structure import open_structure
+from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.topology import GIB, Topology
 
 
@@ -58,7 +59,7 @@ def choose(config: ConfigDict, works: Sequence[Work], topology: Topology, utilis
     """
     devices, batch = topology.num_devices, config.data.batch_size
     if batch % devices:
-        raise ValueError(
+        raise UserError(
             f"data.batch_size={batch} does not divide over the {devices} devices of {topology.name}; take a multiple "
             f"of {devices}, or a topology with fewer"
         )
@@ -68,7 +69,7 @@ def choose(config: ConfigDict, works: Sequence[Work], topology: Topology, utilis
         one = with_settings(config, remat="none", accumulation=1, data=devices // fsdp, fsdp=fsdp)
         holdings.append(measure_holdings(one, pipeline, topology.num_devices))
     plans = [
-        make_plan(held, work, topology, batch_size=batch, accumulation=accumulation, utilisation=utilisation)
+        round_sizes(held, work, topology, batch_size=batch, accumulation=accumulation, utilisation=utilisation)
         for work in works
         for held in holdings
         for accumulation in _divisors(batch // devices)
@@ -76,7 +77,7 @@ def choose(config: ConfigDict, works: Sequence[Work], topology: Topology, utilis
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
         least = min(plans, key=lambda plan: plan.hbm_bytes)
-        raise ValueError(
+        raise UserError(
             f"nothing fits {topology.name}: the least is {least.hbm_bytes / 2**30:.1f} GiB of its "
             f"{topology.device.hbm_gib} GiB a device; take more devices, or ones with more memory"
         )
@@ -119,7 +120,7 @@ def choose_remat(config: ConfigDict, kind: str, num_devices: int, hbm_bytes: flo
         needed = sum(memory_by_kind(held, work, kind, pairs=pairs, accumulation=accumulation).values())
         if needed <= (1 - SPARE) * hbm_bytes:
             return remat
-    raise ValueError(
+    raise UserError(
         f"config.remat=auto: even with {remat} a device needs {needed / GIB:.1f} GiB of its {hbm_bytes / GIB:.1f}, of "
         f"which a tenth should stay free, for {pairs} pairs at a time; raise data.accumulation or mesh.fsdp"
     )

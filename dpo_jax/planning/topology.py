@@ -8,6 +8,8 @@ import math
 import re
 from typing import NamedTuple
 
+from dpo_jax.errors import UserError
+
 GIB = 2**30
 
 
@@ -84,7 +86,7 @@ def parse_topology(name: str) -> Topology:
     """`v5p:4x4x4`, `v5e:16x16`, `h200:8` (of one host) or `h100:8x4` (of four). Raises ValueError for anything else."""
     kind, _, size = name.partition(":")
     if kind not in DEVICES or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
-        raise ValueError(
+        raise UserError(
             f"--topology={name} is none that is known; give {', '.join(DEVICES)} and a size, such as v5e:16x16, "
             "v5p:4x4x4, or h100:8x4 for 4 hosts of 8 GPUs"
         )
@@ -93,5 +95,5 @@ def parse_topology(name: str) -> Topology:
         shape = (*shape, 1)
     if len(shape) != device.dimensions:
         example = "x".join(["4"] * device.dimensions)
-        raise ValueError(f"--topology={name}: {kind} has {device.dimensions} dimensions, such as {kind}:{example}")
+        raise UserError(f"--topology={name}: {kind} has {device.dimensions} dimensions, such as {kind}:{example}")
     return Topology(name, device, shape)

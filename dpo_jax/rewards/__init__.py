@@ -1,4 +1,4 @@
-"""Judges of pictures. Each scores how well a picture suits its caption, higher is better.
+"""Judges of images. Each scores how well an image suits its caption, higher is better.
 
 `JUDGES` is the table of them, `open_judge` the way to one. Importing this module is cheap: JAX and the networks come
 with the judge that needs them.
@@ -11,21 +11,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from dpo_jax.errors import UserError
+
 if TYPE_CHECKING:
     from dpo_jax.sharding import Placement
 
-Pictures = Sequence[np.ndarray] | np.ndarray
-Score = Callable[[Pictures, Sequence[str]], np.ndarray]
+Images = Sequence[np.ndarray] | np.ndarray
+Reward = Callable[[Images, Sequence[str]], np.ndarray]
 
 
-class Scorer(NamedTuple):
-    """What compares pictures in place of people: an opened judge."""
+class Judge(NamedTuple):
+    """What compares images in place of people: an opened judge."""
 
     name: str
-    score: Score
-    """(uint8 pictures [H, W, 3] of any sizes, a caption for each) -> float32 [N].
+    score: Reward
+    """(uint8 images [H, W, 3] of any sizes, a caption for each) -> float32 [N].
 
-    Raises ValueError with the reason if it can't judge a picture or a caption, OSError if it can't judge at all."""
+    Raises ValueError with the reason if it can't judge an image or a caption, OSError if it can't judge at all."""
     is_outside: bool = False
     """Whether one process can ask it for all, which may be dear."""
 
@@ -37,17 +39,17 @@ class Settings:
     dtype: str = "float32"
     """Of a network's weights and computation: float32, or bfloat16 with half the memory."""
     batch_size: int = 32
-    """Pictures that go through a network at a time; rounded up to a multiple of what the mesh splits it into."""
+    """Images that go through a network at a time; rounded up to a multiple of what the mesh splits it into."""
     placement: "Placement | None" = None
-    """Where a network's weights lie; by default each device has them all and takes its part of the pictures."""
+    """Where a network's weights lie; by default each device has them all and takes its part of the images."""
     timeout: float = 600.0
     """Seconds that an outside judge has for each call."""
 
 
-class Judge(NamedTuple):
+class JudgeKind(NamedTuple):
     """A line of the table."""
 
-    open: Callable[[str, Settings], Score]
+    open: Callable[[str, Settings], Reward]
     """(what follows NAME= in the spec, or the default) -> the function that scores; raises as `open_judge`."""
     help: str
     needs: str = ""
@@ -65,7 +67,7 @@ def open_judge(
     batch_size: int = Settings.batch_size,
     placement: "Placement | None" = None,
     timeout: float = Settings.timeout,
-) -> Scorer:
+) -> Judge:
     """Opens the judge of a spec: `NAME`, or `NAME=` and what it is opened from.
 
     That is a folder, a file or a hub id for a network (`pickscore=models/PickScore_v1`), `module:function` for
@@ -78,116 +80,114 @@ def open_judge(
     judge = JUDGES[name]
     score = judge.open(source, Settings(dtype, batch_size, placement, timeout))
 
-    def checked(pictures: Pictures, captions: Sequence[str]) -> np.ndarray:
-        _check(name, pictures, captions)
-        scores = np.asarray(score(pictures, captions), np.float32) if len(captions) else np.zeros(0, np.float32)
+    def checked(images: Images, captions: Sequence[str]) -> np.ndarray:
+        _check(name, images, captions)
+        scores = np.asarray(score(images, captions), np.float32) if len(captions) else np.zeros(0, np.float32)
         odd = np.flatnonzero(~np.isfinite(scores))
         if odd.size:
             more = f" and {odd.size - 1} more images" if odd.size > 1 else ""
-            raise ValueError(
+            raise UserError(
                 f"the judge {name} gave the score {scores[odd[0]]} to an image of {captions[odd[0]]!r}{more}, which "
                 "can't be compared with others; its weights or its dtype may be to blame"
             )
         return scores
 
-    return Scorer(name, checked, judge.is_outside)
+    return Judge(name, checked, judge.is_outside)
 
 
 def find_judge(spec: str) -> tuple[str, str]:
     """The name of a spec's judge and what it is opened from; ValueError where there is no such judge."""
     name, separator, source = spec.partition("=")
     if name not in JUDGES:
-        raise ValueError(f"there is no judge {name!r}; those that come with dpo_jax are {', '.join(JUDGES)}")
+        raise UserError(f"there is no judge {name!r}; those that come with dpo_jax are {', '.join(JUDGES)}")
     judge = JUDGES[name]
     if separator and not judge.needs:
-        raise ValueError(f"the judge {name} is opened by its name alone, not by {spec!r}")
+        raise UserError(f"the judge {name} is opened by its name alone, not by {spec!r}")
     if judge.needs and not source and not judge.default:
-        raise ValueError(f"the judge {name} needs {judge.needs}: {name}=...")
+        raise UserError(f"the judge {name} needs {judge.needs}: {name}=...")
     return name, source or judge.default
 
 
-def _check(name: str, pictures: Pictures, captions: Sequence[str]) -> None:
-    if len(pictures) != len(captions):
-        raise ValueError(f"{len(pictures)} pictures but {len(captions)} captions: give one caption a picture")
-    for picture in pictures:
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
-            raise ValueError(
-                f"the judge {name} looks at uint8 pictures [H, W, 3], not {picture.dtype} {list(picture.shape)}"
-            )
+def _check(name: str, images: Images, captions: Sequence[str]) -> None:
+    if len(images) != len(captions):
+        raise UserError(f"{len(images)} images but {len(captions)} captions: give one caption an image")
+    for image in images:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise UserError(f"the judge {name} looks at uint8 images [H, W, 3], not {image.dtype} {list(image.shape)}")
 
 
-def _from(module: str, opens: str) -> Callable[[str, Settings], Score]:
+def _from(module: str, opens: str) -> Callable[[str, Settings], Reward]:
     """The function that opens a judge, in a module that is imported when it is called."""
 
-    def open_it(source: str, settings: Settings) -> Score:
-        found: Any = importlib.import_module(f"dpo_jax.rewards.{module}")
+    def open_it(source: str, settings: Settings) -> Reward:
+        found: Any = importlib.import_module(f"dpo_jax.{module}")
         return getattr(found, opens)(source, settings)
 
     return open_it
 
 
 JUDGES = {
-    "shapes": Judge(
-        _from("shapes", "open_shapes"), "the exact judge of the tiny world, whose pictures have 32 x 32 pixels"
+    "shapes": JudgeKind(
+        _from("tiny.judge", "open_shapes"), "the exact judge of the tiny world, whose images have 32 x 32 pixels"
     ),
-    "clipscore": Judge(
-        _from("clip_judges", "open_clipscore"),
-        "100 x the cosine of CLIP's features of picture and caption, at least 0",
+    "clipscore": JudgeKind(
+        _from("rewards.clip_judges", "open_clipscore"),
+        "100 x the cosine of CLIP's features of image and caption, at least 0",
         "a CLIP in transformers' layout",
         "openai/clip-vit-large-patch14",
     ),
-    "pickscore": Judge(
-        _from("clip_judges", "open_pickscore"),
+    "pickscore": JudgeKind(
+        _from("rewards.clip_judges", "open_pickscore"),
         "PickScore: a CLIP tuned on the votes of Pick-a-Pic",
         "a CLIP in transformers' layout",
         "yuvalkirstain/PickScore_v1",
     ),
-    "hpsv2": Judge(
-        _from("clip_judges", "open_hps"),
+    "hpsv2": JudgeKind(
+        _from("rewards.clip_judges", "open_hps"),
         "HPSv2: a CLIP tuned on the votes of HPDv2",
         "HPS_v2_compressed.pt of xswu/HPSv2 on the hub, converted to .safetensors",
     ),
-    "hpsv2.1": Judge(
-        _from("clip_judges", "open_hps"),
+    "hpsv2.1": JudgeKind(
+        _from("rewards.clip_judges", "open_hps"),
         "HPSv2.1: the same, on better data",
         "HPS_v2.1_compressed.pt of xswu/HPSv2 on the hub, converted to .safetensors",
     ),
-    "imagereward": Judge(
-        _from("image_reward", "open_image_reward"),
+    "imagereward": JudgeKind(
+        _from("rewards.image_reward", "open_image_reward"),
         "ImageReward: a BLIP trained on experts' rankings",
         "ImageReward.pt of THUDM/ImageReward on the hub, converted to .safetensors",
     ),
-    "aesthetic": Judge(
-        _from("clip_judges", "open_aesthetic"),
+    "aesthetic": JudgeKind(
+        _from("rewards.clip_judges", "open_aesthetic"),
         "LAION's aesthetic predictor v2, from 1 to 10; it reads no caption",
         "sac+logos+ava1-l14-linearMSE.pth of github.com/christophschuhmann/improved-aesthetic-predictor, converted to "
         ".safetensors",
     ),
-    "implicit": Judge(
-        _from("implicit", "open_implicit"),
+    "implicit": JudgeKind(
+        _from("rewards.implicit", "open_implicit"),
         "the implicit reward of a model that was tuned by preferences: how much better it denoises than its reference",
         "two models, as in implicit=TUNED:REFERENCE",
     ),
-    "jpeg_compressibility": Judge(
-        _from("jpeg", "open_compressibility"), "minus the kilobytes of the picture as a JPEG of quality 95"
+    "jpeg_compressibility": JudgeKind(
+        _from("rewards.jpeg", "open_compressibility"), "minus the kilobytes of the image as a JPEG of quality 95"
     ),
-    "jpeg_incompressibility": Judge(
-        _from("jpeg", "open_incompressibility"), "the kilobytes of the picture as a JPEG of quality 95"
+    "jpeg_incompressibility": JudgeKind(
+        _from("rewards.jpeg", "open_incompressibility"), "the kilobytes of the image as a JPEG of quality 95"
     ),
-    "python": Judge(
-        _from("outside", "open_function"),
-        "your own: a Python function, called with a list of pictures and one of captions, that returns a number each",
+    "python": JudgeKind(
+        _from("rewards.outside", "open_function"),
+        "your own: a Python function, called with a list of images and one of captions, that returns a number each",
         "a function of the working directory or the environment, module:function",
         is_outside=True,
     ),
-    "command": Judge(
-        _from("outside", "open_command"),
+    "command": JudgeKind(
+        _from("rewards.outside", "open_command"),
         "your own: a command that reads lines of JSON with image files and captions, and prints a score for each",
         "a command line",
         is_outside=True,
     ),
-    "http": Judge(
-        _from("outside", "open_http"),
+    "http": JudgeKind(
+        _from("rewards.outside", "open_http"),
         "your own: an HTTP endpoint that answers images and captions with scores",
         "an address",
         is_outside=True,

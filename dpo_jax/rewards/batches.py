@@ -1,6 +1,6 @@
 """Rows through a jitted function in batches of one size, so that it is compiled once, split over a mesh.
 
-Axes: N rows or pictures, H x W pixels, C channels.
+Axes: N rows or images, H x W pixels, C channels.
 """
 
 import os
@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.models.clip_vision import IMAGE_MEAN, IMAGE_STD
-from dpo_jax.rewards import Pictures, Settings
-from dpo_jax.rewards.pictures import Fit
+from dpo_jax.rewards import Images, Settings
+from dpo_jax.rewards.images import Fit
 from dpo_jax.sharding import Placement, batch_parts, batch_sharding, make_mesh, replicated
 from dpo_jax.weights.layout import Params, Specs
 
@@ -59,10 +59,10 @@ class Batches:
         return np.concatenate(results)[:total]
 
 
-def fitted(pictures: Pictures, fit: Fit, size: int) -> np.ndarray:
-    """Pictures of any sizes as images_NHWC of one, by all cores."""
+def fitted(images: Images, fit: Fit, size: int) -> np.ndarray:
+    """Images of any sizes as images_NHWC of one, by all cores."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return np.stack(list(pool.map(lambda picture: fit(picture, size), pictures)))
+        return np.stack(list(pool.map(lambda image: fit(image, size), images)))
 
 
 def normalised(images_NHWC: jax.Array) -> jax.Array:

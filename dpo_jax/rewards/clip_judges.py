@@ -1,6 +1,6 @@
 """The judges that are a CLIP: CLIPScore, PickScore, HPSv2, and LAION's aesthetic predictor on CLIP's image features.
 
-Axes: N pictures or captions, P projected width, L tokens.
+Axes: N images or captions, P projected width, L tokens.
 """
 
 import dataclasses
@@ -18,16 +18,17 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from dpo_jax.data.tokenizers import load_tokenizers
+from dpo_jax.errors import UserError
 from dpo_jax.files import read_json
 from dpo_jax.models.clip_vision import CLIPConfig, CLIPModel, CLIPVisionTransformer
 from dpo_jax.models.config_json import MAX_BYTES
 from dpo_jax.models.layers import Linear
 from dpo_jax.models.network import Network
 from dpo_jax.models.score_head import ScoreMLP
-from dpo_jax.rewards import Pictures, Score, Settings
+from dpo_jax.rewards import Images, Reward, Settings
 from dpo_jax.rewards.batches import Batches, fitted, normalised
 from dpo_jax.rewards.files import CLIP_TOKENIZER, find_beside, find_file, find_weights
-from dpo_jax.rewards.pictures import Fit, crop_like_transformers, letterbox
+from dpo_jax.rewards.images import Fit, crop_like_transformers, letterbox
 from dpo_jax.weights.io import load_params, read_params
 from dpo_jax.weights.layout import Params
 
@@ -35,7 +36,7 @@ CLIP_L, CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s
 LARGEST_LOG_SCALE = 80.0
 """Scores that are multiplied by e to this power can still be added up in float32."""
 CAPTIONS_KEPT = 2**14
-"""Whose features stay in memory, 4 kB each: captions come again with other pictures."""
+"""Whose features stay in memory, 4 kB each: captions come again with other images."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Kind:
     """What makes a CLIP the judge that it is."""
 
     rate: Callable[[jax.Array, float], jax.Array]
-    """(cosines of the features of picture and caption, CLIP's learned scale) -> scores."""
+    """(cosines of the features of image and caption, CLIP's learned scale) -> scores."""
     processor: str
     """The hub id that has config and tokenizer where they don't lie beside the weights."""
     fit: Fit = crop_like_transformers
@@ -61,7 +62,7 @@ PICKSCORE = Kind(lambda cosine_N, scale: scale * cosine_N, CLIP_H)
 HPS = Kind(lambda cosine_N, scale: cosine_N, CLIP_H, letterbox, clean_like_open_clip)
 
 
-def open_clipscore(source: str, settings: Settings) -> Score:
+def open_clipscore(source: str, settings: Settings) -> Reward:
     """CLIPScore as torchmetrics defines it: max(100 cos, 0), of the caption alone.
 
     Hessel et al. (arXiv 2104.08718) take 2.5 for 100, ViT-B/32, and put "A photo depicts" before the caption.
@@ -69,19 +70,19 @@ def open_clipscore(source: str, settings: Settings) -> Score:
     return CLIPJudge(source, settings, CLIPSCORE)
 
 
-def open_pickscore(source: str, settings: Settings) -> Score:
+def open_pickscore(source: str, settings: Settings) -> Reward:
     """PickScore (Kirstain et al., arXiv 2305.01569): the cosine times the learned scale, some 15 to 25."""
     return CLIPJudge(source, settings, PICKSCORE)
 
 
-def open_hps(source: str, settings: Settings) -> Score:
+def open_hps(source: str, settings: Settings) -> Reward:
     """HPSv2 (Wu et al., arXiv 2306.09341) and v2.1, which differ by their weights: the cosine, as
     github.com/tgxs002/HPSv2 reports it, some 0.2 to 0.35. Scores of the two can't be compared."""
     return CLIPJudge(source, settings, HPS)
 
 
 class CLIPJudge:
-    """Scores by how near CLIP's features of a picture are to those of its caption; each caption is encoded once."""
+    """Scores by how near CLIP's features of an image are to those of its caption; each caption is encoded once."""
 
     def __init__(self, source: str, settings: Settings, kind: Kind):
         weights = find_weights(source)
@@ -105,12 +106,12 @@ class CLIPJudge:
         self._encode_text = self._batches.jit(encode_text, network.specs)
         self._rate = self._batches.jit(rate, network.specs)
 
-    def __call__(self, pictures: Pictures, captions: Sequence[str]) -> np.ndarray:
+    def __call__(self, images: Images, captions: Sequence[str]) -> np.ndarray:
         features = self._features_of(captions)
 
         def rows(some: slice) -> tuple[np.ndarray, np.ndarray]:
             texts_NP = np.stack([features[caption] for caption in captions[some]])
-            return fitted(pictures[some], self._kind.fit, self._size), texts_NP
+            return fitted(images[some], self._kind.fit, self._size), texts_NP
 
         return self._batches(self._rate, self._params, len(captions), rows)
 
@@ -129,9 +130,9 @@ class CLIPJudge:
         return known
 
 
-def open_aesthetic(source: str, settings: Settings) -> Score:
+def open_aesthetic(source: str, settings: Settings) -> Reward:
     """LAION's aesthetic predictor v2 (github.com/christophschuhmann/improved-aesthetic-predictor): an MLP on CLIP
-    ViT-L/14's image features of length 1. Pictures are prepared by transformers, as in DDPO and D3PO."""
+    ViT-L/14's image features of length 1. Images are prepared by transformers, as in DDPO and D3PO."""
     head = find_file(source)
     clip = find_beside(head, ("config.json", "model.safetensors"), ("config.json",), CLIP_L)
     batches = Batches(settings)
@@ -144,17 +145,17 @@ def open_aesthetic(source: str, settings: Settings) -> Score:
     params |= {name: clip_params[name] for name in network.specs if name in clip_params}
     rate = batches.jit(lambda params, images_NHWC: network(params, normalised(images_NHWC)), network.specs)
 
-    def score(pictures: Pictures, captions: Sequence[str]) -> np.ndarray:
+    def score(images: Images, captions: Sequence[str]) -> np.ndarray:
         def rows(some: slice) -> tuple[np.ndarray]:
-            return (fitted(pictures[some], crop_like_transformers, config.vision.image_size),)
+            return (fitted(images[some], crop_like_transformers, config.vision.image_size),)
 
-        return batches(rate, params, len(pictures), rows)
+        return batches(rate, params, len(images), rows)
 
     return score
 
 
-def open_image_features(source: str, settings: Settings) -> Callable[[Pictures], np.ndarray]:
-    """What a CLIP sees in pictures, features_NP of length 1: for distances between pictures."""
+def open_image_features(source: str, settings: Settings) -> Callable[[Images], np.ndarray]:
+    """What a CLIP sees in images, features_NP of length 1: for distances between images."""
     weights = find_weights(source or CLIP_L)
     config = _read_config(find_beside(weights, ("config.json",), ("config.json",), CLIP_L))
     batches = Batches(settings)
@@ -165,11 +166,11 @@ def open_image_features(source: str, settings: Settings) -> Callable[[Pictures],
 
     jitted = batches.jit(encode, network.specs)
 
-    def features(pictures: Pictures) -> np.ndarray:
+    def features(images: Images) -> np.ndarray:
         def rows(some: slice) -> tuple[np.ndarray]:
-            return (fitted(pictures[some], crop_like_transformers, config.vision.image_size),)
+            return (fitted(images[some], crop_like_transformers, config.vision.image_size),)
 
-        return batches(jitted, params, len(pictures), rows)
+        return batches(jitted, params, len(images), rows)
 
     return features
 
@@ -206,7 +207,7 @@ def _load_clip(
     params = load_params(weights, network.specs, dtype=settings.dtype, sharding=batches.placement)
     log_scale = float(read_params(weights, network.specs)["logit_scale"])
     if log_scale > LARGEST_LOG_SCALE:
-        raise ValueError(
+        raise UserError(
             f"{weights} is damaged: logit_scale = {log_scale:g}, and CLIPs have about 4.6; download it again"
         )
     return network, params, math.exp(log_scale)

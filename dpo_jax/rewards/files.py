@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.weights.hub import find_model
 from dpo_jax.weights.io import CONVERT_STATE_DICT, preferred_weights
 
@@ -18,7 +19,7 @@ def find_weights(source: str) -> epath.Path:
     """
     path = _find(source)
     if path.is_dir() and preferred_weights([file.name for file in path.iterdir()]) is None:
-        raise ValueError(
+        raise UserError(
             f"{source} has no model.safetensors; if it has a pytorch_model.bin, transformers converts it: python -c "
             f"\"import transformers; transformers.CLIPModel.from_pretrained('{source}').save_pretrained('NEW_FOLDER')\""
         )
@@ -29,7 +30,7 @@ def find_file(source: str) -> epath.Path:
     """As `find_weights`, of what is one file."""
     path = _find(source)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: name the .safetensors file")
+        raise UserError(f"{path} is a folder: name the .safetensors file")
     return path
 
 
@@ -41,7 +42,7 @@ def find_beside(weights: epath.Path, files: Sequence[str], needed: Sequence[str]
     try:
         return find_model(hub_id, files=files)
     except OSError as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder} has no {' or '.join(needed)}, which {weights.name} needs beside it: copy {', '.join(files)} of "
             f"{hub_id} there ({error})"
         ) from error
@@ -51,5 +52,5 @@ def _find(source: str) -> epath.Path:
     path = find_model(source, files=CLIP_FILES)
     if path.is_file() and path.suffix != ".safetensors":
         convert = CONVERT_STATE_DICT.format(file=path, stem=path.with_suffix(""))
-        raise ValueError(f"{path} is no .safetensors file; {convert}")
+        raise UserError(f"{path} is no .safetensors file; {convert}")
     return path

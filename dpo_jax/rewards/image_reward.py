@@ -1,6 +1,6 @@
 """ImageReward (Xu et al., arXiv 2304.05977; github.com/THUDM/ImageReward): a reward of mean 0 and deviation 1.
 
-Axes: N pictures, L tokens.
+Axes: N images, L tokens.
 """
 
 import functools
@@ -11,13 +11,14 @@ import numpy as np
 from etils import epath
 from tokenizers import BertWordPieceTokenizer
 
+from dpo_jax.errors import UserError
 from dpo_jax.files import read_lines
 from dpo_jax.models.blip import ImageReward, ImageRewardConfig
 from dpo_jax.models.network import Network
-from dpo_jax.rewards import Pictures, Score, Settings
+from dpo_jax.rewards import Images, Reward, Settings
 from dpo_jax.rewards.batches import Batches, fitted, normalised
 from dpo_jax.rewards.files import find_beside, find_file
-from dpo_jax.rewards.pictures import crop_like_torchvision
+from dpo_jax.rewards.images import crop_like_torchvision
 from dpo_jax.weights.io import load_params
 from dpo_jax.weights.layout import Params
 
@@ -27,7 +28,7 @@ CAPTIONS_KEPT = 2**14
 PUBLISHED = ImageRewardConfig()
 
 
-def open_image_reward(source: str, settings: Settings, config: ImageRewardConfig = PUBLISHED) -> Score:
+def open_image_reward(source: str, settings: Settings, config: ImageRewardConfig = PUBLISHED) -> Reward:
     """Opens the published file, converted to .safetensors; BERT's vocab.txt beside it, or else from the hub."""
     file = find_file(source)
     vocabulary = find_beside(file, ("vocab.txt",), ("vocab.txt",), BERT) / "vocab.txt"
@@ -48,10 +49,10 @@ def open_image_reward(source: str, settings: Settings, config: ImageRewardConfig
 
     compiled = batches.jit(rate, network.specs)
 
-    def score(pictures: Pictures, captions: Sequence[str]) -> np.ndarray:
+    def score(images: Images, captions: Sequence[str]) -> np.ndarray:
         def rows(some: slice) -> tuple[np.ndarray, ...]:
             ids, lengths = zip(*map(tokens, captions[some]), strict=True)
-            images_NHWC = fitted(pictures[some], crop_like_torchvision, config.vision.image_size)
+            images_NHWC = fitted(images[some], crop_like_torchvision, config.vision.image_size)
             return images_NHWC, np.asarray(ids, np.int32), np.asarray(lengths, np.int32)
 
         return batches(compiled, params, len(captions), rows)
@@ -65,7 +66,7 @@ def _read_vocabulary(path: epath.Path, config: ImageRewardConfig) -> dict[str, i
     absent = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if token not in tokens]
     if absent or not len(set(tokens)) == len(tokens) <= config.text.vocab_size:
         problem = f"lacks {absent[0]}" if absent else f"has {len(tokens)} tokens, {len(set(tokens))} of them distinct"
-        raise ValueError(
+        raise UserError(
             f"{path} is not BERT's vocabulary of at most {config.text.vocab_size} tokens: it {problem}; take that "
             f"of {BERT}"
         )

@@ -1,9 +1,9 @@
-"""The implicit reward: how much better a tuned model denoises a picture than its reference does.
+"""The implicit reward: how much better a tuned model denoises an image than its reference does.
 
-Diffusion-DPO trains a model to be its own judge (arXiv 2311.12908, equation 8 and section 5.4): its reward of a picture
+Diffusion-DPO trains a model to be its own judge (arXiv 2311.12908, equation 8 and section 5.4): its reward of an image
 is `beta log p_tuned / p_reference` up to what depends on the caption alone, estimated at several timesteps.
 
-Axes: N pictures, D draws of a timestep and noise, H x W pixels, h x w latent cells, C channels.
+Axes: N images, D draws of a timestep and noise, H x W pixels, h x w latent cells, C channels.
 """
 
 import re
@@ -19,9 +19,10 @@ from dpo_jax.data.images import View, fit
 from dpo_jax.data.tokenizers import load_tokenizers
 from dpo_jax.encode.images import posterior_moments, sample_posterior
 from dpo_jax.encode.text import condition, encode_text
+from dpo_jax.errors import UserError
 from dpo_jax.models.pipeline import load_pipeline
 from dpo_jax.objectives.denoising import score_candidates
-from dpo_jax.rewards import Pictures, Score, Settings
+from dpo_jax.rewards import Images, Reward, Settings
 from dpo_jax.rewards.batches import Batches, fitted
 from dpo_jax.sharding import on_mesh, replicated
 
@@ -31,7 +32,7 @@ DRAWS = 10
 """As the paper's protocol has it."""
 
 
-def open_implicit(source: str, settings: Settings) -> Score:
+def open_implicit(source: str, settings: Settings) -> Reward:
     """The reward that `TUNED:REFERENCE` is, two models that `load_pipeline` opens: folders, hub ids or files.
 
     The reference's VAE, text encoders and schedule serve both. Raises ValueError where the two UNets are unlike.
@@ -39,10 +40,10 @@ def open_implicit(source: str, settings: Settings) -> Score:
     # Not the colon of gs://bucket.
     names = re.split(r":(?!//)", source)
     if len(names) != 2 or not all(names):
-        raise ValueError(f"the judge implicit={source} needs two models, as in implicit=TUNED:REFERENCE")
+        raise UserError(f"the judge implicit={source} needs two models, as in implicit=TUNED:REFERENCE")
     tuned, reference = (load_pipeline(name, dtype=settings.dtype) for name in names)
     if tuned.unet.specs != reference.unet.specs:
-        raise ValueError(f"{names[0]} and {names[1]} have unlike UNets, so neither is tuned from the other")
+        raise UserError(f"{names[0]} and {names[1]} have unlike UNets, so neither is tuned from the other")
     batches = Batches(settings)
     placement, family, vae = batches.placement, reference.family, reference.vae
     weights: Any = {
@@ -51,7 +52,7 @@ def open_implicit(source: str, settings: Settings) -> Score:
     weights["policy"] = tuned.load("unet", dtype=settings.dtype, sharding=placement)
     resolution = (reference.unet.config.sample_size or 64) * reference.vae_factor
     sizes_16 = jnp.array([[resolution, resolution, 0, 0, resolution, resolution]], jnp.float32)
-    # The same for all pictures, so that those of one caption are compared under the same noise. The timesteps are the
+    # The same for all images, so that those of one caption are compared under the same noise. The timesteps are the
     # middles of equal parts of those trained on, where the paper draws them: fewer tell as much.
     trained = reference.schedule.training_timesteps
     t_D = jnp.asarray(trained[((np.arange(DRAWS) + 0.5) / DRAWS * len(trained)).astype(int)])
@@ -88,15 +89,15 @@ def open_implicit(source: str, settings: Settings) -> Score:
     jitted = jax.jit(on_mesh(placement.mesh, rate), out_shardings=replicated(placement.mesh))
     tokenizers = load_tokenizers(reference.folder, reference.tokenizer_names, reference.text_sizes)
 
-    def score(pictures: Pictures, captions: Sequence[str]) -> np.ndarray:
+    def score(images: Images, captions: Sequence[str]) -> np.ndarray:
         def rows(some: slice) -> tuple[np.ndarray, np.ndarray]:
-            return fitted(pictures[some], _square, resolution), tokenizers(list(captions[some]))
+            return fitted(images[some], _square, resolution), tokenizers(list(captions[some]))
 
         return batches(jitted, weights, len(captions), rows)
 
     return score
 
 
-def _square(picture_HWC: np.ndarray, size: int) -> np.ndarray:
+def _square(image_HWC: np.ndarray, size: int) -> np.ndarray:
     """As training sees it."""
-    return fit(Image.fromarray(picture_HWC), size, View())[0]
+    return fit(Image.fromarray(image_HWC), size, View())[0]

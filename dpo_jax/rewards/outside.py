@@ -1,8 +1,8 @@
 """Judges that are no part of dpo_jax: a Python function, a command or an HTTP endpoint, so a model of any framework.
 
-A function is called with a list of pictures, uint8 [H, W, 3], and a list of their captions; it returns a number each.
+A function is called with a list of images, uint8 [H, W, 3], and a list of their captions; it returns a number each.
 
-A command is started for each batch of pictures. It reads lines of {"image": path of a PNG file, "caption": ...} and
+A command is started for each batch of images. It reads lines of {"image": path of a PNG file, "caption": ...} and
 prints a line for each in the same order, a number or {"score": number}. What takes long to load had better be an
 endpoint: it is sent {"images": [{"png_base64": ..., "caption": ...}, ...]} by POST and answers {"scores": [...]}.
 
@@ -30,43 +30,44 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dpo_jax.rewards import Pictures, Score, Settings
+from dpo_jax.errors import EnvironmentFault, OutsideConnectionError, OutsideProcessError, OutsideTimeoutError, UserError
+from dpo_jax.rewards import Images, Reward, Settings
 
 LARGEST = float(np.finfo(np.float32).max)
 
 
-def open_function(source: str, settings: Settings) -> Score:
+def open_function(source: str, settings: Settings) -> Reward:
     """A judge that is a Python function, `module:function`, of the working directory or the environment.
 
     Raises ValueError where there is none, or importing its module fails.
     """
     function = _import(source)
 
-    def score(pictures: Pictures, captions: Sequence[str]) -> np.ndarray:
+    def score(images: Images, captions: Sequence[str]) -> np.ndarray:
         try:
-            values = np.atleast_1d(np.asarray(function(list(pictures), list(captions)))).tolist()
+            values = np.atleast_1d(np.asarray(function(list(images), list(captions)))).tolist()
         except Exception as error:
-            raise OSError(f"the judge {source} raises {_told(error)}") from error
+            raise EnvironmentFault(f"the judge {source} raises {_told(error)}") from error
         return _scores(f"the judge {source}", [json.dumps(value, default=repr) for value in values], captions)
 
     return score
 
 
-def open_command(source: str, settings: Settings) -> Score:
+def open_command(source: str, settings: Settings) -> Reward:
     """A judge that is a command line, run without a shell. Raises ValueError where it can't be read as one."""
     try:
         command = shlex.split(source)
     except ValueError as error:
-        raise ValueError(f"command={source} is no command line: {error}") from None
+        raise UserError(f"command={source} is no command line: {error}") from None
     if not command:
-        raise ValueError("command= is followed by nothing: it needs a command line")
+        raise UserError("command= is followed by nothing: it needs a command line")
 
-    def score(pictures: Pictures, captions: Sequence[str]) -> np.ndarray:
+    def score(images: Images, captions: Sequence[str]) -> np.ndarray:
         with tempfile.TemporaryDirectory(prefix="dpo_jax_") as folder:
             lines = []
-            for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+            for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
                 path = Path(folder) / f"{number:06d}.png"
-                path.write_bytes(_png(picture))
+                path.write_bytes(_png(image))
                 lines.append(json.dumps({"image": str(path), "caption": caption}))
             printed = _run(command, "\n".join(lines) + "\n", settings.timeout)
         values = [line for line in printed.splitlines() if line.strip()]
@@ -75,23 +76,25 @@ def open_command(source: str, settings: Settings) -> Score:
     return score
 
 
-def open_http(source: str, settings: Settings) -> Score:
+def open_http(source: str, settings: Settings) -> Reward:
     """A judge that is an HTTP endpoint. Raises ValueError for an address of another kind."""
     if not source.startswith(("http://", "https://")):
-        raise ValueError(f"http={source} is no address: it begins with http:// or https://")
+        raise UserError(f"http={source} is no address: it begins with http:// or https://")
 
-    def score(pictures: Pictures, captions: Sequence[str]) -> np.ndarray:
-        images = [
-            {"png_base64": base64.b64encode(_png(picture)).decode(), "caption": caption}
-            for picture, caption in zip(pictures, captions, strict=True)
+    def score(images: Images, captions: Sequence[str]) -> np.ndarray:
+        entries = [
+            {"png_base64": base64.b64encode(_png(image)).decode(), "caption": caption}
+            for image, caption in zip(images, captions, strict=True)
         ]
-        answer = _post(source, json.dumps({"images": images}).encode(), settings.timeout)
+        answer = _post(source, json.dumps({"images": entries}).encode(), settings.timeout)
         try:
             values = json.loads(answer)["scores"]
         except (ValueError, KeyError, TypeError):
             values = None
         if not isinstance(values, list):
-            raise ConnectionError(f'the judge at {source} answers {_short(answer)}; it should be {{"scores": [...]}}')
+            raise OutsideConnectionError(
+                f'the judge at {source} answers {_short(answer)}; it should be {{"scores": [...]}}'
+            )
         return _scores(f"the judge at {source}", list(map(json.dumps, values)), captions)
 
     return score
@@ -100,7 +103,7 @@ def open_http(source: str, settings: Settings) -> Score:
 def _import(source: str) -> Callable[..., Any]:
     module_name, _, name = source.partition(":")
     if not module_name or not name:
-        raise ValueError(f"python={source} names no function; write python=module:function")
+        raise UserError(f"python={source} names no function; write python=module:function")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -111,10 +114,10 @@ def _import(source: str) -> Callable[..., Any]:
             message = f"there is no module {missing} in the working directory or the environment"
         else:
             message = f"importing {module_name} raises {_told(error)}"
-        raise ValueError(f"python={source} can't be opened: {message}") from error
+        raise UserError(f"python={source} can't be opened: {message}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"python={source} can't be opened: {module_name} has no function {name}")
+        raise UserError(f"python={source} can't be opened: {module_name} has no function {name}")
     return function
 
 
@@ -127,7 +130,7 @@ def _run(command: Sequence[str], lines: str, timeout: float) -> str:
             command, stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace", start_new_session=True
         )
     except OSError as error:
-        raise ChildProcessError(f"the judge {name} can't be run: {error.strerror}") from None
+        raise OutsideProcessError(f"the judge {name} can't be run: {error.strerror}") from None
     with process:
         try:
             printed, complaints = process.communicate(lines, timeout)
@@ -135,11 +138,11 @@ def _run(command: Sequence[str], lines: str, timeout: float) -> str:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             if isinstance(error, subprocess.TimeoutExpired):
-                raise TimeoutError(f"the judge {name} has not answered in {timeout:g} s") from None
+                raise OutsideTimeoutError(f"the judge {name} has not answered in {timeout:g} s") from None
             raise
     if process.returncode:
         last_line = complaints.strip().rpartition("\n")[2]
-        raise ChildProcessError(f"the judge {name} ended with {process.returncode}: {_short(last_line)}")
+        raise OutsideProcessError(f"the judge {name} ended with {process.returncode}: {_short(last_line)}")
     return printed
 
 
@@ -150,18 +153,18 @@ def _post(address: str, body: bytes, timeout: float) -> str:
             return response.read().decode()
     except urllib.error.HTTPError as error:
         text = _short(error.read().decode(errors="replace"))
-        raise ConnectionError(f"the judge at {address} answers with status {error.code}: {text}") from None
+        raise OutsideConnectionError(f"the judge at {address} answers with status {error.code}: {text}") from None
     except (OSError, UnicodeDecodeError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(reason, TimeoutError):
-            raise TimeoutError(f"the judge at {address} has not answered in {timeout:g} s") from None
-        raise ConnectionError(f"the judge at {address} can't be asked: {_short(str(reason))}") from None
+            raise OutsideTimeoutError(f"the judge at {address} has not answered in {timeout:g} s") from None
+        raise OutsideConnectionError(f"the judge at {address} can't be asked: {_short(str(reason))}") from None
 
 
 def _scores(judge: str, lines: Sequence[str], captions: Sequence[str]) -> np.ndarray:
     """The numbers of as many lines as there are captions."""
     if len(lines) != len(captions):
-        raise OSError(f"{judge} gives {len(lines)} scores for {len(captions)} pictures")
+        raise EnvironmentFault(f"{judge} gives {len(lines)} scores for {len(captions)} images")
     values: list[float] = []
     for line, caption in zip(lines, captions, strict=True):
         try:
@@ -171,14 +174,14 @@ def _scores(judge: str, lines: Sequence[str], captions: Sequence[str]) -> np.nda
             value = None
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not abs(value) <= LARGEST:  # nor is NaN
-            raise OSError(f"{judge} gives {_short(line)} for the caption {caption!r}; it should be a number")
+            raise EnvironmentFault(f"{judge} gives {_short(line)} for the caption {caption!r}; it should be a number")
         values.append(value)
     return np.asarray(values, np.float32)
 
 
-def _png(picture_HWC: np.ndarray) -> bytes:
+def _png(image_HWC: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(picture_HWC).save(buffer, format="PNG", compress_level=1)
+    Image.fromarray(image_HWC).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
 
 

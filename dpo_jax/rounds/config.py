@@ -8,96 +8,99 @@ import dataclasses
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpo_jax.training.config import (
-    COUNT,
-    NOT_ALL,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SHARE,
-    Derived,
-    Variant,
-    check_settings,
-    default_config,
-    divide_batch,
-)
-from dpo_jax.training.config import FIELDS as NETWORK_FIELDS
-from dpo_jax.training.fields import Values, check_fields
+from dpo_jax.errors import UserError
+from dpo_jax.training.config import Derived, Variant, check_settings, divide_batch
+from dpo_jax.training.defaults import COUNT, NOT_ALL, NOT_NEGATIVE, POSITIVE, SHARE
+from dpo_jax.training.defaults import FIELDS as NETWORK_FIELDS
+from dpo_jax.training.fields import Field, check_fields, config_of
 
-FIELDS = NETWORK_FIELDS | {
-    "steps": NOT_NEGATIVE,
-    "remat": Values(choices=("none", "dots", "attention", "block")),
-    "loss.name": Values(choices=("d3po", "ddpo", "dpok")),
-    "loss.clip": POSITIVE,
-    "loss.advantage_clip": POSITIVE,
-    "loss.kl_weight": NOT_NEGATIVE,
-    "online.rounds": COUNT,
-    "online.prompts_per_round": Values(at_least=1, at_most=2**20),
-    "online.candidates": Values(at_least=1, at_most=2**10),
-    "online.combine": Values(choices=("mean", "pareto")),
-    "online.sampler": NETWORK_FIELDS["sample.sampler"],
-    "online.sampling_steps": COUNT,
-    "online.eta": SHARE,
-    "online.guidance": NOT_NEGATIVE,
-    "online.prompts_at_a_time": Values(at_least=1, at_most=2**20),
-    "online.branch_after": NOT_ALL,
-    "online.margin": NOT_ALL,
-    "online.timesteps": Values(above=0, at_most=1),
-    "online.epochs": COUNT,
-    "online.evaluate_every": NOT_NEGATIVE,
-    "online.update_by": Values(choices=("prompt", "pair")),
-    "online.reference": Values(choices=("initial", "round")),
-    "online.clip": Values(above=0, below=1),
-    "online.advantage": Values(choices=("prompt", "group")),
+FIELDS = {
+    **{path: field for path, field in NETWORK_FIELDS.items() if not path.startswith(("validation.", "data.", "loss."))},
+    "steps": Field(0, "Leave it at 0: the steps are the rounds x the updates in a round.", **NOT_NEGATIVE),
+    "remat": dataclasses.replace(
+        NETWORK_FIELDS["remat"],
+        help="What to recompute in place of keeping it, from most memory to least.",
+        choices=("none", "dots", "attention", "block"),
+    ),
+    "loss.name": Field("d3po", "Loss.", choices=("d3po", "ddpo", "dpok")),
+    "loss.beta": Field(0.1, "Strength of the pull towards the reference (D3PO, SPO, LPO).", **POSITIVE),
+    # In bfloat16 rounding alone can move a ratio further (1e-3, see objectives/transitions.py); in float32 it does not.
+    "loss.clip": Field(1e-4, "How far the ratio to the sampling policy may be from 1 (DDPO, DPOK).", **POSITIVE),
+    "loss.advantage_clip": Field(5.0, "Largest advantage (DDPO, DPOK).", **POSITIVE),
+    "loss.kl_weight": Field(0.01, "Weight of the divergence from the reference (DPOK).", **NOT_NEGATIVE),
+    "data.batch_size": Field(
+        1,
+        "Prompts per optimizer step, with all their candidates and timesteps.",
+        at_least=1,
+        at_most=2**24,
+    ),
+    "data.accumulation": dataclasses.replace(NETWORK_FIELDS["data.accumulation"], default=20),
+    "data.resolution": dataclasses.replace(NETWORK_FIELDS["data.resolution"], help="Height and width, in pixels."),
+    "online.rounds": Field(400, "Rounds of sampling, judging and training.", **COUNT),
+    "online.prompts": Field(
+        "ddpo_animals", "Prompts to train on: a bundled list, or a file as sample --prompts takes."
+    ),
+    "online.prompts_per_round": Field(20, "Prompts per round.", at_least=1, at_most=2**20),
+    "online.candidates": Field(2, "Images per prompt, from the same starting noise.", at_least=1, at_most=2**10),
+    "online.judges": Field(("jpeg_compressibility",), "Judges, as evaluate --judges takes them; () asks people."),
+    "online.combine": Field(
+        "pareto",
+        "How several judges combine: pareto (better for one, worse for none) or mean; advantages take the mean.",
+        choices=("mean", "pareto"),
+    ),
+    "online.sampler": Field(
+        "ddim", "Sampler; it must add noise: ddim or euler_ancestral.", choices=NETWORK_FIELDS["sample.sampler"].choices
+    ),
+    "online.sampling_steps": Field(20, "Denoising steps per image.", **COUNT),
+    "online.eta": Field(1.0, "Share of fresh noise in each step of ddim; above 0, so that steps are random.", **SHARE),
+    "online.guidance": Field(5.0, "Classifier-free guidance scale of sampling and training.", **NOT_NEGATIVE),
+    "online.train_guided": Field(
+        True, "Train with guidance; without it policy and reference need half of the evaluations."
+    ),
+    "online.prompts_at_a_time": Field(
+        5, "Prompts sampled together, with all their candidates.", at_least=1, at_most=2**20
+    ),
+    "online.evaluate_every": Field(
+        0, "Rounds between two evaluations, also after the last round; 0 turns them off.", **NOT_NEGATIVE
+    ),
+    "online.evaluation_prompts": Field("bundled", "Prompts to evaluate with; choose others than those trained on."),
+    "online.branching": Field(False, "SPO: candidates part at every step and are judged there; a random one goes on."),
+    "online.branch_after": Field(
+        0.0, "Share of the steps before candidates part, which are not trained on.", **NOT_ALL
+    ),
+    "online.latent_judge": Field(
+        "",
+        "LPO: judge latents by the implicit reward of two UNets, TUNED:REFERENCE, or TUNED against the first policy.",
+    ),
+    "online.best_and_worst": Field(False, "SPO: compare only the best and the worst candidate."),
+    "online.margin": Field(
+        0.0, "SPO: compare them only if softmax([best, worst]) of the judge differs by more.", **NOT_ALL
+    ),
+    "online.timesteps": Field(1.0, "Share of the steps of a trajectory to train on.", above=0, at_most=1),
+    "online.epochs": Field(1, "Passes over the images of a round.", **COUNT),
+    "online.update_by": Field(
+        "prompt",
+        "One update for all pairs of a prompt, or one per pair, as D3PO does with people.",
+        choices=("prompt", "pair"),
+    ),
+    "online.reference": Field(
+        "initial",
+        "Reference: the initial policy, or the one that sampled the round, which needs no extra evaluation.",
+        choices=("initial", "round"),
+    ),
+    "online.clip": Field(0.1, "How far the ratio to the reference may be from 1 (D3PO, SPO, LPO).", above=0, below=1),
+    "online.advantage": Field(
+        "prompt",
+        "Advantages from the last rewards of the prompt (DDPO) or from its group of candidates (GRPO).",
+        choices=("prompt", "group"),
+    ),
 }
-"""The values that the fields of `online_config` take; every number has an entry."""
+"""All fields by their dotted path, in the order in which --help lists them."""
 
 
 def online_config() -> ConfigDict:
-    """Every field with its default, those of D3PO's released code (arXiv 2311.13231)."""
-    c = default_config()
-    del c.validation
-    c.data, c.loss = ConfigDict(), ConfigDict()
-    c.data.batch_size = 1  # prompts in one optimizer step, with all their candidates and timesteps
-    c.data.accumulation = 20  # micro-batches in one optimizer step: more of them, less memory
-    c.data.resolution = 512  # pixels, height and width
-
-    c.loss.name = "d3po"  # or "ddpo", "dpok"
-    c.loss.beta = 0.1  # D3PO: strength of the pull towards the reference
-    # DDPO and DPOK: how far the ratio to the sampling policy may be from 1. In bfloat16 rounding
-    # alone can move it further (1e-3, see objectives/transitions.py), which float32 does not.
-    c.loss.clip = 1e-4
-    c.loss.advantage_clip = 5.0  # likewise: the largest advantage
-    c.loss.kl_weight = 0.01  # DPOK: of the divergence from the reference
-
-    c.online = ConfigDict()
-    c.online.rounds = 400  # of sampling, judging and training
-    c.online.prompts = "ddpo_animals"  # a list that comes with dpo_jax, or a file, as `dpo_jax.evaluate --prompts`
-    c.online.prompts_per_round = 20
-    c.online.candidates = 2  # images of a prompt, from the same starting noise
-    c.online.judges = ("jpeg_compressibility",)  # as `dpo_jax.evaluate --judges` takes them; () asks people
-    c.online.combine = "pareto"  # several judges: better for one, worse for none, or "mean"; advantages take the mean
-    c.online.sampler = "ddim"  # or another one that adds noise: "euler_ancestral"
-    c.online.sampling_steps = 20
-    c.online.eta = 1.0  # DDIM: share of fresh noise; above 0, or steps would have no probability
-    c.online.guidance = 5.0  # in sampling and, unless the next field says otherwise, in training
-    c.online.train_guided = True  # False compares policy and reference without guidance, for half of the evaluations
-    c.online.prompts_at_a_time = 5  # sampled together, with all their candidates
-    c.online.evaluate_every = 0  # rounds between two evaluations, also after the last; 0 makes none
-    c.online.evaluation_prompts = "bundled"  # prompts to evaluate by, as online.prompts: others than those trained on
-    c.online.branching = False  # SPO: candidates part at every step and are judged there; a random one goes on
-    c.online.branch_after = 0.0  # share of the steps before that, which are ordinary and not trained on
-    # LPO: such candidates are judged as latents by the implicit reward of two UNets, TUNED:REFERENCE; TUNED alone is
-    # compared with the one that the policy starts from.
-    c.online.latent_judge = ""
-    c.online.best_and_worst = False  # SPO: of the candidates only these two are compared
-    c.online.margin = 0.0  # SPO: and these only where softmax([best, worst]), in the unit of the judge, differs by more
-    c.online.timesteps = 1.0  # share of a trajectory's steps that is trained on
-    c.online.epochs = 1  # times a round's images are gone through
-    c.online.update_by = "prompt"  # all pairs of a prompt at once; or "pair": an update each, as D3PO's for people does
-    c.online.reference = "initial"  # or "round": the policy that sampled, which costs no evaluation of its own
-    c.online.clip = 0.1  # D3PO, SPO and LPO: how far the ratio to the reference may be from 1; loss.clip is DDPO's
-    c.online.advantage = "prompt"  # by the last rewards of the prompt (DDPO); or "group": its candidates (GRPO)
-
+    """Return the config with the default of every field, those of D3PO's released code (arXiv 2311.13231)."""
+    c = config_of(FIELDS)
     c.dtype = c.vae_dtype = "bfloat16"
     c.lora.rank = 4  # alpha = rank; queries, keys, values and outputs of every attention
     c.lora.initializer = "gaussian"
@@ -110,7 +113,6 @@ def online_config() -> ConfigDict:
     c.log_every = 10
     c.checkpoint.every = 100
     c.sample.every = 100
-    c.steps = 0  # derived: rounds x updates in a round
     return c
 
 
@@ -165,7 +167,7 @@ METHODS: dict[str, Variant] = {"ddpo": ddpo, "dpok": dpok, "grpo": grpo, "spo": 
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RoundSizes:
     """What a round consists of."""
 
     derived: Derived
@@ -183,37 +185,37 @@ class Plan:
 
 def check(config: ConfigDict) -> None:
     """Raises ValueError for values that no machine can run, with the remedy."""
-    check_fields(config, online_config(), FIELDS)
+    check_fields(config, FIELDS)
     if not config.model:
-        raise ValueError("config.model is empty; set it in the config file or with --config.model=...")
+        raise UserError("config.model is empty; set it in the config file or with --config.model=...")
     check_settings(config)
     online = config.online
     if config.steps:
-        raise ValueError(
+        raise UserError(
             f"config.steps={config.steps}, but the steps of an online run are its rounds x the updates in one; leave "
             "it at 0 and set online.rounds"
         )
     if online.candidates < (2 if config.loss.name == "d3po" or online.advantage == "group" else 1):
-        raise ValueError(f"config.online.candidates={online.candidates}; there is nothing to compare: take 2 or more")
+        raise UserError(f"config.online.candidates={online.candidates}; there is nothing to compare: take 2 or more")
     if config.lora.dropout:
-        raise ValueError(
+        raise UserError(
             f"config.lora.dropout={config.lora.dropout} would change the probabilities of the policy that sampled; "
             "set lora.dropout=0"
         )
     if online.prompts_per_round % config.data.batch_size:
-        raise ValueError(
+        raise UserError(
             f"config.online.prompts_per_round={online.prompts_per_round} is no multiple of "
             f"data.batch_size={config.data.batch_size}, the prompts in an update; change either"
         )
     if config.loss.name == "dpok" and online.reference == "round":
-        raise ValueError('dpok needs a reference of its own: set config.online.reference="initial"')
+        raise UserError('dpok needs a reference of its own: set config.online.reference="initial"')
     if online.update_by == "pair" and (config.loss.name != "d3po" or online.branching):
-        raise ValueError(
+        raise UserError(
             'config.online.update_by="pair" is D3PO\'s on whole trajectories; set it to "prompt" for '
             f"{'branching' if online.branching else config.loss.name}"
         )
     if online.update_by == "pair" and online.best_and_worst:
-        raise ValueError(
+        raise UserError(
             'config.online.update_by="pair" updates by every pair, of which best_and_worst leaves one; set update_by='
             '"prompt"'
         )
@@ -221,47 +223,47 @@ def check(config: ConfigDict) -> None:
         for field, value in (("reference", config.reference), ("lora.init_reference", config.lora.init_reference)):
             if value:
                 why = config.loss.name if config.loss.name != "d3po" else 'online.reference="round"'
-                raise ValueError(
+                raise UserError(
                     f"config.{field}={value} names a reference, and with {why} no network is one; leave it out, or "
                     'take loss.name="d3po" with online.reference="initial"'
                 )
     if online.evaluate_every and not online.judges:
-        raise ValueError(
+        raise UserError(
             f"config.online.evaluate_every={online.evaluate_every} asks judges, and online.judges names none; set "
             "evaluate_every=0 where people judge"
         )
     if not online.train_guided and not needs_reference(config):
-        raise ValueError(
+        raise UserError(
             "config.online.train_guided=False compares with the probabilities that guided sampling stored, and with "
             f'online.reference="{online.reference}" or loss.name="{config.loss.name}" nothing else; set '
             'online.train_guided=True, or loss.name="d3po" with online.reference="initial"'
         )
     if online.latent_judge and not online.branching:
-        raise ValueError("config.online.latent_judge judges single steps; set config.online.branching=True")
+        raise UserError("config.online.latent_judge judges single steps; set config.online.branching=True")
     if online.branching and config.loss.name != "d3po" and online.advantage == "prompt":
-        raise ValueError(
+        raise UserError(
             f"config.online.branching compares the candidates of a step, and {config.loss.name} the last rewards of a "
             'prompt, whatever their step; set config.online.advantage="group"'
         )
     if online.branching and not online.judges:
-        raise ValueError("config.online.branching judges at every step, which people can't; name judges")
+        raise UserError("config.online.branching judges at every step, which people can't; name judges")
     if not online.branching and online.branch_after:
-        raise ValueError(
+        raise UserError(
             f"config.online.branch_after={online.branch_after} is when candidates part, and they don't; set "
             "online.branching=True"
         )
     if online.best_and_worst and config.loss.name != "d3po":
-        raise ValueError(
+        raise UserError(
             f"config.online.best_and_worst chooses a pair, and {config.loss.name} learns from all candidates; set it "
             "to False"
         )
     if online.margin and not online.best_and_worst:
-        raise ValueError(
+        raise UserError(
             f"config.online.margin={online.margin} is between the best and the worst; set online.best_and_worst=True"
         )
 
 
-def make_plan(config: ConfigDict, learned_steps: np.ndarray, *, device_count: int, process_count: int) -> Plan:
+def round_sizes(config: ConfigDict, learned_steps: np.ndarray, *, device_count: int, process_count: int) -> RoundSizes:
     """Derives and checks; raises ValueError with the values and the remedy.
 
     Args:
@@ -274,7 +276,7 @@ def make_plan(config: ConfigDict, learned_steps: np.ndarray, *, device_count: in
     S, T = config.online.sampling_steps, max(1, round(online.timesteps * len(learned_steps)))
     derived = divide_batch(config, B * T, device_count=device_count, process_count=process_count)
     if B % process_count:
-        raise ValueError(
+        raise UserError(
             f"data.batch_size={B} prompts don't divide over {process_count} processes; take a multiple of it"
         )
     pairs = K * (K - 1) // 2 if online.update_by == "pair" else 1
@@ -289,7 +291,7 @@ def make_plan(config: ConfigDict, learned_steps: np.ndarray, *, device_count: in
     else:
         training = P * T * (2 * pairs if pairs > 1 else K) * networks
         images, sampling = P * K, P * K * S
-    return Plan(
+    return RoundSizes(
         derived=derived,
         timesteps=T,
         pairs=pairs,

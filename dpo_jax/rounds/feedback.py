@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.files import conform, parse_json, read_text
 from dpo_jax.objectives.advantages import PromptStatistics, group_advantages
 
@@ -28,14 +29,14 @@ def read_feedback(files: Sequence[epath.Path], prompts: int, candidates: int) ->
     all_FPK = np.stack([_read(file, prompts, candidates) for file in files])
     known_FPK = ~np.isnan(all_FPK)
     if not known_FPK.any():
-        raise ValueError(f"there is no score in {', '.join(map(str, files))}; have people vote first")
+        raise UserError(f"there is no score in {', '.join(map(str, files))}; have people vote first")
     sums_PK, counts_PK = np.where(known_FPK, all_FPK, 0).sum(axis=0), known_FPK.sum(axis=0)
     return np.where(counts_PK > 0, sums_PK / np.maximum(counts_PK, 1), np.nan)
 
 
 def _read(file: epath.Path, prompts: int, candidates: int) -> np.ndarray:
     if not file.exists():
-        raise FileNotFoundError(f"no feedback at {file}")
+        raise MissingFileError(f"no feedback at {file}")
     value = parse_json(read_text(file, MAX_BYTES), str(file))
     where = f"{file} has to be a list of lists of numbers, [prompt][candidate]"
     rows: list[list[float | None]] = conform(value, list[list[float | None]], where, strict=False)
@@ -43,12 +44,12 @@ def _read(file: epath.Path, prompts: int, candidates: int) -> np.ndarray:
     scores_PK = np.array([[np.nan if score is None else score for score in row] for row in rows if len(found) == 1])
     if scores_PK.shape != (prompts, candidates):
         each = " to ".join(str(count) for count in dict.fromkeys([*found[:1], *found[-1:]])) or "0"
-        raise ValueError(
+        raise UserError(
             f"{file} has scores of {len(rows)} prompts with {each} candidates each; this round has {prompts} prompts "
             f"of {candidates} candidates each"
         )
     if np.isinf(scores_PK).any():
-        raise ValueError(f"{file} has an infinite score, of prompt {int(np.isinf(scores_PK).any(1).argmax())}")
+        raise UserError(f"{file} has an infinite score, of prompt {int(np.isinf(scores_PK).any(1).argmax())}")
     return scores_PK
 
 

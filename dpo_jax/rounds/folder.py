@@ -23,10 +23,11 @@ from etils import epath
 from PIL import Image
 from typing_extensions import TypedDict
 
-from dpo_jax.evaluation.image_folder import Entry, image_name, write_list
-from dpo_jax.evaluation.report import save_png
+from dpo_jax.errors import UserError
 from dpo_jax.files import check_regular, read_json, what_it_is, write_whole
-from dpo_jax.rounds.rollout import Way
+from dpo_jax.rounds.rollout import StoredTrajectory
+from dpo_jax.sampling.grid import save_png
+from dpo_jax.sampling.image_folder import Entry, image_name, write_list
 
 
 class Rewards(NamedTuple):
@@ -50,11 +51,11 @@ def read_said(file: epath.PathLike, number: int) -> dict[str, Any]:
     """What `RoundFolder.write_scores` wrote of a round; ValueError where it is damaged or of another one."""
     found: dict[str, Any] = read_json(file, _Said)
     if found["round"] != number:
-        raise ValueError(f"{file} is of round {found['round']}, not {number}; restore it from a backup")
+        raise UserError(f"{file} is of round {found['round']}, not {number}; restore it from a backup")
     counts = {len(of_prompt) for of_prompt in found["scores"]}
     judged = {len(said) for of_prompt in found["scores"] for said in of_prompt}
     if len(found["scores"]) != len(found["prompts"]) or len(counts) != 1 or judged != {len(found["judges"])}:
-        raise ValueError(f"{file} is damaged: its scores are not [prompt][candidate][judge]; restore it from a backup")
+        raise UserError(f"{file} is damaged: its scores are not [prompt][candidate][judge]; restore it from a backup")
     return found
 
 
@@ -84,20 +85,21 @@ class RoundFolder:
         for entry, image_HWC in zip(self._entries(prompt, len(images_KHWC)), images_KHWC, strict=True):
             save_png(self.images / entry.image, Image.fromarray(image_HWC))
 
-    def write_trajectory(self, prompt: int, way: Way, rewards: Rewards | None) -> None:
+    def write_trajectory(self, prompt: int, trajectory: StoredTrajectory, rewards: Rewards | None) -> None:
         """The last of a prompt's files."""
         said = {} if rewards is None else {k: v for k, v in rewards._asdict().items() if v is not None}
         buffer = io.BytesIO()
-        np.savez(buffer, **way._asdict(), **said)
+        np.savez(buffer, **trajectory._asdict(), **said)
         write_whole(self._file(prompt), buffer.getvalue())
 
-    def read_way(self, prompt: int, steps: int, candidates: int, beginnings: int) -> Way:
+    def read_trajectory(self, prompt: int, steps: int, candidates: int, beginnings: int) -> StoredTrajectory:
         """S, K and J as given; ValueError if the file is damaged or of another round."""
         SJ, SK = (steps, beginnings), (steps, candidates)
-        way = Way(**self._read(prompt, {"x_SJhwC": (*SJ, 0, 0, 0), "next_x_SKhwC": (*SK, 0, 0, 0), "log_prob_SK": SK}))
-        if way.x_SJhwC.shape[2:] != way.next_x_SKhwC.shape[2:] or not all(np.isfinite(x).all() for x in way):
+        shapes = {"x_SJhwC": (*SJ, 0, 0, 0), "next_x_SKhwC": (*SK, 0, 0, 0), "log_prob_SK": SK}
+        found = StoredTrajectory(**self._read(prompt, shapes))
+        if found.x_SJhwC.shape[2:] != found.next_x_SKhwC.shape[2:] or not all(np.isfinite(x).all() for x in found):
             raise self._damaged(prompt, "its numbers are not finite, or its latents of several sizes")
-        return way
+        return found
 
     def read_rewards(self, shown: tuple[int, int], steps: tuple[int, int, int] | None) -> list[Rewards]:
         """Rewards of every prompt, from its trajectory's file.
@@ -134,7 +136,7 @@ class RoundFolder:
         found = read_said(self._scores, self.number)
         scores_PKR = np.array(found["scores"], np.float64)
         if found["prompts"] != self.prompts or scores_PKR.shape[1:] != shape_KR:
-            raise ValueError(
+            raise UserError(
                 f"{self._scores} has other prompts, candidates or judges than round {self.number}; restore it from a "
                 "backup, or begin another --workdir"
             )
@@ -162,7 +164,7 @@ class RoundFolder:
             with check_regular(file).open("rb") as stream:
                 head = stream.read(64)
                 if not head.startswith(b"PK"):  # NumPy would advise to unpickle whatever it is
-                    raise ValueError(f"it is {what_it_is(head) or 'not an .npz file'}")
+                    raise UserError(f"it is {what_it_is(head) or 'not an .npz file'}")
                 stream.seek(0)
                 with np.load(stream, allow_pickle=False) as arrays:
                     found = {name: arrays[name] for name in shapes}
@@ -176,8 +178,8 @@ class RoundFolder:
                 raise self._damaged(prompt, f"{name} is {array.dtype} {list(array.shape)}, not float [{needed}]")
         return found
 
-    def _damaged(self, prompt: int, problem: str) -> ValueError:
-        return ValueError(
+    def _damaged(self, prompt: int, problem: str) -> UserError:
+        return UserError(
             f"{self._file(prompt)} can't be read ({problem}); put it back; as long as nothing of round {self.number} "
             "is trained on, remove it and run again, to sample it anew, otherwise begin another --workdir"
         )

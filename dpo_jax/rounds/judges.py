@@ -6,14 +6,15 @@ import re
 from etils import epath
 from ml_collections import ConfigDict
 
+from dpo_jax.errors import UserError
 from dpo_jax.models.pipeline import Pipeline, files_of, find_component
-from dpo_jax.rewards import JUDGES, Scorer, open_judge
+from dpo_jax.rewards import JUDGES, Judge, open_judge
 from dpo_jax.sharding import Placement
 from dpo_jax.weights.io import fingerprint
 from dpo_jax.weights.layout import Params
 
 
-def open_judges(config: ConfigDict) -> list[Scorer]:
+def open_judges(config: ConfigDict) -> list[Judge]:
     """Those of `online.judges`; ValueError or FileNotFoundError with the field and what to write.
 
     In float32 whatever the model's dtype: candidates are alike but for details, and it is their order that counts.
@@ -43,7 +44,7 @@ def find_latent_judge(config: ConfigDict, pipeline: Pipeline) -> dict[str, epath
         return {}
     tuned, *rest = re.split(r":(?!//)", spec)  # not the colon of gs://bucket
     if not tuned or len(rest) > 1:
-        raise ValueError(
+        raise UserError(
             f"config.online.latent_judge={spec} has to be TUNED:REFERENCE, two UNets or models, or TUNED alone"
         )
     paths = {"tuned": find_component(tuned, "unet"), "reference": pipeline.weights["unet"]}
@@ -52,7 +53,7 @@ def find_latent_judge(config: ConfigDict, pipeline: Pipeline) -> dict[str, epath
     for path in paths.values():
         found = dataclasses.replace(pipeline.unet_config(path), sample_size=pipeline.unet.config.sample_size)
         if found != pipeline.unet.config:
-            raise ValueError(f"config.online.latent_judge={spec}: {path} is another UNet than that of {config.model}")
+            raise UserError(f"config.online.latent_judge={spec}: {path} is another UNet than that of {config.model}")
     return paths
 
 

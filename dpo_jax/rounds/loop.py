@@ -18,10 +18,10 @@ from ml_collections import ConfigDict
 
 from dpo_jax import cluster
 from dpo_jax.cli import replaced
-from dpo_jax.evaluation.prompts import read_prompts
+from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.objectives.advantages import PromptStatistics
-from dpo_jax.rewards import Scorer
-from dpo_jax.rounds.config import Plan, check, make_plan, online_config
+from dpo_jax.rewards import Judge
+from dpo_jax.rounds.config import RoundSizes, check, online_config, round_sizes
 from dpo_jax.rounds.feedback import decided, learnable, read_feedback
 from dpo_jax.rounds.folder import Rewards, RoundFolder
 from dpo_jax.rounds.judges import find_latent_judge, latent_judge_fingerprints, open_judges
@@ -29,12 +29,13 @@ from dpo_jax.rounds.method import learned_steps, on_trajectories, sampler_table
 from dpo_jax.rounds.result import Result
 from dpo_jax.rounds.rollout import Drawn, Rollout
 from dpo_jax.rounds.updates import Updates
+from dpo_jax.sampling.prompts import read_prompts
 from dpo_jax.training.experiment import build, compose
 from dpo_jax.training.metrics import read_metrics
 from dpo_jax.training.model import load_tokenizers_of, make_placement, open_model
 from dpo_jax.training.needs import check_grids, check_room
 from dpo_jax.training.preemption import Notice, Preempted
-from dpo_jax.training.start import StartClock
+from dpo_jax.training.startup import StartClock
 from dpo_jax.training.step import TrainState
 from dpo_jax.training.trainer import Loop, begin, check_backend, running
 
@@ -62,7 +63,7 @@ def learn(config: ConfigDict, workdir: epath.PathLike, stage: str = "", feedback
     check_backend(config)
     prompts = [prompt.text for prompt in read_prompts(config.online.prompts)]
     if not config.online.judges and config.online.prompts_per_round > len(prompts):
-        raise ValueError(
+        raise UserError(
             f"config.online.prompts_per_round={config.online.prompts_per_round}, but {config.online.prompts} has "
             f"{len(prompts)} prompts, and people are shown none twice; take fewer"
         )
@@ -76,7 +77,7 @@ def learn(config: ConfigDict, workdir: epath.PathLike, stage: str = "", feedback
         pipeline = open_model(config, workdir)
         check_grids(config, pipeline)
         steps_S = learned_steps(config, sampler_table(config, pipeline))
-        plan = make_plan(config, steps_S, device_count=jax.device_count(), process_count=jax.process_count())
+        plan = round_sizes(config, steps_S, device_count=jax.device_count(), process_count=jax.process_count())
         config = replaced(config, {"steps": config.online.rounds * plan.updates})
         digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
         fingerprints = latent_judge_fingerprints(find_latent_judge(config, pipeline), pipeline.variant)
@@ -97,9 +98,9 @@ class Rounds:
     def __init__(
         self,
         loop: Loop,
-        plan: Plan,
+        plan: RoundSizes,
         prompts: Sequence[str],
-        judges: Sequence[Scorer],
+        judges: Sequence[Judge],
         steps_S: np.ndarray,
         feedback: Sequence[str],
         fresh: Sequence[str] = (),
@@ -137,9 +138,9 @@ class Rounds:
             folder, step = self.folder(number), int(state.step)
             missing = self._missing(folder)
             if stage == "train" and missing:
-                raise ValueError(f"round {number} is not sampled yet; run with --stage=sample first")
+                raise UserError(f"round {number} is not sampled yet; run with --stage=sample first")
             if step > number * self._plan.updates and missing:
-                raise ValueError(
+                raise UserError(
                     f"step {step} is in the middle of round {number}, but trajectories of it are missing in "
                     f"{folder.path}, and the weights that they were sampled with have changed; put them back or begin "
                     "another --workdir"
@@ -148,7 +149,7 @@ class Rounds:
             people = cluster.is_first() and bool(self._feedback or folder.feedback() or folder.is_scored())
             is_judged = bool(self._judges) or bool(cluster.says_first(people))
             if stage == "train" and not is_judged:
-                raise ValueError(
+                raise UserError(
                     f"nobody has scored round {number}: {folder.path} has no feedback*.json; vote on it and export the "
                     "votes there (run with --stage=sample to see how), or name files with --feedback"
                 )
@@ -244,8 +245,8 @@ class Rounds:
             with cluster.watched(f"to write the images of prompt {numbers[0]}"):
                 cluster.wait("wrote images")
             for b, p in new:
-                if b in drawn.ways:
-                    folder.write_trajectory(p, drawn.ways[b], rewards[b] if rewards else None)
+                if b in drawn.trajectories:
+                    folder.write_trajectory(p, drawn.trajectories[b], rewards[b] if rewards else None)
             missing = missing.difference(batch)
             self._loop.bar.note(f"sampling round {folder.number}: {total - len(missing)}/{total} prompts")
         if cluster.is_first():
@@ -269,13 +270,13 @@ class Rounds:
     def _scores(self, images_BKHWC: np.ndarray, captions: Sequence[str]) -> np.ndarray:
         """[B, K, R]; those of the first process, since an outside judge may not say the same twice, nor for nothing."""
         B, K = images_BKHWC.shape[:2]
-        pictures, each = images_BKHWC.reshape(B * K, *images_BKHWC.shape[2:]), [c for c in captions for _ in range(K)]
+        images, each = images_BKHWC.reshape(B * K, *images_BKHWC.shape[2:]), [c for c in captions for _ in range(K)]
         scores_RN = np.zeros((len(self._judges), B * K), np.float32)
 
         def ask(*, is_outside: bool) -> None:
             for r, judge in enumerate(self._judges):
                 if judge.is_outside == is_outside:
-                    scores_RN[r] = judge.score(pictures, each)
+                    scores_RN[r] = judge.score(images, each)
 
         with cluster.together("asking its judges"):
             if cluster.is_first():
@@ -318,7 +319,7 @@ class Rounds:
         shown_PKR = self._said(folder, found) if noted_PKR is None or self._judges or self._feedback else noted_PKR
         is_new = noted_PKR is None or not np.array_equal(shown_PKR, noted_PKR, equal_nan=True)
         if is_new and noted_PKR is not None and step > start and self._feedback:
-            raise ValueError(
+            raise UserError(
                 f"--feedback differs from {folder.path / 'scores.json'}, by which round {folder.number} is trained on "
                 f"up to step {step} already; leave out --feedback to go on by that, or begin another --workdir"
             )
@@ -346,7 +347,7 @@ class Rounds:
         self._count_idle(undecided < total)
         if self._judges and self._idle == min(MOST_IDLE, self._config.online.rounds):
             first = "the first round" if self._idle == 1 else f"the first {self._idle} rounds"
-            raise ValueError(
+            raise UserError(
                 f"by {who} no candidate of {first} is better than another, so nothing can be learned; correct "
                 "config.online.judges, or raise online.candidates, and begin another --workdir"
             )
@@ -386,7 +387,7 @@ class Rounds:
 def _there(folder: RoundFolder, shown_PKR: np.ndarray | None) -> np.ndarray:
     """What `read_scores` found, which has to be there."""
     if shown_PKR is None:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder.path} has no scores.json, and later rounds build on it; put it back or begin another --workdir"
         )
     return shown_PKR

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpo_jax.batch import PreferenceBatch, Sampled, Scores
+from dpo_jax.batch import LogRatios, PreferenceBatch, Sampled
 from dpo_jax.diffusion.samplers import SamplerTable, make_table, with_guidance
 from dpo_jax.diffusion.trajectories import random_steps
 from dpo_jax.encode.text import make_conditionings
+from dpo_jax.errors import UserError
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.objectives.losses import d3po, ddpo, dpok
 from dpo_jax.objectives.transitions import (
@@ -21,7 +22,7 @@ from dpo_jax.objectives.transitions import (
 from dpo_jax.rounds.config import first_branch, needs_reference
 from dpo_jax.sharding import Placement, batch_constraint
 from dpo_jax.training.model import load_tokenizers_of
-from dpo_jax.training.step import Frozen, Objective, Score, reference_params
+from dpo_jax.training.step import ComputeLogRatios, Frozen, Objective, reference_params
 from dpo_jax.weights.layout import Params
 
 
@@ -55,14 +56,14 @@ def learned_steps(config: ConfigDict, table: SamplerTable) -> np.ndarray:
     steps_S = random_steps(table)
     kept_S = steps_S[steps_S >= first_branch(config)]
     if not len(kept_S):
-        raise ValueError(
+        raise UserError(
             f"config.online.branch_after={config.online.branch_after} of {config.online.sampling_steps} steps leaves "
             "none to train on; take less"
         )
     return kept_S
 
 
-def on_trajectories(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> tuple[Objective, Score]:
+def on_trajectories(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> tuple[Objective, ComputeLogRatios]:
     """Losses of log-probabilities, over images that the model sampled itself; the counterpart of `on_pairs`."""
     objective = make_objective(config)
     guidance = config.online.guidance if config.online.train_guided else 1.0
@@ -73,7 +74,7 @@ def on_trajectories(config: ConfigDict, pipeline: Pipeline, placement: Placement
 
     def score(
         params: Params, frozen: Frozen, batch: PreferenceBatch, step: jax.Array, training: bool = False
-    ) -> Scores:
+    ) -> LogRatios:
         sampled = batch.inputs
         assert isinstance(sampled, Sampled)
         encoders = {name: gather(name, frozen[name]) for name in frozen if name not in ("base", "reference", "vae")}

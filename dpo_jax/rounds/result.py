@@ -8,7 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dpo_jax.files import write_whole
-from dpo_jax.rounds.config import Plan
+from dpo_jax.rounds.config import RoundSizes
 from dpo_jax.rounds.folder import read_said
 
 FIELDS = ("advantage", "update_by", "reference", "candidates", "branching", "best_and_worst", "latent_judge")
@@ -18,7 +18,7 @@ FIELDS = ("advantage", "update_by", "reference", "candidates", "branching", "bes
 class Result:
     """Writes the file, by the `scores.json` of the rounds, each of which is read once."""
 
-    def __init__(self, workdir: epath.PathLike, config: ConfigDict, plan: Plan):
+    def __init__(self, workdir: epath.PathLike, config: ConfigDict, plan: RoundSizes):
         self._workdir, self._plan = epath.Path(workdir), plan
         online = config.online
         self._fields = {
@@ -43,7 +43,7 @@ class Result:
         write_whole(self._workdir / "result.json", json.dumps(fields, indent=2) + "\n")
 
 
-def _round(file: epath.Path, number: int, plan: Plan) -> dict[str, Any]:
+def _round(file: epath.Path, number: int, plan: RoundSizes) -> dict[str, Any]:
     found = read_said(file, number)
     scores_NR = np.array(found["scores"], np.float64).reshape(-1, len(found["judges"]))
     return {

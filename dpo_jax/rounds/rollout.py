@@ -25,6 +25,7 @@ from dpo_jax.diffusion.trajectories import (
 )
 from dpo_jax.encode.images import decode_latents
 from dpo_jax.encode.text import make_conditionings
+from dpo_jax.errors import UserError
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.objectives.denoising import per_candidate
 from dpo_jax.rounds.config import first_branch
@@ -36,7 +37,7 @@ from dpo_jax.training.step import Frozen
 from dpo_jax.weights.layout import Params
 
 
-class Way(NamedTuple):
+class StoredTrajectory(NamedTuple):
     """How one prompt was sampled, on the host."""
 
     x_SJhwC: np.ndarray
@@ -47,7 +48,7 @@ class Way(NamedTuple):
 class Drawn(NamedTuple):
     """What one call sampled."""
 
-    ways: dict[int, Way]
+    trajectories: dict[int, StoredTrajectory]
     """By position in the call: those of the prompts whose rows are on this process."""
     images_BKHWC: np.ndarray
     """uint8, on every process; of branching one a prompt."""
@@ -84,14 +85,16 @@ class Rollout:
         transitions, images_BKHWC, seen_BSK, finite_B = self._rollout(params, frozen, self._latent_judge, *given)
         black = np.flatnonzero(~jax.device_get(finite_B)[:count])
         if black.size:
-            raise ValueError(
+            raise UserError(
                 f"images of {black.size} prompts, the first {captions[black[0]]!r}, came out black: their numbers are "
                 "not finite (NaN or infinity); try dtype and vae_dtype float32, or a lower optimizer.learning_rate"
             )
         local = zip(*(_rows(x) for x in (transitions[0], transitions[1], transitions[3])), strict=True)
-        ways = {row: Way(x, next_x, log_prob) for (row, x), (_, next_x), (_, log_prob) in local if row < count}
+        trajectories = {
+            row: StoredTrajectory(x, next_x, log_prob) for (row, x), (_, next_x), (_, log_prob) in local if row < count
+        }
         images_BKHWC, seen_BSK = jax.device_get((images_BKHWC, seen_BSK))
-        return Drawn(ways, images_BKHWC[:count], None if seen_BSK is None else seen_BSK[:count])
+        return Drawn(trajectories, images_BKHWC[:count], None if seen_BSK is None else seen_BSK[:count])
 
 
 def make_rollout(
@@ -148,11 +151,11 @@ def make_rollout(
         if latent_judge:
             look = see_log_ratios(plain(latent_judge["tuned"]), plain(latent_judge["reference"]))
         found = explore(guided(B), table, x_BhwC, step_keys_B, K, look, first_branch(config))
-        ways = jax.tree.map(lambda x_SB: x_SB[steps_S], found._replace(x0_BHWC=None))
+        kept = jax.tree.map(lambda x_SB: x_SB[steps_S], found._replace(x0_BHWC=None))
         step_SB = jnp.broadcast_to(jnp.asarray(steps_S)[:, None], (len(steps_S), B))
-        transitions = Transitions(ways.x_SBHWC[:, :, None], ways.next_x_SBKHWC, step_SB, ways.log_prob_SBK)
+        transitions = Transitions(kept.x_SBHWC[:, :, None], kept.next_x_SBKHWC, step_SB, kept.log_prob_SBK)
         images_BKHWC, finite_B = decoded(found.x0_BHWC[:, None])
-        seen_SBK = ways.seen_SBK
+        seen_SBK = kept.seen_SBK
         if not latent_judge:
             seen_SBK, finite_SB = jax.lax.map(decoded, seen_SBK)
             finite_B &= finite_SB.all(axis=0)

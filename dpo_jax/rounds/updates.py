@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax.batch import PreferenceBatch, Sampled, Transitions
-from dpo_jax.rounds.config import Plan
+from dpo_jax.rounds.config import RoundSizes
 from dpo_jax.rounds.feedback import is_decided
 from dpo_jax.rounds.folder import RoundFolder
 
@@ -33,7 +33,7 @@ class Updates:
     def __init__(
         self,
         config: ConfigDict,
-        plan: Plan,
+        plan: RoundSizes,
         folder: RoundFolder,
         steps_S: np.ndarray,
         token_ids_PEL: np.ndarray,
@@ -74,13 +74,13 @@ class Updates:
             rng = np.random.default_rng([self._config.seed, self._folder.number, epoch, p])
             chosen_T = np.sort(rng.choice(S, T, replace=False))
         K, branches = self._config.online.candidates, self._config.online.branching
-        way = self._folder.read_way(p, S, K, 1 if branches else K)
-        x_TJHWC, shared = way.x_SJhwC[chosen_T], way.x_SJhwC.shape[1] == 1
+        trajectory = self._folder.read_trajectory(p, S, K, 1 if branches else K)
+        x_TJHWC, shared = trajectory.x_SJhwC[chosen_T], trajectory.x_SJhwC.shape[1] == 1
         transitions = Transitions(
             x_TJHWC if shared else x_TJHWC[:, candidates_K],
-            way.next_x_SKhwC[chosen_T][:, candidates_K],
+            trajectory.next_x_SKhwC[chosen_T][:, candidates_K],
             self._steps_S[chosen_T],
-            way.log_prob_SK[chosen_T][:, candidates_K],
+            trajectory.log_prob_SK[chosen_T][:, candidates_K],
         )
         rewards_SKR, advantages_SK = self._rewards_PSKR[p][:, candidates_K], self._advantages_PSK[p][:, candidates_K]
         each_T = chosen_T if len(rewards_SKR) > 1 else np.zeros(T, int)

@@ -1,4 +1,4 @@
-"""A world small enough to learn in minutes: one coloured shape in one quarter of a 32 x 32 picture, and its caption.
+"""A world small enough to learn in minutes: one coloured shape in one quarter of a 32 x 32 image, and its caption.
 
 Axes: H x W pixels, C colour channels, M drawings.
 """
@@ -6,6 +6,8 @@ Axes: H x W pixels, C colour channels, M drawings.
 import itertools
 
 import numpy as np
+
+from dpo_jax.errors import UserError
 
 SIZE = 32
 COLOURS = {
@@ -46,7 +48,7 @@ def parse(caption: str) -> tuple[str, str, str]:
         [colour] = set(words) & set(COLOURS)
         [place] = [place for place in PLACES if place in " ".join(words)]
     except ValueError:
-        raise ValueError(
+        raise UserError(
             f"caption {caption!r} is not of the tiny world: it needs one shape of {SHAPES}, one colour of "
             f"{tuple(COLOURS)} and one place of {tuple(PLACES)}"
         ) from None
@@ -66,15 +68,15 @@ def draw(shape: str, centre: tuple[float, float], radius: float) -> np.ndarray:
     elif shape == "cross":
         inside = (np.minimum(abs(y), abs(x)) < 0.33 * radius) & (np.maximum(abs(y), abs(x)) < 1.1 * radius)
     else:
-        raise ValueError(f"unknown shape {shape!r}: choose one of {SHAPES}")
+        raise UserError(f"unknown shape {shape!r}: choose one of {SHAPES}")
     return inside.reshape(SIZE, 4, SIZE, 4).mean(axis=(1, 3))
 
 
 def render(caption: str, rng: np.random.Generator) -> np.ndarray:
-    """A picture of the caption, uint8 [H, W, C]; place, radius, grey and noise vary with `rng`."""
+    """An image of the caption, uint8 [H, W, C]; place, radius, grey and noise vary with `rng`."""
     shape, colour, place = parse(caption)
     down, right = PLACES[place] + rng.uniform(-JITTER, JITTER, 2)
     cover_HW1 = draw(shape, (down, right), rng.uniform(*RADII))[..., None]
-    picture_HWC = cover_HW1 * COLOURS[colour] + (1 - cover_HW1) * rng.uniform(*BACKGROUNDS)
-    picture_HWC = picture_HWC + rng.normal(0, NOISE, picture_HWC.shape)
-    return picture_HWC.round().clip(0, 255).astype(np.uint8)
+    image_HWC = cover_HW1 * COLOURS[colour] + (1 - cover_HW1) * rng.uniform(*BACKGROUNDS)
+    image_HWC = image_HWC + rng.normal(0, NOISE, image_HWC.shape)
+    return image_HWC.round().clip(0, 255).astype(np.uint8)

@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 
 from dpo_jax import files, interrupts
+from dpo_jax.errors import EnvironmentFault, MissingFileError, UserError
 from dpo_jax.streams import warn
 from dpo_jax.training.step import TrainState
 from dpo_jax.weights.layout import Params
@@ -101,7 +102,7 @@ class Checkpoints:
         except Exception as error:  # of whatever class the file system and the libraries in between have for it
             whole = max(ocp.utils.checkpoint_steps(self.folder), default=None)
             kept = "there is no earlier one" if whole is None else f"the one of step {whole} is whole"
-            raise OSError(
+            raise EnvironmentFault(
                 f"a checkpoint could not be written to {self.folder} ({_first_line(error)}); {kept}. Make room or give "
                 "access there, then run the same command again"
             ) from error
@@ -127,7 +128,7 @@ def restore_params(workdir: epath.PathLike, abstract: Params, item: str) -> tupl
     found = _newest_whole(workdir, {item: abstract}, move_damaged=False)
     if found is None:
         folder = _folder(workdir)
-        raise FileNotFoundError(f"no checkpoint in {folder} yet; let python -m dpo_jax.train reach its first one")
+        raise MissingFileError(f"no checkpoint in {folder} yet; let python -m dpo_jax.train reach its first one")
     tree, _, step = found
     return tree[item], step
 
@@ -185,7 +186,7 @@ def _newest_whole(
         step = latest_step(workdir, before=step)
     if damaged:
         reasons = "; ".join(f"step {number}: {why}" for number, why in damaged.items())
-        raise ValueError(
+        raise UserError(
             f"no checkpoint in {_folder(workdir)} is whole ({reasons}); if the file system is well, put a copy of one "
             "back, or remove that folder to train from the start"
         )
@@ -273,7 +274,7 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
             warn(f"{problem}; its copy {copy} is used instead")
         return fields
     if found:
-        raise ValueError(
+        raise UserError(
             f"{problem}, and no checkpoint in {_folder(workdir)} has a copy of it; restore the file from a backup, or "
             "choose another work directory"
         )
@@ -295,7 +296,7 @@ def _checked(path: epath.Path) -> dict[str, Any]:
     fields: dict[str, Any] = files.read_json(path, dict[str, Any])
     checksum = fields.pop("checksum", None)
     if checksum is not None and checksum != _digest(fields):
-        raise ValueError(f"{path} is damaged or was edited: its checksum does not match its fields")
+        raise UserError(f"{path} is damaged or was edited: its checksum does not match its fields")
     return fields
 
 

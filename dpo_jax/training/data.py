@@ -9,11 +9,18 @@ from ml_collections import ConfigDict
 
 from dpo_jax import cluster
 from dpo_jax.cli import replaced
-from dpo_jax.data.encoded import choose_views, open_encodings
-from dpo_jax.data.inputs import Decoded, Inputs, Stored
-from dpo_jax.data.pipeline import NUM_WORKERS, BatchIterator, Pairs, make_iterator, open_pairs, validation_batches
-from dpo_jax.data.prepared import NothingChosenError
-from dpo_jax.data.scores import scores_file
+from dpo_jax.data.load.inputs import CachedInputs, Inputs, RawInputs
+from dpo_jax.data.load.pipeline import (
+    NUM_WORKERS,
+    BatchIterator,
+    TrainingRecords,
+    make_iterator,
+    open_records,
+    validation_batches,
+)
+from dpo_jax.data.store.latents import choose_views, open_latents
+from dpo_jax.data.store.prepared import NothingChosenError
+from dpo_jax.data.store.scores import scores_file
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.training.config import Derived
 from dpo_jax.training.model import load_tokenizers_of
@@ -49,8 +56,8 @@ def make_inputs(config: ConfigDict, pipeline: Pipeline) -> Inputs:
     """
     data = config.data
     if data.encoded_views:
-        return Stored(open_encodings(Path(data.path), encoding_facts(config, pipeline)))
-    return Decoded(data.resolution, load_tokenizers_of(pipeline), data.random_crop, data.random_flip)
+        return CachedInputs(open_latents(Path(data.path), encoding_facts(config, pipeline)))
+    return RawInputs(data.resolution, load_tokenizers_of(pipeline), data.random_crop, data.random_flip)
 
 
 def encoding_facts(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
@@ -106,9 +113,9 @@ def open_validation_batches(config: ConfigDict, derived: Derived, inputs: Inputs
     return validation_batches(_validation_pairs(config), inputs, batch_size=batch_size, **_options(config))
 
 
-def _training_pairs(config: ConfigDict) -> Pairs:
+def _training_pairs(config: ConfigDict) -> TrainingRecords:
     data = config.data
-    return open_pairs(
+    return open_records(
         data.path,
         "train",
         ties=data.ties,
@@ -119,9 +126,9 @@ def _training_pairs(config: ConfigDict) -> Pairs:
     )
 
 
-def _validation_pairs(config: ConfigDict) -> Pairs:
+def _validation_pairs(config: ConfigDict) -> TrainingRecords:
     """Without ties, which no model can order rightly or wrongly."""
-    return open_pairs(config.data.path, "validation", **_choices(config))
+    return open_records(config.data.path, "validation", **_choices(config))
 
 
 def _choices(config: ConfigDict) -> dict[str, Any]:

@@ -9,10 +9,11 @@ import jax
 from ml_collections import ConfigDict
 
 from dpo_jax import cluster
-from dpo_jax.data.encoded import folder_of, is_finished, open_encodings
 from dpo_jax.data.images import View
-from dpo_jax.data.prepared import open_prepared
+from dpo_jax.data.store.latents import folder_of, is_finished, open_latents
+from dpo_jax.data.store.prepared import open_prepared
 from dpo_jax.encode.dataset import DatasetEncoder, OnProgress
+from dpo_jax.errors import UserError
 from dpo_jax.files import check_inside
 from dpo_jax.sharding import Placement, make_mesh
 from dpo_jax.training.config import check
@@ -35,7 +36,7 @@ def encode_data(config: ConfigDict, workers: int | None, say: Callable[[str], No
     """
     data = config.data
     if not data.encoded_views:
-        raise ValueError(
+        raise UserError(
             "config.data.encoded_views=0 trains from images; set it to the number of views to store of each: 1 for the "
             "centre (with random_flip=False), 2 for it and its mirror image, more for random crops"
         )
@@ -48,7 +49,7 @@ def encode_data(config: ConfigDict, workers: int | None, say: Callable[[str], No
     check_inside(folder, prepared.folder)
     if is_finished(folder):
         with contextlib.suppress(ValueError):  # damaged: what isn't whole is made again
-            open_encodings(prepared.folder, facts)
+            open_latents(prepared.folder, facts)
             return folder
     with cluster.locked(folder.parent, "python -m dpo_jax.prepare --encode", f".{folder.name}.lock", what=folder):
         placement = Placement(make_mesh(devices=jax.local_devices()))

@@ -12,16 +12,25 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from dpo_jax.batch import Conditioning, Encoded, PreferenceBatch, Raw
+from dpo_jax.batch import Cached, Conditioning, PreferenceBatch, Raw
 from dpo_jax.encode.images import encode_images, sample_posterior
 from dpo_jax.encode.text import condition, encode_text
+from dpo_jax.errors import UserError
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.objectives.losses import dpo, sft
 from dpo_jax.sharding import Placement, batch_constraint, batch_sharding, on_mesh, replicated
 from dpo_jax.training.config import Derived
 from dpo_jax.training.model import abstract_frozen, abstract_params, initial_adapter, load_frozen, make_placement
 from dpo_jax.training.optim import learning_rate_schedule, make_optimizer
-from dpo_jax.training.step import Encode, Frozen, Objective, Score, TrainState, make_score, make_train_step
+from dpo_jax.training.step import (
+    ComputeLogRatios,
+    Encode,
+    Frozen,
+    Objective,
+    TrainState,
+    make_log_ratios,
+    make_train_step,
+)
 from dpo_jax.weights.layout import Params
 
 
@@ -36,7 +45,7 @@ class Experiment:
     objective: Objective
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
-    score: Score
+    score: ComputeLogRatios
     frozen: Frozen
     """The weights that stay as they are; of a plan only their shapes and places."""
     adapter: Params | None = None
@@ -86,7 +95,7 @@ class Experiment:
         def array(dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((B, *shape), dtype, sharding=split)
 
-        inputs: Raw | Encoded = Raw(
+        inputs: Raw | Cached = Raw(
             images_BKHWC=array(jnp.uint8, K, size, size, 3),
             mirrored_BK=array(jnp.bool_, K),
             token_ids_BMEL=array(jnp.int32, M, len(encoders), L),
@@ -94,7 +103,7 @@ class Experiment:
         if self.config.data.encoded_views:
             cells, time_ids = size // self.pipeline.vae_factor, self.pipeline.family.num_time_ids
             pooled = (unet.projection_class_embeddings_input_dim or 0) - time_ids * (unet.addition_time_embed_dim or 0)
-            inputs = Encoded(
+            inputs = Cached(
                 array(jnp.bfloat16, K, cells, cells, 2 * unet.in_channels),
                 array(jnp.bfloat16, M, L, unet.cross_attention_dim[0]),
                 array(jnp.bfloat16, M, pooled),
@@ -123,14 +132,14 @@ class Experiment:
         )
 
 
-Method = Callable[[ConfigDict, Pipeline, Placement], tuple[Objective, Score]]
+Method = Callable[[ConfigDict, Pipeline, Placement], tuple[Objective, ComputeLogRatios]]
 """What a config minimises, and how a batch is scored for it."""
 
 
-def on_pairs(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> tuple[Objective, Score]:
+def on_pairs(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> tuple[Objective, ComputeLogRatios]:
     """Losses of denoising errors, over images that a data set orders."""
     objective = make_objective(config)
-    score = make_score(
+    score = make_log_ratios(
         make_encode(pipeline),
         pipeline.denoise,
         pipeline.schedule,
@@ -195,7 +204,7 @@ def make_encode(pipeline: Pipeline) -> Encode:
 
     def encode(frozen: Frozen, batch: PreferenceBatch, keys_B: jax.Array) -> tuple[jax.Array, Conditioning]:
         inputs, size_cond_N6 = batch.inputs, one_a_row(batch.size_cond_BK6)
-        if isinstance(inputs, Encoded):
+        if isinstance(inputs, Cached):
             latents_BKhwC = sample_posterior(pipeline.vae, inputs.moments_BKhwC, keys_B)
             context_NLD = one_a_row(inputs.context_BMLD).astype(pipeline.dtype)
             pooled_NP = one_a_row(inputs.pooled_BMP).astype(pipeline.dtype)
@@ -218,5 +227,5 @@ def make_objective(config: ConfigDict) -> Objective:
         "sft": Objective(sft, needs_reference=False, num_candidates=1),
     }
     if config.loss.name not in objectives:
-        raise ValueError(f"loss.name={config.loss.name!r}; the losses are {', '.join(objectives)}")
+        raise UserError(f"loss.name={config.loss.name!r}; the losses are {', '.join(objectives)}")
     return objectives[config.loss.name]

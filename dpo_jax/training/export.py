@@ -9,10 +9,11 @@ from etils import epath
 from jax.typing import DTypeLike
 
 from dpo_jax.cli import flatten
-from dpo_jax.evaluation.opened import read_lora_for
+from dpo_jax.errors import UserError
 from dpo_jax.files import new_folder, write_whole
 from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.models.save import Weights, save_pipeline, save_single_file, save_unet
+from dpo_jax.sampling.loaded_model import read_lora_for
 from dpo_jax.training.metrics import last_validation
 from dpo_jax.training.model import load_tokenizers_of
 from dpo_jax.training.model_card import model_card, read_result
@@ -126,7 +127,7 @@ def export(
         options = {"others": tuned.text_encoders, "metadata": metadata}
         return save_single_file(pipeline, output, unet, dtype=dtype, card=card, **options)
     if adapter is None:
-        raise ValueError(
+        raise UserError(
             f"--format={format} writes a LoRA, but {tuned.title} has none: the whole UNet was trained; "
             "choose --format=diffusers, unet or single"
         )

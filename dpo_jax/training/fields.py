@@ -1,4 +1,4 @@
-"""Which values the fields of a config take, and one sentence about all that are wrong.
+"""What a field of a config is, and one sentence about all fields with a wrong value.
 
 Numbers are compared as float32, in which training computes: there an `ema.decay` of 0.99999999 is 1.
 """
@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpo_jax.cli import flatten
+from dpo_jax.cli import flatten, unflatten
+from dpo_jax.errors import UserError
 from dpo_jax.files import is_text
 
 MAX_INT = 2**31 - 1
@@ -20,19 +21,23 @@ MAX_INT = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Values:
-    """The values of a field, among those of the type of its default. Bounds that are None don't hold."""
+class Field:
+    """A field of a config: its default, one line of help, and the values of the default's type that it takes."""
 
+    default: Any
+    help: str
     at_least: float | None = None
+    """A bound that is None does not hold."""
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
     may_be_infinite: bool = False
     choices: tuple[str, ...] = ()
     wrong: Callable[[Any], str | None] = lambda value: None
-    """What else is wrong with a value, as the end of a sentence that begins with it."""
+    """Returns what else is wrong with a value, as the end of a sentence that begins with the value."""
 
     def __str__(self) -> str:
+        """The values that the field takes, for example "at least 1"; empty if its type says all."""
         if self.choices:
             return f"one of {', '.join(repr(choice) for choice in self.choices)}"
         if (self.at_least, self.at_most) == (0, 1):
@@ -43,54 +48,59 @@ class Values:
         return " and ".join(f"{name} {bound}" for name, bound in bounds.items() if bound is not None)
 
 
-def check_fields(config: ConfigDict, defaults: ConfigDict, values: Mapping[str, Values]) -> None:
+def config_of(fields: Mapping[str, Field]) -> ConfigDict:
+    """Return a config with the default of every field."""
+    return unflatten({path: field.default for path, field in fields.items()})
+
+
+def check_fields(config: ConfigDict, fields: Mapping[str, Field]) -> None:
     """Raises one ValueError that names every field, by its dotted path, with a value that it does not take."""
-    fields, problems = flatten(config), []
-    for field, default in flatten(defaults).items():
-        if field not in fields:
-            problems.append(f"config.{field} is missing; begin with the config that `default_config` makes")
-        elif reason := problem(fields[field], default, values.get(field, Values())):
-            shown = repr(fields[field])
-            problems.append(f"config.{field}={shown if len(shown) < 100 else f'{shown[:97]}...'} {reason}")
+    given, problems = flatten(config), []
+    for path, field in fields.items():
+        if path not in given:
+            problems.append(f"config.{path} is missing; begin with the config that `default_config` makes")
+        elif reason := problem(given[path], field):
+            shown = repr(given[path])
+            problems.append(f"config.{path}={shown if len(shown) < 100 else f'{shown[:97]}...'} {reason}")
     if problems:
-        raise ValueError("; ".join(problems))
+        raise UserError("; ".join(problems))
 
 
-def problem(value: Any, default: Any, values: Values) -> str | None:
+def problem(value: Any, field: Field) -> str | None:
     """What is wrong with the value of a field, as the end of a sentence; None if nothing is."""
-    if isinstance(default, bool):
+    if isinstance(field.default, bool):
         return None if isinstance(value, bool) else "must be True or False"
-    if isinstance(default, (int, float)):
-        return _problem_of_number(value, values, is_whole=isinstance(default, int))
-    if isinstance(default, str):
+    if isinstance(field.default, (int, float)):
+        return _problem_of_number(value, field, is_whole=isinstance(field.default, int))
+    if isinstance(field.default, str):
         if not isinstance(value, str):
             return "must be a text"
         if not is_text(value):
             return "must be text that UTF-8 can hold"
-        if values.choices and value not in values.choices:
-            return f"must be {values}"
+        if field.choices and value not in field.choices:
+            return f"must be {field}"
     elif not isinstance(value, (tuple, list)):
         return "must be a tuple, such as ('a', 'b')"
-    elif values.wrong is not are_rules and not all(isinstance(part, str) for part in value):
+    elif field.wrong is not are_rules and not all(isinstance(part, str) for part in value):
         return "must be a tuple of texts, such as ('a', 'b')"
-    return values.wrong(value)
+    return field.wrong(value)
 
 
-def _problem_of_number(value: Any, values: Values, *, is_whole: bool) -> str | None:
+def _problem_of_number(value: Any, field: Field, *, is_whole: bool) -> str | None:
     if isinstance(value, bool) or not isinstance(value, int if is_whole else (int, float)):
         return "must be a whole number" if is_whole else "must be a number"
-    if is_whole and values.at_most is None and value > MAX_INT:
+    if is_whole and field.at_most is None and value > MAX_INT:
         return f"must be at most {MAX_INT}"
     number = value if is_whole else _in_float32(value)
-    if not math.isfinite(number) and not (values.may_be_infinite and value == math.inf):
+    if not math.isfinite(number) and not (field.may_be_infinite and value == math.inf):
         return "must be a finite number" + (" in float32" if abs(value) < math.inf else "")
     holds = (
-        (values.at_least is None or number >= values.at_least)
-        and (values.above is None or number > values.above)
-        and (values.at_most is None or number <= values.at_most)
-        and (values.below is None or number < values.below)
+        (field.at_least is None or number >= field.at_least)
+        and (field.above is None or number > field.above)
+        and (field.at_most is None or number <= field.at_most)
+        and (field.below is None or number < field.below)
     )
-    return values.wrong(value) if holds else f"must be {values}"
+    return field.wrong(value) if holds else f"must be {field}"
 
 
 def _in_float32(value: float) -> float:
@@ -102,12 +112,12 @@ def _in_float32(value: float) -> float:
 
 
 def are_devices(value: int) -> str | None:
-    """For `Values.wrong` of the sizes of the mesh."""
+    """For `Field.wrong` of the sizes of the mesh."""
     return "must be 1 or more, or -1 for the devices that are left" if value == 0 else None
 
 
 def are_patterns(value: str | tuple[str, ...]) -> str | None:
-    """For `Values.wrong` of regular expressions."""
+    """For `Field.wrong` of regular expressions."""
     for pattern in [value] if isinstance(value, str) else value:
         try:
             re.compile(pattern)
@@ -117,7 +127,7 @@ def are_patterns(value: str | tuple[str, ...]) -> str | None:
 
 
 def are_rules(value: Any) -> str | None:
-    """For `Values.wrong` of `mesh.rules`."""
+    """For `Field.wrong` of `mesh.rules`."""
     form = "must be a tuple of rules such as (r'\\.attn1\\.to_q\\.kernel$', (None, 'tensor'))"
     for rule in value:
         if not (isinstance(rule, (tuple, list)) and len(rule) == 2):

@@ -12,12 +12,13 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from dpo_jax.data.tokenizers import Tokenizers, load_tokenizers
-from dpo_jax.evaluation import opened
-from dpo_jax.evaluation.generate import Generator, Sampling
+from dpo_jax.errors import UserError
 from dpo_jax.models.execution import Execution
 from dpo_jax.models.lora import LowRank, find_targets, init_lora
 from dpo_jax.models.pipeline import Pipeline, files_of, find_component, load_pipeline
 from dpo_jax.models.random_model import write_random_model
+from dpo_jax.sampling import loaded_model
+from dpo_jax.sampling.generate import Generator, Sampling
 from dpo_jax.sharding import Placement, make_mesh, rules_of
 from dpo_jax.training.step import Frozen
 from dpo_jax.weights.hub import find_lora
@@ -54,14 +55,14 @@ def open_model(config: ConfigDict, workdir: epath.PathLike) -> Pipeline:
         execution=Execution(config.remat, config.scan, config.attention),
     )
     if config.data.resolution % pipeline.vae_factor:
-        raise ValueError(f"data.resolution={config.data.resolution} is not a multiple of {pipeline.vae_factor}")
+        raise UserError(f"data.resolution={config.data.resolution} is not a multiple of {pipeline.vae_factor}")
     lora = config.lora
     if lora.init:
         adapter = read_lora(find_lora(lora.init), pipeline.unet.specs)
         adapters = {layer: LowRank(adapter.rank(layer), alpha) for layer, alpha in adapter.alphas.items()}
         ranks = sorted({size.rank for size in adapters.values()})
         if lora.rank and ranks != [lora.rank]:
-            raise ValueError(
+            raise UserError(
                 f"config.lora.rank={lora.rank}, but {lora.init} has rank {ranks}; set lora.rank=0 to take it"
             )
         return pipeline.with_lora(adapters, lora.dropout)
@@ -129,7 +130,7 @@ def load_frozen(
 
 def load_encoders(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> Frozen:
     """VAE and text encoders."""
-    return opened.load_encoders(pipeline, placement, config.vae_dtype)
+    return loaded_model.load_encoders(pipeline, placement, config.vae_dtype)
 
 
 def load_tokenizers_of(pipeline: Pipeline) -> Tokenizers:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from dpo_jax.errors import UserError
 from dpo_jax.models.families import License
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.weights.hub import HUB_ID
@@ -32,9 +33,9 @@ def origin_of(model: str, pipeline: Pipeline, license: str = "", base_model: str
     """
     named = HUB_ID.fullmatch(base_model)
     if base_model and (named is None or named["repo"] != base_model):
-        raise ValueError(f"--base_model={base_model} is not a hub id; give owner/name")
+        raise UserError(f"--base_model={base_model} is not a hub id; give owner/name")
     if license and not re.fullmatch(r"[A-Za-z0-9.+-]+", license):
-        raise ValueError(
+        raise UserError(
             f"--license={license} is not the hub's id of a licence, such as openrail++, apache-2.0 or other"
         )
     hub_id = HUB_ID.fullmatch(model)

@@ -11,9 +11,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dpo_jax import cluster
-from dpo_jax.evaluation.generate import plan_sampling
+from dpo_jax.errors import EnvironmentFault, UserError
 from dpo_jax.files import is_local, readable_bytes
 from dpo_jax.models.pipeline import Pipeline
+from dpo_jax.sampling.generate import plan_sampling
 from dpo_jax.training.model import sampling_of
 
 LEAST_SHARE = 0.9
@@ -27,7 +28,7 @@ def check_grids(config: ConfigDict, pipeline: Pipeline) -> None:
     try:
         plan_sampling(pipeline, sampling_of(config), config.data.resolution)
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"the image grids of config.sample.every={config.sample.every} can't be drawn: {error}. Change "
             "config.data.resolution or config.sample, or set config.sample.every=0"
         ) from error
@@ -57,7 +58,7 @@ def _check_room(config: ConfigDict, workdir: epath.Path, state: Any) -> None:
     free = shutil.disk_usage(folder if folder.exists() else workdir).free
     free += sum(file.stat().st_size for file in leftovers)
     if free < LEAST_SHARE * size:
-        raise OSError(
+        raise EnvironmentFault(
             f"a checkpoint takes {readable_bytes(size)}, and {readable_bytes(free)} are free in {workdir}; make room "
             "there, or choose a --workdir on a larger disk"
         )

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dpo_jax.errors import UserError
 from dpo_jax.weights.layout import Params, Specs
 
 POLYNOMIAL_END = 1e-7
@@ -39,7 +40,7 @@ def learning_rate_schedule(
     if name == "constant":
         return optax.constant_schedule(learning_rate)
     if name not in falls:
-        raise ValueError(f"learning-rate schedule {name!r}, expected one of {['constant', *falls]}")
+        raise UserError(f"learning-rate schedule {name!r}, expected one of {['constant', *falls]}")
 
     def schedule(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, float)  # an int32 would be divided in float32 even under x64
@@ -79,7 +80,7 @@ def make_optimizer(
         "adafactor": scale_by_adafactor(specs),
     }
     if name not in preconditioners:
-        raise ValueError(f"optimizer {name!r}, expected one of {list(preconditioners)}")
+        raise UserError(f"optimizer {name!r}, expected one of {list(preconditioners)}")
     return optax.chain(
         clip_by_global_norm(clip_norm),
         preconditioners[name],

@@ -13,8 +13,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dpo_jax.cli import flatten, unflatten
-from dpo_jax.evaluation.opened import Opened, add_lora, load_encoders, lora_mark, read_lora_for
+from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.models.pipeline import Pipeline
+from dpo_jax.sampling.loaded_model import LoadedModel, add_lora, load_encoders, lora_mark, read_lora_for
 from dpo_jax.sharding import Placement, make_mesh
 from dpo_jax.training.checkpoint import read_config, restore_params
 from dpo_jax.training.config import default_config
@@ -66,7 +67,7 @@ class Run:
         """The tuned UNet in float32, a LoRA added to the kernels it is for."""
         return self.params if self.adapter is None else Merged(self.pipeline.read("unet"), self.adapter)
 
-    def opened(self, *, lora: str = "", lora_scale: float = 1.0) -> Opened:
+    def opened(self, *, lora: str = "", lora_scale: float = 1.0) -> LoadedModel:
         """The tuned model to draw with, and with a further LoRA where one is named."""
         pipeline, placement = self.pipeline, self.placement
         config = json.dumps(flatten(self.config), sort_keys=True)
@@ -77,7 +78,7 @@ class Run:
                 return add_lora(self.merged, pipeline, placement, "unet", adapters["unet"], lora_scale)
             return self.policy
 
-        return Opened(
+        return LoadedModel(
             pipeline,
             placement,
             f"run {hashlib.sha256(config.encode()).hexdigest()[:16]}, step {self.step}{lora_mark(lora, lora_scale)}",
@@ -95,11 +96,11 @@ def open_run(workdir: epath.PathLike, *, allow_nonfinite: bool = False) -> Run:
     """
     saved = read_config(workdir)
     if saved is None:
-        raise FileNotFoundError(f"no training run at {workdir}: it has no config.json; train first, see dpo_jax.train")
+        raise MissingFileError(f"no training run at {workdir}: it has no config.json; train first, see dpo_jax.train")
     config = unflatten(flatten(default_config()) | _checked(saved, workdir))
     pipeline = dataclasses.replace(open_model(config, workdir), allow_nonfinite=allow_nonfinite)
     if pipeline.fingerprint() != saved["fingerprints.model"]:
-        raise ValueError(f"the model in {pipeline.folder} has changed since {workdir} began; put the former one back")
+        raise UserError(f"the model in {pipeline.folder} has changed since {workdir} began; put the former one back")
     placement = Placement(make_mesh(data=1, fsdp=-1))  # whatever devices are here, not those that trained
     item = "ema" if config.ema.decay else "params"
     params, step = restore_params(workdir, abstract_params(pipeline.trained_specs, jnp.float32, placement), item)
@@ -115,7 +116,7 @@ def _checked(saved: dict[str, Any], workdir: epath.PathLike) -> dict[str, Any]:
         if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
             wrong.append(f"{field}: {value!r} instead of one such as {default!r}")
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"{epath.Path(workdir) / 'config.json'} is damaged ({'; '.join(wrong[:5])}); restore it from a backup"
         )
     return saved

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax.batch import Conditioning, PreferenceBatch, Scores
+from dpo_jax.batch import Conditioning, LogRatios, PreferenceBatch
 from dpo_jax.diffusion.schedule import Schedule
 from dpo_jax.objectives.denoising import Denoise, draw, keys_for, perturb, score_candidates
 from dpo_jax.objectives.losses import implicit_accuracy, margin
@@ -26,7 +26,7 @@ Frozen = dict[str, Params]
 is added to; and "reference", what the reference does not share with "base"."""
 Encode = Callable[[Frozen, PreferenceBatch, jax.Array], tuple[jax.Array, Conditioning]]
 """(frozen, batch, keys_B) -> latents_BKHWC and the conditioning of its candidates."""
-Score = Callable[..., Scores]
+ComputeLogRatios = Callable[..., LogRatios]
 """(params, frozen, batch, step, training=False) -> scores; `training` turns a LoRA's dropout on."""
 
 
@@ -42,7 +42,7 @@ class TrainState(NamedTuple):
     """Moving average of the trained weights; empty where the config wants none."""
 
 
-def score_metrics(scores: Scores, preference_BK: jax.Array) -> Metrics:
+def score_metrics(scores: LogRatios, preference_BK: jax.Array) -> Metrics:
     """Per prompt: errors of the best and the worst candidate and, where there are two, accuracy and margin."""
     metrics = {"error/winner": scores.error_BK[:, 0]}
     if scores.error_BK.shape[1] > 1:
@@ -60,16 +60,16 @@ def score_metrics(scores: Scores, preference_BK: jax.Array) -> Metrics:
 class Objective:
     """What is minimised: a loss over scores, and which candidates and models it looks at."""
 
-    loss: Callable[[Scores, jax.Array], jax.Array]
+    loss: Callable[[LogRatios, jax.Array], jax.Array]
     """(scores, preference_BK) -> loss_B"""
     needs_reference: bool = True
     num_candidates: int | None = None
     """Only the best this many candidates enter the step (SFT: 1); None means all."""
-    metrics: Callable[[Scores, jax.Array], Metrics] = score_metrics
+    metrics: Callable[[LogRatios, jax.Array], Metrics] = score_metrics
     """(scores, preference_BK) -> numbers to watch, one a prompt."""
 
 
-def make_score(
+def make_log_ratios(
     encode: Encode,
     denoise: Denoise,
     schedule: Schedule,
@@ -81,7 +81,7 @@ def make_score(
     input_perturbation: float = 0.0,
     constrain: Callable[[Any], Any] = lambda tree: tree,
     gather: Callable[[str, Params], Params] = lambda component, params: params,
-) -> Score:
+) -> ComputeLogRatios:
     """`score(params, frozen, batch, step, training)`: encodes the batch, draws t and noise, scores every candidate.
 
     With `dropout`, training gives `denoise` keys for it; and only training offsets the noise and perturbs the input, by
@@ -93,7 +93,7 @@ def make_score(
 
     def score(
         params: Params, frozen: Frozen, batch: PreferenceBatch, step: jax.Array, training: bool = False
-    ) -> Scores:
+    ) -> LogRatios:
         batch = keep_candidates(batch, objective.num_candidates)
         encoders = {name: gather(name, frozen[name]) for name in frozen if name not in ("base", "reference")}
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
@@ -139,7 +139,7 @@ def reference_params(frozen: Frozen) -> Params:
 
 
 def make_train_step(
-    score: Score,
+    score: ComputeLogRatios,
     objective: Objective,
     optimizer: optax.GradientTransformation,
     *,
@@ -209,7 +209,7 @@ def moving_average(ema: Params, params: Params, step: jax.Array, decay: float) -
 
 
 def make_eval_step(
-    score: Score, objective: Objective
+    score: ComputeLogRatios, objective: Objective
 ) -> Callable[[Params, Frozen, PreferenceBatch, jax.Array], tuple[Metrics, jax.Array]]:
     """`evaluate(params, frozen, batch, draw_number) -> (weighted sums, total weight)`, no gradient."""
 

@@ -29,12 +29,13 @@ from ml_collections import ConfigDict
 from dpo_jax import cluster, interrupts
 from dpo_jax.batch import PreferenceBatch
 from dpo_jax.cli import flatten
-from dpo_jax.data.inputs import Inputs
-from dpo_jax.data.pipeline import BatchIterator
-from dpo_jax.evaluation.generate import Generator
-from dpo_jax.evaluation.report import image_grid, save_png
+from dpo_jax.data.load.inputs import Inputs
+from dpo_jax.data.load.pipeline import BatchIterator
+from dpo_jax.errors import EnvironmentFault, UserError
 from dpo_jax.files import remove_partials, write_whole
 from dpo_jax.models.pipeline import Pipeline
+from dpo_jax.sampling.generate import Generator
+from dpo_jax.sampling.grid import image_grid, save_png
 from dpo_jax.sharding import replicated, to_devices
 from dpo_jax.training.checkpoint import Checkpoints, read_config, restore, write_config
 from dpo_jax.training.config import check_same_experiment, default_config, resolve
@@ -57,7 +58,7 @@ from dpo_jax.training.model import (
 )
 from dpo_jax.training.needs import check_grids, check_room
 from dpo_jax.training.preemption import Notice, Preempted
-from dpo_jax.training.start import StartClock, keep_compiled_programs
+from dpo_jax.training.startup import StartClock, keep_compiled_programs
 from dpo_jax.training.step import Frozen, TrainState, make_eval_step, reference_params
 from dpo_jax.weights.layout import Params
 
@@ -97,7 +98,7 @@ def check_backend(config: ConfigDict) -> None:
     """Refuses an attention kernel that is for other devices than those here; ValueError. Warns of bfloat16 on CPUs."""
     needed = {"cudnn": "gpu", "splash": "tpu"}.get(config.attention, jax.default_backend())
     if needed != jax.default_backend():
-        raise ValueError(
+        raise UserError(
             f'config.attention="{config.attention}" needs a {needed.upper()}, not {jax.default_backend()}; set '
             "config.attention=xla"
         )
@@ -160,7 +161,7 @@ def _full_disk_told(workdir: epath.Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise OSError(f"no room is left in {workdir}; make some, then run the same command again") from error
+        raise EnvironmentFault(f"no room is left in {workdir}; make some, then run the same command again") from error
 
 
 class Batches(Protocol):
@@ -283,7 +284,7 @@ class Loop:
         if bad:
             last = self.checkpoints.latest_step()
             kept = f"step {last} in {self.checkpoints.folder}" if last is not None else "none yet"
-            raise ValueError(
+            raise UserError(
                 f"{bad[0]} is {values[bad[0]]} at step {step}; last good checkpoint: {kept}. "
                 "In a new --workdir, try a lower optimizer.learning_rate or loss.beta, or dtype=float32"
             )

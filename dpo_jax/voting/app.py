@@ -38,8 +38,9 @@ from starlette.routing import Route
 from starlette.templating import Jinja2Templates
 
 from dpo_jax.data.images import MAX_BYTES, decode_file
+from dpo_jax.errors import UserError
 from dpo_jax.files import read_bytes
-from dpo_jax.voting.guard import A_YEAR, SEES_RESULTS, Guard, read_json
+from dpo_jax.voting.access import A_YEAR, SEES_RESULTS, Access, read_json
 from dpo_jax.voting.raters import LONGEST_NAME, Raters, clean_name, rater_link
 from dpo_jax.voting.store import Store
 from dpo_jax.voting.survey import Survey
@@ -74,7 +75,7 @@ def make_app(survey: Survey, token: str | None = None, *, is_open: bool = True) 
         Route("/api/vote", pages.vote, methods=["POST"]),
         Route("/api/undo", pages.undo, methods=["POST"]),
     ]
-    guard = Middleware(Guard, raters=token, results=results_token(survey.store), cookie=_cookie(survey.store))
+    guard = Middleware(Access, raters=token, results=results_token(survey.store), cookie=_cookie(survey.store))
     app = Starlette(routes=routes, middleware=[guard], exception_handlers={sqlite3.Error: _not_stored})
     app.router.redirect_slashes = False
     return app
@@ -240,7 +241,7 @@ class TaskImages:
 def _png(path: Path, digest: str | None) -> bytes:
     data = read_bytes(path, MAX_BYTES)
     if digest not in (None, hashlib.sha256(data).hexdigest()):
-        raise ValueError(f"{path} was changed since the study began")
+        raise UserError(f"{path} was changed since the study began")
     file = io.BytesIO()
     decode_file(path, data).save(file, "PNG", compress_level=1, icc_profile=None)  # which Pillow would copy
     return file.getvalue()

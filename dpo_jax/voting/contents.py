@@ -11,6 +11,7 @@ from typing import Annotated, Any, NamedTuple
 import pydantic
 from typing_extensions import TypedDict
 
+from dpo_jax.errors import UserError
 from dpo_jax.files import conform, parse_json
 from dpo_jax.voting.schema import COLUMNS, checked, damaged, opaque, transaction, version_of
 from dpo_jax.voting.study import MODES, Answer, Task, TaskImage
@@ -101,7 +102,7 @@ def read(path: Path, connection: sqlite3.Connection) -> Contents:
             raters = _rows(connection, "raters", list[_Rater], secret) if has_checksums else []
             undone = connection.execute("SELECT rater, task, question FROM undone").fetchall()
         if study["mode"] not in MODES:
-            raise ValueError(f"table study: unknown mode {study['mode']!r}")
+            raise UserError(f"table study: unknown mode {study['mode']!r}")
         read_tasks = _tasks(tasks, study["secret"], len(folders))
         return Contents(
             mode=study["mode"],
@@ -125,17 +126,17 @@ def _rows(connection: sqlite3.Connection, table: str, schema: Any, secret: str |
     found = connection.execute(f"SELECT {chosen} FROM {table} ORDER BY {order}").fetchall()
     rows = conform([dict(zip(columns, row, strict=False)) for row in found], schema, f"table {table}")
     if table == "study" and len(rows) != 1:
-        raise ValueError(f"table study has {len(rows)} rows, not 1")
+        raise UserError(f"table study has {len(rows)} rows, not 1")
     for number, row in enumerate(found, 1):
         if secret is not None and row != checked(secret, table, row[:-1]):
-            raise ValueError(f"table {table}, row {number} is not as it was written")
+            raise UserError(f"table {table}, row {number} is not as it was written")
     return rows
 
 
 def _folder(row: _Folder, position: int) -> Path:
     path = row["path"]
     if row["position"] != position or not os.path.isabs(path) or os.path.normpath(path) != path:
-        raise ValueError(f"table folders: {path!r} is not the path of a folder")
+        raise UserError(f"table folders: {path!r} is not the path of a folder")
     return Path(path)
 
 
@@ -146,12 +147,12 @@ def _tasks(rows: Sequence[_Task], secret: str, folders: int) -> dict[str, Task]:
     for position, (row, named) in enumerate(zip(rows, images, strict=True)):
         where = f"table tasks, row {position + 1}"
         if row["position"] != position or row["id"] != opaque(secret, "task", position):
-            raise ValueError(f"{where}: wrong id or position")
+            raise UserError(f"{where}: wrong id or position")
         for folder, name in named:
             if not 0 <= folder < folders or PurePath(name).name != name or name in ("", "..") or "\0" in name:
-                raise ValueError(f"{where}: {name!r} is not the name of an image in one of {folders} folders")
+                raise UserError(f"{where}: {name!r} is not the name of an image in one of {folders} folders")
         if not named:
-            raise ValueError(f"{where}: no images")
+            raise UserError(f"{where}: no images")
         shown = tuple(TaskImage(*image) for image in named)
         tasks[row["id"]] = Task(row["prompt"], row["seed"], row["category"], shown)
     return tasks
@@ -165,12 +166,12 @@ def _votes(rows: Sequence[_Vote], mode: str, tasks: dict[str, Task]) -> dict[Key
     for number, (row, answer, shown) in enumerate(zip(rows, map(tuple, answers), map(tuple, orders), strict=True), 1):
         where = f"table votes, row {number}"
         if row["task"] not in tasks:
-            raise ValueError(f"{where}: there is no task {row['task']!r}")
+            raise UserError(f"{where}: there is no task {row['task']!r}")
         places = len(tasks[row["task"]].images)
         if len(answer) != places or not all(map(math.isfinite, answer)) or not MODES[mode].is_answer(answer):
-            raise ValueError(f"{where}: {row['answer']} is not an answer of --mode={mode}")
+            raise UserError(f"{where}: {row['answer']} is not an answer of --mode={mode}")
         if sorted(shown) != list(range(places)):
-            raise ValueError(f"{where}: {row['shown']} is not an order of {places} images")
+            raise UserError(f"{where}: {row['shown']} is not an order of {places} images")
         vote = Vote(row["rater"], row["task"], row["question"], answer, shown, row["time"])
         votes[vote.key] = vote
     return votes

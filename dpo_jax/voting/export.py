@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpo_jax.errors import UserError
 from dpo_jax.files import write_whole
 from dpo_jax.voting.contents import Vote
 from dpo_jax.voting.results import folder_names, group_by_task, mean_scores
@@ -53,9 +54,9 @@ def export(store: Store, path: Path, questions: Sequence[str] = ()) -> tuple[int
         ValueError: nobody has voted, the images can't be named relative to `path`, or its ending is another.
     """
     if path.suffix not in (".jsonl", ".json"):
-        raise ValueError(f"--export={path}: write a .jsonl file for dpo_jax.prepare, or D3PO's scores as .json")
+        raise UserError(f"--export={path}: write a .jsonl file for dpo_jax.prepare, or D3PO's scores as .json")
     if path.suffix == ".json" and store.mode == "pairs":
-        raise ValueError(f"--export={path}: pairs have no scores for each image; take .jsonl")
+        raise UserError(f"--export={path}: pairs have no scores for each image; take .jsonl")
     votes = store.votes()
     chosen = _chosen(store, votes, questions)
     groups = list(_groups(store, [vote for vote in votes if vote.question in chosen]))
@@ -85,15 +86,15 @@ def describe(path: Path, rows: int, missing: int) -> str:
 def _chosen(store: Store, votes: Sequence[Vote], questions: Sequence[str]) -> list[str]:
     answered = {vote.question for vote in votes}
     if not answered:
-        raise ValueError(f"{store.path} has no votes yet")
+        raise UserError(f"{store.path} has no votes yet")
     ordered = sorted(answered, key=lambda name: (list(QUESTIONS).index(name) if name in QUESTIONS else 0, name))
     for name in questions:
         if name not in answered:
-            raise ValueError(f"nobody has answered {name!r} in {store.path}, but {', '.join(ordered)}")
+            raise UserError(f"nobody has answered {name!r} in {store.path}, but {', '.join(ordered)}")
     if store.mode == "tag":
         return list(questions) or ordered
     if len(questions) > 1:
-        raise ValueError(f"--questions={','.join(questions)}: an export has the answers to one question")
+        raise UserError(f"--questions={','.join(questions)}: an export has the answers to one question")
     return list(questions) or ordered[:1]
 
 
@@ -129,7 +130,7 @@ def _image_paths(store: Store, path: Path) -> dict[TaskImage, str]:
     for folder in store.folders:
         if not folder.is_relative_to(here):
             common = os.path.commonpath([here, *store.folders])
-            raise ValueError(
+            raise UserError(
                 f"--export={path}: the file names images relative to itself, and {folder} is not beneath {here}; "
                 f"write it to {Path(common) / path.name}"
             )

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.voting.contents import Contents, Vote, read
 from dpo_jax.voting.schema import COLUMNS, VERSION, checked, dump, name_key, now, opaque, transaction, version_of
 from dpo_jax.voting.study import MODES, Answer, Folder, Mode, TaskImage, study_digest
@@ -89,9 +90,9 @@ class Store:
             if key not in self._votes:
                 return False
             if key[1:] != next(reversed(self._answered[rater])):
-                raise ValueError("only your latest answer can be taken back")
+                raise UserError("only your latest answer can be taken back")
             if self._undone[key] >= MOST_UNDONE:
-                raise ValueError(f"this answer was taken back {MOST_UNDONE} times already, so now it stays")
+                raise UserError(f"this answer was taken back {MOST_UNDONE} times already, so now it stays")
             where = "rater = ? AND task = ? AND question = ?"
             columns = ", ".join(COLUMNS["votes"])
             run(f"INSERT INTO undone SELECT {columns}, ? FROM votes WHERE {where}", (now(), *key))
@@ -195,7 +196,7 @@ def open_study(path: Path, mode: str, folders: Sequence[Folder]) -> Store:
     """
     tasks, digest, paths = MODES[mode].tasks(folders), study_digest(mode, folders), [folder.path for folder in folders]
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} is not a folder, so {path.name} can't be written to it")
+        raise MissingFileError(f"{path.parent} is not a folder, so {path.name} can't be written to it")
     try:
         check_file(path)
     except FileNotFoundError:
@@ -203,9 +204,9 @@ def open_study(path: Path, mode: str, folders: Sequence[Folder]) -> Store:
     with opening(path) as connection:
         found = read(path, connection)
         if found.mode != mode:
-            raise ValueError(f"{path} holds answers of --mode={found.mode}; name another --output for {mode}")
+            raise UserError(f"{path} holds answers of --mode={found.mode}; name another --output for {mode}")
         if found.digest != digest or list(found.tasks.values()) != tasks:
-            raise ValueError(f"{path} holds votes on other images, or in another order; name another --output")
+            raise UserError(f"{path} holds votes on other images, or in another order; name another --output")
         durable(connection)
         if version_of(connection) < VERSION:
             upgrade(connection)
@@ -224,6 +225,6 @@ def open_votes(path: Path) -> Store:
     Raises FileNotFoundError or ValueError for files that aren't one, or are damaged.
     """
     if not path.exists():
-        raise FileNotFoundError(f"there is no file of votes at {path}; --images=DIR_A,DIR_B begins one")
+        raise MissingFileError(f"there is no file of votes at {path}; --images=DIR_A,DIR_B begins one")
     with opening(path) as connection:
         return Store(path, connection)

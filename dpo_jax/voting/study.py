@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from dpo_jax.data.images import MAX_BYTES, decode_file
-from dpo_jax.evaluation.image_folder import Entry, read_list
-from dpo_jax.evaluation.prompts import Prompt
+from dpo_jax.errors import UserError
 from dpo_jax.files import read_bytes
+from dpo_jax.sampling.image_folder import Entry, read_list
+from dpo_jax.sampling.prompts import Prompt
 
 Answer = tuple[float, ...]
 
@@ -89,7 +90,7 @@ def read_folder(path: Path, prompts: Sequence[Prompt] = ()) -> Folder:
     seen = set()
     for entry in entries:
         if (entry.prompt, entry.seed) in seen:
-            raise ValueError(f"{path} has two images of the prompt {entry.prompt!r} and seed {entry.seed}; drop one")
+            raise UserError(f"{path} has two images of the prompt {entry.prompt!r} and seed {entry.seed}; drop one")
         seen.add((entry.prompt, entry.seed))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         seen_images = list(pool.map(_look, [path / entry.image for entry in entries]))
@@ -125,7 +126,7 @@ def _look(path: Path) -> tuple[str, tuple[int, int]]:
 
 def _all_pairs(folders: Sequence[Folder]) -> list[Task]:
     if len(folders) < 2:
-        raise ValueError("pairs are made of the images of two folders or more: --images=DIR_A,DIR_B")
+        raise UserError("pairs are made of the images of two folders or more: --images=DIR_A,DIR_B")
     return [task for two in itertools.combinations(range(len(folders)), 2) for task in _matching(folders, two)]
 
 
@@ -142,7 +143,7 @@ def _groups(folders: Sequence[Folder]) -> list[Task]:
         if len(entries) > 1
     ]
     if not tasks:
-        raise ValueError(f"{folders[0].path} has no prompt with two images or more to compare; name further folders")
+        raise UserError(f"{folders[0].path} has no prompt with two images or more to compare; name further folders")
     return tasks
 
 
@@ -166,7 +167,7 @@ def _matching(folders: Sequence[Folder], positions: Iterable[int]) -> list[Task]
             tasks.append(Task(entry.prompt, entry.seed, entry.category, images))
     if not tasks:
         names = " and ".join(str(folders[k].path) for k in positions)
-        raise ValueError(f"{names} have no image of the same prompt and seed; make them from one list of prompts")
+        raise UserError(f"{names} have no image of the same prompt and seed; make them from one list of prompts")
     return tasks
 
 

@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dpo_jax.errors import UserError
 from dpo_jax.voting.store import Store
 from dpo_jax.voting.study import TIE, Answer, Question
 
@@ -72,10 +73,10 @@ class Survey:
         self._check(task, question)
         shown = self.shown(rater, task)
         if len(placed) != len(shown):
-            raise ValueError(f"an answer here has {len(shown)} numbers")
+            raise UserError(f"an answer here has {len(shown)} numbers")
         answer = tuple(placed[shown.index(k)] for k in range(len(shown)))
         if not self.store.how.is_answer(answer) or (answer == TIE and not self.ties):
-            raise ValueError("that is not one of the answers")
+            raise UserError("that is not one of the answers")
         return self.store.add(rater, task, question, answer, shown).answer == answer
 
     def undo(self, rater: str, task: str, question: str) -> dict[str, Any]:
@@ -111,7 +112,7 @@ class Survey:
 
     def _check(self, task: str, question: str) -> None:
         if task not in self.store.tasks or question not in self.questions:
-            raise ValueError("there is no such task or question")
+            raise UserError("there is no such task or question")
 
     def _new_order(self, rater: str) -> list[str]:
         return sorted(self.store.tasks, key=lambda task: self.store.opaque("order", rater, task))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from dpo_jax.errors import UserError
 from dpo_jax.files import check_regular, look_at, partial_name, sync
 from dpo_jax.voting.schema import (
     APPLICATION_ID,
@@ -38,32 +39,32 @@ def check_file(path: Path) -> None:
     wal, shm, journal = (path.with_name(path.name + end) for end in ("-wal", "-shm", "-journal"))
     for file in (path, wal, shm, journal):
         if file.is_symlink():
-            raise ValueError(f"{file} is a symbolic link, which is not followed; name the file itself")
+            raise UserError(f"{file} is a symbolic link, which is not followed; name the file itself")
     for file in (wal, shm):
         if file.exists():
             check_regular(file)
     if journal.exists():
-        raise ValueError(
+        raise UserError(
             f"{journal} is not from dpo_jax.vote: another program left a change unfinished. Restore {path.name} from "
             f"a backup and remove {journal.name}"
         )
     if not path.exists() and wal.exists() and wal.stat().st_size:
-        raise ValueError(
+        raise UserError(
             f"{path} is missing, but {wal.name} beside it may hold votes; restore {path.name}, or remove {wal.name} "
             "to begin anew"
         )
     check_regular(path)
     size = path.stat().st_size
     if size == 0:
-        raise ValueError(
+        raise UserError(
             f"{path} is empty (0 bytes), so whatever votes it held are lost; restore it from a backup, or remove it to "
             "begin anew"
         )
     if size > MAX_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes; a file of votes has at most {MAX_BYTES:,}")
+        raise UserError(f"{path} has {size:,} bytes; a file of votes has at most {MAX_BYTES:,}")
     kind = look_at(path)
     if kind != "an SQLite database":
-        raise ValueError(f"{path} is not a file of votes, but {kind or 'something else'}; name another --output")
+        raise UserError(f"{path} is not a file of votes, but {kind or 'something else'}; name another --output")
 
 
 @contextmanager
@@ -98,10 +99,10 @@ def _in_a_sentence(path: Path, error: sqlite3.Error) -> ValueError:
 
 def _check_kind(path: Path, connection: sqlite3.Connection) -> None:
     if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-        raise ValueError(f"{path} is an SQLite file of another program, not a file of votes; name another --output")
+        raise UserError(f"{path} is an SQLite file of another program, not a file of votes; name another --output")
     version = version_of(connection)
     if not 0 <= version <= VERSION:
-        raise ValueError(f"{path} has version {version}, which this dpo_jax does not know; update dpo_jax")
+        raise UserError(f"{path} has version {version}, which this dpo_jax does not know; update dpo_jax")
     ((verdict,),) = connection.execute("PRAGMA integrity_check(1)")
     if verdict != "ok":
         raise damaged(path, str(verdict).splitlines()[-1])
@@ -168,9 +169,7 @@ def begin(path: Path, mode: str, digest: str, secret: str, folders: Sequence[Pat
         sync(path.parent)
     except (sqlite3.Error, OSError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"{path} can't be written ({reason}); check the folder's permissions and free space"
-        ) from error
+        raise UserError(f"{path} can't be written ({reason}); check the folder's permissions and free space") from error
     finally:
         for end in ("", "-wal", "-shm"):
             partial.with_name(partial.name + end).unlink(missing_ok=True)

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from etils import epath
 
+from dpo_jax.errors import UserError
+
 BYTES_AT_A_TIME = 2**18
 """So much stays in a processor's cache while it is looked at."""
 
@@ -39,7 +41,7 @@ def refuse_nonfinite(names: Iterable[str], path: epath.PathLike, dtype: object =
         return
     several = f" and {len(names) - 3} more" if len(names) > 3 else ""
     held = f" as {dtype}" if dtype else ""
-    raise ValueError(
+    raise UserError(
         f"{path} holds numbers that are not finite{held} (NaN or infinity) in {', '.join(names[:3])}{several}; "
         "download or convert it again, or take another (sample, evaluate and export use a diffusion model all the same "
         "with --allow_nonfinite; a judge has to be whole)"

@@ -12,6 +12,7 @@ import ml_dtypes  # noqa: F401 -- NumPy knows the name bfloat16 from it
 import numpy as np
 from etils import epath
 
+from dpo_jax.errors import UserError
 from dpo_jax.files import check_regular, what_it_is
 from dpo_jax.weights.mapped_file import fetch, open_bytes
 
@@ -32,13 +33,13 @@ def read(path: epath.Path) -> dict[str, np.ndarray]:
     parser = _Parser(open_bytes(check_regular(path)))
     known = what_it_is(parser.data[:64].tobytes())
     if known:
-        raise ValueError(f"{path} is {known}")
+        raise UserError(f"{path} is {known}")
     try:
         arrays = dict(_arrays(parser.value()))
         if parser.position != len(parser.data):
-            raise ValueError("something follows the end")
+            raise UserError("something follows the end")
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path} is truncated or not a Flax msgpack file; copy it again") from error
+        raise UserError(f"{path} is truncated or not a Flax msgpack file; copy it again") from error
     return arrays
 
 
@@ -85,7 +86,7 @@ class _Parser:
     def _take(self, size: int) -> np.ndarray:
         taken = self.data[self.position : self.position + size]
         if len(taken) < size:
-            raise ValueError("the file ends early")
+            raise UserError("the file ends early")
         self.position += size
         return taken
 
@@ -106,7 +107,7 @@ class _Parser:
         end = self.position + size
         shape, dtype, data = self.value()
         if kind not in (ARRAY, SCALAR) or self.position != end or dtype not in DTYPES:
-            raise ValueError("an extension that is no array")
+            raise UserError("an extension that is no array")
         return data.view(np.dtype(dtype)).reshape(shape)
 
 

@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.weights.io import CONVERT_PICKLE, PICKLES, SAFETENSORS, preferred_weights
 from dpo_jax.weights.lora_metadata import FILES, PEFT_CONFIG
 
@@ -67,7 +68,7 @@ def find_model(
         return path
     hub_id = HUB_ID.fullmatch(name)
     if hub_id is None:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no folder or file {name}, and it is no hub id either (owner/name, or owner/name/file.safetensors)"
         )
     repo, file, revision = hub_id["repo"], hub_id["file"], hub_id["revision"] or revision
@@ -80,9 +81,9 @@ def find_model(
         patterns = [glob.escape(pattern) for pattern in patterns]
         path = epath.Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns)) / (file or "")
     except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{repo} on the hub has no revision {revision!r}") from error
+        raise MissingFileError(f"{repo} on the hub has no revision {revision!r}") from error
     except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no folder or file {name} here, and no model {repo} on the hub that you may read (a private or gated one "
             "needs `hf auth login`, and its terms accepted on its page)"
         ) from error
@@ -90,13 +91,13 @@ def find_model(
         # The hub's library wraps the cause, and tells of it in several lines.
         reason = str(error.__cause__ or error).partition("\n")[0].rstrip(".")
         options = f"{_patterns(file or ' '.join(files), only, weights)}{f' --revision {revision}' if revision else ''}"
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no folder or file {name} here, and its files can't all be had from the hub or its cache ({reason}); on a "
             f"machine with a network run: hf download {repo} {options} "
             f"--local-dir models/{repo.partition('/')[2]}, and give the path of that {'file' if file else 'folder'}"
         ) from error
     if not path.exists():
-        raise FileNotFoundError(f"no file {name} here, and {repo} on the hub holds no {file}")
+        raise MissingFileError(f"no file {name} here, and {repo} on the hub holds no {file}")
     return path
 
 
@@ -115,7 +116,7 @@ def files_to_fetch(
     no weights that can be read here, or there is no network.
     """
     if variant and not any(f".{variant}." in file for file in SAFETENSORS):
-        raise ValueError(f"{where}: unknown variant {variant!r} of weights, expected 'fp16' or nothing")
+        raise UserError(f"{where}: unknown variant {variant!r} of weights, expected 'fp16' or nothing")
     names_in = defaultdict(set)
     for file in repo_files:
         folder, _, name = file.rpartition("/")
@@ -126,7 +127,7 @@ def files_to_fetch(
         networks.append("")  # the root
     if not networks:
         needed = " or ".join(sorted(only or NETWORKS))
-        raise ValueError(f"{where} is no model for diffusers: it has no {needed} with a config.json")
+        raise UserError(f"{where} is no model for diffusers: it has no {needed} with a config.json")
 
     wanted = ["model_index.json"] if is_pipeline else []
     for folder in WITHOUT_WEIGHTS:
@@ -142,7 +143,7 @@ def files_to_fetch(
             pickled |= any(name.endswith(PICKLES) for name in names)
     if unreadable:
         kind, advice = ("only pickled", f"; {CONVERT_PICKLE}") if pickled else ("no", "")
-        raise ValueError(f"{where} holds {kind} weights for {', '.join(unreadable)}{advice}")
+        raise UserError(f"{where} holds {kind} weights for {', '.join(unreadable)}{advice}")
     return wanted
 
 

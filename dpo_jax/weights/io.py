@@ -19,6 +19,7 @@ import pydantic
 from etils import epath
 from jax.typing import DTypeLike
 
+from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.files import check_regular, look_at, new_folder, read_json, write_whole
 from dpo_jax.weights import flax_msgpack, original, safetensors_file
 from dpo_jax.weights.finite import is_finite, refuse_nonfinite
@@ -149,7 +150,7 @@ def read_params(path: epath.PathLike, specs: Specs, *, prefix: str = "", variant
         if names
     ]
     if problems:
-        raise ValueError(f"{path} does not hold the model that its config describes: {'; '.join(problems)}")
+        raise UserError(f"{path} does not hold the model that its config describes: {'; '.join(problems)}")
     return found
 
 
@@ -223,7 +224,7 @@ def first_several(names: list[str], kind: str, several: int = 5) -> str:
 
 def _open_file(path: epath.Path, specs: Specs, prefix: str) -> _Stored:
     if not path.exists():
-        raise FileNotFoundError(f"no folder {path}; a diffusers model folder keeps each component in one of its own")
+        raise MissingFileError(f"no folder {path}; a diffusers model folder keeps each component in one of its own")
     _refuse_pickle(path)
     return _Stored(original.read(path, specs, prefix), torch_aliases, from_torch)
 
@@ -232,7 +233,7 @@ def _refuse_pickle(file: epath.Path) -> None:
     if file.suffix != ".safetensors":
         known = look_at(check_regular(file)) or "not a .safetensors file"
         pickled = file.suffix in PICKLES or "pickle" in known
-        raise ValueError(f"{file} is not a .safetensors file; {CONVERT_PICKLE}" if pickled else f"{file} is {known}")
+        raise UserError(f"{file} is not a .safetensors file; {CONVERT_PICKLE}" if pickled else f"{file} is {known}")
 
 
 def _open_folder(folder: epath.Path, variant: str) -> _Stored:
@@ -244,7 +245,7 @@ def _open_folder(folder: epath.Path, variant: str) -> _Stored:
         of_file = safetensors_file.read(file)
         twice = sorted(of_file.keys() & arrays.keys())
         if twice:
-            raise ValueError(first_several(twice, f"tensors of {file} are in another file of its folder too"))
+            raise UserError(first_several(twice, f"tensors of {file} are in another file of its folder too"))
         arrays |= of_file
     original.refuse_scaled(arrays, folder)
     return _Stored(arrays, torch_aliases, from_torch)
@@ -260,18 +261,18 @@ def weight_files(folder: epath.Path, variant: str = "") -> list[epath.Path]:
     if name is None:
         pickles = sorted(name for name in names if name.endswith(PICKLES))
         if pickles:
-            raise ValueError(f"{folder} holds only pickled weights ({', '.join(pickles)}); {CONVERT_PICKLE}")
-        raise FileNotFoundError(f"no weights in {folder}; looked for {', '.join(SAFETENSORS + LEGACY_FLAX)}")
+            raise UserError(f"{folder} holds only pickled weights ({', '.join(pickles)}); {CONVERT_PICKLE}")
+        raise MissingFileError(f"no weights in {folder}; looked for {', '.join(SAFETENSORS + LEGACY_FLAX)}")
     if not name.endswith(".json"):
         return [folder / name]
     index: Index = read_json(folder / name, Index, MAX_INDEX_BYTES)
     shards = sorted(set(index.weight_map.values()))
     outside = [shard for shard in shards if "/" in shard or "\\" in shard or not shard.endswith(".safetensors")]
     if outside:
-        raise ValueError(f"{folder / name} names {outside[0]!r}, which is not a .safetensors file of its folder")
+        raise UserError(f"{folder / name} names {outside[0]!r}, which is not a .safetensors file of its folder")
     absent = [shard for shard in shards if shard not in names]
     if absent:
-        raise FileNotFoundError(f"{folder / name} names files that are absent: {', '.join(absent)}")
+        raise MissingFileError(f"{folder / name} names files that are absent: {', '.join(absent)}")
     return [folder / shard for shard in shards]
 
 

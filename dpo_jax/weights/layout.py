@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from dpo_jax.errors import UserError
+
 
 class ParamSpec(NamedTuple):
     """Shape and place of one parameter, known before any weight is read."""
@@ -71,7 +73,7 @@ def from_flax(array: np.ndarray, spec: ParamSpec) -> np.ndarray:
 
 def _squeezed(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if [size for size in array.shape if size > 1] != [size for size in shape if size > 1]:
-        raise ValueError(f"stored as {array.shape}, the model needs {shape}")
+        raise UserError(f"stored as {array.shape}, the model needs {shape}")
     return array.reshape(shape)
 
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.streams import warn
 from dpo_jax.weights import lora_layouts, safetensors_file
 from dpo_jax.weights.finite import is_finite
@@ -63,7 +64,7 @@ def check_low_rank(adapter: Adapter, what: str) -> None:
     methods = Counter(change.method for change in adapter.changes.values())
     if methods:
         found = ", ".join(f"{method} ({count} weights)" for method, count in methods.items())
-        raise ValueError(
+        raise UserError(
             f"{what} holds {found}, which can be merged into a model but not trained or rewritten as a LoRA; merge it "
             "with dpo_jax.export --model=MODEL --lora=FILE --format=diffusers, and go on from that folder"
         )
@@ -159,11 +160,11 @@ class _Found(NamedTuple):
     changes: dict[str, Change]
 
 
-class _Incomplete(ValueError):
+class _Incomplete(UserError):
     """A layer lacks one of the matrices that its method needs."""
 
 
-class _Misshapen(ValueError):
+class _Misshapen(UserError):
     """What is stored has another shape than the layer needs."""
 
 
@@ -235,10 +236,10 @@ def _check_values(arrays: Mapping[str, np.ndarray], path: epath.Path, allow_nonf
         if not _is_float(array.dtype) and not (key.endswith("alpha") and array.dtype.kind == "i")
     ]
     if others:
-        raise ValueError(f"{path} holds {first_several(others, 'tensors that are not floating point')}")
+        raise UserError(f"{path} holds {first_several(others, 'tensors that are not floating point')}")
     bad = [key for key, array in arrays.items() if not is_finite(array)]
     if bad and not allow_nonfinite:
-        raise ValueError(
+        raise UserError(
             f"{path} holds values that are not finite (NaN or infinity), so its training diverged or the file is "
             f"damaged; use an earlier or another copy. {first_several(bad, 'such tensors')}"
         )
@@ -260,10 +261,10 @@ def _check_found(
     made_for = f", made for {stated.made_for}," if stated.made_for else ""
     if problems:
         listed = "; ".join(first_several(names, kind) for kind, names in problems.items())
-        raise ValueError(f"{path}{made_for} is no LoRA for this UNet: {listed}")
+        raise UserError(f"{path}{made_for} is no LoRA for this UNet: {listed}")
     others = "; ".join(first_several(names, f"layers for {owner}") for owner, names in left_out.items())
     if not has_unet:
-        raise ValueError(
+        raise UserError(
             f"{path}{made_for} is no LoRA for this UNet: {f'it holds only {others}' if others else 'it is empty'}"
         )
     if others:
@@ -275,12 +276,12 @@ def _find_file(path: epath.Path) -> epath.Path:
         names = {file.name for file in path.iterdir()}
         found = [name for name in FILES if name in names] + sorted(name for name in names if name.endswith(PICKLES))
         if not found:
-            raise FileNotFoundError(f"no {' or '.join(FILES)} in {path}; give the path of the file itself")
+            raise MissingFileError(f"no {' or '.join(FILES)} in {path}; give the path of the file itself")
         path /= found[0]
     if not path.exists():
-        raise FileNotFoundError(f"no LoRA at {path}; give a .safetensors file, or a folder that holds {FILES[0]}")
+        raise MissingFileError(f"no LoRA at {path}; give a .safetensors file, or a folder that holds {FILES[0]}")
     if path.suffix != ".safetensors":
-        raise ValueError(
+        raise UserError(
             f"{path} is no .safetensors file; opening a pickle can run code, so convert it once in PyTorch: "
             "safetensors.torch.save_file(torch.load('FILE', weights_only=True), 'NEW.safetensors')"
         )

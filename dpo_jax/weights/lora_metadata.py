@@ -12,6 +12,7 @@ import regex
 from etils import epath
 from typing_extensions import TypedDict
 
+from dpo_jax.errors import UserError
 from dpo_jax.files import conform, parse_json, read_json
 from dpo_jax.streams import warn
 from dpo_jax.weights import safetensors_file
@@ -95,14 +96,14 @@ class Stated:
 
     def _compiled(self, pattern: str) -> regex.Pattern | re.Pattern:
         if len(pattern) > MAX_PATTERN:
-            raise ValueError(f"{self._where}: a pattern of alpha_pattern has {len(pattern):,} characters")
+            raise UserError(f"{self._where}: a pattern of alpha_pattern has {len(pattern):,} characters")
         whole = rf"(.*\.)?({pattern})"
         if _SIMPLE.fullmatch(pattern):
             return re.compile(whole)
         try:
             return self._timed(lambda: regex.compile(whole))
         except (regex.error, OverflowError, RecursionError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{self._where}: alpha_pattern {pattern[:60]!r} is not a regular expression ({error})"
             ) from None
 
@@ -121,7 +122,7 @@ class Stated:
             pass
         finally:
             self._seconds_left -= time.monotonic() - start
-        raise ValueError(
+        raise UserError(
             f"{self._where}: its alpha_pattern takes longer than {SECONDS_TO_MATCH:g} seconds to match; write the "
             "names of the layers instead of complex regular expressions"
         )
@@ -138,6 +139,6 @@ class Stated:
             except ValueError:
                 alpha = math.nan
             if not math.isfinite(alpha):
-                raise ValueError(f"{self._path}: the metadata {name}={text[:60]!r} is not a number")
+                raise UserError(f"{self._path}: the metadata {name}={text[:60]!r} is not a number")
             return alpha
         return None

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dpo_jax.errors import UserError
 from dpo_jax.weights.layout import ParamSpec, from_torch, to_torch
 
 Arrays = Mapping[str, np.ndarray]
@@ -68,11 +69,11 @@ def read_change(arrays: Arrays, scale: float, spec: ParamSpec) -> Change:
     outputs, *rest = spec.torch_shape
     found, needed = _shape(arrays, method), (outputs, math.prod(rest))
     if found != needed:
-        raise ValueError(f"{method} of shape {found}, the model needs {needed}")
+        raise UserError(f"{method} of shape {found}, the model needs {needed}")
     if method == "DoRA":
         scales = arrays["magnitude"] if "magnitude" in arrays else arrays["dora_scale"]
         if scales.size != (outputs if _is_along_outputs(arrays, outputs) else rest[0]):
-            raise ValueError(f"DoRA with {scales.size} magnitudes, the model needs {spec.torch_shape}")
+            raise UserError(f"DoRA with {scales.size} magnitudes, the model needs {spec.torch_shape}")
     return Change(method, arrays, scale, spec)
 
 
@@ -90,7 +91,7 @@ def _shape(arrays: Arrays, method: str) -> tuple[int, int]:
     if method == "LoHa":
         first, second = (_shape_of_product(arrays, f"hada_w{n}_a", f"hada_w{n}_b", f"hada_t{n}") for n in (1, 2))
         if first != second:
-            raise ValueError(f"the products of LoHa have the shapes {first} and {second}")
+            raise UserError(f"the products of LoHa have the shapes {first} and {second}")
         return first
     first, second = (
         _shape_of_whole(arrays, name) if name in arrays else _shape_of_product(arrays, f"{name}_a", f"{name}_b", t)
@@ -102,23 +103,23 @@ def _shape(arrays: Arrays, method: str) -> tuple[int, int]:
 def _shape_of_whole(arrays: Arrays, part: str) -> tuple[int, int]:
     shape = arrays[part].shape
     if not shape or (part != "diff" and len(shape) < 2) or (part == "lokr_w1" and math.prod(shape[2:]) > 1):
-        raise ValueError(f"{part} is stored as {shape}")
+        raise UserError(f"{part} is stored as {shape}")
     return shape[0], math.prod(shape[1:])
 
 
 def _shape_of_product(arrays: Arrays, a: str, b: str, t: str = "") -> tuple[int, int]:
     for part in (a, b):
         if part not in arrays:
-            raise ValueError(f"{part} is missing")
+            raise UserError(f"{part} is missing")
         if arrays[part].ndim < 2:
-            raise ValueError(f"{part} is stored as {arrays[part].shape}")
+            raise UserError(f"{part} is stored as {arrays[part].shape}")
     A, B, T = arrays[a].shape, arrays[b].shape, arrays[t].shape if t in arrays else None
     if T is not None:
         if (len(A), len(B), len(T)) != (2, 2, 4) or T[:2] != (A[0], B[0]):
-            raise ValueError(f"{t}, {a} and {b} are stored as {T}, {A} and {B}")
+            raise UserError(f"{t}, {a} and {b} are stored as {T}, {A} and {B}")
         return A[1], B[1] * T[2] * T[3]
     if math.prod(A[1:]) != B[0]:
-        raise ValueError(f"{a} and {b} are stored as {A} and {B}")
+        raise UserError(f"{a} and {b} are stored as {A} and {B}")
     return A[0], math.prod(B[1:])
 
 

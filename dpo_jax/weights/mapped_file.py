@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from dpo_jax.errors import UserError
+
 
 def open_bytes(path: epath.Path) -> np.ndarray:
     """The file's bytes: mapped where the file system can, downloaded whole from a bucket."""
@@ -51,7 +53,7 @@ def read_into(path: os.PathLike, offset: int, out: np.ndarray) -> None:
         while done < len(into):
             count = os.preadv(descriptor, [into[done:]], offset + done)
             if not count:
-                raise ValueError(f"{path} has become shorter since it was opened")
+                raise UserError(f"{path} has become shorter since it was opened")
             done += count
     finally:
         os.close(descriptor)

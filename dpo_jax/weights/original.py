@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 from jax.typing import DTypeLike
 
+from dpo_jax.errors import UserError
 from dpo_jax.weights import safetensors_file
 from dpo_jax.weights.layout import Specs, to_torch, torch_name
 from dpo_jax.weights.mapped_file import fetch
@@ -80,7 +81,7 @@ def refuse_scaled(names: Iterable[str], path: epath.Path) -> None:
     scales = [name for name in names if SCALE.search(name)]
     if scales:
         convert = CONVERT_SCALED.format(file=path, stem=path.with_suffix(""))
-        raise ValueError(f"{path} holds fp8 weights with scales (such as {scales[0]}), which are not read; {convert}")
+        raise UserError(f"{path} holds fp8 weights with scales (such as {scales[0]}), which are not read; {convert}")
 
 
 def read(path: epath.Path, specs: Specs, prefix: str) -> dict[str, np.ndarray]:
@@ -101,7 +102,7 @@ def read(path: epath.Path, specs: Specs, prefix: str) -> dict[str, np.ndarray]:
             arrays = found
             break
     if arrays is stored and any(name.startswith(WHOLE_MODEL) for name in stored):
-        raise ValueError(f"{path} lacks a part of the model: none of its tensors begins with {prefix}")
+        raise UserError(f"{path} lacks a part of the model: none of its tensors begins with {prefix}")
     originals = _original_names(specs)
     theirs = set(originals.values())
     renamed = {name: _from_original(name, arrays[of]) for name, of in originals.items() if of in arrays}

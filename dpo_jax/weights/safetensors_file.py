@@ -15,6 +15,7 @@ import numpy as np
 import pydantic
 from etils import epath
 
+from dpo_jax.errors import UserError
 from dpo_jax.files import check_regular, conform, decode_text, parse_json, what_it_is, writing
 from dpo_jax.weights.finite import is_finite
 from dpo_jax.weights.mapped_file import open_bytes
@@ -51,7 +52,7 @@ class Entry(pydantic.BaseModel):
 Header = dict[str, Entry]
 
 
-class NotFinite(ValueError):
+class NotFinite(UserError):
     """A tensor that was to be written is not finite.
 
     Attributes:
@@ -126,7 +127,7 @@ def _open(path: epath.Path) -> tuple[np.ndarray, Header, dict[str, str], int]:
     start = 8 + length
     if not 2 <= length <= MAX_HEADER_BYTES or start > len(data) or data[8] not in b"{ ":
         known = what_it_is(data[:64].tobytes())
-        raise ValueError(
+        raise UserError(
             f"{path} is {known}"
             if known
             else f"{path} is truncated or not a safetensors file: no header; copy it again"
@@ -139,19 +140,19 @@ def _open(path: epath.Path) -> tuple[np.ndarray, Header, dict[str, str], int]:
     for name, entry in sorted(header.items(), key=lambda item: item[1].data_offsets):
         first, end = entry.data_offsets
         if first != position or end < first:
-            raise ValueError(f"{path} is damaged: the bytes of {name} begin at {first}, not {position}; copy it again")
+            raise UserError(f"{path} is damaged: the bytes of {name} begin at {first}, not {position}; copy it again")
         position = end
     if len(data) != start + position:
         size = start + position
-        raise ValueError(f"{path} is truncated or damaged: {len(data)} bytes instead of {size}; copy it again")
+        raise UserError(f"{path} is truncated or damaged: {len(data)} bytes instead of {size}; copy it again")
     return data, header, metadata, start
 
 
 def _view(data: np.ndarray, name: str, entry: Entry, path: epath.Path) -> np.ndarray:
     if entry.dtype not in DTYPES:
-        raise ValueError(f"{path}: {name} is stored as {entry.dtype}; supported are {', '.join(DTYPES)}")
+        raise UserError(f"{path}: {name} is stored as {entry.dtype}; supported are {', '.join(DTYPES)}")
     start, end = entry.data_offsets
     dtype, shape = DTYPES[entry.dtype], tuple(entry.shape)
     if end - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{path} is damaged: {name} of shape {shape} has {end - start} bytes; copy it again")
+        raise UserError(f"{path} is damaged: {name} of shape {shape} has {end - start} bytes; copy it again")
     return data[start:end].view(dtype).reshape(shape)

@@ -283,7 +283,7 @@ def make_said(by: str) -> Make:
     """Scores that an outside judge wrote."""
 
     def make(folder: Path, runner: Runner) -> None:
-        from dpo_jax.data.prepared import open_prepared
+        from dpo_jax.data.store.prepared import open_prepared
 
         make_prepared(folder, runner)
         data = open_prepared(folder / "data")

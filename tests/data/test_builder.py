@@ -19,11 +19,12 @@ import pytest
 import tensorflow_datasets as tfds
 import xxhash
 
-from dpo_jax.data import builder, merge, parts, prepared
-from dpo_jax.data.builder import Progress, prepare
 from dpo_jax.data.images import decode
-from dpo_jax.data.prepared import open_prepared
-from dpo_jax.data.sources import SOURCES, Chunk, Damaged, Dropped, Record, Row, Source
+from dpo_jax.data.prepare import builder, merge, worker
+from dpo_jax.data.prepare.builder import Progress, prepare
+from dpo_jax.data.sources import SOURCES, Chunk, Damaged, Dropped, Outcome, Record, Source
+from dpo_jax.data.store import prepared
+from dpo_jax.data.store.prepared import open_prepared
 
 from .conftest import encode, noise_jpeg
 
@@ -31,7 +32,7 @@ Write = Callable[..., Path]
 PICKAPIC = SOURCES["pickapic"]
 
 
-def in_memory(*chunks: list[Row]) -> Source:
+def in_memory(*chunks: list[Outcome]) -> Source:
     """A source of these rows; the files it is given say nothing."""
     return Source(
         chunks=lambda files: [Chunk(files[0], i, i + 1) for i in range(len(chunks))],
@@ -113,7 +114,7 @@ def test_images_are_stored_once_within_and_across_parts(tmp_path: Path) -> None:
         [record(bad, b)],  # no record at all
         [record(d, d, a, b, c)],
     )
-    parts.make_part(source, source.chunks([tmp_path])[0], tmp_path / "part")
+    worker.make_part(source, source.chunks([tmp_path])[0], tmp_path / "part")
     assert pq.read_metadata(tmp_path / "part" / "images.parquet").num_rows == 2
     summary = prepare(source, [tmp_path], tmp_path / "out", workers=0, max_damaged_fraction=1)
     assert images_of(tmp_path / "out") == [a, b, c, d]
@@ -131,7 +132,7 @@ def test_an_image_stays_with_the_first_part_that_has_it(tmp_path: Path) -> None:
     folders = [tmp_path / f"{number}" for number in range(len(of_parts))]
     for folder, found in zip(folders, of_parts, strict=True):
         folder.mkdir()
-        parts._write(folder / "images.arrow", prepared.IMAGES, [{"sha256": d, "width": 1, "height": 1} for d in found])
+        worker._write(folder / "images.arrow", prepared.IMAGES, [{"sha256": d, "width": 1, "height": 1} for d in found])
     places: dict[bytes, int] = {}
     for folder, found, part in zip(folders, of_parts, merge._identify(folders, tmp_path), strict=True):
         owns = [digest not in places for digest in found]
@@ -151,7 +152,7 @@ def test_prompts_are_split_by_their_hash(tmp_path: Path, fraction: float, distin
     folders = [tmp_path / f"{number}" for number in range(len(of_parts))]
     for folder, hashes in zip(folders, of_parts, strict=True):
         folder.mkdir()
-        parts._write(folder / "records.arrow", parts.RECORDS, [{"prompt": int(value)} for value in hashes])
+        worker._write(folder / "records.arrow", worker.RECORDS, [{"prompt": int(value)} for value in hashes])
     limit, prompts = merge._split(folders, tmp_path, fraction)
     ordered = sorted(known.tolist())
     held_out = sum(value / 2**64 < fraction for value in ordered)
@@ -357,7 +358,7 @@ def test_killed_and_continued_gives_the_same_bytes(slow: Source, many_parts: lis
     output, partial = tmp_path / "out", tmp_path / ".out.partial"
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from slow_source import SLOW; "
-        "from dpo_jax.data.builder import prepare; "
+        "from dpo_jax.data.prepare.builder import prepare; "
         "prepare(SLOW, [Path(file) for file in sys.argv[3:]], Path(sys.argv[2]), workers=2, max_damaged_fraction=0.1)"
     )
     command = [sys.executable, "-c", code, tmp_path / "modules", output, *many_parts]
@@ -476,8 +477,8 @@ def test_a_part_is_on_the_disk_before_it_counts_as_finished(tmp_path: Path, monk
     synced = []
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(os.readlink(f"/proc/self/fd/{file}"))))
     source = in_memory([record(noise_jpeg(0), noise_jpeg(1))])
-    parts.make_part(source, source.chunks([tmp_path])[0], tmp_path / "part")
-    temporary = parts.temporary_folder(tmp_path / "part", os.getpid())
+    worker.make_part(source, source.chunks([tmp_path])[0], tmp_path / "part")
+    temporary = worker.temporary_folder(tmp_path / "part", os.getpid())
     assert set(synced) == {temporary, *(temporary / file.name for file in (tmp_path / "part").iterdir())}
 
 
@@ -485,7 +486,8 @@ def test_of_two_runs_on_one_output_the_second_is_refused(slow: Source, many_part
     output, partial = tmp_path / "out", tmp_path / ".out.partial"
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from slow_source import SLOW; "
-        "from dpo_jax.data.builder import prepare; prepare(SLOW, [Path(sys.argv[3])], Path(sys.argv[2]), workers=1)"
+        "from dpo_jax.data.prepare.builder import prepare; "
+        "prepare(SLOW, [Path(sys.argv[3])], Path(sys.argv[2]), workers=1)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "modules", output, many_parts[4]])
     deadline = time.monotonic() + 60
@@ -524,7 +526,7 @@ def test_a_worker_that_was_stopped_is_not_blamed(tmp_path: Path, order: int) -> 
     processes = [SimpleNamespace(pid=pid, exitcode=code, join=lambda: None) for pid, code in ((7, -15), (8, -11))]
     chunks = {tmp_path / f"0000{i}": Chunk(Path(f"{i}.tar"), 0, 9) for i in range(2)}
     for folder, process in zip(chunks, processes, strict=True):
-        parts.temporary_folder(folder, process.pid).mkdir()
+        worker.temporary_folder(folder, process.pid).mkdir()
     message = builder._who_died(processes[::order], chunks)
     assert message.startswith("the worker that read 1.tar from 0 to 9 died (SIGSEGV;")
 
@@ -533,7 +535,8 @@ def test_workers_end_with_the_main_process(slow: Source, many_parts: list[Path],
     """Also one that is in the middle of a chunk; otherwise it would stay for ever."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from slow_source import SLOW; "
-        "from dpo_jax.data.builder import prepare; prepare(SLOW, [Path(sys.argv[3])], Path(sys.argv[2]), workers=1)"
+        "from dpo_jax.data.prepare.builder import prepare; "
+        "prepare(SLOW, [Path(sys.argv[3])], Path(sys.argv[2]), workers=1)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "modules", tmp_path / "out", many_parts[4]])
     deadline = time.monotonic() + 60
@@ -552,7 +555,7 @@ def test_workers_end_with_the_main_process(slow: Source, many_parts: list[Path],
 MEASURE = """
 import re, sys
 from pathlib import Path
-from dpo_jax.data.builder import prepare
+from dpo_jax.data.prepare.builder import prepare
 from dpo_jax.data.sources import SOURCES
 prepare(SOURCES["pickapic"], [Path(file) for file in sys.argv[2:]], Path(sys.argv[1]), workers=0)
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

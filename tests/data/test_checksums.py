@@ -15,16 +15,17 @@ import pytest
 from etils import epath
 
 from dpo_jax.batch import PreferenceBatch
-from dpo_jax.data import checksums, encoded, judging
-from dpo_jax.data.builder import prepare
-from dpo_jax.data.encoded import Encodings, distinct_captions, folder_of, with_checksums, write_captions
-from dpo_jax.data.inputs import Decoded, Inputs, Stored
-from dpo_jax.data.pipeline import make_iterator, open_pairs, validation_batches
-from dpo_jax.data.prepared import CHECKED, open_prepared
-from dpo_jax.data.scores import candidates, read_scores, write_scores
+from dpo_jax.data.labels import judging
+from dpo_jax.data.load.inputs import CachedInputs, Inputs, RawInputs
+from dpo_jax.data.load.pipeline import make_iterator, open_records, validation_batches
+from dpo_jax.data.load.views import view_batches
+from dpo_jax.data.prepare.builder import prepare
+from dpo_jax.data.prepare.verify import verify
 from dpo_jax.data.sources import SOURCES
-from dpo_jax.data.verify import verify
-from dpo_jax.data.views import view_batches
+from dpo_jax.data.store import checksums, latents
+from dpo_jax.data.store.latents import StoredLatents, distinct_captions, folder_of, with_checksums, write_captions
+from dpo_jax.data.store.prepared import CHECKED, open_prepared
+from dpo_jax.data.store.scores import candidates, read_scores, write_scores
 from dpo_jax.streams import warn
 from dpo_jax.weights import safetensors_file
 
@@ -59,7 +60,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
-def write_encodings(data: Path) -> Encodings:
+def write_encodings(data: Path) -> StoredLatents:
     """Of random numbers, in files of 10 rows."""
     prepared, rng = open_prepared(data), np.random.default_rng(0)
     captions = distinct_captions(prepared)
@@ -76,7 +77,7 @@ def write_encodings(data: Path) -> Encodings:
             }
             both = with_checksums(tensors)
             header = {name: (tensor.shape, tensor.dtype) for name, tensor in both.items()}
-            safetensors_file.write(epath.Path(folder / encoded.file_name(kind, number)), both.items(), header)
+            safetensors_file.write(epath.Path(folder / latents.file_name(kind, number)), both.items(), header)
         return {"files": len(starts), "rows_a_file": 10}
 
     images = write("images", len(prepared.images), {"moments": (1, 2, 2, 8)})
@@ -84,7 +85,7 @@ def write_encodings(data: Path) -> Encodings:
     written = {"facts": FACTS, "images": images, "captions": texts}
     digest = checksums.checksum(folder / "captions.arrow")
     (folder / "encoding.json").write_text(json.dumps(written | {"captions_checksum": digest}))
-    return encoded.open_encodings(data, FACTS)
+    return latents.open_latents(data, FACTS)
 
 
 @pytest.fixture
@@ -93,12 +94,12 @@ def data(whole: Path, tmp_path: Path) -> Path:
 
 
 def inputs_of(data: Path, kind: str) -> Inputs:
-    return Stored(encoded.open_encodings(data, FACTS)) if kind == "encodings" else Decoded(16, spell, True, True)
+    return CachedInputs(latents.open_latents(data, FACTS)) if kind == "encodings" else RawInputs(16, spell, True, True)
 
 
 def epoch(data: Path, kind: str, **options: Any) -> list[PreferenceBatch]:
     """Every training record once."""
-    pairs = open_pairs(data, "train", judges=options.pop("judges", ()))
+    pairs = open_records(data, "train", judges=options.pop("judges", ()))
     with make_iterator(pairs, inputs_of(data, kind), batch_size=1, seed=3, **options) as batches:
         return list(itertools.islice(batches, len(pairs) // options.get("shard_count", 1)))
 
@@ -164,7 +165,7 @@ def test_a_damaged_sample_is_left_out_alike_on_any_number_of_processes(
     whole: Path, data: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = epoch(data, kind)
-    pairs = open_pairs(data, "train")
+    pairs = open_records(data, "train")
     victim = pairs[4]
     if kind == "images":
         flip_image(data, victim["images"][1])
@@ -195,13 +196,13 @@ def test_a_damaged_sample_is_left_out_alike_on_any_number_of_processes(
 
 
 def test_more_than_a_few_damaged_records_end_the_run(data: Path) -> None:
-    pairs = open_pairs(data, "train")
+    pairs = open_records(data, "train")
     for index in (0, 3):
         flip_image(data, pairs[index]["images"][0])
     message = r"2 of \d+ records have damaged images or encodings, more than the 1% .*; the last is record \d+ of .*"
     with pytest.raises(ValueError, match=message):
         epoch(data, "images")
-    held_out = open_pairs(data, "validation")
+    held_out = open_records(data, "validation")
     assert len(held_out) == 1
     flip_image(data, held_out[0]["images"][0])
     with (
@@ -231,7 +232,7 @@ def test_a_judge_leaves_out_a_damaged_image(data: Path, capsys: pytest.CaptureFi
 def test_a_damaged_image_is_named_when_it_would_be_encoded(data: Path) -> None:
     flip_image(data, 7)
     prepared = open_prepared(data)
-    views = Encodings(folder_of(data, FACTS)).views
+    views = StoredLatents(folder_of(data, FACTS)).views
     message = r"image 7 of .*data can't be encoded: the bytes of image 7 in .*parquet-00000-of-00002 have changed"
     with pytest.raises(ValueError, match=message):
         list(view_batches(prepared, views, 16, 1, np.arange(24), 8))
@@ -266,7 +267,7 @@ def change_json(file: Path, change: Callable[[Any], object]) -> None:
 def test_what_encodings_say_of_themselves(data: Path, change: Callable[[Any], object], message: str) -> None:
     change_json(folder_of(data, FACTS) / "encoding.json", change)
     with pytest.raises(ValueError, match=rf"the encodings in .* are damaged \(.*{message}.*; mend them by") as error:
-        encoded.open_encodings(data, FACTS)
+        latents.open_latents(data, FACTS)
     assert len(str(error.value)) < 800
 
 
@@ -345,7 +346,7 @@ def test_what_has_no_checksums_still_opens(data: Path, capsys: pytest.CaptureFix
     change_json(folder / "encoding.json", lambda x: x.pop("captions_checksum"))
     for file in folder.glob("*.safetensors"):
         tensors = {name: np.array(tensor) for name, tensor in safetensors_file.read(epath.Path(file)).items()}
-        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(encoded.CHECKSUM)}
+        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(latents.CHECKSUM)}
         header = {name: (tensor.shape, tensor.dtype) for name, tensor in kept.items()}
         file.unlink()
         safetensors_file.write(epath.Path(file), kept.items(), header)
@@ -356,7 +357,7 @@ def test_what_has_no_checksums_still_opens(data: Path, capsys: pytest.CaptureFix
     table = table.replace_schema_metadata(metadata)
     with pa.ipc.new_file(str(scores), table.schema) as writer:
         writer.write_table(table)
-    assert not encoded.open_encodings(data, FACTS).has_checksums
+    assert not latents.open_latents(data, FACTS).has_checksums
     epoch(data, "encodings", judges=("mine",))
     said = capsys.readouterr().err
     for path in (folder, scores):

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
-from dpo_jax.data.agreement import agreement, summarise
-from dpo_jax.data.judging import import_scores, score_images
-from dpo_jax.data.prepared import Prepared, open_prepared
-from dpo_jax.data.scores import candidates, read_scores, write_scores
+from dpo_jax.data.labels.agreement import agreement, summarise
+from dpo_jax.data.labels.judging import import_scores, score_images
+from dpo_jax.data.store.prepared import PreparedData, open_prepared
+from dpo_jax.data.store.scores import candidates, read_scores, write_scores
 
 from .conftest import encode, write_prepared
 
@@ -45,7 +45,7 @@ RECORDS[4]["images"][0] = ends_in_zero()
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     return open_prepared(write_prepared(tmp_path_factory.mktemp("judging") / "data", RECORDS))
 
 
@@ -55,14 +55,14 @@ class Brightness:
     def __init__(self) -> None:
         self.seen: list[tuple[int, str]] = []
 
-    def __call__(self, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
-        assert all(picture.dtype == np.uint8 and picture.ndim == 3 for picture in pictures)
-        self.seen += [(len(picture), text) for picture, text in zip(pictures, captions, strict=True)]
-        return np.asarray([100 * len(text) + p[..., 2].mean() for p, text in zip(pictures, captions, strict=True)])
+    def __call__(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+        assert all(image.dtype == np.uint8 and image.ndim == 3 for image in images)
+        self.seen += [(len(image), text) for image, text in zip(images, captions, strict=True)]
+        return np.asarray([100 * len(text) + p[..., 2].mean() for p, text in zip(images, captions, strict=True)])
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
-def test_each_image_is_judged_once_with_each_of_its_captions(prepared: Prepared, batch: int) -> None:
+def test_each_image_is_judged_once_with_each_of_its_captions(prepared: PreparedData, batch: int) -> None:
     judge, shown = Brightness(), []
     scores_M = score_images(prepared, judge, lambda *done: shown.append(done), batch=batch)
     assert scores_M.tolist() == [310, 320, 320, 310, 320, 330, 330, 340, 507, 560]
@@ -71,29 +71,29 @@ def test_each_image_is_judged_once_with_each_of_its_captions(prepared: Prepared,
     assert [done for done, _ in shown] == [*range(batch, 8, batch), 8]
 
 
-def test_own_captions_count(prepared: Prepared) -> None:
+def test_own_captions_count(prepared: PreparedData) -> None:
     judge = Brightness()
     score_images(prepared, judge)
     assert sorted(text for height, text in judge.seen if height == 10) == ["one", "one", "two"]
 
 
-def test_a_judge_that_cannot_stack_sizes_gets_them_singly(prepared: Prepared) -> None:
-    def judge(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
-        return np.stack(list(pictures)).mean(axis=(1, 2, 3))
+def test_a_judge_that_cannot_stack_sizes_gets_them_singly(prepared: PreparedData) -> None:
+    def judge(images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+        return np.stack(list(images)).mean(axis=(1, 2, 3))
 
     assert score_images(prepared, judge)[:3].tolist() == [10, 20, 20]
 
 
-def test_what_a_judge_refuses_is_named(prepared: Prepared) -> None:
-    def judge(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
-        if any(len(picture) == 11 for picture in pictures):
+def test_what_a_judge_refuses_is_named(prepared: PreparedData) -> None:
+    def judge(images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+        if any(len(image) == 11 for image in images):
             raise ValueError("11 pixels are too high")
-        return np.zeros(len(pictures))
+        return np.zeros(len(images))
 
     with pytest.raises(ValueError, match=r"^made row 3 can't be judged: 11 pixels are too high$"):
         score_images(prepared, judge)
 
-    def undecided(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+    def undecided(images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
         return np.asarray([np.nan if text == "three" else 0 for text in captions])
 
     with pytest.raises(ValueError, match=r"^made row 4 can't be judged: an image got the score nan$"):
@@ -115,7 +115,7 @@ def write(tmp_path: Path, *lines: dict[str, Any] | str) -> Path:
     return path
 
 
-def test_lines_of_records(prepared: Prepared, tmp_path: Path) -> None:
+def test_lines_of_records(prepared: PreparedData, tmp_path: Path) -> None:
     file = write(
         tmp_path,
         {"record": 4, "scores": [1, 2.5], "model": "another field"},
@@ -128,7 +128,7 @@ def test_lines_of_records(prepared: Prepared, tmp_path: Path) -> None:
     np.testing.assert_array_equal(import_scores(prepared, file), expected)
 
 
-def test_lines_of_images_score_each_record_that_shows_them(prepared: Prepared, tmp_path: Path) -> None:
+def test_lines_of_images_score_each_record_that_shows_them(prepared: PreparedData, tmp_path: Path) -> None:
     file = write(
         tmp_path,
         by_image(0, 0, 1),
@@ -143,7 +143,7 @@ def test_lines_of_images_score_each_record_that_shows_them(prepared: Prepared, t
     np.testing.assert_array_equal(import_scores(prepared, file), [1, 2, 2, 1, 3, 4, 5, nan, 6, nan])
 
 
-def test_both_kinds_of_lines(prepared: Prepared, tmp_path: Path) -> None:
+def test_both_kinds_of_lines(prepared: PreparedData, tmp_path: Path) -> None:
     file = write(tmp_path, by_image(0, 0, 1), {"record": 0, "scores": [1, 2]})
     assert import_scores(prepared, file)[:4].tolist()[:2] == [1, 2]
 
@@ -183,7 +183,7 @@ def test_both_kinds_of_lines(prepared: Prepared, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_in_a_file_of_scores(
-    prepared: Prepared, tmp_path: Path, line: dict[str, Any] | str, message: str
+    prepared: PreparedData, tmp_path: Path, line: dict[str, Any] | str, message: str
 ) -> None:
     file = write(tmp_path, {"record": 0, "scores": [1, 2]}, "", line, {"record": 4, "scores": [1, 2]})
     with pytest.raises(ValueError, match=f"^{re.escape(str(file))} line 3: {message}") as error:
@@ -192,14 +192,14 @@ def test_mistakes_in_a_file_of_scores(
     assert len(str(error.value)) < 400
 
 
-def test_a_file_without_scores(prepared: Prepared, tmp_path: Path) -> None:
+def test_a_file_without_scores(prepared: PreparedData, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no record's scores complete"):
         import_scores(prepared, write(tmp_path, by_image(4, 0, 6)))
     with pytest.raises(FileNotFoundError, match=r"no file of scores at .*nowhere"):
         import_scores(prepared, tmp_path / "nowhere")
 
 
-def test_incomplete_records_are_stored_as_null(prepared: Prepared, tmp_path: Path) -> None:
+def test_incomplete_records_are_stored_as_null(prepared: PreparedData, tmp_path: Path) -> None:
     file = write(tmp_path, by_image(2, 0, 6, "one"), by_image(2, 1, 7, "two"), {"record": 0, "scores": [1, 2]})
     of = candidates(prepared.records["images"])
     scores_M = import_scores(prepared, file)

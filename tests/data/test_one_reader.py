@@ -12,10 +12,11 @@ from etils import epath
 from PIL import EpsImagePlugin, Image
 
 import dpo_jax
-from dpo_jax.data import builder
 from dpo_jax.data.images import View, read, read_image
+from dpo_jax.data.prepare import builder
 from dpo_jax.data.sources import SOURCES
-from dpo_jax.evaluation import draw, html_report, judge
+from dpo_jax.evaluation import html_report, judge
+from dpo_jax.sampling import draw
 from dpo_jax.voting import study
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
@@ -118,7 +119,7 @@ def test_judges_see_what_training_sees(tmp_path: Path) -> None:
     alpha[:3, :, 3] = 0
     Image.fromarray(alpha).save(clear)
     Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(grey)
-    ((_, pictures),) = judge._chunks(list(map(epath.Path, (turned, clear, grey))), "", lambda *_: None)
-    np.testing.assert_array_equal(pictures[0], pixels)
-    np.testing.assert_array_equal(pictures[1], np.where(np.arange(6)[:, None, None] < 3, 255, pixels))
-    np.testing.assert_array_equal(pictures[2], np.broadcast_to(pixels[..., :1], pixels.shape))
+    ((_, images),) = judge._chunks(list(map(epath.Path, (turned, clear, grey))), "", lambda *_: None)
+    np.testing.assert_array_equal(images[0], pixels)
+    np.testing.assert_array_equal(images[1], np.where(np.arange(6)[:, None, None] < 3, 255, pixels))
+    np.testing.assert_array_equal(images[2], np.broadcast_to(pixels[..., :1], pixels.shape))

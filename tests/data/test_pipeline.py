@@ -13,19 +13,19 @@ import pytest
 import tree
 
 from dpo_jax.batch import PreferenceBatch
-from dpo_jax.data.encoded import distinct_captions
-from dpo_jax.data.inputs import Decoded
-from dpo_jax.data.pipeline import (
+from dpo_jax.data.load.inputs import RawInputs
+from dpo_jax.data.load.pipeline import (
+    EXAMPLES_PER_TASK,
     NUM_WORKERS,
-    ROWS_A_TASK,
-    Pairs,
-    RandomPairs,
+    RandomRecords,
+    TrainingRecords,
     _draws,
     make_iterator,
-    open_pairs,
+    open_records,
     validation_batches,
 )
-from dpo_jax.data.prepared import open_prepared
+from dpo_jax.data.store.latents import distinct_captions
+from dpo_jax.data.store.prepared import open_prepared
 
 from .conftest import encode, write_prepared
 
@@ -58,14 +58,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_prepared(tmp_path_factory.mktemp("data") / "out", records)
 
 
-def captions_of(pairs: Pairs) -> list[str]:
+def captions_of(pairs: TrainingRecords) -> list[str]:
     return [caption for i in range(len(pairs)) for caption in pairs[i]["captions"]]
 
 
-def take(data: Path | str | Pairs, number: int, batch_size: int = 4, **options: Any) -> list[PreferenceBatch]:
-    pairs = open_pairs(data, "train") if isinstance(data, str | Path) else data
+def take(data: Path | str | TrainingRecords, number: int, batch_size: int = 4, **options: Any) -> list[PreferenceBatch]:
+    pairs = open_records(data, "train") if isinstance(data, str | Path) else data
     augmentation = {name: options.pop(name) for name in ("random_crop", "random_flip") if name in options}
-    inputs = Decoded(16, spell, **augmentation)
+    inputs = RawInputs(16, spell, **augmentation)
     with make_iterator(pairs, inputs, batch_size=batch_size, **{"seed": 3} | options) as batches:
         return list(itertools.islice(batches, number))
 
@@ -106,7 +106,7 @@ def test_a_batch(prepared: Path) -> None:
 def test_each_epoch_has_every_record_in_another_order(prepared: Path) -> None:
     rows = rows_of(take(prepared, 3, batch_size=LENGTH))
     epochs = [[caption_of(row) for row in rows[i : i + LENGTH]] for i in (0, LENGTH, 2 * LENGTH)]
-    records = captions_of(open_pairs(prepared, "train"))
+    records = captions_of(open_records(prepared, "train"))
     assert [sorted(epoch) for epoch in epochs] == [sorted(records)] * 3
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert [row.index_B for row in rows] == list(range(3 * LENGTH))
@@ -174,8 +174,8 @@ def test_seed_decides() -> None:
 
 
 def test_resumes_exactly_with_another_number_of_workers(prepared: Path) -> None:
-    inputs, options = Decoded(16, spell, random_crop=True, random_flip=True), {"batch_size": 4, "seed": 3}
-    pairs = open_pairs(prepared, "train")
+    inputs, options = RawInputs(16, spell, random_crop=True, random_flip=True), {"batch_size": 4, "seed": 3}
+    pairs = open_records(prepared, "train")
     expected = take(pairs, 9, random_crop=True, random_flip=True)
     found, state = [], {"position": 0}
     for workers in (1, 5, 2):
@@ -195,7 +195,7 @@ def test_what_goes_wrong_in_a_worker_is_raised(prepared: Path) -> None:
 
     with (
         pytest.raises(ValueError, match="no words for prompt"),
-        make_iterator(open_pairs(prepared, "train"), Decoded(16, damaged), batch_size=4, seed=0) as batches,
+        make_iterator(open_records(prepared, "train"), RawInputs(16, damaged), batch_size=4, seed=0) as batches,
     ):
         next(batches)
 
@@ -217,13 +217,15 @@ class Reading(NamedTuple):
     steps: int
 
 
-def read_stretch(pairs: Pairs, seed: int, reading: Reading, state: dict[str, int]) -> tuple[list, dict[str, int]]:
+def read_stretch(
+    pairs: TrainingRecords, seed: int, reading: Reading, state: dict[str, int]
+) -> tuple[list, dict[str, int]]:
     """(position, caption) of every sample that the processes see from `state` on, and the state behind them."""
     seen, states = [], []
     for process in range(reading.processes):
         with make_iterator(
             pairs,
-            Decoded(8, spell),
+            RawInputs(8, spell),
             batch_size=reading.batch_size,
             seed=seed,
             shard_index=process,
@@ -252,7 +254,7 @@ def test_every_pair_once_an_epoch_whatever_reads_and_wherever_it_stops(many: Pat
         )
         for _ in range(rng.integers(2, 5))
     ]
-    pairs = open_pairs(many, "train", limit=number)
+    pairs = open_records(many, "train", limit=number)
     seen, state = [], {"position": 0}
     for reading in stretches:
         more, state = read_stretch(pairs, case, reading, state)
@@ -275,14 +277,14 @@ def test_the_next_batch_is_made_ahead_but_not_the_whole_epoch(many: Path, batch_
         made.extend(caption for caption in captions if caption)
         return spell(captions)
 
-    with make_iterator(open_pairs(many, "train"), Decoded(8, counted), batch_size=batch_size, seed=0) as batches:
+    with make_iterator(open_records(many, "train"), RawInputs(8, counted), batch_size=batch_size, seed=0) as batches:
         next(batches)
         deadline = time.monotonic() + 10
         while len(made) < 2 * batch_size and time.monotonic() < deadline:
             time.sleep(0.01)
         assert len(made) >= 2 * batch_size
         time.sleep(0.2)
-        assert len(made) <= 2 * (batch_size + NUM_WORKERS * ROWS_A_TASK)
+        assert len(made) <= 2 * (batch_size + NUM_WORKERS * EXAMPLES_PER_TASK)
 
 
 def test_relabel(prepared: Path) -> None:
@@ -304,12 +306,12 @@ def test_relabel(prepared: Path) -> None:
 
 @pytest.mark.parametrize("shard_count", [1, 2])
 def test_validation_counts_every_record_once(prepared: Path, shard_count: int) -> None:
-    pairs = open_pairs(prepared, "train")
+    pairs = open_records(prepared, "train")
     shards = [
         list(
             validation_batches(
                 pairs,
-                Decoded(16, spell),
+                RawInputs(16, spell),
                 batch_size=3,
                 shard_index=i,
                 shard_count=shard_count,
@@ -343,7 +345,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows_by_caption(folder: Path, **choice: Any) -> dict[str, PreferenceBatch]:
-    pairs = open_pairs(folder, "train", **choice)
+    pairs = open_records(folder, "train", **choice)
     rows = rows_of(take(pairs, 1, batch_size=len(pairs)))
     return {caption_of(row): row for row in rows}
 
@@ -393,8 +395,8 @@ def test_one_of_the_lines_of_a_caption_is_drawn_every_time(tmp_path: Path) -> No
         np.testing.assert_array_equal(one.inputs.mirrored_BK, other.inputs.mirrored_BK)
         dropped = [caption_of(row) == "" for row in rows_of([one])]
         assert dropped == [caption_of(row) == "" for row in rows_of([other])]
-    held_out = open_pairs(folder, "validation")
-    with validation_batches(held_out, Decoded(16, spell), batch_size=1, caption_lines=True) as batches:
+    held_out = open_records(folder, "validation")
+    with validation_batches(held_out, RawInputs(16, spell), batch_size=1, caption_lines=True) as batches:
         assert [caption_of(row) for row in rows_of(batches)] == ["first"]
 
 
@@ -422,8 +424,8 @@ def test_best_and_worst_are_kept_of_more_candidates(mixed: Path) -> None:
 
 
 def test_validation_keeps_the_weight_of_ties(mixed: Path) -> None:
-    pairs = open_pairs(mixed, "train", ties="zero_weight")
-    (batch,) = validation_batches(pairs, Decoded(8, spell), batch_size=5)
+    pairs = open_records(mixed, "train", ties="zero_weight")
+    (batch,) = validation_batches(pairs, RawInputs(8, spell), batch_size=5)
     assert batch.weight_B.tolist() == [0, 1, 1, 0, 0]
     assert [caption_of(row) for row in rows_of([batch])][:3] == ["tie", "soft", "seven"]
 
@@ -434,7 +436,7 @@ def test_each_image_may_have_a_caption_of_its_own(tmp_path: Path) -> None:
     records: list[dict[str, Any]] = [{"caption": "both", "images": images[:2]}]
     records += [{"caption": "", "images": images[i : i + 2], "captions": [f"red {i}", f"red {i + 1}"]} for i in (2, 4)]
     folder = write_prepared(tmp_path / "out", records)
-    assert open_pairs(folder, "train", limit=1).num_captions == 1
+    assert open_records(folder, "train", limit=1).num_captions == 1
     for relabel, order in (("none", [0, 1]), ("swapped", [1, 0])):
         rows = rows_of(take(folder, 1, batch_size=3, relabel=relabel))
         found = sorted([caption_of(row, k) for k in order] for row in rows)
@@ -447,30 +449,30 @@ def test_each_image_may_have_a_caption_of_its_own(tmp_path: Path) -> None:
 
 
 def test_short_records_are_filled_up(prepared: Path) -> None:
-    (batch,) = take(open_pairs(prepared, "train", num_candidates=3), 1)
+    (batch,) = take(open_records(prepared, "train", num_candidates=3), 1)
     np.testing.assert_array_equal(batch.valid_BK, [[True, True, False]] * 4)
     np.testing.assert_array_equal(batch.preference_BK, [[1, 0, 0]] * 4)
     assert not batch.inputs.images_BKHWC[:, 2].any()
 
 
 def test_random_pairs() -> None:
-    pairs = RandomPairs(64, seed=0)
+    pairs = RandomRecords(64, seed=0)
     images = [pairs.read_images(pairs[i]) for i in range(64)]
     assert len({pairs[i]["captions"][0] for i in range(64)}) == len({both[0] for both in images}) == 64
-    same, other = RandomPairs(64, seed=0), RandomPairs(64, seed=1)
+    same, other = RandomRecords(64, seed=0), RandomRecords(64, seed=1)
     assert images[5] == same.read_images(same[5]) != other.read_images(other[5])
-    batches = list(validation_batches(open_pairs("random:6", "validation"), Decoded(16, spell), batch_size=4))
+    batches = list(validation_batches(open_records("random:6", "validation"), RawInputs(16, spell), batch_size=4))
     assert [batch.weight_B.sum() for batch in batches] == [4, 2]
     for path in ("random:0", "random:many"):
         with pytest.raises(ValueError, match=f"data path {path}: .* is no number above 0"):
-            open_pairs(path, "train")
+            open_records(path, "train")
 
 
 def test_needs_no_tensorflow(prepared: Path) -> None:
     code = (
-        "import sys, numpy as np; from dpo_jax.data import inputs, pipeline; "
-        f"pairs = pipeline.open_pairs({str(prepared)!r}, 'train'); "
-        "decoded = inputs.Decoded(8, lambda captions: np.zeros((len(captions), 1, 4), np.int32)); "
+        "import sys, numpy as np; from dpo_jax.data.load import inputs, pipeline; "
+        f"pairs = pipeline.open_records({str(prepared)!r}, 'train'); "
+        "decoded = inputs.RawInputs(8, lambda captions: np.zeros((len(captions), 1, 4), np.int32)); "
         "it = pipeline.make_iterator(pairs, decoded, batch_size=2, seed=0); next(it); it.close(); "
         "from jax._src import xla_bridge; "
         "print({'tensorflow', 'torch'} & set(sys.modules), xla_bridge.backends_are_initialized())"

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dpo_jax.data.pipeline import open_pairs
-from dpo_jax.data.prepared import Combine, Prepared, open_prepared, select
-from dpo_jax.data.scores import candidates, write_scores
+from dpo_jax.data.load.pipeline import open_records
+from dpo_jax.data.store.prepared import Combine, PreparedData, open_prepared, select
+from dpo_jax.data.store.scores import candidates, write_scores
 
 from .conftest import encode, write_prepared
 
@@ -109,17 +109,17 @@ def test_selects_by_the_scores_of_judges(judged: Path) -> None:
 
 
 def test_training_pairs_of_judges(judged: Path) -> None:
-    pairs = open_pairs(judged, "train", judges=("b",), limit=2)
+    pairs = open_records(judged, "train", judges=("b",), limit=2)
     assert [pairs.read_images(pairs[i]) for i in range(2)] == [RECORDS[0]["images"][::-1], RECORDS[2]["images"]]
-    pairs = open_pairs(judged, "validation", judges=("a",))
+    pairs = open_records(judged, "validation", judges=("a",))
     assert len(pairs) == 1
     held_out = pairs[0]
     assert pairs.read_images(held_out) == RECORDS[4]["images"][::-1]
     np.testing.assert_array_equal(held_out["preference"], [1, 0])
     with pytest.raises(ValueError, match=r"labels='soft' are shares of the votes, which scores by a, b do not state"):
-        open_pairs(judged, "train", labels="soft", judges=("a", "b"))
+        open_records(judged, "train", labels="soft", judges=("a", "b"))
     with pytest.raises(ValueError, match="combine='median'"):
-        open_pairs(judged, "train", judges=("a", "b"), combine="median")  # type: ignore[arg-type]
+        open_records(judged, "train", judges=("a", "b"), combine="median")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_selects_from_851293_records_in_a_second(many: Path) -> None:
     start = time.perf_counter()
-    prepared = Prepared(many)
+    prepared = PreparedData(many)
     kept = select(prepared, split="train", generators=("sd", "xl"), min_agreement=0.6, min_side=768)
     assert time.perf_counter() - start < 3  # 0.3 s on an idle core
     assert len(kept) == pytest.approx(len(prepared) * 0.95 * 0.8 / 4 / 4, rel=0.02)
@@ -277,7 +277,7 @@ def test_selects_from_851293_records_in_a_second(many: Path) -> None:
 @pytest.mark.parametrize("combine", ["mean", "pareto"])
 def test_three_judges_of_851293_records(many: Path, combine: Combine) -> None:
     start = time.perf_counter()
-    prepared = Prepared(many, ("a", "b", "c"), combine)
+    prepared = PreparedData(many, ("a", "b", "c"), combine)
     kept = select(prepared, split="train")
     assert time.perf_counter() - start < 6
     decided = 1.0 if combine == "mean" else 1 / 4

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dpo_jax.data.prepared import Combine, open_prepared
-from dpo_jax.data.scores import candidates, judges_of, rank, read_scores, write_scores
+from dpo_jax.data.store.prepared import Combine, open_prepared
+from dpo_jax.data.store.scores import candidates, judges_of, rank, read_scores, write_scores
 
 from .conftest import encode, write_prepared
 

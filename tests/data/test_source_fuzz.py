@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_jax.data.sources import SOURCES, Damaged, Record, Row
+from dpo_jax.data.sources import SOURCES, Damaged, Outcome, Record
 
 SAMPLES = 12
 
 
-def read(name: str, file: Path) -> list[Row] | None:
+def read(name: str, file: Path) -> list[Outcome] | None:
     """None if the file is refused."""
     try:
         chunks = SOURCES[name].chunks([file])

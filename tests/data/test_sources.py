@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_jax.data.sources import SOURCES, Chunk, Damaged, Dropped, Record, Row, json_rows, listings, missing, record
+from dpo_jax.data.sources import SOURCES, Chunk, Damaged, Dropped, Outcome, Record, json_rows, listings, missing, record
 from dpo_jax.data.sources.record import rows_a_chunk
 
 from .conftest import noise_jpeg
@@ -23,7 +23,7 @@ from .conftest import noise_jpeg
 Write = Callable[..., Path]
 
 
-def read(name: str, *files: Path) -> list[Row]:
+def read(name: str, *files: Path) -> list[Outcome]:
     source = pickle.loads(pickle.dumps(SOURCES[name]))  # it goes to spawned processes
     return [row for chunk in source.chunks(files) for row in source.read(chunk)]
 
@@ -40,7 +40,7 @@ def write_lines(file: Path, *rows: Any) -> Path:
     return file
 
 
-def reasons(rows: list[Row]) -> list[str]:
+def reasons(rows: list[Outcome]) -> list[str]:
     return [row.reason for row in rows if not isinstance(row, Record)]
 
 

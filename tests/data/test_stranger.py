@@ -13,12 +13,12 @@ import pyarrow as pa
 import pytest
 import tensorflow_datasets as tfds
 
-from dpo_jax.data.image_files import FEATURES, FEATURES_JSON, MAX_SHARDS
 from dpo_jax.data.images import DamagedImage
-from dpo_jax.data.pipeline import open_pairs
-from dpo_jax.data.prepared import RECORDS as SCHEMA
-from dpo_jax.data.prepared import Prepared, open_prepared
-from dpo_jax.data.scores import candidates, write_scores
+from dpo_jax.data.load.pipeline import open_records
+from dpo_jax.data.store.image_store import FEATURES, FEATURES_JSON, MAX_SHARDS
+from dpo_jax.data.store.prepared import RECORDS as SCHEMA
+from dpo_jax.data.store.prepared import PreparedData, open_prepared
+from dpo_jax.data.store.scores import candidates, write_scores
 
 from ..conftest import Command
 from .conftest import noise_jpeg, write_prepared
@@ -69,7 +69,7 @@ def test_the_classes_it_names_are_not_imported(
     with pytest.raises(ValueError, match=message):
         open_prepared(folder)
     with pytest.raises(ValueError, match=message):
-        open_pairs(folder, "train")
+        open_records(folder, "train")
     with pytest.raises(ValueError, match=message):
         check_data(tiny_config("sd15", **{"data.path": str(folder)}))
     scored = command("score", f"--data={folder}", "--judge=shapes")
@@ -156,7 +156,7 @@ def test_a_device_in_place_of_a_table(folder: Path) -> None:
     shard.unlink()
     shard.symlink_to("/dev/zero")
     with pytest.raises(ValueError, match="is not a regular file"):
-        Prepared(folder).images.check()
+        PreparedData(folder).images.check()
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_damaged_tables_without_checksums_are_refused_or_read(folder: Path, name
 
 def opens(folder: Path) -> bool:
     try:
-        pairs = open_pairs(folder, "train")
+        pairs = open_records(folder, "train")
     except ValueError as error:
         assert "\n" not in str(error)  # noqa: PT017 - whether there is an error is not what is tested
         return False

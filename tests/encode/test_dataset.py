@@ -15,10 +15,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from dpo_jax.data import encoded, images
-from dpo_jax.data.encoded import Encodings, choose_views
+from dpo_jax.data import images
 from dpo_jax.data.images import View
-from dpo_jax.data.prepared import open_prepared
+from dpo_jax.data.store import latents
+from dpo_jax.data.store.latents import StoredLatents, choose_views
+from dpo_jax.data.store.prepared import open_prepared
 from dpo_jax.encode.images import posterior_moments
 from dpo_jax.encode.text import encode_text
 from dpo_jax.sharding import Placement, make_mesh
@@ -34,13 +35,13 @@ SEVERAL_FILES = 2**12
 def nothing(*_: object) -> None: ...
 
 
-def moments_of(encodings: Encodings, image: int, view: int) -> np.ndarray:
+def moments_of(encodings: StoredLatents, image: int, view: int) -> np.ndarray:
     moments_hwC = np.empty(encodings.row_shapes["moments"], ml_dtypes.bfloat16)
     encodings.read_moments(image, view, moments_hwC)
     return moments_hwC
 
 
-def text_of(encodings: Encodings, caption: str) -> tuple[np.ndarray, np.ndarray]:
+def text_of(encodings: StoredLatents, caption: str) -> tuple[np.ndarray, np.ndarray]:
     context_LD, pooled_P = (np.empty(encodings.row_shapes[name], ml_dtypes.bfloat16) for name in ("context", "pooled"))
     encodings.read_text(caption, context_LD, pooled_P)
     return context_LD, pooled_P
@@ -48,7 +49,7 @@ def text_of(encodings: Encodings, caption: str) -> tuple[np.ndarray, np.ndarray]
 
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoded, "FILE_BYTES", SEVERAL_FILES)
+    monkeypatch.setattr(latents, "FILE_BYTES", SEVERAL_FILES)
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_stored_numbers_are_those_of_the_models(config, tmp_path: Path, family: 
     config = config(family)
     said: list[str] = []
     folder = encode_data(config, 2, said.append, nothing)
-    encodings, data = Encodings(folder), open_prepared(config.data.path)
+    encodings, data = StoredLatents(folder), open_prepared(config.data.path)
     assert len(list(folder.glob("images-*.safetensors"))) > 2
     assert len(list(folder.glob("captions-*.safetensors"))) > 2
     pipeline = open_model(config, tmp_path)
@@ -104,7 +105,7 @@ def test_stored_numbers_are_those_of_the_models(config, tmp_path: Path, family: 
         assert_rounded(pooled_P, pooled_NP[0])
         assert len(pooled_P) == (0 if family == "sd15" else pooled_NP.shape[1])
     assert len({text_of(encodings, caption)[0].tobytes() for caption in captions}) == len(captions)
-    with pytest.raises(encoded.DamagedEncoding, match="has no caption 'no caption of the data set'"):
+    with pytest.raises(latents.DamagedLatents, match="has no caption 'no caption of the data set'"):
         text_of(encodings, "no caption of the data set")
     # What was said beforehand: rows and bytes, as the files then have them.
     size = sum(file.stat().st_size for file in folder.glob("images-*"))
@@ -117,7 +118,7 @@ def test_the_files_open_in_pytorch(config) -> None:
     folder = encode_data(config("sd15"), 2, nothing, nothing)
     moments = safetensors.torch.load_file(folder / "images-00000.safetensors")["moments"]
     assert moments.dtype == torch.bfloat16
-    ours = moments_of(Encodings(folder), 0, 2)
+    ours = moments_of(StoredLatents(folder), 0, 2)
     np.testing.assert_array_equal(moments[0, 2].float().numpy(), ours.astype(np.float32))
 
 
@@ -126,7 +127,7 @@ def test_goes_on_with_the_files_that_are_missing(config, monkeypatch: pytest.Mon
     config = config("sd15")
     whole = encode_data(config, 2, nothing, nothing)
     expected = {file.name: file.read_bytes() for file in whole.iterdir()}
-    last = moments_of(Encodings(whole), 13, 2)
+    last = moments_of(StoredLatents(whole), 13, 2)
     for file in whole.iterdir():
         file.unlink()
     written = []
@@ -145,7 +146,7 @@ def test_goes_on_with_the_files_that_are_missing(config, monkeypatch: pytest.Mon
         encode_data(config, 2, nothing, nothing)
     assert not (whole / "encoding.json").exists()
     with pytest.raises(FileNotFoundError, match="are not finished; go on by"):
-        encoded.open_encodings(Path(config.data.path), json.loads(expected["encoding.json"])["facts"])
+        latents.open_latents(Path(config.data.path), json.loads(expected["encoding.json"])["facts"])
     before = list(written)
     said: list[str] = []
     assert encode_data(config, 2, said.append, nothing) == whole
@@ -155,8 +156,8 @@ def test_goes_on_with_the_files_that_are_missing(config, monkeypatch: pytest.Mon
     assert encode_data(config, 2, said.append, nothing) == whole  # finished: nothing is said
     assert len(said) == 1
     (whole / "encoding.json").unlink()
-    monkeypatch.setattr(encoded, "FILE_BYTES", 3 * SEVERAL_FILES)  # what lies there has other rows
-    encodings = Encodings(encode_data(config, 2, said.append, nothing))
+    monkeypatch.setattr(latents, "FILE_BYTES", 3 * SEVERAL_FILES)  # what lies there has other rows
+    encodings = StoredLatents(encode_data(config, 2, said.append, nothing))
     encodings.check()
     np.testing.assert_array_equal(moments_of(encodings, 13, 2), last)
 
@@ -171,7 +172,7 @@ jax.distributed.initialize(address, 2, process)
 from dpo_jax.cli import load_config
 from dpo_jax.data import encoded
 from dpo_jax.training.encoding import encode_data
-encoded.FILE_BYTES = 2**12
+latents.FILE_BYTES = 2**12
 config = load_config(f"{root}/configs/sd15.py:tiny")
 config.data.path, config.data.encoded_views, config.data.random_crop = data, 3, True
 filled = []

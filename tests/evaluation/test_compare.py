@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from dpo_jax.evaluation.compare import compare, match
-from dpo_jax.evaluation.image_folder import Entry, write_list
-from dpo_jax.evaluation.prompts import Prompt
+from dpo_jax.sampling.image_folder import Entry, write_list
+from dpo_jax.sampling.prompts import Prompt
 
 
 def folder_of(path, entries):

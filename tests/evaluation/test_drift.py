@@ -27,9 +27,9 @@ def test_frechet_distance_is_the_textbook_formula(images):
 
 
 def test_thumbnails_are_mean_colours():
-    picture = np.zeros((16, 24, 3), np.uint8)
-    picture[:8, :, 0] = 255
-    features = thumbnails([picture, picture[:, :16]])
+    image = np.zeros((16, 24, 3), np.uint8)
+    image[:8, :, 0] = 255
+    features = thumbnails([image, image[:, :16]])
     assert features.shape == (2, 192)
     np.testing.assert_array_equal(features[0], features[1])
     assert features[0].reshape(8, 8, 3)[:, :, 0].mean() == pytest.approx(0.5)

@@ -7,9 +7,9 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from dpo_jax.data.tokenizers import load_tokenizers
-from dpo_jax.evaluation.generate import Generator, Sampling
 from dpo_jax.models.pipeline import load_pipeline
 from dpo_jax.models.save import save_pipeline
+from dpo_jax.sampling.generate import Generator, Sampling
 from dpo_jax.sharding import Placement, make_mesh
 
 CAPTIONS = ["a red circle at the top left", "a black cross at the bottom right"]

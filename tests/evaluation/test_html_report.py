@@ -9,8 +9,8 @@ from PIL import Image
 
 from dpo_jax.evaluation.compare import compare, match
 from dpo_jax.evaluation.html_report import write_report
-from dpo_jax.evaluation.image_folder import Entry, write_list
-from dpo_jax.evaluation.prompts import Prompt
+from dpo_jax.sampling.image_folder import Entry, write_list
+from dpo_jax.sampling.prompts import Prompt
 
 MODELS = ("base", "half", "<tuned>")
 CHROMIUM = shutil.which("chromium")

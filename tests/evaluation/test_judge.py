@@ -6,14 +6,14 @@ from PIL import Image
 
 from dpo_jax.evaluation import judge
 from dpo_jax.evaluation.compare import match
-from dpo_jax.evaluation.image_folder import Entry, write_list
 from dpo_jax.evaluation.judge import features_of, judge_all
-from dpo_jax.rewards import Scorer, Settings
+from dpo_jax.rewards import Judge, Settings
+from dpo_jax.sampling.image_folder import Entry, write_list
 
 
 @pytest.fixture
 def contest(tmp_path):
-    """Of models that draw grey pictures: 10 images of the first are 0 to 9, those of the second 10 to 19."""
+    """Of models that draw grey images: 10 images of the first are 0 to 9, those of the second 10 to 19."""
     for model in range(2):
         entries = [Entry(f"{i}.png", f"prompt {i // 2}", i) for i in range(10)]
         (tmp_path / str(model)).mkdir()
@@ -29,11 +29,11 @@ def asked(monkeypatch):
     """Stands for a judge of brightness, and lists what it is asked."""
     asked = []
 
-    def score(pictures, captions):
+    def score(images, captions):
         asked.extend(captions)
-        return np.array([picture.mean() for picture in pictures], np.float32)
+        return np.array([image.mean() for image in images], np.float32)
 
-    monkeypatch.setattr(judge, "open_judge", lambda spec, **settings: Scorer(spec.partition("=")[0], score))
+    monkeypatch.setattr(judge, "open_judge", lambda spec, **settings: Judge(spec.partition("=")[0], score))
     monkeypatch.setattr(judge, "CHUNK", 4)
     return asked
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dpo_jax.evaluation.winrate import WinRate, mean_over_prompts, rate_over_prompts
+from dpo_jax.evaluation.winrate import WinRate, describe_win_rate, mean_over_prompts, rate_over_prompts, verdict
 
 
 def win_rate(scores_PS: np.ndarray, base_scores_PS: np.ndarray) -> WinRate:
@@ -55,3 +55,19 @@ def test_interval_stays_within_0_and_1_and_needs_two_prompts():
     assert result.high == 1
     with pytest.raises(ValueError, match="at least 2 prompts"):
         win_rate(np.ones((1, 4)), np.zeros((1, 4)))
+
+
+def test_a_win_rate_is_written_in_one_way():
+    clear = WinRate(0.6181, 0.5716, 0.6629, ties=3, comparisons=580)
+    assert describe_win_rate("tuned", "base", clear) == "tuned over base: win rate 61.8% [57.2%, 66.3%]"
+    preferred = "tuned is clearly preferred over base by pickscore: win rate 61.8% [57.2%, 66.3%]."
+    assert verdict("tuned", "base", clear, "pickscore") == preferred
+    assert verdict("base", "tuned", clear.reverse(), "pickscore") == preferred
+
+
+@pytest.mark.parametrize(
+    "rate", [WinRate(0.53, 0.48, 0.58, 0, 9), WinRate(0.6, 0.5, 0.7, 0, 9), WinRate(*[0.5] * 3, 4, 4)]
+)
+def test_an_interval_that_contains_a_half_is_no_clear_difference(rate):
+    said = verdict("tuned", "base", rate, "raters")
+    assert said == f"There is no clear difference by raters: tuned over base: win rate {rate}."

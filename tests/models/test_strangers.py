@@ -9,10 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from dpo_jax.evaluation.generate import Sampling
-from dpo_jax.evaluation.opened import open_model
 from dpo_jax.models.pipeline import load_pipeline
 from dpo_jax.models.random_model import write_random_model
+from dpo_jax.sampling.generate import Sampling
+from dpo_jax.sampling.loaded_model import open_model
 from dpo_jax.training.export import export, open_untrained
 
 

@@ -1,4 +1,4 @@
-"""Scores against a loop over single images in NumPy."""
+"""LogRatios against a loop over single images in NumPy."""
 
 import jax
 import jax.numpy as jnp

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_jax.batch import Scores
+from dpo_jax.batch import LogRatios
 from dpo_jax.objectives.losses import dpo, implicit_accuracy, margin, sft
 
 WINNER = jnp.array([[1.0, 0.0]] * 5)
 
 
-def scores_of(error_BK: np.ndarray, reference_error_BK: np.ndarray) -> Scores:
+def scores_of(error_BK: np.ndarray, reference_error_BK: np.ndarray) -> LogRatios:
     error_BK, reference_error_BK = jnp.asarray(error_BK), jnp.asarray(reference_error_BK)
-    return Scores(-(error_BK - reference_error_BK) / 2, error_BK, reference_error_BK)
+    return LogRatios(-(error_BK - reference_error_BK) / 2, error_BK, reference_error_BK)
 
 
 def random_errors() -> np.ndarray:
@@ -71,9 +71,9 @@ def test_a_hopeless_pair_still_has_a_finite_loss():
 def test_sft_is_the_winners_error():
     error_BK, _ = random_errors()
 
-    np.testing.assert_array_equal(sft(Scores(-error_BK / 2, error_BK), WINNER), error_BK[:, 0])
+    np.testing.assert_array_equal(sft(LogRatios(-error_BK / 2, error_BK), WINNER), error_BK[:, 0])
 
 
 def test_more_than_two_candidates_are_refused():
     with pytest.raises(ValueError, match="has 3"):
-        margin(Scores(jnp.zeros((4, 3)), jnp.zeros((4, 3))))
+        margin(LogRatios(jnp.zeros((4, 3)), jnp.zeros((4, 3))))

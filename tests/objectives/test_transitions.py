@@ -1,4 +1,4 @@
-"""Scores of transitions against a loop over single images with SciPy's normal density."""
+"""LogRatios of transitions against a loop over single images with SciPy's normal density."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from dpo_jax.batch import Conditioning, Scores
+from dpo_jax.batch import Conditioning, LogRatios
 from dpo_jax.diffusion.samplers import make_table, with_guidance
 from dpo_jax.diffusion.schedule import make_schedule
 from dpo_jax.diffusion.trajectories import branch, sample_trajectory, transitions_at
@@ -209,7 +209,7 @@ def test_metrics_by_hand():
     reward_BK = np.array([[3, 1, 2], [5, 5, 5], [np.nan, 1, 2], [1, 1, 0]], np.float32)
     log_ratio_BK = np.array([[0.3, 0.1, 0.2], [0.1, 0.2, 0.3], [9, 0.5, 0.1], [0.1, 0.2, 0.1]], np.float32)
     change_BK = np.array([[0.3, -0.3, 0], [0, 0, 0], [0.1, 0.2, -0.3], [1, 1, 1]], np.float32)
-    scores = Scores(log_ratio_BK, log_prob_BK=change_BK - 2, old_log_prob_BK=np.full((4, 3), -2, np.float32))
+    scores = LogRatios(log_ratio_BK, log_prob_BK=change_BK - 2, old_log_prob_BK=np.full((4, 3), -2, np.float32))
 
     is_clipped = functools.partial(beyond_ratio_to_sampled, clip=0.3)
     metrics = transition_metrics(scores, reward_BK, is_clipped=is_clipped)
@@ -235,7 +235,7 @@ def test_metrics_by_hand():
     [([[1, 0], [0, 1]], 0), ([[1, 1], [0, 1]], 1), ([[1, 1], [1, 1]], 0), ([[2, 1], [1, 0]], 1)],
 )
 def test_metrics_count_the_pairs_that_judges_agree_on(rewards_KR, pairs):
-    scores = Scores(jnp.zeros((1, 2)), log_prob_BK=jnp.zeros((1, 2)), old_log_prob_BK=jnp.zeros((1, 2)))
+    scores = LogRatios(jnp.zeros((1, 2)), log_prob_BK=jnp.zeros((1, 2)), old_log_prob_BK=jnp.zeros((1, 2)))
     metrics = transition_metrics(
         scores, jnp.asarray(rewards_KR, jnp.float32)[None], is_clipped=functools.partial(beyond_log_ratio, clip=0.1)
     )

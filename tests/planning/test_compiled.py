@@ -6,7 +6,7 @@ import pytest
 
 from dpo_jax.cli import load_config
 from dpo_jax.planning.compiled import compile_step
-from dpo_jax.planning.structure import open_structure
+from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.topology import parse_topology
 
 COMPILERS = {"v5e:2x2": "libtpu", "h200:4": "jax_cuda12_plugin"}

@@ -6,9 +6,9 @@ import pytest
 
 from dpo_jax.cli import load_config
 from dpo_jax.planning.hlo import count_collectives, count_traffic, products
+from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.products import Product, Sums, sums_by_kind
 from dpo_jax.planning.program import Program
-from dpo_jax.planning.structure import open_structure
 from dpo_jax.sharding import Placement, make_mesh, rules_of
 from dpo_jax.training.config import resolve
 from dpo_jax.training.experiment import compose

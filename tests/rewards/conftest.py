@@ -47,7 +47,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[CLIPModel, Path]:
 
 
 @pytest.fixture
-def pictures() -> list[np.ndarray]:
+def images() -> list[np.ndarray]:
     """One for each of CAPTIONS, of odd shapes, with structure that cropping and scaling change."""
     rng = np.random.default_rng(0)
     shapes = [(37, 53), (200, 30), (28, 28), (5, 9), (64, 47)]

@@ -15,20 +15,20 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from dpo_jax.data import images
-from dpo_jax.data.prepared import open_prepared
-from dpo_jax.data.scores import candidates, read_scores
+from dpo_jax.data.store.prepared import open_prepared
+from dpo_jax.data.store.scores import candidates, read_scores
 from dpo_jax.models.clip_vision import IMAGE_MEAN, IMAGE_STD
 from dpo_jax.rewards import clip_judges, open_judge
-from dpo_jax.rewards.pictures import letterbox
+from dpo_jax.rewards.images import letterbox
 
 from .conftest import CAPTIONS, IMAGE_SIZE
 
 Clip = tuple[CLIPModel, Path]
-Pictures = list[np.ndarray]
+Images = list[np.ndarray]
 
 
 def cosines(model: CLIPModel, folder: Path, pixels_NCHW: torch.Tensor, captions: list[str]) -> np.ndarray:
-    """Of the features of picture and caption."""
+    """Of the features of image and caption."""
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     inputs = tokenizer(captions, padding=True, truncation=True, max_length=16, return_tensors="pt")
     with torch.no_grad():
@@ -37,14 +37,14 @@ def cosines(model: CLIPModel, folder: Path, pixels_NCHW: torch.Tensor, captions:
     return torch.nn.functional.cosine_similarity(text, image).numpy()
 
 
-def cropped(pictures: Pictures) -> torch.Tensor:
+def cropped(images: Images) -> torch.Tensor:
     crop = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     processor = CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=crop)
-    return torch.cat([processor(picture, return_tensors="pt")["pixel_values"] for picture in pictures])
+    return torch.cat([processor(image, return_tensors="pt")["pixel_values"] for image in images])
 
 
-def letterboxed(pictures: Pictures) -> torch.Tensor:
-    pixels = np.stack([letterbox(picture, IMAGE_SIZE) for picture in pictures]) / 255
+def letterboxed(images: Images) -> torch.Tensor:
+    pixels = np.stack([letterbox(image, IMAGE_SIZE) for image in images]) / 255
     return torch.from_numpy((pixels - IMAGE_MEAN) / IMAGE_STD).float().permute(0, 3, 1, 2)
 
 
@@ -98,39 +98,37 @@ def hps(clip: Clip, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("captions", [CAPTIONS, CAPTIONS[::-1]])
-def test_clipscore_and_pickscore_agree_with_transformers(clip: Clip, pictures: Pictures, captions: list[str]) -> None:
+def test_clipscore_and_pickscore_agree_with_transformers(clip: Clip, images: Images, captions: list[str]) -> None:
     model, folder = clip
-    expected = cosines(model, folder, cropped(pictures), captions)
+    expected = cosines(model, folder, cropped(images), captions)
     assert min(expected) < 0 < 0.05 < np.ptp(expected)
     judge = open_judge(f"clipscore={folder}", batch_size=2)
     assert judge.name == "clipscore"
-    np.testing.assert_allclose(judge.score(pictures, captions), 100 * expected.clip(0), atol=1e-4)
-    scores = open_judge(f"pickscore={folder}", batch_size=3).score(pictures, captions)
+    np.testing.assert_allclose(judge.score(images, captions), 100 * expected.clip(0), atol=1e-4)
+    scores = open_judge(f"pickscore={folder}", batch_size=3).score(images, captions)
     np.testing.assert_allclose(scores, model.logit_scale.exp().item() * expected, atol=1e-5)
     assert scores.dtype == np.float32
 
 
 @pytest.mark.parametrize("name", ["hpsv2", "hpsv2.1"])
-def test_hps_reads_openclips_layout_and_reports_the_cosine(
-    clip: Clip, hps: Path, pictures: Pictures, name: str
-) -> None:
-    expected = cosines(*clip, letterboxed(pictures), CAPTIONS)
+def test_hps_reads_openclips_layout_and_reports_the_cosine(clip: Clip, hps: Path, images: Images, name: str) -> None:
+    expected = cosines(*clip, letterboxed(images), CAPTIONS)
     judge = open_judge(f"{name}={hps}")
-    np.testing.assert_allclose(judge.score(pictures, CAPTIONS), expected, atol=1e-6)
+    np.testing.assert_allclose(judge.score(images, CAPTIONS), expected, atol=1e-6)
     assert judge.name == name
     # The same model in transformers' layout, as a folder and as a file.
     for source in (clip[1], clip[1] / "model.safetensors"):
-        np.testing.assert_allclose(open_judge(f"{name}={source}").score(pictures, CAPTIONS), expected, atol=1e-6)
+        np.testing.assert_allclose(open_judge(f"{name}={source}").score(images, CAPTIONS), expected, atol=1e-6)
 
 
-def test_hps_mends_captions(hps: Path, pictures: Pictures) -> None:
+def test_hps_mends_captions(hps: Path, images: Images) -> None:
     odd, plain = "&amp;lt; A\n red ﬁsh\u2019s ", "< a red fish's"
     assert clip_judges.clean_like_open_clip(odd) == plain
     judge = open_judge(f"hpsv2={hps}")
-    assert judge.score(pictures[:1], [odd]) == judge.score(pictures[:1], [plain])
+    assert judge.score(images[:1], [odd]) == judge.score(images[:1], [plain])
 
 
-def test_padding_after_the_end_token_changes_nothing(clip: Clip, pictures: Pictures, tmp_path: Path) -> None:
+def test_padding_after_the_end_token_changes_nothing(clip: Clip, images: Images, tmp_path: Path) -> None:
     """OpenCLIP pads with zeros, transformers' configs with the end token or "!"."""
     shutil.copytree(clip[1], tmp_path / "clip")
     config_file = tmp_path / "clip" / "tokenizer_config.json"
@@ -138,12 +136,12 @@ def test_padding_after_the_end_token_changes_nothing(clip: Clip, pictures: Pictu
     config_file.write_text(json.dumps(config | {"pad_token": "!"}))
     (tmp_path / "clip" / "special_tokens_map.json").unlink(missing_ok=True)
     other, usual = (open_judge(f"pickscore={folder}") for folder in (tmp_path / "clip", clip[1]))
-    np.testing.assert_array_equal(other.score(pictures, CAPTIONS), usual.score(pictures, CAPTIONS))
+    np.testing.assert_array_equal(other.score(images, CAPTIONS), usual.score(images, CAPTIONS))
 
 
-def test_each_caption_is_encoded_once(clip: Clip, pictures: Pictures, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_caption_is_encoded_once(clip: Clip, images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = open_judge(f"pickscore={clip[1]}", batch_size=4)
-    first = judge.score(pictures, CAPTIONS)
+    first = judge.score(images, CAPTIONS)
     seen: list[str] = []
     load = clip_judges.load_tokenizers
 
@@ -155,26 +153,26 @@ def test_each_caption_is_encoded_once(clip: Clip, pictures: Pictures, monkeypatc
     monkeypatch.setattr(clip_judges, "CAPTIONS_KEPT", 4)
     judge = open_judge(f"pickscore={clip[1]}", batch_size=4)
     for _ in range(2):
-        np.testing.assert_array_equal(judge.score(pictures, CAPTIONS), first)
+        np.testing.assert_array_equal(judge.score(images, CAPTIONS), first)
     assert seen == list(dict.fromkeys(CAPTIONS))
-    judge.score(pictures[:1], ["the oldest is forgotten"])
-    judge.score(pictures[:2], CAPTIONS[1:3])
+    judge.score(images[:1], ["the oldest is forgotten"])
+    judge.score(images[:2], CAPTIONS[1:3])
     assert seen[4:] == ["the oldest is forgotten", CAPTIONS[0]]
 
 
-def test_scores_depend_on_neither_batch_nor_company(clip: Clip, pictures: Pictures) -> None:
+def test_scores_depend_on_neither_batch_nor_company(clip: Clip, images: Images) -> None:
     judges = [open_judge(f"pickscore={clip[1]}", batch_size=size) for size in (1, 3, 64)]
-    one, *others = (judge.score(pictures, CAPTIONS) for judge in judges)
+    one, *others = (judge.score(images, CAPTIONS) for judge in judges)
     for other in others:
         np.testing.assert_allclose(other, one, atol=2e-5)
-    assert judges[1].score(pictures[2:3], CAPTIONS[2:3]) == pytest.approx(one[2], abs=2e-5)
+    assert judges[1].score(images[2:3], CAPTIONS[2:3]) == pytest.approx(one[2], abs=2e-5)
     assert judges[0].score([], []).shape == (0,)
 
 
-def test_bfloat16_is_near(clip: Clip, pictures: Pictures) -> None:
+def test_bfloat16_is_near(clip: Clip, images: Images) -> None:
     half, full = (open_judge(f"pickscore={clip[1]}", dtype=dtype) for dtype in ("bfloat16", "float32"))
-    expected = full.score(pictures, CAPTIONS)
-    difference = np.abs(half.score(pictures, CAPTIONS) - expected)
+    expected = full.score(images, CAPTIONS)
+    difference = np.abs(half.score(images, CAPTIONS) - expected)
     assert 0 < difference.max() < 0.1 * np.abs(expected).max()
 
 
@@ -187,23 +185,23 @@ from dpo_jax.rewards import open_judge
 from dpo_jax.sharding import Placement, make_mesh
 import dpo_jax.sharding
 dpo_jax.sharding.SMALL = 8  # so that small weights are split too
-spec, pictures, captions, result = sys.argv[1:]
-pictures, captions = list(np.load(pictures).values()), captions.split(",")
+spec, images, captions, result = sys.argv[1:]
+images, captions = list(np.load(images).values()), captions.split(",")
 assert len(jax.devices()) == 4
 scores = [
-    open_judge(spec, batch_size=3, placement=placement).score(pictures, captions)
+    open_judge(spec, batch_size=3, placement=placement).score(images, captions)
     for placement in (None, Placement(make_mesh(data=2, fsdp=2)))
 ]
 np.save(result, np.stack(scores))
 """
 
 
-def test_scores_on_a_mesh_are_those_of_one_device(clip: Clip, pictures: Pictures, tmp_path: Path) -> None:
-    np.savez(tmp_path / "pictures.npz", *pictures)
+def test_scores_on_a_mesh_are_those_of_one_device(clip: Clip, images: Images, tmp_path: Path) -> None:
+    np.savez(tmp_path / "images.npz", *images)
     spec, result = f"pickscore={clip[1]}", tmp_path / "scores.npy"
-    arguments = [spec, tmp_path / "pictures.npz", ",".join(CAPTIONS), result]
+    arguments = [spec, tmp_path / "images.npz", ",".join(CAPTIONS), result]
     subprocess.run([sys.executable, "-c", SHARDED, *map(str, arguments)], check=True)
-    expected = open_judge(spec).score(pictures, CAPTIONS)
+    expected = open_judge(spec).score(images, CAPTIONS)
     for scores in np.load(result):
         np.testing.assert_allclose(scores, expected, atol=1e-5)
 
@@ -216,19 +214,19 @@ def aesthetic_mlp(width: int) -> torch.nn.Sequential:
     return torch.nn.Sequential(*layers).eval()
 
 
-def test_aesthetic_predictor_agrees_with_pytorch(clip: Clip, pictures: Pictures, tmp_path: Path) -> None:
+def test_aesthetic_predictor_agrees_with_pytorch(clip: Clip, images: Images, tmp_path: Path) -> None:
     model, folder = clip
     shutil.copytree(folder, tmp_path / "clip")
     mlp = aesthetic_mlp(12)
     file = tmp_path / "clip" / "sac+logos+ava1-l14-linearMSE.safetensors"
     save_file({f"layers.{name}": tensor for name, tensor in mlp.state_dict().items()}, file)
     with torch.no_grad():
-        features = model.get_image_features(cropped(pictures)).pooler_output
+        features = model.get_image_features(cropped(images)).pooler_output
         expected = mlp(features / features.norm(dim=-1, keepdim=True))[:, 0].numpy()
     assert np.ptp(expected) > 1e-3
     judge = open_judge(f"aesthetic={file}", batch_size=2)
-    np.testing.assert_allclose(judge.score(pictures, CAPTIONS), expected, atol=1e-6)
-    half = open_judge(f"aesthetic={file}", dtype="bfloat16").score(pictures, CAPTIONS)
+    np.testing.assert_allclose(judge.score(images, CAPTIONS), expected, atol=1e-6)
+    half = open_judge(f"aesthetic={file}", dtype="bfloat16").score(images, CAPTIONS)
     np.testing.assert_allclose(half, expected, atol=1e-3)
 
 
@@ -241,9 +239,9 @@ def test_the_command_scores_a_data_set(clip: Clip, mixed_pairs: Path) -> None:
     prepared = open_prepared(mixed_pairs)
     scores_M = read_scores(mixed_pairs, ["pickscore"], candidates(prepared.records["images"]))[0]
     records = [prepared.record(i) for i in range(len(prepared))]
-    pictures = [images.decode(data) for record in records for data in prepared.read_images(record)]
+    shown = [images.decode(data) for record in records for data in prepared.read_images(record)]
     captions = [text for record in records for text in record["captions"] or [record["caption"]] * 2]
-    expected = open_judge(spec).score(list(map(np.asarray, pictures)), captions)
+    expected = open_judge(spec).score(list(map(np.asarray, shown)), captions)
     np.testing.assert_allclose(scores_M, expected, atol=2e-5)
 
 
@@ -263,7 +261,7 @@ def test_damaged_weights_are_named(clip: Clip, tmp_path: Path, name: str, value:
         open_judge(f"pickscore={tmp_path}/clip")
 
 
-def test_a_pickle_is_refused_with_a_command_that_converts_it(clip: Clip, pictures: Pictures, tmp_path: Path) -> None:
+def test_a_pickle_is_refused_with_a_command_that_converts_it(clip: Clip, images: Images, tmp_path: Path) -> None:
     model, folder = clip
     shutil.copytree(folder, tmp_path / "clip", ignore=shutil.ignore_patterns("*.safetensors"))
     file = tmp_path / "clip" / "HPS_v2_compressed.pt"
@@ -273,13 +271,11 @@ def test_a_pickle_is_refused_with_a_command_that_converts_it(clip: Clip, picture
     command = str(error.value).partition("weights_only: ")[2]
     assert subprocess.run(command, shell=True).returncode == 0
     judge = open_judge(f"hpsv2={file.with_suffix('.safetensors')}")
-    np.testing.assert_allclose(
-        judge.score(pictures, CAPTIONS), cosines(*clip, letterboxed(pictures), CAPTIONS), atol=1e-6
-    )
+    np.testing.assert_allclose(judge.score(images, CAPTIONS), cosines(*clip, letterboxed(images), CAPTIONS), atol=1e-6)
 
 
 def test_a_folder_with_a_pickle_is_refused_with_a_command_that_converts_it(
-    clip: Clip, pictures: Pictures, tmp_path: Path
+    clip: Clip, images: Images, tmp_path: Path
 ) -> None:
     model, folder = clip
     shutil.copytree(folder, tmp_path / "old", ignore=shutil.ignore_patterns("*.safetensors"))
@@ -291,7 +287,7 @@ def test_a_folder_with_a_pickle_is_refused_with_a_command_that_converts_it(
     for file in folder.iterdir():
         if not (tmp_path / "new" / file.name).exists():
             shutil.copy(file, tmp_path / "new")
-    scores = (open_judge(f"pickscore={path}").score(pictures, CAPTIONS) for path in (folder, tmp_path / "new"))
+    scores = (open_judge(f"pickscore={path}").score(images, CAPTIONS) for path in (folder, tmp_path / "new"))
     np.testing.assert_array_equal(*scores)
 
 

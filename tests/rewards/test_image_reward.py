@@ -54,15 +54,15 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[TorchImageRewar
     return model, folder / "ImageReward.safetensors"
 
 
-def expected(model: TorchImageReward, vocabulary: Path, pictures: list[np.ndarray], captions: list[str]) -> np.ndarray:
+def expected(model: TorchImageReward, vocabulary: Path, images: list[np.ndarray], captions: list[str]) -> np.ndarray:
     """`ImageReward.score`: Resize, CenterCrop, ToTensor and Normalize of torchvision; 35 tokens."""
     pixels = []
-    for picture in pictures:
-        height, width, size = *picture.shape[:2], SMALL.vision.image_size
+    for image in images:
+        height, width, size = *image.shape[:2], SMALL.vision.image_size
         new = [int(size * side / min(height, width)) for side in (width, height)]
         left, top = (round((side - size) / 2.0) for side in new)
         box = (left, top, left + size, top + size)
-        image = Image.fromarray(picture).resize(tuple(new), Image.Resampling.BICUBIC).crop(box)
+        image = Image.fromarray(image).resize(tuple(new), Image.Resampling.BICUBIC).crop(box)
         pixels.append((np.asarray(image) / 255 - IMAGE_MEAN) / IMAGE_STD)
     tokenizer = BertTokenizer(str(vocabulary))
     text = tokenizer(captions, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
@@ -72,13 +72,13 @@ def expected(model: TorchImageReward, vocabulary: Path, pictures: list[np.ndarra
 
 @pytest.mark.parametrize("captions", [CAPTIONS, HARD], ids=["plain", "hard"])
 def test_rewards_agree_with_pytorch(
-    published: tuple[TorchImageReward, Path], pictures: list[np.ndarray], captions: list[str]
+    published: tuple[TorchImageReward, Path], images: list[np.ndarray], captions: list[str]
 ) -> None:
     model, file = published
-    theirs = expected(model, file.parent / "vocab.txt", pictures, captions)
+    theirs = expected(model, file.parent / "vocab.txt", images, captions)
     assert np.ptp(theirs) > 0.1 * np.abs(theirs).max()
     score = open_image_reward(str(file), Settings(batch_size=2), SMALL)
-    np.testing.assert_allclose(score(pictures, captions), theirs, atol=1e-4 * np.abs(theirs).max())
+    np.testing.assert_allclose(score(images, captions), theirs, atol=1e-4 * np.abs(theirs).max())
 
 
 def test_the_published_size_is_what_is_opened(published: tuple[TorchImageReward, Path], tmp_path: Path) -> None:

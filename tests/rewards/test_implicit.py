@@ -1,4 +1,4 @@
-"""The implicit reward of pictures."""
+"""The implicit reward of images."""
 
 import jax
 import jax.numpy as jnp
@@ -33,20 +33,20 @@ def tuned(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     rng = np.random.default_rng(0)
     return [rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((32, 32, 3), (40, 50, 3), (32, 32, 3))]
 
 
-def test_it_is_the_mean_difference_of_errors_times_half_beta(tuned, pictures):
-    """Against the formula (arXiv 2311.12908, equation 14), one draw and one picture at a time."""
+def test_it_is_the_mean_difference_of_errors_times_half_beta(tuned, images):
+    """Against the formula (arXiv 2311.12908, equation 14), one draw and one image at a time."""
     models = [load_pipeline(folder, dtype=jnp.float32) for folder in (tuned, BASE)]
     unets = [model.load("unet", dtype=jnp.float32) for model in models]
     base = models[1]
     frozen = {name: base.load(name, dtype=jnp.float32) for name in base.components if name != "unet"}
     tokens = load_tokenizers(base.folder, base.tokenizer_names)(CAPTIONS[:1])
     conditioning = condition(base.family, *encode_text(base, frozen, tokens), jnp.array([[32.0, 32, 0, 0, 32, 32]]))
-    mean, logvar = base.vae(frozen["vae"], to_unit_range(pictures[0][None], jnp.float32), method="encode")
+    mean, logvar = base.vae(frozen["vae"], to_unit_range(images[0][None], jnp.float32), method="encode")
     noise = jax.random.normal(jax.random.key(0), mean.shape)
     latents = (mean + jnp.exp(logvar / 2) * noise[..., :]) * base.vae.config.scaling_factor
     timesteps = [50 + 100 * i for i in range(DRAWS)]
@@ -57,24 +57,24 @@ def test_it_is_the_mean_difference_of_errors_times_half_beta(tuned, pictures):
         errors = [jnp.square(base.denoise(unet, x_t, jnp.array([t]), conditioning) - eps).mean() for unet in unets]
         gains.append(errors[1] - errors[0])
     expected = BETA / 2 * float(np.mean(gains))
-    scores = open_judge(f"implicit={tuned}:{BASE}").score(pictures[:1], CAPTIONS[:1])
+    scores = open_judge(f"implicit={tuned}:{BASE}").score(images[:1], CAPTIONS[:1])
     assert scores[0] == pytest.approx(expected, rel=2e-3, abs=1e-3 * BETA / 2 * float(np.max(np.abs(gains))))
 
 
-def test_scores_depend_on_picture_and_caption_alone(tuned, pictures):
+def test_scores_depend_on_image_and_caption_alone(tuned, images):
     judge = open_judge(f"implicit={tuned}:{BASE}", batch_size=2)
-    together = judge.score(pictures, CAPTIONS)
-    apart = [judge.score([picture], [caption])[0] for picture, caption in zip(pictures, CAPTIONS, strict=True)]
+    together = judge.score(images, CAPTIONS)
+    apart = [judge.score([image], [caption])[0] for image, caption in zip(images, CAPTIONS, strict=True)]
     np.testing.assert_allclose(together, apart, rtol=1e-3, atol=1e-2)
     assert len(set(together.tolist())) == 3
     # The reward of the reference over the tuned model is the opposite.
     np.testing.assert_allclose(
-        open_judge(f"implicit={BASE}:{tuned}", batch_size=2).score(pictures, CAPTIONS), -together, rtol=1e-3, atol=1e-2
+        open_judge(f"implicit={BASE}:{tuned}", batch_size=2).score(images, CAPTIONS), -together, rtol=1e-3, atol=1e-2
     )
 
 
-def test_a_model_against_itself_has_no_preference(pictures):
-    assert not open_judge(f"implicit={BASE}:{BASE}", batch_size=3).score(pictures, CAPTIONS).any()
+def test_a_model_against_itself_has_no_preference(images):
+    assert not open_judge(f"implicit={BASE}:{BASE}", batch_size=3).score(images, CAPTIONS).any()
 
 
 @pytest.mark.parametrize("source", ["dpo_jax/tiny/model", "a:b:c", ":dpo_jax/tiny/model"])

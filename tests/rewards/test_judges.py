@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpo_jax.rewards import JUDGES, Judge, open_judge
+from dpo_jax.rewards import JUDGES, JudgeKind, open_judge
 
 BLACK = np.zeros((4, 6, 3), np.uint8)
 
@@ -36,35 +36,35 @@ def test_specs_that_name_no_judge(spec: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pictures", "message"),
+    ("images", "message"),
     [
-        ([BLACK, BLACK], "2 pictures but 1 captions: give one caption a picture"),
-        ([BLACK / 255], r"looks at uint8 pictures \[H, W, 3\], not float64 \[4, 6, 3\]"),
+        ([BLACK, BLACK], "2 images but 1 captions: give one caption an image"),
+        ([BLACK / 255], r"looks at uint8 images \[H, W, 3\], not float64 \[4, 6, 3\]"),
         ([BLACK[..., :1]], r"not uint8 \[4, 6, 1\]"),
         ([BLACK[:0]], r"not uint8 \[0, 6, 3\]"),
     ],
 )
-def test_what_is_no_picture_is_refused(pictures: list[np.ndarray], message: str) -> None:
+def test_what_is_no_image_is_refused(images: list[np.ndarray], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        open_judge("jpeg_compressibility").score(pictures, ["a caption"])
+        open_judge("jpeg_compressibility").score(images, ["a caption"])
 
 
 def test_jpeg_judges_give_pillows_sizes() -> None:
     rng = np.random.default_rng(0)
-    pictures = [BLACK, rng.integers(0, 256, (64, 48, 3), np.uint8), np.full((64, 48, 3), 77, np.uint8)]
+    images = [BLACK, rng.integers(0, 256, (64, 48, 3), np.uint8), np.full((64, 48, 3), 77, np.uint8)]
     sizes = []
-    for picture in pictures:
-        Image.fromarray(picture).save(buffer := io.BytesIO(), "JPEG", quality=95)
+    for image in images:
+        Image.fromarray(image).save(buffer := io.BytesIO(), "JPEG", quality=95)
         sizes.append(len(buffer.getvalue()) / 1000)
     assert sizes[1] > 2 * sizes[2]
     captions = [""] * 3
     for name, sign in (("jpeg_incompressibility", 1), ("jpeg_compressibility", -1)):
-        scores = open_judge(name).score(pictures, captions)
+        scores = open_judge(name).score(images, captions)
         assert scores.dtype == np.float32
         np.testing.assert_allclose(scores, sign * np.asarray(sizes))
 
 
-def test_no_pictures_are_no_scores() -> None:
+def test_no_images_are_no_scores() -> None:
     assert open_judge("jpeg_compressibility").score([], []).shape == (0,)
 
 
@@ -75,7 +75,7 @@ def test_defaults_are_hub_ids_of_judges_that_need_something() -> None:
 
 @pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf])
 def test_scores_that_are_not_finite_are_refused(score: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = Judge(lambda source, settings: lambda pictures, captions: np.array([1, score, score]), "broken")
+    broken = JudgeKind(lambda source, settings: lambda images, captions: np.array([1, score, score]), "broken")
     monkeypatch.setitem(JUDGES, "broken", broken)
     with pytest.raises(
         ValueError, match=rf"the judge broken gave the score {score} to an image of 'b' and 1 more images"

@@ -20,7 +20,7 @@ from PIL import Image
 
 from dpo_jax.rewards import open_judge
 
-PICTURES = [np.full((3 + n, 5, 3), 10 * n, np.uint8) for n in range(3)]
+IMAGES = [np.full((3 + n, 5, 3), 10 * n, np.uint8) for n in range(3)]
 CAPTIONS = ["one", 'two "quoted"\nlines', "três"]
 SCORES = [len(caption) + 10 * n for n, caption in enumerate(CAPTIONS)]
 
@@ -52,19 +52,19 @@ def function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
 
 @pytest.mark.parametrize("wrapped", ["{}", "np.array({})", "np.array({}, np.float16)", "jax.numpy.array({})"])
 def test_a_function_scores_what_it_is_called_with(function: Callable[[str], str], wrapped: str) -> None:
-    scores = "[len(c) + int(p.mean()) for p, c in zip(pictures, captions, strict=True)]"
-    spec = function(f"import jax\ndef score(pictures, captions):\n  return {wrapped.format(scores)}")
+    scores = "[len(c) + int(p.mean()) for p, c in zip(images, captions, strict=True)]"
+    spec = function(f"import jax\ndef score(images, captions):\n  return {wrapped.format(scores)}")
     judge = open_judge(spec)
     assert judge.name == "python"
-    assert judge.score(PICTURES, tuple(CAPTIONS)).tolist() == SCORES
-    assert judge.score(np.stack([PICTURES[0]] * 2), CAPTIONS[:2]).tolist() == [len(CAPTIONS[0]), len(CAPTIONS[1])]
+    assert judge.score(IMAGES, tuple(CAPTIONS)).tolist() == SCORES
+    assert judge.score(np.stack([IMAGES[0]] * 2), CAPTIONS[:2]).tolist() == [len(CAPTIONS[0]), len(CAPTIONS[1])]
 
 
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ("[1, 2]", "gives 2 scores for 3 pictures"),
-        ("3", "gives 1 scores for 3 pictures"),
+        ("[1, 2]", "gives 2 scores for 3 images"),
+        ("3", "gives 1 scores for 3 images"),
         ("[1, np.nan, 3]", "gives NaN for the caption 'two \"quoted\"\\nlines'; it should be a number"),
         ("np.array([1, 2, np.inf])", "gives Infinity for the caption 'três'"),
         ("[1, 2, 1e39]", "gives 1e+39 for the caption 'três'"),
@@ -78,9 +78,9 @@ def test_a_function_scores_what_it_is_called_with(function: Callable[[str], str]
     ],
 )
 def test_functions_that_fail(function: Callable[[str], str], returned: str, message: str) -> None:
-    judge = open_judge(function(f"def score(pictures, captions):\n  return {returned}"))
+    judge = open_judge(function(f"def score(images, captions):\n  return {returned}"))
     with pytest.raises(OSError, match=rf"^the judge my_judge:score {re.escape(message)}.*\Z"):
-        judge.score(PICTURES, CAPTIONS)
+        judge.score(IMAGES, CAPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -115,22 +115,22 @@ def command(code: str) -> str:
 def test_a_command_scores_the_files_that_it_is_given() -> None:
     judge = open_judge(command(GOOD))
     assert judge.name == "command"
-    assert judge.score(PICTURES, CAPTIONS).tolist() == SCORES
+    assert judge.score(IMAGES, CAPTIONS).tolist() == SCORES
 
 
 def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    open_judge(command(GOOD)).score(PICTURES, CAPTIONS)
+    open_judge(command(GOOD)).score(IMAGES, CAPTIONS)
     with pytest.raises(OSError, match="ended with 3"):
-        open_judge(command("import sys; sys.exit(3)")).score(PICTURES, CAPTIONS)
+        open_judge(command("import sys; sys.exit(3)")).score(IMAGES, CAPTIONS)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("print(1); print(2)", "gives 2 scores for 3 pictures"),
-        ("print('1\\n2\\n\\n3\\n4')", "gives 4 scores for 3 pictures"),
+        ("print(1); print(2)", "gives 2 scores for 3 images"),
+        ("print('1\\n2\\n\\n3\\n4')", "gives 4 scores for 3 images"),
         ("print('1\\nNaN\\n3')", "gives NaN for the caption 'two \"quoted\"\\nlines'; it should be a number"),
         ("print('1\\n2\\n1e39')", "gives 1e39 for the caption 'três'; it should be a number"),
         ("print('1\\n2\\n' + '9' * 400)", "999... for the caption"),
@@ -143,12 +143,12 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 )
 def test_commands_that_fail(code: str, message: str) -> None:
     with pytest.raises(OSError, match=rf"^the judge .*{re.escape(message)}.*\Z"):
-        open_judge(command(code)).score(PICTURES, CAPTIONS)
+        open_judge(command(code)).score(IMAGES, CAPTIONS)
 
 
 def test_commands_that_are_none() -> None:
     with pytest.raises(OSError, match=r"^the judge nowhere/judge --fast can't be run: No such file or directory$"):
-        open_judge("command=nowhere/judge --fast").score(PICTURES, CAPTIONS)
+        open_judge("command=nowhere/judge --fast").score(IMAGES, CAPTIONS)
     with pytest.raises(ValueError, match="command='x is no command line: No closing quotation"):
         open_judge("command='x")
     with pytest.raises(ValueError, match="command= is followed by nothing"):
@@ -161,7 +161,7 @@ def test_a_command_that_hangs_ends_with_all_that_it_started(tmp_path: Path) -> N
     script.chmod(0o755)
     start = time.monotonic()
     with pytest.raises(TimeoutError, match=r"judge\.sh has not answered in 1\.5 s"):
-        open_judge(f"command={script}", timeout=1.5).score(PICTURES, CAPTIONS)
+        open_judge(f"command={script}", timeout=1.5).score(IMAGES, CAPTIONS)
     assert time.monotonic() - start < 20
     child = int((tmp_path / "pid").read_text())
     for _ in range(100):
@@ -215,13 +215,13 @@ def read_and_score(asked: dict) -> tuple[int, bytes]:
 def test_an_endpoint_scores_what_it_is_sent(serve: Callable[[Answer], str]) -> None:
     judge = open_judge(f"http={serve(read_and_score)}")
     assert judge.name == "http"
-    assert judge.score(PICTURES, CAPTIONS).tolist() == SCORES
+    assert judge.score(IMAGES, CAPTIONS).tolist() == SCORES
 
 
 @pytest.mark.parametrize(
     ("status", "body", "message"),
     [
-        (200, b'{"scores": [1, 2]}', "gives 2 scores for 3 pictures"),
+        (200, b'{"scores": [1, 2]}', "gives 2 scores for 3 images"),
         (200, b'{"scores": [1, NaN, 2]}', "gives NaN for the caption 'two"),
         (200, b'{"scores": [1, null, 2]}', "gives null for the caption 'two"),
         (200, b'{"scores": 1}', 'answers {"scores": 1}; it should be {"scores": [...]}'),
@@ -234,14 +234,14 @@ def test_an_endpoint_scores_what_it_is_sent(serve: Callable[[Answer], str]) -> N
 def test_endpoints_that_fail(serve: Callable[[Answer], str], status: int, body: bytes, message: str) -> None:
     address = serve(lambda asked: (status, body))
     with pytest.raises(OSError, match=rf"^{re.escape(f'the judge at {address} {message}')}.*\Z"):
-        open_judge(f"http={address}").score(PICTURES, CAPTIONS)
+        open_judge(f"http={address}").score(IMAGES, CAPTIONS)
 
 
 def test_an_endpoint_that_hangs_or_is_not_there(serve: Callable[[Answer], str]) -> None:
     address = serve(lambda asked: (time.sleep(1.5), (200, b""))[1])
     with pytest.raises(TimeoutError, match=r"has not answered in 0\.2 s"):
-        open_judge(f"http={address}", timeout=0.2).score(PICTURES, CAPTIONS)
+        open_judge(f"http={address}", timeout=0.2).score(IMAGES, CAPTIONS)
     with pytest.raises(ConnectionError, match=r"at http://127\.0\.0\.1:1/ can't be asked: .*Connection refused"):
-        open_judge("http=http://127.0.0.1:1/").score(PICTURES, CAPTIONS)
+        open_judge("http=http://127.0.0.1:1/").score(IMAGES, CAPTIONS)
     with pytest.raises(ValueError, match=r"http=127\.0\.0\.1:8000 is no address"):
         open_judge("http=127.0.0.1:8000")

@@ -11,9 +11,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from dpo_jax.cli import load_config, replaced
-from dpo_jax.rounds.config import make_plan
+from dpo_jax.rounds.config import round_sizes
 from dpo_jax.rounds.folder import RoundFolder
-from dpo_jax.rounds.rollout import Way
+from dpo_jax.rounds.rollout import StoredTrajectory
 from dpo_jax.rounds.updates import Updates
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ class Made:
         P, K = config.online.prompts_per_round, config.online.candidates
         self.config = config
         self.steps_S = np.arange(num_steps, dtype=np.int32) + 2  # rows of the sampler's table
-        self.plan = make_plan(config, self.steps_S, device_count=1, process_count=1)
+        self.plan = round_sizes(config, self.steps_S, device_count=1, process_count=1)
         self.folder = RoundFolder(workdir, number, [f"prompt {p}" for p in range(P)])
         self.token_ids_PEL = np.arange(P * E * L, dtype=np.int32).reshape(P, E, L)
         J = 1 if config.online.branching else K
@@ -48,8 +48,8 @@ class Made:
                 np.broadcast_to((of_SK + shift)[..., None, None, None], (num_steps, K, 2, 2, 4)).astype(np.float32)
                 for shift in (0.25, 0.5)
             )
-            way = Way(x_SKhwC[:, :J], next_x_SKhwC, -of_SK.astype(np.float32))
-            self.folder.write_trajectory(p, way, None)
+            trajectory = StoredTrajectory(x_SKhwC[:, :J], next_x_SKhwC, -of_SK.astype(np.float32))
+            self.folder.write_trajectory(p, trajectory, None)
 
     def updates(self, rewards_PSKR: np.ndarray | None = None, *, advantages=None, step: int = 0) -> Updates:
         P, K = len(self.folder.prompts), self.config.online.candidates

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from dpo_jax.cli import load_config
-from dpo_jax.evaluation.prompts import read_prompts
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.rewards import JUDGES
-from dpo_jax.rounds.config import check, first_branch, make_plan, needs_reference
+from dpo_jax.rounds.config import check, first_branch, needs_reference, round_sizes
 from dpo_jax.rounds.loop import learn
+from dpo_jax.sampling.prompts import read_prompts
 from dpo_jax.training import config as training_config
 
 STEPS = np.arange(20, dtype=np.int32)
@@ -124,7 +124,7 @@ def test_the_configs_that_come_with_it_are_right(online, name):
 def test_tasks_have_the_published_judges_prompts_and_sizes(online, task, judges, prompts, rounds, images):
     config = online(f"d3po:{task}")
     assert (config.online.judges, config.online.prompts, config.online.rounds) == (judges, prompts, rounds)
-    plan = make_plan(config, STEPS, **ALONE)
+    plan = round_sizes(config, STEPS, **ALONE)
     assert plan.images == images
     assert plan.updates == plan.pairs * config.online.prompts_per_round
     assert len(read_prompts(prompts)) >= config.online.prompts_per_round
@@ -148,7 +148,7 @@ def test_spo_parts_where_its_released_code_does(online):
     config = online("d3po:spo")
     assert (first_branch(config), config.online.candidates, config.optimizer.learning_rate) == (4, 4, 6e-5)
     assert first_branch(online("tiny_online:spo")) == 0
-    plan = make_plan(config, STEPS[4:], **ALONE)
+    plan = round_sizes(config, STEPS[4:], **ALONE)
     assert plan.timesteps == 16
     assert plan.images == 20 * (4 * 16 + 1)
     assert plan.evaluations == 20 * (20 + 4 * 16 + 2 * 16)
@@ -184,7 +184,7 @@ def test_one_image_a_prompt_is_enough_for_advantages_by_prompt(online):
 def test_what_does_not_divide_is_told(online, fields, machine, message):
     config = online(**{"online.timesteps": 1.0} | fields)
     with pytest.raises(ValueError, match=message):
-        make_plan(config, STEPS, **ALONE | machine)
+        round_sizes(config, STEPS, **ALONE | machine)
 
 
 @pytest.mark.parametrize(
@@ -196,13 +196,13 @@ def test_what_does_not_divide_is_told(online, fields, machine, message):
     ],
 )
 def test_what_is_told_then_divides(online, fields, devices):
-    make_plan(online("d3po", **fields), STEPS, device_count=devices, process_count=1)
+    round_sizes(online("d3po", **fields), STEPS, device_count=devices, process_count=1)
 
 
 def per_timestep(online, **fields):
     """Training's evaluations for one prompt at one timestep, and updates."""
     fields |= {"online.candidates": 7, "online.prompts_per_round": 1, "data.batch_size": 1, "online.sampling_steps": 20}
-    plan = make_plan(online(**{"online.timesteps": 1.0} | fields), STEPS, **ALONE)
+    plan = round_sizes(online(**{"online.timesteps": 1.0} | fields), STEPS, **ALONE)
     sampling = 7 * 20
     return (plan.evaluations - sampling) / 20, plan.updates
 
@@ -220,21 +220,21 @@ def test_seven_candidates_cost_fourteen_evaluations_at_once_and_eighty_four_in_p
 def test_two_candidates_are_one_pair_however_they_are_updated(online):
     fields = {"online.candidates": 2}
     plans = [
-        make_plan(online(**fields, **{"online.update_by": update}), STEPS, **ALONE) for update in ("prompt", "pair")
+        round_sizes(online(**fields, **{"online.update_by": update}), STEPS, **ALONE) for update in ("prompt", "pair")
     ]
     assert plans[0] == plans[1]
 
 
 def test_counts_of_a_round(online):
     fields = {"online.prompts_per_round": 12, "data.batch_size": 4, "online.epochs": 2, "online.timesteps": 0.25}
-    plan = make_plan(online(**fields), STEPS, device_count=2, process_count=2)
+    plan = round_sizes(online(**fields), STEPS, device_count=2, process_count=2)
     assert (plan.timesteps, plan.pairs, plan.updates, plan.images) == (5, 1, 2 * 3, 12 * 3)
     assert (plan.derived.local_batch_size, plan.derived.micro_batch_per_device) == (10, 10)
-    assert make_plan(online(**fields, **{"online.update_by": "pair"}), STEPS, **ALONE).updates == 2 * 3 * 3
-    assert make_plan(online(**fields | {"online.timesteps": 0.001}), STEPS, **ALONE).timesteps == 1
-    assert make_plan(online(**fields, **{"online.branching": True}), STEPS, **ALONE).images == 12 * (3 * 20 + 1)
+    assert round_sizes(online(**fields, **{"online.update_by": "pair"}), STEPS, **ALONE).updates == 2 * 3 * 3
+    assert round_sizes(online(**fields | {"online.timesteps": 0.001}), STEPS, **ALONE).timesteps == 1
+    assert round_sizes(online(**fields, **{"online.branching": True}), STEPS, **ALONE).images == 12 * (3 * 20 + 1)
     in_latents = {"online.branching": True, "online.latent_judge": "tuned:base"}
-    assert make_plan(online(**fields, **in_latents), STEPS, **ALONE).images == 12
+    assert round_sizes(online(**fields, **in_latents), STEPS, **ALONE).images == 12
 
 
 def test_who_needs_a_reference(online):
@@ -271,7 +271,7 @@ def test_evaluations_are_those_that_the_network_makes(online, tmp_path, monkeypa
     learn(config, tmp_path)
     jax.effects_barrier()
 
-    plan = make_plan(config, np.arange(first_branch(config), config.online.sampling_steps), **ALONE)
+    plan = round_sizes(config, np.arange(first_branch(config), config.online.sampling_steps), **ALONE)
     assert sum(rows) == plan.evaluations * config.online.rounds
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.images import read_image
-from dpo_jax.evaluation.image_folder import read_list
+from dpo_jax.sampling.image_folder import read_list
 from dpo_jax.training.run import open_run
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +21,8 @@ import json, sys
 from dpo_jax import cluster, sharding
 from dpo_jax.cli import load_config, replaced
 workdir, fields = sys.argv[1], json.loads(sys.argv[2])
+def brightness(images, captions):  # the bytes of a JPEG would turn rounding of one pixel into another order
+    return [image.mean() for image in images]
 cluster.join()
 from dpo_jax.rounds.loop import learn
 sharding.SMALL = 256  # or nothing of this model would be split
@@ -28,6 +30,7 @@ config = load_config("configs/d3po.py:tiny")
 config.online.rounds, config.online.epochs, config.data.batch_size, config.sample.every = 1, 3, 2, 0
 config.online.prompts_per_round, config.online.candidates = 4, 3
 config.optimizer.learning_rate, config.optimizer.epsilon, config.loss.beta = 3e-2, 1e-2, 10.0
+config.online.judges = ("python=__main__:brightness",)
 learn(replaced(config, fields), workdir)
 """
 
@@ -50,9 +53,9 @@ def learned(workdir: Path, fields: dict, *, processes: int, devices: int):
     done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    images = workdir / "rounds" / "00000" / "images"
-    pictures = np.stack([read_image(images / entry.image) for entry in read_list(images)]).astype(int)
-    return pictures, [row["train/loss"] for row in rows if "train/loss" in row], open_run(workdir)
+    folder = workdir / "rounds" / "00000" / "images"
+    images = np.stack([read_image(folder / entry.image) for entry in read_list(folder)]).astype(int)
+    return images, [row["train/loss"] for row in rows if "train/loss" in row], open_run(workdir)
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +86,10 @@ def on_one_device(tmp_path_factory: pytest.TempPathFactory):
     ids=lambda value: NAMES.get(json.dumps(value)) if isinstance(value, dict) else str(value),
 )
 def test_eight_devices_agree_with_one(on_one_device, tmp_path: Path, mesh: str, fields: dict, processes: int) -> None:
-    pictures, losses, run = learned(tmp_path, fields | MESHES[mesh], processes=processes, devices=8 // processes)
-    expected_pictures, expected_losses, expected = on_one_device(**fields)
+    images, losses, run = learned(tmp_path, fields | MESHES[mesh], processes=processes, devices=8 // processes)
+    expected_images, expected_losses, expected = on_one_device(**fields)
 
-    assert np.abs(pictures - expected_pictures).max() <= 1
+    assert np.abs(images - expected_images).max() <= 1
     assert len(losses) == 6
     assert abs(expected_losses[-1] - expected_losses[0]) > 1e-3
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)

@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.images import read_image
-from dpo_jax.evaluation.image_folder import read_list
 from dpo_jax.rounds.folder import Rewards, RoundFolder, read_said
-from dpo_jax.rounds.rollout import Way
+from dpo_jax.rounds.rollout import StoredTrajectory
+from dpo_jax.sampling.image_folder import read_list
 from dpo_jax.voting.study import MODES, read_folder
 
 PROMPTS = ["a cat", "a dog: große, rote!", "a red circle"]
 K, S, R = 3, 4, 2
 
 
-def way(p: int) -> Way:
+def trajectory(p: int) -> StoredTrajectory:
     rng = np.random.default_rng(p)
     arrays = rng.normal(size=(S, K, 2, 2, 4)), rng.normal(size=(S, K, 2, 2, 4)), rng.normal(size=(S, K))
-    return Way(*(array.astype(np.float32) for array in arrays))
+    return StoredTrajectory(*(array.astype(np.float32) for array in arrays))
 
 
 def images_KHWC(p: int) -> np.ndarray:
@@ -35,14 +35,14 @@ def test_what_was_sampled_comes_back(folder, tmp_path):
     rewards = Rewards(np.array([[1.0, 2], [np.nan, 3], [0, 0]]), np.arange(float(S * K * R)).reshape(S, K, R))
     assert folder.path == tmp_path / "rounds" / "00003"
     assert folder.missing() == [0, 1, 2]
-    folder.write_trajectory(1, way(1), rewards)
+    folder.write_trajectory(1, trajectory(1), rewards)
     assert folder.missing() == [0, 2]
-    folder.write_trajectory(0, way(0), Rewards(rewards.shown_KR))
-    folder.write_trajectory(2, way(2), Rewards(rewards.shown_KR))
+    folder.write_trajectory(0, trajectory(0), Rewards(rewards.shown_KR))
+    folder.write_trajectory(2, trajectory(2), Rewards(rewards.shown_KR))
     assert folder.missing() == []
 
     for p in range(3):
-        for found, expected in zip(folder.read_way(p, S, K, K), way(p), strict=True):
+        for found, expected in zip(folder.read_trajectory(p, S, K, K), trajectory(p), strict=True):
             assert found.dtype == np.float32
             np.testing.assert_array_equal(found, expected)
     first, second, _ = folder.read_rewards((K, R), None)
@@ -51,7 +51,7 @@ def test_what_was_sampled_comes_back(folder, tmp_path):
     with pytest.raises(ValueError, match=r"00000\.npz can't be read \('steps_SKR is not a file in the archive'\)"):
         folder.read_rewards((K, R), (S, K, R))
     for p in range(3):
-        folder.write_trajectory(p, way(p), rewards)
+        folder.write_trajectory(p, trajectory(p), rewards)
     np.testing.assert_array_equal(folder.read_rewards((K, R), (S, K, R))[1].steps_SKR, rewards.steps_SKR)
     assert RoundFolder(tmp_path, 3, PROMPTS).missing() == []  # a later start sees the same
     assert RoundFolder(tmp_path, 4, PROMPTS).missing() == [0, 1, 2]
@@ -59,7 +59,7 @@ def test_what_was_sampled_comes_back(folder, tmp_path):
 
 @pytest.mark.parametrize("cut", ["before the content is there", "before it has its name"])
 def test_a_write_that_is_cut_off_leaves_the_prompt_missing(folder, monkeypatch, cut):
-    folder.write_trajectory(0, way(0), None)
+    folder.write_trajectory(0, trajectory(0), None)
     folder.write_images(0, images_KHWC(0))
 
     def fail(*arguments, **options):
@@ -68,16 +68,16 @@ def test_a_write_that_is_cut_off_leaves_the_prompt_missing(folder, monkeypatch, 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace" if "name" in cut else "fsync", fail)
         with pytest.raises(OSError, match="is gone"):
-            folder.write_trajectory(1, way(1), None)
+            folder.write_trajectory(1, trajectory(1), None)
         with pytest.raises(OSError, match="is gone"):
             folder.write_images(1, images_KHWC(1))
 
     assert folder.missing() == [1, 2]
     assert len(list(folder.images.glob("*.png"))) == K
-    folder.write_trajectory(1, way(1), None)  # and what was left is in nobody's way
+    folder.write_trajectory(1, trajectory(1), None)  # and what was left is in nobody's way
     folder.write_images(1, images_KHWC(1))
     assert folder.missing() == [2]
-    np.testing.assert_array_equal(folder.read_way(1, S, K, K).log_prob_SK, way(1).log_prob_SK)
+    np.testing.assert_array_equal(folder.read_trajectory(1, S, K, K).log_prob_SK, trajectory(1).log_prob_SK)
 
 
 def damages(data: bytes):
@@ -88,7 +88,7 @@ def damages(data: bytes):
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text", "gone"])
 def test_a_damaged_trajectory_is_told_with_the_remedy(folder, damage):
-    folder.write_trajectory(0, way(0), Rewards(np.zeros((K, R))))
+    folder.write_trajectory(0, trajectory(0), Rewards(np.zeros((K, R))))
     file = folder.path / "trajectories" / "00000.npz"
     if damage == "gone":
         file.unlink()
@@ -98,7 +98,7 @@ def test_a_damaged_trajectory_is_told_with_the_remedy(folder, damage):
         r"00000\.npz can't be read \(.+\); put it back; as long as nothing of round 3 is trained on, remove it and run "
         "again, to sample it anew, otherwise begin another --workdir"
     )
-    reads = [lambda: folder.read_way(0, S, K, K), lambda: folder.read_rewards((K, R), None)]
+    reads = [lambda: folder.read_trajectory(0, S, K, K), lambda: folder.read_rewards((K, R), None)]
     for read in reads[:1] if damage == "flipped" else reads:  # a bit of the latents, which say nothing of rewards
         with pytest.raises(ValueError, match=message) as error:
             read()
@@ -106,10 +106,10 @@ def test_a_damaged_trajectory_is_told_with_the_remedy(folder, damage):
 
 
 def test_objects_are_not_unpickled(folder):
-    folder.write_trajectory(0, way(0), None)
+    folder.write_trajectory(0, trajectory(0), None)
     np.savez(folder.path / "trajectories" / "00000.npz", x_SJhwC=np.array([print], object))
     with pytest.raises(ValueError, match="can't be read"):
-        folder.read_way(0, S, K, K)
+        folder.read_trajectory(0, S, K, K)
 
 
 @pytest.mark.parametrize(
@@ -126,14 +126,14 @@ def test_objects_are_not_unpickled(folder):
     ],
 )
 def test_the_trajectory_of_another_round_is_told(folder, name, change, problem):
-    arrays = way(0)._asdict()
+    arrays = trajectory(0)._asdict()
     del arrays[name]
     if change:
-        arrays[name] = change(way(0)._asdict()[name])
-    folder.write_trajectory(0, way(0), None)
+        arrays[name] = change(trajectory(0)._asdict()[name])
+    folder.write_trajectory(0, trajectory(0), None)
     np.savez(folder.path / "trajectories" / "00000.npz", **arrays)
     with pytest.raises(ValueError, match=rf"00000\.npz can't be read \(.*{problem}.*\); put it back"):
-        folder.read_way(0, S, K, K)
+        folder.read_trajectory(0, S, K, K)
 
 
 @pytest.mark.parametrize(
@@ -141,20 +141,20 @@ def test_the_trajectory_of_another_round_is_told(folder, name, change, problem):
     [(bytes(99), "nothing but zero bytes"), (b"\x80\x04\x95os", "a Python pickle"), (b"arrays", "not an .npz file")],
 )
 def test_what_is_no_trajectory_is_told_without_advice_to_unpickle_it(folder, data, problem):
-    folder.write_trajectory(0, way(0), None)
+    folder.write_trajectory(0, trajectory(0), None)
     (folder.path / "trajectories" / "00000.npz").write_bytes(data)
     with pytest.raises(ValueError, match=rf"00000\.npz can't be read \(it is {problem}") as error:
-        folder.read_way(0, S, K, K)
+        folder.read_trajectory(0, S, K, K)
     assert "allow_pickle" not in str(error.value)
 
 
 def test_a_pipe_in_place_of_a_trajectory_is_not_waited_for(folder):
-    folder.write_trajectory(0, way(0), None)
+    folder.write_trajectory(0, trajectory(0), None)
     file = folder.path / "trajectories" / "00000.npz"
     file.unlink()
     os.mkfifo(file)
     with pytest.raises(ValueError, match=r"00000\.npz can't be read \(.*is not a regular file\)"):
-        folder.read_way(0, S, K, K)
+        folder.read_trajectory(0, S, K, K)
 
 
 def test_scores_come_back_with_what_nobody_said(folder):
@@ -221,7 +221,7 @@ def test_feedback_is_what_people_left_in_the_folder(folder):
 
 def test_trajectories_are_removed_and_nothing_else(folder):
     folder.remove_trajectories()  # there are none: nothing to do
-    folder.write_trajectory(0, way(0), None)
+    folder.write_trajectory(0, trajectory(0), None)
     folder.write_images(0, images_KHWC(0))
     folder.write_scores({}, np.zeros((1, 1, 1)))
     folder.remove_trajectories()

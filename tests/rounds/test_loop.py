@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 
-from dpo_jax.evaluation.image_folder import read_list
 from dpo_jax.rounds.folder import RoundFolder
 from dpo_jax.rounds.loop import learn
 from dpo_jax.rounds.result import FIELDS
+from dpo_jax.sampling.image_folder import read_list
 from dpo_jax.training.run import open_run
 
 METHODS = [
@@ -128,7 +128,7 @@ def test_a_task_for_people_ends_with_images_to_vote_on(online, tmp_path, capsys)
 
 @pytest.mark.parametrize("rounds", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_judge_that_rates_all_alike_ends_the_run(online, tmp_path, monkeypatch, capsys, rounds):
-    monkeypatch.setattr("dpo_jax.rewards.jpeg.kilobytes", lambda picture_HWC: 9.0)
+    monkeypatch.setattr("dpo_jax.rewards.jpeg.kilobytes", lambda image_HWC: 9.0)
     config = online("d3po:compressibility,tiny", **{"sample.every": 0, "online.rounds": rounds})
     for _ in range(2):  # the second call finds what the first one noted
         first = "first round" if rounds == 1 else f"first {rounds} rounds"

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from dpo_jax.data.images import read_image
-from dpo_jax.evaluation.image_folder import read_list
-from dpo_jax.rewards import shapes
 from dpo_jax.rounds.loop import learn
 from dpo_jax.rounds.rollout import Rollout
+from dpo_jax.sampling.image_folder import read_list
+from dpo_jax.tiny import judge
 from dpo_jax.training.model import load_encoders
 from dpo_jax.training.run import open_run
 from dpo_jax.training.trainer import Loop
@@ -31,7 +31,7 @@ Taste = Callable[[np.ndarray, str], float]
 
 def exact(image_HWC: np.ndarray, prompt: str) -> float:
     """1 to 4 points by the exact judge of the tiny world."""
-    return 1 + round(3 * float(shapes.score(image_HWC[None], [prompt])[0]))
+    return 1 + round(3 * float(judge.score(image_HWC[None], [prompt])[0]))
 
 
 def bright(image_HWC: np.ndarray, prompt: str) -> float:

@@ -12,12 +12,12 @@ ROOT = Path(__file__).parents[2]
 JUDGE = """
 import pathlib, time, jax
 
-def score(pictures, captions):
+def score(images, captions):
     calls = pathlib.Path(__file__).with_name("calls.txt")
     with calls.open("a") as file:
-        file.write(f"{jax.process_index()} {len(pictures)}\\n")
+        file.write(f"{jax.process_index()} {len(images)}\\n")
     time.sleep(SECONDS)
-    return [float(picture.mean()) + jax.process_index() for picture in pictures]
+    return [float(image.mean()) + jax.process_index() for image in images]
 """
 SCRIPT = """
 import json, sys

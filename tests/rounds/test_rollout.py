@@ -18,7 +18,7 @@ from dpo_jax.diffusion.trajectories import branch, random_steps
 from dpo_jax.encode.images import decode_latents
 from dpo_jax.encode.text import make_conditionings
 from dpo_jax.models.pipeline import Pipeline
-from dpo_jax.rounds.config import make_plan
+from dpo_jax.rounds.config import round_sizes
 from dpo_jax.rounds.folder import RoundFolder
 from dpo_jax.rounds.method import on_trajectories, sampler_table
 from dpo_jax.rounds.rollout import Rollout
@@ -31,7 +31,7 @@ B, K, S = 2, 3, 4
 SIZE = np.array([[32, 32, 0, 0, 32, 32]], np.float32)
 
 
-class Opened:
+class LoadedModel:
     """An experiment and what sampling needs of it."""
 
     def __init__(self, config, workdir, **pipeline_fields):
@@ -39,7 +39,7 @@ class Opened:
         self.pipeline = dataclasses.replace(open_model(config, workdir), **pipeline_fields)
         self.table = sampler_table(config, self.pipeline)
         self.steps_S = random_steps(self.table)
-        self.plan = make_plan(config, self.steps_S, device_count=1, process_count=1)
+        self.plan = round_sizes(config, self.steps_S, device_count=1, process_count=1)
         self.experiment = build(config, self.plan.derived, self.pipeline, on_trajectories)
         self.params = self.experiment.initial_state().params
         self.rollout = Rollout(config, self.pipeline, self.experiment.placement)
@@ -63,8 +63,8 @@ class Opened:
 
     def batches(self, folder):
         """Both prompts with all their steps, in one batch."""
-        for b, way in self.drawn.ways.items():
-            folder.write_trajectory(b, way, None)
+        for b, trajectory in self.drawn.trajectories.items():
+            folder.write_trajectory(b, trajectory, None)
         tokens = load_tokenizers_of(self.pipeline)(CAPTIONS)
         rewards = np.zeros((B, 1, K, 1))
         return next(Updates(self.config, self.plan, folder, self.steps_S, tokens, rewards, rewards[..., 0], step=0))
@@ -86,24 +86,24 @@ def opened(online, tmp_path_factory):
 
     @functools.cache
     def of(**fields):
-        return Opened(online(**FIELDS | fields), tmp_path_factory.mktemp("run"))
+        return LoadedModel(online(**FIELDS | fields), tmp_path_factory.mktemp("run"))
 
     return of
 
 
 def test_candidates_begin_alike_and_each_step_leads_to_the_next(opened):
     drawn, (x_BhwC, _) = opened().drawn, opened().starts()
-    assert sorted(drawn.ways) == [0, 1]
+    assert sorted(drawn.trajectories) == [0, 1]
     assert drawn.images_BKHWC.shape == (B, K, 32, 32, 3)
     assert drawn.images_BKHWC.dtype == np.uint8
     assert drawn.seen_BSK is None
-    for b, way in drawn.ways.items():
-        assert way.x_SJhwC.shape == way.next_x_SKhwC.shape == (S, K, 8, 8, 4)
-        assert {array.dtype for array in way} == {np.dtype(np.float32)}
+    for b, trajectory in drawn.trajectories.items():
+        assert trajectory.x_SJhwC.shape == trajectory.next_x_SKhwC.shape == (S, K, 8, 8, 4)
+        assert {array.dtype for array in trajectory} == {np.dtype(np.float32)}
         for k in range(K):
-            np.testing.assert_allclose(way.x_SJhwC[0, k], x_BhwC[b], atol=1e-6)
-        np.testing.assert_array_equal(way.x_SJhwC[1:], way.next_x_SKhwC[:-1])
-        parted = [np.abs(way.next_x_SKhwC[0, k] - way.next_x_SKhwC[0, k - 1]).mean() for k in range(K)]
+            np.testing.assert_allclose(trajectory.x_SJhwC[0, k], x_BhwC[b], atol=1e-6)
+        np.testing.assert_array_equal(trajectory.x_SJhwC[1:], trajectory.next_x_SKhwC[:-1])
+        parted = [np.abs(trajectory.next_x_SKhwC[0, k] - trajectory.next_x_SKhwC[0, k - 1]).mean() for k in range(K)]
         assert min(parted) > 0.1
 
 
@@ -133,7 +133,7 @@ def test_images_are_those_of_the_sampler_and_of_the_last_latents(opened):
 
     token_ids = load_tokenizers_of(o.pipeline)(CAPTIONS)
     latents_NhwC = again(o.params, o.experiment.frozen, token_ids, *o.starts())
-    last_NhwC = np.concatenate([o.drawn.ways[b].next_x_SKhwC[-1] for b in range(B)])
+    last_NhwC = np.concatenate([o.drawn.trajectories[b].next_x_SKhwC[-1] for b in range(B)])
 
     np.testing.assert_allclose(last_NhwC, latents_NhwC, atol=1e-3)
     images_NHWC = o.drawn.images_BKHWC.reshape(B * K, 32, 32, 3).astype(int)
@@ -159,16 +159,16 @@ def test_training_may_be_without_guidance(opened, tmp_path):
 def test_what_becomes_of_a_prompt_does_not_depend_on_its_place(opened):
     o = opened()
     swapped, alone = o(CAPTIONS[::-1], NUMBERS[::-1]), o(CAPTIONS[1:], NUMBERS[1:])
-    assert list(alone.ways) == [0]
+    assert list(alone.trajectories) == [0]
     assert alone.images_BKHWC.shape == (1, K, 32, 32, 3)
-    for place, other in ((1, swapped.ways[0]), (0, swapped.ways[1]), (1, alone.ways[0])):
-        for found, expected in zip(other, o.drawn.ways[place], strict=True):
+    for place, other in ((1, swapped.trajectories[0]), (0, swapped.trajectories[1]), (1, alone.trajectories[0])):
+        for found, expected in zip(other, o.drawn.trajectories[place], strict=True):
             np.testing.assert_allclose(found, expected, atol=1e-4)
     images = swapped.images_BKHWC[0].astype(int), alone.images_BKHWC[0].astype(int)
     for found in images:
         assert np.abs(found - o.drawn.images_BKHWC[1]).max() <= 1
-    (other,) = o(CAPTIONS[1:], [6]).ways.values()
-    assert np.abs(other.x_SJhwC[0] - o.drawn.ways[1].x_SJhwC[0]).mean() > 0.5
+    (other,) = o(CAPTIONS[1:], [6]).trajectories.values()
+    assert np.abs(other.x_SJhwC[0] - o.drawn.trajectories[1].x_SJhwC[0]).mean() > 0.5
 
 
 def largest_log_ratio(o, tmp_path, rows_at_a_time=B):
@@ -207,16 +207,16 @@ def test_a_last_step_without_noise_makes_the_image_and_is_not_trained_on(online,
     monkeypatch.setattr(Pipeline, "denoise", quick)
     fields = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     to_one = make_schedule(fields | {"num_train_timesteps": 1000, "set_alpha_to_one": True})
-    o = Opened(online("d3po:tiny", **FIELDS | {"online.timesteps": 1.0}), tmp_path, sampling_schedule=to_one)
+    o = LoadedModel(online("d3po:tiny", **FIELDS | {"online.timesteps": 1.0}), tmp_path, sampling_schedule=to_one)
 
     np.testing.assert_array_equal(o.steps_S, np.arange(S - 1))
     assert o.plan.timesteps == S - 1
     batch = o.batches(RoundFolder(tmp_path, 0, CAPTIONS))
     assert len(batch.weight_B) == B * (S - 1)
     np.testing.assert_array_equal(batch.inputs.transitions.step_B, [0, 1, 2] * B)
-    for b, way in o.drawn.ways.items():
-        assert way.next_x_SKhwC.shape == (S - 1, K, 8, 8, 4)
-        last = jnp.asarray(way.next_x_SKhwC[-1])
+    for b, trajectory in o.drawn.trajectories.items():
+        assert trajectory.next_x_SKhwC.shape == (S - 1, K, 8, 8, 4)
+        last = jnp.asarray(trajectory.next_x_SKhwC[-1])
         step = jax.tree.map(lambda values_S: values_S[-1], o.table.steps)
         caption = o.rollout._tokenizers([CAPTIONS[b], ""])
         both = make_conditionings(o.pipeline, caption[1:], 5.0)(o.experiment.frozen, caption[:1], jnp.zeros((1, 6)))
@@ -234,14 +234,16 @@ def test_branching_shows_what_each_candidate_is_about_to_become(opened):
     assert drawn.images_BKHWC.shape == (B, 1, 32, 32, 3)
     assert drawn.seen_BSK.shape == (B, S, K, 32, 32, 3)
     chosen = np.zeros((B, S), int)
-    for b, way in drawn.ways.items():
-        assert way.x_SJhwC.shape == (S, 1, 8, 8, 4)
-        assert way.next_x_SKhwC.shape == (S, K, 8, 8, 4)
-        np.testing.assert_allclose(way.x_SJhwC[0, 0], x_BhwC[b], atol=1e-6)
+    for b, trajectory in drawn.trajectories.items():
+        assert trajectory.x_SJhwC.shape == (S, 1, 8, 8, 4)
+        assert trajectory.next_x_SKhwC.shape == (S, K, 8, 8, 4)
+        np.testing.assert_allclose(trajectory.x_SJhwC[0, 0], x_BhwC[b], atol=1e-6)
         for s in range(S - 1):  # one of the candidates goes on
-            (chosen[b, s],) = [k for k in range(K) if np.array_equal(way.next_x_SKhwC[s, k], way.x_SJhwC[s + 1, 0])]
+            (chosen[b, s],) = [
+                k for k in range(K) if np.array_equal(trajectory.next_x_SKhwC[s, k], trajectory.x_SJhwC[s + 1, 0])
+            ]
     # After the last step the candidates are the images themselves.
-    last_NhwC = np.concatenate([way.next_x_SKhwC[-1] for way in drawn.ways.values()])
+    last_NhwC = np.concatenate([trajectory.next_x_SKhwC[-1] for trajectory in drawn.trajectories.values()])
     images_BKHWC = o.decode(last_NhwC).reshape(B, K, 32, 32, 3).astype(int)
     assert np.abs(images_BKHWC - drawn.seen_BSK[:, -1]).max() <= 1
     for b in range(B):
@@ -259,7 +261,7 @@ def test_branching_shows_what_each_candidate_is_about_to_become(opened):
         return denoise(x_NhwC, jnp.full(B * K, t))
 
     for s in range(S - 1):
-        x_NhwC = np.concatenate([way.next_x_SKhwC[s] for way in drawn.ways.values()])
+        x_NhwC = np.concatenate([trajectory.next_x_SKhwC[s] for trajectory in drawn.trajectories.values()])
         after = jax.tree.map(lambda values_S, s=s: values_S[s + 1], o.table.steps)
         prediction = predicted(o.params, o.experiment.frozen, x_NhwC, jnp.float32(after.t))
         seen = o.decode(after.p * x_NhwC + after.q * prediction).reshape(B, K, 32, 32, 3).astype(int)

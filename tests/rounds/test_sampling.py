@@ -33,7 +33,7 @@ def said(monkeypatch):
 
     record(Rollout, "__call__", lambda self, params, frozen, captions, numbers: f"drew {list(numbers)}")
     record(RoundFolder, "write_images", lambda self, p, images: f"images {p}")
-    record(RoundFolder, "write_trajectory", lambda self, p, way, rewards: f"trajectory {p}")
+    record(RoundFolder, "write_trajectory", lambda self, p, trajectory, rewards: f"trajectory {p}")
     record(loop.cluster, "wait", lambda name: name)
     return events
 

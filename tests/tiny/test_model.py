@@ -9,8 +9,7 @@ import pytest
 
 from dpo_jax.data.tokenizers import load_tokenizers
 from dpo_jax.models.pipeline import load_pipeline
-from dpo_jax.rewards import shapes
-from dpo_jax.tiny import world
+from dpo_jax.tiny import judge, world
 
 FOLDER = Path(world.__file__).parent / "model"
 
@@ -27,7 +26,7 @@ def test_it_is_a_small_sdxl(pipeline):
     assert not [file for file in FOLDER.rglob("*.safetensors") if file.stat().st_size < 1e5]
 
 
-def test_vae_reconstructs_held_out_pictures(pipeline):
+def test_vae_reconstructs_held_out_images(pipeline):
     rng = np.random.default_rng(5)
     captions = world.split()[1] * 4
     images_NHWC = np.stack([world.render(caption, rng) for caption in captions])
@@ -44,7 +43,7 @@ def test_vae_reconstructs_held_out_pictures(pipeline):
     assert latents_NhwC.shape[1:] == (8, 8, 4)
     assert latents_NhwC.std() == pytest.approx(1, abs=0.05)
     assert 10 * np.log10(255**2 / error) > 28
-    assert (shapes.score(pixels_NHWC, captions) == 1).mean() >= 0.99
+    assert (judge.score(pixels_NHWC, captions) == 1).mean() >= 0.99
 
 
 def test_text_encoders_keep_words_apart(pipeline):

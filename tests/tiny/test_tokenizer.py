@@ -3,7 +3,8 @@ import json
 import numpy as np
 from transformers import CLIPTokenizer
 
-from dpo_jax.tiny import tokenizer, world
+from dpo_jax.tiny import world
+from tools.tiny import tokenizer
 
 
 def test_merges_join_the_most_frequent_pair_first():

@@ -22,7 +22,7 @@ def test_parse_inverts_every_caption_and_refuses_others():
         world.parse("a red dog")
 
 
-def test_pictures_vary_with_the_generator_only():
+def test_images_vary_with_the_generator_only():
     caption = "a green cross at the bottom right"
     first, again, other = (world.render(caption, np.random.default_rng(seed)) for seed in (0, 0, 1))
     assert first.shape == (32, 32, 3)

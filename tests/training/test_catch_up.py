@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dpo_jax.evaluation.report import save_png
+from dpo_jax.sampling.grid import save_png
 from dpo_jax.training import trainer
 from dpo_jax.training.checkpoint import latest_step
 from dpo_jax.training.metrics import read_metrics

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_jax.data.prepared import open_prepared
+from dpo_jax.data.store.prepared import open_prepared
 from dpo_jax.streams import warn
 from dpo_jax.training.trainer import train
 

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dpo_jax.data.prepared import open_prepared
+from dpo_jax.data.store.prepared import open_prepared
 from dpo_jax.training.config import resolve
 from dpo_jax.training.data import make_inputs, open_training_batches
 from dpo_jax.training.encoding import encode_data
@@ -180,7 +180,7 @@ def test_missing_and_damaged_files_are_told_before_training_and_mended(config, t
 
 
 def test_more_files_than_a_process_may_open(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpo_jax.data.encoded.FILE_BYTES", 2)  # a file for each row
+    monkeypatch.setattr("dpo_jax.data.store.latents.FILE_BYTES", 2)  # a file for each row
     config = encoded(config("sd15"))
     pipeline, derived = open_model(config, tmp_path), resolve(config, device_count=1, process_count=1)
     before = len(list(Path("/proc/self/fd").iterdir()))

@@ -2,14 +2,17 @@
 
 import itertools
 import math
+import re
 from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
-from dpo_jax.cli import flatten, load_config, replaced
+from dpo_jax.cli import load_config, replaced
 from dpo_jax.rounds import config as rounds_config
 from dpo_jax.training import config as training_config
+from dpo_jax.training.defaults import GROUPS
+from dpo_jax.training.fields import problem
 
 ROOT = Path(__file__).parents[2]
 NAN, INF = float("nan"), float("inf")
@@ -23,11 +26,14 @@ def online(**fields: object) -> ConfigDict:
     return replaced(load_config(f"{ROOT}/configs/tiny_online.py:tiny"), fields)
 
 
-@pytest.mark.parametrize("module", [training_config, rounds_config], ids=["offline", "online"])
-def test_every_number_has_a_range(module):
-    defaults = module.default_config() if module is training_config else module.online_config()
-    numbers = [f for f, v in flatten(defaults).items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
-    assert [field for field in numbers if field not in module.FIELDS] == []
+@pytest.mark.parametrize("fields", [training_config.FIELDS, rounds_config.FIELDS], ids=["offline", "online"])
+def test_every_number_has_a_range_and_every_field_one_line_of_help(fields):
+    for path, field in fields.items():
+        if isinstance(field.default, (int, float)) and not isinstance(field.default, bool):
+            assert str(field), path
+        assert problem(field.default, field) is None, path
+        assert re.fullmatch(r"[A-Z].{3,110}[.]", field.help), path
+        assert path.rpartition(".")[0] in GROUPS
 
 
 @pytest.mark.parametrize(

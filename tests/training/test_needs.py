@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from dpo_jax.cli import load_config, replaced
-from dpo_jax.data import builder
-from dpo_jax.data.prepared import NothingChosenError, open_prepared, select
+from dpo_jax.data.prepare import builder
 from dpo_jax.data.sources import SOURCES
+from dpo_jax.data.store.prepared import NothingChosenError, open_prepared, select
 from dpo_jax.rounds.loop import learn
 from dpo_jax.training import needs, trainer
 from dpo_jax.training.data import check_data

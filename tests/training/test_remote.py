@@ -12,8 +12,8 @@ from PIL import Image
 from tensorboardX import record_writer
 
 from dpo_jax import locks
-from dpo_jax.evaluation.report import save_png
 from dpo_jax.models.random_model import write_random_model
+from dpo_jax.sampling.grid import save_png
 from dpo_jax.training import trainer
 from dpo_jax.training.checkpoint import latest_step, read_config
 from dpo_jax.training.metrics import read_metrics

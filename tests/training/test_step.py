@@ -11,7 +11,14 @@ import pytest
 from dpo_jax.batch import Conditioning, PreferenceBatch, Raw
 from dpo_jax.diffusion.schedule import make_schedule
 from dpo_jax.objectives.losses import dpo, sft
-from dpo_jax.training.step import Objective, TrainState, make_score, make_train_step, score_metrics, split_micro_batches
+from dpo_jax.training.step import (
+    Objective,
+    TrainState,
+    make_log_ratios,
+    make_train_step,
+    score_metrics,
+    split_micro_batches,
+)
 
 SCHEDULE = make_schedule(
     {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -66,7 +73,7 @@ def frozen_like(params):
 
 def run(params, batch, *, objective=DPO, accumulation=1, reference=None, steps=1, optimizer=None):
     optimizer = optimizer or optax.sgd(1e-2)
-    score = make_score(encode, denoise, SCHEDULE, objective, seed=3)
+    score = make_log_ratios(encode, denoise, SCHEDULE, objective, seed=3)
     step = jax.jit(make_train_step(score, objective, optimizer, accumulation=accumulation))
     state = TrainState(jnp.int32(0), params, optimizer.init(params), {})
     for _ in range(steps):
@@ -84,10 +91,10 @@ def test_policy_equal_to_reference_has_loss_log_2(params):
 
 
 def test_only_training_offsets_noise_and_perturbs_inputs(params):
-    plain = make_score(encode, denoise, SCHEDULE, DPO, seed=3)
+    plain = make_log_ratios(encode, denoise, SCHEDULE, DPO, seed=3)
     scores = {"plain": plain(perturbed(params), frozen_like(params), make_batch(), jnp.int32(0), training=True)}
     for options in ({"noise_offset": 0.1}, {"input_perturbation": 0.1}):
-        score = make_score(encode, denoise, SCHEDULE, DPO, seed=3, **options)
+        score = make_log_ratios(encode, denoise, SCHEDULE, DPO, seed=3, **options)
         held_out = score(perturbed(params), frozen_like(params), make_batch(), jnp.int32(0))
         np.testing.assert_array_equal(held_out.error_BK, scores["plain"].error_BK)
         name = next(iter(options))
@@ -106,7 +113,7 @@ def test_swapped_candidates_negate_the_margin(params):
         pixels = jnp.asarray(batch.inputs.images_BKHWC).astype(jnp.float64) / 127.5 - 1
         return jnp.repeat(pixels[..., :1], 4, axis=-1), encode(frozen, batch, keys_B)[1]
 
-    score = make_score(without_posterior_noise, denoise, SCHEDULE, DPO, seed=3)
+    score = make_log_ratios(without_posterior_noise, denoise, SCHEDULE, DPO, seed=3)
     margins = [
         score_metrics(score(perturbed(params), frozen_like(params), b, jnp.int32(0)), b.preference_BK)["reward/margin"]
         for b in (batch, swapped)
@@ -143,7 +150,7 @@ def test_sft_trains_on_single_images_and_dpo_does_not(params):
 def test_a_batch_without_weight_is_no_update(params, accumulation):
     """Neither of weights and their average, nor of momentum and the counts of the optimizer."""
     optimizer = optax.adamw(1e-2, weight_decay=0.1)
-    score = make_score(encode, denoise, SCHEDULE, DPO, seed=3)
+    score = make_log_ratios(encode, denoise, SCHEDULE, DPO, seed=3)
     step = jax.jit(make_train_step(score, DPO, optimizer, accumulation=accumulation, ema_decay=0.5))
     frozen, batch = frozen_like(perturbed(params)), make_batch()
     state = TrainState(jnp.int32(0), params, optimizer.init(params), params)
@@ -180,7 +187,7 @@ def test_draws_depend_on_the_sample_and_not_on_its_row(params):
     batch = make_batch()
     order = np.array([3, 1, 0, 2, 7, 6, 5, 4])
     shuffled = jax.tree.map(lambda x: x[order], batch)
-    score = make_score(encode, denoise, SCHEDULE, DPO, 3)
+    score = make_log_ratios(encode, denoise, SCHEDULE, DPO, 3)
     a, b = (score(perturbed(params), frozen_like(params), x, jnp.int32(5)).error_BK for x in (batch, shuffled))
     np.testing.assert_allclose(np.asarray(a)[order], b, rtol=1e-12)
     later = score(perturbed(params), frozen_like(params), batch, jnp.int32(6)).error_BK

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from dpo_jax.evaluation.image_folder import Entry, write_list
+from dpo_jax.sampling.image_folder import Entry, write_list
 from dpo_jax.voting.app import make_app, results_token
 from dpo_jax.voting.store import open_study
 from dpo_jax.voting.study import QUESTIONS, read_folder

@@ -6,7 +6,7 @@ import sqlite3
 
 import pytest
 
-from dpo_jax.voting.guard import MAX_BODY
+from dpo_jax.voting.access import MAX_BODY
 
 from .conftest import client, owner
 

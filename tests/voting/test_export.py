@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from dpo_jax.data import builder
-from dpo_jax.data.prepared import open_prepared
+from dpo_jax.data.prepare import builder
 from dpo_jax.data.sources import SOURCES
+from dpo_jax.data.store.prepared import open_prepared
 from dpo_jax.rounds.feedback import read_feedback
 from dpo_jax.voting.export import describe, export
 from dpo_jax.voting.study import Question

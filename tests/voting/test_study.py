@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from PIL import Image
 
-from dpo_jax.evaluation.image_folder import LIST
+from dpo_jax.sampling.image_folder import LIST
 from dpo_jax.voting.study import MODES, TIE, TaskImage, read_folder, study_digest, warnings
 
 

@@ -4,9 +4,9 @@ A new data set is one function that makes records, and one entry in `SOURCES`.
 """
 
 from dpo_jax.data.sources import folders, listings, tables, tar
-from dpo_jax.data.sources.record import Chunk, Damaged, Dropped, Record, Row, Source, Unusable, missing
+from dpo_jax.data.sources.record import Chunk, Damaged, Dropped, Outcome, Record, Source, Unusable, missing
 
-__all__ = ["SOURCES", "Chunk", "Damaged", "Dropped", "Record", "Row", "Source", "Unusable", "missing"]
+__all__ = ["SOURCES", "Chunk", "Damaged", "Dropped", "Outcome", "Record", "Source", "Unusable", "missing"]
 
 SOURCES = {
     "pickapic": tables.table_source(

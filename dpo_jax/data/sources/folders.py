@@ -8,7 +8,8 @@ from pathlib import Path
 
 from dpo_jax.data.images import SUFFIXES
 from dpo_jax.data.sources.paths import in_any_form, read_file
-from dpo_jax.data.sources.record import Chunk, Damaged, Record, Row, Unusable, make_record, rows_a_chunk
+from dpo_jax.data.sources.record import Chunk, Damaged, Outcome, Record, Unusable, make_record, rows_a_chunk
+from dpo_jax.errors import UserError
 from dpo_jax.files import read_text
 
 MAX_CAPTION_BYTES = 2**20
@@ -18,7 +19,7 @@ def pairs_folder_chunks(folders: Sequence[Path]) -> list[Chunk]:
     return _chunks(folders, ("w", "l"), _pair_names)
 
 
-def read_pairs_folder(chunk: Chunk) -> Iterator[Row]:
+def read_pairs_folder(chunk: Chunk) -> Iterator[Outcome]:
     """The preferred image in w/, the other one of the same name in l/, in any image format.
 
     The caption is w/NAME.txt, captions/NAME.txt or NAME.txt, the first that exists. If l/NAME.txt differs, it is the
@@ -47,7 +48,7 @@ def liked_chunks(folders: Sequence[Path]) -> list[Chunk]:
     return _chunks(folders, ("liked", "disliked"), _opinions)
 
 
-def read_liked(chunk: Chunk) -> Iterator[Row]:
+def read_liked(chunk: Chunk) -> Iterator[Outcome]:
     """Images without a counterpart, in liked/ and disliked/, each with its caption NAME.txt beside it."""
     for place, name in _opinions(chunk.file)[chunk.start : chunk.stop]:
         yield _single(chunk.file / place / name, liked=place == "liked")
@@ -57,13 +58,13 @@ def captioned_chunks(folders: Sequence[Path]) -> list[Chunk]:
     return _chunks(folders, (), _all_files)
 
 
-def read_captioned(chunk: Chunk) -> Iterator[Row]:
+def read_captioned(chunk: Chunk) -> Iterator[Outcome]:
     """Images of one folder, each with its caption NAME.txt beside it."""
     for name in _all_files(chunk.file)[chunk.start : chunk.stop]:
         yield _single(chunk.file / name, liked=True)
 
 
-def _single(file: Path, *, liked: bool) -> Row:
+def _single(file: Path, *, liked: bool) -> Outcome:
     """The record of an image without a counterpart."""
     try:
         row = make_record(str(file), _caption(file.parent, name=file.stem), (1,), _reader([file]))
@@ -76,7 +77,7 @@ def _chunks(folders: Sequence[Path], places: tuple[str, ...], rows: Callable[[Pa
     for folder in folders:
         if not all((folder / place).is_dir() for place in ("", *places)):
             inside = f" with the folders {' and '.join(places)}" if places else " of images"
-            raise ValueError(f"{folder} should be a folder{inside}")
+            raise UserError(f"{folder} should be a folder{inside}")
     counts = [(folder, len(rows(folder))) for folder in folders]
     limit = rows_a_chunk(sum(count for _, count in counts))
     return [

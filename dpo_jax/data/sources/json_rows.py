@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dpo_jax.data.sources.record import MIN_ROWS_A_CHUNK, Chunk, Damaged, Row, Unusable, rows_a_chunk
+from dpo_jax.data.sources.record import MIN_ROWS_A_CHUNK, Chunk, Damaged, Outcome, Unusable, rows_a_chunk
 from dpo_jax.data.sources.values import number
+from dpo_jax.errors import UserError
 from dpo_jax.files import check_regular, parse_json, what_it_is
 
 # A row of a JSON list is no longer than this.
@@ -35,7 +36,7 @@ def lines(file: Path, offset: int = 0) -> Iterator[tuple[int, bytes]]:
         stream.seek(offset)
         while line := stream.readline(MAX_LINE_BYTES):
             if len(line) == MAX_LINE_BYTES:
-                raise ValueError(f"{file} is not JSON: the line at byte {offset} has more than {MAX_LINE_BYTES} bytes")
+                raise UserError(f"{file} is not JSON: the line at byte {offset} has more than {MAX_LINE_BYTES} bytes")
             yield offset, line
             offset += len(line)
 
@@ -44,9 +45,9 @@ def _text_begins(file: Path, stream: BinaryIO) -> int:
     """The byte behind a byte order mark."""
     head = stream.read(64)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError(f"{file} is UTF-16; save the file as UTF-8")
+        raise UserError(f"{file} is UTF-16; save the file as UTF-8")
     if head and (known := what_it_is(head)):
-        raise ValueError(f"{file} is {known}")
+        raise UserError(f"{file} is {known}")
     return len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
 
 
@@ -80,7 +81,7 @@ def elements(file: Path, offset: int = 0) -> Iterator[tuple[int, bytes]]:
                 end = begin
             offset += begin - at
             if end == begin:
-                raise ValueError(f"{file} is not valid JSON: the object at byte {offset} is damaged")
+                raise UserError(f"{file} is not valid JSON: the object at byte {offset} is damaged")
             yield offset, text[begin:end].encode("latin-1")
             offset, at, before = offset + end - begin, end, SEPARATOR
 
@@ -108,7 +109,7 @@ def chunk_rows(
                     problem = problem or f"{file}{place} is {error.reason} ({error.found})"
             count += 1
         if count and not known:
-            raise ValueError(problem or f"{file} has another schema: a row should be {schema}")
+            raise UserError(problem or f"{file} has another schema: a row should be {schema}")
         found.append((file, count, offsets))
     limit = rows_a_chunk(sum(count for _, count, _ in found))
     return [
@@ -118,7 +119,7 @@ def chunk_rows(
     ]
 
 
-def read_rows(chunk: Chunk, rows: Rows, make_row: Callable[[str, Path, dict[str, Any]], Row]) -> Iterator[Row]:
+def read_rows(chunk: Chunk, rows: Rows, make_row: Callable[[str, Path, dict[str, Any]], Outcome]) -> Iterator[Outcome]:
     """The rows of a chunk; `make_row` raises Unusable if one can't be used."""
     for row, (_, text) in enumerate(itertools.islice(rows(chunk.file, chunk.offset), chunk.stop - chunk.start)):
         where = f"{chunk.file} row {chunk.start + row}"

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 from dpo_jax.data.images import MAX_BYTES
 from dpo_jax.data.sources.json_rows import chunk_rows, elements, lines, numbers, read_rows
 from dpo_jax.data.sources.paths import find, in_any_form, no_image, read_file, read_image, relative
-from dpo_jax.data.sources.record import Chunk, Damaged, Dropped, Row, Unusable, borda, make_record, rows_a_chunk
+from dpo_jax.data.sources.record import Chunk, Damaged, Dropped, Outcome, Unusable, borda, make_record, rows_a_chunk
 from dpo_jax.data.sources.tables import ERRORS, not_parquet
 from dpo_jax.data.sources.values import index, is_missing, is_unstated
+from dpo_jax.errors import UserError
 from dpo_jax.files import check_regular, decode_text, parse_json
 
 PREFERENCES = "preferred", "ranks", "votes", "scores"
@@ -28,7 +29,7 @@ def jsonl_chunks(files: Sequence[Path]) -> list[Chunk]:
     return chunk_rows(files, lines, lambda row: "images" in row, schema)
 
 
-def read_jsonl(chunk: Chunk) -> Iterator[Row]:
+def read_jsonl(chunk: Chunk) -> Iterator[Outcome]:
     """One prompt a line: {"prompt": ..., "images": [paths relative to this file], and one of PREFERENCES}.
 
     `models` and `captions` (an own caption for each candidate) may follow. A prompt may be a list of captions, which
@@ -37,7 +38,7 @@ def read_jsonl(chunk: Chunk) -> Iterator[Row]:
     return read_rows(chunk, lines, _jsonl_row)
 
 
-def _jsonl_row(where: str, folder: Path, row: Mapping[str, Any]) -> Row:
+def _jsonl_row(where: str, folder: Path, row: Mapping[str, Any]) -> Outcome:
     paths, models, captions = row.get("images"), row.get("models"), row.get("captions")
     if not isinstance(paths, list) or len(paths) < 2:
         raise Unusable('"images" is not a list of two or more paths', repr(paths)[:200])
@@ -92,7 +93,7 @@ def hpdv3_chunks(files: Sequence[Path]) -> list[Chunk]:
     return chunk_rows(files, elements, has_schema, schema)
 
 
-def read_hpdv3(chunk: Chunk) -> Iterator[Row]:
+def read_hpdv3(chunk: Chunk) -> Iterator[Outcome]:
     """HPDv3 (https://arxiv.org/abs/2508.03789) and HPDv2 (https://arxiv.org/abs/2306.09341): a JSON list or JSONL.
 
     HPDv3 names the preferred image `path1`, and in `choice_dist` the votes of both, in no certain order: as in HPSv3's
@@ -102,7 +103,7 @@ def read_hpdv3(chunk: Chunk) -> Iterator[Row]:
     return read_rows(chunk, elements, functools.partial(_hpd_row, chunk.file.stem))
 
 
-def _hpd_row(stem: str, where: str, folder: Path, row: Mapping[str, Any]) -> Row:
+def _hpd_row(stem: str, where: str, folder: Path, row: Mapping[str, Any]) -> Outcome:
     models: list[Any] = []
     paths: Any
     if "path1" in row:
@@ -130,7 +131,7 @@ def imagerewarddb_chunks(files: Sequence[Path]) -> list[Chunk]:
     return [Chunk(file, start, min(start + limit, count)) for file, count in counts for start in range(0, count, limit)]
 
 
-def read_imagerewarddb(chunk: Chunk) -> Iterator[Row]:
+def read_imagerewarddb(chunk: Chunk) -> Iterator[Outcome]:
     """ImageRewardDB (https://arxiv.org/abs/2304.05977): metadata-*.parquet, or the same rows as JSON, one an image.
 
     The images of a prompt are one record, in the order of their `rank`. They are read from `image_path`, or from the
@@ -144,7 +145,7 @@ def read_imagerewarddb(chunk: Chunk) -> Iterator[Row]:
             yield Damaged(where, error.reason, error.found)
 
 
-def _imagereward_row(where: str, folder: Path, rows: list[dict[str, Any]]) -> Row:
+def _imagereward_row(where: str, folder: Path, rows: list[dict[str, Any]]) -> Outcome:
     if len(rows) < 2:
         raise Unusable("fewer than two images")
     ranks = [row["rank"] for row in rows]
@@ -187,7 +188,7 @@ def _prompts_since(file: Path, changed: int) -> dict[str, list[dict[str, Any]]]:
     prompts: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if not isinstance(row, dict) or not set(IMAGEREWARD) <= set(row):
-            raise ValueError(f"{file} is not the metadata of ImageRewardDB: a row has {', '.join(IMAGEREWARD)}")
+            raise UserError(f"{file} is not the metadata of ImageRewardDB: a row has {', '.join(IMAGEREWARD)}")
         prompts.setdefault(str(row["prompt_id"]), []).append(row)
     return prompts
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpo_jax.data.sources.values import is_missing
+from dpo_jax.errors import UserError
 from dpo_jax.files import is_text
 
 CHUNKS = 64
@@ -50,7 +51,7 @@ class Damaged(NamedTuple):
     """What was found, or looked for in vain."""
 
 
-class Unusable(ValueError):
+class Unusable(UserError):
     """Why a row is `Damaged`: its reason, and what was found."""
 
     def __init__(self, reason: str, found: str = ""):
@@ -58,7 +59,7 @@ class Unusable(ValueError):
         self.reason, self.found = reason, found
 
 
-Row = Record | Dropped | Damaged
+Outcome = Record | Dropped | Damaged
 
 
 class Chunk(NamedTuple):
@@ -85,7 +86,7 @@ class Source(NamedTuple):
 
     chunks: Callable[[Sequence[Path]], list[Chunk]]
     """Splits the input, always the same way; raises ValueError for files of another layout before anything is read."""
-    read: Callable[[Chunk], Iterator[Row]]
+    read: Callable[[Chunk], Iterator[Outcome]]
     """Streams the rows of a chunk."""
     help: str
 
@@ -123,7 +124,7 @@ def make_record(
     image: Callable[[int], bytes | None],
     models: Sequence[object] = (),
     captions: Sequence[object] | None = None,
-) -> Row:
+) -> Outcome:
     """Checks a row, scales its shares to sum to 1, and orders it best first; equal candidates stay as stored.
 
     Args:

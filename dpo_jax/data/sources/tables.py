@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from dpo_jax.data.sources.paths import read_image
-from dpo_jax.data.sources.record import Chunk, Damaged, Dropped, Row, Source, Unusable, make_record, rows_a_chunk
+from dpo_jax.data.sources.record import Chunk, Damaged, Dropped, Outcome, Source, Unusable, make_record, rows_a_chunk
 from dpo_jax.data.sources.values import is_unstated, number, truth
+from dpo_jax.errors import UserError
 from dpo_jax.files import check_regular, look_at
 
 ROWS_AT_ONCE = 8
@@ -29,7 +30,7 @@ class Schema(NamedTuple):
 
     needed: Mapping[str, str]
     optional: Mapping[str, str]
-    row: Callable[[str, Mapping[str, Any], Image], Row]
+    row: Callable[[str, Mapping[str, Any], Image], Outcome]
     """Of where the row stands, its values but images, and a function that reads the image of a column."""
 
     @property
@@ -37,7 +38,7 @@ class Schema(NamedTuple):
         return {**self.needed, **self.optional}
 
 
-def pickapic_row(where: str, values: Mapping[str, Any], image: Image) -> Row:
+def pickapic_row(where: str, values: Mapping[str, Any], image: Image) -> Outcome:
     """A row of Pick-a-Pic v1 or v2 (https://arxiv.org/abs/2305.01569), whatever file it stands in.
 
     `label_1` is what `label_0` leaves of 1 where it's missing; with `has_label` false the row is unlabelled.
@@ -57,7 +58,7 @@ def pickapic_row(where: str, values: Mapping[str, Any], image: Image) -> Row:
     return make_record(where, values["caption"], shares, lambda k: image(f"jpg_{k}"), models)
 
 
-def open_image_preferences_row(where: str, values: Mapping[str, Any], image: Image) -> Row:
+def open_image_preferences_row(where: str, values: Mapping[str, Any], image: Image) -> Outcome:
     """The data set data-is-better-together/open-image-preferences-v1-binarized of the hub."""
     names = "chosen", "rejected"
     models = [values.get(f"{name}_model") for name in names]
@@ -107,11 +108,11 @@ def _files(path: Path) -> list[Path]:
         return [path]
     parts = sorted(file for file in path.rglob("*.parquet") if not file.name.startswith((".", "_")))
     if not parts:
-        raise ValueError(f"{path} is a folder without .parquet files")
+        raise UserError(f"{path} is a folder without .parquet files")
     return parts
 
 
-def _read(schema: Schema, chunk: Chunk) -> Iterator[Row]:
+def _read(schema: Schema, chunk: Chunk) -> Iterator[Outcome]:
     table, counts = _open(chunk.file)
     columns = [name for name in (*schema.needed, *schema.optional) if name in table.schema_arrow.names]
     for group in range(chunk.start, chunk.stop):
@@ -128,7 +129,7 @@ def _read(schema: Schema, chunk: Chunk) -> Iterator[Row]:
             yield Damaged(f"{chunk.file} row {lost}", "this part of the parquet file is damaged")
 
 
-def _row(schema: Schema, file: Path, row: int, batch: pa.RecordBatch, i: int) -> Row:
+def _row(schema: Schema, file: Path, row: int, batch: pa.RecordBatch, i: int) -> Outcome:
     where = f"{file} row {row}"
     values = {}
     for name in batch.schema.names:
@@ -177,7 +178,7 @@ def _open(file: Path) -> tuple[pq.ParquetFile, list[int]]:
     except ERRORS as error:
         raise not_parquet(file, error) from None
     if sum(counts) != table.metadata.num_rows or min(counts, default=0) < 0:
-        raise ValueError(f"{file} is damaged: its row groups don't have as many rows as the file")
+        raise UserError(f"{file} is damaged: its row groups don't have as many rows as the file")
     return table, counts
 
 
@@ -194,12 +195,12 @@ def not_parquet(file: epath.PathLike, error: Exception) -> ValueError:
 def _check_schema(schema: Schema, found: pa.Schema, file: Path) -> None:
     absent = [name for name in schema.needed if name not in found.names]
     if absent:
-        raise ValueError(f"{file} misses the column {', '.join(absent)}; it has {', '.join(found.names)}")
+        raise UserError(f"{file} misses the column {', '.join(absent)}; it has {', '.join(found.names)}")
     for name, kind in schema.kinds.items():
         if found.names.count(name) > 1:
-            raise ValueError(f"{file} has more than one column {name}")
+            raise UserError(f"{file} has more than one column {name}")
         if name in found.names and not _is_of(found.field(name).type, kind):
-            raise ValueError(f"{file}: the column {name} holds {found.field(name).type}, but should hold {kind} values")
+            raise UserError(f"{file}: the column {name} holds {found.field(name).type}, but should hold {kind} values")
 
 
 def _is_of(type: pa.DataType, kind: str) -> bool:

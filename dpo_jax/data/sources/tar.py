@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dpo_jax.data.images import MAX_BYTES
-from dpo_jax.data.sources.record import Chunk, Damaged, Row
+from dpo_jax.data.sources.record import Chunk, Damaged, Outcome
 from dpo_jax.data.sources.tables import pickapic_row
+from dpo_jax.errors import UserError
 from dpo_jax.files import check_regular, conform, decode_text, look_at, parse_json
 
 CAPTIONS = "caption", "original_prompt", "txt"
@@ -26,11 +27,11 @@ def pickapic_tar_chunks(files: Sequence[Path]) -> list[Chunk]:
             tarfile.open(check_regular(file), "r:").close()
         except (tarfile.TarError, ValueError) as error:
             known = look_at(file) if file.is_file() else None
-            raise ValueError(f"{file} is {known or f'not a readable tar file ({error})'}") from None
+            raise UserError(f"{file} is {known or f'not a readable tar file ({error})'}") from None
     return [Chunk(file, 0, file.stat().st_size) for file in files]
 
 
-def read_pickapic_tar(chunk: Chunk) -> Iterator[Row]:
+def read_pickapic_tar(chunk: Chunk) -> Iterator[Outcome]:
     """Members KEY.jpg_0.jpg, KEY.jpg_1.jpg, KEY.label_0.txt, KEY.label_1.txt and KEY.original_prompt.txt, one after
     the other, as in the mirrors that diffusers' ORPO script reads.
 
@@ -55,7 +56,7 @@ def read_pickapic_tar(chunk: Chunk) -> Iterator[Row]:
         yield _row(f"{chunk.file} {key.lstrip('/')}", parts)
 
 
-def _row(where: str, parts: Mapping[str, bytes | None]) -> Row:
+def _row(where: str, parts: Mapping[str, bytes | None]) -> Outcome:
     try:
         facts = parse_json(decode_text(parts.get("json") or b"{}", "json"), "json")
         values: dict[str, Any] = conform(facts, dict[str, Any], "json")

@@ -1,0 +1,148 @@
+"""What a record's images and captions become: pixels and tokens, or what `prepare --encode` stored of them.
+
+Everything is written straight into its place in the batch.
+
+Axes: B prompts, K candidates, M captions (one shared by the candidates, or K), H x W pixels, h x w latent cells,
+C channels.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from dpo_jax.batch import Cached, Raw
+from dpo_jax.data import images
+from dpo_jax.data.load.buffer_pool import Pool
+from dpo_jax.data.store.latents import StoredLatents
+
+TokenizeCaptions = Callable[[Sequence[str]], np.ndarray]
+"""Captions -> token_ids_MEL."""
+ReadImages = Callable[[dict[str, Any]], Sequence[images.ImageBytes]]
+"""Record -> its images, encoded."""
+
+
+class ViewDraws(NamedTuple):
+    """Random numbers in [0, 1) that choose the view of a record's images."""
+
+    top: float
+    left: float
+    flip: float
+
+
+class Example(NamedTuple):
+    """One element of a batch: the record it is made of, and how."""
+
+    number: int
+    """In the batch."""
+    record_number: int
+    """Of the record, among those to train on."""
+    record: dict[str, Any]
+    captions: Sequence[str]
+    draws: ViewDraws | None
+    """Without them images are seen as they are in validation: from the centre, not mirrored."""
+
+
+class Inputs(Protocol):
+    """How the inputs of a batch are made. Called in several threads."""
+
+    @property
+    def resolution(self) -> int:
+        """Side of the square images in pixels."""
+        ...
+
+    def allocate(self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int) -> Raw | Cached:
+        """Room for a batch."""
+        ...
+
+    def fill(self, batch: Any, examples: Sequence[Example], read_images: ReadImages) -> list[np.ndarray]:
+        """Writes examples into a batch; where a record has fewer candidates than there is room for, the rest is 0.
+
+        Returns (height, width, crop top, crop left) of the images of each example.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class RawInputs:
+    """Images decoded, resized and cropped, captions tokenised; the step encodes them.
+
+    Args:
+        tokenizers: of the model.
+        random_crop: where to crop, drawn once for all candidates of a prompt; otherwise the centre.
+        random_flip: mirror half of the prompts, all candidates alike.
+    """
+
+    resolution: int
+    tokenizers: TokenizeCaptions
+    random_crop: bool = False
+    random_flip: bool = False
+
+    def allocate(self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int) -> Raw:
+        E, L = self.tokenizers([""]).shape[1:]
+        images_BKHWC = pool.empty((batch_size, num_candidates, self.resolution, self.resolution, 3), np.uint8)
+        token_ids_BMEL = np.empty((batch_size, num_captions, E, L), np.int32)
+        return Raw(images_BKHWC, np.empty((batch_size, num_candidates), bool), token_ids_BMEL)
+
+    def fill(self, batch: Raw, examples: Sequence[Example], read_images: ReadImages) -> list[np.ndarray]:
+        # Decoding comes last: it empties a core's caches, and what Python does behind it takes several times as long.
+        token_ids_NEL = self.tokenizers([caption for example in examples for caption in example.captions])
+        numbers = [example.number for example in examples]
+        batch.token_ids_BMEL[numbers] = token_ids_NEL.reshape(len(examples), -1, *token_ids_NEL.shape[1:])
+        encoded: list[tuple[images.ImageBytes, images.View, np.ndarray]] = []
+        for example in examples:
+            view, images_KHWC = self._view(example.draws), batch.images_BKHWC[example.number]
+            found = read_images(example.record)
+            encoded += [(data, view, image) for data, image in zip(found, images_KHWC, strict=False)]
+            batch.mirrored_BK[example.number] = view.flip
+            images_KHWC[len(found) :] = 0
+        places = iter([(*size, *offsets) for size, offsets in images.read_all(encoded)])
+        return [
+            np.asarray(list(itertools.islice(places, len(example.record["images"]))), np.float32)
+            for example in examples
+        ]
+
+    def _view(self, draws: ViewDraws | None) -> images.View:
+        if draws is None:
+            return images.View()
+        top, left = (draws.top, draws.left) if self.random_crop else (None, None)
+        return images.View(top, left, self.random_flip and draws.flip < 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedInputs:
+    """Looked up: one of the stored views of the images, and the captions' embeddings."""
+
+    encodings: StoredLatents
+
+    @property
+    def resolution(self) -> int:
+        return self.encodings.resolution
+
+    def allocate(self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int) -> Cached:
+        shapes = self.encodings.row_shapes
+        return Cached(
+            pool.empty((batch_size, num_candidates, *shapes["moments"]), ml_dtypes.bfloat16),
+            pool.empty((batch_size, num_captions, *shapes["context"]), ml_dtypes.bfloat16),
+            pool.empty((batch_size, num_captions, *shapes["pooled"]), ml_dtypes.bfloat16),
+        )
+
+    def fill(self, batch: Cached, examples: Sequence[Example], read_images: ReadImages) -> list[np.ndarray]:
+        return [self._fill_example(batch, example) for example in examples]
+
+    def _fill_example(self, batch: Cached, example: Example) -> np.ndarray:
+        encodings, record, number = self.encodings, example.record, 0
+        if example.draws is not None:  # of two views the mirrored one where `RawInputs` would flip
+            number = len(encodings.views) - 1 - int(example.draws.flip * len(encodings.views))
+        moments_KhwC = batch.moments_BKhwC[example.number]
+        moments_KhwC[len(record["images"]) :] = 0
+        for k, image in enumerate(record["images"]):
+            encodings.read_moments(image, number, moments_KhwC[k])
+        for m, caption in enumerate(example.captions):
+            encodings.read_text(caption, batch.context_BMLD[example.number, m], batch.pooled_BMP[example.number, m])
+        view = encodings.views[number]
+        offsets = [images.crop_offsets(height, width, self.resolution, view) for height, width in record["sizes"]]
+        return np.concatenate([record["sizes"], offsets], axis=1).astype(np.float32)

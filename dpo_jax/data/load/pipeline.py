@@ -1,0 +1,483 @@
+"""From a prepared data set to batches: Grain shuffles, threads make the inputs of each record, in place in its batch.
+
+Every sample is a function of the seed and its position in one endless stream, so the samples of a run don't depend on
+the number of processes or workers, and an iterator resumes anywhere.
+
+Axes: B prompts, K candidates (best first), V views of an image, H x W pixels, C channels.
+"""
+
+import dataclasses
+import io
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import grain
+import numpy as np
+from PIL import Image
+
+from dpo_jax.batch import Cached, PreferenceBatch, Raw
+from dpo_jax.data import images
+from dpo_jax.data.load.buffer_pool import Pool
+from dpo_jax.data.load.inputs import Example, Inputs, ViewDraws
+from dpo_jax.data.store.latents import DamagedLatents
+from dpo_jax.data.store.prepared import MAX_DAMAGED, PreparedData, Ties, lines_of, open_prepared, select
+from dpo_jax.data.store.scores import Combine
+from dpo_jax.errors import UserError
+from dpo_jax.streams import warn
+
+SizeConditioning = Literal["constant", "real"]
+Relabel = Literal["none", "swapped", "shuffled"]
+Labels = Literal["hard", "soft"]
+
+NUM_WORKERS = min(8, 2 * (os.cpu_count() or 1))
+"""With fewer a core has nothing to decode while a batch is planned; with more they keep the planner from a core."""
+EXAMPLES_PER_TASK = 4
+"""That a thread fills at once: the fewer times it changes between Python and decoding, the less time both take."""
+EXAMPLES_PER_PLAN = 64
+"""That are planned at once: behind a decode, which empties a core's caches, planning takes three times as long."""
+TRAINED_ON = ("caption", "captions", "images", "preference")
+"""The columns of a prepared record that training looks at; each costs time."""
+
+
+class TrainingRecords(Protocol):
+    """Random access to records: dicts of `captions`, `images` (best first), `preference` and `weight`.
+
+    There is one caption for all images, or one for each. Images are positions in the data set.
+    """
+
+    num_candidates: int
+    """No record has more images than this."""
+    num_captions: int
+    """1, or `num_candidates` where a record has captions of their own for its images."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def read_images(self, record: dict[str, Any]) -> Sequence[images.ImageBytes]:
+        """Encoded, as they came."""
+        ...
+
+    def name_of(self, index: int) -> str:
+        """Which record it is, for messages."""
+        ...
+
+
+def open_records(
+    path: str | Path,
+    split: str,
+    *,
+    ties: Ties = "drop",
+    labels: Labels = "hard",
+    num_candidates: int = 2,
+    judges: Sequence[str] = (),
+    combine: Combine = "mean",
+    **filters: Any,
+) -> TrainingRecords:
+    """What is chosen of one split of a prepared folder; `random:N` makes N records, to which no choice applies.
+
+    Args:
+        ties: `drop` leaves them out, `zero_weight` keeps them without a part in the loss, `soft` trains on them as on
+            other records, with equal shares.
+        labels: `hard` gives all of the preference to the best candidate; `soft` the shares that the data set states.
+        num_candidates: K; of records with more, the best K - 1 and the worst are kept.
+        judges: whose scores order the candidates, in place of the votes, and `combine`: as in `open_prepared`.
+        filters: arguments of `prepared.select`.
+
+    Raises:
+        FileNotFoundError: nothing was prepared there.
+        ValueError: nothing is left, or the data set can't be read.
+    """
+    if str(path).startswith("random:"):
+        number = str(path).removeprefix("random:")
+        if not number.isdigit() or not int(number):
+            raise UserError(f"data path {path}: random:N makes N pairs, and {number!r} is no number above 0")
+        return RandomRecords(int(number), seed=0 if split == "train" else 1)
+    if judges and labels == "soft":
+        raise UserError(
+            f"labels='soft' are shares of the votes, which scores by {', '.join(judges)} do not state; take 'hard' ones"
+        )
+    prepared = open_prepared(path, judges, combine)
+    chosen = select(prepared, split=split, ties=ties, num_candidates=num_candidates, **filters)
+    return PreparedRecords(prepared, chosen, ties, labels, num_candidates)
+
+
+def make_iterator(
+    records: TrainingRecords,
+    inputs: Inputs,
+    *,
+    batch_size: int,
+    seed: int,
+    caption_dropout: float = 0.0,
+    size_conditioning: SizeConditioning = "constant",
+    caption_lines: bool = False,
+    relabel: Relabel = "none",
+    shard_index: int = 0,
+    shard_count: int = 1,
+    num_workers: int = NUM_WORKERS,
+) -> "BatchIterator":
+    """Endless shuffled training batches, each epoch in another order.
+
+    Args:
+        records: what `open_records` returned.
+        inputs: what images and captions become.
+        batch_size: prompts a batch of this process; all processes together read `batch_size * shard_count`.
+        caption_dropout: probability of training on the empty caption instead.
+        size_conditioning: `constant` tells the model (res, res, 0, 0, res, res) as the official Diffusion-DPO trainer
+            does; `real` each image's original size and its crop, as diffusers' SDXL trainers do.
+        caption_lines: each line of a caption is one of several captions, of which one is drawn every time, the same one
+            for all candidates that share them; in validation it is the first.
+        relabel: for control experiments: `swapped` reverses the order of the candidates of every record, `shuffled`
+            that of half of the records, the same ones in each epoch.
+        shard_index: this process; it reads positions `shard_index + n * shard_count` of the stream.
+        num_workers: threads that fill batches. Decoding lets go of Python's lock, so threads use all cores, and what
+            they decode is in its place; what processes decode would have to be handed over.
+    """
+    if relabel != "none":
+        records = _Relabelled(records, seed if relabel == "shuffled" else None)
+    builder = _BatchBuilder(inputs, records, size_conditioning, caption_lines, caption_dropout)
+    # Only numbers of records go through Grain: it would measure the size of all that a record holds.
+    order = grain.MapDataset.range(len(records)).seed(seed).shuffle().repeat(None)
+
+    def samples(positions: range) -> list[Sample]:
+        drawn = zip(positions, _draws(seed, positions).tolist(), strict=True)
+        return [Sample(at, order[at], drop_caption=drop, draws=ViewDraws(*of_view)) for at, (drop, *of_view) in drawn]
+
+    return BatchIterator(samples, len(order), builder, batch_size, shard_index, shard_count, num_workers)
+
+
+def validation_batches(
+    records: TrainingRecords,
+    inputs: Inputs,
+    *,
+    batch_size: int,
+    size_conditioning: SizeConditioning = "constant",
+    caption_lines: bool = False,
+    shard_index: int = 0,
+    shard_count: int = 1,
+) -> "BatchIterator":
+    """Every record once, in order, centre crop; then it ends, in all processes after as many batches.
+
+    What is missing from the last batches is filled with samples of weight 0. Arguments as in `make_iterator`.
+    """
+    everyone = batch_size * shard_count
+    padded = -(-len(records) // everyone) * everyone
+
+    def samples(positions: range) -> list[Sample]:
+        return [Sample(at, at % len(records), counts=at < len(records)) for at in positions]
+
+    builder = _BatchBuilder(inputs, records, size_conditioning, caption_lines)
+    return BatchIterator(samples, padded, builder, batch_size, shard_index, shard_count)
+
+
+class Sample(NamedTuple):
+    """Which record an example of a batch is made of, and how."""
+
+    position: int
+    """In the stream."""
+    number: int
+    """Of the record, among those to train on."""
+    counts: bool = True
+    """Otherwise its weight is 0."""
+    drop_caption: float = 1.0
+    """The caption is dropped with a greater probability than this."""
+    draws: ViewDraws | None = None
+
+
+def _draws(seed: int, positions: range) -> np.ndarray:
+    """Random numbers in [0, 1) of samples: [position, caption dropout or one of `ViewDraws`].
+
+    Philox makes four of them for each value of its counter, which is the position: they depend on nothing else.
+    """
+    all_N4 = np.random.Generator(np.random.Philox(key=seed, counter=positions.start)).random(
+        (len(positions) * positions.step, 4)
+    )
+    return all_N4[:: positions.step]
+
+
+class Skipped(NamedTuple):
+    """A sample that was left out."""
+
+    number: int
+    """Of the record, among those to train on."""
+    reason: str
+
+
+class BatchIterator(Iterator[PreferenceBatch]):
+    """Batches of this process's share of a stream of samples.
+
+    Shards are dealt out last, by position: an epoch needn't divide by them.
+
+    A sample whose images or encodings are damaged stays in its place with weight 0 and all its inputs 0: so it is alike
+    on any number of processes. Each such record is told once, on stderr.
+
+    The state is the position in the stream, a JSON-able dict: it can be resumed with other numbers of workers and
+    processes and another batch size. Close the iterator, or use it as a context manager, to end its threads.
+    """
+
+    def __init__(
+        self,
+        samples: Callable[[range], list[Sample]],
+        length: int,
+        builder: "_BatchBuilder",
+        batch_size: int,
+        shard_index: int,
+        shard_count: int,
+        num_workers: int = NUM_WORKERS,
+    ):
+        self._samples, self._length, self._builder, self._batch_size = samples, length, builder, batch_size
+        self._shard_index, self._shard_count, self._num_workers = shard_index, shard_count, num_workers
+        self._position = self._planned_to = 0
+        self._threads: ThreadPoolExecutor | None = None
+        self._pool = Pool()
+        self._planned: deque[tuple[dict[str, np.ndarray], list[Example]]] = deque()
+        self._begun: deque[tuple[PreferenceBatch, list[Future[list[Skipped]]]]] = deque()
+        self.damaged: set[int] = set()
+        """Records that this iterator left out, by their number among those to train on."""
+
+    def __next__(self) -> PreferenceBatch:
+        # Every thread has examples to fill, also while this one begins batches and keeps Python's lock.
+        enough = -(-self._num_workers * min(EXAMPLES_PER_TASK, self._batch_size) // self._batch_size)
+        if len(self._begun) <= enough:
+            while len(self._begun) < 2 * enough and (self._planned or self._plan()):
+                self._begin(*self._planned.popleft())
+        if not self._begun:
+            raise StopIteration
+        batch, tasks = self._begun.popleft()
+        for task in tasks:
+            for skipped in task.result():
+                self._skip(skipped)
+        self._position += self._batch_size * self._shard_count
+        return batch
+
+    def _skip(self, skipped: "Skipped") -> None:
+        """Notes a damaged record; raises ValueError when there are too many."""
+        self.damaged.add(skipped.number)
+        known = len(self._builder.records)
+        message = f"{self._builder.records.name_of(skipped.number)}: {skipped.reason}"
+        if len(self.damaged) > max(1, MAX_DAMAGED * known) or len(self.damaged) == known:
+            raise UserError(
+                f"{len(self.damaged)} of {known} records have damaged images or encodings, more than the "
+                f"{MAX_DAMAGED:.0%} that are left out; the last is {message}. See what is damaged by "
+                "python -m dpo_jax.prepare --verify --output=FOLDER"
+            )
+        warn(f"{message}; left out")
+
+    def _plan(self) -> bool:
+        """Plans the next batches, unless the stream has ended."""
+        everyone = self._batch_size * self._shard_count
+        count = min(-(-EXAMPLES_PER_PLAN // self._batch_size), (self._length - self._planned_to) // everyone)
+        start, self._planned_to = self._planned_to, self._planned_to + count * everyone
+        samples = self._samples(range(start + self._shard_index, self._planned_to, self._shard_count))
+        for first in range(0, count * self._batch_size, self._batch_size):
+            self._planned.append(self._builder.plan(samples[first : first + self._batch_size]))
+        return count > 0
+
+    def _begin(self, planned: dict[str, np.ndarray], examples: list[Example]) -> None:
+        """Has the threads fill a planned batch."""
+        self._threads = self._threads or ThreadPoolExecutor(self._num_workers)
+        batch = PreferenceBatch(inputs=self._builder.allocate(self._pool, len(examples)), **planned)
+        tasks = [
+            self._threads.submit(self._builder.fill, batch, examples[first : first + EXAMPLES_PER_TASK])
+            for first in range(0, len(examples), EXAMPLES_PER_TASK)
+        ]
+        self._begun.append((batch, tasks))
+
+    def get_state(self) -> dict[str, int]:
+        return {"position": self._position}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes on behind the last batch that was handed out when `get_state` gave this state."""
+        self.close()
+        self._position = self._planned_to = state["position"]
+
+    def close(self) -> None:
+        """Ends the threads; the iterator can still go on, with new ones."""
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+        self._threads, self._planned_to = None, self._position
+        self._planned.clear()
+        self._begun.clear()
+
+    def __enter__(self) -> "BatchIterator":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class PreparedRecords:
+    """The chosen records of a prepared data set, with the labels to train on."""
+
+    def __init__(
+        self,
+        prepared: PreparedData,
+        indices_N: np.ndarray,
+        ties: Ties,
+        labels: Labels,
+        num_candidates: int,
+    ):
+        self._prepared, self._indices_N, self._ties, self._labels = prepared, indices_N, ties, labels
+        self.num_candidates = num_candidates
+        have_own = bool(prepared.records["captions"].is_valid().to_numpy()[indices_N].any())
+        self.num_captions = num_candidates if have_own else 1
+
+    def __len__(self) -> int:
+        return len(self._indices_N)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._prepared.record(int(self._indices_N[index]), self.num_candidates, TRAINED_ON)
+        preference = record["preference"]
+        tie = len(preference) > 1 and preference[0] == preference[-1]
+        if self._labels == "hard" and not tie and len(preference) > 1:
+            preference = np.zeros_like(preference)
+            preference[0] = 1
+        weight = 0.0 if tie and self._ties == "zero_weight" else 1.0
+        captions = record["captions"] or [record["caption"]]
+        if len(captions) == 1:
+            captions *= self.num_captions
+        return record | {"captions": captions, "preference": preference, "weight": weight}
+
+    def read_images(self, record: dict[str, Any]) -> Sequence[images.ImageBytes]:
+        return self._prepared.read_images(record)
+
+    def name_of(self, index: int) -> str:
+        return self._prepared.name_of(int(self._indices_N[index]))
+
+
+class RandomRecords:
+    """Made pairs for tests and dry runs: coloured noise in several shapes, each pair with a caption of its own."""
+
+    num_candidates = 2
+    num_captions = 1
+
+    def __init__(self, length: int, seed: int):
+        self._length, self._seed = length, seed
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {
+            "captions": [f"made pair number {index}"],
+            "images": [2 * index, 2 * index + 1],
+            "preference": np.asarray([1, 0], np.float32),
+            "weight": 1.0,
+        }
+
+    def read_images(self, record: dict[str, Any]) -> Sequence[images.ImageBytes]:
+        positions = record["images"]
+        rng = np.random.default_rng((self._seed, positions[0] // 2))
+        height, width = rng.choice([48, 64, 80], 2)
+        made = [_noise_png(rng, height, width) for _ in range(2)]
+        return [made[position % 2] for position in positions]
+
+    def name_of(self, index: int) -> str:
+        return f"made pair {index}"
+
+
+def _noise_png(rng: np.random.Generator, height: int, width: int) -> bytes:
+    noise = np.clip(rng.integers(256, size=3) + rng.normal(0, 30, (height, width, 3)), 0, 255)
+    file = io.BytesIO()
+    Image.fromarray(noise.astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+class _Relabelled:
+    """Records with their candidates in the opposite order: all of them, or those that a coin chooses."""
+
+    def __init__(self, records: TrainingRecords, coin_seed: int | None):
+        self._records, self._coin_seed = records, coin_seed
+        self.num_candidates, self.num_captions = records.num_candidates, records.num_captions
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._records[index]
+        if self._coin_seed is not None and np.random.default_rng((self._coin_seed, index)).random() < 0.5:
+            return record
+        return record | {name: record[name][::-1] for name in ("images", "sizes", "captions") if name in record}
+
+    def read_images(self, record: dict[str, Any]) -> Sequence[images.ImageBytes]:
+        return self._records.read_images(record)
+
+    def name_of(self, index: int) -> str:
+        return self._records.name_of(index)
+
+
+@dataclasses.dataclass(frozen=True)
+class _BatchBuilder:
+    """How samples become a batch: first all that takes no time, then the inputs of each example, in threads."""
+
+    inputs: Inputs
+    records: TrainingRecords
+    size_conditioning: SizeConditioning
+    caption_lines: bool = False
+    caption_dropout: float = 0.0
+
+    def plan(self, samples: Sequence[Sample]) -> tuple[dict[str, np.ndarray], list[Example]]:
+        """A batch's fields but for its inputs, and its examples. Candidates that a record lacks are not valid."""
+        records = [self.records[sample.number] for sample in samples]
+        B, K, size = len(samples), self.records.num_candidates, self.inputs.resolution
+        preference_BK, valid_BK = np.zeros((B, K), np.float32), np.zeros((B, K), bool)
+        for b, record in enumerate(records):
+            number = len(record["images"])
+            preference_BK[b, :number], valid_BK[b, :number] = record["preference"], True
+        size_cond_BK6 = np.empty((B, K, 6), np.float32)
+        size_cond_BK6[:] = size, size, 0, 0, size, size
+        weights = [sample.counts * record["weight"] for sample, record in zip(samples, records, strict=True)]
+        planned = {
+            "size_cond_BK6": size_cond_BK6,
+            "preference_BK": preference_BK,
+            "valid_BK": valid_BK,
+            "weight_B": np.asarray(weights, np.float32),
+            "index_B": np.asarray([sample.position for sample in samples], np.int32),
+        }
+        return planned, [self._example(*each) for each in zip(range(B), samples, records, strict=True)]
+
+    def _example(self, number: int, sample: Sample, record: dict[str, Any]) -> Example:
+        captions = record["captions"] + [""] * (self.records.num_captions - len(record["captions"]))
+        if sample.drop_caption < self.caption_dropout:
+            captions = [""] * len(captions)
+        elif self.caption_lines:
+            captions = [self._line(caption, sample) for caption in captions]
+        return Example(number, sample.number, record, captions, sample.draws)
+
+    def _line(self, caption: str, sample: Sample) -> str:
+        """Drawn by what is left of the number that has kept the caption: uniform from the dropout to 1."""
+        lines = lines_of(caption)
+        share = (sample.drop_caption - self.caption_dropout) / (1 - self.caption_dropout)
+        return lines[0 if sample.draws is None else int(share * len(lines))]
+
+    def allocate(self, pool: Pool, batch_size: int) -> Raw | Cached:
+        return self.inputs.allocate(pool, batch_size, self.records.num_candidates, self.records.num_captions)
+
+    def fill(self, batch: PreferenceBatch, examples: Sequence[Example]) -> list[Skipped]:
+        """Writes the examples' inputs into the batch; those of candidates that a record lacks are 0."""
+        try:
+            self._fill(batch, examples)
+            return []
+        except (images.DamagedImage, DamagedLatents):  # one of them; the others are done again
+            return [skipped for example in examples if (skipped := self._fill_or_skip(batch, example))]
+
+    def _fill_or_skip(self, batch: PreferenceBatch, example: Example) -> Skipped | None:
+        try:
+            self._fill(batch, [example])
+            return None
+        except (images.DamagedImage, DamagedLatents) as error:
+            inputs: Any = batch.inputs
+            for array in inputs:
+                array[example.number] = 0
+            batch.weight_B[example.number] = 0
+            return Skipped(example.record_number, str(error))
+
+    def _fill(self, batch: PreferenceBatch, examples: Sequence[Example]) -> None:
+        places = self.inputs.fill(batch.inputs, examples, self.records.read_images)
+        if self.size_conditioning == "real":
+            for example, places_K4 in zip(examples, places, strict=True):
+                batch.size_cond_BK6[example.number, : len(places_K4), :4] = places_K4

@@ -1,0 +1,237 @@
+"""Files of encoded images, which TFDS reads and from which the loader takes each image where it lies.
+
+They are Parquet as TFDS writes it, with one tf.train.Example a row, but neither compressed nor encoded, as images are
+compressed already: so the bytes of each stand in one piece, to be mapped into memory. Reading JPEGs of 512 pixels from
+ArrayRecord, which cuts them every 64 KiB, took 5 to 7% of the time of decoding them, and a mere copy 3% (see
+benchmarks/NOTES.md). TFDS's own random access first reads all files into memory.
+
+TFDS only ever writes here. Its `features.json` names the Python class of each feature, and TFDS imports whatever module
+is named there: a folder that somebody else made would run their code. So both JSON files are read as data.
+"""
+
+import bisect
+import hashlib
+import itertools
+import mmap
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pydantic
+import tensorflow_datasets as tfds
+import xxhash
+from tensorflow_datasets.proto import tf_example_pb2
+
+from dpo_jax import files
+from dpo_jax.data.images import DamagedImage
+from dpo_jax.data.store import checksums
+from dpo_jax.data.store.arrow_rows import RowReader
+from dpo_jax.errors import UserError
+
+NAME, SPLIT = "preference_images", "images"  # TFDS reserves "all"
+FEATURES = tfds.features.FeaturesDict({"image": tfds.features.Image()})
+SCHEMA = pa.schema({"data": pa.binary()})
+GROUP_BYTES = 2**22
+"""That a writer holds before it writes them."""
+ROWS_AT_ONCE = 8
+
+INFO, FEATURES_FILE = "dataset_info.json", "features.json"
+MAX_SHARDS = 100_000
+"""As many as the five digits of a file's name can number."""
+Decimal = Annotated[str, pydantic.StringConstraints(pattern=r"^[0-9]{1,18}$")]
+"""How TFDS writes a 64-bit integer."""
+Count = Annotated[str, pydantic.StringConstraints(pattern=r"^[1-9][0-9]{0,8}$")]
+FEATURES_JSON: dict[str, Any] = {
+    "featuresDict": {
+        "features": {
+            "image": {
+                "image": {"dtype": "uint8", "shape": {"dimensions": ["-1", "-1", "3"]}},
+                "pythonClassName": "tensorflow_datasets.core.features.image_feature.Image",
+            }
+        }
+    },
+    "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
+}
+"""What TFDS writes of `FEATURES`; no other `features.json` is accepted."""
+
+
+class _Split(pydantic.BaseModel):
+    name: Literal["images"]
+    shardLengths: Annotated[list[Count], pydantic.Field(min_length=1, max_length=MAX_SHARDS)]
+    filepathTemplate: Literal["{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"]
+    numBytes: Decimal = "0"
+
+
+class _Info(pydantic.BaseModel):
+    """The part of TFDS's `dataset_info.json` that tells which files there are."""
+
+    name: Literal["preference_images"]
+    fileFormat: Literal["parquet"]
+    splits: Annotated[list[_Split], pydantic.Field(min_length=1, max_length=1)]
+
+
+def shard_name(number: int, count: int) -> str:
+    """The name that TFDS gives a file of images."""
+    return f"{NAME}-{SPLIT}.parquet-{number:05}-of-{count:05}"
+
+
+def read_layout(folder: Path) -> tuple[list[Path], list[int]]:
+    """The files of a folder that TFDS wrote for us, and how many images each has.
+
+    Raises ValueError where its JSON describes anything else: another class, another name, another format.
+    """
+    info: _Info = files.read_json(folder / INFO, _Info, checksums.MAX_JSON)
+    (split,) = info.splits
+    if files.read_json(folder / FEATURES_FILE, limit=checksums.MAX_JSON) != FEATURES_JSON:
+        raise UserError(
+            f"{folder / FEATURES_FILE} is not what dpo_jax writes there, and such a file can name code to run"
+        )
+    counts = [int(length) for length in split.shardLengths]
+    return [folder / shard_name(number, len(counts)) for number in range(len(counts))], counts
+
+
+class Writer:
+    """Writes a file of images; close it, or use it as a context manager."""
+
+    def __init__(self, file: Path):
+        options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+        self._file = pq.ParquetWriter(file, SCHEMA, **options)
+        self._examples: list[bytes] = []
+        self._bytes = 0
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def add(self, image: bytes | memoryview) -> None:
+        example = FEATURES.serialize_example(FEATURES.encode_example({"image": bytes(image)}))
+        self._examples.append(example)
+        self._bytes += len(example)
+        if self._bytes >= GROUP_BYTES:
+            self._write()
+
+    def close(self) -> None:
+        if self._examples:
+            self._write()
+        self._file.close()
+
+    def _write(self) -> None:
+        self._file.write_table(pa.table({"data": self._examples}, SCHEMA))
+        self._examples, self._bytes = [], 0
+
+
+def read_in_order(file: Path) -> Iterator[bytes]:
+    """The images of a file, as any reader of the format finds them."""
+    with pq.ParquetFile(file) as table:
+        for rows in table.iter_batches(ROWS_AT_ONCE, use_threads=False):
+            for row in rows["data"]:
+                yield tf_example_pb2.Example.FromString(row.as_py()).features.feature["image"].bytes_list.value[0]
+
+
+def locate(file: Path) -> list[int]:
+    """Where each image of a file begins."""
+    offsets = []
+    end = 0
+    mapped = _map(file)
+    for image in read_in_order(file):
+        offset = mapped.find(image, end)
+        assert offset >= 0, f"{file}: an image is not in one piece"
+        offsets.append(offset)
+        end = offset + len(image)
+    return offsets
+
+
+IsWhole = Callable[[int, memoryview], bool]
+"""(position, image) -> whether its bytes are those that were stored."""
+
+
+def by_xxh3(digests_I: np.ndarray) -> IsWhole:
+    """Compares an image whenever it is read: in 2 microseconds for 100 kB, which are decoded in 1000."""
+    return lambda position, image: xxhash.xxh3_64_intdigest(image) == digests_I[position]
+
+
+def by_sha256(digests: pa.ChunkedArray) -> IsWhole:
+    """Compares an image when it is read for the first time: 70 microseconds for 100 kB."""
+    rows = RowReader(pa.table({"sha256": digests}))
+    known_I = np.zeros(len(digests), bool)
+
+    def is_whole(position: int, image: memoryview) -> bool:
+        if not known_I[position]:
+            known_I[position] = hashlib.sha256(image).digest() == rows.read(position, ("sha256",))["sha256"]
+        return bool(known_I[position])
+
+    return is_whole
+
+
+class ImageFiles:
+    """Random access to the images of several files, mapped into memory and not copied.
+
+    Args:
+        counts: images of each file.
+        offsets_I, lengths_I: where each begins in its file, and its bytes.
+        is_whole: whether the bytes at a position are those that were stored.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        counts: Sequence[int],
+        offsets_I: np.ndarray,
+        lengths_I: np.ndarray,
+        is_whole: IsWhole,
+    ):
+        self.files, self._offsets_I, self._lengths_I, self._is_whole = paths, offsets_I, lengths_I, is_whole
+        self._counts, self._stops = counts, list(itertools.accumulate(counts))
+        self._mapped: dict[int, mmap.mmap] = {}
+
+    def __len__(self) -> int:
+        return self._stops[-1]
+
+    def __getitem__(self, position: int) -> memoryview:
+        """An image as it was stored. Raises DamagedImage, which names the file, where its bytes have changed."""
+        number = bisect.bisect_right(self._stops, position)
+        mapped = self._mapped.get(number)
+        if mapped is None:
+            mapped = self._mapped.setdefault(number, _map(self.files[number]))
+        start, length = int(self._offsets_I[position]), int(self._lengths_I[position])
+        # All of it is fetched from disk at once, without waiting: the decoder would go page by page.
+        first = start - start % mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_WILLNEED, first, start + length - first)
+        image = memoryview(mapped)[start : start + length]
+        if not self._is_whole(position, image):
+            raise DamagedImage(f"the bytes of image {position} in {self.files[number]} have changed")
+        return image
+
+    def positions(self) -> Iterator[tuple[Path, range]]:
+        """Every file, and the positions of its images."""
+        for file, count, stop in zip(self.files, self._counts, self._stops, strict=True):
+            yield file, range(stop - count, stop)
+
+    def check(self) -> None:
+        """Opens every file, in less than a millisecond each: one that is cut short isn't found in the middle of a run.
+
+        Raises ValueError if a file is missing, damaged, or of other images.
+        """
+        for file, count, stop in zip(self.files, self._counts, self._stops, strict=True):
+            try:
+                found = pq.read_metadata(files.check_regular(file)).num_rows
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(f"{file} is missing or damaged ({files.why(file, error)})") from None
+            if found != count:
+                raise UserError(f"{file} holds {found} images instead of {count}")
+            starts = self._offsets_I[stop - count : stop]
+            stops = starts + self._lengths_I[stop - count : stop]
+            if stops[-1] > file.stat().st_size:
+                raise UserError(f"{file} is damaged (its last image ends at byte {stops[-1]}, behind its end)")
+            if starts[0] < 0 or (self._lengths_I[stop - count : stop] < 1).any() or (starts[1:] < stops[:-1]).any():
+                raise UserError(f"the images of {file} overlap in images.arrow")
+
+
+def _map(file: Path) -> mmap.mmap:
+    with open(file, "rb") as opened:
+        return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)

@@ -1,0 +1,334 @@
+"""A prepared data set, opened: records that refer to images, and the choice of those to train on.
+
+`prepare` (builder.py) writes a folder of
+
+  images/        TFDS data set of one split (image_files.py): each distinct image once, encoded as it came
+  images.arrow   one row an image, in the same order
+  records.arrow  one row a prompt with its candidates, best first
+  checksums.json of these files (checksums.py)
+
+Both tables are mapped into memory and read once, to be checked; in the order of judges they are built anew.
+
+Axes: N records, M candidates of all records together, I images.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dpo_jax.data.store import checksums, scores, table_checks
+from dpo_jax.data.store.arrow_file import map_table
+from dpo_jax.data.store.arrow_rows import RowReader
+from dpo_jax.data.store.image_store import FEATURES_FILE, INFO, ImageFiles, by_sha256, by_xxh3, read_layout
+from dpo_jax.data.store.scores import Combine
+from dpo_jax.errors import MissingFileError, UserError
+from dpo_jax.streams import warn
+
+Ties = Literal["drop", "zero_weight", "soft"]
+
+RECORDS = pa.schema(
+    {
+        "caption": pa.string(),
+        "captions": pa.list_(pa.string()),  # null unless the candidates have captions of their own
+        "images": pa.list_(pa.int32()),  # best first
+        "preference": pa.list_(pa.float32()),  # sums to 1; all equal is a tie; a single image: 1 liked, 0 disliked
+        "models": pa.list_(pa.string()),  # what generated each; "" where the source doesn't say
+        "split": pa.string(),
+        "where": pa.string(),  # file and row of the source, for messages
+    }
+)
+IMAGES = pa.schema(
+    {
+        "sha256": pa.binary(),
+        "width": pa.int32(),  # upright, as EXIF says
+        "height": pa.int32(),
+        "offset": pa.int64(),  # where it begins in its file of the data set
+        "bytes": pa.int32(),
+        "xxh3": pa.uint64(),  # XXH3 of its bytes: 30 times as fast as SHA-256, to be compared at each read
+    }
+)
+IMAGES_BEFORE_XXH3 = pa.schema([field for field in IMAGES if field.name != "xxh3"])
+
+AGAIN = "prepare it again into another folder"
+MAX_DAMAGED = 0.01
+"""Share of the records or images that may be left out because they are damaged; a single one always may."""
+CHECKED = ("records.arrow", "images.arrow", f"images/{INFO}", f"images/{FEATURES_FILE}")
+"""The files whose checksums are compared whenever a data set is opened."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedData:
+    """What `open_prepared` opens."""
+
+    folder: Path
+    judges: tuple[str, ...] = ()
+    """Whose scores order the candidates, in place of the votes."""
+    combine: Combine = "mean"
+
+    def __len__(self) -> int:
+        return self.records.num_rows
+
+    def record(
+        self, index: int, num_candidates: int | None = None, columns: Sequence[str] = tuple(RECORDS.names)
+    ) -> dict[str, Any]:
+        """Columns of `RECORDS`, among them `images` and `preference`, and `sizes`, the (height, width) of each image.
+
+        Of more than `num_candidates` candidates it keeps the best `num_candidates - 1` and the worst, and what they
+        got of the preference, scaled to sum to 1 again.
+        """
+        record = self._rows.read(index, columns)
+        record["preference"] = np.asarray(record["preference"], np.float32)
+        if num_candidates is not None and len(record["images"]) > num_candidates:
+            kept = [0, *range(1, num_candidates - 1), len(record["images"]) - 1][:num_candidates]
+            for name in record.keys() & {"images", "models", "captions"}:
+                if record[name] is not None:
+                    record[name] = [record[name][rank] for rank in kept]
+            preference = record["preference"][kept]
+            record["preference"] = preference / (preference.sum() or 1)
+        record["sizes"] = self.sizes_I2[record["images"]]
+        return record
+
+    def read_images(self, record: dict[str, Any]) -> list[memoryview]:
+        """The images of a record, as they came."""
+        return [self.images[position] for position in record["images"]]
+
+    @property
+    def records(self) -> pa.Table:
+        """`RECORDS`; with judges, those that all of them scored are in their order and have their preference."""
+        return self._records_and_scored[0]
+
+    @functools.cached_property
+    def _rows(self) -> RowReader:
+        return RowReader(self.records)
+
+    @property
+    def scored_N(self) -> np.ndarray:
+        """Which records have scores by all of the judges."""
+        return self._records_and_scored[1]
+
+    @functools.cached_property
+    def _records_and_scored(self) -> tuple[pa.Table, np.ndarray]:
+        votes = map_table(self.folder / "records.arrow", RECORDS, AGAIN)
+        if not self.judges:
+            return votes, np.ones(votes.num_rows, bool)
+        of = scores.candidates(votes["images"])
+        ranking = scores.rank(scores.read_scores(self.folder, self.judges, of), of, self.combine)
+        return scores.best_first(votes, ranking, of), ranking.scored_N
+
+    @property
+    def sha256_I(self) -> pa.ChunkedArray:
+        """Of every image as it is stored."""
+        return self._images_table["sha256"]
+
+    @functools.cached_property
+    def sizes_I2(self) -> np.ndarray:
+        """(height, width) of every image, upright."""
+        return np.stack([self._images_table[side].to_numpy() for side in ("height", "width")], axis=1)
+
+    @functools.cached_property
+    def images(self) -> ImageFiles:
+        """Random access to the images, as they came."""
+        paths, counts = read_layout(self.folder / "images")
+        table = self._images_table
+        offsets_I, lengths_I = (table[name].to_numpy() for name in ("offset", "bytes"))
+        is_whole = by_xxh3(table["xxh3"].to_numpy()) if "xxh3" in table.column_names else by_sha256(table["sha256"])
+        return ImageFiles(paths, counts, offsets_I, lengths_I, is_whole)
+
+    def name_of(self, record: int) -> str:
+        """Which record it is, for messages."""
+        return f"record {record} of {self.folder} ({self.records['where'][record].as_py()})"
+
+    @functools.cached_property
+    def _images_table(self) -> pa.Table:
+        return map_table(self.folder / "images.arrow", IMAGES, AGAIN, IMAGES_BEFORE_XXH3)
+
+
+def open_prepared(folder: str | Path, judges: Sequence[str] = (), combine: Combine = "mean") -> PreparedData:
+    """Opens the folder that `prepare` wrote and checks that its parts fit together.
+
+    Args:
+        judges: names under which `python -m dpo_jax.score` stored scores; they order the candidates, not the votes.
+        combine: how several judges do that; see `scores.rank`.
+
+    Raises:
+        FileNotFoundError: nothing was prepared there, a part is missing, or there are no scores by a judge.
+        ValueError: a part is damaged or of another layout, or scores are of another data set.
+    """
+    folder = Path(folder)
+    if combine not in get_args(Combine):
+        raise UserError(
+            f"combine={combine!r}; scores of several judges are combined by {' or '.join(get_args(Combine))}"
+        )
+    if not (folder / "records.arrow").is_file():
+        if (folder / "dataset_info.json").is_file():
+            raise UserError(f"{folder} was prepared by an earlier version of dpo_jax; {AGAIN}")
+        raise MissingFileError(
+            f"no prepared data set at {folder}: "
+            f"run python -m dpo_jax.prepare --source=pickapic --input=FILES --output={folder}"
+        )
+    for name in CHECKED[1:]:
+        if not (folder / name).is_file():
+            raise MissingFileError(f"the data set {folder} misses {name}; {AGAIN}")
+    prepared = PreparedData(folder, tuple(judges), combine)
+    try:
+        _check(folder)
+    except ValueError as error:
+        raise UserError(str(error) if AGAIN in str(error) else f"{error}; {AGAIN}") from None
+    _ = prepared.records  # reads the scores of the judges, and says what is wrong with them
+    if not (folder / checksums.FILE).exists():
+        warn(
+            f"{folder} was prepared without checksums of its tables, so that damage may go unnoticed; add them by "
+            f"python -m dpo_jax.prepare --verify --output={folder}"
+        )
+    return prepared
+
+
+def _check(folder: Path) -> None:
+    """Raises ValueError where a file of a data set is damaged, or they don't fit together."""
+    prepared = PreparedData(folder)
+    _ = prepared.records, prepared._images_table  # other files than tables may be too long to read whole
+    digests = checksums.read(folder)
+    if digests is not None:
+        checksums.check(folder, digests, CHECKED)
+    records, images = (checksums.checksum(folder / name) for name in CHECKED[:2])
+    known = _check_images(folder, images)
+    stored = prepared.images
+    if len(stored) != known:
+        raise UserError(f"{folder} holds {len(stored)} images, but images.arrow lists {known}")
+    stored.check()
+    _check_records(folder, records, known)
+
+
+@functools.lru_cache(maxsize=64)  # once per process for each state of the file
+def _check_images(folder: Path, sha256: str) -> int:
+    """The number of images."""
+    table = PreparedData(folder)._images_table
+    table_checks.check_images(folder / "images.arrow", table)
+    return table.num_rows
+
+
+@functools.lru_cache(maxsize=64)
+def _check_records(folder: Path, sha256: str, known_images: int) -> None:
+    table = map_table(folder / "records.arrow", RECORDS, AGAIN)
+    table_checks.check_records(folder / "records.arrow", table, known_images)
+
+
+class NothingChosenError(UserError):
+    """A data set has no record that a choice leaves."""
+
+
+def lines_of(caption: str) -> list[str]:
+    """The lines of a caption that hold text, each a caption of its own; the caption itself where none does."""
+    return [line.strip() for line in caption.split("\n") if line.strip()] or [caption]
+
+
+def select(
+    prepared: PreparedData,
+    *,
+    split: str,
+    ties: Ties = "drop",
+    generators: Sequence[str] = (),
+    min_agreement: float = 0.0,
+    min_side: int = 0,
+    num_candidates: int = 2,
+    liked_images: bool = False,
+    limit: int = 0,
+    limit_seed: int = -1,
+) -> np.ndarray:
+    """Which records to use: their indices, ascending. With more than one candidate wanted, single images stay out.
+
+    Args:
+        ties: `drop` leaves out records whose candidates are all equal; otherwise they stay.
+        generators: regular expressions; the model of every candidate must contain a match of one of them.
+        min_agreement: lowest share of the best candidate against the worst, 0.5 for a tie.
+        min_side: lowest number of pixels on the shorter side of every candidate.
+        num_candidates: as in `PreparedData.record`; the last three filters look only at the candidates kept.
+        liked_images: single images that were liked are used all the same; those that were disliked never are then.
+        limit: at most this many; 0 means all.
+        limit_seed: which ones: -1 takes the first, any other number draws them, always the same for the same number.
+
+    Of records that are ordered by judges, only those that all of the judges scored are used.
+
+    Raises:
+        NothingChosenError: no record is left.
+        ValueError: a regular expression can't be read, or judges should state an agreement.
+    """
+    if min_agreement and prepared.judges:
+        raise UserError(
+            f"min_agreement={min_agreement} is a share of the votes, which scores by {', '.join(prepared.judges)} "
+            "do not state; leave one of them out"
+        )
+    records = prepared.records
+    splits = records["split"].unique().to_pylist()
+    if split not in splits:
+        raise NothingChosenError(
+            f"the data set {prepared.folder} has no split {split!r}; it has {', '.join(sorted(splits))}"
+        )
+    images_M = pc.list_flatten(records["images"]).to_numpy()
+    preference_M = pc.list_flatten(records["preference"]).to_numpy()
+    number_N, first_N, record_M, rank_M = scores.candidates(records["images"])
+    last_M = rank_M == number_N[record_M] - 1
+    kept_M = (rank_M == 0) | (rank_M < num_candidates - 1) | (last_M & (num_candidates > 1))
+
+    def of_all_candidates(holds_M: np.ndarray) -> np.ndarray:
+        return np.bincount(record_M[kept_M & ~holds_M], minlength=len(number_N)) == 0
+
+    best_N, worst_N = preference_M[first_N], preference_M[first_N + number_N - 1]
+    single_N = number_N == 1
+    untied_N = single_N | (best_N > worst_N)
+    with np.errstate(invalid="ignore"):  # 0 / 0 for a disliked image
+        agreement_N = np.where(single_N, 1.0, best_N / (best_N + worst_N))
+    filters = {f"in the split {split}": pc.equal(records["split"], split).to_numpy()}
+    if prepared.judges:
+        filters[f"with scores by {' and '.join(prepared.judges)}"] = prepared.scored_N
+    if liked_images:
+        filters["with several images or one that was liked"] = ~single_N | (best_N > 0)
+    elif num_candidates > 1:
+        filters["with several images"] = ~single_N
+    if ties == "drop":
+        filters["without ties"] = untied_N
+    if generators:
+        filters[f"generated by {' or '.join(generators)}"] = of_all_candidates(_made_by(generators, records["models"]))
+    if min_agreement:
+        filters[f"with an agreement of {min_agreement}"] = agreement_N > min_agreement - 1e-6  # shares are float32
+    if min_side:
+        filters[f"of {min_side} pixels"] = of_all_candidates(prepared.sizes_I2.min(axis=1)[images_M] >= min_side)
+
+    passed_N = np.ones(len(number_N), bool)
+    left = []
+    for name, passes_N in filters.items():
+        passed_N &= passes_N
+        left.append(f"{passed_N.sum()} {name}")
+    trained_on_N = passed_N & untied_N if ties == "zero_weight" else passed_N
+    if not trained_on_N.any():
+        what = "nothing but ties" if passed_N.any() else "nothing"
+        hint = "loosen the choice"
+        if (single_N & (best_N > 0)).any() and not liked_images and num_candidates > 1:
+            hint += ', or train on its single images with loss.name="sft"'
+        raise NothingChosenError(f"{what} is left of {prepared.folder}: {', then '.join(left)}; {hint}")
+    chosen = np.flatnonzero(passed_N)
+    if not limit:
+        return chosen
+    if limit_seed >= 0:
+        chosen = np.random.default_rng(limit_seed).permutation(chosen)
+    return np.sort(chosen[:limit])
+
+
+def _made_by(generators: Sequence[str], models: pa.ChunkedArray) -> np.ndarray:
+    """For each candidate whether one of the regular expressions is found in its model's name."""
+    try:
+        patterns = [re.compile(generator) for generator in generators]
+    except re.error as error:
+        raise UserError(
+            f"generators={tuple(generators)}: {error.pattern!r} is no regular expression ({error})"
+        ) from None
+    names_M = pc.list_flatten(models).dictionary_encode().combine_chunks()
+    fits = [any(pattern.search(name) for pattern in patterns) for name in names_M.dictionary.to_pylist()]
+    return np.asarray(fits, bool)[names_M.indices.to_numpy()]

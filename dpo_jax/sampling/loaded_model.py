@@ -1,0 +1,156 @@
+"""A model to draw with, opened; its weights are loaded when they are first asked for."""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from dpo_jax.data.tokenizers import Tokenizers, load_tokenizers
+from dpo_jax.models.pipeline import Pipeline, load_pipeline
+from dpo_jax.sampling.generate import Generator, Sampling
+from dpo_jax.sharding import Placement, make_mesh
+from dpo_jax.weights.finite import is_finite, refuse_nonfinite
+from dpo_jax.weights.hub import find_lora
+from dpo_jax.weights.io import fingerprint
+from dpo_jax.weights.layout import Params, torch_name
+from dpo_jax.weights.lora_files import Adapter, Array, Merged, lora_files_of, read_adapters
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model with whatever has been added to it."""
+
+    pipeline: Pipeline
+    placement: Placement
+    fingerprint: str
+    """Tells it from other models."""
+    load_unet: Callable[[], Params]
+    load_encoders: Callable[[], Mapping[str, Params]]
+    sampling: Sampling
+    """How it is drawn with unless one says otherwise."""
+    resolution: int
+    """Likewise, in pixels."""
+
+    @functools.cached_property
+    def unet(self) -> Params:
+        """In the compute dtype, as `placement` has it."""
+        return self.load_unet()
+
+    @functools.cached_property
+    def encoders(self) -> Mapping[str, Params]:
+        """VAE and text encoders."""
+        return self.load_encoders()
+
+    @functools.cached_property
+    def tokenizers(self) -> Tokenizers:
+        return load_tokenizers(self.pipeline.folder, self.pipeline.tokenizer_names, self.pipeline.text_sizes)
+
+    def generator(self, sampling: Sampling, *, resolution: int, batch_size: int) -> Generator:
+        """Loads nothing yet; give it `unet` to draw with."""
+        return Generator(
+            self.pipeline,
+            lambda: self.encoders,
+            self.tokenizers,
+            self.placement,
+            sampling,
+            resolution=resolution,
+            batch_size=batch_size,
+            report=functools.partial(print, file=sys.stderr) if self.pipeline.allow_nonfinite else None,
+        )
+
+
+def open_model(
+    model: str,
+    *,
+    lora: str = "",
+    lora_scale: float = 1.0,
+    dtype: DTypeLike,
+    vae_dtype: DTypeLike | None = None,
+    fsdp: int = 1,
+    **options: Any,
+) -> LoadedModel:
+    """Opens a model that nobody need have trained here.
+
+    Args:
+        model: a folder, a hub id or a single file.
+        lora: a LoRA to add: a file, its folder, or a hub id.
+        lora_scale: what it is multiplied by.
+        dtype: that everything is computed and kept in.
+        vae_dtype: that of the VAE, if another.
+        fsdp: devices that one copy of the weights is split over; others hold further copies.
+        options: further ones of `load_pipeline`.
+
+    Raises FileNotFoundError or ValueError as `load_pipeline` does.
+    """
+    pipeline = load_pipeline(model, dtype=dtype, vae_dtype=vae_dtype, **options)
+    placement = Placement(make_mesh(fsdp=fsdp))
+    adapters = read_lora_for(pipeline, lora) if lora else {}
+
+    def load_unet() -> Params:
+        if lora:
+            return add_lora(pipeline.read("unet"), pipeline, placement, "unet", adapters["unet"], lora_scale)
+        return pipeline.load("unet", dtype=dtype, sharding=placement)
+
+    return LoadedModel(
+        pipeline,
+        placement,
+        pipeline.fingerprint() + lora_mark(lora, lora_scale),
+        load_unet,
+        lambda: load_encoders(pipeline, placement, vae_dtype or dtype, adapters, lora_scale),
+        Sampling(pipeline.family.sampling_steps, pipeline.family.guidance),
+        (pipeline.unet.config.sample_size or 64) * pipeline.vae_factor,
+    )
+
+
+def load_encoders(
+    pipeline: Pipeline,
+    placement: Placement,
+    vae_dtype: DTypeLike,
+    adapters: Mapping[str, Adapter] = MappingProxyType({}),
+    scale: float = 1.0,
+) -> dict[str, Params]:
+    """VAE and text encoders, with `scale` times what a LoRA adds to these."""
+    encoders = {}
+    for name in pipeline.components:
+        if name in adapters and name != "unet" and not adapters[name].is_empty:
+            encoders[name] = add_lora(pipeline.read(name), pipeline, placement, name, adapters[name], scale)
+        elif name != "unet":
+            dtype = vae_dtype if name == "vae" else pipeline.dtype
+            encoders[name] = pipeline.load(name, dtype=dtype, sharding=placement)
+    return encoders
+
+
+def read_lora_for(pipeline: Pipeline, lora: str) -> dict[str, Adapter]:
+    """What a LoRA adds to the UNet and the text encoders of a model; see `read_adapters`."""
+    specs = {name: network.specs for name, network in pipeline.components.items() if name != "vae"}
+    return read_adapters(find_lora(lora), specs, allow_nonfinite=pipeline.allow_nonfinite)
+
+
+def add_lora(
+    weights: Mapping[str, Array],
+    pipeline: Pipeline,
+    placement: Placement,
+    component: str,
+    adapter: Adapter,
+    scale: float,
+) -> Params:
+    """A network with `scale` times a LoRA added to it (in float32, on the host), in the compute dtype."""
+    specs = pipeline.components[component].specs
+    params, nonfinite = {}, []
+    for name, value in Merged(weights, adapter, scale).items():
+        array = np.asarray(value, pipeline.dtype)
+        nonfinite += [] if pipeline.allow_nonfinite or is_finite(array) else [name]
+        params[name] = jax.device_put(array, placement(name, specs[name]))
+    refuse_nonfinite(map(torch_name, nonfinite), pipeline.weights[component], pipeline.dtype.name)
+    return params
+
+
+def lora_mark(lora: str, scale: float) -> str:
+    """What a LoRA adds to a model's fingerprint."""
+    return f" + {scale} x {fingerprint(lora_files_of(find_lora(lora)))}" if lora else ""

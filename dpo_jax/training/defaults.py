@@ -1,0 +1,201 @@
+"""Every field of an experiment: its default, what it may be, and one line of help. Declared here and nowhere else.
+
+Published hyperparameters are in the files of `configs/`, which start from `default_config()`.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dpo_jax.training.fields import Field, are_devices, are_patterns, are_rules, config_of
+
+SHARE: dict[str, Any] = {"at_least": 0, "at_most": 1}
+NOT_ALL: dict[str, Any] = {"at_least": 0, "below": 1}
+POSITIVE: dict[str, Any] = {"above": 0}
+NOT_NEGATIVE: dict[str, Any] = {"at_least": 0}
+COUNT: dict[str, Any] = {"at_least": 1}
+DTYPE: dict[str, Any] = {"choices": ("float32", "bfloat16")}
+DEVICES: dict[str, Any] = {"at_least": -1, "wrong": are_devices}
+
+FALLING = ("linear", "cosine", "cosine_with_restarts", "polynomial")
+"""The schedules whose learning rate depends on the number of steps."""
+SAMPLERS = ("ddim", "euler", "euler_ancestral", "dpmsolver++", "lcm")
+
+GROUPS = {
+    "": "The run and its model",
+    "lora": "Low-rank adapters; with lora.rank=0 the whole UNet is trained",
+    "ema": "Moving average of the trained weights",
+    "loss": "Loss",
+    "data": "Data",
+    "optimizer": "Optimizer",
+    "mesh": "Division of the model and of the batch over devices",
+    "checkpoint": "Checkpoints",
+    "validation": "Accuracy on held-out pairs",
+    "sample": "Image grids drawn while training, the trained model beside the reference",
+    "online": "Rounds of sampling, judging and training",
+}
+"""The groups of fields, by what stands before the dot."""
+
+FIELDS = {
+    "model": Field(
+        "", "Model to train: diffusers folder, hub id or .safetensors file; random:FAMILY makes a tiny one."
+    ),
+    "family": Field("", "Model family, where the files cannot tell it: sdxl_turbo."),
+    "revision": Field("", "Branch, tag or commit of a hub id."),
+    "variant": Field("", "Set of weights to fetch from the hub, for example fp16."),
+    "model_config": Field("", "For a single file: folder or hub id of its configs; empty takes the published ones."),
+    "vae": Field("", "Another VAE: folder, file or hub id, for example madebyollin/sdxl-vae-fp16-fix."),
+    "unet": Field("", "Another UNet to start from, for policy and reference: folder, file or hub id."),
+    "reference": Field("", "Another UNet for the reference alone; empty takes what the policy starts from."),
+    "steps": Field(2000, "Number of optimizer steps.", **COUNT),
+    "seed": Field(
+        0, "Seed of shuffling, augmentation, timesteps, noise and posterior samples.", at_least=0, at_most=2**32 - 1
+    ),
+    "dtype": Field("bfloat16", "Dtype of computing and of frozen models; trained weights are always float32.", **DTYPE),
+    "vae_dtype": Field("bfloat16", "Dtype of the VAE; float32 for VAEs that lose detail in bfloat16.", **DTYPE),
+    "remat": Field(
+        "none",
+        "What to recompute in place of keeping it, from most memory to least; auto takes the first that fits.",
+        choices=("none", "dots", "attention", "block", "auto"),
+    ),
+    "scan": Field(False, "Compile equal transformer blocks once, as a loop: for TPUs, where compilation is slow."),
+    "attention": Field(
+        "xla",
+        "Attention kernel: cudnn is for GPUs (bfloat16, heads of up to 128 features), splash for TPUs.",
+        choices=("xla", "cudnn", "splash"),
+    ),
+    "log_every": Field(10, "Steps between two lines of metrics.", **COUNT),
+    "lora.rank": Field(0, "Rank of the adapters; 0 trains the whole UNet.", at_least=0, at_most=2**16),
+    "lora.alpha": Field(
+        0.0, "The output of an adapter is scaled by alpha / rank; 0 means alpha = rank.", **NOT_NEGATIVE
+    ),
+    "lora.targets": Field(
+        r"attn[12]\.(to_q|to_k|to_v|to_out\.0)$",
+        "Regular expression found in the names of the layers that get an adapter.",
+        wrong=are_patterns,
+    ),
+    "lora.dropout": Field(0.0, "Share of the inputs of an adapter that are zeroed in training.", **NOT_ALL),
+    "lora.initializer": Field(
+        "kaiming",
+        "Initial A: kaiming as in peft, or gaussian (std 1 / rank) as in the scripts of diffusers.",
+        choices=("kaiming", "gaussian"),
+    ),
+    "lora.init": Field("", "LoRA file or hub id to continue from; its rank, alpha and targets then hold."),
+    "lora.init_reference": Field(False, "Give the reference that LoRA too."),
+    "ema.decay": Field(
+        0.0, "Decay of a moving average of the trained weights, then sampled and exported; 0 keeps none.", **NOT_ALL
+    ),
+    "loss.name": Field(
+        "dpo", "Loss: dpo, or sft (plain denoising of the preferred or of single images).", choices=("dpo", "sft")
+    ),
+    "loss.beta": Field(
+        5000.0, "Strength of the pull towards the reference, in the unit of the published code.", **POSITIVE
+    ),
+    "loss.noise_offset": Field(
+        0.0, "Size of an extra draw of noise, one number per channel, for example 0.05.", **NOT_NEGATIVE
+    ),
+    "loss.input_perturbation": Field(
+        0.0, "Size of a draw that is added to the noise but not predicted, for example 0.1.", **NOT_NEGATIVE
+    ),
+    "data.path": Field("", "Folder that dpo_jax.prepare wrote; random:N makes N pairs."),
+    "data.batch_size": Field(
+        2048, "Pairs per optimizer step, over all devices and micro-batches.", at_least=1, at_most=2**24
+    ),
+    "data.accumulation": Field(
+        1, "Micro-batches per optimizer step; more of them need less memory.", at_least=1, at_most=2**24
+    ),
+    "data.resolution": Field(512, "Height and width of training images, in pixels.", at_least=1, at_most=2**14),
+    "data.random_crop": Field(
+        False, "Crop at a random place, the same for all images of a pair; otherwise the centre."
+    ),
+    "data.random_flip": Field(True, "Mirror horizontally at random, all images of a pair alike."),
+    "data.caption_dropout": Field(0.2, "Share of captions replaced by the empty one.", **SHARE),
+    "data.caption_lines": Field(False, "Take each line of a caption as a caption of its own and draw one each time."),
+    "data.size_conditioning": Field(
+        "constant",
+        "Size input of SDXL: constant (the resolution, no crop) or real sizes and crops.",
+        choices=("constant", "real"),
+    ),
+    "data.ties": Field(
+        "drop",
+        "Pairs without a winner: drop them, keep them without a part in the loss, or count 1/2 for each (soft).",
+        choices=("drop", "zero_weight", "soft"),
+    ),
+    "data.labels": Field(
+        "hard",
+        "Labels: hard (the winner takes all) or soft (shares of the votes as the data set states them).",
+        choices=("hard", "soft"),
+    ),
+    "data.judges": Field((), "Order images by these stored scores of dpo_jax.score instead of votes: ('pickscore',)."),
+    "data.combine": Field(
+        "mean",
+        "How several judges combine: mean of their scores, or pareto (better for one, worse for none).",
+        choices=("mean", "pareto"),
+    ),
+    "data.generators": Field(
+        (), "Regular expressions; the models of both images must match one. Empty takes all.", wrong=are_patterns
+    ),
+    "data.min_agreement": Field(0.0, "Lowest share of votes for the winner, 0.5 to 1.", **SHARE),
+    "data.min_side": Field(0, "Fewest pixels on the shorter side of both images.", **NOT_NEGATIVE),
+    "data.limit": Field(0, "Number of the selected pairs to train on; 0 takes all.", **NOT_NEGATIVE),
+    "data.limit_seed": Field(
+        -1, "Which pairs data.limit takes: -1 the first, any other number a fixed random draw.", at_least=-1
+    ),
+    "data.relabel": Field(
+        "none", "Control experiments: swapped or shuffled labels.", choices=("none", "swapped", "shuffled")
+    ),
+    "data.encoded_views": Field(
+        0,
+        "Train from this many stored views of each image (prepare --encode); 0 reads images.",
+        at_least=0,
+        at_most=2**10,
+    ),
+    "data.num_workers": Field(
+        0, "Threads per host that read and decode; 0 takes two per core, at most 8.", at_least=0, at_most=2**10
+    ),
+    "optimizer.name": Field(
+        "adamw",
+        "Optimizer; adafactor is the variant of transformers without parameter scaling.",
+        choices=("adamw", "adafactor"),
+    ),
+    "optimizer.learning_rate": Field(1e-8, "Peak learning rate, before scaling by the batch.", **POSITIVE),
+    "optimizer.scale_by_batch": Field(True, "Multiply the learning rate by data.batch_size, as the published runs do."),
+    "optimizer.schedule": Field(
+        "constant_with_warmup",
+        "Schedule of the learning rate; all but the constant ones fall until the last step.",
+        choices=("constant", "constant_with_warmup", *FALLING),
+    ),
+    "optimizer.cycles": Field(1, "Half cosines in a row, for cosine_with_restarts.", **COUNT),
+    "optimizer.power": Field(1.0, "Power of the share of steps that is left, for polynomial.", **POSITIVE),
+    "optimizer.warmup_steps": Field(500, "Steps from 0 to the full learning rate.", **NOT_NEGATIVE),
+    "optimizer.beta1": Field(0.9, "Decay of the first moment (AdamW).", **NOT_ALL),
+    "optimizer.beta2": Field(0.999, "Decay of the second moment (AdamW).", **NOT_ALL),
+    "optimizer.epsilon": Field(1e-8, "Term added to the denominator (AdamW).", **POSITIVE),
+    "optimizer.weight_decay": Field(1e-2, "Decoupled weight decay, times the learning rate.", **NOT_NEGATIVE),
+    "optimizer.clip_norm": Field(1.0, "Largest global norm of the gradient.", above=0, may_be_infinite=True),
+    "mesh.data": Field(-1, "Copies of the model; -1 takes the devices that are left.", **DEVICES),
+    "mesh.fsdp": Field(1, "Devices that one copy of the model is split over.", **DEVICES),
+    "mesh.tensor": Field(1, "Devices that share the work inside each layer of one copy.", **DEVICES),
+    "mesh.rules": Field(
+        (), "Sharding of parameters: ((regular expression, (mesh axis or None per dimension)), ...).", wrong=are_rules
+    ),
+    "checkpoint.every": Field(200, "Steps between two checkpoints.", **COUNT),
+    "checkpoint.keep": Field(3, "Number of newest checkpoints that stay.", **COUNT),
+    "validation.every": Field(200, "Steps between two validations; 0 turns them off.", **NOT_NEGATIVE),
+    "validation.max_pairs": Field(1024, "Largest number of held-out pairs to validate on.", **COUNT),
+    "validation.draws": Field(4, "Timesteps and noises drawn for each held-out pair.", **COUNT),
+    "sample.every": Field(200, "Steps between two image grids; 0 turns them off.", **NOT_NEGATIVE),
+    "sample.prompts": Field(
+        ("a photo of an astronaut riding a horse", "a watercolour of a lighthouse at dusk"), "Prompts of the grids."
+    ),
+    "sample.seeds": Field(2, "Images per prompt.", at_least=1, at_most=2**16),
+    "sample.sampler": Field("ddim", "Sampler; empty takes the one of the model.", choices=("", *SAMPLERS)),
+    "sample.steps": Field(20, "Denoising steps.", **COUNT),
+    "sample.guidance": Field(7.5, "Classifier-free guidance scale.", **NOT_NEGATIVE),
+}
+"""All fields by their dotted path, in the order in which --help lists them."""
+
+
+def default_config() -> ConfigDict:
+    """Return the config with the default of every field."""
+    return config_of(FIELDS)
