@@ -178,9 +178,9 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, float]]:
     return _read(epath.Path(workdir) / "metrics.jsonl")[0]
 
 
-def last_validation(workdir: epath.PathLike) -> dict[str, float]:
-    """The newest validation figures; empty where there are none."""
-    rows = [row for row in read_metrics(workdir) if is_validation(row)]
+def last_validation(workdir: epath.PathLike, step: int | None = None) -> dict[str, float]:
+    """Return the newest validation figures (up to `step`, if given); empty where there are none."""
+    rows = [row for row in read_metrics(workdir) if is_validation(row) and (step is None or row["step"] <= step)]
     return rows[-1] if rows else {}
 
 
