@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 from etils import epath
 
 from dpo_jax import cluster
@@ -24,7 +25,7 @@ def select_step(workdir: epath.PathLike, step: str) -> int | None:
     if not step:
         return None
     if step == BEST:
-        return int(cluster.says_first(best_step(workdir)))
+        return int(cluster.says_first(np.array(best_step(workdir))))
     if not (step.isascii() and step.isdigit()):
         raise UserError(f"--step={step} is not a step; give its number, or --step=best")
     if int(step) not in finished_steps(workdir):

@@ -166,6 +166,7 @@ def test_command_converts_without_training_there_and_back(tmp_path):
         ([], "either --workdir (a training run) or --model"),
         (["--workdir=a", "--model=b"], "either --workdir (a training run) or --model"),
         (["--workdir=a", "--lora=b"], "--lora goes with --model"),
+        (["--model=b", "--step=2"], "--step goes with --workdir; a model has no steps"),
         (["--workdir=a"], "no training run at a"),
         (["--model=b"], "no folder or file b, and it is no hub id"),
     ],

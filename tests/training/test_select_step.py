@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -88,6 +87,6 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_not_replaced_by_another(tmp_
         manager.save(state_at(step), {"position": step})
     manager.close()
     zero(tmp_path / "checkpoints" / "2" / "checksums" / "metadata")
-    with pytest.raises(ValueError, match=r"checkpoints/2 is damaged: .*; other steps with checkpoints: 1$"):
+    with pytest.raises(ValueError, match=r"checkpoints/2 is damaged: .*; there are checkpoints of other steps: 1$"):
         restore_params(tmp_path, abstract().params, "params", 2)
-    assert jax.tree.leaves(restore_params(tmp_path, abstract().params, "params"))[1] == 1
+    assert restore_params(tmp_path, abstract().params, "params")[1] == 1
