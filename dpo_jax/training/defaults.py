@@ -98,11 +98,12 @@ FIELDS = {
         0.0, "Size of a draw that is added to the noise but not predicted, for example 0.1.", **NOT_NEGATIVE
     ),
     "data.path": Field("", "Folder that dpo_jax.prepare wrote; random:N makes N pairs."),
-    "data.batch_size": Field(
-        2048, "Pairs per optimizer step, over all devices and micro-batches.", at_least=1, at_most=2**24
-    ),
-    "data.accumulation": Field(
-        1, "Micro-batches per optimizer step; more of them need less memory.", at_least=1, at_most=2**24
+    "data.batch_size": Field(2048, "Pairs per optimizer step, over all devices.", at_least=1, at_most=2**24),
+    "data.micro_batch": Field(
+        0,
+        "Most pairs per device at a time; gradients are accumulated. 0: what its memory holds (on CPUs all).",
+        at_least=0,
+        at_most=2**24,
     ),
     "data.resolution": Field(512, "Height and width of training images, in pixels.", at_least=1, at_most=2**14),
     "data.random_crop": Field(

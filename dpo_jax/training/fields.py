@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpo_jax.cli import flatten, unflatten
+from dpo_jax.cli import flatten, replaced_field, unflatten
 from dpo_jax.errors import UserError
 from dpo_jax.files import is_text
 
@@ -62,6 +62,7 @@ def check_fields(config: ConfigDict, fields: Mapping[str, Field]) -> None:
         elif reason := problem(given[path], field):
             shown = repr(given[path])
             problems.append(f"config.{path}={shown if len(shown) < 100 else f'{shown[:97]}...'} {reason}")
+    problems += [f"config.{hint}" for path in given if (hint := replaced_field(path, given))]
     if problems:
         raise UserError("; ".join(problems))
 

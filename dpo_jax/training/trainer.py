@@ -38,7 +38,7 @@ from dpo_jax.sampling.generate import Generator
 from dpo_jax.sampling.grid import image_grid, save_png
 from dpo_jax.sharding import replicated, to_devices
 from dpo_jax.training.checkpoint import Checkpoints, read_config, restore, write_config
-from dpo_jax.training.config import check_same_experiment, default_config, resolve
+from dpo_jax.training.config import check_same_experiment, default_config, describe_batch, resolve
 from dpo_jax.training.data import (
     check_data,
     data_fingerprints,
@@ -324,7 +324,7 @@ class Loop:
         sums: dict[str, float] = {}
         weight = 0.0
         with open_validation_batches(self.config, experiment.derived, self.inputs) as batches:
-            pairs_a_batch = experiment.derived.local_batch_size // self.config.data.accumulation * jax.process_count()
+            pairs_a_batch = experiment.derived.local_batch_size // experiment.derived.accumulation * jax.process_count()
             for batch in itertools.islice(batches, -(-validation.max_pairs // pairs_a_batch)):
                 counted = batch.weight_B * (batch.index_B < validation.max_pairs)
                 on_device = self.place(batch._replace(weight_B=counted.astype(np.float32)))
@@ -383,6 +383,7 @@ def _announce(experiment: Experiment, workdir: epath.Path, start: int) -> None:
     trained = sum(math.prod(spec.shape) for spec in experiment.pipeline.trained_specs.values())
     print(experiment.config)
     print(f"derived: {derived}")
+    print(f"batch:   {describe_batch(experiment.config, experiment.derived, jax.process_count())}")
     print(f"devices: {experiment.mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(experiment.mesh.shape)}")
     print(f"model:   {experiment.config.model} ({experiment.pipeline.family.name}), {trained:,} trained parameters")
     table = experiment.placement.table(experiment.pipeline.trained_specs)
