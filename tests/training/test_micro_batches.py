@@ -1,5 +1,6 @@
 """The same config gives the same batch on any number of devices; the micro-batches follow from `data.micro_batch`."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_the_name_of_before_is_answered_with_the_new_one(module, name, accumulat
 def test_a_run_that_had_an_accumulation_goes_on():
     """Whatever the micro-batches are, the results are the same, so another number of them is no other experiment."""
     config = load_config(f"{ROOT}/configs/sdxl.py")
-    fields = flatten(config)
+    fields = json.loads(json.dumps(flatten(config)))
     saved = {field: value for field, value in fields.items() if field != "data.micro_batch"} | {"data.accumulation": 64}
     check_same_experiment(fields, saved, "WORKDIR", default_config())
     with pytest.raises(UserError, match=r"data\.batch_size was 1024, now 2048"):
