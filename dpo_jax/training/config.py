@@ -40,6 +40,7 @@ FREE_TO_CHANGE = (
     "log_every",
     "mesh.",
     "checkpoint.",
+    "logging.",
     "validation.",
     "sample.",
     "data.num_workers",

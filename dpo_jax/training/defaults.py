@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dpo_jax.training.fields import Field, are_devices, are_patterns, are_rules, config_of
+from dpo_jax.training.loggers import are_loggers
 
 SHARE: dict[str, Any] = {"at_least": 0, "at_most": 1}
 NOT_ALL: dict[str, Any] = {"at_least": 0, "below": 1}

@@ -47,6 +47,7 @@ from dpo_jax.training.data import (
     open_validation_batches,
 )
 from dpo_jax.training.experiment import Experiment, build, compose
+from dpo_jax.training.loggers import check_libraries
 from dpo_jax.training.metrics import MetricWriter, ProgressBar
 from dpo_jax.training.model import (
     for_sampling,
@@ -75,6 +76,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     clock = StartClock()
     derived = resolve(config, device_count=jax.device_count(), process_count=jax.process_count())
     check_backend(config)
+    check_libraries(config.logging.to)
     with Notice.awaited() as notice, cluster.locked(workdir, "python -m dpo_jax.train"):
         config = check_data(config)
         pipeline = open_model(config, workdir)
@@ -138,6 +140,7 @@ def running(
     state, position = restored or (experiment.initial_state(), None)
     clock.lap("restore" if restored else "load")
     start = int(state.step)
+    derived = {f"derived.{name}": value for name, value in dataclasses.asdict(experiment.derived).items()}
     with _full_disk_told(workdir), contextlib.ExitStack() as stack:
         if cluster.is_first():
             for folder in (workdir, workdir / "samples"):
@@ -145,8 +148,11 @@ def running(
         write_config(workdir, fields)  # all that is read has been read
         checkpoints = Checkpoints(workdir, keep=experiment.config.checkpoint.keep, fields=fields)
         stack.callback(checkpoints.close)
-        writer = MetricWriter(workdir, start)
-        stack.callback(writer.close)
+        logging = experiment.config.logging
+        writer = MetricWriter(
+            workdir, start, logging.to, name=logging.name, project=logging.project, fields=fields | derived
+        )
+        stack.enter_context(writer)
         _announce(experiment, workdir, start)
         bar = stack.enter_context(ProgressBar(experiment.config.steps, start))
         loop = Loop(experiment, inputs, workdir, checkpoints, writer, bar, notice, clock)
