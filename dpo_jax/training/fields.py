@@ -84,6 +84,8 @@ def problem(value: Any, field: Field) -> str | None:
         return "must be a tuple, such as ('a', 'b')"
     elif field.wrong is not are_rules and not all(isinstance(part, str) for part in value):
         return "must be a tuple of texts, such as ('a', 'b')"
+    elif field.choices and (unknown := [part for part in value if part not in field.choices]):
+        return f"has {unknown[0]!r}, which must be {field}"
     return field.wrong(value)
 
 

@@ -210,13 +210,6 @@ LIBRARIES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "tracki
 """The library that a logger imports, which is also the name of its package."""
 
 
-def are_loggers(value: Sequence[str]) -> str | None:
-    """For `Values.wrong` of `logging.to`."""
-    unknown = [name for name in value if name not in LOGGERS]
-    choices = ", ".join(repr(name) for name in LOGGERS)
-    return f"has {unknown[0]!r}; the choices are {choices}" if unknown else None
-
-
 def check_libraries(names: Sequence[str]) -> None:
     """Raises UserError, with the command that installs it, where the library of a logger is missing."""
     for name in names:

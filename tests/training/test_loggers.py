@@ -127,7 +127,7 @@ def test_tensorboard_has_config_figures_and_grids(tmp_path) -> None:
 
 def test_a_misspelt_logger_is_refused_with_the_choices(tiny_config) -> None:
     with pytest.raises(
-        ValueError, match=r"config\.logging\.to=\('wandv',\) has 'wandv'; the choices are 'tensorboard',"
+        ValueError, match=r"config\.logging\.to=\('wandv',\) has 'wandv', which must be one of 'tensorboard',"
     ):
         training_config.check(tiny_config("tiny", **{"logging.to": ("wandv",)}))
     training_config.check(tiny_config("tiny", **{"logging.to": ()}))
