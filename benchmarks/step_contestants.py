@@ -46,7 +46,7 @@ def load(mode: Mode) -> Any:
 
     c = load_config(str(ROOT / mode.config))
     c.dtype = mode.dtype
-    c.data.batch_size, c.data.accumulation = mode.batch_size, mode.batch_size // mode.pairs
+    c.data.batch_size, c.data.micro_batch = mode.batch_size, mode.pairs
     c.data.encoded_views, c.data.random_flip, c.data.random_crop = 1, False, False
     c.data.path = "made up"
     c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 1, 1, 1

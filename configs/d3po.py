@@ -94,7 +94,6 @@ def alone(c: ConfigDict, *, method: str) -> None:
 def spo(c: ConfigDict) -> None:
     METHODS["spo"](c)
     c.online.branch_after = 0.2
-    c.data.accumulation = 16  # the steps that are left
     c.optimizer.learning_rate = 6e-5
 
 
@@ -103,7 +102,7 @@ def tiny(c: ConfigDict) -> None:
     c.model = "random:sd15"
     c.dtype = c.vae_dtype = "float32"
     c.data.resolution = 32
-    c.data.accumulation = 1
+    c.data.micro_batch = 64  # all at once
     c.online.rounds = 2
     c.online.prompts_per_round = 2
     c.online.prompts_at_a_time = 2

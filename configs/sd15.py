@@ -14,7 +14,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.path = "data/pickapic"  # written by python -m dpo_jax.prepare
     c.data.resolution = 512  # what SD1.5 was trained on
     c.data.batch_size = 2048  # 16 GPUs x 128 accumulated in the published run
-    c.data.accumulation = 16  # 8 pairs at a time on each of 16 devices; a pair takes about 1.7 GiB beside the model
+    c.data.micro_batch = 8  # pairs per device at a time; each takes about 1.7 GiB beside the model
     c.data.caption_dropout = 0.2
     c.loss.beta = 5000.0  # the released code's; the paper prints 2000 for SD1.5
     c.steps = 2000
@@ -33,7 +33,7 @@ def lora(c: ConfigDict) -> None:
     c.lora.rank = 8  # alpha = rank; queries, keys, values and outputs of every attention
     c.lora.initializer = "gaussian"
     c.data.batch_size = 32  # the script's 16 x 2 accumulated
-    c.data.accumulation = 8  # 4 pairs at a time, for one GPU; divide it by the number of devices
+    c.data.micro_batch = 4
     c.data.caption_dropout = 0.0  # the script has none
     c.loss.beta = 5000.0  # the script's 2500, whose loss is written without the factor 1/2
     c.steps = 10_000

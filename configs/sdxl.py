@@ -15,7 +15,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.path = "data/pickapic"  # written by python -m dpo_jax.prepare
     c.data.resolution = 1024  # what SDXL was trained on
     c.data.batch_size = 2048
-    c.data.accumulation = 64  # 1 pair at a time on each of 32 devices; a pair takes about 8 GiB beside the model
+    c.data.micro_batch = 1  # pairs per device at a time; each takes about 8 GiB beside the model
     c.data.caption_dropout = 0.2
     c.loss.beta = 5000.0
     c.steps = 2000  # the released launcher saves a checkpoint every 200
@@ -39,7 +39,6 @@ def lora(c: ConfigDict) -> None:
     c.lora.rank = 8  # alpha = rank; queries, keys, values and outputs of every attention
     c.lora.initializer = "gaussian"
     c.data.batch_size = 16  # the script's 8 x 2 accumulated
-    c.data.accumulation = 16  # 1 pair at a time, for one GPU; divide it by the number of devices
     c.data.caption_dropout = 0.0  # the script has none
     c.data.size_conditioning = "real"  # sizes and crops, as in the script; the published full run has the constant
     c.loss.beta = 5000.0  # the script's default; its loss has the factor 1/2, as ours

@@ -16,7 +16,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.path = "data/pickapic"
     c.data.resolution = 512  # what Turbo was distilled at
     c.data.batch_size = 2048
-    c.data.accumulation = 16  # 4 pairs at a time on each of 32 devices
+    c.data.micro_batch = 4
     c.data.caption_dropout = 0.0  # Turbo is sampled without guidance, so it needs no unconditional model
     c.loss.beta = 5000.0
     c.steps = 2000
@@ -37,7 +37,6 @@ def lora(c: ConfigDict) -> None:
     c.lora.rank = 8
     c.lora.initializer = "gaussian"
     c.data.batch_size = 16  # the script's 8 x 2 accumulated
-    c.data.accumulation = 4  # 4 pairs at a time, for one GPU; divide it by the number of devices
     c.data.size_conditioning = "real"
     c.loss.beta = 5000.0  # the script's default; its loss has the factor 1/2, as ours
     c.steps = 2000

@@ -16,6 +16,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.loss.beta = 2000.0  # with 500, and twice the rate, the errors of both images grow, and what is learned drifts
     c.data.path = "runs/tiny/data"
     c.data.batch_size = 32
+    c.data.micro_batch = 64  # all at once
     c.data.resolution = 32
     c.data.caption_dropout = 0.1  # as the base was trained
     c.data.random_flip = False  # left and right are part of the caption

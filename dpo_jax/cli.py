@@ -14,7 +14,7 @@ import re
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -131,6 +131,29 @@ def replaced(config: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
     return unflatten(flatten(config) | fields)
 
 
+def replaced_field(field: str, fields: Mapping[str, Any]) -> str | None:
+    """A sentence, from the field's name on, about what replaces a field of earlier versions; None for other names."""
+    if field != "data.accumulation":
+        return None
+    batch, given, steps = (_whole(fields.get(name, 1)) for name in ("data.batch_size", field, "online.sampling_steps"))
+    at_a_time = max(1, round(batch * steps * float(fields.get("online.timesteps", 1))) // given)
+    one = "on one device; divide it by their number on more" if at_a_time > 1 else "on any number of devices"
+    return (
+        f"{field}={given} is replaced by data.micro_batch, the number per device at a time; the micro-batches follow "
+        f"from it and the devices. Set data.micro_batch={at_a_time} {one}"
+    )
+
+
+def _whole(value: Any) -> int:
+    return int(str(value)) if re.fullmatch(r"[1-9]\d{0,8}", str(value)) else 1
+
+
+def _given(arguments: list[str]) -> dict[str, str]:
+    """The fields that `--config.field=value` replace."""
+    pairs = (argument.removeprefix("--config.").partition("=") for argument in arguments if "--config." in argument)
+    return {field: value for field, _, value in pairs}
+
+
 def _check_finite() -> None:
     """Refuses flags that are NaN, which lies in any bounds, or infinite. Fields of a config have their own check."""
     for name in flags.FLAGS:
@@ -164,6 +187,8 @@ def _check_overrides(arguments: list[str]) -> None:
         if not argument.startswith("--config.") or field in fields:
             continue
         inside = [name for name in fields if name.startswith(f"{field}.")]
+        if hint := replaced_field(field, fields | _given(arguments)):
+            raise UserError(f"--config.{hint}")
         near = difflib.get_close_matches(field, fields, n=1, cutoff=0.5)
         hint = f"did you mean --config.{near[0]}?" if near else f"it has {', '.join(fields)}"
         if inside:

@@ -31,6 +31,13 @@ if TYPE_CHECKING:
     from dpo_jax.sampling.prompts import Prompt
 
 MODELS = flags.DEFINE_list("models", [], "Models to draw with, the base first: FOLDER_OR_ID_OR_FILE or NAME=...")
+STEP = flags.DEFINE_string(
+    "step",
+    "",
+    "For work directories in --models: the step whose checkpoint to draw with, or best: the one with the highest "
+    "accuracy on held-out pairs (for SFT, the lowest error). Default: the newest. To compare checkpoints of one run, "
+    "draw with dpo_jax.sample --step=N and compare the folders with --images.",
+)
 IMAGES = flags.DEFINE_list("images", [], "Instead of them: folders of images, FOLDER or NAME=FOLDER.")
 PROMPTS = flags.DEFINE_string(
     "prompts",
@@ -99,6 +106,7 @@ def evaluate(named: dict[str, str], since: float) -> None:
     from dpo_jax.rewards import Settings, open_judge
     from dpo_jax.sampling.prompts import distinct, read_prompts
     from dpo_jax.training.metrics import last_validation, read_metrics
+    from dpo_jax.training.select_step import select_step
     from dpo_jax.training.startup import keep_compiled_programs
 
     output = epath.Path(OUTPUT.value)
@@ -108,11 +116,15 @@ def evaluate(named: dict[str, str], since: float) -> None:
     with ProgressBar("images", quiet=not cluster.is_first()) as bar:
         settings: dict[str, Any] = {}
         folders = named
+        trained = [source for source in named.values() if MODELS.value and is_run(source)]
+        steps = {workdir: select_step(workdir, STEP.value) for workdir in trained}
+        if STEP.value and not trained:
+            raise UserError("--step goes with a work directory of a training run, and --models names none")
         if MODELS.value:
             for spec in JUDGES.value:  # what is missing is told before hours of drawing; opened again by `judge_all`
                 open_judge(spec, dtype=dtype, batch_size=BATCH_SIZE.value)
             folders = {name: str(output / "images" / name) for name in named}
-            settings = draw_all(named, folders, distinct(prompts), dtype, bar)
+            settings = draw_all(named, folders, distinct(prompts), steps, dtype, bar)
         contest = match(folders, prompts)
         how = Settings(dtype, BATCH_SIZE.value)
         scores = judge_all(JUDGES.value, how, contest, output / "scores", bar.show)
@@ -121,7 +133,7 @@ def evaluate(named: dict[str, str], since: float) -> None:
     runs = [*CURVES.value, *(source for source in named.values() if is_run(source))]
     result |= summary(result) | {"pair_accuracy": None, "pair_accuracy_step": None}
     for run in runs:
-        validation = last_validation(run)
+        validation = last_validation(run, steps.get(run))
         result["pair_accuracy"] = validation.get("validation/pair_accuracy")
         result["pair_accuracy_step"] = validation.get("step")
     result["seconds"] = time.time() - since
@@ -152,9 +164,17 @@ def is_run(source: str) -> bool:
 
 
 def draw_all(
-    named: dict[str, str], folders: dict[str, str], prompts: "list[Prompt]", dtype: str, bar: Any
+    named: dict[str, str],
+    folders: dict[str, str],
+    prompts: "list[Prompt]",
+    steps: dict[str, int | None],
+    dtype: str,
+    bar: Any,
 ) -> dict[str, Any]:
-    """Draws the prompts by each model into its folder, all in the way of the first but for what flags say."""
+    """Draws the prompts by each model into its folder, all in the way of the first but for what flags say.
+
+    Of work directories the checkpoints of `steps` are drawn with; None is the newest.
+    """
     from dpo_jax.diffusion.samplers import own_sampler
     from dpo_jax.sampling.draw import begin_folder, draw, list_entries
 
@@ -167,7 +187,7 @@ def draw_all(
     # A model that can't be opened is told before the first one draws; of runs, opening reads the weights at once.
     ready = {name: open_any(source, dtype) for name, source in named.items() if not is_run(source)}
     for name, source in named.items():
-        opened = ready.pop(name, None) or open_any(source, dtype)
+        opened = ready.pop(name, None) or open_any(source, dtype, steps.get(source))
         sampling = sampling or dataclasses.replace(opened.sampling, **changed)
         resolution = resolution or opened.resolution
         own = own_sampler(opened.pipeline.sampling_schedule)
@@ -181,14 +201,14 @@ def draw_all(
     return settings | {"models": models}
 
 
-def open_any(source: str, dtype: str) -> "LoadedModel":
-    """A model, or the newest of a training run."""
+def open_any(source: str, dtype: str, step: int | None = None) -> "LoadedModel":
+    """A model, or that of a training run at a step, by default the newest."""
     from dpo_jax.sampling.loaded_model import open_model
     from dpo_jax.training.run import open_run
 
     allow = ALLOW_NONFINITE.value
     if is_run(source):
-        return open_run(source, allow_nonfinite=allow).opened()
+        return open_run(source, str(step or ""), allow_nonfinite=allow).load_model()
     return open_model(source, dtype=dtype, allow_nonfinite=allow)
 
 

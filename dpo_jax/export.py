@@ -23,6 +23,12 @@ from dpo_jax import cli, locks
 from dpo_jax.errors import UserError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a training run.")
+STEP = flags.DEFINE_string(
+    "step",
+    "",
+    "With --workdir: the step whose checkpoint to export, or best: the one with the highest accuracy on held-out pairs "
+    "(for SFT, the lowest error). Default: the newest checkpoint.",
+)
 MODEL = flags.DEFINE_string("model", None, "Instead of it: a model folder, a hub id, or a single .safetensors file.")
 LORA = flags.DEFINE_string("lora", None, "With --model: a LoRA for it; a file, or a hub id with the file's name.")
 OUTPUT = flags.DEFINE_string("output", None, "New folder for what is exported.", required=True)
@@ -56,18 +62,20 @@ def main() -> None:
     given = [flag.name for flag in of_model if flag.value]
     if WORKDIR.value is not None and given:
         raise UserError(f"--{given[0]} goes with --model; a training run has its own")
+    if MODEL.value is not None and STEP.value:
+        raise UserError("--step goes with --workdir; a model has no steps")
     output = epath.Path(OUTPUT.value)
     with locks.locked(output.parent, "python -m dpo_jax.export", f".{output.name}.lock", what=output):
         write()
 
 
 def write() -> None:
-    from dpo_jax.training.export import export, open_tuned, open_untrained, origin, remarks
+    from dpo_jax.training.export import export, exportable_model, exportable_run, origin, remarks
 
     if WORKDIR.value is not None:
-        tuned = open_tuned(WORKDIR.value, allow_nonfinite=ALLOW_NONFINITE.value)
+        exportable = exportable_run(WORKDIR.value, STEP.value, allow_nonfinite=ALLOW_NONFINITE.value)
     else:
-        tuned = open_untrained(
+        exportable = exportable_model(
             MODEL.value or "",
             lora=LORA.value,
             family=FAMILY.value,
@@ -80,10 +88,10 @@ def write() -> None:
         )
     said = {"license": LICENSE.value, "base_model": BASE_MODEL.value}
     shard_bytes = int(SHARD_GB.value * 10**9)
-    path = export(tuned, OUTPUT.value, format=FORMAT.value, dtype=DTYPE.value, max_shard_bytes=shard_bytes, **said)
-    for remark in remarks(tuned, FORMAT.value, origin(tuned, **said)):
+    path = export(exportable, OUTPUT.value, format=FORMAT.value, dtype=DTYPE.value, max_shard_bytes=shard_bytes, **said)
+    for remark in remarks(exportable, FORMAT.value, origin(exportable, **said)):
         print(f"note: {remark}", file=sys.stderr)
-    print(f"exported {tuned.title} to {path}")
+    print(f"exported {exportable.title} to {path}")
 
 
 if __name__ == "__main__":

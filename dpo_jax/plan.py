@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from dpo_jax import cli
 from dpo_jax.errors import UserError
-from dpo_jax.training.config import check_values
+from dpo_jax.training.config import check_values, resolve
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, or FILE:variant.", lock_config=True)
 TOPOLOGY = flags.DEFINE_string(
@@ -50,7 +50,7 @@ def main() -> None:
     from dpo_jax.planning.estimate import measure_holdings, measure_work, round_sizes
     from dpo_jax.planning.model_shapes import open_structure
     from dpo_jax.planning.report import as_text, compiled_text
-    from dpo_jax.planning.search import choose_remat, fit
+    from dpo_jax.planning.search import choose_settings, fit
     from dpo_jax.planning.topology import GIB, parse_topology
 
     config, topology = CONFIG.value, parse_topology(TOPOLOGY.value)
@@ -58,11 +58,11 @@ def main() -> None:
     if FIT.value:
         config, plan = fit(config, topology, UTILISATION.value, say)
     else:
-        if config.remat == "auto":
+        if config.remat == "auto" or config.data.micro_batch == 0:
             device = topology.device
-            remat = choose_remat(config, device.kind, topology.num_devices, device.hbm_gib * GIB)
-            config = cli.replaced(config, {"remat": remat})
+            config = choose_settings(config, device.kind, topology.num_devices, device.hbm_gib * GIB)
         pipeline = open_structure(config)
+        derived = resolve(config, device_count=topology.num_devices, process_count=1)
         holdings = measure_holdings(config, pipeline, topology.num_devices)
         work = measure_work(config, topology.device.kind)
         plan = round_sizes(
@@ -70,7 +70,7 @@ def main() -> None:
             work,
             topology,
             batch_size=config.data.batch_size,
-            accumulation=config.data.accumulation,
+            pairs=derived.micro_batch_per_device,
             utilisation=UTILISATION.value,
         )
     result: dict[str, Any] = plan.to_json()

@@ -30,9 +30,9 @@ def main() -> None:
 
     from dpo_jax.files import write_whole
     from dpo_jax.planning.measured import measure
-    from dpo_jax.planning.search import settle_remat
+    from dpo_jax.planning.search import settle
 
-    config, folder = settle_remat(CONFIG.value, print), Path(OUTPUT.value)
+    config, folder = settle(CONFIG.value, print), Path(OUTPUT.value)
     device = jax.devices()[0]
     print(f"compiling the step for {jax.device_count()} x {device.device_kind}", flush=True)
     measured = measure(config, folder, STEPS.value)

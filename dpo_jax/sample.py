@@ -22,6 +22,12 @@ from dpo_jax.sampling.prompts import BUNDLED
 
 MODEL = flags.DEFINE_string("model", None, "A model folder, a hub id, or a single .safetensors file.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Instead of it: work directory of a training run, of which the newest.")
+STEP = flags.DEFINE_string(
+    "step",
+    "",
+    "With --workdir: the step whose checkpoint to sample from, or best: the one with the highest accuracy on held-out "
+    "pairs (for SFT, the lowest error). Default: the newest checkpoint.",
+)
 PROMPTS = flags.DEFINE_string(
     "prompts",
     None,
@@ -93,6 +99,8 @@ def main() -> None:
     given = [flag.name for flag in OF_MODEL if flag.value] + (["fsdp"] if FSDP.value != 1 else [])
     if WORKDIR.value is not None and given:
         raise UserError(f"--{given[0]} goes with --model; a training run has its own")
+    if MODEL.value is not None and STEP.value:
+        raise UserError("--step goes with --workdir; a model has no steps")
     if STRENGTH.value is not None and INIT_IMAGE.value is None:
         raise UserError("--strength says how much of --init_image is drawn anew, and --init_image is missing")
     with locks.locked_early(OUTPUT.value, "python -m dpo_jax.sample"):
@@ -176,8 +184,8 @@ def open_named() -> Any:
     if WORKDIR.value is not None:
         from dpo_jax.training.run import open_run
 
-        run = open_run(WORKDIR.value, allow_nonfinite=ALLOW_NONFINITE.value)
-        return run.opened(lora=LORA.value, lora_scale=LORA_SCALE.value)
+        run = open_run(WORKDIR.value, STEP.value, allow_nonfinite=ALLOW_NONFINITE.value)
+        return run.load_model(lora=LORA.value, lora_scale=LORA_SCALE.value)
     import jax
 
     from dpo_jax.models.execution import Execution

@@ -12,7 +12,7 @@ in dpo_jax/training/config.py.
 import functools
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from dpo_jax import cli, locks
 from dpo_jax.errors import UserError
@@ -27,12 +27,19 @@ def main() -> None:
         raise UserError("--config is missing; give one of the files in configs/, such as --config=configs/tiny.py")
     check(CONFIG.value)
     with locks.locked_early(WORKDIR.value, "python -m dpo_jax.train"):
-        from dpo_jax.planning.search import settle_remat  # after the flags are checked: importing JAX takes seconds
-        from dpo_jax.training import command
+        from dpo_jax.training import command  # after the flags are checked: importing JAX takes seconds
         from dpo_jax.training.trainer import train
 
-        say = functools.partial(print, flush=True)
-        command.run(lambda: train(settle_remat(CONFIG.value, say), WORKDIR.value))
+        command.run(lambda: train(settled(CONFIG.value), WORKDIR.value))
+
+
+def settled(config: ConfigDict) -> ConfigDict:
+    """The config with what it leaves to the devices chosen; a plan, which takes seconds, is made only for that."""
+    if config.remat != "auto" and config.data.micro_batch:
+        return config
+    from dpo_jax.planning.search import settle
+
+    return settle(config, functools.partial(print, flush=True))
 
 
 if __name__ == "__main__":

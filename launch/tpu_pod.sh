@@ -4,7 +4,7 @@
 #   NAME=dpo ZONE=us-east5-a TYPE=v5p-128 bash launch/tpu_pod.sh create
 #   NAME=dpo ZONE=us-east5-a bash launch/tpu_pod.sh install
 #   NAME=dpo ZONE=us-east5-a bash launch/tpu_pod.sh run --config=configs/sdxl.py --workdir=/mnt/shared/runs/sdxl \
-#       --config.data.path=/mnt/shared/data/pickapic --config.data.accumulation=32 --config.mesh.data=-1 --config.mesh.fsdp=4
+#       --config.data.path=/mnt/shared/data/pickapic --config.mesh.data=-1 --config.mesh.fsdp=4
 #   NAME=dpo ZONE=us-east5-a bash launch/tpu_pod.sh collect /mnt/shared/runs/sdxl runs/
 #   NAME=dpo ZONE=us-east5-a bash launch/tpu_pod.sh delete
 #

@@ -38,7 +38,7 @@ def test_bad_flags_are_told_in_one_sentence() -> None:
 def test_published_models_are_planned_without_their_weights() -> None:
     """The counts of PyTorch's profiler for SDXL: 53.98 TFLOP a pair with cached latents, within 0.1%."""
     done = plan(
-        "--config=configs/sdxl.py", "--topology=v5p:4x4x4", "--config.data.accumulation=32", "--json",
+        "--config=configs/sdxl.py", "--topology=v5p:4x4x4", "--json",
         "--config.data.encoded_views=2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

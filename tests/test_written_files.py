@@ -64,6 +64,7 @@ IMAGE = Image.new("RGB", (4, 4))
 WRITTEN = {  # the file that appears, and what writes it into a folder
     "config.json": lambda folder: write_config(folder, {"steps": 3}),
     "metrics.jsonl": lambda folder: MetricWriter(folder, 0).close(),
+    "metrics.csv": lambda folder: MetricWriter(folder, 0, ["csv"]).close(),
     "samples/step_000001.png": lambda folder: save_png(folder / "samples" / "step_000001.png", IMAGE),
     "sampling.json": lambda folder: begin_folder(folder / "new", {}),
     "prompts.jsonl": lambda folder: write_list(folder, [Entry("a.png", "a", 0)]),

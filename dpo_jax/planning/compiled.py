@@ -63,7 +63,7 @@ def compile_step(config: ConfigDict, pipeline: Pipeline, topology: Topology) -> 
             raise
         reason = str(error).partition("RESOURCE_EXHAUSTED: ")[2].partition("\n")[0]
         raise UserError(
-            f"the step does not fit {topology.name}: {reason} Take more micro-batches (data.accumulation), another "
+            f"the step does not fit {topology.name}: {reason} Set a smaller data.micro_batch, another "
             "remat, or a larger mesh.fsdp; --fit finds what fits"
         ) from error
     memory, text = compiled.memory_analysis(), compiled.as_text()

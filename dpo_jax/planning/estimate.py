@@ -243,12 +243,12 @@ def round_sizes(
     topology: Topology,
     *,
     batch_size: int,
-    accumulation: int,
+    pairs: int,
     utilisation: float | None = None,
 ) -> Plan:
-    """What follows for so many pairs a step in so many micro-batches, which divide over the mesh."""
+    """The plan for `batch_size` pairs per step, `pairs` at a time on each device, which the mesh divides."""
     device, h = topology.device, holdings
-    pairs = batch_size // (h.mesh["data"] * h.mesh["fsdp"] * accumulation)
+    accumulation = batch_size // (h.mesh["data"] * h.mesh["fsdp"] * pairs)
     utilisation = utilisation or device.utilisation
     is_cut = device.kind == "tpu" and pairs < WHOLE_IMAGES
     flops = (work.flops + CUT_CONVOLUTIONS * work.convolution_flops * is_cut) * pairs * accumulation
@@ -334,7 +334,7 @@ def _size(specs: Any) -> int:
 
 def _trace_pair(config: ConfigDict, kind: str) -> tuple[Program, float]:
     """The gradient of one pair on one device, and its bytes of activations."""
-    one = replaced(config, {"data.batch_size": 1, "data.accumulation": 1})
+    one = replaced(config, {"data.batch_size": 1, "data.micro_batch": 1})
     derived = resolve(one, device_count=1, process_count=1)
     experiment = compose(one, derived, open_structure(one), Placement(_mesh((1, 1, 1))))
 

@@ -40,7 +40,7 @@ def as_text(config: ConfigDict, plan: Plan) -> str:
         f"{plan.chip_hours / topology.num_chips:.1f} hours here",
         "",
         "Run it with",
-        f"  --config.remat={plan.remat} --config.data.accumulation={plan.accumulation} "
+        f"  --config.remat={plan.remat} --config.data.micro_batch={plan.micro_batch_per_device} "
         f"--config.mesh.data={plan.mesh['data']} --config.mesh.fsdp={plan.mesh['fsdp']}",
     ]
     return "\n".join(lines)

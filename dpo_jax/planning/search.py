@@ -22,12 +22,13 @@ from dpo_jax.planning.estimate import (
 )
 from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.topology import GIB, Topology
+from dpo_jax.training.config import resolve
 
 
-def with_settings(config: ConfigDict, *, remat: str, accumulation: int, data: int, fsdp: int) -> ConfigDict:
-    """A copy of the config with another way to run it, which changes nothing of what it computes."""
+def with_settings(config: ConfigDict, *, remat: str, pairs: int, data: int, fsdp: int) -> ConfigDict:
+    """A copy of the config that computes the same in another way, with `pairs` at a time on each device."""
     mesh = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": 1}
-    return replaced(config, {"remat": remat, "data.accumulation": accumulation, **mesh})
+    return replaced(config, {"remat": remat, "data.micro_batch": pairs, **mesh})
 
 
 def fit(
@@ -36,7 +37,7 @@ def fit(
     """The fastest of every remat policy, fsdp degree and micro-batch that fits, as a config and its plan."""
     plan = choose(config, measure_all(config, topology.device.kind, say), topology, utilisation)
     chosen = with_settings(
-        config, remat=plan.remat, accumulation=plan.accumulation, data=plan.mesh["data"], fsdp=plan.mesh["fsdp"]
+        config, remat=plan.remat, pairs=plan.micro_batch_per_device, data=plan.mesh["data"], fsdp=plan.mesh["fsdp"]
     )
     return chosen, plan
 
@@ -66,13 +67,13 @@ def choose(config: ConfigDict, works: Sequence[Work], topology: Topology, utilis
     pipeline = open_structure(replaced(config, {"remat": "none"}))
     holdings: list[Holdings] = []
     for fsdp in _divisors(devices):
-        one = with_settings(config, remat="none", accumulation=1, data=devices // fsdp, fsdp=fsdp)
+        one = with_settings(config, remat="none", pairs=1, data=devices // fsdp, fsdp=fsdp)
         holdings.append(measure_holdings(one, pipeline, topology.num_devices))
     plans = [
-        round_sizes(held, work, topology, batch_size=batch, accumulation=accumulation, utilisation=utilisation)
+        round_sizes(held, work, topology, batch_size=batch, pairs=pairs, utilisation=utilisation)
         for work in works
         for held in holdings
-        for accumulation in _divisors(batch // devices)
+        for pairs in _divisors(batch // devices)
     ]
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
@@ -88,41 +89,53 @@ def choose(config: ConfigDict, works: Sequence[Work], topology: Topology, utilis
     return min(small, key=lambda plan: (list(POLICIES).index(plan.remat), plan.hbm_bytes))
 
 
-def settle_remat(config: ConfigDict, say: Callable[[str], None]) -> ConfigDict:
-    """`remat="auto"` made one of the policies: the best for the devices that are here. Of processes, all must ask.
+def settle(config: ConfigDict, say: Callable[[str], None]) -> ConfigDict:
+    """The config with `remat="auto"` and `data.micro_batch=0` replaced by what fits the devices that are here.
 
-    Where devices have no memory of their own, as CPUs, nothing is rematerialized.
+    All processes of a run must call it. Where devices have no memory of their own, as CPUs, nothing is rematerialized
+    and micro-batches stay without a limit.
     """
-    if config.remat != "auto":
+    if config.remat != "auto" and config.data.micro_batch:
         return config
     limits = multihost_utils.process_allgather(
         np.array([(device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices()[:1]])
     )
     if not limits.min():
-        return replaced(config, {"remat": "none"})
-    remat = choose_remat(config, jax.default_backend(), jax.device_count(), float(limits.min()))
-    say(f"remat={remat} is what the {limits.min() / GIB:.1f} GiB of a device allow")
-    return replaced(config, {"remat": remat})
+        return replaced(config, {"remat": "none"}) if config.remat == "auto" else config
+    chosen = choose_settings(config, jax.default_backend(), jax.device_count(), float(limits.min()))
+    say(
+        f"remat={chosen.remat} and data.micro_batch={chosen.data.micro_batch} fit the {limits.min() / GIB:.1f} GiB of "
+        "a device"
+    )
+    return chosen
 
 
-def choose_remat(config: ConfigDict, kind: str, num_devices: int, hbm_bytes: float) -> str:
-    """The policy that repeats least, of those with which the config leaves the usual share of a device's memory free.
+def choose_settings(config: ConfigDict, kind: str, num_devices: int, hbm_bytes: float) -> ConfigDict:
+    """The config with `remat="auto"` and `data.micro_batch=0` replaced by what leaves the usual share of memory free.
 
-    Raises ValueError where none does.
+    Of the policies it takes the one that repeats least, even if only one pair at a time fits with it; then the largest
+    micro-batch.
+
+    Raises:
+        UserError: nothing fits.
     """
     plain = replaced(config, {"remat": "none"})
     held = measure_holdings(plain, open_structure(plain), num_devices)
-    accumulation = config.data.accumulation
-    pairs = config.data.batch_size // (held.mesh["data"] * held.mesh["fsdp"] * accumulation)
-    for remat in POLICIES:
-        one = replaced(config, {"remat": remat})
-        work = measure_work(one, kind, model_flops=0.0)
-        needed = sum(memory_by_kind(held, work, kind, pairs=pairs, accumulation=accumulation).values())
-        if needed <= (1 - SPARE) * hbm_bytes:
-            return remat
+    derived = resolve(plain, device_count=num_devices, process_count=1)
+    share = derived.micro_batch_per_device * derived.accumulation
+    sizes = [derived.micro_batch_per_device] if config.data.micro_batch else _divisors(share)[::-1]
+    for remat in POLICIES if config.remat == "auto" else [config.remat]:
+        work = measure_work(replaced(config, {"remat": remat}), kind, model_flops=0.0)
+        for pairs in sizes:
+            memory = memory_by_kind(held, work, kind, pairs=pairs, accumulation=share // pairs)
+            needed = sum(memory.values())
+            if needed <= (1 - SPARE) * hbm_bytes:
+                return replaced(config, {"remat": remat, "data.micro_batch": pairs})
     raise UserError(
-        f"config.remat=auto: even with {remat} a device needs {needed / GIB:.1f} GiB of its {hbm_bytes / GIB:.1f}, of "
-        f"which a tenth should stay free, for {pairs} pairs at a time; raise data.accumulation or mesh.fsdp"
+        f"with config.remat={remat} and {sizes[-1]} pairs at a time a device needs {needed / GIB:.1f} GiB, more than "
+        f"{1 - SPARE:.0%} of its {hbm_bytes / GIB:.1f} GiB. "
+        + ("Lower config.data.micro_batch, or raise config.mesh.fsdp" if sizes[-1] > 1 else "Raise config.mesh.fsdp")
+        + ("" if config.remat == "auto" else ", or set config.remat=auto")
     )
 
 

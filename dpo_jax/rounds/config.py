@@ -34,7 +34,12 @@ FIELDS = {
         at_least=1,
         at_most=2**24,
     ),
-    "data.accumulation": dataclasses.replace(NETWORK_FIELDS["data.accumulation"], default=20),
+    "data.micro_batch": Field(
+        1,
+        "Most prompts per device at a time, each with all candidates at one timestep; gradients are accumulated.",
+        at_least=1,
+        at_most=2**24,
+    ),
     "data.resolution": dataclasses.replace(NETWORK_FIELDS["data.resolution"], help="Height and width, in pixels."),
     "online.rounds": Field(400, "Rounds of sampling, judging and training.", **COUNT),
     "online.prompts": Field(

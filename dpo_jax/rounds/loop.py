@@ -31,6 +31,7 @@ from dpo_jax.rounds.rollout import Drawn, Rollout
 from dpo_jax.rounds.updates import Updates
 from dpo_jax.sampling.prompts import read_prompts
 from dpo_jax.training.experiment import build, compose
+from dpo_jax.training.loggers import check_libraries
 from dpo_jax.training.metrics import read_metrics
 from dpo_jax.training.model import load_tokenizers_of, make_placement, open_model
 from dpo_jax.training.needs import check_grids, check_room
@@ -61,6 +62,7 @@ def learn(config: ConfigDict, workdir: epath.PathLike, stage: str = "", feedback
     workdir, clock = epath.Path(workdir), StartClock()
     check(config)
     check_backend(config)
+    check_libraries(config.logging.to)
     prompts = [prompt.text for prompt in read_prompts(config.online.prompts)]
     if not config.online.judges and config.online.prompts_per_round > len(prompts):
         raise UserError(

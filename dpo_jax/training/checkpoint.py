@@ -123,14 +123,33 @@ def restore(workdir: epath.PathLike, abstract: TrainState) -> tuple[TrainState, 
     return TrainState(**state), position
 
 
-def restore_params(workdir: epath.PathLike, abstract: Params, item: str) -> tuple[Params, int]:
-    """The newest whole checkpoint's "params" or "ema" alone, placed like `abstract`, and its step."""
+def restore_params(workdir: epath.PathLike, abstract: Params, item: str, step: int | None = None) -> tuple[Params, int]:
+    """Return "params" or "ema" of one checkpoint, placed like `abstract`, and its step.
+
+    Args:
+        workdir: of a training run.
+        abstract: shapes and places of the weights.
+        item: "params" or "ema".
+        step: which checkpoint; None takes the newest whole one.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is damaged.
+    """
+    if step is not None:
+        tree, _, reason = _read(_folder(workdir) / str(step), {item: abstract})
+        if reason is not None:
+            others = ", ".join(str(other) for other in finished_steps(workdir) if other != step) or "none"
+            raise UserError(
+                f"checkpoint {_folder(workdir) / str(step)} is damaged: {reason}; there are checkpoints of other "
+                f"steps: {others}"
+            )
+        return tree[item], step
     found = _newest_whole(workdir, {item: abstract}, move_damaged=False)
     if found is None:
         folder = _folder(workdir)
         raise MissingFileError(f"no checkpoint in {folder} yet; let python -m dpo_jax.train reach its first one")
-    tree, _, step = found
-    return tree[item], step
+    tree, _, newest = found
+    return tree[item], newest
 
 
 def latest_step(workdir: epath.PathLike, *, before: int | None = None) -> int | None:
@@ -264,7 +283,7 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
         problem = f"{path} is missing"
     except ValueError as error:
         problem = str(error)
-    for step in sorted(_steps(workdir), reverse=True):
+    for step in reversed(finished_steps(workdir)):
         copy = _folder(workdir) / str(step) / "config" / "metadata"
         try:
             fields = _checked(copy)
@@ -304,7 +323,7 @@ def _digest(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _steps(workdir: epath.PathLike) -> list[int]:
-    """The steps that have finished checkpoints."""
+def finished_steps(workdir: epath.PathLike) -> list[int]:
+    """Return the steps that have finished checkpoints, in order."""
     folder = _folder(workdir)
-    return list(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []

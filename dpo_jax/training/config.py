@@ -32,12 +32,15 @@ FREE_TO_CHANGE = (
     "lora.init",
     "lora.initializer",  # matters before the first step only, and what was begun before it existed began with "kaiming"
     "data.path",
+    "data.micro_batch",
+    "data.accumulation",  # what runs had before data.micro_batch
     "remat",
     "scan",
     "attention",
     "log_every",
     "mesh.",
     "checkpoint.",
+    "logging.",
     "validation.",
     "sample.",
     "data.num_workers",
@@ -81,7 +84,7 @@ def _tiny(c: ConfigDict, *, family: str) -> None:
     c.log_every = 1
     c.data.path = "random:32"
     c.data.batch_size = 8  # one for each device of most hosts
-    c.data.accumulation = 1
+    c.data.micro_batch = 64  # all at once
     c.data.resolution = 32
     c.optimizer.warmup_steps = 2
     c.checkpoint.every = 2
@@ -102,6 +105,8 @@ class Derived:
     """Pairs that this process loads for one optimizer step."""
     micro_batch_per_device: int
     """Pairs on one device at a time."""
+    accumulation: int
+    """Micro-batches per optimizer step."""
     learning_rate: float
     """Peak learning rate after scaling."""
 
@@ -168,29 +173,51 @@ def resolve(config: ConfigDict, *, device_count: int, process_count: int) -> Der
     return divide_batch(config, config.data.batch_size, device_count=device_count, process_count=process_count)
 
 
-def divide_batch(config: ConfigDict, rows: int, *, device_count: int, process_count: int) -> Derived:
-    """How the rows of an optimizer step are divided; raises ValueError with the values and the remedy."""
-    assert config.remat != "auto", "planning.search.settle_remat comes first"
-    batch, accumulation, mesh = config.data.batch_size, config.data.accumulation, config.mesh
+def divide_batch(config: ConfigDict, samples: int, *, device_count: int, process_count: int) -> Derived:
+    """Divide the samples of an optimizer step over the devices, and each device's share into micro-batches.
+
+    The micro-batch is `data.micro_batch`, or the largest smaller one that divides the share; the whole share where the
+    field is 0. `planning.search.settle` replaces 0 where the memory of the devices is known.
+
+    Raises:
+        UserError: the devices do not divide the samples. It names the nearest batch sizes.
+    """
+    assert config.remat != "auto", "planning.search.settle comes first"
+    batch, mesh = config.data.batch_size, config.mesh
     parts = mesh.data * mesh.fsdp if mesh.tensor == -1 else max(device_count // max(mesh.tensor, 1), 1)
-    unit = accumulation * parts
-    if rows % unit:
-        each = rows // batch  # timesteps of a prompt; 1 where there are pairs
-        even, takes = parts // math.gcd(parts, each), unit // math.gcd(unit, each)
-        fits = -(-batch // even) * even  # the fewest that all devices share
-        most = max(n for n in range(1, accumulation + 1) if fits * each // parts % n == 0)
-        changes = [f"data.batch_size={fits}"] if fits != batch else []
-        changes += [f"data.accumulation={most}"] if most != accumulation else []
+    if samples % parts:
+        timesteps = samples // batch  # 1 where there are pairs
+        unit = parts // math.gcd(parts, timesteps)
+        nearest = [size for size in (batch // unit * unit, (batch // unit + 1) * unit) if size]
+        product = f" x {timesteps} timesteps" if timesteps != 1 else ""
+        devices = f"{parts} devices" if mesh.tensor == 1 else f"{parts} groups of devices (mesh.tensor={mesh.tensor})"
         raise UserError(
-            f"data.batch_size={batch}{f' x {each} timesteps' if each != 1 else ''} does not divide over {parts} "
-            f"devices x {accumulation} micro-batches; set {' and '.join(changes)}, or data.batch_size to a multiple of "
-            f"{takes}"
+            f"config.data.batch_size={batch}{product} is not divisible by {devices}. "
+            f"Set data.batch_size to {' or '.join(map(str, nearest))}"
         )
+    share = samples // parts
+    most = min(config.data.micro_batch or share, share)
+    micro_batch = next(size for size in range(most, 0, -1) if share % size == 0)
     return Derived(
-        local_batch_size=rows // process_count,
-        micro_batch_per_device=rows // (accumulation * parts),
+        local_batch_size=samples // process_count,
+        micro_batch_per_device=micro_batch,
+        accumulation=share // micro_batch,
         learning_rate=peak_learning_rate(config),
     )
+
+
+def describe_batch(config: ConfigDict, derived: Derived, process_count: int) -> str:
+    """One line that says how an optimizer step is divided, and why it differs from what the config asks for."""
+    samples, share = derived.local_batch_size * process_count, derived.micro_batch_per_device * derived.accumulation
+    asked, unit = config.data.micro_batch, "prompts x timesteps" if "online" in config else "pairs"
+    devices = "devices" if config.mesh.tensor == 1 else "groups of devices"
+    text = (
+        f"{samples} {unit} per step = {samples // share} {devices} x {derived.accumulation} micro-batches "
+        f"x {derived.micro_batch_per_device}"
+    )
+    if asked > derived.micro_batch_per_device and derived.accumulation > 1:
+        text += f" (data.micro_batch={asked} does not divide the {share} of a device)"
+    return text
 
 
 def check_views(config: ConfigDict) -> None:

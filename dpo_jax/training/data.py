@@ -109,7 +109,7 @@ def open_training_batches(config: ConfigDict, derived: Derived, inputs: Inputs) 
 
 def open_validation_batches(config: ConfigDict, derived: Derived, inputs: Inputs) -> BatchIterator:
     """This process's share of the held-out pairs, once, in order; the last batches may hold rows of weight 0."""
-    batch_size = derived.local_batch_size // config.data.accumulation
+    batch_size = derived.local_batch_size // derived.accumulation
     return validation_batches(_validation_pairs(config), inputs, batch_size=batch_size, **_options(config))
 
 

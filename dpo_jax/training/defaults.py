@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dpo_jax.training.fields import Field, are_devices, are_patterns, are_rules, config_of
+from dpo_jax.training.loggers import LOGGERS
 
 SHARE: dict[str, Any] = {"at_least": 0, "at_most": 1}
 NOT_ALL: dict[str, Any] = {"at_least": 0, "below": 1}
@@ -30,6 +31,7 @@ GROUPS = {
     "optimizer": "Optimizer",
     "mesh": "Division of the model and of the batch over devices",
     "checkpoint": "Checkpoints",
+    "logging": "Logging",
     "validation": "Accuracy on held-out pairs",
     "sample": "Image grids drawn while training, the trained model beside the reference",
     "online": "Rounds of sampling, judging and training",
@@ -98,11 +100,12 @@ FIELDS = {
         0.0, "Size of a draw that is added to the noise but not predicted, for example 0.1.", **NOT_NEGATIVE
     ),
     "data.path": Field("", "Folder that dpo_jax.prepare wrote; random:N makes N pairs."),
-    "data.batch_size": Field(
-        2048, "Pairs per optimizer step, over all devices and micro-batches.", at_least=1, at_most=2**24
-    ),
-    "data.accumulation": Field(
-        1, "Micro-batches per optimizer step; more of them need less memory.", at_least=1, at_most=2**24
+    "data.batch_size": Field(2048, "Pairs per optimizer step, over all devices.", at_least=1, at_most=2**24),
+    "data.micro_batch": Field(
+        0,
+        "Most pairs per device at a time; gradients are accumulated. 0: what its memory holds (on CPUs all).",
+        at_least=0,
+        at_most=2**24,
     ),
     "data.resolution": Field(512, "Height and width of training images, in pixels.", at_least=1, at_most=2**14),
     "data.random_crop": Field(
@@ -181,6 +184,17 @@ FIELDS = {
     ),
     "checkpoint.every": Field(200, "Steps between two checkpoints.", **COUNT),
     "checkpoint.keep": Field(3, "Number of newest checkpoints that stay.", **COUNT),
+    "logging.to": Field(
+        ("tensorboard",),
+        "Where figures and image grids go, besides metrics.jsonl: any of the choices, such as ('wandb', 'csv').",
+        choices=tuple(LOGGERS),
+    ),
+    "logging.name": Field("", "Name of the run in wandb and trackio; empty takes the name of the work directory."),
+    "logging.project": Field(
+        "dpo_jax",
+        "Project of the run in wandb and trackio.",
+        wrong=lambda v: None if v.strip() else "must not be empty",
+    ),
     "validation.every": Field(200, "Steps between two validations; 0 turns them off.", **NOT_NEGATIVE),
     "validation.max_pairs": Field(1024, "Largest number of held-out pairs to validate on.", **COUNT),
     "validation.draws": Field(4, "Timesteps and noises drawn for each held-out pair.", **COUNT),

@@ -61,7 +61,7 @@ class Experiment:
             self.score,
             self.objective,
             self.optimizer,
-            accumulation=self.config.data.accumulation,
+            accumulation=self.derived.accumulation,
             ema_decay=self.config.ema.decay,
         )
         place = jax.tree.map(lambda x: x.sharding, self.abstract_state())

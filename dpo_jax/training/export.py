@@ -1,4 +1,4 @@
-"""From a training run, or a model that nobody trained here, to files of other tools."""
+"""Writes a training run's model, or any other model, in the formats of other tools."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -27,38 +27,38 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
-class Tuned:
-    """What there is to export: a model, the weights of its UNet, and what its card says of them."""
+class Exportable:
+    """A model to export: its weights, and what its card says about them."""
 
     title: str
     pipeline: Pipeline
     unet: Weights
-    """Of the whole UNet, with the LoRA merged where there is one."""
+    """The whole UNet, with the LoRA merged if there is one."""
     adapter: Adapter | None
     card: Mapping[str, Any]
-    """What `model_card` is to say."""
+    """The facts that `model_card` reads."""
     dtype: str | None
-    """Of all weights unless the user says otherwise; None keeps what each is held in. One for all, or PyTorch could not
-    run a float32 UNet after a float16 text encoder."""
+    """The default dtype of all weights; None keeps the dtype that each is stored in. One dtype for all, because PyTorch
+    can't run a float32 UNet after a float16 text encoder."""
     text_encoders: Mapping[str, Weights] = dataclasses.field(default_factory=dict)
-    """Those that the LoRA changes, with it merged, by the names of their folders."""
+    """Text encoders that the LoRA changes, with it merged, by the names of their folders."""
 
 
-def open_tuned(workdir: epath.PathLike, *, allow_nonfinite: bool = False) -> Tuned:
-    """The newest checkpoint of a training run."""
-    run = open_run(workdir, allow_nonfinite=allow_nonfinite)
-    card = {"config": flatten(run.config), "step": run.step, "validation": last_validation(workdir)}
+def exportable_run(workdir: epath.PathLike, step: str = "", *, allow_nonfinite: bool = False) -> Exportable:
+    """Return the model of a training run at its newest checkpoint, or at `step`: a number or "best"."""
+    run = open_run(workdir, step, allow_nonfinite=allow_nonfinite)
+    card = {"config": flatten(run.config), "step": run.step, "validation": last_validation(workdir, run.step)}
     card |= {"result": read_result(workdir)}
-    return Tuned(f"the model after step {run.step}", run.pipeline, run.merged, run.adapter, card, "float32")
+    return Exportable(f"the model after step {run.step}", run.pipeline, run.merged, run.adapter, card, "float32")
 
 
-def open_untrained(model: str, *, lora: str | None, **options: Any) -> Tuned:
-    """A model as it is, or with a LoRA; `options` are those of `load_pipeline`."""
+def exportable_model(model: str, *, lora: str | None, **options: Any) -> Exportable:
+    """Return a model as it is, or with a LoRA; `options` are those of `load_pipeline`."""
     pipeline = load_pipeline(model, dtype="float32", **options)
-    load_tokenizers_of(pipeline)  # which are copied: damaged ones are told here, not by who opens the copy
+    load_tokenizers_of(pipeline)  # they are copied: damaged ones are reported now, not when the copy is opened
     unet = pipeline.read("unet")
     if lora is None:
-        return Tuned(model, pipeline, unet, None, {"model": model}, dtype=None)
+        return Exportable(model, pipeline, unet, None, {"model": model}, dtype=None)
     adapters = read_lora_for(pipeline, lora)
     text_encoders = {
         name: Merged(pipeline.read(name), adapter)
@@ -68,19 +68,19 @@ def open_untrained(model: str, *, lora: str | None, **options: Any) -> Tuned:
     adapter = adapters["unet"]
     card = {"model": model, "lora": lora}
     merged = Merged(unet, adapter)
-    return Tuned(f"{model} with {lora}", pipeline, merged, adapter, card, "float32", text_encoders)
+    return Exportable(f"{model} with {lora}", pipeline, merged, adapter, card, "float32", text_encoders)
 
 
-def origin(tuned: Tuned, license: str = "", base_model: str = "") -> Origin:
-    """What `tuned` was made from, and under which licence; the arguments are what the user says of it."""
-    config = tuned.card.get("config")
-    return origin_of(config["model"] if config else tuned.card["model"], tuned.pipeline, license, base_model)
+def origin(exportable: Exportable, license: str = "", base_model: str = "") -> Origin:
+    """What `exportable` was made from, and under which licence; the arguments are what the user says of it."""
+    config = exportable.card.get("config")
+    return origin_of(config["model"] if config else exportable.card["model"], exportable.pipeline, license, base_model)
 
 
-def remarks(tuned: Tuned, format: str, source: Origin) -> list[str]:
+def remarks(exportable: Exportable, format: str, source: Origin) -> list[str]:
     """What whoever exports or opens the result should know, a sentence or two each."""
     found = [source.remark] if source.remark else []
-    if tuned.text_encoders and format in ("unet", "lora", "kohya"):
+    if exportable.text_encoders and format in ("unet", "lora", "kohya"):
         found.append(
             f"The LoRA also changes the text encoders, and --format={format} leaves that out; --format=diffusers and "
             "--format=single merge it."
@@ -96,7 +96,7 @@ def remarks(tuned: Tuned, format: str, source: Origin) -> list[str]:
 
 
 def export(
-    tuned: Tuned,
+    exportable: Exportable,
     output: epath.PathLike,
     *,
     format: str,
@@ -105,33 +105,33 @@ def export(
     license: str = "",
     base_model: str = "",
 ) -> epath.Path:
-    """Writes `tuned` to the new folder `output` in one of the formats of `dpo_jax.export`; returns what to open.
+    """Writes `exportable` to the new folder `output` in one of the formats of `dpo_jax.export`; returns what to open.
 
     Nothing is written where it fails. Raises ValueError where `output` exists, or the format can't hold the model.
     """
     output = epath.Path(output)
-    pipeline, unet, adapter = tuned.pipeline, tuned.unet, tuned.adapter
-    dtype = dtype or tuned.dtype
+    pipeline, unet, adapter = exportable.pipeline, exportable.unet, exportable.adapter
+    dtype = dtype or exportable.dtype
     held = np.dtype(dtype or next(iter(unet.values())).dtype).name
-    source = origin(tuned, license, base_model)
-    card = model_card(tuned.card, pipeline, format, output.name, held, source, remarks(tuned, format, source))
+    source = origin(exportable, license, base_model)
+    card = model_card(exportable.card, pipeline, format, output.name, held, source, remarks(exportable, format, source))
     if format == "diffusers":
-        options: dict[str, Any] = {"max_shard_bytes": max_shard_bytes, "others": tuned.text_encoders}
+        options: dict[str, Any] = {"max_shard_bytes": max_shard_bytes, "others": exportable.text_encoders}
         save_pipeline(pipeline, output, unet, dtype=dtype, card=card, **options)
         return output
     if format == "unet":
         save_unet(pipeline, output, unet, dtype=dtype, card=card, max_shard_bytes=max_shard_bytes)
         return output
-    metadata = model_spec(tuned.card, pipeline, format, output.name, source)
+    metadata = model_spec(exportable.card, pipeline, format, output.name, source)
     if format == "single":
-        options = {"others": tuned.text_encoders, "metadata": metadata}
+        options = {"others": exportable.text_encoders, "metadata": metadata}
         return save_single_file(pipeline, output, unet, dtype=dtype, card=card, **options)
     if adapter is None:
         raise UserError(
-            f"--format={format} writes a LoRA, but {tuned.title} has none: the whole UNet was trained; "
+            f"--format={format} writes a LoRA, but {exportable.title} has none: the whole UNet was trained; "
             "choose --format=diffusers, unet or single"
         )
-    check_low_rank(adapter, str(tuned.card.get("lora", tuned.title)))
+    check_low_rank(adapter, str(exportable.card.get("lora", exportable.title)))
     assert dtype is not None  # a model with a LoRA has a default
     specs = pipeline.unet.specs
     file = LORA_FILE if format == "lora" else f"{output.name}.safetensors"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpo_jax.cli import flatten, unflatten
+from dpo_jax.cli import flatten, replaced_field, unflatten
 from dpo_jax.errors import UserError
 from dpo_jax.files import is_text
 
@@ -62,6 +62,7 @@ def check_fields(config: ConfigDict, fields: Mapping[str, Field]) -> None:
         elif reason := problem(given[path], field):
             shown = repr(given[path])
             problems.append(f"config.{path}={shown if len(shown) < 100 else f'{shown[:97]}...'} {reason}")
+    problems += [f"config.{hint}" for path in given if (hint := replaced_field(path, given))]
     if problems:
         raise UserError("; ".join(problems))
 
@@ -83,6 +84,8 @@ def problem(value: Any, field: Field) -> str | None:
         return "must be a tuple, such as ('a', 'b')"
     elif field.wrong is not are_rules and not all(isinstance(part, str) for part in value):
         return "must be a tuple of texts, such as ('a', 'b')"
+    elif field.choices and (unknown := [part for part in value if part not in field.choices]):
+        return f"has {unknown[0]!r}, which must be {field}"
     return field.wrong(value)
 
 

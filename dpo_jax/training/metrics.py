@@ -1,10 +1,10 @@
-"""Where numbers go: TensorBoard, a JSON-lines file, and a progress bar that says how long is left."""
+"""Where figures go: metrics.jsonl, the loggers that the config names, and a progress bar with the time left."""
 
 import contextlib
 import datetime
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -13,48 +13,65 @@ import numpy as np
 from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import directory_check
-from tensorboardX.summary import image, scalar
 
 from dpo_jax import files
 from dpo_jax.progress import SECONDS_BETWEEN_LINES
 from dpo_jax.streams import warn
-
-SECONDS_BETWEEN_FLUSHES = 10
-"""Of TensorBoard's events: an object store receives the whole file each time."""
+from dpo_jax.training.loggers import LOGGERS, Logger, RunInfo
 
 
 class MetricWriter:
-    """Writes scalars and images of the first process to `workdir` (TensorBoard events and `metrics.jsonl`).
+    """Writes the figures and image grids of process 0 to `metrics.jsonl` and to loggers; use it as a context manager.
 
-    Logs never stop a run: what can't be written is told once, and what can't be read is left out, with a warning.
+    Logging never stops a run: what cannot be written is told once, and damaged rows are left out, with a warning.
+
+    Args:
+        workdir: receives metrics.jsonl.
+        start: the step after which the run continues. Rows that a killed run wrote of later steps are dropped; they
+            will be written again.
+        loggers: names in `loggers.LOGGERS`.
+        name: of the run, for services that show several; "" takes the name of the work directory.
+        project: of the run, for the same services.
+        fields: the resolved config, by dotted path.
     """
 
-    def __init__(self, workdir: epath.PathLike, start: int):
-        """Continues after step `start`: what a killed run wrote beyond it will be written again, and is dropped."""
-        self._path = epath.Path(workdir) / "metrics.jsonl"
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        start: int,
+        loggers: Sequence[str] = (),
+        *,
+        name: str = "",
+        project: str = "dpo_jax",
+        fields: Mapping[str, Any] | None = None,
+    ):
+        workdir = epath.Path(workdir)
+        self._path = workdir / "metrics.jsonl"
         self._active = jax.process_index() == 0
         self._failed = False
         self._torn = False
         """Whether the file may end in half a line."""
         self.validated: set[int] = set()
-        """The steps that validation figures were there of at the start."""
-        self._board: Board | None = None
+        """The steps whose validation figures the file had at the start."""
+        self._loggers: dict[str, Logger] = {}
+        self._dropped: set[tuple[int, frozenset[str]]] = set()
+        """Step and names of the rows that were dropped; some loggers cannot drop them."""
         if not self._active:
             return
         rows, is_whole = _read(self._path)
+        kept = [row for row in rows if row["step"] <= start]
+        self._dropped = {_key(row) for row in rows if row["step"] > start}
+        self.validated = {int(row["step"]) for row in kept if is_validation(row)}
         try:
             if not is_whole:
                 self._path.replace(self._path.with_name("metrics.jsonl.damaged"))
-            kept = [row for row in rows if row["step"] <= start]
-            self.validated = {int(row["step"]) for row in kept if is_validation(row)}
             files.write_whole(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         except Exception as error:  # of whatever class the libraries of object stores have for it
             self._fail(error)
-        with self._drawing_on_board():
-            self._board = Board(self._path.parent / "tensorboard", start + 1)
+        info = RunInfo(workdir, name or workdir.absolute().name, project, fields or {}, start, kept, bool(rows))
+        for logger in dict.fromkeys(loggers):
+            with self._telling_failure(logger):
+                self._loggers[logger] = LOGGERS[logger](info)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         if not self._active:
@@ -66,55 +83,45 @@ class MetricWriter:
         except Exception as error:
             self._torn = True
             self._fail(error)
-        with self._drawing_on_board():
-            if self._board is not None:
-                for name, value in values.items():
-                    self._board.add(step, scalar(name, value))
+        is_repeated = _key({"step": step, **values}) in self._dropped
+        self._each(lambda logger: logger.scalars(step, values), is_repeated)
 
     def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
-        with self._drawing_on_board():
-            if self._board is not None:
-                self._board.add(step, image(name, image_HWC, dataformats="HWC"))
+        self._each(lambda logger: logger.image(step, name, image_HWC))
 
-    def close(self) -> None:
-        with self._drawing_on_board():
-            if self._board is not None:
-                self._board.close()
+    def close(self, *, failed: bool = False) -> None:
+        """Closes the loggers; services show whether the run failed."""
+        self._each(lambda logger: logger.close(failed=failed))
+        self._loggers = {}
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close(failed=kind is not None)
+
+    def _each(self, log: Callable[[Logger], None], is_repeated: bool = False) -> None:
+        for name, logger in list(self._loggers.items()):
+            if logger.repeats or not is_repeated:
+                with self._telling_failure(name):
+                    log(logger)
 
     def _fail(self, error: Exception) -> None:
         if not self._failed:
             self._failed = True
             reason = getattr(error, "strerror", None) or error
-            warn(f"{self._path} can't be written ({reason}); training goes on without its figures")
+            warn(f"cannot write {self._path} ({reason}); the run continues without its figures")
 
     @contextlib.contextmanager
-    def _drawing_on_board(self) -> Iterator[None]:
+    def _telling_failure(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of whatever class the libraries of object stores have for it
-            self._board = None
-            warn(f"TensorBoard's events can't be written to {self._path.parent} ({error}); training goes on without")
-
-
-class Board:
-    """TensorBoard's events, written at once: tensorboardX's own queue waits forever when its thread has failed."""
-
-    def __init__(self, folder: epath.Path, purge_step: int):
-        """What is there of `purge_step` and later steps is hidden."""
-        directory_check(str(folder))
-        self._writer = EventsWriter(str(folder / "events"))
-        self._flushed = 0.0
-        self._writer.write_event(Event(step=purge_step, file_version="brain.Event:2"))
-        self._writer.write_event(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
-
-    def add(self, step: int, summary: Any) -> None:
-        self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
-        if time.monotonic() - self._flushed > SECONDS_BETWEEN_FLUSHES:
-            self._flushed = time.monotonic()
-            self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
+        except Exception as error:  # of whatever class the logger's library has for it
+            self._loggers.pop(name, None)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            warn(f'logging to "{name}" failed ({reason}); the run continues without it')
 
 
 class ProgressBar:
@@ -178,15 +185,19 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, float]]:
     return _read(epath.Path(workdir) / "metrics.jsonl")[0]
 
 
-def last_validation(workdir: epath.PathLike) -> dict[str, float]:
-    """The newest validation figures; empty where there are none."""
-    rows = [row for row in read_metrics(workdir) if is_validation(row)]
+def last_validation(workdir: epath.PathLike, step: int | None = None) -> dict[str, float]:
+    """Return the newest validation figures (up to `step`, if given); empty where there are none."""
+    rows = [row for row in read_metrics(workdir) if is_validation(row) and (step is None or row["step"] <= step)]
     return rows[-1] if rows else {}
 
 
 def is_validation(row: Mapping[str, float]) -> bool:
     """Whether the row holds figures of held-out pairs."""
     return any(name.startswith("validation/") for name in row)
+
+
+def _key(row: Mapping[str, float]) -> tuple[int, frozenset[str]]:
+    return int(row["step"]), frozenset(row)
 
 
 def _read(path: epath.Path) -> tuple[list[dict[str, float]], bool]:

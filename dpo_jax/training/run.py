@@ -1,4 +1,4 @@
-"""A finished or running experiment, opened to be looked at."""
+"""A training run, opened to draw with its model or to export it."""
 
 import dataclasses
 import functools
@@ -27,13 +27,14 @@ from dpo_jax.training.model import (
     open_model,
     sampling_of,
 )
+from dpo_jax.training.select_step import select_step
 from dpo_jax.weights.layout import Params
 from dpo_jax.weights.lora_files import Adapter, Array, Merged
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished or running experiment, opened to be looked at: the newest policy and the base it came from."""
+    """A training run, finished or not, at one of its checkpoints: the policy, and the base that it came from."""
 
     config: ConfigDict
     pipeline: Pipeline
@@ -67,8 +68,8 @@ class Run:
         """The tuned UNet in float32, a LoRA added to the kernels it is for."""
         return self.params if self.adapter is None else Merged(self.pipeline.read("unet"), self.adapter)
 
-    def opened(self, *, lora: str = "", lora_scale: float = 1.0) -> LoadedModel:
-        """The tuned model to draw with, and with a further LoRA where one is named."""
+    def load_model(self, *, lora: str = "", lora_scale: float = 1.0) -> LoadedModel:
+        """Return the trained model to draw with, with a further LoRA where one is named."""
         pipeline, placement = self.pipeline, self.placement
         config = json.dumps(flatten(self.config), sort_keys=True)
         adapters = read_lora_for(pipeline, lora) if lora else {}
@@ -89,10 +90,16 @@ class Run:
         )
 
 
-def open_run(workdir: epath.PathLike, *, allow_nonfinite: bool = False) -> Run:
-    """Reads the config and the newest checkpoint of a work directory, without its optimizer state.
+def open_run(workdir: epath.PathLike, step: str = "", *, allow_nonfinite: bool = False) -> Run:
+    """Return the run of a work directory, with the weights of one checkpoint and without its optimizer state.
 
-    With `allow_nonfinite` also weights that hold NaN and infinity are loaded and drawn with.
+    Args:
+        workdir: of a run of `dpo_jax.train` or `dpo_jax.online`.
+        step: which checkpoint: its number, "best", or "" for the newest; see `select_step`.
+        allow_nonfinite: load weights that hold NaN or infinity, too.
+
+    Raises:
+        UserError: there is no such run or checkpoint, it is damaged, or its base model has changed.
     """
     saved = read_config(workdir)
     if saved is None:
@@ -100,11 +107,14 @@ def open_run(workdir: epath.PathLike, *, allow_nonfinite: bool = False) -> Run:
     config = unflatten(flatten(default_config()) | _checked(saved, workdir))
     pipeline = dataclasses.replace(open_model(config, workdir), allow_nonfinite=allow_nonfinite)
     if pipeline.fingerprint() != saved["fingerprints.model"]:
-        raise UserError(f"the model in {pipeline.folder} has changed since {workdir} began; put the former one back")
+        raise UserError(
+            f"the model in {pipeline.folder} has changed since {workdir} began; put back the model that it began with"
+        )
     placement = Placement(make_mesh(data=1, fsdp=-1))  # whatever devices are here, not those that trained
     item = "ema" if config.ema.decay else "params"
-    params, step = restore_params(workdir, abstract_params(pipeline.trained_specs, jnp.float32, placement), item)
-    return Run(config, pipeline, placement, params, step)
+    abstract = abstract_params(pipeline.trained_specs, jnp.float32, placement)
+    params, found = restore_params(workdir, abstract, item, select_step(workdir, step))
+    return Run(config, pipeline, placement, params, found)
 
 
 def _checked(saved: dict[str, Any], workdir: epath.PathLike) -> dict[str, Any]:

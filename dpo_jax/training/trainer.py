@@ -38,7 +38,7 @@ from dpo_jax.sampling.generate import Generator
 from dpo_jax.sampling.grid import image_grid, save_png
 from dpo_jax.sharding import replicated, to_devices
 from dpo_jax.training.checkpoint import Checkpoints, read_config, restore, write_config
-from dpo_jax.training.config import check_same_experiment, default_config, resolve
+from dpo_jax.training.config import check_same_experiment, default_config, describe_batch, resolve
 from dpo_jax.training.data import (
     check_data,
     data_fingerprints,
@@ -47,6 +47,7 @@ from dpo_jax.training.data import (
     open_validation_batches,
 )
 from dpo_jax.training.experiment import Experiment, build, compose
+from dpo_jax.training.loggers import check_libraries
 from dpo_jax.training.metrics import MetricWriter, ProgressBar
 from dpo_jax.training.model import (
     for_sampling,
@@ -75,6 +76,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     clock = StartClock()
     derived = resolve(config, device_count=jax.device_count(), process_count=jax.process_count())
     check_backend(config)
+    check_libraries(config.logging.to)
     with Notice.awaited() as notice, cluster.locked(workdir, "python -m dpo_jax.train"):
         config = check_data(config)
         pipeline = open_model(config, workdir)
@@ -138,6 +140,7 @@ def running(
     state, position = restored or (experiment.initial_state(), None)
     clock.lap("restore" if restored else "load")
     start = int(state.step)
+    derived = {f"derived.{name}": value for name, value in dataclasses.asdict(experiment.derived).items()}
     with _full_disk_told(workdir), contextlib.ExitStack() as stack:
         if cluster.is_first():
             for folder in (workdir, workdir / "samples"):
@@ -145,8 +148,11 @@ def running(
         write_config(workdir, fields)  # all that is read has been read
         checkpoints = Checkpoints(workdir, keep=experiment.config.checkpoint.keep, fields=fields)
         stack.callback(checkpoints.close)
-        writer = MetricWriter(workdir, start)
-        stack.callback(writer.close)
+        logging = experiment.config.logging
+        writer = MetricWriter(
+            workdir, start, logging.to, name=logging.name, project=logging.project, fields=fields | derived
+        )
+        stack.enter_context(writer)
         _announce(experiment, workdir, start)
         bar = stack.enter_context(ProgressBar(experiment.config.steps, start))
         loop = Loop(experiment, inputs, workdir, checkpoints, writer, bar, notice, clock)
@@ -324,7 +330,7 @@ class Loop:
         sums: dict[str, float] = {}
         weight = 0.0
         with open_validation_batches(self.config, experiment.derived, self.inputs) as batches:
-            pairs_a_batch = experiment.derived.local_batch_size // self.config.data.accumulation * jax.process_count()
+            pairs_a_batch = experiment.derived.local_batch_size // experiment.derived.accumulation * jax.process_count()
             for batch in itertools.islice(batches, -(-validation.max_pairs // pairs_a_batch)):
                 counted = batch.weight_B * (batch.index_B < validation.max_pairs)
                 on_device = self.place(batch._replace(weight_B=counted.astype(np.float32)))
@@ -383,6 +389,7 @@ def _announce(experiment: Experiment, workdir: epath.Path, start: int) -> None:
     trained = sum(math.prod(spec.shape) for spec in experiment.pipeline.trained_specs.values())
     print(experiment.config)
     print(f"derived: {derived}")
+    print(f"batch:   {describe_batch(experiment.config, experiment.derived, jax.process_count())}")
     print(f"devices: {experiment.mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(experiment.mesh.shape)}")
     print(f"model:   {experiment.config.model} ({experiment.pipeline.family.name}), {trained:,} trained parameters")
     table = experiment.placement.table(experiment.pipeline.trained_specs)

@@ -13,7 +13,7 @@ from dpo_jax.models.pipeline import load_pipeline
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.sampling.generate import Sampling
 from dpo_jax.sampling.loaded_model import open_model
-from dpo_jax.training.export import export, open_untrained
+from dpo_jax.training.export import export, exportable_model
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_drawing_and_exporting_run_nothing_of_it(stranger: Path, tmp_path: Path)
     generator = opened.generator(Sampling(1, 0.0, "ddim"), resolution=32, batch_size=1)
     generator(opened.unet, ["a red circle"], [0])
     options: dict[str, Any] = {"dtype": None, "max_shard_bytes": 10**9}
-    export(open_untrained(str(stranger), lora=None), tmp_path / "exported", format="diffusers", **options)
+    export(exportable_model(str(stranger), lora=None), tmp_path / "exported", format="diffusers", **options)
     assert nothing_ran(stranger)
     assert not list((tmp_path / "exported").rglob("*.py"))
     assert {path.name for path in tmp_path.iterdir()} == {"model", "exported"}

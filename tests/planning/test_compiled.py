@@ -27,7 +27,7 @@ def test_a_device_is_compiled_for_without_one(topology: str) -> None:
     if importlib.util.find_spec(COMPILERS[topology]) is None:
         pytest.skip(f"needs {COMPILERS[topology]}")
     config = load_config("configs/sd15.py:tiny")
-    config.data.batch_size, config.data.accumulation = 64, 2
+    config.data.batch_size, config.data.micro_batch = 64, 8
     config.dtype = config.vae_dtype = "bfloat16"
     compiled = compile_step(config, open_structure(config), parse_topology(topology))
     assert 0 < compiled.argument_bytes < compiled.hbm_bytes < 2**30

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from dpo_jax.cli import load_config
+from dpo_jax.errors import UserError
 from dpo_jax.planning import search
 from dpo_jax.planning.estimate import Work, measure_holdings, measure_work, round_sizes
 from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.report import as_text
-from dpo_jax.planning.search import choose_remat, settle_remat
+from dpo_jax.planning.search import choose_settings, settle
 from dpo_jax.planning.topology import parse_topology
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +26,7 @@ import dpo_jax, jax
 jax.config.update("jax_num_cpu_devices", 8)
 from dpo_jax import sharding
 from dpo_jax.cli import load_config
+from dpo_jax.errors import UserError
 from dpo_jax.training.config import resolve
 from dpo_jax.training.experiment import build
 from dpo_jax.training.model import open_model
@@ -56,9 +58,7 @@ def test_memory_is_that_of_real_arrays(tmp_path: Path, monkeypatch: pytest.Monke
     config = load_config(str(ROOT / "configs/sdxl.py:tiny"))
     config.data.batch_size, config.mesh.data, config.mesh.fsdp, config.ema.decay = 8, 2, 4, 0.9
     machine, pipeline = parse_topology("v5e:2x4"), open_structure(config)
-    planned = round_sizes(
-        measure_holdings(config, pipeline, 8), WORK["none"], machine, batch_size=8, accumulation=1
-    ).memory
+    planned = round_sizes(measure_holdings(config, pipeline, 8), WORK["none"], machine, batch_size=8, pairs=1).memory
     assert {kind: planned[kind] for kind in real} == real
     assert planned["gradients"] == real["trained weights, float32"]
     assert planned["weights gathered"] == 4 * sum(math.prod(spec.shape) for spec in pipeline.unet.specs.values())
@@ -111,7 +111,7 @@ def test_fit_has_tpus_convolve_whole_images(lora, machine: str, pairs: int) -> N
     fast = search.choose(lora, works, parse_topology(machine))
     assert fast.micro_batch_per_device == pairs
     holdings = measure_holdings(lora, open_structure(lora), parse_topology(machine).num_devices)
-    cut = round_sizes(holdings, works[0], parse_topology(machine), batch_size=2048, accumulation=128)
+    cut = round_sizes(holdings, works[0], parse_topology(machine), batch_size=2048, pairs=1)
     assert cut.micro_batch_per_device == 1
     slower = 1 + 0.21 * 4 / 8 if pairs > 1 else 1
     assert cut.compute_seconds == pytest.approx(slower * fast.compute_seconds)
@@ -121,7 +121,7 @@ def test_the_program_takes_memory_of_tpus(lora) -> None:
     for machine, size in (("v5e:4x4", 1000 * 0.37 * 2**20), ("h200:8x2", 0)):
         topology = parse_topology(machine)
         holdings = measure_holdings(lora, open_structure(lora), topology.num_devices)
-        plan = round_sizes(holdings, Work("none", 1, 1, 1, 1000, 0), topology, batch_size=2048, accumulation=16)
+        plan = round_sizes(holdings, Work("none", 1, 1, 1, 1000, 0), topology, batch_size=2048, pairs=8)
         assert plan.memory["program (from its size, assumed)"] == size
 
 
@@ -137,10 +137,9 @@ def test_fit_refuses_a_batch_that_does_not_divide(lora) -> None:
 
 
 def test_figures_follow_from_one_another(lora) -> None:
-    lora.data.accumulation = 16
     topology = parse_topology("v5e:4x4")
     holdings = measure_holdings(lora, open_structure(lora), topology.num_devices)
-    plan = round_sizes(holdings, WORK["none"], topology, batch_size=2048, accumulation=16, utilisation=0.5)
+    plan = round_sizes(holdings, WORK["none"], topology, batch_size=2048, pairs=8, utilisation=0.5)
     assert plan.micro_batch_per_device == 8
     assert plan.compute_seconds == pytest.approx(2048 / 16 * 8e12 / (197e12 * 0.5))
     assert plan.step_seconds == pytest.approx(plan.compute_seconds, rel=1e-3)
@@ -152,10 +151,9 @@ def test_figures_follow_from_one_another(lora) -> None:
 
 
 def test_collectives_that_outlast_the_computation_are_not_hidden(lora) -> None:
-    lora.data.accumulation = 16
     topology = parse_topology("v5e:4x4")
     holdings = measure_holdings(lora, open_structure(lora), topology.num_devices)
-    plan = round_sizes(holdings, Work("none", 1, 1, 1, 0, 0), topology, batch_size=2048, accumulation=16, utilisation=1)
+    plan = round_sizes(holdings, Work("none", 1, 1, 1, 0, 0), topology, batch_size=2048, pairs=8, utilisation=1)
     summed, gathered = plan.collectives
     assert (summed.times, gathered.times) == (16, 1)
     assert summed.received_bytes == pytest.approx(2 * 4 * plan.trained_parameters * 15 / 16)
@@ -165,10 +163,10 @@ def test_collectives_that_outlast_the_computation_are_not_hidden(lora) -> None:
 @pytest.mark.parametrize(("scan", "times"), [(False, 8), (True, 1)])
 def test_weights_of_blocks_in_a_loop_are_gathered_once_for_all_micro_batches(scan: bool, times: int) -> None:
     config = load_config(str(ROOT / "configs/sdxl.py"))
-    config.mesh.data, config.mesh.fsdp, config.data.accumulation, config.scan = 16, 4, 8, scan
+    config.mesh.data, config.mesh.fsdp, config.scan = 16, 4, scan
     topology = parse_topology("v5p:4x4x4")
     holdings = measure_holdings(config, open_structure(config), topology.num_devices)
-    plan = round_sizes(holdings, WORK["block"], topology, batch_size=2048, accumulation=8)
+    plan = round_sizes(holdings, WORK["block"], topology, batch_size=2048, pairs=4)
     gathered = plan.collectives[0]
     assert (gathered.name, gathered.times, gathered.can_hide) == ("weights gathered", times, not scan)
     of_a_unet = 2 * plan.trained_parameters
@@ -179,24 +177,24 @@ def test_weights_of_blocks_in_a_loop_are_gathered_once_for_all_micro_batches(sca
 
 def test_fit_returns_the_config_of_its_plan(lora) -> None:
     config, plan = search.fit(lora, parse_topology("v5e:2x2"), None, lambda message: None)
-    assert (config.remat, config.data.accumulation, config.mesh.fsdp) == (
+    assert (config.remat, config.data.micro_batch, config.mesh.fsdp) == (
         plan.remat,
-        plan.accumulation,
+        plan.micro_batch_per_device,
         plan.mesh["fsdp"],
     )
-    assert plan.micro_batch_per_device * config.data.accumulation * 4 == 2048
-    assert lora.data.accumulation == 1
+    assert plan.micro_batch_per_device * plan.accumulation * 4 == 2048
+    assert lora.data.micro_batch == 64
 
 
 def test_text_says_what_is_computed_and_what_is_assumed(lora) -> None:
     topology = parse_topology("v5e:4x4")
     holdings = measure_holdings(lora, open_structure(lora), topology.num_devices)
-    plan = round_sizes(holdings, WORK["block"], topology, batch_size=2048, accumulation=64)
+    plan = round_sizes(holdings, WORK["block"], topology, batch_size=2048, pairs=2)
     text = as_text(lora, plan)
     assert "activations                             2.00" in text
     assert "8.00 TFLOP, 11.00 with what remat repeats" in text
     assert "products run at 40% of the peak rate (assumed)" in text
-    assert "--config.remat=block --config.data.accumulation=64 --config.mesh.data=16 --config.mesh.fsdp=1" in text
+    assert "--config.remat=block --config.data.micro_batch=2 --config.mesh.data=16 --config.mesh.fsdp=1" in text
 
 
 def test_work_is_counted_without_kernels_that_cannot_be_looked_into(lora) -> None:
@@ -206,17 +204,41 @@ def test_work_is_counted_without_kernels_that_cannot_be_looked_into(lora) -> Non
     assert plain.flops > plain.model_flops > 0
 
 
-def test_auto_takes_the_policy_that_repeats_least_and_fits(lora, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs cost what WORK says."""
     monkeypatch.setattr(search, "measure_work", lambda config, *_, **__: WORK[config.remat])
-    lora.remat, lora.data.accumulation = "auto", 512  # one pair at a time on each of four devices
-    for gib, expected in ((7, "none"), (6.5, "dots"), (3, "attention"), (1.5, "block")):
-        assert choose_remat(lora, "gpu", 4, gib * GIB) == expected
-    with pytest.raises(ValueError, match=r"even with block a device needs 1\.0 GiB of its 1\.0"):
-        choose_remat(lora, "gpu", 4, 1.0 * GIB)
 
-    # Of a device that says what memory it has, and of one that has none of its own.
+
+@pytest.mark.usefixtures("traced")
+def test_auto_takes_the_policy_that_repeats_least_and_fits(lora) -> None:
+    lora.remat, lora.data.micro_batch = "auto", 1
+    for gib, expected in ((7, "none"), (6.5, "dots"), (3, "attention"), (1.5, "block")):
+        assert choose_settings(lora, "gpu", 4, gib * GIB).remat == expected
+    with pytest.raises(UserError, match=r"remat=block and 1 pairs .* 1\.0 GiB, more than 90% of its 1\.0 GiB\. Raise"):
+        choose_settings(lora, "gpu", 4, 1.0 * GIB)
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_micro_batch_of_0_is_the_largest_that_fits(lora) -> None:
+    lora.data.micro_batch, lora.remat = 0, "attention"  # 2 GiB per pair
+    lora.data.batch_size = 4 * 15
+    for gib, pairs in ((7, 3), (14, 5), (32, 5), (34, 15)):
+        chosen = choose_settings(lora, "gpu", 4, gib * GIB)
+        assert (chosen.remat, chosen.data.micro_batch) == ("attention", pairs)
+    with pytest.raises(UserError, match=r"remat=attention and 1 pairs .* 2\.0 GiB.*, or set config\.remat=auto$"):
+        choose_settings(lora, "gpu", 4, 2.0 * GIB)
+    lora.remat = "auto"
+    chosen = choose_settings(lora, "gpu", 4, 14 * GIB)
+    assert (chosen.remat, chosen.data.micro_batch) == ("none", 1)
+
+
+@pytest.mark.usefixtures("traced")
+def test_settings_are_those_for_the_devices_that_are_here(lora, monkeypatch: pytest.MonkeyPatch) -> None:
+    lora.remat, lora.data.micro_batch = "auto", 0
     said: list[str] = []
-    assert settle_remat(lora, said.append).remat == "none"
+    settled = settle(lora, said.append)  # CPUs have no memory of their own
+    assert (settled.remat, settled.data.micro_batch, said) == ("none", 0, [])
 
     class Device:
         def memory_stats(self):
@@ -224,7 +246,7 @@ def test_auto_takes_the_policy_that_repeats_least_and_fits(lora, monkeypatch: py
 
     monkeypatch.setattr(search.jax, "local_devices", lambda: [Device()])
     monkeypatch.setattr(search.jax, "device_count", lambda: 4)
-    assert settle_remat(lora, said.append).remat == "attention"
-    assert said == ["remat=attention is what the 3.0 GiB of a device allow"]
-    lora.remat = "dots"
-    assert settle_remat(lora, said.append) is lora
+    assert settle(lora, said.append).remat == "attention"
+    assert said == ["remat=attention and data.micro_batch=1 fit the 3.0 GiB of a device"]
+    lora.remat, lora.data.micro_batch = "dots", 2
+    assert settle(lora, said.append) is lora

@@ -51,7 +51,7 @@ def test_time_by_what_instructions_do() -> None:
 
 
 def test_profile_of_a_real_step(tmp_path: Path) -> None:
-    arguments = ["--config=configs/sd15.py:tiny", f"--output={tmp_path}", "--steps=2", "--config.data.accumulation=2"]
+    arguments = ["--config=configs/sd15.py:tiny", f"--output={tmp_path}", "--steps=2", "--config.data.micro_batch=4"]
     command = [sys.executable, "-m", "dpo_jax.profile", *arguments]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     found = json.loads((tmp_path / "profile.json").read_text())

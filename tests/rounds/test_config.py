@@ -14,7 +14,7 @@ from dpo_jax.training import config as training_config
 
 STEPS = np.arange(20, dtype=np.int32)
 ALONE = {"device_count": 1, "process_count": 1}
-PUBLISHED = {"data.batch_size": 1, "data.accumulation": 20, "online.prompts_per_round": 20}
+PUBLISHED = {"data.batch_size": 1, "data.micro_batch": 1, "online.prompts_per_round": 20}
 
 
 @pytest.mark.parametrize(
@@ -161,19 +161,13 @@ def test_one_image_a_prompt_is_enough_for_advantages_by_prompt(online):
 @pytest.mark.parametrize(
     ("fields", "machine", "message"),
     [
+        ({}, {"device_count": 16}, r"batch_size=2 x 20 timesteps is not divisible by 16 devices\..*batch_size to 4$"),
+        (PUBLISHED, {"device_count": 8}, r"batch_size=1 x 20 timesteps .* 8 devices\. Set data\.batch_size to 2$"),
         (
-            {},
-            {"device_count": 16},
-            r"batch_size=2 x 20 timesteps does not divide over 16 devices.*batch_size=4, or .*a multiple of 4$",
+            {"data.batch_size": 4, "online.timesteps": 0.95},
+            {"device_count": 3},
+            r"batch_size=4 x 19 timesteps .* Set data\.batch_size to 3 or 6$",
         ),
-        ({"data.accumulation": 3}, {}, r"batch_size=2 x 20 timesteps does not divide over 1 devices x 3 micro-batches"),
-        (
-            PUBLISHED,
-            {"device_count": 8},
-            r"8 devices x 20 micro-batches; set data\.batch_size=2 and data\.accumulation=5, or .* a multiple of 8$",
-        ),
-        (PUBLISHED | {"online.timesteps": 0.5}, {}, r"; set data\.accumulation=10, or .* a multiple of 2$"),
-        (PUBLISHED | {"online.timesteps": 0.95}, {}, r"x 19 timesteps.*; set data\.accumulation=19, or .* of 20$"),
         (
             {"online.timesteps": 1.0},
             {"device_count": 4, "process_count": 4},
@@ -188,15 +182,19 @@ def test_what_does_not_divide_is_told(online, fields, machine, message):
 
 
 @pytest.mark.parametrize(
-    ("fields", "devices"),
+    ("config", "fields", "devices", "expected"),  # samples per device at a time, micro-batches
     [
-        ({"data.batch_size": 2, "data.accumulation": 5}, 8),
-        ({"online.timesteps": 0.5, "data.accumulation": 10}, 1),
-        ({"online.timesteps": 0.95, "data.accumulation": 19}, 1),
+        ("d3po", {}, 1, (1, 20)),
+        ("d3po", {}, 4, (1, 5)),
+        ("d3po", {"data.batch_size": 2}, 8, (1, 5)),
+        ("d3po", {"data.micro_batch": 3}, 1, (2, 10)),
+        ("d3po", {"online.timesteps": 0.95, "data.micro_batch": 4}, 1, (1, 19)),
+        ("d3po:tiny", {}, 1, (20, 1)),
     ],
 )
-def test_what_is_told_then_divides(online, fields, devices):
-    round_sizes(online("d3po", **fields), STEPS, device_count=devices, process_count=1)
+def test_prompts_and_timesteps_are_divided_over_devices(online, config, fields, devices, expected):
+    derived = round_sizes(online(config, **fields), STEPS, device_count=devices, process_count=1).derived
+    assert (derived.micro_batch_per_device, derived.accumulation) == expected
 
 
 def per_timestep(online, **fields):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from dpo_jax.cli import flatten, load_config
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.training.checkpoint import read_config
-from dpo_jax.training.export import export, open_tuned, open_untrained
+from dpo_jax.training.export import export, exportable_model, exportable_run
 from dpo_jax.training.model_card import METHODS, model_card
 from dpo_jax.training.model_origin import Origin
 from dpo_jax.training.run import open_run
@@ -45,7 +45,7 @@ def same(a, b):
 
 
 def test_every_format_of_a_tuned_model_holds_the_same_unet(run, tmp_path):
-    tuned = open_tuned(run)
+    tuned = exportable_run(run)
     paths = {
         f: export(tuned, tmp_path / f, format=f, dtype=None, max_shard_bytes=BIG)
         for f in ("diffusers", "unet", "single")
@@ -74,7 +74,7 @@ def test_model_card_says_how_it_was_made_and_what_was_measured(run, tmp_path):
         )
     )
     try:
-        export(open_tuned(run), tmp_path / "mine", format="unet", dtype=None, max_shard_bytes=BIG)
+        export(exportable_run(run), tmp_path / "mine", format="unet", dtype=None, max_shard_bytes=BIG)
     finally:
         (run / "result.json").unlink()
     card = (tmp_path / "mine" / "README.md").read_text()
@@ -109,7 +109,7 @@ def test_the_cards_code_opens_the_model(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for format, dtype in (("diffusers", None), ("unet", None), ("diffusers", "float16")):
         shutil.rmtree(tmp_path / format, ignore_errors=True)
-        export(open_tuned(run), tmp_path / format, format=format, dtype=dtype, max_shard_bytes=BIG)
+        export(exportable_run(run), tmp_path / format, format=format, dtype=dtype, max_shard_bytes=BIG)
         code = re.search(r"```python\n(.*?)```", (tmp_path / format / "README.md").read_text(), re.DOTALL)[1]
         names: dict[str, object] = {}
         # The run's model is "random:sd15", made in its work directory.
@@ -124,7 +124,7 @@ def test_the_cards_code_opens_the_model(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("format", ["lora", "kohya"])
 def test_a_fully_trained_model_has_no_lora_to_write(run, tmp_path, format):
     with pytest.raises(ValueError, match=rf"--format={format} writes a LoRA, but .* has none"):
-        export(open_tuned(run), tmp_path / "out", format=format, dtype=None, max_shard_bytes=BIG)
+        export(exportable_run(run), tmp_path / "out", format=format, dtype=None, max_shard_bytes=BIG)
     assert not list(tmp_path.iterdir())
 
 
@@ -166,6 +166,7 @@ def test_command_converts_without_training_there_and_back(tmp_path):
         ([], "either --workdir (a training run) or --model"),
         (["--workdir=a", "--model=b"], "either --workdir (a training run) or --model"),
         (["--workdir=a", "--lora=b"], "--lora goes with --model"),
+        (["--model=b", "--step=2"], "--step goes with --workdir; a model has no steps"),
         (["--workdir=a"], "no training run at a"),
         (["--model=b"], "no folder or file b, and it is no hub id"),
     ],
@@ -196,10 +197,10 @@ def test_a_model_with_a_lora_converts_to_every_format(tmp_path):
     pipe.unload_lora_weights()
     fused = pipe.unet.state_dict()
 
-    first = open_untrained(str(tmp_path / "model"), lora=str(tmp_path / "lora"))
+    first = exportable_model(str(tmp_path / "model"), lora=str(tmp_path / "lora"))
     file = export(first, tmp_path / "web", format="kohya", dtype=None, max_shard_bytes=BIG)
     for lora, output in ((tmp_path / "lora", "a"), (file, "b")):
-        tuned = open_untrained(str(tmp_path / "model"), lora=str(lora))
+        tuned = exportable_model(str(tmp_path / "model"), lora=str(lora))
         folder = export(tuned, tmp_path / output, format="unet", dtype=None, max_shard_bytes=BIG)
         merged = unet_of(folder)
         assert merged.keys() == fused.keys()

@@ -17,7 +17,7 @@ from dpo_jax.models.random_model import write_random_model
 from dpo_jax.training.config import resolve
 from dpo_jax.training.data import make_inputs, open_training_batches
 from dpo_jax.training.experiment import build
-from dpo_jax.training.export import export, open_tuned
+from dpo_jax.training.export import export, exportable_run
 from dpo_jax.training.model import load_encoders, make_generator, open_model
 from dpo_jax.training.run import open_run
 from dpo_jax.training.step import moving_average, reference_params
@@ -60,7 +60,7 @@ def test_20_steps_of_lora_give_the_same_output_in_pytorch_peft(trained, tmp_path
     ours, base = (np.asarray(run.pipeline.denoise(p, *jax.tree.map(jnp.asarray, args))) for p in (run.policy, run.base))
     assert np.abs(ours - base).max() > 0.02  # it has learnt something
 
-    tuned = open_tuned(trained)
+    tuned = exportable_run(trained)
     for format in ("lora", "kohya", "diffusers"):
         file = export(tuned, tmp_path / format, format=format, dtype=None, max_shard_bytes=10**10)
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(file if format == "diffusers" else run.pipeline.folder)
@@ -81,13 +81,13 @@ def test_a_run_is_drawn_with_and_takes_a_further_lora(trained, tmp_path):
 
     encoders = load_encoders(run.config, run.pipeline, run.placement)
     generator = make_generator(run.config, run.pipeline, lambda: encoders, run.placement, 2)  # as in training
-    tuned = draw(run.opened())
+    tuned = draw(run.load_model())
     np.testing.assert_array_equal(tuned, generator(run.policy, captions, seeds))
-    file = export(open_tuned(trained), tmp_path / "lora", format="lora", dtype=None, max_shard_bytes=10**10)
-    undone = draw(run.opened(lora=str(file), lora_scale=-1.0))  # its own, taken away again
+    file = export(exportable_run(trained), tmp_path / "lora", format="lora", dtype=None, max_shard_bytes=10**10)
+    undone = draw(run.load_model(lora=str(file), lora_scale=-1.0))  # its own, taken away again
     assert np.abs(undone - generator(run.base, captions, seeds)).max() <= 1
     assert np.abs(undone - tuned).max() > 10
-    assert run.opened().fingerprint != run.opened(lora=str(file)).fingerprint
+    assert run.load_model().fingerprint != run.load_model(lora=str(file)).fingerprint
 
 
 def test_only_the_adapter_is_trained_and_checkpointed(trained):
@@ -144,7 +144,7 @@ def test_after_resume_the_reference_is_still_the_base(tiny_config, trained, tmp_
 def test_going_on_from_a_lora(tiny_config, trained, tmp_path):
     """For the policy alone, the margin begins where that LoRA ended; for both, at zero. Its rank holds; alpha / rank is
     in the weights that were exported."""
-    file = export(open_tuned(trained), tmp_path / "lora", format="kohya", dtype=None, max_shard_bytes=10**10)
+    file = export(exportable_run(trained), tmp_path / "lora", format="kohya", dtype=None, max_shard_bytes=10**10)
     first = {}
     for init_reference in (False, True):
         fields = {"lora.init": str(file), "lora.init_reference": init_reference, "model": str(trained / "model")}
@@ -160,7 +160,7 @@ def test_going_on_from_a_lora(tiny_config, trained, tmp_path):
 
 
 def test_a_lora_for_another_model(tiny_config, trained, tmp_path):
-    file = export(open_tuned(trained), tmp_path / "lora", format="lora", dtype=None, max_shard_bytes=10**10)
+    file = export(exportable_run(trained), tmp_path / "lora", format="lora", dtype=None, max_shard_bytes=10**10)
     with pytest.raises(ValueError, match=r"pytorch_lora_weights\.safetensors") as error:
         train(tiny_config("sdxl", steps=1, **{"lora.init": str(file)}), tmp_path / "run")
     assert "\n" not in str(error.value)
@@ -168,7 +168,7 @@ def test_a_lora_for_another_model(tiny_config, trained, tmp_path):
 
 
 def test_a_rank_that_the_lora_does_not_have(tiny_config, trained, tmp_path):
-    file = export(open_tuned(trained), tmp_path / "lora", format="lora", dtype=None, max_shard_bytes=10**10)
+    file = export(exportable_run(trained), tmp_path / "lora", format="lora", dtype=None, max_shard_bytes=10**10)
     with pytest.raises(ValueError, match=r"config.lora.rank=8, but .* has rank \[4\]; set lora.rank=0"):
         train(tiny_config("sd15", steps=1, **{"lora.rank": 8, "lora.init": str(file)}), tmp_path / "run")
 

@@ -16,7 +16,7 @@ from dpo_jax.cli import flatten, load_config
 from dpo_jax.models.families import FAMILIES
 from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.models.random_model import write_random_model
-from dpo_jax.training.export import export, open_untrained
+from dpo_jax.training.export import export, exportable_model
 from dpo_jax.training.model_card import model_card, read_result
 from dpo_jax.training.model_origin import Origin, model_spec, origin_of, public_name, without_paths
 from dpo_jax.weights import safetensors_file
@@ -85,7 +85,7 @@ def test_a_lora_of_text_encoders_is_merged_as_diffusers_merges_it(
     pipe.load_lora_weights(file)
     pipe.fuse_lora(components=["unet", "text_encoder", "text_encoder_2"])
     pipe.unload_lora_weights()
-    tuned = open_untrained(str(folder), lora=str(file))
+    tuned = exportable_model(str(folder), lora=str(file))
     output = export(tuned, tmp_path / "merged", format="diffusers", dtype=None, max_shard_bytes=BIG)
     ours = diffusers.StableDiffusionXLPipeline.from_pretrained(output)
     plain = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
@@ -115,7 +115,7 @@ def test_nothing_exported_names_a_place_on_this_machine(
         (model / name).write_text(json.dumps(text))
     file = lora_with_text(pipeline, tmp_path / "private" / "lora.safetensors")
     output = tmp_path / "exported"
-    tuned = open_untrained(str(model), lora=str(file))
+    tuned = exportable_model(str(model), lora=str(file))
     export(tuned, output, format=format, dtype=None, max_shard_bytes=BIG)
     for path in output.rglob("*"):
         if path.is_file():
@@ -192,7 +192,7 @@ def test_every_family_has_what_web_uis_read(tmp_path: Path) -> None:
 
 def test_a_lora_says_what_it_is(folder: Path, pipeline: Pipeline, tmp_path: Path) -> None:
     file = lora_with_text(pipeline, tmp_path / "lora.safetensors")
-    tuned = open_untrained(str(folder), lora=str(file))
+    tuned = exportable_model(str(folder), lora=str(file))
     expected = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
@@ -216,7 +216,7 @@ def test_a_lora_says_what_it_is(folder: Path, pipeline: Pipeline, tmp_path: Path
 def test_single_files_of_velocity_models_say_so_to_web_uis(folder: Path, velocity: Path, tmp_path: Path) -> None:
     for model, marks, prediction in ((folder, set(), "epsilon"), (velocity, {"v_pred", "ztsnr"}, "v")):
         name = model.name
-        tuned = open_untrained(str(model), lora=None)
+        tuned = exportable_model(str(model), lora=None)
         path = export(tuned, tmp_path / name, format="single", dtype=None, max_shard_bytes=BIG)
         tensors = load_file(path)
         assert {name for name in tensors if not name.startswith(("model.", "first_stage", "conditioner."))} == marks
@@ -238,7 +238,7 @@ def test_single_files_of_velocity_models_say_so_to_web_uis(folder: Path, velocit
 
 
 def test_an_exported_folder_has_the_schedule_of_the_model(velocity: Path, tmp_path: Path) -> None:
-    tuned = open_untrained(str(velocity), lora=None)
+    tuned = exportable_model(str(velocity), lora=None)
     export(tuned, tmp_path / "out", format="diffusers", dtype=None, max_shard_bytes=BIG)
     written = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
     assert (written["prediction_type"], written["rescale_betas_zero_snr"]) == ("v_prediction", True)

@@ -166,8 +166,8 @@ def test_refuses_the_work_directory_of_another_config(tiny_config, one_step):
         ({"model": ""}, r"config.model is empty"),
         ({"data.path": "nowhere"}, r"no prepared data set at nowhere.*dpo_jax.prepare"),
         (
-            {"data.batch_size": 6, "data.accumulation": 4},
-            r"batch_size=6 does not divide over 1 devices x 4.*set data.accumulation=3, or .* multiple of 4",
+            {"data.accumulation": 4},
+            r"data.accumulation=4 is replaced by data.micro_batch, .* Set data.micro_batch=1 on any number of devices",
         ),
         ({"dtype": "bf16"}, r"config.dtype='bf16' must be one of 'float32', 'bfloat16'$"),
         ({"data.relabel": "swaped"}, r"must be one of 'none', 'swapped', 'shuffled'$"),

@@ -1,0 +1,79 @@
+"""Which checkpoint of a training run a command reads: the newest, the one of a step, or the best on held-out pairs."""
+
+import sys
+
+import numpy as np
+from etils import epath
+
+from dpo_jax import cluster
+from dpo_jax.errors import UserError
+from dpo_jax.streams import warn
+from dpo_jax.training.checkpoint import finished_steps
+from dpo_jax.training.metrics import is_validation, read_metrics
+
+BEST = "best"
+FIGURES = {"validation/pair_accuracy": 1, "validation/error_winner": -1}
+"""What checkpoints are compared by, the first that the run validated; 1 where more is better, -1 where less is."""
+
+
+def select_step(workdir: epath.PathLike, step: str) -> int | None:
+    """Return the step that `--step` means: None for "" (the newest whole checkpoint), N, or `best_step` for "best".
+
+    Raises:
+        UserError: it is none of these, or the run has no such checkpoint; the message names those that there are.
+    """
+    if not step:
+        return None
+    if step == BEST:
+        return int(cluster.says_first(np.array(best_step(workdir))))
+    if not (step.isascii() and step.isdigit()):
+        raise UserError(f"--step={step} is not a step; give its number, or --step=best")
+    if int(step) not in finished_steps(workdir):
+        raise UserError(f"--step={step}: {workdir} has no checkpoint of that step; {_steps_told(workdir)}")
+    return int(step)
+
+
+def best_step(workdir: epath.PathLike) -> int:
+    """Return the kept checkpoint with the highest accuracy on held-out pairs, the earliest of equals.
+
+    Runs without pairs to order (SFT) are compared by the error of the held-out images, the lowest first. Says which
+    step it is, and warns where another step, of which there is no checkpoint, was better.
+
+    Raises:
+        UserError: the run has no figures of held-out pairs, or none of a step with a checkpoint.
+    """
+    kept = finished_steps(workdir)
+    rows = [row for row in read_metrics(workdir) if is_validation(row)]
+    figure = next((name for name in FIGURES if any(name in row for row in rows)), None)
+    if figure is None:
+        raise UserError(
+            f"--step=best: {workdir} has no figures of held-out pairs in metrics.jsonl; {_steps_told(workdir)}"
+        )
+    name = figure.removeprefix("validation/")
+    values = {int(row["step"]): row[figure] for row in rows if figure in row}
+    candidates = [step for step in kept if step in values]
+    if not candidates:
+        raise UserError(
+            f"--step=best: {workdir} has held-out figures of steps {_listed(values)}, but no checkpoint of these; "
+            f"{_steps_told(workdir)}"
+        )
+
+    def quality(step: int) -> tuple[float, int]:
+        return FIGURES[figure] * values[step], -step
+
+    best, overall = max(candidates, key=quality), max(values, key=quality)
+    if cluster.is_first():
+        print(f"step {best} has the best held-out {name} of the checkpoints: {values[best]:.4g}", file=sys.stderr)
+        if FIGURES[figure] * values[overall] > FIGURES[figure] * values[best]:
+            when = f"step {overall}" if overall else "step 0, before training"
+            warn(f"{name} was better at {when} ({values[overall]:.4g}), but there is no checkpoint of that step")
+    return best
+
+
+def _steps_told(workdir: epath.PathLike) -> str:
+    kept = finished_steps(workdir)
+    return f"its checkpoints are of steps {_listed(kept)}" if kept else "it has no checkpoint yet"
+
+
+def _listed(steps: "list[int] | dict[int, float]") -> str:
+    return ", ".join(map(str, sorted(steps)))
