@@ -12,7 +12,7 @@ import functools
 from ml_collections import ConfigDict
 
 from dpo_jax.rounds.config import METHODS, lpo, online_config
-from dpo_jax.training.config import apply_variants
+from dpo_jax.training.config import Variant, apply_variants
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -22,7 +22,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.online.prompts = "ddpo_animals"  # the released code's "simple_animals"
     c.online.prompts_per_round = 20  # x 2 candidates: 40 images, and an update for each prompt
     c.online.rounds = 400
-    variants = {
+    variants: dict[str, Variant] = {
         "aesthetic": aesthetic,
         "compressibility": compressibility,
         "incompressibility": incompressibility,

@@ -5,12 +5,13 @@
 
 from ml_collections import ConfigDict
 
+from dpo_jax.bundled import package_path
 from dpo_jax.training.config import apply_variants, default_config, tiny
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     c = default_config()
-    c.model = "dpo_jax/tiny/model"
+    c.model = package_path("dpo_jax/tiny/model")
     c.dtype = c.vae_dtype = "float32"  # CPUs emulate bfloat16
     c.steps = 200
     c.loss.beta = 2000.0  # with 500, and twice the rate, the errors of both images grow, and what is learned drifts

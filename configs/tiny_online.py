@@ -8,13 +8,14 @@ import functools
 
 from ml_collections import ConfigDict
 
+from dpo_jax.bundled import package_path
 from dpo_jax.rounds.config import METHODS, lpo, online_config
-from dpo_jax.training.config import apply_variants
+from dpo_jax.training.config import Variant, apply_variants
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     c = online_config()
-    c.model = "dpo_jax/tiny/model"
+    c.model = package_path("dpo_jax/tiny/model")
     c.dtype = c.vae_dtype = "float32"  # CPUs emulate bfloat16
     c.lora.rank = 0  # so small a model is trained whole
     c.data.resolution = 32
@@ -39,7 +40,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.sample.every = 0
     c.sample.prompts = ("a red circle at the top left", "a blue square at the bottom right")
     c.sample.guidance = 2.5
-    variants = {
+    variants: dict[str, Variant] = {
         **METHODS,
         "lpo": functools.partial(lpo, latent_judge="runs/tiny/exported"),  # the demo's
         "compressibility": compressibility,

@@ -2,11 +2,9 @@
 
 import contextlib
 import datetime
-import difflib
 import errno
 import importlib.util
 import inspect
-import itertools
 import logging
 import math
 import os
@@ -20,10 +18,13 @@ from typing import Any, NoReturn
 
 from absl import flags
 from etils import epath
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
-from dpo_jax import files, interrupts, streams
-from dpo_jax.errors import MissingFileError, UserError
+import dpo_jax
+from dpo_jax import command_help, files, interrupts, streams
+from dpo_jax.bundled import config_names, find_config, package_path
+from dpo_jax.errors import UserError
+from dpo_jax.nearest import nearest_field
 
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the whole traceback of an error instead of one sentence.")
 
@@ -39,17 +40,22 @@ def run(main: Callable[[], None]) -> NoReturn:
     """
     streams.protect()
     interrupts.await_first()
-    sys.argv[1:] = map(expand_home, sys.argv[1:])
+    sys.argv[1:] = map(expand_path, sys.argv[1:])
     if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):
-        print(f"{inspect.getdoc(inspect.getmodule(main))}\n\nFlags:\n{flags.FLAGS.main_module_help()}")
+        _show_help(main)
+    if "--version" in sys.argv[1:]:
+        print(f"dpo_jax {dpo_jax.__version__}")
         sys.exit(0)
     try:
-        _check_overrides(sys.argv[1:])
+        given = _config_given(sys.argv[1:])
+        sys.argv[1:] = _with_config_files(sys.argv[1:])
+        _check_overrides(sys.argv[1:], given)
         _check_addresses(sys.argv[1:])
         rest = flags.FLAGS(sys.argv)
         _check_finite()
     except (flags.Error, ValueError, OSError) as error:
-        _fail(f"{str(error).rstrip('.')}. Run with --help to see the flags.", code=2)
+        end = "" if str(error).endswith(("?", ".")) else "."
+        _fail(f"{error}{end} Run with --help to see the flags.", code=2)
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}; every option is a flag. Run with --help to see them.", code=2)
     _silence_libraries(logging.ERROR if TRACEBACK.value else logging.CRITICAL)
@@ -79,16 +85,48 @@ def _silence_libraries(level: int) -> None:
         sys.unraisablehook = interrupts.raise_again(lambda unraisable: None)
 
 
-def expand_home(argument: str) -> str:
-    """The argument with `~` where a path may begin, as in --output=~/x, as the home folder; shells leave it."""
-    return re.sub(r"(^|[=,])~(?=/|,|$)", lambda found: found[1] + os.path.expanduser("~"), argument)
+def _show_help(main: Callable[[], None]) -> NoReturn:
+    fields = ""
+    if _Config.describe is not None:
+        try:
+            given = _config_given(sys.argv[1:])
+            fields = _Config.describe(load_config(given) if given else None)
+        except UserError as error:
+            _fail(str(error), code=2)
+    print(command_help.help_text(inspect.getmodule(main), fields))
+    sys.exit(0)
+
+
+def expand_path(argument: str) -> str:
+    """Return the argument with the paths that shells leave: `~`, and files of the package outside the repository.
+
+    Both are looked for where a path may begin, as in --output=~/x and --models=base=dpo_jax/tiny/model.
+    """
+    argument = re.sub(r"(^|[=,])~(?=/|,|$)", lambda found: found[1] + os.path.expanduser("~"), argument)
+    return re.sub(r"(^|[=,])(dpo_jax/[^,]+)", lambda found: found[1] + package_path(found[2]), argument)
+
+
+class _Config:
+    describe: Callable[[ConfigDict | None], str] | None = None
+
+
+def define_config(
+    help: str = "Config to use.", describe: Callable[[ConfigDict | None], str] | None = None
+) -> flags.FlagHolder:
+    """Declare --config, which takes the name of a config that comes with dpo_jax, or a file, each with a variant.
+
+    Args:
+        help: what the config is for.
+        describe: returns the text about the fields of the given config, or of the defaults, that ends --help.
+    """
+    _Config.describe = describe
+    forms = f"NAME, FILE, NAME:variant or FILE:variant. Names: {', '.join(config_names())}."
+    return config_flags.DEFINE_config_file("config", None, f"{help} {forms}", lock_config=True)
 
 
 def load_config(spec: str) -> ConfigDict:
-    """The config that `FILE` or `FILE:variant` describes."""
-    path, _, argument = spec.partition(":")
-    if not Path(path).is_file():
-        raise MissingFileError(f"no config file {path}; the ones that come with the project are in configs/")
+    """Return the config that `NAME`, `FILE`, `NAME:variant` or `FILE:variant` describes."""
+    path, _, argument = find_config(spec).partition(":")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert module_spec is not None
     assert module_spec.loader is not None
@@ -172,28 +210,61 @@ def _check_addresses(arguments: list[str]) -> None:
             )
 
 
-def _check_overrides(arguments: list[str]) -> None:
-    """Refuses a `--config.field` that the config does not have, and says which field comes nearest."""
-    files = [argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")]
-    files += [value for flag, value in itertools.pairwise(arguments) if flag == "--config"]
-    if not files:
-        lost = [argument for argument in arguments if argument.startswith("--config.")]
-        if lost:
-            raise UserError(f"{lost[0]} replaces a field of a config, and --config=FILE is missing")
+def _is_config(arguments: list[str], i: int) -> bool:
+    """Whether argument `i` is the value of --config, which is the argument before it."""
+    return i > 0 and arguments[i - 1] in ("--config", "-config")
+
+
+def _config_given(arguments: list[str]) -> str | None:
+    """Return the last config that the arguments name, as they name it."""
+    given = None
+    for i, argument in enumerate(arguments):
+        if found := re.match(r"--?config=(.*)", argument, re.DOTALL):
+            given = found[1]
+        elif _is_config(arguments, i):
+            given = argument
+    return given
+
+
+def _with_config_files(arguments: list[str]) -> list[str]:
+    """Return the arguments with the path of a config file wherever --config has the name of a config."""
+    found = []
+    for i, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if equals and flag in ("--config", "-config"):
+            argument = f"{flag}={find_config(value)}"
+        elif _is_config(arguments, i):
+            argument = find_config(argument)
+        found.append(argument)
+    return found
+
+
+def _check_overrides(arguments: list[str], given: str | None) -> None:
+    """Refuse a `--config.field` that the config does not have, and say which field comes nearest.
+
+    Args:
+        arguments: of the command.
+        given: the config, as the arguments name it.
+    """
+    overrides = [argument for argument in arguments if argument.startswith("--config.")]
+    if given is None:
+        if overrides:
+            raise UserError(f"{overrides[0]} replaces a field of a config, and --config=NAME_OR_FILE is missing")
         return
-    fields = flatten(load_config(files[-1]))
-    for argument in arguments:
+    fields = flatten(load_config(given))
+    for argument in overrides:
         field = argument.removeprefix("--config.").split("=")[0]
-        if not argument.startswith("--config.") or field in fields:
+        if field in fields:
             continue
-        inside = [name for name in fields if name.startswith(f"{field}.")]
         if hint := replaced_field(field, fields | _given(arguments)):
             raise UserError(f"--config.{hint}")
-        near = difflib.get_close_matches(field, fields, n=1, cutoff=0.5)
-        hint = f"did you mean --config.{near[0]}?" if near else f"it has {', '.join(fields)}"
-        if inside:
+        if inside := [name for name in fields if name.startswith(f"{field}.")]:
             hint = f"it is a group of {', '.join(inside)}"
-        raise UserError(f"the config {files[-1]} has no field {field!r}; {hint}")
+        elif near := nearest_field(field, fields):
+            hint = f"did you mean --config.{near}?"
+        else:
+            hint = f"it has {', '.join(fields)}"
+        raise UserError(f"the config {given} has no field {field!r}; {hint}")
 
 
 OF_THE_MACHINE = {

@@ -14,13 +14,12 @@ import time
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from dpo_jax import cli
 from dpo_jax.errors import UserError
 from dpo_jax.training.config import check_values, resolve
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, or FILE:variant.", lock_config=True)
+CONFIG = cli.define_config("Experiment to plan:")
 TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pydantic
 from absl import flags
-from ml_collections import config_flags
 
 from dpo_jax import cli
 from dpo_jax.data.sources import SOURCES, missing
@@ -49,7 +48,7 @@ ENCODE = flags.DEFINE_bool(
     "encode", False, "Store latents and embeddings by the models of --config (whose data.path is --output)."
 )
 VERIFY = flags.DEFINE_bool("verify", False, "Compare all of --output with its checksums, and do nothing else.")
-CONFIG = config_flags.DEFINE_config_file("config", None, "With --encode: config file, or FILE:variant.")
+CONFIG = cli.define_config("With --encode: config of the training to encode for:")
 
 
 def main() -> None:

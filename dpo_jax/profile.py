@@ -11,13 +11,12 @@ import json
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from dpo_jax import cli
 from dpo_jax.errors import UserError
 from dpo_jax.training.config import check_values
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, or FILE:variant.", lock_config=True)
+CONFIG = cli.define_config("Experiment to time:")
 OUTPUT = flags.DEFINE_string("output", None, "Folder for the trace and profile.json.", required=True)
 STEPS = flags.DEFINE_integer("steps", 5, "Optimizer steps to time.", lower_bound=1)
 

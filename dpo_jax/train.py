@@ -1,30 +1,32 @@
-"""Fine-tunes a latent diffusion model on preference pairs.
+"""Fine-tune a latent diffusion model on preference pairs.
 
   python -m dpo_jax.train --config=configs/sdxl.py --workdir=runs/sdxl \\
       --config.model=FOLDER_OR_HUB_ID_OR_FILE --config.data.path=PREPARED_FOLDER [--config.field=value ...]
 
-FILE:tiny runs the same experiment with a small random model and made pairs, in seconds. Run the same command again to
-continue where a run stopped, whatever stopped it. On SIGTERM it saves and exits with code 75: "run it again". The work
-directory receives config.json, checkpoints/, tensorboard/, metrics.jsonl and samples/. The fields and their meaning are
-in dpo_jax/training/config.py.
+--config=NAME:tiny runs the same experiment with a small random model and random pairs, in seconds. The same command
+continues a run that has stopped. On SIGTERM the run saves a checkpoint and exits with code 75, which means: run it
+again. The work directory receives config.json, checkpoints/, tensorboard/, metrics.jsonl and samples/.
 """
 
 import functools
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from dpo_jax import cli, locks
+from dpo_jax.command_help import section
 from dpo_jax.errors import UserError
 from dpo_jax.training.config import check
+from dpo_jax.training.defaults import describe
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, or FILE:variant.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder that receives, or already holds, the run.", required=True)
+section("The run")
+CONFIG = cli.define_config("Experiment to run:", describe)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: a new one, or one to continue.", required=True)
 
 
 def main() -> None:
     if CONFIG.value is None:
-        raise UserError("--config is missing; give one of the files in configs/, such as --config=configs/tiny.py")
+        raise UserError("--config is missing; name a config or a file, for example --config=tiny")
     check(CONFIG.value)
     with locks.locked_early(WORKDIR.value, "python -m dpo_jax.train"):
         from dpo_jax.training import command  # after the flags are checked: importing JAX takes seconds

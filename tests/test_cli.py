@@ -1,5 +1,6 @@
 """Flags, help and errors, as a user meets them: in a process of its own."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,11 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
+import dpo_jax
 from dpo_jax import cli
-from dpo_jax.cli import expand_home, flatten, load_config, unflatten
+from dpo_jax.__main__ import COMMANDS
+from dpo_jax.bundled import find_config
+from dpo_jax.cli import expand_path, flatten, load_config, unflatten
 from dpo_jax.errors import EnvironmentFault, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +28,7 @@ def test_help_shows_the_flags_and_succeeds(command):
     result = run(f"dpo_jax.{command}", "--help")
     assert result.returncode == 0
     assert "python -m dpo_jax." in result.stdout
-    assert "--traceback" not in result.stdout.split("Flags:")[0]
+    assert "--traceback" not in result.stdout.split("General:")[0]
 
 
 @pytest.mark.parametrize(
@@ -34,7 +38,9 @@ def test_help_shows_the_flags_and_succeeds(command):
         (["--config=configs/tiny.py", "--config.setps=3"], "did you mean --config.steps?"),
         (["--config", "configs/tiny.py", "--config.loss.betta=3"], "did you mean --config.loss.beta?"),
         (["--config=configs/tiny.py", "--config.loss=3"], "it is a group of loss.beta, "),
-        (["--config=configs/tini.py"], "no config file configs/tini.py"),
+        (["--config=tiny", "--config.optimizer.lr=3"], "did you mean --config.optimizer.learning_rate?"),
+        (["--config=configs/tini.py"], "no config file configs/tini.py; did you mean --config=tiny?"),
+        (["--config", "sdxk"], "no config file sdxk; did you mean --config=sdxl?"),
         (["--config=configs/tiny.py:big"], "no variant 'big'"),
         (["--config=configs/tiny.py", "--config.steps=many"], "--config.steps=many"),
         (["--config=configs/tiny.py", "--wrokdir=x"], "Did you mean: workdir"),
@@ -67,7 +73,7 @@ def test_wrong_flags_are_one_sentence(arguments, message, tmp_path):
 )
 def test_a_tilde_is_the_home_folder_where_a_path_may_begin(argument, expected, monkeypatch):
     monkeypatch.setenv("HOME", "HOME")
-    assert expand_home(argument) == expected
+    assert expand_path(argument) == expected
 
 
 def test_a_tilde_is_expanded_before_flags_are_parsed(monkeypatch):
@@ -78,10 +84,56 @@ def test_a_tilde_is_expanded_before_flags_are_parsed(monkeypatch):
     assert sys.argv == ["command", "--no_such_flag=HOME/x"]
 
 
+def test_paths_of_the_package_are_found_outside_the_repository(monkeypatch, tmp_path):
+    argument = "--models=base=dpo_jax/tiny/model,other=dpo_jax/nothing"
+    assert expand_path(argument) == argument
+    monkeypatch.chdir(tmp_path)
+    assert expand_path(argument) == f"--models=base={ROOT}/dpo_jax/tiny/model,other=dpo_jax/nothing"
+    assert load_config("tiny").model == f"{ROOT}/dpo_jax/tiny/model"
+
+
+def test_configs_have_names(monkeypatch, tmp_path):
+    assert load_config("sdxl:lora") == load_config(f"{ROOT}/configs/sdxl.py:lora")
+    (tmp_path / "mine.py").write_text("from dpo_jax.training.config import default_config as get_config")
+    monkeypatch.chdir(tmp_path)
+    assert find_config("mine.py:tiny") == "mine.py:tiny"
+    (tmp_path / "sdxl").mkdir()
+    assert find_config("sdxl:tiny").endswith("/configs/sdxl.py:tiny")
+    with pytest.raises(FileNotFoundError, match="The configs that come with dpo_jax are d3po, sd15"):
+        find_config("no/such/file.py")
+
+
+def test_the_commands_are_listed_and_run_by_their_names(command):
+    for arguments in ([], ["--help"]):
+        told = command("__main__", *arguments)
+        assert told.returncode == 0
+        assert re.search(r"^  train +Fine-tune .* pairs\.$", told.stdout, re.MULTILINE)
+    assert command("__main__", "--version").stdout == f"dpo_jax {dpo_jax.__version__}\n"
+    assert command("train", "--version").stdout == f"dpo_jax {dpo_jax.__version__}\n"
+    wrong = command("__main__", "trian")
+    assert (wrong.returncode, wrong.stderr) == (
+        2,
+        "error: dpo_jax has no command 'trian'. Did you mean train?\n",
+    )
+    helped = command("__main__", "online", "--config=tiny_online", "--help")
+    assert helped.stdout.startswith("Align a diffusion model online")
+    assert "Images per prompt, from the same starting noise. (at least 1 and at most 1024; default: 4)" in " ".join(
+        helped.stdout.split()
+    )
+
+
+def test_every_module_at_the_top_that_is_a_command_is_listed():
+    commands = [path.stem for path in (ROOT / "dpo_jax").glob("*.py") if "cli.run(main)" in path.read_text()]
+    assert sorted(commands) == sorted(COMMANDS)
+
+
 PARSE = """
 import importlib, sys
 from absl import flags
+import dpo_jax
 from dpo_jax import cli
+from dpo_jax.__main__ import COMMANDS
+from dpo_jax.bundled import find_config
 command, required, *given = sys.argv[1:]
 importlib.import_module(f"dpo_jax.{command}")
 for flag in given:

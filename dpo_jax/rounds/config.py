@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 
 from dpo_jax.errors import UserError
 from dpo_jax.training.config import Derived, Variant, check_settings, divide_batch
-from dpo_jax.training.defaults import COUNT, NOT_ALL, NOT_NEGATIVE, POSITIVE, SHARE
+from dpo_jax.training.defaults import COUNT, GROUPS, NOT_ALL, NOT_NEGATIVE, POSITIVE, SHARE
 from dpo_jax.training.defaults import FIELDS as NETWORK_FIELDS
-from dpo_jax.training.fields import Field, check_fields, config_of
+from dpo_jax.training.fields import Field, check_fields, config_of, fields_help, fields_text
 
 FIELDS = {
     **{path: field for path, field in NETWORK_FIELDS.items() if not path.startswith(("validation.", "data.", "loss."))},
@@ -119,6 +119,11 @@ def online_config() -> ConfigDict:
     c.checkpoint.every = 100
     c.sample.every = 100
     return c
+
+
+def describe(config: ConfigDict | None) -> str:
+    """Return the text of --help about the fields of a config, or about their defaults."""
+    return fields_text(fields_help(FIELDS, GROUPS, config or online_config()))
 
 
 def ddpo(c: ConfigDict) -> None:

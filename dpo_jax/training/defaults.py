@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dpo_jax.training.fields import Field, are_devices, are_patterns, are_rules, config_of
+from dpo_jax.training.fields import Field, are_devices, are_patterns, are_rules, config_of, fields_help, fields_text
 from dpo_jax.training.loggers import LOGGERS
 
 SHARE: dict[str, Any] = {"at_least": 0, "at_most": 1}
@@ -213,3 +213,8 @@ FIELDS = {
 def default_config() -> ConfigDict:
     """Return the config with the default of every field."""
     return config_of(FIELDS)
+
+
+def describe(config: ConfigDict | None) -> str:
+    """Return the text of --help about the fields of a config, or about their defaults."""
+    return fields_text(fields_help(FIELDS, GROUPS, config or default_config()))

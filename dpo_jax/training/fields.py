@@ -7,12 +7,13 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax.cli import flatten, replaced_field, unflatten
+from dpo_jax.command_help import columns
 from dpo_jax.errors import UserError
 from dpo_jax.files import is_text
 
@@ -51,6 +52,50 @@ class Field:
 def config_of(fields: Mapping[str, Field]) -> ConfigDict:
     """Return a config with the default of every field."""
     return unflatten({path: field.default for path, field in fields.items()})
+
+
+class FieldHelp(NamedTuple):
+    """What --help and the documentation say about a field."""
+
+    path: str
+    default: Any
+    values: str
+    """The values that it takes, for example "at least 1"; empty if the type of the default says all."""
+    help: str
+
+
+def fields_help(
+    fields: Mapping[str, Field], groups: Mapping[str, str], config: ConfigDict
+) -> dict[str, list[FieldHelp]]:
+    """Return what is to be said about every field, by the title of its group.
+
+    Args:
+        fields: all fields, by their dotted path.
+        groups: titles, by what stands before the last dot of a path.
+        config: whose values are shown as defaults.
+    """
+    values = flatten(config)
+    described: dict[str, list[FieldHelp]] = {}
+    for path, field in fields.items():
+        title = groups[path.rpartition(".")[0]]
+        described.setdefault(title, []).append(FieldHelp(path, values.get(path), str(field), field.help))
+    return described
+
+
+def fields_text(described: Mapping[str, list[FieldHelp]]) -> str:
+    """Return the lines of --help about the fields that `fields_help` describes."""
+    parts = ["Fields of the config, each set with --config.FIELD=VALUE:"]
+    for title, entries in described.items():
+        lines = [(entry.path, " ".join(filter(None, [entry.help, _values(entry)]))) for entry in entries]
+        parts.append(f"{title}:\n{columns(lines)}")
+    return "\n\n".join(parts)
+
+
+def _values(entry: FieldHelp) -> str:
+    shown = str(entry.default) if isinstance(entry.default, (str, int, float)) else repr(entry.default)
+    default = f"default: {shown}" if entry.default != "" else "default: empty"
+    values = entry.values.removeprefix("one of ")
+    return f"({values}; {default})" if values else f"({default})"
 
 
 def check_fields(config: ConfigDict, fields: Mapping[str, Field]) -> None:
