@@ -96,7 +96,7 @@ def test_what_is_missing_is_said(script: str, arguments: list[str], variables: d
 
 @pytest.mark.parametrize(
     ("file", "devices"),  # of what the example, or the text around it, asks for
-    [("README.md", 8), ("launch/local_cluster.sh", 8), ("launch/slurm.sbatch", 32), ("launch/tpu_pod.sh", 64)],
+    [("docs/clusters.md", 8), ("launch/local_cluster.sh", 8), ("launch/slurm.sbatch", 32), ("launch/tpu_pod.sh", 64)],
 )
 def test_meshes_of_examples_fit_their_devices(file: str, devices: int) -> None:
     text = re.sub(r"\\\n[# ]*", "", (ROOT / file).read_text())
