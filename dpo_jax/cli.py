@@ -285,7 +285,7 @@ def _keep_traceback(error: Exception) -> None:
     if not workdir or not epath.Path(workdir).is_dir():
         return
     now = datetime.datetime.now(datetime.UTC)
-    name = f"{now:%Y-%m-%dT%H-%M-%S}-{socket.gethostname()}-{os.getpid()}.txt"
+    name = f"{now:%Y-%m-%dT%H-%M-%S}-{socket.gethostname()}-process_{streams.process()}-{os.getpid()}.txt"
     path = epath.Path(workdir) / "errors" / name
     about = f"{' '.join(sys.argv)}\n\n"
     with contextlib.suppress(OSError):  # the error itself is what must be seen

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dpo_jax import locks
+from dpo_jax import locks, streams
 from dpo_jax.errors import OutsideProcessError, UserError
 from dpo_jax.processes import EXPLICIT, may_have_peers
 
@@ -37,6 +37,7 @@ def join() -> None:
         _join_explicitly(given, limits)
     elif may_have_peers():
         jax.distributed.initialize(**limits)
+        streams.name_process(jax.process_index())
 
 
 def is_first() -> bool:
@@ -188,4 +189,5 @@ def _join_explicitly(given: dict[str, str], limits: Any) -> None:
             f"{said}: to join several processes set all three, to host:port of the first process, their number, and "
             "the number of this one, from 0; or unset them for a run of one process"
         )
+    streams.name_process(int(process))
     jax.distributed.initialize(address, int(count), int(process), **limits)

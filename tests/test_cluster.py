@@ -1,6 +1,7 @@
 """Who joins whom: told by the environment, tried with real processes."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from dpo_jax import cluster, processes
+from dpo_jax import cluster, processes, streams
 from dpo_jax.locks import locked
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +27,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         assert heartbeat_timeout_seconds == 4 * shutdown_timeout_seconds == 4 * cluster.patience()
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(streams, "name_process", lambda number: None)  # it would change this process's streams
     for name in (*processes.EXPLICIT, *processes.SCHEDULERS.values(), cluster.TIMEOUT):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
@@ -125,8 +127,10 @@ with cluster.together("to build"):
     assert done.returncode == 1
     folder = done.stderr.strip().rpartition(" ")[2]
     assert "ValueError: broken" in done.stderr
-    assert (
-        "ChildProcessError: process 0 failed to build; see its own output" in Path(folder, "process_1.log").read_text()
+    assert re.search(
+        r"^\[\d\d:\d\d:\d\d process 1\] \S*OutsideProcessError: process 0 failed to build; see its own output$",
+        Path(folder, "process_1.log").read_text(),
+        re.MULTILINE,
     )
 
 
@@ -147,7 +151,7 @@ with cluster.locked({str(tmp_path)!r}, "python -m dpo_jax.train"):
         done = local_cluster(sys.executable, "-c", code, **arguments)
     assert done.returncode == 1
     folder = done.stderr.strip().rpartition(" ")[2]
-    assert f"BlockingIOError: {tmp_path} is in use by another command (process {os.getpid()} on " in done.stderr
+    assert f"InUseError: {tmp_path} is in use by another command (process {os.getpid()} on " in done.stderr
     assert f"process 0 failed to lock {tmp_path}" in Path(folder, "process_1.log").read_text()
     assert "inside" not in done.stdout
 

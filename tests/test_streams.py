@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dpo_jax.streams import Lasting
+from dpo_jax import streams
+from dpo_jax.streams import Lasting, Prefixed
 
 ROOT = Path(__file__).parents[1]
 COMMAND = """
@@ -92,3 +94,34 @@ def test_what_the_terminal_has_no_letter_for_is_shown_all_the_same() -> None:
         check=True,
     )
     assert done.stdout == b"caf\xe9 \\u732b\n"
+
+
+def test_lines_begin_with_time_and_process_whatever_pieces_they_come_in() -> None:
+    text = io.StringIO()
+    stream = Prefixed(text, "process 3")
+    print("one", 1, file=stream)
+    print("two\n\nthree", end="", file=stream)
+    stream.writelines([" and", " more\n"])
+    assert [re.sub(r"^\[\d\d:\d\d:\d\d process 3\] ", "> ", line) for line in text.getvalue().splitlines()] == [
+        "> one 1",
+        "> two",
+        "> ",
+        "> three and more",
+    ]
+
+
+def test_only_the_streams_of_other_processes_name_them(monkeypatch, capsys) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))  # put back at the end
+    monkeypatch.setattr(streams._State, "process", 0)
+    streams.name_process(0)
+    streams.warn("of the first process")
+    assert capsys.readouterr().err == "warning: of the first process\n"
+    streams.name_process(2)
+    streams.name_process(2)
+    streams.warn("of another process")
+    print("and what it prints")
+    said = capsys.readouterr()
+    assert re.fullmatch(r"\[\d\d:\d\d:\d\d process 2\] warning: of another process\n", said.err)
+    assert re.fullmatch(r"\[\d\d:\d\d:\d\d process 2\] and what it prints\n", said.out)
+    assert streams.process() == 2
