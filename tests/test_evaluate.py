@@ -45,7 +45,7 @@ def test_models_then_their_images(evaluate: Callable[..., str], tmp_path: Path) 
     evaluate(*models)
     kept = [path for path in written if path.name not in ("prompts.jsonl", "grid.png")]
     assert {path: path.stat().st_mtime_ns for path in kept} == {path: written[path] for path in kept}
-    assert "drawn by other settings (steps: 2 there, 3 now)" in evaluate(*models, "--steps=3", code=1)
+    assert "drawn with other settings (steps: 2 there, 3 now)" in evaluate(*models, "--steps=3", code=1)
 
     # The images alone, as if other programs had made them, and a judge that is a function.
     folders = [f"--images=x={output / 'images' / 'model'},y={output / 'images' / 'again'}"]
@@ -61,13 +61,15 @@ def test_models_then_their_images(evaluate: Callable[..., str], tmp_path: Path) 
     [
         ([], "give either --models or --images"),
         (["--models=a,b", "--images=c,d"], "give either --models or --images"),
-        (["--models=a"], "--models names one; give two or more"),
+        (["--models=a"], "--models names only one; give two or more"),
         (["--models=a,b"], "--prompts is missing"),
         (
             ["--models=x/a,y/a", "--prompts=bundled"],
-            "the name 'a' is empty, taken or has a slash; give one as in NAME=y/a",
+            "the name 'a' of y/a is empty or already taken; give one as in NAME=y/a",
         ),
         (["--images=no_such_a,no_such_b"], "no folder of images at no_such_a"),
+        (["--models=a,b", "--prompts=a cat"], "--prompts gives only one prompt ('a cat')"),
+        (["--models=a,b", "--prompts=bundled", "--curves=nowhere"], "--curves=nowhere is not a training run"),
     ],
 )
 def test_wrong_use_is_told_in_a_sentence(
@@ -86,6 +88,14 @@ def test_what_the_end_needs_is_told_before_anything_is_drawn(evaluate: Callable[
         ([two, "--judges=shapes,beauty"], "there is no judge 'beauty'"),
         ([two, "--judges=aesthetic=nowhere.safetensors"], "no folder or file nowhere.safetensors"),
         ([f"--models={MODEL},nowhere", "--judges=shapes"], "no folder or file nowhere"),
+        ([two, "--judges=jpeg_compressibility", "--features=clip=absent"], "no folder or file absent"),
+        ([two, "--judges=shapes"], "is not of the tiny world"),
+        ([two, "--judges=shapes", "--resolution=30"], "resolution=30 must be a multiple of"),
     ):
         assert message in evaluate(*common, *arguments, code=1)
-    assert not output.exists()
+        assert not output.exists()
+    (output / "images" / "again").mkdir(parents=True)
+    (output / "images" / "again" / "letter.txt").write_text("not an image")
+    said = evaluate(*common, two, "--judges=jpeg_compressibility", code=1)
+    assert "again contains files that dpo_jax did not write; choose an empty folder" in said
+    assert not (output / "images" / "model").exists()

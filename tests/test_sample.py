@@ -37,9 +37,10 @@ def test_draws_goes_on_and_refuses_other_settings(sample: Command, folder: Path,
     arguments += ["--steps=2", "--seeds=2", "--seed=4", "--batch_size=4"]
     first = sample(*arguments)
     assert first.returncode == 0, first.stderr
-    assert "6 images of 3 prompts, 32 pixels, 4 at a time: ddim (the model has DDIMScheduler), 2 steps" in first.stderr
-    assert "1 of 3 prompts are longer than the model reads" in first.stderr
-    assert first.stdout.startswith(f"6 images in {tmp_path / 'out'}; 6 in ")
+    scheduler = "sampler ddim (the model's scheduler is DDIMScheduler), 2 steps"
+    assert f"6 images (3 prompts) of 32 x 32 pixels in batches of 4: {scheduler}" in first.stderr
+    assert "1 of 3 prompts are longer than the model can read" in first.stderr
+    assert first.stdout.startswith(f"6 images in {tmp_path / 'out'}: 6 drawn in ")
     entries = read_list(tmp_path / "out")
     assert [(entry.prompt, entry.seed) for entry in entries[:2]] == [("a red circle", 4), ("a red circle", 5)]
     settings = json.loads((tmp_path / "out" / "sampling.json").read_text())
@@ -51,7 +52,8 @@ def test_draws_goes_on_and_refuses_other_settings(sample: Command, folder: Path,
     lost.unlink()
     second = sample(*arguments)
     assert second.returncode == 0, second.stderr
-    assert "5 of them before; 1 in " in second.stdout
+    assert ": 1 drawn in " in second.stdout
+    assert second.stdout.endswith(" s, 5 existed already\n")
     assert np.abs(read_image(lost).astype(int) - before).max() <= 1  # in a batch of another number
 
     third = sample(*arguments, "--sampler=euler", "--guidance=2")
@@ -62,14 +64,18 @@ def test_draws_goes_on_and_refuses_other_settings(sample: Command, folder: Path,
 
 def test_a_given_image_is_gone_on_from(sample: Command, tmp_path: Path) -> None:
     """The less strength, the nearer: the few last steps leave most of a black cross, whatever the prompt."""
-    (tmp_path / "circle.txt").write_text("a red circle at the top left\n")
     arguments = ["--model=dpo_jax/tiny/model", "--steps=10", "--guidance=2.5"]
     image = tmp_path / "cross.png"
     Image.fromarray(world.render("a black cross at the top left", np.random.default_rng(0))).save(image)
     distances = []
     for strength in (0.2, 1.0):
         output = tmp_path / f"{strength}"
-        given = [f"--prompts={tmp_path / 'circle.txt'}", f"--init_image={image}", f"--strength={strength}", "--seed=9"]
+        given = [
+            "--prompts=a red circle at the top left",
+            f"--init_image={image}",
+            f"--strength={strength}",
+            "--seed=9",
+        ]
         done = sample(*arguments, f"--output={output}", *given)
         assert done.returncode == 0, done.stderr
         drawn = read_image(output / read_list(output)[0].image)
@@ -94,7 +100,7 @@ def test_a_given_image_is_gone_on_from(sample: Command, tmp_path: Path) -> None:
         ),
         (["--model=M", "--prompts=absent.txt"], "no prompts at absent.txt"),
         (["--model=M", "--lora=absent.safetensors"], "absent.safetensors"),
-        (["--model=M", "--seed=4294967295", "--seeds=2"], "goes past the last seed"),
+        (["--model=M", "--seed=4294967295", "--seeds=2"], "goes past the largest seed"),
         (["--model=absent"], "no folder or file absent"),
     ],
 )

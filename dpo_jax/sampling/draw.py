@@ -1,7 +1,7 @@
-"""Draws a list of prompts into a folder: a PNG each, written whole, and only those that are not there yet.
+"""Draws a list of prompts into a folder: one PNG per prompt and seed, and only those that do not exist yet.
 
-The folder holds the images, `sampling.json` (what they were drawn by, written before them), `prompts.jsonl` (see
-`image_folder`) and `grid.png`, both written when all images are there.
+The folder contains the images, `sampling.json` (the settings they were drawn with, written first), `prompts.jsonl` (see
+`image_folder`) and `grid.png` (both written last). Every file is written whole.
 """
 
 import json
@@ -26,15 +26,15 @@ from dpo_jax.weights.layout import Params
 
 SETTINGS = "sampling.json"
 WRITERS = 4
-"""Threads that compress images: a second for each million pixels and processor, while the next ones are drawn."""
+"""Threads that compress images (about a second per million pixels and core) while the next ones are drawn."""
 GRID_ROWS, GRID_COLUMNS, GRID_PIXELS = 8, 4, 256
 
 OnProgress = Callable[[int, int], None]
-"""(images there are, of how many), after each batch."""
+"""Called with the number of images that exist and the total, after each batch."""
 
 
 def list_entries(prompts: Sequence[Prompt], first_seed: int, seeds: int) -> list[Entry]:
-    """The images to draw: of each prompt one for each seed, named by the prompt's number."""
+    """Return the images to draw: one per prompt and seed, named by the prompt's number and text and by the seed."""
     return [
         Entry(image_name(prompt.number, prompt.text, seed), prompt.text, seed, prompt.category)
         for prompt in prompts
@@ -42,10 +42,10 @@ def list_entries(prompts: Sequence[Prompt], first_seed: int, seeds: int) -> list
     ]
 
 
-def begin_folder(folder: epath.PathLike, settings: Mapping[str, Any]) -> None:
-    """Makes the folder for images drawn by these settings, or sees that it is one.
+def check_folder(folder: epath.PathLike, settings: Mapping[str, Any]) -> bool:
+    """Return whether the folder holds images drawn with these settings; False where it is empty or does not exist.
 
-    Raises FileExistsError where it holds something else, or images by other settings.
+    Raises ExistingFileError where it contains other files, or images drawn with other settings.
     """
     folder = epath.Path(folder)
     settings = json.loads(json.dumps(settings))
@@ -56,15 +56,24 @@ def begin_folder(folder: epath.PathLike, settings: Mapping[str, Any]) -> None:
         if differing:
             values = (f"{key}: {found.get(key)!r} there, {settings.get(key)!r} now" for key in differing)
             raise ExistingFileError(
-                f"the images in {folder} were drawn by other settings ({'; '.join(values)}); choose another --output, "
-                "or the former values to continue it"
+                f"the images in {folder} were drawn with other settings ({'; '.join(values)}); choose another "
+                "--output, or use the former settings to continue"
             )
-        return
+        return True
     if folder.exists() and not all(is_partial(path.name) or path.name == ".lock" for path in folder.iterdir()):
-        raise ExistingFileError(f"{folder} holds files that are no images of ours; choose an empty or new --output")
+        raise ExistingFileError(
+            f"{folder} contains files that dpo_jax did not write; choose an empty folder or a new one as --output"
+        )
+    return False
+
+
+def begin_folder(folder: epath.PathLike, settings: Mapping[str, Any]) -> None:
+    """Make the folder for images drawn with these settings, or check that it is one; raises as `check_folder`."""
+    if check_folder(folder, settings):
+        return
     cluster.wait("looked at the folder")
     if cluster.is_first():
-        write_whole(file, json.dumps(settings, indent=2) + "\n")
+        write_whole(epath.Path(folder) / SETTINGS, json.dumps(settings, indent=2) + "\n")
     cluster.wait("made the folder")
 
 
@@ -77,15 +86,15 @@ def draw(
     begin_from: Sequence[epath.Path] | None = None,
     on_progress: OnProgress = lambda done, total: None,
 ) -> int:
-    """Draws those of the entries whose files the folder lacks, then lists all of them; returns how many it drew.
+    """Draw the entries whose files are not in the folder, then list all of them; return how many were drawn.
 
     Args:
-        generator: how.
+        generator: draws the images.
         unet: weights of the UNet.
-        entries: what, and the names of the files.
-        folder: exists; all processes see it, and the first one writes.
-        begin_from: images to begin from, one an entry.
-        on_progress: is told how far it is.
+        entries: the images to draw, and the names of their files.
+        folder: exists, and is seen by all processes; the first process writes.
+        begin_from: images to start from, one per entry; without them drawing starts from noise.
+        on_progress: called after each batch.
     """
     folder = epath.Path(folder)
     there = {path.name for path in folder.iterdir()}
@@ -97,7 +106,7 @@ def draw(
     with ThreadPoolExecutor(WRITERS) as writers:
         writing: list[Any] = []
         for batch in generator.batches(unet, captions, seeds, images):
-            for written in writing:  # of the batch before: no more than two are held
+            for written in writing:  # the previous batch, so that memory holds no more than two
                 written.result()
             names = [entries[i].image for i in missing[done : done + len(batch)]]
             if cluster.is_first():
@@ -116,14 +125,18 @@ def draw(
 
 
 def find_images(path: epath.PathLike, numbers: Sequence[int]) -> list[epath.Path]:
-    """The images that the prompts of these numbers begin from: one for all, or in a folder those of their numbers.
+    """Return the images that drawing starts from, one for each prompt number.
 
-    The names of images in a folder begin with the number of their prompt's line, from 0: `00012.png`,
-    `00012-sketch.png`. Raises FileNotFoundError where there is none.
+    Args:
+        path: one image for all prompts, or a folder of images whose names begin with the number of their prompt's line,
+            counted from 0 (`00012.png`, `00012-sketch.png`).
+        numbers: of the prompts.
+
+    Raises MissingFileError where there is no image for a prompt.
     """
     path = epath.Path(path)
     if not path.exists():
-        raise MissingFileError(f"no image and no folder of images at {path}")
+        raise MissingFileError(f"there is no image and no folder of images at {path}")
     if not path.is_dir():
         return [path] * len(numbers)
     found: dict[int, epath.Path] = {}
@@ -133,12 +146,15 @@ def find_images(path: epath.PathLike, numbers: Sequence[int]) -> list[epath.Path
             found.setdefault(int(number[0]), file)
     absent = [number for number in numbers if number not in found]
     if absent:
-        raise MissingFileError(f"{path} has no image for prompt number {absent[0]}, such as {absent[0]:05d}.png")
+        raise MissingFileError(
+            f"{path} has no image for prompt number {absent[0]}; its name must begin with the number, as in "
+            f"{absent[0]:05d}.png"
+        )
     return [found[number] for number in numbers]
 
 
 class _Squares(Sequence[np.ndarray]):
-    """Images read when they are asked for, scaled and cut to squares."""
+    """A sequence of images that are read, scaled and cropped to squares when they are accessed."""
 
     def __init__(self, files: Sequence[epath.Path], resolution: int):
         self._files, self._resolution = files, resolution
@@ -152,7 +168,7 @@ class _Squares(Sequence[np.ndarray]):
 
 
 def _write_grid(folder: epath.Path, entries: Sequence[Entry]) -> None:
-    """Some prompts, some seeds of each."""
+    """Write a grid of the first seeds of the first prompts."""
     rows: dict[str, list[np.ndarray]] = {}
     for entry in entries:
         images = rows.setdefault(entry.prompt, [])

@@ -1,15 +1,17 @@
-"""Lists of prompts, as benchmarks publish them or as one writes them down."""
+"""Lists of prompts: those that benchmarks publish, those that come with dpo_jax, and the user's own."""
 
 import csv
+import difflib
 import io
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, NotRequired
 
 from etils import epath
 from typing_extensions import TypedDict
 
 from dpo_jax.errors import MissingFileError, UserError
-from dpo_jax.files import check_regular, read_json, read_json_lines, read_lines, read_text
+from dpo_jax.files import check_regular, is_text, read_json, read_json_lines, read_lines, read_text
 
 BUNDLED = {
     "bundled": "sampling/bundled_prompts.jsonl",
@@ -21,20 +23,24 @@ BUNDLED = {
     "tiny_train": "tiny/train.txt",
     "tiny_heldout": "tiny/heldout.txt",
 }
-"""Files of the lists that come with the package.
+"""The lists that come with the package, by name: files in the folder of dpo_jax.
 
-The 45 animals and the 3 activities that DDPO and D3PO train on (arXiv 2305.13301, 2311.13231): an animal is prompted
-for by its bare name, as in their code, and each is at each activity. The others are our own: 64 prompts to evaluate by;
-45 animals, and 24 of them at 8 activities; 40 hands at work; the captions of the tiny world.
+The lists ddpo_animals and ddpo_animal_activities are those that DDPO and D3PO train on (arXiv 2305.13301, 2311.13231):
+45 animals, each prompted for by its bare name as in their code, and each of them at 3 activities. The other lists were
+written for dpo_jax: 64 prompts for evaluation (bundled); 45 animals; 24 of them at 8 activities; 40 prompts of hands;
+the captions of the tiny world.
 """
+FORMS = "a file (.txt, .jsonl, .tsv, .csv, .json, .parquet) or a folder of them"
+"""What `read_prompts` reads, for --help."""
 
 
 class Prompt(NamedTuple):
     text: str
     category: str = ""
-    """Results are told for each; "" where a list has none."""
+    """Win rates are also reported per category; "" where a list has none."""
     number: int = 0
-    """Of its line in the file, from 0, blank lines counted; in tables and lists of its row. Images are named by it."""
+    """The number of its line in the file, counted from 0 and with blank lines, or of its row in a table. It is part of
+    the names of images."""
 
 
 class _Line(TypedDict):
@@ -42,45 +48,85 @@ class _Line(TypedDict):
     category: NotRequired[str | int | float | None]
 
 
+def given_prompts(values: Sequence[str], *, repeated: bool = False) -> list[Prompt]:
+    """Return the prompts of a --prompts flag, each of whose values is a source of `read_prompts` or a prompt itself.
+
+    A value is a prompt if nothing exists at that path and it looks neither like a path (it contains a slash, or ends
+    like a file name) nor like a misspelt list. Each of its lines is then a prompt. Numbers go on from value to value.
+
+    Raises MissingFileError for a value that looks like a path or a misspelt list, UserError as `read_prompts` does.
+    """
+    prompts: list[Prompt] = []
+    for value in values:
+        first = prompts[-1].number + 1 if prompts else 0
+        found = _written_out(value) if _is_prompt(value) else read_prompts(value, repeated=True)
+        prompts += [prompt._replace(number=first + prompt.number) for prompt in found]
+    return prompts if repeated else distinct(prompts)
+
+
+def _written_out(text: str) -> list[Prompt]:
+    if not is_text(text):
+        raise UserError(f"--prompts={text!r} is not valid UTF-8; set the terminal to UTF-8, or write it in a file")
+    prompts = [Prompt(line.strip(), "", number) for number, line in enumerate(text.splitlines()) if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts={text!r} is empty; give a prompt, {FORMS}, or one of {', '.join(BUNDLED)}")
+    return prompts
+
+
+def _is_prompt(value: str) -> bool:
+    """Whether the value of a flag is a prompt, not the name of a list, a file or a folder."""
+    is_file_name = epath.Path(value).suffix in _READERS or re.fullmatch(r"\S+\.[a-zA-Z]\w{0,7}", value)
+    if value in BUNDLED or "/" in value or is_file_name:
+        return False
+    try:
+        exists = bool(value.strip()) and epath.Path(value).exists()
+    except OSError:  # such as a name that is too long for a file
+        exists = False
+    return not exists and not difflib.get_close_matches(value, BUNDLED, cutoff=0.8)
+
+
 def read_prompts(source: epath.PathLike, *, repeated: bool = False) -> list[Prompt]:
-    """The prompts of a file or folder, in its order, each once.
+    """Return the prompts of a file or folder, in their order, each once.
 
     Args:
-        source: a name in `BUNDLED`, or a path; by its ending
-            .txt      one prompt a line;
-            .jsonl    lines of {"prompt": ..., "category": ...}, the category if there is one;
-            .tsv      PartiPrompts (columns Prompt and Category), without quoting;
-            .csv      the same columns, in quotes where they hold commas or line ends;
-            .json     a list of prompts, as HPSv2's benchmark has them; the file's name is the category;
+        source: a name in `BUNDLED`, or a path. The ending of the file's name decides how it is read:
+            .txt      one prompt per line;
+            .jsonl    lines of {"prompt": ..., "category": ...}; the category is optional;
+            .tsv      columns Prompt and Category (optional), without quoting, as PartiPrompts has them;
+            .csv      the same columns, with quotes around values that contain commas or line ends;
+            .json     a list of prompts, as HPSv2's benchmark has them; the file's name is their category;
             .parquet  the captions of Pick-a-Pic's schema;
-            a folder  all such files in it, whose lines are numbered on from file to file.
-        repeated: also the lines whose prompt an earlier line has, for who looks prompts up by their numbers.
+            a folder  all such files in it; the numbers of lines go on from file to file.
+        repeated: whether to keep lines that repeat the prompt of an earlier line, for callers that look prompts up by
+            their numbers.
 
-    Raises FileNotFoundError or ValueError where there is no prompt, with the reason.
+    Raises MissingFileError where nothing exists at the path, UserError where there is no prompt or it cannot be read.
     """
     bundled = BUNDLED.get(str(source))
     path = epath.Path(__file__).parents[1] / bundled if bundled else epath.Path(source)
     if not path.exists():
-        raise MissingFileError(f"no prompts at {path}; name a file (one prompt a line) or one of {', '.join(BUNDLED)}")
+        near = difflib.get_close_matches(str(source), BUNDLED, n=1, cutoff=0.8)
+        hint = f"did you mean {near[0]}?" if near else f"name {FORMS}, or one of the lists {', '.join(BUNDLED)}"
+        raise MissingFileError(f"there are no prompts at {path}; {hint}")
     files = sorted(file for file in path.iterdir() if file.suffix in _READERS) if path.is_dir() else [path]
     prompts: list[Prompt] = []
     first = 0
     for file in files:
         if file.suffix not in _READERS:
-            raise UserError(f"{file}: prompts are read from {', '.join(_READERS)}")
+            raise UserError(f"{file} does not end in {', '.join(_READERS)}, the forms in which prompts are read")
         last = -1
         for prompt in _READERS[file.suffix](file):
-            last, text = prompt.number, prompt.text.strip("\ufeff").strip()  # files joined by cat have marks within
+            last, text = prompt.number, prompt.text.strip("\ufeff").strip()  # joined files have marks inside
             if text:
                 prompts.append(Prompt(text, prompt.category, first + prompt.number))
         first += last + 1
     if not prompts:
-        raise UserError(f"{path} has no prompt; write one prompt a line")
+        raise UserError(f"{path} contains no prompt; write one prompt per line")
     return prompts if repeated else distinct(prompts)
 
 
 def distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
-    """The first of each text, with the number of its own line."""
+    """Return the first prompt of each text, with the number of its own line."""
     first: dict[str, Prompt] = {}
     for prompt in prompts:
         first.setdefault(prompt.text, prompt)
@@ -111,13 +157,13 @@ def _table(file: epath.Path, rows: "csv.DictReader[str]") -> Iterator[Prompt]:
         columns = {name.strip().lower(): name for name in rows.fieldnames or () if name}
         if "prompt" not in columns:
             found = " ".join(", ".join(columns.values()).split())
-            raise UserError(f"{file} has no column Prompt, as PartiPrompts has; it has {found[:200]}")
+            raise UserError(f"{file} has no column Prompt; its columns are {found[:200]}")
         for index, row in enumerate(rows):
             category = row.get(columns.get("category", "")) or ""
             number = rows.line_num - 2 if rows.reader.dialect.quoting == csv.QUOTE_NONE else index
             yield Prompt(row[columns["prompt"]] or "", category, number)
     except csv.Error as error:
-        raise UserError(f"{file}, line {rows.line_num + 1} can't be read as a table: {error}") from None
+        raise UserError(f"{file}, line {rows.line_num + 1} cannot be read as a table: {error}") from None
 
 
 def _json_list(file: epath.Path) -> Iterator[Prompt]:
@@ -136,7 +182,7 @@ def _parquet(file: epath.Path) -> Iterator[Prompt]:
         names = table.schema_arrow.names
         column = next((name for name in ("caption", "prompt") if name in names), None)
         if column is None:
-            raise UserError(f"{file} has no column caption, as Pick-a-Pic has; it has {', '.join(names)}")
+            raise UserError(f"{file} has no column caption or prompt; its columns are {', '.join(names)}")
         number = 0
         for batch in table.iter_batches(columns=[column]):
             for text in batch.column(0).cast(pa.string()).to_pylist():

@@ -1,5 +1,7 @@
 """The report is one file with everything in it, and a browser shows it."""
 
+import base64
+import html
 import re
 import shutil
 
@@ -7,12 +9,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dpo_jax.evaluation import plots
 from dpo_jax.evaluation.compare import compare, match
 from dpo_jax.evaluation.html_report import write_report
+from dpo_jax.evaluation.winrate import verdict, win_rate_in
 from dpo_jax.sampling.image_folder import Entry, write_list
 from dpo_jax.sampling.prompts import Prompt
 
 MODELS = ("base", "half", "<tuned>")
+METRICS = [
+    {"step": 10.0 * i, "train/loss": 0.7, "validation/pair_accuracy": 0.6}
+    | {"error/winner": 0.5 + i, "error/loser": 0.6 + i, "error/reference_winner": 0.5, "error/reference_loser": 0.6}
+    for i in range(5)
+]
 CHROMIUM = shutil.which("chromium")
 
 
@@ -34,9 +43,11 @@ def report(tmp_path):
         for judge, gain in (("good", 0.5), ("bad", -0.5))
     }
     result = compare(contest, scores, {name: rng.normal(size=(12, 3)) for name in MODELS}) | {"features": "thumbnails"}
-    rows = [{"step": 10.0 * i, "train/loss": 0.7 - i / 100} for i in range(5)]
+    result |= {"date": "2031-05-07", "version": "9.8.7", "sources": {name: f"models/{name}" for name in MODELS}}
+    result |= {"pair_accuracies": {"half": {"accuracy": 0.614, "step": 40.0}, "run": {"accuracy": 0.715, "step": 40.0}}}
+    settings = {"steps": 20, "guidance": 0.0, "negative_prompt": "", "models": {"base": "sdxl-0123"}}
     path = tmp_path / "report.html"
-    write_report(path, result, contest, scores, {"steps": 20, "negative_prompt": ""}, {"run": rows})
+    write_report(path, result, contest, scores, settings, {"half": METRICS, "run": METRICS})
     return path, scores, result
 
 
@@ -48,19 +59,70 @@ def test_all_is_in_one_file(report):
     assert "prompt 3 &lt;b&gt;" in text
     for row in result["judges"]["bad"]["win_rates"]:
         assert f"{row['rate']:.1%}" in text
-    assert "steps: 20" in text
-    assert "negative_prompt" not in text  # there is none
-    assert text.count("training curve") == 1
+    assert "steps: 20; guidance: 0.0</p>" in text
     assert [file.name for file in path.parent.iterdir() if "partial" in file.name] == []
 
 
-def test_the_best_and_the_worst_cases_are_these(report):
+def test_it_opens_with_verdicts_models_date_and_version(report):
+    path, _, result = report
+    text = html.unescape(path.read_text())
+    rows = [(judge, row) for judge in result["judges"] for row in result["judges"][judge]["win_rates"]]
+    verdicts = [verdict(row["of"], row["over"], win_rate_in(row), judge) for judge, row in rows]
+    assert f"<h1>{verdicts[0]}</h1>" in text
+    assert "<ul>" + "".join(f"<li>{sentence}</li>" for sentence in verdicts[1:]) + "</ul>" in text
+    assert "Models, compared on 2031-05-07 with dpo_jax 9.8.7" in text
+    assert "base</th><td>models/base</td><td>sdxl-0123</td>" in text
+
+
+def test_a_model_has_one_colour_and_runs_that_are_no_models_have_others(report):
+    text = report[0].read_text()
+    found = {}
+    for colour, name in re.findall(
+        r'<span class="swatch" style="background: (#\w+)" aria-hidden="true"></span>([^ <:]+)', text
+    ):
+        found.setdefault(html.unescape(name), set()).add(colour)
+    assert found == {name: {colour} for name, colour in plots.colours([*MODELS, "run"]).items()}
+    assert len(set(map(tuple, found.values()))) == 4
+    svg = [base64.b64decode(data).decode() for data in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", text)]
+    assert len(svg) == 2 * 2 + 3  # win rates and scores by two judges; loss, accuracy and error
+    shown = [set(re.findall(r"stroke: (#[0-9a-f]{6})", picture)) & set(plots.COLOURS) for picture in svg]
+    colour = plots.colours([*MODELS, "run"])
+    assert shown[1] == {colour[name] for name in MODELS}
+    assert all(picture == {colour["half"], colour["run"]} for picture in shown[4:])
+
+
+def test_curves_are_told_in_words_and_errors_are_relative_to_the_reference():
+    told = {plot.text for plot in plots.curves({"a": METRICS}, {"a": "#4477aa"})}
+    assert "Training curves: error on training pairs by step. a, winner: 4 at step 40; a, loser: 4 at step 40." in told
+    assert "Training curves: accuracy on held-out pairs by step. a: 0.6 at step 40." in told
+    absolute = [{"step": 1.0, "error/winner": 0.25}]
+    assert [plot.text for plot in plots.curves({"sft": absolute}, {"sft": "#4477aa"})] == [
+        "Training curves: error on training pairs by step. sft, winner: 0.25 at step 1."
+    ]
+
+
+def test_every_image_has_a_text_and_every_heading_of_a_table_a_scope(report):
+    text = report[0].read_text()
+    assert all(re.search(r' alt="[^"]{10,}"', image) for image in re.findall("<img[^>]*>", text))
+    assert all(' scope="' in heading for heading in re.findall(r"<th[ >][^>]*>?", text))
+    assert {"61.4%", "71.5%"} <= set(re.findall(r"[\d.]+%", text))
+
+
+def test_each_pair_of_models_has_its_best_worst_and_most_contested_prompts(report):
     path, scores, _ = report
+    parts = html.unescape(path.read_text()).split("<summary>")[1:]
+    titles = [part.split("</summary>")[0] for part in parts]
+    pairs = [("half", "base"), ("<tuned>", "base"), ("<tuned>", "half")]
+    assert titles == [f"Prompts: {of} and {over}, by {judge}" for judge in ("good", "bad") for of, over in pairs]
     lead = scores["good"]["<tuned>"] - scores["good"]["base"]
-    sections = re.split(r"<h[23]>", path.read_text())
-    ahead = next(part for part in sections if part.startswith("&lt;tuned&gt; furthest ahead of base"))
-    shown = [int(number) for number in re.findall(r"<p>prompt (\d+)", ahead)]
-    assert shown == [i for i in np.argsort(-lead) if lead[i] > 0][:6]
+    sections = dict(re.findall(r"<h3>(.*?)</h3>(.*?)(?=<h3>|</details>)", parts[1], re.DOTALL))
+    shown = {title: [int(n) for n in re.findall(r"<p>prompt (\d+)", part)] for title, part in sections.items()}
+    assert shown == {
+        "Best for <tuned>": [i for i in np.argsort(-lead) if lead[i] > 0][:6],
+        "Worst for <tuned>": [i for i in np.argsort(lead) if lead[i] < 0][:6],
+        "Most contested": np.argsort(abs(lead))[:6].tolist(),
+    }
+    assert re.findall('alt="Image by ([^:]+):', parts[1])[:2] == ["base", "<tuned>"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium and chromium-driver")

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from dpo_jax.sampling.prompts import BUNDLED, Prompt, distinct, read_prompts
+from dpo_jax.sampling.prompts import BUNDLED, Prompt, distinct, given_prompts, read_prompts
 from dpo_jax.tiny import world
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +96,7 @@ def test_every_list_is_among_the_files_that_are_installed():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"\n \n", "has no prompt"),
+        ("a.txt", b"\n \n", "contains no prompt"),
         ("a.txt", b"a\nb\ncaf\xe9\n", r"a.txt, line 3 is not valid UTF-8 \(byte 0xe9\)"),
         ("a.txt", b"\x89PNG\r\n\x1a\n\0\0", "a.txt is a PNG image"),
         ("a.txt", "a\nb".encode("utf-16-le"), "a.txt, line 1 has a null byte: it is damaged, or UTF-16 without"),
@@ -107,9 +107,9 @@ def test_every_list_is_among_the_files_that_are_installed():
         ("a.json", b'{"a": 1}', "should be a valid list"),
         ("a.json", b'["a", 1]', "1: input should be a valid string, not 1"),
         ("a.tsv", b"text\tCategory\nx\ty\n", "no column Prompt"),
-        ("a.csv", b'prompt\n"' + b"x" * 200_000 + b'"\n', "a.csv, line 2 can't be read as a table"),
+        ("a.csv", b'prompt\n"' + b"x" * 200_000 + b'"\n', "a.csv, line 2 cannot be read as a table"),
         ("a.parquet", b"PAR1 but not really", "not a readable parquet file"),
-        ("a.yaml", b"x", "prompts are read from"),
+        ("a.yaml", b"x", "does not end in .txt, "),
     ],
 )
 def test_what_is_no_list_is_refused_in_a_sentence(tmp_path, name, content, message):
@@ -119,8 +119,29 @@ def test_what_is_no_list_is_refused_in_a_sentence(tmp_path, name, content, messa
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no prompts at .* or one of bundled, ddpo_animals, "):
+    with pytest.raises(FileNotFoundError, match=r"no prompts at .* or one of the lists bundled, ddpo_animals, "):
         read_prompts(tmp_path / "a.txt")
+
+
+def test_a_flag_gives_prompts_themselves_or_files_of_them(tmp_path):
+    (tmp_path / "a.txt").write_text("a dog\n\na cat\n")
+    values = ["a cat", str(tmp_path / "a.txt"), "a photo, f1.8", "x" * 5000 + "\n\n a cow. "]
+    expected = ["a cat", "a dog", "a photo, f1.8", "x" * 5000, "a cow."]
+    assert [prompt.text for prompt in given_prompts(values)] == expected
+    assert [prompt.number for prompt in given_prompts(values[:2], repeated=True)] == [0, 1, 3]
+    assert given_prompts(["hands"]) == read_prompts("hands")
+
+
+@pytest.mark.parametrize("value", ["absent.txt", "a cat/dog", "prompts.yaml", "~/absent", "animlas"])
+def test_what_looks_like_a_path_or_a_list_is_not_a_prompt(value):
+    with pytest.raises(FileNotFoundError, match=f"there are no prompts at {value}; (name a file|did you mean animals)"):
+        given_prompts([value])
+
+
+@pytest.mark.parametrize(("value", "message"), [("", "is empty"), (" \n", "is empty"), ("a \udce4", "not valid UTF-8")])
+def test_a_prompt_without_text_is_refused(value, message):
+    with pytest.raises(ValueError, match=message):
+        given_prompts([value])
 
 
 LINES = ["a red square", "a blue é square", "", "a red square", "two\u2028lines\x0c in one"]

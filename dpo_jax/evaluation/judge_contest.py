@@ -1,4 +1,4 @@
-"""Shows the images of a contest to judges, and keeps what they said."""
+"""Has judges score the images of a contest, and keeps the scores in files."""
 
 import hashlib
 import json
@@ -18,11 +18,11 @@ from dpo_jax.files import read_bytes, read_json, write_whole
 from dpo_jax.rewards import Images, Settings, open_judge
 
 CHUNK = 64
-"""Images in memory at a time."""
+"""Images that are in memory at a time."""
 READERS = 8
-"""Threads that read them."""
+"""Threads that read images."""
 OnProgress = Callable[[str, int, int], None]
-"""(what is done, images done, of how many)."""
+"""Called with what is being done, the number of images done, and the total."""
 
 
 class _Kept(TypedDict):
@@ -30,13 +30,31 @@ class _Kept(TypedDict):
     checksum: str
 
 
-def judge_all(
+def check_judges(specs: Sequence[str], features: str, settings: Settings, image_HWC: np.ndarray, caption: str) -> None:
+    """Open all judges and the features, and try each of them on one image, so that later none of them is missing.
+
+    Raises UserError for what cannot be opened, or cannot judge such images or captions.
+    """
+    for spec in specs:
+        judge = open_judge(spec, dtype=settings.dtype, batch_size=settings.batch_size)
+        judge.score([image_HWC], [caption])
+    open_features(features, settings)([image_HWC])
+
+
+def judge_contest(
     specs: Sequence[str], settings: Settings, contest: Contest, folder: epath.Path, on_progress: OnProgress
 ) -> dict[str, dict[str, np.ndarray]]:
-    """scores_N by judge and model, of judges as `rewards.open_judge` names them; two of a name are told apart.
+    """Return scores_N by judge and by model. Where two judges have one name, the second has its whole spec for a name.
 
-    Each judge's scores of a model are written to `folder` when it has seen all images; where they are there, whole and
-    of the same images, they are read.
+    A judge's scores of a model are written to `folder` once it has seen all images. Scores of the same images that are
+    already there are read instead.
+
+    Args:
+        specs: the judges, as `rewards.open_judge` takes them.
+        settings: how they compute.
+        contest: the images.
+        folder: for the files of scores, `JUDGE/MODEL.json`.
+        on_progress: called after each chunk of images.
     """
     scores: dict[str, dict[str, np.ndarray]] = {}
     contents = {model: _contents(files) for model, files in contest.images.items()}
@@ -64,7 +82,7 @@ def judge_all(
 
 
 def _read(kept: epath.Path, digest: str) -> list[float] | None:
-    """The scores of a file; None where it is not there, damaged, or of other images: then they are judged again."""
+    """Return the scores of a file, or None if it does not exist, is damaged, or is about other images."""
     if not kept.exists():
         return None
     try:
@@ -74,24 +92,29 @@ def _read(kept: epath.Path, digest: str) -> list[float] | None:
     return found["scores"] if found["checksum"] == _digest([digest, found["scores"]]) else None
 
 
-def features_of(spec: str, settings: Settings, contest: Contest, on_progress: OnProgress) -> dict[str, np.ndarray]:
-    """features_ND by model: of `thumbnails`, or of a CLIP, `clip=` and what it is opened from."""
-    describe: Callable[[Images], np.ndarray] = thumbnails
-    if spec != "thumbnails":
-        from dpo_jax.rewards.clip_judges import open_image_features
+def open_features(spec: str, settings: Settings) -> Callable[[Images], np.ndarray]:
+    """Return a function from images to features_ND, for `thumbnails` or for `clip=` and what a CLIP is opened from."""
+    if spec == "thumbnails":
+        return thumbnails
+    from dpo_jax.rewards.clip_judges import open_image_features
 
-        name, _, source = spec.partition("=")
-        if name != "clip":
-            raise UserError(f"--features={spec}: take thumbnails, or clip=FOLDER_OR_ID")
-        describe = open_image_features(source, settings)
+    name, _, source = spec.partition("=")
+    if name != "clip":
+        raise UserError(f"--features={spec} must be thumbnails or clip=FOLDER_OR_ID")
+    return open_image_features(source, settings)
+
+
+def features_of(spec: str, settings: Settings, contest: Contest, on_progress: OnProgress) -> dict[str, np.ndarray]:
+    """Return features_ND of each model's images; see `open_features`."""
+    describe = open_features(spec, settings)
     return {
-        model: np.concatenate([describe(images) for _, images in _chunks(files, f"looking at {model}", on_progress)])
+        model: np.concatenate([describe(images) for _, images in _chunks(files, f"features of {model}", on_progress)])
         for model, files in contest.images.items()
     }
 
 
 def _chunks(files: Sequence[epath.Path], doing: str, on_progress: OnProgress) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """(number of the first, images) of some images at a time."""
+    """Yield chunks of images, each with the number of its first image."""
     with ThreadPoolExecutor(READERS) as readers:
         for start in range(0, len(files), CHUNK):
             yield start, list(readers.map(read_image, files[start : start + CHUNK]))
@@ -99,7 +122,7 @@ def _chunks(files: Sequence[epath.Path], doing: str, on_progress: OnProgress) ->
 
 
 def _contents(files: Sequence[epath.Path]) -> list[tuple[str, str]]:
-    """The name of each file and the digest of what is in it."""
+    """Return the name of each file and the SHA-256 of its contents."""
     with ThreadPoolExecutor(READERS) as readers:
         digests = list(readers.map(lambda file: hashlib.sha256(read_bytes(file, MAX_BYTES)).hexdigest(), files))
     return [(str(file), digest) for file, digest in zip(files, digests, strict=True)]

@@ -1,12 +1,15 @@
 """Judges' scores are kept, and are of the images that are there."""
 
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from dpo_jax.evaluation import judge
+from dpo_jax.errors import UserError
+from dpo_jax.evaluation import judge_contest
 from dpo_jax.evaluation.compare import match
-from dpo_jax.evaluation.judge import features_of, judge_all
+from dpo_jax.evaluation.judge_contest import check_judges, features_of
 from dpo_jax.rewards import Judge, Settings
 from dpo_jax.sampling.image_folder import Entry, write_list
 
@@ -33,13 +36,13 @@ def asked(monkeypatch):
         asked.extend(captions)
         return np.array([image.mean() for image in images], np.float32)
 
-    monkeypatch.setattr(judge, "open_judge", lambda spec, **settings: Judge(spec.partition("=")[0], score))
-    monkeypatch.setattr(judge, "CHUNK", 4)
+    monkeypatch.setattr(judge_contest, "open_judge", lambda spec, **settings: Judge(spec.partition("=")[0], score))
+    monkeypatch.setattr(judge_contest, "CHUNK", 4)
     return asked
 
 
 def run(contest, folder, specs=("brightness",)):
-    return judge_all(specs, Settings(), contest, folder, lambda *progress: None)
+    return judge_contest.judge_contest(specs, Settings(), contest, folder, lambda *progress: None)
 
 
 def test_scores_are_in_the_order_of_the_images(contest, asked, tmp_path):
@@ -96,5 +99,21 @@ def test_two_judges_of_one_kind_are_told_apart(contest, asked, tmp_path):
 def test_features(contest):
     found = features_of("thumbnails", Settings(), contest, lambda *progress: None)
     np.testing.assert_allclose(found["second"], np.repeat((10 + np.arange(10))[:, None] / 255, 192, axis=1))
-    with pytest.raises(ValueError, match="take thumbnails, or clip="):
+    with pytest.raises(ValueError, match="must be thumbnails or clip="):
         features_of("dino=x", Settings(), contest, lambda *progress: None)
+
+
+def test_judges_are_tried_on_one_image_beforehand(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "my_broken_judge.py").write_text("def score(images, captions): return [1] * len(no_such)")
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    check_judges(["jpeg_compressibility"], "thumbnails", Settings(), grey, "a cat")
+    for spec, features, message in (
+        ("shapes", "thumbnails", "the shapes judge reads uint8 images"),
+        ("python=my_broken_judge:score", "thumbnails", "my_broken_judge:score raises NameError"),
+        ("command=./no_such_judge", "thumbnails", "no_such_judge can't be run"),
+        ("jpeg_compressibility", "clip=nowhere", "no folder or file nowhere"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_judges(["jpeg_compressibility", spec], features, Settings(), grey, "a cat")
