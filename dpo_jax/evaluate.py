@@ -205,10 +205,8 @@ def is_run(source: str) -> bool:
 def check_prompts(prompts: "list[Prompt]") -> None:
     """Refuse fewer prompts than an interval over prompts needs, before anything is drawn."""
     if len(prompts) < 2:
-        raise UserError(
-            f"--prompts gives only one prompt ({prompts[0].text!r}), and confidence intervals need several; give two or "
-            "more"
-        )
+        only = repr(prompts[0].text)
+        raise UserError(f"--prompts gives only one prompt ({only}), too few for confidence intervals; give two or more")
 
 
 def draw_all(
@@ -267,7 +265,7 @@ def sampling_for(model: "LoadedModel") -> "tuple[Sampling, int]":
 
 
 def load_model(source: str, dtype: str, step: int | None = None) -> "LoadedModel":
-    """Return the loaded model of a folder, hub id or file, or that of a training run at a step, by default the latest."""
+    """Return the loaded model of a folder, hub id or file, or of a training run at a step (by default the latest)."""
     from dpo_jax.sampling.loaded_model import open_model
     from dpo_jax.training.run import open_run
 
