@@ -1,14 +1,20 @@
-"""Turns preference data into the data set that training reads: verified, images stored once, split by prompt.
+"""Turn preference data into the data set that training reads: verified, each image stored once, split by prompt.
 
-  python -m dpo_jax.prepare --source=pickapic --input='data/*.parquet' --output=data/pickapic
+  python -m dpo_jax.prepare --input='data/*.parquet' --output=data/pickapic
+  python -m dpo_jax.prepare --input=pairs.jsonl --output=data/mine
+  python -m dpo_jax.prepare --source=hub:data-is-better-together/open-image-preferences-v1-binarized --output=data/oip
 
-With --encode it goes on to run the VAE and the text encoders of a config once over the data set, new or prepared
-before, and stores what they make of it. Training with the same config then has neither in memory, and reads no image:
+--output then also holds contact_sheet.png, to see at a glance whether winners and losers are the right way round, and
+heldout_prompts.jsonl, the prompts of the validation split, for sample --prompts and evaluate --prompts.
+
+With --encode the command also runs the VAE and the text encoders of a config once over the data set, which may have
+been prepared before, and stores their outputs. Training with the same config then keeps neither in memory, and decodes
+no image:
 
   python -m dpo_jax.prepare --output=data/pickapic --encode --config=configs/sdxl.py --config.data.encoded_views=2
 
-Run the same command again to continue where a run stopped. To read all that was prepared and encoded, and compare it
-with its checksums:
+Run the same command again to continue after an interruption. To read everything that was prepared and encoded, and
+compare it with its checksums:
 
   python -m dpo_jax.prepare --verify --output=data/pickapic
 """
@@ -21,39 +27,57 @@ import pydantic
 from absl import flags
 
 from dpo_jax import cli
-from dpo_jax.data.sources import SOURCES, missing
+from dpo_jax.data.sources import SOURCES, hub, missing
+from dpo_jax.data.sources.detect import detect_source
 from dpo_jax.errors import ExistingFileError, UserError
 from dpo_jax.files import read_json
 
-SOURCE = flags.DEFINE_enum(
+SOURCE = flags.DEFINE_string(
     "source",
-    "pickapic",
-    list(SOURCES),
-    "What the input is.\n" + "\n".join(f"{name}: {source.help}" for name, source in SOURCES.items()),
+    None,
+    "Layout of the input. Default: the one that fits the files and their columns.\n"
+    "hub:OWNER/NAME: a data set on the Hugging Face hub, in place of --input.\n"
+    + "\n".join(f"{name}: {source.help}" for name, source in SOURCES.items()),
 )
-INPUT = flags.DEFINE_list("input", None, "Files or folders to read; comma-separated, wildcards allowed.")
+INPUT = flags.DEFINE_list(
+    "input",
+    None,
+    "Files or folders to read; comma-separated, wildcards allowed. hub:OWNER/NAME[@REVISION][/PATTERN] fetches the "
+    "parquet and tar files of a data set on the hub (by default those of the train split).",
+)
 OUTPUT = flags.DEFINE_string(
-    "output", None, "Folder to write: a new or empty one; with --encode also one that was prepared.", required=True
+    "output", None, "Folder to write: new or empty; with --encode or --verify a prepared one.", required=True
 )
 WORKERS = flags.DEFINE_integer(
-    "workers", None, "Processes (to encode: threads) that read; one a core if not given, 0 for none.", 0, 2**10
+    "workers",
+    None,
+    "Processes that read (with --encode: threads). Default: one per core; 0 reads in this process.",
+    0,
+    2**10,
 )
 VALIDATION_FRACTION = flags.DEFINE_float(
-    "validation_fraction", 0.05, "Share of the prompts to hold out for validation.", lower_bound=0, upper_bound=1
+    "validation_fraction", 0.05, "Fraction of the prompts to hold out for validation.", lower_bound=0, upper_bound=1
 )
 MAX_DAMAGED_FRACTION = flags.DEFINE_float(
-    "max_damaged_fraction", 0.01, "Share of the records that may be damaged.", lower_bound=0, upper_bound=1
+    "max_damaged_fraction",
+    0.01,
+    "Fraction of the records that may be damaged; more stop the command.",
+    lower_bound=0,
+    upper_bound=1,
 )
 ENCODE = flags.DEFINE_bool(
-    "encode", False, "Store latents and embeddings by the models of --config (whose data.path is --output)."
+    "encode", False, "Store the latents and embeddings that the models of --config make of the data set in --output."
 )
-VERIFY = flags.DEFINE_bool("verify", False, "Compare all of --output with its checksums, and do nothing else.")
+VERIFY = flags.DEFINE_bool("verify", False, "Only compare everything in --output with its checksums.")
 CONFIG = cli.define_config("With --encode: config of the training to encode for:")
 
 
 def main() -> None:
     if ENCODE.value != (CONFIG.value is not None):
-        raise UserError("--encode and --config go together: the config says by which models and at which resolution")
+        raise UserError(
+            "--encode and --config go together: the config states the models and the resolution to encode with. Give "
+            "both, or neither."
+        )
     output = Path(OUTPUT.value)
     if VERIFY.value:
         compare(output)
@@ -65,25 +89,19 @@ def main() -> None:
 
     cluster.join()
     with cluster.together("to prepare the data set"):
-        if INPUT.value is not None and cluster.is_first():
+        if (INPUT.value is not None or SOURCE.value is not None) and cluster.is_first():
             build(output)
     encode(output)
 
 
 def build(output: Path) -> None:
-    from dpo_jax.data.prepare import builder
+    from dpo_jax.data.prepare import builder, review
     from dpo_jax.progress import ProgressBar
 
-    if INPUT.value is None:
-        raise UserError("--input is missing; name the files or folders to read")
-    files = []
-    for pattern in INPUT.value:
-        # Brackets may be part of a name.
-        matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
-        if not matches:
-            raise missing(pattern)
-        files += [Path(match) for match in matches]
-    if ENCODE.value and is_prepared(output, files):
+    files, source = find_input()
+    if (records := already_prepared(output, files, source)) is not None:
+        if not ENCODE.value:
+            print(f"already prepared: {output} ({records} records)")
         return
     with ProgressBar("parts") as bar:
         is_first = True
@@ -96,7 +114,7 @@ def build(output: Path) -> None:
             bar.show(progress.step, progress.done, progress.total, records=progress.records)
 
         summary = builder.prepare(
-            SOURCES[SOURCE.value],
+            SOURCES[source],
             files,
             output,
             workers=WORKERS.value,
@@ -104,7 +122,40 @@ def build(output: Path) -> None:
             max_damaged_fraction=MAX_DAMAGED_FRACTION.value,
             on_progress=show,
         )
-    print(f"{summary}\nwritten to {output}")
+    print(f"{summary}\nlook at      {output / review.CONTACT_SHEET} (is the winner the better image?)")
+    if "validation" in summary.prompts:
+        print(f"held out     {output / review.HELDOUT_PROMPTS} (for sample --prompts)")
+    print(f"written to   {output}")
+
+
+def find_input() -> tuple[list[Path], str]:
+    """The files to read, and the name of the source that reads them."""
+    source, patterns = SOURCE.value, INPUT.value
+    if source is not None and source.startswith(hub.PREFIX):
+        if patterns is not None:
+            raise UserError(
+                f"--source={source} names the input already; leave --input out, or give the layout as --source and "
+                f"--input={source}"
+            )
+        patterns, source = [source], None
+    if patterns is None:
+        raise UserError("--input is missing; name the files or folders to read")
+    files = []
+    for pattern in patterns:
+        if pattern.startswith(hub.PREFIX):
+            files += hub.fetch(pattern)
+            continue
+        # Brackets may be part of a name.
+        matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+        if not matches:
+            raise missing(pattern)
+        files += [Path(match) for match in matches]
+    return files, source or detect_source(files)
+
+
+@flags.validator("source", "the layouts are " + ", ".join(SOURCES) + ", or hub:OWNER/NAME")
+def is_source(source: str | None) -> bool:
+    return source is None or source in SOURCES or source.startswith(hub.PREFIX)
 
 
 class Inputs(pydantic.BaseModel):
@@ -113,28 +164,41 @@ class Inputs(pydantic.BaseModel):
     files: list[str]
     source: str
     validation_fraction: float
+    records: int = 0
 
 
-def is_prepared(output: Path, files: list[Path]) -> bool:
-    """Whether an earlier run has prepared just this. Raises FileExistsError if it was something else."""
-    if not (output / "summary.json").is_file():
-        return False
-    summary: Inputs = read_json(output / "summary.json", Inputs)
-    given = [str(file) for file in files], SOURCES[SOURCE.value].help, VALIDATION_FRACTION.value
+def already_prepared(output: Path, files: list[Path], source: str) -> int | None:
+    """The number of records where an earlier run has prepared just this, and None where nothing was prepared.
+
+    Raises FileExistsError where something else was.
+    """
+    summary_file = output / "summary.json"
+    if not summary_file.is_file():
+        return None
+    summary: Inputs = read_json(summary_file, Inputs)
+    given = [str(file) for file in files], SOURCES[source].help, VALIDATION_FRACTION.value
     if (summary.files, summary.source, summary.validation_fraction) != given:
         raise ExistingFileError(
-            f"{output} was prepared before, from other --input, or with another --source or --validation_fraction; "
-            "leave --input out to encode what is there"
+            f"{output} was prepared before, from another --input, --source or --validation_fraction; name another "
+            "--output or remove it, or leave --input out to encode the data set that is there"
         )
-    return True
+    written = summary_file.stat().st_mtime
+    read = [each for file in files for each in (file, *(file.rglob("*") if file.is_dir() else ()))]
+    changed = [file for file in read if max(file.stat().st_mtime, file.stat().st_ctime) > written]
+    if changed:
+        raise ExistingFileError(
+            f"{output} was prepared before {changed[0]} last changed; name another --output or remove it to prepare it "
+            "again, or leave --input out to encode the data set that is there"
+        )
+    return summary.records
 
 
 def compare(output: Path) -> None:
     from dpo_jax.data.prepare.verify import verify
     from dpo_jax.progress import ProgressBar
 
-    if ENCODE.value or INPUT.value is not None:
-        raise UserError("--verify reads what is in --output; give neither --input nor --encode with it")
+    if ENCODE.value or INPUT.value is not None or SOURCE.value is not None:
+        raise UserError("--verify reads what is in --output; leave --input, --source and --encode out")
     with ProgressBar("bytes") as bar:
         verified = verify(output, functools.partial(bar.show, "verifying"))
     print(verified)

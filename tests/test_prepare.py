@@ -4,10 +4,12 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from dpo_jax.data.sources import SOURCES
 
@@ -20,7 +22,7 @@ def prepare(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "dpo_jax.prepare", *arguments], capture_output=True, text=True)
 
 
-def test_the_bundled_pairs(tmp_path: Path) -> None:
+def test_the_bundled_pairs(tmp_path: Path, command: Command) -> None:
     arguments = "--source=pickapic", f"--input={PAIRS}", "--validation_fraction=0.1", f"--output={tmp_path}/out"
     done = prepare(*arguments)
     assert done.returncode == 0, done.stderr
@@ -28,12 +30,42 @@ def test_the_bundled_pairs(tmp_path: Path) -> None:
     rows = pq.ParquetFile(PAIRS).metadata.num_rows
     assert (summary["records"], summary["pairs"], summary["quarantined"]) == (rows, rows, 0)
     assert done.stdout.splitlines()[0] == f"rows read    {rows}"
-    assert done.stdout.splitlines()[-1] == f"written to {tmp_path}/out"
+    assert done.stdout.splitlines()[-3:] == [
+        f"look at      {tmp_path}/out/contact_sheet.png (is the winner the better image?)",
+        f"held out     {tmp_path}/out/heldout_prompts.jsonl (for sample --prompts)",
+        f"written to   {tmp_path}/out",
+    ]
+    prompts = (tmp_path / "out" / "heldout_prompts.jsonl").read_text().splitlines()
+    assert len(prompts) == summary["prompts"]["validation"]
     assert (tmp_path / "out" / "quarantine.jsonl").read_text() == ""
-    again = prepare(*arguments)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    again = command("prepare", *arguments)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout == f"already prepared: {tmp_path}/out ({rows} records)\n"
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    for other in ("--validation_fraction=0.2", "--source=open_image_preferences", f"--input={PAIRS},{PAIRS}"):
+        again = command("prepare", *arguments, other)
+        assert again.returncode == 1
+        assert again.stderr.startswith(f"error: {tmp_path}/out was prepared before, from another --input, --source or")
+        assert len(again.stderr.splitlines()) == 1
+
+
+def test_input_that_changed_is_not_taken_for_prepared(tmp_path: Path, command: Command) -> None:
+    """The preferred image becomes the other one, and the file keeps its length."""
+    for name in ("0.png", "1.png"):
+        Image.new("RGB", (8, 8), "red" if name == "0.png" else "blue").save(tmp_path / name)
+    row = '{"prompt": "a", "images": ["0.png", "1.png"], "preferred": 0}'
+    (tmp_path / "pairs.jsonl").write_text(row)
+    arguments = f"--input={tmp_path}/pairs.jsonl", f"--output={tmp_path}/out", "--workers=0"
+    assert command("prepare", *arguments).returncode == 0
+    assert command("prepare", *arguments).returncode == 0
+    time.sleep(0.05)  # the clock of file systems is coarse
+    (tmp_path / "pairs.jsonl").write_text(row.replace(": 0", ": 1"))
+    again = command("prepare", *arguments)
     assert again.returncode == 1
-    assert again.stderr.startswith(f"error: {tmp_path}/out already exists")
-    assert len(again.stderr.splitlines()) == 1
+    assert again.stderr.startswith(
+        f"error: {tmp_path}/out was prepared before {tmp_path}/pairs.jsonl last changed; name"
+    )
 
 
 def test_says_that_it_continues(tmp_path: Path) -> None:
@@ -96,7 +128,7 @@ def test_help_lists_the_sources() -> None:
     ("argument", "message"),
     [
         ("--input=nowhere/*.parquet", "no file matches --input=nowhere/*.parquet"),
-        ("--source=mine", "flag --source=mine"),
+        ("--source=mine", "flag --source=mine: the layouts are pickapic, open_image_preferences"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path: Path, argument: str, message: str) -> None:
@@ -123,7 +155,7 @@ def test_encodes_in_the_same_command_and_again(tmp_path: Path) -> None:
     assert (again.returncode, again.stdout, again.stderr) == (0, f"encodings are in {folder}\n", "")
     assert prepare(arguments[1], *config).stdout == again.stdout
     other = prepare(*arguments, "--validation_fraction=0.5", *config)
-    assert other.stderr.startswith(f"error: {tmp_path}/out was prepared before, from other --input, or with another")
+    assert other.stderr.startswith(f"error: {tmp_path}/out was prepared before, from another --input, --source or")
     assert prepare(*arguments, "--encode").stderr.startswith("error: --encode and --config go together")
     assert prepare(*arguments, "--encode", config[2]).stderr.startswith(
         f"error: {config[2]} replaces a field of a config"

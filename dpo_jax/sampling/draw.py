@@ -15,11 +15,12 @@ from etils import epath
 from PIL import Image
 
 from dpo_jax import cluster
+from dpo_jax.data.image_grid import image_grid
 from dpo_jax.data.images import MAX_BYTES, SUFFIXES, View, decode_file, fit, read_image
 from dpo_jax.errors import ExistingFileError, MissingFileError
 from dpo_jax.files import is_partial, read_bytes, read_json, write_whole
 from dpo_jax.sampling.generate import Generator
-from dpo_jax.sampling.grid import image_grid, save_png
+from dpo_jax.sampling.grid import save_png
 from dpo_jax.sampling.image_folder import Entry, image_name, write_list
 from dpo_jax.sampling.prompts import Prompt
 from dpo_jax.weights.layout import Params

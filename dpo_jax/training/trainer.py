@@ -29,13 +29,14 @@ from ml_collections import ConfigDict
 from dpo_jax import cluster, interrupts
 from dpo_jax.batch import PreferenceBatch
 from dpo_jax.cli import flatten
+from dpo_jax.data.image_grid import image_grid
 from dpo_jax.data.load.inputs import Inputs
 from dpo_jax.data.load.pipeline import BatchIterator
 from dpo_jax.errors import EnvironmentFault, UserError
 from dpo_jax.files import remove_partials, write_whole
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sampling.generate import Generator
-from dpo_jax.sampling.grid import image_grid, save_png
+from dpo_jax.sampling.grid import save_png
 from dpo_jax.sharding import replicated, to_devices
 from dpo_jax.training.checkpoint import Checkpoints, read_config, restore, write_config
 from dpo_jax.training.config import check_same_experiment, default_config, describe_batch, resolve

@@ -85,7 +85,8 @@ def test_stored_as_it_came(write_pairs: Write, tmp_path: Path) -> None:
     assert [(row["width"], row["height"]) for row in table.to_pylist()[:2]] == [(40, 56), (56, 40)]
     assert len(open_prepared(tmp_path / "out")) == 13
     digests = {name: xxhash.xxh3_128_hexdigest(data) for name, data in bytes_of(tmp_path / "out").items()}
-    del digests["quarantine.jsonl"], digests["checksums.json"]
+    for name in ("quarantine.jsonl", "checksums.json", "contact_sheet.png", "heldout_prompts.jsonl"):
+        del digests[name]
     assert json.loads((tmp_path / "out" / "checksums.json").read_text()) == {"xxh3_128": digests}
     assert not list(tmp_path.glob(".*"))
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == json.loads(json.dumps(vars(summary)))
@@ -318,7 +319,7 @@ def test_same_bytes_whatever_the_workers(many_parts: list[Path], tmp_path: Path)
         output = tmp_path / f"out{workers}"
         prepare(PICKAPIC, many_parts, output, workers=workers, max_damaged_fraction=0.1, validation_fraction=0.3)
     expected = bytes_of(tmp_path / "out0")
-    assert len(expected) == 5 + 2 + 6
+    assert len(expected) == 7 + 2 + 6
     assert bytes_of(tmp_path / "out1") == expected
     assert bytes_of(tmp_path / "out2") == expected
 

@@ -170,7 +170,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(address, 2, process)
 from dpo_jax.cli import load_config
-from dpo_jax.data import encoded
+from dpo_jax.data.store import latents
 from dpo_jax.training.encoding import encode_data
 latents.FILE_BYTES = 2**12
 config = load_config(f"{root}/configs/sd15.py:tiny")

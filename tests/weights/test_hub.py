@@ -1,6 +1,5 @@
 """Models by name, from a small hub of our own that speaks the real one's protocol to huggingface_hub."""
 
-import hashlib
 import itertools
 import json
 import logging
@@ -8,17 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
 import torch
 from flax import serialization
-from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from dpo_jax.models.pipeline import load_pipeline
@@ -26,6 +21,8 @@ from dpo_jax.models.random_model import write_random_model
 from dpo_jax.weights.hub import files_to_fetch, find_lora, find_model
 from dpo_jax.weights.io import LEGACY_FLAX, SAFETENSORS, load_params
 from dpo_jax.weights.layout import ParamSpec
+
+from ..hub_server import Hub
 
 
 def listing(**folders: str) -> list[str]:
@@ -219,83 +216,6 @@ def test_an_unknown_variant() -> None:
         files_to_fetch(SD15, "a/b", variant="fp61")
 
 
-class Hub(ThreadingHTTPServer):
-    """Serves folders as the hub serves repositories, and remembers which files were fetched."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), HubRequest)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.folders: dict[str, dict[str, Path]] = {}  # repository -> revision -> folder
-        self.gated: set[str] = set()
-        self.fetched: set[str] = set()
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    def put(self, repo: str, folder: Path, revision: str = "main") -> str:
-        """Returns the commit."""
-        commit = hashlib.sha1(str(folder).encode()).hexdigest()
-        self.folders.setdefault(repo, {}).update({revision: folder, commit: folder})
-        return commit
-
-    def switch_off(self) -> None:
-        self.shutdown()
-        self.server_close()
-
-
-class HubRequest(BaseHTTPRequestHandler):
-    """[api/models/]OWNER/NAME/revision|tree|resolve/REVISION[/FILE], in which a revision's slashes are escaped."""
-
-    server: Hub
-
-    def do_GET(self) -> None:
-        path = urlsplit(self.path).path.removeprefix("/api/models").strip("/")
-        if path.count("/") < 3:  # no question about a repository
-            return self._send(404, {})
-        owner, name, verb, revision, *file = map(unquote, path.split("/"))
-        repo = f"{owner}/{name}"
-        revisions = self.server.folders.get(repo)
-        if revisions is None:
-            return self._send(401, {"X-Error-Code": "RepoNotFound"})
-        if revision not in revisions:
-            return self._send(404, {"X-Error-Code": "RevisionNotFound"})
-        folder = revisions[revision]
-        commit = self.server.put(repo, folder, revision)
-        if verb == "revision":
-            return self._send_json({"id": repo, "sha": commit})
-        if verb == "tree":
-            paths = [path for path in folder.rglob("*") if path.is_file()]
-            entry = {"type": "file", "size": 1}
-            return self._send_json([entry | {"path": str(p.relative_to(folder)), "oid": digest(p)} for p in paths])
-        if repo in self.server.gated:
-            return self._send(403, {"X-Error-Code": "GatedRepo"})
-        path = folder.joinpath(*file)
-        if not path.is_file():
-            return self._send(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
-        if self.command == "GET":
-            self.server.fetched.add("/".join(file))
-        self._send(200, {"ETag": f'"{digest(path)}"', "X-Repo-Commit": commit}, path.read_bytes())
-
-    do_HEAD = do_GET
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def _send_json(self, value: object) -> None:
-        self._send(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
-
-    def _send(self, status: int, headers: dict[str, str], content: bytes = b"") -> None:
-        self.send_response(status)
-        for name, value in (headers | {"Content-Length": str(len(content))}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-
-def digest(path: Path) -> str:
-    """Differs even for equal files, which the hub's library would fetch but once."""
-    return hashlib.sha1(str(path).encode() + path.read_bytes()).hexdigest()
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SDXL and, beside it, what must not be fetched."""
@@ -314,13 +234,7 @@ def hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     """The hub that `find_model` asks, holding somebody/sdxl; the cache is empty."""
     hub = Hub()
     hub.put("somebody/sdxl", model)
-    url = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    hub.be_asked(monkeypatch, tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     yield hub
     hub.switch_off()

@@ -10,6 +10,7 @@ the same input gives the same bytes whatever the number of workers:
     OUTPUT/summary.json     what became of the rows
     OUTPUT/checksums.json   of the files above
     OUTPUT/quarantine.jsonl what was set aside, and why
+    OUTPUT/contact_sheet.png, heldout_prompts.jsonl  for people to look at (review.py)
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_jax import files, locks
-from dpo_jax.data.prepare import worker
+from dpo_jax.data.prepare import review, worker
 from dpo_jax.data.prepare.merge import VERSION, Merged, merge
 from dpo_jax.data.sources import Chunk, Source
 from dpo_jax.data.store import checksums, prepared
@@ -160,6 +161,9 @@ def prepare(
         data = partial / "data"
         merged = merge(folders, data, validation_fraction, moved)
         _add_merged(summary, merged)
+        whole = prepared.PreparedData(data)
+        review.write_contact_sheet(whole)
+        review.write_heldout_prompts(whole)
         (data / SUMMARY).write_text(json.dumps(vars(summary), indent=1) + "\n")
         others = [SUMMARY, *prepared.CHECKED]
         checksums.write(data, merged.checksums | {name: checksums.checksum(data / name) for name in others})

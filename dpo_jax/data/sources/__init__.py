@@ -3,7 +3,7 @@
 A new data set is one function that makes records, and one entry in `SOURCES`.
 """
 
-from dpo_jax.data.sources import folders, listings, tables, tar
+from dpo_jax.data.sources import csv_tables, folders, listings, tables, tar
 from dpo_jax.data.sources.record import Chunk, Damaged, Dropped, Outcome, Record, Source, Unusable, missing
 
 __all__ = ["SOURCES", "Chunk", "Damaged", "Dropped", "Outcome", "Record", "Source", "Unusable", "missing"]
@@ -26,7 +26,13 @@ SOURCES = {
     "jsonl": Source(
         listings.jsonl_chunks,
         listings.read_jsonl,
-        "Lines of prompt, images (paths), and preferred (index), ranks, votes or scores.",
+        "JSON lines of prompt, chosen, rejected (paths); or prompt, images (paths) and one of preferred (index), "
+        "ranks, votes, scores.",
+    ),
+    "csv": Source(
+        csv_tables.csv_chunks,
+        csv_tables.read_csv,
+        "CSV or TSV tables with the columns prompt, chosen, rejected (paths); or prompt, image_0, image_1, preferred.",
     ),
     "pairs_folder": Source(
         folders.pairs_folder_chunks,

@@ -36,7 +36,7 @@ def lines(file: Path, offset: int = 0) -> Iterator[tuple[int, bytes]]:
         stream.seek(offset)
         while line := stream.readline(MAX_LINE_BYTES):
             if len(line) == MAX_LINE_BYTES:
-                raise UserError(f"{file} is not JSON: the line at byte {offset} has more than {MAX_LINE_BYTES} bytes")
+                raise UserError(f"{file}: the line at byte {offset} has more than {MAX_LINE_BYTES} bytes")
             yield offset, line
             offset += len(line)
 

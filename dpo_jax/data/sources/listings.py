@@ -25,20 +25,24 @@ PAIRS_A_PROMPT = 4  # to read: ImageRewardDB has 4 to 9 images of each
 
 
 def jsonl_chunks(files: Sequence[Path]) -> list[Chunk]:
-    schema = f'{{"prompt": ..., "images": [...]}} with one of {", ".join(PREFERENCES)}'
-    return chunk_rows(files, lines, lambda row: "images" in row, schema)
+    schema = '{"prompt": ..., "chosen": ..., "rejected": ...}, or {"prompt": ..., "images": [...]} with one of '
+    schema += ", ".join(PREFERENCES)
+    return chunk_rows(files, lines, lambda row: "images" in row or {"chosen", "rejected"} <= row.keys(), schema)
 
 
 def read_jsonl(chunk: Chunk) -> Iterator[Outcome]:
-    """One prompt a line: {"prompt": ..., "images": [paths relative to this file], and one of PREFERENCES}.
+    """One prompt per line: {"prompt": ..., "chosen": path, "rejected": path}, or with any number of candidates
+    {"prompt": ..., "images": [paths], and one of PREFERENCES}. Paths are relative to this file.
 
-    `models` and `captions` (an own caption for each candidate) may follow. A prompt may be a list of captions, which
-    become the lines of one: see `data.caption_lines`.
+    `models` and `captions` (a caption of its own for each candidate) may follow, or `chosen_model` and
+    `rejected_model`. A prompt may be a list of captions, which become the lines of one: see `data.caption_lines`.
     """
     return read_rows(chunk, lines, _jsonl_row)
 
 
 def _jsonl_row(where: str, folder: Path, row: Mapping[str, Any]) -> Outcome:
+    if "chosen" in row or "rejected" in row:
+        row = _as_images(row)
     paths, models, captions = row.get("images"), row.get("models"), row.get("captions")
     if not isinstance(paths, list) or len(paths) < 2:
         raise Unusable('"images" is not a list of two or more paths', repr(paths)[:200])
@@ -57,6 +61,19 @@ def _jsonl_row(where: str, folder: Path, row: Mapping[str, Any]) -> Outcome:
             raise Unusable('"prompt" is a list that has something else than captions', repr(prompt)[:200])
         prompt = "\n".join(" ".join(text.split()) for text in prompt)
     return make_record(where, prompt, shares, lambda k: read_image(paths[k], folder), models or (), captions)
+
+
+def _as_images(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of {"chosen", "rejected"} as one of {"images", "preferred"}."""
+    stated = [name for name in ("images", *PREFERENCES) if not is_missing(row.get(name))]
+    if stated:
+        raise Unusable(f'"chosen" and "rejected" stand beside {", ".join(stated)}; give one or the other')
+    paths = [row.get("chosen"), row.get("rejected")]
+    if any(is_missing(path) for path in paths):
+        raise Unusable('"chosen" and "rejected" are not two paths', repr(paths)[:200])
+    models = [row.get("chosen_model"), row.get("rejected_model")]
+    named = {"models": models} if not all(is_missing(model) for model in models) else {}
+    return {**row, "images": paths, "preferred": 0, **named}
 
 
 def shares_of(name: str, value: Any, count: int) -> list[float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpo_jax.data.sources.values import is_missing
-from dpo_jax.errors import UserError
+from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.files import is_text
 
 CHUNKS = 64
@@ -91,10 +91,10 @@ class Source(NamedTuple):
     help: str
 
 
-def missing(pattern: str) -> FileNotFoundError:
+def missing(pattern: str) -> MissingFileError:
     """The error for an input that matches no file, which may be the id of a data set on the Hugging Face hub."""
     hub_id = pattern if re.fullmatch(r"[\w-]+/[\w-]+", pattern) else "OWNER/NAME"
-    return FileNotFoundError(
+    return MissingFileError(
         f"no file matches --input={pattern}: data sets are read from local files, so download one first "
         f"(hf download --repo-type dataset {hub_id} --local-dir data/{hub_id.split('/')[1]}). "
         "Pick-a-Pic left the hub in 2025 and takes a mirror or a copy of your own; public, each with a --source, are "

@@ -182,14 +182,19 @@ def _open(file: Path) -> tuple[pq.ParquetFile, list[int]]:
     return table, counts
 
 
-def not_parquet(file: epath.PathLike, error: Exception) -> ValueError:
+def parquet_columns(file: Path) -> list[str]:
+    """The names of a parquet file's columns. Raises ValueError where it is no such file."""
+    return list(_open(file)[0].schema_arrow.names)
+
+
+def not_parquet(file: epath.PathLike, error: Exception) -> UserError:
     """The error for a file that pyarrow refuses, in one line."""
     path = epath.Path(file)
     known = look_at(path) if path.is_file() else None
     if known and not known.endswith("Parquet file"):
-        return ValueError(f"{file} is {known}")
+        return UserError(f"{file} is {known}")
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return ValueError(f"{file} is not a readable parquet file ({reason})")
+    return UserError(f"{file} is not a readable parquet file ({reason})")
 
 
 def _check_schema(schema: Schema, found: pa.Schema, file: Path) -> None:
