@@ -115,7 +115,9 @@ def test_votes_on_the_page_are_learned_from(run, tmp_path, serve, update_by):
     np.testing.assert_array_equal(np.array(scores["scores"])[..., 0], means_PK)
     trained, updates = metrics_of(workdir), 2 if update_by == "prompt" else 6
     assert [row["step"] for row in trained] == list(range(1, updates + 1))
-    assert all(math.isfinite(row["train/loss"]) and row["train/gradient_norm"] > 0 for row in trained)
+    assert all(math.isfinite(row["train/loss"]) for row in trained)
+    # Updates by pairs begin where those before have led, so ratios may be clamped by then and have no gradient.
+    assert all(row["train/gradient_norm"] > 0 for row in trained[:2])
     if update_by == "prompt":  # 2 prompts in each of 2 updates
         assert sum(row["pair/count"] for row in trained) == pytest.approx(untied(means_PK) / 2)
         assert trained[0]["train/loss"] == pytest.approx(trained[0]["pair/count"] * math.log(2), rel=1e-3)
