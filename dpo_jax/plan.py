@@ -1,11 +1,11 @@
-"""Says what a run needs of a machine, and how long it would take there, before anybody pays for it.
+"""Estimates the memory and the time that a config needs on a machine, without the machine.
 
   python -m dpo_jax.plan --config=configs/sdxl.py --topology=v5p:4x4x4
 
-No such machine has to be there. Memory, operations and traffic are computed from shapes and shardings, in seconds; the
-speed follows from an assumed share of the chip's peak rate. --fit looks for the fastest settings that fit. --compile
-has the compiler make the real step for these TPUs or GPUs (pip install "jax[tpu]" or "jax[cuda12]"; tens of minutes for
-a whole model).
+Memory, operations and traffic are computed from shapes and shardings, in seconds. The speed follows from an assumed
+share of the chip's peak rate. --fit searches for the fastest settings that fit. --compile compiles the real training
+step for these TPUs or GPUs, which takes tens of minutes for a whole model; it needs no chip, but the compiler:
+pip install "jax[tpu]" or "jax[cuda12]".
 """
 
 import json
@@ -23,27 +23,27 @@ CONFIG = cli.define_config("Experiment to plan:")
 TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,
-    "Chips: v5e:16x16, v5p:4x4x4, v6e:8x8, tpu7x:4x4x4, h200:8, h100:8x4 (4 hosts of 8).",
+    "Chips to plan for, for example v5e:16x16, v5p:4x4x4, v6e:8x8, tpu7x:4x4x4, h200:8, or h100:8x4 (4 hosts of 8).",
     required=True,
 )
 FIT = flags.DEFINE_bool(
-    "fit", False, "Find the fastest remat, micro-batch and fsdp degree that fit; the config's own don't count."
+    "fit", False, "Find the fastest remat, data.micro_batch and mesh.fsdp that fit, in place of the config's own."
 )
-COMPILE = flags.DEFINE_bool("compile", False, "Compile the step for these devices and show XLA's figures beside.")
+COMPILE = flags.DEFINE_bool("compile", False, "Compile the step for these chips and print XLA's figures too.")
 UTILISATION = flags.DEFINE_float(
     "utilisation",
     None,
-    "Share of the chips' peak rate to assume; by default one of each kind.",
+    "Share of the chips' peak rate to assume. Default: 0.4; 0.25 for v6e and tpu7x.",
     lower_bound=0.01,
     upper_bound=1,
 )
-JSON = flags.DEFINE_bool("json", False, "Print the plan as JSON alone.")
+JSON = flags.DEFINE_bool("json", False, "Print the plan as JSON and nothing else.")
 
 
 def main() -> None:
     if CONFIG.value is None:
         raise UserError("--config is missing; give one of the files in configs/, such as --config=configs/sdxl.py")
-    # No accelerator is needed, and where there is none JAX offers the compiler for GPUs only to those who say so.
+    # Without an accelerator JAX offers the compiler for GPUs only if the platform is named.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from dpo_jax.planning.compiled import compile_step, summarize
     from dpo_jax.planning.estimate import measure_holdings, measure_work, round_sizes

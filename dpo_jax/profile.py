@@ -1,10 +1,10 @@
-"""Times the training step on this machine and tells where the time goes.
+"""Times the training step on this machine and shows where the time goes.
 
   python -m dpo_jax.profile --config=configs/sdxl.py --output=runs/profile
 
-Neither weights nor data are needed: both are random numbers of the right shapes; of stored encodings with
---config.data.encoded_views=1 --config.data.random_flip=False. OUTPUT gets profile.json and a trace
-that TensorBoard (pip install xprof) and Perfetto open.
+It needs neither weights nor data: both are random numbers of the right shapes. To time training from stored encodings
+add --config.data.encoded_views=1 --config.data.random_flip=False. OUTPUT receives profile.json and a trace, which
+TensorBoard (pip install xprof) and Perfetto open.
 """
 
 import json
@@ -17,7 +17,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.training.config import check_values
 
 CONFIG = cli.define_config("Experiment to time:")
-OUTPUT = flags.DEFINE_string("output", None, "Folder for the trace and profile.json.", required=True)
+OUTPUT = flags.DEFINE_string("output", None, "Folder to write profile.json and the trace to.", required=True)
 STEPS = flags.DEFINE_integer("steps", 5, "Optimizer steps to time.", lower_bound=1)
 
 
@@ -38,10 +38,10 @@ def main() -> None:
     pairs = config.data.batch_size
     in_all = sum(measured.busy.values())
     print(
-        f"compiled in {measured.compile_seconds:.1f} s; {measured.step_seconds:.3f} s a step of {pairs} pairs: "
+        f"compiled in {measured.compile_seconds:.1f} s; {measured.step_seconds:.3f} s per step of {pairs} pairs: "
         f"{pairs / measured.step_seconds:.2f} pairs/s\n"
     )
-    print(f"{'Busy, of a device in a step':27} {'ms':>7} {'share':>7} {'TFLOP/s':>9}")
+    print(f"{'Busy time per device and step':27} {'ms':>5} {'share':>7} {'TFLOP/s':>9}")
     for kind, seconds in sorted(measured.busy.items(), key=lambda item: -item[1]):
         flops = measured.flops.get(kind, 0.0)
         rate = f"{flops / seconds / 1e12:9.2f}" if flops and seconds else ""

@@ -30,7 +30,7 @@ def test_json_holds_what_the_interface_promises() -> None:
 def test_bad_flags_are_told_in_one_sentence() -> None:
     done = plan("--config=configs/sd15.py:tiny", "--topology=v9:2x2")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: --topology=v9:2x2 is none that is known")
+    assert done.stderr.startswith("error: --topology=v9:2x2 is not known")
     assert done.stderr.count("\n") == 1
 
 

@@ -1,7 +1,7 @@
-"""What the compiler makes of the real training step, for devices that are not there.
+"""Compiles the real training step for TPUs or GPUs that this machine does not have.
 
-XLA compiles for a described slice as for a real one: the compiler must be installed (`pip install "jax[tpu]"` or
-`"jax[cuda12]"`), but no TPU or GPU has to be there.
+XLA compiles for a described topology as for a real one. It needs the compiler (`pip install "jax[tpu]"` or
+`"jax[cuda12]"`), but no TPU or GPU.
 """
 
 import importlib.util
@@ -26,26 +26,27 @@ class Compiled(NamedTuple):
     """XLA's own figures for one device."""
 
     hbm_bytes: float
-    """Arguments, results that don't take an argument's place, temporaries and code."""
+    """Arguments, results that do not reuse an argument's memory, temporaries and code."""
     argument_bytes: float
     temporary_bytes: float
     collectives: dict[str, dict[str, float]]
-    """By kind: how many times one is done in an optimizer step, and the bytes of their results."""
+    """Number ("times") and bytes of the results per optimizer step, by kind."""
     products: dict[str, Sums]
-    """By kind (`products.KINDS`), of a device in an optimizer step."""
+    """Products per device and optimizer step, by kind (`products.KINDS`)."""
     traced_products: dict[str, Sums]
-    """The same of the program that the compiler was given."""
+    """The same for the program that the compiler received."""
     float32_flops: float
-    """Of those products, what reads float32."""
+    """Operations of the products that read float32."""
     traffic: dict[str, float]
-    """Bytes that a device reads and writes in an optimizer step, by what for (`hlo.count_traffic`)."""
+    """Bytes that a device reads and writes per optimizer step, by purpose (`hlo.count_traffic`)."""
 
 
 def compile_step(config: ConfigDict, pipeline: Pipeline, topology: Topology) -> Compiled:
-    """Compiles the step that `dpo_jax.train` would run. Tens of minutes for a whole model on a few cores.
+    """Compile the step that `dpo_jax.train` runs, which takes tens of minutes for a whole model on a few cores.
 
-    Raises ValueError where the compiler for that device is missing, or finds the memory too small (for TPUs; a
-    compiler for GPUs doesn't look).
+    Raises:
+        UserError: the compiler for the device is missing, or the step does not fit its memory. Only the compiler for
+            TPUs checks the memory.
     """
     devices = described_devices(topology)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
@@ -54,7 +55,7 @@ def compile_step(config: ConfigDict, pipeline: Pipeline, topology: Topology) -> 
     arguments = experiment.abstract_state(), experiment.frozen, experiment.abstract_batch()
     step = experiment.train_step()
     options: dict[str, str | bool] = {}
-    if topology.device.kind == "gpu":  # XLA's own kernels for products, chosen with no GPU to try, fail for some sizes
+    if topology.device.kind == "gpu":  # without a GPU to try, XLA's own kernels for products fail for some sizes
         options["xla_gpu_enable_triton_gemm"] = False
     try:
         compiled = step.lower(*arguments).compile(options)
@@ -63,14 +64,14 @@ def compile_step(config: ConfigDict, pipeline: Pipeline, topology: Topology) -> 
             raise
         reason = str(error).partition("RESOURCE_EXHAUSTED: ")[2].partition("\n")[0]
         raise UserError(
-            f"the step does not fit {topology.name}: {reason} Set a smaller data.micro_batch, another "
-            "remat, or a larger mesh.fsdp; --fit finds what fits"
+            f"the step does not fit {topology.name}: {reason} Set a smaller data.micro_batch, another remat or a "
+            "larger mesh.fsdp, or let --fit find settings that fit"
         ) from error
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None  # nor is the text, of such devices
+    assert memory is not None  # neither is None for described devices
     assert text is not None
     traced, found = Program(jax.make_jaxpr(step)(*arguments)), list(products(text))
-    share = 1 / len(devices)  # the batch is divided over all
+    share = 1 / len(devices)  # of the batch on each device
     return Compiled(
         hbm_bytes=memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -88,18 +89,18 @@ def compile_step(config: ConfigDict, pipeline: Pipeline, topology: Topology) -> 
 
 
 def described_devices(topology: Topology) -> Any:
-    """Devices to compile for. Raises ValueError where their compiler is missing."""
+    """Return the devices of a topology, to compile for. Raises UserError if their compiler is not installed."""
     from jax.experimental import topologies
 
     if topology.device.kind == "tpu":
         if importlib.util.find_spec("libtpu") is None:
-            raise UserError('--compile needs the TPU compiler, libtpu: pip install "jax[tpu]"; no TPU has to be there')
-        # Off the cloud there is no metadata server to ask which TPU this is; and another process may have libtpu open.
+            raise UserError('--compile needs the TPU compiler. Run pip install "jax[tpu]"; it needs no TPU')
+        # Outside the cloud no metadata server says which TPU this is, and another process may have libtpu open.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         return topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
-        raise UserError('--compile needs the GPU compiler: pip install "jax[cuda12]"; no GPU has to be there')
+        raise UserError('--compile needs the GPU compiler. Run pip install "jax[cuda12]"; it needs no GPU')
     per_host, hosts = topology.shape
     return topologies.get_topology_desc(
         "", "cuda", target_config=hopper(topology), topology=f"1x{hosts}x{per_host}"
@@ -107,7 +108,7 @@ def described_devices(topology: Topology) -> Any:
 
 
 def hopper(topology: Topology) -> str:
-    """The GPU as XLA describes one (its `GpuTargetConfigProto`). Both that can be planned for have the same chip."""
+    """Return the GPU as XLA describes it (`GpuTargetConfigProto`). H100 and H200 have the same chip."""
     return f"""
         gpu_device_info {{
           cuda_compute_capability {{ major: 9 }}
@@ -136,7 +137,7 @@ def hopper(topology: Topology) -> str:
 
 
 def summarize(compiled: Compiled) -> dict[str, Any]:
-    """For the plan's JSON."""
+    """Return the figures for the plan's JSON."""
     return {
         "hbm_gib": compiled.hbm_bytes / GIB,
         "argument_gib": compiled.argument_bytes / GIB,

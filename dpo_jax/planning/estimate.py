@@ -1,8 +1,8 @@
-"""What a run needs of a machine, and how long it takes there, from shapes, shardings and operation counts alone.
+"""Estimates the memory and the time of a run from shapes, shardings and operation counts.
 
 Computed: memory by kind, floating point operations, bytes that the collectives move. Assumed: the share of its peak
-rate that a device reaches, that links reach theirs, and that collectives of micro-batches hide behind their computation
-as far as it lasts.
+rate that a device reaches, the full rate of the links, and that the collectives of micro-batches overlap with their
+computation as long as it lasts.
 """
 
 import dataclasses
@@ -29,57 +29,58 @@ from dpo_jax.training.experiment import compose
 SPARE = 0.1
 """Share of the memory that a plan leaves free."""
 PROGRAM_BYTES = 0.37 * 2**20
-"""What a product or convolution adds to a program for TPUs, which is in the same memory: 0.36 to 0.38 MiB of whole
-models, unrolled or not. GPUs' own is not counted by their compiler."""
+"""Bytes that each product or convolution adds to a program for TPUs, which is kept in the same memory: whole models
+have 0.36 to 0.38 MiB per product, unrolled or not. The compiler for GPUs does not count the program."""
 WHOLE_IMAGES = 4
-"""Pairs at a time from which XLA for TPUs convolves images whole. It cuts fewer into slices, to fill the eight rows of
-the matrix unit's tiles, and the slices overlap: compiled for one pair, the convolutions of SD1.5 are 21% more work and
-those of SDXL 12%; for four pairs of SD1.5 none."""
+"""Fewest pairs at a time for which XLA for TPUs convolves whole images. It cuts the images of fewer pairs into slices,
+to fill the eight rows of the matrix unit's tiles, and the slices overlap: compiled for one pair, the convolutions of
+SD1.5 take 21% more operations and those of SDXL 12%; compiled for four pairs, those of SD1.5 take none."""
 CUT_CONVOLUTIONS = 0.21
 PAPER_PAIRS = 2000 * 2048
-"""Of the published run (arXiv 2311.12908, section 5.1): steps times pairs a step."""
+"""Pairs that the published run saw (arXiv 2311.12908, section 5.1): steps x pairs per step."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one pair costs on one device."""
+    """The cost of one pair on one device."""
 
     remat: str
     flops: float
-    """Of all products and convolutions that are done."""
+    """Operations of all products and convolutions."""
     model_flops: float
-    """Without those that rematerialization and attention's backward pass repeat."""
+    """The same without those that rematerialization and attention's backward pass repeat."""
     activation_bytes: float
     num_products: int
-    """Products and convolutions in the program, those of a loop once."""
+    """Products and convolutions in the program; those of a loop count once."""
     convolution_flops: float
+    """Operations of the convolutions alone."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Holdings:
-    """Bytes that a mesh leaves on one device, or takes away from it; remat and micro-batches don't change them."""
+    """Bytes that one device of a mesh holds or receives; remat and micro-batches do not change them."""
 
     mesh: dict[str, int]
     trained: float
     optimizer: float
     ema: float
     frozen_unet: float
-    """The reference, or the base of a LoRA, or both."""
+    """Reference, base of a LoRA, or both."""
     encoders: float
     batch: float
     trained_elsewhere: float
-    """Of the trained weights, what is on other devices only."""
+    """Bytes of the trained weights that only other devices hold."""
     frozen_elsewhere: float
-    """Of the frozen weights, what is on other devices only."""
+    """Bytes of the frozen weights that only other devices hold."""
     gathered: float
-    """The UNet that is trained, or the base of a LoRA, as layers use it from the forward to the backward pass."""
+    """The trained UNet, or the base of a LoRA, as layers use it from the forward to the backward pass."""
     reference_gathered: float
-    """A reference of its own as layers use it."""
+    """The reference, if it has weights of its own, as layers use it."""
     scan: bool
-    """Whether equal blocks run as one loop. Their weights are put together for it, which the compiler does before the
-    first micro-batch, the reference's as well; otherwise it gathers them in each micro-batch, when they are needed."""
+    """Whether equal blocks run as one loop. The compiler then gathers their weights, and those of the reference, before
+    the first micro-batch; otherwise in each micro-batch, when they are needed."""
     compute_bytes: int
-    """Of a number in the compute dtype."""
+    """Bytes per number in the compute dtype."""
     parameters: int
     trained_parameters: int
 
@@ -91,18 +92,18 @@ class Collective:
     name: str
     axis: str
     received_bytes: float
-    """By each device, each time."""
+    """Bytes that each device receives each time."""
     times: int
-    """In one optimizer step."""
+    """How often it happens per optimizer step."""
     can_hide: bool
-    """Whether it is needed among the computations of micro-batches, and can go on beside them."""
+    """Whether it can overlap with the computation of micro-batches."""
     seconds: float
-    """In one optimizer step."""
+    """Seconds per optimizer step."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One config on one machine."""
+    """The estimate for one config on one machine."""
 
     topology: Topology
     mesh: dict[str, int]
@@ -114,13 +115,13 @@ class Plan:
     parameters: int
     trained_parameters: int
     memory: dict[str, float]
-    """Bytes on one device, by kind."""
+    """Bytes per device, by kind."""
     work: Work
     collectives: list[Collective]
     compute_seconds: float
-    """Of one optimizer step."""
+    """Seconds of computation per optimizer step."""
     update_seconds: float
-    """The memory traffic of the optimizer."""
+    """Seconds that the memory traffic of the optimizer takes per step."""
 
     @property
     def hbm_bytes(self) -> float:
@@ -132,7 +133,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """With the spare share free."""
+        """Whether the share `SPARE` of the memory stays free."""
         return self.hbm_bytes <= (1 - SPARE) * self.hbm_limit_bytes
 
     @property
@@ -141,7 +142,7 @@ class Plan:
 
     @property
     def exposed_seconds(self) -> float:
-        """What of the collectives does not hide behind the computation of the micro-batches."""
+        """Seconds per step in which collectives do not overlap with the computation of micro-batches."""
         within = sum(collective.seconds for collective in self.collectives if collective.can_hide)
         return max(0.0, within - self.compute_seconds) + self.collective_seconds - within
 
@@ -155,7 +156,7 @@ class Plan:
 
     @property
     def chip_hours(self) -> float:
-        """Of as many pairs as the published run saw."""
+        """Chip-hours for as many pairs as the published run saw."""
         return PAPER_PAIRS / self.pairs_per_second_per_chip / 3600
 
     def to_json(self) -> dict[str, Any]:
@@ -188,9 +189,12 @@ class Plan:
 
 
 def measure_work(config: ConfigDict, kind: str, model_flops: float | None = None) -> Work:
-    """Traces the gradient of one pair, with what `config.remat` repeats and, where not known yet, without.
+    """Trace the gradient of one pair and count its work. Attention is counted as XLA computes it.
 
-    `kind` is that of the device, "tpu" or "gpu". Attention is counted as XLA does it.
+    Args:
+        config: its `remat` decides what the backward pass repeats.
+        kind: of the device, "tpu" or "gpu".
+        model_flops: the operations without repetitions, if they are known; otherwise they are traced as well.
     """
     config = replaced(config, {"attention": "xla"})
     program, activation_bytes = _trace_pair(config, kind)
@@ -205,11 +209,14 @@ def measure_work(config: ConfigDict, kind: str, model_flops: float | None = None
 
 
 def measure_holdings(config: ConfigDict, pipeline: Pipeline, num_devices: int) -> Holdings:
-    """Composes the experiment on a mesh of that many devices, with nothing in memory."""
+    """Compose the experiment on a mesh of that many devices, without allocating anything, and count its bytes."""
     mesh = config.mesh
     shape = mesh_shape(mesh.data, mesh.fsdp, mesh.tensor, num_devices)
     if shape[2] > 1:
-        raise UserError("a plan for mesh.tensor > 1 is not possible: what it sends within layers is not counted")
+        raise UserError(
+            f"config.mesh.tensor={shape[2]} cannot be planned: its traffic within layers is not counted. Set "
+            "config.mesh.tensor=1; to train with it, set config.remat and config.data.micro_batch yourself"
+        )
     derived = resolve(config, device_count=num_devices, process_count=1)
     experiment = compose(config, derived, pipeline, Placement(_mesh(shape), rules_of(mesh.rules)))
     state, frozen = experiment.abstract_state(), experiment.frozen
@@ -274,7 +281,7 @@ def round_sizes(
 def memory_by_kind(
     holdings: Holdings, work: Work, device_kind: str, *, pairs: int, accumulation: int
 ) -> dict[str, float]:
-    """Bytes that a device needs for so many pairs at a time."""
+    """Return the bytes that a device needs for `pairs` at a time, by kind."""
     h = holdings
     return {
         "trained weights, float32": h.trained,
@@ -292,7 +299,7 @@ def memory_by_kind(
 
 
 def predict_collectives(holdings: Holdings, accumulation: int, topology: Topology) -> list[Collective]:
-    """What jit's partitioner sends for a mesh of data and fsdp."""
+    """Return what jit's partitioner sends on a mesh of `data` and `fsdp`."""
     h = holdings
     rounded = h.trained_elsewhere / 4 * h.compute_bytes
     copies = 1 - 1 / h.mesh["data"]
@@ -310,17 +317,17 @@ def predict_collectives(holdings: Holdings, accumulation: int, topology: Topolog
 
 
 def held_bytes(tree: Any) -> float:
-    """Bytes of a pytree of sharded shapes on one device."""
+    """Return the bytes that one device holds of a pytree of sharded shapes."""
     return sum(math.prod(_local(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def missing_bytes(tree: Any) -> float:
-    """Bytes of a pytree of sharded shapes that are on other devices only."""
+    """Return the bytes of a pytree of sharded shapes that only other devices hold."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)) - held_bytes(tree)
 
 
 def _mesh(shape: tuple[int, ...]) -> Mesh:
-    """Names and sizes without devices, which is all that shapes and tracing ask of a mesh."""
+    """Return a mesh with names and sizes but no devices, which is enough for shapes and tracing."""
     return cast(Mesh, AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES)))
 
 
@@ -333,7 +340,7 @@ def _size(specs: Any) -> int:
 
 
 def _trace_pair(config: ConfigDict, kind: str) -> tuple[Program, float]:
-    """The gradient of one pair on one device, and its bytes of activations."""
+    """Return the program of the gradient of one pair on one device, and the bytes of its activations."""
     one = replaced(config, {"data.batch_size": 1, "data.micro_batch": 1})
     derived = resolve(one, device_count=1, process_count=1)
     experiment = compose(one, derived, open_structure(one), Placement(_mesh((1, 1, 1))))

@@ -1,6 +1,6 @@
-"""Reads the text of a compiled XLA program: its collectives, its products and convolutions, and what it only moves.
+"""Reads the text of a compiled XLA program: collectives, products and convolutions, and memory traffic.
 
-What stands in the body of a loop counts as often as the loop goes round.
+Instructions in the body of a loop count as often as the loop repeats.
 """
 
 import math
@@ -12,7 +12,7 @@ from dpo_jax.models.operations import ATTENTION
 from dpo_jax.planning.products import Product, Window, convolution_flops, kind_of
 
 DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
-"""Of the element types that don't take 4."""
+"""Bytes of the element types that do not take 4."""
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 
@@ -21,25 +21,25 @@ class Instruction(NamedTuple):
 
     name: str
     shape: str
-    """As printed, with layout; several in parentheses."""
+    """Shape as printed, with its layout; a tuple is in parentheses."""
     operation: str
     operands: tuple[str, ...]
     line: str
 
     @property
     def scope(self) -> str:
-        """The names it was traced under; "" where the compiler put it there."""
+        """Names of the scopes it was traced in; "" if the compiler added it."""
         found = re.search(r'op_name="([^"]*)"', self.line)
         return found[1] if found else ""
 
     @property
     def custom_call(self) -> str:
-        """What library a `custom-call` goes to, or ""."""
+        """Target of a `custom-call`, or ""."""
         found = re.search(r'custom_call_target="([^"]*)"', self.line)
         return found[1] if found else ""
 
     def attribute(self, name: str) -> str:
-        """Up to the next space, comma or brace."""
+        """Return an attribute of the instruction up to the next space, comma or brace, or ""."""
         found = re.search(rf"\b{name}=\{{?([^\s,}}]*)", self.line)
         return found[1] if found else ""
 
@@ -52,15 +52,15 @@ class Computation(NamedTuple):
 
 
 class Visit(NamedTuple):
-    """An instruction as the program comes to it."""
+    """An instruction where the program executes it."""
 
     instruction: Instruction
     computation: Computation
-    """That it stands in."""
+    """Computation that contains it."""
     times: float
-    """How often it is done."""
+    """How often it is executed."""
     is_fused: bool
-    """Whether it is part of a larger instruction, and its result is in no memory."""
+    """Whether it is part of a fusion, so that its result is not in memory."""
 
 
 class Module:
@@ -70,7 +70,7 @@ class Module:
         self.computations = _computations(text)
 
     def visits(self) -> Iterator[Visit]:
-        """Every instruction that is done, in no order of time."""
+        """Yield every instruction that is executed, in no particular order."""
         entry = next(computation for computation in self.computations.values() if computation.is_entry)
         yield from self._visits(entry, 1.0, False)
 
@@ -78,7 +78,7 @@ class Module:
         for instruction in computation.instructions.values():
             yield Visit(instruction, computation, times, is_fused)
             if instruction.operation in ("reduce", "all-reduce", "reduce-scatter", "scatter", "sort", "map"):
-                continue  # what they call combines two numbers
+                continue  # they call a function of two numbers
             rounds = self._rounds(instruction) if instruction.operation == "while" else 1
             called = re.findall(r"(?:calls|body|to_apply|branch_computations)=\{?%?([\w.\-]+)", instruction.line)
             for name in called:
@@ -87,7 +87,7 @@ class Module:
                     yield from self._visits(self.computations[name], times * rounds, inside)
 
     def _rounds(self, loop: Instruction) -> int:
-        """How often a loop goes round: as stated, or as JAX's loops count, from 0 to less than a constant."""
+        """Return how often a loop repeats: as stated, or as JAX's loops count, from 0 to below a constant."""
         stated = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.line)
         if stated:
             return int(stated[1])
@@ -118,19 +118,21 @@ def _computations(text: str) -> dict[str, Computation]:
 
 
 def shapes(printed: str) -> list[tuple[str, tuple[int, ...]]]:
-    """The element types and sizes of a shape as HLO prints it."""
+    """Return the element types and sizes of a shape as HLO prints it."""
     parts = re.findall(r"(\w+)\[([\d,]*)\]", printed)
     return [(dtype, tuple(int(size) for size in axes.split(",") if size)) for dtype, axes in parts]
 
 
 def num_bytes(dtype: str, axes: tuple[int, ...]) -> int:
+    """Return the bytes of an array."""
     return DTYPE_BYTES.get(dtype, 4) * math.prod(axes)
 
 
 def count_collectives(text: str) -> dict[str, dict[str, float]]:
-    """How often each kind of collective is done, and the bytes of the results.
+    """Return how often each kind of collective is executed, and the bytes of the results.
 
-    One that TPUs do in pieces beside other work stands in several fusions, with the same channel; it counts once.
+    A collective that a TPU executes in pieces, overlapping with other work, appears in several fusions with the same
+    channel; it counts once.
     """
     found: dict[str, dict[str, float]] = {}
     channels: set[str] = set()
@@ -150,7 +152,7 @@ def count_collectives(text: str) -> dict[str, dict[str, float]]:
 
 
 def products(text: str) -> Iterator[Product]:
-    """The products and convolutions of a program for CPUs, GPUs or TPUs. Either may have become the other."""
+    """Yield the products and convolutions of a program for CPUs, GPUs or TPUs; compilers turn one into the other."""
     for instruction, computation, times, _ in Module(text).visits():
         library = re.fullmatch(r"__(cudnn\$conv|cublas\$).*", instruction.custom_call)
         if instruction.operation in ("dot", "convolution") or library:
@@ -165,24 +167,27 @@ def products(text: str) -> Iterator[Product]:
 
 def _kind(product: Instruction) -> str:
     scope = product.scope
-    if not scope and "batch_dims" in product.line:  # lost on the way; linear layers have no such axes
+    if not scope and "batch_dims" in product.line:  # the scope was lost, and linear layers have no such axes
         scope = ATTENTION
     return kind_of(scope, "conv_general_dilated" in scope)
 
 
 NOT_DONE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional", "call"}
-"""Instructions that touch no memory themselves."""
+"""Instructions that do not access memory themselves."""
 CUTS = {"slice", "dynamic-slice"}
 ONLY_MOVES = {"copy", "transpose", "pad", "concatenate"} | CUTS
 FOR_FREE = {"parameter", "bitcast", "reshape", "tuple", "constant", "get-tuple-element", "convert"}
 
 
 WORK = ("products", "attention kernels", "reductions", "elementwise", "copies", "collectives")
-"""What instructions do."""
+"""Kinds of work of instructions."""
 
 
 def work_of(module: Module, instruction: Instruction) -> tuple[str, str]:
-    """What an instruction with all that is fused into it does, one of WORK, and of products the kind (`KINDS`)."""
+    """Return the work of an instruction with all that is fused into it, one of WORK, and the kind of a product.
+
+    The kind is one of `products.KINDS`, and "" for other instructions.
+    """
     called = module.computations.get(instruction.attribute("calls").removeprefix("%"))
     parts = list(called.instructions.values()) if called else [instruction]
     inside = {part.operation for part in parts}
@@ -199,9 +204,9 @@ def work_of(module: Module, instruction: Instruction) -> tuple[str, str]:
 
 
 def count_traffic(text: str) -> dict[str, float]:
-    """Bytes that a program's instructions read and write, by what they do.
+    """Return the bytes that a program's instructions read and write, by their work (WORK).
 
-    What a fusion joins is read once; where it cuts slices from an array, only those are.
+    A fusion reads each operand once, and only the slices that it takes from it.
     """
     found = dict.fromkeys(WORK, 0.0)
     module = Module(text)
@@ -218,7 +223,7 @@ def count_traffic(text: str) -> dict[str, float]:
 
 
 def _read_of(fused: Computation, number: int, shape: str) -> str:
-    """What a fusion reads of an operand: its slices, or all."""
+    """Return the shapes that a fusion reads of an operand: its slices, or all of it."""
     parts = fused.instructions.values()
     parameter = next((p for p in parts if p.operation == "parameter" and p.operands == (str(number),)), None)
     users = [part for part in parts if parameter and parameter.name in part.operands]
@@ -230,7 +235,7 @@ Array = tuple[str, tuple[int, ...]]
 
 def _dot_flops(instruction: Instruction, arrays: list[Array]) -> float:
     (_, left), _, (_, result) = arrays
-    # As HLO prints it, or as the configuration of a call to cuBLAS does.
+    # The first form is HLO's, the second that of the configuration of a call to cuBLAS.
     found = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', instruction.line)
     contracted = [int(axis) for axis in re.findall(r"\d+", found[1])] if found else []
     return 2.0 * math.prod(result) * math.prod(left[axis] for axis in contracted)
@@ -238,7 +243,7 @@ def _dot_flops(instruction: Instruction, arrays: list[Array]) -> float:
 
 def _convolution_flops(instruction: Instruction, arrays: list[Array]) -> float:
     (_, x), (_, kernel), (_, y) = arrays
-    # cuDNN's derivatives are printed with the convolution that they are of.
+    # cuDNN's derivatives are printed with the dimensions of the convolution that they differentiate.
     if instruction.custom_call.endswith("convBackwardFilter"):
         kernel, y = y, kernel
     elif instruction.custom_call.endswith("convBackwardInput"):

@@ -1,4 +1,4 @@
-"""Where the time of the training step goes on the devices that are there."""
+"""Times the training step on the devices of this machine and sorts the time by what they do."""
 
 import re
 import time
@@ -20,19 +20,19 @@ from dpo_jax.training.experiment import compose
 
 
 class Measured(NamedTuple):
-    """Of one device in an optimizer step."""
+    """The figures of one device per optimizer step."""
 
     compile_seconds: float
     step_seconds: float
-    """Without the tracing."""
+    """Measured without tracing."""
     busy: dict[str, float]
-    """Seconds by what instructions do; several may be busy at a time. Products by `products.KINDS`."""
+    """Seconds by what instructions do; instructions may overlap. Products are listed by `products.KINDS`."""
     flops: dict[str, float]
     """Operations of products, by kind."""
 
 
 def measure(config: ConfigDict, folder: Path, steps: int) -> Measured:
-    """Times the step on all devices, with random weights and batches, and writes a trace of it into `folder`."""
+    """Time the step on all devices, with random weights and batches, and write a trace of it into `folder`."""
     derived = resolve(config, device_count=jax.device_count(), process_count=jax.process_count())
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     experiment = compose(config, derived, open_structure(config), Placement(mesh, rules_of(config.mesh.rules)))
@@ -48,7 +48,7 @@ def measure(config: ConfigDict, folder: Path, steps: int) -> Measured:
             state, metrics = step(state, frozen, batch)
         jax.block_until_ready((state, metrics))
 
-    run()  # what is done the first time only
+    run()  # the first steps are slower
     began = time.perf_counter()
     run()
     step_seconds = (time.perf_counter() - began) / steps
@@ -56,7 +56,10 @@ def measure(config: ConfigDict, folder: Path, steps: int) -> Measured:
         run()
     text = step.as_text()
     if text is None:
-        raise UserError(f"the compiler for {jax.devices()[0].device_kind} doesn't show its program")
+        raise UserError(
+            f"the compiler for {jax.devices()[0].device_kind} does not show its program, so the time of the step "
+            "cannot be sorted. Profile on another kind of device"
+        )
     trace = max(folder.glob("**/*.xplane.pb"), key=lambda file: file.stat().st_mtime)
     return Measured(
         compile_seconds,
@@ -67,7 +70,7 @@ def measure(config: ConfigDict, folder: Path, steps: int) -> Measured:
 
 
 def read_trace(file: Path) -> list[tuple[str, float]]:
-    """Instructions that the first device did, and the seconds of each."""
+    """Return the instructions that the first device executed, and the seconds of each."""
     of_planes: dict[str, list[tuple[str, float]]] = {}
     for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
         if not re.fullmatch(r"/device:(GPU|TPU):0|/host:CPU", plane.name):
@@ -81,12 +84,12 @@ def read_trace(file: Path) -> list[tuple[str, float]]:
         if found:
             of_planes[plane.name] = found
     if not of_planes:
-        raise UserError(f"{file} tells of no instruction of a device")
-    return of_planes[min(of_planes)]  # an accelerator's, before the host's
+        raise UserError(f"the trace {file} lists no instruction of a device. Profile on another kind of device")
+    return of_planes[min(of_planes)]  # "/device" sorts before "/host"
 
 
 def busy_seconds(events: Iterable[tuple[str, float]], text: str) -> dict[str, float]:
-    """Seconds by what a compiled program's instructions do."""
+    """Return the seconds of instructions by what they do in the compiled program `text`."""
     module = Module(text)
     instructions = {
         name: instruction
@@ -97,7 +100,7 @@ def busy_seconds(events: Iterable[tuple[str, float]], text: str) -> dict[str, fl
     for name, seconds in events:
         instruction = instructions.get(name)
         if instruction and instruction.operation in NOT_DONE:
-            continue  # a loop, whose body has its own
+            continue  # the instructions in the body of a loop have events of their own
         work, kind = work_of(module, instruction) if instruction else ("unknown", "")
         found[kind or work] = found.get(kind or work, 0.0) + seconds
     return found

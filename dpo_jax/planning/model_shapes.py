@@ -1,4 +1,4 @@
-"""The structure of a config's model, wherever its weights are."""
+"""Opens the structure of a config's model without its weights."""
 
 import tempfile
 from pathlib import Path
@@ -12,10 +12,10 @@ from dpo_jax.training.model import open_model
 
 
 def open_structure(config: ConfigDict) -> Pipeline:
-    """The config's model with no weight read.
+    """Return the config's model without reading its weights, and without downloading anything.
 
-    A published model that is not here as a folder, and its replaced UNet or VAE, have the structure that the package
-    knows of its family; nothing is fetched.
+    A published model that is not a local folder, and a UNet or VAE named in its place, get the structure that the
+    package knows for the family.
     """
     known = {family.published: family.name for family in FAMILIES.values()}
     if config.model in known and not Path(config.model).exists():

@@ -1,4 +1,4 @@
-"""Products and convolutions, where a program's arithmetic is: their kinds, operations and bytes."""
+"""Counts products and convolutions, which are nearly all of a program's arithmetic: kinds, operations and bytes."""
 
 import functools
 import re
@@ -10,30 +10,32 @@ import numpy as np
 from dpo_jax.models.operations import AGAIN, ATTENTION
 
 KINDS = ("convolution", "linear", "attention", "done again")
-"""Convolutions and linear layers with their derivatives; attention's products of queries, keys and values; and all that
-is computed once more for the backward pass instead of being kept."""
+"""Convolutions and linear layers with their derivatives; attention's products of queries, keys and values; and whatever
+the backward pass computes again."""
 
 
 class Product(NamedTuple):
-    """All that is done by one instruction, with its repetitions."""
+    """One instruction, counted with its repetitions."""
 
     kind: str
     flops: float
-    """2 per multiplication with its addition, those with padding and with zeros between inputs left out."""
+    """2 per multiplication and addition, without those with padding or with zeros between inputs."""
     bytes: float
-    """Of operands and result, each once."""
+    """Bytes of operands and result, each counted once."""
     dtypes: frozenset[str]
-    """Of the operands, as HLO names them."""
+    """Types of the operands, as HLO names them."""
 
 
 class Sums(NamedTuple):
+    """Operations and bytes of several products."""
+
     flops: float
     bytes: float
 
 
 def kind_of(scope: str, is_convolution: bool) -> str:
-    """The kind of what was traced under these names."""
-    # In a derivative a scope reads transpose(jvp(name)).
+    """Return the kind, one of KINDS, of a product that was traced in this scope."""
+    # The scope of a derivative reads transpose(jvp(name)).
     if re.search(rf"\b({AGAIN}|rematted_computation)\b", scope):
         return "done again"
     if re.search(rf"\b{ATTENTION}\b", scope):
@@ -42,6 +44,7 @@ def kind_of(scope: str, is_convolution: bool) -> str:
 
 
 def sums_by_kind(products: Iterable[Product]) -> dict[str, Sums]:
+    """Return the sums of each kind."""
     found = dict.fromkeys(KINDS, Sums(0.0, 0.0))
     for product in products:
         flops, size = found[product.kind]
@@ -50,11 +53,11 @@ def sums_by_kind(products: Iterable[Product]) -> dict[str, Sums]:
 
 
 class Window(NamedTuple):
-    """How a convolution goes along one axis."""
+    """The settings of a convolution along one axis."""
 
     stride: int = 1
     padding: int = 0
-    """Before the first input."""
+    """Zeros before the first input."""
     input_dilation: int = 1
     kernel_dilation: int = 1
 
@@ -62,13 +65,13 @@ class Window(NamedTuple):
 def convolution_flops(
     outputs: float, channels: int, inputs: Sequence[int], kernel: Sequence[int], out: Sequence[int], along: list[Window]
 ) -> float:
-    """Operations of a convolution.
+    """Return the operations of a convolution.
 
     Args:
-        outputs: batch size times output channels.
-        channels: input channels that an output reads.
-        inputs: sizes along the axes of space, of the inputs; so `kernel` and `out`.
-        along: how it goes along them.
+        outputs: batch size x output channels.
+        channels: input channels that each output reads.
+        inputs, kernel, out: sizes along the spatial axes.
+        along: settings along these axes.
     """
     taps = 1
     for size, width, length, window in zip(inputs, kernel, out, along, strict=True):
@@ -78,7 +81,7 @@ def convolution_flops(
 
 @functools.cache
 def _taps(size: int, width: int, length: int, window: Window) -> int:
-    """Pairs of a place of the output and of the kernel that meet an input."""
+    """Return the number of pairs of an output and a kernel position that read an input."""
     places = np.arange(length)[:, None] * window.stride + np.arange(width) * window.kernel_dilation - window.padding
     inside = (places >= 0) & (places <= (size - 1) * window.input_dilation) & (places % window.input_dilation == 0)
     return int(inside.sum())

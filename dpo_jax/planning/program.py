@@ -1,9 +1,10 @@
-"""What a traced JAX program computes and holds, read off its jaxpr: no compiler and no device is asked.
+"""Counts the operations and the memory of a traced JAX program from its jaxpr, without a compiler or a device.
 
-The compiler is modelled by one rule. It joins elementwise operations to what reads them, products and convolutions
-included, so their results take no memory: they are made again from their sources wherever they are read, and the
-sources stay until then. Only where several values are joined that together are larger (a sum, a difference) the result
-is kept in their place. For GPUs products and convolutions are libraries' kernels, and what they read is in memory.
+One rule models the compiler. It fuses elementwise operations into the operations that read them, products and
+convolutions included, so their results take no memory: they are computed again from their sources wherever they are
+read, and the sources stay in memory until then. Only where an operation joins several values that are larger together
+(a sum, a difference) is the result kept in their place. On GPUs products and convolutions are kernels of libraries,
+which read their operands from memory.
 """
 
 import math
@@ -24,27 +25,27 @@ ELEMENTWISE = {
     *("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "rev", "iota", "pad", "slice", "copy"),
     *("stop_gradient", "name", "optimization_barrier", "reduce_precision", "add_any", "is_finite", "split"),
     *("shift_left", "shift_right_logical", "bitcast_convert_type", "sharding_constraint", "random_wrap"),
-    *("stack", "unstack"),  # of the weights of a loop's blocks, and of their gradients
+    *("stack", "unstack"),  # they join the weights of a loop's blocks, and cut their gradients
 }
 
 LAYOUT = {"reshape", "squeeze", "expand_dims", "transpose", "name", "optimization_barrier", "sharding_constraint"}
-"""What of those only says how an array is read."""
+"""Elementwise operations that only change how an array is read."""
 PRODUCTS = {"dot_general", "conv_general_dilated"}
 
 
 class Operation(NamedTuple):
-    """One equation of a program without calls; variables are numbers."""
+    """One equation of a program without calls; its variables are numbers."""
 
     name: str
     params: dict[str, Any]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     scope: str
-    """The names it was traced under."""
+    """Names of the scopes it was traced in."""
 
 
 class Program:
-    """A jaxpr with every call inlined and everything removed that no output needs."""
+    """A jaxpr with all calls inlined, without the operations that no output needs."""
 
     def __init__(self, closed: core.ClosedJaxpr):
         self.avals: list[Any] = []
@@ -55,15 +56,16 @@ class Program:
         self._remove_dead()
 
     def bytes(self, variable: int) -> int:
+        """Return the bytes of a variable."""
         aval = self.avals[variable]
         return math.prod(aval.shape) * aval.dtype.itemsize
 
     def flops(self, *, without: str | None = None) -> float:
-        """Floating point operations of products and convolutions, 2 per multiplication with its addition.
+        """Return the floating point operations of products and convolutions, 2 per multiplication and addition.
 
-        `without` leaves out what was traced in a scope of that name (`jax.named_scope`).
+        `without` leaves out operations that were traced in a scope of that name (`jax.named_scope`).
         """
-        # In a derivative the scope reads transpose(jvp(name)).
+        # The scope of a derivative reads transpose(jvp(name)).
         left_out = re.compile(rf"\b{without}\b") if without else None
         counted = (op for op in self.operations if not (left_out and left_out.search(op.scope)))
         return sum(self._flops(operation, without) for operation in counted)
@@ -80,7 +82,7 @@ class Program:
         return 0
 
     def products(self, times: float = 1.0, called_in: str = "") -> Iterator[Product]:
-        """Its products and convolutions; those of a loop as often as it goes round."""
+        """Yield the products and convolutions; those in a loop are counted as often as it repeats."""
         for operation in self.operations:
             avals = [self.avals[variable] for variable in (*operation.inputs, *operation.outputs)]
             scope = f"{called_in}/{operation.scope}"
@@ -128,7 +130,7 @@ class Program:
 
 
 def _called(eqn: Any) -> core.Jaxpr | None:
-    """The body of a call that happens once, in place."""
+    """Return the body of a call that is executed once, or None for a loop or another operation."""
     if eqn.primitive.name in ("scan", "while", "cond"):
         return None
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
@@ -139,7 +141,7 @@ def _called(eqn: Any) -> core.Jaxpr | None:
 
 
 def _taps(params: dict[str, Any], kernel: tuple[int, ...]) -> float:
-    """Multiplications for one element of a convolution's result: those with zeros between its inputs don't count."""
+    """Return the multiplications per element of a convolution's result, without those with zeros between inputs."""
     numbers = params["dimension_numbers"]
     space = [kernel[axis] for axis in numbers.rhs_spec[2:]]
     channels = kernel[numbers.rhs_spec[1]]
@@ -163,12 +165,13 @@ def _convolution_flops(params: dict[str, Any], avals: list[Any]) -> float:
 
 
 def peak_bytes(program: Program, weights: Iterable[int], *, by_library: bool = False) -> int:
-    """The most bytes that intermediate values take at any time, beside the inputs and the outputs.
+    """Return the most bytes that intermediate values take at any time, without the inputs and the outputs.
 
     Args:
-        weights: inputs that are parameters. What is made of them alone (rounded weights), and what becomes an output by
-            elementwise operations alone (gradients), is not counted: that depends on how they are split over devices.
-        by_library: whether what products read is in memory, as for GPUs.
+        program: whose values are counted.
+        weights: inputs that are parameters. Values computed from them alone (rounded weights), and values that become
+            outputs by elementwise operations alone (gradients), are not counted: they depend on the sharding.
+        by_library: whether products read their operands from memory, as on GPUs.
     """
     uncounted = set(program.inputs) | _made_of(program, set(weights)) | _gradients(program)
     sources = _sources(program, uncounted, _read_by_products(program) if by_library else set())
@@ -194,8 +197,11 @@ def peak_bytes(program: Program, weights: Iterable[int], *, by_library: bool = F
 
 
 def kept_bytes(program: Program, weights: Iterable[int], *, by_library: bool = False) -> int:
-    """The bytes of what a program's outputs are made of, elementwise, beside its inputs: of a forward pass that returns
-    its derivative (`jax.vjp`), what it keeps for the backward pass. `weights` and `by_library` as in `peak_bytes`."""
+    """Return the bytes of the values from which a program's outputs are computed elementwise, without its inputs.
+
+    For a forward pass that returns its derivative (`jax.vjp`) these are the values kept for the backward pass.
+    `weights` and `by_library` are those of `peak_bytes`.
+    """
     uncounted = set(program.inputs) | _made_of(program, set(weights))
     sources = _sources(program, uncounted, _read_by_products(program) if by_library else set())
     kept = frozenset().union(*(sources.get(variable, frozenset()) for variable in program.outputs))
@@ -203,7 +209,7 @@ def kept_bytes(program: Program, weights: Iterable[int], *, by_library: bool = F
 
 
 def _read_by_products(program: Program) -> set[int]:
-    """Variables that products and convolutions read, as they were made."""
+    """Return the variables that products and convolutions read, before changes of layout."""
     read = {variable for op in program.operations if op.name in PRODUCTS for variable in op.inputs}
     for operation in reversed(program.operations):
         if operation.name in LAYOUT:
@@ -215,9 +221,10 @@ def _read_by_products(program: Program) -> set[int]:
 
 
 def _sources(program: Program, uncounted: set[int], existing: set[int]) -> dict[int, frozenset[int]]:
-    """For each variable those that exist in memory and it is made of: itself, or what it is computed from again.
+    """Return for each variable the variables in memory it comes from: itself, or those it is computed from again.
 
-    `existing` are in memory in any case."""
+    Variables in `existing` are in memory in any case.
+    """
     sources: dict[int, frozenset[int]] = {}
     for operation in program.operations:
         made_of = frozenset().union(*(sources.get(variable, frozenset()) for variable in operation.inputs))
@@ -232,7 +239,7 @@ def _sources(program: Program, uncounted: set[int], existing: set[int]) -> dict[
 
 
 def _made_of(program: Program, variables: set[int]) -> set[int]:
-    """What elementwise operations make of these variables and constants alone."""
+    """Return the variables that elementwise operations compute from `variables` and constants alone."""
     known = set(variables)
     computed = {v for op in program.operations for v in op.outputs}
     for operation in program.operations:
@@ -243,11 +250,11 @@ def _made_of(program: Program, variables: set[int]) -> set[int]:
 
 
 def _gradients(program: Program) -> set[int]:
-    """What becomes an output by elementwise operations alone, back to the product it comes from."""
+    """Return the variables that become outputs by elementwise operations alone, back to a product."""
     known = set(program.outputs)
     readers = Counter(variable for operation in program.operations for variable in operation.inputs)
     for operation in reversed(program.operations):
         if operation.name in ELEMENTWISE and known.intersection(operation.outputs):
             readers.subtract(operation.inputs)
-            known.update(v for v in operation.inputs if readers[v] == 0)  # a loop's results are cut into many
+            known.update(v for v in operation.inputs if readers[v] == 0)  # results of a loop have several readers
     return known

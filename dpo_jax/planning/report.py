@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""Writes a plan as text."""
 
 from ml_collections import ConfigDict
 
@@ -8,36 +8,37 @@ from dpo_jax.planning.topology import GIB
 
 
 def as_text(config: ConfigDict, plan: Plan) -> str:
-    """What is computed, what is assumed, and what follows."""
+    """Return the plan as text, which says what is computed and what is assumed."""
     topology, device = plan.topology, plan.topology.device
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
-    batch = " x ".join(map(str, (plan.micro_batch_per_device, plan.accumulation, *plan.mesh.values())))
+    devices = plan.mesh["data"] * plan.mesh["fsdp"]
     lines = [
         f"{config.model} on {topology.name}: {topology.num_chips} chips, mesh {mesh}, remat={plan.remat}",
         f"{plan.parameters:,} parameters, {plan.trained_parameters:,} of them trained",
-        f"{plan.batch_size} pairs a step = {batch} (at a time on a device, micro-batches, mesh)",
+        f"{plan.batch_size} pairs per step = {devices} devices x {plan.accumulation} micro-batches "
+        f"x {plan.micro_batch_per_device}",
         "",
-        "Memory of a device (computed)             GiB",
+        "Memory per device (computed)              GiB",
         *(f"  {kind:34} {size / GIB:9.2f}" for kind, size in plan.memory.items() if size),
-        f"  {'in all':34} {plan.hbm_bytes / GIB:9.2f} of {device.hbm_gib}: "
+        f"  {'total':34} {plan.hbm_bytes / GIB:9.2f} of {device.hbm_gib}: "
         + ("fits" if plan.fits else f"does not fit with {SPARE:.0%} free"),
         "",
-        f"Work of a pair (computed): {plan.work.model_flops / 1e12:.2f} TFLOP"
-        + (f", {plan.work.flops / 1e12:.2f} with what remat repeats" if plan.remat != "none" else ""),
+        f"Work per pair (computed): {plan.work.model_flops / 1e12:.2f} TFLOP"
+        + (f", {plan.work.flops / 1e12:.2f} including what remat repeats" if plan.remat != "none" else ""),
         "",
-        f"{'Traffic in a step (computed)':28}  {'axis':6} {'received':>12} {'times':>6} {'seconds at full rate':>21}",
+        f"{'Traffic per step (computed)':28}  {'axis':6} {'received':>12} {'times':>6} {'seconds at full rate':>21}",
         *(
             f"  {c.name:26}  {c.axis:6} {c.received_bytes / GIB:8.3f} GiB {c.times:6} {c.seconds:21.3f}"
             for c in plan.collectives
         ),
         "",
-        f"Time of a step, if products run at {plan.utilisation:.0%} of the peak rate (assumed) and links at theirs:",
+        f"Time per step, if products reach {plan.utilisation:.0%} of the peak rate (assumed) and links all of theirs:",
         f"  computation {plan.compute_seconds:.3f} s, collectives {plan.collective_seconds:.3f} s of which "
-        f"{plan.exposed_seconds:.3f} s can't hide behind it, update {plan.update_seconds:.3f} s",
-        f"  {plan.step_seconds:.3f} s a step: {plan.pairs_per_second_per_chip:.2f} pairs/s a chip, "
-        f"{plan.pairs_per_second_per_chip * topology.num_chips:.1f} in all",
+        f"{plan.exposed_seconds:.3f} s do not overlap with it, update {plan.update_seconds:.3f} s",
+        f"  {plan.step_seconds:.3f} s per step: {plan.pairs_per_second_per_chip:.2f} pairs/s per chip, "
+        f"{plan.pairs_per_second_per_chip * topology.num_chips:.1f} in total",
         f"  the paper's {PAPER_PAIRS:,} pairs (2000 steps of 2048): {plan.chip_hours:,.0f} chip-hours, "
-        f"{plan.chip_hours / topology.num_chips:.1f} hours here",
+        f"{plan.chip_hours / topology.num_chips:.1f} hours on {topology.name}",
         "",
         "Run it with",
         f"  --config.remat={plan.remat} --config.data.micro_batch={plan.micro_batch_per_device} "
@@ -47,18 +48,18 @@ def as_text(config: ConfigDict, plan: Plan) -> str:
 
 
 def compiled_text(plan: Plan, compiled: Compiled) -> str:
-    """XLA's figures beside the estimate's."""
+    """Return XLA's figures as text, beside the estimate's."""
     ratio = plan.hbm_bytes / compiled.hbm_bytes
     rows = [
-        f"XLA's memory of a device: {compiled.hbm_bytes / GIB:.2f} GiB ({compiled.argument_bytes / GIB:.2f} arguments, "
+        f"XLA's memory per device: {compiled.hbm_bytes / GIB:.2f} GiB ({compiled.argument_bytes / GIB:.2f} arguments, "
         f"{compiled.temporary_bytes / GIB:.2f} temporaries); the estimate is {ratio:.2f} of it",
-        "XLA's collectives in a step:",
+        "XLA's collectives per step:",
     ]
     rows += [
         f"  {kind:20} {counts['times']:8.0f} times {counts['bytes'] / GIB:10.3f} GiB"
         for kind, counts in sorted(compiled.collectives.items())
     ]
-    rows += [f"{'Products of a device in a step':32} {'TFLOP traced':>12} compiled {'GB traced':>12} compiled"]
+    rows += [f"{'Products per device and step':32} {'TFLOP traced':>12} compiled {'GB traced':>12} compiled"]
     for kind, traced in compiled.traced_products.items():
         found = compiled.products[kind]
         rows.append(
@@ -66,8 +67,8 @@ def compiled_text(plan: Plan, compiled: Compiled) -> str:
             f"{traced.bytes / 1e9:12.1f} {found.bytes / 1e9:8.1f}"
         )
     share = compiled.float32_flops / sum(sums.flops for sums in compiled.products.values())
-    rows.append(f"  of these {share:.2%} read float32")
-    in_all = sum(compiled.traffic.values())
-    rows.append(f"Memory traffic of a device in a step: {in_all / 1e9:.1f} GB")
-    rows += [f"  {kind:20} {size / 1e9:10.1f} GB {size / in_all:6.1%}" for kind, size in compiled.traffic.items()]
+    rows.append(f"  {share:.2%} of their operations read float32")
+    total = sum(compiled.traffic.values())
+    rows.append(f"Memory traffic per device and step: {total / 1e9:.1f} GB")
+    rows += [f"  {kind:20} {size / 1e9:10.1f} GB {size / total:6.1%}" for kind, size in compiled.traffic.items()]
     return "\n".join(rows)

@@ -1,4 +1,4 @@
-"""The fastest way to run a config on a machine, among those that fit."""
+"""Searches for the settings with which a config fits a machine and runs fastest there."""
 
 from collections.abc import Callable, Sequence
 
@@ -26,7 +26,7 @@ from dpo_jax.training.config import resolve
 
 
 def with_settings(config: ConfigDict, *, remat: str, pairs: int, data: int, fsdp: int) -> ConfigDict:
-    """A copy of the config that computes the same in another way, with `pairs` at a time on each device."""
+    """Return a copy of the config that computes the same with other settings, `pairs` at a time on each device."""
     mesh = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": 1}
     return replaced(config, {"remat": remat, "data.micro_batch": pairs, **mesh})
 
@@ -34,7 +34,7 @@ def with_settings(config: ConfigDict, *, remat: str, pairs: int, data: int, fsdp
 def fit(
     config: ConfigDict, topology: Topology, utilisation: float | None, say: Callable[[str], None]
 ) -> tuple[ConfigDict, Plan]:
-    """The fastest of every remat policy, fsdp degree and micro-batch that fits, as a config and its plan."""
+    """Return the fastest combination of remat, mesh.fsdp and micro-batch that fits, as a config and its plan."""
     plan = choose(config, measure_all(config, topology.device.kind, say), topology, utilisation)
     chosen = with_settings(
         config, remat=plan.remat, pairs=plan.micro_batch_per_device, data=plan.mesh["data"], fsdp=plan.mesh["fsdp"]
@@ -43,26 +43,29 @@ def fit(
 
 
 def measure_all(config: ConfigDict, kind: str, say: Callable[[str], None]) -> list[Work]:
-    """What a pair costs with each policy on that kind of device."""
+    """Return the cost of a pair on that kind of device with each remat policy."""
     works: list[Work] = []
     for remat in POLICIES:
-        say(f"counting what a pair costs with remat={remat}")
+        say(f"counting the work of a pair with remat={remat}")
         one = replaced(config, {"remat": remat})
         works.append(measure_work(one, kind, works[0].model_flops if works else None))
     return works
 
 
 def choose(config: ConfigDict, works: Sequence[Work], topology: Topology, utilisation: float | None = None) -> Plan:
-    """The fastest plan that fits; of those equally fast to 1% the one that takes least memory, but rematerialization
-    must save 5%: only the products that it repeats are counted as time.
+    """Return the fastest plan that fits.
 
-    Raises ValueError where none fits, or the batch does not divide over the devices.
+    Of plans within 1% of the fastest it takes the one with the least memory. Rematerialization must save 5% of the
+    memory, since only the products that it repeats are counted as time.
+
+    Raises:
+        UserError: no plan fits, or the devices do not divide the batch.
     """
     devices, batch = topology.num_devices, config.data.batch_size
     if batch % devices:
         raise UserError(
-            f"data.batch_size={batch} does not divide over the {devices} devices of {topology.name}; take a multiple "
-            f"of {devices}, or a topology with fewer"
+            f"config.data.batch_size={batch} is not divisible by the {devices} devices of {topology.name}. Set it to a "
+            f"multiple of {devices}, or choose a smaller topology"
         )
     pipeline = open_structure(replaced(config, {"remat": "none"}))
     holdings: list[Holdings] = []
@@ -79,8 +82,8 @@ def choose(config: ConfigDict, works: Sequence[Work], topology: Topology, utilis
     if not fitting:
         least = min(plans, key=lambda plan: plan.hbm_bytes)
         raise UserError(
-            f"nothing fits {topology.name}: the least is {least.hbm_bytes / 2**30:.1f} GiB of its "
-            f"{topology.device.hbm_gib} GiB a device; take more devices, or ones with more memory"
+            f"no settings fit {topology.name}: the least memory is {least.hbm_bytes / GIB:.1f} GiB per device, more "
+            f"than {1 - SPARE:.0%} of its {topology.device.hbm_gib} GiB. Choose more devices, or larger ones"
         )
     fastest = min(plan.step_seconds for plan in fitting)
     fast = [plan for plan in fitting if plan.step_seconds <= 1.01 * fastest]
@@ -90,10 +93,10 @@ def choose(config: ConfigDict, works: Sequence[Work], topology: Topology, utilis
 
 
 def settle(config: ConfigDict, say: Callable[[str], None]) -> ConfigDict:
-    """The config with `remat="auto"` and `data.micro_batch=0` replaced by what fits the devices that are here.
+    """Return the config with `remat="auto"` and `data.micro_batch=0` replaced by what fits the devices of this run.
 
-    All processes of a run must call it. Where devices have no memory of their own, as CPUs, nothing is rematerialized
-    and micro-batches stay without a limit.
+    All processes of a run must call it. Devices without memory of their own, such as CPUs, rematerialize nothing and
+    have no limit on micro-batches.
     """
     if config.remat != "auto" and config.data.micro_batch:
         return config
@@ -111,10 +114,10 @@ def settle(config: ConfigDict, say: Callable[[str], None]) -> ConfigDict:
 
 
 def choose_settings(config: ConfigDict, kind: str, num_devices: int, hbm_bytes: float) -> ConfigDict:
-    """The config with `remat="auto"` and `data.micro_batch=0` replaced by what leaves the usual share of memory free.
+    """Return the config with `remat="auto"` and `data.micro_batch=0` replaced by what leaves `SPARE` of memory free.
 
-    Of the policies it takes the one that repeats least, even if only one pair at a time fits with it; then the largest
-    micro-batch.
+    The policy is the one that repeats least, even if only one pair at a time fits with it; then the micro-batch is the
+    largest that fits.
 
     Raises:
         UserError: nothing fits.

@@ -1,4 +1,4 @@
-"""A training state and batches of random numbers, to time the step with: no weights and no data are needed."""
+"""Makes a training state and batches of random numbers, to time the step without weights and data."""
 
 import math
 from typing import Any
@@ -13,11 +13,11 @@ from dpo_jax.training.step import Frozen, TrainState
 
 
 def random_state(experiment: Experiment) -> tuple[TrainState, Frozen]:
-    """Training state and frozen weights; the reference is the policy, rounded as it is in training."""
+    """Return a training state and frozen weights; the reference is the policy, rounded as in training."""
     abstract = experiment.abstract_state()
     params = random_weights(abstract.params, seed=0)
     frozen = {name: random_weights(shapes, seed=1) for name, shapes in experiment.frozen.items() if name != "reference"}
-    if "base" in frozen:  # of a LoRA the second factor is 0 at first, and the reference is the base
+    if "base" in frozen:  # a LoRA begins with its second factor at 0, and its reference is the base
         params = {name: x * 0 if "lora_B" in name else x for name, x in params.items()}
     elif "reference" in experiment.frozen:
         shapes = experiment.frozen["reference"]
@@ -29,9 +29,9 @@ def random_state(experiment: Experiment) -> tuple[TrainState, Frozen]:
 
 
 def random_weights(shapes: Any, seed: int) -> Any:
-    """Kernels of variance 1 / fan-in, scales around 1, biases around 0, made on the device: there are up to 13 GB.
+    """Return kernels of variance 1 / fan-in, scales around 1 and biases around 0, up to 13 GB, made on the device.
 
-    All are parts of one array of random numbers: hundreds of generators would take minutes to compile.
+    All are slices of one array of random numbers, since hundreds of generators would take minutes to compile.
     """
     sizes = [math.prod(shape.shape) for shape in shapes.values()]
 
@@ -49,14 +49,14 @@ def random_weights(shapes: Any, seed: int) -> Any:
 
 
 def random_batch(experiment: Experiment, seed: int) -> PreferenceBatch:
-    """Of latents and embeddings, if that is what the config trains on, else of images and token ids."""
+    """Return a batch of latents and embeddings if the config trains on them, otherwise of images and token ids."""
     rng = np.random.default_rng(seed)
     abstract = experiment.abstract_batch()
 
     def draw(shape: jax.ShapeDtypeStruct) -> np.ndarray:
         if jnp.issubdtype(shape.dtype, jnp.floating):
             return rng.standard_normal(shape.shape, np.float32).astype(shape.dtype)
-        return rng.integers(0, 255, shape.shape).astype(shape.dtype)  # every tokenizer has more words
+        return rng.integers(0, 255, shape.shape).astype(shape.dtype)  # every vocabulary is larger
 
     size = experiment.config.data.resolution
     size_cond_6 = np.array([size, size, 0, 0, size, size], np.float32)

@@ -1,7 +1,7 @@
-"""The machines a run can be planned for: what a device computes, holds and sends.
+"""The machines that a run can be planned for: the rate, memory and links of their devices.
 
-Figures of TPUs are those of Google's system architecture pages, but for the memory, which is what XLA's compiler for
-the chip says it has; figures of GPUs are those of NVIDIA's data sheets.
+The figures of TPUs are from Google's system architecture pages, except the memory, which is what XLA's compiler for the
+chip reports. The figures of GPUs are from NVIDIA's data sheets.
 """
 
 import math
@@ -14,28 +14,28 @@ GIB = 2**30
 
 
 class Device(NamedTuple):
-    """One device as JAX counts them."""
+    """A device, as JAX counts them."""
 
     kind: str
-    """As JAX's topologies call its platform: "tpu" or "gpu"."""
+    """Platform in JAX's topologies: "tpu" or "gpu"."""
     hbm_gib: float
-    """Memory that a program can have."""
+    """Memory that a program can use."""
     tflops: float
-    """Peak rate of bfloat16 products, 10^12 / s."""
+    """Peak rate of bfloat16 products, in 10^12 operations/s."""
     hbm_gb_s: float
-    """Memory bandwidth, 10^9 bytes / s."""
+    """Memory bandwidth, in 10^9 bytes/s."""
     link_gb_s: float
-    """Bytes it can receive from its neighbours on all links together, 10^9 / s."""
+    """What it can receive from its neighbours over all links together, in 10^9 bytes/s."""
     dimensions: int
-    """Of the torus of TPU chips; 2 for GPUs: those of a host, and hosts."""
+    """Dimensions of the torus of TPU chips; 2 for GPUs: GPUs per host, and hosts."""
     wraps_at: int
-    """Chips along a dimension from which on its two ends are joined, so that data goes round both ways."""
+    """Fewest chips along a dimension whose two ends are joined, so that data travels both ways."""
     utilisation: float
     """Share of the peak rate that a training step is assumed to reach."""
     per_chip: int = 1
-    """Devices that are sold and counted as one chip."""
+    """Devices per chip, as chips are sold."""
     network_gb_s: float = 0.0
-    """Bytes a GPU receives from other hosts."""
+    """What a GPU can receive from other hosts, in 10^9 bytes/s."""
 
 
 # 256-wide matrix units are idle more often at Stable Diffusion's widths of 320 to 1280 and heads of 40 to 160.
@@ -50,7 +50,7 @@ DEVICES = {
 
 
 class Topology(NamedTuple):
-    """Devices of one kind and how they are joined."""
+    """Devices of one kind and how they are connected."""
 
     name: str
     device: Device
@@ -65,10 +65,10 @@ class Topology(NamedTuple):
         return self.num_chips * self.device.per_chip
 
     def gather_seconds(self, received: float, members: int) -> float:
-        """Time until each of `members` devices has received so many bytes from the others.
+        """Seconds until each of `members` devices has received `received` bytes from the others.
 
-        The links of a TPU count for a group in the proportion in which it extends along the torus, half where its ends
-        are not joined. GPUs of a host share what each receives from other hosts.
+        A group of TPUs uses the share of the links that corresponds to its extent along the torus, and half of that
+        where the ends are not joined. The GPUs of a host share what each of them receives from other hosts.
         """
         if members == 1 or not received:
             return 0.0
@@ -83,17 +83,24 @@ class Topology(NamedTuple):
 
 
 def parse_topology(name: str) -> Topology:
-    """`v5p:4x4x4`, `v5e:16x16`, `h200:8` (of one host) or `h100:8x4` (of four). Raises ValueError for anything else."""
+    """Return the topology named `v5p:4x4x4`, `v5e:16x16`, `h200:8` (one host) or `h100:8x4` (four hosts).
+
+    Raises:
+        UserError: the kind or the size is not known.
+    """
     kind, _, size = name.partition(":")
     if kind not in DEVICES or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
         raise UserError(
-            f"--topology={name} is none that is known; give {', '.join(DEVICES)} and a size, such as v5e:16x16, "
-            "v5p:4x4x4, or h100:8x4 for 4 hosts of 8 GPUs"
+            f"--topology={name} is not known. Give one of {', '.join(DEVICES)} and a size, for example v5e:16x16, "
+            "v5p:4x4x4, or h100:8x4 (4 hosts of 8 GPUs)"
         )
     device, shape = DEVICES[kind], tuple(int(part) for part in size.split("x"))
     if device.kind == "gpu" and len(shape) == 1:
         shape = (*shape, 1)
     if len(shape) != device.dimensions:
         example = "x".join(["4"] * device.dimensions)
-        raise UserError(f"--topology={name}: {kind} has {device.dimensions} dimensions, such as {kind}:{example}")
+        raise UserError(
+            f"--topology={name} has {len(shape)} dimensions, and {kind} has {device.dimensions}. "
+            f"Give, for example, {kind}:{example}"
+        )
     return Topology(name, device, shape)

@@ -14,12 +14,12 @@ def test_counts() -> None:
 
 @pytest.mark.parametrize("name", ["v5e", "v5e:", "v4:2x2", "v5e:0x4", "v5e:4x", "16x16", ""])
 def test_unknown_names_are_refused_with_the_known(name: str) -> None:
-    with pytest.raises(ValueError, match=f"--topology={name} is none that is known; give v5e, v5p"):
+    with pytest.raises(ValueError, match=f"--topology={name} is not known. Give one of v5e, v5p"):
         parse_topology(name)
 
 
 def test_the_wrong_number_of_dimensions_is_refused() -> None:
-    with pytest.raises(ValueError, match="v5p has 3 dimensions, such as v5p:4x4x4"):
+    with pytest.raises(ValueError, match=r"v5p has 3\. Give, for example, v5p:4x4x4"):
         parse_topology("v5p:8x8")
 
 
