@@ -36,7 +36,7 @@ from dpo_jax.training.metrics import read_metrics
 from dpo_jax.training.model import load_tokenizers_of, make_placement, open_model
 from dpo_jax.training.needs import check_grids, check_room
 from dpo_jax.training.preemption import Notice, Preempted
-from dpo_jax.training.startup import StartClock
+from dpo_jax.training.startup import StartupClock
 from dpo_jax.training.step import TrainState
 from dpo_jax.training.trainer import Loop, begin, check_backend, running
 
@@ -59,7 +59,7 @@ def learn(config: ConfigDict, workdir: epath.PathLike, stage: str = "", feedback
     Raises:
         Preempted: SIGTERM came; what is done is saved, and the same call continues.
     """
-    workdir, clock = epath.Path(workdir), StartClock()
+    workdir, clock = epath.Path(workdir), StartupClock()
     check(config)
     check_backend(config)
     check_libraries(config.logging.to)
@@ -379,7 +379,7 @@ class Rounds:
 
     def _remove_trajectories(self, last: int) -> None:
         """Of the rounds up to `last` that no checkpoint is in the middle of."""
-        oldest = self._loop.checkpoints.oldest_step() or 0
+        oldest = self._loop.checkpoints.oldest_to_resume() or 0
         while self._kept <= last and (self._kept + 1) * self._plan.updates <= oldest:
             if cluster.is_first():
                 self.folder(self._kept).remove_trajectories()

@@ -1,4 +1,4 @@
-"""Checkpoints: Orbax, asynchronous, atomic, verified when they are read, the newest few kept.
+"""Checkpoints: written by Orbax, asynchronous, atomic, and verified when they are read.
 
 A work directory holds `config.json` (the resolved experiment) and `checkpoints/STEP/` with four items: `state` (step,
 trained parameters, optimizer state, moving average), `position` (samples seen, which places the data stream exactly,
@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax import lax
 from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from dpo_jax import files, interrupts
 from dpo_jax.errors import EnvironmentFault, MissingFileError, UserError
@@ -26,21 +27,30 @@ from dpo_jax.streams import warn
 from dpo_jax.training.step import TrainState
 from dpo_jax.weights.layout import Params
 
+FALLBACKS = 3
+"""Newest checkpoints that a resume may begin from where all are kept: the newest, or others where it is damaged."""
+
 
 class Checkpoints:
     """Saves the training state under `workdir/checkpoints`; what a killed run left half written there is removed.
 
     Args:
         workdir: receives the folder.
-        keep: checkpoints to keep, the newest ones.
+        keep: number of newest checkpoints to keep; 0 keeps all.
+        keep_every: checkpoints of multiples of this many steps are kept, too; 0 for none.
         fields: of the experiment, as `write_config` has them; kept with each checkpoint.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, keep: int, fields: Mapping[str, Any] | None = None):
+    def __init__(
+        self, workdir: epath.PathLike, *, keep: int, keep_every: int = 0, fields: Mapping[str, Any] | None = None
+    ):
         self.folder = _folder(workdir)
+        self._keep = keep
         self._fields = None if fields is None else _signed(fields)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            preservation_policy=AnyPreservationPolicy(
+                [LatestN(keep or None), *([EveryNSteps(keep_every)] if keep_every else [])]
+            ),
             create=True,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
@@ -51,9 +61,9 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def oldest_step(self) -> int | None:
-        """Of the finished ones."""
-        return min(ocp.utils.checkpoint_steps(self.folder), default=None)
+    def oldest_to_resume(self) -> int | None:
+        """Return the oldest step that a resume may begin from: that of the newest few finished checkpoints."""
+        return min(sorted(ocp.utils.checkpoint_steps(self.folder))[-(self._keep or FALLBACKS) :], default=None)
 
     def save(self, state: TrainState, position: dict[str, int]) -> None:
         """Copies the state to the host and returns; the write goes on in the background.

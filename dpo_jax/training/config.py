@@ -50,6 +50,7 @@ FREE_TO_CHANGE = (
     "online.evaluate_every",
     "online.evaluation_prompts",
     "online.latent_judge",
+    "dpo_jax_version",
 )
 
 MAX_RATE = 1e30
@@ -119,6 +120,12 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.{field} is empty; set it in the config file or with --config.{field}=...")
     check_settings(config)
     check_views(config)
+    every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
+    if keep_every % every:
+        raise UserError(
+            f"config.checkpoint.keep_every={keep_every} is not a multiple of config.checkpoint.every={every}, so most "
+            f"of these steps have no checkpoint; set keep_every={max(keep_every // every, 1) * every}"
+        )
 
 
 def check_values(config: ConfigDict) -> None:

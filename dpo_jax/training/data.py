@@ -22,6 +22,7 @@ from dpo_jax.data.store.latents import choose_views, open_latents
 from dpo_jax.data.store.prepared import NothingChosenError
 from dpo_jax.data.store.scores import scores_file
 from dpo_jax.models.pipeline import Pipeline
+from dpo_jax.training.announce import announce_epochs
 from dpo_jax.training.config import Derived
 from dpo_jax.training.model import load_tokenizers_of
 from dpo_jax.weights.io import fingerprint
@@ -33,8 +34,7 @@ def check_data(config: ConfigDict) -> ConfigDict:
     Returns the config; where no pair is held out, as in small data sets, with validation turned off, and says so.
     """
     pairs = len(_training_pairs(config))
-    if pairs < config.data.batch_size:
-        _say(f"a step of {config.data.batch_size} pairs sees some of the {pairs} pairs of the data set several times")
+    announce_epochs(config, pairs)
     if config.validation.every:
         try:
             _validation_pairs(config)

@@ -183,7 +183,10 @@ FIELDS = {
         (), "Sharding of parameters: ((regular expression, (mesh axis or None per dimension)), ...).", wrong=are_rules
     ),
     "checkpoint.every": Field(200, "Steps between two checkpoints.", **COUNT),
-    "checkpoint.keep": Field(3, "Number of newest checkpoints that stay.", **COUNT),
+    "checkpoint.keep": Field(3, "Number of newest checkpoints that stay; 0 keeps all.", **NOT_NEGATIVE),
+    "checkpoint.keep_every": Field(
+        0, "Checkpoints of multiples of this many steps stay, too; 0 keeps none of them.", **NOT_NEGATIVE
+    ),
     "logging.to": Field(
         ("tensorboard",),
         "Where figures and image grids go, besides metrics.jsonl: any of the choices, such as ('wandb', 'csv').",

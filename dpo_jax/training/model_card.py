@@ -9,6 +9,7 @@ from etils import epath
 from huggingface_hub import ModelCardData
 from typing_extensions import TypedDict
 
+from dpo_jax import __version__
 from dpo_jax.files import conform, read_json
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.models.save import unlike_published
@@ -95,11 +96,12 @@ def model_card(
     parts += [f"Scheduler: {pipeline.schedule.class_name}, {settings}.\n", *(f"{remark}\n" for remark in remarks)]
     if not config:
         with_lora = f" with {public_name(facts['lora'])}" if facts.get("lora") else ""
-        return "\n".join([*parts, f"Converted from {model}{with_lora} by dpo_jax.\n"])
+        return "\n".join([*parts, f"Converted from {model}{with_lora} by dpo_jax {__version__}.\n"])
     what = "A LoRA" if config["lora.rank"] or config["lora.init"] else "All UNet weights"
     others = "".join(f", with the {part} of {public_name(config[part])}" for part in ("unet", "vae") if config[part])
     method, step = METHODS[_method(config)], facts["step"]
-    parts.insert(1, f"{what} of {model}{others}, trained by {method} for {step} steps with dpo_jax.\n")
+    version = f" {config['dpo_jax_version']}" if "dpo_jax_version" in config else ""  # runs of 0.1.0 may have none
+    parts.insert(1, f"{what} of {model}{others}, trained by {method} for {step} steps with dpo_jax{version}.\n")
     if facts.get("result"):
         parts.append("## Measured\n\n" + "\n".join(_measured(facts["result"])) + "\n")
     measured = {name: value for name, value in facts["validation"].items() if name.startswith("validation/")}

@@ -92,11 +92,13 @@ def model_spec(facts: Mapping[str, Any], pipeline: Pipeline, format: str, title:
     size = config.get("data.resolution") or (pipeline.unet.config.sample_size or 64) * pipeline.vae_factor
     # kohya's scripts and SwarmUI tell a LoRA by the ending; diffusers' names are another implementation's.
     is_original = format == "single" or (format == "kohya" and pipeline.family.original_layer_names)
+    trained = f"Trained for {facts['step']} steps with dpo_jax" if config else "Converted by dpo_jax"
     fields = {
         "sai_model_spec": "1.0.0",
         "architecture": pipeline.marks.architecture + ("/lora" if is_lora else ""),
         "implementation": "https://github.com/Stability-AI/generative-models" if is_original else "diffusers",
         "title": title,
+        "description": trained,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "resolution": f"{size}x{size}",
         "prediction_type": "v" if pipeline.predicts_velocity else "epsilon",

@@ -2,7 +2,6 @@
 
 import math
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from dpo_jax.errors import EnvironmentFault, UserError
 from dpo_jax.files import is_local, readable_bytes
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sampling.generate import plan_sampling
+from dpo_jax.streams import warn
 from dpo_jax.training.model import sampling_of
 
 LEAST_SHARE = 0.9
@@ -62,14 +62,14 @@ def _check_room(config: ConfigDict, workdir: epath.Path, state: Any) -> None:
             f"a checkpoint takes {readable_bytes(size)}, and {readable_bytes(free)} are free in {workdir}; make room "
             "there, or choose a --workdir on a larger disk"
         )
-    keep = config.checkpoint.keep
-    to_write = -(-(config.steps - max(steps, default=0)) // config.checkpoint.every)
-    more = min(max(keep + 1 - len(steps), 1), to_write)  # the oldest is removed when the next one is whole
+    keep, keep_every, left = config.checkpoint.keep, config.checkpoint.keep_every, config.steps - max(steps, default=0)
+    more = -(-left // config.checkpoint.every)
+    if keep:  # the oldest is removed when the next one is whole
+        newest = [step for step in steps if not keep_every or step % keep_every]
+        more = min(max(keep + 1 - len(newest), 1) + (left // keep_every if keep_every else 0), more)
     if free < more * size:
-        print(
-            f"warning: {readable_bytes(free)} are free in {workdir}, and {more} more checkpoints of "
-            f"{readable_bytes(size)} will be written there before the first one is removed; make room, or set "
-            f"config.checkpoint.keep below {keep}",
-            file=sys.stderr,
-            flush=True,
+        warn(
+            f"{readable_bytes(free)} are free in {workdir}, but the run needs room for {more} more checkpoints of "
+            f"{readable_bytes(size)}; make room, or keep fewer with config.checkpoint.keep={keep} and "
+            f"keep_every={keep_every}"
         )

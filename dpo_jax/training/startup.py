@@ -1,4 +1,4 @@
-"""How long a run takes to start, and compiled programs kept so that the next start is faster."""
+"""How long the startup of a run takes, and compiled programs that are kept to make the next one faster."""
 
 import os
 import time
@@ -7,15 +7,15 @@ import jax
 from etils import epath
 
 
-class StartClock:
-    """Seconds of each part of a start, printed as "load 3.1 s, restore 0.5 s, first step 20.4 s, in all 24.0 s"."""
+class StartupClock:
+    """The seconds of each part of a startup: "load 3.1 s, restore 0.5 s, first step 20.4 s, in all 24.0 s"."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
         self._seconds: dict[str, float] = {}
 
     def lap(self, part: str) -> None:
-        """What has passed since the last call was this part."""
+        """Count the time since the last call for this part."""
         now = time.monotonic()
         self._seconds[part] = self._seconds.get(part, 0.0) + now - self._last
         self._last = now
@@ -26,10 +26,10 @@ class StartClock:
 
 
 def keep_compiled_programs(workdir: epath.PathLike) -> None:
-    """Has JAX keep what it compiles in more than its default of a second, unless JAX_COMPILATION_CACHE_DIR is set.
+    """Make JAX keep programs that take longer than a second to compile, unless JAX_COMPILATION_CACHE_DIR is set.
 
-    Of a run of one process in the user's cache folder; of several in the work directory, which all of them see: only
-    the first one writes, and the others are to find it.
+    A run of one process keeps them in the user's cache folder. A run of several keeps them in the work directory,
+    because only the first process writes them and all others must find them.
     """
     if jax.config.values["jax_compilation_cache_dir"]:
         return

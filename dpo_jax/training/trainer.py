@@ -26,20 +26,21 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dpo_jax import cluster, interrupts
+from dpo_jax import __version__, cluster, interrupts
 from dpo_jax.batch import PreferenceBatch
 from dpo_jax.cli import flatten
 from dpo_jax.data.image_grid import image_grid
 from dpo_jax.data.load.inputs import Inputs
 from dpo_jax.data.load.pipeline import BatchIterator
 from dpo_jax.errors import EnvironmentFault, UserError
-from dpo_jax.files import remove_partials, write_whole
+from dpo_jax.files import remove_partials
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sampling.generate import Generator
 from dpo_jax.sampling.grid import save_png
 from dpo_jax.sharding import replicated, to_devices
+from dpo_jax.training.announce import announce_config, announce_experiment
 from dpo_jax.training.checkpoint import Checkpoints, read_config, restore, write_config
-from dpo_jax.training.config import check_same_experiment, default_config, describe_batch, resolve
+from dpo_jax.training.config import check_same_experiment, default_config, resolve
 from dpo_jax.training.data import (
     check_data,
     data_fingerprints,
@@ -53,6 +54,7 @@ from dpo_jax.training.metrics import MetricWriter, ProgressBar
 from dpo_jax.training.model import (
     for_sampling,
     load_encoders,
+    load_unet,
     make_generator,
     make_placement,
     model_fingerprints,
@@ -60,7 +62,7 @@ from dpo_jax.training.model import (
 )
 from dpo_jax.training.needs import check_grids, check_room
 from dpo_jax.training.preemption import Notice, Preempted
-from dpo_jax.training.startup import StartClock, keep_compiled_programs
+from dpo_jax.training.startup import StartupClock, keep_compiled_programs
 from dpo_jax.training.step import Frozen, TrainState, make_eval_step, reference_params
 from dpo_jax.weights.layout import Params
 
@@ -74,7 +76,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
         Preempted: SIGTERM came; the state is saved, and the same call continues.
     """
     workdir = epath.Path(workdir)
-    clock = StartClock()
+    clock = StartupClock()
     derived = resolve(config, device_count=jax.device_count(), process_count=jax.process_count())
     check_backend(config)
     check_libraries(config.logging.to)
@@ -117,11 +119,20 @@ def check_backend(config: ConfigDict) -> None:
 def begin(
     config: ConfigDict, workdir: epath.Path, pipeline: Pipeline, defaults: ConfigDict, fingerprints: dict[str, str]
 ) -> dict[str, Any]:
-    """The fields of the experiment for `config.json`, after a look at those of the run that is to be continued."""
-    fields = flatten(config) | model_fingerprints(config, pipeline) | fingerprints
+    """Return the fields of the experiment for `config.json`; prints those that differ from `defaults`.
+
+    Raises:
+        UserError: the work directory holds the run of another experiment.
+    """
+    version = {"dpo_jax_version": __version__}
+    fields = flatten(config) | model_fingerprints(config, pipeline) | fingerprints | version
     saved = read_config(workdir)
     if saved is not None:
         check_same_experiment(fields, saved, workdir, defaults)
+        before = saved.get("dpo_jax_version", __version__)
+        if before != __version__ and cluster.is_first():
+            print(f"{workdir} was trained with dpo_jax {before}; it continues with {__version__}", flush=True)
+    announce_config(config, defaults, workdir)
     keep_compiled_programs(workdir)
     return fields
 
@@ -132,7 +143,7 @@ def running(
     workdir: epath.Path,
     fields: dict[str, Any],
     notice: Notice,
-    clock: StartClock,
+    clock: StartupClock,
     inputs: Inputs | None = None,
 ) -> Iterator[tuple["Loop", TrainState, dict[str, int] | None]]:
     """The loop, the state to go on from, and the data position that belongs to it, None at the beginning."""
@@ -147,14 +158,15 @@ def running(
             for folder in (workdir, workdir / "samples"):
                 remove_partials(folder)
         write_config(workdir, fields)  # all that is read has been read
-        checkpoints = Checkpoints(workdir, keep=experiment.config.checkpoint.keep, fields=fields)
+        kept = experiment.config.checkpoint
+        checkpoints = Checkpoints(workdir, keep=kept.keep, keep_every=kept.keep_every, fields=fields)
         stack.callback(checkpoints.close)
         logging = experiment.config.logging
         writer = MetricWriter(
             workdir, start, logging.to, name=logging.name, project=logging.project, fields=fields | derived
         )
         stack.enter_context(writer)
-        _announce(experiment, workdir, start)
+        announce_experiment(experiment, workdir, start)
         bar = stack.enter_context(ProgressBar(experiment.config.steps, start))
         loop = Loop(experiment, inputs, workdir, checkpoints, writer, bar, notice, clock)
         loop.catch_up(state)
@@ -191,7 +203,7 @@ class Loop:
         writer: MetricWriter,
         bar: ProgressBar,
         notice: Notice,
-        clock: StartClock,
+        clock: StartupClock,
     ):
         self.experiment, self.inputs, self.config, self.workdir = experiment, inputs, experiment.config, workdir
         self.checkpoints, self.writer, self.bar = checkpoints, writer, bar
@@ -205,19 +217,21 @@ class Loop:
         )
         self._generator: Generator | None = None
         self._reference_images: np.ndarray | None = None
+        """What the policy's images are shown beside."""
 
     def catch_up(self, state: TrainState) -> None:
-        """Does what was due at the step of a restored state, and is not there: a kill came after the checkpoint."""
+        """Validate and sample if that is due at the state's step and was not done.
+
+        At step 0 that is the baseline of all curves; later, a kill came between the checkpoint and what was due.
+        """
         step, params = int(state.step), state.ema or state.params
-        if not step:
-            return
         if jax.process_count() == 1 and self.notice.received():
             raise Preempted(PREEMPTED.format(step))
         if self._validates_at(step) and cluster.says_first(step not in self.writer.validated):
             self._validate(step, params)
         if self._samples_at(step) and cluster.says_first(cluster.is_first() and not self._grid_file(step).exists()):
             self._sample(step, params)
-        self.clock.lap("catch up")
+        self.clock.lap("catch up" if step else "baseline")
 
     def run(self, state: TrainState, batches: Batches, end: int | None = None) -> TrainState:
         """Trains to step `end`, by default the last one, where it logs and saves whatever the intervals."""
@@ -232,6 +246,8 @@ class Loop:
         for step in range(start + 1, end + 1):
             interrupts.check()
             batch = self.place(next(batches))
+            if self._began is None:
+                self.bar.say("compiling the training step (a minute or more for a full-size model's first start)")
             # Compiling may take long, and not the same time everywhere: so the first step isn't watched.
             with cluster.watched(f"to begin step {step}") if self._began else contextlib.nullcontext():
                 state, metrics = self.train_step(state, self.experiment.frozen, batch)
@@ -253,7 +269,7 @@ class Loop:
                 if start == 0:
                     self._first_loss(window[-1]["train/loss"])
                 self.clock.lap("first step")
-                self.bar.say(f"start-up: {self.clock}")
+                self.bar.say(f"startup: {self.clock}")
                 timer, timed_from = time.monotonic(), step  # compilation is not speed
                 self._began = timer, step
             if not (saves or logs or validates or samples):
@@ -347,7 +363,10 @@ class Loop:
         self.bar.say(f"step {step} held-out pairs: {numbers}")
 
     def _sample(self, step: int, params: Params) -> None:
-        """A PNG grid: one row a caption, policy beside reference from the same starting noise."""
+        """Write a PNG grid: one row per caption, the policy beside what it is compared with, from the same noise.
+
+        That is the reference of the loss or, for losses without one, the base model that training began with.
+        """
         sample = self.config.sample
         captions = [caption for caption in sample.prompts for _ in range(sample.seeds)]
         seeds = list(range(len(captions)))
@@ -356,23 +375,30 @@ class Loop:
             self._generator = make_generator(
                 self.config, e.pipeline, self._encoders, e.placement, batch_size=len(captions), report=self.bar.say
             )
-            if e.objective.needs_reference:
-                self._reference_images = self._generator(reference_params(e.frozen), captions, seeds)
+            self._reference_images = self._generator(self._compared_with(), captions, seeds)
         policy = self.experiment.frozen.get("base", {}) | for_sampling(self.experiment.pipeline, params)
         images = self._generator(policy, captions, seeds)
         references = self._reference_images
+        assert references is not None
         rows = []
         for p, caption in enumerate(sample.prompts):
             cells = range(p * sample.seeds, (p + 1) * sample.seeds)
-            if references is None:
-                rows.append((caption, [images[i] for i in cells]))
-            else:
-                rows.append((caption, [image for i in cells for image in (references[i], images[i])]))
-        grid = image_grid(rows, (["policy"] if references is None else ["reference", "policy"]) * sample.seeds)
+            rows.append((caption, [image for i in cells for image in (references[i], images[i])]))
+        beside = "reference" if self.experiment.objective.needs_reference else "base"
+        grid = image_grid(rows, [beside, "policy"] * sample.seeds)
         self.writer.image(step, "samples", np.asarray(grid))
         if jax.process_index() == 0:
             save_png(self._grid_file(step), grid)
             self.bar.say(f"step {step} samples: {self._grid_file(step)}")
+
+    def _compared_with(self) -> Params:
+        """The weights that the policy's images are compared with, in the compute dtype."""
+        e = self.experiment
+        if e.objective.needs_reference:
+            return reference_params(e.frozen)
+        if e.adapter is None:
+            return load_unet(e.pipeline, e.placement)  # read again, and kept only while its images are drawn
+        return e.frozen["base"] | (for_sampling(e.pipeline, e.adapter) if self.config.lora.init else {})
 
     def _grid_file(self, step: int) -> epath.Path:
         return self.workdir / "samples" / f"step_{step:06d}.png"
@@ -381,19 +407,3 @@ class Loop:
         """VAE and text encoders; of a run that reads encodings only while images are sampled."""
         e = self.experiment
         return e.frozen if "vae" in e.frozen else load_encoders(self.config, e.pipeline, e.placement)
-
-
-def _announce(experiment: Experiment, workdir: epath.Path, start: int) -> None:
-    if jax.process_index():
-        return
-    derived = "  ".join(f"{name}={value:.6g}" for name, value in dataclasses.asdict(experiment.derived).items())
-    trained = sum(math.prod(spec.shape) for spec in experiment.pipeline.trained_specs.values())
-    print(experiment.config)
-    print(f"derived: {derived}")
-    print(f"batch:   {describe_batch(experiment.config, experiment.derived, jax.process_count())}")
-    print(f"devices: {experiment.mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(experiment.mesh.shape)}")
-    print(f"model:   {experiment.config.model} ({experiment.pipeline.family.name}), {trained:,} trained parameters")
-    table = experiment.placement.table(experiment.pipeline.trained_specs)
-    write_whole(workdir / "sharding.txt", f"{table}\n")
-    print(f"weights: {table.splitlines()[0]}, each in {workdir / 'sharding.txt'}")
-    print(f"workdir: {workdir}, " + (f"continuing after step {start}" if start else "from the start"), flush=True)

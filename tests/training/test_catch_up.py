@@ -47,19 +47,19 @@ def test_a_run_that_was_killed_does_on_resume_what_was_due(tiny_config, tmp_path
     monkeypatch.setattr(Loop, "_validate", validate)
     monkeypatch.setattr(Loop, "_sample", sample)
     config = tiny_config("sd15", steps=2, **FIELDS)
-    for doing, step in (("_validate", 1), ("_sample", 2)):
+    for doing, step in (("_validate", 0), ("_sample", 0), ("_validate", 1), ("_sample", 2)):
         kill_at(monkeypatch, doing, step)
         with pytest.raises(Killed):
             train(config, tmp_path)
-        assert latest_step(tmp_path) == step
+        assert latest_step(tmp_path) == (step or None)
     assert not (tmp_path / "samples" / "step_000002.png").exists()
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Notice, "received", lambda notice: True)
         with pytest.raises(Preempted, match="preempted after step 2; run the same command"):
             train(config, tmp_path)
     train(config, tmp_path)
-    assert left(tmp_path)["rows"] == [{"step": step, "validation/pair_accuracy": step / 10} for step in (1, 2)]
-    assert left(tmp_path).keys() == {"step_000001.png", "step_000002.png", "rows"}
+    assert left(tmp_path)["rows"] == [{"step": step, "validation/pair_accuracy": step / 10} for step in (0, 1, 2)]
+    assert left(tmp_path).keys() == {"step_000000.png", "step_000001.png", "step_000002.png", "rows"}
     for doing in ("_validate", "_sample"):  # nothing is due any more
         kill_at(monkeypatch, doing, 2)
     train(config, tmp_path)
@@ -72,11 +72,11 @@ def test_figures_and_grids_are_those_of_a_run_that_nobody_killed(tiny_config, tm
     """Killed at each step in turn, and again while it catches up."""
     config = tiny_config("sd15", steps=2, **FIELDS)
     train(config, tmp_path / "whole")
-    for step in (1, 1, 2, 2):
+    for step in (0, 0, 1, 1, 2, 2):
         kill_at(monkeypatch, doing, step)
         with pytest.raises(Killed):
             train(config, tmp_path / "killed")
-        assert latest_step(tmp_path / "killed") == step
+        assert latest_step(tmp_path / "killed") == (step or None)
     train(config, tmp_path / "killed")
     assert left(tmp_path / "killed") == left(tmp_path / "whole")
-    assert len(left(tmp_path / "killed")["rows"]) == 2
+    assert len(left(tmp_path / "killed")["rows"]) == 3

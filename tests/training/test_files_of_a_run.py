@@ -10,7 +10,7 @@ import pytest
 from tensorboardX.event_file_writer import EventsWriter
 
 from dpo_jax import files
-from dpo_jax.training.checkpoint import Checkpoints, read_config, write_config
+from dpo_jax.training.checkpoint import Checkpoints, finished_steps, read_config, write_config
 from dpo_jax.training.metrics import MetricWriter, last_validation, read_metrics
 from dpo_jax.training.run import open_run
 from dpo_jax.training.step import TrainState
@@ -110,11 +110,22 @@ def test_a_full_disk_stops_no_log_and_leaves_no_half_line(tmp_path, capsys, monk
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 40]
 
 
-def save(workdir: Path, *steps: int, keep: int = 3, fields: dict | None = None) -> None:
-    checkpoints = Checkpoints(workdir, keep=keep, fields=fields)
+def save(workdir: Path, *steps: int, keep: int = 3, keep_every: int = 0, fields: dict | None = None) -> None:
+    checkpoints = Checkpoints(workdir, keep=keep, keep_every=keep_every, fields=fields)
     for step in steps:
         state = TrainState(step=jnp.int32(step), params={"a.kernel": jnp.ones(3)}, opt_state=(), ema={})
         checkpoints.save(state, {"position": step})
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "kept"), [(2, 0, [5, 6]), (0, 0, [1, 2, 3, 4, 5, 6]), (1, 2, [2, 4, 6]), (2, 4, [4, 5, 6])]
+)
+def test_checkpoints_that_are_kept(tmp_path, keep, keep_every, kept) -> None:
+    save(tmp_path, 1, 2, 3, 4, 5, 6, keep=keep, keep_every=keep_every)
+    assert finished_steps(tmp_path) == kept
+    checkpoints = Checkpoints(tmp_path, keep=keep, keep_every=keep_every)
+    assert checkpoints.oldest_to_resume() == {1: 6, 2: 5, 0: 4}[keep]
     checkpoints.close()
 
 

@@ -16,7 +16,8 @@ from dpo_jax.data.prepare import builder
 from dpo_jax.data.sources import SOURCES
 from dpo_jax.data.store.prepared import NothingChosenError, open_prepared, select
 from dpo_jax.rounds.loop import learn
-from dpo_jax.training import needs, trainer
+from dpo_jax.training import needs as needs_module
+from dpo_jax.training import trainer
 from dpo_jax.training.data import check_data
 from dpo_jax.training.needs import check_room
 from dpo_jax.training.trainer import train
@@ -81,8 +82,8 @@ def test_one_prompt_trains_without_validation_and_says_so(tiny_config, prepare, 
     assert (settled.validation.every, config.validation.every) == (0, 2)
     assert settled.data.path == config.data.path
     said = capsys.readouterr().out
-    assert len(said.splitlines()) == 1
-    assert said.startswith("validation is off: the data set ")
+    assert len(said.splitlines()) == 2
+    assert said.splitlines()[1].startswith("validation is off: the data set ")
     assert "has no split 'validation'; it has train. To validate, prepare more prompts" in said
 
 
@@ -93,10 +94,12 @@ def test_so_does_a_choice_that_leaves_nothing_held_out(prepare):
             select(prepared, split=split, min_side=min_side)
 
 
-def test_batches_larger_than_the_data_are_told(tiny_config, prepare, capsys):
+def test_epochs_are_told_of_the_pairs_that_are_trained_on(tiny_config, prepare, capsys):
     config = tiny_config("sd15", **{"data.path": prepare(3, 3), "data.batch_size": 64})
     check_data(config)
-    assert "a step of 64 pairs sees some of the 2 pairs of the data set several times" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert said.out.startswith("data: 2 training pairs; 4 steps x 64 pairs = 128 epochs\n")
+    assert said.err.startswith("warning: 4 steps x 64 pairs = 128 epochs over 2 pairs: the model will memorise them")
 
 
 STATE = {"params": jax.ShapeDtypeStruct((1000, 256), jnp.float32), "step": jax.ShapeDtypeStruct((), jnp.int32)}
@@ -122,19 +125,27 @@ def test_room_for_checkpoints(tiny_config, tmp_path, monkeypatch, capsys, free, 
     assert config.checkpoint.keep == 3
     for step in saved:
         (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
-    monkeypatch.setattr(needs.shutil, "disk_usage", lambda path: SimpleNamespace(free=int(free * BYTES)))
+    monkeypatch.setattr(needs_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=int(free * BYTES)))
     if outcome == "error":
         with pytest.raises(OSError, match=r"^a checkpoint takes 1000 KiB, and 500 KiB are free in .*; make room"):
             check_room(config, tmp_path, STATE)
         return
     check_room(config, tmp_path, STATE)
     said = capsys.readouterr().err
-    assert ("will be written there before the first one is removed" in said) == (outcome == "warning"), said
+    assert ("but the run needs room for" in said) == (outcome == "warning"), said
+
+
+@pytest.mark.parametrize(("keep", "keep_every", "needs"), [(3, 0, 4), (0, 0, 8), (2, 4, 5), (7, 0, 8)])
+def test_room_is_looked_for_as_much_as_is_kept(tiny_config, tmp_path, monkeypatch, capsys, keep, keep_every, needs):
+    fields = {"checkpoint.every": 1, "checkpoint.keep": keep, "checkpoint.keep_every": keep_every}
+    monkeypatch.setattr(needs_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=BYTES))
+    check_room(tiny_config("sd15", steps=8, **fields), tmp_path, STATE)
+    assert f"needs room for {needs} more checkpoints of 1000 KiB; make room, or keep" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_told_before_weights_are_loaded(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "build", not_loaded)
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(needs.shutil, "disk_usage", lambda path: usage._replace(free=10**5))
+    monkeypatch.setattr(needs_module.shutil, "disk_usage", lambda path: usage._replace(free=10**5))
     with pytest.raises(OSError, match=r"a checkpoint takes .* MiB, and 97\.66 KiB are free in"):
         train(tiny_config("sd15", model="dpo_jax/tiny/model"), tmp_path / "run")

@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from dpo_jax import __version__
 from dpo_jax.cli import flatten, load_config
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.training import trainer
@@ -178,6 +179,10 @@ def test_refuses_the_work_directory_of_another_config(tiny_config, one_step):
         ({"data.caption_dropout": 20.0}, r"must be a share, from 0 to 1$"),
         ({"data.path": "random:0"}, r"no number above 0"),
         ({"data.resolution": 30}, r"data.resolution=30 is not a multiple of 4"),
+        (
+            {"checkpoint.every": 4, "checkpoint.keep_every": 6},
+            r"keep_every=6 is not a multiple of config.checkpoint.every=4.*; set keep_every=4$",
+        ),
         ({"log_every": 0}, r"config.log_every=0 must be at least 1"),
         ({"loss.name": "dop"}, r"loss.name='dop' must be one of 'dpo', 'sft'$"),
         ({"optimizer.name": "adam"}, r"adamw"),
@@ -238,15 +243,18 @@ def test_refuses_a_model_folder_that_changed_since_the_run_began(tiny_config, on
         train(tiny_config("sd15", steps=2), tmp_path)
 
 
-def test_goes_on_when_only_the_models_place_or_the_code_has_changed(tiny_config, tmp_path):
+def test_goes_on_when_only_the_models_place_or_the_code_has_changed(tiny_config, tmp_path, capsys):
     write_random_model("sd15", tmp_path / "here")
     train(tiny_config("sd15", steps=1, model=str(tmp_path / "here")), tmp_path / "run")
     (tmp_path / "here").rename(tmp_path / "there")
     path = tmp_path / "run" / "config.json"
     saved = json.loads(path.read_text())
+    assert saved["dpo_jax_version"] == __version__
     del saved["ema.decay"], saved["checksum"]  # as if the run were older than these fields
-    path.write_text(json.dumps(saved))
+    path.write_text(json.dumps(saved | {"dpo_jax_version": "0.0.1"}))
+    capsys.readouterr()
     train(tiny_config("sd15", steps=2, model=str(tmp_path / "there")), tmp_path / "run")
+    assert f"was trained with dpo_jax 0.0.1; it continues with {__version__}\n" in capsys.readouterr().out
     assert open_run(tmp_path / "run").step == 2
     with pytest.raises(ValueError, match=r"fingerprints\.data was 'random:32', now 'random:64'"):
         train(
