@@ -1,19 +1,79 @@
-"""dpo_jax: align text-to-image diffusion models with human preferences, in JAX."""
+"""dpo_jax: align text-to-image diffusion models with human preferences, in JAX.
 
+Importing it is cheap. These come with what they need when they are first asked for:
+
+  dpo_jax.train        fine-tune a model on preference data
+  dpo_jax.load_model   a model or a training run, ready to draw: load_model("runs/mine").sample("a red circle")
+  dpo_jax.open_judge   a judge, which scores images
+  dpo_jax.export       write a model in the format of other tools
+
+The commands, `dpo_jax COMMAND` or `python -m dpo_jax.COMMAND`, do the same with flags.
+"""
+
+import importlib
 import os
 import sys
+import types
+import warnings
+from typing import TYPE_CHECKING, Any
 
 from dpo_jax import interrupts
 
-if sys.argv[:1] == ["-m"]:  # `python -m dpo_jax.NAME` begins: cli.run takes over when all is imported
+if TYPE_CHECKING:
+    from dpo_jax.api import export as export
+    from dpo_jax.api import load_model as load_model
+    from dpo_jax.api import open_judge as open_judge
+    from dpo_jax.api import train as train
+
+# A command begins: cli.run takes over when all is imported.
+if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0] if sys.argv else "") == "dpo_jax":
     interrupts.leave_at_once()
 
-# Without this flag XLA keeps bfloat16 intermediates in float32 wherever a fusion likes to, so the policy's and the
-# reference's forward pass round differently although their weights are equal, and beta = 5000 turns that into a
-# step-0 loss of 2.3 instead of log 2. XLA reads the variable when the first backend starts, so it is set on import.
-# On CPUs YNNPACK's fusions do it all the same in larger batches; configs for CPUs are in float32.
-_EXACT_BF16 = "--xla_allow_excess_precision"
-if _EXACT_BF16 not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EXACT_BF16}=false".strip()
-
 __version__ = "0.1.0"
+
+OFFERED = ("export", "load_model", "open_judge", "train")
+
+
+def __getattr__(name: str) -> Any:
+    if name in OFFERED:
+        return getattr(importlib.import_module("dpo_jax.api"), name)
+    raise AttributeError(f"module 'dpo_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *OFFERED]
+
+
+class _Package(types.ModuleType):
+    """Keeps `dpo_jax.train` the function when the module of the command of that name is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in OFFERED and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def _round_bfloat16_exactly() -> None:
+    """Set an XLA flag, without which beta = 5000 turns rounding into a first loss of 2.3 instead of log 2.
+
+    XLA otherwise keeps bfloat16 intermediates in float32 wherever a fusion can, so that the forward passes of policy
+    and reference round differently although their weights are equal. It reads the variable when the first backend
+    starts. On CPUs the fusions of YNNPACK do the same in larger batches in any case; configs for CPUs use float32.
+    """
+    flag = "--xla_allow_excess_precision"
+    if flag in os.environ.get("XLA_FLAGS", ""):
+        return
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=false".strip()
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    if bridge is not None and getattr(bridge, "backends_are_initialized", bool)():
+        warnings.warn(
+            "JAX was started before dpo_jax was imported, so the XLA flag that dpo_jax sets has no effect, and losses "
+            f"in bfloat16 can be wrong. Import dpo_jax before JAX is used, or set XLA_FLAGS={flag}=false.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+_round_bfloat16_exactly()

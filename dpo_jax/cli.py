@@ -12,7 +12,7 @@ import re
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -252,19 +252,30 @@ def _check_overrides(arguments: list[str], given: str | None) -> None:
             raise UserError(f"{overrides[0]} replaces a field of a config, and --config=NAME_OR_FILE is missing")
         return
     fields = flatten(load_config(given))
-    for argument in overrides:
-        field = argument.removeprefix("--config.").split("=")[0]
-        if field in fields:
+    known = fields | _given(arguments)
+    check_fields_exist([argument.removeprefix("--config.").split("=")[0] for argument in overrides], fields, known)
+
+
+def check_fields_exist(names: Iterable[str], fields: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> None:
+    """Raise a UserError for a name that is not a field of a config; it says which field comes nearest.
+
+    Args:
+        names: dotted paths.
+        fields: of the config, by dotted path.
+        given: the fields with the values that replace theirs.
+    """
+    for name in names:
+        if name in fields:
             continue
-        if hint := replaced_field(field, fields | _given(arguments)):
-            raise UserError(f"--config.{hint}")
-        if inside := [name for name in fields if name.startswith(f"{field}.")]:
+        if inside := [field for field in fields if field.startswith(f"{name}.")]:
             hint = f"it is a group of {', '.join(inside)}"
-        elif near := nearest_field(field, fields):
-            hint = f"did you mean --config.{near}?"
+        elif instead := replaced_field(name, given or fields):
+            raise UserError(f"config.{instead}")
+        elif near := nearest_field(name, fields):
+            hint = f"did you mean config.{near}?"
         else:
             hint = f"it has {', '.join(fields)}"
-        raise UserError(f"the config {given} has no field {field!r}; {hint}")
+        raise UserError(f"the config has no field {name!r}; {hint}")
 
 
 OF_THE_MACHINE = {

@@ -15,12 +15,15 @@ rewritten or merged, also into the text encoders.
 """
 
 import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
-from etils import epath
 
-from dpo_jax import cli, locks
+from dpo_jax import api, cli
 from dpo_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from dpo_jax.training.export import Exportable
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a training run.")
 STEP = flags.DEFINE_string(
@@ -64,34 +67,36 @@ def main() -> None:
         raise UserError(f"--{given[0]} goes with --model; a training run has its own")
     if MODEL.value is not None and STEP.value:
         raise UserError("--step goes with --workdir; a model has no steps")
-    output = epath.Path(OUTPUT.value)
-    with locks.locked(output.parent, "python -m dpo_jax.export", f".{output.name}.lock", what=output):
-        write()
+    exported = api.write_exported(
+        read,
+        OUTPUT.value,
+        format=FORMAT.value,
+        dtype=DTYPE.value,
+        license=LICENSE.value,
+        base_model=BASE_MODEL.value,
+        max_shard_gb=SHARD_GB.value,
+    )
+    for remark in exported.remarks:
+        print(f"note: {remark}", file=sys.stderr)
+    print(f"exported {exported.title} to {exported.path}")
 
 
-def write() -> None:
-    from dpo_jax.training.export import export, exportable_model, exportable_run, origin, remarks
+def read() -> "Exportable":
+    from dpo_jax.training.export import exportable_model, exportable_run
 
     if WORKDIR.value is not None:
-        exportable = exportable_run(WORKDIR.value, STEP.value, allow_nonfinite=ALLOW_NONFINITE.value)
-    else:
-        exportable = exportable_model(
-            MODEL.value or "",
-            lora=LORA.value,
-            family=FAMILY.value,
-            model_config=MODEL_CONFIG.value,
-            revision=REVISION.value,
-            variant=VARIANT.value,
-            unet=UNET.value,
-            vae=VAE.value,
-            allow_nonfinite=ALLOW_NONFINITE.value,
-        )
-    said = {"license": LICENSE.value, "base_model": BASE_MODEL.value}
-    shard_bytes = int(SHARD_GB.value * 10**9)
-    path = export(exportable, OUTPUT.value, format=FORMAT.value, dtype=DTYPE.value, max_shard_bytes=shard_bytes, **said)
-    for remark in remarks(exportable, FORMAT.value, origin(exportable, **said)):
-        print(f"note: {remark}", file=sys.stderr)
-    print(f"exported {exportable.title} to {path}")
+        return exportable_run(WORKDIR.value, STEP.value, allow_nonfinite=ALLOW_NONFINITE.value)
+    return exportable_model(
+        MODEL.value or "",
+        lora=LORA.value,
+        family=FAMILY.value,
+        model_config=MODEL_CONFIG.value,
+        revision=REVISION.value,
+        variant=VARIANT.value,
+        unet=UNET.value,
+        vae=VAE.value,
+        allow_nonfinite=ALLOW_NONFINITE.value,
+    )
 
 
 if __name__ == "__main__":

@@ -8,12 +8,9 @@ continues a run that has stopped. On SIGTERM the run saves a checkpoint and exit
 again. The work directory receives config.json, checkpoints/, tensorboard/, metrics.jsonl and samples/.
 """
 
-import functools
-
 from absl import flags
-from ml_collections import ConfigDict
 
-from dpo_jax import cli, locks
+from dpo_jax import api, cli, locks
 from dpo_jax.command_help import section
 from dpo_jax.errors import UserError
 from dpo_jax.training.config import check
@@ -30,18 +27,8 @@ def main() -> None:
     check(CONFIG.value)
     with locks.locked_early(WORKDIR.value, "python -m dpo_jax.train"):
         from dpo_jax.training import command  # after the flags are checked: importing JAX takes seconds
-        from dpo_jax.training.trainer import train
 
-        command.run(lambda: train(settled(CONFIG.value), WORKDIR.value))
-
-
-def settled(config: ConfigDict) -> ConfigDict:
-    """The config with what it leaves to the devices chosen; a plan, which takes seconds, is made only for that."""
-    if config.remat != "auto" and config.data.micro_batch:
-        return config
-    from dpo_jax.planning.search import settle
-
-    return settle(config, functools.partial(print, flush=True))
+        command.run(lambda: api.train(CONFIG.value, WORKDIR.value))
 
 
 if __name__ == "__main__":

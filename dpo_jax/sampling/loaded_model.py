@@ -3,15 +3,17 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
 from jax.typing import DTypeLike
+from PIL import Image
 
 from dpo_jax.data.tokenizers import Tokenizers, load_tokenizers
+from dpo_jax.diffusion.samplers import own_sampler
 from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.sampling.generate import Generator, Sampling
 from dpo_jax.sharding import Placement, make_mesh
@@ -63,6 +65,61 @@ class LoadedModel:
             batch_size=batch_size,
             report=functools.partial(print, file=sys.stderr) if self.pipeline.allow_nonfinite else None,
         )
+
+    def sampling_with(self, **given: Any) -> Sampling:
+        """Return how the model is drawn with, with other values of some settings; a value of None changes nothing."""
+        changed = {name: value for name, value in given.items() if value is not None}
+        sampling = dataclasses.replace(self.sampling, **changed)
+        return dataclasses.replace(sampling, sampler=sampling.sampler or own_sampler(self.pipeline.sampling_schedule))
+
+    def sample(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seeds: int = 1,
+        seed: int = 0,
+        sampler: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        guidance_rescale: float = 0.0,
+        negative_prompt: str = "",
+        eta: float = 0.0,
+        resolution: int | None = None,
+        batch_size: int = 8,
+    ) -> list[Image.Image]:
+        """Draw images; each depends on its prompt and its seed alone, not on the batch or the devices.
+
+        Args:
+            prompts: one prompt or several.
+            seeds: number of images of each prompt, from seeds that follow each other.
+            seed: first seed.
+            sampler: "ddim", "euler", "euler_ancestral", "dpmsolver++" or "lcm"; by default the one of the model, as
+                with `steps`, `guidance` and `resolution` (in pixels).
+            steps: denoising steps.
+            guidance: classifier-free guidance scale; 1 or less turns it off.
+            guidance_rescale: how far guided predictions are brought back to the spread of plain ones, 0 to 1.
+            negative_prompt: what guidance leads away from.
+            eta: share of noise that ddim draws anew in each step, 0 to 1.
+            batch_size: images drawn at a time, by all devices together.
+
+        Returns:
+            RGB images: all of the first prompt, then all of the second, and so on.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        sampling = self.sampling_with(
+            sampler=sampler,
+            steps=steps,
+            guidance=guidance,
+            guidance_rescale=guidance_rescale,
+            negative_prompt=negative_prompt,
+            eta=eta,
+        )
+        generator = self.generator(sampling, resolution=resolution or self.resolution, batch_size=batch_size)
+        captions = [prompt for prompt in prompts for _ in range(seeds)]
+        numbers = [seed + n for _ in prompts for n in range(seeds)]
+        if not captions:
+            return []
+        return [Image.fromarray(image) for image in generator(self.unet, captions, numbers)]
 
 
 def open_model(

@@ -101,7 +101,7 @@ def test_a_run_that_had_an_accumulation_goes_on():
 
 TRAIN = """
 import sys
-from dpo_jax import train
+from dpo_jax.api import settled
 from dpo_jax.cli import load_config
 from dpo_jax.training import command, trainer
 
@@ -109,10 +109,10 @@ def is_planned():
     return any(name.startswith("dpo_jax.planning") for name in sys.modules)
 
 config = load_config("configs/sd15.py:tiny")
-assert train.settled(config) is config
+assert settled(config) is config
 print(is_planned())
 config.data.micro_batch = 0
-train.settled(config)
+settled(config)
 print(is_planned())
 """
 

@@ -1,0 +1,211 @@
+"""What `import dpo_jax` offers: the work of the commands as functions, with plain arguments in place of flags.
+
+Importing this module is cheap: JAX comes with the first function that needs it.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from dpo_jax import cli, locks
+from dpo_jax.errors import UserError
+from dpo_jax.rewards import open_judge as open_judge
+
+if TYPE_CHECKING:
+    from dpo_jax.sampling.loaded_model import LoadedModel
+    from dpo_jax.training.export import Exportable
+
+
+def train(config: str | ConfigDict, workdir: epath.PathLike, fields: Mapping[str, Any] | None = None) -> None:
+    """Train a model on preference pairs, or online in rounds; the same call continues a run that has stopped.
+
+        dpo_jax.train("sdxl:lora", "runs/mine", {"data.path": "data/mine", "optimizer.learning_rate": 1e-5})
+
+    Args:
+        config: name or file of a config, each with a variant if wanted ("sdxl:lora"), or a config.
+        workdir: folder of the run: a new one, or one to continue.
+        fields: values that replace those of the config, by dotted path.
+
+    Raises:
+        UserError: a value or a file cannot be used as it is; the message says what to change.
+        dpo_jax.training.preemption.Preempted: SIGTERM came. A checkpoint is saved.
+    """
+    config = cli.load_config(config) if isinstance(config, str) else config
+    if fields:
+        cli.check_fields_exist(fields, cli.flatten(config))
+        config = cli.replaced(config, dict(fields))
+    if "online" in config:
+        from dpo_jax.rounds.config import check as check_online
+        from dpo_jax.rounds.loop import learn
+
+        check_online(config)
+        learn(config, workdir, "", [])
+        return
+    from dpo_jax.training.config import check
+
+    check(config)
+    from dpo_jax.training import trainer
+
+    trainer.train(settled(config), workdir)
+
+
+def settled(config: ConfigDict) -> ConfigDict:
+    """Return the config with what it leaves to the devices chosen; a plan is made only if needed, as it takes seconds."""
+    if config.remat != "auto" and config.data.micro_batch:
+        return config
+    from dpo_jax.planning.search import settle
+
+    return settle(config, lambda message: print(message, flush=True))
+
+
+def load_model(
+    source: str,
+    *,
+    step: int | str = "",
+    lora: str = "",
+    lora_scale: float = 1.0,
+    dtype: str | None = None,
+    vae_dtype: str | None = None,
+    attention: str = "xla",
+    fsdp: int = 1,
+    allow_nonfinite: bool = False,
+    **options: Any,
+) -> "LoadedModel":
+    """Return a model ready to draw, of which `sample` makes images; weights are loaded when they are first needed.
+
+        images = dpo_jax.load_model("runs/mine", step="best").sample("a red circle at the top left", seeds=4)
+
+    Args:
+        source: diffusers folder, hub id, single .safetensors file, or work directory of a training run.
+        step: for a training run: the step whose checkpoint to load, "best", or "" for the newest.
+        lora: LoRA to add: a file, its folder, or a hub id.
+        lora_scale: factor of the LoRA.
+        dtype: of computing; by default bfloat16, on CPUs float32. A training run has its own.
+        vae_dtype: that of the VAE, if another.
+        attention: kernel, as `config.attention`.
+        fsdp: devices that one copy of the weights is split over.
+        allow_nonfinite: load weights that hold NaN or infinity, too.
+        options: `unet`, `vae`, `family`, `model_config`, `revision` and `variant`, as the flags of `dpo_jax.sample`.
+
+    Raises:
+        UserError: there is no such model, or its files cannot be used.
+    """
+    if is_run(source):
+        given = {"dtype": dtype, "vae_dtype": vae_dtype, **options}
+        for name, value in given.items():
+            if value:
+                raise UserError(f"{name}={value!r} goes with a model; the training run {source} has its own")
+        from dpo_jax.training.run import open_run
+
+        run = open_run(source, str(step), allow_nonfinite=allow_nonfinite)
+        return run.load_model(lora=lora, lora_scale=lora_scale)
+    if step != "":
+        raise UserError(f"step={step} goes with a training run, and {source} is not the work directory of one")
+    import jax
+
+    from dpo_jax.models.execution import Execution
+    from dpo_jax.sampling.loaded_model import open_model
+
+    return open_model(
+        source,
+        lora=lora,
+        lora_scale=lora_scale,
+        dtype=dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
+        vae_dtype=vae_dtype,
+        execution=Execution(attention=attention),
+        fsdp=fsdp,
+        allow_nonfinite=allow_nonfinite,
+        **options,
+    )
+
+
+def is_run(source: str) -> bool:
+    """Whether a source of a model is the work directory of a training run."""
+    return (epath.Path(source) / "checkpoints").exists()
+
+
+class Exported(NamedTuple):
+    """What `export` has written."""
+
+    path: epath.Path
+    """What other tools open: a folder, or the file in it."""
+    title: str
+    """What was exported, for example "the model after step 2000"."""
+    remarks: list[str]
+    """What whoever exports or opens it should know, a sentence or two each."""
+
+
+def export(
+    source: str,
+    output: epath.PathLike,
+    *,
+    format: str = "diffusers",
+    step: int | str = "",
+    lora: str | None = None,
+    dtype: str | None = None,
+    license: str = "",
+    base_model: str = "",
+    max_shard_gb: float = 10.0,
+    allow_nonfinite: bool = False,
+    **options: Any,
+) -> Exported:
+    """Write the model of a training run, or another model, to a new folder in the format of other tools.
+
+    Args:
+        source: work directory of a training run, diffusers folder, hub id or single .safetensors file.
+        output: folder to write; it must not exist.
+        format: "diffusers", "unet", "single", "lora" or "kohya"; see `dpo_jax export --help`.
+        step: for a training run: the step whose checkpoint to export, "best", or "" for the newest.
+        lora: for a model: LoRA to merge or to rewrite.
+        dtype: of all weights; by default float32 for trained models, otherwise as the files hold them.
+        license: licence for the model card, by the hub's id; by default that of the base model.
+        base_model: hub id of the base model, for the card.
+        max_shard_gb: largest size of one file of weights.
+        allow_nonfinite: export weights that hold NaN or infinity, too.
+        options: `unet`, `vae`, `family`, `model_config`, `revision` and `variant`, as the flags of `dpo_jax.export`.
+
+    Raises:
+        UserError: `output` exists, the model cannot be opened, or the format cannot hold it. Nothing is written then.
+    """
+
+    def read() -> "Exportable":
+        from dpo_jax.training.export import exportable_model, exportable_run
+
+        if is_run(source):
+            return exportable_run(source, str(step), allow_nonfinite=allow_nonfinite)
+        return exportable_model(source, lora=lora, allow_nonfinite=allow_nonfinite, **options)
+
+    return write_exported(
+        read,
+        output,
+        format=format,
+        dtype=dtype,
+        license=license,
+        base_model=base_model,
+        max_shard_gb=max_shard_gb,
+    )
+
+
+def write_exported(
+    read: "Callable[[], Exportable]",
+    output: epath.PathLike,
+    *,
+    format: str,
+    dtype: str | None,
+    license: str,
+    base_model: str,
+    max_shard_gb: float,
+) -> Exported:
+    """Write what `read` returns to the new folder `output`, which is locked before; other arguments as for `export`."""
+    output = epath.Path(output)
+    with locks.locked(output.parent, "python -m dpo_jax.export", f".{output.name}.lock", what=output):
+        from dpo_jax.training.export import export as write
+        from dpo_jax.training.export import origin, remarks
+
+        exportable = read()
+        said = {"license": license, "base_model": base_model}
+        shard = int(max_shard_gb * 10**9)
+        path = write(exportable, output, format=format, dtype=dtype, max_shard_bytes=shard, **said)
+        return Exported(path, exportable.title, remarks(exportable, format, origin(exportable, **said)))
