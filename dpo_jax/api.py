@@ -52,7 +52,7 @@ def train(config: str | ConfigDict, workdir: epath.PathLike, fields: Mapping[str
 
 
 def settled(config: ConfigDict) -> ConfigDict:
-    """Return the config with what it leaves to the devices chosen; a plan is made only if needed, as it takes seconds."""
+    """Return the config with what it leaves to the devices chosen, by a plan, which takes seconds."""
     if config.remat != "auto" and config.data.micro_batch:
         return config
     from dpo_jax.planning.search import settle
