@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from dpo_jax.errors import UserError
+
 APPLICATION_ID = 0x64706F76  # "dpov"; SQLite keeps it in the file's header
 VERSION = 1
 SCHEMAS = (
@@ -83,9 +85,9 @@ def dump(values: Sequence) -> str:
     return json.dumps(values, ensure_ascii=False)
 
 
-def damaged(path: Path, reason: str) -> ValueError:
+def damaged(path: Path, reason: str) -> UserError:
     reason = "".join(char if char.isprintable() else "?" for char in reason).rstrip(".")
-    return ValueError(f"{path} is damaged ({reason}); restore it from a backup, or name another --output to begin anew")
+    return UserError(f"{path} is damaged ({reason}); restore it from a backup, or name another --output to begin anew")
 
 
 def version_of(connection: sqlite3.Connection) -> int:

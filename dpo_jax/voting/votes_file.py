@@ -88,12 +88,12 @@ def opening(path: Path) -> Iterator[sqlite3.Connection]:
         raise
 
 
-def _in_a_sentence(path: Path, error: sqlite3.Error) -> ValueError:
+def _in_a_sentence(path: Path, error: sqlite3.Error) -> UserError:
     if "locked" in str(error):
-        return ValueError(f"{path} is in use by another program ({error}); stop it and try again")
+        return UserError(f"{path} is in use by another program ({error}); stop it and try again")
     is_environment = isinstance(error, sqlite3.OperationalError) and "decode" not in str(error)
     if is_environment and "no such" not in str(error):
-        return ValueError(f"{path} can't be opened ({error}); check its permissions, its folder's, and free space")
+        return UserError(f"{path} can't be opened ({error}); check its permissions, its folder's, and free space")
     return damaged(path, str(error))
 
 
