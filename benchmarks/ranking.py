@@ -168,9 +168,7 @@ def panel(output: Path) -> dict[str, Any]:
     rows = {}
     for comparison in question.comparisons:
         assert comparison.rate is not None
-        rate = comparison.rate  # of the folder named first, which is the earlier model
-        pair = f"{comparison.second} over {comparison.first}"
-        rows[pair] = rate._asdict() | {"rate": 1 - rate.rate, "low": 1 - rate.high, "high": 1 - rate.low}
+        rows[f"{comparison.of} over {comparison.over}"] = comparison.rate._asdict()
     return rows
 
 

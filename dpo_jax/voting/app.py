@@ -1,18 +1,21 @@
-"""The pages over HTTP: a start page that asks for a name, the page to vote on, and the results.
+"""The HTTP application: a start page that asks for a name, the vote page, and the results.
 
-Everything they load is served from here. Nothing that a rater is sent tells which model made an image: ids are random
-and others for each rater and task, images are PNGs without metadata, and all images of a task are read before the first
-is sent, so that the time an answer takes doesn't depend on how an image was stored. Results have a link of their own.
+The pages load nothing from other servers. Nothing that a rater receives tells which model made an image: image ids are
+random and differ for every rater and task, images are PNGs without metadata, and all images of a task are read before
+the first one is sent, so that the response time does not depend on how an image was stored. The results have their own
+token.
 
-GET /              the start page, or the page to vote on
-GET /?rater=CARD   a rater's own link: the page to vote on, as this rater
-GET /results       the results, to who has their token
-GET /image/ID      an image of a task, to the rater whom it is shown
+GET /              the start page, or the vote page for a rater
+GET /?rater=CARD   a rater's own link: the vote page, as this rater
+GET /results       the results (with the results token, as the two downloads)
+GET /results.json  the results as JSON
+GET /votes.csv     every vote
+GET /image/ID      an image of a task, for the rater to whom it is shown
 GET /static/NAME   scripts and styles
 GET /api/state     what to show (`Survey.state`)
-POST /api/start    {"name": ..., "key": any secret}: who votes, from now on; refused if the name is taken
-POST /api/leave    {}: forgets who it is
-POST /api/vote     {"task": ..., "question": ..., "answer": [a number for each place]}: `Survey.state` once it's stored
+POST /api/start    {"name": ..., "key": any secret}: vote under this name; refused if it is taken
+POST /api/leave    {}: forget the rater
+POST /api/vote     {"task": ..., "question": ..., "answer": [a number per place]}: `Survey.state` after it is stored
 POST /api/undo     {"task": ..., "question": ...}: `Survey.state` that asks again
 """
 
@@ -49,24 +52,27 @@ PAGES = Path(__file__).parent / "pages"
 STATIC_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 CACHED_IMAGES = 64
 TAKEN = (
-    "This name is taken. If it is yours, open your own link, or ask whoever runs this page for it; otherwise choose "
-    "another name."
+    "This name is taken. If it is yours, open your own link, or ask the person who runs this page for it. Otherwise "
+    "choose another name."
 )
 
 T = TypeVar("T")
 
 
 def make_app(survey: Survey, token: str | None = None, *, is_open: bool = True) -> Starlette:
-    """The ASGI application.
+    """Return the ASGI application.
 
     Args:
-        token: who can't show it sees nothing; None serves the own machine only.
-        is_open: whether anybody with the link may vote, or only raters who were invited.
+        survey: the study to serve.
+        token: the raters' token, without which a request gets nothing; None serves this machine only.
+        is_open: whether everybody with the link may vote, or only invited raters.
     """
     pages = Pages(survey, Raters(survey.store, is_open), token)
     routes = [
         Route("/", pages.home),
         Route("/results", pages.results),
+        Route("/results.json", pages.results_json),
+        Route("/votes.csv", pages.votes_csv),
         Route("/image/{id:path}", pages.image),
         Route("/static/{name}", pages.static),
         Route("/api/state", pages.state),
@@ -82,7 +88,7 @@ def make_app(survey: Survey, token: str | None = None, *, is_open: bool = True) 
 
 
 def results_token(store: Store) -> str:
-    """What the link to the results must have: the same each time that the file is opened."""
+    """Return the token of the results link, which is always the same for a file of votes."""
     return store.opaque("token", "results")
 
 
@@ -91,7 +97,7 @@ def _cookie(store: Store) -> str:
 
 
 class Pages:
-    """The routes of one survey."""
+    """The handlers of all routes."""
 
     def __init__(self, survey: Survey, raters: Raters, token: str | None):
         self._survey, self._store, self._raters, self._token = survey, survey.store, raters, token
@@ -100,45 +106,67 @@ class Pages:
         files = [file for file in (PAGES / "static").iterdir() if file.suffix in STATIC_TYPES]
         self._static = {file.name: (file.read_bytes(), STATIC_TYPES[file.suffix]) for file in files}
         self._images = TaskImages(self._store)
-        self._results = Shared(self._write_results, lambda: self._store.revision)
+        self._results = Shared(self._render_results, lambda: self._store.revision)
+        self._csv = Shared(self._write_csv, lambda: self._store.revision)
 
     def home(self, request: Request) -> Response:
         if "rater" in request.query_params:
             rater = self._raters.holder(request.query_params["rater"])
             if not rater:
-                raise HTTPException(403, "This is not a rater's link. Open the whole link that you were given.")
+                raise HTTPException(403, "This link is not complete. Open the whole link that you were given.")
             return self._as(rater, RedirectResponse("/", 303))
         rater = self._rater(request)
-        fields = {"survey": self._survey, "rater": rater, "is_open": self._raters.is_open}
+        fields = {
+            "survey": self._survey,
+            "rater": rater,
+            "is_open": self._raters.is_open,
+            "sees_results": request.scope[SEES_RESULTS],
+        }
         if rater:
             fields["link"] = rater_link(self._token, self._raters.card(rater))
         return self._templates.TemplateResponse(request, "vote.html" if rater else "start.html", fields)
 
     async def results(self, request: Request) -> Response:
-        if not request.scope[SEES_RESULTS]:
-            raise HTTPException(403, "The results have a link of their own, which whoever started this page was given.")
-        return HTMLResponse(await asyncio.wrap_future(self._results.get()))
+        return HTMLResponse((await self._for_owner(request, self._results))[0])
 
-    def _write_results(self) -> str:
-        from dpo_jax.voting.results import summarise  # SciPy takes a second to import
+    async def results_json(self, request: Request) -> Response:
+        return _download((await self._for_owner(request, self._results))[1], "results.json", "application/json")
+
+    async def votes_csv(self, request: Request) -> Response:
+        return _download(await self._for_owner(request, self._csv), "votes.csv", "text/csv")
+
+    async def _for_owner(self, request: Request, shared: "Shared[T]") -> T:
+        if not request.scope[SEES_RESULTS]:
+            raise HTTPException(403, "The results have their own link, which dpo_jax.vote printed when it started.")
+        return await asyncio.wrap_future(shared.get())
+
+    def _render_results(self) -> tuple[str, str]:
+        """Return the results as HTML and as JSON."""
+        from dpo_jax.voting.results import summarise
 
         summary = summarise(self._store, self._survey.questions, self._survey.is_finished)
-        return self._templates.get_template("results.html").render(survey=self._survey, summary=summary)
+        page = self._templates.get_template("results.html").render(survey=self._survey, summary=summary)
+        return page, summary.to_json()
+
+    def _write_csv(self) -> str:
+        from dpo_jax.voting.export import votes_csv
+
+        return votes_csv(self._store, self._store.votes())
 
     def image(self, request: Request) -> Response:
         found = self._survey.find_image(self._known_rater(request), request.path_params["id"])
         if found is None:
-            raise HTTPException(404, "There is no such image.")
+            raise HTTPException(404, "This image does not exist.")
         try:
             data = self._images.of(found[0])[found[1]]
         except (ValueError, OSError):
-            raise HTTPException(404, "An image here was changed, or can't be read any more.") from None
+            raise HTTPException(404, "An image of this task was changed or cannot be read any more.") from None
         headers = {"Cache-Control": f"private, max-age={A_YEAR}, immutable"}
         return Response(data, media_type="image/png", headers=headers)
 
     def static(self, request: Request) -> Response:
         if request.path_params["name"] not in self._static:
-            raise HTTPException(404, "There is no such file.")
+            raise HTTPException(404, "This file does not exist.")
         data, media_type = self._static[request.path_params["name"]]
         return Response(data, media_type=media_type, headers={"Cache-Control": "no-cache"})
 
@@ -149,9 +177,9 @@ class Pages:
         fields = await read_json(request)
         name, key = clean_name(fields.get("name")), fields.get("key", "")
         if not self._raters.is_open:
-            raise HTTPException(403, "Only people who were invited vote here. Open the link that you were given.")
+            raise HTTPException(403, "Only invited people can vote here. Open the link that you were given.")
         if not name:
-            raise HTTPException(400, f"A name has one to {LONGEST_NAME} visible characters.")
+            raise HTTPException(400, f"A name has 1 to {LONGEST_NAME} visible characters.")
         if not isinstance(key, str):
             raise HTTPException(400, '"key" is not text.')
         if await run_in_threadpool(self._raters.join, name, key) is None:
@@ -171,14 +199,14 @@ class Pages:
     async def vote(self, request: Request) -> Response:
         rater, fields = self._known_rater(request), await read_json(request)
         task, question, answer = _text(fields, "task"), _text(fields, "question"), _numbers(fields, "answer")
-        if not await _asked(self._survey.vote, rater, task, question, answer):
-            raise HTTPException(409, "Not stored: this was answered before, in another window.")
+        if not await _call(self._survey.vote, rater, task, question, answer):
+            raise HTTPException(409, "Not stored: you have already answered this question in another window.")
         return JSONResponse(await run_in_threadpool(self._survey.state, rater))
 
     async def undo(self, request: Request) -> Response:
         rater, fields = self._known_rater(request), await read_json(request)
         task, question = _text(fields, "task"), _text(fields, "question")
-        return JSONResponse(await _asked(self._survey.undo, rater, task, question))
+        return JSONResponse(await _call(self._survey.undo, rater, task, question))
 
     def _rater(self, request: Request) -> str:
         return self._raters.holder(request.cookies.get(self._cookie, ""))
@@ -186,20 +214,24 @@ class Pages:
     def _known_rater(self, request: Request) -> str:
         rater = self._rater(request)
         if not rater:
-            raise HTTPException(401, "Who are you? Reload the page and give your name.")
+            raise HTTPException(401, "Your name is not known here. Reload the page and enter it.")
         return rater
 
 
-async def _asked(ask: Callable[..., T], *arguments: object) -> T:
-    """What the survey answers, from a thread; what it refuses is the browser's fault."""
+async def _call(method: Callable[..., T], *arguments: object) -> T:
+    """Call the survey in a thread. What it refuses is a bad request."""
     try:
-        return await run_in_threadpool(ask, *arguments)
+        return await run_in_threadpool(method, *arguments)
     except ValueError as error:
         raise HTTPException(400, f"Not stored: {error}.") from None
 
 
 async def _not_stored(request: Request, error: Exception) -> Response:
     return PlainTextResponse(f"Not stored: {error}.", 503)
+
+
+def _download(text: str, name: str, media_type: str) -> Response:
+    return Response(text, media_type=media_type, headers={"Content-Disposition": f'attachment; filename="{name}"'})
 
 
 def _text(fields: dict[str, Any], name: str) -> str:
@@ -216,7 +248,7 @@ def _numbers(fields: dict[str, Any], name: str) -> list[float]:
 
 
 class TaskImages:
-    """The images of tasks as PNGs, of the tasks asked for last."""
+    """The images of tasks as PNGs. Those of the latest tasks stay in memory."""
 
     def __init__(self, store: Store):
         self._store = store
@@ -225,12 +257,12 @@ class TaskImages:
         self._locks: collections.defaultdict[str, threading.Lock] = collections.defaultdict(threading.Lock)
 
     def of(self, task: str) -> tuple[bytes, ...]:
-        """All of them, or ValueError: nobody is to learn which of them was slow to read, or can't be read."""
-        with self._locks[task]:  # both sides of a pair are asked for at once; the second waits for the first
+        """Return all images of a task. If one cannot be read, none is returned: nobody learns which one it was."""
+        with self._locks[task]:  # browsers request both images at once; the second request waits for the first
             return self._read(task)
 
     def _pngs(self, task: str) -> tuple[bytes, ...]:
-        """All as long as the longest: decoders read no further than a PNG's end."""
+        """Pad all files to the same length, so that it tells nothing: decoders stop at the end of the PNG data."""
         pngs = [
             _png(self._store.folders[image.folder] / image.name, self._store.digests.get(image))
             for image in self._store.tasks[task].images
@@ -241,17 +273,18 @@ class TaskImages:
 def _png(path: Path, digest: str | None) -> bytes:
     data = read_bytes(path, MAX_BYTES)
     if digest not in (None, hashlib.sha256(data).hexdigest()):
-        raise UserError(f"{path} was changed since the study began")
+        raise UserError(f"{path} has changed since the study was opened")
     file = io.BytesIO()
-    decode_file(path, data).save(file, "PNG", compress_level=1, icc_profile=None)  # which Pillow would copy
+    decode_file(path, data).save(file, "PNG", compress_level=1, icc_profile=None)  # Pillow would copy the profile
     return file.getvalue()
 
 
 class Shared(Generic[T]):
-    """Work that takes long, done once at a time in a thread of its own: who asks meanwhile gets the same.
+    """The result of slow work, which all requests share. It runs in its own thread, once at a time.
 
     Args:
-        version: work is done again once this has changed.
+        work: computes the result.
+        version: the work is repeated when this value has changed.
     """
 
     def __init__(self, work: Callable[[], T], version: Callable[[], object]):

@@ -1,22 +1,28 @@
-"""Votes as files that other commands read.
+"""Exports of votes that other commands and programs read.
 
-A `.jsonl` file is a source of preferences, for `python -m dpo_jax.prepare --source=jsonl`. Each line has the prompt,
-the images' paths relative to the file, the names of their folders as models, and of the raters' answers
+A `.jsonl` file is a preference data set for `python -m dpo_jax.prepare --source=jsonl`. Each line has the prompt, the
+paths of the images relative to the file, the names of their folders as models, and the raters' answers:
 
-- for pairs, `votes`: how many each image got, a tie being half a vote for both;
-- for ranks and points, `scores`: a list for each rater, higher is better;
-- for tags, `scores`: the share of the answers that deny the fault, with all images of the prompt on a line.
+- pairs: `votes`, the number of votes for each image (a tie is half a vote for both);
+- rankings and points: `scores`, one list per rater, higher is better;
+- tags: `scores`, the share of raters who did not see the fault. All images of the prompt are on one line.
 
-What has no vote is left out.
+Prompts without votes are left out. The file can be in any folder: image folders that are not below it are linked from
+a folder beside the file (`votes.jsonl` has `votes.images/`), so the images must stay where they are until prepare has
+read them.
 
-A `.json` file is D3PO's human feedback (https://arxiv.org/abs/2311.13231): `[prompt][candidate]`, the mean score over
-raters, higher is better, null where nobody has voted (which `dpo_jax.online` reads and D3PO's released script does
-not). A prompt's candidates are its images from the K folders, in the order of --images, or the K seeds of a single
-folder, in the order of its list. Rows follow the first folder's list: with K folders each prompt and seed is a row,
-with a single folder each prompt of two images or more. Tags have the images of a prompt from all folders in a row.
-Pairs have no scores.
+A `.json` file is human feedback in the format of D3PO (https://arxiv.org/abs/2311.13231): `[prompt][candidate]`, the
+mean score over raters, higher is better, null for images without a vote (which `dpo_jax.online` reads and D3PO's
+released script does not). The candidates of a prompt are its images from the K folders, in the order of --images, or
+the K seeds of a single folder, in the order of its list. Prompts are in the order of the first folder's list: with K
+folders every prompt and seed is an entry, with a single folder every prompt with two or more images. For tags, an entry
+has the images of a prompt from all folders. Pairs have no scores.
+
+A `.csv` file has one line per image of each vote, for spreadsheets and data frames.
 """
 
+import csv
+import io
 import json
 import math
 import os
@@ -33,32 +39,42 @@ from dpo_jax.voting.study import QUESTIONS, TaskImage
 
 
 class Group(NamedTuple):
-    """The images of a prompt and what raters said of them."""
+    """The images of a prompt and their votes."""
 
     prompt: str
     images: list[TaskImage]
     votes: list[list[float]]
-    """From each rater, a score for each image."""
+    """One list per rater with a score for each image."""
     means: list[float | None]
-    """Of each image, None for one without a vote."""
+    """Mean score of each image, None without a vote."""
 
 
 def export(store: Store, path: Path, questions: Sequence[str] = ()) -> tuple[int, int]:
-    """Writes `path`, whole or not at all; how many rows have votes, and how many have none or not for all images.
+    """Write `path`, whole or not at all.
 
     Args:
-        questions: whose answers to take: one of those that were asked, for tags any number. By default the first,
-            for tags all.
+        store: the file of votes.
+        path: a .jsonl, .json or .csv file, in any folder.
+        questions: the questions whose answers to export: one for .jsonl and .json, or any number for tags and .csv.
+            Default: the first one; all of them for tags and .csv.
 
-    Raises:
-        ValueError: nobody has voted, the images can't be named relative to `path`, or its ending is another.
+    Returns the number of entries with votes for all images, and the number of entries without (for .csv: the number of
+    votes, and 0).
+
+    Raises UserError if nobody has voted, or if the ending of `path` does not fit.
     """
-    if path.suffix not in (".jsonl", ".json"):
-        raise UserError(f"--export={path}: write a .jsonl file for dpo_jax.prepare, or D3PO's scores as .json")
+    if path.suffix not in (".jsonl", ".json", ".csv"):
+        raise UserError(
+            f"--export={path} must end in .jsonl (for dpo_jax.prepare), .json (D3PO's feedback) or .csv (every vote)"
+        )
     if path.suffix == ".json" and store.mode == "pairs":
-        raise UserError(f"--export={path}: pairs have no scores for each image; take .jsonl")
+        raise UserError(f"--export={path}: pairs have no score per image; write a .jsonl file instead")
     votes = store.votes()
-    chosen = _chosen(store, votes, questions)
+    chosen = _chosen(store, votes, questions, several=path.suffix == ".csv" or store.mode == "tag")
+    if path.suffix == ".csv":
+        of_chosen = [vote for vote in votes if vote.question in chosen]
+        write_whole(path, votes_csv(store, of_chosen))
+        return len(of_chosen), 0
     groups = list(_groups(store, [vote for vote in votes if vote.question in chosen]))
     complete = [group for group in groups if None not in group.means and len(group.images) > 1]
     if path.suffix == ".json":
@@ -66,35 +82,64 @@ def export(store: Store, path: Path, questions: Sequence[str] = ()) -> tuple[int
         missing = sum(None in group.means for group in groups)
     else:
         images = _image_paths(store, path)
-        lines = "".join(json.dumps(_row(store, group, images), ensure_ascii=False) + "\n" for group in complete)
+        lines = "".join(json.dumps(_line(store, group, images), ensure_ascii=False) + "\n" for group in complete)
         missing = len(groups) - len(complete)
     write_whole(path, lines)
     return len(groups) - missing, missing
 
 
-def describe(path: Path, rows: int, missing: int) -> str:
-    """What `export` has written, for whoever called it."""
-    written = f"{rows} prompts or pairs with votes were written to {path}; {missing} lack votes for some or all images"
-    if path.suffix == ".json" and missing:
-        written += (
-            ". Their scores are null, which dpo_jax.online reads and D3PO's released script does not: for that script "
-            "have every image voted on first"
-        )
-    return written
+def describe(path: Path, exported: int, missing: int) -> str:
+    """Return a sentence about what `export` has written."""
+    if path.suffix == ".csv":
+        return f"Wrote {exported} votes to {path}."
+    if path.suffix == ".jsonl":
+        return f"Wrote {exported} prompts with votes to {path}; left out {missing} that lack votes."
+    written = f"Wrote the scores of {exported + missing} prompts to {path}."
+    if not missing:
+        return written
+    return (
+        f"{written} {missing} of them have images without a vote, whose scores are null, which dpo_jax.online reads "
+        "and D3PO's released script does not: for that script collect votes on every image first."
+    )
 
 
-def _chosen(store: Store, votes: Sequence[Vote], questions: Sequence[str]) -> list[str]:
+def votes_csv(store: Store, votes: Sequence[Vote]) -> str:
+    """Return CSV with one line per image of each vote."""
+    names, file = folder_names(store.folders), io.StringIO()
+    writer = csv.writer(file)
+    writer.writerow(
+        ["time", "rater", "question", "prompt", "seed", "category", "model", "image", "place", "answer", "score"]
+    )
+    for vote in votes:
+        task = store.tasks[vote.task]
+        for k, (image, score) in enumerate(zip(task.images, store.how.scores(vote.answer), strict=True)):
+            texts = vote.rater, vote.question, task.prompt
+            shown = names[image.folder], image.name
+            numbers = vote.shown.index(k) + 1, vote.answer[k], score
+            writer.writerow(
+                [vote.time, *map(_cell, texts), task.seed, _cell(task.category), *map(_cell, shown), *numbers]
+            )
+    return file.getvalue()
+
+
+def _cell(text: str) -> str:
+    """Text that spreadsheets do not take for a formula, which a rater's name could be."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def _chosen(store: Store, votes: Sequence[Vote], questions: Sequence[str], several: bool) -> list[str]:
+    """Return the questions to export. `several`: whether more than one fits into the file."""
     answered = {vote.question for vote in votes}
     if not answered:
-        raise UserError(f"{store.path} has no votes yet")
+        raise UserError(f"{store.path} has no votes yet; open the page and vote first")
     ordered = sorted(answered, key=lambda name: (list(QUESTIONS).index(name) if name in QUESTIONS else 0, name))
     for name in questions:
         if name not in answered:
-            raise UserError(f"nobody has answered {name!r} in {store.path}, but {', '.join(ordered)}")
-    if store.mode == "tag":
+            raise UserError(f"{store.path} has no answers to {name!r}; it has answers to {', '.join(ordered)}")
+    if several:
         return list(questions) or ordered
     if len(questions) > 1:
-        raise UserError(f"--questions={','.join(questions)}: an export has the answers to one question")
+        raise UserError(f"--questions={','.join(questions)}: this export holds the answers to one question; name one")
     return list(questions) or ordered[:1]
 
 
@@ -114,28 +159,44 @@ def _groups(store: Store, votes: Sequence[Vote]) -> Iterator[Group]:
         yield Group(task.prompt, list(task.images), scores, means)
 
 
-def _row(store: Store, group: Group, images: dict[TaskImage, str]) -> dict[str, Any]:
+def _line(store: Store, group: Group, images: dict[TaskImage, str]) -> dict[str, Any]:
     names = folder_names(store.folders)
-    row: dict[str, Any] = {"prompt": group.prompt, "images": [images[image] for image in group.images]}
+    line: dict[str, Any] = {"prompt": group.prompt, "images": [images[image] for image in group.images]}
     if store.mode == "pairs":
-        row["votes"] = [math.fsum(of_image) for of_image in zip(*group.votes, strict=True)]
+        line["votes"] = [math.fsum(of_image) for of_image in zip(*group.votes, strict=True)]
     else:
-        row["scores"] = group.votes or group.means
-    return row | {"models": [names[image.folder] for image in group.images]}
+        line["scores"] = group.votes or group.means
+    return line | {"models": [names[image.folder] for image in group.images]}
 
 
 def _image_paths(store: Store, path: Path) -> dict[TaskImage, str]:
-    """Of all images, relative to the file at `path`."""
+    """Return the path of every image relative to the file at `path`, linking folders that are not below it."""
     here = path.parent.resolve()
-    for folder in store.folders:
-        if not folder.is_relative_to(here):
-            common = os.path.commonpath([here, *store.folders])
-            raise UserError(
-                f"--export={path}: the file names images relative to itself, and {folder} is not beneath {here}; "
-                f"write it to {Path(common) / path.name}"
-            )
+    relative = [
+        folder.relative_to(here) if folder.is_relative_to(here) else _link(path, folder, position).relative_to(here)
+        for position, folder in enumerate(store.folders)
+    ]
     return {
-        image: (store.folders[image.folder].relative_to(here) / image.name).as_posix()
+        image: (relative[image.folder] / image.name).as_posix()
         for task in store.tasks.values()
         for image in task.images
     }
+
+
+def _link(path: Path, folder: Path, position: int) -> Path:
+    """Link a folder of images from a folder beside the file at `path`: data sets name no file outside their folder."""
+    link = path.parent.resolve() / f"{path.stem}.images" / f"{position}-{folder.name}"
+    if link.is_symlink() and Path(os.readlink(link)) == folder:
+        return link
+    try:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if link.is_symlink():
+            link.unlink()
+        link.symlink_to(folder, target_is_directory=True)
+    except OSError as error:
+        common = os.path.commonpath([path.parent.resolve(), folder.parent])
+        raise UserError(
+            f"--export={path}: {link} cannot link to {folder} ({error.strerror}). Write the file to a folder that "
+            f"contains the images, such as {common}"
+        ) from error
+    return link

@@ -1,73 +1,116 @@
-"""What the votes say: majorities, win rates between folders with their intervals, and how far raters agree.
+"""The results of a study: majorities, win rates between folders with confidence intervals, and agreement of raters.
 
-Axes: U units (what is judged), V values (what may be said of one).
+Axes: U units (what is judged), V values (the possible judgements).
 """
 
 import collections
 import itertools
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import krippendorff
 import numpy as np
 
-from dpo_jax.evaluation.winrate import WinRate, rate_over_prompts
+from dpo_jax.evaluation.winrate import WinRate, rate_over_prompts, verdict
 from dpo_jax.voting.contents import Vote
 from dpo_jax.voting.store import Store
 from dpo_jax.voting.study import Answer, Question, Task
 
 Wins = dict[tuple[int, int], dict[str, list[float]]]
-"""For two folders, by prompt: 1 where the first one's image won, 0 where it lost, 0.5 for a tie."""
+"""By (of, over), two folders, and by prompt: 1 for each win of the folder `of`, 0 for each loss, 0.5 for each tie."""
 
 
 class Comparison(NamedTuple):
-    """One folder against another, over all tasks that have a vote."""
+    """The win rate of one folder over another, from all tasks with a vote.
 
-    first: str
-    second: str
+    The folder named later in --images comes first, as in `dpo_jax.evaluate`.
+    """
+
+    of: str
+    over: str
     wins: int
     losses: int
     ties: int
     rate: WinRate | None
-    """None for a single prompt, which has no interval."""
+    """None for a single prompt, from which no confidence interval can be estimated."""
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = self._asdict()
+        rate = fields.pop("rate")
+        return fields | (rate._asdict() if rate else {"comparisons": self.wins + self.losses + self.ties})
+
+    def describe(self, raters: int) -> str:
+        """Return a sentence with the verdict."""
+        if self.rate is None:
+            return (
+                f"{self.of} over {self.over}: {self.wins} won, {self.losses} lost, {self.ties} tied. A win rate with "
+                "a confidence interval needs at least two prompts."
+            )
+        return verdict(self.of, self.over, self.rate, "one rater" if raters == 1 else f"{raters} raters")
 
 
 class FolderScore(NamedTuple):
+    """The mean score of the images of a folder."""
+
     name: str
     images: int
     mean: float
-    """Over the images' mean scores: points, others beaten, or the share that has a tag."""
+    """Mean over images of their mean score: points, number of images beaten, or the share of raters who saw a fault."""
 
 
 class QuestionResult(NamedTuple):
+    """The result of one question."""
+
     question: str
+    title: str
     text: str
+    raters: int
+    """Raters with a vote on this question."""
     votes: int
     judged: int
     """Tasks with a vote."""
     finished: int
+    """Tasks that need no more votes."""
     tasks: int
     comparisons: list[Comparison]
     scores: list[FolderScore]
     alpha: float | None
-    """Krippendorff's; None if nothing can be said of it yet."""
+    """Krippendorff's alpha; None if it is not defined yet, for example for a single rater."""
     first_place: float | None
-    """Share of the preferred images, of pairs, that stood at the first place: near a half if places don't matter."""
+    """For pairs: the share of choices that went to the image at the first place, about 1/2 if places do not matter."""
 
 
 class Summary(NamedTuple):
+    """The results of a study."""
+
     raters: list[tuple[str, int]]
-    """Names with the number of their votes."""
+    """Names with their number of votes."""
     questions: list[QuestionResult]
+
+    def to_json(self) -> str:
+        """Return the summary as a JSON object; its win rates have the fields of those in evaluate's result.json."""
+        questions = []
+        for result in self.questions:
+            fields = result._asdict()
+            fields["win_rates"] = [row.to_dict() for row in fields.pop("comparisons")]
+            questions.append(fields | {"scores": [row._asdict() for row in result.scores]})
+        return json.dumps({"raters": dict(self.raters), "questions": questions}, ensure_ascii=False, indent=2) + "\n"
 
 
 def summarise(
     store: Store, questions: Mapping[str, Question], is_finished: Callable[[Mapping[Answer, int]], bool]
 ) -> Summary:
-    """Figures of all votes so far, whether their tasks are finished or not.
+    """Summarise all votes so far, including those on tasks that need more votes.
 
-    An image's score in a task is the mean over raters, so for a pair the larger one is the majority's.
+    The score of an image in a task is the mean over its raters, so in a pair the majority prefers the higher score.
+    With one rater the majority is what this rater said.
+
+    Args:
+        store: the file of votes.
+        questions: the questions to summarise, by name.
+        is_finished: whether a question with these votes needs no more.
     """
     votes = store.votes()
     tallies = store.tallies()
@@ -78,7 +121,9 @@ def summarise(
         results.append(
             QuestionResult(
                 question=name,
+                title=question.title,
                 text=question.text,
+                raters=len({vote.rater for vote in mine}),
                 votes=len(mine),
                 judged=len(by_task),
                 finished=sum(is_finished(tallies.get((task, name), {})) for task in store.tasks),
@@ -93,6 +138,7 @@ def summarise(
 
 
 def group_by_task(votes: Iterable[Vote]) -> dict[str, list[Vote]]:
+    """Return the votes on each task."""
     grouped: dict[str, list[Vote]] = {}
     for vote in votes:
         grouped.setdefault(vote.task, []).append(vote)
@@ -100,20 +146,20 @@ def group_by_task(votes: Iterable[Vote]) -> dict[str, list[Vote]]:
 
 
 def mean_scores(store: Store, votes: Sequence[Vote]) -> list[float]:
-    """Of each image of a task, over the votes on it; higher is better."""
+    """Return the mean score of each image of a task over the votes on the task; higher is better."""
     scores = [store.how.scores(vote.answer) for vote in votes]
     return [sum(of_image) / len(votes) for of_image in zip(*scores, strict=True)]
 
 
 def agreement(values: Sequence[float], counts_UV: np.ndarray, level: Literal["nominal", "ordinal"]) -> float | None:
-    """Krippendorff's alpha: 1 if raters agree, 0 if as often as by chance.
+    """Return Krippendorff's alpha: 1 if raters agree, 0 if they agree as often as by chance.
 
     Args:
         values: the V numbers that occur, in order.
-        counts_UV: how often each was given.
-        level: of measurement: nominal, ordinal, ...
+        counts_UV: how often each number was given to each unit.
+        level: level of measurement.
 
-    Returns None where it isn't defined: no unit has two votes, or all votes are alike.
+    Returns None where alpha is not defined: no unit has two votes, or all votes are equal.
     """
     counts_UV = counts_UV[counts_UV.sum(axis=1) > 1]
     if (counts_UV.sum(axis=0) > 0).sum() < 2:
@@ -122,7 +168,7 @@ def agreement(values: Sequence[float], counts_UV: np.ndarray, level: Literal["no
 
 
 def folder_names(folders: Sequence[Path]) -> list[str]:
-    """The last part of each path, or all of it where that isn't enough to tell them apart."""
+    """Return the last part of each path, or the whole paths if two of the last parts are equal."""
     names = [folder.name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
@@ -135,16 +181,17 @@ def _comparisons(store: Store, by_task: Mapping[str, Sequence[Vote]]) -> list[Co
             zip(task.images, mean_scores(store, votes), strict=True), 2
         ):
             if image.folder != other.folder:
-                outcome = (1 + np.sign(score - other_score)) / 2
-                wins.setdefault((image.folder, other.folder), {}).setdefault(task.prompt, []).append(outcome)
+                outcome = (1 + np.sign(other_score - score)) / 2
+                wins.setdefault((other.folder, image.folder), {}).setdefault(task.prompt, []).append(outcome)
     names = folder_names(store.folders)
-    return [_comparison(names[first], names[second], prompts) for (first, second), prompts in sorted(wins.items())]
+    ordered = sorted(wins.items(), key=lambda item: item[0][::-1])
+    return [_comparison(names[of], names[over], prompts) for (of, over), prompts in ordered]
 
 
-def _comparison(first: str, second: str, by_prompt: Mapping[str, list[float]]) -> Comparison:
+def _comparison(of: str, over: str, by_prompt: Mapping[str, list[float]]) -> Comparison:
     outcomes = collections.Counter(itertools.chain.from_iterable(by_prompt.values()))
     rate = rate_over_prompts([np.array(wins) for wins in by_prompt.values()]) if len(by_prompt) > 1 else None
-    return Comparison(first, second, outcomes[1], outcomes[0], outcomes[0.5], rate)
+    return Comparison(of, over, outcomes[1], outcomes[0], outcomes[0.5], rate)
 
 
 def _folder_scores(store: Store, by_task: Mapping[str, Sequence[Vote]]) -> list[FolderScore]:
@@ -157,7 +204,7 @@ def _folder_scores(store: Store, by_task: Mapping[str, Sequence[Vote]]) -> list[
 
 
 def _units(store: Store, by_task: Mapping[str, Sequence[Vote]]) -> tuple[list[float], np.ndarray]:
-    """Values and counts_UV. A unit is an image where each gets a number of its own, otherwise a task."""
+    """Return values and counts_UV. A unit is an image for rankings and points, and a task otherwise."""
 
     def numbers(task: Task) -> range:
         return range(len(task.images) if store.how.level == "ordinal" else 1)

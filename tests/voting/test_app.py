@@ -1,5 +1,7 @@
 """The pages and what a browser is told, in this process."""
 
+import csv
+import io
 import json
 import re
 import sqlite3
@@ -19,10 +21,10 @@ def test_a_rater_starts_votes_undoes_and_leaves(survey):
     assert "Zoë 李" in browser.get("/").text
     state = browser.get("/api/state").json()
     now = state["now"]
-    assert (state["done"], state["total"], state["last"]) == (0, 2, None)
+    assert (state["answered"], state["total"], state["last"]) == (0, 2, None)
     vote = {"task": now["task"], "question": now["question"], "answer": [1.0, 0]}
     after = browser.post("/api/vote", json=vote).json()
-    assert (after["done"], after["last"]) == (1, {"task": now["task"], "question": "preference"})
+    assert (after["answered"], after["last"]) == (1, {"task": now["task"], "question": "preference"})
     assert browser.post("/api/vote", json=vote).json() == after  # sent twice
     assert browser.post("/api/vote", json=vote | {"answer": [0, 1]}).status_code == 409
     assert browser.post("/api/undo", json=after["last"]).json()["now"] == now
@@ -35,7 +37,7 @@ def test_raters_do_not_see_each_other(survey):
     ann, bob = client(made, "ann"), client(made, "bob")
     now = ann.get("/api/state").json()["now"]
     ann.post("/api/vote", json={"task": now["task"], "question": "preference", "answer": [0, 1]})
-    assert bob.get("/api/state").json()["done"] == 0
+    assert bob.get("/api/state").json()["answered"] == 0
     assert {vote.rater for vote in made.store.votes()} == {"ann"}
 
 
@@ -152,11 +154,70 @@ def test_a_file_that_is_damaged_meanwhile_takes_no_votes(survey):
 def test_results_are_shown_from_the_first_vote_on(survey, mode):
     made = survey(mode=mode, folders=("base", "tuned"), ties=True)
     browser, other = client(made, "ann <b>"), owner(made)
-    assert "0 votes on 0 of 3" in other.get("/results").text
+    assert "0 votes by 0 raters on 0 of 3" in other.get("/results").text
     while (now := browser.get("/api/state").json()["now"]) is not None:
         body = {"task": now["task"], "question": "preference", "answer": [1, 2] if mode != "pairs" else [1, 0]}
         browser.post("/api/vote", json=body).raise_for_status()
-    page = other.get("/results").text
-    assert "3 votes on 3 of 3, 0 finished" in page
-    assert "base over tuned" in page
+    page = " ".join(other.get("/results").text.split())
+    assert f"3 votes by 1 rater on 3 of 3 {made.store.how.unit}" in page
+    assert "base over tuned" not in page
+    assert "<td>tuned over base</td>" in page
     assert "ann &lt;b&gt;" in page
+
+
+def test_the_results_of_one_rater_count_and_are_marked(survey):
+    made = survey(questions=("preference", "alignment"), raters=5)
+    browser, other = client(made, "ann"), owner(made)
+    for _ in range(2):
+        while (now := browser.get("/api/state").json()["now"]) is not None:
+            images = [made.find_image("ann" if browser is not other else "bob", id)[1] for id in now["images"]]
+            body = {"task": now["task"], "question": now["question"], "answer": [float(k == 1) for k in images]}
+            browser.post("/api/vote", json=body).raise_for_status()
+        page = " ".join(other.get("/results").text.split())
+        if browser is other:
+            break
+        assert "<strong>One rater:</strong> everything below is what ann said (6 votes)." in page
+        assert "tuned is clearly preferred over base by one rater: win rate 100.0%" in page
+        assert page.count('<span class="badge">one rater</span>') == 2
+        assert "majority" not in page
+        assert "finished" not in page
+        browser = other
+        browser.post("/api/start", json={"name": "bob"}).raise_for_status()
+    assert "one rater" not in page.lower()
+    assert "tuned is clearly preferred over base by 2 raters: win rate 100.0%" in page
+    assert "3 of 3 comparisons. 0 of them have all 5 votes." in page
+
+
+def test_results_are_refreshed_and_downloaded(survey):
+    made = survey(prompts=2)
+    browser, other = client(made, '=HYPERLINK("http://evil.example")'), owner(made)
+    now = browser.get("/api/state").json()["now"]
+    images = [made.find_image('=HYPERLINK("http://evil.example")', id)[1] for id in now["images"]]
+    body = {"task": now["task"], "question": "preference", "answer": [float(k == 0) for k in images]}
+    browser.post("/api/vote", json=body).raise_for_status()
+    links = re.findall(r'<a class="[^"]*" href="([^"]+)"', other.get("/results").text)
+    assert links == ["/results", "/results.json", "/votes.csv", "/"]
+    summary = other.get("/results.json").raise_for_status()
+    assert summary.headers["content-disposition"] == 'attachment; filename="results.json"'
+    (question,) = summary.json()["questions"]
+    assert (question["question"], question["votes"], question["raters"]) == ("preference", 1, 1)
+    (row,) = question["win_rates"]
+    assert row == {"of": "tuned", "over": "base", "wins": 0, "losses": 1, "ties": 0, "comparisons": 1}
+    reply = other.get("/votes.csv").raise_for_status()
+    assert reply.headers["content-disposition"] == 'attachment; filename="votes.csv"'
+    rows = list(csv.DictReader(io.StringIO(reply.text)))
+    assert [(row["model"], row["score"], row["place"]) for row in rows] == [
+        ("base", "1", str(images.index(0) + 1)), ("tuned", "0", str(images.index(1) + 1))
+    ]  # fmt: skip
+    assert {row["rater"] for row in rows} == {'\'=HYPERLINK("http://evil.example")'}  # text, not a formula
+    for path in ("/results.json", "/votes.csv"):
+        assert browser.get(path).status_code == 403
+
+
+def test_the_results_are_linked_for_the_person_who_may_see_them(survey):
+    made = survey()
+    rater, other = client(made, "ann"), owner(made)
+    assert 'href="/results"' in other.get("/").text  # the start page
+    other.post("/api/start", json={"name": "bob"}).raise_for_status()
+    assert 'id="results" class="button quiet" href="/results"' in other.get("/").text
+    assert "/results" not in rater.get("/").text

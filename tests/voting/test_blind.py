@@ -80,7 +80,15 @@ def test_results_are_not_for_raters(survey, token):
     rater, own = client(made, token=token), results_token(made.store)
     rater.get(f"/?token={token}")
     rater.post("/api/start", json={"name": "ann"}).raise_for_status()
-    for path in ("/results", f"/results?token={token}", "/results?token=", f"/results?token={own[:-1]}x", "/%72esults"):
+    for path in (
+        "/results",
+        "/results.json",
+        "/votes.csv",
+        f"/results?token={token}",
+        "/results?token=",
+        f"/results?token={own[:-1]}x",
+        "/%72esults",
+    ):
         reply = rater.get(path)
         assert reply.status_code == 403, path
         assert "base" not in reply.text
@@ -139,7 +147,7 @@ def test_an_image_that_is_not_the_one_any_more_is_missing_on_both_sides(survey, 
         (made.store.folders[0] / "0-0.png").write_bytes(data)
     replies = [browser.get(f"/image/{id}") for id in browser.get("/api/state").json()["now"]["images"]]
     found = [(reply.status_code, reply.text) for reply in replies]
-    assert found == [(404, "An image here was changed, or can't be read any more.")] * 2
+    assert found == [(404, "An image of this task was changed or cannot be read any more.")] * 2
 
 
 def test_answers_are_alike_for_both_sides(survey):
@@ -153,7 +161,7 @@ def test_answers_are_alike_for_both_sides(survey):
         after = _answer(browser, now, answer).json()
         undone = browser.post("/api/undo", json={"task": now["task"], "question": "preference"}).json()
         assert undone["now"] == now
-        replies.append([(state["done"], state["total"], sorted(state)) for state in (after, undone)])
+        replies.append([(state["answered"], state["total"], sorted(state)) for state in (after, undone)])
     assert all(reply == replies[0] for reply in replies)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from selenium import webdriver
+from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -112,27 +113,33 @@ def _votes(tmp_path):
 
 def test_keys_vote_and_undo(page, tmp_path):
     opened = page("--questions=preference,appeal", "--ties").start()
-    assert opened.text("#count") == "1 of 3"
+    assert opened.text("#count") == "0 of 6 answered"
     assert opened.text("#question") == "Which image do you prefer given the prompt?"
     assert opened.text("#prompt").startswith("prompt ")
+    for key in ("←", "→", "space", "Backspace", "Z"):
+        assert key in opened.text("#keys")
+    assert [button.text for button in opened.find_all("#answers button")] == [
+        "Image 1 ←", "Both alike space", "Image 2 →"
+    ]  # fmt: skip
     opened.press(Keys.ARROW_LEFT)
     assert opened.text("#question") == "Which image is more visually appealing?"
     assert "prompt 0" not in opened.text("main")
-    assert opened.text("#count") == "1 of 3"
+    assert opened.text("#count") == "1 of 6 answered"
     opened.press("2")
-    assert opened.text("#count") == "2 of 3"
-    assert opened.ask("document.getElementById('bar').value") == 1
-    opened.press(" ", Keys.BACKSPACE, Keys.BACKSPACE)  # a tie, taken back, and the answer before it
-    assert opened.text("#count") == "1 of 3"
+    assert opened.text("#count") == "2 of 6 answered"
+    assert opened.ask("document.getElementById('bar').value") == 2
+    opened.press(" ", Keys.BACKSPACE, Keys.BACKSPACE)  # a tie, undone, and the answer before it
+    assert opened.text("#count") == "1 of 6 answered"
     assert opened.text("#question") == "Which image is more visually appealing?"
     opened.press(Keys.ARROW_LEFT, Keys.ARROW_RIGHT, " ", "1", "x", "0")
     opened.wait("done")
     assert "Thank you" in opened.text("#question")
-    assert opened.text("#count") == "3 of 3"
+    assert "Your answers are stored" in opened.text("#after")
+    assert opened.text("#count") == "6 of 6 answered"
     placed = [[vote.answer[k] for k in vote.shown] for vote in _votes(tmp_path)]
     assert placed == [[1, 0], [1, 0], [0, 1], [0.5, 0.5], [1, 0], [0.5, 0.5]]
     opened.press(Keys.BACKSPACE)
-    assert opened.text("#count") == "3 of 3"
+    assert opened.text("#count") == "5 of 6 answered"
     assert len(_votes(tmp_path)) == 5
     assert opened.complaints() == []
 
@@ -141,7 +148,7 @@ def test_a_second_rater_and_a_reload(page):
     opened = page("--questions=preference").start()
     opened.press(Keys.ARROW_LEFT)
     opened.driver.refresh()
-    assert opened.wait("ready").text("#count") == "2 of 3"
+    assert opened.wait("ready").text("#count") == "1 of 3 answered"
     opened.find("#leave").click()
     link = opened.find("#link").get_attribute("value")
     opened.find("#stay").click()
@@ -153,9 +160,46 @@ def test_a_second_rater_and_a_reload(page):
     opened.find("#name").send_keys("ann" + Keys.ENTER)
     opened.until(lambda: "This name is taken" in opened.text("#message"))
     opened.driver.refresh()
-    assert opened.start("bob").text("#count") == "1 of 3"
+    assert opened.start("bob").text("#count") == "0 of 3 answered"
     opened.driver.get(link)
-    assert opened.wait("ready").text("#count") == "3 of 3"
+    assert opened.wait("ready").text("#count") == "2 of 3 answered"
+
+
+def test_a_click_chooses_an_image_and_a_double_click_answers_once(page, tmp_path):
+    opened = page("--questions=preference").start()
+    opened.find_all("#images img")[1].click()
+    opened.until(lambda: opened.text("#count") == "1 of 3 answered").wait("ready")
+    assert not opened.ask("document.getElementById('zoom').open")
+    ActionChains(opened.driver).double_click(opened.find_all("#images img")[0]).perform()
+    opened.until(lambda: opened.text("#count") == "2 of 3 answered").wait("ready")
+    opened.driver.get(page.server.results)  # from now on this browser may see the results
+    opened.driver.get(page.server.url)
+    opened.wait("ready").find_all("#images img")[0].click()
+    opened.wait("done").find("#after a").click()
+    opened.until(lambda: "Results so far" in opened.text("h1"))
+    assert "3 votes by 1 rater on 3 of 3 comparisons" in opened.text("section")
+    assert [[vote.answer[k] for k in vote.shown] for vote in _votes(tmp_path)] == [[0, 1], [1, 0], [1, 0]]
+    assert opened.complaints() == []
+
+
+def test_the_questions_look_different(page):
+    opened = page("--questions=preference,appeal,alignment").start()
+    seen = []
+    for _ in range(3):
+        style = "getComputedStyle(document.querySelector('{}')).{}"
+        seen.append(
+            (
+                opened.text("#kind"),
+                opened.text("#advice"),
+                opened.ask(style.format("#kind", "backgroundColor")),
+                opened.ask(style.format("#answers button", "backgroundColor")),
+            )
+        )
+        opened.press(Keys.ARROW_LEFT)
+    assert [kind for kind, *_ in seen] == [
+        "Question 1 of 3: Overall preference", "Question 2 of 3: Looks only", "Question 3 of 3: Prompt match only"
+    ]  # fmt: skip
+    assert all(len(set(column)) == 3 for column in zip(*seen, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -186,14 +230,14 @@ def test_a_phone_shows_both_images_at_once_in_one_column_and_votes_by_touch(page
         button.click()
         opened.wait("ready", "done")
     opened.find("#undo").click()
-    opened.wait("ready").until(lambda: opened.text("#count") == "2 of 3")
+    opened.wait("ready").until(lambda: opened.text("#count") == "1 of 3 answered")
     assert [[vote.answer[k] for k in vote.shown] for vote in _votes(tmp_path)] == [[1, 0]]
 
 
 def test_zoom(page, tmp_path):
     opened = page("--questions=preference").start()
     ids = [image.get_attribute("src") for image in opened.find_all("#images img")]
-    opened.find_all("#images img")[1].click()
+    opened.find_all(".enlarge")[1].click()
     assert opened.ask("document.getElementById('zoom').open")
     large = opened.find("#large")
     assert large.get_attribute("src") == ids[1]
@@ -206,12 +250,12 @@ def test_zoom(page, tmp_path):
     assert opened.find("#large").get_attribute("src") == ids[0]
     opened.find("body").send_keys(Keys.ESCAPE)
     opened.until(lambda: not opened.ask("document.getElementById('zoom').open"))
-    assert opened.text("#count") == "1 of 3"
+    assert opened.text("#count") == "0 of 3 answered"
     assert _votes(tmp_path) == []
     opened.find("body").send_keys("z")
     assert opened.find("#large").get_attribute("src") == ids[0]
     opened.find("#close").click()
-    assert opened.press(Keys.ARROW_LEFT).text("#count") == "2 of 3"
+    assert opened.press(Keys.ARROW_LEFT).text("#count") == "1 of 3 answered"
 
 
 def test_ranks_by_keys_and_clicks(page, tmp_path):
@@ -219,11 +263,11 @@ def test_ranks_by_keys_and_clicks(page, tmp_path):
     opened.find("body").send_keys("3", Keys.BACKSPACE, "2", "1")  # the last one follows
     assert [mark.text for mark in opened.find_all(".mark")] == ["2", "1", "3"]
     opened.find("body").send_keys(Keys.ENTER)
-    opened.until(lambda: opened.text("#count") == "2 of 3").wait("ready")
+    opened.until(lambda: opened.text("#count") == "1 of 3 answered").wait("ready")
     for place in (2, 0):
         opened.find_all("#images img")[place].click()
     opened.find("#save").click()
-    opened.until(lambda: opened.text("#count") == "3 of 3").wait("ready")
+    opened.until(lambda: opened.text("#count") == "2 of 3 answered").wait("ready")
     placed = [[vote.answer[k] for k in vote.shown] for vote in _votes(tmp_path)]
     assert placed == [[2, 1, 3], [2, 3, 1]]
     assert opened.complaints() == []
@@ -233,11 +277,11 @@ def test_points_by_keys_and_clicks(page, tmp_path):
     opened = page("--mode=points").start()
     assert not opened.find("#save").is_enabled()
     opened.find("body").send_keys("4", "2", Keys.BACKSPACE, "5", Keys.ENTER)
-    opened.until(lambda: opened.text("#count") == "2 of 3").wait("ready")
+    opened.until(lambda: opened.text("#count") == "1 of 3 answered").wait("ready")
     for row, points in zip(opened.find_all(".points"), (1, 3), strict=True):
         row.find_elements(By.TAG_NAME, "button")[points - 1].click()
     opened.find("#save").click()
-    opened.until(lambda: opened.text("#count") == "3 of 3")
+    opened.until(lambda: opened.text("#count") == "2 of 3 answered")
     assert [[vote.answer[k] for k in vote.shown] for vote in _votes(tmp_path)] == [[4, 5], [1, 3]]
 
 
@@ -245,7 +289,7 @@ def test_tags_by_keys(page, tmp_path):
     opened = page("--mode=tag", "--tags=distorted hand,unsafe").start()
     assert opened.text("#question") == "Distorted hand?"
     opened.press("y", Keys.ARROW_LEFT)
-    assert opened.text("#count") == "2 of 6"
+    assert opened.text("#count") == "2 of 12 answered"
     assert [(vote.question, vote.answer) for vote in _votes(tmp_path)] == [("distorted hand", (1,)), ("unsafe", (0,))]
 
 
@@ -254,9 +298,9 @@ def test_a_vote_waits_for_a_server_that_went_away(page, tmp_path):
     page.server.stop(signal.SIGKILL)
     opened.find("body").send_keys(Keys.ARROW_RIGHT)
     opened.until(lambda: "Trying again" in opened.text("#message"))
-    assert opened.text("#count") == "1 of 3"
+    assert opened.text("#count") == "0 of 3 answered"
     page.server.start()
-    opened.until(lambda: opened.text("#count") == "2 of 3").wait("ready")
+    opened.until(lambda: opened.text("#count") == "1 of 3 answered").wait("ready")
     assert opened.text("#message") == ""
     assert len(_votes(tmp_path)) == 1
 

@@ -31,16 +31,16 @@ def test_votes_are_served_kept_and_exported(make_folders, serve, tmp_path):
         with httpx2.Client(base_url=server.url) as browser:
             browser.post("/api/start", json={"name": "ann", "key": "her browser's"}).raise_for_status()
             state = browser.get("/api/state").json()
-            assert state["done"] == life
+            assert state["answered"] == life
             key = {name: state["now"][name] for name in ("task", "question")}
             browser.post("/api/vote", json=key | {"answer": [1, 0]}).raise_for_status()
         server.process.send_signal(2)
         out, err = server.process.communicate(timeout=30)
-        assert f"stopped with {life + 1} votes" in out
+        assert f"Stopped with {life + 1} votes" in out
         assert (err, server.process.returncode) == ("", 0)
     done = vote(f"--output={tmp_path}/votes.sqlite", f"--export={tmp_path}/votes.jsonl")
-    written = f"3 prompts or pairs with votes were written to {tmp_path}/votes.jsonl; "
-    assert done.stdout == f"{written}0 lack votes for some or all images\n"
+    written = f"Wrote 3 prompts with votes to {tmp_path}/votes.jsonl"
+    assert done.stdout == f"{written}; left out 0 that lack votes.\n"
     prepare = "dpo_jax.prepare", "--source=jsonl", f"--input={tmp_path}/votes.jsonl", f"--output={tmp_path}/data"
     read = subprocess.run([sys.executable, "-m", *prepare, "--workers=0"], capture_output=True, text=True)
     assert read.returncode == 0, read.stderr
@@ -84,7 +84,7 @@ def test_raters_are_invited_by_links_of_their_own(make_folders, serve, tmp_path)
             key = {name: state["now"][name] for name in ("task", "question")}
             browser.post(page.url.join("/api/vote"), json=key | {"answer": [1, 0]}).raise_for_status()
     with httpx2.Client(base_url=server.url.partition("?")[0], follow_redirects=True) as browser:
-        assert "Only people who were invited" in browser.get("/?token=right-token").text
+        assert "Only invited people" in browser.get("/?token=right-token").text
         assert browser.post("/api/start", json={"name": "eve"}).status_code == 403
     server.stop()
     with open_votes(tmp_path / "votes.sqlite") as store:
@@ -105,15 +105,18 @@ def test_a_file_of_other_images_is_refused(make_folders, serve, tmp_path):
     ("flags", "message"),
     [
         (["--images=gone,base"], "no folder of images at gone"),
-        (["--images=base"], "pairs are made of the images of two folders or more"),
+        (["--images=base"], "compares two folders or more, but --images names 1"),
         (["--images=base,base/../base"], "names a folder twice"),
         (["--images=base,empty"], "empty has no images"),
         (["--images=base,others"], "base and others have no image of the same prompt and seed"),
-        (["--images=base,tuned", "--questions=beauty"], "--questions=beauty: the questions are preference, appeal"),
-        (["--images=base,tuned", "--tags=hand"], "--mode=tag and --tags need each other"),
-        (["--images=base,tuned", "--mode=tag"], "--mode=tag and --tags need each other"),
-        (["--images=base,tuned", "--token=short"], "at least 8 letters"),
-        (["--images=base,tuned", "--port={taken}"], "127.0.0.1:{taken} can't be served (Address already in use)"),
+        (
+            ["--images=base,tuned", "--questions=beauty"],
+            "--questions=beauty is not a question; choose from preference, appeal",
+        ),
+        (["--images=base,tuned", "--tags=hand"], "--mode=tag and --tags only work together"),
+        (["--images=base,tuned", "--mode=tag"], "--mode=tag and --tags only work together"),
+        (["--images=base,tuned", "--token=short"], "at least 8 characters"),
+        (["--images=base,tuned", "--port={taken}"], "cannot serve on 127.0.0.1:{taken} (Address already in use)"),
         (["--images=base,tuned", "--output=gone/votes.sqlite"], "gone is not a folder"),
         ([], "--images is missing"),
         (["--export=votes.jsonl"], "there is no file of votes at votes.sqlite"),

@@ -158,7 +158,9 @@ def test_reloading_results_keeps_nobody_from_voting(survey, serving, votes):
                 thread.join()
     assert statistics.median(seconds) < 1
     assert max(seconds) < 5
-    assert f"{votes + 11} votes on 100 of 100" in httpx2.get(url, follow_redirects=True).text
+    assert (
+        f"{votes + 11} votes by {votes // 100 + 1} raters on 100 of 100" in httpx2.get(url, follow_redirects=True).text
+    )
 
 
 def test_results_are_made_once_for_all_who_ask(survey, serving, monkeypatch):
@@ -182,5 +184,5 @@ def test_results_are_made_once_for_all_who_ask(survey, serving, monkeypatch):
     assert len(calls) == 1
     with _rater(port, "ann") as browser:
         _vote(browser)
-    assert "1 vote on 1 of 3" in httpx2.get(url, follow_redirects=True).text
+    assert "1 vote by 1 rater on 1 of 3" in httpx2.get(url, follow_redirects=True).text
     assert len(calls) == 2

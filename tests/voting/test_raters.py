@@ -62,7 +62,7 @@ def test_a_rater_comes_back_by_a_link_of_their_own(survey):
         here.post("/api/start", json={"name": name}).raise_for_status()
         _vote(here)
         assert str(there.get(_link(here)).raise_for_status().url) == "http://127.0.0.1:8000/"
-        assert there.get("/api/state").json()["done"] == 1
+        assert there.get("/api/state").json()["answered"] == 1
     assert {vote.rater for vote in made.store.votes()} == {"Zoë 李", "J. & D. <b>"}
     there.post("/api/leave", json={})
     assert there.get("/api/state").status_code == 401
@@ -84,7 +84,7 @@ def test_only_who_was_invited_votes(survey):
     raters = Raters(made.store)
     cards = {name: raters.invite(name) for name in ("ann", "bob", "ann")}
     closed = client(made, is_open=False)
-    assert "Only people who were invited vote here" in closed.get("/").text
+    assert "Only invited people can vote here" in closed.get("/").text
     assert closed.post("/api/start", json={"name": "eve"}).status_code == 403
     assert closed.get("/api/state").status_code == 401
     closed.get(f"/?rater={cards['bob']}").raise_for_status()

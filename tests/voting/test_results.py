@@ -57,12 +57,12 @@ def test_win_rates_are_of_majorities_and_count_prompts_alike(survey):
     _add(survey, {(0, 0): [A, A, B], (0, 1): [A, B, TIE], (1, 0): [B, B, A], (1, 1): [B], (2, 0): [TIE, TIE, A]})
     result = _summary(survey)
     (row,) = result.comparisons
-    assert (row.first, row.second, row.wins, row.losses, row.ties) == ("base", "tuned", 2, 2, 1)
+    assert (row.of, row.over, row.wins, row.losses, row.ties) == ("tuned", "base", 2, 2, 1)
     assert (result.votes, result.judged, result.finished, result.tasks) == (13, 5, 4, 6)
-    assert row.rate.rate == pytest.approx((0.75 + 0 + 1) / 3)
+    assert row.rate.rate == pytest.approx((0.25 + 1 + 0) / 3)
     assert result.first_place == 0.5  # of 10 that are no ties; A was shown first
     # the same interval as of as many comparisons a prompt
-    known = rate_over_prompts(np.array([[1, 0.5], [0, 0], [1, 1]]))
+    known = rate_over_prompts(np.array([[0, 0.5], [1, 1], [0, 0]]))
     assert (row.rate.low, row.rate.high) == pytest.approx((known.low, known.high))
 
 
@@ -70,7 +70,7 @@ def test_one_prompt_has_no_interval(survey):
     survey = survey(prompts=1)
     _add(survey, {(0, 0): [A]})
     (row,) = _summary(survey).comparisons
-    assert (row.wins, row.rate) == (1, None)
+    assert (row.losses, row.rate) == (1, None)
 
 
 def test_agreement_of_pairs_is_of_what_was_chosen(survey):
@@ -83,10 +83,10 @@ def test_rankings_and_points_compare_folders(survey):
     survey = survey(mode="rank", folders=("a", "b", "c"), prompts=2)
     _add(survey, {(0, 0): [(1, 2, 3), (1, 3, 2)], (1, 0): [(2, 1, 3), (1, 2, 3)]})
     result = _summary(survey)
-    assert [(row.first, row.second, row.wins, row.losses, row.ties) for row in result.comparisons] == [
-        ("a", "b", 1, 0, 1),
-        ("a", "c", 2, 0, 0),
-        ("b", "c", 1, 0, 1),
+    assert [(row.of, row.over, row.wins, row.losses, row.ties) for row in result.comparisons] == [
+        ("b", "a", 0, 1, 1),
+        ("c", "a", 0, 2, 0),
+        ("c", "b", 0, 1, 1),
     ]
     assert [(row.name, row.images, row.mean) for row in result.scores] == [("a", 2, 1.75), ("b", 2, 1), ("c", 2, 0.25)]
     assert result.alpha is not None
@@ -134,7 +134,7 @@ def test_a_panel_that_errs_finds_the_true_order_over_http(make_folders, serve, t
                 first = (two[0] > two[1]) != errs(rater, now["prompt"], two)
                 body = {"task": now["task"], "question": now["question"], "answer": [int(first), int(not first)]}
                 state = browser.post("/api/vote", json=body).raise_for_status().json()
-            return state["done"]
+            return state["answered"]
 
     raters = [f"rater {k}" for k in range(5)]
     with concurrent.futures.ThreadPoolExecutor(5) as pool:

@@ -50,7 +50,7 @@ def test_folders_that_do_not_fit_are_told_in_a_sentence(make_folders, tmp_path):
     a, b = make_folders("a", "b", prompts=1)
     with pytest.raises(ValueError, match="two folders or more"):
         _tasks("pairs", [a])
-    with pytest.raises(ValueError, match="no prompt with two images"):
+    with pytest.raises(ValueError, match="no prompt with two or more images"):
         _tasks("rank", [a])
     (b / LIST).write_text(json.dumps({"image": "0-0.png", "prompt": "another", "seed": 0}) + "\n")
     with pytest.raises(ValueError, match=r"a and .*b have no image of the same prompt and seed"):
@@ -127,6 +127,6 @@ def test_pairs_that_say_nothing_or_tell_are_counted(make_folders):
     for prompt in (2, 3):
         Image.new("RGB", (9, 8)).save(paths[1] / f"{prompt}-0.png")
     assert warnings([read_folder(path) for path in paths], _tasks("pairs", paths), "comparisons") == [
-        "1 of 4 comparisons show the same image twice; answers to them say nothing",
-        "2 of 4 comparisons show images of different sizes, by which raters can tell them apart",
+        "1 of 4 comparisons show the same image twice, so their answers mean nothing",
+        "2 of 4 comparisons show images of different sizes, so raters can tell the folders apart",
     ]

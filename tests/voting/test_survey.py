@@ -24,7 +24,7 @@ def test_everybody_sees_each_pair_once_in_an_order_of_their_own(survey):
         a[0] == b[0] for a, b in zip(orders[0][::2], orders[0][1::2], strict=True)
     )  # a pair's questions together
     state = survey.state("ann")
-    assert (state["done"], state["total"], state["now"]) == (20, 20, None)
+    assert (state["answered"], state["total"], state["now"]) == (40, 40, None)
 
 
 def test_sides_are_random_stored_and_always_the_same(survey):
@@ -41,13 +41,13 @@ def test_sides_are_random_stored_and_always_the_same(survey):
     assert 65 < sum(of["ann"][task] == of["bob"][task] for task in of["ann"]) < 135
 
 
-def test_progress_counts_pairs(survey):
+def test_progress_counts_answers(survey):
     survey = survey(prompts=3, questions=("preference", "alignment"))
     seen = []
     while (state := survey.state("ann"))["now"]:
-        seen.append((state["done"], state["total"], state["now"]["number"], len(state["next_images"])))
+        seen.append((state["answered"], state["total"], state["now"]["number"], len(state["next_images"])))
         survey.vote("ann", state["now"]["task"], state["now"]["question"], [0, 1])
-    assert seen == [(0, 3, 1, 4), (0, 3, 2, 4), (1, 3, 1, 2), (1, 3, 2, 2), (2, 3, 1, 0), (2, 3, 2, 0)]
+    assert seen == [(0, 6, 1, 4), (1, 6, 2, 4), (2, 6, 1, 2), (3, 6, 2, 2), (4, 6, 1, 0), (5, 6, 2, 0)]
 
 
 def test_the_prompt_is_hidden_where_it_does_not_count(survey):
@@ -68,7 +68,7 @@ def test_a_pair_is_finished_by_its_votes(survey):
         survey.store.add(f"rater {k}", task, "preference", (1, 0), [0, 1])
     assert survey.state("late")["now"] is None
     assert survey.state("late")["total"] == 0
-    assert survey.state("rater 0") | {"last": None} == survey.state("none") | {"done": 1, "total": 1}
+    assert survey.state("rater 0") | {"last": None} == survey.state("none") | {"answered": 1, "total": 1}
 
 
 @pytest.mark.parametrize(
@@ -118,10 +118,10 @@ def test_undo_asks_again_even_what_others_finished(survey):
     survey.store.add("bob", first["task"], "preference", (1, 0), [0, 1])
     state = survey.undo("ann", **last)
     assert state["now"] == first
-    assert (state["done"], state["total"], state["last"]) == (0, 2, None)
+    assert (state["answered"], state["total"], state["last"]) == (0, 2, None)
     assert survey.vote("ann", first["task"], "preference", [0, 1])
     (other,) = set(survey.store.tasks) - {first["task"]}
-    assert survey.undo("ann", other, "preference")["done"] == 1  # never said: nothing to take back
+    assert survey.undo("ann", other, "preference")["answered"] == 1  # never said: nothing to take back
     with pytest.raises(ValueError, match="no such task"):
         survey.undo("ann", first["task"], "appeal")
 
@@ -131,7 +131,7 @@ def test_what_another_run_asked_is_left_alone(survey):
     for task in survey.store.tasks:
         survey.store.add("ann", task, "appeal", (1, 0), [0, 1])
     state = survey.state("ann")
-    assert (state["done"], state["total"], state["last"]) == (0, 2, None)
+    assert (state["answered"], state["total"], state["last"]) == (0, 2, None)
 
 
 def test_voting_twice_is_voting_once(survey):

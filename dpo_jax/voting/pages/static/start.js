@@ -1,7 +1,7 @@
-// The start page: tells the server who votes, then opens the page to vote on.
+// The start page: sends the rater's name to the server, then opens the vote page.
 "use strict";
 
-// Tells the server that a request that is sent again, after its reply was lost, is from the same person.
+// Shows the server that a repeated request, after a lost reply, comes from the same person.
 const key = [...crypto.getRandomValues(new Uint8Array(16))].join("-");
 
 document.getElementById("start").addEventListener("submit", async (event) => {
@@ -16,6 +16,6 @@ document.getElementById("start").addEventListener("submit", async (event) => {
     if (response.ok) location.assign("/");
     else message.textContent = await response.text();
   } catch {
-    message.textContent = "The server doesn't answer. Try again.";
+    message.textContent = "The server does not answer. Try again.";
   }
 });

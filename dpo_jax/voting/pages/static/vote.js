@@ -1,35 +1,35 @@
-// The page to vote on. The server says what to show (see Survey.state); an answer is sent as a list of numbers, one for
-// each image in the order shown, and the next screen comes with the word that it is stored.
+// The vote page. The server says what to show (see Survey.state). An answer is a list of numbers, one for each image in
+// the order shown. The server replies with the next question once the answer is stored.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
 const page = document.body.dataset; // mode, ties, questions, hint; state: loading, ready, saving or done
 
-let screen = null; // task, prompt, question, text, number, images
-let last = null; // the answer that Undo takes back
-let marks = []; // by place, in the modes that need several: ranks or points, 0 for none yet
+let screen = null; // task, prompt, question, title, text, advice, number, images
+let last = null; // the task and question of the answer that Undo deletes
+let marks = []; // ranks or points by place, 0 for none yet (modes rank and points)
 let preloaded = [];
 
-// ---- modes: what can be answered, with which keys
+// ---- modes: possible answers and their keys
 
 const PAIR = [
-  { label: "Image 1", keys: ["ArrowLeft", "1"], answer: [1, 0] },
-  { label: "Both alike", keys: [" ", "0"], answer: [0.5, 0.5], isTie: true },
-  { label: "Image 2", keys: ["ArrowRight", "2"], answer: [0, 1] },
+  { label: "Image 1", keys: ["ArrowLeft", "1"], key: "←", answer: [1, 0] },
+  { label: "Both alike", keys: [" ", "0"], key: "space", answer: [0.5, 0.5], isTie: true },
+  { label: "Image 2", keys: ["ArrowRight", "2"], key: "→", answer: [0, 1] },
 ];
 const CHOICES = {
   pairs: page.ties ? PAIR : PAIR.filter((choice) => !choice.isTie),
   tag: [
-    { label: "No", keys: ["ArrowLeft", "n", "1"], answer: [0] },
-    { label: "Yes", keys: ["ArrowRight", "y", "2"], answer: [1] },
+    { label: "No", keys: ["ArrowLeft", "n", "1"], key: "←", answer: [0] },
+    { label: "Yes", keys: ["ArrowRight", "y", "2"], key: "→", answer: [1] },
   ],
 };
 const choices = CHOICES[page.mode];
 const KEYS = {
-  pairs: `Keys: ← and → choose, ${page.ties ? "space is for both alike, " : ""}Backspace takes the last answer back, Z enlarges.`,
-  tag: "Keys: ← is no, → is yes, Backspace takes the last answer back, Z enlarges.",
-  rank: "Keys: 1, 2, ... choose an image, Enter saves, Backspace takes the last choice back, Z enlarges.",
-  points: "Keys: 1 to 5 give the framed image points, Enter saves, Backspace takes the last points back, Z enlarges.",
+  pairs: [["←", "or", "1"], "image 1", ["→", "or", "2"], "image 2", ...(page.ties ? [["space"], "both alike"] : []), ["Backspace"], "undo", ["Z"], "enlarge"],
+  tag: [["←", "or", "N"], "no", ["→", "or", "Y"], "yes", ["Backspace"], "undo", ["Z"], "enlarge"],
+  rank: [["1", "2", "3"], "choose an image", ["Enter"], "save", ["Backspace"], "undo", ["Z"], "enlarge"],
+  points: [["1", "to", "5"], "points for the framed image", ["Enter"], "save", ["Backspace"], "undo", ["Z"], "enlarge"],
 };
 
 function rank(place) {
@@ -38,7 +38,7 @@ function rank(place) {
     marks = marks.map((mark) => (mark === removed ? 0 : mark > removed ? mark - 1 : mark));
   } else {
     marks[place] = Math.max(...marks) + 1;
-    if (Math.max(...marks) === marks.length - 1) marks[marks.indexOf(0)] = marks.length; // only one is left
+    if (Math.max(...marks) === marks.length - 1) marks[marks.indexOf(0)] = marks.length; // the last image is left
   }
   drawMarks();
 }
@@ -67,8 +67,8 @@ function show(state) {
   screen = state.now;
   last = state.last;
   $("bar").max = Math.max(state.total, 1);
-  $("bar").value = state.done;
-  $("count").textContent = `${Math.min(state.done + 1, state.total)} of ${state.total}`;
+  $("bar").value = state.answered;
+  $("count").textContent = `${state.answered} of ${state.total} answered`;
   $("undo").disabled = !last;
   $("images").replaceChildren();
   $("answers").replaceChildren();
@@ -80,19 +80,31 @@ function show(state) {
 
 function thank() {
   page.state = "done";
-  $("prompt").textContent = $("hint").textContent = $("keys").textContent = "";
+  for (const id of ["kind", "advice", "prompt", "hint", "keys"]) $(id).textContent = "";
+  page.number = "";
   $("question").textContent = "That was all. Thank you!";
+  $("after").hidden = false;
+}
+
+// Shows keys and what they do: a list of names of keys, then a word, and so on.
+function drawKeys() {
+  const words = ["or", "to"];
+  const shown = (part) => (Array.isArray(part) ? part.map((key) => (words.includes(key) ? ` ${key} ` : element("kbd", { textContent: key }))) : [` ${part}`, element("span", { className: "gap" })]);
+  $("keys").replaceChildren("Keys: ", ...KEYS[page.mode].flatMap(shown));
 }
 
 async function ask() {
   page.state = "loading";
+  page.number = screen.number;
+  $("after").hidden = true;
   const several = Number(page.questions) > 1;
-  $("prompt").textContent = screen.prompt || "The prompt doesn't matter here.";
-  $("prompt").classList.toggle("hidden-prompt", !screen.prompt);
+  $("kind").textContent = [several && `Question ${screen.number} of ${page.questions}`, screen.title].filter(Boolean).join(": ");
   $("question").textContent = screen.text;
-  $("question").dataset.number = several ? `${screen.number}/${page.questions}` : "";
+  $("advice").textContent = screen.advice;
+  $("prompt").textContent = screen.prompt || "The prompt is hidden for this question.";
+  $("prompt").classList.toggle("hidden-prompt", !screen.prompt);
   $("hint").textContent = page.hint;
-  $("keys").textContent = KEYS[page.mode];
+  drawKeys();
   const images = screen.images.map((id, place) =>
     element("img", { src: `/image/${id}`, alt: `Image ${place + 1}`, draggable: false }));
   $("images").dataset.count = images.length;
@@ -108,18 +120,16 @@ async function ask() {
     await Promise.all(images.map((image) => image.decode()));
     if (screen === shown) page.state = "ready";
   } catch {
-    if (screen === shown) say("An image can't be shown. Reload the page; if that doesn't help, tell whoever sent you here.");
+    if (screen === shown) say("An image cannot be shown. Reload the page. If that does not help, tell the person who sent you here.");
   }
 }
 
 function figure(image, place) {
-  image.onclick = () => (page.mode === "rank" ? page.state === "ready" && rank(place) : zoom(place));
+  image.onclick = (event) => clickImage(event, place);
   const made = element("figure", {}, image);
   if (screen.images.length > 1) made.append(element("span", { className: "number", textContent: place + 1 }));
-  if (page.mode === "rank") {
-    made.append(element("span", { className: "mark" }));
-    made.append(element("button", { className: "enlarge", textContent: "Enlarge", onclick: () => zoom(place) }));
-  }
+  if (page.mode === "rank") made.append(element("span", { className: "mark" }));
+  made.append(element("button", { className: "enlarge", textContent: "Enlarge", title: "Enlarge (Z)", onclick: () => zoom(place) }));
   if (page.mode === "points") {
     const buttons = [1, 2, 3, 4, 5].map((points) =>
       element("button", { textContent: points, title: `${points} of 5`, onclick: () => page.state === "ready" && give(place, points) }));
@@ -128,8 +138,21 @@ function figure(image, place) {
   return made;
 }
 
+// Chooses the image. With points and faults a click says nothing, so it enlarges.
+function clickImage(event, place) {
+  if (page.mode === "pairs") choose(choices.find((choice) => choice.answer[place] === 1), event);
+  else if (page.mode === "rank") page.state === "ready" && rank(place);
+  else zoom(place);
+}
+
+// The second click of a double click would answer the next question unseen.
+function choose(choice, event) {
+  if (event.detail < 2) send(choice.answer);
+}
+
 function choiceButton(choice) {
-  return element("button", { textContent: choice.label, className: choice.isTie ? "" : "primary", onclick: () => send(choice.answer) });
+  const key = element("kbd", { textContent: choice.key });
+  return element("button", { className: choice.isTie ? "" : "primary", onclick: (event) => choose(choice, event) }, `${choice.label} `, key);
 }
 
 function drawMarks() {
@@ -169,18 +192,18 @@ $("zoom").onclick = (event) => event.target.tagName !== "IMG" && event.target.ta
 const say = (text) => ($("message").textContent = text);
 const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 
-// Asks until there is an answer: the server takes a repeated vote or undo for one.
+// Repeats a request until the server replies; the server counts a repeated vote or undo once.
 async function call(path, body) {
-  const request = body && { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
+  const options = body && { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
   for (let wait = 500; ; wait = Math.min(2 * wait, 8000)) {
-    const response = await fetch(path, request).catch(() => null);
+    const response = await fetch(path, options).catch(() => null);
     if (response && response.status < 500) return response;
-    say("Not stored yet: the server doesn't answer. Trying again ...");
+    say("Not stored yet: the server does not answer. Trying again ...");
     await pause(wait);
   }
 }
 
-async function turn(path, body) {
+async function request(path, body) {
   page.state = "saving";
   let response = await call(path, body);
   say("");
@@ -192,11 +215,13 @@ async function turn(path, body) {
 }
 
 function send(answer) {
-  if (page.state === "ready") turn("/api/vote", { task: screen.task, question: screen.question, answer });
+  if (page.state !== "ready") return;
+  if (page.mode === "pairs") [...$("images").children].forEach((made, place) => made.classList.toggle("marked", answer[place] === 1));
+  request("/api/vote", { task: screen.task, question: screen.question, answer });
 }
 
 function undo() {
-  if (last && (page.state === "ready" || page.state === "done")) turn("/api/undo", last);
+  if (last && (page.state === "ready" || page.state === "done")) request("/api/undo", last);
 }
 
 // ---- keys
@@ -229,4 +254,4 @@ $("forget").onclick = async () => {
   await call("/api/leave", {});
   location.assign("/");
 };
-turn("/api/state");
+request("/api/state");
