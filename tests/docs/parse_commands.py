@@ -3,7 +3,6 @@
 It reads a JSON list of [command, argument, ...] and writes a JSON list of what is wrong with each, or "".
 """
 
-import contextlib
 import importlib
 import json
 import os
@@ -16,14 +15,8 @@ from dpo_jax.rounds import config as online_config
 from dpo_jax.training import config as train_config
 
 
-def parse(command: str, arguments: list[str]) -> None:
-    """Raises what the command would, up to the point where it reads files."""
-    importlib.import_module(f"dpo_jax.{command}")
-    sys.argv = [command, *arguments]
-    cli._check_overrides(arguments)
-    rest = flags.FLAGS(sys.argv)
-    if rest[1:]:
-        raise ValueError(f"unexpected argument {rest[1]!r}")
+def check_config() -> None:
+    """Check the values of the config as far as that needs neither a model nor data."""
     config = flags.FLAGS.config if "config" in flags.FLAGS else None
     if config is not None and "online" in config:
         online_config.check(config)
@@ -35,16 +28,16 @@ def parse(command: str, arguments: list[str]) -> None:
 problems = []
 for command, *arguments in json.load(sys.stdin):
     reader, writer = os.pipe()
-    if not os.fork():
-        os.close(reader)
-        with open(writer, "w") as pipe, contextlib.redirect_stdout(sys.stderr):
-            try:
-                parse(command, arguments)
-            except Exception as error:
-                pipe.write(f"{type(error).__name__}: {error}")
-        os._exit(0)
+    process = os.fork()
+    if not process:
+        os.dup2(writer, 2)
+        os.dup2(writer, 1)
+        sys.argv = [command, *arguments]
+        importlib.import_module(f"dpo_jax.{command}")
+        cli.run(check_config)  # ends the process
     os.close(writer)
     with open(reader) as pipe:
-        problems.append(pipe.read())
-    os.wait()
+        said = pipe.read()
+    _, status = os.waitpid(process, 0)
+    problems.append(said if status else "")
 print(json.dumps(problems))

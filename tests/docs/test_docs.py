@@ -50,6 +50,21 @@ def test_the_documentation_builds_without_a_warning(tmp_path):
     assert "--validation_fraction" in flags
 
 
+def test_every_command_line_parses():
+    lines = [(page.name, line) for page in PAGES for line in commands(page)]
+    assert len(lines) > 30
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "docs" / "parse_commands.py")],
+        input=json.dumps([line for _, line in lines]),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    wrong = [(*where, problem) for where, problem in zip(lines, json.loads(done.stdout), strict=True) if problem]
+    assert not wrong
+
+
 @by_page
 def test_python_examples_run(page, tmp_path, monkeypatch):
     (tmp_path / "dpo_jax").symlink_to(ROOT / "dpo_jax")
