@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import sys
+import tempfile
 
 from absl import flags
 
@@ -27,17 +28,14 @@ def check_config() -> None:
 
 problems = []
 for command, *arguments in json.load(sys.stdin):
-    reader, writer = os.pipe()
-    process = os.fork()
-    if not process:
-        os.dup2(writer, 2)
-        os.dup2(writer, 1)
-        sys.argv = [command, *arguments]
-        importlib.import_module(f"dpo_jax.{command}")
-        cli.run(check_config)  # ends the process
-    os.close(writer)
-    with open(reader) as pipe:
-        said = pipe.read()
-    _, status = os.waitpid(process, 0)
-    problems.append(said if status else "")
+    with tempfile.TemporaryFile("w+") as said:
+        process = os.fork()
+        if not process:
+            sys.stdout = sys.stderr = said
+            sys.argv = [command, *arguments]
+            importlib.import_module(f"dpo_jax.{command}")
+            cli.run(check_config)  # ends the process
+        _, status = os.waitpid(process, 0)
+        said.seek(0)
+        problems.append(said.read() or str(status) if status else "")
 print(json.dumps(problems))

@@ -91,9 +91,9 @@ def test_links_scripts_and_fields_exist(page):
 def test_the_example_of_ones_own_images_is_prepared(command, tmp_path):
     (line,) = blocks(ROOT / "docs" / "data.md", "json")
     (tmp_path / "my_pairs.jsonl").write_text(line)
-    for number, name in enumerate(json.loads(line)["images"]):
-        Image.new("RGB", (40, 40), (200 * number, 0, 0)).save(tmp_path / name)
-    name, *arguments = next(words for words in commands(ROOT / "docs" / "data.md") if "--source=jsonl" in words)
+    for which in ("chosen", "rejected"):
+        Image.new("RGB", (40, 40), "green" if which == "chosen" else "red").save(tmp_path / json.loads(line)[which])
+    name, *arguments = commands(ROOT / "docs" / "data.md")[0]
     done = command(name, *(re.sub("=(my_pairs|data/)", rf"={tmp_path}/\1", argument) for argument in arguments))
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "data" / "mine" / "summary.json").read_text())["records"] == 1
