@@ -170,7 +170,12 @@ def replaced(config: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
 
 
 def replaced_field(field: str, fields: Mapping[str, Any]) -> str | None:
-    """A sentence, from the field's name on, about what replaces a field of earlier versions; None for other names."""
+    """Return what to set in place of a field of earlier versions, as a sentence that begins with its name, or None.
+
+    Args:
+        field: dotted path of the field.
+        fields: all fields of the config with their values.
+    """
     if field != "data.accumulation":
         return None
     batch, given, steps = (_whole(fields.get(name, 1)) for name in ("data.batch_size", field, "online.sampling_steps"))
@@ -187,7 +192,7 @@ def _whole(value: Any) -> int:
 
 
 def _given(arguments: list[str]) -> dict[str, str]:
-    """The fields that `--config.field=value` replace."""
+    """Return the fields that the arguments `--config.field=value` set."""
     pairs = (argument.removeprefix("--config.").partition("=") for argument in arguments if "--config." in argument)
     return {field: value for field, _, value in pairs}
 

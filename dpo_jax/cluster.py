@@ -1,4 +1,4 @@
-"""Joins the processes of one run, by JAX's own distributed runtime."""
+"""Joins the processes of a run through JAX's distributed runtime."""
 
 import os
 import re
@@ -17,20 +17,21 @@ from dpo_jax.errors import OutsideProcessError, UserError
 from dpo_jax.processes import EXPLICIT, may_have_peers
 
 TIMEOUT = "DPO_JAX_PEER_TIMEOUT"
-"""Environment variable: seconds that a process waits for the others before it calls them; 120 unless set."""
+"""Environment variable: seconds that a process waits for the others before it calls them. Default: 120."""
 SECONDS_TO_LEAVE = 5
+"""Seconds that a failed process gives the others to report their own errors."""
 
 
 def join() -> None:
-    """Connects to the other processes where there are any; call it before anything else of JAX.
+    """Connect to the other processes of the run, if there are any. Call it before any other function of JAX.
 
-    The environment says whether there are: the three variables of `EXPLICIT`, the same on all processes but for the
-    last; a scheduler of `processes.SCHEDULERS`; or a TPU, whose hosts know each other.
+    The environment tells whether there are: the three variables of `EXPLICIT`, of which only the last differs between
+    processes; a scheduler of `processes.SCHEDULERS`; or a TPU, whose hosts know each other.
 
     Raises:
-        ValueError: some of `EXPLICIT` are missing, or they or `TIMEOUT` are no numbers.
+        UserError: some of `EXPLICIT` are missing, or they or `TIMEOUT` are not numbers.
     """
-    # JAX's own heartbeats also end what waits for a dead process, but don't always say for which: so after `watched`.
+    # JAX's heartbeats also end a wait for a dead process, but do not always name it, so `watched` comes first.
     limits: Any = {"heartbeat_timeout_seconds": 4 * patience(), "shutdown_timeout_seconds": patience()}
     given = {name: os.environ[name] for name in EXPLICIT if os.environ.get(name)}
     if given:
@@ -41,49 +42,53 @@ def join() -> None:
 
 
 def is_first() -> bool:
-    """Whether this process does what one must do for all."""
+    """Whether this is the process that acts for all."""
     return jax.process_index() == 0
 
 
 def wait(name: str) -> None:
-    """Until all processes have come to the point of this name."""
+    """Wait until all processes have called this with the same name."""
     multihost_utils.sync_global_devices(name)
 
 
 def says_first(value: np.ndarray | bool) -> np.ndarray:
-    """What the first process says, on all of them; the others say something of the same shape and type.
+    """Return the value of the first process on all processes. All give a value of the same shape and type.
 
-    What a file system shows may differ between hosts for a while, so what all act upon is looked up by one.
+    Hosts may see different states of a shared file system for a while, so one process looks up what all act on.
     """
     array = np.asarray(value)
     if jax.process_count() == 1:
         return array
-    as_bytes = np.frombuffer(array.tobytes(), np.uint8)  # or JAX would round what has 64 bits
+    as_bytes = np.frombuffer(array.tobytes(), np.uint8)  # JAX would round 64-bit values
     said = np.asarray(multihost_utils.broadcast_one_to_all(as_bytes))
     return np.frombuffer(said.tobytes(), array.dtype).reshape(array.shape)
 
 
 def total(number: int) -> int:
-    """The sum of what the processes say, on all of them."""
+    """Return the sum of the numbers of all processes on all of them."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.process_allgather(np.array(number, np.int32)).sum())
 
 
 def patience() -> int:
-    """Seconds to wait for the others; see `TIMEOUT`."""
+    """Return the seconds to wait for the others; see `TIMEOUT`."""
     given = os.environ.get(TIMEOUT) or "120"
     if not given.isdigit() or int(given) < 1:
-        raise UserError(f"{TIMEOUT}={given} must be a number of seconds, 1 or more")
+        raise UserError(f"{TIMEOUT}={given} must be a whole number of seconds, 1 or more")
     return int(given)
 
 
 @contextmanager
 def watched(doing: str) -> Iterator[None]:
-    """For a wait in which all processes must take part; `doing` names it, the same in all and never twice.
+    """Watch a wait in which all processes must take part.
 
-    When it takes longer than `patience`, or fails, the processes call each other by a barrier of JAX's runtime. If some
-    don't come within that time again, this process says who, and ends with code 1. If all come, it waits on.
+    When it takes longer than `patience`, or fails, the processes call each other through a barrier of JAX's runtime. If
+    some do not arrive within the same time again, this process names them and exits with code 1. If all arrive, it
+    continues to wait.
+
+    Args:
+        doing: name of the wait, for example "to begin step 5"; the same in all processes and never used twice.
     """
     if jax.process_count() == 1:
         yield
@@ -99,13 +104,14 @@ def watched(doing: str) -> Iterator[None]:
                 end(silent, "")
 
     def end(silent: str, reason: str) -> None:
-        print(f"error: {silent} does not answer {doing}; see its own output{reason}", file=sys.stderr, flush=True)
-        os._exit(1)  # whatever waits for the others will wait forever
+        told = f"error: {silent} does not respond; this process waited for it {doing}. See its output{reason}"
+        print(told, file=sys.stderr, flush=True)
+        os._exit(1)  # a thread that waits for the others would wait forever
 
     threading.Thread(target=watch, daemon=True).start()
     try:
         yield
-    except OSError:  # this process's own
+    except OSError:  # an error of this process
         raise
     except Exception as error:
         silent = _silent(f"{doing}, failed", SECONDS_TO_LEAVE)
@@ -119,7 +125,7 @@ def watched(doing: str) -> Iterator[None]:
 
 @contextmanager
 def leaving_at_once() -> Iterator[None]:
-    """A process that fails inside doesn't wait at its end for the others, which wait for it."""
+    """Exit soon after an error inside, without waiting for the other processes, which wait for this one."""
     try:
         yield
     except (Exception, KeyboardInterrupt):
@@ -132,7 +138,7 @@ def leaving_at_once() -> Iterator[None]:
 
 @contextmanager
 def together(doing: str) -> Iterator[None]:
-    """All processes leave at the same time; when it failed in one, with a ChildProcessError in the others."""
+    """Wait for all processes at the end of the block; if it failed in one, the others raise OutsideProcessError."""
     error: Exception | None = None
     try:
         yield
@@ -141,16 +147,17 @@ def together(doing: str) -> Iterator[None]:
     if jax.process_count() > 1:
         failed = np.flatnonzero(multihost_utils.process_allgather(np.array(error is not None)))
         if failed.size and error is None:
-            raise OutsideProcessError(f"process {failed[0]} failed {doing}; see its own output")
+            raise OutsideProcessError(f"process {failed[0]} failed {doing}. See its output")
     if error is not None:
         raise error
 
 
 @contextmanager
 def locked(folder: Any, command: str, name: str = ".lock", what: object = None) -> Iterator[None]:
-    """As `locks.locked`, by the first process for all; where it is refused, with a ChildProcessError in the others.
+    """Lock a folder as `locks.locked` does, through the first process for all.
 
-    What this process has locked before, by `locks.locked_early`, stays so.
+    If the lock is refused the other processes raise OutsideProcessError. A lock that `locks.locked_early` took before
+    stays.
     """
     with ExitStack() as held:
         with together(f"to lock {what or folder}"):
@@ -160,7 +167,7 @@ def locked(folder: Any, command: str, name: str = ".lock", what: object = None) 
 
 
 def _silent(call: str, seconds: int) -> str:
-    """The processes that don't come to the barrier `call` in time, or ""."""
+    """Return the names of the processes that do not arrive at the barrier `call` in time, or ""."""
     from orbax.checkpoint import multihost  # after the processes have joined
 
     problem: list[Any] = []
@@ -174,7 +181,7 @@ def _silent(call: str, seconds: int) -> str:
 
     thread = threading.Thread(target=meet, daemon=True)
     thread.start()
-    thread.join(seconds + 2)  # the first process holds the barrier: without it there is no answer at all
+    thread.join(seconds + 2)  # the first process holds the barrier; without it the call does not return
     numbers = re.findall(r"^(?:\S*task:)?(\d+)$", problem[0], re.MULTILINE) if problem else ["0"]
     if problem and problem[0] and not numbers:
         return "another process"
@@ -186,8 +193,8 @@ def _join_explicitly(given: dict[str, str], limits: Any) -> None:
     if len(given) < len(EXPLICIT) or not (count.isdigit() and process.isdigit() and int(process) < int(count)):
         said = ", ".join(f"{name}={given.get(name, '(not set)')}" for name in EXPLICIT)
         raise UserError(
-            f"{said}: to join several processes set all three, to host:port of the first process, their number, and "
-            "the number of this one, from 0; or unset them for a run of one process"
+            f"{said}: a run of several processes needs all three. Set them to host:port of the first process, the "
+            "number of processes, and the number of this one, from 0; or unset them for a run of one process"
         )
     streams.name_process(int(process))
     jax.distributed.initialize(address, int(count), int(process), **limits)

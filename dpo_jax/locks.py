@@ -1,9 +1,9 @@
-"""One writer for a folder: whoever comes second is told who is there, and whatever happened to the first, it can end.
+"""Keeps a folder to one writer: the second process learns which process holds the lock.
 
-In a file system the kernel keeps the lock (flock) and lets go of it when the process ends, also by SIGKILL. Other hosts
-that share the file system, and object stores, know of no such lock; for them its file says whose it is and is renewed
-every few seconds. A lock that nobody has renewed for `STALE_SECONDS`, or whose process on this host is gone, is taken
-over; a process that finds its lock taken over ends at once, before it writes anything more.
+On a local file system the kernel holds the lock (flock) and releases it when the process ends, also by SIGKILL. Other
+hosts that share the file system, and object stores, do not know such locks; for them the lock's file names its owner,
+who renews it every few seconds. A lock that was not renewed for `STALE_SECONDS`, or whose process on this host is gone,
+is taken over. A process that finds its lock taken over exits at once, before it writes anything more.
 """
 
 import contextlib
@@ -30,16 +30,16 @@ from dpo_jax.processes import may_have_peers
 HEARTBEAT_SECONDS = 4.0
 STALE_SECONDS = 90.0
 SETTLE_SECONDS = 1.0
-"""After which the one of two that wrote to an object store at the same time sees who was last."""
+"""Seconds until two processes that wrote to an object store at the same time both read the last one's lock."""
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
 _held_here: dict[str, int | None] = {}
-"""The locks of this process, and where they are open."""
+"""Paths of the locks of this process, and their file descriptors."""
 
 
 def _let_go() -> None:
-    """In a forked child, which would otherwise keep the locks of a parent that was killed."""
+    """Close the locks in a forked child, which would otherwise keep them after its parent was killed."""
     for descriptor in _held_here.values():
         if descriptor is not None:
             os.close(descriptor)
@@ -51,32 +51,32 @@ os.register_at_fork(after_in_child=_let_go)
 
 @contextlib.contextmanager
 def locked_early(folder: epath.PathLike, command: str) -> Iterator[None]:
-    """As `locked`, before JAX is imported, which takes seconds; nothing where the process may be one of several.
+    """Lock a folder as `locked` does, before JAX is imported, which takes seconds.
 
-    Those ask by `cluster.locked`, when they know which of them is the first.
+    It does nothing in a process that may be one of several: those use `cluster.locked` when they know their number.
     """
     with contextlib.nullcontext() if may_have_peers() else locked(folder, command):
         yield
 
 
 def is_held(folder: epath.PathLike, name: str = ".lock") -> bool:
-    """Whether this process has that lock."""
+    """Whether this process holds the lock."""
     return str(epath.Path(folder) / name) in _held_here
 
 
 @contextlib.contextmanager
 def locked(folder: epath.PathLike, command: str, name: str = ".lock", what: object = None) -> Iterator[None]:
-    """Keeps other processes that ask for the same lock away from a folder, which is made if it is not there.
+    """Hold the lock of a folder, which is created if it does not exist.
 
     Args:
         folder: to write to.
-        command: what this process is, for the message that others get: "python -m dpo_jax.train".
-        name: of the lock's file, where one folder holds several things.
-        what: is locked, for that message; by default the folder.
+        command: name of this process in the message that other processes get, for example "python -m dpo_jax.train".
+        name: name of the lock's file, for a folder that holds several things.
+        what: what is locked, in that message; by default the folder.
 
     Raises:
-        BlockingIOError: another process has the lock; says which, within 10 seconds.
-        OSError: nothing can be written there.
+        InUseError: another process holds the lock; the message names it, within 10 seconds.
+        EnvironmentFault: the folder cannot be written to.
     """
     folder = epath.Path(folder)
     what = what or folder
@@ -113,9 +113,9 @@ def locked(folder: epath.PathLike, command: str, name: str = ".lock", what: obje
     try:
         yield
     finally:
-        if os.getpid() == me["process"]:  # and not a child
+        if os.getpid() == me["process"]:  # not in a forked child
             _release(path, me, descriptor, heart, done)
-            with contextlib.suppress(OSError):  # it holds what was written
+            with contextlib.suppress(OSError):  # it is not empty
                 for place in made:
                     os.rmdir(place)
 
@@ -126,38 +126,40 @@ def _release(
     del _held_here[str(path)]
     done.set()
     heart.join()
-    with contextlib.suppress(Exception):  # what became of the work is more than what becomes of its lock
+    with contextlib.suppress(Exception):  # an error of the work inside matters more than one of its lock
         if (_read(path) or {}).get("owner") == me["owner"]:
-            path.unlink(missing_ok=True)  # before it is let go of: who waits for it makes a new one
+            path.unlink(missing_ok=True)  # before it is released: a process that waits for it creates a new one
     if descriptor is not None:
         os.close(descriptor)
 
 
 @contextlib.contextmanager
 def _told(folder: epath.Path) -> Iterator[None]:
-    """Names the folder where the operating system refuses to write to it."""
+    """Name the folder in the error if the operating system refuses to write to it."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise EnvironmentFault(error.errno, f"{folder} can't be written to ({reason}); choose another place") from None
+        raise EnvironmentFault(
+            error.errno, f"{folder} cannot be written to ({reason}). Choose another folder"
+        ) from None
 
 
 def _flock(path: epath.Path, what: object) -> int | None:
-    """The open, locked file, or None where the file system has no such locks."""
+    """Return the descriptor of the open, locked file, or None if the file system has no such locks."""
     while True:
         if os.path.islink(path):
-            raise EnvironmentFault(f"{path} is a symbolic link, which a lock never is; remove it")
+            raise EnvironmentFault(f"{path} is a symbolic link, but must be a regular file. Remove it")
         with _told(path.parent):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise EnvironmentFault(f"{path} is not a regular file, which a lock always is; remove it")
+                raise EnvironmentFault(f"{path} is not a regular file. Remove it")
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
                     return descriptor
-            os.close(descriptor)  # of a file that its owner has just removed
+            os.close(descriptor)  # its owner has just removed this file
         except BlockingIOError:
             os.close(descriptor)
             raise InUseError(_held(what, _wait_for(path))) from None
@@ -169,9 +171,9 @@ def _flock(path: epath.Path, what: object) -> int | None:
 
 
 def _check_alive(path: epath.Path, what: object, me: dict[str, Any], *, has_flock: bool) -> None:
-    """BlockingIOError if the lock is of a process that has renewed it of late, or does so now."""
+    """Raise InUseError if a process renewed the lock recently, or renews it now."""
     found = _read(path)
-    for _ in range(3):  # what can't be read may still be somebody's
+    for _ in range(3):  # a lock that cannot be read may still belong to a process
         if found is None and path.exists():
             time.sleep(HEARTBEAT_SECONDS / 8)
             found = _read(path)
@@ -180,10 +182,10 @@ def _check_alive(path: epath.Path, what: object, me: dict[str, Any], *, has_floc
     is_here = found["host"] == me["host"] and found.get("processes", me["processes"]) == me["processes"]
     if is_here and (found["process"] == me["process"] or not _is_running(found["process"])):
         return
-    # Where the kernel gave the lock, who renewed it of late may be dead all the same: it is seen whether it lives.
+    # Where the kernel granted the lock, a process that renewed it recently may be dead, so it is watched for a while.
     if not has_flock and 0 <= time.time() - found["renewed"] < STALE_SECONDS:
         raise InUseError(_held(what, found))
-    # The clocks of hosts may differ, so only one that stands still is of a dead process.
+    # The clocks of hosts may differ, so only a lock that does not change belongs to a dead process.
     deadline = time.monotonic() + 2 * HEARTBEAT_SECONDS
     while time.monotonic() < deadline:
         time.sleep(HEARTBEAT_SECONDS / 8)
@@ -195,7 +197,7 @@ def _check_alive(path: epath.Path, what: object, me: dict[str, Any], *, has_floc
 
 
 def _process_numbers() -> str:
-    """Tells where a process number means the same: containers of one name have numbers of their own."""
+    """Return the namespace of process numbers: containers with the same host name count for themselves."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -207,7 +209,7 @@ def _is_running(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it is somebody else's
+    except PermissionError:  # it belongs to another user
         pass
     return True
 
@@ -217,13 +219,13 @@ def _renew(path: epath.Path, what: object, me: dict[str, Any], descriptor: int |
         found = _read(path)
         if found is not None and found["owner"] != me["owner"]:
             print(
-                f"error: {_held(what, found)}. It took this process for dead, which ends so that nothing is "
-                "written twice",
+                f"error: {_held(what, found)}. It took over the lock of this process, which did not renew it in time "
+                "and now exits, so that nothing is written twice",
                 file=sys.stderr,
                 flush=True,
             )
             os._exit(1)
-        # A full disk, or whatever class an object store's library has for it; others wait longer than for one renewal.
+        # The disk may be full, or an object store not reachable; others wait longer than for one renewal.
         with contextlib.suppress(Exception):
             _write(path, me, descriptor)
 
@@ -231,16 +233,16 @@ def _renew(path: epath.Path, what: object, me: dict[str, Any], descriptor: int |
 def _write(path: epath.Path, me: dict[str, Any], descriptor: int | None) -> None:
     data = (json.dumps(me | {"renewed": time.time()}) + "\n").encode()
     if descriptor is None:
-        # What is in an object store appears when it is closed; elsewhere others must not read half of it.
+        # In an object store a file appears when it is closed; elsewhere others must not read half of it.
         write_whole(path, data) if is_local(path) else path.write_bytes(data)
         return
-    # In place, since the lock is the file's and not the name's; spaces hide what was longer.
+    # In place, since the lock belongs to the file and not to its name; spaces overwrite a longer text.
     os.pwrite(descriptor, data.ljust(os.fstat(descriptor).st_size), 0)
-    os.fsync(descriptor)  # for other hosts, that would not see it before the file is closed
+    os.fsync(descriptor)  # or other hosts would not see it before the file is closed
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:
-    """What the owner wrote; None where nobody did, not all of it, or it can't be read now."""
+    """Return what the owner wrote, or None if there is nothing, only a part of it, or it cannot be read now."""
     try:
         found = json.loads(path.read_bytes()[:4096])
         known = {
@@ -252,12 +254,12 @@ def _read(path: epath.Path) -> dict[str, Any] | None:
             "renewed": float,
         }
         return found if all(isinstance(found[field], kind) for field, kind in known.items()) else None
-    except Exception:  # of whatever class an object store's library has
+    except Exception:  # libraries of object stores have their own classes
         return None
 
 
 def _wait_for(path: epath.Path) -> dict[str, Any] | None:
-    """`_read`, when the owner has had the time to write."""
+    """Return what the owner wrote, after giving it the time to write."""
     for _ in range(20):
         found = _read(path)
         if found is not None:
@@ -271,4 +273,4 @@ def _held(what: object, found: dict[str, Any] | None) -> str:
     if found is not None:
         command, host = (ascii(found[field])[1:-1][:200] for field in ("command", "host"))
         who = f"{command} (process {found['process']} on {host}, since {ascii(found['since'])[1:-1][:40]})"
-    return f"{what} is in use by {who}; wait until that ends, or choose another place"
+    return f"{what} is in use by {who}. Wait until it ends, or choose another place"

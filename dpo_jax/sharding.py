@@ -1,7 +1,8 @@
-"""Where arrays live on the device mesh.
+"""Places arrays on the device mesh.
 
-Three axes: `data` holds copies of the model, `fsdp` splits every large parameter, `tensor` the work inside layers; the
-batch is split over the first two. jit inserts the collectives (GSPMD), so one step serves a laptop and a pod.
+The mesh has three axes: `data` holds copies of the model, `fsdp` splits every large parameter, and `tensor` splits the
+work inside layers. The batch is split over the first two. jit inserts the collectives (GSPMD), so the same step runs on
+a laptop and on a pod.
 """
 
 import dataclasses
@@ -21,13 +22,13 @@ from dpo_jax.weights.layout import ParamSpec, Specs
 AXES = ("data", "fsdp", "tensor")
 DATA_AXES = ("data", "fsdp")
 SMALL = 2**16
-"""Parameters with fewer elements than this are copied to every device: splitting them costs more than it saves."""
+"""Parameters with fewer elements are copied to every device, since splitting them costs more than it saves."""
 
 Rules = Sequence[tuple[str, Sequence[str | None]]]
-"""(regular expression in a parameter's name, the mesh axis or None for each of its axes); the first match counts."""
+"""(regular expression found in a parameter's name, mesh axis or None for each of its axes); the first match counts."""
 
 TENSOR_RULES: Rules = (
-    # Heads and hidden features are split where they are made and summed where they are used, without a word in between.
+    # Heads and hidden features are split where they are computed and summed where they are used.
     (r"\.attn\d\.to_[qkv]\.kernel$", (None, "tensor")),
     (r"\.attn\d\.to_out\.0\.kernel$", ("tensor", None)),
     (r"\.ff\.net\.0\.proj\.kernel$", (None, "tensor")),
@@ -41,15 +42,18 @@ TENSOR_RULES: Rules = (
 
 
 def rules_of(own: Rules) -> Rules:
-    """A config's own rules, which come first, and ours."""
+    """Return the config's own rules followed by `TENSOR_RULES`."""
     return (*own, *TENSOR_RULES)
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A `data` x `fsdp` x `tensor` mesh over these devices, or all; one of the three may be -1 and takes what is left.
+    """Return a `data` x `fsdp` x `tensor` mesh over `devices`, by default all.
 
-    Where devices are in several slices, joined by a slower network, only `data` crosses it: gradients are summed there
-    once a step, and nothing else is sent.
+    One of the three sizes may be -1 and takes the devices that are left. Where the devices are in several slices, which
+    a slower network connects, only `data` spans slices: it sums gradients once per step and sends nothing else.
+
+    Raises:
+        UserError: the sizes do not fit the devices, the slices or the processes.
     """
     devices = jax.devices() if devices is None else devices
     shape, auto = mesh_shape(data, fsdp, tensor, len(devices)), (AxisType.Auto,) * len(AXES)
@@ -59,14 +63,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
         mesh = jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
         if any(len({device.process_index for device in group}) > 1 for group in mesh.devices.reshape(-1, shape[2])):
             raise UserError(
-                f"mesh.tensor={shape[2]} spans several processes, which read different images; take a divisor of the "
-                f"{jax.local_device_count()} devices of a process"
+                f"config.mesh.tensor={shape[2]} spans several processes, which read different images. Set it to a "
+                f"divisor of {jax.local_device_count()}, the devices per process"
             )
         return mesh
     if shape[0] % len(slices):
         raise UserError(
-            f"mesh.data={shape[0]} is not a multiple of the {len(slices)} slices that the devices are in; "
-            "fsdp and tensor stay within a slice"
+            f"config.mesh.data={shape[0]} is not a multiple of {len(slices)}, the number of slices; fsdp and "
+            f"tensor must stay within a slice. Set it to a multiple of {len(slices)}"
         )
     within = (shape[0] // len(slices), *shape[1:])
     array = mesh_utils.create_hybrid_device_mesh(within, (len(slices), 1, 1), devices)
@@ -74,33 +78,37 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
 
 
 def mesh_shape(data: int, fsdp: int, tensor: int, count: int) -> tuple[int, int, int]:
-    """The three sizes for `count` devices, where one may be -1. Raises ValueError where they don't make that many."""
+    """Return the three sizes of a mesh of `count` devices, one of which may be given as -1.
+
+    Raises:
+        UserError: their product is not `count`.
+    """
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) == 1:
         sizes[sizes.index(-1)] = max(count // -math.prod(sizes), 1)
     if math.prod(sizes) != count or min(sizes) < 1:
         given = " x ".join(f"mesh.{name}={size}" for name, size in zip(AXES, (data, fsdp, tensor), strict=True))
-        raise UserError(f"{given} does not make {count} devices; set one of them to -1 to let it take what is left")
+        raise UserError(f"{given} does not make {count} devices. Set one of them to -1, which takes the devices left")
     return sizes[0], sizes[1], sizes[2]
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """How many parts a batch is split into."""
+    """Return the number of parts that a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in DATA_AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis split over all copies and parts of the model."""
+    """Return the sharding of a batch: the leading axis is split over all copies and parts of the model."""
     return NamedSharding(mesh, PartitionSpec(DATA_AXES))
 
 
 def batch_constraint(mesh: Mesh) -> Callable[[Any], Any]:
-    """A function that keeps the arrays of a pytree inside jit split over their leading axis, as the batch is."""
+    """Return a function for use inside jit that keeps the arrays of a pytree split as the batch is."""
     return lambda tree: jax.lax.with_sharding_constraint(tree, batch_sharding(mesh))
 
 
 def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, for jit; what in it splits its own work over devices finds the mesh."""
+    """Return the function for jit, in which kernels that split their own work over devices find the mesh."""
 
     @functools.wraps(function)
     def on_it(*args: Any, **kwargs: Any) -> Any:
@@ -111,30 +119,35 @@ def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where parameters, and what belongs to them, lie on a mesh. Loading weights asks for it by `(name, spec)`."""
+    """The shardings of parameters, and of arrays that belong to them, on a mesh.
+
+    It is called with `(name, spec)` when weights are loaded.
+    """
 
     mesh: Mesh
     rules: Rules = TENSOR_RULES
 
     def __call__(self, name: str, spec: ParamSpec) -> NamedSharding:
-        """What a rule says, and beside it one axis that fsdp divides: PyTorch's first, or else the largest.
+        """Return the sharding of a parameter: what a rule says, and one more axis that is split by fsdp.
 
-        Small parameters are copied along fsdp, and all along what the mesh doesn't divide. A part of PyTorch's first
-        axis is one piece of a safetensors file, so a process can read its share and no more. In legacy Flax files the
-        same part lies in strips all over the tensor, and each process reads all of it.
+        That is PyTorch's first axis if fsdp divides it, otherwise the largest that it divides. Small parameters are
+        copied along fsdp, and all parameters along axes that the mesh does not divide. A part of PyTorch's first axis
+        is contiguous in a safetensors file, so a process reads its share only. In legacy Flax files such a part is
+        spread over the tensor, and each process reads all of it.
         """
         return self._named(self._axes(name, spec))
 
     def gathered(self, name: str, spec: ParamSpec, x: jax.Array) -> jax.Array:
-        """Inside jit, a parameter as layers use it: whole along fsdp. Its gradient is summed into the parts again.
+        """Return, inside jit, a parameter as layers use it: whole along fsdp. Its gradient is scattered again.
 
-        Left to itself the partitioner splits activations as the weights are split, not as the batch is, and then moves
-        them about: SDXL on 64 devices would need ten times their memory.
+        Without this the partitioner splits activations as the weights are split, not as the batch is, and then moves
+        them: SDXL on 64 devices would need ten times their memory.
         """
         axes = self._axes(name, spec)
         own, whole = self._named(axes), self._named([None if axis == "fsdp" else axis for axis in axes])
@@ -151,11 +164,11 @@ class Placement:
         return gather(x)
 
     def state(self, specs: Specs, state: Any, *, over_data: bool = False) -> Any:
-        """Shardings for a pytree of shapes in which a parameter's statistics are keyed by the parameter's name.
+        """Return shardings for a pytree of shapes in which the statistics of a parameter are keyed by its name.
 
-        Whatever has its parameter's axes (parameter, moment, factored moment with reduced axes of size 1) lies as the
-        parameter does; the rest (step counters) is copied. With `over_data` the copies of the model also share what
-        only the optimizer needs (ZeRO, arXiv 1910.02054, stage 1): each keeps and updates its part.
+        An array with the axes of its parameter (parameter, moment, factored moment with reduced axes of size 1) is
+        split as the parameter is; others (step counters) are copied. With `over_data` the arrays are also split over
+        the copies of the model, each of which keeps and updates its part (ZeRO, arXiv 1910.02054, stage 1).
         """
 
         def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -173,7 +186,7 @@ class Placement:
         return jax.tree_util.tree_map_with_path(place, state)
 
     def table(self, specs: Specs) -> str:
-        """Name, shape, split and bytes a device of each parameter in float32, the sum first."""
+        """Return a table of name, shape, split and bytes per device of each parameter in float32, the sum first."""
         rows = []
         for name, spec in specs.items():
             sharding = self(name, spec)
@@ -182,20 +195,20 @@ class Placement:
             rows.append((size, name, " x ".join(map(str, spec.shape)), split))
         whole = sum(math.prod(spec.shape) for spec in specs.values()) * 4
         held = sum(size for size, *_ in rows)
-        lines = [f"{held / 2**20:,.1f} MiB a device of {whole / 2**20:,.1f} MiB in all (float32)"]
+        lines = [f"{held / 2**20:,.1f} MiB per device of {whole / 2**20:,.1f} MiB in total (float32)"]
         width = max(len(name) for _, name, *_ in rows)
         lines += [f"{name:{width}}  {shape:24} {split:24} {size:>13,}" for size, name, shape, split in rows]
         return "\n".join(lines)
 
     def _axes(self, name: str, spec: ParamSpec) -> list[Any]:
-        """For each axis of a parameter the mesh axis that splits it, or None."""
+        """Return for each axis of a parameter the mesh axis that splits it, or None."""
         axes: list[Any] = [None] * len(spec.shape)
         for pattern, rule in self.rules:
             if re.search(pattern, name):
                 if len(rule) != len(axes) or not set(rule) <= {*self.mesh.shape, None}:
                     raise UserError(
-                        f"the rule {pattern!r}: {tuple(rule)} doesn't fit {name} of shape {spec.shape}; it needs "
-                        f"{len(axes)} entries, each None or one of {', '.join(self.mesh.shape)}"
+                        f"the rule {pattern!r}: {tuple(rule)} of config.mesh.rules does not fit {name} of shape "
+                        f"{spec.shape}. Give it {len(axes)} entries, each None or one of {', '.join(self.mesh.shape)}"
                     )
                 axes = [
                     axis if axis and self.mesh.shape[axis] > 1 and size % self.mesh.shape[axis] == 0 else None
@@ -207,7 +220,7 @@ class Placement:
         return axes
 
     def _split(self, axes: list[Any], name: str, spec: ParamSpec) -> None:
-        """Splits one more axis by the mesh axis `name`, if there is one that it divides."""
+        """Split one more axis by the mesh axis `name`, if it divides one."""
         count = self.mesh.shape[name]
         by_size = sorted(range(len(spec.shape)), key=lambda axis: -spec.shape[axis])
         for axis in (spec.torch_axes[0], *by_size):
@@ -222,6 +235,6 @@ class Placement:
 
 
 def to_devices(mesh: Mesh) -> Callable[[Any], Any]:
-    """A function that places this process's rows of a batch (NumPy) as the global, sharded batch."""
+    """Return a function that turns this process's examples (NumPy) into the global, sharded batch."""
     sharding = batch_sharding(mesh)
     return lambda batch: jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -69,10 +69,13 @@ def test_a_tpu_knows_its_hosts(joined, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"JAX_COORDINATOR_ADDRESS": "host:1"}, r"JAX_NUM_PROCESSES=\(not set\), JAX_PROCESS_ID=\(not set\): to join"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "host:1"},
+            r"JAX_PROCESS_ID=\(not set\): a run of several",
+        ),
         ({"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "from 0"),
         ({"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "=two"),
-        ({cluster.TIMEOUT: "1m"}, "DPO_JAX_PEER_TIMEOUT=1m must be a number of seconds"),
+        ({cluster.TIMEOUT: "1m"}, "DPO_JAX_PEER_TIMEOUT=1m must be a whole number of seconds"),
     ],
 )
 def test_half_a_cluster_is_refused(joined, monkeypatch, given: dict[str, str], message: str) -> None:
@@ -128,7 +131,7 @@ with cluster.together("to build"):
     folder = done.stderr.strip().rpartition(" ")[2]
     assert "ValueError: broken" in done.stderr
     assert re.search(
-        r"^\[\d\d:\d\d:\d\d process 1\] \S*OutsideProcessError: process 0 failed to build; see its own output$",
+        r"^\[\d\d:\d\d:\d\d process 1\] \S*OutsideProcessError: process 0 failed to build\. See its output$",
         Path(folder, "process_1.log").read_text(),
         re.MULTILINE,
     )

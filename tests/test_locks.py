@@ -55,7 +55,7 @@ def test_the_second_is_told_who_is_there_and_after_a_kill_the_next_goes_on_at_on
         assert time.monotonic() - began < 10
         assert re.fullmatch(
             rf"{folder} is in use by python -m dpo_jax\.train \(process {holder.pid} on {socket.gethostname()}, since "
-            r"\d{4}-\d\d-\d\dT\S+\); wait until that ends, or choose another place",
+            r"\d{4}-\d\d-\d\dT\S+\)\. Wait until it ends, or choose another place",
             str(error.value),
         )
     finally:
@@ -233,7 +233,7 @@ def test_links_and_places_that_cannot_be_written_to_are_told(tmp_path):
     with pytest.raises(OSError, match=r"\.lock is a symbolic link"), locked(tmp_path / "run", "me"):
         pytest.fail("followed")
     assert (tmp_path / "target").read_text() == "precious"
-    message = r"target/run can't be written to \(Not a directory\)"
+    message = r"target/run cannot be written to \(Not a directory\)"
     with pytest.raises(OSError, match=message), locked(tmp_path / "target" / "run", "me"):
         pytest.fail("made")
     os.mkfifo(tmp_path / ".lock")

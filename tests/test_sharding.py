@@ -54,7 +54,7 @@ def test_rules_come_first_and_fsdp_takes_another_axis():
     own = (("to_q", ("fsdp", None)), *TENSOR_RULES)
     assert placed((320, 640), LINEAR, to_q, (2, 2, 2), rules=own) == PartitionSpec("fsdp")
     with pytest.raises(
-        ValueError, match=r"the rule 'to_q': \('fsdp',\) doesn't fit .*to_q.kernel of shape .*; it needs 2"
+        ValueError, match=r"the rule 'to_q': \('fsdp',\) .* does not fit .*to_q.kernel of shape .*\. Give it 2"
     ):
         placed((320, 640), LINEAR, to_q, rules=(("to_q", ("fsdp",)),))
     with pytest.raises(ValueError, match=r"each None or one of data, fsdp, tensor"):
@@ -111,7 +111,7 @@ def test_copies_of_the_model_share_the_optimizer_state():
 def test_the_table_says_where_each_parameter_lies():
     specs = {"big.kernel": ParamSpec((512, 256), LINEAR), "bias": ParamSpec((8,), (0,))}
     summary, *rows = Placement(AbstractMesh((1, 4, 1), AXES)).table(specs).splitlines()
-    assert summary.startswith("0.1 MiB a device of 0.5 MiB in all")
+    assert summary.startswith("0.1 MiB per device of 0.5 MiB in total")
     assert rows[0].split() == ["big.kernel", "512", "x", "256", "-,", "fsdp", "131,072"]
     assert rows[1].split() == ["bias", "8", "copied", "32"]
 
@@ -121,6 +121,6 @@ def test_a_mesh_takes_what_is_left():
     assert dict(make_mesh(data=1, fsdp=-1).shape) == {"data": 1, "fsdp": count, "tensor": 1}
     assert dict(make_mesh(data=1, tensor=-1).shape) == {"data": 1, "fsdp": 1, "tensor": count}
     with pytest.raises(
-        ValueError, match=r"mesh.data=3 x mesh.fsdp=5 x mesh.tensor=1 does not make \d+ devices; set one"
+        ValueError, match=r"mesh.data=3 x mesh.fsdp=5 x mesh.tensor=1 does not make \d+ devices\. Set one"
     ):
         make_mesh(data=3, fsdp=5)

@@ -248,4 +248,4 @@ def test_a_process_that_stops_is_named_by_the_other(tmp_path: Path, silent: int)
             process.kill()
             process.wait()
     assert code == 1
-    assert f"error: process {silent} does not answer to " in logs[1 - silent].read_text()
+    assert f"error: process {silent} does not respond; this process waited for it to " in logs[1 - silent].read_text()

@@ -97,7 +97,7 @@ def test_a_run_writes_all_into_the_bucket(bucket, events, tiny_config, tmp_path,
     assert read_config(workdir)["steps"] == 2
     assert [row["step"] for row in read_metrics(workdir)] == [1, 2]
     assert (workdir / "samples" / "step_000002.png").read_bytes()[:4] == b"\x89PNG"
-    assert "MiB a device" in (workdir / "sharding.txt").read_text()
+    assert "MiB per device" in (workdir / "sharding.txt").read_text()
     assert events.opened[-1].startswith("gs://bucket/runs/one/tensorboard/")
     assert latest_step(workdir) is None
 
