@@ -1,4 +1,4 @@
-"""What a config and a machine determine: models, frozen weights, inputs, objective and optimizer."""
+"""An experiment: the models, frozen weights, objective and optimizer that a config describes."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ from dpo_jax.weights.layout import Params
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Everything that a config and a machine determine and training does not change."""
+    """Everything that follows from a config and a machine and that training does not change."""
 
     config: ConfigDict
     derived: Derived
@@ -45,20 +45,20 @@ class Experiment:
     objective: Objective
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
-    score: ComputeLogRatios
+    compute_log_ratios: ComputeLogRatios
     frozen: Frozen
-    """The weights that stay as they are; of a plan only their shapes and places."""
+    """The weights that are never trained; from `compose`, only their shapes and shardings."""
     adapter: Params | None = None
-    """The LoRA that training begins with; None where the whole UNet is trained."""
+    """The LoRA that training begins with, on the host; None where the whole UNet is trained."""
 
     @property
     def mesh(self) -> Mesh:
         return self.placement.mesh
 
     def train_step(self) -> jax.stages.Wrapped:
-        """`step(state, frozen, batch) -> (state, metrics)`, jitted; the state given is used up."""
+        """Return `step(state, frozen, batch) -> (state, metrics)`, jitted; it donates the state's memory."""
         step = make_train_step(
-            self.score,
+            self.compute_log_ratios,
             self.objective,
             self.optimizer,
             accumulation=self.derived.accumulation,
@@ -68,7 +68,7 @@ class Experiment:
         return jax.jit(step, donate_argnums=0, out_shardings=(place, replicated(self.mesh)))
 
     def abstract_state(self) -> Any:
-        """Shapes and places of the training state."""
+        """Return the shapes and shardings of the training state."""
         specs = self.pipeline.trained_specs
         params = abstract_params(specs, jnp.float32, self.placement)
         state = TrainState(
@@ -86,7 +86,7 @@ class Experiment:
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
     def abstract_batch(self) -> Any:
-        """Shapes and places of a batch of pairs with one caption each."""
+        """Return the shapes and shardings of a batch of pairs with one caption each."""
         B, K, M = self.config.data.batch_size, 2, 1
         size, unet, encoders = self.config.data.resolution, self.pipeline.unet.config, self.pipeline.text_encoders
         L = encoders[0].config.max_position_embeddings
@@ -118,7 +118,7 @@ class Experiment:
         )
 
     def initial_state(self) -> TrainState:
-        """The model's UNet in float32, or the LoRA to begin with; and fresh optimizer state."""
+        """Return the state before the first step: the float32 UNet or initial LoRA, and a new optimizer state."""
         place = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         if self.adapter is not None:
             params = jax.device_put(self.adapter, place.params)
@@ -133,13 +133,13 @@ class Experiment:
 
 
 Method = Callable[[ConfigDict, Pipeline, Placement], tuple[Objective, ComputeLogRatios]]
-"""What a config minimises, and how a batch is scored for it."""
+"""Makes the objective of a config, and the function that computes its log-ratios from a batch."""
 
 
 def on_pairs(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> tuple[Objective, ComputeLogRatios]:
-    """Losses of denoising errors, over images that a data set orders."""
+    """Return the objective of a data set of pairs, whose log-ratios are of denoising errors."""
     objective = make_objective(config)
-    score = make_log_ratios(
+    compute_log_ratios = make_log_ratios(
         make_encode(pipeline),
         pipeline.denoise,
         pipeline.schedule,
@@ -151,11 +151,11 @@ def on_pairs(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> tu
         constrain=batch_constraint(placement.mesh),
         gather=functools.partial(pipeline.gather, placement),
     )
-    return objective, score
+    return objective, compute_log_ratios
 
 
 def build(config: ConfigDict, derived: Derived, pipeline: Pipeline, method: Method = on_pairs) -> Experiment:
-    """The experiment with its frozen weights read; raises ValueError for what the config has wrong."""
+    """Return the experiment with its frozen weights loaded; UserError where the config names weights that don't fit."""
     composed = compose(config, derived, pipeline, make_placement(config), method)
     adapter = initial_adapter(config, pipeline) if pipeline.adapted_unet is not None else None
     frozen = load_frozen(config, pipeline, composed.placement, composed.frozen, adapter)
@@ -165,8 +165,8 @@ def build(config: ConfigDict, derived: Derived, pipeline: Pipeline, method: Meth
 def compose(
     config: ConfigDict, derived: Derived, pipeline: Pipeline, placement: Placement, method: Method = on_pairs
 ) -> Experiment:
-    """The experiment with nothing in memory: its frozen weights are shapes and places. A plan asks no more of it."""
-    objective, score = method(config, pipeline, placement)
+    """Return the experiment without loading anything, as plans need it: its frozen weights are shapes and shardings."""
+    objective, compute_log_ratios = method(config, pipeline, placement)
     o = config.optimizer
     learning_rate = learning_rate_schedule(
         o.schedule,
@@ -194,34 +194,34 @@ def compose(
         objective=objective,
         optimizer=optimizer,
         learning_rate=learning_rate,
-        score=on_mesh(placement.mesh, score),
+        compute_log_ratios=on_mesh(placement.mesh, compute_log_ratios),
         frozen=abstract_frozen(config, pipeline, placement, needs_reference=objective.needs_reference),
     )
 
 
 def make_encode(pipeline: Pipeline) -> Encode:
-    """Latents and conditioning of a batch, from its images and captions or from what was stored of them."""
+    """Return the function that makes latents and conditioning of a batch: of images and captions, or of stored ones."""
 
     def encode(frozen: Frozen, batch: PreferenceBatch, keys_B: jax.Array) -> tuple[jax.Array, Conditioning]:
-        inputs, size_cond_N6 = batch.inputs, one_a_row(batch.size_cond_BK6)
+        inputs, size_cond_N6 = batch.inputs, fold(batch.size_cond_BK6)
         if isinstance(inputs, Cached):
             latents_BKhwC = sample_posterior(pipeline.vae, inputs.moments_BKhwC, keys_B)
-            context_NLD = one_a_row(inputs.context_BMLD).astype(pipeline.dtype)
-            pooled_NP = one_a_row(inputs.pooled_BMP).astype(pipeline.dtype)
+            context_NLD = fold(inputs.context_BMLD).astype(pipeline.dtype)
+            pooled_NP = fold(inputs.pooled_BMP).astype(pipeline.dtype)
         else:
-            assert isinstance(inputs, Raw), "sampled images are scored by their transitions"
+            assert isinstance(inputs, Raw), "batches of trajectories have a method of their own"
             latents_BKhwC = encode_images(pipeline.vae, frozen["vae"], inputs.images_BKHWC, inputs.mirrored_BK, keys_B)
-            context_NLD, pooled_NP = encode_text(pipeline, frozen, one_a_row(inputs.token_ids_BMEL))
+            context_NLD, pooled_NP = encode_text(pipeline, frozen, fold(inputs.token_ids_BMEL))
         return latents_BKhwC, condition(pipeline.family, context_NLD, pooled_NP, size_cond_N6)
 
-    def one_a_row(x: jax.Array) -> jax.Array:
-        return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])  # -1 is unknown where a width is 0
+    def fold(x: jax.Array) -> jax.Array:
+        return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])  # not -1, which fails where a width is 0
 
     return encode
 
 
 def make_objective(config: ConfigDict) -> Objective:
-    """The loss that the config names, with its hyperparameters bound."""
+    """Return the objective that `loss.name` means, with its hyperparameters."""
     objectives = {
         "dpo": Objective(functools.partial(dpo, beta=config.loss.beta)),
         "sft": Objective(sft, needs_reference=False, num_candidates=1),

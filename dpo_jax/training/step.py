@@ -1,7 +1,7 @@
-"""The training step: batch -> latents -> scores -> loss -> update, one jitted function of arrays.
+"""The training step: batch -> latents -> log-ratios -> loss -> update, one jitted function of arrays.
 
-Read together with `objectives/denoising.py` (what a score is) and `objectives/losses.py` (what is minimised). This is
-the only place that differentiates.
+Read it together with `objectives/denoising.py` (what a log-ratio is) and `objectives/losses.py` (what is minimised).
+Gradients are taken here and nowhere else.
 
 Axes: B prompts of a batch, A micro-batches, K candidates.
 """
@@ -22,51 +22,51 @@ from dpo_jax.weights.layout import Params
 
 Metrics = dict[str, jax.Array]
 Frozen = dict[str, Params]
-"""Parameters that are never trained, by component: "vae", "text_encoder", ...; for a LoRA "base", the weights that it
-is added to; and "reference", what the reference does not share with "base"."""
+"""Parameters that are never trained, by component: "vae", "text_encoder", ...; "base", the weights that a LoRA is added
+to; and "reference", the weights of the reference that differ from "base"."""
 Encode = Callable[[Frozen, PreferenceBatch, jax.Array], tuple[jax.Array, Conditioning]]
-"""(frozen, batch, keys_B) -> latents_BKHWC and the conditioning of its candidates."""
+"""(frozen, batch, keys_B) -> (latents_BKHWC, conditioning of the candidates)."""
 ComputeLogRatios = Callable[..., LogRatios]
-"""(params, frozen, batch, step, training=False) -> scores; `training` turns a LoRA's dropout on."""
+"""(params, frozen, batch, step, training=False) -> log-ratios; `training` turns a LoRA's dropout on."""
 
 
 class TrainState(NamedTuple):
-    """All that changes from step to step; this and the data position are what a checkpoint holds."""
+    """Everything that changes from step to step. A checkpoint holds this and the position in the data."""
 
     step: Any
-    """int32 scalar: optimizer steps made."""
+    """int32 scalar: the number of optimizer steps made."""
     params: Any
     """The trained weights (`Params`), float32: the whole UNet, or a LoRA."""
     opt_state: optax.OptState
     ema: Any
-    """Moving average of the trained weights; empty where the config wants none."""
+    """Moving average of the trained weights; empty where `ema.decay` is 0."""
 
 
-def score_metrics(scores: LogRatios, preference_BK: jax.Array) -> Metrics:
-    """Per prompt: errors of the best and the worst candidate and, where there are two, accuracy and margin."""
-    metrics = {"error/winner": scores.error_BK[:, 0]}
-    if scores.error_BK.shape[1] > 1:
-        metrics["error/loser"] = scores.error_BK[:, -1]
-        metrics["pair/accuracy"] = implicit_accuracy(scores)
-        metrics["reward/margin"] = margin(scores)
-    if scores.reference_error_BK is not None:
-        metrics["error/reference_winner"] = scores.reference_error_BK[:, 0]
-        if scores.error_BK.shape[1] > 1:
-            metrics["error/reference_loser"] = scores.reference_error_BK[:, -1]
+def pair_metrics(log_ratios: LogRatios, preference_BK: jax.Array) -> Metrics:
+    """Return, per prompt, the errors of the best and worst candidate and, if there are two, accuracy and margin."""
+    metrics = {"error/winner": log_ratios.error_BK[:, 0]}
+    if log_ratios.error_BK.shape[1] > 1:
+        metrics["error/loser"] = log_ratios.error_BK[:, -1]
+        metrics["pair/accuracy"] = implicit_accuracy(log_ratios)
+        metrics["reward/margin"] = margin(log_ratios)
+    if log_ratios.reference_error_BK is not None:
+        metrics["error/reference_winner"] = log_ratios.reference_error_BK[:, 0]
+        if log_ratios.error_BK.shape[1] > 1:
+            metrics["error/reference_loser"] = log_ratios.reference_error_BK[:, -1]
     return metrics
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is minimised: a loss over scores, and which candidates and models it looks at."""
+    """What is minimised: a loss of log-ratios, and which candidates and models it needs."""
 
     loss: Callable[[LogRatios, jax.Array], jax.Array]
-    """(scores, preference_BK) -> loss_B"""
+    """(log_ratios, preference_BK) -> loss_B"""
     needs_reference: bool = True
     num_candidates: int | None = None
-    """Only the best this many candidates enter the step (SFT: 1); None means all."""
-    metrics: Callable[[LogRatios, jax.Array], Metrics] = score_metrics
-    """(scores, preference_BK) -> numbers to watch, one a prompt."""
+    """Number of candidates that enter the step, the best ones (SFT: 1); None for all."""
+    metrics: Callable[[LogRatios, jax.Array], Metrics] = pair_metrics
+    """(log_ratios, preference_BK) -> numbers to watch, one per prompt."""
 
 
 def make_log_ratios(
@@ -82,16 +82,25 @@ def make_log_ratios(
     constrain: Callable[[Any], Any] = lambda tree: tree,
     gather: Callable[[str, Params], Params] = lambda component, params: params,
 ) -> ComputeLogRatios:
-    """`score(params, frozen, batch, step, training)`: encodes the batch, draws t and noise, scores every candidate.
+    """Return a function that encodes a batch, draws t and noise, and compares policy and reference on each candidate.
 
-    With `dropout`, training gives `denoise` keys for it; and only training offsets the noise and perturbs the input, by
-    the sizes given: see `denoising.draw` and `perturb`. `constrain` keeps what enters the networks split over devices
-    along its leading axis, as the batch is; `gather` brings together the weights of a component that are split over
-    devices, where they are used. Every draw is a function of (seed, step, global sample index)
-    alone, so it is the same on 1 or 64 devices and with any accumulation.
+    Every draw is a function of (seed, step, global sample index) alone, so it is the same on 1 or 64 devices and with
+    any accumulation.
+
+    Args:
+        encode: makes latents and conditioning of a batch.
+        denoise: the network.
+        schedule: the noise schedule.
+        objective: says whether a reference is needed and how many candidates are looked at.
+        seed: of all draws.
+        dropout: give `denoise` keys for dropout while training.
+        noise_offset: see `denoising.draw`; while training only.
+        input_perturbation: see `denoising.perturb`; while training only.
+        constrain: keeps the inputs of the networks split over devices along their leading axis, as the batch is.
+        gather: brings the weights of a component that are split over devices together where they are used.
     """
 
-    def score(
+    def compute_log_ratios(
         params: Params, frozen: Frozen, batch: PreferenceBatch, step: jax.Array, training: bool = False
     ) -> LogRatios:
         batch = keep_candidates(batch, objective.num_candidates)
@@ -130,38 +139,38 @@ def make_log_ratios(
             perturbed_BHWC,
         )
 
-    return score
+    return compute_log_ratios
 
 
 def reference_params(frozen: Frozen) -> Params:
-    """What the policy is compared with."""
+    """Return the weights that the policy is compared with."""
     return frozen.get("base", {}) | frozen.get("reference", {})
 
 
 def make_train_step(
-    score: ComputeLogRatios,
+    compute_log_ratios: ComputeLogRatios,
     objective: Objective,
     optimizer: optax.GradientTransformation,
     *,
     accumulation: int = 1,
     ema_decay: float = 0.0,
 ) -> Callable[[TrainState, Frozen, PreferenceBatch], tuple[TrainState, Metrics]]:
-    """`step(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
+    """Return `step(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     The loss is the mean over the batch weighted by `weight_B`. With accumulation the batch is cut into micro-batches
     whose gradients are summed before the one update, which gives the gradient of the whole batch.
 
-    A batch without weight, such as a pair of candidates that people find equally good, is no update: but for the step
-    the state stays as it is, momentum, weight decay, averages and the optimizer's own count of steps included.
+    A batch whose weights are all 0, such as one pair of candidates that people find equally good, makes no update: only
+    the step number changes, not the momentum, weight decay, averages or the optimizer's own count of steps.
     """
 
     def summed_loss(
         params: Params, frozen: Frozen, batch: PreferenceBatch, step: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        scores = score(params, frozen, batch, step, training=True)
-        preference_BK = batch.preference_BK[:, : scores.log_ratio_BK.shape[1]]
-        loss_B = objective.loss(scores, preference_BK)
-        metrics = {"train/loss": loss_B} | objective.metrics(scores, preference_BK)
+        log_ratios = compute_log_ratios(params, frozen, batch, step, training=True)
+        preference_BK = batch.preference_BK[:, : log_ratios.log_ratio_BK.shape[1]]
+        loss_B = objective.loss(log_ratios, preference_BK)
+        metrics = {"train/loss": loss_B} | objective.metrics(log_ratios, preference_BK)
         weight_B = prompt_weights(batch, objective)
         sums = {name: jnp.sum(value * weight_B) for name, value in metrics.items()}
         return sums["train/loss"], sums
@@ -177,7 +186,7 @@ def make_train_step(
         else:
             micro = jax.tree.map(lambda x: split_micro_batches(x, accumulation), batch)
             _, no_sums = jax.eval_shape(of_batch, jax.tree.map(lambda x: x[0], micro))
-            # Zeros made of the parameters lie where the parameters lie.
+            # zeros_like keeps the sharding of the parameters.
             zeros = jax.tree.map(jnp.zeros_like, (state.params, no_sums))
             add = jax.tree_util.Partial(jax.tree.map, jnp.add)
             (grads, sums), _ = jax.lax.scan(lambda total, one: (add(total, of_batch(one)), None), zeros, micro)
@@ -199,37 +208,37 @@ def make_train_step(
 
 
 def moving_average(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:
-    """The exponential moving average after `step` + 1 updates, as `diffusers.training_utils.EMAModel` keeps it.
+    """Return the moving average after `step` + 1 updates, as `diffusers.training_utils.EMAModel` computes it.
 
-    Its memory grows with the run, `min(decay, (1 + step) / (10 + step))`, and the first update replaces it whole, so
-    that early averages do not cling to the initial weights.
+    The decay grows during the run, `min(decay, (1 + step) / (10 + step))`, and the first update replaces the average,
+    so that early averages do not depend on the initial weights.
     """
     now = jnp.where(step > 0, jnp.minimum(decay, (1 + step) / (10 + step)), 0.0)
     return jax.tree.map(lambda average, value: average - (1 - now).astype(value.dtype) * (average - value), ema, params)
 
 
 def make_eval_step(
-    score: ComputeLogRatios, objective: Objective
+    compute_log_ratios: ComputeLogRatios, objective: Objective
 ) -> Callable[[Params, Frozen, PreferenceBatch, jax.Array], tuple[Metrics, jax.Array]]:
-    """`evaluate(params, frozen, batch, draw_number) -> (weighted sums, total weight)`, no gradient."""
+    """Return `evaluate(params, frozen, batch, draw_number) -> (weighted sums, total weight)`, without a gradient."""
 
     def evaluate(
         params: Params, frozen: Frozen, batch: PreferenceBatch, number: jax.Array
     ) -> tuple[Metrics, jax.Array]:
-        scores = score(params, frozen, batch, number)
-        metrics, weight_B = score_metrics(scores, batch.preference_BK), prompt_weights(batch, objective)
+        log_ratios = compute_log_ratios(params, frozen, batch, number)
+        metrics, weight_B = pair_metrics(log_ratios, batch.preference_BK), prompt_weights(batch, objective)
         return {name: jnp.sum(value * weight_B) for name, value in metrics.items()}, jnp.sum(weight_B)
 
     return evaluate
 
 
 def prompt_weights(batch: PreferenceBatch, objective: Objective) -> jax.Array:
-    """weight_B, 0 where a candidate that the objective looks at is only padding."""
+    """Return weight_B, with 0 where a candidate that the objective needs is only padding."""
     return batch.weight_B * batch.valid_BK[:, : objective.num_candidates].all(axis=1)
 
 
 def keep_candidates(batch: PreferenceBatch, count: int | None) -> PreferenceBatch:
-    """The batch with only its best `count` candidates."""
+    """Return the batch with only its best `count` candidates; None keeps all."""
     return batch._replace(
         inputs=jax.tree.map(lambda x_BN: x_BN[:, :count], batch.inputs),  # N candidates, or their captions
         size_cond_BK6=batch.size_cond_BK6[:, :count],
@@ -239,5 +248,5 @@ def keep_candidates(batch: PreferenceBatch, count: int | None) -> PreferenceBatc
 
 
 def split_micro_batches(x: Any, count: int) -> Any:
-    """[B, ...] -> [count, B / count, ...] by stride, so that every device keeps its own rows and nothing moves."""
+    """Return x as [count, B / count, ...], divided by stride: each device keeps its examples and nothing is moved."""
     return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)

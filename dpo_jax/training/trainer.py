@@ -213,7 +213,8 @@ class Loop:
         self._began: tuple[float, int] | None = None
         """When the first step of this process had been made, and which one it was."""
         self.eval_step = jax.jit(
-            make_eval_step(experiment.score, experiment.objective), out_shardings=replicated(experiment.mesh)
+            make_eval_step(experiment.compute_log_ratios, experiment.objective),
+            out_shardings=replicated(experiment.mesh),
         )
         self._generator: Generator | None = None
         self._reference_images: np.ndarray | None = None

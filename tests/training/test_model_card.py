@@ -312,7 +312,9 @@ def test_public_names(text: str, public: str) -> None:
 def test_refiner_and_sd15_specs(tmp_path: Path) -> None:
     write_random_model("sd15", tmp_path / "sd15")
     pipeline = load_pipeline(tmp_path / "sd15", dtype="float32")
-    found = model_spec({"model": "x", "config": {"data.resolution": 48}}, pipeline, "kohya", "t", Origin(None, None))
+    found = model_spec(
+        {"model": "x", "step": 7, "config": {"data.resolution": 48}}, pipeline, "kohya", "t", Origin(None, None)
+    )
     assert found["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert found["modelspec.implementation"] == "diffusers"
     assert found["modelspec.resolution"] == "48x48"

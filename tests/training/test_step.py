@@ -16,7 +16,7 @@ from dpo_jax.training.step import (
     TrainState,
     make_log_ratios,
     make_train_step,
-    score_metrics,
+    pair_metrics,
     split_micro_batches,
 )
 
@@ -73,8 +73,8 @@ def frozen_like(params):
 
 def run(params, batch, *, objective=DPO, accumulation=1, reference=None, steps=1, optimizer=None):
     optimizer = optimizer or optax.sgd(1e-2)
-    score = make_log_ratios(encode, denoise, SCHEDULE, objective, seed=3)
-    step = jax.jit(make_train_step(score, objective, optimizer, accumulation=accumulation))
+    compute = make_log_ratios(encode, denoise, SCHEDULE, objective, seed=3)
+    step = jax.jit(make_train_step(compute, objective, optimizer, accumulation=accumulation))
     state = TrainState(jnp.int32(0), params, optimizer.init(params), {})
     for _ in range(steps):
         state, metrics = step(state, frozen_like(reference or params), batch)
@@ -92,16 +92,16 @@ def test_policy_equal_to_reference_has_loss_log_2(params):
 
 def test_only_training_offsets_noise_and_perturbs_inputs(params):
     plain = make_log_ratios(encode, denoise, SCHEDULE, DPO, seed=3)
-    scores = {"plain": plain(perturbed(params), frozen_like(params), make_batch(), jnp.int32(0), training=True)}
+    log_ratios = {"plain": plain(perturbed(params), frozen_like(params), make_batch(), jnp.int32(0), training=True)}
     for options in ({"noise_offset": 0.1}, {"input_perturbation": 0.1}):
-        score = make_log_ratios(encode, denoise, SCHEDULE, DPO, seed=3, **options)
-        held_out = score(perturbed(params), frozen_like(params), make_batch(), jnp.int32(0))
-        np.testing.assert_array_equal(held_out.error_BK, scores["plain"].error_BK)
+        compute = make_log_ratios(encode, denoise, SCHEDULE, DPO, seed=3, **options)
+        held_out = compute(perturbed(params), frozen_like(params), make_batch(), jnp.int32(0))
+        np.testing.assert_array_equal(held_out.error_BK, log_ratios["plain"].error_BK)
         name = next(iter(options))
-        scores[name] = score(perturbed(params), frozen_like(params), make_batch(), jnp.int32(0), training=True)
-        same = score(params, frozen_like(params), make_batch(), jnp.int32(0), training=True)
+        log_ratios[name] = compute(perturbed(params), frozen_like(params), make_batch(), jnp.int32(0), training=True)
+        same = compute(params, frozen_like(params), make_batch(), jnp.int32(0), training=True)
         np.testing.assert_allclose(same.log_ratio_BK, 0, atol=1e-12)
-    errors = [np.asarray(one.error_BK) for one in scores.values()]
+    errors = [np.asarray(one.error_BK) for one in log_ratios.values()]
     assert not any(np.allclose(errors[i], errors[j]) for i in range(3) for j in range(i))
 
 
@@ -113,9 +113,9 @@ def test_swapped_candidates_negate_the_margin(params):
         pixels = jnp.asarray(batch.inputs.images_BKHWC).astype(jnp.float64) / 127.5 - 1
         return jnp.repeat(pixels[..., :1], 4, axis=-1), encode(frozen, batch, keys_B)[1]
 
-    score = make_log_ratios(without_posterior_noise, denoise, SCHEDULE, DPO, seed=3)
+    compute = make_log_ratios(without_posterior_noise, denoise, SCHEDULE, DPO, seed=3)
     margins = [
-        score_metrics(score(perturbed(params), frozen_like(params), b, jnp.int32(0)), b.preference_BK)["reward/margin"]
+        pair_metrics(compute(perturbed(params), frozen_like(params), b, jnp.int32(0)), b.preference_BK)["reward/margin"]
         for b in (batch, swapped)
     ]
     np.testing.assert_allclose(margins[0], -margins[1], rtol=1e-9)
@@ -150,8 +150,8 @@ def test_sft_trains_on_single_images_and_dpo_does_not(params):
 def test_a_batch_without_weight_is_no_update(params, accumulation):
     """Neither of weights and their average, nor of momentum and the counts of the optimizer."""
     optimizer = optax.adamw(1e-2, weight_decay=0.1)
-    score = make_log_ratios(encode, denoise, SCHEDULE, DPO, seed=3)
-    step = jax.jit(make_train_step(score, DPO, optimizer, accumulation=accumulation, ema_decay=0.5))
+    compute = make_log_ratios(encode, denoise, SCHEDULE, DPO, seed=3)
+    step = jax.jit(make_train_step(compute, DPO, optimizer, accumulation=accumulation, ema_decay=0.5))
     frozen, batch = frozen_like(perturbed(params)), make_batch()
     state = TrainState(jnp.int32(0), params, optimizer.init(params), params)
     for _ in range(3):
@@ -187,10 +187,10 @@ def test_draws_depend_on_the_sample_and_not_on_its_row(params):
     batch = make_batch()
     order = np.array([3, 1, 0, 2, 7, 6, 5, 4])
     shuffled = jax.tree.map(lambda x: x[order], batch)
-    score = make_log_ratios(encode, denoise, SCHEDULE, DPO, 3)
-    a, b = (score(perturbed(params), frozen_like(params), x, jnp.int32(5)).error_BK for x in (batch, shuffled))
+    compute = make_log_ratios(encode, denoise, SCHEDULE, DPO, 3)
+    a, b = (compute(perturbed(params), frozen_like(params), x, jnp.int32(5)).error_BK for x in (batch, shuffled))
     np.testing.assert_allclose(np.asarray(a)[order], b, rtol=1e-12)
-    later = score(perturbed(params), frozen_like(params), batch, jnp.int32(6)).error_BK
+    later = compute(perturbed(params), frozen_like(params), batch, jnp.int32(6)).error_BK
     assert not np.allclose(a, later)
 
 
