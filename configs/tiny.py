@@ -1,6 +1,6 @@
-"""The embedded default: a tiny SDXL-shaped model of a small captioned world, tuned on two CPU cores in minutes.
+"""The default: a tiny SDXL-shaped model of a small captioned world, trained on two CPU cores in minutes.
 
-`:base` is how the base model itself was trained (plain denoising of captioned images); `:lora` trains a LoRA instead.
+`:lora` trains a LoRA. `:base` trained the base model itself, by plain denoising of captioned images.
 """
 
 from ml_collections import ConfigDict
@@ -14,16 +14,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.model = package_path("dpo_jax/tiny/model")
     c.dtype = c.vae_dtype = "float32"  # CPUs emulate bfloat16
     c.steps = 200
-    c.loss.beta = 2000.0  # with 500, and twice the rate, the errors of both images grow, and what is learned drifts
+    c.loss.beta = 2000.0  # with 500 and twice the rate the errors of both images grow, and the model drifts
     c.data.path = "runs/tiny/data"
     c.data.batch_size = 32
     c.data.micro_batch = 64  # all at once
     c.data.resolution = 32
-    c.data.caption_dropout = 0.1  # as the base was trained
-    c.data.random_flip = False  # left and right are part of the caption
+    c.data.caption_dropout = 0.1  # as in the training of the base
+    c.data.random_flip = False  # captions say left and right
     c.optimizer.learning_rate = 5e-5
     c.optimizer.scale_by_batch = False
-    c.optimizer.schedule = "linear"  # to 0: the last steps of a constant rate leave noise in the weights
+    c.optimizer.schedule = "linear"  # to 0, since the last steps of a constant rate leave noise in the weights
     c.optimizer.warmup_steps = 10
     c.checkpoint.every = 50
     c.validation.every = 100
@@ -37,7 +37,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def base(c: ConfigDict) -> None:
     c.loss.name = "sft"
-    c.steps = 450  # stopped while it still has something to learn
+    c.steps = 450  # stopped early, so that DPO has something to learn
     c.data.path = "runs/make_tiny/data"
     c.data.batch_size = 64
     c.optimizer.learning_rate = 7e-4
@@ -47,4 +47,4 @@ def base(c: ConfigDict) -> None:
 
 def lora(c: ConfigDict) -> None:
     c.lora.rank = 8
-    c.optimizer.learning_rate = 5e-4  # an adapter that starts at zero needs larger steps than the weights themselves
+    c.optimizer.learning_rate = 5e-4  # an adapter starts at zero and needs larger steps than the weights

@@ -1,7 +1,7 @@
-"""The embedded default learns online by the exact judge of its small captioned world, on two CPU cores in minutes.
+"""The tiny model learns online from the exact judge of its small captioned world, on two CPU cores in minutes.
 
-Without a variant it is D3PO; `:ddpo`, `:dpok`, `:grpo`, `:spo` and `:lpo` are the others, and `:compressibility` has it
-make images that are small as a JPEG instead. `:tiny` runs any of them in seconds.
+Without a variant the method is D3PO; `:ddpo`, `:dpok`, `:grpo`, `:spo` and `:lpo` are others. `:compressibility`
+rewards images that are small as a JPEG. `:tiny` runs any of them in seconds.
 """
 
 import functools
@@ -17,7 +17,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c = online_config()
     c.model = package_path("dpo_jax/tiny/model")
     c.dtype = c.vae_dtype = "float32"  # CPUs emulate bfloat16
-    c.lora.rank = 0  # so small a model is trained whole
+    c.lora.rank = 0  # so small a model is trained in full
     c.data.resolution = 32
     c.data.batch_size = 8
     c.data.micro_batch = 64  # all at once
@@ -31,10 +31,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.online.sampling_steps = 10
     c.online.guidance = 2.5
     c.online.timesteps = 0.5
-    c.loss.clip = 0.1  # steps of so small a model are large: beyond the released 1e-4 are two thirds of the ratios
-    c.online.reference = "round"  # from the first model such a policy is soon so far away that most ratios are clamped
+    c.loss.clip = 0.1  # this model takes large steps: two thirds of the ratios are beyond the released 1e-4
+    c.online.reference = "round"  # the policy is soon so far from the initial one that most ratios would be clamped
     c.optimizer.learning_rate = 5e-5
-    c.optimizer.schedule = "linear"  # to 0: the last steps of a constant rate leave noise in the weights
+    c.optimizer.schedule = "linear"  # to 0, since the last steps of a constant rate leave noise in the weights
     c.log_every = 4
     c.checkpoint.every = 100
     c.sample.every = 0
@@ -42,7 +42,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.sample.guidance = 2.5
     variants: dict[str, Variant] = {
         **METHODS,
-        "lpo": functools.partial(lpo, latent_judge="runs/tiny/exported"),  # the demo's
+        "lpo": functools.partial(lpo, latent_judge="runs/tiny/exported"),  # made by the demo
         "compressibility": compressibility,
         "tiny": tiny,
     }
@@ -51,7 +51,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def compressibility(c: ConfigDict) -> None:
     c.online.judges = ("jpeg_compressibility",)
-    c.optimizer.learning_rate = 2e-4  # at 5e-5 files have hardly begun to shrink after 15 rounds
+    c.optimizer.learning_rate = 2e-4  # with 5e-5 the files hardly shrink within 15 rounds
 
 
 def tiny(c: ConfigDict) -> None:
@@ -61,5 +61,5 @@ def tiny(c: ConfigDict) -> None:
     c.online.prompts_at_a_time = 4
     c.online.candidates = 3
     c.online.sampling_steps = 4
-    c.online.latent_judge = ""  # the demo need not have run
+    c.online.latent_judge = ""  # which the demo would have to make first
     c.log_every = 1
