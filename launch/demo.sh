@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job on the embedded default, on any machine with Python and git: prepare, train, export, evaluate.
+# Runs the tiny example from start to end on any machine with Python and git: prepare, train, export, evaluate.
 started=$(date +%s)
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh" ""
 workdir=${1:-runs/tiny}

@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# Sourced by demo.sh and test.sh: makes .venv beside the README and installs the package with the extras in $1.
-# The versions in constraints.txt are known to work together; pip takes others where Python or the machine needs them.
+# Sourced by demo.sh, test.sh and make_tiny.sh: creates .venv beside the README and installs the package with the
+# extras in $1. The versions in constraints.txt are tested together; pip takes others if Python or the machine needs them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || {
-  echo "error: $("$python" --version) found; dpo_jax needs Python 3.11 to 3.13, name one with PYTHON=python3.12" >&2
+  echo "error: found $("$python" --version), but dpo_jax needs Python 3.11 to 3.13. Name one with PYTHON=python3.12" >&2
   exit 1
 }
 [ -x .venv/bin/python ] || "$python" -m venv .venv

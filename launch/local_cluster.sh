@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Runs a command in several processes on this machine, each with several virtual CPU devices: a pod in a nutshell, to
-# try a mesh before paying for one.
+# Runs a command in several processes on this machine, each with several virtual CPU devices, to try a mesh before
+# paying for one.
 #
 #   bash launch/local_cluster.sh python -m dpo_jax.train --config=configs/sdxl.py:tiny --workdir=/tmp/try \
 #       --config.data.batch_size=8 --config.mesh.data=-1 --config.mesh.fsdp=2
 #
-#   PROCESSES  how many processes; 2 unless set
-#   DEVICES    virtual devices of each; 4 unless set
-#   PORT       of this machine, by which they find each other; one that is free unless set
-#   LOGS       folder for the output of all processes but the first; a temporary one unless set
-#   DRY_RUN    1 prints what would be run
+#   PROCESSES  number of processes; default: 2
+#   DEVICES    virtual devices per process; default: 4
+#   PORT       port of this machine through which they connect; default: a free one
+#   LOGS       folder for the output of all processes except the first; default: a temporary folder
+#   DRY_RUN    1 prints the commands instead of running them
 #
-# Ends when all have ended, with the first failure's exit code; when one fails, the others are stopped, and also when this
-# script is killed. SIGTERM goes to all of them, as a scheduler sends it: they save, and end with code 75.
+# The script ends when all processes have ended, with the exit code of the first failure. If one fails, or if this script
+# is killed, the others are stopped. SIGTERM is passed on to all, as a scheduler does: they save and end with code 75.
 set -euo pipefail
 processes=${PROCESSES:-2}
 devices=${DEVICES:-4}
@@ -34,8 +34,8 @@ mkdir -p "$logs"
 pids=()
 notified=
 trap 'notified=1; kill "${pids[@]}" 2>/dev/null || true' TERM
-trap 'kill -KILL "${pids[@]}" 2>/dev/null || true' EXIT  # they take SIGTERM as a notice and wait for each other
-# Nothing runs after SIGKILL, so another process reads their numbers from a pipe, which ends when this script does.
+trap 'kill -KILL "${pids[@]}" 2>/dev/null || true' EXIT  # after SIGTERM they would save and wait for each other
+# No trap runs after SIGKILL, so another process reads their numbers from a pipe, which closes when this script ends.
 watch=$(mktemp -d)
 mkfifo "$watch/pipe"
 (
@@ -65,7 +65,7 @@ for ((i = 0; i < processes; i++)); do
       [ -n "$(jobs -rp)" ] || break
       sleep 0.1
     done
-    echo "error: a process ended with exit code $code; the output of the others is in $logs" >&2
+    echo "error: a process ended with exit code $code. The output of all processes except the first is in $logs" >&2
     exit "$code"
   fi
 done

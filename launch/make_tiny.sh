@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Makes what the package ships in dpo_jax/tiny: the base model and its preference pairs. Some ten minutes on 2 CPU cores.
+# Makes the base model and the preference pairs in dpo_jax/tiny. It takes about ten minutes on 2 CPU cores.
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh" ""
 work=runs/make_tiny
 
-# The VAE, then the whole model folder around it, its UNet still random.
+# The VAE, then a model folder with this VAE and a random UNet.
 python -m tools.tiny.train_vae --output=$work/vae
 python -m tools.tiny.make_model --vae=$work/vae --output=$work/untrained
 
@@ -14,7 +14,7 @@ python -m dpo_jax.train --config=configs/tiny.py:base --workdir=$work/base \
   --config.model=$work/untrained --config.data.path=$work/data
 python -m dpo_jax.export --workdir=$work/base --output=$work/model --dtype=float16
 
-# Its own samples, labelled by the exact judge.
+# Pairs of its own samples, labelled by the exact judge.
 python -m tools.tiny.make_pairs --seeds=40 --model=$work/model --output=$work/pairs.parquet
 
 rm -rf dpo_jax/tiny/model

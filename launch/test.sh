@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole default test suite, by two processes. Arguments go to pytest instead: bash launch/test.sh -m slow
+# Runs the linters and the default test suite in two processes. Arguments go to pytest: bash launch/test.sh -m slow
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh" "[test]"
 ruff check .
 ruff format --check .

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice: creates it, copies this repository there, installs, runs one command on all its hosts.
+# Trains on a Cloud TPU slice: creates it, copies and installs this repository, and runs the training on all its hosts.
 #
 #   NAME=dpo ZONE=us-east5-a TYPE=v5p-128 bash launch/tpu_pod.sh create
 #   NAME=dpo ZONE=us-east5-a bash launch/tpu_pod.sh install
@@ -8,20 +8,20 @@
 #   NAME=dpo ZONE=us-east5-a bash launch/tpu_pod.sh collect /mnt/shared/runs/sdxl runs/
 #   NAME=dpo ZONE=us-east5-a bash launch/tpu_pod.sh delete
 #
-#   NAME     of the slice
-#   ZONE     where it is
-#   TYPE     kind and number of TensorCores of the slice, such as v5p-128 or v6e-64; for create
-#   RUNTIME  the hosts' image; the one for TYPE unless set
-#   PROJECT  that pays; gcloud's default unless set
-#   SPOT     1 takes a cheaper slice that may be taken away; the same `run` then goes on in a new one
-#   DRY_RUN  1 prints the commands of gcloud
+#   NAME     name of the slice
+#   ZONE     zone of the slice
+#   TYPE     kind and number of TensorCores of the slice, for example v5p-128 or v6e-64; for create
+#   RUNTIME  image of the hosts; default: the one for TYPE
+#   PROJECT  project that pays; default: gcloud's
+#   SPOT     1 creates a cheaper slice that may be taken away; the same `run` then continues in a new one
+#   DRY_RUN  1 prints the gcloud commands instead of running them
 #
-# `run` trains in the foreground; what the hosts print is shown. The work directory and the data must lie where all hosts
-# see them, such as a Filestore share. Needs gcloud, logged in.
+# `run` trains in the foreground and shows the output of the hosts. The work directory and the data must be where all
+# hosts see them, for example on a Filestore share. The script needs gcloud, logged in.
 set -euo pipefail
-usage() { sed -n '2,/^# see them/p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2; }
+usage() { sed -n '2,/^# hosts see them/p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2; }
 [ $# -gt 0 ] || usage
-: "${NAME:?the name of the slice}" "${ZONE:?where it is}"
+: "${NAME:?set it to the name of the slice}" "${ZONE:?set it to the zone of the slice}"
 place=(--zone="$ZONE" ${PROJECT:+--project="$PROJECT"})
 folder=dpo_jax
 
@@ -40,13 +40,13 @@ step=$1
 shift
 case $step in
   create)
-    : "${TYPE:?kind and size of the slice, such as v5p-128}"
+    : "${TYPE:?set it to the kind and size of the slice, for example v5p-128}"
     case ${RUNTIME:-$TYPE} in
       v6e-*) runtime=v2-alpha-tpuv6e ;;
       v5p-*) runtime=v2-alpha-tpuv5 ;;
       v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
       v4-*) runtime=tpu-ubuntu2204-base ;;
-      *) runtime=${RUNTIME:?the image of the hosts: no default for $TYPE is known} ;;
+      *) runtime=${RUNTIME:?set it to the image of the hosts, since no default is known for $TYPE} ;;
     esac
     [ "${SPOT:-0}" = 1 ] && spot=(--spot) || spot=()
     tpu create "$NAME" "${place[@]}" --accelerator-type="$TYPE" --version="$runtime" "${spot[@]}"

@@ -81,11 +81,11 @@ def test_tpu_pod_hands_arguments_on_as_they_are() -> None:
     ("script", "arguments", "variables", "message"),
     [
         ("slurm.sbatch", [], {}, "sbatch --nodes=4 launch/slurm.sbatch"),
-        ("tpu_pod.sh", [], {}, "NAME     of the slice"),
-        ("tpu_pod.sh", ["run", "x"], {}, "NAME: the name of the slice"),
-        ("tpu_pod.sh", ["create"], {"NAME": "a", "ZONE": "z"}, "TYPE: kind and size of the slice"),
-        ("tpu_pod.sh", ["create"], {"NAME": "a", "ZONE": "z", "TYPE": "v9-8"}, "no default for v9-8 is known"),
-        ("tpu_pod.sh", ["destroy"], {"NAME": "a", "ZONE": "z"}, "NAME     of the slice"),
+        ("tpu_pod.sh", [], {}, "NAME     name of the slice"),
+        ("tpu_pod.sh", ["run", "x"], {}, "NAME: set it to the name of the slice"),
+        ("tpu_pod.sh", ["create"], {"NAME": "a", "ZONE": "z"}, "TYPE: set it to the kind and size of the slice"),
+        ("tpu_pod.sh", ["create"], {"NAME": "a", "ZONE": "z", "TYPE": "v9-8"}, "no default is known for v9-8"),
+        ("tpu_pod.sh", ["destroy"], {"NAME": "a", "ZONE": "z"}, "NAME     name of the slice"),
     ],
 )
 def test_what_is_missing_is_said(script: str, arguments: list[str], variables: dict[str, str], message: str) -> None:
