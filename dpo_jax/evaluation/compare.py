@@ -1,6 +1,6 @@
-"""Several models, the same prompts, any number of judges: who is preferred how often, and how sure that is.
+"""Compares models by judges' scores of images of the same prompts: win rates and mean scores with their intervals.
 
-Axes: N images of each model, of which the n-th of all belong together (one prompt, one seed); P prompts.
+Axes: N images of each model (the n-th images of all models have one prompt and one seed), P prompts.
 """
 
 import itertools
@@ -21,15 +21,15 @@ Scores = Mapping[str, Mapping[str, np.ndarray]]
 
 
 class Contest(NamedTuple):
-    """Images of the same prompts by all models."""
+    """Images of the same prompts by all models, matched one to one."""
 
     prompts: list[Prompt]
     prompt_N: np.ndarray
-    """Which of the prompts an image is of."""
+    """The index of each image's prompt."""
     images: dict[str, list[epath.Path]]
-    """N files of each model."""
+    """The N files of each model."""
     left_out: int
-    """Prompts that some model has no image of."""
+    """The number of prompts that some model has no image of."""
 
     @property
     def captions(self) -> list[str]:
@@ -37,35 +37,36 @@ class Contest(NamedTuple):
 
     @property
     def categories(self) -> list[str]:
-        """In the order of the prompts; none where the prompts have none."""
+        """The categories of the prompts, in their order."""
         return list(dict.fromkeys(prompt.category for prompt in self.prompts if prompt.category))
 
     def by_prompt(self, values_N: np.ndarray, category: str = "") -> list[np.ndarray]:
-        """The values of each prompt, of one category if one is named."""
+        """Return the values of each prompt, or only of the prompts in one category."""
         chosen = [p for p, prompt in enumerate(self.prompts) if not category or prompt.category == category]
         return [values_N[self.prompt_N == p] for p in chosen]
 
 
 def match(folders: Mapping[str, epath.PathLike], prompts: Sequence[Prompt] = ()) -> Contest:
-    """The images of these folders, by model, that have a counterpart in all others.
+    """Match the images of these folders, by model: those that have a counterpart in every other folder.
 
-    Images of one prompt are matched in the order of their seeds; what one model has more of is left out.
+    Images of one prompt are matched in the order of their seeds; images without a counterpart are left out.
 
     Args:
-        folders: as `image_folder.read_list` reads them.
-        prompts: only these are compared, and their categories hold; all prompts of the first folder by default. Images
-            may be named by their numbers, so lines that repeat a prompt belong here too.
+        folders: read by `image_folder.read_list`.
+        prompts: the prompts to compare, with their categories. Default: all prompts of the first folder. Since images
+            may be named by prompts' numbers, lines that repeat a prompt belong here too.
 
-    Raises ValueError where fewer than two prompts are left, which have no interval.
+    Raises UserError where fewer than two prompts are left, for which there is no interval.
     """
     listed = {name: _by_prompt(read_list(folder, prompts)) for name, folder in folders.items()}
     first = next(iter(listed.values()))
     wanted = distinct(prompts) or [Prompt(text, entries[0].category) for text, entries in first.items()]
     common = [prompt for prompt in wanted if all(prompt.text in entries for entries in listed.values())]
     if len(common) < 2:
-        found = f"only one prompt in common ({common[0].text!r})" if common else "no image of the same prompt"
-        more = "; an interval over prompts needs two or more" if common else ""
-        raise UserError(f"{' and '.join(map(str, folders.values()))} have {found}{more}")
+        found = f"only one prompt in common ({common[0].text!r})" if common else "no prompt in common"
+        raise UserError(
+            f"{' and '.join(map(str, folders.values()))} have {found}; confidence intervals need two or more"
+        )
     counts = [min(len(entries[prompt.text]) for entries in listed.values()) for prompt in common]
     images = {
         name: [
@@ -86,12 +87,12 @@ def _by_prompt(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
 
 
 def compare(contest: Contest, scores: Scores, features: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The figures of `result.json`.
+    """Return the figures of `result.json`.
 
     Args:
-        contest: what was judged.
-        scores: by all judges, of all models.
-        features: features_ND by model, in which distances are taken; see `drift`.
+        contest: the images.
+        scores: of all judges and models.
+        features: features_ND by model, for the distances of `drift`.
     """
     base = next(iter(contest.images))
     models = {
@@ -111,7 +112,7 @@ def compare(contest: Contest, scores: Scores, features: Mapping[str, np.ndarray]
 
 
 def _judged(contest: Contest, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Each model's scores, and each later model's win rate over each earlier one."""
+    """Return each model's mean score, and each later model's win rate over each earlier one."""
     models = {}
     for name, scores_N in scores.items():
         mean, low, high = mean_over_prompts(contest.by_prompt(scores_N))

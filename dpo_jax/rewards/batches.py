@@ -1,6 +1,6 @@
-"""Rows through a jitted function in batches of one size, so that it is compiled once, split over a mesh.
+"""Runs a judge's jitted functions on batches of one size, split over a mesh, so that each is compiled only once.
 
-Axes: N rows or images, H x W pixels, C channels.
+Axes: N examples, H x W pixels, C channels.
 """
 
 import os
@@ -20,11 +20,11 @@ from dpo_jax.weights.layout import Params, Specs
 
 
 class Batches:
-    """How one judge runs its functions.
+    """Runs the functions of one judge.
 
     Attributes:
-        placement: where its weights lie.
-        size: rows in a batch.
+        placement: how its weights are distributed.
+        size: examples per batch.
     """
 
     def __init__(self, settings: Settings):
@@ -33,38 +33,38 @@ class Batches:
         self.size = -(-settings.batch_size // parts) * parts
 
     def jit(self, function: Callable[..., jax.Array], specs: Specs) -> Callable[..., jax.Array]:
-        """Compiles `function(params, *rows)`, whose parameters lie as `placement` says, to return whole results."""
+        """Return `function(params, *arrays)`, jitted, for parameters distributed as `placement` says."""
 
-        def run(params: Params, *rows_N: jax.Array) -> jax.Array:
+        def run(params: Params, *arrays_N: jax.Array) -> jax.Array:
             gathered = {name: self.placement.gathered(name, specs[name], x) for name, x in params.items()}
-            # Left to themselves, TPUs multiply float32 as bfloat16 and GPUs as TF32; bfloat16 takes no notice.
+            # By default TPUs multiply float32 as bfloat16 and GPUs as TF32. This does not affect bfloat16.
             with jax.default_matmul_precision("highest"):
-                return function(gathered, *rows_N)
+                return function(gathered, *arrays_N)
 
         return jax.jit(run, out_shardings=replicated(self.placement.mesh))
 
     def __call__(
-        self, run: Callable[..., jax.Array], params: Params, total: int, rows: Callable[[slice], Sequence[np.ndarray]]
+        self, run: Callable[..., jax.Array], params: Params, total: int, load: Callable[[slice], Sequence[np.ndarray]]
     ) -> np.ndarray:
-        """`run(params, *rows(slice))` for all slices of `total` rows, joined; the last is filled up and cut off.
+        """Return `run(params, *load(batch))` of all batches of `total` examples, concatenated; the last one is padded.
 
-        The rows of a batch are made while devices compute the one before.
+        A batch is loaded while devices compute the previous one.
         """
         results: list[Any] = []
         for start in range(0, total, self.size):
-            some = rows(slice(start, min(start + self.size, total)))
+            some = load(slice(start, min(start + self.size, total)))
             padded = tuple(np.concatenate([x, np.repeat(x[-1:], self.size - len(x), axis=0)]) for x in some)
-            results[-1:] = map(np.asarray, results[-1:])  # waits for the one before, so that they don't pile up
+            results[-1:] = map(np.asarray, results[-1:])  # waits for the previous batch, so that they do not pile up
             results.append(run(params, *jax.device_put(padded, batch_sharding(self.placement.mesh))))
         return np.concatenate(results)[:total]
 
 
 def fitted(images: Images, fit: Fit, size: int) -> np.ndarray:
-    """Images of any sizes as images_NHWC of one, by all cores."""
+    """Return images of any sizes as images_NHWC of one size; all cores work on it."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return np.stack(list(pool.map(lambda image: fit(image, size), images)))
 
 
 def normalised(images_NHWC: jax.Array) -> jax.Array:
-    """0 to 255 as CLIP's networks take it; float32."""
+    """Return pixels from 0 to 255 as CLIP's networks read them: normalised by its mean and deviation, float32."""
     return (images_NHWC.astype(jnp.float32) / 255 - jnp.asarray(IMAGE_MEAN)) / jnp.asarray(IMAGE_STD)

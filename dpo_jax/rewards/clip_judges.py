@@ -1,4 +1,4 @@
-"""The judges that are a CLIP: CLIPScore, PickScore, HPSv2, and LAION's aesthetic predictor on CLIP's image features.
+"""The judges that use a CLIP: CLIPScore, PickScore, HPSv2, and LAION's aesthetic predictor on CLIP's image features.
 
 Axes: N images or captions, P projected width, L tokens.
 """
@@ -36,24 +36,24 @@ CLIP_L, CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s
 LARGEST_LOG_SCALE = 80.0
 """Scores that are multiplied by e to this power can still be added up in float32."""
 CAPTIONS_KEPT = 2**14
-"""Whose features stay in memory, 4 kB each: captions come again with other images."""
+"""Captions whose features stay in memory (4 kB each), because several images have the same caption."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What makes a CLIP the judge that it is."""
+    """How a judge differs from others that use a CLIP."""
 
     rate: Callable[[jax.Array, float], jax.Array]
     """(cosines of the features of image and caption, CLIP's learned scale) -> scores."""
     processor: str
-    """The hub id that has config and tokenizer where they don't lie beside the weights."""
+    """The hub id of config and tokenizer, for weights that have none beside them."""
     fit: Fit = crop_like_transformers
     clean: Callable[[str], str] = str
-    """What is done to a caption before it is split into tokens."""
+    """Cleans a caption before it is tokenized."""
 
 
 def clean_like_open_clip(caption: str) -> str:
-    """A caption as OpenCLIP's tokenizer begins: mended, quotes made straight, HTML entities resolved, lower case."""
+    """Return the caption as OpenCLIP's tokenizer cleans it: ftfy, HTML entities resolved, single spaces, lower case."""
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(caption))).split()).lower()
 
 
@@ -63,26 +63,29 @@ HPS = Kind(lambda cosine_N, scale: cosine_N, CLIP_H, letterbox, clean_like_open_
 
 
 def open_clipscore(source: str, settings: Settings) -> Reward:
-    """CLIPScore as torchmetrics defines it: max(100 cos, 0), of the caption alone.
+    """Open CLIPScore as torchmetrics defines it: max(100 cos, 0), with the caption as it is.
 
-    Hessel et al. (arXiv 2104.08718) take 2.5 for 100, ViT-B/32, and put "A photo depicts" before the caption.
+    Hessel et al. (arXiv 2104.08718) use 2.5 instead of 100, ViT-B/32, and put "A photo depicts" before the caption.
     """
     return CLIPJudge(source, settings, CLIPSCORE)
 
 
 def open_pickscore(source: str, settings: Settings) -> Reward:
-    """PickScore (Kirstain et al., arXiv 2305.01569): the cosine times the learned scale, some 15 to 25."""
+    """Open PickScore (Kirstain et al., arXiv 2305.01569): the cosine times the learned scale, about 15 to 25."""
     return CLIPJudge(source, settings, PICKSCORE)
 
 
 def open_hps(source: str, settings: Settings) -> Reward:
-    """HPSv2 (Wu et al., arXiv 2306.09341) and v2.1, which differ by their weights: the cosine, as
-    github.com/tgxs002/HPSv2 reports it, some 0.2 to 0.35. Scores of the two can't be compared."""
+    """Open HPSv2 (Wu et al., arXiv 2306.09341) or HPSv2.1, which differ only in their weights.
+
+    The score is the cosine, as github.com/tgxs002/HPSv2 reports it, about 0.2 to 0.35. Scores of the two versions are
+    not comparable.
+    """
     return CLIPJudge(source, settings, HPS)
 
 
 class CLIPJudge:
-    """Scores by how near CLIP's features of an image are to those of its caption; each caption is encoded once."""
+    """The cosine of CLIP's features of image and caption, as a reward. Each caption is encoded once."""
 
     def __init__(self, source: str, settings: Settings, kind: Kind):
         weights = find_weights(source)
@@ -109,30 +112,33 @@ class CLIPJudge:
     def __call__(self, images: Images, captions: Sequence[str]) -> np.ndarray:
         features = self._features_of(captions)
 
-        def rows(some: slice) -> tuple[np.ndarray, np.ndarray]:
+        def load(some: slice) -> tuple[np.ndarray, np.ndarray]:
             texts_NP = np.stack([features[caption] for caption in captions[some]])
             return fitted(images[some], self._kind.fit, self._size), texts_NP
 
-        return self._batches(self._rate, self._params, len(captions), rows)
+        return self._batches(self._rate, self._params, len(captions), load)
 
     def _features_of(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        """The features of each caption."""
+        """Return the features of each caption."""
         known = self._text_features
         new = [caption for caption in dict.fromkeys(captions) if caption not in known]
 
-        def rows(some: slice) -> tuple[np.ndarray]:
+        def load(some: slice) -> tuple[np.ndarray]:
             return (self._tokenizer([self._kind.clean(caption) for caption in new[some]])[:, 0],)
 
         if new:
-            features_NP = self._batches(self._encode_text, self._params, len(new), rows)
+            features_NP = self._batches(self._encode_text, self._params, len(new), load)
             known = known | dict(zip(new, features_NP, strict=True))
             self._text_features = dict(list(known.items())[-CAPTIONS_KEPT:])
         return known
 
 
 def open_aesthetic(source: str, settings: Settings) -> Reward:
-    """LAION's aesthetic predictor v2 (github.com/christophschuhmann/improved-aesthetic-predictor): an MLP on CLIP
-    ViT-L/14's image features of length 1. Images are prepared by transformers, as in DDPO and D3PO."""
+    """Open LAION's aesthetic predictor v2 (github.com/christophschuhmann/improved-aesthetic-predictor).
+
+    It is an MLP on the normalised image features of CLIP ViT-L/14. Images are preprocessed as transformers does it, as
+    in DDPO and D3PO.
+    """
     head = find_file(source)
     clip = find_beside(head, ("config.json", "model.safetensors"), ("config.json",), CLIP_L)
     batches = Batches(settings)
@@ -146,16 +152,16 @@ def open_aesthetic(source: str, settings: Settings) -> Reward:
     rate = batches.jit(lambda params, images_NHWC: network(params, normalised(images_NHWC)), network.specs)
 
     def score(images: Images, captions: Sequence[str]) -> np.ndarray:
-        def rows(some: slice) -> tuple[np.ndarray]:
+        def load(some: slice) -> tuple[np.ndarray]:
             return (fitted(images[some], crop_like_transformers, config.vision.image_size),)
 
-        return batches(rate, params, len(images), rows)
+        return batches(rate, params, len(images), load)
 
     return score
 
 
 def open_image_features(source: str, settings: Settings) -> Callable[[Images], np.ndarray]:
-    """What a CLIP sees in images, features_NP of length 1: for distances between images."""
+    """Return a function from images to CLIP's features_NP, of length 1, for distances between images."""
     weights = find_weights(source or CLIP_L)
     config = _read_config(find_beside(weights, ("config.json",), ("config.json",), CLIP_L))
     batches = Batches(settings)
@@ -167,16 +173,16 @@ def open_image_features(source: str, settings: Settings) -> Callable[[Images], n
     jitted = batches.jit(encode, network.specs)
 
     def features(images: Images) -> np.ndarray:
-        def rows(some: slice) -> tuple[np.ndarray]:
+        def load(some: slice) -> tuple[np.ndarray]:
             return (fitted(images[some], crop_like_transformers, config.vision.image_size),)
 
-        return batches(jitted, params, len(images), rows)
+        return batches(jitted, params, len(images), load)
 
     return features
 
 
 class AestheticPredictor(nnx.Module):
-    """The image half of a CLIP and the MLP behind it."""
+    """The vision half of a CLIP, followed by an MLP."""
 
     def __init__(self, config: CLIPConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         vision, width = config.vision, config.projection_dim
@@ -189,7 +195,7 @@ class AestheticPredictor(nnx.Module):
 
 
 def unit_length(features_NP: jax.Array) -> jax.Array:
-    """The same directions, of length 1, in float32."""
+    """Return the features scaled to length 1, in float32."""
     features_NP = features_NP.astype(jnp.float32)
     return features_NP / jnp.linalg.norm(features_NP, axis=-1, keepdims=True)
 
@@ -202,7 +208,7 @@ def _read_config(folder: epath.Path) -> CLIPConfig:
 def _load_clip(
     weights: epath.Path, config: CLIPConfig, settings: Settings, batches: Batches
 ) -> tuple[Network, Params, float]:
-    """A CLIP, its parameters, and its scale, which rounded to bfloat16 would be off by a hundredth."""
+    """Return a CLIP, its parameters, and its scale, which bfloat16 would round by up to 1%."""
     network = Network.build(lambda rngs: CLIPModel(config, dtype=settings.dtype, rngs=rngs), config)
     params = load_params(weights, network.specs, dtype=settings.dtype, sharding=batches.placement)
     log_scale = float(read_params(weights, network.specs)["logit_scale"])

@@ -1,4 +1,4 @@
-"""Where a judge's files lie: its weights, and the config and tokenizer that belong to them."""
+"""Finds the files of a judge: its weights, and their config and tokenizer."""
 
 from collections.abc import Sequence
 
@@ -13,9 +13,9 @@ CLIP_FILES = ("config.json", "model.safetensors", *CLIP_TOKENIZER)
 
 
 def find_weights(source: str) -> epath.Path:
-    """The folder of a CLIP as transformers writes it, or the .safetensors file, that `source` names here or on the hub.
+    """Return the folder of a CLIP in transformers' layout, or the .safetensors file, that a path or hub id names.
 
-    Raises FileNotFoundError where there is none, ValueError with what converts it where it is a pickle.
+    Raises MissingFileError where there is none; UserError with the command that converts it where it is a pickle.
     """
     path = _find(source)
     if path.is_dir() and preferred_weights([file.name for file in path.iterdir()]) is None:
@@ -27,15 +27,15 @@ def find_weights(source: str) -> epath.Path:
 
 
 def find_file(source: str) -> epath.Path:
-    """As `find_weights`, of what is one file."""
+    """Return the .safetensors file that a path or hub id names; raises as `find_weights`."""
     path = _find(source)
     if path.is_dir():
-        raise UserError(f"{path} is a folder: name the .safetensors file")
+        raise UserError(f"{path} is a folder; name the .safetensors file in it")
     return path
 
 
 def find_beside(weights: epath.Path, files: Sequence[str], needed: Sequence[str], hub_id: str) -> epath.Path:
-    """The folder that holds one of `needed`: that of the weights, or else `hub_id`, of which `files` are fetched."""
+    """Return the folder that has one of the `needed` files: that of the weights, otherwise `files` of the hub id."""
     folder = weights if weights.is_dir() else weights.parent
     if any((folder / name).exists() for name in needed):
         return folder
@@ -43,8 +43,8 @@ def find_beside(weights: epath.Path, files: Sequence[str], needed: Sequence[str]
         return find_model(hub_id, files=files)
     except OSError as error:
         raise MissingFileError(
-            f"{folder} has no {' or '.join(needed)}, which {weights.name} needs beside it: copy {', '.join(files)} of "
-            f"{hub_id} there ({error})"
+            f"{weights.name} needs {' or '.join(needed)} beside it, but {folder} has none and {hub_id} cannot be "
+            f"fetched ({error}); copy {', '.join(files)} of {hub_id} there"
         ) from error
 
 
@@ -52,5 +52,5 @@ def _find(source: str) -> epath.Path:
     path = find_model(source, files=CLIP_FILES)
     if path.is_file() and path.suffix != ".safetensors":
         convert = CONVERT_STATE_DICT.format(file=path, stem=path.with_suffix(""))
-        raise UserError(f"{path} is no .safetensors file; {convert}")
+        raise UserError(f"{path} is not a .safetensors file; {convert}")
     return path

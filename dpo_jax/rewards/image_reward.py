@@ -1,4 +1,4 @@
-"""ImageReward (Xu et al., arXiv 2304.05977; github.com/THUDM/ImageReward): a reward of mean 0 and deviation 1.
+"""ImageReward (Xu et al., arXiv 2304.05977; github.com/THUDM/ImageReward): a reward of mean 0 and standard deviation 1.
 
 Axes: N images, L tokens.
 """
@@ -29,7 +29,7 @@ PUBLISHED = ImageRewardConfig()
 
 
 def open_image_reward(source: str, settings: Settings, config: ImageRewardConfig = PUBLISHED) -> Reward:
-    """Opens the published file, converted to .safetensors; BERT's vocab.txt beside it, or else from the hub."""
+    """Open the published file, converted to .safetensors, with BERT's vocab.txt from its folder or from the hub."""
     file = find_file(source)
     vocabulary = find_beside(file, ("vocab.txt",), ("vocab.txt",), BERT) / "vocab.txt"
     tokenizer = BertWordPieceTokenizer(vocab=_read_vocabulary(vocabulary, config), lowercase=True)
@@ -50,24 +50,24 @@ def open_image_reward(source: str, settings: Settings, config: ImageRewardConfig
     compiled = batches.jit(rate, network.specs)
 
     def score(images: Images, captions: Sequence[str]) -> np.ndarray:
-        def rows(some: slice) -> tuple[np.ndarray, ...]:
+        def load(some: slice) -> tuple[np.ndarray, ...]:
             ids, lengths = zip(*map(tokens, captions[some]), strict=True)
             images_NHWC = fitted(images[some], crop_like_torchvision, config.vision.image_size)
             return images_NHWC, np.asarray(ids, np.int32), np.asarray(lengths, np.int32)
 
-        return batches(compiled, params, len(captions), rows)
+        return batches(compiled, params, len(captions), load)
 
     return score
 
 
 def _read_vocabulary(path: epath.Path, config: ImageRewardConfig) -> dict[str, int]:
-    """The number of each token of BERT's vocab.txt: that of its line. Raises ValueError where it does not fit."""
+    """Return the number (the line) of each token of BERT's vocab.txt; raises UserError for another vocabulary."""
     tokens = read_lines(path)
     absent = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if token not in tokens]
     if absent or not len(set(tokens)) == len(tokens) <= config.text.vocab_size:
         problem = f"lacks {absent[0]}" if absent else f"has {len(tokens)} tokens, {len(set(tokens))} of them distinct"
         raise UserError(
-            f"{path} is not BERT's vocabulary of at most {config.text.vocab_size} tokens: it {problem}; take that "
-            f"of {BERT}"
+            f"{path} is not BERT's vocabulary of at most {config.text.vocab_size} tokens: it {problem}; use the "
+            f"vocab.txt of {BERT}"
         )
     return {token: number for number, token in enumerate(tokens)}

@@ -1,6 +1,6 @@
-"""Images as the judges' originals show them to their networks, to the pixel.
+"""Resizes and crops images exactly as the original implementations of the judges do.
 
-Sizes and places are rounded as the originals round them, and pixels are resampled by Pillow, as theirs are.
+Sizes and offsets are rounded as in the originals, and Pillow resamples the pixels, as there.
 
 Axes: H x W pixels, C channels.
 """
@@ -15,21 +15,21 @@ Fit = Callable[[np.ndarray, int], np.ndarray]
 
 
 def crop_like_transformers(image_HWC: np.ndarray, size: int) -> np.ndarray:
-    """The shorter side scaled to `size` (bicubic), then the middle: CLIPImageProcessor of transformers. uint8."""
+    """Scale the shorter side to `size` (bicubic) and crop the centre, as CLIPImageProcessor of transformers; uint8."""
     return _crop(image_HWC, size, lambda room: room // 2)
 
 
 def crop_like_torchvision(image_HWC: np.ndarray, size: int) -> np.ndarray:
-    """The same by torchvision's Resize and CenterCrop, whose middle may lie a pixel further. uint8."""
+    """Do the same as torchvision's Resize and CenterCrop, whose centre may lie one pixel further; uint8."""
     return _crop(image_HWC, size, lambda room: round(room / 2))
 
 
 def letterbox(image_HWC: np.ndarray, size: int) -> np.ndarray:
-    """The longer side scaled to `size` (bicubic), black added to the shorter one on both sides: HPSv2's.
+    """Scale the longer side to `size` (bicubic) and pad the shorter one with black on both sides, as HPSv2 does.
 
-    float32, and not cut off at 0 and 255: the original scales a tensor. It does so by the `ResizeMaxSize` in
-    github.com/tgxs002/HPSv2, hpsv2/src/open_clip/transform.py, under torchvision 0.17 or later, which smooths as it
-    makes smaller; under earlier ones it doesn't, and scores differ.
+    The result is float32 and not clipped to 0..255, because the original scales a tensor: `ResizeMaxSize` of
+    github.com/tgxs002/HPSv2, hpsv2/src/open_clip/transform.py, with torchvision 0.17 or later. Earlier versions of
+    torchvision do not smooth when they shrink an image, and give other scores.
     """
     height, width = image_HWC.shape[:2]
     scale = size / max(height, width)

@@ -1,7 +1,7 @@
 """The implicit reward: how much better a tuned model denoises an image than its reference does.
 
-Diffusion-DPO trains a model to be its own judge (arXiv 2311.12908, equation 8 and section 5.4): its reward of an image
-is `beta log p_tuned / p_reference` up to what depends on the caption alone, estimated at several timesteps.
+A model trained by Diffusion-DPO defines a reward (arXiv 2311.12908, equation 8 and section 5.4): that of an image is
+`beta log p_tuned / p_reference`, up to a term that depends on the caption alone. It is estimated at several timesteps.
 
 Axes: N images, D draws of a timestep and noise, H x W pixels, h x w latent cells, C channels.
 """
@@ -27,23 +27,26 @@ from dpo_jax.rewards.batches import Batches, fitted
 from dpo_jax.sharding import on_mesh, replicated
 
 BETA = 5000.0
-"""Of the published runs; another one only scales the reward."""
+"""The value of the published runs; another value only scales the reward."""
 DRAWS = 10
-"""As the paper's protocol has it."""
+"""Timesteps per image, as in the paper."""
 
 
 def open_implicit(source: str, settings: Settings) -> Reward:
-    """The reward that `TUNED:REFERENCE` is, two models that `load_pipeline` opens: folders, hub ids or files.
+    """Open the reward of `TUNED:REFERENCE`, two models (folders, hub ids or files) that `load_pipeline` opens.
 
-    The reference's VAE, text encoders and schedule serve both. Raises ValueError where the two UNets are unlike.
+    Both use the reference's VAE, text encoders and schedule. Raises UserError where the structures of the UNets differ.
     """
-    # Not the colon of gs://bucket.
+    # The colon of gs://bucket does not count.
     names = re.split(r":(?!//)", source)
     if len(names) != 2 or not all(names):
         raise UserError(f"the judge implicit={source} needs two models, as in implicit=TUNED:REFERENCE")
     tuned, reference = (load_pipeline(name, dtype=settings.dtype) for name in names)
     if tuned.unet.specs != reference.unet.specs:
-        raise UserError(f"{names[0]} and {names[1]} have unlike UNets, so neither is tuned from the other")
+        raise UserError(
+            f"the UNets of {names[0]} and {names[1]} have different structures; give a tuned model and the one it was "
+            "tuned from"
+        )
     batches = Batches(settings)
     placement, family, vae = batches.placement, reference.family, reference.vae
     weights: Any = {
@@ -52,8 +55,8 @@ def open_implicit(source: str, settings: Settings) -> Reward:
     weights["policy"] = tuned.load("unet", dtype=settings.dtype, sharding=placement)
     resolution = (reference.unet.config.sample_size or 64) * reference.vae_factor
     sizes_16 = jnp.array([[resolution, resolution, 0, 0, resolution, resolution]], jnp.float32)
-    # The same for all images, so that those of one caption are compared under the same noise. The timesteps are the
-    # middles of equal parts of those trained on, where the paper draws them: fewer tell as much.
+    # All images get the same noises, so that images of one caption are compared fairly. The timesteps are evenly spaced
+    # over those trained on; the paper draws them at random, which needs more of them for the same precision.
     trained = reference.schedule.training_timesteps
     t_D = jnp.asarray(trained[((np.arange(DRAWS) + 0.5) / DRAWS * len(trained)).astype(int)])
 
@@ -90,14 +93,14 @@ def open_implicit(source: str, settings: Settings) -> Reward:
     tokenizers = load_tokenizers(reference.folder, reference.tokenizer_names, reference.text_sizes)
 
     def score(images: Images, captions: Sequence[str]) -> np.ndarray:
-        def rows(some: slice) -> tuple[np.ndarray, np.ndarray]:
+        def load(some: slice) -> tuple[np.ndarray, np.ndarray]:
             return fitted(images[some], _square, resolution), tokenizers(list(captions[some]))
 
-        return batches(jitted, weights, len(captions), rows)
+        return batches(jitted, weights, len(captions), load)
 
     return score
 
 
 def _square(image_HWC: np.ndarray, size: int) -> np.ndarray:
-    """As training sees it."""
+    """Return the image as training sees it."""
     return fit(Image.fromarray(image_HWC), size, View())[0]

@@ -1,4 +1,4 @@
-"""How small an image becomes as a JPEG: the rewards with a known answer of DDPO (arXiv 2305.13301) and D3PO."""
+"""The size of an image as a JPEG, as a reward: used by DDPO (arXiv 2305.13301) and D3PO."""
 
 import io
 
@@ -9,17 +9,17 @@ from dpo_jax.rewards import Reward, Settings
 
 
 def open_compressibility(source: str, settings: Settings) -> Reward:
-    """Higher is smoother."""
+    """Return the reward for smooth images: minus the size in kB."""
     return lambda images, captions: -np.asarray([kilobytes(image) for image in images], np.float32)
 
 
 def open_incompressibility(source: str, settings: Settings) -> Reward:
-    """Higher is busier."""
+    """Return the reward for detailed images: the size in kB."""
     return lambda images, captions: np.asarray([kilobytes(image) for image in images], np.float32)
 
 
 def kilobytes(image_HWC: np.ndarray) -> float:
-    """Thousands of bytes that Pillow needs at quality 95."""
+    """Return the size in kB (1000 bytes) of the image as Pillow's JPEG of quality 95."""
     buffer = io.BytesIO()
     Image.fromarray(image_HWC).save(buffer, format="JPEG", quality=95)
     return buffer.tell() / 1000

@@ -1,12 +1,15 @@
-"""Judges that are no part of dpo_jax: a Python function, a command or an HTTP endpoint, so a model of any framework.
+"""Judges outside of dpo_jax: a Python function, a command or an HTTP endpoint, with a model of any framework.
 
-A function is called with a list of images, uint8 [H, W, 3], and a list of their captions; it returns a number each.
+A function is called with a list of images, uint8 [H, W, 3], and a list of their captions. It returns one number per
+image.
 
-A command is started for each batch of images. It reads lines of {"image": path of a PNG file, "caption": ...} and
-prints a line for each in the same order, a number or {"score": number}. What takes long to load had better be an
-endpoint: it is sent {"images": [{"png_base64": ..., "caption": ...}, ...]} by POST and answers {"scores": [...]}.
+A command is started for every batch of images. It reads lines of {"image": path of a PNG file, "caption": ...} and
+prints one line for each in the same order: a number, or {"score": number}.
 
-Whatever goes wrong in one is an OSError of one sentence: nothing else is to be tried with the same judge.
+An endpoint suits models that take long to load. It receives {"images": [{"png_base64": ..., "caption": ...}, ...]} by
+POST and answers {"scores": [...]}.
+
+When such a judge fails, an EnvironmentFault says why in one sentence. It is not asked again.
 """
 
 import base64
@@ -37,9 +40,9 @@ LARGEST = float(np.finfo(np.float32).max)
 
 
 def open_function(source: str, settings: Settings) -> Reward:
-    """A judge that is a Python function, `module:function`, of the working directory or the environment.
+    """Open a Python function, `module:function`, in the working directory or the environment.
 
-    Raises ValueError where there is none, or importing its module fails.
+    Raises UserError where there is none, or importing its module fails.
     """
     function = _import(source)
 
@@ -54,13 +57,13 @@ def open_function(source: str, settings: Settings) -> Reward:
 
 
 def open_command(source: str, settings: Settings) -> Reward:
-    """A judge that is a command line, run without a shell. Raises ValueError where it can't be read as one."""
+    """Open a command line, which is run without a shell; raises UserError where its quotes do not match."""
     try:
         command = shlex.split(source)
     except ValueError as error:
-        raise UserError(f"command={source} is no command line: {error}") from None
+        raise UserError(f"command={source} is not a command line: {error}") from None
     if not command:
-        raise UserError("command= is followed by nothing: it needs a command line")
+        raise UserError("command= must be followed by a command line")
 
     def score(images: Images, captions: Sequence[str]) -> np.ndarray:
         with tempfile.TemporaryDirectory(prefix="dpo_jax_") as folder:
@@ -77,9 +80,9 @@ def open_command(source: str, settings: Settings) -> Reward:
 
 
 def open_http(source: str, settings: Settings) -> Reward:
-    """A judge that is an HTTP endpoint. Raises ValueError for an address of another kind."""
+    """Open an HTTP endpoint; raises UserError for a URL that is not one of HTTP."""
     if not source.startswith(("http://", "https://")):
-        raise UserError(f"http={source} is no address: it begins with http:// or https://")
+        raise UserError(f"http={source} is not a URL that begins with http:// or https://")
 
     def score(images: Images, captions: Sequence[str]) -> np.ndarray:
         entries = [
@@ -103,7 +106,7 @@ def open_http(source: str, settings: Settings) -> Reward:
 def _import(source: str) -> Callable[..., Any]:
     module_name, _, name = source.partition(":")
     if not module_name or not name:
-        raise UserError(f"python={source} names no function; write python=module:function")
+        raise UserError(f"python={source} does not name a function; write python=module:function")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -122,10 +125,10 @@ def _import(source: str) -> Callable[..., Any]:
 
 
 def _run(command: Sequence[str], lines: str, timeout: float) -> str:
-    """What the command prints."""
+    """Return what the command prints."""
     name, pipe = shlex.join(command), subprocess.PIPE
     try:
-        # A session of its own, to end with it whatever it has started.
+        # It gets a session of its own, so that whatever it has started can be ended with it.
         process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace", start_new_session=True
         )
@@ -162,7 +165,7 @@ def _post(address: str, body: bytes, timeout: float) -> str:
 
 
 def _scores(judge: str, lines: Sequence[str], captions: Sequence[str]) -> np.ndarray:
-    """The numbers of as many lines as there are captions."""
+    """Return the numbers of these lines, one per caption."""
     if len(lines) != len(captions):
         raise EnvironmentFault(f"{judge} gives {len(lines)} scores for {len(captions)} images")
     values: list[float] = []
@@ -173,7 +176,7 @@ def _scores(judge: str, lines: Sequence[str], captions: Sequence[str]) -> np.nda
         except (ValueError, KeyError):
             value = None
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not abs(value) <= LARGEST:  # nor is NaN
+        if not is_number or not abs(value) <= LARGEST:  # this is also true for NaN
             raise EnvironmentFault(f"{judge} gives {_short(line)} for the caption {caption!r}; it should be a number")
         values.append(value)
     return np.asarray(values, np.float32)
@@ -190,6 +193,6 @@ def _told(error: Exception) -> str:
 
 
 def _short(text: str) -> str:
-    """On one line, and no longer than it is read."""
+    """Return the text on one line, cut to 200 characters."""
     text = " ".join(text.split())
     return (text if len(text) <= 200 else f"{text[:200]}...") or "nothing"

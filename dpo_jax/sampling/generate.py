@@ -1,4 +1,4 @@
-"""Images from captions: the sampler, the text encoders and the VAE in one jitted function.
+"""Samples images from captions: text encoders, sampler and VAE in one jitted function.
 
 Axes: N images, E text encoders, L tokens, H x W pixels, h x w latent cells, C channels.
 """
@@ -30,26 +30,26 @@ MAX_SEED = 2**32 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How images are drawn."""
+    """How images are sampled."""
 
     steps: int
     """Denoising steps."""
     guidance: float
     """Classifier-free guidance scale; 1 or less turns it off."""
     sampler: str = ""
-    """One of `diffusion.samplers.SAMPLERS`; "" is the one that the model's scheduler means."""
+    """One of `diffusion.samplers.SAMPLERS`; "" is the one that the model's scheduler stands for."""
     eta: float = 0.0
-    """DDIM's share of noise that is drawn anew, 0 to 1."""
+    """Share of fresh noise in each step of DDIM, 0 to 1."""
     guidance_rescale: float = 0.0
-    """How far guided predictions are brought back to the spread of the plain ones, 0 to 1 (arXiv 2305.08891)."""
+    """How far guided predictions are rescaled to the deviation of unguided ones, 0 to 1 (arXiv 2305.08891)."""
     negative_prompt: str = ""
-    """What guidance leads away from; "" is the empty caption, as the model embeds it."""
+    """The caption that guidance leads away from; "" is the empty caption, as the model embeds it."""
     strength: float = 1.0
-    """With images to begin from: the share of the steps that are taken, the last ones."""
+    """With images to start from: the share of the steps that are run; these are the last ones."""
 
 
 def plan_sampling(pipeline: Pipeline, sampling: Sampling, resolution: int) -> tuple[tuple[int, int, int], SamplerTable]:
-    """Shape of an image's latents, and the sampler's table. Raises ValueError where the model can't be sampled so."""
+    """Return the shape of an image's latents and the sampler's table; raises UserError where the model cannot do it."""
     cells, rest = divmod(resolution, pipeline.vae_factor)
     halvings = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
     if rest or cells % halvings or cells < 1:
@@ -60,24 +60,24 @@ def plan_sampling(pipeline: Pipeline, sampling: Sampling, resolution: int) -> tu
 
 
 class Generator:
-    """Samples images.
+    """Samples images from captions and seeds.
 
-    Compiles once for all captions, seeds and UNet weights (once more for weights with a LoRA, and with images to begin
-    from). The image of a caption and seed depends on nothing else, but for rounding: neither on the batch nor on the
-    devices.
+    It compiles once for all captions, seeds and UNet weights (again for weights with a LoRA, and for images to start
+    from). Up to rounding, the image of a caption and seed depends neither on the batch nor on the devices.
 
     Args:
         pipeline: the model's structure.
-        encoders: gives the weights of the VAE and the text encoders by component; called before images are sampled, and
-            what it returns is not kept.
+        encoders: returns the weights of the VAE and the text encoders by component; called before images are sampled,
+            and its result is not kept.
         tokenizers: the model's own.
-        placement: where the weights lie; every batch is split over its mesh.
-        sampling: how.
-        resolution: pixels, height and width.
-        batch_size: images sampled at a time; rounded up to what the mesh divides.
-        report: is told of images whose numbers are not finite, which are black then; by default they are an error.
+        placement: how the weights are distributed; every batch is split over its mesh.
+        sampling: how images are sampled.
+        resolution: height and width in pixels.
+        batch_size: images sampled at a time; rounded up to a multiple that the mesh divides.
+        report: called with a message about images with values that are not finite, which are black; by default such
+            images are an error.
 
-    Raises ValueError for what the model can't be sampled with.
+    Raises UserError for settings that the model cannot be sampled with.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Generator:
         self._generate = jax.jit(on_mesh(mesh, generate), out_shardings=replicated(mesh))
 
     def starting_noise(self, seeds_N: Sequence[int] | jax.Array) -> jax.Array:
-        """Standard normal x_T, [N, h, w, C]: that of an image is a function of its seed alone."""
+        """Return standard normal x_T, [N, h, w, C]; that of an image depends on its seed alone."""
         return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), self.latent_shape))(
             jnp.asarray(seeds_N, jnp.uint32)
         )
@@ -153,7 +153,7 @@ class Generator:
         seeds: Sequence[int],
         images: Sequence[np.ndarray] | None = None,
     ) -> np.ndarray:
-        """One uint8 image [H, W, 3] for each pair of caption and seed; see `batches`."""
+        """Return uint8 images [N, H, W, 3], one for each pair of caption and seed; see `batches`."""
         return np.concatenate(list(self.batches(unet, captions, seeds, images)))
 
     def batches(
@@ -163,18 +163,18 @@ class Generator:
         seeds: Sequence[int],
         images: Sequence[np.ndarray] | None = None,
     ) -> Iterator[np.ndarray]:
-        """The images in order, uint8 [up to `batch_size`, H, W, 3] at a time, the next in the making meanwhile.
+        """Yield the images in order, uint8 [up to `batch_size`, H, W, 3] at a time, while the next batch is computed.
 
         Args:
-            unet: its weights, where `placement` has them.
-            captions: one an image.
-            seeds: one an image, 0 to `MAX_SEED`: all that is random follows from it.
-            images: to begin from, uint8 [H, W, 3] of `resolution`; None begins from noise.
+            unet: weights of the UNet, distributed as `placement` says.
+            captions: one per image.
+            seeds: one per image, 0 to `MAX_SEED`; all randomness follows from it.
+            images: images to start from, uint8 [H, W, 3] of `resolution`; None starts from noise.
 
-        Raises ValueError for images whose numbers are not finite, unless they are reported.
+        Raises UserError for images with values that are not finite, unless these are reported.
         """
         if len(seeds) and not 0 <= min(seeds) <= max(seeds) <= MAX_SEED:
-            raise UserError(f"seeds {min(seeds)} to {max(seeds)} must be in 0..{MAX_SEED}")
+            raise UserError(f"seeds {min(seeds)} to {max(seeds)} must be from 0 to {MAX_SEED}")
         frozen = {name: params for name, params in self._encoders().items() if name in self._components}
 
         def fetched(batch: tuple[jax.Array, jax.Array], of_batch: range) -> np.ndarray:
@@ -199,13 +199,13 @@ class Generator:
             yield fetched(*pending)
 
     def _check(self, black: Sequence[int], captions: Sequence[str], seeds: Sequence[int]) -> None:
-        """Tells of the images that are not finite."""
+        """Report images with values that are not finite, or raise UserError."""
         if not black:
             return
         more = f" and {len(black) - 1} more" if len(black) > 1 else ""
         message = (
-            f"the image of {captions[black[0]]!r}, seed {seeds[black[0]]}{more} came out black: its numbers are not "
-            "finite (NaN or infinity); try dtype and vae_dtype float32 or another VAE, and if that does not help the "
+            f"the image of {captions[black[0]]!r}, seed {seeds[black[0]]}{more} came out black: its values are not "
+            "finite (NaN or infinity); try dtype and vae_dtype float32 or another VAE. If that does not help, the "
             "weights are damaged"
         )
         if self._report is None:

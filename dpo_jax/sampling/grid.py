@@ -7,6 +7,6 @@ from dpo_jax.files import writing
 
 
 def save_png(path: epath.PathLike, image: Image.Image) -> None:
-    """Writes the image, and its folder where there is none: whole, or not at all."""
+    """Write the image, whole or not at all, and create its folder if needed."""
     with writing(path) as file:
         image.save(file, format="PNG")

@@ -1,8 +1,8 @@
-"""Folders of generated images and the prompts they were made for: what `sample` writes and others read.
+"""Folders of generated images with their prompts: `sample` writes them, `evaluate` and `vote` read them.
 
-`prompts.jsonl` has a line for each image: {"image": its file, "prompt": ..., "seed": ..., "category": ...}. Folders
-that other programs made may instead hold a caption beside each image (`a.png`, `a.txt`), or names that begin with the
-number of the prompt's line in a file, from 0 (`00012.png`, `00012-3.png`).
+`prompts.jsonl` has one line per image: {"image": its file, "prompt": ..., "seed": ..., "category": ...}. In folders
+that other programs made there may instead be a caption beside each image (`a.png`, `a.txt`), or the images' names begin
+with the number of the prompt's line in a file, counted from 0 (`00012.png`, `00012-3.png`).
 """
 
 import collections
@@ -27,7 +27,7 @@ class Entry(NamedTuple):
     """One image of a folder."""
 
     image: str
-    """File name in the folder."""
+    """The name of its file in the folder."""
     prompt: str
     seed: int
     category: str = ""
@@ -41,34 +41,34 @@ class _Line(TypedDict):
 
 
 def image_name(index: int, prompt: str, seed: int) -> str:
-    """A file name that tells prompt and seed: `00003_a-red-square_7.png`."""
+    """Return a file name made of number, prompt and seed: `00003_a-red-square_7.png`."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:60].strip("-")
     return f"{index:05d}_{words}_{seed}.png"
 
 
 def write_list(folder: epath.PathLike, entries: Sequence[Entry]) -> None:
-    """Writes `prompts.jsonl`, whole or not at all."""
+    """Write `prompts.jsonl`, whole or not at all."""
     lines = [json.dumps({k: v for k, v in entry._asdict().items() if v != ""}) for entry in entries]
     write_whole(epath.Path(folder) / LIST, "".join(f"{line}\n" for line in lines))
 
 
 def read_list(folder: epath.PathLike, prompts: Sequence[Prompt] = ()) -> list[Entry]:
-    """The images of a folder that exist, in the order of `prompts.jsonl` or of their names.
+    """Return the images of a folder, in the order of `prompts.jsonl`, otherwise of their names.
 
     Args:
-        folder: holds the images.
-        prompts: what numbers in the names of images refer to, for folders without `prompts.jsonl` and captions; with
-            the lines that repeat a prompt, as `read_prompts(..., repeated=True)` has them.
+        folder: contains the images.
+        prompts: the prompts that numbers in the names of images refer to, for folders without `prompts.jsonl` and
+            captions. They include lines that repeat a prompt, as `read_prompts(..., repeated=True)` returns them.
 
-    Raises FileNotFoundError or ValueError, with the reason, for a folder that isn't one of generated images, and for
-    lists that name files outside of it.
+    Raises MissingFileError or UserError for a folder without images or without their prompts, and for lists that name
+    files outside of it.
     """
     folder = epath.Path(folder)
     if not folder.is_dir():
-        raise MissingFileError(f"no folder of images at {folder}; python -m dpo_jax.sample makes one")
+        raise MissingFileError(f"there is no folder of images at {folder}; python -m dpo_jax.sample makes one")
     entries = _listed(folder) if (folder / LIST).exists() else _found(folder, prompts)
     if not entries and (folder / LIST).exists():
-        raise UserError(f"{folder / LIST} lists no images")
+        raise UserError(f"{folder / LIST} lists no images; draw them again with python -m dpo_jax.sample")
     if not entries:
         raise UserError(f"{folder} has no images ({', '.join(SUFFIXES)})")
     return entries
@@ -87,7 +87,7 @@ def _listed(folder: epath.Path) -> list[Entry]:
 
 
 def _in_natural_order(path: epath.Path) -> list[tuple[int, str]]:
-    """Numbers in names by their size: `1-2.png` before `1-10.png`."""
+    """Return a sorting key by which numbers in names are compared as numbers: `1-2.png` before `1-10.png`."""
     parts = re.split(r"(\d+)", path.name)
     return [(int(part) if part.isascii() and part.isdigit() else -1, part) for part in parts]
 
@@ -106,8 +106,8 @@ def _found(folder: epath.Path, prompts: Sequence[Prompt]) -> list[Entry]:
             prompt = by_number[int(number[0])]
         else:
             raise UserError(
-                f"{path}: no prompt is known for it: it is in no {LIST}, has no caption {caption.name}, and its name "
-                f"does not begin with the number of a line, from 0, that has one of {len(prompts)} prompts"
+                f"{path} has no known prompt: the folder has no {LIST}, there is no caption {caption.name}, and its "
+                f"name does not begin with the number of one of the {len(prompts)} prompts, counted from 0"
             )
         entries.append(Entry(path.name, prompt.text, seen[prompt.text], prompt.category))
         seen[prompt.text] += 1

@@ -1,4 +1,4 @@
-"""A model to draw with, opened; its weights are loaded when they are first asked for."""
+"""A model that is ready to draw; its weights are loaded when they are first used."""
 
 import dataclasses
 import functools
@@ -26,27 +26,27 @@ from dpo_jax.weights.lora_files import Adapter, Array, Merged, lora_files_of, re
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model with whatever has been added to it."""
+    """A model that is ready to draw, with the LoRA that was added to it, if any."""
 
     pipeline: Pipeline
     placement: Placement
     fingerprint: str
-    """Tells it from other models."""
+    """Identifies the model, its LoRA, and the step of a training run."""
     load_unet: Callable[[], Params]
     load_encoders: Callable[[], Mapping[str, Params]]
     sampling: Sampling
-    """How it is drawn with unless one says otherwise."""
+    """How images are sampled by default."""
     resolution: int
-    """Likewise, in pixels."""
+    """Height and width of images by default, in pixels."""
 
     @functools.cached_property
     def unet(self) -> Params:
-        """In the compute dtype, as `placement` has it."""
+        """Weights of the UNet, in the compute dtype, distributed as `placement` says."""
         return self.load_unet()
 
     @functools.cached_property
     def encoders(self) -> Mapping[str, Params]:
-        """VAE and text encoders."""
+        """Weights of the VAE and the text encoders, by component."""
         return self.load_encoders()
 
     @functools.cached_property
@@ -54,7 +54,7 @@ class LoadedModel:
         return load_tokenizers(self.pipeline.folder, self.pipeline.tokenizer_names, self.pipeline.text_sizes)
 
     def generator(self, sampling: Sampling, *, resolution: int, batch_size: int) -> Generator:
-        """Loads nothing yet; give it `unet` to draw with."""
+        """Return a generator, which loads no weights yet; call it with `unet`."""
         return Generator(
             self.pipeline,
             lambda: self.encoders,
@@ -132,18 +132,18 @@ def open_model(
     fsdp: int = 1,
     **options: Any,
 ) -> LoadedModel:
-    """Opens a model that nobody need have trained here.
+    """Return the loaded model of a folder, a hub id or a file; for training runs see `training.run`.
 
     Args:
         model: a folder, a hub id or a single file.
         lora: a LoRA to add: a file, its folder, or a hub id.
-        lora_scale: what it is multiplied by.
-        dtype: that everything is computed and kept in.
-        vae_dtype: that of the VAE, if another.
-        fsdp: devices that one copy of the weights is split over; others hold further copies.
-        options: further ones of `load_pipeline`.
+        lora_scale: factor that the LoRA is multiplied by.
+        dtype: compute dtype, and that of the weights in memory.
+        vae_dtype: the same for the VAE, if it differs.
+        fsdp: devices that share one copy of the weights; further devices hold further copies.
+        options: further arguments of `load_pipeline`.
 
-    Raises FileNotFoundError or ValueError as `load_pipeline` does.
+    Raises MissingFileError or UserError as `load_pipeline` does.
     """
     pipeline = load_pipeline(model, dtype=dtype, vae_dtype=vae_dtype, **options)
     placement = Placement(make_mesh(fsdp=fsdp))
@@ -172,7 +172,7 @@ def load_encoders(
     adapters: Mapping[str, Adapter] = MappingProxyType({}),
     scale: float = 1.0,
 ) -> dict[str, Params]:
-    """VAE and text encoders, with `scale` times what a LoRA adds to these."""
+    """Return the weights of the VAE and the text encoders, with `scale` times what a LoRA adds to them."""
     encoders = {}
     for name in pipeline.components:
         if name in adapters and name != "unet" and not adapters[name].is_empty:
@@ -184,7 +184,7 @@ def load_encoders(
 
 
 def read_lora_for(pipeline: Pipeline, lora: str) -> dict[str, Adapter]:
-    """What a LoRA adds to the UNet and the text encoders of a model; see `read_adapters`."""
+    """Return what a LoRA adds to the UNet and the text encoders of a model; see `read_adapters`."""
     specs = {name: network.specs for name, network in pipeline.components.items() if name != "vae"}
     return read_adapters(find_lora(lora), specs, allow_nonfinite=pipeline.allow_nonfinite)
 
@@ -197,7 +197,7 @@ def add_lora(
     adapter: Adapter,
     scale: float,
 ) -> Params:
-    """A network with `scale` times a LoRA added to it (in float32, on the host), in the compute dtype."""
+    """Return a network plus `scale` times a LoRA, added in float32 on the host, in the compute dtype."""
     specs = pipeline.components[component].specs
     params, nonfinite = {}, []
     for name, value in Merged(weights, adapter, scale).items():
@@ -209,5 +209,5 @@ def add_lora(
 
 
 def lora_mark(lora: str, scale: float) -> str:
-    """What a LoRA adds to a model's fingerprint."""
+    """Return what a LoRA adds to a model's fingerprint."""
     return f" + {scale} x {fingerprint(lora_files_of(find_lora(lora)))}" if lora else ""

@@ -1,1 +1,1 @@
-"""The embedded default: a small captioned world and an SDXL-shaped model of it, to tune on a laptop."""
+"""The tiny world: captioned images of shapes, their exact judge, and an SDXL-shaped model to tune on a laptop."""

@@ -1,7 +1,7 @@
-"""The exact judge of the tiny world: it reads shape, colour and place from the pixels. Nothing in it was trained.
+"""The exact judge of the tiny world: it reads shape, colour and place from the pixels, and nothing in it is learned.
 
-The image is split into object and background by colour; the object's outline is compared with every drawing the
-world can make, its average colour with every colour that has a name.
+It separates the object from the background by colour. It then compares the object's outline with every drawing that the
+world can make, and the object's average colour with every colour that has a name.
 
 Axes: N images, H x W pixels, C colour channels, M possible drawings.
 """
@@ -22,7 +22,7 @@ MAX_PLACE_DISTANCE = 4.0  # pixels, in each direction, beyond which a place has 
 
 
 class Reading(NamedTuple):
-    """What is seen in an image; None for what has no name in this world."""
+    """What an image shows; None for what has no name in this world."""
 
     shape: str | None
     colour: str | None
@@ -30,22 +30,22 @@ class Reading(NamedTuple):
 
 
 def open_shapes(source: str, settings: object) -> Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]:
-    """Open the judge as `dpo_jax.rewards.JUDGES` does; it needs no files and has no settings."""
+    """Open the judge, as `dpo_jax.rewards.JUDGES` does; it needs no files and ignores the settings."""
     return lambda images, captions: score(np.stack(list(images)), captions)
 
 
 def score(images_NHWC: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-    """The fraction of a caption's shape, colour and place that its image shows: float32 [N] of 0, 1/3, 2/3, 1."""
+    """Return the share of a caption's shape, colour and place that its image shows: float32 [N] of 0, 1/3, 2/3, 1."""
     readings = read(images_NHWC)
     if len(readings) != len(captions):
-        raise UserError(f"{len(readings)} images but {len(captions)} captions: give one caption an image")
+        raise UserError(f"there are {len(readings)} images but {len(captions)} captions; give one caption per image")
     wanted = [world.parse(caption) for caption in captions]
     points_N3 = [[a == b for a, b in zip(seen, want, strict=True)] for seen, want in zip(readings, wanted, strict=True)]
     return np.asarray(points_N3, np.float32).reshape(-1, 3).mean(axis=1)
 
 
 def read(images_NHWC: np.ndarray) -> list[Reading]:
-    """Shape, colour and place of the one object in each 32 x 32 image."""
+    """Return shape, colour and place of the object in each uint8 image [32, 32, 3]."""
     images_NHWC = np.asarray(images_NHWC)
     if images_NHWC.dtype != np.uint8 or images_NHWC.shape[1:] != (world.SIZE, world.SIZE, 3):
         raise UserError(
@@ -89,7 +89,7 @@ def _nearest(names: list[str], distances: np.ndarray, limit: float) -> str | Non
 
 @functools.cache
 def _drawings() -> tuple[np.ndarray, list[str], np.ndarray]:
-    """Outlines of every shape at every pixel and three sizes, each of norm 1; with their shapes and centres."""
+    """Return outlines_MP of every shape at every pixel and in three sizes, of norm 1, with their shapes and centres."""
     centres = [(down, right) for down in range(4, world.SIZE - 3) for right in range(4, world.SIZE - 3)]
     kinds = [(s, c, r) for s in world.SHAPES for r in np.linspace(*world.RADII, 3) for c in centres]
     drawings_MP = np.stack([world.draw(*kind).ravel() for kind in kinds]).astype(np.float32)

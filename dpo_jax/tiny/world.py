@@ -29,19 +29,19 @@ NOISE = 3.0  # standard deviation of the noise on every pixel, in grey levels
 
 
 def captions() -> list[str]:
-    """Every caption of this world, in a fixed order: `a red circle at the top left` and so on."""
+    """Return every caption of this world in a fixed order, beginning with `a red circle at the top left`."""
     return [f"a {colour} {shape} at the {place}" for colour, shape, place in itertools.product(COLOURS, SHAPES, PLACES)]
 
 
 def split() -> tuple[list[str], list[str]]:
-    """The captions to train on (70%) and those held out (30%); always the same ones."""
+    """Return the captions to train on (70%) and those held out (30%); they are always the same."""
     shuffled = np.random.default_rng(0).permutation(captions()).tolist()
     num_train = int(0.7 * len(shuffled))
     return shuffled[:num_train], shuffled[num_train:]
 
 
 def parse(caption: str) -> tuple[str, str, str]:
-    """The (shape, colour, place) that a caption names."""
+    """Return the (shape, colour, place) that a caption names; raises UserError for other captions."""
     words = caption.lower().split()
     try:
         [shape] = set(words) & set(SHAPES)
@@ -49,14 +49,14 @@ def parse(caption: str) -> tuple[str, str, str]:
         [place] = [place for place in PLACES if place in " ".join(words)]
     except ValueError:
         raise UserError(
-            f"caption {caption!r} is not of the tiny world: it needs one shape of {SHAPES}, one colour of "
+            f"the caption {caption!r} is not of the tiny world; it must name one shape of {SHAPES}, one colour of "
             f"{tuple(COLOURS)} and one place of {tuple(PLACES)}"
         ) from None
     return shape, colour, place
 
 
 def draw(shape: str, centre: tuple[float, float], radius: float) -> np.ndarray:
-    """How much of each pixel the shape covers: float [H, W] in 0..1, edges smooth (each pixel is 4 x 4 samples)."""
+    """Return the share of each pixel that the shape covers, float [H, W] from 0 to 1, from 4 x 4 samples per pixel."""
     samples = (np.arange(4 * SIZE) + 0.5) / 4
     y, x = samples[:, None] - centre[0], samples[None, :] - centre[1]
     if shape == "circle":
@@ -73,7 +73,7 @@ def draw(shape: str, centre: tuple[float, float], radius: float) -> np.ndarray:
 
 
 def render(caption: str, rng: np.random.Generator) -> np.ndarray:
-    """An image of the caption, uint8 [H, W, C]; place, radius, grey and noise vary with `rng`."""
+    """Return an image of the caption, uint8 [H, W, C]; place, radius, grey and noise vary with `rng`."""
     shape, colour, place = parse(caption)
     down, right = PLACES[place] + rng.uniform(-JITTER, JITTER, 2)
     cover_HW1 = draw(shape, (down, right), rng.uniform(*RADII))[..., None]

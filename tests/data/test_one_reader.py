@@ -15,7 +15,7 @@ import dpo_jax
 from dpo_jax.data.images import View, read, read_image
 from dpo_jax.data.prepare import builder
 from dpo_jax.data.sources import SOURCES
-from dpo_jax.evaluation import html_report, judge
+from dpo_jax.evaluation import html_report, judge_contest
 from dpo_jax.sampling import draw
 from dpo_jax.voting import study
 
@@ -54,7 +54,7 @@ def prepare(file: Path) -> None:
 
 
 def evaluate(file: Path) -> None:
-    list(judge._chunks([epath.Path(file)], "", lambda *_: None))
+    list(judge_contest._chunks([epath.Path(file)], "", lambda *_: None))
 
 
 def vote(file: Path) -> None:
@@ -119,7 +119,7 @@ def test_judges_see_what_training_sees(tmp_path: Path) -> None:
     alpha[:3, :, 3] = 0
     Image.fromarray(alpha).save(clear)
     Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(grey)
-    ((_, images),) = judge._chunks(list(map(epath.Path, (turned, clear, grey))), "", lambda *_: None)
+    ((_, images),) = judge_contest._chunks(list(map(epath.Path, (turned, clear, grey))), "", lambda *_: None)
     np.testing.assert_array_equal(images[0], pixels)
     np.testing.assert_array_equal(images[1], np.where(np.arange(6)[:, None, None] < 3, 255, pixels))
     np.testing.assert_array_equal(images[2], np.broadcast_to(pixels[..., :1], pixels.shape))

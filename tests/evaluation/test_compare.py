@@ -44,9 +44,9 @@ def test_a_list_of_prompts_chooses_and_says_the_categories(folders):
     assert contest.captions == ["b", "a", "a"]
     assert contest.categories == ["y"]
     assert contest.left_out == 1
-    with pytest.raises(ValueError, match="no image of the same prompt"):
+    with pytest.raises(ValueError, match="no prompt in common"):
         match(folders, [Prompt("c")])
-    with pytest.raises(ValueError, match=r"only one prompt in common \('a'\); an interval over prompts needs two"):
+    with pytest.raises(ValueError, match=r"only one prompt in common \('a'\); confidence intervals need two"):
         match(folders, [Prompt("a")])
 
 

@@ -23,11 +23,14 @@ def test_importing_the_table_starts_no_jax() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("beauty", "there is no judge 'beauty'; those that come with dpo_jax are shapes, clipscore, "),
-        ("shapes=models/x", "the judge shapes is opened by its name alone, not by 'shapes=models/x'"),
-        ("hpsv2", "the judge hpsv2 needs HPS_v2_compressed.pt of xswu/HPSv2 on the hub, converted to .safetensors: "),
+        ("beauty", "there is no judge 'beauty'; choose one of shapes, clipscore, "),
+        ("shapes=models/x", "the judge 'shapes=models/x' takes nothing after its name; write shapes"),
+        (
+            "hpsv2",
+            "the judge hpsv2 needs HPS_v2_compressed.pt of xswu/HPSv2 on the hub, converted to .safetensors; write ",
+        ),
         ("imagereward=", "the judge imagereward needs ImageReward.pt of "),
-        ("command", "the judge command needs a command line: command=..."),
+        ("command", "the judge command needs a command line; write command=..."),
     ],
 )
 def test_specs_that_name_no_judge(spec: str, message: str) -> None:
@@ -38,8 +41,8 @@ def test_specs_that_name_no_judge(spec: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ([BLACK, BLACK], "2 images but 1 captions: give one caption an image"),
-        ([BLACK / 255], r"looks at uint8 images \[H, W, 3\], not float64 \[4, 6, 3\]"),
+        ([BLACK, BLACK], "there are 2 images but 1 captions; give one caption per image"),
+        ([BLACK / 255], r"reads uint8 images \[H, W, 3\], not float64 \[4, 6, 3\]"),
         ([BLACK[..., :1]], r"not uint8 \[4, 6, 1\]"),
         ([BLACK[:0]], r"not uint8 \[0, 6, 3\]"),
     ],

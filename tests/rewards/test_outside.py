@@ -86,8 +86,8 @@ def test_functions_that_fail(function: Callable[[str], str], returned: str, mess
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("my_judge", "names no function; write python=module:function"),
-        (":score", "names no function"),
+        ("my_judge", "does not name a function; write python=module:function"),
+        (":score", "does not name a function"),
         ("no_such:score", "can't be opened: there is no module no_such in the working directory or the environment"),
         ("my_judge.inner:score", "can't be opened: importing my_judge.inner raises ImportError: no GPU here"),
         ("my_judge:score", "can't be opened: importing my_judge raises ImportError: no GPU here"),
@@ -149,9 +149,9 @@ def test_commands_that_fail(code: str, message: str) -> None:
 def test_commands_that_are_none() -> None:
     with pytest.raises(OSError, match=r"^the judge nowhere/judge --fast can't be run: No such file or directory$"):
         open_judge("command=nowhere/judge --fast").score(IMAGES, CAPTIONS)
-    with pytest.raises(ValueError, match="command='x is no command line: No closing quotation"):
+    with pytest.raises(ValueError, match="command='x is not a command line: No closing quotation"):
         open_judge("command='x")
-    with pytest.raises(ValueError, match="command= is followed by nothing"):
+    with pytest.raises(ValueError, match="command= must be followed by a command line"):
         open_judge("command= ")
 
 
@@ -243,5 +243,5 @@ def test_an_endpoint_that_hangs_or_is_not_there(serve: Callable[[Answer], str]) 
         open_judge(f"http={address}", timeout=0.2).score(IMAGES, CAPTIONS)
     with pytest.raises(ConnectionError, match=r"at http://127\.0\.0\.1:1/ can't be asked: .*Connection refused"):
         open_judge("http=http://127.0.0.1:1/").score(IMAGES, CAPTIONS)
-    with pytest.raises(ValueError, match=r"http=127\.0\.0\.1:8000 is no address"):
+    with pytest.raises(ValueError, match=r"http=127\.0\.0\.1:8000 is not a URL"):
         open_judge("http=127.0.0.1:8000")

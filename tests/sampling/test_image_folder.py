@@ -38,7 +38,7 @@ def test_folders_of_other_programs(tmp_path):
     assert read_list(tmp_path, prompts) == expected
     (tmp_path / "00001.txt").write_text("a caption of its own\n")
     assert Entry("00001.jpg", "a caption of its own", 0) in read_list(tmp_path, prompts)
-    with pytest.raises(ValueError, match=r"00001-2.png: no prompt is known for it"):
+    with pytest.raises(ValueError, match=r"00001-2.png has no known prompt"):
         read_list(tmp_path, prompts[:1])
 
 
@@ -64,7 +64,7 @@ def test_numbers_are_lines_of_the_file_whatever_is_repeated_or_blank(tmp_path):
     with_numbers = {entry.image: entry.prompt for entry in read_list(tmp_path, prompts)}
     assert all(with_numbers[entry.image] == entry.prompt for entry in drawn)
     _image(tmp_path / "00003.png")
-    with pytest.raises(ValueError, match=r"00003.png: no prompt is known for it"):
+    with pytest.raises(ValueError, match=r"00003.png has no known prompt"):
         read_list(tmp_path, prompts)
 
 

@@ -104,7 +104,7 @@ def test_images_that_are_not_finite_are_an_error_or_reported(folder, tmp_path, c
     drawn = allowed.generator(sampling, resolution=32, batch_size=2)(allowed.unet, ["a", "b", "c"], [5, 6, 7])
     assert drawn.shape == (3, 32, 32, 3)
     told = capsys.readouterr().err
-    assert "the image of 'a', seed 5 and 1 more came out black: its numbers are not finite" in told
+    assert "the image of 'a', seed 5 and 1 more came out black: its values are not finite" in told
     assert "the image of 'c', seed 7 came out black" in told
 
     opened = open_model(str(folder / "model"), dtype=jnp.float32)

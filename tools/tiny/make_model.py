@@ -1,9 +1,9 @@
-"""Writes the tiny SDXL-shaped model with an untrained UNet: the diffusers folder whose training gives the shipped one.
+"""Make the tiny SDXL-shaped model with an untrained UNet, a diffusers folder; training it gives the shipped model.
 
     python -m tools.tiny.make_model --vae=runs/tiny/vae --output=runs/tiny/untrained
 
-The text encoders stay as they are made here, random and frozen (DPO freezes real ones too): large token embeddings keep
-words apart, and that is all the UNet's cross-attention needs to learn what each of them means.
+The text encoders stay random and frozen, as DPO freezes those of real models. Large token embeddings keep words apart,
+which is all that the UNet's cross-attention needs to learn what each word means.
 """
 
 import json
@@ -89,7 +89,7 @@ SCHEDULER = {
 }
 MODEL_INDEX = {
     "_class_name": "StableDiffusionXLPipeline",
-    # The unconditional prediction is that of the empty caption, which training sees where it drops the caption.
+    # The unconditional prediction is that of the empty caption, which training sees when it drops the caption.
     "force_zeros_for_empty_prompt": False,
     "add_watermarker": None,
     "unet": ["diffusers", "UNet2DConditionModel"],
@@ -105,10 +105,10 @@ MODEL_INDEX = {
 
 
 def main() -> None:
-    """Writes every component, all of them or nothing."""
+    """Write all components, or nothing."""
     vae = epath.Path(VAE.value)
     if not (vae / "config.json").exists():
-        raise MissingFileError(f"no VAE in {vae}; make one with python -m tools.tiny.train_vae --output={vae}")
+        raise MissingFileError(f"there is no VAE in {vae}; make one with python -m tools.tiny.train_vae --output={vae}")
     with new_folder(OUTPUT.value) as folder:
         (folder / "vae").mkdir()
         for file in vae.iterdir():
@@ -131,8 +131,10 @@ def main() -> None:
 
 
 def spread_words(params: Params) -> Params:
-    """Random text weights under which words stay apart: token embeddings of unit variance, small positions, and linear
-    layers that keep the variance of their input, so that the end-of-text token hears the words before it."""
+    """Return random text weights that keep words apart: token embeddings of unit variance, small position embeddings.
+
+    Linear layers keep the variance of their input, so that the end-of-text token depends on the words before it.
+    """
     scale_of = {"token_embedding.embedding": 50.0, "position_embedding.embedding": 5.0, "kernel": 3**0.5}
     return {
         name: param * next((scale for end, scale in scale_of.items() if name.endswith(end)), 1.0)

@@ -1,8 +1,8 @@
-"""Makes the shipped preference pairs: the base model's own samples, labelled by the exact judge.
+"""Make the shipped preference pairs: samples of the base model, labelled by the exact judge.
 
     python -m tools.tiny.make_pairs --model=dpo_jax/tiny/model --output=dpo_jax/tiny/pairs.parquet
 
-For each training caption the base draws many images; two of unequal score make a pair, and no image is used twice.
+The base draws many images per training caption. Two images of unequal score make a pair, and no image is used twice.
 """
 
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ from tools.tiny import pairs
 
 MODEL = flags.DEFINE_string("model", None, "The base model's folder.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "Parquet file to write.", required=True)
-PAIRS = flags.DEFINE_integer("pairs", 1000, "Number of pairs at most.")
-SEEDS = flags.DEFINE_integer("seeds", 36, "Images to draw for each caption.")
+PAIRS = flags.DEFINE_integer("pairs", 1000, "Maximum number of pairs.")
+SEEDS = flags.DEFINE_integer("seeds", 36, "Images to draw per caption.")
 STEPS = flags.DEFINE_integer("steps", 20, "DDIM steps.")
 GUIDANCE = flags.DEFINE_float("guidance", 2.5, "Classifier-free guidance scale.")
 
 
 def main() -> None:
-    """Draws, judges and writes."""
+    """Draw the images, judge them, and write the pairs."""
     pipeline = load_pipeline(MODEL.value, dtype=jnp.float32)
     weights = {component: pipeline.load(component, dtype=jnp.float32) for component in pipeline.components}
     unet = weights.pop("unet")

@@ -1,8 +1,8 @@
-"""Writes rendered images of the world as pairs, to train the base on: the right image wins over a wrong one.
+"""Render images of the world as pairs to train the base on: the image of the caption wins over that of another.
 
     python -m tools.tiny.make_world --output=world.parquet --train=train.txt --heldout=heldout.txt
 
-Only training captions are used: those held out stay unseen by everything that is shipped. The text files list both.
+Only training captions are used, so that nothing that is shipped has seen the held-out ones. The text files list both.
 """
 
 from absl import flags
@@ -19,7 +19,7 @@ PAIRS = flags.DEFINE_integer("pairs", 2048, "Number of pairs.")
 
 
 def main() -> None:
-    """Writes the file."""
+    """Write the pairs and the lists of captions."""
     captions, heldout = world.split()
     pairs.write(OUTPUT.value, pairs.rendered_pairs(captions, PAIRS.value))
     for file, listed in ((TRAIN.value, captions), (HELDOUT.value, heldout)):

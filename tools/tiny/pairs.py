@@ -1,4 +1,4 @@
-"""Pairs of the tiny world: rendered ones to train the base on, judged samples to tune it with; and their parquet file.
+"""Pairs of the tiny world: rendered pairs to train the base on, pairs of judged samples to tune it on; and their file.
 
 Axes: N images, H x W pixels, C colour channels.
 """
@@ -22,18 +22,18 @@ Sampler = Callable[[Sequence[str], Sequence[int]], np.ndarray]
 
 
 class Pair(NamedTuple):
-    """Two images of one caption, uint8 [H, W, C], and what somebody thought of them."""
+    """Two images of one caption, uint8 [H, W, C], and which of them is better."""
 
     caption: str
     images: tuple[np.ndarray, np.ndarray]
     labels: tuple[float, float]
     """(1, 0) or (0, 1)."""
     model: str
-    """What made the images."""
+    """The model that drew the images."""
 
 
 def rendered_pairs(captions: Sequence[str], num_pairs: int) -> list[Pair]:
-    """Pairs whose first image shows its caption and whose second shows another one."""
+    """Return pairs whose first image shows the caption and whose second shows another one."""
     rng = np.random.default_rng(0)
     pairs = []
     for _ in range(num_pairs):
@@ -43,10 +43,10 @@ def rendered_pairs(captions: Sequence[str], num_pairs: int) -> list[Pair]:
 
 
 def judged_pairs(sample: Sampler, captions: Sequence[str], seeds_per_caption: int, num_pairs: int) -> list[Pair]:
-    """At most `num_pairs` pairs of samples that the judge scores unequally, in random order.
+    """Return at most `num_pairs` pairs of samples that the judge scores unequally, in random order.
 
-    Each caption is drawn `seeds_per_caption` times, no image is in two pairs, and the better one comes first as often
-    as second.
+    Each caption is drawn `seeds_per_caption` times. No image is in two pairs, and the better image is first in about
+    half of them.
     """
     rng = np.random.default_rng(0)
     drawn = [caption for caption in captions for _ in range(seeds_per_caption)]
@@ -62,7 +62,7 @@ def judged_pairs(sample: Sampler, captions: Sequence[str], seeds_per_caption: in
 
 
 def untied(scores_N: np.ndarray, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """Indices of disjoint pairs of unequal score, chosen and ordered at random."""
+    """Return the indices of disjoint pairs of unequal score, chosen and ordered at random."""
     waiting: list[int] = []
     pairs = []
     for i in rng.permutation(len(scores_N)).tolist():
@@ -76,9 +76,9 @@ def untied(scores_N: np.ndarray, rng: np.random.Generator) -> list[tuple[int, in
 
 
 def write(path: epath.PathLike, pairs: Sequence[Pair]) -> None:
-    """Writes a parquet file of the Pick-a-Pic schema, one pair a row.
+    """Write a parquet file of the Pick-a-Pic schema with one pair per row.
 
-    The images are PNG, and so stay exact, although the schema calls their columns jpg: readers look at the bytes.
+    The images are stored losslessly as PNG, although the schema calls the columns jpg: readers look at the bytes.
     """
     columns: dict[str, list] = {
         "caption": [pair.caption for pair in pairs],

@@ -1,7 +1,7 @@
-"""A CLIP-format tokenizer of about a thousand tokens: byte characters, merges learned here, two special tokens.
+"""A tokenizer in CLIP's format with about a thousand tokens: byte characters, learned merges, and two special tokens.
 
-Transformers' CLIPTokenizer reads the folder that `save` writes; a model of real size differs only in having 48,894
-merges (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909, gives the algorithm of `learn_merges`).
+Transformers' CLIPTokenizer reads the folder that `save` writes. A real model's tokenizer differs only in its number of
+merges, 48,894. The algorithm of `learn_merges` is from Sennrich et al. 2016 (https://arxiv.org/abs/1508.07909).
 """
 
 import collections
@@ -18,7 +18,7 @@ NUM_TOKENS = 1024
 MAX_LENGTH = 16
 START, END = "<|startoftext|>", "<|endoftext|>"
 
-# What people ordinarily write in prompts, so that these words too become few tokens.
+# Common words of prompts, so that these too become few tokens.
 PROMPT_WORDS = """
 a an the of in on at to with and or by from for is are under over near behind beside between around above below into
 left right top bottom center centre middle corner side front back upper lower small large big little tiny huge tall
@@ -35,14 +35,14 @@ one two three four five six seven eight nine ten fantasy future ancient modern c
 
 
 def byte_characters() -> list[str]:
-    """The 256 printable characters that stand for the 256 bytes in GPT-2's and CLIP's vocabularies, in CLIP's order."""
+    """Return the 256 characters that stand for the 256 bytes in GPT-2's and CLIP's vocabularies, in CLIP's order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = 256 - len(printable)
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(others)]
 
 
 def learn_merges(words: Iterable[str], num_merges: int) -> list[tuple[str, str]]:
-    """Byte-pair encoding: joins the most frequent neighbours again and again, first in the alphabet on a tie."""
+    """Return byte-pair merges: repeatedly of the most frequent neighbours, on a tie of the alphabetically first."""
     count_of = collections.Counter(words)
     pieces_of = {word: [*word[:-1], word[-1] + "</w>"] for word in count_of}
     merges: list[tuple[str, str]] = []
@@ -65,7 +65,7 @@ def learn_merges(words: Iterable[str], num_merges: int) -> list[tuple[str, str]]
 
 
 def save(folder: epath.PathLike, *, pad_token: str = END) -> int:
-    """Writes the tokenizer's four files; returns the number of its tokens."""
+    """Write the tokenizer's four files; return its number of tokens."""
     characters = byte_characters()
     alphabet = characters + [character + "</w>" for character in characters]
     words = PROMPT_WORDS.split() + " ".join(world.captions()).split()

@@ -1,4 +1,4 @@
-"""Trains the tiny model's VAE on images of its world: about 4 minutes on 2 CPU cores.
+"""Train the tiny model's VAE on images of its world; this takes about 4 minutes on 2 CPU cores.
 
     python -m tools.tiny.train_vae --output=runs/tiny/vae
 
@@ -23,8 +23,8 @@ from dpo_jax.weights.layout import Params
 
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write the VAE to.", required=True)
 STEPS = flags.DEFINE_integer("steps", 900, "Number of training steps.")
-BATCH = flags.DEFINE_integer("batch", 32, "Images a step.")
-LEARNING_RATE = flags.DEFINE_float("learning_rate", 2e-3, "Largest learning rate of Adam.")
+BATCH = flags.DEFINE_integer("batch", 32, "Images per step.")
+LEARNING_RATE = flags.DEFINE_float("learning_rate", 2e-3, "Peak learning rate of Adam.")
 
 CONFIG = {
     "_class_name": "AutoencoderKL",
@@ -40,11 +40,11 @@ CONFIG = {
     "norm_num_groups": 8,
     "force_upcast": False,
 }
-KL_WEIGHT = 1e-6  # as in Rombach et al.: only enough to keep the latents from drifting apart
+KL_WEIGHT = 1e-6  # as in Rombach et al.: just enough to keep the latents bounded
 
 
 def main() -> None:
-    """Trains, measures and writes the VAE."""
+    """Train the VAE, measure it, and write it."""
     config = VAEConfig.from_dict(CONFIG, "the tiny VAE")
 
     def make(rngs):
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def train(vae: Network, params: Params, captions: list[str]) -> Params:
-    """Adam on the squared error of the reconstruction plus a little Kullback-Leibler divergence."""
+    """Train by Adam on the squared error of the reconstruction plus a small Kullback-Leibler divergence."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE.value, STEPS.value // 20, STEPS.value)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
@@ -97,7 +97,7 @@ def train(vae: Network, params: Params, captions: list[str]) -> Params:
 
 
 def reconstruct(vae: Network, params: Params, images_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The latents (mean of the posterior) of uint8 images, and the uint8 images that they decode to."""
+    """Return the latents (posterior means) of uint8 images, and the uint8 images that they decode to."""
 
     @jax.jit
     def run(images_NHWC):
@@ -110,12 +110,12 @@ def reconstruct(vae: Network, params: Params, images_NHWC: np.ndarray) -> tuple[
 
 
 def images(captions: list[str], rng: np.random.Generator) -> np.ndarray:
-    """One new image a caption, uint8 [N, H, W, C]."""
+    """Return one new image per caption, uint8 [N, H, W, C]."""
     return np.stack([world.render(caption, rng) for caption in captions])
 
 
 def to_signed(images_NHWC: np.ndarray) -> jax.Array:
-    """uint8 images in [-1, 1]."""
+    """Return uint8 images scaled to [-1, 1]."""
     return jnp.asarray(images_NHWC, jnp.float32) / 127.5 - 1
 
 
