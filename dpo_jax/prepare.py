@@ -159,7 +159,7 @@ def is_source(source: str | None) -> bool:
 
 
 class Inputs(pydantic.BaseModel):
-    """The part of `summary.json` that says what was prepared."""
+    """The part of `summary.json` that says what was prepared; `source` is the help of the layout."""
 
     files: list[str]
     source: str
@@ -176,8 +176,9 @@ def already_prepared(output: Path, files: list[Path], source: str) -> int | None
     if not summary_file.is_file():
         return None
     summary: Inputs = read_json(summary_file, Inputs)
-    given = [str(file) for file in files], SOURCES[source].help, VALIDATION_FRACTION.value
-    if (summary.files, summary.source, summary.validation_fraction) != given:
+    layouts = {summary.source, SOURCES[source].help} & {known.help for known in SOURCES.values()}
+    given = [str(file) for file in files], VALIDATION_FRACTION.value
+    if (summary.files, summary.validation_fraction) != given or len(layouts) > 1:  # an earlier version's is not known
         raise ExistingFileError(
             f"{output} was prepared before, from another --input, --source or --validation_fraction; name another "
             "--output or remove it, or leave --input out to encode the data set that is there"
@@ -214,7 +215,7 @@ def encode(output: Path) -> None:
     with ProgressBar("rows", quiet=not cluster.is_first()) as bar:
         folder = encode_data(config, WORKERS.value, bar.say, bar.show)
     if cluster.is_first():
-        print(f"encodings are in {folder}")
+        print(f"latents and embeddings are in {folder}")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,10 @@ def test_the_bundled_pairs(tmp_path: Path, command: Command) -> None:
     assert (again.returncode, again.stderr) == (0, "")
     assert again.stdout == f"already prepared: {tmp_path}/out ({rows} records)\n"
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    file = tmp_path / "out" / "summary.json"
+    file.write_text(file.read_text().replace("Pick-a-Pic v1 and v2: ", "as an earlier version put it: "))
+    assert command("prepare", *arguments).returncode == 0
+    file.write_bytes(before[file])
     for other in ("--validation_fraction=0.2", "--source=open_image_preferences", f"--input={PAIRS},{PAIRS}"):
         again = command("prepare", *arguments, other)
         assert again.returncode == 1
@@ -98,7 +102,7 @@ def test_verify(tmp_path: Path, command: Command) -> None:
     done = command("prepare", "--verify", output)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(
-        f"error: 2 damaged in {tmp_path}/out: {shard} (its checksum is not the one in checksu"
+        f"error: {tmp_path}/out has 2 damaged parts: {shard} (its checksum is not the one in checksu"
     )
     assert len(done.stderr.splitlines()) == 1
     assert command("prepare", "--verify", output, "--input=x").stderr.startswith("error: --verify reads what is in")
@@ -147,12 +151,12 @@ def test_encodes_in_the_same_command_and_again(tmp_path: Path) -> None:
     done = prepare(*arguments, "--workers=2", *config)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "out" / "encoded").iterdir()
-    assert done.stdout.splitlines()[-1] == f"encodings are in {folder}"
+    assert done.stdout.splitlines()[-1] == f"latents and embeddings are in {folder}"
     # A slow machine reports some of them more than once.
     first_words = dict.fromkeys(line.split()[0] for line in done.stderr.splitlines())
     assert list(first_words) == ["captions", "images", "to", "time"]
     again = prepare(*arguments, *config)
-    assert (again.returncode, again.stdout, again.stderr) == (0, f"encodings are in {folder}\n", "")
+    assert (again.returncode, again.stdout, again.stderr) == (0, f"latents and embeddings are in {folder}\n", "")
     assert prepare(arguments[1], *config).stdout == again.stdout
     other = prepare(*arguments, "--validation_fraction=0.5", *config)
     assert other.stderr.startswith(f"error: {tmp_path}/out was prepared before, from another --input, --source or")

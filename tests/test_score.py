@@ -62,7 +62,7 @@ def test_an_outside_judge_and_the_exact_one(score: Command, data: Path, tmp_path
     prefers_first = np.asarray([values[0] > values[1] for values in blue[1:]])
     assert (summary["records"], summary["scored"], summary["ties"]) == (1000, 999, 0)
     assert summary["agreement"]["votes"]["rate"] == pytest.approx(prefers_first.mean())
-    assert "records      1000: 999 scored, 1 not" in done.stdout
+    assert "records      1000: 999 scored, 1 without scores" in done.stdout
 
     done = score(f"--data={data}", "--judge=shapes")
     assert done.returncode == 0, done.stderr
@@ -158,7 +158,9 @@ def test_scores_are_not_overwritten_by_mistake(score: Command, data: Path, tmp_p
     arguments = f"--data={data}", "--judge=one", f"--scores={tmp_path}/one.jsonl"
     again = score(*arguments)
     assert again.returncode == 1
-    assert again.stderr == f"error: {data} has scores by one already; replace them by --overwrite\n"
+    assert again.stderr.startswith(
+        f"error: {data} already has scores under the name one; replace them with --overwrite"
+    )
     assert file.read_bytes() == b"earlier"
     assert score(*arguments, "--overwrite").returncode == 0
     assert '"ties": 1' in file.with_suffix(".json").read_text()
@@ -168,13 +170,13 @@ def test_scores_are_not_overwritten_by_mistake(score: Command, data: Path, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--judge=beauty"], "--judge=beauty: the judges that come with dpo_jax are shapes, clipscore, pickscore, "),
+        (["--judge=beauty"], "--judge=beauty is not a judge of dpo_jax; its judges are shapes, clipscore, pickscore, "),
         (["--judge=hpsv2"], "the judge hpsv2 needs HPS_v2_compressed.pt of xswu/HPSv2 on the hub, converted to "),
         (["--judge=python=a:b"], "python=a:b can't be opened: there is no module a in the working directory or the"),
-        (["--judge=shapes", "--name=../x"], "--judge=../x: a judge is named by letters"),
-        (["--judge=../../x"], "--judge=../../x: a judge is named by letters"),
-        (["--judge=votes"], "--judge=votes: a judge is named by letters"),
-        (["--judge=mine", "--scores=nowhere.jsonl"], "no file of scores at nowhere.jsonl; its lines should be"),
+        (["--judge=shapes", "--name=../x"], "--judge=../x cannot name a file of scores: use letters"),
+        (["--judge=../../x"], "--judge=../../x cannot name a file of scores: use letters"),
+        (["--judge=votes"], "--judge=votes cannot name a file of scores: use letters"),
+        (["--judge=mine", "--scores=nowhere.jsonl"], "no file of scores at nowhere.jsonl; it should have lines of"),
         (["--judge=shapes", "--data=nowhere"], "no prepared data set at nowhere: run python -m dpo_jax.prepare"),
         ([], "flag --judge=None: Flag --judge must have a value"),
     ],
@@ -194,7 +196,7 @@ def test_an_image_that_the_judge_refuses(score: Command, tmp_path: Path) -> None
     builder.prepare(SOURCES["pairs_folder"], [tmp_path], tmp_path / "out", workers=0, validation_fraction=0)
     done = score(f"--data={tmp_path}/out", "--judge=shapes")
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {open_prepared(tmp_path / 'out').record(0)['where']} can't be judged: ")
+    assert done.stderr.startswith(f"error: {open_prepared(tmp_path / 'out').record(0)['where']} cannot be judged: ")
     assert "reads uint8 images [N, 32, 32, 3], not uint8 [1, 32, 40, 3]" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out" / "scores").exists()

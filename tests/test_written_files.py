@@ -111,7 +111,7 @@ def test_prepare_does_not_work_through_a_link(tmp_path: Path) -> None:
     for target in (elsewhere, tmp_path / "nothing"):
         link = tmp_path / ".data.partial"
         link.symlink_to(target)
-        with pytest.raises(FileExistsError, match=r"\.data\.partial, where unfinished work is kept, is a link"):
+        with pytest.raises(FileExistsError, match=r"\.data\.partial, the folder of unfinished work, is a link"):
             prepare(source, [], tmp_path / "data", workers=0)
         link.unlink()
     assert [path.name for path in elsewhere.iterdir()] == ["mine.json"]

@@ -1,4 +1,4 @@
-"""Encoded images to pixels: what Pillow reads becomes upright RGB, then one square of the training resolution.
+"""Image files to pixels: what Pillow reads becomes upright RGB, then one square of the training resolution.
 
 All commands read images here, so that a file looks the same to training, judges and raters, and is refused for the same
 reasons.
@@ -43,7 +43,7 @@ class View(NamedTuple):
 
 
 ImageBytes = bytes | memoryview
-"""An encoded image."""
+"""The contents of an image file, such as JPEG bytes."""
 
 
 class DamagedImage(UserError):
@@ -63,7 +63,7 @@ def decode_file(path: epath.PathLike, data: ImageBytes) -> Image.Image:
     try:
         return decode(data)
     except DamagedImage as error:
-        raise UserError(f"{path} can't be read as an image: {error}") from error
+        raise UserError(f"{path} cannot be read as an image: {error}") from error
 
 
 def decode(data: ImageBytes) -> Image.Image:
@@ -117,7 +117,7 @@ def _not_an_image(head: bytes) -> str:
     if head[4:8] == b"ftyp" and head[8:12] in _HEIF:
         format = "HEIC"
     if format:
-        return f"not an image in a format that is read, but {format}; convert it to PNG or JPEG"
+        return f"in the format {format}, which is not supported; convert it to PNG or JPEG"
     return "not an image" if known is None or known.endswith("image") else f"not an image: it is {known}"
 
 
@@ -134,7 +134,7 @@ def _check_size(size: tuple[int, int]) -> None:
     if math.prod(size) > MAX_PIXELS:
         raise DamagedImage(_TOO_LARGE)
     if max(size) > MAX_RATIO * min(size):
-        raise DamagedImage(f"one side more than {MAX_RATIO} times the other")
+        raise DamagedImage(f"one side is more than {MAX_RATIO} times the other")
 
 
 def _upright(image: Image.Image) -> Image.Image:

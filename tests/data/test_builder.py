@@ -184,8 +184,8 @@ def test_no_image_is_better_than_itself(tmp_path: Path) -> None:
         ]
     )
     summary = prepare(source, [tmp_path], tmp_path / "out", workers=0)
-    assert summary.dropped == {"of one and the same image": 4}
-    assert "dropped      4 of one and the same image" in str(summary)
+    assert summary.dropped == {"all candidates are the same image": 4}
+    assert "dropped      4 all candidates are the same image" in str(summary)
     assert (summary.records, summary.ties, summary.pairs) == (6, 0, 2)
     alike, *got = [(r["images"], r["preference"], r["models"]) for r in records_of(tmp_path / "out")]
     assert alike[:2] == ([0, 1], [1, 0])  # white but for the last row of one
@@ -200,15 +200,15 @@ def test_every_row_is_counted(tmp_path: Path) -> None:
     a, b = noise_jpeg(0), noise_jpeg(1)
     half = {"preference": (0.5, 0.5)}
     source = in_memory(
-        [record(a, b), record(a, b, **half), Dropped("row", "unlabelled"), Damaged("f row 3", "not a number")],
-        [record(a, b, b, preference=(1 / 3,) * 3), record(a), Dropped("row", "unlabelled"), record(a, None)],
-        [record(a, b, captions=("mine", "yours")), Dropped("row", "without caption"), record(a[:-99], b)],
+        [record(a, b), record(a, b, **half), Dropped("row", "without a label"), Damaged("f row 3", "not a number")],
+        [record(a, b, b, preference=(1 / 3,) * 3), record(a), Dropped("row", "without a label"), record(a, None)],
+        [record(a, b, captions=("mine", "yours")), Dropped("row", "without a caption"), record(a[:-99], b)],
     )
     summary = prepare(source, [tmp_path], tmp_path / "out", workers=0, max_damaged_fraction=0.5)
     assert summary.rows == 11 == summary.records + summary.dropped.total() + summary.quarantined
     assert (summary.records, summary.pairs, summary.ties, summary.quarantined) == (5, 3, 2, 3)
     assert summary.candidates == {"2": 3, "3": 1, "1": 1}
-    assert summary.dropped == {"unlabelled": 2, "without caption": 1}
+    assert summary.dropped == {"without a label": 2, "without a caption": 1}
     assert summary.damaged == {"not a number": 1, "no image": 1, "image file is truncated": 1}
     lines = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
     assert lines == [
@@ -254,7 +254,7 @@ def test_too_much_damage_keeps_the_parts(write_pairs: Write, tmp_path: Path) -> 
     jpg_0[2] = jpg_0[5] = jpg_0[8] = b"not an image at all"
     file, output = write_pairs(10, jpg_0=jpg_0), tmp_path / "out"
     with pytest.raises(
-        ValueError, match=rf"3 of 10 records are damaged \(e.g. {file} row 2: not an image\), more than "
+        ValueError, match=rf"3 of 10 records are damaged \(for example {file} row 2: not an image\), more than "
     ):
         prepare(PICKAPIC, [file], output, workers=0, max_damaged_fraction=0.29)
     assert not output.exists()
@@ -285,10 +285,10 @@ def test_unusable_input(write_pairs: Write, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             prepare(PICKAPIC, [write_pairs(4, **columns)], tmp_path / "out", workers=0)
 
-    fails("misses the column", jpg_1=None)
-    fails(r"no usable record among 4 rows \(4 unlabelled\) of .*pairs.parquet", has_label=[False] * 4)
+    fails("has no column", jpg_1=None)
+    fails(r"none of the 4 rows of .*pairs.parquet can be used \(4 without a label\)", has_label=[False] * 4)
     pq.write_table(pq.read_table(write_pairs(1)).slice(0, 0), tmp_path / "pairs.parquet")
-    with pytest.raises(ValueError, match=r"no usable record among 0 rows \(none\)"):
+    with pytest.raises(ValueError, match=r"none of the 0 rows of .* can be used \(none\)"):
         prepare(PICKAPIC, [tmp_path / "pairs.parquet"], tmp_path / "out")
     assert not list(tmp_path.glob(".*"))
     prepare(PICKAPIC, [write_pairs(4)], tmp_path / "out", workers=0)
@@ -385,7 +385,8 @@ def test_killed_and_continued_gives_the_same_bytes(slow: Source, many_parts: lis
             unchanged.append({path: path.stat().st_mtime_ns for path in before} == before)
 
     with pytest.raises(
-        FileExistsError, match=r"unfinished run whose files differ .* remove it \(rm -r .*\.out\.partial"
+        FileExistsError,
+        match=r"unfinished run of another input \(with different files\); .*rm -r .*\.out\.partial",
     ):
         prepare(slow, many_parts[:-1], output, workers=0)
     (tmp_path / "go").touch()

@@ -181,7 +181,7 @@ def test_a_damaged_sample_is_left_out_alike_on_any_number_of_processes(
     said = capsys.readouterr().err
     where = "has changed" if kind == "encodings" else "have changed"
     assert said.count("warning: ") == 1
-    assert re.search(rf"warning: record \d+ of {data} \(.*jsonl row \d+\): .* {where}; left out\n", said)
+    assert re.search(rf"warning: record \d+ of {data} \(.*jsonl row \d+\): .* {where}; it is left out\n", said)
     shards = [rows_of(epoch(data, kind, shard_index=i, shard_count=2, size_conditioning="constant")) for i in range(2)]
     together = [row for pair in zip(*shards, strict=True) for row in pair]
     for one, other in zip(together, rows_of(found), strict=False):
@@ -199,7 +199,7 @@ def test_more_than_a_few_damaged_records_end_the_run(data: Path) -> None:
     pairs = open_records(data, "train")
     for index in (0, 3):
         flip_image(data, pairs[index]["images"][0])
-    message = r"2 of \d+ records have damaged images or encodings, more than the 1% .*; the last is record \d+ of .*"
+    message = r"2 of \d+ records have damaged images or latents, more than the 1% .*; the last is record \d+ of .*"
     with pytest.raises(ValueError, match=message):
         epoch(data, "images")
     held_out = open_records(data, "validation")
@@ -233,7 +233,7 @@ def test_a_damaged_image_is_named_when_it_would_be_encoded(data: Path) -> None:
     flip_image(data, 7)
     prepared = open_prepared(data)
     views = StoredLatents(folder_of(data, FACTS)).views
-    message = r"image 7 of .*data can't be encoded: the bytes of image 7 in .*parquet-00000-of-00002 have changed"
+    message = r"image 7 of .*data cannot be encoded: the bytes of image 7 in .*parquet-00000-of-00002 have changed"
     with pytest.raises(ValueError, match=message):
         list(view_batches(prepared, views, 16, 1, np.arange(24), 8))
 
@@ -247,7 +247,7 @@ def change_json(file: Path, change: Callable[[Any], object]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: x.update(images={"files": 3, "rows_a_file": 9}), "a file of images has not 9 rows"),
+        (lambda x: x.update(images={"files": 3, "rows_a_file": 9}), "a file of images does not have 9 rows"),
         (lambda x: x.update(images={"files": 2, "rows_a_file": 10}), "the files of images have 20 rows in all instead"),
         (
             lambda x: x.update(images={"files": 10**12, "rows_a_file": 10}),
@@ -256,7 +256,7 @@ def change_json(file: Path, change: Callable[[Any], object]) -> None:
         (lambda x: x.update(images=[], captions={}), r"images: .*; captions.files: field required"),
         (
             lambda x: x["facts"]["views"][0].update(flip=True),
-            "the facts in encoding.json are not those of the folder's",
+            "the facts in encoding.json do not match the name of the folder",
         ),
         (lambda x: x["facts"].update(views=[]), r"facts.views: list should have at least 1 item"),
         (lambda x: x["facts"].update(resolution=-1), r"facts.resolution: input should be greater"),
@@ -266,7 +266,7 @@ def change_json(file: Path, change: Callable[[Any], object]) -> None:
 )
 def test_what_encodings_say_of_themselves(data: Path, change: Callable[[Any], object], message: str) -> None:
     change_json(folder_of(data, FACTS) / "encoding.json", change)
-    with pytest.raises(ValueError, match=rf"the encodings in .* are damaged \(.*{message}.*; mend them by") as error:
+    with pytest.raises(ValueError, match=rf"the stored latents in .* are damaged \(.*{message}.*; repair") as error:
         latents.open_latents(data, FACTS)
     assert len(str(error.value)) < 800
 
@@ -281,7 +281,7 @@ def test_verify(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (data / "checksums.json").unlink()  # as it was prepared earlier
     warn.cache_clear()
     open_prepared(data)
-    assert f"add them by python -m dpo_jax.prepare --verify --output={data}\n" in capsys.readouterr().err
+    assert f"add them with python -m dpo_jax.prepare --verify --output={data}\n" in capsys.readouterr().err
     assert "it had no checksums: they were written to" in str(verify(data))
     added, stored = (json.loads(content)["xxh3_128"] for content in ((data / "checksums.json").read_bytes(), before))
     assert added == {name: stored[name] for name in added}
@@ -311,7 +311,7 @@ def test_verify_names_all_that_is_damaged(data: Path) -> None:
         f"{shard} (its checksum is not the one in checksums.json)",
         "the bytes of image 3 in ",
         f"row 0 of context in {texts} has changed",
-        f"{scores} is damaged (its scores have another checksum)",
+        f"{scores} is damaged (the checksum of its scores differs)",
     ):
         assert part in str(error.value)
     shard.unlink()

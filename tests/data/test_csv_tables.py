@@ -52,7 +52,7 @@ def test_several_images_and_the_index_of_the_best(folder: Path) -> None:
     assert (first.images, first.preference) == ((b"1.png", b"0.png", b"2.png"), (1, 0, 0))
     assert first.models == ("sd", "", "")
     assert isinstance(second, Dropped)
-    assert second.reason == "unlabelled"
+    assert second.reason == "without a label"
     assert isinstance(third, Damaged)
     assert third == Damaged(f"{folder}/pairs.tsv line 4", '"preferred" is not the index of an image', "3")
 
@@ -64,7 +64,7 @@ def test_what_is_wrong_is_told_with_its_line(folder: Path) -> None:
     where = f"{folder}/a.csv line"
     assert short == Damaged(f"{where} 3", "a row does not have as many fields as the header", "2 instead of 3")
     assert absent == Damaged(f"{where} 4", "no image", f"there is no {folder}/9.png")
-    assert without == Dropped(f"{where} 5", "without caption")
+    assert without == Dropped(f"{where} 5", "without a caption")
 
 
 @pytest.mark.parametrize(

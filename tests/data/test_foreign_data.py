@@ -120,7 +120,10 @@ def test_nulls_of_pandas_are_nulls(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "a.jsonl", *rows)
     ranked, unlabelled, untold = read("jsonl", file)
     assert (ranked.images, ranked.models) == ((b"b", b"a"), ("", ""))
-    assert (unlabelled, untold) == (Dropped(f"{file} row 1", "unlabelled"), Dropped(f"{file} row 2", "without caption"))
+    assert (unlabelled, untold) == (
+        Dropped(f"{file} row 1", "without a label"),
+        Dropped(f"{file} row 2", "without a caption"),
+    )
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -250,7 +253,7 @@ def test_folders_with_names_in_both_forms(tmp_path: Path) -> None:
     damaged, row = read("pairs_folder", tmp_path)
     assert (row.caption, row.images) == ("one", (f"w/{stem}.png".encode(), f"l/{other}.png".encode()))
     assert (damaged.reason, damaged.found[-48:]) == (
-        "its caption can't be read", "is not valid UTF-8 (byte 0xe9); save the file as UTF-8"[-48:],
+        "the caption cannot be read", "is not valid UTF-8 (byte 0xe9); save the file as UTF-8"[-48:],
     )  # fmt: skip
 
 

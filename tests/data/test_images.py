@@ -201,7 +201,7 @@ def test_bombs_are_refused_by_their_header() -> None:
     assert not done.stderr
 
 
-UNREAD = "not an image in a format that is read, but {}; convert it to PNG or JPEG"
+UNREAD = "in the format {}, which is not supported; convert it to PNG or JPEG"
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ UNREAD = "not an image in a format that is read, but {}; convert it to PNG or JP
         (saved(Image.effect_noise((64, 64), 50))[:-99], "image file is truncated"),
         (png(0, 4, 8, 2, b""), "not an image"),
         (b"GIF89a" + bytes(40), "not an image"),
-        (saved(Image.new("RGB", (1, 33))), "one side more than 32 times the other"),
+        (saved(Image.new("RGB", (1, 33))), "one side is more than 32 times the other"),
     ],
 )
 def test_damage_has_a_reason(data: bytes, reason: str) -> None:

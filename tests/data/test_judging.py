@@ -90,13 +90,13 @@ def test_what_a_judge_refuses_is_named(prepared: PreparedData) -> None:
             raise ValueError("11 pixels are too high")
         return np.zeros(len(images))
 
-    with pytest.raises(ValueError, match=r"^made row 3 can't be judged: 11 pixels are too high$"):
+    with pytest.raises(ValueError, match=r"^made row 3 cannot be judged: 11 pixels are too high$"):
         score_images(prepared, judge)
 
     def undecided(images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
         return np.asarray([np.nan if text == "three" else 0 for text in captions])
 
-    with pytest.raises(ValueError, match=r"^made row 4 can't be judged: an image got the score nan$"):
+    with pytest.raises(ValueError, match=r"^made row 4 cannot be judged: an image got the score nan$"):
         score_images(prepared, undecided)
 
 
@@ -158,21 +158,21 @@ def test_both_kinds_of_lines(prepared: PreparedData, tmp_path: Path) -> None:
         ("[1]", "not of the form"),
         ({"record": 1}, "not of the form"),
         ({"caption": "one", "score": 1}, "not of the form"),
-        ({"record": 5, "scores": [1, 2]}, "there is no record 5; they are 0 to 4"),
+        ({"record": 5, "scores": [1, 2]}, "there is no record 5; the records are 0 to 4"),
         ({"record": -1, "scores": [1, 2]}, "there is no record -1"),
         ({"record": True, "scores": [1, 2]}, "there is no record True"),
         ({"record": "1.5", "scores": [1, 2]}, "there is no record '1.5'"),
-        ({"record": 2, "scores": [1, 2]}, "record 2 has 3 images, but gets 2 scores"),
+        ({"record": 2, "scores": [1, 2]}, "record 2 has 3 images, but the line has 2 scores"),
         ({"record": 1, "scores": 1}, '"scores" is not a list'),
-        ({"record": 1, "scores": [1, "two"]}, '"scores" holds what is not a finite number'),
-        ({"record": 1, "scores": [1, None]}, '"scores" holds what is not a finite number'),
-        ('{"record": 1, "scores": [1, NaN]}', '"scores" holds what is not a finite number'),
-        ('{"record": 1, "scores": [1, -Infinity]}', '"scores" holds what is not a finite number'),
-        ({"record": 1, "scores": [1, 10**400]}, '"scores" holds what is not a finite number'),
-        ({"record": 1, "scores": [1, -1e39]}, r"a score of -1e\+39 is beyond float32"),
-        ({"record": 0, "scores": [1, 2.5]}, r"a score of 2.5 for an image that had 2 in an earlier line"),
-        (by_image(0, 1, 3), "a score of 3 for an image that had 2 in an earlier line"),
-        (by_image(0, 1, []), '"score" holds what is not a finite number'),
+        ({"record": 1, "scores": [1, "two"]}, '"scores" has an entry that is not a finite number'),
+        ({"record": 1, "scores": [1, None]}, '"scores" has an entry that is not a finite number'),
+        ('{"record": 1, "scores": [1, NaN]}', '"scores" has an entry that is not a finite number'),
+        ('{"record": 1, "scores": [1, -Infinity]}', '"scores" has an entry that is not a finite number'),
+        ({"record": 1, "scores": [1, 10**400]}, '"scores" has an entry that is not a finite number'),
+        ({"record": 1, "scores": [1, -1e39]}, r"the score -1e\+39 is too large for float32"),
+        ({"record": 0, "scores": [1, 2.5]}, "the score 2.5 contradicts 2 in an earlier line for the same image"),
+        (by_image(0, 1, 3), "the score 3 contradicts 2 in an earlier line for the same image"),
+        (by_image(0, 1, []), '"score" has an entry that is not a finite number'),
         (by_image(0, 1, 2) | {"sha256": "abc"}, "\"sha256\" is 'abc', not 64 hexadecimal digits"),
         (by_image(0, 1, 2) | {"sha256": 5}, '"sha256" is 5, not 64'),
         (by_image(0, 1, 2) | {"sha256": "f" * 64}, f"no image has the sha256 {'f' * 64}"),
@@ -193,7 +193,7 @@ def test_mistakes_in_a_file_of_scores(
 
 
 def test_a_file_without_scores(prepared: PreparedData, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no record's scores complete"):
+    with pytest.raises(ValueError, match="no record with a score for each of its images"):
         import_scores(prepared, write(tmp_path, by_image(4, 0, 6)))
     with pytest.raises(FileNotFoundError, match=r"no file of scores at .*nowhere"):
         import_scores(prepared, tmp_path / "nowhere")

@@ -464,7 +464,7 @@ def test_random_pairs() -> None:
     batches = list(validation_batches(open_records("random:6", "validation"), RawInputs(16, spell), batch_size=4))
     assert [batch.weight_B.sum() for batch in batches] == [4, 2]
     for path in ("random:0", "random:many"):
-        with pytest.raises(ValueError, match=f"data path {path}: .* is no number above 0"):
+        with pytest.raises(ValueError, match=f"data path {path}: .* is not a number above 0"):
             open_records(path, "train")
 
 

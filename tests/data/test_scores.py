@@ -222,8 +222,8 @@ def one_score_more(table: pa.Table) -> pa.Table:
         (lambda file: file.write_bytes(b""), "is damaged"),
         (damage(lambda table: table.rename_columns(["score"])), "has another layout"),
         (damage(lambda table: table.replace_schema_metadata(None)), "was made for another data set than"),
-        (damage(lambda table: table.slice(1)), "has not one score for each image"),
-        (damage(one_score_more), "has not one score for each image"),
+        (damage(lambda table: table.slice(1)), "does not have one score per image"),
+        (damage(one_score_more), "does not have one score per image"),
     ],
 )
 def test_damaged_scores(folder: Path, change: Callable[[Path], None], message: str) -> None:
@@ -247,11 +247,11 @@ def test_scores_of_another_data_set(folder: Path, tmp_path: Path) -> None:
 def test_no_such_judge(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
         FileNotFoundError,
-        match=r"no scores by 'c' \(those there are by a, b\); make them by python -m dpo_jax.score .* --judge=c ",
+        match=r"no scores by 'c' \(its judges: a, b\); make them with python -m dpo_jax.score .* --judge=c ",
     ):
         open_prepared(folder, ("a", "c"))
     shutil.rmtree(folder / "scores")
-    with pytest.raises(FileNotFoundError, match=r"no scores by 'a' \(those there are by nobody\)"):
+    with pytest.raises(FileNotFoundError, match=r"no scores by 'a' \(its judges: none\)"):
         open_prepared(folder, ("a",))
-    with pytest.raises(ValueError, match="combine='median'; scores of several judges are combined by mean or pareto"):
+    with pytest.raises(ValueError, match="combine='median' is unknown; set it to mean or pareto"):
         open_prepared(folder, ("a",), "median")  # type: ignore[arg-type]

@@ -55,16 +55,16 @@ def test_pickapic_best_first_with_ties_and_soft_labels(write_pairs: Write) -> No
     assert first == Record(f"{file} row 0", "prompt 0", (noise_jpeg(0), noise_jpeg(1)), (1.0, 0.0), ("a", "b"))
     assert second == Record(f"{file} row 1", "prompt 0", (noise_jpeg(3), noise_jpeg(2)), (1.0, 0.0), ("b", "a"))
     assert tie == Record(f"{file} row 2", "prompt 1", (noise_jpeg(4), noise_jpeg(5)), (0.5, 0.5), ("a", "b"))
-    assert unlabelled == Dropped(f"{file} row 3", "unlabelled")
+    assert unlabelled == Dropped(f"{file} row 3", "without a label")
     assert (soft.preference, soft.images[0]) == ((0.75, 0.25), noise_jpeg(9))
-    assert unknown == Dropped(f"{file} row 5", "unlabelled")
+    assert unknown == Dropped(f"{file} row 5", "without a label")
 
 
 def test_pickapic_needs_only_the_needed_columns(write_pairs: Write) -> None:
     file = write_pairs(2, label_1=None, has_label=None, model_0=None, model_1=None, caption=["a", None])
     row, dropped = read("pickapic", file)
     assert (row.preference, row.images[0], row.models) == ((1.0, 0.0), noise_jpeg(1), ("", ""))
-    assert dropped == Dropped(f"{file} row 1", "without caption")
+    assert dropped == Dropped(f"{file} row 1", "without a caption")
 
 
 def test_pickapic_sets_impossible_labels_aside(write_pairs: Write) -> None:
@@ -94,7 +94,7 @@ def test_pickapic_keeps_rows_whose_neighbours_text_is_not_utf8(write_pairs: Writ
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"jpg_1": None}, "misses the column jpg_1; it has jpg_0, caption"),
+        ({"jpg_1": None}, "has no column jpg_1; it has jpg_0, caption"),
         ({"label_0": [[1], [0]]}, "the column label_0 holds list<.*>, but should hold number values"),
         ({"jpg_0": ["a.jpg", "b.jpg"]}, "the column jpg_0 holds string, but should hold image values"),
     ],
@@ -187,7 +187,7 @@ def test_hpdv2(tmp_path: Path) -> None:
     assert (pair.images, pair.preference) == ((b"b.jpg", b"test/a.jpg"), (1.0, 0.0))
     assert ranked.images == (b"b.jpg", b"test/c.jpg", b"test/a.jpg")
     assert ranked.preference == pytest.approx((2 / 3, 1 / 3, 0))
-    assert unlabelled == Dropped(f"{file} row 2", "unlabelled")
+    assert unlabelled == Dropped(f"{file} row 2", "without a label")
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".json"])
@@ -263,8 +263,9 @@ def test_jsonl(tmp_path: Path) -> None:
     assert isinstance(several, Record)
     assert several.caption == "a cat\na black cat"
     assert isinstance(one_is_empty, Damaged)
-    assert one_is_empty.reason == '"prompt" is a list that has something else than captions'
-    assert (unlabelled, untold) == (Dropped(f"{file} row 3", "unlabelled"), Dropped(f"{file} row 4", "without caption"))
+    assert one_is_empty.reason == '"prompt" is a list with an entry that is not a caption'
+    assert unlabelled == Dropped(f"{file} row 3", "without a label")
+    assert untold == Dropped(f"{file} row 4", "without a caption")
 
 
 def test_a_line_that_says_two_things_says_nothing(tmp_path: Path) -> None:
@@ -296,8 +297,8 @@ def test_a_line_that_says_two_things_says_nothing(tmp_path: Path) -> None:
         ({"prompt": "\ud800"}, "not a JSON object"),
         ({"images": ["/\ud800.png", "a.png"]}, "not a JSON object"),
         ({"images": ["a.png"] * 257}, "more than 256 candidates"),
-        ({"captions": ["a"]}, "as many models and captions as candidates"),
-        ({"models": "x"}, "models and captions are lists"),
+        ({"captions": ["a"]}, "the number of models or captions is not that of the candidates"),
+        ({"models": "x"}, '"models" or "captions" is not a list'),
     ],
 )
 def test_jsonl_sets_a_wrong_line_aside_and_says_why(tmp_path: Path, change: dict, reason: str) -> None:
@@ -312,7 +313,7 @@ def test_jsonl_sets_a_wrong_line_aside_and_says_why(tmp_path: Path, change: dict
 
 def test_votes_of_nobody_are_no_preference(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "a.jsonl", {"prompt": "p", "images": ["a.png", "b.png"], "votes": [0, 0]})
-    assert read("jsonl", file) == [Dropped(f"{file} row 0", "unlabelled")]
+    assert read("jsonl", file) == [Dropped(f"{file} row 0", "without a label")]
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -343,7 +344,7 @@ def test_a_damaged_json_list_is_refused(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("name", ["jsonl", "hpdv3"])
 def test_json_of_another_schema_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="has another schema: a row should be"):
+    with pytest.raises(ValueError, match="has another layout: a row should look like"):
         SOURCES[name].chunks([write_lines(tmp_path / "a.jsonl", {"text": "a"}, {"text": "b"})])
 
 
@@ -356,7 +357,7 @@ def test_pairs_folder(tmp_path: Path) -> None:
     one, two, three, four, five = read("pairs_folder", tmp_path)
     assert one == Record(f"{tmp_path} 1", "one", (b"w/1.png", b"l/1.jpg"), (1.0, 0.0), ("", ""))
     assert (two.caption, two.captions) == ("two", ("two", "too"))
-    assert three == Dropped(f"{tmp_path} 3", "without caption")
+    assert three == Dropped(f"{tmp_path} 3", "without a caption")
     assert [type(row) for row in (four, five)] == [Damaged, Damaged]
 
 
@@ -373,7 +374,7 @@ def test_liked(tmp_path: Path) -> None:
     (tmp_path / "disliked/1.txt").write_text("a dog")
     assert read("liked", tmp_path) == [
         Record(f"{tmp_path}/liked/1.png", "a cat", (b"liked/1.png",), (1.0,), ("",)),
-        Dropped(f"{tmp_path}/liked/2.png", "without caption"),
+        Dropped(f"{tmp_path}/liked/2.png", "without a caption"),
         Record(f"{tmp_path}/disliked/1.webp", "a dog", (b"disliked/1.webp",), (0.0,), ("",)),
     ]
 
@@ -385,7 +386,7 @@ def test_captioned_folder(tmp_path: Path) -> None:
     assert read("captioned_folder", tmp_path) == [
         Record(f"{tmp_path}/1.png", "a cat", (b"1.png",), (1.0,), ("",)),
         Record(f"{tmp_path}/2.webp", "a dog", (b"2.webp",), (1.0,), ("",)),
-        Dropped(f"{tmp_path}/3.png", "without caption"),
+        Dropped(f"{tmp_path}/3.png", "without a caption"),
     ]
     with pytest.raises(ValueError, match=r"1\.png should be a folder of images"):
         SOURCES["captioned_folder"].chunks([tmp_path / "1.png"])
@@ -441,7 +442,7 @@ def test_pickapic_tar_reads_every_way_to_name_members(tmp_path: Path) -> None:
         Record(f"{file} a/0", "café", (b"1", b"0"), (1.0, 0.0), ("", "")),
         Record(f"{file} 1", "tie", (b"2", b"3"), (0.5, 0.5), ("", "")),
         Record(f"{file} 2", "c", (b"5", b"4"), (1.0, 0.0), ("m", "")),
-        Dropped(f"{file} 3", "unlabelled"),
+        Dropped(f"{file} 3", "without a label"),
         Damaged(f"{file} 4", "without jpg_1"),
         Damaged(f"{file} 5", "a label is not a number", "{'label_0': 'one'}"),
     ]
@@ -492,8 +493,10 @@ def test_what_is_no_tar_is_refused(tmp_path: Path, write_pairs: Write) -> None:
 
 def test_a_missing_input_says_what_to_download() -> None:
     message = str(missing("yuvalkirstain/pickapic_v2"))
+    assert "no file matches --input=yuvalkirstain/pickapic_v2. A data set on the " in message
+    assert "--input=hub:yuvalkirstain/pickapic_v2" in message
     assert "hf download --repo-type dataset yuvalkirstain/pickapic_v2 --local-dir data/pickapic_v2" in message
     assert "Pick-a-Pic left the hub in 2025" in message
     for name in ("open-image-preferences-v1-binarized", "MizzenAI/HPDv3", "zai-org/ImageRewardDB"):
         assert name in message
-    assert "dataset OWNER/NAME" in str(missing("data/*.parquet"))
+    assert "hub:OWNER/NAME" in str(missing("data/*.parquet"))

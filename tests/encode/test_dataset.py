@@ -145,7 +145,7 @@ def test_goes_on_with_the_files_that_are_missing(config, monkeypatch: pytest.Mon
     with pytest.raises(KeyboardInterrupt):
         encode_data(config, 2, nothing, nothing)
     assert not (whole / "encoding.json").exists()
-    with pytest.raises(FileNotFoundError, match="are not finished; go on by"):
+    with pytest.raises(FileNotFoundError, match="are not complete; continue with"):
         latents.open_latents(Path(config.data.path), json.loads(expected["encoding.json"])["facts"])
     before = list(written)
     said: list[str] = []

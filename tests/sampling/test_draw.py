@@ -110,7 +110,7 @@ def test_images_to_begin_from(tmp_path):
         find_images(tmp_path / "absent", [0])
     files[0].write_bytes(b"no image")
     (tmp_path / "other").mkdir()
-    with pytest.raises(ValueError, match=r"00000.png can't be read as an image: not an image"):
+    with pytest.raises(ValueError, match=r"00000.png cannot be read as an image: not an image"):
         draw(FakeGenerator(), {}, entries, tmp_path / "other", begin_from=files)
 
 

@@ -106,5 +106,5 @@ def test_other_faults_are_told_in_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="line 1: prompt: field required; seed: field required"):
         read_list(tmp_path)
     (tmp_path / "a.png").write_bytes(b"\x89PNG broken")
-    with pytest.raises(ValueError, match="can't be read as an image"):
+    with pytest.raises(ValueError, match="cannot be read as an image"):
         read_image(tmp_path / "a.png")

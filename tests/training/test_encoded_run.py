@@ -122,7 +122,7 @@ def test_candidates_share_a_view_and_all_views_are_seen(config, tmp_path: Path) 
     config = encoded(config("sd15", **{"data.encoded_views": 4, "data.random_crop": True, "data.batch_size": 16}))
     pipeline, derived = open_model(config, tmp_path), resolve(config, device_count=1, process_count=1)
     inputs = make_inputs(config, pipeline)
-    encodings = inputs.encodings
+    encodings = inputs.stored
     sizes_I2 = open_prepared(config.data.path).sizes_I2
     oblong = [i for i in range(14) if sizes_I2[i, 0] != sizes_I2[i, 1]]  # of a square, crops are the whole
     moments_hwC, stored = np.empty(encodings.row_shapes["moments"], ml_dtypes.bfloat16), {}
@@ -152,14 +152,14 @@ def test_candidates_share_a_view_and_all_views_are_seen(config, tmp_path: Path) 
 )
 def test_encodings_of_something_else_are_refused(config, tmp_path: Path, changed, message: str) -> None:
     encoded(config("sd15"))
-    with pytest.raises(FileNotFoundError, match=f"no encodings by this model with these settings.*{message}"):
+    with pytest.raises(FileNotFoundError, match=f"no stored latents for this model and these settings.*{message}"):
         train(config("sd15", **changed), tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_missing_and_damaged_files_are_told_before_training_and_mended(config, tmp_path: Path) -> None:
     config = config("sd15")
-    with pytest.raises(FileNotFoundError, match=r"has no encodings by this model.*; make them by python -m"):
+    with pytest.raises(FileNotFoundError, match=r"has no stored latents for this model.*; make them with python -m"):
         train(config, tmp_path / "run")
     encoded(config)
     (folder,) = (tmp_path / "data" / "encoded").glob("sd15-*")
@@ -172,7 +172,7 @@ def test_missing_and_damaged_files_are_told_before_training_and_mended(config, t
     }.items():
         (folder / name).unlink() if damage is None else (folder / name).write_bytes(damage)
         with pytest.raises(
-            ValueError, match=rf"the encodings in {folder} are damaged \(.*\); mend them by python -m dpo"
+            ValueError, match=rf"the stored latents in {folder} are damaged \(.*\); repair them with python -m dpo"
         ):
             train(config, tmp_path / "run")
         encoded(config)

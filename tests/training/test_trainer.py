@@ -177,7 +177,7 @@ def test_refuses_the_work_directory_of_another_config(tiny_config, one_step):
         ({"data.min_agreement": 70.0}, r"must be a share, from 0 to 1$"),
         ({"data.min_side": -1}, r"config.data.min_side=-1 must be at least 0$"),
         ({"data.caption_dropout": 20.0}, r"must be a share, from 0 to 1$"),
-        ({"data.path": "random:0"}, r"no number above 0"),
+        ({"data.path": "random:0"}, r"not a number above 0"),
         ({"data.resolution": 30}, r"data.resolution=30 is not a multiple of 4"),
         (
             {"checkpoint.every": 4, "checkpoint.keep_every": 6},

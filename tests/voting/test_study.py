@@ -62,7 +62,7 @@ def test_folders_that_do_not_fit_are_told_in_a_sentence(make_folders, tmp_path):
     (a / LIST).write_text(line)
     whole = (a / "0-0.png").read_bytes()
     (a / "0-0.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"0-0.png can't be read as an image"):
+    with pytest.raises(ValueError, match=r"0-0.png cannot be read as an image"):
         read_folder(a)
 
 

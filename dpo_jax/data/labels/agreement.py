@@ -16,12 +16,13 @@ from dpo_jax.data.store.scores import Candidates, candidates, complete, judges_o
 
 
 class Agreement(NamedTuple):
-    """Over pairs of images of a record of which both sides prefer one."""
+    """Over pairs of images of a record in which both sides prefer one image."""
 
     rate: float
     low: float
-    """The 95% interval begins here."""
+    """Lower end of the 95% confidence interval."""
     high: float
+    """Upper end of the 95% confidence interval."""
     pairs: int
 
     def __str__(self) -> str:
@@ -30,7 +31,7 @@ class Agreement(NamedTuple):
 
 @dataclasses.dataclass
 class Summary:
-    """What a judge's scores amount to; written beside them as JSON."""
+    """Summary of a judge's scores; written beside them as JSON."""
 
     judge: str
     origin: str
@@ -38,21 +39,21 @@ class Summary:
     scored: int
     """Records with a score for each of their images."""
     pairs: int
-    """Of images of one record that is scored."""
+    """Pairs of images of one record that is scored."""
     ties: int
-    """Those of equal score."""
+    """Pairs of equal scores."""
     agreement: dict[str, Agreement | None]
-    """With the `votes` and with each judge that was there before; None where there is nothing to compare."""
+    """With the `votes` and with each judge whose scores are stored; None where there is no pair to compare."""
     held_out: dict[str, Agreement | None]
-    """The same on the validation split alone, which a judge that was trained on this data has not seen."""
+    """The same on the validation split, which a judge that was trained on this data has not seen."""
     not_compared: dict[str, str]
-    """Judges whose scores can't be read, and why."""
+    """Judges whose scores cannot be read, and why."""
 
     def __str__(self) -> str:
         lines = [
             f"judge        {self.judge} ({self.origin})",
-            f"records      {self.records}: {self.scored} scored, {self.records - self.scored} not",
-            f"pairs        {self.pairs}, {self.ties} ties",
+            f"records      {self.records}: {self.scored} scored, {self.records - self.scored} without scores",
+            f"pairs        {self.pairs}, {self.ties} of them with equal scores",
             *(f"agrees with  {name}: {found or 'no pair to compare'}" for name, found in self.agreement.items()),
             *(f"  held out   {name}: {found or 'no pair to compare'}" for name, found in self.held_out.items()),
             *(f"not compared {name}: {reason}" for name, reason in self.not_compared.items()),
@@ -67,7 +68,7 @@ class Summary:
 
 
 def summarise(prepared: PreparedData, judge: str, origin: str, scores_M: np.ndarray) -> Summary:
-    """Compares scores with the votes and with what other judges left in the folder."""
+    """Compare scores with the votes and with the scores of other judges in the folder."""
     records = prepared.records
     of = candidates(records["images"])
     points = {"votes": pc.list_flatten(records["preference"]).to_numpy()}
@@ -90,11 +91,11 @@ def summarise(prepared: PreparedData, judge: str, origin: str, scores_M: np.ndar
 
 
 def agreement(points_M: np.ndarray, other_M: np.ndarray, of: Candidates, captions: pa.ChunkedArray) -> Agreement | None:
-    """None where there is no pair of which both prefer one.
+    """Return how often both sides prefer the same image; None where there is no pair in which both prefer one.
 
-    Pairs of one prompt are not independent: they share images and whoever voted. So the interval is Wilson's, for as
-    many independent pairs as would vary like the prompts' own rates do (a cluster-robust variance, Cameron & Miller
-    2015); where nothing varies, for as many as there are prompts.
+    Pairs of one prompt are not independent, because they share images and raters. So the interval is Wilson's for the
+    number of independent pairs that would vary as much as the rates of prompts do (a cluster-robust variance, Cameron &
+    Miller 2015), or for the number of prompts where their rates do not vary.
     """
     _, prompt_N = np.unique(captions.dictionary_encode().combine_chunks().indices.to_numpy(), return_inverse=True)
     same_P, pairs_P = np.zeros((2, prompt_N.max(initial=-1) + 1))
@@ -117,7 +118,7 @@ def agreement(points_M: np.ndarray, other_M: np.ndarray, of: Candidates, caption
 
 
 def _ties(points_M: np.ndarray, of: Candidates) -> tuple[int, int]:
-    """(pairs that were compared, those of equal points); NaN compares with nothing."""
+    """Return (pairs that were compared, those of equal points); NaN compares with nothing."""
     compared = tied = 0
     for first, second in of.pairs():
         compared += int(np.isfinite(points_M[first] - points_M[second]).sum())

@@ -1,4 +1,4 @@
-"""Scores for the images of a prepared data set: by a judge that looks at them, or read from what one wrote.
+"""Scores for the images of a prepared data set, from a judge or from a file of scores.
 
 Axes: N records, M candidates of all records together, U distinct (image, caption) among them, I images.
 """
@@ -26,9 +26,9 @@ from dpo_jax.files import parse_json
 from dpo_jax.streams import warn
 
 Reward = Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]
-"""As in `rewards.Scorer`."""
+"""(images, captions) -> one score per image; as `score` of a judge in `dpo_jax.rewards`."""
 OnProgress = Callable[[int, int], None]
-"""Called with what is done and the total."""
+"""Called with the number of images or bytes done, and their total."""
 
 LINES_A_STEP = 10_000
 LINES = '{"record": 12, "scores": [0.1, 0.7]} or {"caption": ..., "sha256": ..., "score": 0.7}'
@@ -37,13 +37,13 @@ LINES = '{"record": 12, "scores": [0.1, 0.7]} or {"caption": ..., "sha256": ...,
 def score_images(
     prepared: PreparedData, score: Reward, on_progress: OnProgress = lambda done, total: None, *, batch: int = 64
 ) -> np.ndarray:
-    """scores_M, float32, of every candidate; what stands in several records is judged once.
+    """Return scores_M, float32, one per candidate; an image with the same caption in several records is judged once.
 
-    Images are read in the order in which they are stored, and decoded by all cores while the judge works, which is
-    shown `batch` of them at a time. A damaged image is told on stderr and gets NaN.
+    Images are read in the order in which they are stored, and decoded on all cores while the judge works on `batch` of
+    them at a time. A damaged image is reported on stderr and gets NaN.
 
     Raises:
-        ValueError: the judge can't judge an image, or more than 1% are damaged; the message tells the record.
+        ValueError: the judge cannot judge an image, or more than 1% are damaged; the message names the record.
     """
     of = candidates(prepared.records["images"])
     distinct = _distinct(prepared.records, of)
@@ -79,14 +79,14 @@ def score_images(
 
 
 def _leave_out(prepared: PreparedData, record: int, error: images.DamagedImage, damaged: int, total: int) -> None:
-    """Tells of a damaged image; raises ValueError where there are too many."""
+    """Report a damaged image; raise ValueError where there are too many."""
     message = f"{prepared.name_of(record)}: {error}"
     if damaged > max(1, MAX_DAMAGED * total) or damaged == total:
         raise UserError(
-            f"{damaged} of {total} images are damaged, more than the {MAX_DAMAGED:.0%} that are left out; the last is "
-            f"{message}. See what is damaged by python -m dpo_jax.prepare --verify --output={prepared.folder}"
+            f"{damaged} of {total} images are damaged, more than the {MAX_DAMAGED:.0%} that may be left out; the last "
+            f"is {message}. List what is damaged with python -m dpo_jax.prepare --verify --output={prepared.folder}"
         )
-    warn(f"{message}; left out")
+    warn(f"{message}; it is left out")
 
 
 def _score(score: Reward, images: Sequence[np.ndarray], captions: Sequence[str], wheres: Sequence[str]) -> np.ndarray:
@@ -94,28 +94,28 @@ def _score(score: Reward, images: Sequence[np.ndarray], captions: Sequence[str],
         scores = np.asarray(score(images, captions), np.float32)
     except ValueError as error:
         if len(images) == 1:
-            raise UserError(f"{wheres[0]} can't be judged: {error}") from None
+            raise UserError(f"{wheres[0]} cannot be judged: {error}") from None
         singles = zip(images, captions, wheres, strict=True)  # to find out which one it is
         return np.concatenate([_score(score, [image], [text], [where]) for image, text, where in singles])
     assert scores.shape == (len(images),), f"{len(images)} images got scores of shape {scores.shape}"
     if not np.isfinite(scores).all():
         first = int(np.isfinite(scores).argmin())
-        raise UserError(f"{wheres[first]} can't be judged: an image got the score {scores[first]}")
+        raise UserError(f"{wheres[first]} cannot be judged: an image got the score {scores[first]}")
     return scores
 
 
 def import_scores(prepared: PreparedData, file: Path, on_progress: OnProgress = lambda done, total: None) -> np.ndarray:
-    """scores_M, float32, that an outside judge wrote, NaN for images without one.
+    """Return scores_M, float32, from a file that another program wrote; NaN for images without a score.
 
-    A line is {"record": row of records.arrow, "scores": [of its images in their order]}, or
+    A line is {"record": index in records.arrow, "scores": [one per image, in the record's order]}, or
     {"caption": ..., "sha256": of the image file in hexadecimal digits, "score": ...}, which holds for every record that
-    has this image with this caption. Other fields are left alone. Memory doesn't grow with the file.
+    has this image with this caption. Other fields are ignored. Memory does not grow with the file.
 
     Raises:
-        ValueError: a line can't be read, names what isn't there, or contradicts an earlier one.
+        ValueError: a line cannot be read, names a record or image that does not exist, or contradicts an earlier line.
     """
     if not file.is_file():
-        raise MissingFileError(f"no file of scores at {file}; its lines should be {LINES}")
+        raise MissingFileError(f"no file of scores at {file}; it should have lines of {LINES}")
     find = _Finder(prepared)
     scores_M = np.full(len(find.of.record_M), np.nan, np.float32)
     total = file.stat().st_size
@@ -128,7 +128,7 @@ def import_scores(prepared: PreparedData, file: Path, on_progress: OnProgress = 
         if number % LINES_A_STEP == 0:
             on_progress(offset + len(line), total)
     if not complete(scores_M, find.of).any():
-        raise UserError(f"{file} has no record's scores complete; its lines should be {LINES}, one for each")
+        raise UserError(f"{file} has no record with a score for each of its images; its lines should be {LINES}")
     return scores_M
 
 
@@ -136,44 +136,44 @@ def _enter(scores_M: np.ndarray, where: np.ndarray, values: Sequence[float]) -> 
     with np.errstate(over="ignore"):
         scores = np.asarray(values).astype(np.float32)
     if not np.isfinite(scores).all():
-        raise UserError(f"a score of {max(values, key=abs):g} is beyond float32")
+        raise UserError(f"the score {max(values, key=abs):g} is too large for float32")
     earlier = scores_M[where]
     differs = ~np.isnan(earlier) & (earlier != scores)
     if differs.any():
         first = int(differs.argmax())
         score = np.broadcast_to(scores, earlier.shape)[first]
-        raise UserError(f"a score of {score:g} for an image that had {earlier[first]:g} in an earlier line")
+        raise UserError(f"the score {score:g} contradicts {earlier[first]:g} in an earlier line for the same image")
     scores_M[where] = scores
 
 
 class _Finder:
-    """Which candidates a line scores."""
+    """Finds the candidates that a line scores."""
 
     def __init__(self, prepared: PreparedData):
         self._prepared = prepared
         self.of = candidates(prepared.records["images"])
 
     def __call__(self, line: bytes) -> tuple[np.ndarray, list[float]]:
-        """(their positions, a score for each or one for all)."""
+        """Return (their positions, one score for each or one for all)."""
         try:
             text = line.decode()
         except UnicodeDecodeError:
-            raise UserError("not UTF-8; save the file as UTF-8") from None
+            raise UserError("it is not UTF-8; save the file as UTF-8") from None
         row = parse_json(text, f"not of the form {LINES}: it")
         if isinstance(row, dict) and {"record", "scores"} <= row.keys():
             return self._of_record(row["record"], row["scores"])
         if isinstance(row, dict) and {"caption", "sha256", "score"} <= row.keys():
             return self._of_image(row["caption"], row["sha256"]), numbers("score", [row["score"]], 1)
-        raise UserError(f"not of the form {LINES}")
+        raise UserError(f"it is not of the form {LINES}")
 
     def _of_record(self, record: object, scores: object) -> tuple[np.ndarray, list[float]]:
         known = len(self.of.number_N)
         row = index(record, known)
         if row is None or isinstance(record, bool):
-            raise UserError(f"there is no record {record!r}; they are 0 to {known - 1}")
+            raise UserError(f"there is no record {record!r}; the records are 0 to {known - 1}")
         first, number = self.of.first_N[row], self.of.number_N[row]
         if isinstance(scores, list) and len(scores) != number:
-            raise UserError(f"record {row} has {number} images, but gets {len(scores)} scores")
+            raise UserError(f"record {row} has {number} images, but the line has {len(scores)} scores")
         return np.arange(first, first + number), numbers("scores", scores, number)
 
     def _of_image(self, caption: object, sha256: object) -> np.ndarray:
@@ -216,9 +216,9 @@ class _Distinct(NamedTuple):
     key_U: np.ndarray
     """Ascending: image * number of captions + caption."""
     first_U: np.ndarray
-    """A candidate that is it."""
+    """Index of the first candidate with this image and caption."""
     of_M: np.ndarray
-    """Which of them each candidate is."""
+    """Index of the distinct pair that each candidate has."""
     captions: pa.Array
 
     @property
@@ -231,7 +231,7 @@ class _Distinct(NamedTuple):
 
 
 def _distinct(records: pa.Table, of: Candidates) -> _Distinct:
-    """A candidate's caption is its own where it has one, otherwise the record's."""
+    """Return the distinct pairs; the caption of a candidate is its own where it has one, otherwise the record's."""
     shared, own = records["caption"], pc.list_flatten(records["captions"])
     texts = pa.chunked_array([*shared.chunks, *own.chunks], pa.string()).dictionary_encode().combine_chunks()
     numbers = texts.indices.to_numpy()

@@ -1,4 +1,4 @@
-"""What a record's images and captions become: pixels and tokens, or what `prepare --encode` stored of them.
+"""Make the inputs of a batch: pixels and tokens, or the latents and embeddings that `prepare --encode` stored.
 
 Everything is written straight into its place in the batch.
 
@@ -22,7 +22,7 @@ from dpo_jax.data.store.latents import StoredLatents
 TokenizeCaptions = Callable[[Sequence[str]], np.ndarray]
 """Captions -> token_ids_MEL."""
 ReadImages = Callable[[dict[str, Any]], Sequence[images.ImageBytes]]
-"""Record -> its images, encoded."""
+"""Record -> the bytes of its image files."""
 
 
 class ViewDraws(NamedTuple):
@@ -34,20 +34,20 @@ class ViewDraws(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One element of a batch: the record it is made of, and how."""
+    """One element of a batch: its record, captions and view."""
 
     number: int
-    """In the batch."""
+    """Its index in the batch."""
     record_number: int
-    """Of the record, among those to train on."""
+    """Index of the record among those to train on."""
     record: dict[str, Any]
     captions: Sequence[str]
     draws: ViewDraws | None
-    """Without them images are seen as they are in validation: from the centre, not mirrored."""
+    """None as in validation: the centre, not mirrored."""
 
 
 class Inputs(Protocol):
-    """How the inputs of a batch are made. Called in several threads."""
+    """How the inputs of a batch are made. Methods are called from several threads."""
 
     @property
     def resolution(self) -> int:
@@ -55,25 +55,25 @@ class Inputs(Protocol):
         ...
 
     def allocate(self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int) -> Raw | Cached:
-        """Room for a batch."""
+        """Return memory for a batch."""
         ...
 
     def fill(self, batch: Any, examples: Sequence[Example], read_images: ReadImages) -> list[np.ndarray]:
-        """Writes examples into a batch; where a record has fewer candidates than there is room for, the rest is 0.
+        """Write examples into a batch, with 0 for candidates that a record lacks.
 
-        Returns (height, width, crop top, crop left) of the images of each example.
+        Return (height, width, crop top, crop left) of the images of each example.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class RawInputs:
-    """Images decoded, resized and cropped, captions tokenised; the step encodes them.
+    """Decode, resize and crop images, and tokenise captions; the training step encodes them.
 
     Args:
-        tokenizers: of the model.
-        random_crop: where to crop, drawn once for all candidates of a prompt; otherwise the centre.
-        random_flip: mirror half of the prompts, all candidates alike.
+        tokenizers: the tokenizers of the model.
+        random_crop: draw the crop, once for all candidates of a prompt; otherwise take the centre.
+        random_flip: mirror half of the examples, all their candidates alike.
     """
 
     resolution: int
@@ -88,7 +88,7 @@ class RawInputs:
         return Raw(images_BKHWC, np.empty((batch_size, num_candidates), bool), token_ids_BMEL)
 
     def fill(self, batch: Raw, examples: Sequence[Example], read_images: ReadImages) -> list[np.ndarray]:
-        # Decoding comes last: it empties a core's caches, and what Python does behind it takes several times as long.
+        # Decoding comes last: it empties a core's caches, so Python code after it takes several times as long.
         token_ids_NEL = self.tokenizers([caption for example in examples for caption in example.captions])
         numbers = [example.number for example in examples]
         batch.token_ids_BMEL[numbers] = token_ids_NEL.reshape(len(examples), -1, *token_ids_NEL.shape[1:])
@@ -114,16 +114,16 @@ class RawInputs:
 
 @dataclasses.dataclass(frozen=True)
 class CachedInputs:
-    """Looked up: one of the stored views of the images, and the captions' embeddings."""
+    """Look up the latents of one of the stored views of the images, and the embeddings of the captions."""
 
-    encodings: StoredLatents
+    stored: StoredLatents
 
     @property
     def resolution(self) -> int:
-        return self.encodings.resolution
+        return self.stored.resolution
 
     def allocate(self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int) -> Cached:
-        shapes = self.encodings.row_shapes
+        shapes = self.stored.row_shapes
         return Cached(
             pool.empty((batch_size, num_candidates, *shapes["moments"]), ml_dtypes.bfloat16),
             pool.empty((batch_size, num_captions, *shapes["context"]), ml_dtypes.bfloat16),
@@ -134,15 +134,15 @@ class CachedInputs:
         return [self._fill_example(batch, example) for example in examples]
 
     def _fill_example(self, batch: Cached, example: Example) -> np.ndarray:
-        encodings, record, number = self.encodings, example.record, 0
+        stored, record, number = self.stored, example.record, 0
         if example.draws is not None:  # of two views the mirrored one where `RawInputs` would flip
-            number = len(encodings.views) - 1 - int(example.draws.flip * len(encodings.views))
+            number = len(stored.views) - 1 - int(example.draws.flip * len(stored.views))
         moments_KhwC = batch.moments_BKhwC[example.number]
         moments_KhwC[len(record["images"]) :] = 0
         for k, image in enumerate(record["images"]):
-            encodings.read_moments(image, number, moments_KhwC[k])
+            stored.read_moments(image, number, moments_KhwC[k])
         for m, caption in enumerate(example.captions):
-            encodings.read_text(caption, batch.context_BMLD[example.number, m], batch.pooled_BMP[example.number, m])
-        view = encodings.views[number]
+            stored.read_text(caption, batch.context_BMLD[example.number, m], batch.pooled_BMP[example.number, m])
+        view = stored.views[number]
         offsets = [images.crop_offsets(height, width, self.resolution, view) for height, width in record["sizes"]]
         return np.concatenate([record["sizes"], offsets], axis=1).astype(np.float32)

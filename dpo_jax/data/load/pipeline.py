@@ -1,6 +1,6 @@
-"""From a prepared data set to batches: Grain shuffles, threads make the inputs of each record, in place in its batch.
+"""From a prepared data set to batches: Grain shuffles, and threads write the inputs of each example into its batch.
 
-Every sample is a function of the seed and its position in one endless stream, so the samples of a run don't depend on
+Every sample is a function of the seed and its position in one endless stream, so the samples of a run do not depend on
 the number of processes or workers, and an iterator resumes anywhere.
 
 Axes: B prompts, K candidates (best first), V views of an image, H x W pixels, C channels.
@@ -34,36 +34,36 @@ Relabel = Literal["none", "swapped", "shuffled"]
 Labels = Literal["hard", "soft"]
 
 NUM_WORKERS = min(8, 2 * (os.cpu_count() or 1))
-"""With fewer a core has nothing to decode while a batch is planned; with more they keep the planner from a core."""
+"""With fewer, a core has nothing to decode while a batch is planned; with more, the planner waits for a core."""
 EXAMPLES_PER_TASK = 4
-"""That a thread fills at once: the fewer times it changes between Python and decoding, the less time both take."""
+"""Examples per task of a thread: changing less often between Python and decoding makes both faster."""
 EXAMPLES_PER_PLAN = 64
-"""That are planned at once: behind a decode, which empties a core's caches, planning takes three times as long."""
+"""Examples planned at once: after a decode, which empties a core's caches, planning takes three times as long."""
 TRAINED_ON = ("caption", "captions", "images", "preference")
-"""The columns of a prepared record that training looks at; each costs time."""
+"""The columns of a record that training reads; each costs time."""
 
 
 class TrainingRecords(Protocol):
     """Random access to records: dicts of `captions`, `images` (best first), `preference` and `weight`.
 
-    There is one caption for all images, or one for each. Images are positions in the data set.
+    A record has one caption for all images, or one for each. Images are positions in the data set.
     """
 
     num_candidates: int
     """No record has more images than this."""
     num_captions: int
-    """1, or `num_candidates` where a record has captions of their own for its images."""
+    """1, or `num_candidates` where images of a record have captions of their own."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
     def read_images(self, record: dict[str, Any]) -> Sequence[images.ImageBytes]:
-        """Encoded, as they came."""
+        """Return the image files of a record, bytes unchanged."""
         ...
 
     def name_of(self, index: int) -> str:
-        """Which record it is, for messages."""
+        """Return a name for the record, for messages."""
         ...
 
 
@@ -78,28 +78,28 @@ def open_records(
     combine: Combine = "mean",
     **filters: Any,
 ) -> TrainingRecords:
-    """What is chosen of one split of a prepared folder; `random:N` makes N records, to which no choice applies.
+    """Return the chosen records of one split of a prepared folder; `random:N` makes N random pairs, all chosen.
 
     Args:
-        ties: `drop` leaves them out, `zero_weight` keeps them without a part in the loss, `soft` trains on them as on
+        ties: `drop` leaves them out, `zero_weight` keeps them with weight 0 in the loss, `soft` trains on them as on
             other records, with equal shares.
-        labels: `hard` gives all of the preference to the best candidate; `soft` the shares that the data set states.
-        num_candidates: K; of records with more, the best K - 1 and the worst are kept.
-        judges: whose scores order the candidates, in place of the votes, and `combine`: as in `open_prepared`.
+        labels: `hard` gives the whole preference to the best candidate; `soft` uses the shares of the data set.
+        num_candidates: K; of records with more candidates, the best K - 1 and the worst are kept.
+        judges: the judges whose scores order the candidates in place of the votes; `combine`: as in `open_prepared`.
         filters: arguments of `prepared.select`.
 
     Raises:
         FileNotFoundError: nothing was prepared there.
-        ValueError: nothing is left, or the data set can't be read.
+        ValueError: no record is left, or the data set cannot be read.
     """
     if str(path).startswith("random:"):
         number = str(path).removeprefix("random:")
         if not number.isdigit() or not int(number):
-            raise UserError(f"data path {path}: random:N makes N pairs, and {number!r} is no number above 0")
+            raise UserError(f"data path {path}: random:N makes N random pairs, and {number!r} is not a number above 0")
         return RandomRecords(int(number), seed=0 if split == "train" else 1)
     if judges and labels == "soft":
         raise UserError(
-            f"labels='soft' are shares of the votes, which scores by {', '.join(judges)} do not state; take 'hard' ones"
+            f"labels='soft' needs votes, and the scores by {', '.join(judges)} have none; set labels='hard'"
         )
     prepared = open_prepared(path, judges, combine)
     chosen = select(prepared, split=split, ties=ties, num_candidates=num_candidates, **filters)
@@ -120,27 +120,27 @@ def make_iterator(
     shard_count: int = 1,
     num_workers: int = NUM_WORKERS,
 ) -> "BatchIterator":
-    """Endless shuffled training batches, each epoch in another order.
+    """Return endless shuffled training batches, with another order in each epoch.
 
     Args:
         records: what `open_records` returned.
-        inputs: what images and captions become.
-        batch_size: prompts a batch of this process; all processes together read `batch_size * shard_count`.
-        caption_dropout: probability of training on the empty caption instead.
-        size_conditioning: `constant` tells the model (res, res, 0, 0, res, res) as the official Diffusion-DPO trainer
-            does; `real` each image's original size and its crop, as diffusers' SDXL trainers do.
-        caption_lines: each line of a caption is one of several captions, of which one is drawn every time, the same one
-            for all candidates that share them; in validation it is the first.
-        relabel: for control experiments: `swapped` reverses the order of the candidates of every record, `shuffled`
-            that of half of the records, the same ones in each epoch.
-        shard_index: this process; it reads positions `shard_index + n * shard_count` of the stream.
-        num_workers: threads that fill batches. Decoding lets go of Python's lock, so threads use all cores, and what
-            they decode is in its place; what processes decode would have to be handed over.
+        inputs: makes the inputs of a batch from images and captions.
+        batch_size: examples per batch of this process; all processes together read `batch_size * shard_count`.
+        caption_dropout: probability of replacing the caption by the empty one.
+        size_conditioning: `constant` gives the model (res, res, 0, 0, res, res), as the official Diffusion-DPO trainer
+            does; `real` gives each image's original size and its crop, as diffusers' SDXL trainers do.
+        caption_lines: each line of a caption is a caption of its own; one is drawn every time, the same one for all
+            candidates that share them. Validation uses the first.
+        relabel: for control experiments: `swapped` reverses the candidates of every record, `shuffled` those of half of
+            the records, the same ones in each epoch.
+        shard_index: the number of this process; it reads positions `shard_index + n * shard_count` of the stream.
+        num_workers: threads that fill batches. Decoding releases Python's lock, so threads use all cores and write in
+            place; processes would have to copy their results.
     """
     if relabel != "none":
         records = _Relabelled(records, seed if relabel == "shuffled" else None)
     builder = _BatchBuilder(inputs, records, size_conditioning, caption_lines, caption_dropout)
-    # Only numbers of records go through Grain: it would measure the size of all that a record holds.
+    # Only indices go through Grain, which would measure the size of everything that a record holds.
     order = grain.MapDataset.range(len(records)).seed(seed).shuffle().repeat(None)
 
     def samples(positions: range) -> list[Sample]:
@@ -160,9 +160,9 @@ def validation_batches(
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> "BatchIterator":
-    """Every record once, in order, centre crop; then it ends, in all processes after as many batches.
+    """Return every record once, in order, with the centre crop; all processes end after the same number of batches.
 
-    What is missing from the last batches is filled with samples of weight 0. Arguments as in `make_iterator`.
+    The last batches are filled up with samples of weight 0. Arguments are as in `make_iterator`.
     """
     everyone = batch_size * shard_count
     padded = -(-len(records) // everyone) * everyone
@@ -175,23 +175,23 @@ def validation_batches(
 
 
 class Sample(NamedTuple):
-    """Which record an example of a batch is made of, and how."""
+    """One position of the stream: which record it shows, and how."""
 
     position: int
-    """In the stream."""
+    """Position in the stream."""
     number: int
-    """Of the record, among those to train on."""
+    """Index of the record among those to train on."""
     counts: bool = True
-    """Otherwise its weight is 0."""
+    """False gives it weight 0."""
     drop_caption: float = 1.0
-    """The caption is dropped with a greater probability than this."""
+    """A number in [0, 1): below the probability of caption dropout the caption is dropped."""
     draws: ViewDraws | None = None
 
 
 def _draws(seed: int, positions: range) -> np.ndarray:
-    """Random numbers in [0, 1) of samples: [position, caption dropout or one of `ViewDraws`].
+    """Return random numbers in [0, 1) of samples: [position, caption dropout or one of `ViewDraws`].
 
-    Philox makes four of them for each value of its counter, which is the position: they depend on nothing else.
+    Philox makes four numbers per value of its counter, which is the position, so they depend on nothing else.
     """
     all_N4 = np.random.Generator(np.random.Philox(key=seed, counter=positions.start)).random(
         (len(positions) * positions.step, 4)
@@ -200,20 +200,20 @@ def _draws(seed: int, positions: range) -> np.ndarray:
 
 
 class Skipped(NamedTuple):
-    """A sample that was left out."""
+    """A record that was left out."""
 
     number: int
-    """Of the record, among those to train on."""
+    """Index of the record among those to train on."""
     reason: str
 
 
 class BatchIterator(Iterator[PreferenceBatch]):
     """Batches of this process's share of a stream of samples.
 
-    Shards are dealt out last, by position: an epoch needn't divide by them.
+    Samples are dealt to processes by position, so an epoch need not be divisible by their number.
 
-    A sample whose images or encodings are damaged stays in its place with weight 0 and all its inputs 0: so it is alike
-    on any number of processes. Each such record is told once, on stderr.
+    A sample whose images or latents are damaged stays in its place with weight 0 and inputs 0, so that batches are the
+    same on any number of processes. Each such record is reported once, on stderr.
 
     The state is the position in the stream, a JSON-able dict: it can be resumed with other numbers of workers and
     processes and another batch size. Close the iterator, or use it as a context manager, to end its threads.
@@ -237,7 +237,7 @@ class BatchIterator(Iterator[PreferenceBatch]):
         self._planned: deque[tuple[dict[str, np.ndarray], list[Example]]] = deque()
         self._begun: deque[tuple[PreferenceBatch, list[Future[list[Skipped]]]]] = deque()
         self.damaged: set[int] = set()
-        """Records that this iterator left out, by their number among those to train on."""
+        """The records that this iterator left out, as indices among those to train on."""
 
     def __next__(self) -> PreferenceBatch:
         # Every thread has examples to fill, also while this one begins batches and keeps Python's lock.
@@ -255,20 +255,20 @@ class BatchIterator(Iterator[PreferenceBatch]):
         return batch
 
     def _skip(self, skipped: "Skipped") -> None:
-        """Notes a damaged record; raises ValueError when there are too many."""
+        """Note a damaged record; raise ValueError when there are too many."""
         self.damaged.add(skipped.number)
         known = len(self._builder.records)
         message = f"{self._builder.records.name_of(skipped.number)}: {skipped.reason}"
         if len(self.damaged) > max(1, MAX_DAMAGED * known) or len(self.damaged) == known:
             raise UserError(
-                f"{len(self.damaged)} of {known} records have damaged images or encodings, more than the "
-                f"{MAX_DAMAGED:.0%} that are left out; the last is {message}. See what is damaged by "
+                f"{len(self.damaged)} of {known} records have damaged images or latents, more than the "
+                f"{MAX_DAMAGED:.0%} that may be left out; the last is {message}. List what is damaged with "
                 "python -m dpo_jax.prepare --verify --output=FOLDER"
             )
-        warn(f"{message}; left out")
+        warn(f"{message}; it is left out")
 
     def _plan(self) -> bool:
-        """Plans the next batches, unless the stream has ended."""
+        """Plan the next batches; return False where the stream has ended."""
         everyone = self._batch_size * self._shard_count
         count = min(-(-EXAMPLES_PER_PLAN // self._batch_size), (self._length - self._planned_to) // everyone)
         start, self._planned_to = self._planned_to, self._planned_to + count * everyone
@@ -278,7 +278,7 @@ class BatchIterator(Iterator[PreferenceBatch]):
         return count > 0
 
     def _begin(self, planned: dict[str, np.ndarray], examples: list[Example]) -> None:
-        """Has the threads fill a planned batch."""
+        """Have the threads fill a planned batch."""
         self._threads = self._threads or ThreadPoolExecutor(self._num_workers)
         batch = PreferenceBatch(inputs=self._builder.allocate(self._pool, len(examples)), **planned)
         tasks = [
@@ -291,12 +291,12 @@ class BatchIterator(Iterator[PreferenceBatch]):
         return {"position": self._position}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Goes on behind the last batch that was handed out when `get_state` gave this state."""
+        """Continue after the last batch that had been returned when `get_state` gave this state."""
         self.close()
         self._position = self._planned_to = state["position"]
 
     def close(self) -> None:
-        """Ends the threads; the iterator can still go on, with new ones."""
+        """End the threads; the iterator can continue with new ones."""
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
         self._threads, self._planned_to = None, self._position
@@ -350,7 +350,7 @@ class PreparedRecords:
 
 
 class RandomRecords:
-    """Made pairs for tests and dry runs: coloured noise in several shapes, each pair with a caption of its own."""
+    """Random pairs for tests and dry runs: coloured noise in several shapes, each pair with a caption of its own."""
 
     num_candidates = 2
     num_captions = 1
@@ -388,7 +388,7 @@ def _noise_png(rng: np.random.Generator, height: int, width: int) -> bytes:
 
 
 class _Relabelled:
-    """Records with their candidates in the opposite order: all of them, or those that a coin chooses."""
+    """Records with their candidates reversed: all of them, or a random half."""
 
     def __init__(self, records: TrainingRecords, coin_seed: int | None):
         self._records, self._coin_seed = records, coin_seed
@@ -412,7 +412,7 @@ class _Relabelled:
 
 @dataclasses.dataclass(frozen=True)
 class _BatchBuilder:
-    """How samples become a batch: first all that takes no time, then the inputs of each example, in threads."""
+    """Turns samples into a batch: first everything that is quick, then the inputs of each example, in threads."""
 
     inputs: Inputs
     records: TrainingRecords
@@ -421,7 +421,7 @@ class _BatchBuilder:
     caption_dropout: float = 0.0
 
     def plan(self, samples: Sequence[Sample]) -> tuple[dict[str, np.ndarray], list[Example]]:
-        """A batch's fields but for its inputs, and its examples. Candidates that a record lacks are not valid."""
+        """Return the fields of a batch except its inputs, and its examples; absent candidates are not valid."""
         records = [self.records[sample.number] for sample in samples]
         B, K, size = len(samples), self.records.num_candidates, self.inputs.resolution
         preference_BK, valid_BK = np.zeros((B, K), np.float32), np.zeros((B, K), bool)
@@ -449,7 +449,7 @@ class _BatchBuilder:
         return Example(number, sample.number, record, captions, sample.draws)
 
     def _line(self, caption: str, sample: Sample) -> str:
-        """Drawn by what is left of the number that has kept the caption: uniform from the dropout to 1."""
+        """Draw a line of a caption with the number that kept the caption, which is uniform from the dropout to 1."""
         lines = lines_of(caption)
         share = (sample.drop_caption - self.caption_dropout) / (1 - self.caption_dropout)
         return lines[0 if sample.draws is None else int(share * len(lines))]
@@ -458,11 +458,11 @@ class _BatchBuilder:
         return self.inputs.allocate(pool, batch_size, self.records.num_candidates, self.records.num_captions)
 
     def fill(self, batch: PreferenceBatch, examples: Sequence[Example]) -> list[Skipped]:
-        """Writes the examples' inputs into the batch; those of candidates that a record lacks are 0."""
+        """Write the inputs of examples into the batch, with 0 for candidates that a record lacks."""
         try:
             self._fill(batch, examples)
             return []
-        except (images.DamagedImage, DamagedLatents):  # one of them; the others are done again
+        except (images.DamagedImage, DamagedLatents):  # in one of them; the others are filled again
             return [skipped for example in examples if (skipped := self._fill_or_skip(batch, example))]
 
     def _fill_or_skip(self, batch: PreferenceBatch, example: Example) -> Skipped | None:

@@ -45,7 +45,7 @@ def _read_views(prepared: PreparedData, position: int, views: Sequence[images.Vi
         for view, image_HWC in zip(views, images_VHWC, strict=True):
             images.read(data, view, image_HWC)
     except images.DamagedImage as error:
-        raise UserError(f"image {position} of {prepared.folder} can't be encoded: {error}; {AGAIN}") from None
+        raise UserError(f"image {position} of {prepared.folder} cannot be encoded: {error}; {AGAIN}") from None
 
 
 def _finished(batch: np.ndarray, rows: Sequence[Future[None]]) -> np.ndarray:

@@ -1,14 +1,14 @@
-"""Prepares preference data once, for every later run: verified, images stored once, split by prompt.
+"""Prepare preference data once for every later run: verified, each image stored once, split by prompt.
 
 Worker processes turn each chunk of the source into a finished part (worker.py), in a hidden folder beside the output;
-so a killed run loses only the parts under way. The parts are then merged (merge.py) in the order of the chunks, so that
-the same input gives the same bytes whatever the number of workers:
+so a killed run loses only its unfinished parts. The parts are then merged (merge.py) in the order of the chunks: the
+same input gives the same bytes, whatever the number of workers.
 
-    OUTPUT/images/          TFDS data set of Parquet shards, one split: every image once, as it came
-    OUTPUT/images.arrow     of each, in the same order: sha256, width and height (upright), where it lies in its shard
+    OUTPUT/images/          TFDS data set of Parquet shards, one split: every image once, its bytes unchanged
+    OUTPUT/images.arrow     for each image, in the same order: sha256, upright width and height, position in its shard
     OUTPUT/records.arrow    records, whose `images` are positions in that order, best first
     OUTPUT/summary.json     what became of the rows
-    OUTPUT/checksums.json   of the files above
+    OUTPUT/checksums.json   checksums of the files above
     OUTPUT/quarantine.jsonl what was set aside, and why
     OUTPUT/contact_sheet.png, heldout_prompts.jsonl  for people to look at (review.py)
 """
@@ -38,35 +38,35 @@ from dpo_jax.files import sync
 
 SUMMARY = "summary.json"
 RECORDS_TO_JUDGE_BY = 10_000
-"""A run stops before its end for too much damage only when as many records would have too much."""
+"""A run stops early only when the damage found so far is too much even for this many records."""
 
 
 class Progress(NamedTuple):
-    """How far `prepare` is."""
+    """How far `prepare` has come."""
 
     step: str
     done: int
-    """Parts."""
+    """Finished parts."""
     total: int
     records: int
-    """Kept in the parts done."""
+    """Records in the finished parts."""
 
 
 @dataclasses.dataclass
 class Summary:
-    """What became of the rows; written beside the data as `summary.json`."""
+    """What became of the input's rows; written beside the data as `summary.json`."""
 
     files: list[str]
     source: str = ""
-    """What the input was said to be."""
+    """The help of the source that read the input."""
     validation_fraction: float = 0.0
     rows: int = 0
-    """Read: records, dropped and quarantined ones."""
+    """Rows read: records, dropped and quarantined ones."""
     records: int = 0
     pairs: int = 0
-    """Records of two candidates, ties among them."""
+    """Records with two candidates, including ties."""
     ties: int = 0
-    """Records of several candidates that share equally."""
+    """Records with several candidates of equal preference."""
     candidates: Counter[str] = dataclasses.field(default_factory=Counter)
     """Records by their number of candidates."""
     splits: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -76,11 +76,11 @@ class Summary:
     images: int = 0
     """Distinct images."""
     duplicates: int = 0
-    """Candidates whose image was stored already."""
+    """Candidates whose image is stored for another candidate too."""
     resolutions: Counter[str] = dataclasses.field(default_factory=Counter)
     """Images by width x height, upright; the most common first."""
     dropped: Counter[str] = dataclasses.field(default_factory=Counter)
-    """Rows that state no preference, by reason."""
+    """Rows without a usable preference, by reason."""
     quarantined: int = 0
     damaged: Counter[str] = dataclasses.field(default_factory=Counter)
     """Quarantined rows by reason; `quarantine.jsonl` lists each."""
@@ -109,22 +109,22 @@ def prepare(
     max_damaged_fraction: float = 0.01,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Summary:
-    """Writes the data set `output`, which appears only when it is complete; the same input gives the same bytes.
+    """Write the data set `output`, which appears only when it is complete; the same input gives the same bytes.
 
-    A run that was stopped goes on where it was, by the same call. Records with a damaged image are set aside.
+    The same call continues a run that was stopped. Records with a damaged image are set aside.
 
     Args:
-        workers: processes; 0 works in this one; None takes as many as there are cores.
-        validation_fraction: share of the prompts held out. A prompt's hash decides, so that all its records land in one
-            split, and still do when files are added. At least one prompt is held out unless it is 0.
-        max_damaged_fraction: share of the records that may be set aside.
+        workers: number of processes; 0 reads in this process, None uses one per core.
+        validation_fraction: fraction of the prompts to hold out. The hash of a prompt decides, so all its records land
+            in one split, and stay there when files are added. At least one prompt is held out unless this is 0.
+        max_damaged_fraction: fraction of the records that may be set aside.
         on_progress: called at the start and after each part.
 
     Raises:
         BlockingIOError: another run is writing `output`.
-        FileExistsError: `output` exists and isn't an empty folder, or an unfinished run of another input lies there.
-        ValueError: no usable record, too many damaged ones, or files of another schema.
-        ChildProcessError: a worker was killed, e.g. for want of memory.
+        FileExistsError: `output` exists and is not an empty folder, or an unfinished run of another input is there.
+        ValueError: there is no usable record, there are too many damaged ones, or a file has another layout.
+        ChildProcessError: a worker was killed, for example because memory ran out.
     """
     _check_free(output)
     chunks = source.chunks(files)
@@ -153,7 +153,10 @@ def prepare(
         if not summary.records:
             shutil.rmtree(partial)
             found = _listed(summary.dropped + summary.damaged)
-            raise UserError(f"no usable record among {summary.rows} rows ({found}) of {', '.join(summary.files[:3])}")
+            raise UserError(
+                f"none of the {summary.rows} rows of {', '.join(summary.files[:3])} can be used ({found}); check the "
+                "--source and the input"
+            )
 
         def moved(done: int, total: int) -> None:
             on_progress(Progress("merging", done, total, summary.records))
@@ -177,24 +180,24 @@ def prepare(
 def _check_free(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ExistingFileError(
-            f"{output} already exists and is not an empty folder; name another --output or remove it"
+            f"{output} already exists and is not an empty folder; choose another --output or remove it"
         )
 
 
 def _check_own(partial: Path) -> None:
-    """Refuses a link or another user's folder in place of the folder of unfinished work: its name can be guessed."""
+    """Refuse a link or another user's folder in place of the folder of unfinished work, whose name can be guessed."""
     if not os.path.lexists(partial):
         return
     found = os.lstat(partial)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise ExistingFileError(
-            f"{partial}, where unfinished work is kept, is a link or belongs to another user; remove it, or name "
+            f"{partial}, the folder of unfinished work, is a link or belongs to another user; remove it, or choose "
             "another --output"
         )
 
 
 def _manifest(source: Source, files: Sequence[Path], chunks: Sequence[Chunk]) -> dict[str, Any]:
-    """What the parts depend on."""
+    """Everything that the parts depend on."""
     read = dict.fromkeys([*files, *(chunk.file for chunk in chunks)])
     stats = {str(file): file.stat() for file in read}
     return {
@@ -206,7 +209,7 @@ def _manifest(source: Source, files: Sequence[Path], chunks: Sequence[Chunk]) ->
 
 
 def _begin(partial: Path, manifest: dict[str, Any]) -> None:
-    """Fills the folder of unfinished work, or checks that it is of the same input and removes what isn't finished."""
+    """Start the folder of unfinished work, or check that it has the same input and remove unfinished parts."""
     file = partial / "manifest.json"
     if file.exists():
         try:
@@ -216,8 +219,8 @@ def _begin(partial: Path, manifest: dict[str, Any]) -> None:
         for key, value in manifest.items():
             if begun.get(key) != value:
                 raise ExistingFileError(
-                    f"{partial} holds an unfinished run whose {key} differ from those given now (the input changed); "
-                    f"remove it (rm -r {partial}) to begin again"
+                    f"{partial} holds an unfinished run of another input (with different {key}); remove it "
+                    f"(rm -r {partial}) to begin again, or choose another --output"
                 )
         for part in (partial / "parts").iterdir():
             if part.name.startswith(".") or not worker.is_whole(part, images_moved=(partial / "data").exists()):
@@ -263,14 +266,14 @@ def _check_damage(summary: Summary, allowed: float, records: float, folders: Seq
     first = json.loads(next(text for file in files if file.exists() and (text := file.read_text())).split("\n")[0])
     found = f": {first['found']}" if "found" in first else ""
     raise UserError(
-        f"{summary.quarantined} of {summary.records + summary.quarantined} records are damaged (e.g. {first['where']}: "
-        f"{first['reason']}{found}), more than --max_damaged_fraction={allowed} allows; mend them, or raise the limit "
-        "to go on with what is finished"
+        f"{summary.quarantined} of {summary.records + summary.quarantined} records are damaged (for example "
+        f"{first['where']}: {first['reason']}{found}), more than --max_damaged_fraction={allowed} allows; repair them, "
+        "or raise the limit and run the command again, which keeps the finished parts"
     )
 
 
 def _make_parts(source: Source, missing: Mapping[Path, Chunk], workers: int, finished: Callable[[Path], None]) -> None:
-    """Makes the parts in any order, one process a part; `finished` is called with each."""
+    """Make the parts in any order, one process per part, and call `finished` with each."""
     if not workers:
         for folder, chunk in missing.items():
             worker.make_part(source, chunk, folder)
@@ -297,7 +300,7 @@ def _make_parts(source: Source, missing: Mapping[Path, Chunk], workers: int, fin
 
 
 def _start_worker() -> None:
-    """Leaves Ctrl-C to the main process, and ends when that one is killed."""
+    """Leave Ctrl-C to the main process, and end when that one is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -310,17 +313,18 @@ def _start_worker() -> None:
 
 
 def _who_died(processes: Sequence[Any], chunks: Mapping[Path, Chunk]) -> str:
-    """The pool has stopped the other workers by SIGTERM."""
+    """Name the worker that died, and the part it read; the pool has stopped the other workers with SIGTERM."""
     for process in processes:
         process.join()
         for folder, chunk in chunks.items():
             if process.exitcode != -signal.SIGTERM and worker.temporary_folder(folder, process.pid).exists():
                 cause = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"exit {process.exitcode}"
                 return (
-                    f"the worker that read {chunk.file} from {chunk.start} to {chunk.stop} died ({cause}; SIGKILL is "
-                    "mostly for want of memory: take fewer --workers); finished parts are kept for the next run"
+                    f"the worker that read {chunk.file} from {chunk.start} to {chunk.stop} died ({cause}; SIGKILL "
+                    "mostly means that memory ran out: set fewer --workers); run the command again, which keeps the "
+                    "finished parts"
                 )
-    return "a worker died before it read anything; finished parts are kept for the next run"
+    return "a worker died before it read anything; run the command again, which keeps the finished parts"
 
 
 def _listed(counts: Mapping[str, int]) -> str:

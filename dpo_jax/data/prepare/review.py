@@ -16,6 +16,7 @@ from dpo_jax.data import images
 from dpo_jax.data.image_grid import image_grid
 from dpo_jax.data.prepare.worker import prompt_hash
 from dpo_jax.data.store.prepared import PreparedData, lines_of
+from dpo_jax.files import writing
 
 CONTACT_SHEET = "contact_sheet.png"
 HELDOUT_PROMPTS = "heldout_prompts.jsonl"
@@ -40,7 +41,8 @@ def write_contact_sheet(prepared: PreparedData) -> None:
         rows.append((textwrap.shorten(caption, CAPTION, placeholder=" ..."), cells))
     width = max(len(cells) for _, cells in rows)
     columns = ["winner", "loser"] if width == 2 else ["image"]
-    image_grid(rows, columns).save(prepared.folder / CONTACT_SHEET)
+    with writing(prepared.folder / CONTACT_SHEET) as file:
+        image_grid(rows, columns).save(file, format="PNG")
 
 
 def write_heldout_prompts(prepared: PreparedData) -> None:
@@ -51,12 +53,13 @@ def write_heldout_prompts(prepared: PreparedData) -> None:
     held-out prompts there is no file.
     """
     written = set[int]()
-    with open(prepared.folder / HELDOUT_PROMPTS, "w") as file:
+    with writing(prepared.folder / HELDOUT_PROMPTS) as file:
         for batch in prepared.records.select(["caption", "split"]).to_batches():
             for caption in batch.filter(pc.equal(batch["split"], "validation"))["caption"].to_pylist():
                 if (key := prompt_hash(caption)) not in written:
                     written.add(key)
-                    file.write(json.dumps({"prompt": lines_of(caption)[0]}, ensure_ascii=False) + "\n")
+                    line = json.dumps({"prompt": lines_of(caption)[0]}, ensure_ascii=False) + "\n"
+                    file.write(line.encode())
     if not written:
         (prepared.folder / HELDOUT_PROMPTS).unlink()
 

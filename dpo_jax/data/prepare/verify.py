@@ -1,4 +1,4 @@
-"""Reads all of a prepared data set and compares it with its checksums: what `prepare --verify` does."""
+"""Read all of a prepared data set and compare it with its checksums: `prepare --verify`."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -9,15 +9,16 @@ from typing import NamedTuple
 from dpo_jax.data.images import DamagedImage
 from dpo_jax.data.store import checksums, scores
 from dpo_jax.data.store.latents import INDEX, StoredLatents
-from dpo_jax.data.store.prepared import CHECKED, PreparedData, open_prepared
+from dpo_jax.data.store.prepared import AGAIN, CHECKED, PreparedData, open_prepared
 from dpo_jax.errors import MissingFileError, UserError
 
+REPAIR = "Restore the files from a copy, or prepare the data set again"
 OnProgress = Callable[[int, int], None]
 """Called with the bytes read and their total."""
 
 
 class Verified(NamedTuple):
-    """What was found to be as it was written. As a string: for people to read."""
+    """What was found to be undamaged. As a string: for people to read."""
 
     folder: Path
     files: int
@@ -26,24 +27,24 @@ class Verified(NamedTuple):
     added: bool
     """Whether the data set had no checksums, and has some now."""
     without: list[str]
-    """Encodings and scores of an earlier time, which have none."""
+    """Stored latents and scores of earlier versions, which have none."""
 
     def __str__(self) -> str:
         lines = [f"verified {self.files} files, {self.bytes:,} bytes, {self.images} images in {self.folder}"]
         if self.added:
             lines.append(f"it had no checksums: they were written to {self.folder / checksums.FILE}")
-        lines += [f"{name} has no checksums: make it again to have them" for name in self.without]
+        lines += [f"{name} has no checksums; make it again to add them" for name in self.without]
         return "\n".join(lines)
 
 
 def verify(folder: Path, on_progress: OnProgress = lambda done, total: None) -> Verified:
-    """Compares every file of a prepared data set with its checksum, scores and encodings included.
+    """Compare every file of a prepared data set with its checksum, including scores and stored latents.
 
-    A data set that was prepared before there were checksums gets them, if every image is what images.arrow says.
+    A data set of a version without checksums gets them, if every image matches images.arrow.
 
     Raises:
         FileNotFoundError: nothing was prepared there, or a part is missing.
-        ValueError: names all files that are damaged, and their images.
+        ValueError: files are damaged; the message names them and their images.
     """
     prepared = open_prepared(folder)
     stored = checksums.read(folder)
@@ -52,13 +53,14 @@ def verify(folder: Path, on_progress: OnProgress = lambda done, total: None) -> 
     names = sorted({*CHECKED, *shards, *digests})
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise MissingFileError(f"the data set {folder} misses {', '.join(missing)}")
-    encodings = [StoredLatents(file.parent) for file in sorted((folder / "encoded").glob(f"*/{INDEX}"))]
-    for each in encodings:
+        raise MissingFileError(f"the data set {folder} has no {', '.join(missing)}; {AGAIN}")
+    stored_latents = [StoredLatents(file.parent) for file in sorted((folder / "encoded").glob(f"*/{INDEX}"))]
+    for each in stored_latents:
         each.check()
-    encoded = [file for each in encodings for file in each.files]
+    latent_files = [file for each in stored_latents for file in each.files]
     sizes = {
-        path: path.stat().st_size for path in (*(folder / name for name in names), *(file.path for file in encoded))
+        path: path.stat().st_size
+        for path in (*(folder / name for name in names), *(file.path for file in latent_files))
     }
     total, done = sum(sizes.values()), 0
     problems: list[str] = []
@@ -73,7 +75,7 @@ def verify(folder: Path, on_progress: OnProgress = lambda done, total: None) -> 
                 problems.append(f"{folder / name} (its checksum is not the one in {checksums.FILE})")
             done += sizes[folder / name]
             on_progress(done, total)
-        for file, damage in zip(encoded, pool.map(lambda file: file.damage(), encoded), strict=True):
+        for file, damage in zip(latent_files, pool.map(lambda file: file.damage(), latent_files), strict=True):
             problems += [damage] if damage else []
             done += sizes[file.path]
             on_progress(done, total)
@@ -86,10 +88,11 @@ def verify(folder: Path, on_progress: OnProgress = lambda done, total: None) -> 
         except ValueError as error:
             problems.append(str(error))
     if problems:
-        raise UserError(f"{len(problems)} damaged in {folder}: {'; '.join(problems[:10])}")
+        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise UserError(f"{folder} has {len(problems)} damaged parts: {'; '.join(problems[:10])}{more}. {REPAIR}")
     if stored is None:
         checksums.write(folder, digests)
-    without = [str(each.folder) for each in encodings if not each.has_checksums]
+    without = [str(each.folder) for each in stored_latents if not each.has_checksums]
     without += [str(scores.scores_file(folder, judge)) for judge in judges if not scores.has_checksum(folder, judge)]
     return Verified(folder, len(sizes) + len(judges), total, len(prepared.images), stored is None, without)
 

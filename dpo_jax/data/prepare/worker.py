@@ -82,7 +82,7 @@ def make_part(source: Source, chunk: Chunk, folder: Path) -> None:
                     candidate, reason = wrong[0]
                     set_aside(reason, where=row.where, caption=row.caption, candidate=candidate)
                 elif (kept := _settled(row, _firsts(verified))) is None:
-                    counts["dropped"]["of one and the same image"] += 1
+                    counts["dropped"]["all candidates are the same image"] += 1
                 else:
                     row, order = kept
                     records.append(_described(row, [store.add(verified[k]) for k in order]))

@@ -75,7 +75,7 @@ def _record(where: str, folder: Path, row: Mapping[str, str]) -> Outcome:
         names = [f"image_{number}" for number in numbers]
         models = [row.get(f"model_{number}") or None for number in numbers]
         if is_unstated(row.get("preferred")):
-            return Dropped(where, "unlabelled")
+            return Dropped(where, "without a label")
         best = index(row["preferred"], len(names))
         if best is None:
             raise Unusable('"preferred" is not the index of an image', row["preferred"][:200])

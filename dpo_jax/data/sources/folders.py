@@ -32,7 +32,7 @@ def read_pairs_folder(chunk: Chunk) -> Iterator[Outcome]:
         files = winners.get(name, []), losers.get(name, [])
         if any(len(found) != 1 for found in files):
             counts = " and ".join(f"{len(found)} in {place}" for place, found in zip("wl", files, strict=True))
-            yield Damaged(where, "there is not one image of this name in both w and l", f"there are {counts}")
+            yield Damaged(where, "not exactly one image of this name in w and in l", f"there are {counts}")
             continue
         try:
             caption = _caption(folder / "w", folder / "captions", folder, name=name)
@@ -123,7 +123,7 @@ def _caption(*folders: Path, name: str) -> str | None:
             try:
                 return read_text(file, MAX_CAPTION_BYTES).strip()
             except (OSError, ValueError) as error:
-                raise Unusable("its caption can't be read", str(error)) from None
+                raise Unusable("the caption cannot be read", str(error)) from None
     return None
 
 

@@ -109,7 +109,7 @@ def chunk_rows(
                     problem = problem or f"{file}{place} is {error.reason} ({error.found})"
             count += 1
         if count and not known:
-            raise UserError(problem or f"{file} has another schema: a row should be {schema}")
+            raise UserError(problem or f"{file} has another layout: a row should look like {schema}")
         found.append((file, count, offsets))
     limit = rows_a_chunk(sum(count for _, count, _ in found))
     return [
@@ -133,10 +133,10 @@ def read_rows(chunk: Chunk, rows: Rows, make_row: Callable[[str, Path, dict[str,
 def numbers(name: str, value: object, count: int) -> list[float]:
     """`value` as so many finite numbers; Unusable if it isn't a list of these."""
     if not isinstance(value, list) or len(value) != count:
-        raise Unusable(f'"{name}" is not a list of as many numbers as there are images', repr(value)[:200])
+        raise Unusable(f'"{name}" is not a list with one number per image', repr(value)[:200])
     found = [number(x) for x in value]
     if any(x is None or not abs(x) < 1e300 for x in found):
-        raise Unusable(f'"{name}" holds what is not a finite number', repr(value)[:200])
+        raise Unusable(f'"{name}" has an entry that is not a finite number', repr(value)[:200])
     return [x for x in found if x is not None]
 
 

@@ -48,17 +48,17 @@ def _jsonl_row(where: str, folder: Path, row: Mapping[str, Any]) -> Outcome:
         raise Unusable('"images" is not a list of two or more paths', repr(paths)[:200])
     models, captions = (None if is_missing(value) else value for value in (models, captions))
     if not isinstance(models, list | None) or not isinstance(captions, list | None):
-        raise Unusable("models and captions are lists")
+        raise Unusable('"models" or "captions" is not a list')
     stated = [name for name in PREFERENCES if not is_unstated(row.get(name))]
     if not stated:
-        return Dropped(where, "unlabelled")
+        return Dropped(where, "without a label")
     if len(stated) > 1:
         raise Unusable(f"more than one of {', '.join(PREFERENCES)}")
     shares = shares_of(stated[0], row[stated[0]], len(paths))
     prompt = row.get("prompt")
     if isinstance(prompt, list):
         if not prompt or not all(isinstance(text, str) and text.strip() for text in prompt):
-            raise Unusable('"prompt" is a list that has something else than captions', repr(prompt)[:200])
+            raise Unusable('"prompt" is a list with an entry that is not a caption', repr(prompt)[:200])
         prompt = "\n".join(" ".join(text.split()) for text in prompt)
     return make_record(where, prompt, shares, lambda k: read_image(paths[k], folder), models or (), captions)
 
@@ -137,7 +137,7 @@ def _hpd_row(stem: str, where: str, folder: Path, row: Mapping[str, Any]) -> Out
         elif not is_unstated(row.get("rank")):
             shares = borda([-rank for rank in numbers("rank", row["rank"], len(paths))])
         else:
-            return Dropped(where, "unlabelled")
+            return Dropped(where, "without a label")
 
     return make_record(where, row.get("prompt"), shares, lambda k: read_image(paths[k], folder, folder / stem), models)
 
@@ -167,7 +167,7 @@ def _imagereward_row(where: str, folder: Path, rows: list[dict[str, Any]]) -> Ou
         raise Unusable("fewer than two images")
     ranks = [row["rank"] for row in rows]
     if any(is_unstated(rank) for rank in ranks):
-        return Dropped(where, "unlabelled")
+        return Dropped(where, "without a label")
     shares = borda([-rank for rank in numbers("rank", ranks, len(rows))])
     paths = [row["image_path"] for row in rows]
 
@@ -219,14 +219,14 @@ def _read_zipped(folder: Path, name: object) -> bytes | None:
     try:
         stored = _zip(archive).getinfo(file)
         if stored.file_size > MAX_BYTES:
-            raise Unusable("an image in a zip archive can't be read", f"{archive} {name} has {stored.file_size} bytes")
+            raise Unusable("an image in a zip archive cannot be read", f"{archive} {name} has {stored.file_size} bytes")
         return _zip(archive).read(stored)
     except KeyError:
         return None
     except Unusable:
         raise
     except Exception as error:  # zipfile and its decompressors raise whatever a damaged archive leads them to
-        raise Unusable("an image in a zip archive can't be read", f"{archive} {name}: {error}") from None
+        raise Unusable("an image in a zip archive cannot be read", f"{archive} {name}: {error}") from None
 
 
 @functools.lru_cache(maxsize=4)

@@ -31,7 +31,7 @@ def read_file(path: Path) -> bytes:
     try:
         return read_bytes(path, MAX_BYTES)
     except (OSError, ValueError) as error:
-        raise Unusable("an image file can't be read", str(error)) from None
+        raise Unusable("an image file cannot be read", str(error)) from None
 
 
 def find(name: object, *folders: Path) -> Path | None:

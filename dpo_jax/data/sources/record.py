@@ -1,4 +1,4 @@
-"""What a source is and what it yields, and how votes, ranks and scores become shares of a preference."""
+"""What a source is and yields, and how votes, ranks and scores become shares of a preference."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from dpo_jax.files import is_text
 CHUNKS = 64
 MIN_ROWS_A_CHUNK, MAX_ROWS_A_CHUNK = 100, 2000
 MAX_CANDIDATES = 256
-"""Of a prompt: people compare a few images, and comparing all pairs of a million takes for ever."""
+"""Candidates per prompt: people compare a few images, and all pairs of a million would take forever."""
 
 
 class Record(NamedTuple):
@@ -24,14 +24,14 @@ class Record(NamedTuple):
     """File and row, for messages."""
     caption: str
     images: tuple[bytes | None, ...]
-    """Encoded as they came; None where the source has none."""
+    """The bytes of each image file, unchanged; None where the source has none."""
     preference: tuple[float, ...]
-    """Share that each candidate got, in the order of `images`: sums to 1, all equal for a tie. One candidate alone has
-    1 if it was liked, 0 if not."""
+    """The share of the preference that each candidate got, in the order of `images`: sums to 1, all equal for a tie.
+    A single candidate has 1 if it was liked, 0 if not."""
     models: tuple[str, ...]
-    """What generated each candidate; empty strings where the source doesn't say."""
+    """The model that generated each candidate; empty where the source does not say."""
     captions: tuple[str, ...] | None = None
-    """Own caption of each candidate, where they differ from `caption`."""
+    """The caption of each candidate, where they differ from `caption`."""
 
 
 class Dropped(NamedTuple):
@@ -42,17 +42,17 @@ class Dropped(NamedTuple):
 
 
 class Damaged(NamedTuple):
-    """A row that can't be read."""
+    """A row that cannot be read."""
 
     where: str
     reason: str
-    """Short, and the same for the same fault: reasons are counted."""
+    """Short, and the same for the same fault, because reasons are counted."""
     found: str = ""
-    """What was found, or looked for in vain."""
+    """What was found, or what was missing."""
 
 
 class Unusable(UserError):
-    """Why a row is `Damaged`: its reason, and what was found."""
+    """The reason why a row is `Damaged`, and what was found."""
 
     def __init__(self, reason: str, found: str = ""):
         super().__init__(reason)
@@ -60,6 +60,7 @@ class Unusable(UserError):
 
 
 Outcome = Record | Dropped | Damaged
+"""What a source yields for one row of its input."""
 
 
 class Chunk(NamedTuple):
@@ -69,13 +70,13 @@ class Chunk(NamedTuple):
     start: int
     stop: int
     offset: int = 0
-    """Byte where `start` begins, in files of lines."""
+    """The byte at which row `start` begins, in files of lines."""
 
 
 def rows_a_chunk(rows: int) -> int:
-    """How many rows of an input of so many make a chunk, a multiple of MIN_ROWS_A_CHUNK.
+    """Return the number of rows per chunk of an input with this many rows, a multiple of MIN_ROWS_A_CHUNK.
 
-    Fewer of a small input, so that several workers share it.
+    The chunks of a small input are smaller, so that several workers share it.
     """
     rows = min(max(rows // CHUNKS, MIN_ROWS_A_CHUNK), MAX_ROWS_A_CHUNK)
     return rows // MIN_ROWS_A_CHUNK * MIN_ROWS_A_CHUNK
@@ -85,33 +86,33 @@ class Source(NamedTuple):
     """How files of one layout are read."""
 
     chunks: Callable[[Sequence[Path]], list[Chunk]]
-    """Splits the input, always the same way; raises ValueError for files of another layout before anything is read."""
+    """Split the input, always the same way; raise ValueError for files of another layout before anything is read."""
     read: Callable[[Chunk], Iterator[Outcome]]
-    """Streams the rows of a chunk."""
+    """Stream the rows of a chunk."""
     help: str
 
 
 def missing(pattern: str) -> MissingFileError:
-    """The error for an input that matches no file, which may be the id of a data set on the Hugging Face hub."""
+    """Return the error for an input that matches no file; it may be the id of a data set on the Hugging Face hub."""
     hub_id = pattern if re.fullmatch(r"[\w-]+/[\w-]+", pattern) else "OWNER/NAME"
     return MissingFileError(
-        f"no file matches --input={pattern}: data sets are read from local files, so download one first "
-        f"(hf download --repo-type dataset {hub_id} --local-dir data/{hub_id.split('/')[1]}). "
-        "Pick-a-Pic left the hub in 2025 and takes a mirror or a copy of your own; public, each with a --source, are "
-        "data-is-better-together/open-image-preferences-v1-binarized (open_image_preferences), MizzenAI/HPDv3 (hpdv3) "
-        "and zai-org/ImageRewardDB (imagerewarddb)"
+        f"no file matches --input={pattern}. A data set on the Hugging Face hub is named --input=hub:{hub_id}, for "
+        "example hub:data-is-better-together/open-image-preferences-v1-binarized; one whose images are files of their "
+        "own, such as MizzenAI/HPDv3 or zai-org/ImageRewardDB, must be downloaded first (hf download --repo-type "
+        f"dataset {hub_id} --local-dir data/{hub_id.split('/')[1]}). Pick-a-Pic left the hub in 2025; use a mirror or "
+        "a copy of your own"
     )
 
 
 def borda(points: Sequence[float]) -> list[float]:
-    """How many others each candidate beats, a tie counting half: the Borda count for rankings with ties.
+    """Return how many others each candidate beats, counting ties as half: the Borda count for rankings with ties.
 
-    Scaled to sum to 1 these are the shares of K(K-1)/2 comparisons that each candidate wins: (1, 0) or (0.5, 0.5) for
-    two candidates, (2/3, 1/3, 0) for three in strict order. So the whole ranking is kept, how far apart the points
-    are is not.
+    Scaled to sum to 1, these are the shares of the K(K-1)/2 comparisons that each candidate wins: (1, 0) or (0.5, 0.5)
+    for two candidates, (2/3, 1/3, 0) for three in strict order. This keeps the whole ranking, but not the distances
+    between the points.
 
     Args:
-        points: higher is better; turn the sign of ranks.
+        points: higher is better; negate ranks.
     """
     ordered = sorted(points)
     return [(bisect_left(ordered, point) + bisect_right(ordered, point) - 1) / 2 for point in points]
@@ -125,15 +126,15 @@ def make_record(
     models: Sequence[object] = (),
     captions: Sequence[object] | None = None,
 ) -> Outcome:
-    """Checks a row, scales its shares to sum to 1, and orders it best first; equal candidates stay as stored.
+    """Check a row, scale its shares to sum to 1, and order it best first; equal candidates keep their order.
 
     Args:
-        shares: one for each candidate, in any unit: votes, labels, or what `borda` returns.
-        image: reads candidate number k, only called for rows that state a preference; raises Unusable where it can't.
-        models: of each candidate, null where unknown; empty if no candidate's is known.
+        shares: one per candidate, in any unit: votes, labels, or what `borda` returns.
+        image: reads candidate k; called only for rows that state a preference; raises Unusable where it cannot.
+        models: one per candidate, null where unknown; empty if none is known.
     """
     if is_missing(caption):
-        return Dropped(where, "without caption")
+        return Dropped(where, "without a caption")
     if len(shares) > MAX_CANDIDATES:
         return Damaged(where, f"more than {MAX_CANDIDATES} candidates", str(len(shares)))
     names = ["" if is_missing(name) else name for name in models] or [""] * len(shares)
@@ -141,12 +142,12 @@ def make_record(
     if not all(isinstance(text, str) and is_text(text) for text in texts):
         return Damaged(where, "a caption or model is not text")
     if not len(shares) == len(names) == len(captions or shares):
-        return Damaged(where, "as many models and captions as candidates are needed")
+        return Damaged(where, "the number of models or captions is not that of the candidates")
     if not all(0 <= share < math.inf for share in shares):
         return Damaged(where, "a label is negative or not a number")
     largest = max(shares)
     if largest == 0:
-        return Dropped(where, "unlabelled")
+        return Dropped(where, "without a label")
     shares = [share / largest for share in shares]  # their sum could overflow
     order = sorted(range(len(shares)), key=lambda k: -shares[k])
     try:

@@ -1,4 +1,4 @@
-"""Parquet files whose rows hold the encoded images."""
+"""Parquet files whose rows hold the bytes of the image files."""
 
 import functools
 import itertools
@@ -26,12 +26,12 @@ Image = Callable[[str], bytes | None]
 
 
 class Schema(NamedTuple):
-    """The columns of a data set, by kind (text, number, boolean, image), and what makes a record of their values."""
+    """The columns of a data set, by kind (text, number, boolean, image), and how their values become a record."""
 
     needed: Mapping[str, str]
     optional: Mapping[str, str]
     row: Callable[[str, Mapping[str, Any], Image], Outcome]
-    """Of where the row stands, its values but images, and a function that reads the image of a column."""
+    """(where the row is, its values except images, a function that reads the image of a column) -> outcome."""
 
     @property
     def kinds(self) -> dict[str, str]:
@@ -39,9 +39,9 @@ class Schema(NamedTuple):
 
 
 def pickapic_row(where: str, values: Mapping[str, Any], image: Image) -> Outcome:
-    """A row of Pick-a-Pic v1 or v2 (https://arxiv.org/abs/2305.01569), whatever file it stands in.
+    """Return the outcome of a row of Pick-a-Pic v1 or v2 (https://arxiv.org/abs/2305.01569).
 
-    `label_1` is what `label_0` leaves of 1 where it's missing; with `has_label` false the row is unlabelled.
+    A missing `label_1` is 1 - `label_0`; with `has_label` false the row has no label.
     """
     stated = {name: values.get(name) for name in ("label_0", "label_1", "has_label")}
     stated = {name: value for name, value in stated.items() if not is_unstated(value)}
@@ -51,7 +51,7 @@ def pickapic_row(where: str, values: Mapping[str, Any], image: Image) -> Outcome
         return Damaged(where, "a label is not a number", repr(stated)[:200])
     first = labels.get("label_0")
     if first is None or not has_label:
-        return Dropped(where, "unlabelled")
+        return Dropped(where, "without a label")
     second = labels.get("label_1")
     shares = first, 1 - first if second is None else second
     models = values.get("model_0"), values.get("model_1")
@@ -59,7 +59,7 @@ def pickapic_row(where: str, values: Mapping[str, Any], image: Image) -> Outcome
 
 
 def open_image_preferences_row(where: str, values: Mapping[str, Any], image: Image) -> Outcome:
-    """The data set data-is-better-together/open-image-preferences-v1-binarized of the hub."""
+    """Return the outcome of a row of data-is-better-together/open-image-preferences-v1-binarized on the hub."""
     names = "chosen", "rejected"
     models = [values.get(f"{name}_model") for name in names]
     return make_record(where, values["prompt"], (1, 0), lambda k: image(names[k]), models)
@@ -82,7 +82,7 @@ def table_source(schema: Schema, help: str) -> Source:
 
 
 def _chunks(schema: Schema, files: Sequence[Path]) -> list[Chunk]:
-    """As many row groups a chunk as have `rows_a_chunk` rows together, at least one."""
+    """Return chunks of as many row groups as have `rows_a_chunk` rows together, at least one."""
     groups = []
     for file in itertools.chain.from_iterable(map(_files, files)):
         table, counts = _open(file)
@@ -103,12 +103,12 @@ def _chunks(schema: Schema, files: Sequence[Path]) -> list[Chunk]:
 
 
 def _files(path: Path) -> list[Path]:
-    """The file, or the parts of a table that Spark, Dask or Polars wrote as a folder."""
+    """Return the file, or the parts of a table that Spark, Dask or Polars wrote as a folder."""
     if not path.is_dir():
         return [path]
     parts = sorted(file for file in path.rglob("*.parquet") if not file.name.startswith((".", "_")))
     if not parts:
-        raise UserError(f"{path} is a folder without .parquet files")
+        raise UserError(f"{path} is a folder without .parquet files; name the folder that holds them")
     return parts
 
 
@@ -124,7 +124,7 @@ def _read(schema: Schema, chunk: Chunk) -> Iterator[Outcome]:
                     yield _row(schema, chunk.file, row, batch, i)
                     row += 1
         except ERRORS:
-            pass  # pyarrow can't go on behind a damaged page, but the next row group stands alone
+            pass  # pyarrow cannot read past a damaged page, but the next row group is independent
         for lost in range(row, end):  # a damaged page may also end early
             yield Damaged(f"{chunk.file} row {lost}", "this part of the parquet file is damaged")
 
@@ -143,9 +143,9 @@ def _row(schema: Schema, file: Path, row: int, batch: pa.RecordBatch, i: int) ->
 
 
 def _bytes(value: pa.Scalar, folder: Path) -> bytes | None:
-    """An image from a cell: bytes, the struct of Hugging Face's datasets, or a list of numbers from 0 to 255.
+    """Return the image file in a cell: bytes, the struct of Hugging Face's datasets, or a list of numbers up to 255.
 
-    A struct without bytes names a file, which is looked for in `folder`.
+    A struct without bytes names a file in `folder`.
     """
     if isinstance(value, pa.StructScalar) and value.is_valid:
         path = value["path"].as_py() if "path" in value else None
@@ -166,7 +166,7 @@ def _bytes(value: pa.Scalar, folder: Path) -> bytes | None:
 
 
 def _open(file: Path) -> tuple[pq.ParquetFile, list[int]]:
-    """The file and the rows of each row group."""
+    """Return the file and the number of rows of each row group."""
     check_regular(file)
     try:
         # By default pyarrow would hold whole columns of a row group: hundreds of MB of images.
@@ -178,7 +178,9 @@ def _open(file: Path) -> tuple[pq.ParquetFile, list[int]]:
     except ERRORS as error:
         raise not_parquet(file, error) from None
     if sum(counts) != table.metadata.num_rows or min(counts, default=0) < 0:
-        raise UserError(f"{file} is damaged: its row groups don't have as many rows as the file")
+        raise UserError(
+            f"{file} is damaged: its row groups do not add up to its number of rows; download or write it again"
+        )
     return table, counts
 
 
@@ -188,7 +190,7 @@ def parquet_columns(file: Path) -> list[str]:
 
 
 def not_parquet(file: epath.PathLike, error: Exception) -> UserError:
-    """The error for a file that pyarrow refuses, in one line."""
+    """Return the error for a file that pyarrow cannot read, in one line."""
     path = epath.Path(file)
     known = look_at(path) if path.is_file() else None
     if known and not known.endswith("Parquet file"):
@@ -200,10 +202,13 @@ def not_parquet(file: epath.PathLike, error: Exception) -> UserError:
 def _check_schema(schema: Schema, found: pa.Schema, file: Path) -> None:
     absent = [name for name in schema.needed if name not in found.names]
     if absent:
-        raise UserError(f"{file} misses the column {', '.join(absent)}; it has {', '.join(found.names)}")
+        raise UserError(
+            f"{file} has no column {', '.join(absent)}; it has {', '.join(found.names)}. Rename its columns, or set "
+            "the --source that fits them"
+        )
     for name, kind in schema.kinds.items():
         if found.names.count(name) > 1:
-            raise UserError(f"{file} has more than one column {name}")
+            raise UserError(f"{file} has more than one column {name}; rename or remove one")
         if name in found.names and not _is_of(found.field(name).type, kind):
             raise UserError(f"{file}: the column {name} holds {found.field(name).type}, but should hold {kind} values")
 

@@ -1,14 +1,14 @@
-"""What `prepare --encode` stores beside a data set and training reads in place of images and captions.
+"""Latents and embeddings that `prepare --encode` stores beside a data set, read in place of images and captions.
 
 PREPARED/encoded/NAME/
-    encoding.json              what it was made of and how; written last, so the folder is complete
+    encoding.json              what they were made of and how; written last, when the folder is complete
     images-00000.safetensors   "moments" of the VAE's posteriors, in the order of images.arrow
     captions.arrow             the distinct captions and the empty one, sorted
     captions-00000.safetensors their "context" and "pooled", in that order
 
-Rows of images and captions are spread over files evenly, all but the last of equal length. Everything is bfloat16, but
-for the XXH3 of each view's moments and of each caption's embeddings ("moments.xxh3" ..., int64), which is compared
-whenever they are read. encoding.json holds that of captions.arrow.
+Images and captions are spread over files of equal length, except the last. Everything is bfloat16, except the XXH3 of
+each view's moments and of each caption's embeddings ("moments.xxh3" ..., int64), which is compared at every read.
+encoding.json holds the XXH3 of captions.arrow.
 
 Axes: I images, V views of each, S captions, h x w latent cells, C channels (the mean's, then the log variance's),
 L tokens, D context width, P pooled width.
@@ -47,13 +47,13 @@ CAPTIONS = "captions.arrow"
 CAPTIONS_SCHEMA = pa.schema({"caption": pa.string()})
 CHECKSUM = ".xxh3"
 ROW_AXES = {"moments": 2, "context": 1, "pooled": 1}
-"""The axes of a file's tensors that number what is read at a time: images and views, or captions."""
+"""The leading axes of a file's tensors: images and views, or captions. One row of them is read at a time."""
 FILE_BYTES = 2**28
-"""What is lost at most when encoding is stopped, and is dealt to one of several processes."""
+"""Size of a file: the most that is lost when encoding stops, and the unit that is dealt to processes."""
 
 
 class DamagedLatents(UserError):
-    """What was stored of an image or a caption has changed."""
+    """The stored latents of an image or embeddings of a caption are damaged."""
 
 
 class _View(pydantic.BaseModel):
@@ -63,7 +63,7 @@ class _View(pydantic.BaseModel):
 
 
 class Settings(pydantic.BaseModel, extra="allow"):
-    """What encodings were made of and how; the rest is strings that are compared."""
+    """What latents were made of and how; all other fields are strings that are compared."""
 
     family: str
     resolution: Annotated[int, pydantic.Field(ge=1, le=2**16)]
@@ -71,31 +71,31 @@ class Settings(pydantic.BaseModel, extra="allow"):
 
 
 class FileLayout(pydantic.BaseModel):
-    """How the rows of images or captions are spread."""
+    """How the rows of images or captions are spread over files."""
 
     files: Annotated[int, pydantic.Field(ge=1, le=10**6)]
     rows_a_file: Annotated[int, pydantic.Field(ge=1, le=2**40)]
 
 
 class Index(pydantic.BaseModel):
-    """What `encoding.json` holds."""
+    """The contents of `encoding.json`."""
 
     facts: Settings
     images: FileLayout
     captions: FileLayout
     captions_checksum: checksums.Digest | None = None
-    """Of captions.arrow; what was encoded earlier has none."""
+    """Checksum of captions.arrow; None for latents of earlier versions."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredLatents:
-    """A finished folder."""
+    """A finished folder of latents and embeddings."""
 
     folder: Path
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What they were made of and how."""
+        """What the latents were made of and how."""
         return self._written.facts.model_dump()
 
     @property
@@ -108,7 +108,7 @@ class StoredLatents:
 
     @property
     def has_checksums(self) -> bool:
-        """Whether changed bits can be noticed: what was encoded earlier has no checksums."""
+        """Whether damage can be noticed: latents of earlier versions have no checksums."""
         return self._written.captions_checksum is not None and all(file.has_checksums for file in self.files)
 
     @property
@@ -117,16 +117,16 @@ class StoredLatents:
 
     @property
     def row_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the moments of one view, and of a caption's context and pooled embedding."""
+        """Shapes of the moments of one view, and of a caption's context and pooled embedding."""
         return self._images[0].row_shapes | self._texts[0].row_shapes
 
     def read_moments(self, image: int, view: int, moments_hwC: np.ndarray) -> None:
-        """Reads those of one view of an image from disk, into `moments_hwC`."""
+        """Read the moments of one view of an image from disk into `moments_hwC`."""
         file, row = divmod(image, self._written.images.rows_a_file)
         self._images[file].read("moments", row * len(self.views) + view, moments_hwC)
 
     def read_text(self, caption: str, context_LD: np.ndarray, pooled_P: np.ndarray) -> None:
-        """Likewise the embeddings of a caption. Both raise DamagedLatents where there are none, or other bytes."""
+        """Read the embeddings of a caption. Both raise DamagedLatents where they are absent or damaged."""
         position = bisect.bisect_left(self._captions, caption)
         if position == len(self._captions) or self._captions[position] != caption:
             raise DamagedLatents(f"{self.folder / CAPTIONS} has no caption {caption!r}")
@@ -135,13 +135,13 @@ class StoredLatents:
         self._texts[file].read("pooled", row, pooled_P)
 
     def check(self) -> None:
-        """Raises ValueError where a file is missing, cut short or of other rows; some 0.1 ms a file."""
+        """Raise ValueError where a file is missing, cut short or has other rows; takes some 0.1 ms per file."""
         try:
             self._check()
         except (ValueError, OSError) as error:
             reason, data = str(error).splitlines()[0], self.folder.parents[1]
             raise UserError(
-                f"the encodings in {self.folder} are damaged ({reason}); mend them by {_command(data)}"
+                f"the stored latents in {self.folder} are damaged ({reason}); repair them with {_command(data)}"
             ) from None
 
     def _check(self) -> None:
@@ -151,7 +151,7 @@ class StoredLatents:
         if digest is not None and checksums.checksum(self.folder / CAPTIONS) != digest:
             raise UserError(f"{CAPTIONS} has another checksum")
         if folder_of(self.folder.parents[1], self.facts) != self.folder:
-            raise UserError(f"the facts in {INDEX} are not those of the folder's name")
+            raise UserError(f"the facts in {INDEX} do not match the name of the folder")
         images = pa.ipc.open_file(pa.memory_map(str(self.folder.parents[1] / "images.arrow")))
         number = sum(images.get_batch(i).num_rows for i in range(images.num_record_batches))
         sides = (
@@ -161,7 +161,7 @@ class StoredLatents:
         for kind, table, opened, count in sides:
             rows = [file.rows for file in opened]
             if rows[:-1] != [table.rows_a_file] * (len(rows) - 1) or not 0 < rows[-1] <= table.rows_a_file:
-                raise UserError(f"a file of {kind} has not {table.rows_a_file} rows, as {INDEX} says")
+                raise UserError(f"a file of {kind} does not have {table.rows_a_file} rows, as {INDEX} says")
             if sum(rows) != count:
                 raise UserError(f"the files of {kind} have {sum(rows)} rows in all instead of {count}")
             if any(file.row_shapes != opened[0].row_shapes for file in opened):
@@ -170,7 +170,7 @@ class StoredLatents:
         if missing:
             raise UserError(f"no file has {' and '.join(sorted(missing))}")
         if any(file.lead_shape[1:] != (len(self.views),) for file in self._images):
-            raise UserError(f"a file of images has not {len(self.views)} views, as {INDEX} says")
+            raise UserError(f"a file of images does not have {len(self.views)} views, as {INDEX} says")
 
     @functools.cached_property
     def _written(self) -> "Index":
@@ -195,7 +195,7 @@ class StoredLatents:
 
 
 class LatentsFile:
-    """Where the rows of one file lie. It isn't kept open: there may be more than a process may open.
+    """Reads rows of one file. It is not kept open, because there may be more files than a process may open.
 
     Raises ValueError or FileNotFoundError if the file is missing or damaged.
     """
@@ -208,7 +208,7 @@ class LatentsFile:
         known = {name: ROW_AXES[name] for name in shapes if name in ROW_AXES}
         leads = {shapes[name][:axes] for name, axes in known.items()}
         if len(leads) != 1 or any(len(shapes[name]) <= axes for name, axes in known.items()):
-            raise UserError(f"{path} has not the tensors of images, nor of captions")
+            raise UserError(f"{path} has neither the tensors of images nor those of captions")
         (self.lead_shape,) = leads
         """Rows; of images, rows and views."""
         self.rows = self.lead_shape[0]
@@ -216,7 +216,7 @@ class LatentsFile:
         self.has_checksums = all(shapes.get(name + CHECKSUM) == self.lead_shape for name in known)
 
     def read(self, name: str, row: int, out: np.ndarray) -> None:
-        """A row (of images, a view of one) of as many bytes as `out` has; DamagedLatents if they have changed."""
+        """Read a row (of images: one view) of as many bytes as `out` has; raise DamagedLatents if they have changed."""
         if not 0 <= row < math.prod(self.lead_shape):
             raise DamagedLatents(f"{self.path} has no row {row} of {name}")
         read_into(self.path, self._offsets[name] + row * out.nbytes, out)
@@ -224,7 +224,7 @@ class LatentsFile:
             raise DamagedLatents(f"row {row} of {name} in {self.path} has changed")
 
     def damage(self) -> str | None:
-        """The first row that has changed, if there is one; reads the whole file."""
+        """Read the whole file and return a message about the first row that has changed, or None."""
         for name, shape in self.row_shapes.items():
             row_bytes = np.empty(math.prod(shape) * 2, np.uint8)
             for row in range(math.prod(self.lead_shape)):
@@ -243,7 +243,7 @@ class LatentsFile:
 
 
 def with_checksums(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors of a file, and beside each the XXH3 of its rows."""
+    """Return the tensors of a file and, for each, the XXH3 of its rows."""
     both = dict(tensors)
     for name, tensor in tensors.items():
         lead_shape = tensor.shape[: ROW_AXES[name]]
@@ -254,7 +254,7 @@ def with_checksums(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _xxh3(row: np.ndarray) -> int:
-    """Signed, as safetensors has no unsigned integers of 64 bits that all readers know."""
+    """XXH3 as a signed integer: not all readers of safetensors know unsigned ones of 64 bits."""
     return int.from_bytes(xxhash.xxh3_64_digest(row.view(np.uint8).data), "big", signed=True)
 
 
@@ -272,16 +272,16 @@ class _Strings:
 
 
 def folder_of(data: Path, facts: dict[str, Any]) -> Path:
-    """Where the encodings with these facts belong, of the data set in `data`."""
+    """Return the folder for latents with these facts, of the data set in `data`."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
     return data / "encoded" / f"{facts['family']}-{facts['resolution']}-{digest}"
 
 
 def open_latents(data: Path, facts: dict[str, Any]) -> StoredLatents:
-    """The finished encodings with these facts.
+    """Return the finished latents with these facts.
 
     Raises:
-        FileNotFoundError: there are none; says how those that are there differ.
+        FileNotFoundError: there are none; the message says how the stored ones differ.
         ValueError: a file is missing or damaged.
     """
     folder = folder_of(data, facts)
@@ -289,10 +289,10 @@ def open_latents(data: Path, facts: dict[str, Any]) -> StoredLatents:
         encodings = StoredLatents(folder)
         encodings.check()
         if not encodings.has_checksums:
-            warn(f"{folder} has no checksums, so that damage may go unnoticed; remove it and encode again to add them")
+            warn(f"{folder} has no checksums, so damage may go unnoticed; remove it and encode again to add them")
         return encodings
     if folder.exists():
-        raise MissingFileError(f"the encodings in {folder} are not finished; go on by {_command(data)}")
+        raise MissingFileError(f"the stored latents in {folder} are not complete; continue with {_command(data)}")
     others = []
     for other in sorted((data / "encoded").glob(f"*/{INDEX}")):
         try:
@@ -305,7 +305,7 @@ def open_latents(data: Path, facts: dict[str, Any]) -> StoredLatents:
         others.append(f"{other.parent.name}: {'; '.join(shown)}")
     there = f" (there are {', and '.join(others)})" if others else ""
     raise MissingFileError(
-        f"{data} has no encodings by this model with these settings{there}; make them by {_command(data)}"
+        f"{data} has no stored latents for this model and these settings{there}; make them with {_command(data)}"
     )
 
 
@@ -314,7 +314,7 @@ def _command(data: Path) -> str:
 
 
 def _shown(fact: Any) -> str:
-    """A fact as the config states it: the views, which it states by their number and kinds, among them."""
+    """Return a fact as the config states it; views by their number and kinds."""
     if not isinstance(fact, list):
         return repr(fact)
     kinds = {"crops": any(view["top"] is not None for view in fact), "flips": any(view["flip"] for view in fact)}
@@ -326,9 +326,9 @@ def is_finished(folder: Path) -> bool:
 
 
 def choose_views(count: int, *, random_crop: bool, random_flip: bool) -> list[View]:
-    """The views that are stored of every image. The first is what validation sees: the centre, not mirrored.
+    """Return the views to store of every image. The first is the one of validation: the centre, not mirrored.
 
-    All images have the same, so that candidates of a prompt can share one, as they share a random crop.
+    All images have the same views, so the candidates of a prompt can share one, as they share a random crop.
     """
     views = [View()]
     for number in range(1, count):
@@ -339,9 +339,9 @@ def choose_views(count: int, *, random_crop: bool, random_flip: bool) -> list[Vi
 
 
 def distinct_captions(prepared: PreparedData, *, caption_lines: bool = False) -> pa.Array:
-    """All captions that training may ask for, sorted: those of records, of single candidates, and the empty one.
+    """Return all captions that training may read, sorted: those of records, of candidates, and the empty one.
 
-    With `caption_lines` their lines take their place.
+    With `caption_lines`, return their lines instead.
     """
     columns = [prepared.records["caption"], pc.list_flatten(prepared.records["captions"])]
     captions = pa.chunked_array([*(chunk for column in columns for chunk in column.chunks), pa.array([""])])
@@ -362,7 +362,7 @@ def write_captions(folder: Path, captions: pa.Array) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Has `write` fill a temporary file that then becomes `path`, also for a machine that crashes."""
+    """Have `write` fill a temporary file that then becomes `path`: whole or not at all, even if the machine crashes."""
     unfinished = path.with_name(files.partial_name(path.name))
     try:
         write(unfinished)

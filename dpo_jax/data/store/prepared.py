@@ -1,13 +1,13 @@
-"""A prepared data set, opened: records that refer to images, and the choice of those to train on.
+"""A prepared data set: records that refer to images, and the choice of those to train on.
 
-`prepare` (builder.py) writes a folder of
+`prepare` (builder.py) writes a folder with
 
-  images/        TFDS data set of one split (image_files.py): each distinct image once, encoded as it came
-  images.arrow   one row an image, in the same order
-  records.arrow  one row a prompt with its candidates, best first
-  checksums.json of these files (checksums.py)
+  images/         TFDS data set of one split (image_store.py): each distinct image once, its bytes unchanged
+  images.arrow    one row per image, in the same order
+  records.arrow   one row per record: a prompt with its candidates, best first
+  checksums.json  checksums of these files (checksums.py)
 
-Both tables are mapped into memory and read once, to be checked; in the order of judges they are built anew.
+Both tables are mapped into memory, and read once to check them. With judges, records are built anew in their order.
 
 Axes: N records, M candidates of all records together, I images.
 """
@@ -39,7 +39,7 @@ RECORDS = pa.schema(
         "captions": pa.list_(pa.string()),  # null unless the candidates have captions of their own
         "images": pa.list_(pa.int32()),  # best first
         "preference": pa.list_(pa.float32()),  # sums to 1; all equal is a tie; a single image: 1 liked, 0 disliked
-        "models": pa.list_(pa.string()),  # what generated each; "" where the source doesn't say
+        "models": pa.list_(pa.string()),  # the model that generated each; "" where the source does not say
         "split": pa.string(),
         "where": pa.string(),  # file and row of the source, for messages
     }
@@ -49,27 +49,27 @@ IMAGES = pa.schema(
         "sha256": pa.binary(),
         "width": pa.int32(),  # upright, as EXIF says
         "height": pa.int32(),
-        "offset": pa.int64(),  # where it begins in its file of the data set
+        "offset": pa.int64(),  # its first byte in its file of the data set
         "bytes": pa.int32(),
-        "xxh3": pa.uint64(),  # XXH3 of its bytes: 30 times as fast as SHA-256, to be compared at each read
+        "xxh3": pa.uint64(),  # XXH3 of its bytes, compared at each read: 30 times as fast as SHA-256
     }
 )
 IMAGES_BEFORE_XXH3 = pa.schema([field for field in IMAGES if field.name != "xxh3"])
 
 AGAIN = "prepare it again into another folder"
 MAX_DAMAGED = 0.01
-"""Share of the records or images that may be left out because they are damaged; a single one always may."""
+"""Fraction of the records or images that may be left out because they are damaged; one always may."""
 CHECKED = ("records.arrow", "images.arrow", f"images/{INFO}", f"images/{FEATURES_FILE}")
 """The files whose checksums are compared whenever a data set is opened."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedData:
-    """What `open_prepared` opens."""
+    """A prepared data set, as `open_prepared` returns it."""
 
     folder: Path
     judges: tuple[str, ...] = ()
-    """Whose scores order the candidates, in place of the votes."""
+    """The judges whose scores order the candidates, in place of the votes."""
     combine: Combine = "mean"
 
     def __len__(self) -> int:
@@ -78,10 +78,10 @@ class PreparedData:
     def record(
         self, index: int, num_candidates: int | None = None, columns: Sequence[str] = tuple(RECORDS.names)
     ) -> dict[str, Any]:
-        """Columns of `RECORDS`, among them `images` and `preference`, and `sizes`, the (height, width) of each image.
+        """Return columns of `RECORDS`, including `images` and `preference`, and `sizes`: (height, width) of each image.
 
-        Of more than `num_candidates` candidates it keeps the best `num_candidates - 1` and the worst, and what they
-        got of the preference, scaled to sum to 1 again.
+        Of more than `num_candidates` candidates, keep the best `num_candidates - 1` and the worst, and scale their
+        preference to sum to 1 again.
         """
         record = self._rows.read(index, columns)
         record["preference"] = np.asarray(record["preference"], np.float32)
@@ -96,12 +96,12 @@ class PreparedData:
         return record
 
     def read_images(self, record: dict[str, Any]) -> list[memoryview]:
-        """The images of a record, as they came."""
+        """The image files of a record, bytes unchanged."""
         return [self.images[position] for position in record["images"]]
 
     @property
     def records(self) -> pa.Table:
-        """`RECORDS`; with judges, those that all of them scored are in their order and have their preference."""
+        """`RECORDS`; with judges, the records that all of them scored have the judges' order and preference."""
         return self._records_and_scored[0]
 
     @functools.cached_property
@@ -110,7 +110,7 @@ class PreparedData:
 
     @property
     def scored_N(self) -> np.ndarray:
-        """Which records have scores by all of the judges."""
+        """Whether each record has scores from all judges."""
         return self._records_and_scored[1]
 
     @functools.cached_property
@@ -124,17 +124,17 @@ class PreparedData:
 
     @property
     def sha256_I(self) -> pa.ChunkedArray:
-        """Of every image as it is stored."""
+        """The SHA-256 of every stored image file."""
         return self._images_table["sha256"]
 
     @functools.cached_property
     def sizes_I2(self) -> np.ndarray:
-        """(height, width) of every image, upright."""
+        """(height, width) of every upright image in pixels."""
         return np.stack([self._images_table[side].to_numpy() for side in ("height", "width")], axis=1)
 
     @functools.cached_property
     def images(self) -> ImageFiles:
-        """Random access to the images, as they came."""
+        """Random access to the image files, bytes unchanged."""
         paths, counts = read_layout(self.folder / "images")
         table = self._images_table
         offsets_I, lengths_I = (table[name].to_numpy() for name in ("offset", "bytes"))
@@ -142,7 +142,7 @@ class PreparedData:
         return ImageFiles(paths, counts, offsets_I, lengths_I, is_whole)
 
     def name_of(self, record: int) -> str:
-        """Which record it is, for messages."""
+        """A name for the record in messages: its index, the data set, and where it came from."""
         return f"record {record} of {self.folder} ({self.records['where'][record].as_py()})"
 
     @functools.cached_property
@@ -151,47 +151,45 @@ class PreparedData:
 
 
 def open_prepared(folder: str | Path, judges: Sequence[str] = (), combine: Combine = "mean") -> PreparedData:
-    """Opens the folder that `prepare` wrote and checks that its parts fit together.
+    """Open the folder that `prepare` wrote, and check that its parts fit together.
 
     Args:
-        judges: names under which `python -m dpo_jax.score` stored scores; they order the candidates, not the votes.
-        combine: how several judges do that; see `scores.rank`.
+        judges: names under which `python -m dpo_jax.score` stored scores, which then order the candidates in place of
+            the votes.
+        combine: how the scores of several judges are combined; see `scores.rank`.
 
     Raises:
-        FileNotFoundError: nothing was prepared there, a part is missing, or there are no scores by a judge.
-        ValueError: a part is damaged or of another layout, or scores are of another data set.
+        FileNotFoundError: nothing was prepared there, a part is missing, or a judge has no scores.
+        ValueError: a part is damaged or has another layout, or scores belong to another data set.
     """
     folder = Path(folder)
     if combine not in get_args(Combine):
-        raise UserError(
-            f"combine={combine!r}; scores of several judges are combined by {' or '.join(get_args(Combine))}"
-        )
+        raise UserError(f"combine={combine!r} is unknown; set it to {' or '.join(get_args(Combine))}")
     if not (folder / "records.arrow").is_file():
         if (folder / "dataset_info.json").is_file():
             raise UserError(f"{folder} was prepared by an earlier version of dpo_jax; {AGAIN}")
         raise MissingFileError(
-            f"no prepared data set at {folder}: "
-            f"run python -m dpo_jax.prepare --source=pickapic --input=FILES --output={folder}"
+            f"no prepared data set at {folder}: run python -m dpo_jax.prepare --input=FILES --output={folder}"
         )
     for name in CHECKED[1:]:
         if not (folder / name).is_file():
-            raise MissingFileError(f"the data set {folder} misses {name}; {AGAIN}")
+            raise MissingFileError(f"the data set {folder} has no {name}; {AGAIN}")
     prepared = PreparedData(folder, tuple(judges), combine)
     try:
         _check(folder)
     except ValueError as error:
         raise UserError(str(error) if AGAIN in str(error) else f"{error}; {AGAIN}") from None
-    _ = prepared.records  # reads the scores of the judges, and says what is wrong with them
+    _ = prepared.records  # reads and checks the scores of the judges
     if not (folder / checksums.FILE).exists():
         warn(
-            f"{folder} was prepared without checksums of its tables, so that damage may go unnoticed; add them by "
+            f"{folder} was prepared without checksums of its tables, so damage may go unnoticed; add them with "
             f"python -m dpo_jax.prepare --verify --output={folder}"
         )
     return prepared
 
 
 def _check(folder: Path) -> None:
-    """Raises ValueError where a file of a data set is damaged, or they don't fit together."""
+    """Raise ValueError where a file of a data set is damaged, or the files do not fit together."""
     prepared = PreparedData(folder)
     _ = prepared.records, prepared._images_table  # other files than tables may be too long to read whole
     digests = checksums.read(folder)
@@ -208,7 +206,7 @@ def _check(folder: Path) -> None:
 
 @functools.lru_cache(maxsize=64)  # once per process for each state of the file
 def _check_images(folder: Path, sha256: str) -> int:
-    """The number of images."""
+    """Check images.arrow and return the number of images."""
     table = PreparedData(folder)._images_table
     table_checks.check_images(folder / "images.arrow", table)
     return table.num_rows
@@ -221,11 +219,11 @@ def _check_records(folder: Path, sha256: str, known_images: int) -> None:
 
 
 class NothingChosenError(UserError):
-    """A data set has no record that a choice leaves."""
+    """No record of a data set passes the filters."""
 
 
 def lines_of(caption: str) -> list[str]:
-    """The lines of a caption that hold text, each a caption of its own; the caption itself where none does."""
+    """Return the lines of a caption that have text, each a caption of its own; the caption itself where none has."""
     return [line.strip() for line in caption.split("\n") if line.strip()] or [caption]
 
 
@@ -242,28 +240,28 @@ def select(
     limit: int = 0,
     limit_seed: int = -1,
 ) -> np.ndarray:
-    """Which records to use: their indices, ascending. With more than one candidate wanted, single images stay out.
+    """Return the indices of the records to use, ascending. With num_candidates above 1, single images are left out.
+
+    With judges, only records that all judges scored are used.
 
     Args:
         ties: `drop` leaves out records whose candidates are all equal; otherwise they stay.
         generators: regular expressions; the model of every candidate must contain a match of one of them.
-        min_agreement: lowest share of the best candidate against the worst, 0.5 for a tie.
+        min_agreement: lowest share of the best candidate against the worst; a tie has 0.5.
         min_side: lowest number of pixels on the shorter side of every candidate.
-        num_candidates: as in `PreparedData.record`; the last three filters look only at the candidates kept.
-        liked_images: single images that were liked are used all the same; those that were disliked never are then.
+        num_candidates: as in `PreparedData.record`; the last three filters only see the candidates that are kept.
+        liked_images: use single images that were liked, and none that was disliked.
         limit: at most this many; 0 means all.
-        limit_seed: which ones: -1 takes the first, any other number draws them, always the same for the same number.
-
-    Of records that are ordered by judges, only those that all of the judges scored are used.
+        limit_seed: -1 takes the first ones, any other number draws them, the same ones for the same number.
 
     Raises:
         NothingChosenError: no record is left.
-        ValueError: a regular expression can't be read, or judges should state an agreement.
+        ValueError: a regular expression is not valid, or min_agreement is set together with judges.
     """
     if min_agreement and prepared.judges:
         raise UserError(
-            f"min_agreement={min_agreement} is a share of the votes, which scores by {', '.join(prepared.judges)} "
-            "do not state; leave one of them out"
+            f"min_agreement={min_agreement} filters by votes, but the scores by {', '.join(prepared.judges)} have "
+            "none; set min_agreement=0 or leave the judges out"
         )
     records = prepared.records
     splits = records["split"].unique().to_pylist()
@@ -308,8 +306,8 @@ def select(
         left.append(f"{passed_N.sum()} {name}")
     trained_on_N = passed_N & untied_N if ties == "zero_weight" else passed_N
     if not trained_on_N.any():
-        what = "nothing but ties" if passed_N.any() else "nothing"
-        hint = "loosen the choice"
+        what = "nothing but ties" if passed_N.any() else "no record"
+        hint = "set weaker filters"
         if (single_N & (best_N > 0)).any() and not liked_images and num_candidates > 1:
             hint += ', or train on its single images with loss.name="sft"'
         raise NothingChosenError(f"{what} is left of {prepared.folder}: {', then '.join(left)}; {hint}")
@@ -322,12 +320,12 @@ def select(
 
 
 def _made_by(generators: Sequence[str], models: pa.ChunkedArray) -> np.ndarray:
-    """For each candidate whether one of the regular expressions is found in its model's name."""
+    """Whether one of the regular expressions matches in the model's name, for each candidate."""
     try:
         patterns = [re.compile(generator) for generator in generators]
     except re.error as error:
         raise UserError(
-            f"generators={tuple(generators)}: {error.pattern!r} is no regular expression ({error})"
+            f"generators={tuple(generators)}: {error.pattern!r} is not a valid regular expression ({error})"
         ) from None
     names_M = pc.list_flatten(models).dictionary_encode().combine_chunks()
     fits = [any(pattern.search(name) for pattern in patterns) for name in names_M.dictionary.to_pylist()]

@@ -1,7 +1,7 @@
-"""Judges' scores beside the votes: a file for each judge, and the order of candidates that one or several judges give.
+"""Scores of judges beside the votes: one file per judge, and the order of candidates that one or several judges give.
 
-    DATA/scores/NAME.arrow  one row a record, in the order of records.arrow: a score for each of its images, or null
-    DATA/scores/NAME.json   how the judge agrees with the votes and with other judges (agreement.py)
+    DATA/scores/NAME.arrow  one row per record, in the order of records.arrow: one score per image, or null
+    DATA/scores/NAME.json   agreement of the judge with the votes and with other judges (agreement.py)
 
 Axes: N records, M candidates of all records together, J judges.
 """
@@ -37,17 +37,17 @@ class Candidates(NamedTuple):
     first_N: np.ndarray
     record_M: np.ndarray
     rank_M: np.ndarray
-    """Position in its record."""
+    """Position of each candidate in its record."""
 
     def pairs(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Every two candidates of a record once: indices of the ones and of the others, in several arrays."""
+        """Yield index arrays (first, second) which together hold every pair of candidates of a record once."""
         for apart in range(1, self.number_N.max(initial=0)):
             first = np.flatnonzero(self.rank_M + apart < self.number_N[self.record_M])
             yield first, first + apart
 
 
 def candidates(lists: pa.ChunkedArray) -> Candidates:
-    """Of a column with one list a record, none of them null."""
+    """Return the `Candidates` of a column with one list per record, none of them null."""
     number_N = pc.list_value_length(lists).to_numpy()
     first_N = np.cumsum(number_N) - number_N
     record_M = np.repeat(np.arange(len(number_N)), number_N)
@@ -55,16 +55,16 @@ def candidates(lists: pa.ChunkedArray) -> Candidates:
 
 
 def check_name(judge: str) -> None:
-    """Raises ValueError for a name that can't be a file's, or that the summary uses for the votes."""
+    """Raise ValueError for a name that cannot name a file, or that the summary uses for the votes."""
     if not re.fullmatch(r"\w[\w.-]*", judge) or judge == "votes":
         raise UserError(
-            f"--judge={judge}: a judge is named by letters, digits, '_', '.' and '-', and not votes; "
-            "its scores are kept under that name"
+            f"--judge={judge} cannot name a file of scores: use letters, digits, '_', '.' and '-', and not votes; "
+            "choose another --name"
         )
 
 
 def judges_of(folder: Path) -> list[str]:
-    """The judges whose scores lie in a prepared folder."""
+    """Return the names of the judges whose scores a prepared folder holds."""
     return sorted(file.stem for file in (folder / "scores").glob("[!.]*.arrow"))
 
 
@@ -75,11 +75,11 @@ def scores_file(folder: Path, judge: str) -> Path:
 def write_scores(
     folder: Path, judge: str, origin: str, scores_M: np.ndarray, of: Candidates, summary: dict[str, Any]
 ) -> None:
-    """Writes both files of a judge, each at once or not at all. A record with a NaN among its scores gets null.
+    """Write both files of a judge, each whole or not at all. A record with a NaN among its scores gets null.
 
     Args:
-        origin: where the scores come from, kept in the file for people to read.
-        summary: what NAME.json is to hold.
+        origin: where the scores come from; stored in the file for people to read.
+        summary: the contents of NAME.json.
     """
     scored_N = complete(scores_M, of)
     scores_M = np.where(scored_N[of.record_M], scores_M, np.nan).astype(np.float32)
@@ -96,11 +96,11 @@ def write_scores(
 
 
 def read_scores(folder: Path, judges: Sequence[str], of: Candidates) -> np.ndarray:
-    """scores_JM, float32; NaN for the candidates of records that a judge gave no scores.
+    """Return scores_JM, float32; NaN for the candidates of records that a judge did not score.
 
     Raises:
-        FileNotFoundError: there are no scores by a judge.
-        ValueError: a file is damaged, or was made for other records than the folder has.
+        FileNotFoundError: a judge has no scores.
+        ValueError: a file is damaged, or belongs to other records than the folder has.
     """
     digest = _digest(folder)
     return np.stack([_read(folder, judge, of, digest) for judge in judges])
@@ -110,12 +110,12 @@ def _read(folder: Path, judge: str, of: Candidates, digest: str) -> np.ndarray:
     file = scores_file(folder, judge)
     again = f"python -m dpo_jax.score --data={folder} --judge={judge}"
     if not file.is_file():
-        there = ", ".join(judges_of(folder)) or "nobody"
+        there = ", ".join(judges_of(folder)) or "none"
         raise MissingFileError(
-            f"{folder} holds no scores by {judge!r} (those there are by {there}); make them by {again} "
-            "(with --scores=FILE.jsonl for a judge that doesn't come with dpo_jax)"
+            f"{folder} holds no scores by {judge!r} (its judges: {there}); make them with {again} "
+            "(and --scores=FILE.jsonl for a judge outside of dpo_jax)"
         )
-    again = f"make it again by {again} --overwrite"
+    again = f"make it again with {again} --overwrite"
     table = map_table(file, SCORES, again)
     table_checks.validate(file, table)
     metadata = table.schema.metadata or {}
@@ -125,44 +125,44 @@ def _read(folder: Path, judge: str, of: Candidates, digest: str) -> np.ndarray:
     number_N = pc.list_value_length(table["scores"]).fill_null(0).to_numpy()
     values = pc.list_flatten(table["scores"]).to_numpy()
     if not np.array_equal(number_N, of.number_N * scored_N if len(scored_N) == len(of.number_N) else []):
-        raise UserError(f"{file} has not one score for each image; {again}")
+        raise UserError(f"{file} does not have one score per image; {again}")
     if not np.isfinite(values).all():  # NaN stands for null, too
         raise UserError(f"{file} has a score that is not a finite number; {again}")
     scores_M = np.full(len(of.record_M), np.nan, np.float32)
     scores_M[scored_N[of.record_M]] = values
     if b"scores_xxh3" not in metadata:
-        warn(f"{file} has no checksum, so that damage may go unnoticed; to add one, {again}")
+        warn(f"{file} has no checksum, so damage may go unnoticed; to add one, {again}")
     elif metadata[b"scores_xxh3"] != _digest_of(scores_M).encode():
-        raise UserError(f"{file} is damaged (its scores have another checksum); {again}")
+        raise UserError(f"{file} is damaged (the checksum of its scores differs); {again}")
     return scores_M
 
 
 def has_checksum(folder: Path, judge: str) -> bool:
-    """Whether changed bits can be noticed: scores that were written earlier have no checksum."""
+    """Whether damage can be noticed: scores of earlier versions have no checksum."""
     return b"scores_xxh3" in (pa.ipc.open_file(pa.memory_map(str(scores_file(folder, judge)))).schema.metadata or {})
 
 
 def complete(scores_M: np.ndarray, of: Candidates) -> np.ndarray:
-    """Which records have a score for every image."""
+    """Whether each record has a score for every image."""
     return np.bincount(of.record_M, np.isnan(scores_M), len(of.number_N)) == 0
 
 
 class Ranking(NamedTuple):
-    """What judges make of the candidates of all records."""
+    """The order in which judges put the candidates of all records."""
 
     order_M: np.ndarray
-    """Candidates best first, record by record; equal ones as stored, and so those of records without scores."""
+    """Candidates best first, record by record; equal ones, and those of records without scores, as stored."""
     preference_M: np.ndarray
-    """In that order, float32: the best takes all, equally good ones share it."""
+    """In that order, float32: the best has 1; several equal best ones share it."""
     scored_N: np.ndarray
-    """Whether all judges gave the record scores."""
+    """Whether all judges scored the record."""
 
 
 def rank(scores_JM: np.ndarray, of: Candidates, combine: Combine) -> Ranking:
-    """The order that judges give together; that of one judge is the order of its scores.
+    """Return the common order of several judges; one judge orders by its scores.
 
-    `mean`: the mean of their scores, each judge's divided by how far two images of a record lie apart in it (root mean
-    square over all records it scored), so that none weighs more for its unit.
+    `mean`: the mean of their scores, each judge's divided by the root mean square difference between two images of a
+    record, over all records it scored, so that the units of a judge do not give it weight.
 
     `pareto`: an image beats another if no judge finds it worse and one finds it better, as D3PO compares several
     rewards (https://arxiv.org/abs/2311.13231); two images are equal if the judges contradict each other. More than
@@ -186,9 +186,9 @@ def rank(scores_JM: np.ndarray, of: Candidates, combine: Combine) -> Ranking:
 
 
 def best_first(records: pa.Table, ranking: Ranking, of: Candidates) -> pa.Table:
-    """The records with their candidates in the judges' order, and the judges' preference in place of the votes'.
+    """Return the records with the judges' order of candidates and the judges' preference in place of the votes.
 
-    A single image has nobody to be compared with: whether it was liked stays what people said. Records without scores
+    Single images keep whether people liked them, since there is nothing to compare them with. Records without scores
     stay as they are.
     """
     judged_M = (ranking.scored_N & (of.number_N > 1))[of.record_M]
@@ -211,7 +211,7 @@ def _permuted(lists: pa.ChunkedArray, order_M: np.ndarray, of: Candidates) -> pa
 
 
 def _typical_difference(scores_M: np.ndarray, of: Candidates) -> float:
-    """Root mean square difference between two images of a record; 1 if there is none."""
+    """Return the root mean square difference between two images of a record; 1 if there is none."""
     total, number = 0.0, 0
     for first, second in of.pairs():
         differences = scores_M[first].astype(np.float64) - scores_M[second]
@@ -221,7 +221,7 @@ def _typical_difference(scores_M: np.ndarray, of: Candidates) -> float:
 
 
 def _beaten(scores_JM: np.ndarray, of: Candidates) -> np.ndarray:
-    """How many others of its record each candidate beats."""
+    """Return how many others of its record each candidate beats."""
     beaten_M = np.zeros(len(of.record_M), np.int32)
     for first, second in of.pairs():
         one_JP, other_JP = scores_JM[:, first], scores_JM[:, second]
