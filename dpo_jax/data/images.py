@@ -117,7 +117,7 @@ def _not_an_image(head: bytes) -> str:
     if head[4:8] == b"ftyp" and head[8:12] in _HEIF:
         format = "HEIC"
     if format:
-        return f"in the format {format}, which is not supported; convert it to PNG or JPEG"
+        return f"the format {format} is not supported; convert it to PNG or JPEG"
     return "not an image" if known is None or known.endswith("image") else f"not an image: it is {known}"
 
 

@@ -201,7 +201,7 @@ def test_bombs_are_refused_by_their_header() -> None:
     assert not done.stderr
 
 
-UNREAD = "in the format {}, which is not supported; convert it to PNG or JPEG"
+UNREAD = "the format {} is not supported; convert it to PNG or JPEG"
 
 
 @pytest.mark.parametrize(

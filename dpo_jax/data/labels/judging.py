@@ -164,7 +164,7 @@ class _Finder:
             return self._of_record(row["record"], row["scores"])
         if isinstance(row, dict) and {"caption", "sha256", "score"} <= row.keys():
             return self._of_image(row["caption"], row["sha256"]), numbers("score", [row["score"]], 1)
-        raise UserError(f"it is not of the form {LINES}")
+        raise UserError(f"not of the form {LINES}")
 
     def _of_record(self, record: object, scores: object) -> tuple[np.ndarray, list[float]]:
         known = len(self.of.number_N)
