@@ -29,6 +29,8 @@ from dpo_jax import cli, locks
 from dpo_jax.errors import UserError
 from dpo_jax.voting.study import MODES, QUESTIONS, Question
 
+PACKAGES = "starlette", "uvicorn", "jinja2", "krippendorff"
+
 IMAGES = flags.DEFINE_list("images", None, "Folders of images, one per model, comma-separated.")
 OUTPUT = flags.DEFINE_string("output", None, "SQLite file of votes; created if it does not exist.", required=True)
 MODE = flags.DEFINE_enum(
@@ -78,8 +80,9 @@ EXPORT = flags.DEFINE_string(
 
 
 def main() -> None:
-    if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn", "jinja2", "krippendorff")):
-        raise UserError('dpo_jax.vote needs a few more packages: pip install -c constraints.txt -e ".[vote]"')
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"dpo_jax.vote needs packages that are not installed; run pip install {' '.join(missing)}")
     if not Path(OUTPUT.value).name:
         raise UserError(f"--output={OUTPUT.value} does not name a file; set it to a file such as votes.sqlite")
     questions = chosen_questions()
@@ -120,7 +123,7 @@ def serve(paths: list[Path], questions: dict[str, Question]) -> None:
     from dpo_jax.sampling.prompts import read_prompts
     from dpo_jax.voting.access import is_local
     from dpo_jax.voting.app import make_app, results_token
-    from dpo_jax.voting.raters import LONGEST_NAME, Raters, clean_name, rater_link
+    from dpo_jax.voting.raters import MAX_NAME_LENGTH, Raters, clean_name, rater_link
     from dpo_jax.voting.server import make_server
     from dpo_jax.voting.store import open_study
     from dpo_jax.voting.study import read_folder, warnings
@@ -135,7 +138,7 @@ def serve(paths: list[Path], questions: dict[str, Question]) -> None:
     for name in INVITE.value:
         if not clean_name(name):
             raise UserError(
-                f"--invite: {name!r} is not a valid name; a name has 1 to {LONGEST_NAME} visible characters"
+                f"--invite: {name!r} is not a valid name; a name has 1 to {MAX_NAME_LENGTH} visible characters"
             )
     prompts = read_prompts(PROMPTS.value, repeated=True) if PROMPTS.value else ()
     folders = [read_folder(path, prompts) for path in paths]
@@ -150,8 +153,8 @@ def serve(paths: list[Path], questions: dict[str, Question]) -> None:
         survey = Survey(store, questions, ties=TIES.value, raters=RATERS.value, stop_early=STOP_EARLY.value)
         app = make_app(survey, token, is_open=not INVITE.value)
         raters_each = "1 rater each" if RATERS.value == 1 else f"{RATERS.value} raters each"
-        print(f"{len(store.tasks)} {store.how.unit}, {raters_each}; votes are stored in {store.path}")
-        for warning in warnings(folders, list(store.tasks.values()), store.how.unit):
+        print(f"{len(store.tasks)} {store.rules.unit}, {raters_each}; votes are stored in {store.path}")
+        for warning in warnings(folders, list(store.tasks.values()), store.rules.unit):
             print(f"warning: {warning}")
         if INVITE.value:
             raters = Raters(store)

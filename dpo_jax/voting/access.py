@@ -1,4 +1,4 @@
-"""What stands between the network and the pages: who may ask, from where, how much, and what browsers may do."""
+"""Access control of the pages: tokens, hosts, origins, sizes of requests, and security headers."""
 
 import hmac
 import ipaddress
@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request, cookie_parser
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MAX_BODY = 16 * 1024  # bytes; an answer has some hundred
+MAX_BODY = 16 * 1024  # bytes; an answer has a few hundred
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -23,22 +23,23 @@ HEADERS = {
 }
 A_YEAR = 365 * 24 * 3600  # seconds
 LANDINGS = ("/", "/results")
-"""Where a link with a token may lead."""
+"""Pages that a link with a token may open."""
 SEES_RESULTS = "dpo_jax.sees_results"
 
 
 class Access:
-    """Lets through who shows a token, in a link once and in a cookie from then on.
+    """ASGI middleware that lets only authorised requests through.
 
-    The raters' token opens the page to vote on, the results' token all. Without a token for raters only a browser on
-    the same machine is served, by a name of that machine: a page of some other site, whose name was made to point here,
-    is turned away. What changes anything must come from a page of ours: it is JSON, which no form of another site can
-    send.
+    A request is authorised by a token in its link or, from then on, in a cookie. The raters' token opens the vote page;
+    the results token opens every page. Without a raters' token, only requests that address this machine by one of its
+    own local names are served; this stops pages of other sites whose domain resolves to this machine. Requests that
+    change anything must come from our own pages and be JSON, which forms of other sites cannot send.
 
     Args:
-        raters: None where no token is asked for.
-        results: sets `scope[SEES_RESULTS]` for who shows it.
-        cookie: how the cookies' names begin.
+        app: the application behind it.
+        raters: the raters' token, or None to ask for none.
+        results: the results token; requests that have it get `scope[SEES_RESULTS]`.
+        cookie: suffix of the cookies' names.
     """
 
     def __init__(self, app: ASGIApp, raters: str | None, results: str, cookie: str):
@@ -58,25 +59,25 @@ class Access:
                 headers.setdefault("Cache-Control", "no-store")
             await send(message)
 
-        answer = self._turned_away(scope) or self._app
+        answer = self._refusal(scope) or self._app
         await answer(scope, receive, send_guarded)
 
-    def _turned_away(self, scope: Scope) -> Response | None:
+    def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
         if self._raters is None and not is_local(_host_name(headers.get("host", ""))):
-            return PlainTextResponse("This page is served to its own machine, as localhost.", 403)
+            return PlainTextResponse("This page can only be opened on its own machine, as localhost.", 403)
         cookies, query = cookie_parser(headers.get("cookie", "")), parse_qs(scope["query_string"].decode("latin-1"))
         held = []
         for token, cookie in self._cookies.items():
             if any([_equal(shown, token) for shown in query.get("token", [])]):
-                return _keep(token, cookie, scope["path"], query)
+                return _move_to_cookie(token, cookie, scope["path"], query)
             if _equal(cookies.get(cookie, ""), token):
                 held.append(token)
         scope[SEES_RESULTS] = self._results in held
         if self._raters is not None and not held:
-            return PlainTextResponse("Open the link that you were given: it has a token in it.", 403)
+            return PlainTextResponse("Open the whole link that you were given, including its token.", 403)
         if scope["method"] not in ("GET", "HEAD"):
-            return _unlike_ours(headers)
+            return _foreign_request_refusal(headers)
         return None
 
 
@@ -84,33 +85,33 @@ def _equal(shown: str, token: str) -> bool:
     return hmac.compare_digest(shown.encode("utf-8", "replace"), token.encode())
 
 
-def _keep(token: str, cookie: str, path: str, query: dict[str, list[str]]) -> Response:
-    """Takes the token out of the address, where others would see it."""
+def _move_to_cookie(token: str, cookie: str, path: str, query: dict[str, list[str]]) -> Response:
+    """Store the token in a cookie and redirect to the address without it, so that nobody reads it off the screen."""
     rest = urlencode([(name, value) for name, values in query.items() if name != "token" for value in values])
     response = RedirectResponse((path if path in LANDINGS else "/") + (f"?{rest}" if rest else ""), 303)
     response.set_cookie(cookie, token, max_age=A_YEAR, httponly=True, samesite="lax")
     return response
 
 
-def _unlike_ours(headers: Headers) -> Response | None:
+def _foreign_request_refusal(headers: Headers) -> Response | None:
     origin, length = headers.get("origin"), headers.get("content-length", "0")
     if origin is not None and origin.partition("://")[2] != headers.get("host"):
-        return PlainTextResponse("The request comes from a page of another site.", 403)
+        return PlainTextResponse("The request came from a page of another site.", 403)
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         return PlainTextResponse("The request must be application/json.", 415)
     if not length.isdecimal() or int(length[:20]) > MAX_BODY:
-        return PlainTextResponse(f"A request has at most {MAX_BODY} bytes.", 413)
+        return PlainTextResponse(f"The request is larger than {MAX_BODY} bytes.", 413)
     return None
 
 
 async def read_json(request: Request) -> dict[str, Any]:
-    """The object in a request's body; HTTPException (400 or 413) if there's none or too much."""
+    """Return the JSON object in the body. Raises HTTPException (400 or 413) if there is none or it is too large."""
     body = b""
     try:
         async for chunk in request.stream():
             body += chunk
             if len(body) > MAX_BODY:
-                raise HTTPException(413, f"A request has at most {MAX_BODY} bytes.")
+                raise HTTPException(413, f"The request is larger than {MAX_BODY} bytes.")
     except ClientDisconnect:
         raise HTTPException(400, "The request ended before its body.") from None
     try:
@@ -123,7 +124,7 @@ async def read_json(request: Request) -> dict[str, Any]:
 
 
 def is_local(name: str) -> bool:
-    """Whether a host name or address can mean no machine but the one it's used on."""
+    """Return whether a host name or address always means the machine on which it is used."""
     try:
         return name.lower() == "localhost" or ipaddress.ip_address(name).is_loopback
     except ValueError:
@@ -131,5 +132,5 @@ def is_local(name: str) -> bool:
 
 
 def _host_name(host: str) -> str:
-    """Without the port: `[::1]:8000` is `::1`."""
+    """Return the host without its port: `[::1]:8000` becomes `::1`."""
     return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]

@@ -6,7 +6,7 @@ the first one is sent, so that the response time does not depend on how an image
 token.
 
 GET /              the start page, or the vote page for a rater
-GET /?rater=CARD   a rater's own link: the vote page, as this rater
+GET /?rater=SECRET a rater's own link: the vote page, as this rater
 GET /results       the results (with the results token, as the two downloads)
 GET /results.json  the results as JSON
 GET /votes.csv     every vote
@@ -44,7 +44,7 @@ from dpo_jax.data.images import MAX_BYTES, decode_file
 from dpo_jax.errors import UserError
 from dpo_jax.files import read_bytes
 from dpo_jax.voting.access import A_YEAR, SEES_RESULTS, Access, read_json
-from dpo_jax.voting.raters import LONGEST_NAME, Raters, clean_name, rater_link
+from dpo_jax.voting.raters import MAX_NAME_LENGTH, Raters, clean_name, rater_link
 from dpo_jax.voting.store import Store
 from dpo_jax.voting.survey import Survey
 
@@ -123,7 +123,7 @@ class Pages:
             "sees_results": request.scope[SEES_RESULTS],
         }
         if rater:
-            fields["link"] = rater_link(self._token, self._raters.card(rater))
+            fields["link"] = rater_link(self._token, self._raters.credential(rater))
         return self._templates.TemplateResponse(request, "vote.html" if rater else "start.html", fields)
 
     async def results(self, request: Request) -> Response:
@@ -159,7 +159,7 @@ class Pages:
             raise HTTPException(404, "This image does not exist.")
         try:
             data = self._images.of(found[0])[found[1]]
-        except (ValueError, OSError):
+        except (UserError, OSError):
             raise HTTPException(404, "An image of this task was changed or cannot be read any more.") from None
         headers = {"Cache-Control": f"private, max-age={A_YEAR}, immutable"}
         return Response(data, media_type="image/png", headers=headers)
@@ -179,7 +179,7 @@ class Pages:
         if not self._raters.is_open:
             raise HTTPException(403, "Only invited people can vote here. Open the link that you were given.")
         if not name:
-            raise HTTPException(400, f"A name has 1 to {LONGEST_NAME} visible characters.")
+            raise HTTPException(400, f"A name has 1 to {MAX_NAME_LENGTH} visible characters.")
         if not isinstance(key, str):
             raise HTTPException(400, '"key" is not text.')
         if await run_in_threadpool(self._raters.join, name, key) is None:
@@ -187,8 +187,8 @@ class Pages:
         return self._as(name, JSONResponse({"name": name}))
 
     def _as(self, rater: str, response: Response) -> Response:
-        card = self._raters.card(rater)
-        response.set_cookie(self._cookie, card, max_age=A_YEAR, httponly=True, samesite="lax")
+        credential = self._raters.credential(rater)
+        response.set_cookie(self._cookie, credential, max_age=A_YEAR, httponly=True, samesite="lax")
         return response
 
     async def leave(self, request: Request) -> Response:
@@ -222,7 +222,7 @@ async def _call(method: Callable[..., T], *arguments: object) -> T:
     """Call the survey in a thread. What it refuses is a bad request."""
     try:
         return await run_in_threadpool(method, *arguments)
-    except ValueError as error:
+    except UserError as error:
         raise HTTPException(400, f"Not stored: {error}.") from None
 
 

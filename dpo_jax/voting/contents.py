@@ -1,4 +1,4 @@
-"""What a file of votes holds, every row checked before anything in it is believed."""
+"""The contents of a file of votes. Every row is checked before it is used."""
 
 import collections
 import math
@@ -13,18 +13,20 @@ from typing_extensions import TypedDict
 
 from dpo_jax.errors import UserError
 from dpo_jax.files import conform, parse_json
-from dpo_jax.voting.schema import COLUMNS, checked, damaged, opaque, transaction, version_of
+from dpo_jax.voting.schema import COLUMNS, damaged, opaque, transaction, version_of, with_checksum
 from dpo_jax.voting.study import MODES, Answer, Task, TaskImage
 
 
 class Vote(NamedTuple):
+    """A rater's answer to one question about one task."""
+
     rater: str
     task: str
     question: str
     answer: Answer
-    """In the order of the task's images."""
+    """One number per image, in the order of the task's images."""
     shown: tuple[int, ...]
-    """Which of the task's images stood at each place."""
+    """The index of the task's image at each place, from left to right."""
     time: str
 
     @property
@@ -37,7 +39,7 @@ Key = tuple[str, str, str]
 
 
 class Contents(NamedTuple):
-    """All of a file of votes."""
+    """Everything in a file of votes."""
 
     mode: str
     digest: str
@@ -45,7 +47,7 @@ class Contents(NamedTuple):
     folders: list[Path]
     tasks: dict[str, Task]
     votes: dict[Key, Vote]
-    """In the order in which they were given."""
+    """In chronological order."""
     undone: collections.Counter[Key]
     raters: dict[str, tuple[str, str]]
     """(name, claim) by `name_key`."""
@@ -88,7 +90,7 @@ class _Rater(TypedDict):
 
 
 def read(path: Path, connection: sqlite3.Connection) -> Contents:
-    """All that the file holds. Raises ValueError, naming the file, for rows that dpo_jax.vote can't have written."""
+    """Return the contents of the file. Raises UserError with its path if dpo_jax.vote cannot have written a row."""
     has_checksums = version_of(connection) > 0
     try:
         with transaction(connection, "DEFERRED"):
@@ -114,12 +116,12 @@ def read(path: Path, connection: sqlite3.Connection) -> Contents:
             undone=collections.Counter(conform(undone, list[Key], "table undone")),
             raters={row["key"]: (row["name"], row["claim"]) for row in raters},
         )
-    except ValueError as error:
+    except (UserError, UnicodeDecodeError) as error:
         raise damaged(path, str(error)) from None
 
 
 def _rows(connection: sqlite3.Connection, table: str, schema: Any, secret: str | None) -> list[Any]:
-    """The rows of a table, in order. Checksums are compared if there is a secret."""
+    """Return the rows of a table in order. With a secret, also verify their checksums."""
     columns = COLUMNS[table]
     order = "position" if "position" in columns else "rowid"
     chosen = ", ".join(columns) + (", checksum" if secret is not None else "")
@@ -128,8 +130,8 @@ def _rows(connection: sqlite3.Connection, table: str, schema: Any, secret: str |
     if table == "study" and len(rows) != 1:
         raise UserError(f"table study has {len(rows)} rows, not 1")
     for number, row in enumerate(found, 1):
-        if secret is not None and row != checked(secret, table, row[:-1]):
-            raise UserError(f"table {table}, row {number} is not as it was written")
+        if secret is not None and row != with_checksum(secret, table, row[:-1]):
+            raise UserError(f"table {table}, row {number} differs from its checksum")
     return rows
 
 
@@ -166,7 +168,7 @@ def _votes(rows: Sequence[_Vote], mode: str, tasks: dict[str, Task]) -> dict[Key
     for number, (row, answer, shown) in enumerate(zip(rows, map(tuple, answers), map(tuple, orders), strict=True), 1):
         where = f"table votes, row {number}"
         if row["task"] not in tasks:
-            raise UserError(f"{where}: there is no task {row['task']!r}")
+            raise UserError(f"{where}: unknown task {row['task']!r}")
         places = len(tasks[row["task"]].images)
         if len(answer) != places or not all(map(math.isfinite, answer)) or not MODES[mode].is_answer(answer):
             raise UserError(f"{where}: {row['answer']} is not an answer of --mode={mode}")

@@ -112,7 +112,7 @@ def votes_csv(store: Store, votes: Sequence[Vote]) -> str:
     )
     for vote in votes:
         task = store.tasks[vote.task]
-        for k, (image, score) in enumerate(zip(task.images, store.how.scores(vote.answer), strict=True)):
+        for k, (image, score) in enumerate(zip(task.images, store.rules.scores(vote.answer), strict=True)):
             texts = vote.rater, vote.question, task.prompt
             shown = names[image.folder], image.name
             numbers = vote.shown.index(k) + 1, vote.answer[k], score
@@ -154,7 +154,7 @@ def _groups(store: Store, votes: Sequence[Vote]) -> Iterator[Group]:
             yield Group(prompt, [store.tasks[id].images[0] for id in ids], [], means)
         return
     for id, task in store.tasks.items():
-        scores = [list(store.how.scores(vote.answer)) for vote in by_task.get(id, [])]
+        scores = [list(store.rules.scores(vote.answer)) for vote in by_task.get(id, [])]
         means = list(mean_scores(store, by_task[id])) if scores else [None] * len(task.images)
         yield Group(task.prompt, list(task.images), scores, means)
 

@@ -1,4 +1,4 @@
-"""Who may vote as whom. A name belongs to who gave it first, by a card that only this person's browser has."""
+"""Names of raters. A name belongs to the person who gave it first, and whose browser holds the credential for it."""
 
 import hmac
 import re
@@ -7,59 +7,61 @@ from urllib.parse import quote, unquote, urlencode
 
 from dpo_jax.voting.store import Store
 
-LONGEST_NAME = 64
+MAX_NAME_LENGTH = 64
 
 
 class Raters:
     """The raters of a study.
 
     Args:
-        is_open: whether anybody with the link may take a name, or only those who were invited.
+        store: the file of votes.
+        is_open: whether everybody with the link may take a name, or only invited raters.
     """
 
     def __init__(self, store: Store, is_open: bool = True):
         self._store, self.is_open = store, is_open
 
     def join(self, name: str, key: str = "") -> str | None:
-        """A card for a name that nobody has; None if it's taken.
+        """Take a name and return its credential, or None if somebody else has taken it.
 
         Args:
-            key: a secret of the browser's own, so that asking once more, after a reply was lost, gives the same card.
+            name: the name.
+            key: a secret of the browser. A repeated request with the same key, after a lost reply, succeeds again.
         """
         claim = self._store.opaque("claim", name, key) if key else secrets.token_hex()
-        return self.card(name) if self._store.join(name, claim) else None
+        return self.credential(name) if self._store.join(name, claim) else None
 
     def invite(self, name: str) -> str:
-        """The card of a name, whether somebody has it or not: for whoever runs the study."""
+        """Return the credential of a name, taken or not. Only for the person who runs the study."""
         self._store.join(name, secrets.token_hex())
-        return self.card(self._store.name_of(name) or name)
+        return self.credential(self._store.name_of(name) or name)
 
-    def holder(self, card: str) -> str:
-        """The name on a card; "" if it isn't one. What is wrong with it makes no difference in time."""
-        quoted, _, shown = card.rpartition(".")
+    def holder(self, credential: str) -> str:
+        """Return the name of a credential, "" if it is not valid. The time does not tell what is wrong with it."""
+        quoted, _, shown = credential.rpartition(".")
         name = clean_name(unquote(quoted))
         expected = self._store.opaque("rater", name)
         return name if hmac.compare_digest(shown.encode("utf-8", "replace"), expected.encode()) and name else ""
 
-    def card(self, name: str) -> str:
-        """What shows that somebody has this name: for nobody else's eyes."""
+    def credential(self, name: str) -> str:
+        """Return the secret text that proves that somebody has this name."""
         return f"{quote(name, safe='')}.{self._store.opaque('rater', name)}"
 
 
-def rater_link(token: str | None, card: str) -> str:
-    """The path of a rater's own link, from the root of the page."""
-    return "/?" + urlencode({"token": token, "rater": card} if token else {"rater": card})
+def rater_link(token: str | None, credential: str) -> str:
+    """Return the path and query of a rater's own link."""
+    return "/?" + urlencode({"token": token, "rater": credential} if token else {"rater": credential})
 
 
 _UNSEEN = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
-"""Letters and marks that show nothing, of which a second "ann" could be made."""
+"""Invisible characters, with which somebody could make a second "ann"."""
 
 
 def clean_name(name: object) -> str:
-    """A rater's name without what can't be seen; "" if it can't be a name."""
+    """Return a rater's name without invisible characters, or "" if it is not a valid name."""
     if not isinstance(name, str):
         return ""
     name = " ".join(_UNSEEN.sub("", name).split())
-    return name if len(name) <= LONGEST_NAME and name.isprintable() else ""
+    return name if len(name) <= MAX_NAME_LENGTH and name.isprintable() else ""

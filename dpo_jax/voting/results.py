@@ -130,7 +130,7 @@ def summarise(
                 tasks=len(store.tasks),
                 comparisons=_comparisons(store, by_task),
                 scores=[] if store.mode == "pairs" else _folder_scores(store, by_task),
-                alpha=agreement(*_units(store, by_task), store.how.level),
+                alpha=agreement(*_units(store, by_task), store.rules.level),
                 first_place=_first_place(mine) if store.mode == "pairs" else None,
             )
         )
@@ -147,7 +147,7 @@ def group_by_task(votes: Iterable[Vote]) -> dict[str, list[Vote]]:
 
 def mean_scores(store: Store, votes: Sequence[Vote]) -> list[float]:
     """Return the mean score of each image of a task over the votes on the task; higher is better."""
-    scores = [store.how.scores(vote.answer) for vote in votes]
+    scores = [store.rules.scores(vote.answer) for vote in votes]
     return [sum(of_image) / len(votes) for of_image in zip(*scores, strict=True)]
 
 
@@ -207,7 +207,7 @@ def _units(store: Store, by_task: Mapping[str, Sequence[Vote]]) -> tuple[list[fl
     """Return values and counts_UV. A unit is an image for rankings and points, and a task otherwise."""
 
     def numbers(task: Task) -> range:
-        return range(len(task.images) if store.how.level == "ordinal" else 1)
+        return range(len(task.images) if store.rules.level == "ordinal" else 1)
 
     units = [
         collections.Counter(vote.answer[k] for vote in votes)

@@ -1,11 +1,11 @@
-"""What the SQLite file of votes consists of.
+"""The tables of a file of votes (SQLite).
 
-Table `votes` has a row for each vote: rater, task, question, answer (JSON numbers, one for each image of the task, in
-the order of `tasks.images`), shown (JSON: which image stood at each place, from left to right) and time (UTC). Rater,
-task and question are unique. What a rater took back is in `undone`, and who may vote is in `raters`. `tasks` and
-`folders` say what was shown, so that the file can be exported by itself.
+Table `votes` has one row per vote: rater, task, question, answer (JSON numbers, one per image of the task, in the order
+of `tasks.images`), shown (JSON: the index of the image at each place, from left to right) and time (UTC). Rater, task
+and question together are unique. `undone` holds the votes that raters took back, and `raters` their names. `tasks` and
+`folders` describe what was shown, so that the file can be exported on its own.
 
-SQLite notices damage to its own structures only. Rows therefore carry a checksum, keyed with the file's secret.
+SQLite detects damage to its own structures only. Every row therefore has a checksum, keyed with the file's secret.
 """
 
 import datetime
@@ -50,7 +50,7 @@ CREATE TABLE raters (
 );
 """,
 )
-"""What version 0 consists of, and what each later version changes."""
+"""The statements that create version 0, and those that change it to each later version."""
 
 COLUMNS = {
     "study": ("mode", "digest", "secret"),
@@ -59,21 +59,21 @@ COLUMNS = {
     "votes": ("rater", "task", "question", "answer", "shown", "time"),
     "raters": ("key", "name", "claim", "time"),
 }
-"""Of the tables whose rows have a checksum, all but the checksum."""
+"""The columns of the tables whose rows have a checksum, without the checksum."""
 
 
 def name_key(name: str) -> str:
-    """The same for names that people take for one: "Ann" is "ann"."""
+    """Return a key that is equal for names that people confuse, such as "Ann" and "ann"."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
 def opaque(secret: str, *parts: object) -> str:
-    """A name that tells nothing about its parts to who hasn't got the secret; it's always the same."""
+    """Return an id that is always the same for these parts and reveals nothing about them without the secret."""
     return hashlib.blake2b(json.dumps(parts).encode(), key=bytes.fromhex(secret), digest_size=12).hexdigest()
 
 
-def checked(secret: str, table: str, row: Sequence[object]) -> tuple:
-    """The row as it is stored, with its checksum."""
+def with_checksum(secret: str, table: str, row: Sequence[object]) -> tuple:
+    """Return the row with its checksum, as it is stored."""
     return (*row, opaque(secret, "checksum", table, *row))
 
 
@@ -86,8 +86,9 @@ def dump(values: Sequence) -> str:
 
 
 def damaged(path: Path, reason: str) -> UserError:
+    """Return the error for a damaged file of votes."""
     reason = "".join(char if char.isprintable() else "?" for char in reason).rstrip(".")
-    return UserError(f"{path} is damaged ({reason}); restore it from a backup, or name another --output to begin anew")
+    return UserError(f"{path} is damaged ({reason}); restore it from a backup, or set another --output to start over")
 
 
 def version_of(connection: sqlite3.Connection) -> int:
@@ -96,7 +97,7 @@ def version_of(connection: sqlite3.Connection) -> int:
 
 @contextmanager
 def transaction(connection: sqlite3.Connection, kind: str = "IMMEDIATE") -> Iterator:
-    """All that is run inside, or nothing."""
+    """Commit everything that is run inside the block, or nothing if the block fails."""
     connection.execute(f"BEGIN {kind}")
     try:
         yield connection.execute

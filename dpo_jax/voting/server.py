@@ -1,4 +1,4 @@
-"""The HTTP server of the pages. People who send half a request, or don't read the answer, shut nobody out."""
+"""The HTTP server. Clients that send half a request, or do not read the response, lock nobody out."""
 
 import asyncio
 import resource
@@ -9,20 +9,20 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 REQUEST_SECONDS = 15.0
-"""From the first byte of a request (or from connecting) to its last."""
+"""Time from the first byte of a request (or from connecting) to its last byte."""
 RESPONSE_SECONDS = 180.0
-"""From there until the answer has left and the next request begins: images over a slow phone line take a while."""
-MOST_CONNECTIONS = 4096
+"""Time from there until the response is sent and the next request begins. Images over a slow connection take long."""
+MAX_CONNECTIONS = 4096
 SPARE_FILES = 64
-"""What the process opens besides: the votes, images."""
+"""File descriptors for everything else: the votes, images."""
 
 
-class ImpatientProtocol(H11Protocol):
-    """Ends connections whose other side takes too long, and of too many the one that has made no progress longest."""
+class TimeoutProtocol(H11Protocol):
+    """Closes connections that take too long and, if there are too many, the one that has been idle longest."""
 
-    _connections: ClassVar[dict["ImpatientProtocol", None]] = {}
-    """Those that have made no progress longest come first."""
-    most: ClassVar[int] = MOST_CONNECTIONS
+    _connections: ClassVar[dict["TimeoutProtocol", None]] = {}
+    """In the order of their latest progress, the oldest first."""
+    max_connections: ClassVar[int] = MAX_CONNECTIONS
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -30,7 +30,7 @@ class ImpatientProtocol(H11Protocol):
         self._is_receiving = True
         self._whole: RequestResponseCycle | None = None
         self._wait(REQUEST_SECONDS)
-        if len(self._connections) > self.most:
+        if len(self._connections) > self.max_connections:
             halves = (other for other in self._connections if other._is_receiving)
             next(halves, next(iter(self._connections))).transport.abort()
 
@@ -48,7 +48,7 @@ class ImpatientProtocol(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._look()
-        if self.cycle is not self._whole or self.conn.trailing_data[0]:  # part of the next request came ahead
+        if self.cycle is not self._whole or self.conn.trailing_data[0]:  # part of the next request has already arrived
             self._receive()
 
     def _receive(self) -> None:
@@ -57,7 +57,7 @@ class ImpatientProtocol(H11Protocol):
             self._wait(REQUEST_SECONDS)
 
     def _look(self) -> None:
-        """Gives the answer its time once the request is whole."""
+        """Start the time limit of the response once the request is complete."""
         if self.cycle is not None and self.cycle is not self._whole and not self.cycle.more_body:
             self._whole, self._is_receiving = self.cycle, False
             self._wait(RESPONSE_SECONDS)
@@ -71,13 +71,13 @@ class ImpatientProtocol(H11Protocol):
 
 
 def make_server(app: Starlette) -> uvicorn.Server:
-    """A server for as many connections as the operating system lets this process have."""
+    """Return a server for as many connections as the operating system allows this process."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_CONNECTIONS + SPARE_FILES
+    wanted = MAX_CONNECTIONS + SPARE_FILES
     files = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-    ImpatientProtocol.most = max(files - SPARE_FILES, 1)
-    # One sort of HTTP parser whatever else is installed; nothing here needs web sockets.
+    TimeoutProtocol.max_connections = max(files - SPARE_FILES, 1)
+    # Always the same HTTP parser, whatever else is installed. Nothing here needs web sockets.
     switched_off: dict[str, Any] = {"ws": "none", "lifespan": "off", "server_header": False, "proxy_headers": False}
-    config = uvicorn.Config(app, http=ImpatientProtocol, log_level="error", **switched_off)
+    config = uvicorn.Config(app, http=TimeoutProtocol, log_level="error", **switched_off)
     return uvicorn.Server(config)

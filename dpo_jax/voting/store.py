@@ -1,6 +1,7 @@
-"""Votes in an SQLite file. A vote that was acknowledged is on the disk, whatever happens to the process.
+"""Votes in an SQLite file. An acknowledged vote is on disk, whatever happens to the process.
 
-What was read from the file is kept in memory, so that asking what is next costs the same at 20,000 votes as at none.
+The contents of the file are kept in memory, so that finding the next question takes as long after 20,000 votes as at
+first.
 """
 
 import collections
@@ -14,25 +15,26 @@ from pathlib import Path
 
 from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.voting.contents import Contents, Vote, read
-from dpo_jax.voting.schema import COLUMNS, VERSION, checked, dump, name_key, now, opaque, transaction, version_of
+from dpo_jax.voting.schema import COLUMNS, VERSION, dump, name_key, now, opaque, transaction, version_of, with_checksum
 from dpo_jax.voting.study import MODES, Answer, Folder, Mode, TaskImage, study_digest
-from dpo_jax.voting.votes_file import begin, check_file, durable, opening, place, upgrade
+from dpo_jax.voting.votes_file import check_file, create, make_durable, open_connection, store_folder_paths, upgrade
 
-MOST_UNDONE = 10
-"""Times that a rater may take back an answer to one question about one task."""
+MAX_UNDOS = 10
+"""How often a rater may undo the answer to one question about one task."""
 
 Tallies = Mapping[tuple[str, str], Mapping[Answer, int]]
-"""How often each answer was given, by task and question."""
+"""The number of votes for each answer, by task and question."""
 
 
 class Store:
-    """An open file of votes. Safe to use from several threads, and several processes.
+    """An open file of votes. Several threads and several processes can use it at once.
 
     Attributes:
-        mode: name in MODES.
-        folders: where the images are.
-        tasks: by their opaque id, in order.
-        digests: SHA-256 of each image's file, where the folders were at hand when the file was opened.
+        path: of the file.
+        mode: a name in MODES.
+        folders: the folders of images.
+        tasks: the tasks by their opaque id, in order.
+        digests: SHA-256 of each image file, if the file of votes was opened together with the folders.
     """
 
     def __init__(self, path: Path, connection: sqlite3.Connection):
@@ -42,7 +44,7 @@ class Store:
         self._read()
 
     def _read(self) -> None:
-        others = self._version_of_others()  # before: what comes between is read once more
+        others = self._version_of_others()  # before reading: a change in between causes another read
         contents: Contents = read(self.path, self._connection)
         self.mode, self.digest, self._secret = contents.mode, contents.digest, contents.secret
         self.folders, self.tasks = contents.folders, contents.tasks
@@ -54,45 +56,46 @@ class Store:
         self._others = others
 
     @property
-    def how(self) -> Mode:
+    def rules(self) -> Mode:
+        """The mode of the study."""
         return MODES[self.mode]
 
     @property
     def revision(self) -> int:
-        """Another number after each change."""
+        """A number that differs after every change."""
         with self._reading():
             return self._changes
 
     def opaque(self, *parts: object) -> str:
-        """A name that tells nothing about its parts to who hasn't got the file; it's always the same."""
+        """Return an id that is always the same for these parts and reveals nothing about them without the file."""
         return opaque(self._secret, *parts)
 
     def add(self, rater: str, task: str, question: str, answer: Answer, shown: Sequence[int]) -> Vote:
-        """Stores a vote durably, unless this rater has voted on it before; returns the vote that is stored."""
+        """Store a vote durably, unless this rater has already answered, and return the stored vote."""
         vote = Vote(rater, task, question, tuple(answer), tuple(shown), now())
         with self._changing() as run:
             if vote.key in self._votes:
                 return self._votes[vote.key]
             row = rater, task, question, dump(vote.answer), dump(vote.shown), vote.time
-            run("INSERT INTO votes VALUES (?, ?, ?, ?, ?, ?, ?)", checked(self._secret, "votes", row))
+            run("INSERT INTO votes VALUES (?, ?, ?, ?, ?, ?, ?)", with_checksum(self._secret, "votes", row))
             self._connection.execute("COMMIT")
             self._votes[vote.key] = vote
             self._count(vote, 1)
         return vote
 
     def undo(self, rater: str, task: str, question: str) -> bool:
-        """Takes a vote back and keeps it in `undone`; False if there is none.
+        """Move a vote to the table `undone`. Return False if there is no such vote.
 
-        Raises ValueError if that was done too often, or if it isn't the rater's latest.
+        Raises UserError if it is not the rater's latest vote, or was undone too often.
         """
         key = rater, task, question
         with self._changing() as run:
             if key not in self._votes:
                 return False
             if key[1:] != next(reversed(self._answered[rater])):
-                raise UserError("only your latest answer can be taken back")
-            if self._undone[key] >= MOST_UNDONE:
-                raise UserError(f"this answer was taken back {MOST_UNDONE} times already, so now it stays")
+                raise UserError("you can only undo your latest answer")
+            if self._undone[key] >= MAX_UNDOS:
+                raise UserError(f"you have undone this answer {MAX_UNDOS} times, so it is final now")
             where = "rater = ? AND task = ? AND question = ?"
             columns = ", ".join(COLUMNS["votes"])
             run(f"INSERT INTO undone SELECT {columns}, ? FROM votes WHERE {where}", (now(), *key))
@@ -103,11 +106,11 @@ class Store:
         return True
 
     def join(self, name: str, claim: str) -> bool:
-        """Takes a name for who knows `claim`; False if somebody else has it."""
+        """Register a name with a secret claim. Return False if the name is registered with another claim."""
         with self._changing() as run:
             key = name_key(name)
             if key not in self._raters:
-                row = checked(self._secret, "raters", (key, name, claim, now()))
+                row = with_checksum(self._secret, "raters", (key, name, claim, now()))
                 run("INSERT INTO raters VALUES (?, ?, ?, ?, ?)", row)
                 self._connection.execute("COMMIT")
                 self._raters[key] = name, claim
@@ -115,21 +118,22 @@ class Store:
             return hmac.compare_digest(claim, known) and taken_by == name
 
     def name_of(self, name: str) -> str | None:
-        """As the rater wrote it who took this name, or one that people take for it; None if nobody did."""
+        """Return how its rater wrote this name, or a name that people confuse with it; None if nobody has taken it."""
         with self._reading():
             return self._raters.get(name_key(name), (None, ""))[0]
 
     def votes(self) -> list[Vote]:
-        """In the order in which they were given."""
+        """Return all votes in chronological order."""
         with self._reading():
             return list(self._votes.values())
 
     def answered(self, rater: str) -> list[tuple[str, str]]:
-        """Tasks and questions that a rater has answered, the latest last."""
+        """Return the tasks and questions that a rater has answered, the latest last."""
         with self._reading():
             return list(self._answered.get(rater, ()))
 
     def tallies(self) -> Tallies:
+        """Return the number of votes for each answer. The result is not to be changed."""
         with self._reading():
             return self._tallies
 
@@ -145,7 +149,7 @@ class Store:
 
     def _count(self, vote: Vote, change: int) -> None:
         key = vote.task, vote.question
-        tally = collections.Counter(self._tallies.get(key))  # a new one: others may be looking at the old
+        tally = collections.Counter(self._tallies.get(key))  # a new one: other threads may be reading the old one
         tally[vote.answer] += change
         self._changes += 1
         self._tallies[key] = +tally
@@ -155,14 +159,14 @@ class Store:
             del self._answered[vote.rater][key]
 
     def _version_of_others(self) -> int:
-        """Changes when another connection has changed the file."""
+        """Return a number that differs after another connection has changed the file."""
         return self._connection.execute("PRAGMA data_version").fetchone()[0]
 
     def _refresh(self) -> None:
         if self._version_of_others() != self._others:
             try:
                 self._read()
-            except ValueError as error:  # by now it is damaged
+            except UserError as error:  # the file was damaged meanwhile
                 raise sqlite3.DatabaseError(str(error)) from error
 
     @contextmanager
@@ -173,7 +177,7 @@ class Store:
 
     @contextmanager
     def _changing(self) -> Iterator:
-        """Inside nobody else changes the file; what is not committed there is undone."""
+        """Lock the file against changes by others; roll back what the block does not commit."""
         with self._lock:
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
@@ -188,30 +192,30 @@ class Store:
 
 
 def open_study(path: Path, mode: str, folders: Sequence[Folder]) -> Store:
-    """Opens the file of votes on these folders, or begins one.
+    """Open the file of votes on these folders, or create it.
 
-    Raises:
-        ValueError: the folders make up no task, or the file holds something else, such as votes on other folders, or
-            is damaged.
+    Raises UserError if the folders give no task, if the file is damaged, or if it has votes on other images.
     """
     tasks, digest, paths = MODES[mode].tasks(folders), study_digest(mode, folders), [folder.path for folder in folders]
     if not path.parent.is_dir():
-        raise MissingFileError(f"{path.parent} is not a folder, so {path.name} can't be written to it")
+        raise MissingFileError(f"{path.parent} is not a folder; create it, or set another --output")
     try:
         check_file(path)
     except FileNotFoundError:
-        begin(path, mode, digest, secrets.token_hex(), paths, tasks)
-    with opening(path) as connection:
+        create(path, mode, digest, secrets.token_hex(), paths, tasks)
+    with open_connection(path) as connection:
         found = read(path, connection)
         if found.mode != mode:
-            raise UserError(f"{path} holds answers of --mode={found.mode}; name another --output for {mode}")
+            raise UserError(f"{path} has votes of --mode={found.mode}, not {mode}; set another --output for {mode}")
         if found.digest != digest or list(found.tasks.values()) != tasks:
-            raise UserError(f"{path} holds votes on other images, or in another order; name another --output")
-        durable(connection)
+            raise UserError(
+                f"{path} has votes on other images, or on the same folders in another order; set another --output"
+            )
+        make_durable(connection)
         if version_of(connection) < VERSION:
             upgrade(connection)
         with transaction(connection) as run:
-            place(run, found.secret, paths)
+            store_folder_paths(run, found.secret, paths)
         store = Store(path, connection)
         for position, folder in enumerate(folders):
             for entry, digest in zip(folder.entries, folder.digests, strict=True):
@@ -220,11 +224,13 @@ def open_study(path: Path, mode: str, folders: Sequence[Folder]) -> Store:
 
 
 def open_votes(path: Path) -> Store:
-    """Opens a file of votes that exists, wherever its images are.
+    """Open an existing file of votes. Its images need not exist.
 
-    Raises FileNotFoundError or ValueError for files that aren't one, or are damaged.
+    Raises MissingFileError or UserError if there is no file of votes at `path`, or if it is damaged.
     """
     if not path.exists():
-        raise MissingFileError(f"there is no file of votes at {path}; --images=DIR_A,DIR_B begins one")
-    with opening(path) as connection:
+        raise MissingFileError(
+            f"{path} does not exist; run dpo_jax.vote with --images=DIR_A,DIR_B to create it, and vote"
+        )
+    with open_connection(path) as connection:
         return Store(path, connection)

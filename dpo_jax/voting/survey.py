@@ -80,7 +80,7 @@ class Survey:
         if len(placed) != len(shown):
             raise UserError(f"an answer to this question has {len(shown)} numbers, not {len(placed)}")
         answer = tuple(placed[shown.index(k)] for k in range(len(shown)))
-        if not self.store.how.is_answer(answer) or (answer == TIE and not self.ties):
+        if not self.store.rules.is_answer(answer) or (answer == TIE and not self.ties):
             raise UserError("that is not one of the possible answers")
         return self.store.add(rater, task, question, answer, shown).answer == answer
 
@@ -101,7 +101,7 @@ class Survey:
 
     def is_finished(self, tally: Mapping[Answer, int]) -> bool:
         """Return whether a question with these votes is asked no more."""
-        votes, side = sum(tally.values()), self.store.how.side
+        votes, side = sum(tally.values()), self.store.rules.side
         if votes >= self.raters:
             return True
         if not self.stop_early or side is None:

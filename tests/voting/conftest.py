@@ -1,4 +1,4 @@
-"""Folders of small images, and the page in this process."""
+"""Fixtures: folders of small images, and clients of the pages in this process."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ MakeFolders = Callable[..., list[Path]]
 
 @pytest.fixture
 def make_folders(tmp_path: Path) -> MakeFolders:
-    """`make_folders("base", "tuned", prompts=3, seeds=1)`: images as grey as their folder is good, in steps of 40."""
+    """`make_folders("base", "tuned", prompts=3, seeds=1)`: grey images; each folder is brighter by 40 than the last."""
 
     def make(*names: str, prompts: int = 3, seeds: int = 1, side: int = 8) -> list[Path]:
         for quality, name in enumerate(names):
@@ -30,7 +30,7 @@ def make_folders(tmp_path: Path) -> MakeFolders:
                 for seed in range(seeds):
                     entries.append(Entry(f"{prompt}-{seed}.png", f"prompt {prompt}", seed))
                     pixels = np.full((side, side, 3), 40 * quality, np.uint8)
-                    pixels[0, 0] = prompt, seed, 0  # no two files alike
+                    pixels[0, 0] = prompt, seed, 0  # no two files are equal
                     Image.fromarray(pixels).save(folder / entries[-1].image)
             write_list(folder, entries)
         return [tmp_path / name for name in names]
@@ -40,7 +40,7 @@ def make_folders(tmp_path: Path) -> MakeFolders:
 
 @pytest.fixture
 def survey(make_folders: MakeFolders, tmp_path: Path) -> Iterator[Callable[..., Survey]]:
-    """`survey(mode="rank", folders=("a", "b"), prompts=3, **fields of Survey)`, of new folders."""
+    """`survey(mode="rank", folders=("a", "b"), prompts=3, **fields of Survey)`: a survey on new folders."""
     opened = []
 
     def make(
@@ -61,7 +61,7 @@ def survey(make_folders: MakeFolders, tmp_path: Path) -> Iterator[Callable[..., 
 
 
 def client(survey: Survey, rater: str = "", token: str | None = None, **fields: object) -> TestClient:
-    """A browser without JavaScript; what raises in the app raises here."""
+    """A browser without JavaScript. Exceptions in the app are raised here."""
     made = TestClient(make_app(survey, token, **fields), base_url="http://127.0.0.1:8000")
     if rater:
         assert made.post("/api/start", json={"name": rater}).status_code == 200
@@ -69,7 +69,7 @@ def client(survey: Survey, rater: str = "", token: str | None = None, **fields: 
 
 
 def owner(survey: Survey, token: str | None = None) -> TestClient:
-    """The browser of who runs the study: it was shown the link to the results."""
+    """The browser of the person who runs the study, which has opened the results link."""
     made = client(survey, token=token)
     assert made.get(f"/results?token={results_token(survey.store)}").status_code == 200
     return made

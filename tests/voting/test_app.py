@@ -1,4 +1,4 @@
-"""The pages and what a browser is told, in this process."""
+"""The pages and the API, in this process."""
 
 import csv
 import io
@@ -54,7 +54,7 @@ def test_pages_load_nothing_from_elsewhere(survey):
     browser.post("/api/start", json={"name": "ann"})
     texts += [browser.get("/").text, *_static(browser)]
     links = {link for text in texts for link in re.findall(r"(?:https?:)?//[\w.]+\.\w+", text)}
-    assert links == {"http://www.w3.org"}  # the icon's name space
+    assert links == {"http://www.w3.org"}  # the icon's XML namespace
     assert not [text for text in texts if "<style" in text or "style=" in text or "onclick=" in text]
 
 
@@ -85,7 +85,7 @@ def test_a_token_is_shown_once_and_kept(survey):
     assert (reply.status_code, reply.headers["location"]) == (303, "/?rater=x")
     assert "Your name" in browser.get("/").text
     reply = browser.get("//evil.example?token=right-token", follow_redirects=False)
-    assert reply.headers["location"] == "/"  # no way out of here
+    assert reply.headers["location"] == "/"  # never to another site
     stranger = client(made, token="right-token")
     stranger.cookies.set(f"token-{made.store.opaque('cookie')[:8]}", "right-tokem")
     assert stranger.get("/").status_code == 403
@@ -104,7 +104,7 @@ def test_only_our_own_pages_may_post(survey):
     assert browser.post("/api/start", json=name, headers={"Origin": "http://127.0.0.1:8000"}).status_code == 200
     for origin in ("http://evil.example", "null", "http://127.0.0.1:9000", ""):
         assert browser.post("/api/start", json=name, headers={"Origin": origin}).status_code == 403
-    assert browser.post("/api/start", data=name).status_code == 415  # what a form of another site could send
+    assert browser.post("/api/start", data=name).status_code == 415  # forms of other sites can send this
     assert browser.post("/api/start", content=json.dumps(name)).status_code == 415
 
 
@@ -159,7 +159,7 @@ def test_results_are_shown_from_the_first_vote_on(survey, mode):
         body = {"task": now["task"], "question": "preference", "answer": [1, 2] if mode != "pairs" else [1, 0]}
         browser.post("/api/vote", json=body).raise_for_status()
     page = " ".join(other.get("/results").text.split())
-    assert f"3 votes by 1 rater on 3 of 3 {made.store.how.unit}" in page
+    assert f"3 votes by 1 rater on 3 of 3 {made.store.rules.unit}" in page
     assert "base over tuned" not in page
     assert "<td>tuned over base</td>" in page
     assert "ann &lt;b&gt;" in page

@@ -1,4 +1,4 @@
-"""Nothing that a rater is sent tells whose an image is, and results open to nobody but who runs the study."""
+"""Nothing that a rater receives tells which model made an image, and only the owner of the study sees results."""
 
 import io
 import itertools
@@ -22,7 +22,7 @@ def _answer(browser, now, answer=(1, 0)):
 
 
 def _all_images(browser):
-    """Replies by id, of all that a rater is shown."""
+    """The response for every image that a rater is shown, by id."""
     images = {}
     while (now := browser.get("/api/state").json()["now"]) is not None:
         images |= {id: browser.get(f"/image/{id}") for id in now["images"]}
@@ -32,7 +32,7 @@ def _all_images(browser):
 
 def test_nothing_tells_where_an_image_is_from(survey, tmp_path):
     made = survey(folders=("secret_base", "secret_tuned"))
-    for k, folder in enumerate(made.store.folders):  # what differs beside the pixels must not be sent
+    for k, folder in enumerate(made.store.folders):  # differences other than pixels must not be sent
         notes, exif = PngInfo(), Image.Exif()
         notes.add_text("parameters", f"model: secret_{k}")
         exif[0x010E] = f"secret_{k}"
@@ -56,7 +56,7 @@ def test_nothing_tells_where_an_image_is_from(survey, tmp_path):
 
 def test_replies_differ_in_their_pixels_alone(survey):
     made = survey(prompts=6)
-    for number, folder in enumerate(made.store.folders):  # as other programs may store what they made
+    for number, folder in enumerate(made.store.folders):  # as other programs may store images
         for path in folder.glob("*.png"):
             noise_HWC = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
             image = Image.fromarray(noise_HWC if number else np.zeros_like(noise_HWC))
@@ -96,11 +96,11 @@ def test_results_are_not_for_raters(survey, token):
     page = owner(made, token).get("/results").text
     assert "Results so far" in page
     assert owner(made, token).get("/static/style.css").status_code == 200
-    assert client(made, token="right-token").get(f"/?token={own}").status_code == 200  # opens all
+    assert client(made, token="right-token").get(f"/?token={own}").status_code == 200  # opens every page
 
 
 def test_ids_are_others_for_each_task_and_rater(survey):
-    """Three folders: each image is in two pairs. Its ids don't say so, or it would be known which win together."""
+    """With three folders each image is in two pairs. Equal ids would tell which images belong to one model."""
     made = survey(folders=("a", "b", "c"), prompts=2)
     images = {name: _all_images(client(made, name)) for name in ("ann", "bob")}
     assert [len(replies) for replies in images.values()] == [12, 12]
@@ -133,7 +133,7 @@ def test_all_images_of_a_task_are_read_before_one_is_sent(survey, monkeypatch):
             assert len(read) == 2 * (len(sides) + 1), count
         sides.append(read[-2].parent.name)
         _answer(browser, now)
-    assert set(sides) == {"base"}  # always in the same order, whichever was asked for
+    assert set(sides) == {"base"}  # always in the same order, whichever was requested
 
 
 @pytest.mark.parametrize("what", ["damaged", "another", "gone"])
@@ -151,9 +151,9 @@ def test_an_image_that_is_not_the_one_any_more_is_missing_on_both_sides(survey, 
 
 
 def test_answers_are_alike_for_both_sides(survey):
-    """Whichever image wins, and whatever others said: the same figures."""
+    """The counts do not depend on which image wins or on what others answered."""
     made, replies = survey(stop_early=True, raters=3, prompts=4), []
-    for task in made.store.tasks:  # one vote more decides
+    for task in made.store.tasks:  # one more vote decides
         made.store.add("early", task, "preference", (1, 0), [0, 1])
     for name, answer in itertools.product(("ann", "bob"), ((1, 0), (0, 1))):
         browser = client(made, f"{name} {answer[0]}")

@@ -1,4 +1,4 @@
-"""The page in a real browser: keys, touch, a phone's screen, zoom, and a server that goes away.
+"""The page in a real browser: clicks, keys, touch, a phone's screen, zoom, and a server that stops.
 
 Needs Chromium and its driver (Debian: apt-get install chromium chromium-driver); skipped without them.
 """
@@ -42,13 +42,13 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chr
 
 
 class Page:
-    """What a rater does."""
+    """The actions of a rater."""
 
     def __init__(self, driver: webdriver.Chrome, url: str, screen: dict):
         self.driver = driver
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": screen["mobile"]})
-        driver.get_log("browser")  # what was said before is another's
+        driver.get_log("browser")  # older lines belong to another test
         driver.get(url)
 
     def start(self, name: str = "ann") -> "Page":
@@ -81,17 +81,17 @@ class Page:
         return self
 
     def fits(self) -> bool:
-        """Whether nothing has to be scrolled sideways."""
+        """Whether the page is not wider than the screen."""
         return self.ask("document.documentElement.scrollWidth <= window.innerWidth")
 
     def complaints(self) -> list[dict]:
-        """Of the browser: errors of scripts, and what the content security policy stopped."""
+        """Script errors, and whatever the content security policy blocked."""
         return [line for line in self.driver.get_log("browser") if line["level"] in ("SEVERE", "WARNING")]
 
 
 @pytest.fixture
 def page(chromium, make_folders, serve, tmp_path) -> Iterator[Callable[..., Page]]:
-    """`page(*flags, screen=PHONE)`: the start page, of three folders with three prompts."""
+    """`page(*flags, screen=PHONE)`: the start page of a study on folders with three prompts."""
     pages = []
 
     def open_page(*flags: str, screen: dict = DESKTOP, folders: tuple[str, ...] = ("base", "tuned"), side: int = 512):
@@ -153,7 +153,7 @@ def test_a_second_rater_and_a_reload(page):
     opened.find("#stay").click()
     opened.press(Keys.ARROW_LEFT)
     opened.find("#leave").click()
-    opened.find("body").send_keys(Keys.ARROW_LEFT)  # votes for nothing while the dialog is open
+    opened.find("body").send_keys(Keys.ARROW_LEFT)  # does not vote while the dialog is open
     opened.find("#forget").click()
     opened.until(lambda: opened.find_all("#name"))
     opened.find("#name").send_keys("ann" + Keys.ENTER)
@@ -262,7 +262,7 @@ def test_zoom(page, tmp_path):
 
 def test_ranks_by_keys_and_clicks(page, tmp_path):
     opened = page("--mode=rank", folders=("a", "b", "c")).start()
-    opened.find("body").send_keys("3", Keys.BACKSPACE, "2", "1")  # the last one follows
+    opened.find("body").send_keys("3", Keys.BACKSPACE, "2", "1")  # the last rank follows by itself
     assert [mark.text for mark in opened.find_all(".mark")] == ["2", "1", "3"]
     opened.find("body").send_keys(Keys.ENTER)
     opened.until(lambda: opened.text("#count") == "1 of 3 answered").wait("ready")

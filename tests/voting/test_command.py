@@ -1,4 +1,4 @@
-"""`python -m dpo_jax.vote`, as a user meets it."""
+"""The command `python -m dpo_jax.vote`."""
 
 import json
 import socket
@@ -97,7 +97,8 @@ def test_a_file_of_other_images_is_refused(make_folders, serve, tmp_path):
     done = vote(_listed([base, other]), f"--output={tmp_path}/votes.sqlite", "--port=0")
     assert done.returncode == 1
     assert done.stderr == (
-        f"error: {tmp_path}/votes.sqlite holds votes on other images, or in another order; name another --output\n"
+        f"error: {tmp_path}/votes.sqlite has votes on other images, or on the same folders in another order; "
+        "set another --output\n"
     )
 
 
@@ -119,7 +120,7 @@ def test_a_file_of_other_images_is_refused(make_folders, serve, tmp_path):
         (["--images=base,tuned", "--port={taken}"], "cannot serve on 127.0.0.1:{taken} (Address already in use)"),
         (["--images=base,tuned", "--output=gone/votes.sqlite"], "gone is not a folder"),
         ([], "--images is missing"),
-        (["--export=votes.jsonl"], "there is no file of votes at votes.sqlite"),
+        (["--export=votes.jsonl"], "votes.sqlite does not exist; run dpo_jax.vote with --images"),
     ],
 )
 def test_wrong_use_is_told_in_a_sentence(make_folders, tmp_path, monkeypatch, flags, message):

@@ -1,4 +1,4 @@
-"""Slow, half and too many requests to the real server: none of them keeps a rater from voting."""
+"""Slow, incomplete and too many requests to the real server do not keep raters from voting."""
 
 import contextlib
 import socket
@@ -12,7 +12,7 @@ import pytest
 
 from dpo_jax.voting import results, schema, server
 from dpo_jax.voting.app import make_app, results_token
-from dpo_jax.voting.server import ImpatientProtocol, make_server
+from dpo_jax.voting.server import TimeoutProtocol, make_server
 
 HALVES = {
     "nothing": b"",
@@ -28,7 +28,7 @@ HALVES = {
 
 @pytest.fixture
 def serving() -> Iterator[Callable]:
-    """`serving(survey)`: its port, of a server in a thread."""
+    """`serving(survey)`: the port of a server in a thread."""
     running = []
 
     def serve(survey) -> int:
@@ -54,7 +54,7 @@ def _rater(port: int, name: str) -> Iterator[httpx2.Client]:
 
 
 def _vote(browser: httpx2.Client) -> float:
-    """Seconds until the vote was stored."""
+    """Vote, and return the seconds until the vote was stored."""
     now = browser.get("/api/state").raise_for_status().json()["now"]
     start = time.monotonic()
     body = {"task": now["task"], "question": now["question"], "answer": [1, 0]}
@@ -63,7 +63,7 @@ def _vote(browser: httpx2.Client) -> float:
 
 
 def _ends(connection: socket.socket, drip: bytes, seconds: float) -> bool:
-    """Whether the server ends it although something comes again and again."""
+    """Whether the server closes the connection although data keeps arriving."""
     deadline = time.monotonic() + seconds
     connection.settimeout(0.1)
     while time.monotonic() < deadline:
@@ -107,7 +107,7 @@ def test_who_does_not_read_the_answer_is_let_go(survey, serving, monkeypatch):
 
 def test_a_crowd_of_halves_shuts_nobody_out(survey, serving, monkeypatch):
     port = serving(survey(prompts=20))
-    monkeypatch.setattr(ImpatientProtocol, "most", 10)
+    monkeypatch.setattr(TimeoutProtocol, "max_connections", 10)
     with contextlib.ExitStack() as stack:
         for count in range(60):
             connection = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
@@ -115,16 +115,16 @@ def test_a_crowd_of_halves_shuts_nobody_out(survey, serving, monkeypatch):
             if count % 10 == 0:
                 with _rater(port, f"rater {count}") as browser:
                     assert _vote(browser) < 5
-        assert len(ImpatientProtocol._connections) <= 11
+        assert len(TimeoutProtocol._connections) <= 11
 
 
 def _fill(made, votes: int) -> None:
-    """As if so many votes had been given."""
+    """Add votes as if they had been given."""
     rows = []
     for number in range(votes):
         task = list(made.store.tasks)[number % len(made.store.tasks)]
         row = f"early {number // len(made.store.tasks)}", task, "preference", "[1, 0]", "[0, 1]", schema.now()
-        rows.append(schema.checked(made.store._secret, "votes", row))
+        rows.append(schema.with_checksum(made.store._secret, "votes", row))
     with made.store._changing() as run:
         made.store._connection.executemany("INSERT INTO votes VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
         run("COMMIT")
@@ -143,7 +143,7 @@ def test_reloading_results_keeps_nobody_from_voting(survey, serving, votes):
             while not is_over.is_set():
                 reloads.append(browser.get(url).raise_for_status().text)
 
-    threads = [threading.Thread(target=reload) for _ in range(60)]  # more than the server has threads for requests
+    threads = [threading.Thread(target=reload) for _ in range(60)]  # more than the server has threads
     with _rater(port, "ann") as browser:
         _vote(browser)
         try:

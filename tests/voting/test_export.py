@@ -1,4 +1,4 @@
-"""What is exported is read: by prepare, and as D3PO's feedback."""
+"""Exports are readable for prepare, and as D3PO's feedback."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ A, B, TIE = (1, 0), (0, 1), (0.5, 0.5)
 
 
 def _add(survey, rater, answers, question="preference"):
-    """answers: in the order of the tasks, None for none."""
+    """answers: in the order of the tasks; None for no answer."""
     for (id, task), answer in zip(survey.store.tasks.items(), answers, strict=True):
         if answer is not None:
             survey.store.add(rater, id, question, answer, list(range(len(task.images))))
@@ -117,7 +117,7 @@ def test_tags_become_scores_of_a_prompts_images(survey, tmp_path):
 
 
 def test_tags_of_a_round_are_its_feedback(survey, tmp_path):
-    """Of one folder with K seeds of each prompt, as a round's images are."""
+    """A round has one folder with K seeds of each prompt."""
     survey = survey(mode="tag", folders=("images",), prompts=2, seeds=3)
     survey.questions = {"distorted hand": Question("Distorted hand?")}
     yes, no = (1,), (0,)

@@ -1,4 +1,4 @@
-"""Requests of people who mean no good, against the real server: all are refused, and it lives."""
+"""Hostile requests to the real server are all refused, and the server keeps running."""
 
 import contextlib
 import json
@@ -162,7 +162,7 @@ def _requests(cookie: str, task: str) -> list[bytes]:
     ]
     made = [*climbs, *posts, *answers, *methods, *tokens, *origins, *kinds, *large, *broken]
     rng = random.Random(0)
-    while len(made) < 560:  # the same with bytes changed in the path or header: still nothing that exists
+    while len(made) < 560:  # changed bytes in the path or header still name nothing that exists
         damaged = bytearray(rng.choice(climbs))
         for _ in range(3):
             damaged[rng.randrange(12, len(damaged) - 40)] = rng.randrange(256)
@@ -171,9 +171,9 @@ def _requests(cookie: str, task: str) -> list[bytes]:
 
 
 def _answer(port: int, request: bytes) -> bytes:
-    """The status line; empty if the connection was closed without one."""
+    """The status line of the response, or nothing if the connection was closed without one."""
     with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
-        with contextlib.suppress(ConnectionError):  # it may have seen enough before the end
+        with contextlib.suppress(ConnectionError):  # the server may refuse it before the end
             connection.sendall(request)
         reply = b""
         with contextlib.suppress(ConnectionError):
@@ -205,6 +205,6 @@ def test_hostile_requests_are_refused_and_the_server_lives(make_folders, serve, 
         assert len(answers) >= 500
         assert [x for x in answers.items() if not x[1].startswith(b"HTTP/1.1 4")] == []
         assert browser.get("/api/state").json() == before
-    assert len(set(answers.values())) >= 6  # 400, 403, 404, 405, 413, 415: not one refusal for all
+    assert len(set(answers.values())) >= 6  # 400, 403, 404, 405, 413, 415: different refusals
     assert server.process.poll() is None
     assert server.stop() == ""

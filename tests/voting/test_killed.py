@@ -1,4 +1,4 @@
-"""A server that is killed again and again while people vote loses nothing that it has acknowledged."""
+"""A server that is killed again and again while people vote loses no acknowledged vote."""
 
 import itertools
 import random
@@ -15,20 +15,20 @@ RATERS = 4
 
 
 class Rater(threading.Thread):
-    """Votes, takes back every seventh vote, and tries again whatever wasn't answered."""
+    """Votes, undoes every seventh vote, and repeats requests without a response."""
 
     def __init__(self, number: int, url: str, is_over: threading.Event):
         super().__init__()
         self._number, self._url, self._is_over = number, url, is_over
         self.kept: dict[tuple[str, str, str], tuple[int, ...]] = {}
-        """Acknowledged and not taken back: places of (rater, task, question)."""
+        """The acknowledged votes that were not undone: numbers by place, by (rater, task, question)."""
         self.acknowledged = 0
 
     def run(self) -> None:
         choices, visit = random.Random(self._number), 0
         while not self._is_over.is_set():
             self._vote_on_everything(f"rater {self._number}, visit {visit}", choices)
-            visit += 1  # they have seen all, and come back as somebody else
+            visit += 1  # all tasks are answered; continue under another name
 
     def _vote_on_everything(self, name: str, choices: random.Random) -> None:
         with httpx2.Client(base_url=self._url, timeout=5) as browser:
@@ -43,12 +43,12 @@ class Rater(threading.Thread):
                 self.acknowledged += 1
                 self.kept[name, key["task"], key["question"]] = answer
                 if self.acknowledged % 7 == 0:
-                    del self.kept[name, key["task"], key["question"]]  # from here on it may or may not be there
+                    del self.kept[name, key["task"], key["question"]]  # from here on the vote may or may not be stored
                     state = self._ask(browser, "/api/undo", key)
                 time.sleep(0.005)
 
     def _ask(self, browser: httpx2.Client, path: str, body: dict | None = None) -> dict | None:
-        """The answer; None if all is over first."""
+        """Return the response, or None if the test ends first."""
         while not self._is_over.is_set():
             try:
                 reply = browser.post(path, json=body) if body is not None else browser.get(path)
@@ -73,7 +73,7 @@ def test_a_killed_server_loses_no_acknowledged_vote(make_folders, serve, tmp_pat
         for _ in range(KILLS):
             deadline = time.monotonic() + 20
             while sum(rater.acknowledged for rater in raters) == acknowledged[-1] and time.monotonic() < deadline:
-                time.sleep(0.005)  # each life has some
+                time.sleep(0.005)  # every run of the server stores some
             time.sleep(moments.uniform(0, 0.3))
             server.stop(signal.SIGKILL)
             acknowledged.append(sum(rater.acknowledged for rater in raters))

@@ -1,4 +1,4 @@
-"""A name is one person's, who alone can vote and undo under it."""
+"""A name belongs to one person, and nobody else can vote or undo under it."""
 
 import html
 import re
@@ -7,7 +7,7 @@ from urllib.parse import parse_qs, quote
 import pytest
 
 from dpo_jax.voting.raters import Raters, clean_name
-from dpo_jax.voting.store import MOST_UNDONE
+from dpo_jax.voting.store import MAX_UNDOS
 
 from .conftest import client
 
@@ -90,8 +90,8 @@ def test_only_who_was_invited_votes(survey):
     closed.get(f"/?rater={cards['bob']}").raise_for_status()
     _vote(closed)
     assert [vote.rater for vote in made.store.votes()] == ["bob"]
-    assert client(made).post("/api/start", json={"name": "Bob"}).status_code == 409  # once it is open again
-    assert raters.invite("BOB") == cards["bob"]  # for who lost their link
+    assert client(made).post("/api/start", json={"name": "Bob"}).status_code == 409  # open to everybody again
+    assert raters.invite("BOB") == cards["bob"]  # for a rater who lost their link
 
 
 def test_names_of_others_are_not_shown(survey):
@@ -110,12 +110,12 @@ def test_only_the_latest_answer_can_be_taken_back_and_not_for_ever(survey):
     browser = client(made, "ann")
     keys = [_vote(browser) for _ in range(2)]
     reply = browser.post("/api/undo", json=keys[0])
-    assert (reply.status_code, reply.text) == (400, "Not stored: only your latest answer can be taken back.")
-    for _ in range(MOST_UNDONE):
+    assert (reply.status_code, reply.text) == (400, "Not stored: you can only undo your latest answer.")
+    for _ in range(MAX_UNDOS):
         assert browser.post("/api/undo", json=keys[1]).json()["now"]["task"] == keys[1]["task"]
         browser.post("/api/vote", json=keys[1] | {"answer": [0, 1]}).raise_for_status()
     reply = browser.post("/api/undo", json=keys[1])
-    assert (reply.status_code, "now it stays" in reply.text) == (400, True)
+    assert (reply.status_code, "it is final now" in reply.text) == (400, True)
     assert len(made.store.votes()) == 2
 
 

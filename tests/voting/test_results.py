@@ -1,4 +1,4 @@
-"""Majorities, win rates and agreement, against what is known of them."""
+"""Majorities, win rates and agreement, compared with known values."""
 
 import re
 
@@ -27,7 +27,7 @@ def test_agreement_of_the_published_example(level, published):
 
 def test_agreement_at_its_ends():
     assert agreement([0, 1], np.array([[3, 0], [0, 3]]), "nominal") == 1
-    assert agreement([0, 1], np.array([[3, 0], [2, 0]]), "nominal") is None  # all alike: nothing to go by
+    assert agreement([0, 1], np.array([[3, 0], [2, 0]]), "nominal") is None  # all equal, so alpha is not defined
     assert agreement([0, 1], np.array([[1, 0], [0, 1]]), "nominal") is None  # one vote each
     assert agreement([], np.zeros((0, 0)), "nominal") is None
     rng = np.random.default_rng(0)
@@ -60,8 +60,8 @@ def test_win_rates_are_of_majorities_and_count_prompts_alike(survey):
     assert (row.of, row.over, row.wins, row.losses, row.ties) == ("tuned", "base", 2, 2, 1)
     assert (result.votes, result.judged, result.finished, result.tasks) == (13, 5, 4, 6)
     assert row.rate.rate == pytest.approx((0.25 + 1 + 0) / 3)
-    assert result.first_place == 0.5  # of 10 that are no ties; A was shown first
-    # the same interval as of as many comparisons a prompt
+    assert result.first_place == 0.5  # of the 10 votes that are not ties; A was shown first
+    # the same interval as with equally many comparisons per prompt
     known = rate_over_prompts(np.array([[0, 0.5], [1, 1], [0, 0]]))
     assert (row.rate.low, row.rate.high) == pytest.approx((known.low, known.high))
 
@@ -105,7 +105,7 @@ def test_tags_are_counted_by_folder(survey):
 
 
 def test_a_panel_that_errs_finds_the_true_order_over_http(make_folders, serve, tmp_path):
-    """Five raters see nothing but pixels, over HTTP and at once, and are each wrong a quarter of the time."""
+    """Five raters vote at once over HTTP. They see only pixels, and each is wrong a quarter of the time."""
     import concurrent.futures
     import io
     import random

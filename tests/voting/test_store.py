@@ -20,7 +20,7 @@ def test_votes_survive_and_the_first_answer_counts(study):
     with open_study(path, "pairs", folders) as store:
         task = next(iter(store.tasks))
         first = store.add("ann", task, "preference", (1, 0), [1, 0])
-        assert store.add("ann", task, "preference", (0, 1), [1, 0]) == first  # another answer: the stored one
+        assert store.add("ann", task, "preference", (0, 1), [1, 0]) == first  # the first answer stays
         store.add("ann", task, "appeal", (0.5, 0.5), [1, 0])
         store.add("bob", task, "preference", (0, 1), [0, 1])
     with open_study(path, "pairs", folders) as store:
@@ -49,7 +49,7 @@ def test_undo_keeps_what_was_said(study):
         task = next(iter(store.tasks))
         store.add("ann", task, "preference", (1, 0), [0, 1])
         assert store.undo("ann", task, "preference")
-        assert not store.undo("ann", task, "preference")  # again: nothing more is undone
+        assert not store.undo("ann", task, "preference")  # a repeated request undoes nothing more
         assert store.votes() == []
         store.add("ann", task, "preference", (0, 1), [0, 1])
         assert [vote.answer for vote in store.votes()] == [(0, 1)]
@@ -70,7 +70,7 @@ def test_many_at_once_from_two_connections(study):
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             given = list(pool.map(vote, range(160)))
         stored = one.votes()
-        assert set(given) == set(stored)  # each was told what is stored, also who came second
+        assert set(given) == set(stored)  # everybody learns what is stored, also the second one
         assert len(stored) == 80
 
 
@@ -93,7 +93,7 @@ def test_only_its_own_study_opens_it(study, make_folders, tmp_path):
     for wrong in ([folders[0], third], folders[::-1], [*folders, third]):
         with pytest.raises(ValueError, match="votes on other images"):
             open_study(path, "pairs", wrong)
-    with pytest.raises(ValueError, match="answers of --mode=pairs"):
+    with pytest.raises(ValueError, match="votes of --mode=pairs, not rank"):
         open_study(path, "rank", folders)
     moved = folders[0].path.rename(tmp_path / "moved")
     with open_study(path, "pairs", [read_folder(moved), folders[1]]) as store:

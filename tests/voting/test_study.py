@@ -1,4 +1,4 @@
-"""How folders become tasks."""
+"""Tasks made from folders."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def test_the_digest_knows_pixels_prompts_and_mode_but_not_places(make_folders):
     moved = paths[0].rename(paths[0].with_name("moved"))
     assert study_digest("pairs", [read_folder(moved), read[1]]) == digest
     assert study_digest("rank", read) != digest
-    assert study_digest("pairs", read[::-1]) != digest  # all that differs are the pixels
+    assert study_digest("pairs", read[::-1]) != digest  # only the pixels differ
     Image.new("RGB", (8, 8), "red").save(moved / "0-0.png")
     assert study_digest("pairs", [read_folder(moved), read[1]]) != digest
 

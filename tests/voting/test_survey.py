@@ -1,4 +1,4 @@
-"""Who is asked what, in which order, and when it's enough."""
+"""Which questions raters are asked, in which order, and when a question is finished."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import pytest
 
 
 def answer_all(survey, rater, choose=lambda now: [1, 0]):
-    """Tasks in the order in which this rater was asked."""
+    """Answer everything. Return tasks and questions in the order in which they were asked."""
     asked = []
     while (now := survey.state(rater)["now"]) is not None:
         asked.append((now["task"], now["question"]))
@@ -22,7 +22,7 @@ def test_everybody_sees_each_pair_once_in_an_order_of_their_own(survey):
     assert orders[0] != orders[1]
     assert all(
         a[0] == b[0] for a, b in zip(orders[0][::2], orders[0][1::2], strict=True)
-    )  # a pair's questions together
+    )  # all questions about a pair, one after the other
     state = survey.state("ann")
     assert (state["answered"], state["total"], state["now"]) == (40, 40, None)
 
@@ -121,7 +121,7 @@ def test_undo_asks_again_even_what_others_finished(survey):
     assert (state["answered"], state["total"], state["last"]) == (0, 2, None)
     assert survey.vote("ann", first["task"], "preference", [0, 1])
     (other,) = set(survey.store.tasks) - {first["task"]}
-    assert survey.undo("ann", other, "preference")["answered"] == 1  # never said: nothing to take back
+    assert survey.undo("ann", other, "preference")["answered"] == 1  # not answered, so nothing changes
     with pytest.raises(ValueError, match="no such task"):
         survey.undo("ann", first["task"], "appeal")
 

@@ -1,4 +1,4 @@
-"""Files of votes that are damaged, emptied, of somebody else, or of an earlier version."""
+"""Files of votes that are damaged, empty, from another program, or of an earlier version."""
 
 import concurrent.futures
 import os
@@ -10,7 +10,7 @@ import pytest
 from dpo_jax.voting import schema
 from dpo_jax.voting.export import export
 from dpo_jax.voting.raters import Raters
-from dpo_jax.voting.schema import checked, opaque
+from dpo_jax.voting.schema import opaque, with_checksum
 from dpo_jax.voting.store import open_study, open_votes
 from dpo_jax.voting.study import read_folder
 
@@ -22,7 +22,7 @@ def folders(make_folders):
 
 @pytest.fixture
 def path(folders, tmp_path):
-    """A file of eight votes."""
+    """A file with eight votes."""
     path = tmp_path / "votes.sqlite"
     with open_study(path, "pairs", folders) as store:
         for rater in ("ann", "bob"):
@@ -39,7 +39,7 @@ def _contents(path):
 
 
 def _refused(path, folders, match, error=ValueError):
-    """By both ways to open it, in a sentence that names the file and says what to do; it stays as it is."""
+    """Check that both ways to open the file raise one sentence with its path and a remedy, and do not change it."""
     before = path.read_bytes() if path.is_file() else None
     for opened in (lambda: open_study(path, "pairs", folders), lambda: open_votes(path)):
         with pytest.raises(error, match=match) as caught:
@@ -47,7 +47,7 @@ def _refused(path, folders, match, error=ValueError):
         message = str(caught.value)
         assert str(path) in message
         assert len(message.splitlines()) == 1
-        assert any(word in message for word in ("restore", "name ", "remove", "needed", "update", "has at most"))
+        assert any(word in message for word in ("restore", "set ", "remove", "needed", "update", "has at most"))
     if before is not None:
         assert path.read_bytes() == before
 
@@ -80,7 +80,7 @@ def test_half_a_file_is_told(path, folders, share):
 
 def test_an_emptied_file_does_not_begin_anew(path, folders):
     path.write_bytes(b"")
-    _refused(path, folders, r"is empty \(0 bytes\), so whatever votes it held are lost; restore it from a backup")
+    _refused(path, folders, r"is empty \(0 bytes\), so votes in it are lost; restore it from a backup")
     path.write_bytes(bytes(50_000))
     _refused(path, folders, "is not a file of votes, but nothing but zero bytes")
 
@@ -113,16 +113,14 @@ def test_links_are_not_followed(path, folders, tmp_path, name, is_there):
     (tmp_path / name).unlink(missing_ok=True)
     (tmp_path / name).symlink_to(elsewhere)
     for opened in (lambda: open_study(path, "pairs", folders), lambda: open_votes(path)):
-        with pytest.raises(
-            (ValueError, FileNotFoundError), match=f"{name} is a symbolic link|there is no file of votes"
-        ):
+        with pytest.raises((ValueError, FileNotFoundError), match=f"{name} is a symbolic link|does not exist"):
             opened()
     assert (elsewhere.read_bytes() if elsewhere.exists() else None) == before
 
 
 def test_a_journal_of_somebody_else_is_not_played_back(path, folders):
     path.with_name("votes.sqlite-journal").write_bytes(b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7")
-    with pytest.raises(ValueError, match="another program left a change unfinished"):
+    with pytest.raises(ValueError, match="another program did not finish a change"):
         open_study(path, "pairs", folders)
     assert path.with_name("votes.sqlite-journal").exists()
 
@@ -144,9 +142,9 @@ def test_what_is_no_file_of_votes_is_told(path, folders, tmp_path):
     os.mkfifo(path)
     with pytest.raises(ValueError, match="is not a regular file"):
         open_study(path, "pairs", folders)
-    with pytest.raises(FileNotFoundError, match="there is no file of votes at"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.sqlite does not exist"):
         open_votes(tmp_path / "gone.sqlite")
-    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder; create it"):
         open_study(tmp_path / "nowhere" / "votes.sqlite", "pairs", folders)
     assert not (tmp_path / "gone.sqlite").exists()
 
@@ -159,19 +157,19 @@ def test_a_file_without_end_is_not_read(path, folders):
 
 CHANGES = {
     "another program's": ("PRAGMA application_id = 1", "an SQLite file of another program"),
-    "newer": ("PRAGMA user_version = 99", "has version 99, which this dpo_jax does not know; update"),
+    "newer": ("PRAGMA user_version = 99", "has version 99, which is newer than this dpo_jax; update"),
     "trigger": ("CREATE TRIGGER t AFTER INSERT ON votes BEGIN DELETE FROM votes; END", "its tables are not those"),
-    "view": ("CREATE VIEW v AS SELECT * FROM votes", "its tables are not those"),
-    "table": ("CREATE TABLE mine (x)", "its tables are not those"),
-    "column": ("ALTER TABLE votes ADD COLUMN x", "its tables are not those"),
-    "lost table": ("DROP TABLE undone", "its tables are not those"),
+    "view": ("CREATE VIEW v AS SELECT * FROM votes", "its tables are not those of dpo_jax.vote"),
+    "table": ("CREATE TABLE mine (x)", "its tables are not those of dpo_jax.vote"),
+    "column": ("ALTER TABLE votes ADD COLUMN x", "its tables are not those of dpo_jax.vote"),
+    "lost table": ("DROP TABLE undone", "its tables are not those of dpo_jax.vote"),
     "no study": ("DELETE FROM study", "table study has 0 rows, not 1"),
     "two studies": ("INSERT INTO study SELECT * FROM study", "table study has 2 rows, not 1"),
     "lost tasks": ("DELETE FROM tasks WHERE position = 1", "table tasks, row 2: wrong id or position"),
-    "answer": ("UPDATE votes SET answer = '[1, 0]' WHERE rowid = 1", "table votes, row 1 is not as it was written"),
-    "rater": ("UPDATE votes SET rater = 'eve' WHERE rowid = 2", "table votes, row 2 is not as it was written"),
-    "prompt": ("UPDATE tasks SET prompt = 'another'", "table tasks, row 1 is not as it was written"),
-    "digest": ("UPDATE study SET digest = replace(digest, substr(digest, 1, 1), 'f')", "is not as it was written|f0"),
+    "answer": ("UPDATE votes SET answer = '[1, 0]' WHERE rowid = 1", "table votes, row 1 differs from its checksum"),
+    "rater": ("UPDATE votes SET rater = 'eve' WHERE rowid = 2", "table votes, row 2 differs from its checksum"),
+    "prompt": ("UPDATE tasks SET prompt = 'another'", "table tasks, row 1 differs from its checksum"),
+    "digest": ("UPDATE study SET digest = replace(digest, substr(digest, 1, 1), 'f')", "differs from its checksum|f0"),
     "blob": ("UPDATE votes SET rater = x'00ff' WHERE rowid = 1", r"table votes: 0\.rater: .* valid string"),
     "foreign text": ("UPDATE votes SET rater = CAST(x'ff41' AS TEXT) WHERE rowid = 1", "is damaged .*UTF-8"),
     "number": ("UPDATE tasks SET seed = 'many' WHERE position = 0", r"table tasks: 0\.seed: .* valid integer"),
@@ -203,17 +201,17 @@ def test_what_dpo_jax_has_not_written_is_told(path, folders, change):
         ("votes", {"answer": '{"a": 1}'}, "table votes, answer: 0"),
         ("votes", {"answer": "[1, 0, 0]"}, "is not an answer"),
         ("votes", {"shown": "[0, 0]"}, "is not an order of 2 images"),
-        ("votes", {"task": "gone"}, "there is no task 'gone'"),
+        ("votes", {"task": "gone"}, "unknown task 'gone'"),
         ("study", {"mode": "guess"}, "unknown mode 'guess'"),
     ],
 )  # fmt: skip
 def test_a_strangers_file_reaches_nothing_outside(path, folders, table, values, match):
-    """Made by somebody who knows how: checksums agree."""
+    """A malicious file can have valid checksums."""
     connection = sqlite3.connect(path, isolation_level=None)
     ((secret,),) = connection.execute("SELECT secret FROM study")
     columns = schema.COLUMNS[table]
     (row,) = connection.execute(f"SELECT {', '.join(columns)} FROM {table} LIMIT 1")
-    row = checked(secret, table, (dict(zip(columns, row, strict=True)) | values).values())
+    row = with_checksum(secret, table, (dict(zip(columns, row, strict=True)) | values).values())
     fields = ", ".join(f"{column} = ?" for column in (*columns, "checksum"))
     connection.execute(f"UPDATE {table} SET {fields} WHERE rowid = (SELECT min(rowid) FROM {table})", row)
     connection.close()
@@ -221,11 +219,11 @@ def test_a_strangers_file_reaches_nothing_outside(path, folders, table, values, 
 
 
 def test_the_images_of_a_file_are_those_of_the_folders(path, folders):
-    """A stranger's file can have the right digest, and tasks that show an image beside another prompt."""
+    """A malicious file can have the right digest, and tasks that show an image with another prompt."""
     connection = sqlite3.connect(path, isolation_level=None)
     ((secret,),) = connection.execute("SELECT secret FROM study")
     row = [opaque(secret, "task", 0), 0, "another prompt", 0, "", '[[0, "0-0.png"], [1, "0-0.png"]]']
-    connection.execute("REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?, ?)", checked(secret, "tasks", row))
+    connection.execute("REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?, ?)", with_checksum(secret, "tasks", row))
     connection.close()
     with pytest.raises(ValueError, match="votes on other images"):
         open_study(path, "pairs", folders)
@@ -251,17 +249,17 @@ def test_a_file_of_the_version_before_continues(folders, tmp_path):
     before = path.read_bytes()
     with open_votes(path) as store:
         assert export(store, tmp_path / "votes.jsonl") == (4, 0)
-    assert path.read_bytes() == before  # looking changes nothing
+    assert path.read_bytes() == before  # reading changes nothing
     for _ in range(2):
         with open_study(path, "pairs", folders) as store:
             assert [vote.rater for vote in store.votes()] == ["Ann"] * 4
-            assert Raters(store).join("ann") is None  # her name stays hers
+            assert Raters(store).join("ann") is None  # the name still belongs to her
             assert Raters(store).holder(Raters(store).invite("ann")) == "Ann"
     assert _contents(path)[3][0].time == "2026-01-01T00:00:00.000+00:00"
     with sqlite3.connect(path) as connection:
         connection.execute("UPDATE votes SET answer = '[0, 1]' WHERE rowid = 1")
     connection.close()
-    _refused(path, folders, "table votes, row 1 is not as it was written")
+    _refused(path, folders, "table votes, row 1 differs from its checksum")
 
 
 def test_two_that_begin_at_once_share_one_file(folders, tmp_path):
@@ -275,4 +273,4 @@ def test_two_that_begin_at_once_share_one_file(folders, tmp_path):
     for store in stores:
         store.close()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "tuned", "votes.sqlite"]
-    assert path.stat().st_mode & 0o077 == 0  # it has what makes the links
+    assert path.stat().st_mode & 0o077 == 0  # it contains the secret behind the links
