@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import re
 import shutil
 import sys
 import textwrap
@@ -12,6 +13,8 @@ from absl import flags
 
 _sections: list[tuple[str, int]] = []
 """Titles, each with the number of flags that existed before it."""
+_ADDED_BY_ABSL = re.compile(r"^<[^>]*>: |;\s+repeat this option to specify a list of values$")
+"""The choices and how to repeat a flag, which are shown in other words."""
 INDENT = 25
 """Columns before the text about a flag or a field."""
 
@@ -71,7 +74,7 @@ def _entry(name: str) -> list[str]:
     else:
         kind = {"int": "N", "float": "X"}.get(flag.flag_type(), "...")
         form = f"--{name}={kind}"
-    first, *rest = (flag.help or "").split("\n")
+    first, *rest = _ADDED_BY_ABSL.sub("", flag.help or "").split("\n")
     extra = []
     if choices := getattr(parser, "enum_values", None):
         shown = [choice for choice in choices if not any(line.startswith(f"{choice}:") for line in rest)]

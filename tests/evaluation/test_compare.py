@@ -1,4 +1,4 @@
-"""Which images are compared, and what is said of them."""
+"""Images are matched by prompt and seed, and compared."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def folder_of(path, entries):
 
 @pytest.fixture
 def folders(tmp_path):
-    """The second has another order, one more image of "a", none of "c", and other seeds."""
+    """Two folders; the second has another order, one more image of "a", no image of "c", and other seeds."""
     one = [
         Entry("a0.png", "a", 0, "x"),
         Entry("a1.png", "a", 1, "x"),

@@ -1,4 +1,4 @@
-"""Diversity and drift against closed forms."""
+"""Diversity and drift agree with closed forms."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What is exported opens in PyTorch diffusers and draws the image that our sampler draws."""
+"""An exported model opens in PyTorch diffusers and draws the same image as our sampler."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The report is one file with everything in it, and a browser shows it."""
+"""The report is one self-contained file that a browser can show."""
 
 import base64
 import html
@@ -27,7 +27,7 @@ CHROMIUM = shutil.which("chromium")
 
 @pytest.fixture
 def report(tmp_path):
-    """Three models, 12 prompts in two categories, two judges and the curves of a run."""
+    """Three models, 12 prompts in two categories, two judges, the curves of two runs; gives path, scores, result."""
     prompts = [Prompt(f"prompt {i} <b>&</b>", "ab"[i % 2]) for i in range(12)]
     rng = np.random.default_rng(0)
     for model in range(3):

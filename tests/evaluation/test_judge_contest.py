@@ -1,4 +1,4 @@
-"""Judges' scores are kept, and are of the images that are there."""
+"""Judges' scores are kept, and reused only for the same images."""
 
 import sys
 
@@ -16,7 +16,7 @@ from dpo_jax.sampling.image_folder import Entry, write_list
 
 @pytest.fixture
 def contest(tmp_path):
-    """Of models that draw grey images: 10 images of the first are 0 to 9, those of the second 10 to 19."""
+    """Two models with 10 grey images each: the pixels of the first are 0 to 9, those of the second 10 to 19."""
     for model in range(2):
         entries = [Entry(f"{i}.png", f"prompt {i // 2}", i) for i in range(10)]
         (tmp_path / str(model)).mkdir()
@@ -29,7 +29,7 @@ def contest(tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Stands for a judge of brightness, and lists what it is asked."""
+    """Replace every judge by one of brightness; the list of captions that it was asked about."""
     asked = []
 
     def score(images, captions):

@@ -8,7 +8,7 @@ from dpo_jax.evaluation.winrate import WinRate, describe_win_rate, mean_over_pro
 
 
 def win_rate(scores_PS: np.ndarray, base_scores_PS: np.ndarray) -> WinRate:
-    """Compared prompt by prompt and seed by seed."""
+    """The win rate of scores compared one by one."""
     return rate_over_prompts((1 + np.sign(scores_PS - base_scores_PS)) / 2)
 
 

@@ -16,7 +16,7 @@ CAPTIONS = ["a red circle", "a blue square at the top left", "a red circle", "",
 
 
 def randomised(model: torch.nn.Module) -> torch.nn.Module:
-    """Random weights, also where transformers would start with ones and zeros."""
+    """Make all weights random, also those that transformers initialises with ones and zeros."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -25,7 +25,7 @@ def randomised(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def small_clip(hidden_act: str) -> CLIPModel:
-    """Two layers a half; the ids of the tiny tokenizer."""
+    """A CLIP with two layers per encoder, for the ids of the tiny tokenizer."""
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
     layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": hidden_act}
     text = layers | {"hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 16, "projection_dim": 12}
@@ -48,7 +48,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[CLIPModel, Path]:
 
 @pytest.fixture
 def images() -> list[np.ndarray]:
-    """One for each of CAPTIONS, of odd shapes, with structure that cropping and scaling change."""
+    """One image per caption of CAPTIONS, in odd shapes, with structure that cropping and scaling change."""
     rng = np.random.default_rng(0)
     shapes = [(37, 53), (200, 30), (28, 28), (5, 9), (64, 47)]
     return [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]

@@ -1,4 +1,4 @@
-"""The CLIP judges on small random models, against transformers and in the layouts of the published files."""
+"""The CLIP judges agree with transformers on small random models, in the layouts of the published files."""
 
 import json
 import re
@@ -28,7 +28,7 @@ Images = list[np.ndarray]
 
 
 def cosines(model: CLIPModel, folder: Path, pixels_NCHW: torch.Tensor, captions: list[str]) -> np.ndarray:
-    """Of the features of image and caption."""
+    """The cosines of the features of image and caption."""
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     inputs = tokenizer(captions, padding=True, truncation=True, max_length=16, return_tensors="pt")
     with torch.no_grad():
@@ -49,7 +49,7 @@ def letterboxed(images: Images) -> torch.Tensor:
 
 
 def openclip_state(model: CLIPModel) -> dict[str, torch.Tensor]:
-    """A CLIPModel's tensors in OpenCLIP's layout: what transformers' convert_open_clip script reads, turned round."""
+    """A CLIPModel's tensors in OpenCLIP's layout: the inverse of transformers' convert_open_clip script."""
     theirs = dict(model.state_dict())
     result = {"logit_scale": theirs.pop("logit_scale")}
     for half, prefix, projection in (("text_model", "", "text"), ("vision_model", "visual.", "visual")):
@@ -87,7 +87,7 @@ def openclip_state(model: CLIPModel) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def hps(clip: Clip, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file in OpenCLIP's layout, beside it config and tokenizer."""
+    """A file in OpenCLIP's layout, with config and tokenizer beside it."""
     model, clip_folder = clip
     folder = tmp_path_factory.mktemp("hps")
     for file in clip_folder.iterdir():

@@ -1,4 +1,4 @@
-"""ImageReward on a small random model in the published file's layout, against PyTorch."""
+"""ImageReward agrees with PyTorch on a small random model in the published file's layout."""
 
 import re
 import shutil
@@ -26,7 +26,7 @@ HARD = ["A Red CAFÉS!", "left fish", LONG, "", "a\tred\u00a0circle"]
 
 
 def published_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As the classes of github.com/THUDM/ImageReward name them (models/BLIP/vit.py, med.py), with what is not used."""
+    """The names of github.com/THUDM/ImageReward's classes (models/BLIP/vit.py, med.py), with unused tensors."""
     result = {}
     for name, tensor in state.items():
         name = re.sub(r"^vision_model\.encoder\.layers\.", "blip.visual_encoder.blocks.", name)

@@ -1,4 +1,4 @@
-"""Images of odd sizes, to the pixel, against transformers and the originals' transforms restated in PyTorch."""
+"""Preprocessed images of odd sizes equal those of transformers and of the originals' transforms in PyTorch."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The implicit reward of images."""
+"""The implicit reward agrees with its formula."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ CAPTIONS = ["a red circle at the top left", "a blue square at the bottom right",
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """The base with its weights moved a little."""
+    """The base with slightly changed weights."""
     pipeline = load_pipeline(BASE, dtype=jnp.float32)
     unet = pipeline.load("unet", dtype=jnp.float32)
     keys = jax.random.split(jax.random.key(0), len(unet))
@@ -39,7 +39,7 @@ def images():
 
 
 def test_it_is_the_mean_difference_of_errors_times_half_beta(tuned, images):
-    """Against the formula (arXiv 2311.12908, equation 14), one draw and one image at a time."""
+    """It equals the formula (arXiv 2311.12908, equation 14), computed for one draw and one image at a time."""
     models = [load_pipeline(folder, dtype=jnp.float32) for folder in (tuned, BASE)]
     unets = [model.load("unet", dtype=jnp.float32) for model in models]
     base = models[1]

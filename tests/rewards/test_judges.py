@@ -1,4 +1,4 @@
-"""The table of judges, what opens them, and those that need no network."""
+"""The table of judges, the specs that open them, and the judges without a network."""
 
 import io
 import re

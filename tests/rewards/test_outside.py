@@ -1,4 +1,4 @@
-"""Judges outside: a function, a command and an HTTP endpoint that do as they should, and all that may go wrong."""
+"""Judges outside of dpo_jax: functions, commands and HTTP endpoints that work, and all the ways in which they fail."""
 
 import base64
 import importlib
@@ -176,7 +176,7 @@ Answer = Callable[[dict], tuple[int, bytes]]
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answer], str]]:
-    """`serve(answer)` is the address of an endpoint that answers so."""
+    """`serve(answer)` returns the URL of an endpoint that gives this answer."""
     monkeypatch.setenv("no_proxy", "*")
     servers = []
 

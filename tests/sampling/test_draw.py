@@ -1,4 +1,4 @@
-"""Folders of drawn images: whole, resumable, of one way of drawing."""
+"""Folders of drawn images are whole, resumable, and drawn with one set of settings."""
 
 import json
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ PROMPTS = [Prompt("a red square", "shapes", 0), Prompt("a / circle", "", 1), Pro
 
 
 class FakeGenerator:
-    """Images that tell caption, seed and what they began from; keeps what it was asked for."""
+    """Draws images whose colours encode caption, seed and the image they started from; keeps its arguments."""
 
     resolution, batch_size = 8, 2
 

@@ -1,4 +1,4 @@
-"""Drawing beside PyTorch diffusers' pipelines: the same weights, noise and scheduler give the same image."""
+"""The same weights, noise and scheduler give the same image as the pipelines of PyTorch diffusers."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ CLASSES = {
 
 
 class Model:
-    """A random model, here and in PyTorch."""
+    """A random model, ours and in PyTorch."""
 
     def __init__(self, family: str, folder: Path):
         write_random_model(family, folder)
@@ -81,7 +81,7 @@ class Model:
 
 
 def our_noise(of_image: bool) -> Iterator[jax.Array]:
-    """In the order in which diffusers asks for it: the posterior's, that of the start, that of the steps."""
+    """Our noise in the order in which diffusers asks for it: posterior, start, steps."""
     keys_N = jax.vmap(jax.random.key)(np.array(SEEDS, np.uint32))
     like_NHWC = jnp.zeros((3, 8, 8, 4))
     if of_image:
@@ -93,7 +93,7 @@ def our_noise(of_image: bool) -> Iterator[jax.Array]:
 
 @pytest.fixture
 def with_our_noise(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    """PyTorch's random numbers are then ours."""
+    """Make PyTorch return our noise as its random numbers."""
 
     def replace(of_image: bool = False) -> None:
         noises = our_noise(of_image)
@@ -180,7 +180,7 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(models):
 
 
 def test_devices_change_no_image(models, tmp_path):
-    """Eight of them, the model split over four: a program of its own, for JAX counts them once."""
+    """Eight devices, the model split over four, in a process of its own, because JAX counts devices only once."""
     code = f"""
 import sys
 import jax.numpy as jnp, numpy as np

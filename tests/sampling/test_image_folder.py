@@ -1,4 +1,4 @@
-"""Folders of images with their prompts: our own, and those of other programs."""
+"""Folders of images with their prompts, from dpo_jax and from other programs."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A model with a LoRA at any scale draws what PyTorch's pipeline draws with it."""
+"""A model with a LoRA at any scale draws the same image as PyTorch's pipeline."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Lists of prompts in the forms that benchmarks publish."""
+"""Lists of prompts in the forms of published benchmarks, and prompts given as flags."""
 
 import json
 import re
@@ -68,7 +68,7 @@ def test_animals_alone_and_each_of_24_at_each_of_8_activities():
 
 
 def test_the_published_animals_and_activities():
-    """Facts of DDPO's released code, which D3PO's has too: 45 bare names; each animal, with its article, at each."""
+    """As in the released code of DDPO and D3PO: 45 bare names, and each animal with its article at each activity."""
     animals = [prompt.text for prompt in read_prompts("ddpo_animals")]
     assert (len(animals), animals[0], animals[20], animals[-1]) == (45, "cat", "ant", "kangaroo")
     prompts = read_prompts("ddpo_animal_activities")

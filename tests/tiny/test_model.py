@@ -1,4 +1,4 @@
-"""The shipped model folder: complete, small, and good enough for the judge to see what it draws."""
+"""The shipped model folder is complete and small, and the judge recognises what it draws."""
 
 from pathlib import Path
 
