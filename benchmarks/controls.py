@@ -1,10 +1,11 @@
-"""Is it the preferences that do it? The demo's run beside its controls, from the same base, pairs, steps and seeds.
+"""Compares the demo's run with controls, to see whether the preferences make the difference.
 
   python benchmarks/controls.py --output=runs/controls
 
 Runs Diffusion-DPO of all weights and of a LoRA, plain fine-tuning on the preferred images (SFT), and Diffusion-DPO with
-swapped and with shuffled labels; all are compared with the base and with each other. Some ten minutes on two CPU cores.
-Writes OUTPUT/controls.json; the last result is committed beside this file.
+swapped and with shuffled labels, all from the same base, pairs, steps and seeds, and compares them with the base and
+with each other. It takes about ten minutes on two CPU cores. Writes OUTPUT/controls.json; the last result is committed
+beside this file.
 """
 
 import json

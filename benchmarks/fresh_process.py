@@ -1,4 +1,4 @@
-"""A process for each contestant: none finds the memory, the caches or the threads of another."""
+"""Runs each contestant in a process of its own, so that none shares memory, caches or threads with another."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -7,5 +7,6 @@ from typing import Any
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what the function returns in a new process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()

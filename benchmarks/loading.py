@@ -1,16 +1,16 @@
-"""Weights go from disk straight to their place: what loading the full SDXL UNet costs in memory and in bytes read.
+"""Measures the memory and the bytes read when the full SDXL UNet is loaded from disk to its devices.
 
   python benchmarks/loading.py --json=loading.json
 
 Writes the UNet with random float16 weights, 5.1 GB, to a temporary folder, as safetensors and then as legacy Flax
-msgpack, and loads each into one process of one device, and into two processes of two devices each, of which every one
-holds a quarter (mesh.fsdp=4). Each process reads a copy of its own, as if on a machine of its own. Needs 12 GB of
-memory and, in the temporary folder (TMPDIR), of disk; some seven minutes on two CPU cores. The last result is committed
-beside this file. Of each process it reports
+msgpack, and loads each into one process with one device, and into two processes with two devices each, every device
+holding a quarter (mesh.fsdp=4). Each process reads its own copy, as on a machine of its own. It needs 12 GB of memory
+and 12 GB of disk in the temporary folder (TMPDIR), and takes about seven minutes on two CPU cores. The last result is
+committed beside this file. It reports for each process
 
   held      bytes of weights on its devices
-  peak      anonymous memory (RssAnon of /proc/self/status, every 10 ms) above what it was before; a file's pages, which
-            the kernel drops when it likes, don't count
+  peak      anonymous memory (RssAnon of /proc/self/status, every 10 ms) above the start; pages of files, which the
+            kernel may drop at any time, are not counted
   share     bytes of the file that hold its part of the weights
   read      bytes that the disk delivered on its behalf (read_bytes of /proc/self/io); the file is evicted from the page
             cache first
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def run(folders: list[Path], specs: Specs, devices: int, dtype: str) -> list[dict[str, Any]]:
-    """The figures of fresh processes, one for each folder, that load the UNet together."""
+    """Return the figures of new processes, one per folder, that load the UNet together."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -96,7 +96,7 @@ def run(folders: list[Path], specs: Specs, devices: int, dtype: str) -> list[dic
 
 
 def load(folder: Path, specs: Specs, devices: int, dtype: str, job: tuple[str, int, int]) -> dict[str, Any]:
-    """What one process measures while it loads its part; `job` is an address, the number of processes, and its own."""
+    """Return the figures of a process that loads its part; `job` is (address, number of processes, own number)."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
     jax.distributed.initialize(*job)
@@ -143,7 +143,7 @@ class PeakMemory:
 
 
 def proc(file: str, field: str) -> int:
-    """A field of /proc/self/FILE, in bytes."""
+    """Return a field of /proc/self/FILE, in bytes."""
     (value,) = (row.split()[1:] for row in Path(f"/proc/self/{file}").read_text().splitlines() if row.startswith(field))
     return int(value[0]) * (1024 if value[1:] == ["kB"] else 1)
 
@@ -165,7 +165,7 @@ def unet_specs(config: dict[str, Any]) -> Specs:
 
 
 def random_array(shape: tuple[int, ...]) -> np.ndarray:
-    """float16, finite, of bits that no disk compresses away."""
+    """Return finite float16 numbers with random bits, which a disk cannot compress."""
     return np.random.default_rng(0).integers(0, 2**14, shape, dtype=np.uint16).view(np.float16)
 
 
@@ -182,7 +182,7 @@ def write_flax(folder: Path, specs: Specs) -> None:
 
 
 def flax_bytes(tree: dict[str, Any]) -> Iterator[bytes]:
-    """What flax.serialization.to_bytes gives for random arrays of the shapes in `tree`, one at a time."""
+    """Yield the bytes of flax.serialization.to_bytes for random arrays of the shapes in `tree`, array by array."""
     packer = msgpack.Packer()
     yield packer.pack_map_header(len(tree))
     for key, child in tree.items():
@@ -194,7 +194,7 @@ def flax_bytes(tree: dict[str, Any]) -> Iterator[bytes]:
 
 
 def evict(folder: Path) -> None:
-    """Drops a folder's files from the page cache."""
+    """Drop the files of a folder from the page cache."""
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())

@@ -1,13 +1,13 @@
-"""How fast each distinct operation of a UNet is on this device, beside what the device allows.
+"""Times each distinct operation of a UNet on this device and compares it with the device's limits.
 
   python benchmarks/operations.py --mode=sdxl-full --json=benchmarks/results/h200-sdxl-operations.json
 
-The UNet's forward pass is traced for the images that a step has at a time; every convolution, matrix product, norm,
-GEGLU and attention of a shape of its own is timed alone, forward and with its derivatives, on random numbers, and
-attention also by the library's kernel of this kind of device. Elementwise operations that a compiler joins to these are
-not timed. The floor is the larger of two times: its operations at the measured rate of large matrix products, and the
-bytes of its operands and results at that of copies. The sums, each as often as the UNet has it, forward and with
-derivatives for the policy and forward for the reference, predict the step.
+The UNet's forward pass is traced for the images that a step has at a time. Every convolution, matrix product, norm,
+GEGLU and attention with a distinct shape is timed alone, forward and with its derivatives, on random numbers; attention
+also with the library's kernel for this kind of device. Elementwise operations that a compiler fuses into these are not
+timed. The floor is the larger of two times: the operations at the measured rate of large matrix products, and the bytes
+of operands and results at the measured rate of copies. The sum over all operations, forward and with derivatives for
+the policy and forward for the reference, predicts the step.
 """
 
 import importlib.metadata
@@ -31,11 +31,11 @@ JSON = flags.DEFINE_string("json", None, "File for the figures.")
 
 PRODUCTS = {"conv_general_dilated": "convolution", "dot_general": "linear"}
 BY_HAND = {"_norm": "norm", "geglu": "geglu", "_attention": "attention"}
-"""Functions of `models/operations.py` with derivatives by hand: each is one operation here."""
+"""Functions of `models/operations.py` with derivatives of their own, each timed as one operation."""
 
 
 class Operation(NamedTuple):
-    """One of a shape of its own."""
+    """An operation with a distinct shape."""
 
     kind: str
     shapes: str
@@ -80,7 +80,7 @@ def measure(mode: Mode, seconds: float, limits: dict[str, Any]) -> list[dict[str
         return both
 
     def timed(function: Callable[..., Any], avals: Any) -> dict[str, float]:
-        """Milliseconds of one, and the floor."""
+        """Return the milliseconds of one execution, and the floor."""
         results = jax.eval_shape(function, *avals)
         flops = Program(jax.make_jaxpr(function)(*avals)).flops()
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((avals, results)))
@@ -118,7 +118,7 @@ def measure(mode: Mode, seconds: float, limits: dict[str, Any]) -> list[dict[str
 
 
 def distinct_operations(mode: Mode) -> dict[Operation, int]:
-    """Operations of the UNet's forward pass, and how often each is in it. Kernels' alternatives are in it 0 times."""
+    """Return the operations of the UNet's forward pass and their counts; alternative kernels have a count of 0."""
     import jax
     import jax.numpy as jnp
 
@@ -150,7 +150,7 @@ def distinct_operations(mode: Mode) -> dict[Operation, int]:
 
 
 def abstract_conditioning(pipeline: Any, images: int) -> Any:
-    """Shapes of captions' embeddings and SDXL's sizes, as the text encoders would make them."""
+    """Return the shapes of the captions' embeddings and of SDXL's sizes, as the text encoders make them."""
     import jax
     import jax.numpy as jnp
 
@@ -170,7 +170,7 @@ def abstract_conditioning(pipeline: Any, images: int) -> Any:
 
 
 def equations(jaxpr: Any) -> Iterator[tuple[str, Any]]:
-    """Those that are timed, with their kinds, of a jaxpr and what it calls."""
+    """Yield the equations to time, with their kinds, of a jaxpr and of the jaxprs that it calls."""
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         if name in PRODUCTS:
@@ -185,7 +185,7 @@ def equations(jaxpr: Any) -> Iterator[tuple[str, Any]]:
 
 
 def alone(eqn: Any) -> Callable[..., Any]:
-    """One equation of a traced program as a function."""
+    """Return one equation of a traced program as a function."""
     from jax.extend import core
 
     jaxpr = core.Jaxpr((), eqn.invars, eqn.outvars, [eqn], debug_info=eqn.ctx and None)
@@ -193,19 +193,19 @@ def alone(eqn: Any) -> Callable[..., Any]:
 
 
 def kernel(of_library: Any, name: str, eqn: Any, ours: Operation) -> Operation:
-    """The same attention by a library's kernel."""
+    """Return the same attention with a library's kernel."""
     split = next(inner for inner in eqn.params["call_jaxpr"].eqns if inner.primitive.name == "reshape")
     heads = split.outvars[0].aval.shape[2]
     return Operation(f"attention, {name}", ours.shapes, lambda *a: of_library.attend(*a, heads), ours.avals)
 
 
 def sum_of(rows: list[dict[str, Any]], of: str) -> float:
-    """Milliseconds of all images at a time: policy with derivatives, reference without."""
+    """Return the milliseconds for all images at a time: the policy with derivatives, the reference without."""
     return sum(row["times"] * (row["forward"][of] + row["with_derivatives"][of]) for row in rows)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The longest first."""
+    """Return a table, the longest operations first."""
     lines = [f"{'':18} {'times':>5} {'forward ms':>10} {'floor':>6} {'all ms':>9} {'floor':>6} {'of all':>6}  shapes"]
     in_all = sum_of(rows, "ms")
     for row in sorted(rows, key=lambda row: -sum_of([row], "ms")):

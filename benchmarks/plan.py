@@ -1,11 +1,11 @@
-"""Plans of the published run on TPU slices: the table of the README, and how speed changes with the number of chips.
+"""Plans the published run on TPU slices, and estimates how speed changes with the number of chips.
 
   python benchmarks/plan.py --output=benchmarks/plan
 
-Writes FILE.json and FILE.md; a quarter of an hour on two CPU cores, no accelerator. Each line is what
-`python -m dpo_jax.plan --fit` chooses for 2048 pairs a step, with images and captions encoded before
-(`data.encoded_views=2`). Nothing here has been measured on a TPU: memory, operations and traffic are computed, and the
-speed follows from an assumed share of the peak rate.
+Writes OUTPUT.json and OUTPUT.md in a quarter of an hour on two CPU cores, without an accelerator. Each line has the
+settings that `python -m dpo_jax.plan --fit` chooses for 2048 pairs per step, with images and captions encoded in
+advance (`data.encoded_views=2`). Nothing here is measured on a TPU: memory, operations and traffic are computed, and
+the speed follows from an assumed share of the peak rate.
 """
 
 import json
@@ -20,7 +20,7 @@ from dpo_jax.planning.estimate import Plan
 from dpo_jax.planning.search import choose, measure_all
 from dpo_jax.planning.topology import parse_topology
 
-OUTPUT = flags.DEFINE_string("output", None, "Where to write, without .json and .md.", required=True)
+OUTPUT = flags.DEFINE_string("output", None, "Files to write, without .json and .md.", required=True)
 
 MODELS = {
     "SD1.5": "configs/sd15.py",
@@ -61,7 +61,7 @@ def main() -> None:
 
 def slices_table(rows: list[tuple[str, Plan]]) -> str:
     settings = ("model", "slice", "remat", "fsdp", "pairs at a time")
-    heads = (*settings, "GiB", "TFLOP a pair", "pairs/s a chip", "chip-hours")
+    heads = (*settings, "GiB", "TFLOP per pair", "pairs/s per chip", "chip-hours")
     lines = [
         (
             *(name, plan.topology.name, plan.remat, plan.mesh["fsdp"], plan.micro_batch_per_device),
@@ -76,8 +76,8 @@ def slices_table(rows: list[tuple[str, Plan]]) -> str:
 
 
 def scaling_table(rows: list[tuple[str, Plan]]) -> str:
-    """Pairs/s a chip, the time of the collectives as a share of the step, and the share that does not hide."""
-    heads = ("model", "slice", "chips", "fsdp", "pairs/s a chip", "collectives", "of it not hidden")
+    """Return a table of pairs/s per chip and of the collectives' share of the step, also without what overlaps."""
+    heads = ("model", "slice", "chips", "fsdp", "pairs/s per chip", "collectives", "of these not overlapped")
     lines = [
         (
             *(name, plan.topology.name, plan.topology.num_chips, plan.mesh["fsdp"]),
@@ -91,7 +91,7 @@ def scaling_table(rows: list[tuple[str, Plan]]) -> str:
 
 
 def table(heads: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    """In Markdown."""
+    """Return a table in Markdown."""
     rule = ["---"] * len(heads)
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (heads, rule, *lines))
 

@@ -1,4 +1,4 @@
-"""How fast images are drawn: by us and by PyTorch diffusers on the same device, in turn, from the same model folder.
+"""Compares the speed of sampling with PyTorch diffusers on the same device, from the same model folder.
 
   python benchmarks/sample.py --mode=sdxl --json=benchmarks/results/h200-sample-sdxl.json
 
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Mode(NamedTuple):
-    """What is drawn."""
+    """A model and the settings to sample with."""
 
     family: str
     resolution: int
@@ -111,14 +111,14 @@ def main() -> None:
 
 
 def on_cores(cores: int, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Before JAX and PyTorch count them."""
+    """Run the function on that many cores, chosen before JAX and PyTorch count them; 0 keeps all."""
     if cores:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])
     return run() | {"cores": len(os.sched_getaffinity(0))}
 
 
 def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the rounds."""
+    """Return the medians over the rounds."""
     speeds = [figures["images_a_second"] for figures in found]
     return {
         "images_a_second": statistics.median(speeds),
@@ -128,7 +128,7 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def timed(draw: Callable[[list[str], int], Any], mode: Mode, seconds: float, device: str) -> dict[str, Any]:
-    """`draw(captions, seed)` gives a batch of uint8 images."""
+    """Time `draw(captions, seed)`, which returns a batch of uint8 images."""
     captions = [f"a photo of {number} red circles" for number in range(mode.batch_size)]
     started = time.perf_counter()
     images = draw(captions, 0)
@@ -196,7 +196,7 @@ def peer(name: str, folder: str, mode: Mode, sampler: str, steps: int, seconds: 
 
 
 def write_full_size(family: str, folder: Path) -> None:
-    """The family's published model with random weights, in bfloat16."""
+    """Return the published model of the family with random weights, in bfloat16."""
     import shutil
 
     from dpo_jax.models.families import FAMILIES, PUBLISHED

@@ -1,22 +1,22 @@
-"""How fast a training step is: ours and PyTorch's on the same device, in turn, at the same shapes.
+"""Compares the speed of the training step with PyTorch's on the same device, at the same shapes.
 
   python benchmarks/step.py --mode=sdxl-full --peers=P0,P1,P2 --json=benchmarks/results/h200-sdxl-full.json
 
-A step is what a batch of pairs costs: noise, policy forward and backward, reference forward, loss and optimizer.
-Weights, latents and embeddings are random and made anew for each run; nothing is zero. On the first GPU, or on CPUs.
+A step includes noise, policy forward and backward, reference forward, loss and optimizer for a batch of pairs. Weights,
+latents and embeddings are random, never zero, and new for each run. It runs on the first GPU, or on CPUs.
 
   ours  dpo_jax's own step (`Experiment.train_step`), from stored encodings, in bfloat16
   P0    the loop of diffusers' and Salesforce's Diffusion-DPO scripts as they ship: one pair at a time, VAE and text
         encoders in each step, gradient checkpointing, float16 autocast and float32 masters
   P1    the same in bfloat16 autocast, from stored latents and embeddings
-  P2    the best that we can tune in PyTorch: bfloat16 weights, channels last, torch.compile, fused attention, no
+  P2    the fastest PyTorch that we could tune: bfloat16 weights, channels last, torch.compile, fused attention, no
         checkpointing, as many pairs at a time as fit
 
-Each figure is the median over rounds in which the contestants take turns, each in a process of its own. Beside pairs a
-second it has the share of the matrix products' rate that was measured in the same run (MFU; operations are counted
-analytically, what is computed twice isn't credited), the most memory, the time to compile and to the first step, and
-the first loss, which must be log 2 = 0.693. `--mode=tiny` is a UNet of random structure in float32 that CPUs run in
-seconds, to see that everything works.
+Each figure is the median over rounds in which the contestants take turns, each in a process of its own. The figures are
+pairs per second, the share of the rate of matrix products measured in the same run (MFU; operations are counted
+analytically, recomputation is not credited), peak memory, the time to compile and to the first step, and the first
+loss, which must be log 2 = 0.693. `--mode=tiny` is a small random UNet in float32 that CPUs run in seconds, to check
+that everything works.
 """
 
 import functools
@@ -83,7 +83,7 @@ def say(line: str) -> None:
 
 
 def summary(found: list[dict[str, Any]], flops: float, tflops: float) -> dict[str, Any]:
-    """Medians over the rounds; a contestant that failed has its reason."""
+    """Return the medians over the rounds, or the reason why a contestant failed."""
     failed = [figures["failed"] for figures in found if "failed" in figures]
     if failed:
         return {"failed": failed[0], "pairs_a_second": 0.0}

@@ -1,4 +1,4 @@
-"""What benchmarks/step.py times: this project's training step, and PyTorch's loops."""
+"""The contestants of benchmarks/step.py: the training step of dpo_jax, and PyTorch's loops."""
 
 import contextlib
 import copy
@@ -15,16 +15,16 @@ WARM_UP = 2
 
 
 class Mode(NamedTuple):
-    """What is trained, and on how much at a time."""
+    """A config with its batch sizes."""
 
     config: str
     batch_size: int
-    """Pairs of an optimizer step."""
+    """Pairs per optimizer step."""
     pairs: int
-    """Pairs at a time in our step."""
+    """Pairs at a time in the step of dpo_jax."""
     dtype: str = "bfloat16"
     cells: int | None = None
-    """Of a random model's latents; published ones have their own."""
+    """Height and width of the latents of a random model; published models have their own."""
 
     @property
     def is_lora(self) -> bool:
@@ -41,7 +41,7 @@ MODES = {
 
 
 def load(mode: Mode) -> Any:
-    """The config of one device, from stored encodings."""
+    """Return the config for one device and stored encodings."""
     from dpo_jax.cli import load_config
 
     c = load_config(str(ROOT / mode.config))
@@ -57,14 +57,14 @@ def load(mode: Mode) -> Any:
 
 
 def count_work(mode: Mode) -> float:
-    """Floating point operations of a pair, by the plan's count."""
+    """Return the floating point operations per pair, as the plan counts them."""
     from dpo_jax.planning.estimate import measure_work
 
     return measure_work(load(mode), "gpu").model_flops
 
 
 def ceilings() -> dict[str, Any]:
-    """What the device does at best: products of large matrices, copies of much memory."""
+    """Return the best rates of the device: products of large matrices, and copies of large arrays."""
     import jax
     import jax.numpy as jnp
 
@@ -93,7 +93,7 @@ def ceilings() -> dict[str, Any]:
 
 
 def timed(step: Callable[[int], Any], wait: Callable[[Any], float], seconds: float) -> dict[str, float]:
-    """Steps a second, once warm. `wait` waits for what a step returned and gives its loss."""
+    """Return the steps per second after warming up. `wait` waits for the result of a step and returns its loss."""
     started = time.perf_counter()
     loss = wait(step(0))
     first = time.perf_counter() - started
@@ -158,7 +158,7 @@ def report(
 
 
 def peer(name: str, mode: Mode, seconds: float) -> dict[str, Any]:
-    """P2 takes half as many pairs at a time until they fit."""
+    """Run a peer; P2 halves its pairs at a time until they fit."""
     import torch
 
     sizes = [2**i for i in range(10, -1, -1) if mode.batch_size % 2**i == 0] if name == "P2" else [1]
@@ -214,11 +214,11 @@ def run_peer(name: str, mode: Mode, pairs: int, seconds: float) -> dict[str, Any
 
 
 class PeerNetworks(NamedTuple):
-    """What a peer's loss runs."""
+    """The networks that the loss of a peer runs."""
 
     unet: Any
     reference: Any
-    """None where it is the UNet without its LoRA."""
+    """None if the reference is the UNet without its LoRA."""
     policy_forward: Callable[..., Any]
     reference_forward: Callable[..., Any]
     schedule: Any
@@ -254,7 +254,7 @@ class PeerNetworks(NamedTuple):
         return cls(unet, reference, policy_forward, reference_forward, schedule, encoders)
 
     def loss(self, inputs: dict[str, Any], low: Any) -> Any:
-        """Of winners, then losers, with the same noise and timestep for both of a pair."""
+        """Return the loss of winners followed by losers; both of a pair have the same noise and timestep."""
         import torch
 
         with torch.no_grad():
@@ -285,7 +285,7 @@ class PeerNetworks(NamedTuple):
 
 
 def add_lora(unet: Any, rank: int) -> None:
-    """To queries, keys, values and outputs of every attention, in float32."""
+    """Add a LoRA to queries, keys, values and outputs of every attention layer, in float32."""
     from peft import LoraConfig
 
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -296,10 +296,10 @@ def add_lora(unet: Any, rank: int) -> None:
 
 
 class PeerShapes(NamedTuple):
-    """The model and the inputs of a mode, for diffusers."""
+    """The model and the inputs of a mode for diffusers."""
 
     configs: dict[str, dict[str, Any]]
-    """Of the components that have weights, by the name of their folder."""
+    """Configs of the components that have weights, by the name of their folder."""
     cells: int
     tokens: int
     context: int
@@ -334,7 +334,7 @@ class PeerShapes(NamedTuple):
         )
 
     def inputs(self, pairs: int, device: Any, dtype: Any, raw: bool) -> dict[str, Any]:
-        """Of winners, then losers; as images and captions if `raw`."""
+        """Return winners followed by losers, as images and captions if `raw`."""
         import torch
 
         n, size = 2 * pairs, 8 * self.cells
@@ -353,7 +353,7 @@ class PeerShapes(NamedTuple):
 
 
 class PeerEncoders(NamedTuple):
-    """VAE and text encoders, run in every step as the scripts do."""
+    """VAE and text encoders, which run in every step, as in the scripts."""
 
     vae: Any
     texts: list[Any]
