@@ -1,9 +1,9 @@
 """Checkpoints: written by Orbax, asynchronous, atomic, and verified when they are read.
 
 A work directory holds `config.json` (the resolved experiment) and `checkpoints/STEP/` with four items: `state` (step,
-trained parameters, optimizer state, moving average), `position` (samples seen, which places the data stream exactly,
-whatever the number of processes or loader workers, as {"position": N}), `checksums` of both, and `config`, a copy of
-config.json for the day that one is damaged. Checkpoints that turn out damaged are moved to `damaged_checkpoints/`.
+trained parameters, optimizer state, moving average), `position` (examples seen, from which the data stream continues
+exactly with any number of processes or loader workers, as {"position": N}), `checksums` of both, and `config`, a copy
+of config.json in case that file is damaged. Damaged checkpoints are moved to `damaged_checkpoints/`.
 """
 
 import hashlib
@@ -32,13 +32,13 @@ FALLBACKS = 3
 
 
 class Checkpoints:
-    """Saves the training state under `workdir/checkpoints`; what a killed run left half written there is removed.
+    """Saves the training state under `workdir/checkpoints`; removes what a killed run left half-written there.
 
     Args:
         workdir: receives the folder.
         keep: number of newest checkpoints to keep; 0 keeps all.
         keep_every: checkpoints of multiples of this many steps are kept, too; 0 for none.
-        fields: of the experiment, as `write_config` has them; kept with each checkpoint.
+        fields: of the experiment, as for `write_config`; a copy is kept with each checkpoint.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class Checkpoints:
         return min(sorted(ocp.utils.checkpoint_steps(self.folder))[-(self._keep or FALLBACKS) :], default=None)
 
     def save(self, state: TrainState, position: dict[str, int]) -> None:
-        """Copies the state to the host and returns; the write goes on in the background.
+        """Copy the state to the host and return; it is written in the background.
 
         Raises:
-            OSError: the write before this one has failed.
+            EnvironmentFault: the previous write has failed.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -86,18 +86,18 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items))
 
     def _sync(self) -> None:
-        """Puts a written checkpoint on the disk before it gets its name: Orbax does not sync small files."""
+        """Flush a written checkpoint to the disk before it is renamed: Orbax does not flush small files."""
         if files.is_local(self.folder):
             for folder in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 files.sync_tree(folder)
 
     def check(self) -> None:
-        """Raises OSError if a write has failed by now."""
+        """Raise EnvironmentFault if a write has failed by now."""
         with self._failure_told():
             self._manager.check_for_errors()
 
     def close(self) -> None:
-        """Waits for the last write; OSError if it fails."""
+        """Wait for the last write; EnvironmentFault if it fails."""
         with self._failure_told():
             self._manager.wait_until_finished()
             self._manager.close()
@@ -105,26 +105,26 @@ class Checkpoints:
 
     @contextmanager
     def _failure_told(self) -> Iterator[None]:
-        """Orbax can't be interrupted: it would be left with half of its threads, and the checkpoint half written."""
+        """Report a failed write, and delay Ctrl-C: it would stop some of Orbax's threads in the middle of one."""
         try:
             with interrupts.held():
                 yield
-        except Exception as error:  # of whatever class the file system and the libraries in between have for it
+        except Exception as error:  # file systems and their libraries raise errors of many classes
             whole = max(ocp.utils.checkpoint_steps(self.folder), default=None)
-            kept = "there is no earlier one" if whole is None else f"the one of step {whole} is whole"
+            kept = "there is no earlier one" if whole is None else f"that of step {whole} is whole"
             raise EnvironmentFault(
-                f"a checkpoint could not be written to {self.folder} ({_first_line(error)}); {kept}. Make room or give "
-                "access there, then run the same command again"
+                f"a checkpoint could not be written to {self.folder} ({_first_line(error)}); {kept}. Make room or "
+                "allow writing there, then run the same command again"
             ) from error
 
 
 def restore(workdir: epath.PathLike, abstract: TrainState) -> tuple[TrainState, dict[str, int]] | None:
-    """The newest whole checkpoint: the state, placed like `abstract`, and the data position; None if there is none.
+    """Return the state of the newest whole checkpoint, placed like `abstract`, and its position in the data, or None.
 
-    Damaged ones that are newer are moved aside, with a warning. All processes read the same one.
+    Newer, damaged checkpoints are moved aside with a warning. All processes read the same one.
 
     Raises:
-        ValueError: all are damaged.
+        UserError: all are damaged.
     """
     found = _newest_whole(workdir, abstract._asdict(), move_damaged=True)
     if found is None:
@@ -157,13 +157,15 @@ def restore_params(workdir: epath.PathLike, abstract: Params, item: str, step: i
     found = _newest_whole(workdir, {item: abstract}, move_damaged=False)
     if found is None:
         folder = _folder(workdir)
-        raise MissingFileError(f"no checkpoint in {folder} yet; let python -m dpo_jax.train reach its first one")
+        raise MissingFileError(
+            f"{folder} has no checkpoint yet; let training reach its first one (config.checkpoint.every)"
+        )
     tree, _, newest = found
     return tree[item], newest
 
 
 def latest_step(workdir: epath.PathLike, *, before: int | None = None) -> int | None:
-    """The newest finished checkpoint of a work directory, as the first process sees it; writes nothing."""
+    """Return the step of the newest finished checkpoint, as the first process sees it, or None; writes nothing."""
     folder, newest = _folder(workdir), -1
     if jax.process_index() == 0 and folder.exists():
         steps = ocp.utils.checkpoint_steps(folder)
@@ -174,26 +176,27 @@ def latest_step(workdir: epath.PathLike, *, before: int | None = None) -> int | 
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """A number for each array, the same on any mesh, that changes with any word of the array.
+    """Return a number for each array, the same on any mesh, that changes with any word of the array.
 
-    File systems and disks return wrong bytes now and then, and Orbax's own checksums cover its indexes alone. These are
-    made of what training computed and compared with what training will go on from, so nothing in between can hide.
+    File systems and disks sometimes return wrong bytes, and Orbax's own checksums cover only its indexes. These are of
+    the arrays that training computed, and are compared with the arrays that a resume uses, so they cover every copy in
+    between.
     """
     sums = jax.device_get(_checksums(tree))
     return {jax.tree_util.keystr(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(sums)}
 
 
-@jax.jit  # one program: XLA's CPU devices wait for each other forever when many small ones sum over them at once
+@jax.jit  # one program: many small ones that sum over XLA's CPU devices at once can deadlock
 def _checksums(tree: Any) -> Any:
     return jax.tree.map(_checksum, tree)
 
 
-@jax.jit  # inside the other it is traced once for each shape, of which a UNet has few
+@jax.jit  # jitted inside the other so that it is traced once per shape, and a UNet has few shapes
 def _checksum(x: jax.Array) -> jax.Array:
-    """The words, each times an odd number of its place, summed modulo 2^32. Integers: no order of summing matters."""
+    """Return the sum modulo 2^32 of all words, each times an odd number made of its position, in any order."""
     words = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
     place = jnp.zeros((), jnp.uint32)
-    for axis, size in enumerate(x.shape):  # not ravel, which would gather what is split
+    for axis, size in enumerate(x.shape):  # not ravel, which would gather arrays that are split over devices
         place = place * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
 
@@ -201,13 +204,13 @@ def _checksum(x: jax.Array) -> jax.Array:
 def _newest_whole(
     workdir: epath.PathLike, abstract: dict[str, Any], *, move_damaged: bool
 ) -> tuple[dict[str, Any], dict[str, int], int] | None:
-    """(the arrays of `abstract`, data position, step) of the newest checkpoint that can be read and is right."""
+    """Return (arrays of `abstract`, position in the data, step) of the newest checkpoint that is not damaged."""
     damaged: dict[int, str] = {}
     step = latest_step(workdir)
     while step is not None:
         tree, position, reason = _read(_folder(workdir) / str(step), abstract)
         if reason is None:
-            # Not before another one was read: when none can be, the fault is more likely elsewhere and may pass.
+            # Only after another one was read: if none can be, the cause is more likely elsewhere and may pass.
             for number, why in damaged.items():
                 _tell_damaged(workdir, number, why, move=move_damaged)
             return tree, position, step
@@ -216,21 +219,21 @@ def _newest_whole(
     if damaged:
         reasons = "; ".join(f"step {number}: {why}" for number, why in damaged.items())
         raise UserError(
-            f"no checkpoint in {_folder(workdir)} is whole ({reasons}); if the file system is well, put a copy of one "
-            "back, or remove that folder to train from the start"
+            f"no checkpoint in {_folder(workdir)} is whole ({reasons}); if the disk is healthy, restore a "
+            "checkpoint from a backup, or remove that folder to train from the start"
         )
     return None
 
 
 def _read(folder: epath.Path, abstract: dict[str, Any]) -> tuple[Any, Any, str | None]:
-    """Arrays and position, or else why not; all processes come to the same answer."""
+    """Return arrays and position, or the reason why they can't be read; all processes return the same reason."""
     tree: Any = None
     position: dict[str, int] = {}
     expected: dict[str, int] = {}
     reason: str | None = None
     try:
-        files.check_tree(folder)  # a pipe would be read for ever
-        # By the handler itself: around it Orbax waits for all processes, which one that fails would never reach.
+        files.check_tree(folder)  # reading from a pipe would never end
+        # Not through the manager, which waits for all processes: one that fails would never arrive.
         tree = ocp.PyTreeCheckpointHandler().restore(
             folder / "state",
             args=ocp.args.PyTreeRestore(
@@ -239,19 +242,22 @@ def _read(folder: epath.Path, abstract: dict[str, Any]) -> tuple[Any, Any, str |
         )
         position = files.read_json(folder / "position" / "metadata", dict[str, int])
         expected = files.read_json(folder / "checksums" / "metadata", dict[str, int])
-    except Exception as error:  # of whatever class: damaged files raise almost any
+    except Exception as error:  # damaged files raise errors of almost any class
         reason = _first_line(error)
     reason = _agreed(reason)
     if reason is None:
         found = checksums(tree) | position
-        names = [*found, *(name for name in expected if not name.startswith("["))]  # others are parts of a position
+        names = [
+            *found,
+            *(name for name in expected if not name.startswith("[")),
+        ]  # those without "[" are of the position
         wrong = [name for name in names if name not in found or found[name] != expected.get(name)]
         reason = _agreed(f"{len(wrong)} values are not those that were saved, such as {wrong[0]}" if wrong else None)
     return tree, position, reason
 
 
 def _agreed(reason: str | None) -> str | None:
-    """None if it is None in all processes."""
+    """Return a reason if any process has one."""
     if jax.process_count() == 1:
         return reason
     failed = np.flatnonzero(multihost_utils.process_allgather(np.array(reason is not None)))
@@ -276,7 +282,7 @@ def _folder(workdir: epath.PathLike) -> epath.Path:
 
 def _first_line(error: Exception) -> str:
     line = (str(error).strip() or type(error).__name__).splitlines()[0].split(". See full")[0]
-    return line if len(line) < 200 else f"{line[:80]} ... {line[-110:]}"  # what was done, and what became of it
+    return line if len(line) < 200 else f"{line[:80]} ... {line[-110:]}"  # the beginning and the end say most
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
@@ -311,7 +317,7 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
 
 
 def write_config(workdir: epath.PathLike, fields: Mapping[str, Any]) -> None:
-    """Records the fields of the experiment, whole or not at all, by the first process."""
+    """Write the fields of the experiment to config.json, completely or not at all, by the first process."""
     if jax.process_index() == 0:
         files.write_whole(epath.Path(workdir) / "config.json", json.dumps(_signed(fields), indent=2) + "\n")
 
@@ -321,7 +327,7 @@ def _signed(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked(path: epath.Path) -> dict[str, Any]:
-    """The fields of a file that `_signed` made; older ones have no checksum. ValueError where it is damaged."""
+    """Return the fields of a file that `_signed` made (old ones have no checksum); UserError where it is damaged."""
     fields: dict[str, Any] = files.read_json(path, dict[str, Any])
     checksum = fields.pop("checksum", None)
     if checksum is not None and checksum != _digest(fields):

@@ -1,4 +1,4 @@
-"""What the commands that train have in common."""
+"""Runs a command that trains: joins its processes, and exits as schedulers expect."""
 
 import sys
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from dpo_jax.training.preemption import EXIT_CODE, Preempted
 
 
 def run(job: Callable[[], None]) -> None:
-    """Joins the processes of the run and does the job; exits with `EXIT_CODE` if it is preempted."""
+    """Join the processes of the run and do the job; exit with `EXIT_CODE` if it is preempted."""
     cluster.join()
     with cluster.leaving_at_once():
         try:

@@ -19,8 +19,8 @@ from dpo_jax.training.defaults import FALLING, FIELDS
 from dpo_jax.training.defaults import default_config as default_config  # config files take it from here
 from dpo_jax.training.fields import check_fields
 
-# A work directory may be continued with other values of these; any other difference is another experiment.
-# Where models and data come from may change too: what they are is told by "fingerprints".
+# A run may be continued with other values of these fields; other values of any other field are another experiment.
+# The places of models and data may change: "fingerprints" tell whether their contents are the same.
 FREE_TO_CHANGE = (
     "model",
     "revision",
@@ -30,7 +30,7 @@ FREE_TO_CHANGE = (
     "reference",
     "model_config",
     "lora.init",
-    "lora.initializer",  # matters before the first step only, and what was begun before it existed began with "kaiming"
+    "lora.initializer",  # matters only before the first step, and runs older than the field began with "kaiming"
     "data.path",
     "data.micro_batch",
     "data.accumulation",  # what runs had before data.micro_batch
@@ -54,9 +54,9 @@ FREE_TO_CHANGE = (
 )
 
 MAX_RATE = 1e30
-"""Far from what trains, and from what float32 can't hold."""
+"""Largest learning rate: larger ones overflow float32 and none of them trains."""
 MAX_GRID = 1024
-"""Images of a grid, which are drawn in one batch."""
+"""Largest number of images in a grid, which are drawn in one batch."""
 
 
 Variant = Callable[[ConfigDict], None]
@@ -64,7 +64,7 @@ Variant = Callable[[ConfigDict], None]
 
 
 def apply_variants(c: ConfigDict, argument: str | None, variants: Mapping[str, Variant]) -> ConfigDict:
-    """The config with the variants that `argument` names, in the order given: `configs/sdxl.py:lora,tiny`."""
+    """Return the config with the variants that `argument` names, applied in order, for example `sdxl:lora,tiny`."""
     for name in argument.split(",") if argument else []:
         if name not in variants:
             known = " and ".join(f":{variant}" for variant in variants)
@@ -74,7 +74,7 @@ def apply_variants(c: ConfigDict, argument: str | None, variants: Mapping[str, V
 
 
 def tiny(family: str) -> Variant:
-    """The same experiment on a small random model and made pairs: seconds on a laptop, to see that it runs."""
+    """Return the variant with a small random model and synthetic pairs, which runs in seconds on a laptop."""
     return functools.partial(_tiny, family=family)
 
 
@@ -113,7 +113,7 @@ class Derived:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises ValueError for values that no machine can run, with the remedy."""
+    """Raise UserError, with the remedy, for values that no machine can run."""
     check_values(config)
     for field in ("model", "data.path"):
         if not flatten(config)[field]:
@@ -129,14 +129,14 @@ def check(config: ConfigDict) -> None:
 
 
 def check_values(config: ConfigDict) -> None:
-    """Raises ValueError for fields with values that they don't take; what a plan needs, without a model or data."""
+    """Raise UserError for fields with wrong values; a plan checks no more, since it needs neither model nor data."""
     if "online" in config:
         raise UserError("this config is for dpo_jax.online; give one for a data set, such as configs/sd15.py")
     check_fields(config, FIELDS)
 
 
 def check_settings(config: ConfigDict) -> None:
-    """Raises ValueError for settings of the network that don't go together."""
+    """Raise UserError for settings of the network that contradict each other."""
     sizes = {f"mesh.{axis}": config.mesh[axis] for axis in ("data", "fsdp", "tensor")}
     if list(sizes.values()).count(-1) > 1:
         given = ", ".join(f"config.{field}={size}" for field, size in sizes.items())
@@ -145,37 +145,41 @@ def check_settings(config: ConfigDict) -> None:
         raise UserError("config.sample.prompts is empty; name prompts for the image grids, or set sample.every=0")
     if config.sample.every and config.sample.seeds * len(config.sample.prompts) > MAX_GRID:
         raise UserError(
-            f"config.sample.seeds={config.sample.seeds} of {len(config.sample.prompts)} prompts are more images than "
-            f"the {MAX_GRID} that a grid takes; set fewer"
+            f"config.sample.seeds={config.sample.seeds} of {len(config.sample.prompts)} prompts are more than the "
+            f"{MAX_GRID} images of the largest grid; set fewer"
         )
     optimizer, rate = config.optimizer, peak_learning_rate(config)
     if rate * optimizer.weight_decay >= 1:
         raise UserError(
-            f"config.optimizer.weight_decay={optimizer.weight_decay} times the learning rate of {rate:.4g} takes all "
-            "of a weight, or more, off at every step; lower either"
+            f"config.optimizer.weight_decay={optimizer.weight_decay} times the learning rate of {rate:.4g} removes "
+            "whole weights at every step; lower either"
         )
     if rate > MAX_RATE:
         raise UserError(
-            f"config.optimizer.learning_rate={optimizer.learning_rate} is {rate:.4g} after scale_by_batch; lower it"
+            f"config.optimizer.learning_rate={optimizer.learning_rate} is {rate:.4g} after scale_by_batch, "
+            f"more than {MAX_RATE:g}; lower it"
         )
     if config.scan and config.lora.dropout:
         raise UserError(
-            f"config.scan=True runs equal blocks as one, but config.lora.dropout={config.lora.dropout} draws for each "
-            "of them; set scan=False or lora.dropout=0"
+            f"config.scan=True runs equal blocks as one, but config.lora.dropout={config.lora.dropout} needs draws for "
+            "each of them; set scan=False or lora.dropout=0"
         )
     if config.attention == "cudnn" and config.dtype != "bfloat16":
-        raise UserError(f'config.attention="cudnn" takes bfloat16, not config.dtype={config.dtype}; change either')
+        raise UserError(f'config.attention="cudnn" takes bfloat16, not config.dtype={config.dtype}; change one of them')
     if config.lora.init_reference and not config.lora.init:
-        raise UserError("config.lora.init_reference is set, but config.lora.init names no LoRA")
+        raise UserError(
+            "config.lora.init_reference is set, but config.lora.init names no LoRA; set lora.init, or "
+            "lora.init_reference=False"
+        )
 
 
 def peak_learning_rate(config: ConfigDict) -> float:
-    """The learning rate after scaling."""
+    """Return the learning rate after `optimizer.scale_by_batch`."""
     return config.optimizer.learning_rate * (config.data.batch_size if config.optimizer.scale_by_batch else 1)
 
 
 def resolve(config: ConfigDict, *, device_count: int, process_count: int) -> Derived:
-    """Derives and checks; raises ValueError with the values and the remedy."""
+    """Check the config and return the values that follow from it; UserError with the values and the remedy."""
     check(config)
     return divide_batch(config, config.data.batch_size, device_count=device_count, process_count=process_count)
 
@@ -228,17 +232,17 @@ def describe_batch(config: ConfigDict, derived: Derived, process_count: int) -> 
 
 
 def check_views(config: ConfigDict) -> None:
-    """Refuses views of images that can't be stored as the config wants them; ValueError."""
+    """Raise UserError where `data.encoded_views` contradicts the augmentation."""
     data = config.data
     augmented = [name for name in ("random_crop", "random_flip") if data[name]]
     if data.encoded_views == 1 and augmented:
         raise UserError(
-            f"config.data.encoded_views=1 stores one view of each image, but config.data.{augmented[0]} asks for more; "
+            f"config.data.encoded_views=1 stores one view of each image, but config.data.{augmented[0]} needs more; "
             f"set encoded_views=2 or more, or {augmented[0]}=False"
         )
     if data.encoded_views > 1 and not augmented:
         raise UserError(
-            f"config.data.encoded_views={data.encoded_views}, but all views would be alike: set encoded_views=1, "
+            f"config.data.encoded_views={data.encoded_views}, but all views would be equal: set encoded_views=1, "
             "or random_flip=True or random_crop=True"
         )
     if data.encoded_views > 2 and not data.random_crop:
@@ -247,13 +251,16 @@ def check_views(config: ConfigDict) -> None:
             "and mirrored; set encoded_views=2"
         )
     if data.encoded_views and data.path.startswith("random:"):
-        raise UserError(f"config.data.encoded_views needs a prepared data set; {data.path} is made anew in every run")
+        raise UserError(
+            f"config.data.encoded_views needs a prepared data set, not {data.path}, which each run makes anew; "
+            "set encoded_views=0"
+        )
 
 
 def check_same_experiment(fields: dict[str, Any], saved: dict[str, Any], workdir: Any, defaults: ConfigDict) -> None:
-    """Refuses to continue a work directory that another config or another model began; names the fields that differ."""
+    """Raise UserError, naming the fields that differ, where the run of a work directory has another config or model."""
     now = json.loads(json.dumps(fields))
-    # The learning rates of schedules that fall follow from the number of steps.
+    # Falling schedules derive their learning rates from the number of steps.
     steps_are_free = now["optimizer.schedule"] not in FALLING
     free = (*FREE_TO_CHANGE, "steps") if steps_are_free else FREE_TO_CHANGE
     # A field that did not exist when the run began had its default.
@@ -262,8 +269,8 @@ def check_same_experiment(fields: dict[str, Any], saved: dict[str, Any], workdir
     differing = [f"{f} was {saved.get(f)!r}, now {now.get(f)!r}" for f in names if now.get(f) != saved.get(f)]
     if differing:
         raise UserError(
-            f"{workdir} was begun with another config ({'; '.join(differing)}); "
-            "choose another --workdir, or the former values to continue it"
+            f"{workdir} holds a run with another config ({'; '.join(differing)}); "
+            "choose another --workdir, or continue with the old values"
         )
 
 

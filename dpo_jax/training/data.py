@@ -1,4 +1,4 @@
-"""The data that a config names, opened: pairs chosen, what they become, and batches of them."""
+"""Opens the data that a config names: chooses pairs, and makes batches of them."""
 
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,9 @@ from dpo_jax.weights.io import fingerprint
 
 
 def check_data(config: ConfigDict) -> ConfigDict:
-    """Opens the splits that the run will read and chooses from them, before anything else takes time.
+    """Open the splits that the run will read, choose pairs, and print the number of epochs, before slow work begins.
 
-    Returns the config; where no pair is held out, as in small data sets, with validation turned off, and says so.
+    Returns the config. Where no pair is held out, as in small data sets, it turns validation off and says so.
     """
     pairs = len(_training_pairs(config))
     announce_epochs(config, pairs)
@@ -50,9 +50,10 @@ def _say(message: str) -> None:
 
 
 def make_inputs(config: ConfigDict, pipeline: Pipeline) -> Inputs:
-    """What images and captions become: encoded by the step, or stored before by `prepare --encode`.
+    """Return what makes the inputs of a batch: images and captions, or latents that `prepare --encode` stored.
 
-    Raises FileNotFoundError when nothing was stored by these models with these settings.
+    Raises:
+        MissingFileError: nothing was stored with these models and settings.
     """
     data = config.data
     if data.encoded_views:
@@ -61,7 +62,7 @@ def make_inputs(config: ConfigDict, pipeline: Pipeline) -> Inputs:
 
 
 def encoding_facts(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
-    """All that stored encodings depend on. They are stored and looked up by it."""
+    """Return everything that stored latents depend on; they are stored and found by it."""
     data = config.data
     views = choose_views(data.encoded_views, random_crop=data.random_crop, random_flip=data.random_flip)
     return {
@@ -72,12 +73,12 @@ def encoding_facts(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
         "resolution": data.resolution,
         "views": [view._asdict() for view in views],
         "data": data_fingerprint(data.path),
-        **({"caption_lines": True} if data.caption_lines else {}),  # what was stored before there was a choice has none
+        **({"caption_lines": True} if data.caption_lines else {}),  # data stored by older versions has no such fact
     }
 
 
 def data_fingerprints(config: ConfigDict) -> dict[str, str]:
-    """Fields for config.json: digests of the prepared data set and of the scores that order its images."""
+    """Return fields for config.json: digests of the prepared data set and of the scores that order its images."""
     data = config.data
     if data.path.startswith("random:"):
         return {"fingerprints.data": data.path}
@@ -93,7 +94,7 @@ def data_fingerprint(folder: str) -> str:
 
 
 def open_training_batches(config: ConfigDict, derived: Derived, inputs: Inputs) -> BatchIterator:
-    """This process's share of the endless training stream; reads nothing but the data set's index yet."""
+    """Return this process's share of the endless training stream; it reads only the data set's index at first."""
     data = config.data
     return make_iterator(
         _training_pairs(config),
@@ -108,7 +109,7 @@ def open_training_batches(config: ConfigDict, derived: Derived, inputs: Inputs) 
 
 
 def open_validation_batches(config: ConfigDict, derived: Derived, inputs: Inputs) -> BatchIterator:
-    """This process's share of the held-out pairs, once, in order; the last batches may hold rows of weight 0."""
+    """Return this process's share of the held-out pairs, once, in order; padding in the last batch has weight 0."""
     batch_size = derived.local_batch_size // derived.accumulation
     return validation_batches(_validation_pairs(config), inputs, batch_size=batch_size, **_options(config))
 
@@ -127,12 +128,12 @@ def _training_pairs(config: ConfigDict) -> TrainingRecords:
 
 
 def _validation_pairs(config: ConfigDict) -> TrainingRecords:
-    """Without ties, which no model can order rightly or wrongly."""
+    """Return the held-out pairs without ties, which have no right order."""
     return open_records(config.data.path, "validation", **_choices(config))
 
 
 def _choices(config: ConfigDict) -> dict[str, Any]:
-    """What training and validation pairs have in common."""
+    """Return the options that training and validation pairs share."""
     data = config.data
     return {
         "judges": data.judges,
@@ -145,7 +146,7 @@ def _choices(config: ConfigDict) -> dict[str, Any]:
 
 
 def _options(config: ConfigDict) -> dict[str, Any]:
-    """What training and validation batches have in common."""
+    """Return the options that training and validation batches share."""
     return {
         "size_conditioning": config.data.size_conditioning,
         "caption_lines": config.data.caption_lines,

@@ -22,17 +22,17 @@ from dpo_jax.training.model import load_encoders, load_tokenizers_of, open_model
 
 
 def encode_data(config: ConfigDict, workers: int | None, say: Callable[[str], None], on_progress: OnProgress) -> Path:
-    """Encodes the images and captions of `config.data.path`, or what is missing of them; returns the folder.
+    """Encode the images and captions of `config.data.path` that are not stored yet, and return the folder.
 
-    Before it starts it says how much that is and how long it will take.
+    It says first how much there is to do and how long it will take.
 
     Args:
-        workers: threads that decode images; None takes as many as there are cores.
+        workers: threads that decode images; None for one per core.
 
     Raises:
-        FileNotFoundError: nothing was prepared there.
-        ValueError: the config has something wrong, or its views can't be stored.
-        OSError: the disk is too small.
+        MissingFileError: there is no prepared data set.
+        UserError: the config is wrong, or its views can't be stored.
+        OSError: the disk is full.
     """
     data = config.data
     if not data.encoded_views:
@@ -48,7 +48,7 @@ def encode_data(config: ConfigDict, workers: int | None, say: Callable[[str], No
     folder = folder_of(prepared.folder, facts)
     check_inside(folder, prepared.folder)
     if is_finished(folder):
-        with contextlib.suppress(ValueError):  # damaged: what isn't whole is made again
+        with contextlib.suppress(ValueError):  # damaged parts are made again
             open_latents(prepared.folder, facts)
             return folder
     with cluster.locked(folder.parent, "python -m dpo_jax.prepare --encode", f".{folder.name}.lock", what=folder):

@@ -1,4 +1,4 @@
-"""The models that a config names, opened: their structure, their LoRA, and the weights that stay frozen."""
+"""Opens the models that a config names: their structure, their LoRA, and the frozen weights."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -28,13 +28,13 @@ from dpo_jax.weights.lora_files import lora_files_of, read_lora
 
 
 def make_placement(config: ConfigDict) -> Placement:
-    """The mesh of the config, and where on it parameters lie."""
+    """Return the mesh of the config, and the sharding of parameters on it."""
     mesh = config.mesh
     return Placement(make_mesh(mesh.data, mesh.fsdp, mesh.tensor), rules_of(mesh.rules))
 
 
 def open_model(config: ConfigDict, workdir: epath.PathLike) -> Pipeline:
-    """The structure of `config.model` and its LoRA; "random:FAMILY" is first written to `workdir/model`, once."""
+    """Return the structure of `config.model` and its LoRA; "random:FAMILY" is written to `workdir/model` first."""
     model, family = config.model, config.family or None
     if model.startswith("random:"):
         family = model.removeprefix("random:")
@@ -73,7 +73,7 @@ def open_model(config: ConfigDict, workdir: epath.PathLike) -> Pipeline:
 
 
 def initial_adapter(config: ConfigDict, pipeline: Pipeline) -> Params:
-    """The LoRA of `config.lora.init`, or one that changes nothing yet; float32, on the host."""
+    """Return the LoRA of `config.lora.init`, or a new one that does not change the model; float32, on the host."""
     specs = pipeline.trained_specs
     if not config.lora.init:
         return jax.device_get(init_lora(specs, config.seed, config.lora.initializer))
@@ -82,15 +82,15 @@ def initial_adapter(config: ConfigDict, pipeline: Pipeline) -> Params:
 
 
 def load_unet(pipeline: Pipeline, placement: Placement, path: epath.Path | None = None) -> Params:
-    """The model's own UNet (or the one at `path`) as frozen weights are kept: in the compute dtype."""
+    """Return the model's UNet, or the one at `path`, in the compute dtype, as all frozen weights are."""
     return pipeline.load("unet", dtype=pipeline.dtype, sharding=placement, path=path)
 
 
 def abstract_frozen(config: ConfigDict, pipeline: Pipeline, placement: Placement, *, needs_reference: bool) -> Frozen:
-    """Shapes and places of all weights that a training step reads and does not change.
+    """Return the shapes and shardings of all weights that a training step reads and does not change.
 
-    With a LoRA the UNet it starts from is "base". The reference is that UNet, and "reference" only what it has of its
-    own: see `step.reference_params`.
+    With a LoRA, "base" is the UNet that it starts from. The reference is that UNet, and "reference" holds only weights
+    that differ from it: see `step.reference_params`.
     """
     specs, dtypes = {}, {"vae": jnp.dtype(config.vae_dtype)}
     if not config.data.get("encoded_views"):
@@ -108,7 +108,7 @@ def abstract_frozen(config: ConfigDict, pipeline: Pipeline, placement: Placement
 def load_frozen(
     config: ConfigDict, pipeline: Pipeline, placement: Placement, names: Collection[str], adapter: Params | None
 ) -> Frozen:
-    """The weights that `abstract_frozen` describes, by its names."""
+    """Return the weights that `abstract_frozen` describes, under the same names."""
     frozen = load_encoders(config, pipeline, placement) if "vae" in names else {}
     if "base" in names:
         frozen["base"] = load_unet(pipeline, placement)
@@ -120,7 +120,7 @@ def load_frozen(
     elif adapter is None:
         frozen["reference"] = load_unet(pipeline, placement)
     if config.lora.init_reference:
-        assert adapter is not None  # `config.check` has seen to it
+        assert adapter is not None  # checked by `config.check_settings`
         frozen["reference"] |= {
             name: jax.device_put(np.asarray(value, pipeline.dtype), placement(name, pipeline.trained_specs[name]))
             for name, value in adapter.items()
@@ -129,7 +129,7 @@ def load_frozen(
 
 
 def load_encoders(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> Frozen:
-    """VAE and text encoders."""
+    """Return the VAE and the text encoders."""
     return loaded_model.load_encoders(pipeline, placement, config.vae_dtype)
 
 
@@ -145,7 +145,7 @@ def make_generator(
     batch_size: int,
     report: Callable[[str], None] | None = None,
 ) -> Generator:
-    """The sampler that `config.sample` describes; `report` is told of images that are not finite."""
+    """Return the generator that `config.sample` describes; it tells `report` about images that are not finite."""
     return Generator(
         pipeline,
         encoders,
@@ -159,24 +159,24 @@ def make_generator(
 
 
 def sampling_of(config: ConfigDict) -> Sampling:
-    """How a run draws its grids."""
+    """Return the settings that a run draws its grids with."""
     return Sampling(config.sample.steps, config.sample.guidance, config.sample.sampler)
 
 
 def for_sampling(pipeline: Pipeline, params: Params) -> Params:
-    """Trained weights as the frozen ones are kept, so that both run through one compiled sampler."""
+    """Return trained weights in the dtype of the frozen ones, so that one compiled sampler serves both."""
     return {name: value.astype(pipeline.dtype) for name, value in params.items()}
 
 
 def abstract_params(specs: Specs, dtype: DTypeLike, placement: Placement) -> Any:
-    """Shapes and places of weights."""
+    """Return the shapes and shardings of weights."""
     return {
         name: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=placement(name, spec)) for name, spec in specs.items()
     }
 
 
 def model_fingerprints(config: ConfigDict, pipeline: Pipeline) -> dict[str, str]:
-    """Fields for config.json: digests of the files of models that a run begins with, by what they are for."""
+    """Return fields for config.json: digests of the files of the models that a run begins with."""
     digests = {"fingerprints.model": pipeline.fingerprint()}
     if config.reference:
         reference = find_component(config.reference, "unet")

@@ -1,4 +1,4 @@
-"""What a run will need later, looked at before it loads anything: image grids and room for checkpoints."""
+"""Checks, before anything is loaded, of what a run needs later: image grids and room for checkpoints."""
 
 import math
 import shutil
@@ -18,11 +18,11 @@ from dpo_jax.streams import warn
 from dpo_jax.training.model import sampling_of
 
 LEAST_SHARE = 0.9
-"""Of the bytes of a state: what a checkpoint takes on disk at least, since Orbax compresses it."""
+"""Smallest size of a checkpoint on disk as a share of the state's bytes: Orbax compresses it."""
 
 
 def check_grids(config: ConfigDict, pipeline: Pipeline) -> None:
-    """Raises ValueError where the model can't draw the image grids that the config wants."""
+    """Raise UserError where the model can't draw the image grids of the config."""
     if not config.sample.every:
         return
     try:
@@ -35,12 +35,15 @@ def check_grids(config: ConfigDict, pipeline: Pipeline) -> None:
 
 
 def check_room(config: ConfigDict, workdir: epath.PathLike, state: Any) -> None:
-    """Raises OSError where the disk has no room for one more checkpoint; warns where those that are kept don't fit.
+    """Warn where the checkpoints that are kept do not fit on the disk of `workdir`; object stores always have room.
 
     Args:
         config: of the experiment.
-        workdir: of the run; what lies on an object store has room.
+        workdir: of the run.
         state: shapes of the training state.
+
+    Raises:
+        EnvironmentFault: there is no room for one more checkpoint.
     """
     with cluster.together("to look for room for checkpoints"):
         if cluster.is_first() and is_local(workdir):
@@ -51,9 +54,9 @@ def _check_room(config: ConfigDict, workdir: epath.Path, state: Any) -> None:
     folder = workdir / "checkpoints"
     steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
     if max(steps, default=-1) >= config.steps:
-        return  # nothing more will be saved
+        return  # no more checkpoints will be saved
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    # What a killed run left half-written is removed before the next checkpoint is written.
+    # Files that a killed run left half-written are removed before the next checkpoint is written.
     leftovers = [file for file in Path(folder).glob("*.orbax-checkpoint-tmp*/**/*") if file.is_file()]
     free = shutil.disk_usage(folder if folder.exists() else workdir).free
     free += sum(file.stat().st_size for file in leftovers)

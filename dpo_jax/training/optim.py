@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules that compute what PyTorch's and transformers' do.
+"""Optimizers and learning-rate schedules that match those of PyTorch and transformers.
 
 They are optax transformations of a flat dict of parameters. Every state array is kept in a dict under its parameter's
 name and has its parameter's rank, so that a sharding rule written for the parameter serves its state.
@@ -20,7 +20,7 @@ POLYNOMIAL_END = 1e-7
 def learning_rate_schedule(
     name: str, learning_rate: float, *, warmup_steps: int, total_steps: int, cycles: int = 1, power: float = 1.0
 ) -> optax.Schedule:
-    """The learning rate as a function of the steps already made, as `diffusers.optimization.get_scheduler` has it.
+    """Return the learning rate as a function of the steps already made, as in `diffusers.optimization.get_scheduler`.
 
     `constant` ignores the other arguments. All others rise linearly from 0, so that the very first step changes
     nothing, then stay (`constant_with_warmup`), or fall until `total_steps`: to 0 along a line (`linear`), half a
@@ -40,7 +40,7 @@ def learning_rate_schedule(
     if name == "constant":
         return optax.constant_schedule(learning_rate)
     if name not in falls:
-        raise UserError(f"learning-rate schedule {name!r}, expected one of {['constant', *falls]}")
+        raise UserError(f"{name!r} is not a learning-rate schedule; choose one of {', '.join(['constant', *falls])}")
 
     def schedule(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, float)  # an int32 would be divided in float32 even under x64
@@ -80,7 +80,7 @@ def make_optimizer(
         "adafactor": scale_by_adafactor(specs),
     }
     if name not in preconditioners:
-        raise UserError(f"optimizer {name!r}, expected one of {list(preconditioners)}")
+        raise UserError(f"{name!r} is not an optimizer; choose one of {', '.join(preconditioners)}")
     return optax.chain(
         clip_by_global_norm(clip_norm),
         preconditioners[name],
@@ -103,7 +103,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 class AdafactorState(NamedTuple):
-    """Running means of the squared gradient; a factored parameter is in `row` and `col`, a vector in `full`."""
+    """Running means of the squared gradient: `row` and `col` for factored parameters, `full` for vectors."""
 
     step: jax.Array
     row: Params
@@ -120,7 +120,7 @@ def scale_by_adafactor(
 
     The second moment of every parameter of two axes or more is factored over the last two axes of its PyTorch layout:
     height and width for a convolution. `optax.adafactor` would factor the two largest axes of at least 128, which is
-    another optimiser. No first moment.
+    another optimizer. There is no first moment.
     """
     factored_axes = {name: spec.torch_axes[-2:] for name, spec in specs.items() if len(spec.shape) >= 2}
 

@@ -9,15 +9,15 @@ import jax
 from jax.experimental import multihost_utils
 
 EXIT_CODE = 75
-"""Of a run that was preempted: EX_TEMPFAIL of sysexits.h, "try again". Schedulers are told to start it again."""
+"""Exit code of a preempted run: EX_TEMPFAIL of sysexits.h, which tells schedulers to start it again."""
 
 
 class Preempted(Exception):
-    """Training has ended before its last step, after a notice; its message says where it goes on."""
+    """Training ended before its last step because of a notice; the message says how to continue."""
 
 
 class Notice:
-    """Whether a notice has come; any number of them is one. `with Notice.awaited() as notice: notice.given(step)`."""
+    """Whether a notice has come. Use it as `with Notice.awaited() as notice: notice.given(step)`."""
 
     def __init__(self) -> None:
         self._received = False
@@ -25,9 +25,9 @@ class Notice:
     @classmethod
     @contextmanager
     def awaited(cls) -> Iterator["Notice"]:
-        """Takes SIGTERM while it lasts."""
+        """Catch SIGTERM within the block."""
         notice = cls()
-        if jax.process_count() > 1:  # JAX's own runtime has taken it, when this process joined the others
+        if jax.process_count() > 1:  # JAX's runtime catches it since this process joined the others
             yield notice
             return
 
@@ -41,13 +41,13 @@ class Notice:
             signal.signal(signal.SIGTERM, former)
 
     def received(self) -> bool:
-        """Whether to stop between two steps, where a single process may: several could not agree there."""
+        """Whether to stop between two steps; for single processes only, because several could not agree there."""
         return self._received
 
     def given(self, step: int) -> bool:
         """Whether to stop after this step: true for the same step in all processes, whichever of them was notified.
 
-        All processes ask once a step, with growing steps.
+        All processes must ask once per step, in order.
         """
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)

@@ -40,18 +40,18 @@ class Run:
     pipeline: Pipeline
     placement: Placement
     params: Params
-    """Trained weights, float32: of the whole UNet or of a LoRA; their moving average where the config wants one."""
+    """Trained weights in float32, of the whole UNet or of a LoRA; their moving average if `ema.decay` is set."""
     step: int
 
     @functools.cached_property
     def base(self) -> Params:
-        """The UNet that training began with, in the compute dtype; with the LoRA that it went on from, if any."""
+        """The UNet that training began with, in the compute dtype, with its initial LoRA if `lora.init` named one."""
         unet = load_unet(self.pipeline, self.placement)
         return unet | initial_adapter(self.config, self.pipeline) if self.config.lora.init else unet
 
     @functools.cached_property
     def policy(self) -> Params:
-        """The tuned UNet, in the compute dtype."""
+        """The trained UNet, in the compute dtype."""
         tuned = for_sampling(self.pipeline, self.params)
         return tuned if self.pipeline.adapted_unet is None else self.base | tuned
 
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def merged(self) -> Mapping[str, Array]:
-        """The tuned UNet in float32, a LoRA added to the kernels it is for."""
+        """The trained UNet in float32, with the LoRA merged into its kernels."""
         return self.params if self.adapter is None else Merged(self.pipeline.read("unet"), self.adapter)
 
     def load_model(self, *, lora: str = "", lora_scale: float = 1.0) -> LoadedModel:
@@ -103,7 +103,9 @@ def open_run(workdir: epath.PathLike, step: str = "", *, allow_nonfinite: bool =
     """
     saved = read_config(workdir)
     if saved is None:
-        raise MissingFileError(f"no training run at {workdir}: it has no config.json; train first, see dpo_jax.train")
+        raise MissingFileError(
+            f"no training run at {workdir}: it has no config.json; give the --workdir of python -m dpo_jax.train"
+        )
     config = unflatten(flatten(default_config()) | _checked(saved, workdir))
     pipeline = dataclasses.replace(open_model(config, workdir), allow_nonfinite=allow_nonfinite)
     if pipeline.fingerprint() != saved["fingerprints.model"]:
@@ -118,7 +120,7 @@ def open_run(workdir: epath.PathLike, step: str = "", *, allow_nonfinite: bool =
 
 
 def _checked(saved: dict[str, Any], workdir: epath.PathLike) -> dict[str, Any]:
-    """The fields of config.json, if those that are known have values of their types; ValueError names the others."""
+    """Return the fields of config.json; UserError names known fields whose values have another type."""
     wrong = [] if isinstance(saved.get("fingerprints.model"), str) else ["fingerprints.model: missing"]
     for field, default in flatten(default_config()).items():
         kinds: Any = {bool: bool, int: int, float: (int, float), str: str}.get(type(default), (list, tuple))

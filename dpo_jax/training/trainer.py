@@ -1,13 +1,14 @@
 """Runs an experiment: load, resume, loop. `rounds/` runs the same loop on images that the model samples itself.
 
-Order of a start or a resume:
-  1. the model's structure is read from its folder, without memory;
-  2. the work directory's `config.json`, if there is one, must describe the same experiment on the same model;
-  3. the frozen models (reference, VAE, text encoders) are read from the model folder, at every start: a resumed run can
-     never drift onto its own policy;
-  4. the training state comes from the newest whole checkpoint, or else the policy's weights from the model folder;
-  5. what was due at that step and is missing, as the run was killed before it, is done: validation, image grid;
-  6. the data stream continues after the last sample that the checkpoint has seen.
+A run starts or resumes in this order:
+  1. The structure of the model is read from its folder, without its weights.
+  2. `config.json` in the work directory, if there is one, must describe the same experiment on the same model.
+  3. The frozen models (reference, VAE, text encoders) are always read from the model folder, so a resumed run never
+     uses its own policy as the reference.
+  4. The training state is read from the newest whole checkpoint or, in a new run, made of the model's weights.
+  5. Validation and the image grid of that step are made if they are due and missing: at step 0 as the baseline, later
+     because the run was killed before them.
+  6. The data stream continues after the last example that the checkpoint has seen.
 """
 
 import contextlib
@@ -15,7 +16,6 @@ import dataclasses
 import errno
 import itertools
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -38,6 +38,7 @@ from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sampling.generate import Generator
 from dpo_jax.sampling.grid import save_png
 from dpo_jax.sharding import replicated, to_devices
+from dpo_jax.streams import warn
 from dpo_jax.training.announce import announce_config, announce_experiment
 from dpo_jax.training.checkpoint import Checkpoints, read_config, restore, write_config
 from dpo_jax.training.config import check_same_experiment, default_config, resolve
@@ -66,14 +67,14 @@ from dpo_jax.training.startup import StartupClock, keep_compiled_programs
 from dpo_jax.training.step import Frozen, TrainState, make_eval_step, reference_params
 from dpo_jax.weights.layout import Params
 
-PREEMPTED = "preempted after step {}; run the same command again to go on from there"
+PREEMPTED = "preempted after step {}; run the same command again to continue"
 
 
 def train(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Trains to `config.steps`, continuing what the work directory holds.
+    """Train to `config.steps`, from where the work directory is.
 
     Raises:
-        Preempted: SIGTERM came; the state is saved, and the same call continues.
+        Preempted: SIGTERM came. The state is saved, and the same call continues.
     """
     workdir = epath.Path(workdir)
     clock = StartupClock()
@@ -100,7 +101,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def check_backend(config: ConfigDict) -> None:
-    """Refuses an attention kernel that is for other devices than those here; ValueError. Warns of bfloat16 on CPUs."""
+    """Raise UserError for an attention kernel that these devices don't have; warn about bfloat16 on CPUs."""
     needed = {"cudnn": "gpu", "splash": "tpu"}.get(config.attention, jax.default_backend())
     if needed != jax.default_backend():
         raise UserError(
@@ -108,11 +109,9 @@ def check_backend(config: ConfigDict) -> None:
             "config.attention=xla"
         )
     if config.dtype == "bfloat16" and jax.default_backend() == "cpu" and cluster.is_first():
-        print(
-            "warning: config.dtype=bfloat16 on CPUs is slow, and XLA may round policy and reference differently there, "
-            "so that the loss need not begin at log 2; set --config.dtype=float32",
-            file=sys.stderr,
-            flush=True,
+        warn(
+            "config.dtype=bfloat16 is slow on CPUs, and XLA may round policy and reference differently there, so the "
+            "loss may not begin at log 2; set --config.dtype=float32"
         )
 
 
@@ -146,7 +145,7 @@ def running(
     clock: StartupClock,
     inputs: Inputs | None = None,
 ) -> Iterator[tuple["Loop", TrainState, dict[str, int] | None]]:
-    """The loop, the state to go on from, and the data position that belongs to it, None at the beginning."""
+    """Give the loop, the state to continue from, and its position in the data, which is None in a new run."""
     clock.lap("load")
     restored = restore(workdir, experiment.abstract_state())
     state, position = restored or (experiment.initial_state(), None)
@@ -157,7 +156,7 @@ def running(
         if cluster.is_first():
             for folder in (workdir, workdir / "samples"):
                 remove_partials(folder)
-        write_config(workdir, fields)  # all that is read has been read
+        write_config(workdir, fields)  # not earlier: nothing is written before all files have been read
         kept = experiment.config.checkpoint
         checkpoints = Checkpoints(workdir, keep=kept.keep, keep_every=kept.keep_every, fields=fields)
         stack.callback(checkpoints.close)
@@ -180,11 +179,11 @@ def _full_disk_told(workdir: epath.Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise EnvironmentFault(f"no room is left in {workdir}; make some, then run the same command again") from error
+        raise EnvironmentFault(f"the disk of {workdir} is full; make room, then run the same command again") from error
 
 
 class Batches(Protocol):
-    """What the loop trains on; `get_state` is kept with each checkpoint."""
+    """An iterator of batches; each checkpoint holds its `get_state()`, the position in the data."""
 
     def __next__(self) -> PreferenceBatch: ...
 
@@ -192,7 +191,7 @@ class Batches(Protocol):
 
 
 class Loop:
-    """The loop itself: step, watch, log, and at intervals validate, sample and save."""
+    """The training loop: it steps and logs, and at intervals validates, samples and saves."""
 
     def __init__(
         self,
@@ -211,14 +210,14 @@ class Loop:
         self.train_step = experiment.train_step()
         self.place = to_devices(experiment.mesh)
         self._began: tuple[float, int] | None = None
-        """When the first step of this process had been made, and which one it was."""
+        """Time at the end of this process's first step, and the number of that step; None before it."""
         self.eval_step = jax.jit(
             make_eval_step(experiment.compute_log_ratios, experiment.objective),
             out_shardings=replicated(experiment.mesh),
         )
         self._generator: Generator | None = None
         self._reference_images: np.ndarray | None = None
-        """What the policy's images are shown beside."""
+        """The images that the policy's are shown beside."""
 
     def catch_up(self, state: TrainState) -> None:
         """Validate and sample if that is due at the state's step and was not done.
@@ -235,7 +234,7 @@ class Loop:
         self.clock.lap("catch up" if step else "baseline")
 
     def run(self, state: TrainState, batches: Batches, end: int | None = None) -> TrainState:
-        """Trains to step `end`, by default the last one, where it logs and saves whatever the intervals."""
+        """Train to step `end`, by default the last one; it logs and saves there whatever the intervals are."""
         config, total = self.config, self.config.steps
         start, end = int(state.step), total if end is None else end
         window: list[dict[str, float]] = []
@@ -249,10 +248,10 @@ class Loop:
             batch = self.place(next(batches))
             if self._began is None:
                 self.bar.say("compiling the training step (a minute or more for a full-size model's first start)")
-            # Compiling may take long, and not the same time everywhere: so the first step isn't watched.
+            # The first step is not watched: it compiles, for a time that differs between processes.
             with cluster.watched(f"to begin step {step}") if self._began else contextlib.nullcontext():
                 state, metrics = self.train_step(state, self.experiment.frozen, batch)
-            if pending is not None:  # one step late, so that the host never waits for the device
+            if pending is not None:  # one step later, so that the host never waits for the device
                 window.append(self._fetch(pending, step - 1))
             pending = metrics
             self.bar.advance(step)
@@ -280,7 +279,7 @@ class Loop:
                 pending = None
             if logs:
                 elapsed = time.monotonic() - timer
-                if isinstance(batches, BatchIterator):  # only told where there are some
+                if isinstance(batches, BatchIterator):
                     damaged = cluster.total(len(batches.damaged))
                     window[-1] |= {"data/damaged_records": damaged} if damaged else {}
                 self._log(step, window, elapsed / (step - timed_from) if step > timed_from else None)
@@ -300,7 +299,7 @@ class Loop:
         return state
 
     def _fetch(self, metrics: Mapping[str, jax.Array], step: int) -> dict[str, float]:
-        """Metrics as numbers; stops the run where the loss or the gradient is not finite."""
+        """Return metrics as numbers; UserError where the loss, gradient or update is not finite."""
         with cluster.watched(f"to end step {step}"):
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         finite = ("train/loss", "train/gradient_norm", "train/update_norm")
@@ -321,7 +320,7 @@ class Loop:
         if seconds_per_step is not None and self._began is not None:
             unit = "prompts" if self.inputs is None else "pairs"
             means[f"speed/{unit}_per_second"] = self.config.data.batch_size / seconds_per_step
-            since, first = self._began  # with all that was done between steps, such as sampling rounds
+            since, first = self._began  # includes the time between steps, such as that of sampling rounds
             seconds_left = (self.config.steps - step) * (time.monotonic() - since) / (step - first)
         self.writer.scalars(step, means)
         self.bar.show(step, means, seconds_left)
@@ -333,7 +332,7 @@ class Loop:
             self.bar.say(f"loss before the first update {loss:.6f}; policy = reference makes log 2 = {math.log(2):.6f}")
 
     def _validates_at(self, step: int) -> bool:
-        """Only a run on a data set has held-out pairs."""
+        """Whether to validate at this step; only runs on a data set have held-out pairs."""
         every = self.config.validation.every if self.inputs is not None else 0
         return bool(every) and (step % every == 0 or step == self.config.steps)
 
@@ -342,7 +341,7 @@ class Loop:
         return bool(every) and (step % every == 0 or step == self.config.steps)
 
     def _validate(self, step: int, params: Params) -> None:
-        """Implicit accuracy and errors on held-out pairs, the same timesteps and noises every time."""
+        """Log implicit accuracy and errors on held-out pairs, with the same timesteps and noises every time."""
         assert self.inputs is not None, "only a run on a data set validates"
         experiment, validation = self.experiment, self.config.validation
         sums: dict[str, float] = {}
@@ -405,6 +404,6 @@ class Loop:
         return self.workdir / "samples" / f"step_{step:06d}.png"
 
     def _encoders(self) -> Frozen:
-        """VAE and text encoders; of a run that reads encodings only while images are sampled."""
+        """Return the VAE and text encoders; a run on stored latents loads them only while it samples."""
         e = self.experiment
         return e.frozen if "vae" in e.frozen else load_encoders(self.config, e.pipeline, e.placement)

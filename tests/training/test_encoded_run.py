@@ -209,9 +209,9 @@ def test_what_training_would_refuse_is_not_encoded(config, fields, message: str)
     [
         (
             {"data.encoded_views": 1},
-            "one view of each image, but config.data.random_flip asks for more; set",
+            "one view of each image, but config.data.random_flip needs more; set",
         ),
-        ({"data.encoded_views": 2, "data.random_flip": False}, "all views would be alike: set encoded_views=1"),
+        ({"data.encoded_views": 2, "data.random_flip": False}, "all views would be equal: set encoded_views=1"),
         ({"data.encoded_views": 3}, "without random_crop an image has two views"),
         ({"data.path": "random:8"}, "needs a prepared data set"),
         ({"data.encoded_views": -1}, "encoded_views=-1 must be at least 0"),

@@ -182,7 +182,7 @@ def test_full_disk_is_told_by_its_folder(tiny_config, tmp_path, monkeypatch) -> 
         raise OSError(errno.ENOSPC, "No space left on device")  # as write() says it
 
     monkeypatch.setattr(trainer, "_announce", fail)
-    with pytest.raises(OSError, match=f"no room is left in {tmp_path}; make some, then run the same command again"):
+    with pytest.raises(OSError, match=f"the disk of {tmp_path} is full; make room, then run the same command again"):
         train(tiny_config("sd15"), tmp_path)
 
 
@@ -215,7 +215,7 @@ runpy.run_module("dpo_jax.train", run_name="__main__")
     (error,) = errors
     assert error.startswith(f"error: a checkpoint could not be written to {tmp_path}/checkpoints (")
     assert "File too large" in error
-    assert "; the one of step 2 is whole. Make room" in error
+    assert "; that of step 2 is whole. Make room" in error
     assert latest_step(tmp_path) == 2
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) < 100
 

@@ -318,4 +318,5 @@ def test_refiner_and_sd15_specs(tmp_path: Path) -> None:
     assert found["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert found["modelspec.implementation"] == "diffusers"
     assert found["modelspec.resolution"] == "48x48"
+    assert found["modelspec.description"] == "Trained for 7 steps with dpo_jax"
     assert "modelspec.license" not in found
