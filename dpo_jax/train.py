@@ -19,6 +19,13 @@ from dpo_jax.training.defaults import describe
 section("The run")
 CONFIG = cli.define_config("Experiment to run:", describe)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: a new one, or one to continue.", required=True)
+REPLAY = flags.DEFINE_string(
+    "replay",
+    None,
+    "Do not train: replay a batch that the run kept in WORKDIR/errors when a step was not finite. Prints the loss, "
+    "errors and log-ratios of the examples that are not finite, with the newest checkpoint, in the dtype of the config "
+    "and in float32.",
+)
 
 
 def main() -> None:
@@ -28,6 +35,11 @@ def main() -> None:
     with locks.locked_early(WORKDIR.value, "python -m dpo_jax.train"):
         from dpo_jax.training import command  # after the flags are checked: importing JAX takes seconds
 
+        if REPLAY.value:
+            from dpo_jax.training.replay import replay
+
+            command.run(lambda: replay(api.settled(CONFIG.value), WORKDIR.value, REPLAY.value))
+            return
         command.run(lambda: api.train(CONFIG.value, WORKDIR.value))
 
 

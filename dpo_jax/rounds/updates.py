@@ -45,9 +45,19 @@ class Updates:
         self._token_ids_PEL = token_ids_PEL
         self._rewards_PSKR, self._advantages_PSK = rewards_PSKR.astype(np.float32), advantages_PSK.astype(np.float32)
         self._step = step
+        self._read_P = np.zeros(0, int)
+        """The prompts of the batch that was read last."""
 
     def get_state(self) -> dict[str, int]:
         return {"position": self._step}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self._step = state["position"]
+
+    def describe(self, batch: PreferenceBatch) -> list[str]:
+        """The prompt of each example of the batch that was read last."""
+        prompts = [f"round {self._folder.number}, prompt {p} {self._folder.prompts[p]!r}" for p in self._read_P]
+        return [prompt for prompt in prompts for _ in range(self._plan.timesteps)]
 
     def __next__(self) -> PreferenceBatch:
         plan, config, round_number = self._plan, self._config, self._folder.number
@@ -61,7 +71,7 @@ class Updates:
         K = config.online.candidates
         of_pair = list(itertools.combinations(range(K), 2))[pair] if plan.pairs > 1 else range(K)
         rows = [self._rows(p, epoch, np.array(of_pair)) for p in here]
-        self._step += 1
+        self._step, self._read_P = self._step + 1, here
         joined: PreferenceBatch = jax.tree.map(lambda *arrays: np.concatenate(arrays), *rows)
         index_B = np.arange(len(joined.weight_B), dtype=np.int32) + jax.process_index() * plan.derived.local_batch_size
         return joined._replace(index_B=index_B)

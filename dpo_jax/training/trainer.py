@@ -63,6 +63,7 @@ from dpo_jax.training.model import (
 )
 from dpo_jax.training.needs import check_grids, check_room
 from dpo_jax.training.preemption import Notice, Preempted
+from dpo_jax.training.replay import keep_batch
 from dpo_jax.training.startup import StartupClock, keep_compiled_programs
 from dpo_jax.training.step import Frozen, TrainState, make_eval_step, reference_params
 from dpo_jax.weights.layout import Params
@@ -189,6 +190,12 @@ class Batches(Protocol):
 
     def get_state(self) -> dict[str, int]: ...
 
+    def set_state(self, state: dict[str, int]) -> None: ...
+
+    def describe(self, batch: PreferenceBatch) -> list[str]:
+        """Which record each example of a batch is, and its caption."""
+        ...
+
 
 class Loop:
     """The training loop: it steps and logs, and at intervals validates, samples and saves."""
@@ -215,6 +222,9 @@ class Loop:
             make_eval_step(experiment.compute_log_ratios, experiment.objective),
             out_shardings=replicated(experiment.mesh),
         )
+        self._batches: Batches | None = None
+        self._positions: dict[int, dict[str, int]] = {}
+        """Where the batches of the last two steps begin."""
         self._generator: Generator | None = None
         self._reference_images: np.ndarray | None = None
         """The images that the policy's are shown beside."""
@@ -240,11 +250,14 @@ class Loop:
         window: list[dict[str, float]] = []
         pending: dict[str, jax.Array] | None = None
         timer, timed_from = time.monotonic(), start
+        self._batches, self._positions = batches, {}
 
         if start < end and self.notice.given(start):
             raise Preempted(PREEMPTED.format(start))
         for step in range(start + 1, end + 1):
             interrupts.check()
+            self._positions[step] = batches.get_state()
+            self._positions.pop(step - 2, None)
             batch = self.place(next(batches))
             if self._began is None:
                 self.bar.say("compiling the training step (a minute or more for a full-size model's first start)")
@@ -307,8 +320,11 @@ class Loop:
         if bad:
             last = self.checkpoints.latest_step()
             kept = f"step {last} in {self.checkpoints.folder}" if last is not None else "none yet"
+            assert self._batches is not None
+            about = keep_batch(self.workdir, step, self._batches, self._positions[step])
+            see = " (to see which examples are not finite, add --replay=FILE to the command)" if self.inputs else ""
             raise UserError(
-                f"{bad[0]} is {values[bad[0]]} at step {step}; last good checkpoint: {kept}. "
+                f"{bad[0]} is {values[bad[0]]} at step {step}; last good checkpoint: {kept}; {about}{see}. "
                 "In a new --workdir, try a lower optimizer.learning_rate or loss.beta, or dtype=float32"
             )
         return values

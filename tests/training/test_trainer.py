@@ -1,6 +1,5 @@
 """Whole runs of the trainer on small random models: they resume, they stop, they refuse."""
 
-import itertools
 import json
 import math
 import os
@@ -19,7 +18,6 @@ import pytest
 from dpo_jax import __version__
 from dpo_jax.cli import flatten, load_config
 from dpo_jax.models.random_model import write_random_model
-from dpo_jax.training import trainer
 from dpo_jax.training.config import check_same_experiment, default_config, resolve
 from dpo_jax.training.run import open_run
 from dpo_jax.training.trainer import check_backend, train
@@ -113,24 +111,6 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
     assert whole_position == again_position == {"position": 20 * 8}
     jax.tree.map(np.testing.assert_array_equal, whole, again)
     assert int(whole["step"]) == 20
-
-
-def test_stops_on_a_loss_that_is_not_finite_and_keeps_the_last_good_checkpoint(tiny_config, tmp_path, monkeypatch):
-    config = tiny_config("sd15", steps=6)
-    assert config.checkpoint.every == 2
-    to_devices = trainer.to_devices
-
-    def poisoned(mesh):
-        batches = itertools.count(1)
-        return lambda batch: to_devices(mesh)(
-            batch._replace(weight_B=batch.weight_B * np.nan) if next(batches) == 4 else batch
-        )
-
-    monkeypatch.setattr(trainer, "to_devices", poisoned)
-    with pytest.raises(ValueError, match=r"train/loss is nan at step 4; last good checkpoint: step 2 .*learning_rate"):
-        train(config, tmp_path)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2"]
-    assert all(np.isfinite(p).all() for p in open_run(tmp_path).params.values())
 
 
 @pytest.fixture(scope="module")

@@ -295,6 +295,13 @@ class BatchIterator(Iterator[PreferenceBatch]):
         self.close()
         self._position = self._planned_to = state["position"]
 
+    def describe(self, batch: PreferenceBatch) -> list[str]:
+        """Which record each example of a batch of this stream is, and the captions that it was read with."""
+        samples = [self._samples(range(position, position + 1))[0] for position in batch.index_B.tolist()]
+        _, examples = self._builder.plan(samples)
+        name_of = self._builder.records.name_of
+        return [f"{name_of(e.record_number)} {' | '.join(dict.fromkeys(e.captions))!r}" for e in examples]
+
     def close(self) -> None:
         """End the threads; the iterator can continue with new ones."""
         if self._threads is not None:

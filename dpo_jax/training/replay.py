@@ -1,0 +1,206 @@
+"""Keep the batch of a step whose loss or gradient is not finite, and replay it to see which examples are the cause."""
+
+import io
+import zipfile
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from dpo_jax import files
+from dpo_jax.batch import Cached, PreferenceBatch, Raw, Sampled, Transitions
+from dpo_jax.cli import flatten, replaced
+from dpo_jax.errors import MissingFileError, UserError
+from dpo_jax.sharding import batch_parts, replicated, to_devices
+from dpo_jax.training.checkpoint import read_config, restore
+from dpo_jax.training.config import check_same_experiment, default_config, resolve
+from dpo_jax.training.experiment import Experiment, build
+from dpo_jax.training.model import model_fingerprints, open_model
+from dpo_jax.training.step import TrainState
+
+MAX_BYTES = 2**30
+"""Largest size of the arrays that are kept of one batch; of a larger batch the first examples are kept."""
+MAX_SHOWN = 20
+"""Samples that a replay lists."""
+INPUTS: dict[str, Any] = {"Raw": Raw, "Cached": Cached, "Sampled": Sampled}
+
+
+class Rereadable(Protocol):
+    """Batches that can be read again."""
+
+    def __next__(self) -> PreferenceBatch: ...
+
+    def set_state(self, state: dict[str, int]) -> None: ...
+
+    def describe(self, batch: PreferenceBatch) -> list[str]:
+        """Which record each example of a batch is, and its caption."""
+        ...
+
+
+def keep_batch(workdir: epath.Path, step: int, batches: Rereadable, position: dict[str, int]) -> str:
+    """Writes this process's share of a step's batch to WORKDIR/errors, and returns what to say about it.
+
+    The batch is read again, so that training need not hold on to the batches of earlier steps.
+
+    Args:
+        batches: what the step was trained on; read again from `position`, which was its state before that step.
+    """
+    try:
+        batches.set_state(position)
+        batch = next(batches)
+        names = batches.describe(batch)
+        path = write_batch(workdir, step, batch, names)
+    except (OSError, UserError) as error:
+        return f"the batch cannot be kept ({error})"
+    more = f" and {len(names) - 1} more examples" if names[1:] else ""
+    return f"the batch of {names[0]}{more} is kept in {path}"
+
+
+def write_batch(workdir: epath.Path, step: int, batch: PreferenceBatch, names: list[str]) -> epath.Path:
+    """Writes a batch, cut to `MAX_BYTES`, and beside it a text file that names every example."""
+    process = f"-process_{jax.process_index()}" if jax.process_count() > 1 else ""
+    path = workdir / "errors" / f"step_{step:06d}{process}.npz"
+    size = sum(array.nbytes for array in jax.tree.leaves(batch))
+    kept = len(names) if size <= MAX_BYTES else max(1, len(names) * MAX_BYTES // size)
+    arrays: dict[str, Any] = _arrays(jax.tree.map(lambda x: x[:kept], batch))
+    about: dict[str, Any] = {
+        "step": np.array(step),
+        "kind": np.array(type(batch.inputs).__name__),
+        "names": np.array(names[:kept]),
+    }
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays, **about)
+    files.write_whole(path, buffer.getvalue())
+    files.write_whole(path.with_suffix(".txt"), "".join(f"{name}\n" for name in names))
+    return path
+
+
+def read_batch(path: epath.PathLike) -> tuple[int, PreferenceBatch, list[str]]:
+    """The step, the batch and the names of its examples that `write_batch` wrote; UserError for any other file."""
+    data = files.read_bytes(path, 2 * MAX_BYTES)
+    try:
+        with np.load(io.BytesIO(data)) as found:
+            arrays = dict(found)
+        inputs = INPUTS[str(arrays["kind"])]
+        batch = _tuple(PreferenceBatch, arrays, "", {"inputs": inputs, "transitions": Transitions})
+        return int(arrays["step"]), batch, [str(name) for name in arrays["names"]]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not a batch that a run kept in WORKDIR/errors, or is damaged ({error})") from error
+
+
+def _arrays(part: Any, prefix: str = "") -> dict[str, np.ndarray]:
+    arrays: dict[str, np.ndarray] = {}
+    for name, value in part._asdict().items():
+        if hasattr(value, "_asdict"):
+            arrays |= _arrays(value, f"{prefix}{name}.")
+        elif value.dtype == ml_dtypes.bfloat16:  # which a .npz cannot hold
+            arrays[f"{prefix}{name}:bfloat16"] = value.view(np.uint16)
+        else:
+            arrays[f"{prefix}{name}"] = value
+    return arrays
+
+
+def _tuple(kind: Any, arrays: dict[str, np.ndarray], prefix: str, nested: dict[str, Any]) -> Any:
+    def field(name: str) -> Any:
+        path = f"{prefix}{name}"
+        if name in nested:
+            return _tuple(nested[name], arrays, f"{path}.", nested)
+        return arrays[path] if path in arrays else arrays[f"{path}:bfloat16"].view(ml_dtypes.bfloat16)
+
+    return kind(*map(field, kind._fields))
+
+
+def replay(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    file: epath.PathLike,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Computes loss, errors and log-ratios of each example of a batch that a run kept, and says which are not finite.
+
+    The weights are those of the newest checkpoint, since no others are left; timesteps, noises and dropout are those
+    of the step. Where the batch is whole, the training step itself runs too. All this in the dtype of the config and,
+    if that is another one, in float32. Nothing is trained.
+    """
+    workdir = epath.Path(workdir)
+    if jax.process_count() > 1:
+        raise UserError("--replay takes one process: it replays the share of one; run it without the others")
+    step, batch, names = read_batch(file)
+    saved = read_config(workdir)
+    if saved is None:
+        raise MissingFileError(f"{workdir} has no config.json, so it is not the work directory of a run")
+    derived = resolve(config, device_count=jax.device_count(), process_count=1)
+    fields = flatten(config) | model_fingerprints(config, open_model(config, workdir))
+    data = {name: value for name, value in saved.items() if name in ("fingerprints.data", "fingerprints.scores")}
+    check_same_experiment(fields | data, saved, workdir, default_config())  # the data set is not read
+    for dtypes in ({}, {"dtype": "float32", "vae_dtype": "float32"}):
+        one = replaced(config, dtypes)
+        if dtypes and flatten(one) == flatten(config):
+            break
+        experiment = build(one, derived, open_model(one, workdir))
+        restored = restore(workdir, experiment.abstract_state())
+        state = restored[0] if restored else experiment.initial_state()
+        weights = f"the weights of step {int(state.step)}" if restored else "the initial weights (no checkpoint yet)"
+        say(f"step {step} in {one.dtype}, with {weights}:")
+        figures = figures_of(experiment, state, batch, step)
+        for line in lines_about(figures, names):
+            say(f"  {line}")
+        if len(names) == config.data.batch_size:
+            number = jax.device_put(np.int32(step - 1), replicated(experiment.mesh))
+            place = to_devices(experiment.mesh)
+            _, metrics = experiment.train_step()(state._replace(step=number), experiment.frozen, place(batch))
+            shown = ("train/loss", "train/gradient_norm", "train/update_norm")
+            say("  the whole step: " + "  ".join(f"{name} {float(metrics[name]):.6g}" for name in shown))
+        else:
+            say(f"  the step itself cannot run: {len(names)} of its {config.data.batch_size} examples are in the file")
+
+
+def figures_of(experiment: Experiment, state: TrainState, batch: PreferenceBatch, step: int) -> dict[str, np.ndarray]:
+    """Loss, errors, accuracy and log-ratios, each [B], with the timesteps and noises of training step `step`."""
+    objective = experiment.objective
+
+    def figures(params: Any, frozen: Any, batch: PreferenceBatch, number: jax.Array) -> dict[str, jax.Array]:
+        found = experiment.score(params, frozen, batch, number, training=True)
+        preference_BK = batch.preference_BK[:, : found.log_ratio_BK.shape[1]]
+        return {
+            "loss": objective.loss(found, preference_BK),
+            **objective.metrics(found, preference_BK),
+            "log-ratio/winner": found.log_ratio_BK[:, 0],
+            "log-ratio/loser": found.log_ratio_BK[:, -1],
+        }
+
+    compute = jax.jit(figures, out_shardings=replicated(experiment.mesh))
+    place, count = to_devices(experiment.mesh), len(batch.index_B)
+    at_once = experiment.derived.micro_batch_per_device * batch_parts(experiment.mesh)
+    parts = []
+    for start in range(0, count, at_once):
+        rows = np.arange(start, start + at_once) % count  # the last part is filled with other examples
+        part = place(jax.tree.map(lambda x, rows=rows: x[rows], batch))
+        parts.append(jax.device_get(compute(state.params, experiment.frozen, part, jnp.int32(step - 1))))
+    columns = sorted(parts[0], key=lambda name: (name != "loss", name))
+    return {name: np.concatenate([part[name] for part in parts])[:count] for name in columns}
+
+
+def lines_about(figures: dict[str, np.ndarray], names: list[str]) -> list[str]:
+    """Return a table of the examples with figures that are not finite, or else of those with the largest loss."""
+    bad_B = ~np.all([np.isfinite(value_B) for value_B in figures.values()], axis=0)
+    chosen = np.flatnonzero(bad_B) if bad_B.any() else np.argsort(-figures["loss"], kind="stable")
+    if bad_B.any():
+        head = f"{bad_B.sum()} of {len(names)} examples are not finite:"
+    else:
+        head = (
+            f"all figures of {len(names)} examples are finite; the weights have changed between the checkpoint and the "
+            "step. The examples with the largest loss:"
+        )
+    lines = [head, "  ".join([*figures, "example"])]
+    for b in chosen[:MAX_SHOWN]:
+        numbers = [f"{value_B[b]:.4g}".rjust(len(name)) for name, value_B in figures.items()]
+        lines.append("  ".join([*numbers, names[b]]))
+    if len(chosen) > MAX_SHOWN:
+        lines.append(f"and {len(chosen) - MAX_SHOWN} more")
+    return lines
