@@ -165,7 +165,7 @@ def figures_of(experiment: Experiment, state: TrainState, batch: PreferenceBatch
     objective = experiment.objective
 
     def figures(params: Any, frozen: Any, batch: PreferenceBatch, number: jax.Array) -> dict[str, jax.Array]:
-        found = experiment.score(params, frozen, batch, number, training=True)
+        found = experiment.compute_log_ratios(params, frozen, batch, number, training=True)
         preference_BK = batch.preference_BK[:, : found.log_ratio_BK.shape[1]]
         return {
             "loss": objective.loss(found, preference_BK),
