@@ -2,9 +2,11 @@
 
 Importing it is cheap. These come with what they need when they are first asked for:
 
-  dpo_jax.train        fine-tune a model on preference data
+  dpo_jax.prepare      make a data set of preference data
+  dpo_jax.train        fine-tune a model on it
   dpo_jax.load_model   a model or a training run, ready to draw: load_model("runs/mine").sample("a red circle")
   dpo_jax.open_judge   a judge, which scores images
+  dpo_jax.evaluate     compare models
   dpo_jax.export       write a model in the format of other tools
 
 The commands, `dpo_jax COMMAND` or `python -m dpo_jax.COMMAND`, do the same with flags.
@@ -20,10 +22,12 @@ from typing import TYPE_CHECKING, Any
 from dpo_jax import interrupts
 
 if TYPE_CHECKING:
-    from dpo_jax.api import export as export
-    from dpo_jax.api import load_model as load_model
-    from dpo_jax.api import open_judge as open_judge
-    from dpo_jax.api import train as train
+    from dpo_jax.api.evaluation import evaluate as evaluate
+    from dpo_jax.api.models import export as export
+    from dpo_jax.api.models import load_model as load_model
+    from dpo_jax.api.preparation import prepare as prepare
+    from dpo_jax.api.training import train as train
+    from dpo_jax.rewards import open_judge as open_judge
 
 # A command begins: cli.run takes over when all is imported.
 if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0] if sys.argv else "") == "dpo_jax":
@@ -31,12 +35,20 @@ if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0] if sys.argv else "") =
 
 __version__ = "0.1.0"
 
-OFFERED = ("export", "load_model", "open_judge", "train")
+OFFERED = {
+    "evaluate": "dpo_jax.api.evaluation",
+    "export": "dpo_jax.api.models",
+    "load_model": "dpo_jax.api.models",
+    "open_judge": "dpo_jax.rewards",
+    "prepare": "dpo_jax.api.preparation",
+    "train": "dpo_jax.api.training",
+}
+"""The functions that are imported when they are first asked for, and where they are."""
 
 
 def __getattr__(name: str) -> Any:
     if name in OFFERED:
-        return getattr(importlib.import_module("dpo_jax.api"), name)
+        return getattr(importlib.import_module(OFFERED[name]), name)
     raise AttributeError(f"module 'dpo_jax' has no attribute {name!r}")
 
 

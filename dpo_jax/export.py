@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from dpo_jax import api, cli
+from dpo_jax import cli
+from dpo_jax.api.models import write_exported
 from dpo_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def main() -> None:
         raise UserError(f"--{given[0]} goes with --model; a training run has its own")
     if MODEL.value is not None and STEP.value:
         raise UserError("--step goes with --workdir; a model has no steps")
-    exported = api.write_exported(
+    exported = write_exported(
         read,
         OUTPUT.value,
         format=FORMAT.value,

@@ -20,17 +20,14 @@ compare it with its checksums:
 """
 
 import functools
-import glob
 from pathlib import Path
 
-import pydantic
 from absl import flags
 
 from dpo_jax import cli
-from dpo_jax.data.sources import SOURCES, hub, missing
-from dpo_jax.data.sources.detect import detect_source
-from dpo_jax.errors import ExistingFileError, UserError
-from dpo_jax.files import read_json
+from dpo_jax.api.preparation import prepare
+from dpo_jax.data.sources import SOURCES, hub
+from dpo_jax.errors import UserError
 
 SOURCE = flags.DEFINE_string(
     "source",
@@ -95,103 +92,29 @@ def main() -> None:
 
 
 def build(output: Path) -> None:
-    from dpo_jax.data.prepare import builder, review
-    from dpo_jax.progress import ProgressBar
+    from dpo_jax.data.prepare import review
 
-    files, source = find_input()
-    if (records := already_prepared(output, files, source)) is not None:
+    prepared = prepare(
+        INPUT.value,
+        output,
+        source=SOURCE.value,
+        workers=WORKERS.value,
+        validation_fraction=VALIDATION_FRACTION.value,
+        max_damaged_fraction=MAX_DAMAGED_FRACTION.value,
+    )
+    if prepared.summary is None:
         if not ENCODE.value:
-            print(f"already prepared: {output} ({records} records)")
+            print(f"already prepared: {output} ({prepared.records} records)")
         return
-    with ProgressBar("parts") as bar:
-        is_first = True
-
-        def show(progress: builder.Progress) -> None:
-            nonlocal is_first
-            if is_first and progress.done:
-                bar.say(f"continuing: {progress.done} of {progress.total} parts are finished")
-            is_first = False
-            bar.show(progress.step, progress.done, progress.total, records=progress.records)
-
-        summary = builder.prepare(
-            SOURCES[source],
-            files,
-            output,
-            workers=WORKERS.value,
-            validation_fraction=VALIDATION_FRACTION.value,
-            max_damaged_fraction=MAX_DAMAGED_FRACTION.value,
-            on_progress=show,
-        )
-    print(f"{summary}\nlook at      {output / review.CONTACT_SHEET} (is the winner the better image?)")
-    if "validation" in summary.prompts:
+    print(f"{prepared.summary}\nlook at      {output / review.CONTACT_SHEET} (is the winner the better image?)")
+    if "validation" in prepared.summary.prompts:
         print(f"held out     {output / review.HELDOUT_PROMPTS} (for sample --prompts)")
     print(f"written to   {output}")
-
-
-def find_input() -> tuple[list[Path], str]:
-    """The files to read, and the name of the source that reads them."""
-    source, patterns = SOURCE.value, INPUT.value
-    if source is not None and source.startswith(hub.PREFIX):
-        if patterns is not None:
-            raise UserError(
-                f"--source={source} names the input already; leave --input out, or give the layout as --source and "
-                f"--input={source}"
-            )
-        patterns, source = [source], None
-    if patterns is None:
-        raise UserError("--input is missing; name the files or folders to read")
-    files = []
-    for pattern in patterns:
-        if pattern.startswith(hub.PREFIX):
-            files += hub.fetch(pattern)
-            continue
-        # Brackets may be part of a name.
-        matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
-        if not matches:
-            raise missing(pattern)
-        files += [Path(match) for match in matches]
-    return files, source or detect_source(files)
 
 
 @flags.validator("source", "the layouts are " + ", ".join(SOURCES) + ", or hub:OWNER/NAME")
 def is_source(source: str | None) -> bool:
     return source is None or source in SOURCES or source.startswith(hub.PREFIX)
-
-
-class Inputs(pydantic.BaseModel):
-    """The part of `summary.json` that says what was prepared; `source` is the help of the layout."""
-
-    files: list[str]
-    source: str
-    validation_fraction: float
-    records: int = 0
-
-
-def already_prepared(output: Path, files: list[Path], source: str) -> int | None:
-    """The number of records where an earlier run has prepared just this, and None where nothing was prepared.
-
-    Raises FileExistsError where something else was.
-    """
-    summary_file = output / "summary.json"
-    if not summary_file.is_file():
-        return None
-    summary: Inputs = read_json(summary_file, Inputs)
-    layouts = {summary.source, SOURCES[source].help} & {known.help for known in SOURCES.values()}
-    given = [str(file) for file in files], VALIDATION_FRACTION.value
-    if (summary.files, summary.validation_fraction) != given or len(layouts) > 1:  # an earlier version's is not known
-        raise ExistingFileError(
-            f"{output} was prepared before, from another --input, --source or --validation_fraction; name another "
-            "--output or remove it, or leave --input out to encode the data set that is there"
-        )
-    written = summary_file.stat().st_mtime
-    read = [each for file in files for each in (file, *(file.rglob("*") if file.is_dir() else ()))]
-    changed = [file for file in read if max(file.stat().st_mtime, file.stat().st_ctime) > written]
-    if changed:
-        raise ExistingFileError(
-            f"{output} was prepared before {changed[0]} last changed; name another --output or remove it to prepare it "
-            "again, or leave --input out to encode the data set that is there"
-        )
-    return summary.records
 
 
 def compare(output: Path) -> None:

@@ -13,11 +13,12 @@ where it stopped. An image depends only on its prompt and seed, not on the batch
 import dataclasses
 import hashlib
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from dpo_jax import cli, locks
+from dpo_jax.api.models import load_model
 from dpo_jax.errors import UserError
 from dpo_jax.sampling.prompts import BUNDLED, FORMS
 
@@ -153,7 +154,7 @@ def draw_all() -> None:
     from etils import epath
 
     from dpo_jax import cluster
-    from dpo_jax.diffusion.samplers import SAMPLER_OF_CLASS, other_fields, own_sampler
+    from dpo_jax.diffusion.samplers import SAMPLER_OF_CLASS, other_fields
     from dpo_jax.progress import ProgressBar
     from dpo_jax.sampling.draw import begin_folder, draw, find_images, list_entries
     from dpo_jax.sampling.generate import MAX_SEED
@@ -167,17 +168,16 @@ def draw_all() -> None:
     entries = list_entries(prompts, SEED.value, SEEDS.value)
     begin_from = find_images(INIT_IMAGE.value, [prompt.number for prompt in prompts]) if INIT_IMAGE.value else []
     model = load_named_model()
-    given: dict[str, Any] = {"sampler": SAMPLER.value, "steps": STEPS.value, "guidance": GUIDANCE.value}
-    sampling = dataclasses.replace(
-        model.sampling,
-        **{name: value for name, value in given.items() if value is not None},
+    sampling = model.sampling_with(
+        sampler=SAMPLER.value,
+        steps=STEPS.value,
+        guidance=GUIDANCE.value,
         eta=ETA.value,
         guidance_rescale=GUIDANCE_RESCALE.value,
         negative_prompt=NEGATIVE_PROMPT.value,
         strength=(0.8 if STRENGTH.value is None else STRENGTH.value) if begin_from else 1.0,
     )
     schedule = model.pipeline.sampling_schedule
-    sampling = dataclasses.replace(sampling, sampler=sampling.sampler or own_sampler(schedule))
     resolution = RESOLUTION.value or model.resolution
     generator = model.generator(sampling, resolution=resolution, batch_size=BATCH_SIZE.value)
     settings = {
@@ -224,18 +224,13 @@ def load_named_model() -> "LoadedModel":
 
         run = open_run(WORKDIR.value, STEP.value, allow_nonfinite=ALLOW_NONFINITE.value)
         return run.load_model(lora=LORA.value, lora_scale=LORA_SCALE.value)
-    import jax
-
-    from dpo_jax.models.execution import Execution
-    from dpo_jax.sampling.loaded_model import open_model
-
-    return open_model(
+    return load_model(
         MODEL.value or "",
         lora=LORA.value,
         lora_scale=LORA_SCALE.value,
-        dtype=DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
+        dtype=DTYPE.value,
         vae_dtype=VAE_DTYPE.value,
-        execution=Execution(attention=ATTENTION.value or "xla"),
+        attention=ATTENTION.value or "xla",
         fsdp=FSDP.value,
         unet=UNET.value,
         vae=VAE.value,

@@ -10,7 +10,8 @@ again. The work directory receives config.json, checkpoints/, tensorboard/, metr
 
 from absl import flags
 
-from dpo_jax import api, cli, locks
+from dpo_jax import cli, locks
+from dpo_jax.api import training
 from dpo_jax.command_help import section
 from dpo_jax.errors import UserError
 from dpo_jax.training.config import check
@@ -19,6 +20,8 @@ from dpo_jax.training.defaults import describe
 section("The run")
 CONFIG = cli.define_config("Experiment to run:", describe)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: a new one, or one to continue.", required=True)
+
+section("After a step that was not finite")
 REPLAY = flags.DEFINE_string(
     "replay",
     None,
@@ -38,9 +41,9 @@ def main() -> None:
         if REPLAY.value:
             from dpo_jax.training.replay import replay
 
-            command.run(lambda: replay(api.settled(CONFIG.value), WORKDIR.value, REPLAY.value))
+            command.run(lambda: replay(training.settled(CONFIG.value), WORKDIR.value, REPLAY.value))
             return
-        command.run(lambda: api.train(CONFIG.value, WORKDIR.value))
+        command.run(lambda: training.train(CONFIG.value, WORKDIR.value))
 
 
 if __name__ == "__main__":

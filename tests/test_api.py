@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import subprocess
 import sys
 import warnings
@@ -10,9 +11,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import dpo_jax
-from dpo_jax import api
+from dpo_jax.api import training
 from dpo_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +37,7 @@ def test_importing_is_cheap_and_offers_documented_functions():
 
 def test_the_module_of_a_command_does_not_hide_the_function_of_its_name():
     importlib.import_module("dpo_jax.train")
-    assert dpo_jax.train is api.train
+    assert dpo_jax.train is training.train
 
 
 def test_jax_that_was_started_before_is_warned_of(monkeypatch):
@@ -94,3 +96,31 @@ def test_a_judge_scores_images():
     grey, noise = np.full((32, 32, 3), 128, np.uint8), np.random.default_rng(0).integers(256, size=(32, 32, 3))
     scores = judge.score([grey, noise.astype(np.uint8)], ["grey", "noise"])
     assert scores[0] > scores[1]
+
+
+def test_prepare_then_again(tmp_path):
+    arguments = {"workers": 0, "validation_fraction": 0.1}
+    prepared = dpo_jax.prepare("dpo_jax/tiny/pairs.parquet", tmp_path / "data", **arguments)
+    assert prepared.summary is not None
+    assert (prepared.folder, prepared.records > 100) == (tmp_path / "data", True)
+    again = dpo_jax.prepare(["dpo_jax/tiny/pairs.parquet"], str(tmp_path / "data"), **arguments)
+    assert (again.summary, again.records) == (None, prepared.records)
+    with pytest.raises(UserError, match="source=pickapik is not a layout"):
+        dpo_jax.prepare("dpo_jax/tiny/pairs.parquet", tmp_path / "other", source="pickapik")
+
+
+def test_evaluate_compares_folders_of_images(tmp_path):
+    for name, top in (("smooth", 1), ("noisy", 256)):
+        (tmp_path / name).mkdir()
+        for n in range(4):
+            pixels = np.random.default_rng(n).integers(top, size=(32, 32, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{n}.png")
+            (tmp_path / name / f"{n}.txt").write_text(f"prompt {n}")
+    folders = {name: str(tmp_path / name) for name in ("noisy", "smooth")}
+    output = tmp_path / "evaluation"
+    result = dpo_jax.evaluate(images=folders, judges="jpeg_compressibility", output=output)
+    assert (result["win_rate"], result["comparisons"]) == (1.0, 4)
+    assert json.loads((output / "result.json").read_text())["win_rate"] == 1.0
+    assert (output / "report.html").is_file()
+    with pytest.raises(UserError, match="names only one"):
+        dpo_jax.evaluate({"base": MODEL}, judges="shapes", output=output, prompts="bundled")

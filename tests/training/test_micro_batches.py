@@ -101,7 +101,7 @@ def test_a_run_that_had_an_accumulation_goes_on():
 
 TRAIN = """
 import sys
-from dpo_jax.api import settled
+from dpo_jax.api.training import settled
 from dpo_jax.cli import load_config
 from dpo_jax.training import command, trainer
 

@@ -1,63 +1,16 @@
-"""What `import dpo_jax` offers: the work of the commands as functions, with plain arguments in place of flags.
+"""Models that are ready to draw, and writing them for other tools, as functions."""
 
-Importing this module is cheap: JAX comes with the first function that needs it.
-"""
-
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from etils import epath
-from ml_collections import ConfigDict
 
-from dpo_jax import cli, locks
+from dpo_jax import locks
 from dpo_jax.errors import UserError
-from dpo_jax.rewards import open_judge as open_judge
 
 if TYPE_CHECKING:
     from dpo_jax.sampling.loaded_model import LoadedModel
     from dpo_jax.training.export import Exportable
-
-
-def train(config: str | ConfigDict, workdir: epath.PathLike, fields: Mapping[str, Any] | None = None) -> None:
-    """Train a model on preference pairs, or online in rounds; the same call continues a run that has stopped.
-
-        dpo_jax.train("sdxl:lora", "runs/mine", {"data.path": "data/mine", "optimizer.learning_rate": 1e-5})
-
-    Args:
-        config: name or file of a config, each with a variant if wanted ("sdxl:lora"), or a config.
-        workdir: folder of the run: a new one, or one to continue.
-        fields: values that replace those of the config, by dotted path.
-
-    Raises:
-        UserError: a value or a file cannot be used as it is; the message says what to change.
-        dpo_jax.training.preemption.Preempted: SIGTERM came. A checkpoint is saved.
-    """
-    config = cli.load_config(config) if isinstance(config, str) else config
-    if fields:
-        cli.check_fields_exist(fields, cli.flatten(config))
-        config = cli.replaced(config, dict(fields))
-    if "online" in config:
-        from dpo_jax.rounds.config import check as check_online
-        from dpo_jax.rounds.loop import learn
-
-        check_online(config)
-        learn(config, workdir, "", [])
-        return
-    from dpo_jax.training.config import check
-
-    check(config)
-    from dpo_jax.training import trainer
-
-    trainer.train(settled(config), workdir)
-
-
-def settled(config: ConfigDict) -> ConfigDict:
-    """Return the config with what it leaves to the devices chosen, by a plan, which takes seconds."""
-    if config.remat != "auto" and config.data.micro_batch:
-        return config
-    from dpo_jax.planning.search import settle
-
-    return settle(config, lambda message: print(message, flush=True))
 
 
 def load_model(
