@@ -72,17 +72,17 @@ def exportable_model(model: str, *, lora: str | None, **options: Any) -> Exporta
 
 
 def origin(exportable: Exportable, license: str = "", base_model: str = "") -> Origin:
-    """What `exportable` was made from, and under which licence; the arguments are what the user says of it."""
+    """Return the base model and licence of `exportable`; the user may state both."""
     config = exportable.card.get("config")
     return origin_of(config["model"] if config else exportable.card["model"], exportable.pipeline, license, base_model)
 
 
 def remarks(exportable: Exportable, format: str, source: Origin) -> list[str]:
-    """What whoever exports or opens the result should know, a sentence or two each."""
+    """Return what users of the export should know, a sentence or two each."""
     found = [source.remark] if source.remark else []
     if exportable.text_encoders and format in ("unet", "lora", "kohya"):
         found.append(
-            f"The LoRA also changes the text encoders, and --format={format} leaves that out; --format=diffusers and "
+            f"The LoRA also changes the text encoders, but --format={format} leaves that out; --format=diffusers and "
             "--format=single merge it."
         )
     if format == "lora":
@@ -105,9 +105,12 @@ def export(
     license: str = "",
     base_model: str = "",
 ) -> epath.Path:
-    """Writes `exportable` to the new folder `output` in one of the formats of `dpo_jax.export`; returns what to open.
+    """Write `exportable` to the new folder `output` in a format of `dpo_jax.export`; return the path to open.
 
-    Nothing is written where it fails. Raises ValueError where `output` exists, or the format can't hold the model.
+    Nothing is written if it fails.
+
+    Raises:
+        UserError: `output` exists, or the format can't hold the model.
     """
     output = epath.Path(output)
     pipeline, unet, adapter = exportable.pipeline, exportable.unet, exportable.adapter
@@ -132,7 +135,7 @@ def export(
             "choose --format=diffusers, unet or single"
         )
     check_low_rank(adapter, str(exportable.card.get("lora", exportable.title)))
-    assert dtype is not None  # a model with a LoRA has a default
+    assert dtype is not None  # models with a LoRA have a default
     specs = pipeline.unet.specs
     file = LORA_FILE if format == "lora" else f"{output.name}.safetensors"
     with new_folder(output) as target:

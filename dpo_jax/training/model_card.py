@@ -1,4 +1,4 @@
-"""README.md of an exported model: what it is, how to open it, how it was made, and what was measured."""
+"""The model card (README.md) of an export: what it is, how to open it, how it was made, and how it was measured."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -46,17 +46,17 @@ def model_card(
     origin: Origin,
     remarks: Sequence[str] = (),
 ) -> str:
-    """The text of README.md, its front matter as the hub reads it; no path of this machine is in it.
+    """Return the text of README.md, with front matter for the hub and without paths of this machine.
 
     Args:
-        facts: of a training run `config` (as in config.json), `step`, `validation` (metrics of the newest one) and
-            `result` (of `dpo_jax.evaluate`, or None); of a mere conversion `model` and perhaps `lora`.
+        facts: for a training run, `config` (as in config.json), `step`, `validation` (its figures at that step) and
+            `result` (of `dpo_jax.evaluate`, or None); for a converted model, `model` and perhaps `lora`.
         pipeline: the model.
-        format: one of those of `dpo_jax.export`.
+        format: one of the formats of `dpo_jax.export`.
         name: of the folder.
         dtype: of the weights.
-        origin: what it was made from, and the licence.
-        remarks: sentences that whoever opens it should read.
+        origin: base model and licence.
+        remarks: sentences for whoever opens the model.
     """
     config = facts.get("config")
     source = config["model"] if config else facts["model"]
@@ -76,7 +76,7 @@ def model_card(
             *(["lora"] if _is_lora(format) else []),
         ],
     )
-    # Left to themselves, diffusers opens half-precision weights in float32 and transformers does not.
+    # By default diffusers opens half-precision weights in float32, and transformers does not.
     is_half = dtype != "float32" and not _is_lora(format)
     use = USE[format].format(
         folder=name,
@@ -85,7 +85,7 @@ def model_card(
         pipeline=pipeline.class_name,
         dtype=f", torch_dtype=torch.{dtype}" if is_half else "",
     )
-    # What diffusers opens a single file with is the published model's scheduler.
+    # diffusers opens a single file with the scheduler of the published model.
     if any(unlike_published(pipeline).values()) and (format == "single" or (is_single and format != "diffusers")):
         arguments = ", ".join(f"{field}={value!r}" for field, value in _scheduler(pipeline).items())
         scheduler = pipeline.schedule.class_name
@@ -114,7 +114,7 @@ def model_card(
 
 
 def _scheduler(pipeline: Pipeline) -> dict[str, Any]:
-    """What the noise schedule is, by the names of diffusers' fields."""
+    """Return the noise schedule under the names of diffusers' fields."""
     fields: dict[str, Any] = {"prediction_type": "v_prediction" if pipeline.predicts_velocity else "epsilon"}
     if pipeline.ends_in_noise:
         fields["rescale_betas_zero_snr"] = True
@@ -124,16 +124,16 @@ def _scheduler(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def _when(measured: float | None, exported: int) -> str:
-    """At which step figures were measured, which is not always that of the weights."""
+    """Return a sentence with the step of the figures, which may differ from that of the weights."""
     if measured is None:
-        return "It is not known at which step this was measured."
+        return "The step of these figures is unknown."
     if measured == exported:
         return f"Measured after step {exported}, on these weights."
     return f"Measured after step {measured:.0f}; the weights here are those after step {exported}."
 
 
 def _measured(result: Mapping[str, Any]) -> list[str]:
-    """Of a comparison with the base, or of the rounds of online learning."""
+    """Return lines about a comparison with the base, or about the rounds of online learning."""
     if "rounds" in result:
         first, last = (result["rounds"][end] for end in (0, -1))
         return [
@@ -146,14 +146,14 @@ def _measured(result: Mapping[str, Any]) -> list[str]:
     models = result.get("settings", {}).get("models", {})
     return [
         *(f"- measured on {name}: {fingerprint}" for name, fingerprint in models.items()),
-        f"- win rate over the base: {result['win_rate']:.1%}, 95% interval [{result['win_rate_low']:.1%}, "
-        f"{result['win_rate_high']:.1%}], {result['comparisons']} comparisons, {result['ties']} ties count half",
+        f"- win rate over the base: {result['win_rate']:.1%}, 95% confidence interval [{result['win_rate_low']:.1%}, "
+        f"{result['win_rate_high']:.1%}], {result['comparisons']} comparisons, {result['ties']} ties count 1/2",
         f"- judge's mean score: base {result['base_score']:.4g}, tuned {result['tuned_score']:.4g}",
     ]
 
 
 class _Comparison(TypedDict):
-    """What `dpo_jax.evaluate` writes, as far as a card tells it."""
+    """The part of the result of `dpo_jax.evaluate` that a card shows."""
 
     win_rate: float
     win_rate_low: float
@@ -179,13 +179,13 @@ class _Round(TypedDict):
 
 
 class _Rounds(TypedDict):
-    """What `dpo_jax.online` writes, likewise."""
+    """The part of the result of `dpo_jax.online` that a card shows."""
 
     rounds: Annotated[list[_Round], pydantic.Field(min_length=1)]
 
 
 def read_result(workdir: epath.PathLike) -> dict[str, Any] | None:
-    """What `dpo_jax.evaluate` or `dpo_jax.online` wrote, or None. Raises ValueError where it is damaged."""
+    """Return what `dpo_jax.evaluate` or `dpo_jax.online` wrote, or None; UserError where it is damaged."""
     path = epath.Path(workdir) / "result.json"
     if not path.exists():
         return None
@@ -195,7 +195,7 @@ def read_result(workdir: epath.PathLike) -> dict[str, Any] | None:
 
 
 def _method(config: Mapping[str, Any]) -> str:
-    """The key of METHODS: some are told by what their loss is given."""
+    """Return the key of METHODS; some methods share a loss and differ in other fields."""
     if config.get("online.latent_judge"):
         return "lpo"
     if config.get("online.branching") and config["loss.name"] == "d3po":

@@ -1,4 +1,4 @@
-"""What an exported model was made from, and under which licence, as cards and files say it; no word of local paths."""
+"""The base and the licence of an exported model, as its card and files state them, without paths of this machine."""
 
 import datetime
 import re
@@ -13,23 +13,24 @@ from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.weights.hub import HUB_ID
 
 _LOCAL = re.compile(r"~[\w.-]*(/|$)|[A-Za-z]:[\\/]|/|\\\\\w|file:/")
-"""How paths begin that only mean something on one machine."""
+"""The beginning of a path that has a meaning only on one machine."""
 
 
 class Origin(NamedTuple):
     """The base of an exported model."""
 
     base_model: str | None
-    """Its hub id, where it is known."""
+    """The hub id of the base, if it is known."""
     license: License | None
     remark: str = ""
-    """What is guessed or not known, and how to say it."""
+    """What is unknown or assumed, and the flag that states it."""
 
 
 def origin_of(model: str, pipeline: Pipeline, license: str = "", base_model: str = "") -> Origin:
-    """The origin of a model that was opened as `model`; `license` and `base_model` are what the user says.
+    """Return the origin of a model that was opened as `model`; the user may state `license` and `base_model`.
 
-    Raises ValueError where they are not what the hub's model cards take.
+    Raises:
+        UserError: these are not ids that model cards of the hub take.
     """
     named = HUB_ID.fullmatch(base_model)
     if base_model and (named is None or named["repo"] != base_model):
@@ -42,18 +43,18 @@ def origin_of(model: str, pipeline: Pipeline, license: str = "", base_model: str
     repo = hub_id["repo"] if hub_id and not epath.Path(model).expanduser().exists() else None
     base, family = base_model or repo, pipeline.family
     if license:
-        known = license == family.license.id  # of "other" the name and link are needed too
+        known = license == family.license.id  # "other" also needs the name and link
         return Origin(base, family.license if known else License(license))
     if base in (family.published, *family.also_published):
         return Origin(base, family.license)
     what = f"{base}" if base else "the base model"
     if not pipeline.is_of_published_size:
-        return Origin(base, None, f"The licence of {what} is not known: state it with --license{_and_base(base)}.")
+        return Origin(base, None, f"The licence of {what} is unknown. State it with --license{_and_base(base)}.")
     return Origin(
         base,
         family.license,
-        f"The licence is that of {family.published}, which models of this family usually come from; if {what} has "
-        f"another, state it with --license{_and_base(base)}.",
+        f"The licence is that of {family.published}, the usual base of this family. If {what} has another, "
+        f"state it with --license{_and_base(base)}.",
     )
 
 
@@ -62,7 +63,7 @@ def _and_base(base: str | None) -> str:
 
 
 def without_paths(value: Any) -> Any:
-    """A JSON value whose texts name the last part only of what lies on this machine."""
+    """Return a JSON value in which paths of this machine are replaced by their last part."""
     if isinstance(value, Mapping):
         return {name: without_paths(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -71,7 +72,7 @@ def without_paths(value: Any) -> Any:
 
 
 def public_name(text: str) -> str:
-    """A text with the last part only of absolute paths, also of those in lists such as `NAME=PATH:PATH`."""
+    """Return a text with absolute paths replaced by their last part, also in lists such as `NAME=PATH:PATH`."""
     if _LOCAL.match(text) and not re.search("[=,;]", text):
         return _last_part(text)
     parts = re.split(r"([=,;\s'\"()]|(?<!\b[A-Za-z]):(?!//))", text)
@@ -83,7 +84,7 @@ def _last_part(path: str) -> str:
 
 
 def model_spec(facts: Mapping[str, Any], pipeline: Pipeline, format: str, title: str, origin: Origin) -> dict[str, str]:
-    """What a .safetensors file says about itself, by Stability's ModelSpec 1.0.0; web UIs and hubs show it.
+    """Return the metadata of a .safetensors file by Stability's ModelSpec 1.0.0, which web UIs and hubs show.
 
     `facts` are those of `model_card`.
     """

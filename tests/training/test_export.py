@@ -84,7 +84,7 @@ def test_model_card_says_how_it_was_made_and_what_was_measured(run, tmp_path):
     assert front["pipeline_tag"] == "text-to-image"
     assert "base_model" not in front  # a made model has no hub id
     assert "trained by [Diffusion-DPO](https://arxiv.org/abs/2311.12908) for 2 steps" in text
-    assert "62.5%, 95% interval [50.0%, 75.0%], 40 comparisons" in text
+    assert "62.5%, 95% confidence interval [50.0%, 75.0%], 40 comparisons" in text
     assert "| pair_accuracy |" in text
     config = json.loads(re.search(r"```json\n(.*)```", text, re.DOTALL)[1])
     assert config == read_config(run)

@@ -141,14 +141,14 @@ def test_sizes_of_a_mesh_that_divide_by_zero():
             training_config.check(offline(**fields))
 
 
-def test_rates_that_overflow_or_take_all_of_a_weight():
+def test_rates_that_overflow_or_remove_whole_weights():
     scaled = {"optimizer.learning_rate": 3e38, "optimizer.scale_by_batch": True, "optimizer.weight_decay": 0.0}
     with pytest.raises(
         ValueError, match=r"learning_rate=3e\+38 is 2\.4e\+39 after scale_by_batch, more than 1e\+30; lower it"
     ):
         training_config.check(offline(**scaled, **{"data.batch_size": 8}))
     fields = {"optimizer.learning_rate": 0.5, "optimizer.scale_by_batch": False}
-    with pytest.raises(ValueError, match=r"weight_decay=2\.0 times the learning rate of 0\.5 takes all of a weight"):
+    with pytest.raises(ValueError, match=r"weight_decay=2\.0 times the learning rate of 0\.5 removes whole weights"):
         training_config.check(offline(**fields, **{"optimizer.weight_decay": 2.0}))
     training_config.check(offline(**fields, **{"optimizer.weight_decay": 1.9}))
 

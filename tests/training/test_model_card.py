@@ -143,7 +143,7 @@ def test_licence_and_base_in_the_card(model: str, license: str | None, base: str
     text = model_card({"model": model}, pipeline, "diffusers", "mine", "float32", origin, [origin.remark])
     card = ModelCard(text)
     assert (card.data.license, card.data.base_model) == (license, base)
-    assert ("is not known: state it with --license" in text) == (license is None)
+    assert ("is unknown. State it with --license" in text) == (license is None)
     assert "/home" not in text
 
 
