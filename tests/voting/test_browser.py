@@ -262,6 +262,7 @@ def test_zoom(page, tmp_path):
 
 def test_ranks_by_keys_and_clicks(page, tmp_path):
     opened = page("--mode=rank", folders=("a", "b", "c")).start()
+    assert opened.text("#keys").startswith("Keys: 1 to 3 choose an image")
     opened.find("body").send_keys("3", Keys.BACKSPACE, "2", "1")  # the last rank follows by itself
     assert [mark.text for mark in opened.find_all(".mark")] == ["2", "1", "3"]
     opened.find("body").send_keys(Keys.ENTER)
@@ -280,11 +281,11 @@ def test_points_by_keys_and_clicks(page, tmp_path):
     assert not opened.find("#save").is_enabled()
     opened.find("body").send_keys("4", "2", Keys.BACKSPACE, "5", Keys.ENTER)
     opened.until(lambda: opened.text("#count") == "1 of 3 answered").wait("ready")
-    for row, points in zip(opened.find_all(".points"), (1, 3), strict=True):
+    for row, points in zip(opened.find_all(".points"), (1, 5), strict=True):
         row.find_elements(By.TAG_NAME, "button")[points - 1].click()
     opened.find("#save").click()
     opened.until(lambda: opened.text("#count") == "2 of 3 answered")
-    assert [[vote.answer[k] for k in vote.shown] for vote in _votes(tmp_path)] == [[4, 5], [1, 3]]
+    assert [[vote.answer[k] for k in vote.shown] for vote in _votes(tmp_path)] == [[4, 5], [1, 5]]
 
 
 def test_tags_by_keys(page, tmp_path):

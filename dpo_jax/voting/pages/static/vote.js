@@ -28,7 +28,7 @@ const choices = CHOICES[page.mode];
 const KEYS = {
   pairs: [["←", "or", "1"], "image 1", ["→", "or", "2"], "image 2", ...(page.ties ? [["space"], "both alike"] : []), ["Backspace"], "undo", ["Z"], "enlarge"],
   tag: [["←", "or", "N"], "no", ["→", "or", "Y"], "yes", ["Backspace"], "undo", ["Z"], "enlarge"],
-  rank: [["1", "2", "3"], "choose an image", ["Enter"], "save", ["Backspace"], "undo", ["Z"], "enlarge"],
+  rank: [["1", "to", "last"], "choose an image", ["Enter"], "save", ["Backspace"], "undo", ["Z"], "enlarge"],
   points: [["1", "to", "5"], "points for the framed image", ["Enter"], "save", ["Backspace"], "undo", ["Z"], "enlarge"],
 };
 
@@ -88,8 +88,9 @@ function thank() {
 
 // Shows keys and what they do: a list of names of keys, then a word, and so on.
 function drawKeys() {
-  const words = ["or", "to"];
-  const shown = (part) => (Array.isArray(part) ? part.map((key) => (words.includes(key) ? ` ${key} ` : element("kbd", { textContent: key }))) : [` ${part}`, element("span", { className: "gap" })]);
+  const name = (key) => (key === "last" ? Math.min(screen.images.length, 9) : key);
+  const draw = (key) => (key === "or" || key === "to" ? ` ${key} ` : element("kbd", { textContent: name(key) }));
+  const shown = (part) => (Array.isArray(part) ? part.map(draw) : [` ${part}`, element("span", { className: "gap" })]);
   $("keys").replaceChildren("Keys: ", ...KEYS[page.mode].flatMap(shown));
 }
 
