@@ -1,32 +1,32 @@
-"""How fast preference data is read: by this loader, by PyTorch as diffusers' SDXL DPO script uses it, by bare decoding.
+"""Compares the speed of reading preference data: this loader, PyTorch's in diffusers' SDXL DPO script, bare decoding.
 
   python benchmarks/loader.py --json=loader.json
 
 Makes two data sets in Pick-a-Pic's parquet schema, of photo-like JPEGs (noise whose amplitude falls as 1 / f^1.3, with
-ellipses; quality 95) of 512 and of 1024 pixels: 102 and 339 kB an image, where Pick-a-Pic's v2 has 197 kB on
-average. Each is prepared by `dpo_jax.prepare` and read at its own resolution: centre crop, random flip (ours leaves it
-to the device), two tokenizers of 77 tokens, 8 pairs a batch, files in the page cache, on all cores. Captions come 20
-times, in Pick-a-Pic 15 times. It is read by
+ellipses; quality 95) of 512 and of 1024 pixels: 102 and 339 kB per image; Pick-a-Pic v2 has 197 kB on average. Each is
+prepared by `dpo_jax.prepare` and read at its own resolution: centre crop, random flip (on the device in dpo_jax), two
+tokenizers of 77 tokens, 8 pairs per batch, files in the page cache, on all cores. Each caption occurs 20 times, in
+Pick-a-Pic 15 times. The contestants are
 
-  bare            JPEG to an RGB array and nothing else, one process a core, with the loader's decoder (simplejpeg); to
-                  write into one array instead of a new one each time makes no difference
+  bare            JPEG to an RGB array and nothing else, one process per core, with the loader's decoder (simplejpeg);
+                  writing into one array instead of a new one each time makes no difference
   bare pillow     the same with Pillow
   ours            `make_iterator`
   cache           `make_iterator` over latents and embeddings of SDXL's shapes, as `prepare --encode` stores them
   shipped         PyTorch's DataLoader over a Hugging Face `datasets` table, as diffusers' script
                   examples/research_projects/diffusion_dpo/train_diffusion_dpo_sdxl.py has it: it decodes the first
                   image of a pair twice, and all in the training process
-  shipped workers the same with one worker process a core
-  fixed           that without the second decode: the best to be had of it without rewriting it
+  shipped workers the same with one worker process per core
+  fixed           that without the second decode: the fastest version that does not rewrite it
 
-torchvision isn't needed: what its transforms do to tensors (resize, crop, flip, normalise) is spelled out in PyTorch.
-First it compares the loaders' pixels of all records, at the data's resolution and at three quarters of it.
+torchvision is not needed: what its transforms do to tensors (resize, crop, flip, normalise) is written in PyTorch.
+First the pixels of the loaders are compared for all records, at the data's resolution and at three quarters of it.
 
-A figure is the median of several rounds, in which the contestants take turns, each in a fresh process and timed in full
-swing, after six seconds: by then we have read most captions once and kept their tokens, as for all but a fifteenth of
-the first epoch of Pick-a-Pic; PyTorch's loaders tokenise each anew. Beside the pairs a second stands the CPU time that
-all processes of a contestant take for a pair, which other work on the machine disturbs less. Needs 6 GB of disk in the
-temporary folder (TMPDIR); some twenty-five minutes on two cores. The last result is committed beside this file.
+Each figure is the median of several rounds, in which the contestants take turns, each in a new process and timed after
+six seconds. By then dpo_jax has read most captions once and kept their tokens, as for all but a fifteenth of the first
+epoch of Pick-a-Pic; PyTorch's loaders tokenise every caption again. Beside pairs per second the table has the CPU time
+that all processes of a contestant take per pair, which other work on the machine disturbs less. It needs 6 GB of disk
+in the temporary folder (TMPDIR) and about 25 minutes on two cores. The last result is committed beside this file.
 
   python benchmarks/loader.py --memory
 
@@ -100,7 +100,7 @@ def report(results: Any) -> None:
 
 
 def race(case: Case, rounds: int, run_up: float, seconds: float) -> dict[str, Any]:
-    """Medians of pairs a second and of milliseconds of CPU a pair, and their ratios."""
+    """Return the medians of pairs per second and of CPU milliseconds per pair, and their ratios."""
     write_records(case.folder / "prepared", 20_000)  # shuffling few takes Grain longer than shuffling many
     runs: dict[str, Callable[[], dict[str, float]]] = {
         "bare": lambda: bare(case, seconds),
@@ -149,7 +149,7 @@ def race(case: Case, rounds: int, run_up: float, seconds: float) -> dict[str, An
 
 
 def timed(reader: Callable[[Case], Any], case: Case, run_up: float, seconds: float) -> dict[str, float]:
-    """In full swing, after `run_up` seconds: what had been read ahead is used up."""
+    """Time a contestant after `run_up` seconds, when the batches read ahead are used up."""
     with reader(case) as batches:
         started = time.monotonic()
         while time.monotonic() - started < run_up:
@@ -177,7 +177,7 @@ def family() -> list[int]:
 
 
 def stat(folder: Path) -> list[str]:
-    """Fields of /proc/PID/stat from the third on; the second, a name in brackets, may contain spaces."""
+    """Return the fields of /proc/PID/stat from the third on; the second, in parentheses, may contain spaces."""
     return (folder / "stat").read_text().rpartition(")")[2].split()
 
 
@@ -187,13 +187,13 @@ def cpu_seconds() -> float:
 
 
 def memory(process: int) -> int:
-    """Bytes that belong to a process alone, and its part of what it shares; without files, which can be dropped."""
+    """Return the bytes of a process alone plus its part of shared ones, without files, which can be dropped."""
     rows = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     return 1024 * sum(int(row.split()[1]) for row in rows if row.startswith(("Pss_Anon", "Pss_Shmem")))
 
 
 def memory_growth(records: int, early: int, late: int) -> list[dict[str, Any]]:
-    """What the loader holds with `records` records and with ten times as many, after `early` and `late` batches.
+    """Return the memory of the loader with `records` records and ten times as many, after `early` and `late` batches.
 
     The records refer to a few hundred images of 64 pixels.
     """
@@ -223,7 +223,7 @@ def held(case: Case, after: Sequence[int]) -> dict[str, int]:
 
 
 def feeding(results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """What a host of each consumer reads, and on how many cores like these."""
+    """Return what a host of each consumer reads, and on how many cores like these."""
     contestants = results["contestants"]
     moments, context, pooled = 2 * 128 * 128 * 8 * 2, 77 * 2048 * 2, 1280 * 2
     found = {}

@@ -1,4 +1,4 @@
-"""What benchmarks/loader.py times: this loader and PyTorch's, each a context in which batches are read endlessly, and
+"""The contestants of benchmarks/loader.py: this loader and PyTorch's, each a context that yields batches endlessly, and
 bare decoding."""
 
 import contextlib
@@ -70,7 +70,7 @@ def theirs(case: Case) -> Iterator[Iterator[Any]]:
 
 
 class Preprocess:
-    """What the script does to a few rows of the table, step by step."""
+    """The transformation that the script applies to a few rows of the table."""
 
     def __init__(self, case: Case):
         from transformers import CLIPTokenizer
@@ -125,7 +125,7 @@ def to_tensor(image: Image.Image) -> Any:
 
 
 def resized(image_CHW: Any, resolution: int) -> Any:
-    """Bilinear with antialiasing, the shorter side to `resolution`, as torchvision's Resize does to tensors."""
+    """Resize the shorter side to `resolution`, bilinear with antialiasing, as torchvision's Resize does to tensors."""
     import torch
 
     height, width = image_CHW.shape[1:]
@@ -144,7 +144,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def largest_difference(case: Case) -> float:
-    """Between our pixels and theirs, 0 to 255, over all records; without flips."""
+    """Return the largest difference between the loaders' pixels, 0 to 255, over all records, without flips."""
     case = case._replace(flip=False)
     images = list(in_order(case))
     with theirs(case) as batches:
@@ -160,7 +160,7 @@ def largest_difference(case: Case) -> float:
 
 
 def bare(case: Case, seconds: float) -> dict[str, float]:
-    """All cores decode images that are in memory; none is kept."""
+    """Decode images from memory on all cores; none is kept."""
     files = list(itertools.chain.from_iterable(itertools.islice(in_order(case), 200)))
     with ProcessPoolExecutor(CORES, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(decode_for, [files] * CORES, [case.pillow] * CORES, [0.1] * CORES))
@@ -173,7 +173,7 @@ def bare(case: Case, seconds: float) -> dict[str, float]:
 
 
 def decode_for(files: Sequence[bytes], pillow: bool, seconds: float) -> tuple[int, float, float]:
-    """(images, seconds passed, CPU seconds) of one process."""
+    """Return (images, seconds passed, CPU seconds) of one process."""
     images, started, cpu_started = 0, time.monotonic(), time.process_time()
     for data in itertools.cycle(files):
         _ = np.asarray(opened(data)) if pillow else simplejpeg.decode_jpeg(data)

@@ -1,4 +1,4 @@
-"""The data that benchmarks/loader.py reads: photo-like JPEGs in Pick-a-Pic's schema, prepared and encoded."""
+"""Makes the data that benchmarks/loader.py reads: photo-like JPEGs in Pick-a-Pic's schema, prepared and encoded."""
 
 import io
 import itertools
@@ -31,7 +31,7 @@ class Case(NamedTuple):
     """What a contestant reads, and how."""
 
     folder: Path
-    """Of `pairs.parquet`, `prepared/`, `tokenizers/`, and what `datasets` makes of the first."""
+    """Folder of `pairs.parquet`, `prepared/`, `tokenizers/`, and the table that `datasets` makes of the first."""
     resolution: int
     workers: int = 0
     flip: bool = True
@@ -40,7 +40,7 @@ class Case(NamedTuple):
 
 
 def make_data(case: Case, records: int, distinct: int) -> int:
-    """Fills the folder; returns the mean size of an image in bytes."""
+    """Fill the folder and return the mean size of an image in bytes."""
     photos = [photo(seed, case.resolution) for seed in range(distinct)]
     write_pickapic(case.folder / "pairs.parquet", photos, records)
     prepare(SOURCES["pickapic"], [case.folder / "pairs.parquet"], case.folder / "prepared", validation_fraction=0.0)
@@ -67,7 +67,7 @@ def photo(seed: int, side: int) -> bytes:
 
 
 def write_pickapic(file: Path, photos: Sequence[bytes], records: int) -> None:
-    """Every image is another file: a comment numbers them."""
+    """Write the table; a numbered comment makes every image a different file."""
 
     def image(number: int) -> bytes:
         photo = photos[number % len(photos)]
@@ -94,7 +94,7 @@ def write_pickapic(file: Path, photos: Sequence[bytes], records: int) -> None:
 
 
 def write_tokenizers(folder: Path) -> None:
-    """The bundled model's, with room for as many tokens as SDXL's."""
+    """Write the tokenizers of the bundled model, with as many tokens as SDXL's."""
     for name in TOKENIZERS:
         shutil.copytree(ROOT / "dpo_jax" / "tiny" / "model" / name, folder / name)
         config = json.loads((folder / name / "tokenizer_config.json").read_text())
@@ -102,7 +102,7 @@ def write_tokenizers(folder: Path) -> None:
 
 
 def write_encodings(case: Case) -> None:
-    """Random latents and embeddings of SDXL's shapes, laid out as `prepare --encode` does."""
+    """Write random latents and embeddings of SDXL's shapes as `prepare --encode` stores them."""
     data = open_prepared(case.folder / "prepared")
     folder = encoded_folder(case)
     folder.mkdir(parents=True)
@@ -132,7 +132,7 @@ def encoded_folder(case: Case) -> Path:
 
 
 def write_records(folder: Path, count: int) -> None:
-    """Replaces the records by many, of the same images and captions."""
+    """Replace the records by many with the same images and captions."""
     before = open_prepared(folder)
     images = np.random.default_rng(0).integers(len(before.images), size=(count, 2)).tolist()
     captions = itertools.cycle(before.records["caption"].to_pylist())

@@ -1,14 +1,14 @@
-"""Online methods beside each other on the tiny world: score against images judged and against UNet evaluations.
+"""Compares online methods on the tiny world: score against images judged and against UNet evaluations.
 
   python benchmarks/online.py --output=runs/online
 
-Every method starts from the same base and learns by the exact judge, until its judge has seen the same number of
-images; so much as JPEG files, too, and D3PO by both of its update rules on 7 candidates. Three seeds each. Then the
-base and all models draw the held-out captions, and the same judge scores them: means of all seeds, with 95% intervals
-over captions, and each seed's rise, which differ by more than that. Writes OUTPUT/online.json, OUTPUT/online.md and
-OUTPUT/online.png, which has the scores in training against UNet evaluations and against updates; the last results are
-committed beside this file. Some two hours on two CPU cores; the same command continues. --only and --seeds take part of
-it: other rows are left as they are in OUTPUT.
+Every method starts from the same base and learns from the exact judge until the judge has seen the same number of
+images. The methods also learn from the size of JPEG files, and D3PO with both of its update rules on 7 candidates, with
+three seeds each. Then the base and all models draw the held-out captions, and the same judge scores them: means of all
+seeds with 95% confidence intervals over captions, and the rise of each seed, which differ by more than that. Writes
+OUTPUT/online.json, OUTPUT/online.md and OUTPUT/online.png, which has the scores in training against UNet evaluations
+and against updates; the last results are committed beside this file. It takes about two hours on two CPU cores; the
+same command continues. --only and --seeds run a part of it, and leave other rows in OUTPUT as they are.
 """
 
 import json
@@ -37,11 +37,11 @@ BASE = "dpo_jax/tiny/model"
 class Method(NamedTuple):
     variants: str
     images_a_round: int
-    """What its judge sees."""
+    """Images that the judge sees per round."""
     judge: str = "shapes"
     fields: tuple[str, ...] = ()
     share: float = 1.0
-    """Of --images."""
+    """Share of --images that its judge sees."""
 
 
 SEVEN = ("--config.online.candidates=7", "--config.online.prompts_per_round=16", "--config.online.reference=round")
@@ -97,7 +97,7 @@ def learn(method: Method, folder: Path, seed: int) -> None:
 
 
 def evaluate(output: Path, methods: dict[str, Method], seed: int) -> None:
-    """All models of a seed draw the same captions from the same noises."""
+    """Draw the same captions from the same noises with all models of a seed."""
     models = [f"{workdir('', name, seed).name}={workdir(output, name, seed)}" for name in methods]
     judges = sorted({method.judge for method in methods.values()}, reverse=True)
     run(
@@ -116,7 +116,7 @@ def evaluate(output: Path, methods: dict[str, Method], seed: int) -> None:
 
 
 def row(output: Path, name: str, method: Method) -> dict[str, Any]:
-    """Held-out scores before and after, and what a run took."""
+    """Return the held-out scores before and after a run, and its cost."""
     from dpo_jax.evaluation.compare import match
     from dpo_jax.evaluation.winrate import mean_over_prompts
 
@@ -168,7 +168,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Mean scores of the rounds' own images, by the exact judge, against what had been spent until then."""
+    """Plot the mean scores of the images of each round, by the exact judge, against the cost until then."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), layout="constrained")

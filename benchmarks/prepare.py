@@ -1,20 +1,20 @@
-"""Preparing ten times the records takes no more memory, and two workers share the work of a small input.
+"""Measures whether prepare needs more memory for ten times the records, and how two workers share a small input.
 
   python benchmarks/prepare.py --json=prepare.json
 
-Makes files of Pick-a-Pic's schema in a temporary folder (TMPDIR, 4 GB) and prepares them, each time in a fresh process:
+Makes files of Pick-a-Pic's schema in a temporary folder (TMPDIR, 4 GB) and prepares them, each time in a new process:
 
   records      20,000 pairs of tiny images that are all different, and ten times as many
-  row group    1,000 pairs of 500 KB an image in one row group, in pages of one row, and in one page, as pyarrow writes
-               them by default
+  row group    1,000 pairs with 500 KB per image in one row group, in pages of one row, and in one page, as pyarrow
+               writes them by default
   small input  1,200 pairs of 512 x 512 pixels, with one worker and with two, which take turns
 
-Some five minutes on two CPU cores. The last result is committed beside this file. Of each it reports
+It takes about five minutes on two CPU cores. The last result is committed beside this file. It reports for each
 
-  main, worker  peak anonymous memory (RssAnon of /proc/PID/status, every 10 ms) of the process that was called and of
-                the largest of its workers; a file's pages, which the kernel drops when it likes, don't count
-  cpu, busiest  user and system time of all processes together, and of the busiest: what two workers would take by the
-                clock on two cores of their own
+  main, worker  peak anonymous memory (RssAnon of /proc/PID/status, every 10 ms) of the main process and of its largest
+                worker; pages of files, which the kernel may drop at any time, are not counted
+  cpu, busiest  user and system time of all processes together, and of the busiest one: the time that two workers would
+                take on two cores of their own
 """
 
 import io
@@ -79,7 +79,7 @@ def run(case: str, folder: Path, workers: int) -> dict[str, Any]:
 
 
 def measure(folder: Path, workers: int) -> dict[str, Any]:
-    """What this process and its workers take to prepare the files in `folder`."""
+    """Return the memory and the time of this process and its workers for preparing the files in `folder`."""
     started, cpu_before = time.time(), all_cpu_seconds()
     with Watch() as watch, tempfile.TemporaryDirectory(dir=folder.parent) as output:
         summary = prepare(SOURCES["pickapic"], sorted(folder.iterdir()), Path(output), workers=workers)
@@ -137,7 +137,7 @@ def cpu_seconds(process: int) -> float:
 
 
 def proc(process: int, file: str) -> str:
-    """A file of /proc/PID, empty when the process has ended."""
+    """Return the text of a file of /proc/PID, empty if the process has ended."""
     try:
         return Path(f"/proc/{process}/{file}").read_text()
     except OSError:
@@ -145,7 +145,7 @@ def proc(process: int, file: str) -> str:
 
 
 def all_cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
+    """Return the CPU time of this process and of its children that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
@@ -178,7 +178,7 @@ def write(folder: Path, pairs: int, image: Callable[[int], bytes], rows_a_group:
 
 
 def padded(side: int, format: str, size: int) -> Callable[[int], bytes]:
-    """Makes images of two kinds, all different in their bytes: behind the end of an image anything may stand."""
+    """Write images of two kinds whose bytes all differ, by data after the end of the image."""
     numbers = itertools.count()
     images = [image(side, format, kind) for kind in range(2)]
     return lambda kind: images[kind] + next(numbers).to_bytes(8) + bytes(max(size - len(images[kind]), 0))

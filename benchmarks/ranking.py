@@ -1,11 +1,11 @@
-"""Do judges put models in the order that is known? On the tiny world, over three runs of different seeds.
+"""Tests whether judges order models as is known, on the tiny world with three seeds.
 
   python benchmarks/ranking.py --output=runs/ranking
 
-Three models: the base, Diffusion-DPO of the demo's pairs stopped half way, and in full. They are put in order by the
-exact judge, by the implicit reward (that of another run's model, so that none judges its own images), and by a panel of
-five simulated raters, each wrong a quarter of the time, who vote on the page's own HTTP interface. All images of a
-prompt, of all runs, are one cluster of the intervals. Some ten minutes on two CPU cores. Writes
+The three models are the base, Diffusion-DPO on the demo's pairs stopped half way, and in full. They are ordered by the
+exact judge, by the implicit reward (of another run's model, so that no model judges its own images), and by five
+simulated raters, each wrong a quarter of the time, who vote through the HTTP interface of the page. All images of a
+prompt, of all runs, form one cluster of the confidence intervals. It takes about ten minutes on two CPU cores. Writes
 OUTPUT/ranking.json; the last result is committed beside this file.
 """
 
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def train(output: Path, seed: int) -> None:
-    """A run of the demo; its model in full and as it was half way, as folders."""
+    """Run the demo and return the folders of its model, half way and in full."""
     workdir = output / f"run{seed}"
     run(
         "dpo_jax.train",
@@ -113,7 +113,7 @@ def evaluate(output: Path, seed: int) -> None:
 
 
 def pooled(output: Path, judge: str) -> dict[str, Any]:
-    """Win rates over the images of all runs."""
+    """Return the win rates over the images of all runs."""
     from dpo_jax.evaluation.compare import compare, match
 
     prompts: list[np.ndarray] = []
@@ -133,7 +133,7 @@ def pooled(output: Path, judge: str) -> dict[str, Any]:
 
 
 def panel(output: Path) -> dict[str, Any]:
-    """What five raters say of some images of all runs, on the page."""
+    """Return the votes of five raters on some images of all runs, given on the page."""
     from dpo_jax.sampling.image_folder import Entry, read_list, write_list
     from dpo_jax.voting.results import summarise
     from dpo_jax.voting.store import open_votes
@@ -173,7 +173,7 @@ def panel(output: Path) -> dict[str, Any]:
 
 
 def vote(url: str, rater: int) -> None:
-    """One rater's session: sees images and prompt, and answers rightly in three of four."""
+    """Vote as one rater, who sees images and prompt and is right in three of four answers."""
     from dpo_jax.rewards import open_judge
 
     judge, rng = open_judge("shapes"), np.random.default_rng(rater)

@@ -1,4 +1,4 @@
-"""Who joins whom: told by the environment, tried with real processes."""
+"""Processes join as the environment says; some tests start real processes."""
 
 import os
 import re
@@ -19,7 +19,7 @@ SCRIPT = ROOT / "launch" / "local_cluster.sh"
 
 @pytest.fixture(autouse=True)
 def joined(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """Arguments of JAX's own function, which isn't called; no variable is set."""
+    """The arguments that JAX's function would be called with; no variable is set."""
     calls: list[tuple] = []
 
     def initialize(*arguments, heartbeat_timeout_seconds, shutdown_timeout_seconds):

@@ -1,4 +1,4 @@
-"""One process at a time writes to a folder; whatever happens to it, the next one can."""
+"""One process at a time writes to a folder, and the next one can write whatever happened to it."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ with locked(sys.argv[1], "python -m dpo_jax.train"):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Heartbeats and waits of a few hundredths of a second."""
+    """Make heartbeats and waits a few hundredths of a second long."""
     for name, seconds in (("HEARTBEAT_SECONDS", 0.05), ("SETTLE_SECONDS", 0.02), ("STALE_SECONDS", 90.0)):
         monkeypatch.setattr(locks, name, seconds)
 

@@ -1,4 +1,4 @@
-"""The command, from flags to text and JSON."""
+"""The plan command, from flags to text and JSON."""
 
 import json
 import subprocess
@@ -36,7 +36,7 @@ def test_bad_flags_are_told_in_one_sentence() -> None:
 
 @pytest.mark.slow
 def test_published_models_are_planned_without_their_weights() -> None:
-    """The counts of PyTorch's profiler for SDXL: 53.98 TFLOP a pair with cached latents, within 0.1%."""
+    """PyTorch's profiler counts 53.98 TFLOP per pair for SDXL with cached latents; the plan is within 0.1%."""
     done = plan(
         "--config=configs/sdxl.py", "--topology=v5p:4x4x4", "--json",
         "--config.data.encoded_views=2",

@@ -1,4 +1,4 @@
-"""Which axes of a parameter are split, that what belongs to it lies with it, and what the mesh refuses."""
+"""Axes of parameters are split as rules say, their statistics likewise, and impossible meshes are refused."""
 
 import json
 import math
@@ -67,7 +67,7 @@ def test_every_rule_finds_something_to_split_in_the_published_unets(name):
     network = Network.build(lambda rngs: UNet2DConditionModel(config, dtype=jnp.float32, rngs=rngs), config)
 
     def share(sizes, rules=TENSOR_RULES):
-        """Elements that a device holds of all."""
+        """Return the number of elements that a device holds."""
         placement = Placement(AbstractMesh(sizes, AXES), rules)
         held = sum(math.prod(placement(name, spec).shard_shape(spec.shape)) for name, spec in network.specs.items())
         return held / sum(math.prod(spec.shape) for spec in network.specs.values())

@@ -1,4 +1,4 @@
-"""The Kubernetes job: it has the form that JobSet publishes, its numbers agree, and its command line is understood."""
+"""The Kubernetes jobs follow JobSet's published schema, their numbers agree, and their command lines are valid."""
 
 import json
 import math
@@ -21,7 +21,7 @@ PYTHON_TYPES = {"object": dict, "array": list, "string": str, "integer": int, "b
 
 
 def faults(value: Any, schema: dict[str, Any], path: str = "") -> list[str]:
-    """Where a document departs from a schema, as strictly as Kubernetes: unknown fields are refused too."""
+    """Return where a document departs from a schema; as in Kubernetes, unknown fields are errors too."""
     if "anyOf" in schema:
         return min((faults(value, choice, path) for choice in schema["anyOf"]), key=len)
     if not isinstance(value, PYTHON_TYPES[schema["type"]]):

@@ -1,4 +1,4 @@
-"""The launch scripts as far as they go without a cluster: what they would run, and that they are sound shell."""
+"""The launch scripts run the right commands, as far as can be tested without a cluster."""
 
 import os
 import re
@@ -128,7 +128,7 @@ def assert_fits(arguments: list[str], devices: int) -> None:
 
 
 def local_cluster(tmp_path: Path, command: str) -> subprocess.Popen[bytes]:
-    """Two processes that each write their number to a file of its name and run the command."""
+    """Start two processes that each write their process number to a file and run the command."""
     script = ["bash", "-c", f"echo $$ >{tmp_path}/$JAX_PROCESS_ID; mv {tmp_path}/$JAX_PROCESS_ID{{,.is}}; {command}"]
     environment = os.environ | {"LOGS": str(tmp_path), "PORT": "1", "TMPDIR": str(tmp_path)}
     return subprocess.Popen(["bash", LAUNCH / "local_cluster.sh", *script], env=environment, stderr=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""The real step compiled for devices that are not there."""
+"""The real step is compiled for devices that this machine does not have."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""A plan's memory against real arrays on eight devices, and what follows from its figures."""
+"""The memory of a plan is that of real arrays on eight devices, and its figures agree with each other."""
 
 import functools
 import json
@@ -76,14 +76,14 @@ WORK = {
 
 @pytest.fixture
 def lora():
-    """A config whose model takes no memory to speak of."""
+    """Return a config whose model takes almost no memory."""
     config = load_config(str(ROOT / "configs/sd15.py:lora,tiny"))
     config.data.batch_size = 2048
     return config
 
 
 def choose(config, gib: float):
-    """Of pairs that cost what WORK says, on 16 devices with so much memory."""
+    """Return the plan chosen for pairs that cost what WORK says, on 16 devices with `gib` of memory."""
     machine = parse_topology("v5e:4x4")
     machine = machine._replace(device=machine.device._replace(hbm_gib=gib))
     return search.choose(config, list(WORK.values()), machine)
@@ -107,7 +107,7 @@ def test_fit_rematerializes_only_for_what_it_saves(lora) -> None:
 
 @pytest.mark.parametrize(("machine", "pairs"), [("v5e:4x4", 4), ("h200:8x2", 1)])
 def test_fit_has_tpus_convolve_whole_images(lora, machine: str, pairs: int) -> None:
-    """XLA cuts the images of fewer pairs into slices that overlap."""
+    """XLA for TPUs cuts the images of fewer than four pairs into slices that overlap."""
     works = [Work("none", 8e12, 8e12, GIB, 0, 4e12)]
     fast = search.choose(lora, works, parse_topology(machine))
     assert fast.micro_batch_per_device == pairs
@@ -207,7 +207,7 @@ def test_work_is_counted_without_kernels_that_cannot_be_looked_into(lora) -> Non
 
 @pytest.fixture
 def traced(lora, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pairs cost what WORK says, beside a model that is opened once."""
+    """Make pairs cost what WORK says, and open the model only once."""
     monkeypatch.setattr(search, "measure_work", lambda config, *_, **__: WORK[config.remat])
     monkeypatch.setattr(search, "open_structure", lambda config: config)
     plain = replaced(lora, {})

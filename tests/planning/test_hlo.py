@@ -1,4 +1,4 @@
-"""What is read off the text of a compiled program, against a program written by hand and what was traced."""
+"""Figures read from the text of compiled programs match programs written by hand and traced programs."""
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +126,7 @@ BATCHED = {
 
 @pytest.mark.parametrize("device", BATCHED)
 def test_attentions_product_in_each_compilers_words(device: str) -> None:
-    """TPUs write batch axes as a window that meets one input at a time, the others being zeros between them."""
+    """TPUs write batch axes as a window that reads one input at a time, between zeros."""
     found = sums_by_kind(products(entry(BATCHED[device])))
     size = 4 * 2 * 20 * 64 * (64 + 77 + 77)
     assert found["attention"] == Sums(2 * 2 * 20 * 64 * 77 * 64, size)
@@ -226,8 +226,10 @@ def test_traffic_is_what_instructions_read_and_write_by_what_they_do() -> None:
 
 
 def test_the_compiled_step_multiplies_as_often_as_the_traced_one() -> None:
-    """Nothing is done again but what is said to be, and what is said to be done again is: a compiler that finds that
-    the backward pass repeats a product of the forward pass would keep its large result."""
+    """The compiled step repeats exactly the products that the traced one repeats.
+
+    A compiler that finds that the backward pass repeats a product of the forward pass would keep its large result.
+    """
     config = load_config("configs/sdxl.py:tiny")
     pipeline, derived = open_structure(config), resolve(config, device_count=1, process_count=1)
     placement = Placement(make_mesh(1, 1, 1, jax.devices()[:1]), rules_of(config.mesh.rules))

@@ -1,4 +1,4 @@
-"""Where a step's time goes: told from instructions made by hand, and of a real step."""
+"""The time of a step is sorted by work, for instructions written by hand and for a real step."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""What is read off a traced program, against PyTorch's counter and sums made by hand."""
+"""Figures of traced programs match PyTorch's counter and sums computed by hand."""
 
 import functools
 import json
@@ -28,7 +28,7 @@ def trace(function, *shapes, dtype=jnp.float32) -> Program:
 def unet_program(
     transform=lambda loss: loss, config=UNET_SDXL, cells=16, tokens=5, features=(80, 40), dtype=jnp.float32
 ) -> Program:
-    """Of the sum of what a UNet makes of two images."""
+    """Return the program of the sum of a UNet's output for two images, or of a `transform` of it."""
     config = UNetConfig.from_dict(config, "config.json")
     unet = Network.build(lambda rngs: UNet2DConditionModel(config, dtype=dtype, rngs=rngs), config)
     params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in unet.specs.items()}

@@ -1,4 +1,4 @@
-"""Machines by name, and the time that their links take."""
+"""Topologies have names, and their links take the time that their rates say."""
 
 import pytest
 

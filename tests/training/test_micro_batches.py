@@ -90,7 +90,7 @@ def test_the_name_of_before_is_answered_with_the_new_one(module, name, accumulat
 
 
 def test_a_run_that_had_an_accumulation_goes_on():
-    """Whatever the micro-batches are, the results are the same, so another number of them is no other experiment."""
+    """Micro-batches do not change the results, so a run may continue with others."""
     config = load_config(f"{ROOT}/configs/sdxl.py")
     fields = json.loads(json.dumps(flatten(config)))
     saved = {field: value for field, value in fields.items() if field != "data.micro_batch"} | {"data.accumulation": 64}
