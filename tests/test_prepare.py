@@ -102,7 +102,7 @@ def test_verify(tmp_path: Path, command: Command) -> None:
     done = command("prepare", "--verify", output)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(
-        f"error: {tmp_path}/out has 2 damaged parts: {shard} (its checksum is not the one in checksu"
+        f"error: {tmp_path}/out is damaged (2 in all): {shard} (its checksum is not the one in checksu"
     )
     assert len(done.stderr.splitlines()) == 1
     assert command("prepare", "--verify", output, "--input=x").stderr.startswith("error: --verify reads what is in")

@@ -31,10 +31,10 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 class View(NamedTuple):
     """Where candidates of a prompt are cropped and whether they are mirrored; shared, so that no candidate is favoured.
 
-    `top` and `left` are fractions in [0, 1) of the room that the resized image leaves; None takes the centre. What is
-    mirrored is so before the crop, as in diffusers' SDXL trainers. The official Diffusion-DPO trainer crops first, so
-    that a central crop lies one column further where the room is odd; random crops are alike. Here the square is only
-    cut from the other side: to mirror it is left to who encodes it, see `encode.images.mirror`.
+    `top` and `left` are fractions in [0, 1) of the margin around the square in the resized image; None takes the
+    centre. Images are mirrored before they are cropped, as in diffusers' SDXL trainers. The official Diffusion-DPO
+    trainer crops first, so its central crop is one column further where the margin is odd; random crops are the same.
+    Here the square is only cut from the other side, and the encoder mirrors it: see `encode.images.mirror`.
     """
 
     top: float | None = None
@@ -51,15 +51,15 @@ class DamagedImage(UserError):
 
 
 def read_image(path: epath.PathLike) -> np.ndarray:
-    """The pixels of an image file as `decode` makes them, uint8 [H, W, 3].
+    """Return the pixels of an image file as `decode` makes them, uint8 [H, W, 3].
 
-    Raises FileNotFoundError or ValueError, with the file and the reason, where it can't be read.
+    Raise FileNotFoundError or ValueError, with the file and the reason, where it cannot be read.
     """
     return np.asarray(decode_file(path, read_bytes(path, MAX_BYTES)))
 
 
 def decode_file(path: epath.PathLike, data: ImageBytes) -> Image.Image:
-    """`decode` of a file's contents; ValueError with the file and the reason."""
+    """Decode the contents of a file; raise ValueError with the file and the reason."""
     try:
         return decode(data)
     except DamagedImage as error:
@@ -67,12 +67,12 @@ def decode_file(path: epath.PathLike, data: ImageBytes) -> Image.Image:
 
 
 def decode(data: ImageBytes) -> Image.Image:
-    """The image as its EXIF orientation shows it, in RGB, transparent parts on white, of an animation the first frame.
+    """Return the image upright (by EXIF), in RGB, on white where it is transparent; of an animation the first frame.
 
-    16-bit grey is scaled to 8 bits. Colour profiles are ignored, as the trainers of diffusers do.
+    16-bit grey is scaled to 8 bits. Colour profiles are ignored, as in the trainers of diffusers.
 
     Raises:
-        DamagedImage: it is no image, damaged or truncated, too large or too narrow, or its values have no known range.
+        DamagedImage: not an image, damaged or truncated, too large or too narrow, or values without a known range.
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads no further than the header
@@ -107,7 +107,7 @@ _UNREAD = {
     b"\0\0\0\x0cJXL ": "JPEG XL",
     b"\0\0\0\x0cjP  ": "JPEG 2000",
 }
-"""How files of formats begin that are not read."""
+"""First bytes of formats that are not supported."""
 _HEIF = {b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"}
 
 
@@ -140,7 +140,7 @@ def _check_size(size: tuple[int, int]) -> None:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image) if _is_turned(image) else image
-    except Exception:  # EXIF that can't be read turns nothing, as in browsers
+    except Exception:  # EXIF that cannot be read rotates nothing, as in browsers
         return image
 
 
@@ -149,7 +149,7 @@ def _is_turned(image: Image.Image) -> bool:
 
 
 def _grey(image: Image.Image) -> Image.Image:
-    """8-bit grey of Pillow's modes for more bits, which its own conversion would clip at 255."""
+    """Return 8-bit grey of a deeper image, which Pillow's own conversion would clip at 255."""
     values_HW = np.asarray(image).astype(np.int32)
     grey_HW = ((values_HW + 128) // 257).astype(np.uint8)  # value / 257, rounded
     if "transparency" in image.info:
@@ -158,11 +158,11 @@ def _grey(image: Image.Image) -> Image.Image:
 
 
 def fit(image: Image.Image, resolution: int, view: View) -> tuple[np.ndarray, tuple[int, int]]:
-    """Resizes the shorter side to `resolution` and cuts a square: (pixels_HWC uint8, (crop top, crop left)).
+    """Resize the shorter side to `resolution` and cut a square: (pixels_HWC uint8, (crop top, crop left)).
 
-    Bilinear (Pillow widens the filter when it shrinks an image), and the longer side rounded down: so do the official
-    Diffusion-DPO trainer and diffusers' SDXL trainers. The offsets count resized pixels of the image that is seen,
-    mirrored or not; the square itself is not mirrored.
+    The filter is bilinear (Pillow widens it when it shrinks an image), and the longer side is rounded down, as in the
+    official Diffusion-DPO trainer and diffusers' SDXL trainers. The offsets count resized pixels of the image that the
+    view shows, mirrored or not; the square itself is not mirrored.
     """
     shorter = min(image.size)
     width, height = (int(resolution * side / shorter) for side in image.size)
@@ -176,14 +176,14 @@ def fit(image: Image.Image, resolution: int, view: View) -> tuple[np.ndarray, tu
 
 
 Placement = tuple[tuple[int, int], tuple[int, int]]
-"""(height, width) of an image, and the crop as of `fit`."""
+"""(height, width) of an image, and the (top, left) of its crop that `fit` returns."""
 
 
 def read(data: ImageBytes, view: View, square_HWC: np.ndarray) -> Placement:
-    """Writes `fit(decode(data), resolution, view)` into `square_HWC`.
+    """Write `fit(decode(data), resolution, view)` into `square_HWC`.
 
-    The same pixels, but a JPEG in two thirds of the time. Pillow keeps four bytes a pixel and copies them three times;
-    simplejpeg writes RGB, and into its place if there is nothing to resize or crop.
+    The pixels are the same, but a JPEG takes two thirds of the time: Pillow keeps four bytes per pixel and copies them
+    three times; simplejpeg writes RGB, and in place if there is nothing to resize or crop.
 
     Raises:
         DamagedImage: as `decode`.
@@ -192,9 +192,10 @@ def read(data: ImageBytes, view: View, square_HWC: np.ndarray) -> Placement:
 
 
 def read_all(images: Sequence[tuple[ImageBytes, View, np.ndarray]]) -> list[Placement]:
-    """`read` for several, faster: decoding empties a core's caches, and Python behind it takes several times as long.
+    """Read several images, faster than one by one.
 
-    So headers come first, and between the images there is next to nothing.
+    Decoding empties a core's caches, so Python code after it takes several times as long. So headers are read first,
+    and there is almost no code between the images.
     """
     sizes = [_size_if_plain(data) for data, _, _ in images]
     return [_read(*image, size) for image, size in zip(images, sizes, strict=True)]
@@ -205,7 +206,7 @@ def _read(data: ImageBytes, view: View, square_HWC: np.ndarray, size: tuple[int,
     if size is not None:
         try:
             return _read_plain(data, view, square_HWC, size)
-        except Exception:  # a flaw: `decode` knows what to think of it
+        except Exception:  # `decode` decides what is wrong with it
             pass
     image = decode(data)
     square_HWC[:], offsets = fit(image, len(square_HWC), view)
@@ -227,7 +228,7 @@ def _read_plain(data: ImageBytes, view: View, square_HWC: np.ndarray, size: tupl
 
 
 def _size_if_plain(data: ImageBytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG in colours that is upright; None for all else, and for what is damaged."""
+    """Return (height, width) of an upright colour JPEG; None for everything else, and for damaged files."""
     try:
         return _size_of_plain_jpeg(data)
     except Exception:  # Pillow's parsers raise whatever a damaged file leads them to
@@ -235,7 +236,7 @@ def _size_if_plain(data: ImageBytes) -> tuple[int, int] | None:
 
 
 def _size_of_plain_jpeg(data: ImageBytes) -> tuple[int, int]:
-    """(height, width) of a JPEG in colours that is upright; an exception for all else."""
+    """Return (height, width) of an upright colour JPEG; raise an exception for everything else."""
     size = _size_in_plain_header(data)
     if size is None:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -252,16 +253,16 @@ def _size_of_plain_jpeg(data: ImageBytes) -> tuple[int, int]:
 
 _JFIF = b"\xff\xd8\xff\xe0\x00\x10JFIF\x00"
 _FRAMES = frozenset(b"\xc0\xc2")
-"""Of sequential and progressive JPEGs."""
+"""Frame markers of sequential and progressive JPEGs."""
 _TABLES = frozenset(b"\xc4\xdb\xdd\xfe")
-"""Of codes and quantization, restarts; and comments."""
+"""Markers of code and quantization tables, restarts and comments."""
 _PIXELS = 0xDA
 _HEAD = 2**10
-"""Bytes that are walked over: tables and frame take some 620, and a comment little. What begins later is read twice."""
+"""Bytes that are searched: tables and frame take some 620, a comment little. Later frames are read by Pillow."""
 
 
 def _size_in_plain_header(data: ImageBytes) -> tuple[int, int] | None:
-    """(height, width) if the header of a JPEG has nothing that could turn the image or make it another kind, as EXIF.
+    """Return (height, width) if the header of a JPEG has nothing, such as EXIF, that could rotate the image.
 
     Pillow takes 15 times as long to find out. In a JFIF file three colours are YCbCr.
     """
@@ -284,7 +285,7 @@ def _offsets(height: int, width: int, resolution: int, view: View) -> tuple[int,
 
 
 def _column(left: int, width: int, resolution: int, view: View) -> int:
-    """Of the image that isn't mirrored, where the square begins that the view sees at `left`."""
+    """Return the first column, in the image before mirroring, of the square that the view sees at `left`."""
     return width - resolution - left if view.flip else left
 
 
@@ -293,6 +294,6 @@ def _offset(room: int, fraction: float | None) -> int:
 
 
 def crop_offsets(height: int, width: int, resolution: int, view: View) -> tuple[int, int]:
-    """The offsets that `fit` gives for an image of this size, upright."""
+    """Return the offsets that `fit` gives for an upright image of this size."""
     shorter = min(height, width)
     return _offsets(int(resolution * height / shorter), int(resolution * width / shorter), resolution, view)

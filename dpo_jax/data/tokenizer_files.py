@@ -1,4 +1,4 @@
-"""The files of a CLIP tokenizer, checked before transformers reads them, which tells little of what is wrong."""
+"""Checks of the files of a CLIP tokenizer, before transformers reads them with less helpful errors."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,18 +9,18 @@ from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.files import conform, parse_json, read_bytes, read_text
 
 MAX_BYTES = 2**26
-"""CLIP's largest file has 2 MB."""
+"""Upper limit of a file; CLIP's largest has 2 MB."""
 Id = Annotated[int, pydantic.Field(ge=0, le=2**24)]
 
 
 class Token(pydantic.BaseModel):
-    """A token with its settings."""
+    """A token in a settings file."""
 
     content: str
 
 
 class TokenWithId(Token):
-    """The same in tokenizer.json."""
+    """A token in tokenizer.json."""
 
     id: Id
 
@@ -63,7 +63,7 @@ class Whole(pydantic.BaseModel):
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raises FileNotFoundError or ValueError, naming the file, unless the folder holds the files of a tokenizer."""
+    """Raise FileNotFoundError or ValueError, naming the file, unless the folder holds the files of a tokenizer."""
     whole, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     if not whole.exists() and not (vocabulary.exists() and merges.exists()):
         raise MissingFileError(f"no tokenizer at {folder}: it needs vocab.json and merges.txt, or tokenizer.json")
@@ -100,9 +100,9 @@ def _read(path: Path, schema: Any) -> Any:
 
 
 def _text(path: Path) -> str:
-    """The text of a file; ValueError for encodings that the tokenizer's library does not read."""
+    """Return the text of a file; raise ValueError for encodings that the tokenizer's library does not read."""
     if read_bytes(path, MAX_BYTES).startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path} begins with a byte order mark; save it as UTF-8 without")
+        raise UserError(f"{path} begins with a byte order mark; save it as UTF-8 without one")
     return read_text(path, MAX_BYTES)
 
 

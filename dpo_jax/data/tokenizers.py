@@ -1,4 +1,4 @@
-"""Captions to token ids, by the tokenizers of a diffusers folder."""
+"""Captions to token ids, with the tokenizers of a diffusers folder."""
 
 import functools
 import os
@@ -15,11 +15,11 @@ from dpo_jax.data.tokenizer_files import check_tokenizer
 from dpo_jax.errors import UserError
 
 CAPTIONS_KEPT = 2**16
-"""Whose token ids stay in memory, 1.2 kB each for SDXL: Pick-a-Pic has 59,000 captions, with some 15 pairs each."""
+"""Captions whose token ids stay in memory, 1.2 kB each for SDXL. Pick-a-Pic has 59,000, with some 15 pairs each."""
 
 
 class Tokenizers:
-    """One tokenizer for each text encoder; safe to share by threads.
+    """One tokenizer per text encoder; safe to share between threads.
 
     Holds the compiled tokenizers with padding and truncation set once: transformers' wrapper sets them at each call,
     which fails when two threads do it together.
@@ -30,11 +30,11 @@ class Tokenizers:
         self._token_ids = functools.lru_cache(CAPTIONS_KEPT)(self._tokenize)
 
     def __call__(self, captions: Sequence[str]) -> np.ndarray:
-        """token_ids_BEL int32: begin, caption, end and padding; what is too long is cut before the end token."""
+        """Return token_ids_BEL int32: begin, caption, end and padding; long captions are cut before the end token."""
         return np.stack([self._token_ids(caption) for caption in captions])
 
     def count_cut(self, captions: Iterable[str]) -> int:
-        """How many of these captions are too long for the model, which then does not see their end."""
+        """Return how many of these captions are too long for the model, which then does not see their end."""
         return sum(any(t.encode(caption).overflowing for t in self._tokenizers) for caption in captions)
 
     def _tokenize(self, caption: str) -> np.ndarray:
@@ -49,12 +49,12 @@ def load_tokenizers(folder: str | Path, names: Sequence[str], sizes: Sequence[tu
     Args:
         folder: holds the tokenizers.
         names: their subfolders.
-        sizes: (tokens, positions) that the text encoder of each has embeddings of; by default they are not compared.
+        sizes: (tokens, positions) for which each text encoder has embeddings; by default they are not compared.
 
     Raises:
         FileNotFoundError: a tokenizer is missing.
-        ValueError: one can't be read, states no length, or has more tokens than its text encoder knows; or their
-            lengths differ.
+        ValueError: a tokenizer cannot be read, states no length, or has more tokens than its text encoder knows; or
+            their lengths differ.
     """
     loaded = {name: _load(Path(folder) / name) for name in names}
     lengths = {name: tokenizer.model_max_length for name, tokenizer in loaded.items()}
@@ -87,17 +87,17 @@ def _load(folder: Path) -> CLIPTokenizer:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the libraries raise whatever comes, also plain Exception
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the tokenizer at {folder} can't be read ({reason}); download it again") from error
+        raise UserError(f"the tokenizer at {folder} cannot be read ({reason}); download it again") from error
     length = tokenizer.model_max_length
     if length > 1024:  # transformers' stand-in for "not stated" is 1e30
-        raise UserError(f"{folder}/tokenizer_config.json doesn't state model_max_length")
+        raise UserError(f"{folder}/tokenizer_config.json does not state model_max_length; download the tokenizer again")
     if length < 3 or length != int(length):
         raise UserError(f"{folder}/tokenizer_config.json: model_max_length is {length}, not a number from 3 to 1024")
     tokenizer.model_max_length = int(length)
     begin, end, padding = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     if begin is None or end is None or padding is None or begin == end:
         raise UserError(
-            f"the tokenizer at {folder} can't mark where a caption begins and ends: bos_token is "
+            f"the tokenizer at {folder} cannot mark where a caption begins and ends: bos_token is "
             f"{tokenizer.bos_token!r}, eos_token {tokenizer.eos_token!r}, pad_token {tokenizer.pad_token!r}"
         )
     return tokenizer

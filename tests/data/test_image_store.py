@@ -62,7 +62,7 @@ def test_no_images(tmp_path: Path) -> None:
 def test_a_file_that_does_not_fit(images: list[bytes], tmp_path: Path) -> None:
     stored = write(tmp_path, images[:4], images[4:])
     write(tmp_path, images[:4], images[:5])
-    with pytest.raises(ValueError, match=r"1.parquet is damaged \(its last image ends at byte 28\d*, behind its end\)"):
+    with pytest.raises(ValueError, match=r"1.parquet is damaged \(its last image ends at byte 28\d*, after its end\)"):
         stored.check()
     write(tmp_path, images[:4], images[:4])
     with pytest.raises(ValueError, match=r"1.parquet holds 4 images instead of 5"):

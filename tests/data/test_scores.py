@@ -229,7 +229,7 @@ def one_score_more(table: pa.Table) -> pa.Table:
 def test_damaged_scores(folder: Path, change: Callable[[Path], None], message: str) -> None:
     change(folder / "scores" / "a.arrow")
     with pytest.raises(
-        ValueError, match=rf"a\.arrow {message}.*; make it again by python -m dpo_jax.score .* --overwrite$"
+        ValueError, match=rf"a\.arrow {message}.*; make it again with python -m dpo_jax.score .* --overwrite$"
     ) as error:
         open_prepared(folder, ("b", "a"))
     assert "\n" not in str(error.value)

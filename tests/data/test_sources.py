@@ -364,7 +364,7 @@ def test_pairs_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["w", "l"])
 def test_pairs_folder_refuses_other_folders(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
-    with pytest.raises(ValueError, match="should be a folder with the folders w and l"):
+    with pytest.raises(ValueError, match="is not a folder with the folders w and l"):
         SOURCES["pairs_folder"].chunks([tmp_path])
 
 
@@ -388,7 +388,7 @@ def test_captioned_folder(tmp_path: Path) -> None:
         Record(f"{tmp_path}/2.webp", "a dog", (b"2.webp",), (1.0,), ("",)),
         Dropped(f"{tmp_path}/3.png", "without a caption"),
     ]
-    with pytest.raises(ValueError, match=r"1\.png should be a folder of images"):
+    with pytest.raises(ValueError, match=r"1\.png is not a folder of images"):
         SOURCES["captioned_folder"].chunks([tmp_path / "1.png"])
 
 

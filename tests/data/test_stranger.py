@@ -163,24 +163,27 @@ def test_a_device_in_place_of_a_table(folder: Path) -> None:
     ("columns", "message"),
     [
         ({"caption": ["a", None, "c", None]}, r"caption is null \(record 1 and 1 more\)"),
-        ({"images": [[0, 1], [2, 9], [-1, 5], [6, 7]]}, r"images has one that images.arrow lacks \(record 1 and 1 mor"),
+        (
+            {"images": [[0, 1], [2, 9], [-1, 5], [6, 7]]},
+            r"images has one that images.arrow lacks \(record 1 and 1 mor",
+        ),
         (
             {"images": [[0, 1], [], [4, 5], [6, 7]]},
             r"images is empty \(record 1\); preference has not one",
         ),
         ({"images": [[0, 1], None, [4, 5], [6, 7]]}, r"images is null \(record 1\)"),
         ({"images": [[0, 1], [2, 3], [4, None], [6, 7]]}, r"images has a null entry \(record 2\)"),
-        ({"models": [["a"]] * 4}, r"models has not one entry per image \(record 0 and 3 more\)"),
-        ({"captions": [None, ["one"], None, None]}, r"captions has not one entry per image \(record 1\)"),
+        ({"models": [["a"]] * 4}, r"models does not have one entry per image \(record 0 and 3 more\)"),
+        ({"captions": [None, ["one"], None, None]}, r"captions does not have one entry per image \(record 1\)"),
         ({"captions": [None, ["one", None], None, None]}, r"captions has a null entry \(record 1\)"),
         ({"preference": [[1, 0], [np.nan, 0], [1, 0], [1, 0]]}, r"preference has an entry that is not between 0 and 1"),
         ({"preference": [[1, 0], [1, 0], [2, -1], [1, 0]]}, r"preference has an entry that .* \(record 2\)"),
         ({"preference": [[1, 0], [1, 0], [1, 0], [0.7, 0.7]]}, r"preference does not sum to 1 \(record 3\)"),
-        ({"preference": [[0, 1], [1, 0], [1, 0], [1, 0]]}, r"preference is not sorted, best first \(record 0\)"),
+        ({"preference": [[0, 1], [1, 0], [1, 0], [1, 0]]}, r"preference is not sorted best first \(record 0\)"),
         (
             {"images": [[0, 1], [2, 99], [4, 5], [6, 7]], "preference": [[1, 0], [1, 0], [1, 1], [0, 1]]},
             r"images has one that images.arrow lacks \(record 1\); preference does not sum to 1 \(record 2\); "
-            r"preference is not sorted, best first \(record 3\)",
+            r"preference is not sorted best first \(record 3\)",
         ),
         ({"where": None, "split": None}, "where is null .*"),
     ],
@@ -195,11 +198,11 @@ def test_impossible_records(folder: Path, columns: dict[str, Any], message: str)
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"sha256": [b"short"] * 8}, r"images.arrow: sha256 has not 32 bytes \(image 0 and 7 more\)"),
+        ({"sha256": [b"short"] * 8}, r"images.arrow: sha256 does not have 32 bytes \(image 0 and 7 more\)"),
         ({"width": [0] * 8, "bytes": [-1] * 8}, r"images.arrow: width or height is below 1 .*; bytes is below 1"),
         ({"height": [2**31 - 1] * 8, "width": [2**31 - 1] * 8}, r"width x height is above 67108864"),
         ({"offset": [-1] * 8}, r"offset is negative"),
-        ({"offset": [2**62] * 8}, r"damaged \(its last image ends at byte \d+, behind its end\)"),
+        ({"offset": [2**62] * 8}, r"damaged \(its last image ends at byte \d+, after its end\)"),
         ({"offset": [4] * 8}, r"the images of .* overlap in images.arrow"),
         ({"height": [None] * 8}, r"height is null"),
     ],

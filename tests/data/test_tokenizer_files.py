@@ -86,7 +86,7 @@ def test_what_only_the_library_finds(folder: Path) -> None:
 def test_a_caption_that_has_no_end(folder: Path) -> None:
     specials = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
     change(folder / "tokenizer_config.json", lambda settings: settings | specials)
-    with pytest.raises(ValueError, match=r"can't mark where a caption begins and ends: bos_token is '<\|endoftext"):
+    with pytest.raises(ValueError, match=r"cannot mark where a caption begins and ends: bos_token is '<\|endoftext"):
         load_tokenizers(folder.parent, ["tokenizer"])
 
 

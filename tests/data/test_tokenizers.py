@@ -75,7 +75,7 @@ def test_missing_and_unlike_tokenizers(tokenizer_folder: Path, tmp_path: Path) -
     config = json.loads(file.read_text())
     del config["model_max_length"]
     file.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="doesn't state model_max_length"):
+    with pytest.raises(ValueError, match="does not state model_max_length"):
         load_tokenizers(tmp_path / "m", ["tokenizer_2"])
 
 

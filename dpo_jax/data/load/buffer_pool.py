@@ -1,7 +1,7 @@
-"""Memory of arrays that nobody holds any more, for the next ones of the same size.
+"""Memory of arrays that are no longer used, for the next arrays of the same size.
 
-The system hands out large arrays as empty pages, and filling these in takes a third of the time that decoding images
-into them does.
+The operating system hands out large arrays as empty pages; mapping these takes a third of the time of decoding images
+into them.
 """
 
 import math
@@ -15,14 +15,14 @@ from numpy.typing import DTypeLike
 
 
 class Pool:
-    """`empty` as NumPy's, but with memory that comes back when the array and all its views are gone.
+    """NumPy's `empty`, with memory that returns to the pool when the array and all its views are gone.
 
-    Also those that JAX holds: on CPUs it doesn't copy an array, on others not at once.
+    That includes the views that JAX holds: on CPUs it does not copy an array, on other devices not at once.
     """
 
     def __init__(self) -> None:
         self._free: dict[int, list[np.ndarray]] = defaultdict(list)
-        self._lock = threading.RLock()  # the last view may go in the middle of `empty`
+        self._lock = threading.RLock()  # the last view may be freed in the middle of `empty`
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
         size = math.prod(shape) * np.dtype(dtype).itemsize
@@ -38,7 +38,7 @@ class Pool:
 
 
 class _Lease:
-    """What the views of a block are views of."""
+    """The object whose lifetime is that of all views of a block."""
 
     def __init__(self, block: np.ndarray):
         self.__array_interface__: dict[str, Any] = block.__array_interface__

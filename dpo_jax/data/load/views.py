@@ -1,4 +1,4 @@
-"""The views of images that `prepare --encode` stores, decoded by threads.
+"""Views of images for `prepare --encode`, decoded by threads.
 
 Axes: V views of an image, H x W pixels, C channels.
 """
@@ -22,7 +22,7 @@ def view_batches(
     positions: np.ndarray,
     batch_size: int,
 ) -> Iterator[np.ndarray]:
-    """All views of the images at these positions, uint8 [batch_size, V, H, W, 3]; the last batch may be shorter."""
+    """Yield all views of the images at these positions, uint8 [batch_size, V, H, W, 3]; the last may be shorter."""
     begun: deque[tuple[np.ndarray, list[Future[None]]]] = deque()
     with ThreadPoolExecutor(num_workers) as threads:
         for start in range(0, len(positions), batch_size):

@@ -1,7 +1,7 @@
-"""Finished parts become one data set: every image once over all parts, records split by prompt.
+"""Merge finished parts into one data set: every image once over all parts, records split by prompt.
 
-Everything follows the order of the parts. Of the images only positions are kept in memory, 4 bytes each: equal hashes
-are found in one small group of hashes after another.
+Everything follows the order of the parts. Memory holds only the positions of images, 4 bytes each, because equal hashes
+are looked for in one small group of hashes after another.
 
     I: images of all parts, one after the other
 """
@@ -25,7 +25,7 @@ from dpo_jax.data.store.prepared import IMAGES, RECORDS
 VERSION = tfds.core.Version("3.1.0")
 
 GROUPS = 64
-"""Files of hashes: all are open while they are written; one at a time is read into memory."""
+"""Files of hashes: all are open while they are written, and one at a time is read into memory."""
 IMAGE = np.dtype([("sha256", "S32"), ("position", np.int32)])
 
 
@@ -43,15 +43,15 @@ class Merged(NamedTuple):
     """Images by width x height, the most common first."""
     quarantined: int
     checksums: dict[str, str]
-    """Of the files of images, by their names as seen from the data set."""
+    """Checksums of the files of images, by their path in the data set."""
 
 
 class _Part(NamedTuple):
     folder: Path
     places: np.ndarray
-    """The place of each of its images in the whole."""
+    """Position of each of its images in the data set."""
     owned_from: int
-    """Images from this place on are stored by this part, others by one before."""
+    """Images from this position on are stored by this part, the others by an earlier one."""
     owned: int
 
     @property
@@ -63,7 +63,7 @@ class _Part(NamedTuple):
 def merge(
     folders: Sequence[Path], target: Path, validation_fraction: float, on_shard: Callable[[int, int], None]
 ) -> Merged:
-    """Writes `target`; after a kill the same call goes on: shards were moved there, everything else is written anew.
+    """Write `target`. After a kill the same call continues: shards were moved there, all else is written again.
 
     Args:
         folders: parts with at least one record among them; their images are moved away.
@@ -116,7 +116,7 @@ def merge(
 
 
 def _identify(folders: Sequence[Path], scratch: Path) -> list[_Part]:
-    """Gives every image its place in the whole; the first part that has it keeps it."""
+    """Give every image its position in the data set; the first part that has it stores it."""
     counts = [_read(folder / "images.arrow").num_rows for folder in folders]
     stops = np.cumsum(counts, dtype=np.int32)
 
@@ -145,7 +145,7 @@ def _identify(folders: Sequence[Path], scratch: Path) -> list[_Part]:
 
 
 def _by_hash(tables: Iterable[np.ndarray], dtype: np.dtype, scratch: Path) -> Iterator[np.ndarray]:
-    """The rows of all tables, each of which begins with a hash, in GROUPS: equal hashes together, their order kept."""
+    """Yield the rows of all tables, which begin with a hash, in GROUPS: equal hashes together, their order kept."""
     with ExitStack() as stack:
         files = [stack.enter_context(open(scratch / f"{group:02}", "wb")) for group in range(GROUPS)]
         for rows in tables:
@@ -161,9 +161,9 @@ def _by_hash(tables: Iterable[np.ndarray], dtype: np.dtype, scratch: Path) -> It
 def _move_shards(
     stored: Sequence[_Part], target: Path, on_shard: Callable[[int, int], None]
 ) -> Iterator[tuple[str, str, pa.Table]]:
-    """One shard a part that keeps an image, and what TFDS wants to know about them.
+    """Make one shard of each part that stores an image, and the description that TFDS needs.
 
-    Yields name, checksum and `IMAGES` of each.
+    Yield name, checksum and `IMAGES` of each shard.
     """
     shards = [target / image_store.shard_name(number, len(stored)) for number in range(len(stored))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -204,7 +204,7 @@ def _move_shard(part: _Part, shard: Path) -> tuple[str, pa.Table]:
 
 
 def _split(folders: Sequence[Path], scratch: Path, validation_fraction: float) -> tuple[np.uint64, dict[str, int]]:
-    """(the hash below which prompts are held out, distinct prompts by split)."""
+    """Return (the hash below which prompts are held out, distinct prompts by split)."""
 
     def hashes() -> Iterator[np.ndarray]:
         return (_read(folder / "records.arrow")["prompt"].to_numpy() for folder in folders)

@@ -89,7 +89,7 @@ def verify(folder: Path, on_progress: OnProgress = lambda done, total: None) -> 
             problems.append(str(error))
     if problems:
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise UserError(f"{folder} has {len(problems)} damaged parts: {'; '.join(problems[:10])}{more}. {REPAIR}")
+        raise UserError(f"{folder} is damaged ({len(problems)} in all): {'; '.join(problems[:10])}{more}. {REPAIR}")
     if stored is None:
         checksums.write(folder, digests)
     without = [str(each.folder) for each in stored_latents if not each.has_checksums]

@@ -1,11 +1,11 @@
-"""One chunk of a source becomes one folder of the prepared data set to be: what a worker process of `prepare` does.
+"""The work of one process of `prepare`: one chunk of a source becomes one folder of the future data set.
 
 parts/00012/
-    images.parquet   images that are new in this part, as they came
-    images.arrow     what they are, in the same order
-    records.arrow    records; `images` counts from the part's first image
-    damaged.jsonl    what was set aside
-    counts.json      what became of the rows; the folder is complete
+    images.parquet   the distinct images of this part, bytes unchanged
+    images.arrow     their sizes and checksums, in the same order
+    records.arrow    records, whose `images` count from the first image of the part
+    damaged.jsonl    rows that were set aside
+    counts.json      what became of the rows; written last, when the folder is complete
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from dpo_jax.data import images
 from dpo_jax.data.sources import Chunk, Damaged, Dropped, Record, Source
 from dpo_jax.data.store import checksums, image_store, prepared
 
-# Not the split, but a hash of the prompt, by which it is decided.
+# In place of the split, the hash of the prompt that decides it.
 RECORDS = pa.schema([*(field for field in prepared.RECORDS if field.name != "split"), ("prompt", pa.uint64())])
 FILE = "images.parquet"
 
@@ -36,7 +36,7 @@ Number = Annotated[int, pydantic.Field(ge=0)]
 
 
 class Counts(pydantic.BaseModel):
-    """What became of a part's rows, as `counts.json` holds it."""
+    """What became of the rows of a part: the contents of `counts.json`."""
 
     rows: Number
     records: Number
@@ -45,9 +45,9 @@ class Counts(pydantic.BaseModel):
     damaged: dict[str, Number]
     candidates: dict[str, Number]
     bytes: dict[str, Number]
-    """Of each of the part's files."""
+    """Size of each file of the part."""
     checksum: checksums.Digest
-    """Of the images' file."""
+    """Checksum of the file of images."""
 
 
 def read_counts(folder: Path) -> Counts:
@@ -55,7 +55,7 @@ def read_counts(folder: Path) -> Counts:
 
 
 def make_part(source: Source, chunk: Chunk, folder: Path) -> None:
-    """Reads and verifies a chunk; `folder` appears only when it is complete."""
+    """Read and verify a chunk; `folder` appears only when it is complete."""
     temporary = temporary_folder(folder, os.getpid())
     temporary.mkdir()
     records: list[dict[str, Any]] = []
@@ -100,7 +100,7 @@ def make_part(source: Source, chunk: Chunk, folder: Path) -> None:
 
 
 def is_whole(folder: Path, images_moved: bool) -> bool:
-    """Whether the files of a finished part are as long as they were; a crash of the machine may have cut them."""
+    """Whether the files of a finished part still have their length; a crash of the machine may have cut them."""
     try:
         sizes = read_counts(folder).bytes
     except (OSError, ValueError):
@@ -110,7 +110,7 @@ def is_whole(folder: Path, images_moved: bool) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Puts a file, or a folder and all in it, on the disk, so that they outlive a crash of the machine."""
+    """Write a file, or a folder and everything in it, to the disk, so that it survives a crash of the machine."""
     if path.is_dir():
         for file in path.iterdir():
             sync(file)
@@ -118,19 +118,19 @@ def sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError:
-        if path.is_file():  # some network file systems can't do it to folders
+        if path.is_file():  # some network file systems cannot do this for folders
             raise
     finally:
         os.close(descriptor)
 
 
 def temporary_folder(folder: Path, process: int) -> Path:
-    """Where a process makes a part; the name tells which part killed it."""
+    """Return the folder in which a process makes a part; its name tells which part killed the process."""
     return folder.with_name(f".{folder.name}.{process}")
 
 
 def prompt_hash(caption: str) -> int:
-    """64 bits of the caption as CLIP's tokenizer sees it: case and white space don't make another prompt."""
+    """Return a 64-bit hash of the caption as CLIP's tokenizer sees it: case and white space do not matter."""
     normalised = " ".join(caption.lower().split())
     return int.from_bytes(hashlib.sha256(normalised.encode()).digest()[:8])
 
@@ -140,11 +140,11 @@ class _Verified(NamedTuple):
     digest: bytes
     size: tuple[int, int]
     strip: int
-    """A hash of the pixels halfway down: where it differs, images do."""
+    """A hash of some rows in the middle: images with different hashes differ."""
 
 
 class _Images:
-    """The images of one part, each decoded and stored once."""
+    """Decodes and stores each image of a part once."""
 
     def __init__(self, file: Path):
         self.rows: list[dict[str, Any]] = []
@@ -159,7 +159,7 @@ class _Images:
         self._writer.close()
 
     def verify(self, data: bytes | None) -> _Verified | str:
-        """The image if it can be decoded, otherwise what is wrong with it."""
+        """Return the image if it can be decoded, otherwise what is wrong with it."""
         if not data:
             return "no image"
         digest = hashlib.sha256(data).digest()
@@ -175,7 +175,7 @@ class _Images:
         return verdict if isinstance(verdict, str) else _Verified(data, digest, *verdict)
 
     def add(self, image: _Verified) -> int:
-        """The image's index; it is stored if it is new."""
+        """Store the image if it is new, and return its index."""
         if image.digest not in self._indices:
             self._indices[image.digest] = len(self.rows)
             width, height = image.size
@@ -186,7 +186,7 @@ class _Images:
 
 
 def _firsts(candidates: list[_Verified]) -> list[int]:
-    """For each candidate the first one with its pixels, whatever the files are like."""
+    """Return, for each candidate, the first one with the same pixels, even if their files differ."""
     return [
         next(j for j, earlier in enumerate(candidates[: k + 1]) if j == k or _have_same_pixels(earlier, image))
         for k, image in enumerate(candidates)
@@ -201,12 +201,12 @@ def _have_same_pixels(a: _Verified, b: _Verified) -> bool:
 
 
 def _settled(record: Record, firsts: list[int]) -> tuple[Record, list[int]] | None:
-    """The record with equal shares for candidates of the same image and caption, best first again, and that order.
+    """Give candidates of the same image and caption equal shares; return the record, best first, and that order.
 
-    No image is better than itself: None where nothing else is compared.
+    Return None where all candidates are the same image.
 
     Args:
-        firsts: as of `_firsts`.
+        firsts: what `_firsts` returned.
     """
     captions = record.captions or [""] * len(firsts)
     same: dict[tuple[int, str], list[int]] = {}

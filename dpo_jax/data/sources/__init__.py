@@ -1,6 +1,6 @@
-"""Where preferences come from: each source reads files of one layout and yields records, best candidate first.
+"""Sources of preferences: each reads files of one layout and yields records, best candidate first.
 
-A new data set is one function that makes records, and one entry in `SOURCES`.
+A new layout is one function that makes records, and one entry in `SOURCES`.
 """
 
 from dpo_jax.data.sources import csv_tables, folders, listings, tables, tar
@@ -10,18 +10,19 @@ __all__ = ["SOURCES", "Chunk", "Damaged", "Dropped", "Outcome", "Record", "Sourc
 
 SOURCES = {
     "pickapic": tables.table_source(
-        tables.PICKAPIC, "Pick-a-Pic v1 and v2: parquet files with jpg_0, jpg_1, caption, label_0 ..."
+        tables.PICKAPIC, "Pick-a-Pic v1 and v2: parquet with jpg_0, jpg_1, caption, label_0 ..."
     ),
     "open_image_preferences": tables.table_source(
-        tables.OPEN_IMAGE_PREFERENCES, "open-image-preferences-v1: parquet files with chosen, rejected, prompt ..."
+        tables.OPEN_IMAGE_PREFERENCES,
+        "open-image-preferences-v1: parquet with chosen, rejected, prompt ...",
     ),
     "hpdv3": Source(
-        listings.hpdv3_chunks, listings.read_hpdv3, "HPDv3 and HPDv2: JSON files that name images beside them."
+        listings.hpdv3_chunks, listings.read_hpdv3, "HPDv3 and HPDv2: JSON files, with their images beside them."
     ),
     "imagerewarddb": Source(
         listings.imagerewarddb_chunks,
         listings.read_imagerewarddb,
-        "ImageRewardDB: metadata-*.parquet beside its images, as folders or zips.",
+        "ImageRewardDB: metadata-*.parquet, with its images beside them in folders or zips.",
     ),
     "jsonl": Source(
         listings.jsonl_chunks,
@@ -37,7 +38,7 @@ SOURCES = {
     "pairs_folder": Source(
         folders.pairs_folder_chunks,
         folders.read_pairs_folder,
-        "Folders with the preferred images in w/, the others of the same names in l/, captions in .txt files.",
+        "Folders with preferred images in w/, the other image of the same name in l/, captions in .txt files.",
     ),
     "liked": Source(
         folders.liked_chunks,

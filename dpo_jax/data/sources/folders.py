@@ -1,4 +1,4 @@
-"""Folders of image files, whose place says which were preferred, with captions in .txt files."""
+"""Folders of image files; the folder of an image says whether it was preferred; captions are in .txt files."""
 
 import functools
 import os
@@ -20,10 +20,10 @@ def pairs_folder_chunks(folders: Sequence[Path]) -> list[Chunk]:
 
 
 def read_pairs_folder(chunk: Chunk) -> Iterator[Outcome]:
-    """The preferred image in w/, the other one of the same name in l/, in any image format.
+    """The preferred image is in w/, the other one of the same name in l/, in any image format.
 
-    The caption is w/NAME.txt, captions/NAME.txt or NAME.txt, the first that exists. If l/NAME.txt differs, it is the
-    second image's own caption.
+    The caption is the first that exists of w/NAME.txt, captions/NAME.txt and NAME.txt. If l/NAME.txt differs, it is the
+    caption of the second image.
     """
     folder = chunk.file
     winners, losers = _images(folder / "w"), _images(folder / "l")
@@ -49,7 +49,7 @@ def liked_chunks(folders: Sequence[Path]) -> list[Chunk]:
 
 
 def read_liked(chunk: Chunk) -> Iterator[Outcome]:
-    """Images without a counterpart, in liked/ and disliked/, each with its caption NAME.txt beside it."""
+    """Single images in liked/ and disliked/, each with its caption NAME.txt beside it."""
     for place, name in _opinions(chunk.file)[chunk.start : chunk.stop]:
         yield _single(chunk.file / place / name, liked=place == "liked")
 
@@ -65,7 +65,7 @@ def read_captioned(chunk: Chunk) -> Iterator[Outcome]:
 
 
 def _single(file: Path, *, liked: bool) -> Outcome:
-    """The record of an image without a counterpart."""
+    """Return the record of a single image."""
     try:
         row = make_record(str(file), _caption(file.parent, name=file.stem), (1,), _reader([file]))
         return row._replace(preference=(float(liked),)) if isinstance(row, Record) else row
@@ -77,7 +77,7 @@ def _chunks(folders: Sequence[Path], places: tuple[str, ...], rows: Callable[[Pa
     for folder in folders:
         if not all((folder / place).is_dir() for place in ("", *places)):
             inside = f" with the folders {' and '.join(places)}" if places else " of images"
-            raise UserError(f"{folder} should be a folder{inside}")
+            raise UserError(f"{folder} is not a folder{inside}; name such a folder, or set the --source that fits")
     counts = [(folder, len(rows(folder))) for folder in folders]
     limit = rows_a_chunk(sum(count for _, count in counts))
     return [
@@ -90,17 +90,17 @@ def _pair_names(folder: Path) -> list[str]:
 
 
 def _opinions(folder: Path) -> list[tuple[str, str]]:
-    """(liked or disliked, the file's name) of each image."""
+    """Return (liked or disliked, file name) of each image."""
     return [(place, name) for place in ("liked", "disliked") for name in _all_files(folder / place)]
 
 
 def _all_files(folder: Path) -> list[str]:
-    """The name of each image's file."""
+    """Return the file name of each image."""
     return [name for _, names in sorted(_images(folder).items()) for name in names]
 
 
 def _images(folder: Path) -> dict[str, list[str]]:
-    """Names of image files by what they are without suffix, with accents joined to their letters."""
+    """Return names of image files by their stems, in which accents are joined to their letters."""
     return _images_since(folder, folder.stat().st_mtime_ns)
 
 

@@ -1,4 +1,4 @@
-"""Rows of JSONL files and of JSON lists, found without parsing the file whole, so that a chunk begins anywhere."""
+"""Rows of JSONL files and JSON lists, found without parsing the whole file, so that a chunk can begin anywhere."""
 
 import codecs
 import itertools
@@ -13,23 +13,23 @@ from dpo_jax.data.sources.values import number
 from dpo_jax.errors import UserError
 from dpo_jax.files import check_regular, parse_json, what_it_is
 
-# A row of a JSON list is no longer than this.
+# No row of a JSON list is longer than this.
 BLOCK_BYTES = 1 << 20
 MAX_LINE_BYTES = 1 << 24
 ROWS_LOOKED_AT = 100
 
-# What may stand before the first row, before another one or the end of the list, and where a chunk begins.
+# What may come before the first row, before another row or the end of the list, and where a chunk begins.
 OPENING, SEPARATOR, NOTHING = (re.compile(p, re.A) for p in (r"\s*\[\s*", r"\s*(,\s*|(?=\]))", ""))
 
 Rows = Callable[[Path, int], Iterator[tuple[int, bytes]]]
-"""Rows from an offset on: (the byte where it begins, its JSON)."""
+"""(file, offset) -> rows from this byte on: (the byte where a row begins, its JSON)."""
 
 
 def lines(file: Path, offset: int = 0) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file.
+    """Yield the lines of a file from a byte on: (the byte where a line begins, its bytes).
 
     Raises:
-        ValueError: it is not a text file in UTF-8, or a line has no end.
+        ValueError: the file is not UTF-8 text, or a line is too long.
     """
     with open(check_regular(file), "rb") as stream:
         offset = max(offset, _text_begins(file, stream))
@@ -42,7 +42,7 @@ def lines(file: Path, offset: int = 0) -> Iterator[tuple[int, bytes]]:
 
 
 def _text_begins(file: Path, stream: BinaryIO) -> int:
-    """The byte behind a byte order mark."""
+    """Return the byte after a byte order mark."""
     head = stream.read(64)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{file} is UTF-16; save the file as UTF-8")
@@ -52,10 +52,10 @@ def _text_begins(file: Path, stream: BinaryIO) -> int:
 
 
 def elements(file: Path, offset: int = 0) -> Iterator[tuple[int, bytes]]:
-    """The objects of a JSON list, or the lines of a file that isn't one.
+    """Yield the objects of a JSON list, or the lines of a file that is not one.
 
     Raises:
-        ValueError: the list is damaged; where the next object begins can't be told then.
+        ValueError: the list is damaged, so it is not known where the next object begins.
     """
     with open(check_regular(file), "rb") as stream:
         begin = _text_begins(file, stream)
@@ -69,7 +69,7 @@ def elements(file: Path, offset: int = 0) -> Iterator[tuple[int, bytes]]:
         decoder = json.JSONDecoder(strict=False)
         text, at = "", 0
         while True:
-            if len(text) - at < BLOCK_BYTES:  # as latin-1 a byte is a character, and JSON's own signs are the same
+            if len(text) - at < BLOCK_BYTES:  # as latin-1 a byte is a character, and JSON's own are the same
                 text, at = text[at:] + stream.read(BLOCK_BYTES).decode("latin-1"), 0
             separated = before.match(text, at)
             begin = separated.end() if separated else at
@@ -89,11 +89,11 @@ def elements(file: Path, offset: int = 0) -> Iterator[tuple[int, bytes]]:
 def chunk_rows(
     files: Sequence[Path], rows: Rows, has_schema: Callable[[dict[str, Any]], bool], schema: str
 ) -> list[Chunk]:
-    """Chunks of `rows_a_chunk` rows.
+    """Return chunks of `rows_a_chunk` rows.
 
     Args:
-        has_schema: whether a row has the keys of the data set; one of the first rows of each file must.
-        schema: what a row should look like, for the message if none has.
+        has_schema: whether a row has the keys of the layout; one of the first rows of each file must.
+        schema: what a row should look like, for the message if none has them.
     """
     found = []
     for file in files:
@@ -120,7 +120,7 @@ def chunk_rows(
 
 
 def read_rows(chunk: Chunk, rows: Rows, make_row: Callable[[str, Path, dict[str, Any]], Outcome]) -> Iterator[Outcome]:
-    """The rows of a chunk; `make_row` raises Unusable if one can't be used."""
+    """Yield the outcome of each row of a chunk; `make_row` raises Unusable for a row that cannot be used."""
     for row, (_, text) in enumerate(itertools.islice(rows(chunk.file, chunk.offset), chunk.stop - chunk.start)):
         where = f"{chunk.file} row {chunk.start + row}"
         if text.strip():
@@ -131,7 +131,7 @@ def read_rows(chunk: Chunk, rows: Rows, make_row: Callable[[str, Path, dict[str,
 
 
 def numbers(name: str, value: object, count: int) -> list[float]:
-    """`value` as so many finite numbers; Unusable if it isn't a list of these."""
+    """Return `value` as `count` finite numbers; raise Unusable if it is not a list of these."""
     if not isinstance(value, list) or len(value) != count:
         raise Unusable(f'"{name}" is not a list with one number per image', repr(value)[:200])
     found = [number(x) for x in value]

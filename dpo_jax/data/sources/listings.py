@@ -1,4 +1,4 @@
-"""JSON that names image files: a prompt with its candidates a line, or the files of HPDv2, HPDv3 and ImageRewardDB."""
+"""JSON that names image files: one prompt with its candidates per line, or HPDv2, HPDv3 and ImageRewardDB."""
 
 import functools
 import itertools
@@ -21,7 +21,7 @@ from dpo_jax.files import check_regular, decode_text, parse_json
 
 PREFERENCES = "preferred", "ranks", "votes", "scores"
 IMAGEREWARD = "prompt_id", "prompt", "image_path", "rank"
-PAIRS_A_PROMPT = 4  # to read: ImageRewardDB has 4 to 9 images of each
+PAIRS_A_PROMPT = 4  # ImageRewardDB has 4 to 9 images per prompt
 
 
 def jsonl_chunks(files: Sequence[Path]) -> list[Chunk]:
@@ -77,15 +77,15 @@ def _as_images(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shares_of(name: str, value: Any, count: int) -> list[float]:
-    """Shares of the preference, to be scaled to sum to 1.
+    """Return the shares of the preference, which need not sum to 1.
 
     Args:
-        name: preferred: the index of the best, which gets everything. votes: counts, taken as they are. ranks (1 is
-            the best, ties allowed) and scores: only their order counts (`borda`). Scores may be lists, one an
-            annotator, that are averaged.
+        name: preferred: the index of the best, which gets everything. votes: counts, used unchanged. ranks (1 is the
+            best, ties allowed) and scores: only their order matters (`borda`). Scores may be lists, one per annotator,
+            which are averaged.
 
     Raises:
-        Unusable: `value` isn't what `name` calls for.
+        Unusable: `value` does not fit `name`.
     """
     if name == "preferred":
         best = index(value, count)
@@ -113,9 +113,10 @@ def hpdv3_chunks(files: Sequence[Path]) -> list[Chunk]:
 def read_hpdv3(chunk: Chunk) -> Iterator[Outcome]:
     """HPDv3 (https://arxiv.org/abs/2508.03789) and HPDv2 (https://arxiv.org/abs/2306.09341): a JSON list or JSONL.
 
-    HPDv3 names the preferred image `path1`, and in `choice_dist` the votes of both, in no certain order: as in HPSv3's
-    own training, the larger number is the preferred one's. HPDv2 has `file_path` with `human_preference` (1 for the
-    best), or `image_path` with `rank`. Images lie beside the file, HPDv2's in a folder of its name.
+    HPDv3 names the preferred image `path1`, and has the votes of both in `choice_dist`, in no fixed order: as in
+    HPSv3's own training, the larger number belongs to the preferred image. HPDv2 has `file_path` with
+    `human_preference` (1 for the best), or `image_path` with `rank`. Images are beside the file; those of HPDv2 in a
+    folder of its name.
     """
     return read_rows(chunk, elements, functools.partial(_hpd_row, chunk.file.stem))
 
@@ -149,9 +150,9 @@ def imagerewarddb_chunks(files: Sequence[Path]) -> list[Chunk]:
 
 
 def read_imagerewarddb(chunk: Chunk) -> Iterator[Outcome]:
-    """ImageRewardDB (https://arxiv.org/abs/2304.05977): metadata-*.parquet, or the same rows as JSON, one an image.
+    """ImageRewardDB (https://arxiv.org/abs/2304.05977): metadata-*.parquet, or the same rows as JSON, one per image.
 
-    The images of a prompt are one record, in the order of their `rank`. They are read from `image_path`, or from the
+    The images of a prompt make one record, in the order of their `rank`. They are read from `image_path`, or from the
     archive that the hub has in place of their folder (images/train/train_1.zip).
     """
     for prompt_id, rows in itertools.islice(_prompts(chunk.file).items(), chunk.start, chunk.stop):
@@ -182,7 +183,7 @@ def _imagereward_row(where: str, folder: Path, rows: list[dict[str, Any]]) -> Ou
 
 
 def _prompts(file: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each prompt, wherever in the file they stand; without images it fits into memory."""
+    """Return the rows of each prompt, wherever they are in the file; without images they fit into memory."""
     return _prompts_since(file, file.stat().st_mtime_ns)
 
 
@@ -205,13 +206,15 @@ def _prompts_since(file: Path, changed: int) -> dict[str, list[dict[str, Any]]]:
     prompts: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if not isinstance(row, dict) or not set(IMAGEREWARD) <= set(row):
-            raise UserError(f"{file} is not the metadata of ImageRewardDB: a row has {', '.join(IMAGEREWARD)}")
+            raise UserError(
+                f"{file} is not the metadata of ImageRewardDB: its rows should have {', '.join(IMAGEREWARD)}"
+            )
         prompts.setdefault(str(row["prompt_id"]), []).append(row)
     return prompts
 
 
 def _read_zipped(folder: Path, name: object) -> bytes | None:
-    """From the archive in place of the image's folder."""
+    """Read an image from the archive in place of its folder; None where there is none."""
     place, _, file = relative(name, folder).rpartition("/")
     archive = in_any_form(folder, f"{place}.zip")
     if archive is None or not archive.is_file():

@@ -1,4 +1,4 @@
-"""The files that rows name: paths as other systems and programs write them, but only inside the data set's folder."""
+"""Files that rows name: paths as other systems and programs write them, but only inside the data set's folder."""
 
 import functools
 import os
@@ -16,10 +16,10 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 def read_image(name: object, *folders: Path) -> bytes:
-    """The contents of the file that a row names, from the first of the folders that has it.
+    """Return the contents of the file that a row names, from the first of the folders that has it.
 
     Raises:
-        Unusable: there is no such file, it can't be read, or the path leads out of the first folder.
+        Unusable: there is no such file, it cannot be read, or the path leads out of the first folder.
     """
     path = find(name, *folders)
     if path is None:
@@ -35,13 +35,13 @@ def read_file(path: Path) -> bytes:
 
 
 def find(name: object, *folders: Path) -> Path | None:
-    """The file that a row names, in the first of the folders that has it; None where none has.
+    """Return the file that a row names, in the first of the folders that has it; None where none has.
 
-    The path may be relative to a folder, or absolute and inside of the first one; with / or \\, with escapes as in
-    URLs, and in another Unicode form than the file's name. What is written literally comes first.
+    The path may be relative to a folder, or absolute and inside the first one; with / or \\, with escapes as in
+    URLs, and in another Unicode form than the file's name. The literal path is tried first.
 
     Raises:
-        Unusable: the name is no path, is an address, or leads out of the folder.
+        Unusable: the name is not a path, is an address, or leads out of the folder.
     """
     for form in _forms(name):
         path = _inside(folders[0], form)
@@ -56,19 +56,19 @@ def find(name: object, *folders: Path) -> Path | None:
 
 
 def relative(name: object, folder: Path) -> str:
-    """The path that a row names, relative to `folder`, with / and without escapes."""
+    """Return the path that a row names, relative to `folder`, with / and without escapes."""
     *_, plain = _forms(name)
     return _inside(folder, plain)
 
 
 def no_image(name: object, *folders: Path) -> Unusable:
-    """The reason where `find` found nothing."""
+    """Return the error for a file that `find` did not find."""
     looked = [str(folder / relative(name, folders[0])) for folder in folders]
     return Unusable("no image", f"there is no {' or '.join(looked)}")
 
 
 def in_any_form(folder: Path, path: str) -> Path | None:
-    """The path below `folder` whose names are these up to Unicode's forms of accents: macOS splits what others join."""
+    """Return the path below `folder` that has these names in any Unicode form: macOS splits accents from letters."""
     here = folder
     for part in Path(path).parts:
         if not os.path.lexists(here / part):
@@ -84,7 +84,7 @@ def in_any_form(folder: Path, path: str) -> Path | None:
 
 @functools.lru_cache(maxsize=8)
 def _accented(folder: Path, changed: int) -> dict[str, str]:
-    """The names in a folder that are not ASCII, by their joined form."""
+    """Return the names in a folder that are not ASCII, by their joined form."""
     return {unicodedata.normalize("NFC", name): name for name in os.listdir(folder) if not name.isascii()}
 
 
@@ -102,7 +102,7 @@ def _forms(name: object) -> Iterator[str]:
 
 
 def _inside(folder: Path, name: str) -> str:
-    """The path relative to the folder."""
+    """Return the path relative to the folder; raise Unusable where it leads out of it."""
     path = os.path.normpath(name)
     if os.path.isabs(path):
         here, real = os.path.abspath(folder), os.path.realpath(folder)

@@ -1,4 +1,4 @@
-"""WebDataset tar files of the Pick-a-Pic schema, streamed member by member."""
+"""WebDataset tar files with the fields of Pick-a-Pic, streamed member by member."""
 
 import os
 import re
@@ -21,7 +21,7 @@ LOST = "a part of the tar is damaged or missing"
 
 
 def pickapic_tar_chunks(files: Sequence[Path]) -> list[Chunk]:
-    """A file a chunk, counted in bytes."""
+    """Return one chunk per file, counted in bytes."""
     for file in files:
         try:
             tarfile.open(check_regular(file), "r:").close()
@@ -35,7 +35,8 @@ def read_pickapic_tar(chunk: Chunk) -> Iterator[Outcome]:
     """Members KEY.jpg_0.jpg, KEY.jpg_1.jpg, KEY.label_0.txt, KEY.label_1.txt and KEY.original_prompt.txt, one after
     the other, as in the mirrors that diffusers' ORPO script reads.
 
-    Also without the second suffix; the caption as KEY.caption.txt or KEY.txt; everything but the images in KEY.json.
+    The second suffix may be absent, the caption may be KEY.caption.txt or KEY.txt, and everything except the images may
+    be in KEY.json.
     """
     key, parts = "", dict[str, bytes | None]()
     for member in _members(chunk.file):
@@ -70,9 +71,9 @@ def _row(where: str, parts: Mapping[str, bytes | None]) -> Outcome:
 
 
 def _members(file: Path) -> Iterator[tuple[str, bytes | None] | Damaged]:
-    """(name, data) of each file in the tar, None where its data are cut off; goes on behind damaged headers."""
+    """Yield (name, data) of each file in the tar, None for data that are cut off; continue after damaged headers."""
     size, end = file.stat().st_size, 0
-    # Otherwise a damaged header counts as the tar's end.
+    # Otherwise tarfile takes a damaged header for the end of the tar.
     with open(file, "rb") as stream, tarfile.open(fileobj=stream, mode="r:", ignore_zeros=True) as tar:
         while end < size:
             try:
@@ -115,6 +116,6 @@ def _behind_zeros(file: Path, offset: int, size: int) -> int:
 
 
 def _is_padding(stream: BinaryIO, start: int, stop: int) -> bool:
-    """Zeros as behind a tar, so few that no sample was lost in them."""
+    """Whether bytes are the zeros at the end of a tar, too few to hide a lost sample."""
     stream.seek(start)
     return stop - start <= 2 * tarfile.RECORDSIZE and not any(stream.read(stop - start))

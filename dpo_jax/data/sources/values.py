@@ -1,4 +1,4 @@
-"""Numbers, truth and text as pandas, Polars, DuckDB, Spark, JSON and CSV files write them."""
+"""Numbers, truth values and text as pandas, Polars, DuckDB, Spark, JSON and CSV files write them."""
 
 import math
 import re
@@ -10,17 +10,17 @@ _TRUTH = {"true": True, "yes": True, "false": False, "no": False}
 
 
 def is_missing(value: object) -> bool:
-    """Whether it is null, or NaN as pandas writes it."""
+    """Whether a value is null, or NaN, which pandas writes for null."""
     return value is None or (isinstance(value, float | Decimal) and math.isnan(value))
 
 
 def is_unstated(value: object) -> bool:
-    """The same of a number or a truth value, which as text may be blank."""
+    """Whether a number or a truth value is missing; as text it may also be blank."""
     return is_missing(value) or (isinstance(value, str) and value.strip().lower() in _BLANK)
 
 
 def number(value: object) -> float | None:
-    """The value of 1, 1.0, "1", true or a decimal; infinite where it is too large, None where it is not a number."""
+    """Return the value of 1, 1.0, "1", true or a decimal; infinity if it is too large, None if it is not a number."""
     if isinstance(value, str):
         text = value.strip()
         return float(text) if _NUMBER.fullmatch(text) else None
@@ -33,7 +33,7 @@ def number(value: object) -> float | None:
 
 
 def truth(value: object) -> bool | None:
-    """The value of true, 1, "1" or "True"; None where it is neither true nor false."""
+    """Return the value of true, 1, "1" or "True"; None if it is neither true nor false."""
     if isinstance(value, str) and value.strip().lower() in _TRUTH:
         return _TRUTH[value.strip().lower()]
     found = number(value)
@@ -41,6 +41,6 @@ def truth(value: object) -> bool | None:
 
 
 def index(value: object, count: int) -> int | None:
-    """The value as an index below `count`; None where it is not one."""
+    """Return the value as an index below `count`; None if it is not one."""
     found = number(value)
     return int(found) if found is not None and 0 <= found < count and found == int(found) else None

@@ -1,4 +1,4 @@
-"""Arrow files of ours, mapped into memory, whoever wrote them."""
+"""Arrow files of a prepared data set, mapped into memory and checked, whoever wrote them."""
 
 import struct
 from pathlib import Path
@@ -13,10 +13,10 @@ _RECORD_BATCH = 3
 
 
 def map_table(path: Path, schema: pa.Schema, again: str, earlier: pa.Schema | None = None) -> pa.Table:
-    """An Arrow file mapped into memory. Raises ValueError, with the remedy, for a damaged file or another schema.
+    """Map an Arrow file into memory. Raise ValueError, with the remedy, for a damaged file or another schema.
 
     Args:
-        earlier: schema of an earlier version, which is read as well.
+        earlier: schema of an earlier version, which is accepted too.
     """
     try:
         mapped = pa.memory_map(str(files.check_regular(path)))
@@ -31,12 +31,12 @@ def map_table(path: Path, schema: pa.Schema, again: str, earlier: pa.Schema | No
 
 
 def _refuse_compressed(mapped: pa.MemoryMappedFile) -> None:
-    """Raises ArrowInvalid where reading would take more memory than the file has bytes, which ours never does."""
+    """Raise ArrowInvalid where reading could take more memory than the file has bytes; our own files never do."""
     mapped.seek(0)
     messages = pa.ipc.MessageReader.open_stream(mapped.read_buffer().slice(8))  # behind the magic bytes
     for message in messages:
         if message.type not in ("schema", "record batch") or _is_compressed(message.metadata):
-            raise pa.ArrowInvalid("its columns are compressed or by a dictionary")
+            raise pa.ArrowInvalid("its columns are compressed or dictionary-encoded")
 
 
 def _is_compressed(metadata: pa.Buffer) -> bool:

@@ -1,6 +1,6 @@
-"""Rows of an Arrow table that is mapped into memory, each in a few microseconds, whatever the table's length.
+"""Read rows of an Arrow table that is mapped into memory, each in a few microseconds, whatever the table's length.
 
-pyarrow makes an object of every cell and of its value, 25 microseconds a cell; `take` first looks at all chunks.
+pyarrow makes objects for every cell and its value, 25 microseconds per cell; `take` first looks at all chunks.
 """
 
 import bisect
@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 Cell = Callable[[int], Any]
-"""Row -> value, as `as_py` gives it."""
+"""Row index -> value, as `as_py` returns it."""
 
 
 class RowReader:

@@ -1,8 +1,8 @@
-"""Checksums of the files of a prepared data set, kept beside them in `checksums.json`: a changed bit is told, not read.
+"""Checksums of the files of a prepared data set, kept beside them in `checksums.json`, so that damage is reported.
 
-They are XXH3 of 128 bits, as fast as memory, where SHA-256 would take two seconds for the tables of a million records.
-They tell damage, not a forger. Tables are read whole when they are opened, once per process unless they change. Shards
-are not: each image has its own checksum in images.arrow, which is compared when the image is read.
+They are XXH3 of 128 bits, as fast as memory; SHA-256 would take two seconds for the tables of a million records. They
+detect damage, not forgery. Tables are read whole when they are opened, once per process unless they change. Shards are
+not: each image has its own checksum in images.arrow, which is compared when the image is read.
 """
 
 import functools
@@ -27,7 +27,7 @@ Digest = Annotated[str, pydantic.StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 
 
 def checksum(path: Path) -> str:
-    """Of a file, in hexadecimal digits; read again only if the file has changed."""
+    """Return the checksum of a file in hexadecimal digits; a file is read again only if it has changed."""
     files.check_regular(path)
     stat = os.stat(path)
     return _checksum(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
@@ -43,19 +43,19 @@ def _checksum(path: str, size: int, changed: int, inode: int) -> str:
 
 
 def write(folder: Path, digests: Mapping[str, str]) -> None:
-    """Stores the digests of files, which are named as seen from the folder."""
+    """Store the digests of files, which are named by their path in the folder."""
     files.write_whole(folder / FILE, json.dumps({"xxh3_128": dict(sorted(digests.items()))}, indent=1) + "\n")
 
 
 def read(folder: Path) -> dict[str, str] | None:
-    """What `write` stored; None for a data set that was prepared before there were checksums."""
+    """Return what `write` stored; None for data sets of versions without checksums."""
     if not (folder / FILE).exists():
         return None
     return files.read_json(folder / FILE, _Checksums, MAX_JSON).xxh3_128
 
 
 def check(folder: Path, digests: Mapping[str, str], names: Iterable[str]) -> None:
-    """Raises ValueError where a file is not as it was when its digest was stored."""
+    """Raise ValueError where a file has changed since its digest was stored."""
     for name in names:
         if name not in digests:
             raise UserError(f"{folder / FILE} is damaged (it does not list {name})")

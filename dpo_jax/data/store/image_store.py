@@ -1,8 +1,8 @@
-"""Files of encoded images, which TFDS reads and from which the loader takes each image where it lies.
+"""Files of images, which TFDS can read and from which the loader reads each image in place.
 
-They are Parquet as TFDS writes it, with one tf.train.Example a row, but neither compressed nor encoded, as images are
-compressed already: so the bytes of each stand in one piece, to be mapped into memory. Reading JPEGs of 512 pixels from
-ArrayRecord, which cuts them every 64 KiB, took 5 to 7% of the time of decoding them, and a mere copy 3% (see
+They are Parquet as TFDS writes it, with one tf.train.Example per row, but without compression or encodings, because
+images are compressed already. So each image is contiguous and can be mapped into memory. Reading JPEGs of 512 pixels
+from ArrayRecord, which cuts them every 64 KiB, took 5 to 7% of the time of decoding them, and a mere copy 3% (see
 benchmarks/NOTES.md). TFDS's own random access first reads all files into memory.
 
 TFDS only ever writes here. Its `features.json` names the Python class of each feature, and TFDS imports whatever module
@@ -35,12 +35,12 @@ NAME, SPLIT = "preference_images", "images"  # TFDS reserves "all"
 FEATURES = tfds.features.FeaturesDict({"image": tfds.features.Image()})
 SCHEMA = pa.schema({"data": pa.binary()})
 GROUP_BYTES = 2**22
-"""That a writer holds before it writes them."""
+"""Bytes buffered before a write."""
 ROWS_AT_ONCE = 8
 
 INFO, FEATURES_FILE = "dataset_info.json", "features.json"
 MAX_SHARDS = 100_000
-"""As many as the five digits of a file's name can number."""
+"""The number of files that the five digits of a name allow."""
 Decimal = Annotated[str, pydantic.StringConstraints(pattern=r"^[0-9]{1,18}$")]
 """How TFDS writes a 64-bit integer."""
 Count = Annotated[str, pydantic.StringConstraints(pattern=r"^[1-9][0-9]{0,8}$")]
@@ -55,7 +55,7 @@ FEATURES_JSON: dict[str, Any] = {
     },
     "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
 }
-"""What TFDS writes of `FEATURES`; no other `features.json` is accepted."""
+"""What TFDS writes for `FEATURES`; no other `features.json` is accepted."""
 
 
 class _Split(pydantic.BaseModel):
@@ -66,7 +66,7 @@ class _Split(pydantic.BaseModel):
 
 
 class _Info(pydantic.BaseModel):
-    """The part of TFDS's `dataset_info.json` that tells which files there are."""
+    """The part of TFDS's `dataset_info.json` that lists the files."""
 
     name: Literal["preference_images"]
     fileFormat: Literal["parquet"]
@@ -74,14 +74,14 @@ class _Info(pydantic.BaseModel):
 
 
 def shard_name(number: int, count: int) -> str:
-    """The name that TFDS gives a file of images."""
+    """Return the name that TFDS gives a file of images."""
     return f"{NAME}-{SPLIT}.parquet-{number:05}-of-{count:05}"
 
 
 def read_layout(folder: Path) -> tuple[list[Path], list[int]]:
-    """The files of a folder that TFDS wrote for us, and how many images each has.
+    """Return the image files of a prepared data set, and the number of images in each.
 
-    Raises ValueError where its JSON describes anything else: another class, another name, another format.
+    Raise ValueError where the JSON describes another class, name or format.
     """
     info: _Info = files.read_json(folder / INFO, _Info, checksums.MAX_JSON)
     (split,) = info.splits
@@ -126,7 +126,7 @@ class Writer:
 
 
 def read_in_order(file: Path) -> Iterator[bytes]:
-    """The images of a file, as any reader of the format finds them."""
+    """Yield the images of a file by reading it as Parquet."""
     with pq.ParquetFile(file) as table:
         for rows in table.iter_batches(ROWS_AT_ONCE, use_threads=False):
             for row in rows["data"]:
@@ -134,7 +134,7 @@ def read_in_order(file: Path) -> Iterator[bytes]:
 
 
 def locate(file: Path) -> list[int]:
-    """Where each image of a file begins."""
+    """Return the byte at which each image of a file begins."""
     offsets = []
     end = 0
     mapped = _map(file)
@@ -147,16 +147,16 @@ def locate(file: Path) -> list[int]:
 
 
 IsWhole = Callable[[int, memoryview], bool]
-"""(position, image) -> whether its bytes are those that were stored."""
+"""(position, image) -> whether its bytes are the ones that were stored."""
 
 
 def by_xxh3(digests_I: np.ndarray) -> IsWhole:
-    """Compares an image whenever it is read: in 2 microseconds for 100 kB, which are decoded in 1000."""
+    """Compare an image at every read: 2 microseconds for 100 kB, which take 1000 to decode."""
     return lambda position, image: xxhash.xxh3_64_intdigest(image) == digests_I[position]
 
 
 def by_sha256(digests: pa.ChunkedArray) -> IsWhole:
-    """Compares an image when it is read for the first time: 70 microseconds for 100 kB."""
+    """Compare an image when it is first read: 70 microseconds for 100 kB."""
     rows = RowReader(pa.table({"sha256": digests}))
     known_I = np.zeros(len(digests), bool)
 
@@ -172,9 +172,9 @@ class ImageFiles:
     """Random access to the images of several files, mapped into memory and not copied.
 
     Args:
-        counts: images of each file.
-        offsets_I, lengths_I: where each begins in its file, and its bytes.
-        is_whole: whether the bytes at a position are those that were stored.
+        counts: number of images in each file.
+        offsets_I, lengths_I: first byte of each image in its file, and its number of bytes.
+        is_whole: whether the bytes at a position are the ones that were stored.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class ImageFiles:
         return self._stops[-1]
 
     def __getitem__(self, position: int) -> memoryview:
-        """An image as it was stored. Raises DamagedImage, which names the file, where its bytes have changed."""
+        """Return the bytes of an image. Raise DamagedImage, which names the file, where they have changed."""
         number = bisect.bisect_right(self._stops, position)
         mapped = self._mapped.get(number)
         if mapped is None:
@@ -208,14 +208,14 @@ class ImageFiles:
         return image
 
     def positions(self) -> Iterator[tuple[Path, range]]:
-        """Every file, and the positions of its images."""
+        """Yield every file with the positions of its images."""
         for file, count, stop in zip(self.files, self._counts, self._stops, strict=True):
             yield file, range(stop - count, stop)
 
     def check(self) -> None:
-        """Opens every file, in less than a millisecond each: one that is cut short isn't found in the middle of a run.
+        """Open every file, in less than a millisecond each, so that one that is cut short is found before a run.
 
-        Raises ValueError if a file is missing, damaged, or of other images.
+        Raise ValueError if a file is missing, damaged, or has other images.
         """
         for file, count, stop in zip(self.files, self._counts, self._stops, strict=True):
             try:
@@ -227,7 +227,7 @@ class ImageFiles:
             starts = self._offsets_I[stop - count : stop]
             stops = starts + self._lengths_I[stop - count : stop]
             if stops[-1] > file.stat().st_size:
-                raise UserError(f"{file} is damaged (its last image ends at byte {stops[-1]}, behind its end)")
+                raise UserError(f"{file} is damaged (its last image ends at byte {stops[-1]}, after its end)")
             if starts[0] < 0 or (self._lengths_I[stop - count : stop] < 1).any() or (starts[1:] < stops[:-1]).any():
                 raise UserError(f"the images of {file} overlap in images.arrow")
 

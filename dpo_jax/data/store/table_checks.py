@@ -1,4 +1,4 @@
-"""What the tables of a prepared data set must be like, whoever wrote them; all that is wrong is told at once.
+"""Checks of the tables of a prepared data set, whoever wrote them; everything that is wrong is reported at once.
 
 Axes: N records, M candidates of all records together, I images.
 """
@@ -14,17 +14,17 @@ from dpo_jax.data.sources.record import MAX_CANDIDATES
 from dpo_jax.errors import UserError
 
 PER_CANDIDATE = ("images", "preference", "models")
-"""Lists that every record has one of, with an entry for each candidate."""
+"""Columns of lists with one entry per candidate."""
 
 
 class _Problems:
-    """What is wrong in a table."""
+    """Collects what is wrong in a table."""
 
     def __init__(self, path: Path, unit: str):
         self._path, self._unit, self._found = path, unit, list[str]()
 
     def add(self, wrong: np.ndarray, text: str) -> None:
-        """Notes that the rows where `wrong` holds are wrong, if there are any."""
+        """Note the rows where `wrong` holds, if there are any."""
         number = int(np.count_nonzero(wrong))
         if number:
             more = f" and {number - 1} more" if number > 1 else ""
@@ -36,7 +36,7 @@ class _Problems:
 
 
 def check_records(path: Path, records: pa.Table, known_images: int) -> None:
-    """Raises ValueError where records have nulls, lists of other lengths, unknown images or impossible preferences."""
+    """Raise ValueError where records have nulls, lists of wrong length, unknown images or impossible preferences."""
     validate(path, records)
     if not records.num_rows:
         raise UserError(f"{path} holds no records")
@@ -50,15 +50,17 @@ def check_records(path: Path, records: pa.Table, known_images: int) -> None:
             has_null_N = np.zeros(len(column), bool)
             has_null_N[parents[pc.list_flatten(column).is_null().to_numpy()]] = True
             problems.add(has_null_N, f"{name} has a null entry")
-    problems.tell()  # what follows counts on values being there
+    problems.tell()  # the checks below need values
     number_N = pc.list_value_length(records["images"]).to_numpy()
     problems.add(number_N < 1, "images is empty")
     problems.add(number_N > MAX_CANDIDATES, f"images has more than {MAX_CANDIDATES} entries")
     for name in ("preference", "models"):
-        problems.add(pc.list_value_length(records[name]).to_numpy() != number_N, f"{name} has not one entry per image")
+        problems.add(
+            pc.list_value_length(records[name]).to_numpy() != number_N, f"{name} does not have one entry per image"
+        )
     own = records["captions"]
     own_N = pc.list_value_length(own).fill_null(0).to_numpy()
-    problems.add(own.is_valid().to_numpy() & (own_N != number_N), "captions has not one entry per image")
+    problems.add(own.is_valid().to_numpy() & (own_N != number_N), "captions does not have one entry per image")
     problems.tell()
 
     record_M = np.repeat(np.arange(len(number_N)), number_N)
@@ -76,18 +78,18 @@ def check_records(path: Path, records: pa.Table, known_images: int) -> None:
     problems.add(~outside_N & (number_N > 1) & (np.abs(sum_N - 1) > 1e-3), "preference does not sum to 1")
     rises_M = np.zeros(len(share_M), bool)
     rises_M[1:] = (share_M[1:] > share_M[:-1]) & (record_M[1:] == record_M[:-1])
-    problems.add(any_of_record(rises_M), "preference is not sorted, best first")
+    problems.add(any_of_record(rises_M), "preference is not sorted best first")
     problems.tell()
 
 
 def check_images(path: Path, images: pa.Table) -> None:
-    """Raises ValueError where images have nulls, digests of another length or impossible sizes."""
+    """Raise ValueError where images have nulls, digests of another length or impossible sizes."""
     validate(path, images)
     problems = _Problems(path, "image")
     for name in images.column_names:
         problems.add(images[name].is_null().to_numpy(), f"{name} is null")
     problems.tell()
-    problems.add(pc.binary_length(images["sha256"]).to_numpy() != 32, "sha256 has not 32 bytes")
+    problems.add(pc.binary_length(images["sha256"]).to_numpy() != 32, "sha256 does not have 32 bytes")
     width_I, height_I = (images[side].to_numpy().astype(np.int64) for side in ("width", "height"))
     problems.add((width_I < 1) | (height_I < 1), "width or height is below 1")
     problems.add(width_I * height_I > MAX_PIXELS, f"width x height is above {MAX_PIXELS}")
@@ -97,7 +99,7 @@ def check_images(path: Path, images: pa.Table) -> None:
 
 
 def validate(path: Path, table: pa.Table) -> None:
-    """Raises ValueError where a table's offsets or texts can't be; reading such a one would end the process."""
+    """Raise ValueError where a table has invalid offsets or text; reading such a table would end the process."""
     try:
         table.validate(full=True)
     except pa.ArrowException as error:
