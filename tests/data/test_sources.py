@@ -213,7 +213,7 @@ def test_imagerewarddb_groups_the_images_of_a_prompt(tmp_path: Path, suffix: str
 
 
 def test_imagerewarddb_of_another_schema_is_refused(tmp_path: Path, write_pairs: Write) -> None:
-    with pytest.raises(ValueError, match="a row has prompt_id, prompt, image_path, rank"):
+    with pytest.raises(ValueError, match="its rows should have prompt_id, prompt, image_path, rank"):
         SOURCES["imagerewarddb"].chunks([write_pairs(1)])
 
 
