@@ -19,9 +19,11 @@ from etils import epath
 
 from dpo_jax import cli, locks
 from dpo_jax.api.evaluation import Request, check, compare_models
+from dpo_jax.command_help import section
 from dpo_jax.rewards import JUDGES as JUDGE_KINDS
 from dpo_jax.sampling.prompts import BUNDLED, FORMS
 
+section("Models or images to compare")
 MODELS = flags.DEFINE_list("models", [], "Models to compare, the base first: FOLDER_OR_ID_OR_FILE or NAME=...")
 STEP = flags.DEFINE_string(
     "step",
@@ -39,6 +41,8 @@ PROMPTS = flags.DEFINE_multi_string(
     f"A prompt, {FORMS}, or a list that comes with dpo_jax: {', '.join(BUNDLED)}. May be repeated. A text file has one "
     "prompt per line. A value with a slash or a file's ending is always a path. Required with --models.",
 )
+
+section("Judges and output")
 JUDGES = flags.DEFINE_list(
     "judges",
     None,
@@ -46,6 +50,8 @@ JUDGES = flags.DEFINE_list(
     required=True,
 )
 OUTPUT = flags.DEFINE_string("output", None, "Folder for the report, the images and the scores.", required=True)
+
+section("Drawing, with --models")
 SEEDS = flags.DEFINE_integer("seeds", 4, "Images per prompt, with consecutive seeds.", 1, 2**16)
 SEED = flags.DEFINE_integer(
     "seed", 10**6, "First seed; the default is far from the seeds that training images are drawn with.", 0, 2**32 - 1
@@ -68,11 +74,13 @@ DTYPE = flags.DEFINE_enum(
     ["float32", "bfloat16"],
     "Compute dtype of models and judges. Default: bfloat16; float32 on CPUs.",
 )
-FEATURES = flags.DEFINE_string(
-    "features", "thumbnails", "Features that diversity and drift are measured in: thumbnails, or clip=FOLDER_OR_ID."
-)
 ALLOW_NONFINITE = flags.DEFINE_bool(
     "allow_nonfinite", False, "Draw even if weights contain NaN or infinity; the images may be black."
+)
+
+section("Report")
+FEATURES = flags.DEFINE_string(
+    "features", "thumbnails", "Features that diversity and drift are measured in: thumbnails, or clip=FOLDER_OR_ID."
 )
 CURVES = flags.DEFINE_list(
     "curves",

@@ -21,11 +21,13 @@ from absl import flags
 
 from dpo_jax import cli
 from dpo_jax.api.models import write_exported
+from dpo_jax.command_help import section
 from dpo_jax.errors import UserError
 
 if TYPE_CHECKING:
     from dpo_jax.training.export import Exportable
 
+section("Training run or model")
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a training run.")
 STEP = flags.DEFINE_string(
     "step",
@@ -35,6 +37,8 @@ STEP = flags.DEFINE_string(
 )
 MODEL = flags.DEFINE_string("model", None, "Instead of it: a model folder, a hub id, or a single .safetensors file.")
 LORA = flags.DEFINE_string("lora", None, "With --model: a LoRA for it; a file, or a hub id with the file's name.")
+
+section("Output")
 OUTPUT = flags.DEFINE_string("output", None, "New folder for what is exported.", required=True)
 FORMAT = flags.DEFINE_enum("format", "diffusers", ["diffusers", "unet", "single", "lora", "kohya"], "See above.")
 DTYPE = flags.DEFINE_enum(
@@ -43,11 +47,15 @@ DTYPE = flags.DEFINE_enum(
     ["float32", "float16", "bfloat16"],
     "Of all weights. By default tuned models are float32, converted ones as held.",
 )
+SHARD_GB = flags.DEFINE_float("max_shard_gb", 10.0, "Weights beyond this size are split over several files.", 0.001)
+
+section("Model card")
 LICENSE = flags.DEFINE_string(
     "license", "", "Licence for the card, by the hub's id. By default that of the base model."
 )
 BASE_MODEL = flags.DEFINE_string("base_model", "", "Hub id of the base, for the card, where it was opened from a disk.")
-SHARD_GB = flags.DEFINE_float("max_shard_gb", 10.0, "Weights beyond this size are split over several files.", 0.001)
+
+section("More about the model")
 FAMILY = flags.DEFINE_string("family", None, "With --model: its family where the files can't tell (sdxl_turbo).")
 MODEL_CONFIG = flags.DEFINE_string(
     "model_config", "", "With a single file: folder or hub id of its configs and tokenizers, if not the published one."

@@ -16,9 +16,11 @@ from typing import Any
 from absl import flags
 
 from dpo_jax import cli
+from dpo_jax.command_help import section
 from dpo_jax.errors import UserError
 from dpo_jax.training.config import check_values, resolve
 
+section("Experiment and chips")
 CONFIG = cli.define_config("Experiment to plan:")
 TOPOLOGY = flags.DEFINE_string(
     "topology",
@@ -26,6 +28,8 @@ TOPOLOGY = flags.DEFINE_string(
     "Chips to plan for, for example v5e:16x16, v5p:4x4x4, v6e:8x8, tpu7x:4x4x4, h200:8, or h100:8x4 (4 hosts of 8).",
     required=True,
 )
+
+section("Planning")
 FIT = flags.DEFINE_bool(
     "fit", False, "Find the fastest remat, data.micro_batch and mesh.fsdp that fit, in place of the config's own."
 )

@@ -26,9 +26,11 @@ from absl import flags
 
 from dpo_jax import cli
 from dpo_jax.api.preparation import prepare
+from dpo_jax.command_help import section
 from dpo_jax.data.sources import SOURCES, hub
 from dpo_jax.errors import UserError
 
+section("Input and output")
 SOURCE = flags.DEFINE_string(
     "source",
     None,
@@ -45,6 +47,8 @@ INPUT = flags.DEFINE_list(
 OUTPUT = flags.DEFINE_string(
     "output", None, "Folder to write: new or empty; with --encode or --verify a prepared one.", required=True
 )
+
+section("Preparing")
 WORKERS = flags.DEFINE_integer(
     "workers",
     None,
@@ -62,6 +66,8 @@ MAX_DAMAGED_FRACTION = flags.DEFINE_float(
     lower_bound=0,
     upper_bound=1,
 )
+
+section("Encoding and checking")
 ENCODE = flags.DEFINE_bool(
     "encode", False, "Store the latents and embeddings that the models of --config make of the data set in --output."
 )

@@ -19,12 +19,14 @@ from absl import flags
 
 from dpo_jax import cli, locks
 from dpo_jax.api.models import load_model
+from dpo_jax.command_help import section
 from dpo_jax.errors import UserError
 from dpo_jax.sampling.prompts import BUNDLED, FORMS
 
 if TYPE_CHECKING:
     from dpo_jax.sampling.loaded_model import LoadedModel
 
+section("Model or training run")
 MODEL = flags.DEFINE_string("model", None, "Model to sample from: a folder, a hub id, or a .safetensors file.")
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Training run to sample from (its latest checkpoint, or --step); an alternative to --model."
@@ -35,6 +37,8 @@ STEP = flags.DEFINE_string(
     "Checkpoint to sample from (with --workdir): a step, or best, which is the one with the highest accuracy on "
     "held-out pairs (for SFT, the lowest error). Default: the latest.",
 )
+
+section("Prompts and output")
 PROMPTS = flags.DEFINE_multi_string(
     "prompts",
     None,
@@ -45,6 +49,8 @@ PROMPTS = flags.DEFINE_multi_string(
 OUTPUT = flags.DEFINE_string("output", None, "Folder for the images.", required=True)
 SEEDS = flags.DEFINE_integer("seeds", 1, "Images per prompt, with consecutive seeds.", 1, 2**16)
 SEED = flags.DEFINE_integer("seed", 0, "First seed.", 0, 2**32 - 1)
+
+section("Sampling")
 SAMPLER = flags.DEFINE_enum(
     "sampler",
     None,
@@ -79,6 +85,8 @@ RESOLUTION = flags.DEFINE_integer(
     "resolution", None, "Height and width in pixels. Default: the model's own resolution.", 1, 2**14
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images drawn at a time, on all devices together.", 1, 2**16)
+
+section("Starting from an image")
 INIT_IMAGE = flags.DEFINE_string(
     "init_image",
     None,
@@ -92,6 +100,8 @@ STRENGTH = flags.DEFINE_float(
     lower_bound=0,
     upper_bound=1,
 )
+
+section("More about the model")
 LORA = flags.DEFINE_string("lora", "", "LoRA to add to the model: a file, its folder, or a hub id with the file name.")
 LORA_SCALE = flags.DEFINE_float("lora_scale", 1.0, "Factor that the LoRA is multiplied by.")
 DTYPE = flags.DEFINE_enum(

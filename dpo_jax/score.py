@@ -19,10 +19,12 @@ from pathlib import Path
 from absl import flags
 
 from dpo_jax import cli
+from dpo_jax.command_help import section
 from dpo_jax.data.store import scores
 from dpo_jax.errors import ExistingFileError, UserError
 from dpo_jax.rewards import JUDGES, Settings, open_judge
 
+section("Data set and judge")
 DATA = flags.DEFINE_string("data", None, "Folder that dpo_jax.prepare wrote.", required=True)
 JUDGE = flags.DEFINE_string(
     "judge",
@@ -32,9 +34,13 @@ JUDGE = flags.DEFINE_string(
     required=True,
 )
 NAME = flags.DEFINE_string("name", None, "Name to store the scores under. Default: the judge's name.")
+
+section("Judging")
 DTYPE = flags.DEFINE_enum("dtype", Settings.dtype, ["float32", "bfloat16"], "Compute dtype of a judge's network.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images per call of the judge.", 1, 2**16)
 TIMEOUT = flags.DEFINE_float("timeout", Settings.timeout, "Seconds that an external judge may take per call.", 0.001)
+
+section("Scores from elsewhere")
 SCORES = flags.DEFINE_string("scores", None, "JSONL file of scores to import; nothing is judged.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the scores that are stored under this name.")
 

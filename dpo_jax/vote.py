@@ -26,13 +26,20 @@ from pathlib import Path
 from absl import flags
 
 from dpo_jax import cli, locks
+from dpo_jax.command_help import section
 from dpo_jax.errors import UserError
 from dpo_jax.voting.study import MODES, QUESTIONS, Question
 
 PACKAGES = "starlette", "uvicorn", "jinja2", "krippendorff"
 
+section("Images and votes")
 IMAGES = flags.DEFINE_list("images", None, "Folders of images, one per model, comma-separated.")
 OUTPUT = flags.DEFINE_string("output", None, "SQLite file of votes; created if it does not exist.", required=True)
+PROMPTS = flags.DEFINE_string(
+    "prompts", None, "List of prompts, for folders whose images are named by the number of their prompt (00012.png)."
+)
+
+section("Questions")
 MODE = flags.DEFINE_enum(
     "mode",
     "pairs",
@@ -47,6 +54,8 @@ QUESTION_NAMES = flags.DEFINE_list(
 )
 TAGS = flags.DEFINE_list("tags", [], 'Faults to ask about (with --mode=tag), for example "distorted hand,unsafe".')
 TIES = flags.DEFINE_bool("ties", False, 'Offer the answer "Both alike" (with --mode=pairs).')
+
+section("Raters")
 RATERS = flags.DEFINE_integer(
     "raters",
     5,
@@ -63,14 +72,15 @@ STOP_EARLY = flags.DEFINE_bool(
 INVITE = flags.DEFINE_list(
     "invite", [], "Names of raters, comma-separated: print a link for each of them and let nobody else vote."
 )
-PROMPTS = flags.DEFINE_string(
-    "prompts", None, "List of prompts, for folders whose images are named by the number of their prompt (00012.png)."
-)
+
+section("Server")
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to serve on; 0.0.0.0 for all addresses of this machine.")
 PORT = flags.DEFINE_integer("port", 8000, "Port to serve on; 0 for a free port.", lower_bound=0, upper_bound=65535)
 TOKEN = flags.DEFINE_string(
     "token", None, "Token in the raters' link. Default: none if only this machine is served, otherwise a random one."
 )
+
+section("Export, in place of serving")
 EXPORT = flags.DEFINE_string(
     "export",
     None,

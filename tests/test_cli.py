@@ -23,12 +23,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("command", ["train", "online", "prepare", "score", "export", "sample", "evaluate", "vote"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_the_flags_and_succeeds(command):
     result = run(f"dpo_jax.{command}", "--help")
     assert result.returncode == 0
     assert "python -m dpo_jax." in result.stdout
     assert "--traceback" not in result.stdout.split("General:")[0]
+    assert "\nFlags:\n" not in result.stdout  # every flag is in a section
 
 
 @pytest.mark.parametrize(

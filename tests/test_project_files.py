@@ -35,7 +35,7 @@ def test_the_forms_for_issues_are_sound():
 
 
 def test_contributing_names_files_that_exist():
-    for name in ("launch/demo.sh", "launch/test.sh", "dpo_jax/training/defaults.py", "dpo_jax/api.py", "docs"):
+    for name in ("launch/demo.sh", "launch/test.sh", "dpo_jax/training/defaults.py", "dpo_jax/api", "docs"):
         assert (ROOT / name).exists()
         assert name.removeprefix("dpo_jax/") in (ROOT / "CONTRIBUTING.md").read_text()
 
