@@ -69,7 +69,7 @@ def test_models_then_their_images(evaluate: Callable[..., str], tmp_path: Path) 
         ),
         (["--images=no_such_a,no_such_b"], "no folder of images at no_such_a"),
         (["--models=a,b", "--prompts=a cat"], "--prompts gives only one prompt ('a cat')"),
-        (["--models=a,b", "--prompts=bundled", "--step=2"], "--step goes with a work directory of a training run"),
+        (["--models=a,b", "--prompts=bundled", "--step=2"], "--step goes with training runs, but --models names none"),
         (["--models=a,b", "--prompts=bundled", "--curves=nowhere"], "--curves=nowhere is not a training run"),
     ],
 )

@@ -151,8 +151,8 @@ def test_licence_of_a_model_of_published_size(pipeline: Pipeline, monkeypatch: p
     monkeypatch.setattr(Pipeline, "is_of_published_size", True)
     origin = origin_of("/data/sdxl", pipeline)
     assert origin.license == FAMILIES["sdxl"].license
-    assert "is that of stabilityai/stable-diffusion-xl-base-1.0, which" in origin.remark
-    assert "if the base model has another, state it with --license, and the base's hub id with" in origin.remark
+    assert "is that of stabilityai/stable-diffusion-xl-base-1.0, the usual base" in origin.remark
+    assert "If the base model has another, state it with --license, and the base's hub id with" in origin.remark
 
 
 def test_what_the_user_says_of_licence_and_base(pipeline: Pipeline) -> None:

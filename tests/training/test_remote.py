@@ -65,7 +65,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[epath.Path]:
 
 
 class NoCheckpoints(trainer.Checkpoints):
-    def __init__(self, workdir, *, keep, fields):
+    def __init__(self, workdir, *, keep, keep_every, fields):
         self.folder = None
 
     def save(self, state, position):
