@@ -46,11 +46,11 @@ JSON = flags.DEFINE_bool("json", False, "Print the plan as JSON and nothing else
 
 def main() -> None:
     if CONFIG.value is None:
-        raise UserError("--config is missing; give one of the files in configs/, such as --config=configs/sdxl.py")
+        raise UserError("--config is missing. Name a config or a file, for example --config=sdxl")
     # Without an accelerator JAX offers the compiler for GPUs only if the platform is named.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from dpo_jax.planning.compiled import compile_step, summarize
-    from dpo_jax.planning.estimate import measure_holdings, measure_work, round_sizes
+    from dpo_jax.planning.estimate import make_plan, measure_holdings, measure_work
     from dpo_jax.planning.model_shapes import open_structure
     from dpo_jax.planning.report import as_text, compiled_text
     from dpo_jax.planning.search import choose_settings, fit
@@ -68,7 +68,7 @@ def main() -> None:
         derived = resolve(config, device_count=topology.num_devices, process_count=1)
         holdings = measure_holdings(config, pipeline, topology.num_devices)
         work = measure_work(config, topology.device.kind)
-        plan = round_sizes(
+        plan = make_plan(
             holdings,
             work,
             topology,

@@ -25,7 +25,7 @@ STEPS = flags.DEFINE_integer("steps", 5, "Optimizer steps to time.", lower_bound
 
 def main() -> None:
     if CONFIG.value is None:
-        raise UserError("--config is missing; give one of the files in configs/, such as --config=configs/sdxl.py")
+        raise UserError("--config is missing. Name a config or a file, for example --config=sdxl")
     check_values(CONFIG.value)
     import jax
 

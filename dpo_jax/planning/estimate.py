@@ -244,7 +244,7 @@ def measure_holdings(config: ConfigDict, pipeline: Pipeline, num_devices: int) -
     )
 
 
-def round_sizes(
+def make_plan(
     holdings: Holdings,
     work: Work,
     topology: Topology,

@@ -15,10 +15,10 @@ from dpo_jax.planning.estimate import (
     Holdings,
     Plan,
     Work,
+    make_plan,
     measure_holdings,
     measure_work,
     memory_by_kind,
-    round_sizes,
 )
 from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.topology import GIB, Topology
@@ -73,7 +73,7 @@ def choose(config: ConfigDict, works: Sequence[Work], topology: Topology, utilis
         one = with_settings(config, remat="none", pairs=1, data=devices // fsdp, fsdp=fsdp)
         holdings.append(measure_holdings(one, pipeline, topology.num_devices))
     plans = [
-        round_sizes(held, work, topology, batch_size=batch, pairs=pairs, utilisation=utilisation)
+        make_plan(held, work, topology, batch_size=batch, pairs=pairs, utilisation=utilisation)
         for work in works
         for held in holdings
         for pairs in _divisors(batch // devices)
@@ -106,10 +106,9 @@ def settle(config: ConfigDict, say: Callable[[str], None]) -> ConfigDict:
     if not limits.min():
         return replaced(config, {"remat": "none"}) if config.remat == "auto" else config
     chosen = choose_settings(config, jax.default_backend(), jax.device_count(), float(limits.min()))
-    say(
-        f"remat={chosen.remat} and data.micro_batch={chosen.data.micro_batch} fit the {limits.min() / GIB:.1f} GiB of "
-        "a device"
-    )
+    if jax.process_index() == 0:
+        settings = f"remat={chosen.remat} and data.micro_batch={chosen.data.micro_batch}"
+        say(f"{settings} fit the {limits.min() / GIB:.1f} GiB of each device")
     return chosen
 
 

@@ -12,7 +12,7 @@ import pytest
 from dpo_jax.cli import load_config, replaced
 from dpo_jax.errors import UserError
 from dpo_jax.planning import search
-from dpo_jax.planning.estimate import Work, measure_holdings, measure_work, round_sizes
+from dpo_jax.planning.estimate import Work, make_plan, measure_holdings, measure_work
 from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.report import as_text
 from dpo_jax.planning.search import choose_settings, settle
@@ -59,7 +59,7 @@ def test_memory_is_that_of_real_arrays(tmp_path: Path, monkeypatch: pytest.Monke
     config = load_config(str(ROOT / "configs/sdxl.py:tiny"))
     config.data.batch_size, config.mesh.data, config.mesh.fsdp, config.ema.decay = 8, 2, 4, 0.9
     machine, pipeline = parse_topology("v5e:2x4"), open_structure(config)
-    planned = round_sizes(measure_holdings(config, pipeline, 8), WORK["none"], machine, batch_size=8, pairs=1).memory
+    planned = make_plan(measure_holdings(config, pipeline, 8), WORK["none"], machine, batch_size=8, pairs=1).memory
     assert {kind: planned[kind] for kind in real} == real
     assert planned["gradients"] == real["trained weights, float32"]
     assert planned["weights gathered"] == 4 * sum(math.prod(spec.shape) for spec in pipeline.unet.specs.values())
@@ -112,7 +112,7 @@ def test_fit_has_tpus_convolve_whole_images(lora, machine: str, pairs: int) -> N
     fast = search.choose(lora, works, parse_topology(machine))
     assert fast.micro_batch_per_device == pairs
     holdings = measure_holdings(lora, open_structure(lora), parse_topology(machine).num_devices)
-    cut = round_sizes(holdings, works[0], parse_topology(machine), batch_size=2048, pairs=1)
+    cut = make_plan(holdings, works[0], parse_topology(machine), batch_size=2048, pairs=1)
     assert cut.micro_batch_per_device == 1
     slower = 1 + 0.21 * 4 / 8 if pairs > 1 else 1
     assert cut.compute_seconds == pytest.approx(slower * fast.compute_seconds)
@@ -122,7 +122,7 @@ def test_the_program_takes_memory_of_tpus(lora) -> None:
     for machine, size in (("v5e:4x4", 1000 * 0.37 * 2**20), ("h200:8x2", 0)):
         topology = parse_topology(machine)
         holdings = measure_holdings(lora, open_structure(lora), topology.num_devices)
-        plan = round_sizes(holdings, Work("none", 1, 1, 1, 1000, 0), topology, batch_size=2048, pairs=8)
+        plan = make_plan(holdings, Work("none", 1, 1, 1, 1000, 0), topology, batch_size=2048, pairs=8)
         assert plan.memory["program (from its size, assumed)"] == size
 
 
@@ -140,7 +140,7 @@ def test_fit_refuses_a_batch_that_does_not_divide(lora) -> None:
 def test_figures_follow_from_one_another(lora) -> None:
     topology = parse_topology("v5e:4x4")
     holdings = measure_holdings(lora, open_structure(lora), topology.num_devices)
-    plan = round_sizes(holdings, WORK["none"], topology, batch_size=2048, pairs=8, utilisation=0.5)
+    plan = make_plan(holdings, WORK["none"], topology, batch_size=2048, pairs=8, utilisation=0.5)
     assert plan.micro_batch_per_device == 8
     assert plan.compute_seconds == pytest.approx(2048 / 16 * 8e12 / (197e12 * 0.5))
     assert plan.step_seconds == pytest.approx(plan.compute_seconds, rel=1e-3)
@@ -154,7 +154,7 @@ def test_figures_follow_from_one_another(lora) -> None:
 def test_collectives_that_outlast_the_computation_are_not_hidden(lora) -> None:
     topology = parse_topology("v5e:4x4")
     holdings = measure_holdings(lora, open_structure(lora), topology.num_devices)
-    plan = round_sizes(holdings, Work("none", 1, 1, 1, 0, 0), topology, batch_size=2048, pairs=8, utilisation=1)
+    plan = make_plan(holdings, Work("none", 1, 1, 1, 0, 0), topology, batch_size=2048, pairs=8, utilisation=1)
     summed, gathered = plan.collectives
     assert (summed.times, gathered.times) == (16, 1)
     assert summed.received_bytes == pytest.approx(2 * 4 * plan.trained_parameters * 15 / 16)
@@ -167,7 +167,7 @@ def test_weights_of_blocks_in_a_loop_are_gathered_once_for_all_micro_batches(sca
     config.mesh.data, config.mesh.fsdp, config.scan = 16, 4, scan
     topology = parse_topology("v5p:4x4x4")
     holdings = measure_holdings(config, open_structure(config), topology.num_devices)
-    plan = round_sizes(holdings, WORK["block"], topology, batch_size=2048, pairs=4)
+    plan = make_plan(holdings, WORK["block"], topology, batch_size=2048, pairs=4)
     gathered = plan.collectives[0]
     assert (gathered.name, gathered.times, gathered.can_hide) == ("weights gathered", times, not scan)
     of_a_unet = 2 * plan.trained_parameters
@@ -190,7 +190,7 @@ def test_fit_returns_the_config_of_its_plan(lora) -> None:
 def test_text_says_what_is_computed_and_what_is_assumed(lora) -> None:
     topology = parse_topology("v5e:4x4")
     holdings = measure_holdings(lora, open_structure(lora), topology.num_devices)
-    plan = round_sizes(holdings, WORK["block"], topology, batch_size=2048, pairs=2)
+    plan = make_plan(holdings, WORK["block"], topology, batch_size=2048, pairs=2)
     text = as_text(lora, plan)
     assert "activations                             2.00" in text
     assert "8.00 TFLOP, 11.00 including what remat repeats" in text
@@ -252,6 +252,6 @@ def test_settings_are_those_for_the_devices_that_are_here(lora, monkeypatch: pyt
     monkeypatch.setattr(search.jax, "local_devices", lambda: [Device()])
     monkeypatch.setattr(search.jax, "device_count", lambda: 4)
     assert settle(lora, said.append).remat == "attention"
-    assert said == ["remat=attention and data.micro_batch=1 fit the 3.0 GiB of a device"]
+    assert said == ["remat=attention and data.micro_batch=1 fit the 3.0 GiB of each device"]
     lora.remat, lora.data.micro_batch = "dots", 2
     assert settle(lora, said.append) is lora
