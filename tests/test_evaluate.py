@@ -50,9 +50,17 @@ def test_models_then_their_images(evaluate: Callable[..., str], tmp_path: Path) 
     # The images alone, as if other programs had made them, and a judge that is a function.
     folders = [f"--images=x={output / 'images' / 'model'},y={output / 'images' / 'again'}"]
     judges = "--judges=shapes,python=dpo_jax.tiny.judge:score"
-    evaluate(*folders, *common, judges, f"--output={tmp_path / 'of_images'}")
+    run = tmp_path / "run"
+    run.mkdir()
+    figures = [{"step": 10 * i, "train/loss": 0.6, "validation/pair_accuracy": 0.514 + i / 10} for i in range(2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in figures))
+    curves = f"--curves={run},y={run}"
+    said = evaluate(*folders, *common, judges, curves, f"--output={tmp_path / 'of_images'}")
+    for name in ("run", "y"):
+        assert f"{name}: implicit accuracy on held-out pairs 61.4% (step 10)\n" in said
     of_images = json.loads((tmp_path / "of_images" / "result.json").read_text())
     assert of_images["judges"]["shapes"]["models"]["x"] == result["judges"]["shapes"]["models"]["model"]
+    assert list(of_images["pair_accuracies"]) == ["run", "y"]
     assert of_images["judges"]["python"]["models"] == of_images["judges"]["shapes"]["models"]
 
 
