@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(config: str, workdir: Path, **fields: object) -> np.ndarray:
-    """The losses of a run of the command."""
+    """Return the losses of a run of the command."""
     settings = {"validation.every": 0, "sample.every": 0, "checkpoint.every": 10_000, "log_every": 1, **fields}
     arguments = [f"--config={config}", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in settings.items())]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
@@ -29,7 +29,7 @@ def run(config: str, workdir: Path, **fields: object) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's, prepared."""
+    """The prepared data of the demo."""
     folder = tmp_path_factory.mktemp("pairs") / "data"
     prepare = ["dpo_jax.prepare", "--source=pickapic", "--input=dpo_jax/tiny/pairs.parquet", f"--output={folder}"]
     subprocess.run([sys.executable, "-m", *prepare], cwd=ROOT, check=True)
@@ -41,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("config", "remat"), [*(("configs/tiny.py", remat) for remat in POLICIES), ("configs/tiny.py:lora", "none")]
 )
 def test_policy_and_reference_round_alike(config: str, remat: str, data: Path, tmp_path: Path) -> None:
-    """With beta = 5000 the loss begins at log 2, but for the few pairs of which a CPU's product rounds otherwise.
+    """With beta = 5000 the loss begins at log 2, except for the few pairs whose products a CPU rounds differently.
 
     Where intermediate values are not rounded it begins at 2.
     """
@@ -52,7 +52,7 @@ def test_policy_and_reference_round_alike(config: str, remat: str, data: Path, t
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["configs/tiny.py", "configs/tiny.py:lora"])
 def test_200_steps_are_those_of_float32_within_noise(config: str, data: Path, tmp_path: Path) -> None:
-    """Of the demo's model: its curve in bfloat16 is nearer to that in float32 than another order of the data is."""
+    """The demo's loss curve in bfloat16 is nearer to that in float32 than a curve with another order of the data."""
     settings: dict[str, object] = {"data.path": data, "steps": 200}
     curves = {
         name: run(config, tmp_path / name, **settings, **fields)

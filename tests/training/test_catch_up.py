@@ -1,4 +1,4 @@
-"""What was due at a step when a run was killed is there in the end, whenever that was."""
+"""Validation and grids that were due when a run was killed are made on resume, also those of step 0."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ class Killed(BaseException):
 
 
 def left(workdir: Path) -> dict[str, object]:
-    """All figures of held-out pairs and all grids."""
+    """Return all figures of held-out pairs and all grids."""
     rows = [row for row in read_metrics(workdir) if "validation/pair_accuracy" in row]
     return {path.name: path.read_bytes() for path in (workdir / "samples").glob("*")} | {"rows": rows}
 
@@ -69,7 +69,7 @@ def test_a_run_that_was_killed_does_on_resume_what_was_due(tiny_config, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("doing", ["_validate", "_sample"])
 def test_figures_and_grids_are_those_of_a_run_that_nobody_killed(tiny_config, tmp_path, monkeypatch, doing) -> None:
-    """Killed at each step in turn, and again while it catches up."""
+    """The run is killed at each step in turn, and again while it catches up."""
     config = tiny_config("sd15", steps=2, **FIELDS)
     train(config, tmp_path / "whole")
     for step in (0, 0, 1, 1, 2, 2):

@@ -1,4 +1,4 @@
-"""A damaged image of a prepared data set in a run: left out, told and counted, and the run goes on and resumes."""
+"""A run leaves out a damaged image of its data set, reports and counts it, continues, and resumes."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from dpo_jax.training.trainer import train
 
 
 def damage_an_image_of_one_training_record(data: Path) -> int:
-    """The record."""
+    """Return the damaged record."""
     prepared = open_prepared(data)
     records = prepared.records.to_pylist()
     used = [image for record in records for image in record["images"]]
@@ -29,7 +29,7 @@ def damage_an_image_of_one_training_record(data: Path) -> int:
 
 
 def final_state(workdir: Path) -> dict[str, object]:
-    """Checksums of all that the last checkpoint holds."""
+    """Return the checksums of the last checkpoint."""
     return json.loads((workdir / "checkpoints" / "4" / "checksums" / "metadata").read_text())
 
 

@@ -1,4 +1,4 @@
-"""The same run on one device, on eight, and on two processes of four: the same losses and parameters, to rounding."""
+"""A run has the same losses and parameters, up to rounding, on one device, on eight, and on two processes of four."""
 
 import json
 import os
@@ -43,7 +43,7 @@ MESHES = {
 
 
 def train(workdir: Path, fields: dict, *, processes: int, devices: int) -> list[float]:
-    """Runs in new processes; the losses of its steps."""
+    """Train in new processes and return the losses of the steps."""
     script = [sys.executable, "-c", SCRIPT, str(workdir), json.dumps(fields)]
     if processes > 1:
         script = ["bash", "launch/local_cluster.sh", *script]
@@ -59,7 +59,7 @@ def train(workdir: Path, fields: dict, *, processes: int, devices: int) -> list[
 
 @pytest.fixture(scope="module")
 def on_one_device(tmp_path_factory: pytest.TempPathFactory):
-    """(losses, parameters, by how much they have changed) of the same run on one device."""
+    """(losses, parameters, sizes of their changes) of the same run on one device."""
     runs = {}
 
     def run(**fields):
@@ -109,7 +109,7 @@ def test_eight_devices_agree_with_one(on_one_device, tmp_path: Path, mesh: str, 
 
 @pytest.mark.slow
 def test_goes_on_on_other_devices_as_if_it_had_stayed(on_one_device, tmp_path: Path) -> None:
-    """Five steps on one device, five on two processes of two; each reads its parts of what the one has written."""
+    """Five steps on one device, then five on two processes of two, which read their parts of that checkpoint."""
     train(tmp_path, {"checkpoint.every": 5}, processes=1, devices=1)
     shutil.rmtree(tmp_path / "checkpoints" / "10")
     losses = train(tmp_path, {"mesh.fsdp": 2, "mesh.tensor": 2}, processes=2, devices=2)
@@ -148,7 +148,7 @@ print(json.dumps([gathered, sum(x.size for x in state.params.values()), split]))
 
 @pytest.mark.parametrize("fsdp", [1, 8])
 def test_the_optimizer_state_is_never_gathered(tmp_path: Path, fsdp: int) -> None:
-    """Split with its parameters (fsdp) nothing is; shared by copies of the model, the new parameters are, once."""
+    """With fsdp nothing is gathered for the update; copies of the model that share it gather new parameters once."""
     done = subprocess.run(
         [sys.executable, "-c", UPDATE, str(fsdp), str(tmp_path)], cwd=ROOT, check=True, capture_output=True, text=True
     )
@@ -178,7 +178,7 @@ print(json.dumps(count_collectives(experiment.train_step().lower(*arguments).com
 
 
 def test_weights_come_to_the_images_and_not_images_to_the_weights(tmp_path: Path) -> None:
-    """With fsdp weights are gathered and gradients summed; activations stay where the batch has put them."""
+    """With fsdp, weights are gathered and gradients summed; activations stay on the devices of their examples."""
     done = subprocess.run(
         [sys.executable, "-c", STEP, str(tmp_path)], cwd=ROOT, check=True, capture_output=True, text=True
     )

@@ -1,4 +1,4 @@
-"""Training from what `prepare --encode` stored, against training from images."""
+"""Training from latents that `prepare --encode` stored equals training from images."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ from dpo_jax.training.trainer import train
 
 @pytest.fixture
 def config(tiny_config, mixed_pairs: Path):
-    """Two views: of them a run sees what it would see by random flips."""
+    """Two views per image: a run sees them as often as it would see random flips."""
 
     def make(family: str, **fields: object):
         defaults = {
@@ -47,7 +47,7 @@ def losses(workdir: Path) -> list[float]:
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_inputs_agree_to_bfloat16_rounding(config, tmp_path: Path, family: str) -> None:
-    """Latents and conditioning of the same samples: flips, dropped captions, own captions, real sizes, and all."""
+    """Latents and conditioning of the same examples, with flips, dropped and own captions, and real sizes."""
     fields = {"data.size_conditioning": "real", "data.caption_dropout": 0.3, "data.batch_size": 8}
     config = encoded(config(family, **fields))
     pipeline, derived = open_model(config, tmp_path), resolve(config, device_count=1, process_count=1)
@@ -91,7 +91,7 @@ def test_losses_agree(config, tmp_path: Path, family: str) -> None:
 
 
 def test_neither_vae_nor_text_encoder_is_in_memory(config, tmp_path: Path) -> None:
-    """But for samples: the VAE and the text encoders come and go."""
+    """The VAE and the text encoders are loaded only while samples are drawn."""
     stored = encoded(config("sd15", **{"validation.every": 4, "sample.every": 4}))
     train(stored, tmp_path / "stored")
     assert np.isfinite(losses(tmp_path / "stored")).all()

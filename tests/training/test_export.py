@@ -179,7 +179,7 @@ def test_command_refuses(tmp_path, flags, message):
 
 
 def test_a_model_with_a_lora_converts_to_every_format(tmp_path):
-    """kohya's and diffusers' file of one LoRA merge to the same weights, in float32 whatever the base is held in."""
+    """One LoRA in kohya's and diffusers' format merges to the same float32 weights, whatever dtype the base has."""
     write_random_model("sd15", tmp_path / "model", dtype="float16")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "model")
     import peft

@@ -1,4 +1,4 @@
-"""What becomes of a run: after notices, with damaged checkpoints, on full disks, beside peers that fall silent."""
+"""Runs after notices of preemption, with damaged checkpoints, on full disks, and beside processes that hang."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def state_at(step: int) -> TrainState:
-    """Like none of another step, and large enough to be stored in files of their own."""
+    """Return a state that differs from those of other steps and is large enough for files of its own."""
     values = jax.random.normal(jax.random.key(step), (64, 128))
     moments = ({"a.kernel": values + 1}, jnp.int32(step))
     return TrainState(step=jnp.int32(step), params={"a.kernel": values}, opt_state=moments, ema={})
@@ -84,7 +84,7 @@ def pipe(file: Path) -> None:
 def test_whatever_happens_to_a_file_the_state_is_right(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], damage: Callable[[Path], None]
 ) -> None:
-    """Either the checkpoint is still good, as the file wasn't needed, or the one before it is taken, with a warning."""
+    """Either the checkpoint is still whole, as the file is not needed, or the one before is used, with a warning."""
     save(tmp_path / "run", 1, 2)
     count, skipped = len(files_of(tmp_path / "run" / "checkpoints" / "2")), []
     for number in range(count):

@@ -1,4 +1,4 @@
-"""Values of fields that would train nothing, or that no machine can compute, are refused before anything loads."""
+"""Values that would train nothing, or that no machine can compute, are refused before anything loads."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Damage to the files of a run beside its checkpoints: logs never stop it, and config.json is restored."""
+"""Damaged logs never stop a run, a damaged config.json is restored, and checkpoints are kept as the config says."""
 
 import errno
 import json

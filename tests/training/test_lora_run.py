@@ -1,4 +1,4 @@
-"""Whole LoRA runs: what is trained, what it is compared with, and what PyTorch makes of the result."""
+"""Complete LoRA runs: what is trained, what it is compared with, and that PyTorch computes the same from the result."""
 
 import json
 import math
@@ -118,7 +118,9 @@ def test_dropout_acts_in_training_alone_and_on_the_policy_alone(tiny_config, tmp
     with open_training_batches(config, experiment.derived, make_inputs(config, experiment.pipeline)) as batches:
         batch = next(batches)
     score = jax.jit(
-        lambda step: [experiment.score(adapter, experiment.frozen, batch, step, training=t) for t in (True, False)]
+        lambda step: [
+            experiment.compute_log_ratios(adapter, experiment.frozen, batch, step, training=t) for t in (True, False)
+        ]
     )
     trained, evaluated = score(jnp.int32(3))
     np.testing.assert_array_equal(trained.reference_error_BK, evaluated.reference_error_BK)
@@ -142,8 +144,10 @@ def test_after_resume_the_reference_is_still_the_base(tiny_config, trained, tmp_
 
 
 def test_going_on_from_a_lora(tiny_config, trained, tmp_path):
-    """For the policy alone, the margin begins where that LoRA ended; for both, at zero. Its rank holds; alpha / rank is
-    in the weights that were exported."""
+    """With the LoRA in the policy alone, the margin begins where it ended; with it in both, at zero.
+
+    Its rank is kept, and alpha / rank is part of the exported weights.
+    """
     file = export(exportable_run(trained), tmp_path / "lora", format="kohya", dtype=None, max_shard_bytes=10**10)
     first = {}
     for init_reference in (False, True):
@@ -174,7 +178,7 @@ def test_a_rank_that_the_lora_does_not_have(tiny_config, trained, tmp_path):
 
 
 def test_another_reference_and_another_starting_unet(tiny_config, tmp_path):
-    """Both are read from where they are: policy = reference only where they are the same."""
+    """Both are read from their own paths: policy = reference only if these hold the same weights."""
     write_random_model("sd15", tmp_path / "other", seed=9)
     first = {}
     for fields in ({"reference": str(tmp_path / "other")}, {"unet": str(tmp_path / "other" / "unet")}, {}):

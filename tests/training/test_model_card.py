@@ -1,4 +1,4 @@
-"""What a card and a file say of an exported model: licence, base, scheduler, steps, and no path of this machine."""
+"""Cards and files of exports state licence, base, scheduler and steps, and no path of this machine."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def pipeline(folder: Path) -> Pipeline:
 
 
 def with_scheduler(folder: Path, target: Path, **fields: object) -> Path:
-    """A copy of the model with other fields of its scheduler."""
+    """Return a copy of the model with other fields of its scheduler."""
     target.mkdir()
     for path in folder.iterdir():
         if path.name != "scheduler":
@@ -63,7 +63,7 @@ def save_lora(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, st
 
 
 def lora_with_text(pipeline: Pipeline, path: Path) -> Path:
-    """A LoRA of one layer of the UNet and one of each text encoder, under kohya's names."""
+    """Write a LoRA of one layer of the UNet and one of each text encoder, under kohya's names."""
     random = np.random.default_rng(0)
     layers = {f"lora_unet_{TO_Q.replace('.', '_')}": pipeline.unet.specs[f"{TO_Q}.kernel"].torch_shape}
     mlp = "text_model.encoder.layers.0.mlp.fc1"

@@ -1,4 +1,4 @@
-"""What the first grid, checkpoint or validation will need is told before anything is loaded."""
+"""Anything that the first grid, checkpoint or validation lacks is reported before models are loaded."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def not_loaded(*_, **__):
 
 @pytest.fixture
 def prepare(tmp_path: Path):
-    """`prepare(pairs=6, prompts=1)`: a data set of that many pairs."""
+    """`prepare(pairs=6, prompts=1)` makes a data set of that many pairs and returns its folder."""
 
     def make(pairs: int, prompts: int) -> str:
         rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Optimisers against torch.optim.AdamW and transformers.Adafactor, schedules against diffusers.optimization."""
+"""Optimizers equal torch.optim.AdamW and transformers.Adafactor; schedules equal diffusers.optimization."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ STEPS = 10
 
 @dataclasses.dataclass
 class Run:
-    """Parameters and gradients in our layout; gradient sizes differ widely, and from step to step."""
+    """Return parameters and gradients in our layout; gradient sizes differ widely, also between steps."""
 
     params: dict[str, np.ndarray]
     grads: list[dict[str, np.ndarray]]
@@ -43,7 +43,7 @@ def run() -> Run:
 
 
 def torch_params(run: Run, name: str, clip_norm: float, schedule: str) -> dict[str, np.ndarray]:
-    """The oracle's final parameters, brought back to our layout."""
+    """Return the final parameters of the PyTorch optimizer, in our layout."""
     params = {key: torch.tensor(run.params[key].transpose(SPECS[key].torch_axes)) for key in SPECS}
     for param in params.values():
         param.requires_grad_()

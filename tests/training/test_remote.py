@@ -1,4 +1,4 @@
-"""A work directory in object storage: all goes there by one path library, but for checkpoints, which Orbax sends."""
+"""A work directory in object storage: Orbax writes checkpoints there, and one path library everything else."""
 
 import json
 import time
@@ -21,7 +21,7 @@ from dpo_jax.training.trainer import train
 
 
 class ObjectStore(MemoryFileSystem):
-    """In memory, and as strict as gs://: files can be written whole, not appended to."""
+    """An object store in memory, as strict as gs://: files are written completely and never appended to."""
 
     protocol = "gs"
     root_marker = ""
@@ -36,7 +36,7 @@ class ObjectStore(MemoryFileSystem):
 
 
 class Events:
-    """Stands for tensorboardX's own writer to gs://, which needs Google's client library."""
+    """A stand-in for tensorboardX's writer to gs://, which needs Google's client library."""
 
     def __init__(self) -> None:
         self.opened: list[str] = []

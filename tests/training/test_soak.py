@@ -1,4 +1,4 @@
-"""Kills runs at more than sixty moments, and each ends with all that the run has which nobody disturbed.
+"""Runs that are killed at more than sixty moments end with the same files as an undisturbed run.
 
 That is its parameters, the figures of held-out pairs and the image grids, bit for bit.
 """
@@ -28,18 +28,18 @@ STEPS = 30
 FIELDS = [f"steps={STEPS}", "checkpoint.every=10", "checkpoint.keep=2", "data.batch_size=4", "data.random_crop=True"]
 FIELDS += ["validation.every=10", "validation.max_pairs=4", "sample.every=10", "sample.seeds=1", "sample.steps=2"]
 PLAN = {"save": 18, "steps": 17, "restore": 11, "start": 6, "validate": 7, "sample": 7}
-"""Kills by what the run is doing then."""
+"""Number of kills by what the run is doing."""
 REQUIRED = {"save": 15, "steps": 15, "restore": 10, "start": 5, "validate": 5, "sample": 5}
 OF_TWO = 12
-"""Of them in runs of two processes. These take longer: JAX lets the first alone keep what it compiles."""
+"""Number of kills of runs of two processes, which take longer: only the first process may cache compiled programs."""
 KILLS_A_RUN = 9
 GRACE = 60
-"""Seconds after a signal in which a run of one process must end; of several, the rest is then killed, as usual."""
+"""Seconds in which a run of one process must end after a signal; with several processes, the others are killed then."""
 RUN_AGAIN = 75
 
 
 class Launcher:
-    """Starts processes of one run; they are forked from one that has imported all, which halves the time."""
+    """Starts the processes of a run by forking one that has imported everything, which halves the time."""
 
     def __init__(self, folder: Path):
         self.folder, self.count = folder, 0
@@ -89,7 +89,7 @@ class Attempt:
         return all(process.is_alive() for process in self.processes)
 
     def wait(self, seconds: float) -> list[int]:
-        """Exit codes, after what is left then has been killed."""
+        """Wait, kill the processes that are left, and return all exit codes."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(deadline - time.monotonic(), 0.01))
@@ -113,20 +113,20 @@ def final_state(workdir: Path) -> dict[str, bytes]:
     arrays = {name: np.asarray(value).tobytes() for name, value in (leaves | position).items()}
     rows = [row for row in read_metrics(workdir) if is_validation(row)]
     grids = {file.name: file.read_bytes() for file in (workdir / "samples").iterdir()}
-    assert [row["step"] for row in rows] == list(range(10, STEPS + 1, 10))
+    assert [row["step"] for row in rows] == list(range(0, STEPS + 1, 10))
     assert len(grids) == len(rows)
     return arrays | grids | {f"validation of step {row['step']}": json.dumps(row).encode() for row in rows}
 
 
 class Hit(NamedTuple):
     phase: str
-    """That the first victim was in."""
+    """The phase that the first victim was in."""
     signal: signal.Signals
     victims: list[int]
 
 
 def hit(attempt: Attempt, phase: str, number: int, seconds: float, rng: random.Random) -> Hit | None:
-    """Signals a random moment after the phase has begun `number` times and once more; None if the run ended before."""
+    """Signal at a random moment after the phase began `number` + 1 times; None if the run ended before."""
     while attempt.alive() and not (phase == "start" and number == 0):
         if [name for _, name in attempt.marked()].count(phase) > number:
             break
@@ -147,7 +147,7 @@ def hit(attempt: Attempt, phase: str, number: int, seconds: float, rng: random.R
 
 
 def ended_well(codes: list[int], hit: Hit) -> bool:
-    """Whether the run ended as it should, and none of its processes had to be killed."""
+    """Whether the run ended correctly and none of its processes had to be killed."""
     if hit.phase == "start":  # perhaps before it listens to SIGTERM, or the others to each other
         return all(codes[victim] in (-hit.signal, RUN_AGAIN, 0) for victim in hit.victims)
     if hit.signal == signal.SIGTERM:
@@ -156,7 +156,7 @@ def ended_well(codes: list[int], hit: Hit) -> bool:
 
 
 def durations(attempt: Attempt) -> dict[str, float]:
-    """Seconds of each phase's longest time."""
+    """Return the longest time of each phase in seconds."""
     marked = attempt.marked()
     longest: dict[str, float] = {}
     for (begun, phase), (ended, _) in itertools.pairwise(marked):

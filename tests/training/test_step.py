@@ -1,4 +1,4 @@
-"""The step's properties, on a UNet of a few thousand parameters in double precision."""
+"""Properties of the training step, on a small denoiser in double precision."""
 
 import functools
 
@@ -28,7 +28,7 @@ SFT = Objective(sft, needs_reference=False, num_candidates=1)
 
 
 def denoise(params, x_NHWC, t_N, conditioning):
-    """A small nonlinear denoiser that hears its timestep and its caption."""
+    """A small nonlinear denoiser that depends on timestep and caption."""
     h = x_NHWC @ params["in"] + conditioning.context_NLD.mean(1)[:, None, None, :] + t_N[:, None, None, None] / 1000
     return jnp.tanh(h) @ params["out"]
 
@@ -136,7 +136,7 @@ def test_weight_zero_gives_no_gradient(params):
 
 
 def test_sft_trains_on_single_images_and_dpo_does_not(params):
-    """Their second candidate is only padding."""
+    """Of a single image, the second candidate is padding."""
     batch = make_batch()
     singles = batch._replace(valid_BK=np.tile([True, False], (8, 1)))
     of_pairs, of_singles = (run(params, b, objective=SFT)[0] for b in (batch, singles))
@@ -148,7 +148,7 @@ def test_sft_trains_on_single_images_and_dpo_does_not(params):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_batch_without_weight_is_no_update(params, accumulation):
-    """Neither of weights and their average, nor of momentum and the counts of the optimizer."""
+    """Weights, their average, momentum and the optimizer's counts stay as they are."""
     optimizer = optax.adamw(1e-2, weight_decay=0.1)
     compute = make_log_ratios(encode, denoise, SCHEDULE, DPO, seed=3)
     step = jax.jit(make_train_step(compute, DPO, optimizer, accumulation=accumulation, ema_decay=0.5))
@@ -205,7 +205,7 @@ def test_sft_looks_at_the_winner_only(params):
 
 @pytest.mark.parametrize("objective", [DPO, SFT], ids=["dpo", "sft"])
 def test_a_caption_for_each_candidate(params, objective):
-    """The same one for both is as one for the prompt; another for the loser changes what looks at the loser."""
+    """One caption for both candidates equals a caption of the prompt; another one for the loser changes its error."""
     batch = make_batch()
     doubled, other = (np.repeat(batch.inputs.token_ids_BMEL, 2, axis=1) for _ in range(2))
     other[:, 1] = (other[:, 1] + 1) % 5

@@ -1,4 +1,4 @@
-"""Whole runs of the trainer on small random models: they resume, they stop, they refuse."""
+"""Complete runs of the trainer on small random models: they resume, stop, and refuse wrong configs."""
 
 import json
 import math
@@ -115,7 +115,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
 
 @pytest.fixture(scope="module")
 def one_step(tmp_path_factory, tiny_config):
-    """The work directory of a run of one step, to be copied."""
+    """The work directory of a run of one step; tests copy it."""
     workdir = tmp_path_factory.mktemp("one_step")
     train(tiny_config("sd15", steps=1), workdir)
     return workdir
@@ -203,7 +203,7 @@ NO_YNN = "--xla_cpu_experimental_ynn_fusion_type="  # what it fuses on CPUs keep
     ],
 )
 def test_loss_before_the_first_update_is_log_2_in_bfloat16(tmp_path, name, variant, batch, xla_flags):
-    """Float32 masters and a bfloat16 reference must round alike, or beta = 5000 shows the difference."""
+    """Float32 weights and a bfloat16 reference must round alike: beta = 5000 would show any difference."""
     fields = ["steps=1", "dtype=bfloat16", "vae_dtype=bfloat16", "validation.every=0", "sample.every=0"]
     command = [sys.executable, "-m", "dpo_jax.train", f"--config=configs/{name}.py:{variant}", f"--workdir={tmp_path}"]
     command += [f"--config.{field}" for field in [*fields, f"data.batch_size={batch}"]]

@@ -1,4 +1,4 @@
-"""Two runs started at once in one work directory: one trains to its end, the other ends in a sentence."""
+"""Of two runs started at once in one work directory, one trains to its end and the other ends with one sentence."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ def start(workdir: Path) -> "subprocess.Popen[str]":
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_of_two_starts_at_once_the_second_ends_in_one_sentence_and_nothing_is_lost(tmp_path, capsys):
-    """Twenty times; the time of the second counts from when the first one had the lock, with 2 starts on 2 cores."""
+    """Twenty times; the time of the second run counts from when the first one had the lock, on 2 cores."""
     with capsys.disabled():
         print("\n  no  codes  second ended after, steps in metrics.jsonl, checkpoints")
     for number in range(20):
