@@ -186,12 +186,12 @@ class Generator:
         for start in range(0, len(captions), self.batch_size):
             of_batch = range(start, min(start + self.batch_size, len(captions)))
             padded = [of_batch[i % len(of_batch)] for i in range(self.batch_size)]
-            rows = (
+            examples = (
                 self._tokenizers([captions[i] for i in padded]),
                 np.array([seeds[i] for i in padded], np.uint32),
                 None if images is None else np.stack([images[i] for i in padded]),
             )
-            batch = self._generate(unet, frozen, *jax.device_put(rows, batch_sharding(self._mesh)))
+            batch = self._generate(unet, frozen, *jax.device_put(examples, batch_sharding(self._mesh)))
             if pending is not None:
                 yield fetched(*pending)
             pending = batch, of_batch

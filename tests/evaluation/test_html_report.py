@@ -83,12 +83,12 @@ def test_a_model_has_one_colour_and_runs_that_are_no_models_have_others(report):
         found.setdefault(html.unescape(name), set()).add(colour)
     assert found == {name: {colour} for name, colour in plots.colours([*MODELS, "run"]).items()}
     assert len(set(map(tuple, found.values()))) == 4
-    svg = [base64.b64decode(data).decode() for data in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", text)]
-    assert len(svg) == 2 * 2 + 3  # win rates and scores by two judges; loss, accuracy and error
-    shown = [set(re.findall(r"stroke: (#[0-9a-f]{6})", picture)) & set(plots.COLOURS) for picture in svg]
+    svgs = [base64.b64decode(data).decode() for data in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", text)]
+    assert len(svgs) == 2 * 2 + 3  # win rates and scores by two judges; loss, accuracy and error
+    shown = [set(re.findall(r"stroke: (#[0-9a-f]{6})", svg)) & set(plots.COLOURS) for svg in svgs]
     colour = plots.colours([*MODELS, "run"])
     assert shown[1] == {colour[name] for name in MODELS}
-    assert all(picture == {colour["half"], colour["run"]} for picture in shown[4:])
+    assert all(found == {colour["half"], colour["run"]} for found in shown[4:])
 
 
 def test_curves_are_told_in_words_and_errors_are_relative_to_the_reference():

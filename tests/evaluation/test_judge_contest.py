@@ -79,7 +79,7 @@ def test_scores_that_were_damaged_are_judged_again(contest, asked, tmp_path):
         assert kept.read_text() == whole
 
 
-def test_an_image_of_the_same_length_is_judged_anew(contest, asked, tmp_path):
+def test_an_image_of_the_same_length_is_judged_again(contest, asked, tmp_path):
     run(contest, tmp_path / "scores")
     asked.clear()
     first, second = contest.images["first"][3:5]
