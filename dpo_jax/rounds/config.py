@@ -1,6 +1,6 @@
-"""The fields of an online experiment, and what is derived from them, once.
+"""The fields of an online experiment, and the values that are derived from them, once.
 
-They are those of `training/config.py` without a data set, and `config.online`.
+The fields are those of `training/config.py` without a data set, and those of `config.online`.
 """
 
 import dataclasses
@@ -127,18 +127,18 @@ def describe(config: ConfigDict | None) -> str:
 
 
 def ddpo(c: ConfigDict) -> None:
-    """arXiv 2305.13301, as D3PO's authors compare with it."""
+    """Change the method to DDPO (arXiv 2305.13301), with which the authors of D3PO compare it."""
     c.loss.name = "ddpo"
 
 
 def dpok(c: ConfigDict) -> None:
-    """arXiv 2305.16381, likewise, with a divergence that is one."""
+    """Change the method to DPOK (arXiv 2305.16381), also compared there; the divergence here is a true one."""
     c.loss.name = "dpok"
     c.online.reference = "initial"
 
 
 def grpo(c: ConfigDict) -> None:
-    """DDPO's gradient with advantages over the candidates of a prompt (arXiv 2402.03300)."""
+    """Change the method to GRPO (arXiv 2402.03300): DDPO with advantages over the candidates of a prompt."""
     c.loss.name = "ddpo"
     c.online.advantage = "group"
     c.online.candidates = 4
@@ -184,17 +184,17 @@ class RoundSizes:
     timesteps: int
     """Steps of a trajectory that an update trains on."""
     pairs: int
-    """Updates that a batch of prompts gets: one, or one for each pair of candidates."""
+    """Updates per batch of prompts: one, or one for each pair of candidates."""
     updates: int
-    """Optimizer steps in a round."""
+    """Optimizer steps per round."""
     images: int
-    """Images that a judge sees in a round."""
+    """Images that a judge sees per round."""
     evaluations: int
-    """UNet evaluations in a round: one image at one timestep, guided or not, without what backward passes cost."""
+    """UNet evaluations per round: one image at one timestep each, guided or not; backward passes are not counted."""
 
 
 def check(config: ConfigDict) -> None:
-    """Raises ValueError for values that no machine can run, with the remedy."""
+    """Check the values that do not depend on the machine; raises UserError with the remedy."""
     check_fields(config, FIELDS)
     if not config.model:
         raise UserError("config.model is empty; set it in the config file or with --config.model=...")
@@ -202,11 +202,11 @@ def check(config: ConfigDict) -> None:
     online = config.online
     if config.steps:
         raise UserError(
-            f"config.steps={config.steps}, but the steps of an online run are its rounds x the updates in one; leave "
-            "it at 0 and set online.rounds"
+            f"config.steps={config.steps}, but the steps of an online run follow from its rounds and updates. Leave "
+            "steps at 0 and set online.rounds"
         )
     if online.candidates < (2 if config.loss.name == "d3po" or online.advantage == "group" else 1):
-        raise UserError(f"config.online.candidates={online.candidates}; there is nothing to compare: take 2 or more")
+        raise UserError(f"config.online.candidates={online.candidates} leaves nothing to compare. Set it to 2 or more")
     if config.lora.dropout:
         raise UserError(
             f"config.lora.dropout={config.lora.dropout} would change the probabilities of the policy that sampled; "
@@ -214,72 +214,77 @@ def check(config: ConfigDict) -> None:
         )
     if online.prompts_per_round % config.data.batch_size:
         raise UserError(
-            f"config.online.prompts_per_round={online.prompts_per_round} is no multiple of "
-            f"data.batch_size={config.data.batch_size}, the prompts in an update; change either"
+            f"config.online.prompts_per_round={online.prompts_per_round} is not divisible by "
+            f"data.batch_size={config.data.batch_size}, the prompts per update. Change one of them"
         )
     if config.loss.name == "dpok" and online.reference == "round":
-        raise UserError('dpok needs a reference of its own: set config.online.reference="initial"')
+        raise UserError('loss.name="dpok" needs a reference network. Set config.online.reference="initial"')
     if online.update_by == "pair" and (config.loss.name != "d3po" or online.branching):
         raise UserError(
-            'config.online.update_by="pair" is D3PO\'s on whole trajectories; set it to "prompt" for '
+            'config.online.update_by="pair" works only with D3PO on whole trajectories. Set it to "prompt" for '
             f"{'branching' if online.branching else config.loss.name}"
         )
     if online.update_by == "pair" and online.best_and_worst:
         raise UserError(
-            'config.online.update_by="pair" updates by every pair, of which best_and_worst leaves one; set update_by='
-            '"prompt"'
+            'config.online.update_by="pair" makes an update per pair, but online.best_and_worst keeps only one pair. '
+            'Set update_by="prompt"'
         )
     if not needs_reference(config):
         for field, value in (("reference", config.reference), ("lora.init_reference", config.lora.init_reference)):
             if value:
                 why = config.loss.name if config.loss.name != "d3po" else 'online.reference="round"'
                 raise UserError(
-                    f"config.{field}={value} names a reference, and with {why} no network is one; leave it out, or "
-                    'take loss.name="d3po" with online.reference="initial"'
+                    f"config.{field}={value} names a reference network, but {why} uses none. Remove the field, or "
+                    'set loss.name="d3po" and online.reference="initial"'
                 )
     if online.evaluate_every and not online.judges:
         raise UserError(
-            f"config.online.evaluate_every={online.evaluate_every} asks judges, and online.judges names none; set "
-            "evaluate_every=0 where people judge"
+            f"config.online.evaluate_every={online.evaluate_every} needs judges, but online.judges is empty. Name "
+            "judges, or set evaluate_every=0 if people judge"
         )
     if not online.train_guided and not needs_reference(config):
         raise UserError(
-            "config.online.train_guided=False compares with the probabilities that guided sampling stored, and with "
-            f'online.reference="{online.reference}" or loss.name="{config.loss.name}" nothing else; set '
-            'online.train_guided=True, or loss.name="d3po" with online.reference="initial"'
+            "config.online.train_guided=False computes probabilities without guidance, but with "
+            f'loss.name="{config.loss.name}" and online.reference="{online.reference}" they are compared with those of '
+            'guided sampling. Set online.train_guided=True, or loss.name="d3po" and online.reference="initial"'
         )
     if online.latent_judge and not online.branching:
-        raise UserError("config.online.latent_judge judges single steps; set config.online.branching=True")
+        raise UserError("config.online.latent_judge judges single steps, so it needs config.online.branching=True")
     if online.branching and config.loss.name != "d3po" and online.advantage == "prompt":
         raise UserError(
-            f"config.online.branching compares the candidates of a step, and {config.loss.name} the last rewards of a "
-            'prompt, whatever their step; set config.online.advantage="group"'
+            f"config.online.branching compares the candidates of a step, but {config.loss.name} with "
+            'online.advantage="prompt" compares a reward with earlier rewards of the prompt, whatever their step. Set '
+            'config.online.advantage="group"'
         )
     if online.branching and not online.judges:
-        raise UserError("config.online.branching judges at every step, which people can't; name judges")
+        raise UserError(
+            "config.online.branching judges every step, which people cannot do. Name judges in online.judges"
+        )
     if not online.branching and online.branch_after:
         raise UserError(
-            f"config.online.branch_after={online.branch_after} is when candidates part, and they don't; set "
-            "online.branching=True"
+            f"config.online.branch_after={online.branch_after} says when candidates part, but they only part "
+            "with online.branching=True"
         )
     if online.best_and_worst and config.loss.name != "d3po":
         raise UserError(
-            f"config.online.best_and_worst chooses a pair, and {config.loss.name} learns from all candidates; set it "
-            "to False"
+            f"config.online.best_and_worst keeps one pair of candidates, but {config.loss.name} learns from all. "
+            "Set it to False"
         )
     if online.margin and not online.best_and_worst:
         raise UserError(
-            f"config.online.margin={online.margin} is between the best and the worst; set online.best_and_worst=True"
+            f"config.online.margin={online.margin} applies to the best and the worst candidate, so it needs "
+            "online.best_and_worst=True"
         )
 
 
 def round_sizes(config: ConfigDict, learned_steps: np.ndarray, *, device_count: int, process_count: int) -> RoundSizes:
-    """Derives and checks; raises ValueError with the values and the remedy.
+    """Derive the sizes of a round and check them; raises UserError with the values and the remedy.
 
     Args:
-        config: of the experiment.
-        learned_steps: the steps of a trajectory that may be trained on.
-        device_count, process_count: of the run.
+        config: the experiment's config.
+        learned_steps: steps of a trajectory that can be trained on.
+        device_count: devices of the run.
+        process_count: processes of the run.
     """
     check(config)
     online, B, K = config.online, config.data.batch_size, config.online.candidates
@@ -287,7 +292,8 @@ def round_sizes(config: ConfigDict, learned_steps: np.ndarray, *, device_count: 
     derived = divide_batch(config, B * T, device_count=device_count, process_count=process_count)
     if B % process_count:
         raise UserError(
-            f"data.batch_size={B} prompts don't divide over {process_count} processes; take a multiple of it"
+            f"config.data.batch_size={B} (prompts) is not divisible by {process_count} processes. Set it to "
+            f"a multiple of {process_count}"
         )
     pairs = K * (K - 1) // 2 if online.update_by == "pair" else 1
     P = online.prompts_per_round
@@ -312,10 +318,10 @@ def round_sizes(config: ConfigDict, learned_steps: np.ndarray, *, device_count: 
 
 
 def first_branch(config: ConfigDict) -> int:
-    """The step of the sampler at which candidates first part, where they do at all."""
+    """Return the sampler's step at which candidates first part; meaningful only with branching."""
     return round(config.online.branch_after * config.online.sampling_steps)
 
 
 def needs_reference(config: ConfigDict) -> bool:
-    """Whether weights are compared with that don't come from the trajectories."""
+    """Whether the policy is compared with a reference network, and not only with the stored log-probabilities."""
     return config.loss.name == "dpok" or (config.loss.name == "d3po" and config.online.reference == "initial")

@@ -1,4 +1,4 @@
-"""From what judges or people said of a round's images to what a loss reads: rewards, and advantages.
+"""Turn the scores that judges or people gave to the images of a round into rewards and advantages for the loss.
 
 Axes: P prompts, K candidates of a prompt, R rewards, S steps (1 where all steps of an image share its reward).
 """
@@ -15,53 +15,55 @@ from dpo_jax.files import conform, parse_json, read_text
 from dpo_jax.objectives.advantages import PromptStatistics, group_advantages
 
 MAX_BYTES = 2**27
-"""Of a file of feedback: millions of scores."""
+"""Largest size of a feedback file, which is enough for millions of scores."""
 
 
 def read_feedback(files: Sequence[epath.Path], prompts: int, candidates: int) -> np.ndarray:
-    """rewards_PK: the mean over files, NaN where nobody said anything.
+    """Return rewards_PK, the mean over files; NaN where no file has a score.
 
-    Each file is one person's or a whole vote's `[prompt][candidate]`, numbers of which higher is better, null where
-    there is none: D3PO's human feedback (arXiv 2311.13231), as `dpo_jax.vote --export=FILE.json` writes it.
+    Each file holds the scores of one person or of a whole vote as `[prompt][candidate]`: numbers, higher is better, and
+    null where there is none. This is D3PO's human feedback (arXiv 2311.13231), as `dpo_jax.vote --export=FILE.json`
+    writes it.
 
-    Raises FileNotFoundError or ValueError with the reason for a file that is not there or of another shape.
+    Raises:
+        UserError: a file is missing, damaged or of another shape.
     """
     all_FPK = np.stack([_read(file, prompts, candidates) for file in files])
     known_FPK = ~np.isnan(all_FPK)
     if not known_FPK.any():
-        raise UserError(f"there is no score in {', '.join(map(str, files))}; have people vote first")
+        raise UserError(f"{', '.join(map(str, files))} contains no score. Let people vote first")
     sums_PK, counts_PK = np.where(known_FPK, all_FPK, 0).sum(axis=0), known_FPK.sum(axis=0)
     return np.where(counts_PK > 0, sums_PK / np.maximum(counts_PK, 1), np.nan)
 
 
 def _read(file: epath.Path, prompts: int, candidates: int) -> np.ndarray:
     if not file.exists():
-        raise MissingFileError(f"no feedback at {file}")
+        raise MissingFileError(f"the feedback file {file} does not exist")
     value = parse_json(read_text(file, MAX_BYTES), str(file))
-    where = f"{file} has to be a list of lists of numbers, [prompt][candidate]"
+    where = f"{file} must be a list of lists of numbers, [prompt][candidate]"
     rows: list[list[float | None]] = conform(value, list[list[float | None]], where, strict=False)
     found = sorted({len(row) for row in rows})
     scores_PK = np.array([[np.nan if score is None else score for score in row] for row in rows if len(found) == 1])
     if scores_PK.shape != (prompts, candidates):
         each = " to ".join(str(count) for count in dict.fromkeys([*found[:1], *found[-1:]])) or "0"
         raise UserError(
-            f"{file} has scores of {len(rows)} prompts with {each} candidates each; this round has {prompts} prompts "
-            f"of {candidates} candidates each"
+            f"{file} has scores for {len(rows)} prompts with {each} candidates each, but this round has {prompts} "
+            f"prompts with {candidates} candidates each"
         )
     if np.isinf(scores_PK).any():
-        raise UserError(f"{file} has an infinite score, of prompt {int(np.isinf(scores_PK).any(1).argmax())}")
+        raise UserError(f"{file} has an infinite score for prompt {int(np.isinf(scores_PK).any(1).argmax())}")
     return scores_PK
 
 
 def combined(rewards_R: np.ndarray) -> np.ndarray:
-    """[..., R] -> [...], the mean of the rewards, each divided by its standard deviation over all."""
+    """Return the mean over judges, [..., R] -> [...], of rewards divided by the standard deviation of their judge."""
     axes = tuple(range(rewards_R.ndim - 1))
     spread_R = np.nanstd(rewards_R, axis=axes)
     return (rewards_R / np.where(spread_R > 0, spread_R, 1)).mean(axis=-1)
 
 
 def best_and_worst(rewards_PSKR: np.ndarray, margin: float = 0.0) -> np.ndarray:
-    """The rewards of each step's best and worst candidate by the first of them; NaN, which is no reward, of the others.
+    """Keep the rewards of the best and the worst candidate of each step, by the first judge; all others become NaN.
 
     SPO compares only these two (arXiv 2406.04314, section 4.2), and in its released code where
     `softmax([best, worst])` differs by more than the margin.
@@ -85,17 +87,18 @@ def learnable(
     prompts: Sequence[str],
     statistics_R: Sequence[PromptStatistics],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What is preferred, [P, S, K, R or 1], and the advantages, [P, S, K].
+    """Return the preferred rewards, [P, S, K, R or 1], and the advantages, [P, S, K].
 
-    D3PO reads what is preferred. The others read advantages, the mean over judges of those of the rewards as the judge
-    said them: in units of a round's spread, what statistics remember of other rounds would not compare with it.
+    D3PO reads the rewards. The other methods read the advantages, which are the mean over judges. They are computed
+    from each judge's own scores: scores in units of the spread of one round could not be compared with the statistics
+    of earlier rounds.
 
     Args:
-        config: of the experiment.
-        rewards_PSKR: what was said of the round.
-        prompts: of the round.
-        statistics_R: of each judge's rewards so far, which go on to remember these; empty for D3PO and for advantages
-            over groups.
+        config: the experiment's config.
+        rewards_PSKR: rewards of the round.
+        prompts: prompts of the round.
+        statistics_R: statistics of each judge's earlier rewards, to which these are added; empty for D3PO and for
+            advantages over groups.
     """
     if config.loss.name != "d3po":
         each_R = itertools.zip_longest(np.moveaxis(rewards_PSKR, -1, 0), statistics_R)
@@ -109,7 +112,7 @@ def learnable(
 
 
 def is_decided(rewards_SKR: np.ndarray) -> bool:
-    """Whether at some step a candidate is better than another, as `losses.is_preferred` has it."""
+    """Whether a candidate is better than another one at any step, as `losses.is_preferred` defines it."""
     known_SK1 = ~np.isnan(rewards_SKR).any(axis=-1, keepdims=True)
     rewards_SKR = np.where(known_SK1, rewards_SKR, np.nan)  # or a pair would be compared by what both have
     is_higher_SKK = np.any(rewards_SKR[:, :, None] > rewards_SKR[:, None], axis=-1)
@@ -117,16 +120,16 @@ def is_decided(rewards_SKR: np.ndarray) -> bool:
 
 
 def decided(config: ConfigDict, rewards_PSKR: np.ndarray, advantages_PSK: np.ndarray) -> np.ndarray:
-    """For each prompt, whether what `learnable` returned has anything to learn: a better candidate, an advantage."""
+    """Return for each prompt whether it teaches anything: a candidate is better, or an advantage is not zero."""
     if config.loss.name == "d3po":
         return np.array([is_decided(rewards_SKR) for rewards_SKR in rewards_PSKR])
     return (np.abs(advantages_PSK) > 1e-6).any(axis=(1, 2))  # rounding alone makes 1e-9 of equal rewards
 
 
 def advantages(rewards_PSK: np.ndarray, prompts: Sequence[str], statistics: PromptStatistics | None) -> np.ndarray:
-    """Of each reward, by the statistics of its prompt or, without them, of its group of candidates; 0 where it is NaN.
+    """Return the advantage of each reward by the statistics of its prompt, or of its group of candidates without any.
 
-    The statistics go on to remember these rewards.
+    Unknown rewards (NaN) have advantage 0. The rewards are added to the statistics.
     """
     P, S, K = rewards_PSK.shape
     known_PSK = ~np.isnan(rewards_PSK)

@@ -1,13 +1,13 @@
-"""The folder of a round, `WORKDIR/rounds/00003`: what was sampled and what was said of it.
+"""The folder of a round, `WORKDIR/rounds/00003`: its images, trajectories and scores.
 
-  images/           a PNG each and `prompts.jsonl`, as `dpo_jax.sample` writes them: what people look at and vote on
-  trajectories/     an .npz a prompt, with the rewards of judges; removed when no checkpoint needs them any more
-  scores.json       what judges said, for good
-  feedback*.json    what people said, see `feedback.py`
+  images/           PNG files and `prompts.jsonl`, as `dpo_jax.sample` writes them: people vote on these
+  trajectories/     one .npz file per prompt, with the rewards of judges; removed when no checkpoint needs them
+  scores.json       the scores that the round is trained on; it stays
+  feedback*.json    scores by people, see `feedback.py`
 
-A prompt's files are written whole, the trajectory last: where it is, the prompt is done, and a run that was stopped
-goes on with the next one. They stay on disk however small they are: a resumed run needs them, and what is read again
-soon comes from the operating system's cache.
+A prompt's files are written whole, the trajectory last: a prompt with a trajectory is done, and a stopped run continues
+with the next prompt. Trajectories are always written to the disk: a resumed run needs them, and the operating system's
+cache makes reading them cheap.
 
 Axes: P prompts, K candidates, S learned steps, R rewards, J as in `rollout.py`.
 """
@@ -31,12 +31,12 @@ from dpo_jax.sampling.image_folder import Entry, image_name, write_list
 
 
 class Rewards(NamedTuple):
-    """What judges said of a prompt; NaN where nothing."""
+    """Rewards of one prompt; NaN where there is none."""
 
     shown_KR: np.ndarray
-    """Of its images."""
+    """Rewards of its images."""
     steps_SKR: np.ndarray | None = None
-    """Of branching: of what each candidate of each step was about to become."""
+    """With branching: rewards of the image or latents that each candidate of each step predicts."""
 
 
 class _Said(TypedDict):
@@ -48,14 +48,14 @@ class _Said(TypedDict):
 
 
 def read_said(file: epath.PathLike, number: int) -> dict[str, Any]:
-    """What `RoundFolder.write_scores` wrote of a round; ValueError where it is damaged or of another one."""
+    """Read what `RoundFolder.write_scores` wrote; UserError if the file is damaged or belongs to another round."""
     found: dict[str, Any] = read_json(file, _Said)
     if found["round"] != number:
-        raise UserError(f"{file} is of round {found['round']}, not {number}; restore it from a backup")
+        raise UserError(f"{file} belongs to round {found['round']}, not {number}. Restore it from a backup")
     counts = {len(of_prompt) for of_prompt in found["scores"]}
     judged = {len(said) for of_prompt in found["scores"] for said in of_prompt}
     if len(found["scores"]) != len(found["prompts"]) or len(counts) != 1 or judged != {len(found["judges"])}:
-        raise UserError(f"{file} is damaged: its scores are not [prompt][candidate][judge]; restore it from a backup")
+        raise UserError(f"{file} is damaged: its scores are not [prompt][candidate][judge]. Restore it from a backup")
     return found
 
 
@@ -63,9 +63,9 @@ class RoundFolder:
     """The files of one round.
 
     Args:
-        workdir: of the run.
-        number: of the round, from 0.
-        prompts: of the round, in order.
+        workdir: work directory of the run.
+        number: number of the round, from 0.
+        prompts: prompts of the round, in order.
     """
 
     def __init__(self, workdir: epath.PathLike, number: int, prompts: Sequence[str]):
@@ -76,49 +76,50 @@ class RoundFolder:
         self._scores = self.path / "scores.json"
 
     def missing(self) -> list[int]:
-        """The prompts that are not sampled yet."""
+        """Return the numbers of the prompts that are not sampled yet."""
         there = {path.name for path in self._trajectories.iterdir()} if self._trajectories.exists() else set()
         return [p for p in range(len(self.prompts)) if self._file(p).name not in there]
 
     def write_images(self, prompt: int, images_KHWC: np.ndarray) -> None:
-        """The prompt's images, for people."""
+        """Write the images of a prompt, for people."""
         for entry, image_HWC in zip(self._entries(prompt, len(images_KHWC)), images_KHWC, strict=True):
             save_png(self.images / entry.image, Image.fromarray(image_HWC))
 
     def write_trajectory(self, prompt: int, trajectory: StoredTrajectory, rewards: Rewards | None) -> None:
-        """The last of a prompt's files."""
+        """Write the trajectory of a prompt, the last of its files."""
         said = {} if rewards is None else {k: v for k, v in rewards._asdict().items() if v is not None}
         buffer = io.BytesIO()
         np.savez(buffer, **trajectory._asdict(), **said)
         write_whole(self._file(prompt), buffer.getvalue())
 
     def read_trajectory(self, prompt: int, steps: int, candidates: int, beginnings: int) -> StoredTrajectory:
-        """S, K and J as given; ValueError if the file is damaged or of another round."""
+        """Read the trajectory of a prompt, with S, K and J as given; UserError if it is damaged or of another round."""
         SJ, SK = (steps, beginnings), (steps, candidates)
         shapes = {"x_SJhwC": (*SJ, 0, 0, 0), "next_x_SKhwC": (*SK, 0, 0, 0), "log_prob_SK": SK}
         found = StoredTrajectory(**self._read(prompt, shapes))
         if found.x_SJhwC.shape[2:] != found.next_x_SKhwC.shape[2:] or not all(np.isfinite(x).all() for x in found):
-            raise self._damaged(prompt, "its numbers are not finite, or its latents of several sizes")
+            raise self._damaged(prompt, "its numbers are not finite, or its latents differ in size")
         return found
 
     def read_rewards(self, shown: tuple[int, int], steps: tuple[int, int, int] | None) -> list[Rewards]:
-        """Rewards of every prompt, from its trajectory's file.
+        """Read the rewards of every prompt from the files of the trajectories.
 
         Args:
-            shown: the shape K, R of `shown_KR`.
-            steps: the shape S, K, R of `steps_SKR`, of branching.
+            shown: shape K, R of `shown_KR`.
+            steps: shape S, K, R of `steps_SKR`; None without branching.
 
-        Raises ValueError if a file is damaged or of another round.
+        Raises:
+            UserError: a file is damaged or belongs to another round.
         """
         shapes: dict[str, tuple[int, ...]] = {"shown_KR": shown} | ({} if steps is None else {"steps_SKR": steps})
         return [Rewards(**self._read(p, shapes)) for p in range(len(self.prompts))]
 
-    def write_list(self, images_a_prompt: int) -> None:
-        """`prompts.jsonl`, when all images are there."""
-        write_list(self.images, [e for p in range(len(self.prompts)) for e in self._entries(p, images_a_prompt)])
+    def write_list(self, images_per_prompt: int) -> None:
+        """Write `prompts.jsonl`, when all images are there."""
+        write_list(self.images, [e for p in range(len(self.prompts)) for e in self._entries(p, images_per_prompt)])
 
     def write_scores(self, fields: dict[str, Any], shown_PKR: np.ndarray) -> None:
-        """`fields` and the scores as `[prompt][candidate][judge]`, null for NaN."""
+        """Write `fields` and the scores as `[prompt][candidate][judge]`, with null for NaN."""
         scores = [[[None if np.isnan(x) else float(x) for x in said_R] for said_R in said_KR] for said_KR in shown_PKR]
         write_whole(self._scores, json.dumps(fields | {"prompts": self.prompts, "scores": scores}) + "\n")
 
@@ -127,9 +128,10 @@ class RoundFolder:
         return self._scores.exists()
 
     def read_scores(self, shape_KR: tuple[int, int]) -> np.ndarray | None:
-        """The scores [P, K, R] that `write_scores` wrote, of these K and R; None if it has not.
+        """Return the scores [P, K, R] that `write_scores` wrote, with K and R as given; None if there are none yet.
 
-        Raises ValueError if the file is damaged or of another round.
+        Raises:
+            UserError: the file is damaged or belongs to another round.
         """
         if not self.is_scored():
             return None
@@ -137,13 +139,13 @@ class RoundFolder:
         scores_PKR = np.array(found["scores"], np.float64)
         if found["prompts"] != self.prompts or scores_PKR.shape[1:] != shape_KR:
             raise UserError(
-                f"{self._scores} has other prompts, candidates or judges than round {self.number}; restore it from a "
-                "backup, or begin another --workdir"
+                f"{self._scores} has other prompts, candidates or judges than round {self.number}. Restore it from a "
+                "backup, or start in another --workdir"
             )
         return scores_PKR
 
     def feedback(self) -> list[epath.Path]:
-        """The files in which people scored the images."""
+        """Return the files with scores by people."""
         return sorted(self.path.glob("feedback*.json")) if self.path.exists() else []
 
     def remove_trajectories(self) -> None:
@@ -158,7 +160,7 @@ class RoundFolder:
         return [Entry(image_name(prompt, text, k), text, k) for k in range(count)]
 
     def _read(self, prompt: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-        """Arrays of the prompt's file, of these shapes; 0 stands for any size."""
+        """Read arrays of these shapes from the prompt's file; 0 stands for any size."""
         file = self._file(prompt)
         try:
             with check_regular(file).open("rb") as stream:
@@ -180,6 +182,7 @@ class RoundFolder:
 
     def _damaged(self, prompt: int, problem: str) -> UserError:
         return UserError(
-            f"{self._file(prompt)} can't be read ({problem}); put it back; as long as nothing of round {self.number} "
-            "is trained on, remove it and run again, to sample it anew, otherwise begin another --workdir"
+            f"{self._file(prompt)} cannot be read ({problem}). Restore it from a backup. Without one, remove the "
+            f"file and run again to sample it anew, if round {self.number} is not trained on yet; otherwise start in "
+            "another --workdir"
         )

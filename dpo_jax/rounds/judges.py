@@ -15,9 +15,9 @@ from dpo_jax.weights.layout import Params
 
 
 def open_judges(config: ConfigDict) -> list[Judge]:
-    """Those of `online.judges`; ValueError or FileNotFoundError with the field and what to write.
+    """Open the judges of `online.judges`; errors name the field and what to write.
 
-    In float32 whatever the model's dtype: candidates are alike but for details, and it is their order that counts.
+    Judges compute in float32 whatever the model's dtype: candidates differ in details only, and their order counts.
     """
     judges = []
     for spec in config.online.judges:
@@ -35,9 +35,10 @@ def open_judges(config: ConfigDict) -> list[Judge]:
 
 
 def find_latent_judge(config: ConfigDict, pipeline: Pipeline) -> dict[str, epath.Path]:
-    """Where the UNets of `online.latent_judge` lie, "tuned" and "reference"; empty where it names none.
+    """Return where the UNets "tuned" and "reference" of `online.latent_judge` are; empty without a latent judge.
 
-    Raises ValueError or FileNotFoundError for what is no UNet like the policy's.
+    Raises:
+        UserError: one of them is missing, or is not a UNet like the policy's.
     """
     spec = config.online.latent_judge
     if not spec:
@@ -45,7 +46,7 @@ def find_latent_judge(config: ConfigDict, pipeline: Pipeline) -> dict[str, epath
     tuned, *rest = re.split(r":(?!//)", spec)  # not the colon of gs://bucket
     if not tuned or len(rest) > 1:
         raise UserError(
-            f"config.online.latent_judge={spec} has to be TUNED:REFERENCE, two UNets or models, or TUNED alone"
+            f"config.online.latent_judge={spec} must be TUNED:REFERENCE, two UNets or models, or TUNED alone"
         )
     paths = {"tuned": find_component(tuned, "unet"), "reference": pipeline.weights["unet"]}
     if rest and rest[0]:
@@ -53,17 +54,19 @@ def find_latent_judge(config: ConfigDict, pipeline: Pipeline) -> dict[str, epath
     for path in paths.values():
         found = dataclasses.replace(pipeline.unet_config(path), sample_size=pipeline.unet.config.sample_size)
         if found != pipeline.unet.config:
-            raise UserError(f"config.online.latent_judge={spec}: {path} is another UNet than that of {config.model}")
+            raise UserError(
+                f"config.online.latent_judge={spec}: {path} has another architecture than the UNet of {config.model}"
+            )
     return paths
 
 
 def latent_judge_fingerprints(paths: dict[str, epath.Path], variant: str) -> dict[str, str]:
-    """Fields for config.json, of what `find_latent_judge` found."""
+    """Return fields for config.json about the UNets that `find_latent_judge` returned."""
     return {f"fingerprints.latent_judge.{role}": fingerprint(files_of(path, variant)) for role, path in paths.items()}
 
 
 def load_latent_judge(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> dict[str, Params]:
-    """The weights of what `find_latent_judge` finds."""
+    """Load the UNets that `find_latent_judge` returns."""
     return {
         role: pipeline.load("unet", dtype=pipeline.dtype, sharding=placement, path=path)
         for role, path in find_latent_judge(config, pipeline).items()

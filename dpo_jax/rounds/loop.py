@@ -41,23 +41,23 @@ from dpo_jax.training.step import TrainState
 from dpo_jax.training.trainer import Loop, begin, check_backend, running
 
 FIRST_FRESH = 2**30
-"""The number of the first prompt to evaluate by, beyond those of all rounds: noises follow from it."""
+"""Number of the first evaluation prompt, beyond the numbers of all rounds; its noise follows from the number."""
 MOST_IDLE = 3
-"""A run ends when nothing was learned from so many rounds, and from none before."""
+"""A run ends after this many rounds if none of them has taught anything."""
 
 
 def learn(config: ConfigDict, workdir: epath.PathLike, stage: str = "", feedback: Sequence[str] = ()) -> None:
-    """Runs the rounds of `config`, continuing what the work directory holds.
+    """Run the rounds of `config`, continuing what the work directory holds.
 
     Args:
-        config: as `online_config` describes it.
-        workdir: receives, or already holds, the run.
-        stage: "sample" ends when the round is sampled, "train" when it is trained on. Without it rounds follow each
-            other, as long as there is a judge or people's feedback for them.
-        feedback: files in which people scored the round's images; by default those in the round's folder.
+        config: a config made from `online_config`.
+        workdir: folder of the run: a new one, or one to continue.
+        stage: "sample" stops after sampling a round, "train" after training on it. "" runs round after round, as long
+            as there are judges or feedback by people.
+        feedback: files with people's scores of the round's images; by default those in the round's folder.
 
     Raises:
-        Preempted: SIGTERM came; what is done is saved, and the same call continues.
+        Preempted: SIGTERM came. The state is saved, and the same call continues.
     """
     workdir, clock = epath.Path(workdir), StartupClock()
     check(config)
@@ -66,8 +66,9 @@ def learn(config: ConfigDict, workdir: epath.PathLike, stage: str = "", feedback
     prompts = [prompt.text for prompt in read_prompts(config.online.prompts)]
     if not config.online.judges and config.online.prompts_per_round > len(prompts):
         raise UserError(
-            f"config.online.prompts_per_round={config.online.prompts_per_round}, but {config.online.prompts} has "
-            f"{len(prompts)} prompts, and people are shown none twice; take fewer"
+            f"config.online.prompts_per_round={config.online.prompts_per_round}, but {config.online.prompts} has only "
+            f"{len(prompts)} prompts, and people see no prompt twice in a round. Set prompts_per_round to "
+            f"{len(prompts)} or less"
         )
     fresh = (
         [prompt.text for prompt in read_prompts(config.online.evaluation_prompts)]
@@ -92,9 +93,9 @@ def learn(config: ConfigDict, workdir: epath.PathLike, stage: str = "", feedback
 
 
 class Rounds:
-    """Round after round.
+    """Runs round after round.
 
-    What is on disk already is looked up by the first process, for all: others may see it later.
+    Process 0 looks for all processes what is on the disk already: the others may see it later.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class Rounds:
         fresh: Sequence[str] = (),
     ):
         self._fresh = fresh
-        """The prompts to evaluate by."""
+        """Prompts to evaluate with."""
         self._loop, self._plan, self._prompts, self._judges = loop, plan, prompts, judges
         self._steps_S, self._feedback = steps_S, [epath.Path(file) for file in feedback]
         self._config, self._workdir, self._say = loop.config, loop.workdir, loop.bar.say
@@ -121,11 +122,11 @@ class Rounds:
         self._kept = 0
         """The first round whose trajectories may still be there."""
         self._idle: int | None = 0
-        """Rounds of which nothing was learned; None once there was one of which something was."""
+        """Number of rounds that have taught nothing; None once a round has taught something."""
         self._statistics_R = [PromptStatistics() for _ in self._names] if remembers else []
 
     def run(self, state: TrainState, stage: str) -> TrainState:
-        """Until the last round, the end of the stage, or until people are needed."""
+        """Run until the last round, the end of the stage, or until people are needed."""
         first = int(state.step) // self._plan.updates
         if self._judges and cluster.is_first():
             self._forget(first + 1)
@@ -140,20 +141,20 @@ class Rounds:
             folder, step = self.folder(number), int(state.step)
             missing = self._missing(folder)
             if stage == "train" and missing:
-                raise UserError(f"round {number} is not sampled yet; run with --stage=sample first")
+                raise UserError(f"round {number + 1} is not sampled yet. Run with --stage=sample first")
             if step > number * self._plan.updates and missing:
                 raise UserError(
-                    f"step {step} is in the middle of round {number}, but trajectories of it are missing in "
-                    f"{folder.path}, and the weights that they were sampled with have changed; put them back or begin "
-                    "another --workdir"
+                    f"step {step} is in the middle of round {number + 1}, but {folder.path} lacks some of its "
+                    "trajectories. They cannot be sampled again, since the weights have changed. Restore them from a "
+                    "backup, or start in another --workdir"
                 )
             self._sample(folder, state, missing)
             people = cluster.is_first() and bool(self._feedback or folder.feedback() or folder.is_scored())
             is_judged = bool(self._judges) or bool(cluster.says_first(people))
             if stage == "train" and not is_judged:
                 raise UserError(
-                    f"nobody has scored round {number}: {folder.path} has no feedback*.json; vote on it and export the "
-                    "votes there (run with --stage=sample to see how), or name files with --feedback"
+                    f"round {number + 1} has no scores: {folder.path} has no feedback*.json. Vote on its images and "
+                    "export the votes there (--stage=sample shows the commands), or name files with --feedback"
                 )
             if stage == "sample" or not is_judged:
                 self._ask(folder)
@@ -169,14 +170,16 @@ class Rounds:
                 return state
         self._evaluate(self._config.online.rounds, state)
         if cluster.is_first():
-            self._say(f"all {self._config.online.rounds} rounds are done; figures: {self._workdir / 'result.json'}")
+            self._say(
+                f"all {self._config.online.rounds} rounds are done. Scores of each: {self._workdir / 'result.json'}"
+            )
         return state
 
     def _evaluate(self, number: int, state: TrainState) -> None:
-        """Has the judges score images of prompts that are not trained on, by the policy that a round begins with.
+        """Let the judges score images of the evaluation prompts, drawn by the policy that a round begins with.
 
-        The noises are the same every time, so that only the policy differs. It is done when the round is due, or the
-        last one was, and once: what has been noted, or would come in the middle of a round, is left out.
+        The noise is the same every time, so that only the policy differs. Each evaluation that is due is made once, and
+        never in the middle of a round.
         """
         every, total = self._config.online.evaluate_every, self._config.online.rounds
         is_due = bool(every) and (number % every == 0 or number == total)
@@ -188,53 +191,55 @@ class Rounds:
         size, scores_R = self._rollout.batch_size, np.zeros(len(self._judges))
         for start in range(0, len(self._fresh), size):
             if jax.process_count() == 1 and self._loop.notice.received():
-                raise Preempted(f"preempted before round {number}; run the same command again to go on from there")
+                raise Preempted(f"preempted before round {number + 1}; run the same command again to continue")
             captions = self._fresh[start : start + size]
             numbers = [FIRST_FRESH + start + i for i in range(len(captions))]
             drawn = self._rollout(state.params, self._loop.experiment.frozen, captions, numbers)
             scores_R += self._scores(drawn.images_BKHWC, captions).mean(axis=1).sum(axis=0)
-            self._loop.bar.note(f"evaluating before round {number}: {start + len(captions)}/{len(self._fresh)} prompts")
+            self._loop.bar.note(
+                f"evaluating before round {number + 1}: {start + len(captions)}/{len(self._fresh)} prompts"
+            )
         means = dict(zip(self._names, (scores_R / len(self._fresh)).tolist(), strict=True))
         if cluster.is_first():
             scalars = {f"evaluation/{name}": mean for name, mean in means.items()}
             self._loop.writer.scalars(int(state.step), {"evaluation/round": number, **scalars})
             said = "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
-            self._say(f"after {number} rounds, {len(self._fresh)} prompts that are not trained on: {said}")
+            self._say(f"after {number} rounds, mean scores on {len(self._fresh)} evaluation prompts: {said}")
 
     def folder(self, number: int) -> RoundFolder:
-        """Of a round; its prompts are drawn by the seed and its number alone."""
+        """Return the folder of a round; its prompts depend on the seed and the number only."""
         count = self._config.online.prompts_per_round
         rng = np.random.default_rng([self._config.seed, number])
         chosen = rng.choice(len(self._prompts), count, replace=count > len(self._prompts))
         return RoundFolder(self._workdir, number, [self._prompts[i] for i in chosen])
 
     def _forget(self, number: int) -> None:
-        """The trajectories from this round on: the weights that sampled them are in no checkpoint any more.
+        """Remove the trajectories from this round on: no checkpoint holds the weights that sampled them.
 
-        Those that are trained again may differ from them by rounding.
+        Weights that are trained again may differ from those by rounding.
         """
         later = map(self.folder, itertools.count(number))
         for folder in itertools.takewhile(lambda folder: folder.path.exists(), later):
             folder.remove_trajectories()
 
     def _missing(self, folder: RoundFolder) -> set[int]:
-        """The prompts that are not sampled yet."""
+        """Return the prompts that are not sampled yet."""
         missing_P = np.zeros(len(folder.prompts), bool)
         if cluster.is_first():
             missing_P[folder.missing()] = True
         return set(np.flatnonzero(cluster.says_first(missing_P)).tolist())
 
     def _sample(self, folder: RoundFolder, state: TrainState, missing: set[int]) -> None:
-        """Samples what is missing of the round, and has it judged if there are judges.
+        """Sample what is missing of the round, and let the judges score it if there are any.
 
-        In the batches of a round of which nothing is there yet: in others, numbers would be rounded differently.
+        The batches are those of a round that is sampled from its start: others would round differently.
         """
         size, total = self._rollout.batch_size, len(folder.prompts)
         frozen = self._loop.experiment.frozen
         batches = [range(start, min(start + size, total)) for start in range(0, total, size)]
         for i, batch in enumerate(batch for batch in batches if missing.intersection(batch)):
             if jax.process_count() == 1 and self._loop.notice.received():
-                raise Preempted(f"preempted in round {folder.number}; run the same command again to go on from there")
+                raise Preempted(f"preempted in round {folder.number + 1}; run the same command again to continue")
             numbers = [folder.number * total + p for p in batch]
             captions = [folder.prompts[p] for p in batch]
             with cluster.watched(f"to sample prompt {numbers[0]}") if i else contextlib.nullcontext():
@@ -243,20 +248,20 @@ class Rounds:
             new = [(b, p) for b, p in enumerate(batch) if p in missing]
             for b, p in new if cluster.is_first() else []:
                 folder.write_images(p, drawn.images_BKHWC[b])
-            # A trajectory, of whatever process, says that its images are there.
+            # A trajectory, whichever process wrote it, says that its images are there.
             with cluster.watched(f"to write the images of prompt {numbers[0]}"):
                 cluster.wait("wrote images")
             for b, p in new:
                 if b in drawn.trajectories:
                     folder.write_trajectory(p, drawn.trajectories[b], rewards[b] if rewards else None)
             missing = missing.difference(batch)
-            self._loop.bar.note(f"sampling round {folder.number}: {total - len(missing)}/{total} prompts")
+            self._loop.bar.note(f"sampling round {folder.number + 1}: {total - len(missing)}/{total} prompts")
         if cluster.is_first():
             folder.write_list(1 if self._config.online.branching else self._config.online.candidates)
         cluster.wait("sampled the round")
 
     def _judge(self, drawn: Drawn, captions: Sequence[str]) -> list[Rewards]:
-        """What the judges say of each prompt's images; empty without judges."""
+        """Return the judges' rewards for each prompt's images; empty without judges."""
         if not self._judges:
             return []
         shown_BKR = self._scores(drawn.images_BKHWC, captions)
@@ -270,7 +275,7 @@ class Rounds:
         ]
 
     def _scores(self, images_BKHWC: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-        """[B, K, R]; those of the first process, since an outside judge may not say the same twice, nor for nothing."""
+        """Return scores [B, K, R]. External judges may be random and cost money, so only process 0 calls them."""
         B, K = images_BKHWC.shape[:2]
         images, each = images_BKHWC.reshape(B * K, *images_BKHWC.shape[2:]), [c for c in captions for _ in range(K)]
         scores_RN = np.zeros((len(self._judges), B * K), np.float32)
@@ -287,27 +292,27 @@ class Rounds:
         return np.moveaxis(cluster.says_first(scores_RN), 0, -1).reshape(B, K, -1)
 
     def _ask(self, folder: RoundFolder) -> None:
-        """Says what is to be done with a sampled round."""
+        """Print what to do with a sampled round."""
         if not cluster.is_first():
             return
-        self._say(f"round {folder.number} is sampled: {folder.images}")
+        self._say(f"round {folder.number + 1} is sampled; its images are in {folder.images}")
         if not self._judges:
             votes, file = folder.path / "votes.sqlite", folder.path / "feedback.json"
             mode = "--mode=points" if self._config.online.candidates > 1 else "--mode=tag --tags=bad"
             self._say(
-                "ask people, then go on with --stage=train:\n"
+                "Let people vote, then continue with --stage=train:\n"
                 f"  python -m dpo_jax.vote --images={folder.images} {mode} --output={votes}\n"
                 f"  python -m dpo_jax.vote --output={votes} --export={file}\n"
-                f"or write their scores, [prompt][candidate], into {file} yourself"
+                f"Or write the scores, [prompt][candidate], to {file} yourself."
             )
 
     def _judged(self, folder: RoundFolder, step: int) -> np.ndarray:
-        """rewards_PSKR of the round; what is said of its images is noted once, and holds when the run is resumed."""
+        """Return rewards_PSKR of the round. The scores are stored once, and hold when the run is resumed."""
         online, steps = self._config.online, None
         if online.branching:
             steps = len(self._steps_S), online.candidates, 1 if online.latent_judge else len(self._names)
         found = folder.read_rewards(self._shape_KR, steps) if self._judges else []
-        with cluster.together(f"noting what was said of round {folder.number}"):
+        with cluster.together(f"storing the scores of round {folder.number + 1}"):
             if cluster.is_first():
                 self._note(folder, step, found)
         of_steps = [rewards.steps_SKR for rewards in found if rewards.steps_SKR is not None]
@@ -322,8 +327,9 @@ class Rounds:
         is_new = noted_PKR is None or not np.array_equal(shown_PKR, noted_PKR, equal_nan=True)
         if is_new and noted_PKR is not None and step > start and self._feedback:
             raise UserError(
-                f"--feedback differs from {folder.path / 'scores.json'}, by which round {folder.number} is trained on "
-                f"up to step {step} already; leave out --feedback to go on by that, or begin another --workdir"
+                f"--feedback differs from {folder.path / 'scores.json'}, with which round {folder.number + 1} is "
+                f"already trained up to step {step}. Leave out --feedback to continue with those scores, or start in "
+                "another --workdir"
             )
         if is_new:
             folder.write_scores({"round": folder.number, "step": start, "judges": self._names}, shown_PKR)
@@ -336,22 +342,22 @@ class Rounds:
         self._say(f"round {folder.number + 1}/{self._config.online.rounds} at step {start}: {said}")
 
     def _tell_undecided(self, number: int, decided_P: np.ndarray) -> None:
-        """Says how many prompts of a round teach nothing; ValueError where no prompt of `MOST_IDLE` rounds did."""
+        """Print how many prompts of a round teach nothing; UserError if no prompt of `MOST_IDLE` rounds did."""
         undecided, total = int((~decided_P).sum()), len(decided_P)
         who = " and ".join(self._names)
         if 0 < undecided < total:
-            self._say(f"round {number + 1}: by {who} no candidate of {undecided} of {total} prompts is better")
+            self._say(f"round {number + 1}: {undecided} of {total} prompts have equal candidates according to {who}")
         if undecided == total:
             self._say(
-                f"warning: round {number + 1}: by {who} no candidate of {total} prompts is better than another; "
-                "nothing is learned from this round"
+                f"warning: round {number + 1}: all {total} prompts have equal candidates according to {who}; this "
+                "round teaches nothing"
             )
         self._count_idle(undecided < total)
         if self._judges and self._idle == min(MOST_IDLE, self._config.online.rounds):
             first = "the first round" if self._idle == 1 else f"the first {self._idle} rounds"
             raise UserError(
-                f"by {who} no candidate of {first} is better than another, so nothing can be learned; correct "
-                "config.online.judges, or raise online.candidates, and begin another --workdir"
+                f"all candidates of {first} are equal according to {who}, so the model cannot learn. Correct "
+                "config.online.judges, or raise online.candidates, and start in another --workdir"
             )
 
     def _count_idle(self, is_decided: bool) -> None:
@@ -367,7 +373,7 @@ class Rounds:
     def _shown(self, folder: RoundFolder) -> np.ndarray:
         """[P, K, R], from `scores.json`."""
         shown_PKR = np.zeros((len(folder.prompts), *self._shape_KR))
-        with cluster.together(f"reading what was said of round {folder.number}"):
+        with cluster.together(f"reading the scores of round {folder.number + 1}"):
             if cluster.is_first():
                 shown_PKR = _there(folder, folder.read_scores(self._shape_KR))
         return cluster.says_first(shown_PKR)
@@ -378,7 +384,7 @@ class Rounds:
         return 1 if self._config.online.branching else self._config.online.candidates, len(self._names)
 
     def _remove_trajectories(self, last: int) -> None:
-        """Of the rounds up to `last` that no checkpoint is in the middle of."""
+        """Remove the trajectories of rounds up to `last`, unless a checkpoint is in the middle of the round."""
         oldest = self._loop.checkpoints.oldest_to_resume() or 0
         while self._kept <= last and (self._kept + 1) * self._plan.updates <= oldest:
             if cluster.is_first():

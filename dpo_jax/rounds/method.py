@@ -1,4 +1,4 @@
-"""What an online experiment minimises, and how the transitions of sampled images are scored for it."""
+"""The objective of an online experiment, and the log-ratios of the transitions of sampled images that it reads."""
 
 import functools
 
@@ -27,7 +27,7 @@ from dpo_jax.weights.layout import Params
 
 
 def make_objective(config: ConfigDict) -> Objective:
-    """The loss that the config names, with its hyperparameters bound."""
+    """Return the loss that the config names, with its hyperparameters."""
     loss = config.loss
     gradient = {"clip": loss.clip, "advantage_clip": loss.advantage_clip}
     losses = {
@@ -43,7 +43,7 @@ def make_objective(config: ConfigDict) -> Objective:
 
 
 def sampler_table(config: ConfigDict, pipeline: Pipeline) -> SamplerTable:
-    """Of the sampler that draws a round's images; ValueError for one without noise."""
+    """Return the table of the sampler that draws a round's images; ValueError for a sampler without noise."""
     online = config.online
     eta = online.eta if online.sampler == "ddim" else 0.0
     table = make_table(online.sampler, pipeline.sampling_schedule, online.sampling_steps, eta=eta)
@@ -52,19 +52,19 @@ def sampler_table(config: ConfigDict, pipeline: Pipeline) -> SamplerTable:
 
 
 def learned_steps(config: ConfigDict, table: SamplerTable) -> np.ndarray:
-    """The rows of the table whose transitions may be trained on: random, and not before candidates part."""
+    """Return the rows of the table whose transitions can be trained on: random, and not before candidates part."""
     steps_S = random_steps(table)
     kept_S = steps_S[steps_S >= first_branch(config)]
     if not len(kept_S):
         raise UserError(
-            f"config.online.branch_after={config.online.branch_after} of {config.online.sampling_steps} steps leaves "
-            "none to train on; take less"
+            f"config.online.branch_after={config.online.branch_after} with {config.online.sampling_steps} steps leaves "
+            "no step to train on. Set a smaller share"
         )
     return kept_S
 
 
 def on_trajectories(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> tuple[Objective, ComputeLogRatios]:
-    """Losses of log-probabilities, over images that the model sampled itself; the counterpart of `on_pairs`."""
+    """Return a loss of log-probabilities, over images that the model drew itself; the counterpart of `on_pairs`."""
     objective = make_objective(config)
     guidance = config.online.guidance if config.online.train_guided else 1.0
     table = sampler_table(config, pipeline)

@@ -1,4 +1,4 @@
-"""`result.json`: the score of each round, against the images that judges saw and the UNet evaluations it took."""
+"""`result.json`: the scores of each round, beside the images and UNet evaluations that they took."""
 
 import json
 from typing import Any
@@ -12,11 +12,11 @@ from dpo_jax.rounds.config import RoundSizes
 from dpo_jax.rounds.folder import read_said
 
 FIELDS = ("advantage", "update_by", "reference", "candidates", "branching", "best_and_worst", "latent_judge")
-"""Of `config.online`: what tells methods apart."""
+"""The fields of `config.online` in which methods differ."""
 
 
 class Result:
-    """Writes the file, by the `scores.json` of the rounds, each of which is read once."""
+    """Writes `result.json` from the `scores.json` of the rounds, each of which is read once."""
 
     def __init__(self, workdir: epath.PathLike, config: ConfigDict, plan: RoundSizes):
         self._workdir, self._plan = epath.Path(workdir), plan
@@ -30,11 +30,11 @@ class Result:
         self._rounds: list[dict[str, Any]] = []
 
     def write(self, last: int) -> None:
-        """Of the rounds 0 to `last`.
+        """Write the scores of rounds 0 to `last`.
 
-        `images`, `unet_evaluations` and `updates` are what went before the round's images were sampled: its score is
-        that of the policy which so much made. An evaluation is one image at one timestep by one network, guided or not;
-        what backward passes cost is not in it.
+        `images`, `unet_evaluations` and `updates` count what came before the round's images were drawn, so that the
+        scores are those of the policy which these have made. An evaluation is one image at one timestep by one network,
+        guided or not; backward passes are not counted.
         """
         for number in range(len(self._rounds), last + 1):
             file = self._workdir / "rounds" / f"{number:05d}" / "scores.json"

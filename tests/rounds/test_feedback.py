@@ -37,17 +37,17 @@ def test_numbers_as_other_programs_write_them(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([[1, 2]], "scores of 1 prompts with 2 candidates each; this round has 2 prompts of 2 candidates each"),
-        ([[1, 2, 3], [1, 2, 3]], "scores of 2 prompts with 3 candidates each; this round has 2 prompts of 2"),
-        ([], "this round has 2 prompts of 2"),
-        ([[[1], [2]], [[3], [4]]], "has to be a list of lists of numbers"),
-        ([[1, 2], [1]], "scores of 2 prompts with 1 to 2 candidates each"),
-        ([[1, 2], [1, 10**400]], "has to be a list of lists of numbers"),
-        ([[1, 2], [1, "good"]], "has to be a list of lists of numbers"),
-        ([1, 2], "has to be a list of lists of numbers"),
-        ({"a": 1}, "has to be a list of lists of numbers"),
+        ([[1, 2]], "scores for 1 prompts with 2 candidates each, but this round has 2 prompts with 2 candidates each"),
+        ([[1, 2, 3], [1, 2, 3]], "scores for 2 prompts with 3 candidates each, but this round has 2 prompts with 2"),
+        ([], "this round has 2 prompts with 2"),
+        ([[[1], [2]], [[3], [4]]], "must be a list of lists of numbers"),
+        ([[1, 2], [1]], "scores for 2 prompts with 1 to 2 candidates each"),
+        ([[1, 2], [1, 10**400]], "must be a list of lists of numbers"),
+        ([[1, 2], [1, "good"]], "must be a list of lists of numbers"),
+        ([1, 2], "must be a list of lists of numbers"),
+        ({"a": 1}, "must be a list of lists of numbers"),
         ("[[1, 2], [1,", "is not valid JSON"),
-        ("[[1, 2], [1, Infinity]]", "an infinite score, of prompt 1"),
+        ("[[1, 2], [1, Infinity]]", "an infinite score for prompt 1"),
         ("version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer"),
         ([[None, None], [None, None]], "no score"),
     ],
@@ -61,7 +61,7 @@ def test_other_feedback_is_refused_in_a_sentence_that_names_the_file(tmp_path, r
 
 
 def test_a_file_that_is_not_there_is_told(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no feedback at .*gone\.json"):
+    with pytest.raises(FileNotFoundError, match=r"the feedback file .*gone\.json does not exist"):
         read_feedback([epath.Path(tmp_path / "gone.json")], 2, 2)
 
 

@@ -48,7 +48,7 @@ def test_what_was_sampled_comes_back(folder, tmp_path):
     first, second, _ = folder.read_rewards((K, R), None)
     np.testing.assert_array_equal(first.shown_KR, rewards.shown_KR)
     assert first.steps_SKR is second.steps_SKR is None
-    with pytest.raises(ValueError, match=r"00000\.npz can't be read \('steps_SKR is not a file in the archive'\)"):
+    with pytest.raises(ValueError, match=r"00000\.npz cannot be read \('steps_SKR is not a file in the archive'\)"):
         folder.read_rewards((K, R), (S, K, R))
     for p in range(3):
         folder.write_trajectory(p, trajectory(p), rewards)
@@ -95,8 +95,8 @@ def test_a_damaged_trajectory_is_told_with_the_remedy(folder, damage):
     else:
         file.write_bytes(damages(file.read_bytes())[damage])
     message = (
-        r"00000\.npz can't be read \(.+\); put it back; as long as nothing of round 3 is trained on, remove it and run "
-        "again, to sample it anew, otherwise begin another --workdir"
+        r"00000\.npz cannot be read \(.+\). Restore it from a backup. Without one, remove the file and run again "
+        "to sample it anew, if round 3 is not trained on yet; otherwise start in another --workdir"
     )
     reads = [lambda: folder.read_trajectory(0, S, K, K), lambda: folder.read_rewards((K, R), None)]
     for read in reads[:1] if damage == "flipped" else reads:  # a bit of the latents, which say nothing of rewards
@@ -108,7 +108,7 @@ def test_a_damaged_trajectory_is_told_with_the_remedy(folder, damage):
 def test_objects_are_not_unpickled(folder):
     folder.write_trajectory(0, trajectory(0), None)
     np.savez(folder.path / "trajectories" / "00000.npz", x_SJhwC=np.array([print], object))
-    with pytest.raises(ValueError, match="can't be read"):
+    with pytest.raises(ValueError, match="cannot be read"):
         folder.read_trajectory(0, S, K, K)
 
 
@@ -117,8 +117,8 @@ def test_objects_are_not_unpickled(folder):
     [
         ("x_SJhwC", lambda x: x[1:], r"x_SJhwC is float32 \[3, 3, 2, 2, 4\], not float \[4, 3, any, any, any\]"),
         ("x_SJhwC", lambda x: x[:, :1], r"x_SJhwC is float32 \[4, 1, 2, 2, 4\]"),
-        ("x_SJhwC", lambda x: x[..., 1:], "not finite, or its latents of several sizes"),
-        ("x_SJhwC", lambda x: x * np.nan, "not finite, or its latents of several sizes"),
+        ("x_SJhwC", lambda x: x[..., 1:], "not finite, or its latents differ in size"),
+        ("x_SJhwC", lambda x: x * np.nan, "not finite, or its latents differ in size"),
         ("next_x_SKhwC", lambda x: x[0], r"next_x_SKhwC is float32 \[3, 2, 2, 4\]"),
         ("next_x_SKhwC", lambda x: x.astype(str), r"next_x_SKhwC is <U\d+ \["),
         ("log_prob_SK", lambda x: x.T, r"log_prob_SK is float32 \[3, 4\], not float \[4, 3\]"),
@@ -132,7 +132,7 @@ def test_the_trajectory_of_another_round_is_told(folder, name, change, problem):
         arrays[name] = change(trajectory(0)._asdict()[name])
     folder.write_trajectory(0, trajectory(0), None)
     np.savez(folder.path / "trajectories" / "00000.npz", **arrays)
-    with pytest.raises(ValueError, match=rf"00000\.npz can't be read \(.*{problem}.*\); put it back"):
+    with pytest.raises(ValueError, match=rf"00000\.npz cannot be read \(.*{problem}.*\). Restore it"):
         folder.read_trajectory(0, S, K, K)
 
 
@@ -143,7 +143,7 @@ def test_the_trajectory_of_another_round_is_told(folder, name, change, problem):
 def test_what_is_no_trajectory_is_told_without_advice_to_unpickle_it(folder, data, problem):
     folder.write_trajectory(0, trajectory(0), None)
     (folder.path / "trajectories" / "00000.npz").write_bytes(data)
-    with pytest.raises(ValueError, match=rf"00000\.npz can't be read \(it is {problem}") as error:
+    with pytest.raises(ValueError, match=rf"00000\.npz cannot be read \(it is {problem}") as error:
         folder.read_trajectory(0, S, K, K)
     assert "allow_pickle" not in str(error.value)
 
@@ -153,7 +153,7 @@ def test_a_pipe_in_place_of_a_trajectory_is_not_waited_for(folder):
     file = folder.path / "trajectories" / "00000.npz"
     file.unlink()
     os.mkfifo(file)
-    with pytest.raises(ValueError, match=r"00000\.npz can't be read \(.*is not a regular file\)"):
+    with pytest.raises(ValueError, match=r"00000\.npz cannot be read \(.*is not a regular file\)"):
         folder.read_trajectory(0, S, K, K)
 
 
@@ -180,7 +180,7 @@ def test_scores_come_back_with_what_nobody_said(folder):
         ("1.5, null", "1.5", r"its scores are not \[prompt\]\[candidate\]\[judge\]"),
         ("}", "", "is not valid JSON"),
         ("1.5", "NaN", "scores.0.0.0: input should be a finite number"),
-        ('"round": 3', '"round": 4', "is of round 4, not 3"),
+        ('"round": 3', '"round": 4', "belongs to round 4, not 3"),
         ("a cat", "a car", "has other prompts, candidates or judges than round 3"),
         (", [2.0, 3.0]", "", "has other prompts, candidates or judges than round 3"),
     ],

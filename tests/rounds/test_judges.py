@@ -63,10 +63,10 @@ def test_a_latent_judge_is_found_where_a_unet_is(online, unets, tmp_path):
         (
             f"{hub}:{bare}:{hub}",
             ValueError,
-            r"latent_judge=.* has to be TUNED:REFERENCE, two UNets",
+            r"latent_judge=.* must be TUNED:REFERENCE, two UNets",
         ),
-        (f":{hub}", ValueError, r"has to be TUNED:REFERENCE"),
-        (f"{hub}:{unets / 'other'}", ValueError, r"other/unet is another UNet than that of random:sd15"),
+        (f":{hub}", ValueError, r"must be TUNED:REFERENCE"),
+        (f"{hub}:{unets / 'other'}", ValueError, r"other/unet has another architecture than the UNet of random:sd15"),
         ("runs/gone/exported", FileNotFoundError, r"no folder or file runs/gone/exported"),
     ):
         config.online.latent_judge = spec

@@ -121,7 +121,7 @@ def test_rounds_begun_anew_are_judged_anew(online, tmp_path):
 def test_a_task_for_people_ends_with_images_to_vote_on(online, tmp_path, capsys):
     config = online("d3po:hands,tiny")
     learn(config, tmp_path)
-    assert "ask people, then go on with --stage=train" in "".join(capsys.readouterr())
+    assert "Let people vote, then continue with --stage=train" in "".join(capsys.readouterr())
     assert len(read_list(tmp_path / "rounds/00000/images")) == config.online.prompts_per_round * 3
     assert not list((tmp_path / "checkpoints").iterdir())
 
@@ -132,9 +132,9 @@ def test_a_judge_that_rates_all_alike_ends_the_run(online, tmp_path, monkeypatch
     config = online("d3po:compressibility,tiny", **{"sample.every": 0, "online.rounds": rounds})
     for _ in range(2):  # the second call finds what the first one noted
         first = "first round" if rounds == 1 else f"first {rounds} rounds"
-        message = rf"no candidate of the {first} is better than another.*correct config\.online\.judges"
+        message = rf"all candidates of the {first} are equal.*Correct config\.online\.judges"
         with pytest.raises(ValueError, match=message):
             learn(config, tmp_path)
     said = "".join(capsys.readouterr())
-    assert "round 1: by jpeg_compressibility no candidate of" in said.replace("\n", " ")
-    assert "nothing is learned from this round" in said.replace("\n", " ")
+    assert "prompts have equal candidates according to jpeg_compressibility" in said.replace("\n", " ")
+    assert "this round teaches nothing" in said.replace("\n", " ")

@@ -124,7 +124,7 @@ def test_votes_on_the_page_are_learned_from(run, tmp_path, serve, update_by):
     learned = open_run(workdir)
     assert learned.step == updates
 
-    assert "round 1 is sampled" in run(*online, "--stage=sample")
+    assert "round 2 is sampled" in run(*online, "--stage=sample")
     assert_sampled_by(learned, workdir)
 
 
@@ -188,12 +188,12 @@ def test_feedback_that_is_missing_or_of_another_shape_is_told(sampled, tmp_path)
     config, workdir = sampled
     before = sorted(workdir.rglob("*"))
     for feedback, error, message in (
-        ([], ValueError, r"nobody has scored round 0"),
-        ([str(tmp_path / "gone.json")], FileNotFoundError, r"no feedback at .*gone\.json"),
+        ([], ValueError, r"round 1 has no scores"),
+        ([str(tmp_path / "gone.json")], FileNotFoundError, r"the feedback file .*gone\.json does not exist"),
         (
             [write(tmp_path / "a.json", [[1, 2, 3]])],
             ValueError,
-            r"of 1 prompts with 3 candidates .* 2 prompts of 3",
+            r"for 1 prompts with 3 candidates .* 2 prompts with 3",
         ),
     ):
         with pytest.raises(error, match=message):
@@ -231,7 +231,9 @@ def test_other_feedback_counts_until_the_round_is_trained_on(online, tmp_path, s
     learn(config, workdir, "train", [second])
     assert scores() == [[5, 2], [3, 4]]
     stopping(None)
-    with pytest.raises(ValueError, match=r"--feedback differs from .*scores\.json, by which round 0 .* step 1 already"):
+    with pytest.raises(
+        ValueError, match=r"--feedback differs from .*scores\.json, with which round 1 is already trained up to step 1"
+    ):
         learn(config, workdir, "train", [first])
     assert open_run(workdir).step == 1
     learn(config, workdir, "train", [second])  # as it was begun
