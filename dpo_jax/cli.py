@@ -1,4 +1,4 @@
-"""What every command shares: flags, `--help`, and errors told in one sentence."""
+"""What all commands share: configs, flags, `--help`, and errors in one sentence."""
 
 import contextlib
 import datetime
@@ -30,11 +30,11 @@ TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the whole traceback of a
 
 
 MESSAGE = 1000
-"""Characters of either end of a message that are always shown."""
+"""Characters at the beginning and at the end of a message that are always shown."""
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Parses the flags, runs `main` and exits.
+    """Parse the flags, run `main` and exit.
 
     The exit code is 0 when `main` returned, 1 after an error, 2 for wrong flags, 130 after Ctrl-C.
     """
@@ -57,7 +57,10 @@ def run(main: Callable[[], None]) -> NoReturn:
         end = "" if str(error).endswith(("?", ".")) else "."
         _fail(f"{error}{end} Run with --help to see the flags.", code=2)
     if len(rest) > 1:
-        _fail(f"unexpected argument {rest[1]!r}; every option is a flag. Run with --help to see them.", code=2)
+        _fail(
+            f"unexpected argument {rest[1]!r}: every option is a flag, --name=value. Run with --help to see them.",
+            code=2,
+        )
     _silence_libraries(logging.ERROR if TRACEBACK.value else logging.CRITICAL)
     try:
         main()
@@ -78,7 +81,7 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def _silence_libraries(level: int) -> None:
-    """What goes wrong is told once, by the error; the threads of Orbax would tell it hundreds of times, and worse."""
+    """Silence the log messages of libraries: threads of Orbax would repeat an error hundreds of times."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(level)
     if level > logging.ERROR:
@@ -138,7 +141,7 @@ def load_config(spec: str) -> ConfigDict:
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
-    """Every leaf of a config by its dotted path."""
+    """Return every field of a config by its dotted path."""
 
     def walk(node: ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:
         for key, value in node.items():
@@ -151,7 +154,7 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 
 
 def unflatten(fields: dict[str, Any]) -> ConfigDict:
-    """The config that `flatten` made these fields of."""
+    """Return the config whose `flatten` gives these fields."""
     config = ConfigDict()
     for path, value in fields.items():
         *parents, leaf = path.split(".")
@@ -165,7 +168,7 @@ def unflatten(fields: dict[str, Any]) -> ConfigDict:
 
 
 def replaced(config: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
-    """A copy of the config with other values of some fields, by their dotted paths."""
+    """Return a copy of the config with other values of some fields, given by their dotted paths."""
     return unflatten(flatten(config) | fields)
 
 
@@ -198,7 +201,7 @@ def _given(arguments: list[str]) -> dict[str, str]:
 
 
 def _check_finite() -> None:
-    """Refuses flags that are NaN, which lies in any bounds, or infinite. Fields of a config have their own check."""
+    """Refuse flags that are NaN, which passes all bounds, or infinite. Fields of a config have their own check."""
     for name in flags.FLAGS:
         value = flags.FLAGS[name].value
         if isinstance(value, float) and not math.isfinite(value) and not name.startswith("config."):
@@ -206,12 +209,13 @@ def _check_finite() -> None:
 
 
 def _check_addresses(arguments: list[str]) -> None:
-    """Refuses addresses on the web where a path is meant; only judges are asked at one."""
+    """Refuse web addresses in place of paths; only judges can have an address."""
     for argument in arguments:
         found = re.match(r"(--(?!judge)[\w.]+)=(?:.*,)?(?:\w+=)?(?P<address>(?:https?|ftp|hf)://[^,]*)", argument)
         if found:
             raise UserError(
-                f"{found[1]}={found['address']} is an address on the web, and a path or a hub id is needed; download it"
+                f"{found[1]}={found['address']} is an address on the web, but a path or a hub id is "
+                "needed. Download the file first"
             )
 
 
@@ -254,7 +258,7 @@ def _check_overrides(arguments: list[str], given: str | None) -> None:
     overrides = [argument for argument in arguments if argument.startswith("--config.")]
     if given is None:
         if overrides:
-            raise UserError(f"{overrides[0]} replaces a field of a config, and --config=NAME_OR_FILE is missing")
+            raise UserError(f"{overrides[0]} replaces a field of a config, but --config=NAME_OR_FILE is missing")
         return
     fields = flatten(load_config(given))
     known = fields | _given(arguments)
@@ -291,7 +295,7 @@ OF_THE_MACHINE = {
 
 
 def _is_of_the_machine(error: Exception) -> bool:
-    """Whether the operating system refused something, such as a write to a full disk, which no code can mend."""
+    """Whether the operating system refused something, for example a write to a full disk."""
     return isinstance(error, OSError) and error.errno in OF_THE_MACHINE
 
 
@@ -311,7 +315,7 @@ def _keep_traceback(error: Exception) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    """The operating system's errors without their number, after the file that they are about."""
+    """Return the message of an error; for one of the operating system, the file and the reason without its number."""
     if not isinstance(error, OSError) or not error.strerror:
         return str(error)
     return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
