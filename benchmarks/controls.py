@@ -17,9 +17,10 @@ from pathlib import Path
 from absl import flags
 
 from dpo_jax import cli
+from dpo_jax.errors import UserError
 
 OUTPUT = flags.DEFINE_string("output", None, "New folder for the runs and controls.json.", required=True)
-SEEDS = flags.DEFINE_integer("seeds", 20, "Images of each held-out prompt and model.")
+SEEDS = flags.DEFINE_integer("seeds", 20, "Images per held-out prompt and model.")
 
 ROOT = Path(__file__).parents[1]
 RUNS = {
@@ -35,7 +36,7 @@ def main() -> None:
     output = Path(OUTPUT.value).absolute()
     os.chdir(ROOT)  # the config names its folders from there
     if output.exists():
-        raise ValueError(f"{output} already exists; choose another --output or remove it")
+        raise UserError(f"{output} already exists. Choose another --output or remove it")
     data = output / "data"
     run(
         "dpo_jax.prepare",

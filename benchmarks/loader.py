@@ -51,12 +51,12 @@ from loader_data import Case, make_data, write_records
 
 from dpo_jax import cli
 
-TINY = flags.DEFINE_bool("tiny", False, "A few small images and one short round, to see that everything runs.")
-MEMORY = flags.DEFINE_bool("memory", False, "Measure memory, not speed.")
-JSON = flags.DEFINE_string("json", None, "File for the figures.")
-ROUNDS = flags.DEFINE_integer("rounds", 5, "Times that each contestant is timed.")
-ONLY = flags.DEFINE_list("only", None, "Contestants to time, of those above; all if not given. Without ratios.")
-SECONDS = flags.DEFINE_float("seconds", 8.0, "Time that a contestant gets in a round.")
+TINY = flags.DEFINE_bool("tiny", False, "Run one short round with a few small images, to check that everything works.")
+MEMORY = flags.DEFINE_bool("memory", False, "Measure memory instead of speed.")
+JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each contestant is timed.")
+ONLY = flags.DEFINE_list("only", None, "Contestants to time, without ratios. Default: all.")
+SECONDS = flags.DEFINE_float("seconds", 8.0, "Seconds per contestant and round.")
 
 RUN_UP = 6.0
 """Seconds that a contestant reads before it is timed."""

@@ -47,9 +47,9 @@ from dpo_jax.weights.layout import Specs, flax_aliases, torch_name
 
 ROOT = Path(__file__).parents[1]
 
-CONFIG = flags.DEFINE_string("config", f"{PUBLISHED}/sdxl/unet/config.json", "The UNet's config.json.")
-TINY = flags.DEFINE_bool("tiny", False, "A narrow UNet of 37 MB, to see that everything runs.")
-JSON = flags.DEFINE_string("json", None, "File for the figures.")
+CONFIG = flags.DEFINE_string("config", f"{PUBLISHED}/sdxl/unet/config.json", "config.json of the UNet.")
+TINY = flags.DEFINE_bool("tiny", False, "Use a narrow UNet of 37 MB, to check that everything works.")
+JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
 
 NARROW = {
     "block_out_channels": [64, 128, 256],

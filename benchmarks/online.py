@@ -23,12 +23,13 @@ import numpy as np
 from absl import flags
 
 from dpo_jax import cli
+from dpo_jax.errors import UserError
 
 OUTPUT = flags.DEFINE_string("output", None, "Folder for the runs and the tables.", required=True)
-SEEDS = flags.DEFINE_integer("seeds", 3, "Training runs of each method.", lower_bound=1)
-DRAWN = flags.DEFINE_integer("drawn", 12, "Images of each held-out caption by each model.", lower_bound=1)
-IMAGES = flags.DEFINE_integer("images", 1920, "Images that a judge sees in a run, but for the last round.")
-ONLY = flags.DEFINE_list("only", [], "Names of methods; all if not given.")
+SEEDS = flags.DEFINE_integer("seeds", 3, "Training runs per method.", lower_bound=1)
+DRAWN = flags.DEFINE_integer("drawn", 12, "Images per held-out caption and model.", lower_bound=1)
+IMAGES = flags.DEFINE_integer("images", 1920, "Images that the judge sees in a run, without the last round.")
+ONLY = flags.DEFINE_list("only", [], "Names of methods to run. Default: all.")
 
 ROOT = Path(__file__).parents[1]
 BASE = "dpo_jax/tiny/model"
@@ -68,7 +69,7 @@ def main() -> None:
     os.chdir(ROOT)  # configs name their folders from there
     unknown = set(ONLY.value) - set(METHODS)
     if unknown:
-        raise ValueError(f"--only={','.join(unknown)}: the methods are {'; '.join(METHODS)}")
+        raise UserError(f"--only={','.join(unknown)} is not a method. The methods are {'; '.join(METHODS)}")
     chosen = {name: method for name, method in METHODS.items() if not ONLY.value or name in ONLY.value}
     for seed in range(SEEDS.value):
         for name, method in chosen.items():

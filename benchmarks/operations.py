@@ -24,10 +24,10 @@ from step_contestants import MODES, Mode, ceilings, load
 
 from dpo_jax import cli
 
-MODE = flags.DEFINE_enum("mode", "tiny", list(MODES), "Whose UNet, and how many pairs at a time.")
-PAIRS = flags.DEFINE_integer("pairs", 0, "Pairs at a time; 0 is the mode's own.")
-SECONDS = flags.DEFINE_float("seconds", 0.2, "Time to repeat each operation for.")
-JSON = flags.DEFINE_string("json", None, "File for the figures.")
+MODE = flags.DEFINE_enum("mode", "tiny", list(MODES), "Model and number of pairs at a time.")
+PAIRS = flags.DEFINE_integer("pairs", 0, "Pairs at a time; 0 takes those of the mode.")
+SECONDS = flags.DEFINE_float("seconds", 0.2, "Seconds to repeat each operation.")
+JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
 
 PRODUCTS = {"conv_general_dilated": "convolution", "dot_general": "linear"}
 BY_HAND = {"_norm": "norm", "geglu": "geglu", "_attention": "attention"}

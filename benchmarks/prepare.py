@@ -41,8 +41,8 @@ from dpo_jax import cli
 from dpo_jax.data.prepare.builder import prepare
 from dpo_jax.data.sources import SOURCES
 
-TINY = flags.DEFINE_bool("tiny", False, "A hundredth of it, to see that everything runs.")
-JSON = flags.DEFINE_string("json", None, "File for the figures.")
+TINY = flags.DEFINE_bool("tiny", False, "Run with a hundredth of the data, to check that everything works.")
+JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
 
 SCHEMA = pa.schema({"jpg_0": pa.binary(), "jpg_1": pa.binary(), "caption": pa.string(), "label_0": pa.float64()})
 ROWS_A_FILE = 10_000

@@ -26,11 +26,12 @@ from absl import flags
 from PIL import Image
 
 from dpo_jax import cli
+from dpo_jax.errors import UserError
 
 OUTPUT = flags.DEFINE_string("output", None, "New folder for the runs and ranking.json.", required=True)
-RUNS = flags.DEFINE_integer("runs", 3, "Training runs, of different seeds.", lower_bound=2)
-SEEDS = flags.DEFINE_integer("seeds", 12, "Images of each held-out prompt and model in a run.")
-SHOWN = flags.DEFINE_integer("shown", 12, "How many the panel sees of each prompt and model, of all runs together.")
+RUNS = flags.DEFINE_integer("runs", 3, "Training runs, each with another seed.", lower_bound=2)
+SEEDS = flags.DEFINE_integer("seeds", 12, "Images per held-out prompt and model in a run.")
+SHOWN = flags.DEFINE_integer("shown", 12, "Images per prompt and model that the raters see, from all runs together.")
 
 ROOT = Path(__file__).parents[1]
 BASE = "dpo_jax/tiny/model"
@@ -52,7 +53,7 @@ def main() -> None:
     output = Path(OUTPUT.value).absolute()
     os.chdir(ROOT)  # the config names its folders from there
     if output.exists():
-        raise ValueError(f"{output} already exists; choose another --output or remove it")
+        raise UserError(f"{output} already exists. Choose another --output or remove it")
     run(
         "dpo_jax.prepare",
         "--source=pickapic",

@@ -31,6 +31,7 @@ from absl import flags
 from fresh_process import in_fresh_process
 
 from dpo_jax import cli
+from dpo_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,20 +58,20 @@ SCHEDULERS = {
     "dpmsolver++": "DPMSolverMultistepScheduler",
 }
 
-MODE = flags.DEFINE_enum("mode", "tiny", list(MODES), "What is drawn.")
-PEERS = flags.DEFINE_list("peers", ["pipeline"], "PyTorch's ways to compare with: pipeline, compiled.")
-SAMPLER = flags.DEFINE_enum("sampler", "euler", list(SCHEDULERS), "For all.")
+MODE = flags.DEFINE_enum("mode", "tiny", list(MODES), "Model to sample from.")
+PEERS = flags.DEFINE_list("peers", ["pipeline"], "Contestants in PyTorch: pipeline, compiled.")
+SAMPLER = flags.DEFINE_enum("sampler", "euler", list(SCHEDULERS), "Sampler of all contestants.")
 STEPS = flags.DEFINE_integer("steps", 30, "Denoising steps.")
-ROUNDS = flags.DEFINE_integer("rounds", 3, "Times that each contestant is timed.")
-SECONDS = flags.DEFINE_float("seconds", 10.0, "Time that a contestant gets in a round, after its first batch.")
-CORES = flags.DEFINE_integer("cores", 0, "Processor cores that a contestant may use; 0 is all.", lower_bound=0)
-JSON = flags.DEFINE_string("json", None, "File for the figures.")
+ROUNDS = flags.DEFINE_integer("rounds", 3, "How often each contestant is timed.")
+SECONDS = flags.DEFINE_float("seconds", 10.0, "Seconds per contestant and round, after its first batch.")
+CORES = flags.DEFINE_integer("cores", 0, "Processor cores that a contestant may use; 0 takes all.", lower_bound=0)
+JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
 
 
 def main() -> None:
     unknown = set(PEERS.value) - {"pipeline", "compiled"}
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"--peers={','.join(PEERS.value)}: {', '.join(sorted(unknown))} is neither pipeline nor compiled"
         )
     mode = MODES[MODE.value]

@@ -24,8 +24,8 @@ from dpo_jax.training.metrics import is_validation, read_metrics
 OUTPUT = flags.DEFINE_string("output", None, "New folder for the runs and the results.", required=True)
 STEPS = flags.DEFINE_integer("steps", 200, "Steps of each run.", 10)
 PAIRS = flags.DEFINE_list("pairs", ["200", "0"], "Pairs to train on; 0 for all 870.")
-CHOSEN = flags.DEFINE_list("settings", [], "Settings to run, by name; all of them by default.")
-SEEDS = flags.DEFINE_integer("seeds", 20, "Images of each held-out prompt and model; 0 draws none.", 0)
+CHOSEN = flags.DEFINE_list("settings", [], "Names of settings to run. Default: all.")
+SEEDS = flags.DEFINE_integer("seeds", 20, "Images per held-out prompt and model; 0 draws none.", 0)
 
 SETTINGS = {
     "all weights": ("", 2000, 5e-5),
@@ -43,7 +43,7 @@ def main() -> None:
     if unknown := sorted(set(CHOSEN.value) - set(SETTINGS)):
         raise UserError(f"--settings: {unknown[0]!r} is not one of {', '.join(SETTINGS)}")
     if output.exists():
-        raise UserError(f"{output} already exists; choose another --output or remove it")
+        raise UserError(f"{output} already exists. Choose another --output or remove it")
     data = output / "data"
     pairs = "--input=dpo_jax/tiny/pairs.parquet"
     run("dpo_jax.prepare", "--source=pickapic", pairs, f"--output={data}", "--validation_fraction=0.1")

@@ -34,23 +34,24 @@ from fresh_process import in_fresh_process
 from step_contestants import MODES, ceilings, count_work, ours, peer
 
 from dpo_jax import cli
+from dpo_jax.errors import UserError
 
-MODE = flags.DEFINE_enum("mode", "tiny", list(MODES), "What is trained.")
-PEERS = flags.DEFINE_list("peers", [], "PyTorch loops to compare with: P0, P1, P2.")
-JSON = flags.DEFINE_string("json", None, "File for the figures.")
-ROUNDS = flags.DEFINE_integer("rounds", 2, "Times that each contestant is timed.")
-SECONDS = flags.DEFINE_float("seconds", 10.0, "Time that a contestant gets in a round, after its first steps.")
-PAIRS = flags.DEFINE_integer("pairs", 0, "Pairs at a time in our step; 0 is the mode's own.")
+MODE = flags.DEFINE_enum("mode", "tiny", list(MODES), "Model and method to train.")
+PEERS = flags.DEFINE_list("peers", [], "Contestants in PyTorch: P0, P1, P2.")
+JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
+ROUNDS = flags.DEFINE_integer("rounds", 2, "How often each contestant is timed.")
+SECONDS = flags.DEFINE_float("seconds", 10.0, "Seconds per contestant and round, after its first steps.")
+PAIRS = flags.DEFINE_integer("pairs", 0, "Pairs at a time in the step of dpo_jax; 0 takes those of the mode.")
 
 
 def main() -> None:
     unknown = set(PEERS.value) - {"P0", "P1", "P2"}
     if unknown:
-        raise ValueError(f"--peers={','.join(PEERS.value)}: {', '.join(sorted(unknown))} is none of P0, P1, P2")
+        raise UserError(f"--peers={','.join(PEERS.value)}: {', '.join(sorted(unknown))} is not one of P0, P1, P2")
     mode = MODES[MODE.value]
     if PAIRS.value:
         if mode.batch_size % PAIRS.value:
-            raise ValueError(f"--pairs={PAIRS.value} does not divide the mode's batch of {mode.batch_size}")
+            raise UserError(f"--pairs={PAIRS.value} does not divide the batch of {mode.batch_size}. Give a divisor")
         mode = mode._replace(pairs=PAIRS.value)
     runs: dict[str, Callable[[], dict[str, Any]]] = {"ours": functools.partial(ours, mode, SECONDS.value)}
     runs |= {name: functools.partial(peer, name, mode, SECONDS.value) for name in PEERS.value}
