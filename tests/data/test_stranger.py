@@ -169,7 +169,7 @@ def test_a_device_in_place_of_a_table(folder: Path) -> None:
         ),
         (
             {"images": [[0, 1], [], [4, 5], [6, 7]]},
-            r"images is empty \(record 1\); preference has not one",
+            r"images is empty \(record 1\); preference does not have one",
         ),
         ({"images": [[0, 1], None, [4, 5], [6, 7]]}, r"images is null \(record 1\)"),
         ({"images": [[0, 1], [2, 3], [4, None], [6, 7]]}, r"images has a null entry \(record 2\)"),

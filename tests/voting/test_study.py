@@ -101,8 +101,8 @@ def test_scores_rise_with_what_raters_like():
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n8 8 scale\nshowpage\n", "not an image"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n8 8 scale\nshowpage\n", "is not supported"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not supported"),
         (b"version https://git-lfs.github.com/spec/v1\n", "not an image|Git LFS pointer"),
         (b"", "not an image|empty"),
     ],

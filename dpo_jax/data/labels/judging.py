@@ -21,7 +21,7 @@ from dpo_jax.data.sources.json_rows import lines, numbers
 from dpo_jax.data.sources.values import index
 from dpo_jax.data.store.prepared import MAX_DAMAGED, PreparedData
 from dpo_jax.data.store.scores import Candidates, candidates, complete
-from dpo_jax.errors import MissingFileError, UserError
+from dpo_jax.errors import EnvironmentFault, MissingFileError, UserError
 from dpo_jax.files import parse_json
 from dpo_jax.streams import warn
 
@@ -92,6 +92,8 @@ def _leave_out(prepared: PreparedData, record: int, error: images.DamagedImage, 
 def _score(score: Reward, images: Sequence[np.ndarray], captions: Sequence[str], wheres: Sequence[str]) -> np.ndarray:
     try:
         scores = np.asarray(score(images, captions), np.float32)
+    except EnvironmentFault:  # the judge itself has failed, and would again
+        raise
     except ValueError as error:
         if len(images) == 1:
             raise UserError(f"{wheres[0]} cannot be judged: {error}") from None
