@@ -236,6 +236,9 @@ def test_goes_on_when_only_the_models_place_or_the_code_has_changed(tiny_config,
     train(tiny_config("sd15", steps=2, model=str(tmp_path / "there")), tmp_path / "run")
     assert f"was trained with dpo_jax 0.0.1; it continues with {__version__}\n" in capsys.readouterr().out
     assert open_run(tmp_path / "run").step == 2
+    first = open_run(tmp_path / "run", "1")
+    assert first.step == 1
+    assert first.load_model().fingerprint.endswith(", step 1")  # what folders of samples and reports say
     with pytest.raises(ValueError, match=r"fingerprints\.data was 'random:32', now 'random:64'"):
         train(
             tiny_config("sd15", steps=3, model=str(tmp_path / "there"), **{"data.path": "random:64"}), tmp_path / "run"
