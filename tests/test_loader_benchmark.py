@@ -26,6 +26,7 @@ def check_pixels(results: dict[str, Any]) -> None:
             assert resized <= 1  # Pillow rounds, PyTorch doesn't
 
 
+@pytest.mark.slow
 def test_tiny(tmp_path: Path) -> None:
     results = run(tmp_path / "loader.json", "--tiny", "--only=bare,ours,cache,shipped")
     check_pixels(results)

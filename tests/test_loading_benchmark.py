@@ -29,6 +29,7 @@ def check(results, *, memory, read):
     assert whole < one + other < 1.1 * whole
 
 
+@pytest.mark.slow
 def test_small_model(tmp_path):
     check(run(tmp_path / "loading.json", "--tiny"), memory=1.4, read=1.4)
 

@@ -26,6 +26,7 @@ def check(results, *, records, rounds, worker):
     assert 0.9 < ten_times["worker_bytes"] / once["worker_bytes"] < worker
 
 
+@pytest.mark.slow
 def test_small_size(tmp_path):  # a worker's chunk still grows with the records
     check(run(tmp_path / "prepare.json", "--tiny"), records=200, rounds=1, worker=1.3)
 

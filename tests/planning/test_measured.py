@@ -50,6 +50,7 @@ def test_time_by_what_instructions_do() -> None:
     }
 
 
+@pytest.mark.slow
 def test_profile_of_a_real_step(tmp_path: Path) -> None:
     arguments = ["--config=configs/sd15.py:tiny", f"--output={tmp_path}", "--steps=2", "--config.data.micro_batch=4"]
     command = [sys.executable, "-m", "dpo_jax.profile", *arguments]

@@ -41,7 +41,7 @@ CONFIGS = ("sd15", "sd21", "sdxl", "sdxl_refiner", "sdxl_turbo", "tiny")
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name in ("sdxl", "sdxl_refiner") else [pytest.mark.slow]) for name in CONFIGS],
+    [pytest.param(name, marks=[] if name == "sdxl" else [pytest.mark.slow]) for name in CONFIGS],
 )
 def test_tiny_variant_of_every_config_trains_validates_and_samples(tiny_config, tmp_path, name):
     assert name in {path.stem for path in (ROOT / "configs").glob("*.py")}
