@@ -1,8 +1,8 @@
-"""Files from outside, read with one clear sentence for whatever is wrong; files of ours, whole or not at all.
+"""Reads files from outside, with one clear sentence for any error, and writes our own files whole or not at all.
 
 Every text file goes through `read_text` or `read_lines`, every JSON through `parse_json`, `read_json` or
-`read_json_lines`, so that all commands agree about encodings, line ends and damage. A schema (any type that pydantic
-understands) is checked by `conform`. Errors are ValueError, or FileNotFoundError, and begin with the file.
+`read_json_lines`, so that all commands treat encodings, line ends and damage alike. `conform` checks a schema (any type
+that pydantic understands). Errors are UserErrors, and begin with the name of the file.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from dpo_jax.errors import MissingFileError, UserError
 T = TypeVar("T")
 
 MAX_TEXT_BYTES = 2**30
-"""A longer text file is not what was meant: the largest prompt lists have a few MB."""
+"""Largest size of a text file. The largest prompt lists have a few MB, so a larger file is a mistake."""
 
 _SIGNS = (  # how files begin that are something else than their name says
     (b"version https://git-lfs.github.com/spec", "a Git LFS pointer, not the file itself: fetch it with git lfs pull"),
@@ -47,11 +47,11 @@ _SIGNS = (  # how files begin that are something else than their name says
 
 
 _NO_TEXT = (b"PK\x03\x04",)
-"""Beginnings that UTF-8 could have, and no text has."""
+"""Beginnings that are valid UTF-8, but never begin a text."""
 
 
 def what_it_is(head: bytes) -> str | None:
-    """What a file that begins with `head` (64 bytes are enough) really is, or None where that is not known."""
+    """Return what a file that begins with `head` (64 bytes are enough) really is, or None if that is not known."""
     if not head:
         return "empty"
     if not head.strip(b"\0"):
@@ -64,13 +64,13 @@ def what_it_is(head: bytes) -> str | None:
 
 
 def look_at(path: epath.PathLike) -> str | None:
-    """`what_it_is` of a file."""
+    """Return `what_it_is` for a file."""
     with epath.Path(path).open("rb") as file:
         return what_it_is(file.read(64))
 
 
 def why(path: epath.PathLike, error: Exception) -> str:
-    """Why a library can't read a file: what it really is where that is known, otherwise the error's first line."""
+    """Return why a library cannot read a file: what it really is, if known, or the first line of the error."""
     with contextlib.suppress(OSError):
         known = look_at(path)
         if known and known not in ("a Parquet file", "an Arrow file"):
@@ -79,7 +79,7 @@ def why(path: epath.PathLike, error: Exception) -> str:
 
 
 def check_inside(path: epath.PathLike, folder: epath.PathLike) -> None:
-    """ValueError where links would have us write outside of a folder, which may come from somebody else."""
+    """Raise UserError if links lead out of a folder, which may come from somebody else."""
     place, end = Path(folder).resolve(), Path(path).resolve()
     if not end.is_relative_to(place):
         raise UserError(
@@ -93,7 +93,7 @@ def is_local(path: epath.PathLike) -> bool:
 
 
 def check_regular(path: epath.PathLike) -> epath.Path:
-    """The path, if it is a file; FileNotFoundError or ValueError for a folder, a device, a pipe, or nothing."""
+    """Return the path if it is a file; raises UserError for a folder, a device, a pipe, or a missing file."""
     path = epath.Path(path)
     if is_local(path):
         try:
@@ -112,7 +112,7 @@ def check_regular(path: epath.PathLike) -> epath.Path:
 
 
 def check_tree(folder: epath.PathLike) -> None:
-    """`check_regular` for all files below a folder; nothing on object stores."""
+    """Call `check_regular` for all files below a folder; object stores have only regular files."""
     if is_local(folder):
         for place, _, names in os.walk(folder):
             for name in names:
@@ -120,7 +120,7 @@ def check_tree(folder: epath.PathLike) -> None:
 
 
 def read_bytes(path: epath.PathLike, limit: int) -> bytes:
-    """The contents of a file of at most `limit` bytes; never opens a device or a pipe, which may have no end."""
+    """Return the contents of a file of at most `limit` bytes; never opens a device or a pipe, which may have no end."""
     path = check_regular(path)
     size = path.stat().length
     if size > limit:
@@ -130,12 +130,12 @@ def read_bytes(path: epath.PathLike, limit: int) -> bytes:
 
 
 def read_text(path: epath.PathLike, limit: int = MAX_TEXT_BYTES) -> str:
-    r"""The text of a UTF-8 file, with or without byte order mark (UTF-16 needs one), line ends as \n."""
+    r"""Return the text of a UTF-8 file, with or without byte order mark (UTF-16 needs one), line ends as \n."""
     return decode_text(read_bytes(path, limit), str(path))
 
 
 def decode_text(data: bytes, where: str) -> str:
-    """As `read_text`, of bytes that `where` names in errors."""
+    """Return the text of bytes, as `read_text`; errors call them `where`."""
     encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     try:
         text = data.decode(encoding)
@@ -254,17 +254,17 @@ def _problems(error: pydantic.ValidationError, several: int = 5) -> str:
 
 
 def write_whole(path: epath.PathLike, data: str | bytes) -> None:
-    """Writes a file in place of what was there, and its folder where there is none: whole, or not at all."""
+    """Write a file whole or not at all, in place of an older one; creates its folder if there is none."""
     with writing(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
 @contextlib.contextmanager
 def writing(path: epath.PathLike) -> Iterator[IO[bytes]]:
-    """A binary file that takes the place of `path` when the block succeeds, and is gone when it fails.
+    """Yield a binary file that takes the place of `path` if the block succeeds, and is removed if it fails.
 
-    It is created under a random name, so that it follows no link that somebody laid, and is on the disk (fsync) before
-    and after it is renamed, so that a power cut leaves the old file or the new one.
+    It has a random name at first, so that it follows no link that somebody has placed, and is flushed to the disk
+    (fsync) before and after it is renamed, so that a power cut leaves the old file or the new one.
     """
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -291,7 +291,7 @@ def writing(path: epath.PathLike) -> Iterator[IO[bytes]]:
 
 
 def append(path: epath.PathLike, text: str) -> None:
-    """Adds to the end of a file of ours, on the disk (fsync) when it returns; follows no link."""
+    """Append to one of our own files and flush it to the disk (fsync); follows no link."""
     if not is_local(path):  # nothing can be appended to what object stores hold
         path = epath.Path(path)
         write_whole(path, (path.read_bytes() if path.exists() else b"") + text.encode())
@@ -303,7 +303,7 @@ def append(path: epath.PathLike, text: str) -> None:
 
 
 def partial_name(name: str) -> str:
-    """A random hidden name for what will be called `name`: `.config.json.4f1d0c2b.partial`."""
+    """Return a random hidden name for a file that will be called `name`: `.config.json.4f1d0c2b.partial`."""
     return f".{name}.{secrets.token_hex(4)}.partial"
 
 

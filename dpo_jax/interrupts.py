@@ -1,7 +1,7 @@
-"""Ctrl-C: the first ends a command, but not in the middle of what must be whole; the second ends it at once.
+"""Ctrl-C: the first one ends a command, but not in the middle of a write; the second one ends it at once.
 
 A KeyboardInterrupt can be lost: Python drops it in destructors and in callbacks of the garbage collector, and libraries
-turn it into errors of their own. So `received` remembers it, and long loops ask `check`.
+turn it into errors of their own. So `received` remembers it, and long loops call `check`.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 EXIT_CODE = 130
-"""Of a command that was interrupted: 128 and the number of SIGINT, as shells have it."""
+"""Exit code of an interrupted command: 128 + the number of SIGINT, as shells have it."""
 
 
 class _State:
@@ -28,14 +28,14 @@ def received() -> bool:
 
 
 def check() -> None:
-    """Raises KeyboardInterrupt if the command has been interrupted."""
+    """Raise KeyboardInterrupt if the command has been interrupted."""
     if _State.received:
         raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """The first Ctrl-C inside raises KeyboardInterrupt at its end; the second one at once."""
+    """Delay the KeyboardInterrupt of a first Ctrl-C to the end of the block; a second one is raised at once."""
     before = _State.received
     _State.held += 1
     try:
@@ -47,14 +47,14 @@ def held() -> Iterator[None]:
 
 
 def await_first() -> None:
-    """Takes SIGINT for the command that begins, unless it is ignored, as in the background of a script."""
+    """Handle SIGINT for the command that begins, unless it is ignored, as it is in the background of a script."""
     _State.received, _State.held = False, 0
     _take(_receive)
     sys.unraisablehook = raise_again(sys.unraisablehook)
 
 
 def leave_at_once() -> None:
-    """Has SIGINT end the process without more ado: while libraries are imported, and when all is done."""
+    """Let SIGINT end the process immediately: while libraries are imported, and when all is done."""
     _take(_leave)
 
 
@@ -84,7 +84,7 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def raise_again(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """For sys.unraisablehook: a lost KeyboardInterrupt comes again, of other exceptions the hook is told."""
+    """Return a sys.unraisablehook that raises a lost KeyboardInterrupt again, and passes other exceptions to `hook`."""
 
     def tell(unraisable: Any) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""How far a command is: a bar with rate and time left, or plain lines where there is no terminal."""
+"""The progress of a command: a bar with rate and time left, or plain lines without a terminal."""
 
 import datetime
 import time
@@ -11,7 +11,7 @@ class ProgressBar:
 
     Args:
         unit: what `done` and `total` count.
-        quiet: says nothing; for all processes of a run but one.
+        quiet: print nothing; for all processes of a run but one.
     """
 
     def __init__(self, unit: str, *, quiet: bool = False):
@@ -35,10 +35,10 @@ class ProgressBar:
         self._bar.stop()
 
     def show(self, step: str, done: int, total: int, **counts: int) -> None:
-        """Rates are since the step was shown first: what an earlier run did says nothing of them.
+        """Show how far a step is, with rates since the step was first shown in this run.
 
         Args:
-            counts: what else there is of by now; its rate is shown in place of the unit's.
+            counts: other counts so far; their rates are shown in place of the unit's.
         """
         now, counts = time.monotonic(), counts or {self._unit: done}
         if step != self._step:
@@ -63,5 +63,5 @@ class ProgressBar:
         self._console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
-def _rate(a_second: float) -> str:
-    return f"{a_second:.0f}" if a_second >= 10 else f"{a_second:.2g}"
+def _rate(per_second: float) -> str:
+    return f"{per_second:.0f}" if per_second >= 10 else f"{per_second:.2g}"

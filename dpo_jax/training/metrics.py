@@ -125,7 +125,7 @@ class MetricWriter:
 
 
 class ProgressBar:
-    """Steps done, loss, pair accuracy, pairs per second and time left; plain lines where there is no terminal."""
+    """Shows steps, loss, pair accuracy, pairs per second and the time left; plain lines without a terminal."""
 
     def __init__(self, total: int, start: int):
         self._console = Console(stderr=True, quiet=jax.process_index() != 0)
@@ -166,19 +166,19 @@ class ProgressBar:
             self.say(f"step {step}/{self._total}  {numbers}{left}")
 
     def note(self, message: str) -> None:
-        """In place of the numbers, while something else than a step is done."""
+        """Show a message in place of the numbers, while the run does something else than steps."""
         self._bar.update(self._task, numbers=message)
         if not self._console.is_terminal and time.monotonic() - self._noted > SECONDS_BETWEEN_LINES:
             self._noted = time.monotonic()
             self.say(message)
 
     def say(self, message: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         self._console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, float]]:
-    """The rows of `metrics.jsonl`, without a last one that a kill left unfinished.
+    """Return the rows of `metrics.jsonl`, without a last one that a kill left unfinished.
 
     Damaged lines are left out, with a warning that names the first of them.
     """
@@ -201,7 +201,7 @@ def _key(row: Mapping[str, float]) -> tuple[int, frozenset[str]]:
 
 
 def _read(path: epath.Path) -> tuple[list[dict[str, float]], bool]:
-    """The rows that can be read, and whether these are all."""
+    """Return the rows that can be read, and whether these are all."""
     try:
         lines = files.read_bytes(path, files.MAX_TEXT_BYTES).split(b"\n")
     except FileNotFoundError:
