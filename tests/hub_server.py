@@ -1,5 +1,6 @@
 """A small hub that speaks the real one's protocol to huggingface_hub."""
 
+import base64
 import hashlib
 import json
 import re
@@ -13,7 +14,10 @@ from huggingface_hub import constants
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves folders as the hub serves repositories, and remembers which files were fetched."""
+    """Serves folders as the hub serves repositories, remembers which files were fetched, and takes uploads.
+
+    Uploads need the token "hf_write" and a repository of the owner "me". They land in the folder `uploads`.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), HubRequest)
@@ -21,6 +25,8 @@ class Hub(ThreadingHTTPServer):
         self.folders: dict[str, dict[str, Path]] = {}  # repository -> revision -> folder
         self.gated: set[str] = set()
         self.fetched: set[str] = set()
+        self.uploads = Path()
+        self.created: dict[str, bool] = {}  # repository -> whether it is private
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def put(self, repo: str, folder: Path, revision: str = "main") -> str:
@@ -54,6 +60,10 @@ class HubRequest(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = re.sub(r"^/(api/models|api/datasets|datasets)/", "", urlsplit(self.path).path).strip("/")
+        if path == "api/whoami-v2":
+            if self._token() not in ("hf_write", "hf_read"):
+                return self._send(401, {})
+            return self._send_json({"name": "me", "auth": {"accessToken": {"role": self._token()[3:]}}})
         if path.count("/") < 3:  # no question about a repository
             return self._send(404, {})
         owner, name, verb, revision, *file = map(unquote, path.split("/"))
@@ -82,6 +92,37 @@ class HubRequest(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        path = urlsplit(self.path).path.removeprefix("/api/")
+        if path == "repos/create":
+            asked = json.loads(body)
+            repo = f"{asked['organization']}/{asked['name']}"
+            if self._token() != "hf_write" or asked["organization"] != "me":
+                return self._send(403, {"X-Error-Message": "You don't have the rights to create a model"})
+            self.server.created[repo] = asked["visibility"] == "private"
+            folder = self.server.uploads / repo
+            folder.mkdir(parents=True)
+            self.server.put(repo, folder)
+            return self._send_json({"url": f"{self.server.url}/{repo}"})
+        if path == "validate-yaml":  # of the card
+            return self._send_json({"errors": [], "warnings": []})
+        repo, verb = re.fullmatch(r"models/(.+)/(preupload|commit)/main", path).groups()
+        folder = self.server.uploads / repo
+        if verb == "preupload":
+            files = [file["path"] for file in json.loads(body)["files"]]
+            answer = {"uploadMode": "regular", "shouldIgnore": False}
+            return self._send_json({"files": [answer | {"path": path} for path in files]})
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                target = folder / line["value"]["path"]
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(base64.b64decode(line["value"]["content"]))
+        self._send_json({"commitUrl": f"{self.server.url}/{repo}/commit/1", "commitOid": "1" * 40})
+
+    def _token(self) -> str:
+        return self.headers.get("Authorization", "").removeprefix("Bearer ")
+
     def log_message(self, *_: object) -> None:
         pass
 
@@ -93,7 +134,7 @@ class HubRequest(BaseHTTPRequestHandler):
         for name, value in (headers | {"Content-Length": str(len(content))}).items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content)
 
 

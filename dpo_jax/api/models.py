@@ -1,6 +1,7 @@
 """Models that are ready to draw, and writing them for other tools, as functions."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from etils import epath
@@ -88,6 +89,8 @@ class Exported(NamedTuple):
     """What was exported, for example "the model after step 2000"."""
     remarks: list[str]
     """What whoever exports or opens it should know, a sentence or two each."""
+    url: str = ""
+    """Address of the repository on the hub, if it was uploaded."""
 
 
 def export(
@@ -101,10 +104,14 @@ def export(
     license: str = "",
     base_model: str = "",
     max_shard_gb: float = 10.0,
+    push_to_hub: str = "",
+    hub_private: bool = True,
     allow_nonfinite: bool = False,
     **options: Any,
 ) -> Exported:
     """Write the model of a training run, or another model, to a new folder in the format of other tools.
+
+        dpo_jax.export("runs/mine", "exported/mine", format="kohya", push_to_hub="me/mine")
 
     Args:
         source: work directory of a training run, diffusers folder, hub id or single .safetensors file.
@@ -116,11 +123,14 @@ def export(
         license: licence for the model card, by the hub's id; by default that of the base model.
         base_model: hub id of the base model, for the card.
         max_shard_gb: largest size of one file of weights.
+        push_to_hub: OWNER/NAME of a new model repository on the hub, to which the folder is uploaded; needs a login.
+        hub_private: whether that repository is private.
         allow_nonfinite: export weights that hold NaN or infinity, too.
         options: `unet`, `vae`, `family`, `model_config`, `revision` and `variant`, as the flags of `dpo_jax.export`.
 
     Raises:
-        UserError: `output` exists, the model cannot be opened, or the format cannot hold it. Nothing is written then.
+        UserError: `output` exists, the model cannot be opened, the format cannot hold it, or the hub does not let this
+            user write there. Nothing is written then. If the upload itself fails, the folder stays.
     """
 
     def read() -> "Exportable":
@@ -138,6 +148,8 @@ def export(
         license=license,
         base_model=base_model,
         max_shard_gb=max_shard_gb,
+        push_to_hub=push_to_hub,
+        hub_private=hub_private,
     )
 
 
@@ -150,15 +162,25 @@ def write_exported(
     license: str,
     base_model: str,
     max_shard_gb: float,
+    push_to_hub: str,
+    hub_private: bool,
 ) -> Exported:
     """Write what `read` returns to the new folder `output`, which is locked before; other arguments as for `export`."""
     output = epath.Path(output)
     with locks.locked(output.parent, "python -m dpo_jax.export", f".{output.name}.lock", what=output):
         from dpo_jax.training.export import export as write
         from dpo_jax.training.export import origin, remarks
+        from dpo_jax.weights.hub_upload import check_upload, upload
 
+        if push_to_hub:
+            check_upload(push_to_hub, output)
         exportable = read()
         said = {"license": license, "base_model": base_model}
-        shard = int(max_shard_gb * 10**9)
-        path = write(exportable, output, format=format, dtype=dtype, max_shard_bytes=shard, **said)
-        return Exported(path, exportable.title, remarks(exportable, format, origin(exportable, **said)))
+        options = {"max_shard_bytes": int(max_shard_gb * 10**9), "repo": push_to_hub}
+        path = write(exportable, output, format=format, dtype=dtype, **options, **said)
+        found = remarks(exportable, format, origin(exportable, **said))
+        url = ""
+        if push_to_hub:
+            message = f"Upload {exportable.title}"
+            url = upload(Path(output), push_to_hub, private=hub_private, message=message)
+        return Exported(path, exportable.title, found, url)

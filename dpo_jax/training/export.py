@@ -104,9 +104,11 @@ def export(
     max_shard_bytes: int,
     license: str = "",
     base_model: str = "",
+    repo: str = "",
 ) -> epath.Path:
     """Write `exportable` to the new folder `output` in a format of `dpo_jax.export`; return the path to open.
 
+    The model card opens the model from the repository `repo` of the hub if that is given, otherwise from the folder.
     Nothing is written if it fails.
 
     Raises:
@@ -117,7 +119,8 @@ def export(
     dtype = dtype or exportable.dtype
     held = np.dtype(dtype or next(iter(unet.values())).dtype).name
     source = origin(exportable, license, base_model)
-    card = model_card(exportable.card, pipeline, format, output.name, held, source, remarks(exportable, format, source))
+    said = remarks(exportable, format, source)
+    card = model_card(exportable.card, pipeline, format, output.name, held, source, said, repo)
     if format == "diffusers":
         options: dict[str, Any] = {"max_shard_bytes": max_shard_bytes, "others": exportable.text_encoders}
         save_pipeline(pipeline, output, unet, dtype=dtype, card=card, **options)

@@ -33,7 +33,7 @@ USE = {
     ),
     "single": "pipe = diffusers.{pipeline}.from_single_file({file!r}{dtype})",
     "lora": "pipe = diffusers.{base})\npipe.load_lora_weights({folder!r})",
-    "kohya": "pipe = diffusers.{base})\npipe.load_lora_weights({file!r})",
+    "kohya": "pipe = diffusers.{base})\npipe.load_lora_weights({folder!r}, weight_name={name!r})",
 }
 
 
@@ -45,6 +45,7 @@ def model_card(
     dtype: str,
     origin: Origin,
     remarks: Sequence[str] = (),
+    repo: str = "",
 ) -> str:
     """Return the text of README.md, with front matter for the hub and without paths of this machine.
 
@@ -57,6 +58,7 @@ def model_card(
         dtype: of the weights.
         origin: base model and licence.
         remarks: sentences for whoever opens the model.
+        repo: OWNER/NAME on the hub, where the model is to be opened from; "" for the folder `name`.
     """
     config = facts.get("config")
     source = config["model"] if config else facts["model"]
@@ -79,8 +81,9 @@ def model_card(
     # By default diffusers opens half-precision weights in float32, and transformers does not.
     is_half = dtype != "float32" and not _is_lora(format)
     use = USE[format].format(
-        folder=name,
-        file=f"{name}/{name}.safetensors",
+        folder=repo or name,
+        name=f"{name}.safetensors",
+        file=f"https://huggingface.co/{repo}/blob/main/{name}.safetensors" if repo else f"{name}/{name}.safetensors",
         base=f"{pipeline.class_name}.from_{'single_file' if is_single else 'pretrained'}({model!r}",
         pipeline=pipeline.class_name,
         dtype=f", torch_dtype=torch.{dtype}" if is_half else "",
@@ -92,7 +95,10 @@ def model_card(
         use += f"\npipe.scheduler = diffusers.{scheduler}.from_config(pipe.scheduler.config, {arguments})"
     imports = "import diffusers\nimport torch\n" if is_half else "import diffusers\n"
     settings = ", ".join(f"`{field}={value}`" for field, value in _scheduler(pipeline).items())
-    parts = [f"---\n{data.to_yaml()}\n---\n\n# {name}\n", f"```python\n{imports}\n{use}\n```\n"]
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n\n# {repo.rpartition('/')[2] or name}\n",
+        f"```python\n{imports}\n{use}\n```\n",
+    ]
     parts += [f"Scheduler: {pipeline.schedule.class_name}, {settings}.\n", *(f"{remark}\n" for remark in remarks)]
     if not config:
         with_lora = f" with {public_name(facts['lora'])}" if facts.get("lora") else ""
