@@ -176,8 +176,8 @@ def write_exported(
             check_upload(push_to_hub, output)
         exportable = read()
         said = {"license": license, "base_model": base_model}
-        options = {"max_shard_bytes": int(max_shard_gb * 10**9), "repo": push_to_hub}
-        path = write(exportable, output, format=format, dtype=dtype, **options, **said)
+        shard = int(max_shard_gb * 10**9)
+        path = write(exportable, output, format=format, dtype=dtype, max_shard_bytes=shard, repo=push_to_hub, **said)
         found = remarks(exportable, format, origin(exportable, **said))
         url = ""
         if push_to_hub:
