@@ -53,12 +53,12 @@ class Drawn(NamedTuple):
     images_BKHWC: np.ndarray
     """uint8, on every process; of branching one a prompt."""
     seen_BSK: np.ndarray | None
-    """Of branching, what each candidate of each step was about to become: uint8 images [H, W, C], or in latents its
-    reward, float32."""
+    """With branching, what each candidate of each step predicts: uint8 images [H, W, C], or its reward in latents,
+    float32."""
 
 
 class Rollout:
-    """Samples prompts. What becomes of a prompt depends on its number, the weights and nothing else, but for rounding.
+    """Samples prompts. The images of a prompt depend only on its number and the weights, up to rounding.
 
     Args:
         config: of the experiment.
@@ -72,12 +72,12 @@ class Rollout:
         self._mesh, self._tokenizers = placement.mesh, load_tokenizers_of(pipeline)
         parts = batch_parts(placement.mesh)
         self.batch_size = -(-config.online.prompts_at_a_time // parts) * parts
-        """Prompts sampled at a time."""
+        """Number of prompts that are sampled at a time."""
         self._latent_judge = load_latent_judge(config, pipeline, placement)
         self._rollout = make_rollout(config, pipeline, placement, self._tokenizers([""]))
 
     def __call__(self, params: Params, frozen: Frozen, captions: Sequence[str], numbers: Sequence[int]) -> Drawn:
-        """Up to `batch_size` prompts, each with a number of its own that all randomness follows from."""
+        """Sample up to `batch_size` prompts; all randomness of a prompt follows from its number."""
         count = len(captions)
         padded = [i % count for i in range(self.batch_size)]
         rows = self._tokenizers([captions[i] for i in padded]), np.array([numbers[i] for i in padded], np.int32)

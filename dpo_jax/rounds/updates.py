@@ -17,17 +17,17 @@ from dpo_jax.rounds.folder import RoundFolder
 
 
 class Updates:
-    """This process's share of the batches of a round; all that is random follows from the seed and the round.
+    """This process's share of the batches of a round; all random choices follow from the seed and the round.
 
     Args:
-        config: of the experiment.
-        plan: its rounds.
-        folder: of the round.
-        steps_S: `learned_steps`: the rows of the sampler's table that may be trained on.
-        token_ids_PEL: of the round's prompts.
-        rewards_PSKR: what is preferred; S is 1 where all steps share it.
-        advantages_PSK: likewise.
-        step: optimizer steps made, in all.
+        config: the experiment's config.
+        plan: sizes of its rounds.
+        folder: folder of the round.
+        steps_S: rows of the sampler's table that can be trained on, as `learned_steps` returns them.
+        token_ids_PEL: tokens of the round's prompts.
+        rewards_PSKR: rewards by which candidates are preferred; S is 1 if all steps share them.
+        advantages_PSK: advantages; S is 1 if all steps share them.
+        step: number of optimizer steps made so far.
     """
 
     def __init__(
