@@ -1,4 +1,4 @@
-"""Estimates the memory and the time that a config needs on a machine, without the machine.
+"""Estimate the memory and the time that a config needs on a machine, without the machine.
 
   python -m dpo_jax.plan --config=configs/sdxl.py --topology=v5p:4x4x4
 

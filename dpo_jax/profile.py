@@ -1,4 +1,4 @@
-"""Times the training step on this machine and shows where the time goes.
+"""Time the training step on this machine and show where the time goes.
 
   python -m dpo_jax.profile --config=configs/sdxl.py --output=runs/profile
 
