@@ -1,6 +1,6 @@
-"""From rewards to advantages: how much better an image is than was to be expected of its prompt.
+"""Advantages: how much better the reward of an image is than expected for its prompt.
 
-On the host, in float64 NumPy. Axes: N images, B prompts, K candidates of a prompt.
+Computed on the host in float64 with NumPy. Axes: N images, B prompts, K candidates of a prompt.
 """
 
 import dataclasses
@@ -13,28 +13,28 @@ from dpo_jax.errors import UserError
 
 @dataclasses.dataclass
 class PromptStatistics:
-    """Rewards are normalised by the last ones of their own prompt, so that easy prompts don't drown hard ones.
+    """Normalise rewards by the latest rewards of the same prompt, so that easy prompts do not outweigh hard ones.
 
-    DDPO's per-prompt statistics (arXiv 2305.13301), with the sizes and the 1e-6 of its released code.
+    These are DDPO's per-prompt statistics (arXiv 2305.13301), with the sizes and the 1e-6 of its released code.
     """
 
     buffer_size: int = 16
-    """How many rewards of a prompt are remembered."""
+    """Number of rewards that are remembered per prompt."""
     min_count: int = 16
-    """A prompt with fewer is normalised by the mean and the deviation of the whole batch."""
+    """A prompt with fewer rewards is normalised by the mean and the standard deviation of the whole batch."""
     rewards: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    """What is remembered, oldest first."""
+    """The remembered rewards by prompt, oldest first."""
 
     def __post_init__(self) -> None:
         if not 0 < self.min_count <= self.buffer_size:
-            raise UserError(f"min_count={self.min_count} must be in 1..{self.buffer_size}, the rewards remembered")
+            raise UserError(f"min_count={self.min_count} must be between 1 and buffer_size={self.buffer_size}")
 
     def advantages(self, prompts: Sequence[str], rewards_N: np.ndarray) -> np.ndarray:
-        """`(reward - mean) / (std + 1e-6)` of each image, after remembering the rewards of all.
+        """Remember the rewards of all images, then return `(reward - mean) / (std + 1e-6)` of each.
 
         Args:
-            prompts: of each image.
-            rewards_N: theirs; of the images of all devices, since all of them count.
+            prompts: prompt of each image.
+            rewards_N: reward of each image, of the images of all devices.
         """
         rewards_N = np.asarray(rewards_N, np.float64)
         for prompt, reward in zip(prompts, rewards_N, strict=True):
@@ -48,10 +48,9 @@ class PromptStatistics:
 
 
 def group_advantages(rewards_BK: np.ndarray, *, epsilon: float = 1e-4) -> np.ndarray:
-    """`(reward - mean) / (std + epsilon)` over the candidates of a prompt (GRPO, arXiv 2402.03300, section 4.1.2).
+    """Return `(reward - mean) / (std + epsilon)` over the candidates of a prompt (arXiv 2402.03300, section 4.1.2).
 
-    The deviation is that of the K rewards themselves, divided by K. Where all candidates are as good nobody has an
-    advantage.
+    This is GRPO's advantage; the standard deviation divides by K. Equal rewards give zero advantages.
     """
     rewards_BK = np.asarray(rewards_BK, np.float64)
     mean_B1, std_B1 = rewards_BK.mean(axis=1, keepdims=True), rewards_BK.std(axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""From a batch of latents to the scores that a loss reads: how well policy and reference denoise each candidate.
+"""Log-ratios of a batch of latents, which losses read: how well policy and reference denoise each candidate.
 
 Axes: B prompts, K candidates of a prompt, N = B * K images, H x W latent cells, C channels.
 """
@@ -18,10 +18,9 @@ Denoise = Callable[..., jax.Array]
 
 
 def keys_for(key: jax.Array, index_B: jax.Array) -> jax.Array:
-    """One key per sample, a function of `key` and the sample's index alone.
+    """Return one key per example, a function of `key` and the example's index alone.
 
-    So no draw depends on how many devices share the batch or how it is accumulated. `key` must be of this step and for
-    this purpose only.
+    No draw depends on the number of devices or micro-batches, therefore. `key` must belong to this step and purpose.
     """
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(index_B)
 
@@ -35,16 +34,16 @@ def draw(
     *,
     offset: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """One timestep and one noise image per prompt, shared by its candidates (arXiv 2311.12908, section 4).
+    """Draw one timestep and one noise image per prompt, shared by its candidates (arXiv 2311.12908, section 4).
 
     Args:
-        key: this step's key for this purpose.
-        index_B: the prompts' positions in the training stream.
-        schedule: says which timesteps are trained on; they are drawn uniformly.
+        key: key of this step for this purpose.
+        index_B: positions of the prompts in the training stream.
+        schedule: tells which timesteps are trained on; they are drawn uniformly.
         latent_shape: (H, W, C).
-        dtype: of the noise.
-        offset: size of a further draw, one number for all cells of a channel (offset noise, as the official
-            Diffusion-DPO trainer's `noise_offset`), that is part of the noise and of what is to be predicted.
+        dtype: dtype of the noise.
+        offset: size of offset noise: one more draw per channel, the same for all cells, which is part of the noise and
+            of the target (`noise_offset` of the official Diffusion-DPO trainer).
 
     Returns:
         t_B (int32) and noise_BHWC.
@@ -63,16 +62,16 @@ def draw(
 
 
 def perturb(key: jax.Array, index_B: jax.Array, noise_BHWC: jax.Array, size: float) -> jax.Array:
-    """The noise to make x_t of, while `noise_BHWC` is to be predicted (input perturbation, arXiv 2301.11706).
+    """Return the noise to make x_t with; `noise_BHWC` remains the target (input perturbation, arXiv 2301.11706).
 
-    It is `noise + size * N(0, 1)`, one further draw per prompt, which its candidates share. The official Diffusion-DPO
-    trainer draws one per image, so that the two images of a pair no longer share their noise.
+    It is `noise + size * N(0, 1)`, with one more draw per prompt, which its candidates share. The official
+    Diffusion-DPO trainer draws once per image, so that the two images of a pair no longer share their noise.
     """
     draw_one = jax.vmap(lambda sample_key: jax.random.normal(sample_key, noise_BHWC.shape[1:], noise_BHWC.dtype))
     return noise_BHWC + size * draw_one(keys_for(key, index_B))
 
 
-def score_candidates(
+def candidate_log_ratios(
     denoise: Denoise,
     policy: Any,
     reference: Any | None,
@@ -84,26 +83,26 @@ def score_candidates(
     dropout_keys_B: jax.Array | None = None,
     perturbed_noise_BHWC: jax.Array | None = None,
 ) -> LogRatios:
-    """The denoising errors of all candidates and the log-ratio they stand for (arXiv 2311.12908, equation 14).
+    """Return the denoising errors of all candidates and their log-ratios (arXiv 2311.12908, equation 14).
 
-    `log_ratio = -(e_policy - e_reference) / 2` with e the MEAN squared error over H, W and C: the unit of the paper's
-    released code, whose beta of 5000 therefore holds here. (The paper's equation sums, without the 1/2.)
+    `log_ratio = -(e_policy - e_reference) / 2`, where e is the MEAN squared error over H, W and C. The paper's released
+    code has the same unit, so its beta of 5000 holds here. (The paper's equation sums, without the 1/2.)
 
     Candidates are folded into the batch by a reshape, `[B, K, ...] -> [B * K, ...]`, which needs no communication when
-    B is sharded. Errors are reduced in float32 at least.
+    B is sharded. Errors are computed in float32 or wider.
 
     Args:
         denoise: the network, called once with each set of weights.
         policy: weights that are trained.
-        reference: frozen weights, or None where the loss compares with nothing; then `log_ratio = -e_policy / 2`.
+        reference: frozen weights, or None if the loss needs no reference; then `log_ratio = -e_policy / 2`.
         schedule: the noise schedule.
         latents_BKHWC: clean latents, scaled as the network expects.
         noise_BHWC: noise, shared by the candidates of a prompt.
-        t_B: timestep, likewise.
+        t_B: timesteps, shared by the candidates of a prompt.
         conditioning: each field with B rows (shared by the candidates) or B * K (one per candidate).
-        dropout_keys_B: keys of the policy's dropout, shared by the candidates: what is dropped for one and not for the
-            other would be noise in their difference. None turns dropout off.
-        perturbed_noise_BHWC: the noise that x_t is made of, where it is not `noise_BHWC` itself; see `perturb`.
+        dropout_keys_B: keys of the policy's dropout, shared by the candidates, because different dropout would add
+            noise to their difference. None turns dropout off.
+        perturbed_noise_BHWC: noise to make x_t with, if not `noise_BHWC`; see `perturb`.
     """
     B, K = latents_BKHWC.shape[:2]
     x0_NHWC = latents_BKHWC.reshape(B * K, *latents_BKHWC.shape[2:])
@@ -124,5 +123,5 @@ def score_candidates(
 
 
 def per_candidate(tree: Any, B: int, K: int) -> Any:
-    """Rows of prompts repeated for their candidates, [B, ...] -> [B * K, ...]; rows of candidates as they are."""
+    """Repeat each prompt's row for its candidates, [B, ...] -> [B * K, ...]; keep arrays that have B * K rows."""
     return jax.tree.map(lambda x: x if x.shape[0] == B * K else jnp.repeat(x, K, axis=0), tree)

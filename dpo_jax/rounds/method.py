@@ -16,7 +16,7 @@ from dpo_jax.objectives.losses import d3po, ddpo, dpok
 from dpo_jax.objectives.transitions import (
     beyond_log_ratio,
     beyond_ratio_to_sampled,
-    score_transitions,
+    transition_log_ratios,
     transition_metrics,
 )
 from dpo_jax.rounds.config import first_branch, needs_reference
@@ -80,7 +80,7 @@ def on_trajectories(config: ConfigDict, pipeline: Pipeline, placement: Placement
         encoders = {name: gather(name, frozen[name]) for name in frozen if name not in ("base", "reference", "vae")}
         conditioning = conditionings(encoders, sampled.token_ids_BMEL[:, 0], batch.size_cond_BK6[:, 0])
         transitions, conditioning = constrain((sampled.transitions, conditioning))
-        return score_transitions(
+        return transition_log_ratios(
             denoise,
             gather("unet", frozen.get("base", {}) | params),
             gather("unet", reference_params(frozen)) if objective.needs_reference else None,

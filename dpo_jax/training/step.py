@@ -16,7 +16,7 @@ import optax
 
 from dpo_jax.batch import Conditioning, LogRatios, PreferenceBatch
 from dpo_jax.diffusion.schedule import Schedule
-from dpo_jax.objectives.denoising import Denoise, draw, keys_for, perturb, score_candidates
+from dpo_jax.objectives.denoising import Denoise, candidate_log_ratios, draw, keys_for, perturb
 from dpo_jax.objectives.losses import implicit_accuracy, margin
 from dpo_jax.weights.layout import Params
 
@@ -126,7 +126,7 @@ def make_log_ratios(
         )
         policy = gather("unet", frozen.get("base", {}) | params)
         reference = gather("unet", reference_params(frozen)) if objective.needs_reference else None
-        return score_candidates(
+        return candidate_log_ratios(
             denoise,
             policy,
             reference,

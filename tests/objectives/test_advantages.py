@@ -9,7 +9,7 @@ from dpo_jax.objectives.advantages import PromptStatistics, group_advantages
 
 
 def plain_update(stats, prompts, rewards, buffer_size, min_count):
-    """One deque a prompt, which forgets by itself; prompts are gone through one by one."""
+    """Reference: one deque per prompt, which forgets by itself, in a loop over prompts."""
     prompts, rewards = np.array(prompts), np.array(rewards)
     advantages = np.empty_like(rewards)
     for prompt in np.unique(prompts):
@@ -54,7 +54,7 @@ def test_whole_numbers_as_rewards_have_fractions_as_advantages():
 
 @pytest.mark.parametrize(("buffer_size", "min_count"), [(8, 9), (8, 0), (0, 0)])
 def test_statistics_that_never_hold_are_refused(buffer_size, min_count):
-    with pytest.raises(ValueError, match=f"min_count={min_count} must be in 1"):
+    with pytest.raises(ValueError, match=f"min_count={min_count} must be between 1 and buffer_size={buffer_size}"):
         PromptStatistics(buffer_size, min_count)
 
 

@@ -1,4 +1,4 @@
-"""LogRatios against a loop over single images in NumPy."""
+"""Log-ratios of candidates, compared with a loop over single images in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 
 from dpo_jax.batch import Conditioning
 from dpo_jax.diffusion.schedule import make_schedule
-from dpo_jax.objectives.denoising import draw, keys_for, perturb, score_candidates
+from dpo_jax.objectives.denoising import candidate_log_ratios, draw, keys_for, perturb
 
 SCHEDULE = make_schedule(
     {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -16,7 +16,7 @@ B, K, H, W, C = 3, 2, 4, 5, 4
 
 
 def denoise(params, x_NHWC, t_N, conditioning):
-    """Mixes up nothing: each image sees its own timestep, caption and size."""
+    """A network whose output shows that each image got its own timestep, caption and size."""
     shift_N = params["t"] * t_N + conditioning.context_NLD[:, 0, 0] + conditioning.time_ids_NT[:, 0]
     return params["x"] * x_NHWC + shift_N[:, None, None, None]
 
@@ -48,11 +48,11 @@ def test_each_candidate_is_scored_with_its_prompts_noise_time_and_caption(x64):
                 )
                 expected[name][b, k] = np.mean((params["x"] * x + shift - noise_BHWC[b]) ** 2)
 
-    scores = score_candidates(denoise, POLICY, REFERENCE, SCHEDULE, *inputs())
+    log_ratios = candidate_log_ratios(denoise, POLICY, REFERENCE, SCHEDULE, *inputs())
 
-    np.testing.assert_allclose(scores.error_BK, expected["policy"], rtol=1e-9)
-    np.testing.assert_allclose(scores.reference_error_BK, expected["reference"], rtol=1e-9)
-    np.testing.assert_allclose(scores.log_ratio_BK, (expected["reference"] - expected["policy"]) / 2, rtol=1e-9)
+    np.testing.assert_allclose(log_ratios.error_BK, expected["policy"], rtol=1e-9)
+    np.testing.assert_allclose(log_ratios.reference_error_BK, expected["reference"], rtol=1e-9)
+    np.testing.assert_allclose(log_ratios.log_ratio_BK, (expected["reference"] - expected["policy"]) / 2, rtol=1e-9)
 
 
 def test_without_a_reference_only_the_policy_is_run():
@@ -62,22 +62,22 @@ def test_without_a_reference_only_the_policy_is_run():
         runs.append(args)
         return denoise(*args)
 
-    scores = score_candidates(counting, POLICY, None, SCHEDULE, *inputs())
+    log_ratios = candidate_log_ratios(counting, POLICY, None, SCHEDULE, *inputs())
 
     assert len(runs) == 1
-    assert scores.reference_error_BK is None
-    np.testing.assert_array_equal(scores.log_ratio_BK, -scores.error_BK / 2)
+    assert log_ratios.reference_error_BK is None
+    np.testing.assert_array_equal(log_ratios.log_ratio_BK, -log_ratios.error_BK / 2)
 
 
 def test_policy_equal_to_reference_gives_a_log_ratio_of_zero():
-    scores = score_candidates(denoise, POLICY, POLICY, SCHEDULE, *inputs())
+    log_ratios = candidate_log_ratios(denoise, POLICY, POLICY, SCHEDULE, *inputs())
 
-    np.testing.assert_array_equal(scores.log_ratio_BK, np.zeros((B, K)))
+    np.testing.assert_array_equal(log_ratios.log_ratio_BK, np.zeros((B, K)))
 
 
 def test_no_gradient_reaches_the_reference():
     def total(policy, reference):
-        return score_candidates(denoise, policy, reference, SCHEDULE, *inputs()).log_ratio_BK.sum()
+        return candidate_log_ratios(denoise, policy, reference, SCHEDULE, *inputs()).log_ratio_BK.sum()
 
     policy_grads, reference_grads = jax.grad(total, argnums=(0, 1))(POLICY, REFERENCE)
 
@@ -89,11 +89,11 @@ def test_errors_of_a_bfloat16_network_are_reduced_in_float32():
     def rounded(*args):
         return denoise(*args).astype(jnp.bfloat16)
 
-    scores = score_candidates(rounded, POLICY, REFERENCE, SCHEDULE, *inputs())
-    exact = score_candidates(denoise, POLICY, REFERENCE, SCHEDULE, *inputs())
+    log_ratios = candidate_log_ratios(rounded, POLICY, REFERENCE, SCHEDULE, *inputs())
+    exact = candidate_log_ratios(denoise, POLICY, REFERENCE, SCHEDULE, *inputs())
 
-    assert scores.error_BK.dtype == jnp.float32
-    np.testing.assert_allclose(scores.error_BK, exact.error_BK, rtol=2e-3)
+    assert log_ratios.error_BK.dtype == jnp.float32
+    np.testing.assert_allclose(log_ratios.error_BK, exact.error_BK, rtol=2e-3)
 
 
 def test_draws_depend_on_the_sample_not_on_its_place_in_the_batch():
@@ -123,7 +123,7 @@ def test_offset_noise_adds_one_number_for_all_cells_of_a_channel():
 
 
 def test_a_perturbed_input_is_noisier_than_what_is_to_be_predicted(x64):
-    """x_t of `noise + size * draw` for all candidates of a prompt; the target is `noise`."""
+    """x_t is made with `noise + size * draw` for all candidates of a prompt; the target is `noise`."""
     latents_BKHWC, noise_BHWC, t_B, _ = inputs()
     perturbed_BHWC = perturb(jax.random.key(1), jnp.arange(B), noise_BHWC, 0.1)
     drawn_BHWC = (perturbed_BHWC - noise_BHWC) / 0.1
@@ -132,11 +132,11 @@ def test_a_perturbed_input_is_noisier_than_what_is_to_be_predicted(x64):
     x_BKHWC = signal_BK * latents_BKHWC + spread_BK * (noise_BHWC + 0.1 * drawn_BHWC)[:, None]
     expected_BK = jnp.square(x_BKHWC - noise_BHWC[:, None]).mean(axis=(2, 3, 4))
 
-    scores = score_candidates(
+    log_ratios = candidate_log_ratios(
         lambda params, x_NHWC, *_: x_NHWC, {}, None, SCHEDULE, *inputs(), perturbed_noise_BHWC=perturbed_BHWC
     )
 
-    np.testing.assert_allclose(scores.error_BK, expected_BK, rtol=1e-6)
+    np.testing.assert_allclose(log_ratios.error_BK, expected_BK, rtol=1e-6)
 
 
 def test_draws_are_uniform_over_the_training_timesteps_and_standard_normal():

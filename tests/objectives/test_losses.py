@@ -12,7 +12,7 @@ from dpo_jax.objectives.losses import dpo, implicit_accuracy, margin, sft
 WINNER = jnp.array([[1.0, 0.0]] * 5)
 
 
-def scores_of(error_BK: np.ndarray, reference_error_BK: np.ndarray) -> LogRatios:
+def log_ratios_of(error_BK: np.ndarray, reference_error_BK: np.ndarray) -> LogRatios:
     error_BK, reference_error_BK = jnp.asarray(error_BK), jnp.asarray(reference_error_BK)
     return LogRatios(-(error_BK - reference_error_BK) / 2, error_BK, reference_error_BK)
 
@@ -29,43 +29,43 @@ def test_dpo_is_the_official_formula(x64):
     expected = -torch.nn.functional.logsigmoid(inside)
     expected_accuracy = np.mean(inside.numpy() > 0)
 
-    scores = scores_of(error_BK, reference_error_BK)
+    log_ratios = log_ratios_of(error_BK, reference_error_BK)
 
-    np.testing.assert_allclose(dpo(scores, WINNER, beta=beta), expected, rtol=1e-9)
-    np.testing.assert_allclose(beta * margin(scores), inside, rtol=1e-9)
-    assert implicit_accuracy(scores).mean() == expected_accuracy
+    np.testing.assert_allclose(dpo(log_ratios, WINNER, beta=beta), expected, rtol=1e-9)
+    np.testing.assert_allclose(beta * margin(log_ratios), inside, rtol=1e-9)
+    assert implicit_accuracy(log_ratios).mean() == expected_accuracy
 
 
 def test_soft_preferences_mix_both_directions(x64):
-    scores = scores_of(*random_errors())
+    log_ratios = log_ratios_of(*random_errors())
     p = np.array([1.0, 0.9, 0.5, 0.25, 0.0])
-    z = 5000 * np.asarray(margin(scores))
+    z = 5000 * np.asarray(margin(log_ratios))
     expected = p * np.log1p(np.exp(-z)) + (1 - p) * np.log1p(np.exp(z))
 
-    np.testing.assert_allclose(dpo(scores, jnp.stack([p, 1 - p], axis=1), beta=5000), expected, rtol=1e-9)
+    np.testing.assert_allclose(dpo(log_ratios, jnp.stack([p, 1 - p], axis=1), beta=5000), expected, rtol=1e-9)
 
 
 def test_policy_equal_to_reference_gives_log_2():
     error_BK, _ = random_errors()
-    scores = scores_of(error_BK, error_BK)
+    log_ratios = log_ratios_of(error_BK, error_BK)
 
-    np.testing.assert_array_equal(dpo(scores, WINNER, beta=5000), np.full(5, np.log(np.float32(2))))
-    np.testing.assert_array_equal(implicit_accuracy(scores), np.full(5, 0.5))
+    np.testing.assert_array_equal(dpo(log_ratios, WINNER, beta=5000), np.full(5, np.log(np.float32(2))))
+    np.testing.assert_array_equal(implicit_accuracy(log_ratios), np.full(5, 0.5))
 
 
 def test_swapping_the_candidates_negates_the_margin():
-    scores = scores_of(*random_errors())
-    swapped = jax.tree.map(lambda field_BK: field_BK[:, ::-1], scores)
+    log_ratios = log_ratios_of(*random_errors())
+    swapped = jax.tree.map(lambda field_BK: field_BK[:, ::-1], log_ratios)
 
-    np.testing.assert_array_equal(margin(swapped), -margin(scores))
-    np.testing.assert_array_equal(implicit_accuracy(swapped), 1 - implicit_accuracy(scores))
-    np.testing.assert_array_equal(dpo(swapped, WINNER[:, ::-1], beta=5000), dpo(scores, WINNER, beta=5000))
+    np.testing.assert_array_equal(margin(swapped), -margin(log_ratios))
+    np.testing.assert_array_equal(implicit_accuracy(swapped), 1 - implicit_accuracy(log_ratios))
+    np.testing.assert_array_equal(dpo(swapped, WINNER[:, ::-1], beta=5000), dpo(log_ratios, WINNER, beta=5000))
 
 
 def test_a_hopeless_pair_still_has_a_finite_loss():
-    scores = scores_of(np.array([[9e3, 0.0]]), np.zeros((1, 2)))
+    log_ratios = log_ratios_of(np.array([[9e3, 0.0]]), np.zeros((1, 2)))
 
-    np.testing.assert_allclose(dpo(scores, WINNER[:1], beta=5000), 2.25e7)
+    np.testing.assert_allclose(dpo(log_ratios, WINNER[:1], beta=5000), 2.25e7)
 
 
 def test_sft_is_the_winners_error():
@@ -75,5 +75,5 @@ def test_sft_is_the_winners_error():
 
 
 def test_more_than_two_candidates_are_refused():
-    with pytest.raises(ValueError, match="has 3"):
+    with pytest.raises(ValueError, match="the batch has 3 candidates per prompt, but a loss of pairs needs 2"):
         margin(LogRatios(jnp.zeros((4, 3)), jnp.zeros((4, 3))))

@@ -15,22 +15,22 @@ B, K, BETA = 5, 7, 0.1
 PAIRS = list(itertools.combinations(range(K), 2))
 
 
-def random_scores(dtype=np.float64, spread=0.05):
-    """log-ratios, of which some lie beyond the clamp, and preferences with ties"""
+def random_rewards(dtype=np.float64, spread=0.05):
+    """Return log-ratios, some of them at the clamp, and rewards with ties."""
     rng = np.random.default_rng(0)
     ratio_BK = np.clip(rng.normal(size=(B, K)) * spread, np.log(0.9), np.log(1.1)).astype(dtype)
     return ratio_BK, rng.integers(0, 4, (B, K)).astype(dtype)
 
 
 def torch_pair_loss(ratio_0, ratio_1, reward_0, reward_1):
-    """Of log-ratios, [B]: 1 and -1 for the better and the worse, 0 for both of a tie."""
+    """The published loss of log-ratios [B]; the signs are 1 and -1 for better and worse, 0 for both in a tie."""
     prefer_0 = (reward_0 > reward_1).to(ratio_0.dtype) - (reward_0 < reward_1).to(ratio_0.dtype)
     return -torch.log(torch.sigmoid(BETA * ratio_0 * prefer_0 - BETA * ratio_1 * prefer_0))
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(np.float64, 1e-9), (np.float32, 1e-5)])
 def test_d3po_is_the_sum_of_the_published_loss_over_all_pairs(x64, dtype, rtol):
-    ratio_BK, reward_BK = random_scores(dtype)
+    ratio_BK, reward_BK = random_rewards(dtype)
     ratio, reward = torch.from_numpy(ratio_BK).requires_grad_(), torch.from_numpy(reward_BK)
     expected = torch.zeros(B, dtype=ratio.dtype)
     assert len(PAIRS) == 21
@@ -50,7 +50,7 @@ def test_d3po_is_the_sum_of_the_published_loss_over_all_pairs(x64, dtype, rtol):
 
 
 def test_d3po_of_two_candidates_is_the_pair_loss(x64):
-    ratio_BK = random_scores()[0][:, :2]
+    ratio_BK = random_rewards()[0][:, :2]
     ratio = torch.from_numpy(ratio_BK)
     better = torch.ones(B)
     expected = torch_pair_loss(ratio[:, 0], ratio[:, 1], better, 0 * better)
@@ -61,7 +61,7 @@ def test_d3po_of_two_candidates_is_the_pair_loss(x64):
 
 
 def test_d3po_knows_no_order_of_the_candidates(x64):
-    ratio_BK, reward_BK = random_scores()
+    ratio_BK, reward_BK = random_rewards()
     order = np.random.default_rng(1).permutation(K)
 
     loss_B = d3po(LogRatios(ratio_BK), jnp.asarray(reward_BK), beta=BETA)
@@ -71,7 +71,7 @@ def test_d3po_knows_no_order_of_the_candidates(x64):
 
 
 def test_swapped_preferences_turn_the_gradient_of_equal_candidates_around(x64):
-    _, reward_BK = random_scores()
+    _, reward_BK = random_rewards()
     ratio_BK = jnp.zeros((B, K))
 
     def gradient_BK(reward_BK):
@@ -84,7 +84,7 @@ def test_swapped_preferences_turn_the_gradient_of_equal_candidates_around(x64):
 
 
 def test_swapping_a_pair_and_its_preference_changes_nothing():
-    ratio_BK = random_scores(np.float32)[0][:, :2]
+    ratio_BK = random_rewards(np.float32)[0][:, :2]
     reward_BK = jnp.array([[2.0, 5.0]] * B)
 
     loss_B = d3po(LogRatios(ratio_BK), reward_BK, beta=BETA)
@@ -95,7 +95,7 @@ def test_swapping_a_pair_and_its_preference_changes_nothing():
 
 @pytest.mark.parametrize("reward", [0.5, np.nan])
 def test_ties_and_candidates_without_a_score_have_neither_loss_nor_gradient(reward):
-    ratio_BK, _ = random_scores(np.float32)
+    ratio_BK, _ = random_rewards(np.float32)
     reward_BK = jnp.full((B, K), reward).at[0, :2].set(jnp.array([1.0, 0.0]))
 
     def total(ratio_BK):
@@ -124,15 +124,15 @@ def test_vectors_of_rewards_compare_by_dominance():
 
 
 def test_one_reward_orders_the_candidates():
-    reward_BK = jnp.asarray(random_scores()[1])
+    reward_BK = jnp.asarray(random_rewards()[1])
 
     expected = np.asarray(reward_BK)[:, :, None] > np.asarray(reward_BK)[:, None]
     np.testing.assert_array_equal(is_preferred(reward_BK), expected)
     np.testing.assert_array_equal(is_preferred(reward_BK[..., None]), expected)
 
 
-def policy_scores(dtype):
-    """Ratios on both sides of the clip and inside, advantages of both signs and beyond theirs, a divergence."""
+def policy_inputs(dtype):
+    """Return log-probabilities, old ones, advantages and divergences, inside the clips and beyond them."""
     rng = np.random.default_rng(2)
     old_BK = rng.normal(size=(B, K)) - 1
     moved_BK = rng.normal(size=(B, K)) * 1e-4
@@ -143,7 +143,7 @@ def policy_scores(dtype):
 @pytest.mark.parametrize("kl_weight", [None, 0.01, 0.5])
 @pytest.mark.parametrize(("dtype", "rtol"), [(np.float64, 1e-9), (np.float32, 1e-5)])
 def test_policy_gradients_are_the_published_ones(x64, dtype, rtol, kl_weight):
-    log_prob_BK, old_BK, advantage_BK, kl_BK = policy_scores(dtype)
+    log_prob_BK, old_BK, advantage_BK, kl_BK = policy_inputs(dtype)
     log_prob, kl = (torch.from_numpy(x).requires_grad_() for x in (log_prob_BK, kl_BK))
     advantages = torch.clamp(torch.from_numpy(advantage_BK), -5, 5)
     ratio = torch.exp(log_prob - torch.from_numpy(old_BK))
@@ -156,11 +156,11 @@ def test_policy_gradients_are_the_published_ones(x64, dtype, rtol, kl_weight):
     assert np.any(np.abs(advantage_BK) > 5)
 
     def total(log_prob_BK, kl_BK):
-        scores = LogRatios(
+        log_ratios = LogRatios(
             jnp.zeros((B, K)), log_prob_BK=log_prob_BK, old_log_prob_BK=old_BK, advantage_BK=advantage_BK, kl_BK=kl_BK
         )
         ignored = jnp.full((B, K), jnp.nan)
-        loss_B = ddpo(scores, ignored) if kl_weight is None else dpok(scores, ignored, kl_weight=kl_weight)
+        loss_B = ddpo(log_ratios, ignored) if kl_weight is None else dpok(log_ratios, ignored, kl_weight=kl_weight)
         return loss_B.sum(), loss_B
 
     gradients, loss_B = jax.grad(total, argnums=(0, 1), has_aux=True)(jnp.asarray(log_prob_BK), jnp.asarray(kl_BK))
@@ -185,18 +185,18 @@ def test_on_the_bounds_a_clamp_has_the_gradient_of_pytorch():
 
 
 def test_a_policy_that_has_not_moved_follows_the_advantages():
-    _, old_BK, advantage_BK, _ = policy_scores(np.float32)
+    _, old_BK, advantage_BK, _ = policy_inputs(np.float32)
 
     def total(log_prob_BK):
-        scores = LogRatios(old_BK, log_prob_BK=log_prob_BK, old_log_prob_BK=old_BK, advantage_BK=advantage_BK)
-        return ddpo(scores, advantage_BK).sum()
+        log_ratios = LogRatios(old_BK, log_prob_BK=log_prob_BK, old_log_prob_BK=old_BK, advantage_BK=advantage_BK)
+        return ddpo(log_ratios, advantage_BK).sum()
 
     np.testing.assert_allclose(jax.grad(total)(jnp.asarray(old_BK)), -np.clip(advantage_BK, -5, 5) / K, rtol=1e-6)
 
 
 def test_the_divergence_counts_for_a_single_image_too():
-    """Where the released code's is identically 0."""
+    """The divergence of the released code is 0 for one image."""
     zero = jnp.zeros((1, 1))
-    scores = LogRatios(zero, log_prob_BK=zero, old_log_prob_BK=zero, advantage_BK=zero, kl_BK=zero + 3)
+    log_ratios = LogRatios(zero, log_prob_BK=zero, old_log_prob_BK=zero, advantage_BK=zero, kl_BK=zero + 3)
 
-    np.testing.assert_allclose(dpok(scores, zero), [0.03], rtol=1e-6)
+    np.testing.assert_allclose(dpok(log_ratios, zero), [0.03], rtol=1e-6)

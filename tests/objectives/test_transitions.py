@@ -15,7 +15,7 @@ from dpo_jax.diffusion.trajectories import branch, sample_trajectory, transition
 from dpo_jax.objectives.transitions import (
     beyond_log_ratio,
     beyond_ratio_to_sampled,
-    score_transitions,
+    transition_log_ratios,
     transition_metrics,
 )
 
@@ -29,13 +29,13 @@ POLICY, REFERENCE = {"x": jnp.array(0.9), "t": jnp.array(1e-3)}, {"x": jnp.array
 
 
 def denoise(params, x_NHWC, t_N, conditioning):
-    """Mixes up nothing: each image sees its own timestep, caption and size."""
+    """A network whose output shows that each image got its own timestep and caption."""
     shift_N = params["t"] * t_N + conditioning.context_NLD[:, 0, 0] + conditioning.time_ids_NT[:, 0]
     return params["x"] * x_NHWC + shift_N[:, None, None, None]
 
 
 def inputs(step_B=(0, 11, 18)):
-    """Of a walk under the policy, so that the probabilities are of the usual size."""
+    """Transitions of a walk with the policy, so that the log-probabilities have their usual size."""
     rng = np.random.default_rng(0)
     arrays = rng.normal(size=(B, H, W, C)), Conditioning(rng.normal(size=(B, 1, 1)), None, rng.normal(size=(B * K, 1)))
     x_BHWC, conditioning = jax.tree.map(jnp.asarray, arrays)
@@ -46,7 +46,7 @@ def inputs(step_B=(0, 11, 18)):
 
 
 def expected(params, transitions, conditioning):
-    """(log-probabilities, means, deviations)"""
+    """Return log-probabilities, means and standard deviations, computed one by one."""
     log_prob_BK, mean_BKHWC = np.zeros((B, K)), np.zeros((B, K, H, W, C))
     deviation_B = TABLE.steps.d[np.array(transitions.step_B)]
     for b in range(B):
@@ -65,26 +65,26 @@ def test_each_candidate_is_scored_at_its_prompts_step_with_its_own_conditioning(
     log_prob_BK, mean_BKHWC, deviation_B1 = expected(POLICY, transitions, conditioning)
     reference_BK, reference_mean_BKHWC, _ = expected(REFERENCE, transitions, conditioning)
 
-    scores = score_transitions(denoise, POLICY, REFERENCE, TABLE, transitions, conditioning, clip=0.9)
+    log_ratios = transition_log_ratios(denoise, POLICY, REFERENCE, TABLE, transitions, conditioning, clip=0.9)
 
-    np.testing.assert_allclose(scores.log_prob_BK, log_prob_BK, rtol=1e-7)
-    np.testing.assert_allclose(scores.log_ratio_BK, log_prob_BK - reference_BK, rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(log_ratios.log_prob_BK, log_prob_BK, rtol=1e-7)
+    np.testing.assert_allclose(log_ratios.log_ratio_BK, log_prob_BK - reference_BK, rtol=1e-7, atol=1e-9)
     divergence_BK = np.square(mean_BKHWC - reference_mean_BKHWC).mean(axis=(2, 3, 4)) / (2 * deviation_B1**2)
-    np.testing.assert_allclose(scores.kl_BK, divergence_BK, rtol=1e-7)
-    np.testing.assert_array_equal(scores.old_log_prob_BK, transitions.log_prob_BK)
+    np.testing.assert_allclose(log_ratios.kl_BK, divergence_BK, rtol=1e-7)
+    np.testing.assert_array_equal(log_ratios.old_log_prob_BK, transitions.log_prob_BK)
     for params, expected_BK in ((POLICY, log_prob_BK), (REFERENCE, reference_BK)):
-        alone_BK = score_transitions(denoise, params, None, TABLE, transitions, conditioning).log_prob_BK
+        alone_BK = transition_log_ratios(denoise, params, None, TABLE, transitions, conditioning).log_prob_BK
         np.testing.assert_allclose(alone_BK, expected_BK, rtol=1e-7)
 
 
 def test_the_policy_that_sampled_has_ratio_1():
     transitions, conditioning = inputs()
-    scores = score_transitions(denoise, POLICY, POLICY, TABLE, transitions, conditioning)
+    log_ratios = transition_log_ratios(denoise, POLICY, POLICY, TABLE, transitions, conditioning)
 
-    assert scores.log_prob_BK.dtype == jnp.float32
-    np.testing.assert_array_equal(scores.log_ratio_BK, np.zeros((B, K)))
-    np.testing.assert_array_equal(scores.kl_BK, np.zeros((B, K)))
-    assert np.abs(scores.log_prob_BK - scores.old_log_prob_BK).max() <= 1e-6
+    assert log_ratios.log_prob_BK.dtype == jnp.float32
+    np.testing.assert_array_equal(log_ratios.log_ratio_BK, np.zeros((B, K)))
+    np.testing.assert_array_equal(log_ratios.kl_BK, np.zeros((B, K)))
+    assert np.abs(log_ratios.log_prob_BK - log_ratios.old_log_prob_BK).max() <= 1e-6
 
 
 def test_without_a_reference_the_weights_that_sampled_are_it():
@@ -95,12 +95,12 @@ def test_without_a_reference_the_weights_that_sampled_are_it():
         runs.append(args)
         return denoise(*args)
 
-    scores = score_transitions(counting, REFERENCE, None, TABLE, transitions, conditioning, clip=0.9)
+    log_ratios = transition_log_ratios(counting, REFERENCE, None, TABLE, transitions, conditioning, clip=0.9)
 
     assert len(runs) == 1
-    assert scores.kl_BK is None
-    both = score_transitions(denoise, REFERENCE, POLICY, TABLE, transitions, conditioning, clip=0.9)
-    np.testing.assert_allclose(scores.log_ratio_BK, both.log_ratio_BK, atol=1e-6)
+    assert log_ratios.kl_BK is None
+    both = transition_log_ratios(denoise, REFERENCE, POLICY, TABLE, transitions, conditioning, clip=0.9)
+    np.testing.assert_allclose(log_ratios.log_ratio_BK, both.log_ratio_BK, atol=1e-6)
 
 
 def test_each_candidate_is_evaluated_once_by_each_network():
@@ -111,7 +111,7 @@ def test_each_candidate_is_evaluated_once_by_each_network():
         rows.append(len(x_NHWC))
         return denoise(params, x_NHWC, *args)
 
-    score_transitions(counting, POLICY, REFERENCE, TABLE, transitions, conditioning)
+    transition_log_ratios(counting, POLICY, REFERENCE, TABLE, transitions, conditioning)
 
     assert rows == [B * K, B * K]
 
@@ -120,8 +120,8 @@ def test_no_gradient_reaches_the_reference():
     transitions, conditioning = inputs()
 
     def total(policy, reference):
-        scores = score_transitions(denoise, policy, reference, TABLE, transitions, conditioning, clip=0.9)
-        return scores.log_ratio_BK.sum() + scores.kl_BK.sum()
+        log_ratios = transition_log_ratios(denoise, policy, reference, TABLE, transitions, conditioning, clip=0.9)
+        return log_ratios.log_ratio_BK.sum() + log_ratios.kl_BK.sum()
 
     policy_grads, reference_grads = jax.grad(total, argnums=(0, 1))(POLICY, REFERENCE)
 
@@ -133,14 +133,14 @@ def test_each_candidate_is_clamped_by_itself_and_then_has_no_gradient(x64):
     transitions, conditioning = inputs()
     moved_BK = np.linspace(-0.3, 0.3, B * K).reshape(B, K)
     # Whatever the weights do, as if sampling had been so much less or more likely.
-    now_BK = score_transitions(denoise, POLICY, None, TABLE, transitions, conditioning).log_prob_BK
+    now_BK = transition_log_ratios(denoise, POLICY, None, TABLE, transitions, conditioning).log_prob_BK
     transitions = transitions._replace(log_prob_BK=now_BK - moved_BK)
 
     def log_ratio_BK(shift_BK):
         def shifted(*args):
             return denoise(*args) + shift_BK.reshape(-1, 1, 1, 1)
 
-        return score_transitions(shifted, POLICY, None, TABLE, transitions, conditioning, clip=0.1).log_ratio_BK
+        return transition_log_ratios(shifted, POLICY, None, TABLE, transitions, conditioning, clip=0.1).log_ratio_BK
 
     still_BK = jnp.zeros((B, K))
     np.testing.assert_allclose(log_ratio_BK(still_BK), np.log(np.clip(np.exp(moved_BK), 0.9, 1.1)), rtol=1e-9)
@@ -153,20 +153,20 @@ def test_each_candidate_is_clamped_by_itself_and_then_has_no_gradient(x64):
 def test_a_step_without_noise_has_ratio_1_and_no_gradient():
     transitions, conditioning = inputs((LAST, 3, LAST))
 
-    def scores(policy):
-        return score_transitions(denoise, policy, REFERENCE, TABLE, transitions, conditioning)
+    def log_ratios(policy):
+        return transition_log_ratios(denoise, policy, REFERENCE, TABLE, transitions, conditioning)
 
     def total(policy, row):
-        return sum(x_BK[row].sum() for x_BK in (scores(policy).log_ratio_BK, scores(policy).kl_BK))
+        return sum(x_BK[row].sum() for x_BK in (log_ratios(policy).log_ratio_BK, log_ratios(policy).kl_BK))
 
     for row, is_random in enumerate([False, True, False]):
         assert all(bool(grad != 0) == is_random for grad in jax.grad(total)(POLICY, row).values())
-        assert bool(np.any(scores(POLICY).log_ratio_BK[row])) == is_random
-    assert all(np.isfinite(x).all() for x in scores(POLICY) if x is not None)
+        assert bool(np.any(log_ratios(POLICY).log_ratio_BK[row])) == is_random
+    assert all(np.isfinite(x).all() for x in log_ratios(POLICY) if x is not None)
 
 
 def test_guidance_is_that_of_sampling():
-    """Each image with its own pair of captions, and again ratio 1 for the policy that sampled."""
+    """Each image gets its own pair of captions, and the ratio of the policy that sampled is 1."""
     rng = np.random.default_rng(1)
     sizes_N1 = jnp.asarray(rng.normal(size=(B * K, 1)), jnp.float32)
     prompts = Conditioning(jnp.asarray(rng.normal(size=(B, 1, 1)), jnp.float32), None, sizes_N1)
@@ -178,8 +178,8 @@ def test_guidance_is_that_of_sampling():
     trajectory = sample_trajectory(lambda x, t: guided(POLICY, x, t, each), TABLE, *start)
     transitions = transitions_at(trajectory, jnp.array([0, 11, 18]))
 
-    again_BK = score_transitions(guided, POLICY, None, TABLE, transitions, (prompts, empty)).log_prob_BK
-    unguided_BK = score_transitions(denoise, POLICY, None, TABLE, transitions, prompts).log_prob_BK
+    again_BK = transition_log_ratios(guided, POLICY, None, TABLE, transitions, (prompts, empty)).log_prob_BK
+    unguided_BK = transition_log_ratios(denoise, POLICY, None, TABLE, transitions, prompts).log_prob_BK
 
     np.testing.assert_allclose(again_BK, transitions.log_prob_BK, atol=2e-6)
     assert np.all(unguided_BK < again_BK - 1e-3)
@@ -191,28 +191,30 @@ def test_a_bfloat16_network_is_scored_in_float32():
     def rounded(*args):
         return denoise(*args).astype(jnp.bfloat16)
 
-    scores = score_transitions(rounded, POLICY, REFERENCE, TABLE, transitions, conditioning)
+    log_ratios = transition_log_ratios(rounded, POLICY, REFERENCE, TABLE, transitions, conditioning)
 
-    assert {x.dtype for x in scores if x is not None} == {jnp.dtype(jnp.float32)}
+    assert {x.dtype for x in log_ratios if x is not None} == {jnp.dtype(jnp.float32)}
 
 
 def test_advantages_are_passed_on():
     advantage_BK = jnp.arange(float(B * K)).reshape(B, K)
     transitions, conditioning = inputs()
 
-    scores = score_transitions(denoise, POLICY, None, TABLE, transitions, conditioning, advantage_BK=advantage_BK)
+    log_ratios = transition_log_ratios(
+        denoise, POLICY, None, TABLE, transitions, conditioning, advantage_BK=advantage_BK
+    )
 
-    np.testing.assert_array_equal(scores.advantage_BK, advantage_BK)
+    np.testing.assert_array_equal(log_ratios.advantage_BK, advantage_BK)
 
 
 def test_metrics_by_hand():
     reward_BK = np.array([[3, 1, 2], [5, 5, 5], [np.nan, 1, 2], [1, 1, 0]], np.float32)
     log_ratio_BK = np.array([[0.3, 0.1, 0.2], [0.1, 0.2, 0.3], [9, 0.5, 0.1], [0.1, 0.2, 0.1]], np.float32)
     change_BK = np.array([[0.3, -0.3, 0], [0, 0, 0], [0.1, 0.2, -0.3], [1, 1, 1]], np.float32)
-    scores = LogRatios(log_ratio_BK, log_prob_BK=change_BK - 2, old_log_prob_BK=np.full((4, 3), -2, np.float32))
+    log_ratios = LogRatios(log_ratio_BK, log_prob_BK=change_BK - 2, old_log_prob_BK=np.full((4, 3), -2, np.float32))
 
     is_clipped = functools.partial(beyond_ratio_to_sampled, clip=0.3)
-    metrics = transition_metrics(scores, reward_BK, is_clipped=is_clipped)
+    metrics = transition_metrics(log_ratios, reward_BK, is_clipped=is_clipped)
 
     expected = {
         "pair/count": [3, 0, 1, 2],
@@ -225,7 +227,9 @@ def test_metrics_by_hand():
     assert metrics.keys() == expected.keys()
     for name, values_B in expected.items():
         np.testing.assert_allclose(metrics[name], values_B, atol=1e-6, err_msg=name)
-    with_kl = transition_metrics(scores._replace(kl_BK=np.arange(12.0).reshape(4, 3)), reward_BK, is_clipped=is_clipped)
+    with_kl = transition_metrics(
+        log_ratios._replace(kl_BK=np.arange(12.0).reshape(4, 3)), reward_BK, is_clipped=is_clipped
+    )
     assert with_kl.keys() - metrics.keys() == {"policy/reference_kl"}
     np.testing.assert_allclose(with_kl["policy/reference_kl"], [1, 4, 7, 10])
 
@@ -235,9 +239,9 @@ def test_metrics_by_hand():
     [([[1, 0], [0, 1]], 0), ([[1, 1], [0, 1]], 1), ([[1, 1], [1, 1]], 0), ([[2, 1], [1, 0]], 1)],
 )
 def test_metrics_count_the_pairs_that_judges_agree_on(rewards_KR, pairs):
-    scores = LogRatios(jnp.zeros((1, 2)), log_prob_BK=jnp.zeros((1, 2)), old_log_prob_BK=jnp.zeros((1, 2)))
+    log_ratios = LogRatios(jnp.zeros((1, 2)), log_prob_BK=jnp.zeros((1, 2)), old_log_prob_BK=jnp.zeros((1, 2)))
     metrics = transition_metrics(
-        scores, jnp.asarray(rewards_KR, jnp.float32)[None], is_clipped=functools.partial(beyond_log_ratio, clip=0.1)
+        log_ratios, jnp.asarray(rewards_KR, jnp.float32)[None], is_clipped=functools.partial(beyond_log_ratio, clip=0.1)
     )
     assert metrics["pair/count"] == pairs
     assert metrics["policy/clipped"] == 0
@@ -246,7 +250,7 @@ def test_metrics_count_the_pairs_that_judges_agree_on(rewards_KR, pairs):
 def test_clamped_ratios_are_told_from_others():
     transitions, conditioning = inputs()
     free, clamped = (
-        score_transitions(denoise, POLICY, REFERENCE, TABLE, transitions, conditioning, clip=clip)
+        transition_log_ratios(denoise, POLICY, REFERENCE, TABLE, transitions, conditioning, clip=clip)
         for clip in (0.9, 0.01)
     )
     ratio_BK = np.exp(np.asarray(free.log_ratio_BK))

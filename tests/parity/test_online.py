@@ -24,7 +24,7 @@ from dpo_jax.models.network import Network
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.objectives.losses import d3po, ddpo, dpok
-from dpo_jax.objectives.transitions import score_transitions
+from dpo_jax.objectives.transitions import transition_log_ratios
 from dpo_jax.weights.layout import from_torch, torch_name
 
 FOLDER = "dpo_jax/tiny/model"
@@ -178,7 +178,7 @@ def test_a_trajectory_is_that_of_pytorch_and_is_found_again(dtype):
     @jax.jit
     def again(params, step_B):
         transitions = transitions_at(trajectory, step_B)
-        return score_transitions(
+        return transition_log_ratios(
             with_guidance(network, GUIDANCE), params, None, table, transitions, captions
         ).log_prob_BK
 
@@ -255,8 +255,8 @@ def test_losses_and_their_gradients_are_those_of_pytorch(dtype):
     def gradients_and_losses(params):
         denoise = with_guidance(network, GUIDANCE)
         options = {"clip": CLIP, "advantage_BK": advantage_BK}
-        scores = score_transitions(denoise, params, reference, table, transitions, captions, **options)
-        losses = {name: loss(scores, reward_BK).sum() for name, loss in LOSSES.items()}
+        log_ratios = transition_log_ratios(denoise, params, reference, table, transitions, captions, **options)
+        losses = {name: loss(log_ratios, reward_BK).sum() for name, loss in LOSSES.items()}
         return losses, losses
 
     gradients, losses = gradients_and_losses(policy)

@@ -20,7 +20,7 @@ from dpo_jax.models.lora import add_lora, find_targets, init_lora, lora_specs
 from dpo_jax.models.network import Network
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
-from dpo_jax.objectives.denoising import score_candidates
+from dpo_jax.objectives.denoising import candidate_log_ratios
 from dpo_jax.objectives.losses import dpo
 from dpo_jax.training.config import default_config
 from dpo_jax.training.optim import learning_rate_schedule, make_optimizer
@@ -138,7 +138,7 @@ def our_trajectory(
     schedule = make_schedule(SCHEDULER)
 
     def score(params, frozen, batch, step, training):
-        return score_candidates(
+        return candidate_log_ratios(
             network, params, frozen["reference"], schedule, latents_BKHWC, noise_BHWC, t_B, conditioning
         )
 
@@ -149,7 +149,7 @@ def our_trajectory(
         weight_decay=WEIGHT_DECAY,
         clip_norm=CLIP_NORM,
     )
-    objective = Objective(loss=lambda scores, preference_BK: dpo(scores, preference_BK, beta=BETA))
+    objective = Objective(loss=lambda log_ratios, preference_BK: dpo(log_ratios, preference_BK, beta=BETA))
     step = jax.jit(make_train_step(score, objective, optimizer))
     batch = PreferenceBatch(
         inputs=Raw(
@@ -273,7 +273,7 @@ def test_a_lora_moves_as_in_the_script_of_diffusers(monkeypatch: pytest.MonkeyPa
     schedule = make_schedule(SCHEDULER)
 
     def score(params, frozen, batch, step, training):
-        return score_candidates(
+        return candidate_log_ratios(
             lambda params, *inputs: (adapted if params.keys() > base.keys() else plain)(params, *inputs),
             frozen["base"] | params,
             frozen["base"],
@@ -291,7 +291,7 @@ def test_a_lora_moves_as_in_the_script_of_diffusers(monkeypatch: pytest.MonkeyPa
         weight_decay=WEIGHT_DECAY,
         clip_norm=CLIP_NORM,
     )
-    objective = Objective(loss=lambda scores, preference_BK: dpo(scores, preference_BK, beta=2 * LORA_BETA))
+    objective = Objective(loss=lambda log_ratios, preference_BK: dpo(log_ratios, preference_BK, beta=2 * LORA_BETA))
     step = jax.jit(make_train_step(score, objective, optimizer))
     batch = PreferenceBatch(
         Raw(jnp.zeros((B, K, 1, 1, 3)), jnp.zeros((B, K), bool), jnp.zeros((B, 1, 1, L), jnp.int32)),
