@@ -64,8 +64,9 @@ def match(folders: Mapping[str, epath.PathLike], prompts: Sequence[Prompt] = ())
     common = [prompt for prompt in wanted if all(prompt.text in entries for entries in listed.values())]
     if len(common) < 2:
         found = f"only one prompt in common ({common[0].text!r})" if common else "no prompt in common"
+        among = f" among the {len(prompts)} of --prompts" if prompts else ""
         raise UserError(
-            f"{' and '.join(map(str, folders.values()))} have {found}; confidence intervals need two or more"
+            f"{' and '.join(map(str, folders.values()))} have {found}{among}; confidence intervals need two or more"
         )
     counts = [min(len(entries[prompt.text]) for entries in listed.values()) for prompt in common]
     images = {

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -123,5 +124,6 @@ def _plot(figure: Figure, text: str) -> Plot:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     data = io.BytesIO()
-    figure.savefig(data, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "dpo_jax"}):  # or the names of clipping paths would be random
+        figure.savefig(data, format="svg", metadata={"Date": None})
     return Plot(f"data:image/svg+xml;base64,{base64.b64encode(data.getvalue()).decode()}", text)

@@ -148,8 +148,8 @@ def find_images(path: epath.PathLike, numbers: Sequence[int]) -> list[epath.Path
     absent = [number for number in numbers if number not in found]
     if absent:
         raise MissingFileError(
-            f"{path} has no image for prompt number {absent[0]}; its name must begin with the number, as in "
-            f"{absent[0]:05d}.png"
+            f"{path} has no image for number {absent[0]} of the prompts; add one whose name begins with the "
+            f"number, as in {absent[0]:05d}.png"
         )
     return [found[number] for number in numbers]
 

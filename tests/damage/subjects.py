@@ -355,6 +355,7 @@ SUBJECTS: dict[str, tuple[Subject, whole.Make]] = {
                     (*whole.ONLINE[who], "--workdir={input}/run", "--stage=train"),
                     ("run/rounds/*/*.json", "run/rounds/00001/trajectories/*", *more),
                     results=("metrics.jsonl", "result.json"),
+                    valid=("metrics.jsonl",),  # figures have no checksum
                     output_is_input=True,
                     share=1,
                 ),

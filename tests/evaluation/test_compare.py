@@ -46,7 +46,7 @@ def test_a_list_of_prompts_chooses_and_says_the_categories(folders):
     assert contest.left_out == 1
     with pytest.raises(ValueError, match="no prompt in common"):
         match(folders, [Prompt("c")])
-    with pytest.raises(ValueError, match=r"only one prompt in common \('a'\); confidence intervals need two"):
+    with pytest.raises(ValueError, match=r"only one prompt in common \('a'\) among the 1 of --prompts; confidence"):
         match(folders, [Prompt("a")])
 
 

@@ -47,8 +47,13 @@ def report(tmp_path):
     result |= {"pair_accuracies": {"half": {"accuracy": 0.614, "step": 40.0}, "run": {"accuracy": 0.715, "step": 40.0}}}
     settings = {"steps": 20, "guidance": 0.0, "negative_prompt": "", "models": {"base": "sdxl-0123"}}
     path = tmp_path / "report.html"
-    write_report(path, result, contest, scores, settings, {"half": METRICS, "run": METRICS})
+    for file in (path, tmp_path / "again.html"):
+        write_report(file, result, contest, scores, settings, {"half": METRICS, "run": METRICS})
     return path, scores, result
+
+
+def test_the_same_evaluation_gives_the_same_bytes(report):
+    assert report[0].read_bytes() == report[0].with_name("again.html").read_bytes()
 
 
 def test_all_is_in_one_file(report):

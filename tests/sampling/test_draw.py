@@ -104,7 +104,7 @@ def test_images_to_begin_from(tmp_path):
 
     assert [colour[2] for colour in colours(tmp_path / "out").values()] == [10, 20, 30]
     assert find_images(files[0], range(3)) == [files[0]] * 3
-    with pytest.raises(FileNotFoundError, match=r"no image for prompt number 3; .* as in 00003.png"):
+    with pytest.raises(FileNotFoundError, match=r"no image for number 3 of the prompts; .* as in 00003.png"):
         find_images(folder, range(4))
     with pytest.raises(FileNotFoundError, match="no image and no folder of images at"):
         find_images(tmp_path / "absent", [0])
