@@ -1,13 +1,14 @@
-"""Samplers as tables: whatever its name, a step is one linear update, and one loop takes them all.
+"""Samplers as tables: each step of every sampler is one linear update, so one loop runs them all.
 
-Where latents are `x = signal x0 + noise eps`, each sampler reads an image off the network's prediction and goes on by
+With latents `x = signal x0 + noise eps`, each sampler computes an image from the network's prediction and updates by
 
     x0 = p x + q prediction
     x' = a x + b x0 + c x0_before + d z,    z standard normal
 
-with numbers that depend on the step alone. So a sampler is a function from a schedule and a number of steps to those
-numbers, in float64 NumPy, and `sample` is the loop. A step's law is `x' ~ N(a x + b x0 + c x0_before, d^2)`. diffusers
-scales the latents of some samplers by 1 / signal; here they never are.
+with numbers that depend on the step alone. A sampler is a function that returns those numbers for a schedule and a
+number of steps, in float64 NumPy, and `sample` is the loop. The distribution of a step is
+`x' ~ N(a x + b x0 + c x0_before, d^2)`. diffusers scales the latents of some samplers by 1 / signal; here they are not
+scaled.
 
 Axes: N images, H x W latent cells, C channels, S sampling steps, T training timesteps.
 """
@@ -28,13 +29,13 @@ Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Steps(NamedTuple):
-    """What each step needs: arrays over S, or inside the loop the numbers of one step."""
+    """The numbers of each step: arrays over S, or scalars of one step inside the loop."""
 
     t: Any
-    """Timestep that the network is told, float32; for some samplers it lies between two of training."""
+    """Timestep that the network gets, float32; some samplers use values between two training timesteps."""
     signal: Any
     noise: Any
-    """Of the latents that the step begins with."""
+    """Signal and noise level of the latents before the step."""
     p: Any
     q: Any
     """x0 = p x + q prediction."""
@@ -49,37 +50,38 @@ class SamplerTable(NamedTuple):
     """A sampler for a schedule and a number of steps."""
 
     start: float
-    """What standard normal noise is multiplied by to begin with."""
+    """Factor of the standard normal noise that sampling starts from."""
     steps: Steps
 
 
 def make_table(
     sampler: str, schedule: Schedule, num_steps: int, *, eta: float = 0.0, strength: float = 1.0
 ) -> SamplerTable:
-    """The sampler of this name, one of `SAMPLERS` or "" for the one that the schedule's file means.
+    """Return the table of a sampler.
 
     Args:
-        sampler: its name.
-        schedule: the model's.
-        num_steps: denoising steps.
-        eta: DDIM's: 0 is deterministic, 1 adds as much noise as DDPM.
-        strength: share of the steps that are taken, the last ones; for latents that begin as a noisy image (SDEdit,
-            arXiv 2108.01073). As in diffusers the number is rounded down.
+        sampler: one of `SAMPLERS`, or "" for the sampler that the scheduler's file names.
+        schedule: schedule of the model.
+        num_steps: number of denoising steps.
+        eta: for DDIM: 0 is deterministic, 1 adds as much noise as DDPM.
+        strength: share of the steps to run, the last ones, for latents that start as a noisy image (SDEdit, arXiv
+            2108.01073). As in diffusers, the number of steps is rounded down.
 
-    Raises ValueError for what cannot be sampled, with the reason.
+    Raises:
+        UserError: there is no such sampler, or it cannot sample this schedule with these settings.
     """
     name = sampler or own_sampler(schedule)
     if name not in SAMPLERS:
-        raise UserError(f"sampler {sampler!r}; the samplers are {', '.join(SAMPLERS)}")
+        raise UserError(f"there is no sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
     if not 0 < num_steps <= len(schedule.signal_T):
-        raise UserError(f"num_steps={num_steps} must be in 1..{len(schedule.signal_T)}")
+        raise UserError(f"num_steps={num_steps} must be between 1 and {len(schedule.signal_T)}")
     if eta and name != "ddim":
-        raise UserError(f"eta={eta} is ddim's share of fresh noise, and the sampler is {name}; leave eta at 0")
+        raise UserError(f"eta={eta} goes with the sampler ddim, but the sampler is {name}; set eta to 0")
     if not 0 < strength <= 1:
-        raise UserError(f"strength={strength} is the share of the steps that are taken, above 0 and up to 1")
+        raise UserError(f"strength={strength} is a share of the steps; it must be above 0 and at most 1")
     taken = int(num_steps * strength)
     if not taken:
-        raise UserError(f"strength={strength} of {num_steps} steps is less than one; raise either")
+        raise UserError(f"strength={strength} of num_steps={num_steps} is less than one step; raise either")
     table = ddim(schedule, num_steps, eta) if eta else SAMPLERS[name](schedule, num_steps)
     return _last(table, taken)
 
@@ -97,31 +99,33 @@ def ddim(schedule: Schedule, num_steps: int, eta: float = 0.0) -> SamplerTable:
 def euler(schedule: Schedule, num_steps: int, eta: float = 0.0) -> SamplerTable:
     """Euler's method for the probability flow (arXiv 2206.00364, algorithm 1), as diffusers' `EulerDiscreteScheduler`.
 
-    In these latents it is DDIM with other ends: each step leads to the level where the next one begins.
+    In these latents it is DDIM with other levels: each step leads to the level at which the next one begins.
     """
     _check_fields("euler", schedule)
     t_S = _timesteps(schedule, num_steps, "linspace").astype(np.float32)
     steps = _begin(schedule, t_S, *_levels(schedule, t_S))
     next_signal_S, next_noise_S = _following(schedule, steps)
-    # In diffusers these latents are over their signal, and the last ones are left so.
+    # diffusers divides these latents by their signal, and the final ones stay divided.
     next_signal_S[-1], next_noise_S[-1] = 1.0, next_noise_S[-1] / next_signal_S[-1]
     start = 1.0 if _spacing(schedule, "linspace") == "leading" else float(steps.noise[0])  # as `init_noise_sigma`
     return SamplerTable(start, _towards(steps, next_signal_S, next_noise_S, eta))
 
 
 def euler_ancestral(schedule: Schedule, num_steps: int) -> SamplerTable:
-    """Euler's method, as random as DDPM, as diffusers' `EulerAncestralDiscreteScheduler`. SDXL-Turbo's sampler."""
-    return euler(schedule._replace(sampler_fields={}), num_steps, eta=1.0)  # that class has none of them
+    """Euler's method with as much noise as DDPM, as diffusers' `EulerAncestralDiscreteScheduler`; for SDXL-Turbo."""
+    return euler(schedule._replace(sampler_fields={}), num_steps, eta=1.0)  # that class has no such fields
 
 
 def dpmsolver_multistep(schedule: Schedule, num_steps: int) -> SamplerTable:
     """DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2), as diffusers' `DPMSolverMultistepScheduler`."""
     _check_fields("dpmsolver++", schedule)
-    # Where timestep 0 belongs to the spacing it is an end, and no step.
+    # If the spacing includes timestep 0, it is the end of sampling and not a step.
     count = num_steps if _spacing(schedule, "linspace") == "trailing" else num_steps + 1
     t_S = _timesteps(schedule, count, "linspace").round()[:num_steps]
     if len(np.unique(t_S)) < num_steps:
-        raise UserError(f"num_steps={num_steps} is too many for dpmsolver++ with {len(schedule.signal_T)} timesteps")
+        raise UserError(
+            f"num_steps={num_steps} is too many for dpmsolver++ with {len(schedule.signal_T)} timesteps; take fewer"
+        )
     steps = _begin(schedule, t_S, *_levels(schedule, t_S))
     next_signal_S, next_noise_S = _following(schedule, steps)
     steps = _towards(steps, next_signal_S, next_noise_S)
@@ -133,7 +137,7 @@ def dpmsolver_multistep(schedule: Schedule, num_steps: int) -> SamplerTable:
         is_second_order_S[-1] = False
     with np.errstate(divide="ignore"):  # no noise is left at the end
         width_S = np.log(next_signal_S / next_noise_S) - np.log(steps.signal / steps.noise)
-    # Over the width of a step, in log(signal / noise), x0 is taken as it will be in the middle, by its last change.
+    # Over the width of a step in log(signal / noise), x0 is extrapolated to the middle from its last change.
     changes_S = np.zeros(num_steps)
     changes_S[1:] = width_S[1:] / width_S[:-1] / 2
     extrapolated_S = steps.b * np.where(is_second_order_S, changes_S, 0)
@@ -144,14 +148,16 @@ def lcm(schedule: Schedule, num_steps: int) -> SamplerTable:
     """Latent consistency sampling (arXiv 2310.04378, algorithm 3), as diffusers' `LCMScheduler`."""
     original = schedule.sampler_fields.get("original_inference_steps", 50)
     if num_steps > original:
-        raise UserError(f"num_steps={num_steps}, but the consistency model was made for at most {original} steps")
+        raise UserError(
+            f"num_steps={num_steps} is too many: the consistency model was made for at most {original} steps"
+        )
     learned = np.arange(original, 0, -1) * (len(schedule.signal_T) // original) - 1
     t_S = learned[np.linspace(0, original, num_steps, endpoint=False).astype(int)]
     steps = _begin(schedule, t_S, schedule.signal_T[t_S], schedule.noise_T[t_S])
-    # The image is the prediction's and a little of the latents': arXiv 2303.01469, equation 5, with sigma_data = 0.5.
+    # The image mixes the prediction with a little of the latents: arXiv 2303.01469, equation 5, with sigma_data = 0.5.
     scaled_S = t_S * schedule.sampler_fields.get("timestep_scaling", 10.0)
     skip_S, out_S = 0.25 / (scaled_S**2 + 0.25), scaled_S / np.sqrt(scaled_S**2 + 0.25)
-    # Then all noise is drawn anew, but for the last step.
+    # Every step but the last then draws all of its noise again.
     next_signal_S, fresh_S = np.append(steps.signal[1:], 1.0), np.append(steps.noise[1:], 0.0)
     return SamplerTable(1.0, steps._replace(a=next_signal_S * skip_S, b=next_signal_S * out_S, d=fresh_S))
 
@@ -171,7 +177,7 @@ SAMPLER_OF_CLASS = {
 }
 
 
-# The fields of a scheduler's file that a sampler knows one value of.
+# The fields of a scheduler's file of which a sampler supports only one value.
 ANY_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 ONLY_VALUES: dict[str, dict[str, Any]] = {
     "euler": ANY_SIGMAS | {"interpolation_type": "linear"},
@@ -182,25 +188,25 @@ ONLY_VALUES: dict[str, dict[str, Any]] = {
 
 
 def own_sampler(schedule: Schedule) -> str:
-    """What the schedule's file means; DDIM for its own class, and for what none of our samplers computes."""
+    """Return the sampler that the scheduler's file names; "ddim" for classes and settings that are not supported."""
     name = SAMPLER_OF_CLASS.get(schedule.class_name, "ddim")
     return "ddim" if other_fields(name, schedule) else name
 
 
 def other_fields(sampler: str, schedule: Schedule) -> list[str]:
-    """The fields of the scheduler's file that would have the sampler compute something else than it does here."""
+    """Return the fields of the scheduler's file whose values this sampler does not support."""
     given, only = schedule.sampler_fields, ONLY_VALUES.get(sampler, {})
     return [name for name, value in only.items() if given.get(name) is not None and given[name] != value]
 
 
 def sample(denoise: Denoiser, table: SamplerTable, x_NHWC: jax.Array, keys_N: jax.Array | None = None) -> jax.Array:
-    """Clean latents x0_NHWC from noisy ones, in float32 at least; the network is compiled once.
+    """Return clean latents x0_NHWC sampled from noise, in float32 or wider; the network is compiled once.
 
     Args:
         denoise: the network with weights, conditioning and guidance already bound.
-        table: of the sampler.
-        x_NHWC: what `starting_latents` makes.
-        keys_N: each image's own, for samplers that add noise; step i adds that of `step_noise`.
+        table: table of the sampler.
+        x_NHWC: the result of `starting_latents`.
+        keys_N: one key per image, for samplers that add noise; step i adds `step_noise(keys_N, i, ...)`.
     """
     return walk(denoise, table, x_NHWC, keys_N)[0]
 
@@ -212,12 +218,12 @@ def walk(
     keys_N: jax.Array | None = None,
     record: Callable[[Steps, jax.Array, jax.Array, jax.Array], Any] = lambda step, x, mean, next_x: None,
 ) -> tuple[jax.Array, Any]:
-    """`sample`, and what `record(step, x_NHWC, mean_NHWC, next_x_NHWC)` returns of each step, stacked over S."""
+    """Return the result of `sample`, and those of `record(step, x_NHWC, mean_NHWC, next_x_NHWC)` stacked over S."""
     steps = table.steps
     is_random = bool(np.any(steps.d))
     if is_random and keys_N is None:
-        raise UserError("this sampler adds noise at each step and needs a key for each image")
-    # At least float32 between the steps, whatever the network computes in.
+        raise UserError("this sampler adds noise at each step, so it needs keys_N, one key per image")
+    # Latents stay float32 or wider between the steps, whatever the dtype of the network.
     x_NHWC = x_NHWC.astype(jnp.promote_types(x_NHWC.dtype, jnp.float32))
 
     def take(carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, Steps]) -> tuple[Any, Any]:
@@ -236,26 +242,26 @@ def walk(
 
 
 def starting_latents(table: SamplerTable, noise_NHWC: jax.Array, x0_NHWC: jax.Array | None = None) -> jax.Array:
-    """What the first step begins with: noise, or an image's latents with as much noise as belongs there."""
+    """Return the latents before the first step: noise, or an image's latents with the noise of that level."""
     if x0_NHWC is None:
         return table.start * noise_NHWC
     return table.steps.signal[0] * x0_NHWC + table.steps.noise[0] * noise_NHWC
 
 
 def step_mean(step: Steps, x_NHWC: jax.Array, x0_NHWC: jax.Array, x0_before_NHWC: jax.Array) -> jax.Array:
-    """The mean of what a step makes of x; the standard deviation of each of its numbers is `step.d`.
+    """Return the mean of the latents after a step; the standard deviation of each element is `step.d`.
 
     Args:
         step: one row of the table.
-        x_NHWC: the latents.
-        x0_NHWC: the image read off the network's prediction for them.
-        x0_before_NHWC: the same of the step before; whatever it is at the first.
+        x_NHWC: the latents before the step.
+        x0_NHWC: the image (as latents) that the network predicts from them.
+        x0_before_NHWC: the image predicted in the step before; the first step ignores it.
     """
     return step.a * x_NHWC + step.b * x0_NHWC + step.c * x0_before_NHWC
 
 
 def step_noise(keys_N: jax.Array, i: jax.Array | int, like_NHWC: jax.Array) -> jax.Array:
-    """Standard normal noise of step i: that of an image depends on its own key and nothing else."""
+    """Return standard normal noise for step i; the noise of an image depends on its own key alone."""
 
     def draw(key: jax.Array) -> jax.Array:
         return jax.random.normal(jax.random.fold_in(key, i), like_NHWC.shape[1:], like_NHWC.dtype)
@@ -270,18 +276,18 @@ def classifier_free_guidance(
     scale: float,
     rescale: float = 0.0,
 ) -> Denoiser:
-    """A denoiser that extrapolates from the unconditional to the conditional prediction (arXiv 2207.12598).
+    """Return a denoiser that extrapolates from the unconditional to the conditional prediction (arXiv 2207.12598).
 
-    Both predictions come from one batch of 2N, the two of an image side by side, so that a sharded batch stays where it
-    is. As in diffusers, a scale of 1 or less means no guidance and half the work.
+    Both predictions come from one batch of 2N in which those of an image are neighbours, so that a sharded batch is not
+    moved. As in diffusers, a scale of 1 or less means no guidance and half the work.
 
     Args:
         denoise: `denoise(x_NHWC, t_N, conditioning)` with the weights already bound.
         conditioning: N rows of conditioning.
-        unconditional: the same for the empty (or negative) prompt.
+        unconditional: N rows of conditioning for the empty (or negative) prompt.
         scale: guidance scale.
-        rescale: how far the result is brought back to the standard deviation of the conditional prediction, from 0 (not
-            at all) to 1 (arXiv 2305.08891, section 3.4).
+        rescale: how far to bring the result back to the standard deviation of the conditional prediction, from 0 (not
+            at all) to 1 (fully; arXiv 2305.08891, section 3.4).
     """
     if scale <= 1:
         return lambda x_NHWC, t_N: denoise(x_NHWC, t_N, conditioning)
@@ -308,12 +314,12 @@ def classifier_free_guidance(
 def with_guidance(
     denoise: Callable[..., jax.Array], scale: float, rescale: float = 0.0
 ) -> Callable[[Any, jax.Array, jax.Array, tuple[Any, Any]], jax.Array]:
-    """`denoise(params, x_NHWC, t_N, (conditioning, unconditional))`, guided; see `classifier_free_guidance`.
+    """Return `guided(params, x_NHWC, t_N, (conditioning, unconditional))`; see `classifier_free_guidance`.
 
     Args:
-        denoise: `denoise(params, x_NHWC, t_N, conditioning)`, without.
+        denoise: `denoise(params, x_NHWC, t_N, conditioning)`, the network without guidance.
         scale: guidance scale.
-        rescale: how far the result is brought back.
+        rescale: as in `classifier_free_guidance`.
     """
 
     def guided(params: Any, x_NHWC: jax.Array, t_N: jax.Array, both: tuple[Any, Any]) -> jax.Array:
@@ -328,9 +334,9 @@ def _spacing(schedule: Schedule, default: str) -> str:
 
 
 def _timesteps(schedule: Schedule, num_steps: int, default_spacing: str) -> np.ndarray:
-    """The timesteps visited, highest first, as diffusers spaces them (arXiv 2305.08891, table 2).
+    """Return the timesteps to visit, highest first, as diffusers spaces them (arXiv 2305.08891, table 2).
 
-    Those of linspace lie between two of training, where some samplers leave them and others round.
+    The linspace spacing falls between training timesteps; some samplers keep these values and others round them.
     """
     t_S: np.ndarray
     num_timesteps = len(schedule.signal_T)
@@ -343,15 +349,16 @@ def _timesteps(schedule: Schedule, num_steps: int, default_spacing: str) -> np.n
         t_S = np.arange(num_steps)[::-1] * (num_timesteps // num_steps) + schedule.steps_offset
     if t_S[0] >= num_timesteps:
         raise UserError(
-            f"num_steps={num_steps} with steps_offset={schedule.steps_offset} starts past the last timestep"
+            f"num_steps={num_steps} with steps_offset={schedule.steps_offset} of the scheduler begins after the last "
+            "timestep; take fewer steps"
         )
     return t_S.astype(float)
 
 
 def _levels(schedule: Schedule, t_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Signal and noise at timesteps of which some lie between two: diffusers interpolates noise / signal.
+    """Return signal and noise at timesteps that may lie between two; diffusers interpolates noise / signal.
 
-    Where that is infinite it takes 2^12 instead, so that such schedules can begin.
+    If the ratio is infinite, it takes 2^12 instead, so that such schedules have a beginning.
     """
     signal_T = np.where(schedule.signal_T == 0, 2.0**-12, schedule.signal_T)
     sigma_S = np.interp(t_S, np.arange(len(signal_T)), np.sqrt(1 / signal_T**2 - 1))
@@ -360,16 +367,18 @@ def _levels(schedule: Schedule, t_S: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _following(schedule: Schedule, steps: Steps) -> tuple[np.ndarray, np.ndarray]:
-    """Signal and noise where the next step begins; after the last, those of the image."""
+    """Return signal and noise at which the next step begins; after the last step, those of the image."""
     final = schedule.sampler_fields.get("final_sigmas_type", "zero")
     if final not in ("zero", "sigma_min"):
-        raise UserError(f"final_sigmas_type={final!r} of the scheduler, expected 'zero' or 'sigma_min'")
+        raise UserError(
+            f"the model's scheduler has final_sigmas_type={final!r}; only 'zero' and 'sigma_min' are supported"
+        )
     signal, noise = (1.0, 0.0) if final == "zero" else (schedule.signal_T[0], schedule.noise_T[0])
     return np.append(steps.signal[1:], signal), np.append(steps.noise[1:], noise)
 
 
 def _begin(schedule: Schedule, t_S: np.ndarray, signal_S: np.ndarray, noise_S: np.ndarray) -> Steps:
-    """Steps that start from these levels, and lead nowhere yet."""
+    """Return steps that begin at these levels; `_towards` completes them."""
     # Each target is linear in signal or noise (epsilon, velocity) or constant, so this also holds between timesteps.
     target_x0_S = np.interp(noise_S, schedule.noise_T, schedule.target_x0_T)
     target_noise_S = np.interp(signal_S, schedule.signal_T[::-1], schedule.target_noise_T[::-1])
@@ -384,9 +393,9 @@ def _begin(schedule: Schedule, t_S: np.ndarray, signal_S: np.ndarray, noise_S: n
 
 
 def _towards(steps: Steps, signal_S: np.ndarray, noise_S: np.ndarray, eta: float = 0.0) -> Steps:
-    """The steps led to these levels: `x' = signal' x0 + kept eps + fresh z` with `kept^2 + fresh^2 = noise'^2`.
+    """Return the steps leading to these levels: `x' = signal' x0 + kept eps + fresh z`, `kept^2 + fresh^2 = noise'^2`.
 
-    Nothing is fresh without eta; with 1 as much as in DDPM.
+    With eta = 0 no noise is fresh; with eta = 1 as much is as in DDPM.
     """
     variance_S = (noise_S / steps.noise) ** 2 * (1 - (steps.signal / signal_S) ** 2)
     fresh_S = eta * np.sqrt(np.maximum(variance_S, 0))
@@ -395,7 +404,7 @@ def _towards(steps: Steps, signal_S: np.ndarray, noise_S: np.ndarray, eta: float
 
 
 def _last(table: SamplerTable, count: int) -> SamplerTable:
-    """The last steps. The first of them knows no image of the step before, and takes its own instead."""
+    """Return the last `count` steps; the first of them has no image of a step before and uses its own instead."""
     steps = Steps(*(values_S[-count:].copy() for values_S in table.steps))
     steps.b[0] += steps.c[0]
     steps.c[0] = 0
@@ -403,10 +412,10 @@ def _last(table: SamplerTable, count: int) -> SamplerTable:
 
 
 def _check_fields(sampler: str, schedule: Schedule) -> None:
-    """Refuses a scheduler's file that would have the sampler compute something else."""
+    """Raise a UserError if the scheduler's file has a value that this sampler does not support."""
     other = other_fields(sampler, schedule)
     if other:
         raise UserError(
-            f"the model's scheduler has {other[0]}={schedule.sampler_fields[other[0]]!r}, and {sampler} here only "
-            f"knows {ONLY_VALUES[sampler][other[0]]!r}; choose another sampler, such as ddim"
+            f"the model's scheduler has {other[0]}={schedule.sampler_fields[other[0]]!r}, but the sampler {sampler} "
+            f"supports only {ONLY_VALUES[sampler][other[0]]!r}; choose another sampler, for example ddim"
         )

@@ -1,6 +1,6 @@
-"""Noise schedules as data: every model family is the same few tables, filled differently.
+"""Noise schedules as data: each model family fills the same few tables differently.
 
-A noisy latent is `x_t = signal[t] x0 + noise[t] eps`, and what the network is trained to predict is
+A noisy latent is `x_t = signal[t] x0 + noise[t] eps`, and the network is trained to predict
 `target = target_x0[t] x0 + target_noise[t] eps`:
 
     epsilon prediction   (0, 1)
@@ -25,36 +25,36 @@ from dpo_jax.files import conform
 
 
 class Schedule(NamedTuple):
-    """Tables over the training timesteps, float64 NumPy, so that inside jit they are constants."""
+    """Tables over the training timesteps, in float64 NumPy, so that they are constants inside jit."""
 
     signal_T: np.ndarray
     noise_T: np.ndarray
     target_x0_T: np.ndarray
     target_noise_T: np.ndarray
     training_timesteps: np.ndarray
-    """int32, the timesteps that training draws from, uniformly."""
+    """int32: the timesteps that training draws from, uniformly."""
     final_signal: float
-    """Signal of what the last sampling step returns: 1, or `signal_T[0]` where `set_alpha_to_one` is false."""
+    """Signal of the latents after the last sampling step: 1, or `signal_T[0]` if `set_alpha_to_one` is false."""
     final_noise: float
     timestep_spacing: str
-    """How a sampler picks its timesteps: leading, trailing or linspace (arXiv 2305.08891, table 2); "" where the file
-    does not say, and each sampler has a default of its own."""
+    """How a sampler spaces its timesteps: leading, trailing or linspace (arXiv 2305.08891, table 2); "" if the file
+    does not say, which leaves it to the sampler."""
     steps_offset: int
     """Added to the timesteps of the leading spacing."""
     class_name: str
-    """The scheduler class of diffusers that the file is of."""
+    """The scheduler class of diffusers that the file names."""
     sampler_fields: Mapping[str, Any]
-    """What else the file says to some samplers, such as `final_sigmas_type`."""
+    """Further fields of the file that some samplers read, for example `final_sigmas_type`."""
 
 
-# Fields that steer other samplers than ours, or nothing at all. Latents are never clipped: diffusers' pipelines of
-# Stable Diffusion turn clip_sample off, and thresholding is for pixels.
+# Fields that only affect samplers that dpo_jax does not have, or none. Latents are never clipped: diffusers' pipelines
+# of Stable Diffusion turn clip_sample off, and thresholding is for pixels.
 _IGNORED_FIELDS = {
     *("clip_sample", "clip_sample_range", "thresholding", "sample_max_value", "dynamic_thresholding_ratio"),
     *("skip_prk_steps", "sigma_min", "sigma_max", "flow_shift", "time_shift_type", "shift_terminal", "predict_x0"),
     *("solver_p", "disable_corrector", "tau_func", "predictor_order", "corrector_order", "noise_sampler_seed"),
 }
-# Fields that steer some of our samplers and leave the training tables alone.
+# Fields that affect some samplers and not the training tables.
 _SAMPLER_FIELDS = {
     *("interpolation_type", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
     *("final_sigmas_type", "lambda_min_clipped", "algorithm_type", "solver_order", "solver_type", "variance_type"),
@@ -65,14 +65,14 @@ MAX_TIMESTEPS = 100_000
 
 
 class SchedulerConfig(pydantic.BaseModel):
-    """The fields of a scheduler_config.json that are computed by. Of the last ones only the default is supported."""
+    """The fields of a scheduler_config.json that affect results. The last three support only their defaults."""
 
     num_train_timesteps: Annotated[int, pydantic.Field(ge=2, le=MAX_TIMESTEPS)]
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
     beta_start: Beta
     beta_end: Beta
     trained_betas: Annotated[list[Beta], pydantic.Field(max_length=MAX_TIMESTEPS)] | None = None
-    """The betas themselves, instead of the three fields before."""
+    """The betas themselves, in place of the three fields before."""
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     timestep_spacing: Literal["", "leading", "trailing", "linspace"] | None = ""
     steps_offset: Annotated[int, pydantic.Field(ge=0, le=MAX_TIMESTEPS)] = 0
@@ -105,11 +105,11 @@ def make_schedule(
     zero_terminal_snr: bool = False,
     where: str = "scheduler_config.json",
 ) -> Schedule:
-    """The schedule of a diffusers `scheduler_config.json`, whichever sampler class wrote it.
+    """Return the schedule of a diffusers `scheduler_config.json` of any supported scheduler class.
 
-    The training fields are shared by all of them; fields that only steer samplers we don't have are ignored, and those
-    that begin with an underscore. Betas and their cumulative products are rounded to float32 where PyTorch rounds them,
-    so the tables are bit for bit those of diffusers.
+    All classes share the training fields. Fields that only affect samplers that dpo_jax does not have are ignored, and
+    so are those that begin with an underscore. Betas and their cumulative products are rounded to float32 where PyTorch
+    rounds them, so the tables match those of diffusers bit for bit.
 
     Args:
         scheduler_config: the parsed JSON.
@@ -119,19 +119,19 @@ def make_schedule(
         where: the file's path, for error messages.
 
     Raises:
-        ValueError: a field is missing, unknown, or has a value that would need another computation.
+        UserError: a field is missing, unknown, or has a value that is not supported.
     """
     class_name = scheduler_config.get("_class_name", "DDIMScheduler")
     class_name = class_name.removeprefix("Flax") if isinstance(class_name, str) else repr(class_name)
     if class_name not in VARIANCE_PRESERVING:
         known = ", ".join(sorted(VARIANCE_PRESERVING))
-        raise UserError(f"{where}: unknown scheduler {class_name}; known are {known}")
+        raise UserError(f"{where}: the scheduler {class_name} is not supported; supported are {known}")
     fields = {name: value for name, value in scheduler_config.items() if not name.startswith("_")}
     unknown = sorted(fields.keys() - _IGNORED_FIELDS - _SAMPLER_FIELDS - SchedulerConfig.model_fields.keys())
     if unknown:
         raise UserError(
-            f"{where}: unknown fields {', '.join(unknown[:10])}, which may change what the model is trained on; remove "
-            "those that steer sampling alone"
+            f"{where}: unknown fields {', '.join(unknown[:10])}, which may affect training; remove those that only "
+            "affect sampling"
         )
     config: SchedulerConfig = conform(fields, SchedulerConfig, where)
 
@@ -145,7 +145,9 @@ def make_schedule(
     num_timesteps = len(signal_T)
     chosen = np.arange(num_timesteps) if training_timesteps is None else np.asarray(training_timesteps)
     if chosen.size == 0 or chosen.min() < 0 or chosen.max() >= num_timesteps:
-        raise UserError(f"training_timesteps={training_timesteps} must be some of 0..{num_timesteps - 1}")
+        raise UserError(
+            f"training_timesteps={training_timesteps} must be one or more timesteps between 0 and {num_timesteps - 1}"
+        )
     to_one = config.set_alpha_to_one
     return Schedule(
         signal_T=signal_T,
@@ -163,19 +165,19 @@ def make_schedule(
 
 
 def add_noise(schedule: Schedule, x0_NHWC: jax.Array, noise_NHWC: jax.Array, t_N: jax.Array) -> jax.Array:
-    """`x_t`, the latent at timestep t (arXiv 2006.11239, equation 4)."""
+    """Return `x_t`, the noisy latents at timestep t (arXiv 2006.11239, equation 4)."""
     signal, noise = _at(schedule.signal_T, t_N, x0_NHWC), _at(schedule.noise_T, t_N, x0_NHWC)
     return signal * x0_NHWC + noise * noise_NHWC
 
 
 def training_target(schedule: Schedule, x0_NHWC: jax.Array, noise_NHWC: jax.Array, t_N: jax.Array) -> jax.Array:
-    """What the network should predict at `x_t`."""
+    """Return the target of the network's prediction at `x_t`."""
     a, b = _at(schedule.target_x0_T, t_N, x0_NHWC), _at(schedule.target_noise_T, t_N, x0_NHWC)
     return a * x0_NHWC + b * noise_NHWC
 
 
 def _at(table_T: np.ndarray, t_N: jax.Array, like_NHWC: jax.Array) -> jax.Array:
-    """The table's values at t, at least float32, shaped to multiply an image."""
+    """Return the table's values at t, float32 or wider, shaped to multiply an image."""
     values_N = jnp.asarray(table_T, jnp.promote_types(like_NHWC.dtype, jnp.float32))[t_N]
     return values_N.reshape(-1, *[1] * (like_NHWC.ndim - 1))
 
@@ -185,8 +187,8 @@ def _betas(config: SchedulerConfig, where: str) -> np.ndarray:
     if config.trained_betas is not None:
         if len(config.trained_betas) != num_timesteps:
             raise UserError(
-                f"{where}: trained_betas has {len(config.trained_betas)} numbers, and num_train_timesteps is "
-                f"{num_timesteps}"
+                f"{where}: trained_betas has {len(config.trained_betas)} numbers, but num_train_timesteps is "
+                f"{num_timesteps}; they must be equal"
             )
         return np.asarray(config.trained_betas, np.float32)
     if config.beta_schedule == "linear":
@@ -200,7 +202,7 @@ def _betas(config: SchedulerConfig, where: str) -> np.ndarray:
 
 
 def _torch_linspace(start: float, end: float, num: int) -> np.ndarray:
-    """`torch.linspace` in float32: a float32 step, walked from both ends with one rounding (fused multiply-add)."""
+    """Return `torch.linspace` in float32: a float32 step from both ends, rounded once (fused multiply-add)."""
     first, last = np.float32(start), np.float32(end)
     step = np.float64((last - first) / np.float32(num - 1))
     index = np.arange(num)
@@ -210,12 +212,12 @@ def _torch_linspace(start: float, end: float, num: int) -> np.ndarray:
 
 
 def _cumulative_product(alphas_T: np.ndarray) -> np.ndarray:
-    """`torch.cumprod` of a float32 tensor: accumulated in float64, each value rounded to float32."""
+    """Return `torch.cumprod` of a float32 tensor: accumulated in float64, each value rounded to float32."""
     return np.cumprod(alphas_T.astype(np.float64)).astype(np.float32)
 
 
 def _rescale_to_zero_terminal_snr(betas_T: np.ndarray) -> np.ndarray:
-    """Betas whose last signal is 0 and whose first is unchanged (arXiv 2305.08891, algorithm 1), in float32."""
+    """Return betas with the same first signal and a last signal of 0 (arXiv 2305.08891, algorithm 1), in float32."""
     signal_T = np.sqrt(_cumulative_product(np.float32(1) - betas_T))
     signal_T = (signal_T - signal_T[-1]) * (signal_T[0] / (signal_T[0] - signal_T[-1]))
     alphas_bar_T = signal_T**2

@@ -1,11 +1,11 @@
-"""Sampling that keeps its way, so that the way can be made more or less likely (arXiv 2305.13301).
+"""Sampling that records trajectories, so that training can make them more or less likely (arXiv 2305.13301).
 
-A step of a sampler that adds noise draws `x' ~ N(mean, d^2)`, where only the mean depends on the network. So a stored
-transition x -> x' has a probability under any weights. It is taken as the MEAN of the log-density over H, W and C, as
-the released code of DDPO, DPOK and D3PO does; the sum would be H * W * C times that.
+A step of a sampler that adds noise draws `x' ~ N(mean, d^2)`, where only the mean depends on the network. A stored
+transition x -> x' therefore has a probability with any weights. Its log-probability here is the MEAN of the log-density
+over H, W and C, as in the released code of DDPO, DPOK and D3PO; the sum would be H * W * C times larger.
 
-A step with d = 0 (the last one of DDIM that ends in the image itself) has no density. Its log-probability counts as 0
-under any weights, which gives ratio 1 and no gradient; `random_steps` says which steps are left.
+A step with d = 0 (the last step of DDIM, if it ends in the image itself) has no density. Its log-probability is 0 with
+any weights, which gives a ratio of 1 and no gradient; `random_steps` returns the other steps.
 
 Axes: N images, B prompts, K candidates of a prompt with N = B * K, H x W latent cells, C channels, S sampling steps,
 V = S + 1 latents of a trajectory.
@@ -25,40 +25,40 @@ from dpo_jax.errors import UserError
 
 
 class Trajectory(NamedTuple):
-    """How images were sampled, in float32 at least."""
+    """The latents and log-probabilities of sampled images, in float32 or wider."""
 
     latents_VNHWC: Any
-    """From the noise to the clean latents; step s leads from row s to row s + 1."""
+    """Latents from the noise to the clean latents; step s leads from row s to row s + 1."""
     log_prob_SN: Any
-    """Of each step under the weights that sampled; 0 where the step is not random."""
+    """Log-probability of each step with the weights that sampled; 0 for a step without noise."""
 
 
 def random_steps(table: SamplerTable) -> np.ndarray:
-    """int32, the steps whose transitions have a probability, in order. ValueError if there is none."""
+    """Return the steps whose transitions have a probability, int32 in order; UserError if there are none."""
     (random,) = np.nonzero(table.steps.d)
     if not len(random):
-        raise UserError("this sampler adds no noise, so its steps have no probability; take ddim with eta above 0")
+        raise UserError("this sampler adds no noise, so its steps have no probability; choose ddim with eta above 0")
     assert not np.any(table.steps.c[random]), "a transition must depend on nothing before it"
     return random.astype(np.int32)
 
 
 def branch(x_BHWC: jax.Array, keys_B: jax.Array, num_candidates: int) -> tuple[jax.Array, jax.Array]:
-    """x_NHWC and keys_N of the candidates: those of a prompt begin alike, each with step noise of its own.
+    """Return x_NHWC and keys_N of the candidates: those of a prompt begin with the same latents and have own keys.
 
-    Candidate k's key is `fold_in(key, k)`, whatever their number.
+    The key of candidate k is `fold_in(key, k)`, whatever the number of candidates.
     """
     keys_BK = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys_B, jnp.arange(num_candidates))
     return jnp.repeat(x_BHWC, num_candidates, axis=0), keys_BK.reshape(-1)
 
 
 def sample_trajectory(denoise: Denoiser, table: SamplerTable, x_NHWC: jax.Array, keys_N: jax.Array) -> Trajectory:
-    """`samplers.sample`, with the same noise and result, keeping every step.
+    """Sample as `samplers.sample` does, with the same noise and result, and return every step.
 
     Args:
         denoise: the network with weights, conditioning and guidance already bound.
-        table: of a sampler that adds noise; DDIM with eta = 1 in DDPO and D3PO.
-        x_NHWC: what `starting_latents` makes.
-        keys_N: each image's own; see `branch`.
+        table: table of a sampler that adds noise; DDPO and D3PO use DDIM with eta = 1.
+        x_NHWC: the result of `starting_latents`.
+        keys_N: one key per image; see `branch`.
     """
     random_steps(table)
 
@@ -70,21 +70,22 @@ def sample_trajectory(denoise: Denoiser, table: SamplerTable, x_NHWC: jax.Array,
 
 
 class Exploration(NamedTuple):
-    """How a prompt's candidates parted at each step, [S, B, ...]."""
+    """The candidates that branched off at each step of a prompt's trajectory, [S, B, ...]."""
 
     x_SBHWC: Any
-    """What each step began with."""
+    """Latents before each step."""
     next_x_SBKHWC: Any
+    """Latents of the candidates after each step."""
     log_prob_SBK: Any
-    """0 where the step is not random."""
+    """Log-probability of each candidate's step; 0 for a step without noise."""
     seen_SBK: Any
-    """What `look` made of the candidates."""
+    """Results of `look` on the candidates."""
     x0_BHWC: Any
-    """Where the way ended."""
+    """Clean latents at the end of the trajectory."""
 
 
 Look = Callable[[Steps, Steps, jax.Array, jax.Array], Any]
-"""(a step, the one after it, x_BHWC, next_x_BKHWC) -> what a judge wants to know of the candidates, [B, K, ...]."""
+"""(step, following step, x_BHWC, next_x_BKHWC) -> what a judge reads about the candidates, [B, K, ...]."""
 
 
 def explore(
@@ -96,22 +97,22 @@ def explore(
     look: Look,
     first: int = 0,
 ) -> Exploration:
-    """Sampling where K candidates part at every step, and one of them, drawn at random, goes on (arXiv 2406.04314).
+    """Sample with K candidates at every step, one of which, chosen at random, continues (arXiv 2406.04314).
 
-    Which one goes on depends on no judge, so the way is one of `sample`'s.
+    The choice does not depend on a judge, so trajectories have the same distribution as those of `sample`.
 
     Args:
         denoise: the network with weights, conditioning and guidance already bound.
-        table: of a sampler that adds noise.
-        x_BHWC: what `starting_latents` makes.
-        keys_B: each prompt's own.
+        table: table of a sampler that adds noise.
+        x_BHWC: the result of `starting_latents`.
+        keys_B: one key per prompt.
         num_candidates: K.
-        look: sees the candidates of each step; `see_images`, for example.
-        first: the steps before this one are not looked at; what is said to be seen in them is 0.
+        look: computes what a judge reads about the candidates of each step, for example `see_images`.
+        first: first step that `look` is called for; `seen_SBK` is 0 before it.
     """
     random_steps(table)
     B, K, S = len(x_BHWC), num_candidates, len(table.steps.t)
-    # What a candidate looks like is seen as the step after begins; after the last it is there.
+    # The image of a candidate is predicted with the following step; after the last step, the candidate is the image.
     following = Steps(*(np.append(values_S[1:], 0) for values_S in table.steps))
     following.p[-1], following.q[-1] = 1, 0
     dtype = jnp.promote_types(x_BHWC.dtype, jnp.float32)
@@ -143,7 +144,7 @@ def explore(
 
 
 def see_images(denoise: Denoiser) -> Look:
-    """The image, as latents, that the network sees in each candidate; `denoise` is bound for B * K rows."""
+    """Return a `Look` that predicts the image of each candidate, as latents; `denoise` is bound for B * K rows."""
 
     def look(step: Steps, after: Steps, x_BHWC: jax.Array, next_x_BKHWC: jax.Array) -> jax.Array:
         next_x_NHWC = next_x_BKHWC.reshape(-1, *next_x_BKHWC.shape[2:])
@@ -154,10 +155,10 @@ def see_images(denoise: Denoiser) -> Look:
 
 
 def see_log_ratios(tuned: Denoiser, reference: Denoiser) -> Look:
-    """`log p_tuned / p_reference` of each candidate's step: the implicit reward of a tuned model, in latents.
+    """Return a `Look` that computes `log(p_tuned / p_reference)` of each candidate's step: an implicit reward.
 
-    That is what Diffusion-DPO makes of a model (arXiv 2311.12908, section 4), for one step. Both networks see what the
-    candidates begin with, so their number costs nothing.
+    This is the implicit reward of a model tuned by Diffusion-DPO (arXiv 2311.12908, section 4), for one step. The
+    networks run on the latents that the candidates share, so more candidates cost nothing.
     """
 
     def look(step: Steps, after: Steps, x_BHWC: jax.Array, next_x_BKHWC: jax.Array) -> jax.Array:
@@ -170,7 +171,7 @@ def see_log_ratios(tuned: Denoiser, reference: Denoiser) -> Look:
 
 
 def transitions_at(trajectory: Trajectory, step_B: jax.Array) -> Transitions:
-    """Of each prompt's candidates the transition of step `step_B`."""
+    """Return the transitions of step `step_B` of each prompt's candidates."""
     B = len(step_B)
     latents_VBKHWC, log_prob_SBK = (x.reshape(len(x), B, -1, *x.shape[2:]) for x in trajectory)
     prompt_B = jnp.arange(B)
@@ -183,7 +184,7 @@ def transitions_at(trajectory: Trajectory, step_B: jax.Array) -> Transitions:
 
 
 def steps_at(table: SamplerTable, step_B: jax.Array, like_BKHWC: jax.Array) -> Steps:
-    """The numbers of these steps, shaped to multiply latents `[B, ..., H, W, C]`; `t` stays [B]."""
+    """Return the numbers of these steps, shaped to multiply latents `[B, ..., H, W, C]`; `t` stays [B]."""
 
     def rows(values_S: np.ndarray) -> jax.Array:
         return jnp.asarray(values_S, like_BKHWC.dtype)[step_B].reshape(-1, *[1] * (like_BKHWC.ndim - 1))
@@ -192,15 +193,16 @@ def steps_at(table: SamplerTable, step_B: jax.Array, like_BKHWC: jax.Array) -> S
 
 
 def transition_mean(step: Steps, x: jax.Array, prediction: jax.Array) -> jax.Array:
-    """The mean of what a random step makes of latents, given the network's prediction for them."""
+    """Return the mean of the latents after a step with noise, given the network's prediction."""
     x0 = step.p * x + step.q * prediction
     return step_mean(step, x, x0, x0)  # c is 0: see `random_steps`
 
 
 def log_prob(step: Steps, mean: jax.Array, next_x: jax.Array) -> jax.Array:
-    """`log N(next_x; mean, d^2)`, the mean over the last three axes; 0 where d is 0, and without gradient.
+    """Return `log N(next_x; mean, d^2)`, the mean over the last three axes; 0 without gradient if d is 0.
 
-    As in `ddim_step_with_logprob` of https://github.com/kvablack/ddpo-pytorch, but for d = 0, which is NaN there.
+    It matches `ddim_step_with_logprob` of https://github.com/kvablack/ddpo-pytorch except for d = 0, which gives NaN
+    there.
     """
     deviation = jnp.where(step.d > 0, step.d, 1)
     distance = jnp.square((next_x - mean) / deviation).mean(axis=(-3, -2, -1)) / 2
@@ -209,12 +211,12 @@ def log_prob(step: Steps, mean: jax.Array, next_x: jax.Array) -> jax.Array:
 
 
 def kl_divergence(step: Steps, mean: jax.Array, other_mean: jax.Array) -> jax.Array:
-    """Of two Gaussians with the same d, `(mean - other)^2 / (2 d^2)`, reduced and masked as `log_prob` is."""
+    """Return the KL divergence of Gaussians with equal d, `(mean - other)^2 / (2 d^2)`, reduced as in `log_prob`."""
     deviation = jnp.where(step.d > 0, step.d, 1)
     divergence = jnp.square((mean - other_mean) / deviation).mean(axis=(-3, -2, -1)) / 2
     return jnp.where(_per_image(step.d) > 0, divergence, 0)
 
 
 def _per_image(value: jax.Array) -> jax.Array:
-    """Without the axes of length 1 over H, W and C; a single number stays one."""
+    """Return the value without its axes of length 1 over H, W and C; a scalar stays a scalar."""
     return value.reshape(value.shape[:-3])

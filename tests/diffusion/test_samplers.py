@@ -1,4 +1,4 @@
-"""Samplers against diffusers' schedulers of the same name, with a toy denoiser that both can evaluate."""
+"""Samplers compared with diffusers' schedulers of the same name, on a toy denoiser that both can evaluate."""
 
 import itertools
 
@@ -48,12 +48,12 @@ CLASSES = {
 
 
 def tolerance(sampler, config):
-    """diffusers computes all but DDIM in float32, whose numbers are up to 4096 times the image's at zero signal."""
+    """diffusers computes all but DDIM in float32, with numbers up to 4096 times the image's at zero signal."""
     return 1e-9 if sampler == "ddim" else 2e-4 if config.get("rescale_betas_zero_snr") else 1e-5
 
 
 def toy(x, t, sin):
-    """Something like noise that depends on x and t and runs on either framework's arrays."""
+    """A toy prediction that depends on x and t and works with the arrays of both frameworks."""
     return 0.95 * x + 0.05 * sin(1.7 * x + 0.003 * t)
 
 
@@ -67,7 +67,7 @@ def ours(sampler, config, x_T, keys, *, num_steps, x0=None, **options):
 
 
 def oracle(monkeypatch, sampler, config, x_T, keys, *, num_steps, x0=None, eta=0.0, strength=1.0):
-    """The loop of diffusers' pipelines, with our noise. Like them it begins with an image where one is given."""
+    """The loop of diffusers' pipelines with the noise of dpo_jax; it begins with an image if one is given."""
     extra = {"clip_sample": False} if sampler == "ddim" else {}
     scheduler, schedule = CLASSES[sampler](**config | extra), make_schedule(config)
     if sampler == "ddim":
@@ -167,7 +167,7 @@ def test_timesteps_are_those_of_diffusers(sampler, spacing, num_steps):
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("spacing", ["leading", "linspace"])
 def test_the_image_is_read_off_the_target(x64, sampler, target, spacing):
-    """Of a network that is right, between timesteps too, where the velocity is that of the level there."""
+    """The prediction of an exact network, which knows the velocity at levels between timesteps, too."""
     schedule = make_schedule(BETAS | target | {"timestep_spacing": spacing})
     x0_NHWC, noise_NHWC = np.random.default_rng(1).normal(size=(2, 1, 2, 2, 4))
     for step in zip(*make_table(sampler, schedule, 13).steps, strict=True):
@@ -211,7 +211,7 @@ def test_a_step_is_its_mean_and_so_much_noise(x64, sampler):
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral", "lcm"])
 def test_noise_is_the_image_s_own(sampler):
-    """Whatever the batch, and an image's place in it."""
+    """The result depends neither on the batch nor on the place of an image in it."""
     x_T, keys = noise_and_keys((8, 3, 3, 4))
     options = {"num_steps": 5, "eta": 1.0} if sampler == "ddim" else {"num_steps": 5}
     together = ours(sampler, BETAS, x_T, keys, **options)
@@ -250,15 +250,25 @@ def test_a_bfloat16_network_does_not_round_the_latents():
     [
         ("ddim", {}, {"num_steps": 0}, "num_steps=0"),
         ("ddim", {}, {"num_steps": 1001}, "num_steps=1001"),
-        ("ddim", {"steps_offset": 1}, {"num_steps": 1000}, "past the last timestep"),
+        ("ddim", {"steps_offset": 1}, {"num_steps": 1000}, "begins after the last timestep; take fewer steps"),
         (
             "ddim",
             {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
             {"num_steps": 4},
             "zero signal",
         ),
-        ("heun", {}, {"num_steps": 4}, "sampler 'heun'; the samplers are ddim, euler, euler_ancestral, dpmsolver"),
-        ("euler", {}, {"num_steps": 4, "eta": 0.5}, "eta=0.5 is ddim's"),
+        (
+            "heun",
+            {},
+            {"num_steps": 4},
+            "there is no sampler 'heun'; choose one of ddim, euler, euler_ancestral, dpmsolver",
+        ),
+        (
+            "euler",
+            {},
+            {"num_steps": 4, "eta": 0.5},
+            "eta=0.5 goes with the sampler ddim, but the sampler is euler; set eta to 0",
+        ),
         ("euler", {"use_karras_sigmas": True}, {"num_steps": 4}, "use_karras_sigmas=True"),
         ("euler", {"final_sigmas_type": "half"}, {"num_steps": 4}, "final_sigmas_type='half'"),
         ("dpmsolver++", {"solver_order": 3}, {"num_steps": 4}, "solver_order=3"),
@@ -275,7 +285,7 @@ def test_what_cannot_be_sampled_is_an_error(sampler, fields, options, message):
 
 
 def test_noise_needs_keys():
-    with pytest.raises(ValueError, match="needs a key"):
+    with pytest.raises(ValueError, match="needs keys_N, one key per image"):
         sample(lambda x, t: x, make_table("ddim", make_schedule(BETAS), 4, eta=1.0), jnp.ones((1, 2, 2, 4)))
 
 
@@ -321,7 +331,7 @@ def test_guidance_is_rescaled_as_in_diffusers():
 
 
 def test_a_flow_is_only_another_schedule(x64):
-    """Rectified flow (arXiv 2209.03003): with its tables DDIM takes Euler's steps along the velocity."""
+    """With the tables of rectified flow (arXiv 2209.03003), DDIM takes Euler's steps along the velocity."""
     noise_T = np.arange(1, 1001) / 1000
     ones = np.ones(1000)
     flow = make_schedule(BETAS | {"timestep_spacing": "trailing"})._replace(
@@ -355,6 +365,6 @@ def test_a_scheduler_that_no_sampler_here_computes_means_ddim(name, fields, own)
     other = SAMPLER_OF_CLASS.get(name, "ddim")
     if own != other:
         with pytest.raises(
-            ValueError, match=rf"scheduler has {next(iter(fields))}=.*; choose another sampler, such as ddim"
+            ValueError, match=rf"scheduler has {next(iter(fields))}=.*; choose another sampler, for example ddim"
         ):
             make_table(other, schedule, 5)

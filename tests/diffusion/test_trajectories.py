@@ -1,4 +1,4 @@
-"""Trajectories against DDIM's formulas (arXiv 2010.02502, equations 12 and 16) written out in PyTorch."""
+"""Trajectories compared with DDIM's formulas (arXiv 2010.02502, equations 12 and 16) in PyTorch."""
 
 import itertools
 
@@ -40,7 +40,7 @@ N, H, W, C, S = 3, 3, 5, 4, 20
 
 
 def toy(x, t, sin):
-    """Something like noise that depends on x and t and runs on either framework's arrays."""
+    """A toy prediction that depends on x and t and works with the arrays of both frameworks."""
     return 0.95 * x + 0.05 * sin(1.7 * x + 0.003 * t)
 
 
@@ -53,7 +53,7 @@ def start(dtype=np.float64):
 
 
 def torch_transition(config, step, eta, x, next_x=None, noise=None, num_steps=S):
-    """The published step, its variable names and its alphas: what it makes of x, and the log-probability of that."""
+    """Return the published step of x and its log-probability, with the published variable names and alphas."""
     schedule = make_schedule(config)
     alphas_cumprod = torch.from_numpy(schedule.signal_T**2)
     stride = 1000 // num_steps
@@ -109,7 +109,7 @@ def test_log_probabilities_in_float32_are_those_of_float64():
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral", "lcm"])
 def test_log_probabilities_are_those_of_the_noise_that_was_drawn(x64, sampler):
-    """Whatever the sampler: `log N(x'; mean, d^2)` is the density of z less log d."""
+    """For every sampler, `log N(x'; mean, d^2)` is the log-density of z minus log d."""
     x_T, keys_N = start()
     table = make_table(sampler, make_schedule(SD15), 6, eta=1.0 if sampler == "ddim" else 0.0)
     trajectory = sample_trajectory(denoise, table, x_T, keys_N)
@@ -260,7 +260,7 @@ def see_nothing(step, after, x_BHWC, next_x_BKHWC):
 
 
 def test_the_way_of_exploring_has_the_law_of_sampling():
-    """By a linear network, for which it is a Gaussian that can be told: 20,000 ways of it, and of any old sampling."""
+    """With a linear network the result is a known Gaussian: 20,000 trajectories match it, as those of `sample` do."""
     B, K, num_steps, slope = 20_000, 4, 6, 0.3
     table = make_table("ddim", make_schedule(SD15), num_steps, eta=1.0)
     x_BHWC, keys_B = jnp.full((B, 1, 1, 1), 2.0), jax.random.split(jax.random.key(1), B)

@@ -73,7 +73,7 @@ def opened(model: Path, **options: Any) -> Pipeline:
         ("text_encoder/config.json", {"vocab_size": 10**12}, "vocab_size: input should be less than or equal"),
         (SCHEDULER, {"beta_start": "0.00085"}, "beta_start: input should be a valid number, not '0.00085'"),
         (SCHEDULER, {"beta_start": 2, "steps_offset": None}, "beta_start: .* not 2; steps_offset: .* not None"),
-        (SCHEDULER, {"_class_name": None}, "unknown scheduler None"),
+        (SCHEDULER, {"_class_name": None}, "the scheduler None is not supported"),
         ("model_index.json", {"_class_name": ["my_pipeline", "MyPipeline"]}, "_class_name: .* valid string"),
         ("model_index.json", {"unet": "x", "vae": []}, "unet: input should be a valid list, not 'x'; vae: list should"),
         ("model_index.json", {"unet": [None, 3]}, "unet.1: input should be a valid string, not 3"),

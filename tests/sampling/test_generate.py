@@ -217,7 +217,7 @@ def test_compiles_once_for_all_batches(models):
 @pytest.mark.parametrize(
     ("sampling", "resolution", "message"),
     [
-        (Sampling(5, 4.0, "heun"), 32, "sampler 'heun'; the samplers are ddim"),
+        (Sampling(5, 4.0, "heun"), 32, "there is no sampler 'heun'; choose one of ddim"),
         (Sampling(5, 4.0), 36, "resolution=36 must be a multiple of 8 pixels"),
         (Sampling(5, 4.0, strength=0.1), 32, "less than one"),
     ],
