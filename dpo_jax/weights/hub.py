@@ -1,8 +1,8 @@
-"""A model by name: a folder or file that exists, or an id on the Hugging Face hub.
+"""Finds a model by name: an existing folder or file, or an id on the Hugging Face hub.
 
-A hub repository holds each network many times over (fp16 copies, pickles, ONNX, OpenVINO, single files: 72 GB for
-SDXL base). `files_to_fetch` picks the one set that `weights/io.py` would read. Files land in the hub's usual cache, and
-what is there opens without a network.
+A hub repository holds each network in many forms (fp16 copies, pickles, ONNX, OpenVINO, single files: 72 GB for SDXL
+base). `files_to_fetch` chooses the one set that `weights/io.py` would read. Files go to the hub's usual cache, and
+cached models open without a network.
 """
 
 import glob
@@ -35,7 +35,7 @@ HUB_ID = re.compile(
 
 
 def find_lora(name: str) -> epath.Path:
-    """The file or folder of the LoRA called `name`, here or on the hub; see `find_model` for names and errors."""
+    """Return the file or folder of a LoRA, local or fetched from the hub; see `find_model` for names and errors."""
     return find_model(name, files=(*FILES, PEFT_CONFIG))
 
 
@@ -48,20 +48,21 @@ def find_model(
     weights: bool = True,
     files: Collection[str] = (),
 ) -> epath.Path:
-    """The folder (or the one file) that holds the model called `name`, fetched from the hub where it must be.
+    """Return the folder (or the file) of a model, fetched from the hub if it is not on this machine.
 
     Args:
-        name: an existing folder or file, returned as it is; else a hub id: `owner/name`, or with `/file.safetensors`,
-            or with `@revision` at its end.
-        revision: branch, tag or commit on the hub, where the name has none.
-        variant: "fp16" takes the half-precision set of weights from the hub where there is one.
-        only: the components that are needed, such as {"unet"}; all by default. A repository that is one component, with
-            its config.json at the root, is fetched in any case.
-        weights: False fetches configs and tokenizers alone.
-        files: these instead of a model's; beside a `file.safetensors`, these of its folder as well.
+        name: an existing folder or file, which is returned unchanged, or a hub id: `owner/name`, also with
+            `/file.safetensors` or `@revision` at its end.
+        revision: branch, tag or commit on the hub, if `name` has none.
+        variant: "fp16" fetches the half-precision weights, if the repository has them.
+        only: components that are needed, for example {"unet"}; all by default. A repository of one component, with its
+            config.json at the root, is fetched in any case.
+        weights: False fetches only configs and tokenizers.
+        files: names of files to fetch in place of those of a model; with a `file.safetensors`, from its folder.
 
-    Raises FileNotFoundError where nothing has that name or the hub can't be reached, and ValueError where what it names
-    is no model that can be read here.
+    Raises:
+        MissingFileError: there is no such folder, file or repository, or the hub cannot be reached.
+        UserError: the repository does not hold a model that dpo_jax can read.
     """
     path = epath.Path(name).expanduser()
     if path.exists():
@@ -69,7 +70,7 @@ def find_model(
     hub_id = HUB_ID.fullmatch(name)
     if hub_id is None:
         raise MissingFileError(
-            f"no folder or file {name}, and it is no hub id either (owner/name, or owner/name/file.safetensors)"
+            f"there is no folder or file {name}, and it is not a hub id (owner/name, or owner/name/file.safetensors)"
         )
     repo, file, revision = hub_id["repo"], hub_id["file"], hub_id["revision"] or revision
     try:
@@ -81,23 +82,23 @@ def find_model(
         patterns = [glob.escape(pattern) for pattern in patterns]
         path = epath.Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns)) / (file or "")
     except RevisionNotFoundError as error:
-        raise MissingFileError(f"{repo} on the hub has no revision {revision!r}") from error
+        raise MissingFileError(f"the repository {repo} on the hub has no revision {revision!r}") from error
     except RepositoryNotFoundError as error:
         raise MissingFileError(
-            f"no folder or file {name} here, and no model {repo} on the hub that you may read (a private or gated one "
-            "needs `hf auth login`, and its terms accepted on its page)"
+            f"there is no folder or file {name}, and no model {repo} on the hub that you may read (a private or gated "
+            "model needs `hf auth login`, and its terms accepted on its page)"
         ) from error
     except (LocalEntryNotFoundError, HTTPError) as error:
-        # The hub's library wraps the cause, and tells of it in several lines.
+        # The hub's library wraps the cause and describes it in several lines.
         reason = str(error.__cause__ or error).partition("\n")[0].rstrip(".")
         options = f"{_patterns(file or ' '.join(files), only, weights)}{f' --revision {revision}' if revision else ''}"
         raise MissingFileError(
-            f"no folder or file {name} here, and its files can't all be had from the hub or its cache ({reason}); on a "
-            f"machine with a network run: hf download {repo} {options} "
+            f"there is no folder or file {name}, and some files of {repo} are neither in the cache nor reachable on "
+            f"the hub ({reason}); on a machine with a network run: hf download {repo} {options} "
             f"--local-dir models/{repo.partition('/')[2]}, and give the path of that {'file' if file else 'folder'}"
         ) from error
     if not path.exists():
-        raise MissingFileError(f"no file {name} here, and {repo} on the hub holds no {file}")
+        raise MissingFileError(f"there is no file {name}, and the repository {repo} on the hub has no file {file}")
     return path
 
 
@@ -109,14 +110,16 @@ def files_to_fetch(
     only: Collection[str] | None = None,
     weights: bool = True,
 ) -> list[str]:
-    """Those of a repository's files that make up the model: configs, tokenizers and one set of weights a network.
+    """Return the files of a repository that make up the model: configs, tokenizers, one set of weights per network.
 
-    Of several sets, the one that `weights.io.load_params` prefers; with `variant`, first one of that variant. What the
-    model is not computed by (safety checker, other VAEs) is left. Raises ValueError, naming `where`, if a network has
-    no weights that can be read here, or there is no network.
+    Of several sets, it chooses the one that `weights.io.load_params` prefers; with `variant`, one of that variant if
+    there is one. It leaves out whatever the model does not compute with (safety checker, other VAEs).
+
+    Raises:
+        UserError: a network has no weights that dpo_jax can read, or there is no network; the message names `where`.
     """
     if variant and not any(f".{variant}." in file for file in SAFETENSORS):
-        raise UserError(f"{where}: unknown variant {variant!r} of weights, expected 'fp16' or nothing")
+        raise UserError(f"{where}: variant={variant!r} is not known; set it to 'fp16' or leave it empty")
     names_in = defaultdict(set)
     for file in repo_files:
         folder, _, name = file.rpartition("/")
@@ -127,7 +130,7 @@ def files_to_fetch(
         networks.append("")  # the root
     if not networks:
         needed = " or ".join(sorted(only or NETWORKS))
-        raise UserError(f"{where} is no model for diffusers: it has no {needed} with a config.json")
+        raise UserError(f"{where} is not a diffusers model: it has no {needed} with a config.json")
 
     wanted = ["model_index.json"] if is_pipeline else []
     for folder in WITHOUT_WEIGHTS:
@@ -150,17 +153,20 @@ def files_to_fetch(
 def _fetch_folder(
     repo: str, revision: str | None, variant: str, only: Collection[str] | None, weights: bool
 ) -> epath.Path:
-    # Fetching the configs makes the hub's library list the repository, and keep that list for when there is no network.
+    # Fetching the configs makes the hub's library list the repository and keep the list for use without a network.
     configs = ["model_index.json", "config.json"]
     configs += [f"{folder}/config.json" for folder in NETWORKS if _is_wanted(folder, only)]
     folder = snapshot_download(repo, revision=revision, allow_patterns=configs)
     try:
         repo_files = [file.path for file in get_cached_repo_tree(repo, revision=revision)]
-    except CachedRepoTreeNotFoundError:  # no network, and cached by a version that kept no list
+    except CachedRepoTreeNotFoundError:  # there is no network, and an earlier version kept no list
         repo_files = [path.relative_to(folder).as_posix() for path in Path(folder).rglob("*")]
     wanted = files_to_fetch(repo_files, repo, variant=variant, only=only, weights=weights)
     if variant and weights and not any(f".{variant}" in file for file in wanted):
-        print(f"{repo} on the hub has no {variant} weights; fetching its plain ones", file=sys.stderr)
+        print(
+            f"the repository {repo} on the hub has no {variant} weights; fetching its full-precision ones",
+            file=sys.stderr,
+        )
     return epath.Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
 
 
@@ -169,7 +175,7 @@ def _is_wanted(folder: str, only: Collection[str] | None) -> bool:
 
 
 def _one_set_of_weights(names: Collection[str], variant: str) -> list[str]:
-    """The names of the preferred file of weights, or of an index and its shards; none where there are no weights."""
+    """Return the names of the preferred file of weights, or of an index and its shards; [] if there are no weights."""
     first = preferred_weights(names, variant)
     if first is None or not first.endswith(".json"):
         return [first] if first else []
@@ -181,10 +187,10 @@ def _one_set_of_weights(names: Collection[str], variant: str) -> list[str]:
 
 
 def _patterns(file: str | None, only: Collection[str] | None, weights: bool) -> str:
-    """The arguments by which `hf download` fetches the same, but for copies that only a list of files would tell."""
+    """Return arguments of `hf download` that fetch these files, and copies that only a list of files would exclude."""
     if file:
         return file
     patterns = ["*.json", "*.txt"]
-    if weights:  # at the root of a whole model lie single files of everything
+    if weights:  # files at the root of a whole model hold all of it once more
         patterns.append("*/*.safetensors" if only is None else "*.safetensors")
     return " ".join(f"--include '{pattern}'" for pattern in patterns)

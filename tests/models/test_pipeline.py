@@ -73,7 +73,7 @@ def test_turbo_ends_in_pure_noise(sdxl: Path) -> None:
 
 
 def test_no_model_folder(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no folder or file /.*/absent, and it is no hub id either"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder or file /.*/absent, and it is not a hub id"):
         load_pipeline(tmp_path / "absent", dtype="float32")
     with pytest.raises(FileNotFoundError, match=r"no diffusers model folder at .*model_index.json.*hf download"):
         load_pipeline(tmp_path, dtype="float32")

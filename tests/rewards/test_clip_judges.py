@@ -293,7 +293,7 @@ def test_a_folder_with_a_pickle_is_refused_with_a_command_that_converts_it(
 
 def test_missing_files_are_one_sentence(clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match=r"^no folder or file nobody/nothing here") as error:
+    with pytest.raises(FileNotFoundError, match=r"^there is no folder or file nobody/nothing,") as error:
         open_judge("pickscore=nobody/nothing")
     assert "hf download nobody/nothing config.json model.safetensors tokenizer" in str(error.value)
     with pytest.raises(FileNotFoundError, match="no folder or file models/mine"):

@@ -168,7 +168,7 @@ def test_command_converts_without_training_there_and_back(tmp_path):
         (["--workdir=a", "--lora=b"], "--lora goes with --model"),
         (["--model=b", "--step=2"], "--step goes with --workdir; a model has no steps"),
         (["--workdir=a"], "no training run at a"),
-        (["--model=b"], "no folder or file b, and it is no hub id"),
+        (["--model=b"], "no folder or file b, and it is not a hub id"),
     ],
 )
 def test_command_refuses(tmp_path, flags, message):

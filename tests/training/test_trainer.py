@@ -131,7 +131,7 @@ def test_refuses_the_work_directory_of_another_config(tiny_config, one_step):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model": "nowhere"}, r"no folder or file nowhere, and it is no hub id"),
+        ({"model": "nowhere"}, r"no folder or file nowhere, and it is not a hub id"),
         ({"family": "sdxl", "model": "dpo_jax/tiny/model", "vae": "nowhere"}, r"no folder or file nowhere"),
         ({"family": "sd15", "model": "dpo_jax/tiny/model"}, r"sd15 has the text encoders \['text_encoder'\]"),
         ({"lora.rank": -1}, r"config.lora.rank=-1 must be at least 0"),

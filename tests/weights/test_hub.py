@@ -1,4 +1,4 @@
-"""Models by name, from a small hub of our own that speaks the real one's protocol to huggingface_hub."""
+"""Finding models by name, on a small local hub that speaks the real one's protocol to huggingface_hub."""
 
 import itertools
 import json
@@ -149,7 +149,7 @@ def test_some_components_or_configs_alone() -> None:
     assert files_to_fetch(VAE_FP16_FIX, "a/b", only={"vae"}) == PLAIN.split()
     configs = TWO_CLIPS | dict.fromkeys(("unet", "vae", "text_encoder", "text_encoder_2"), "config.json")
     assert sorted(files_to_fetch(SDXL, "a/b", weights=False)) == sorted(listing(**configs))
-    with pytest.raises(ValueError, match=r"^a/b is no model for diffusers: it has no vae with a config.json$"):
+    with pytest.raises(ValueError, match=r"^a/b is not a diffusers model: it has no vae with a config.json$"):
         files_to_fetch(DPO_UNET, "a/b", only={"vae"})
 
 
@@ -165,7 +165,7 @@ def test_a_sharded_network_comes_with_its_own_shards() -> None:
 
 
 def test_what_is_fetched_is_what_loading_would_prefer(tmp_path: Path) -> None:
-    """Of any two files of weights in a folder, the one fetched loads to the same numbers as the whole folder does."""
+    """With any two files of weights in a folder, the fetched one loads to the same numbers as the whole folder."""
     specs = {"norm.scale": ParamSpec((1,), (0,))}
     files: dict[str, dict[str, bytes]] = {}  # each way to hold the weights: its files
     for number, name in enumerate((*SAFETENSORS, *LEGACY_FLAX)):
@@ -203,7 +203,7 @@ def test_what_is_fetched_is_what_loading_would_prefer(tmp_path: Path) -> None:
             listing(root="model_index.json", unet="config.json model.onnx", vae=PLAIN),
             r"^a/b holds no weights for unet$",
         ),
-        (listing(root="README.md data.parquet"), r"^a/b is no model for diffusers: it has no text_encoder or "),
+        (listing(root="README.md data.parquet"), r"^a/b is not a diffusers model: it has no text_encoder or "),
     ],
 )
 def test_repositories_that_hold_nothing_to_read(repo_files: list[str], message: str) -> None:
@@ -212,7 +212,7 @@ def test_repositories_that_hold_nothing_to_read(repo_files: list[str], message: 
 
 
 def test_an_unknown_variant() -> None:
-    with pytest.raises(ValueError, match="a/b: unknown variant 'fp61' of weights, expected 'fp16' or nothing"):
+    with pytest.raises(ValueError, match="a/b: variant='fp61' is not known; set it to 'fp16' or leave it empty"):
         files_to_fetch(SD15, "a/b", variant="fp61")
 
 
@@ -295,7 +295,10 @@ def test_a_variant_is_fetched_where_there_is_one(
     assert hub.fetched == PIPELINE - set(listing(unet=PLAIN)) | set(listing(unet=HALF))
     assert "fp16" not in capsys.readouterr().err
     find_model("somebody/sdxl", variant="fp16")
-    assert "somebody/sdxl on the hub has no fp16 weights; fetching its plain ones\n" in capsys.readouterr().err
+    assert (
+        "repository somebody/sdxl on the hub has no fp16 weights; fetching its full-precision ones\n"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_revision_and_a_single_file(hub: Hub, model: Path, tmp_path: Path) -> None:
@@ -309,16 +312,19 @@ def test_a_revision_and_a_single_file(hub: Hub, model: Path, tmp_path: Path) -> 
     for revision in ("refs/pr/95", commit):
         assert find_model(name, revision=revision).read_text() == "of the other revision"
     assert find_model("somebody/sdxl", revision="refs/pr/95").name == commit
-    with pytest.raises(FileNotFoundError, match=r"^somebody/sdxl on the hub has no revision 'v7'$"):
+    with pytest.raises(FileNotFoundError, match=r"^the repository somebody/sdxl on the hub has no revision 'v7'$"):
         find_model("somebody/sdxl", revision="v7")
-    with pytest.raises(FileNotFoundError, match=r"^no file somebody/sdxl/no\.safetensors here, and somebody/sdxl on "):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"^there is no file somebody/sdxl/no\.safetensors, and the repository somebody/sdxl on ",
+    ):
         find_model("somebody/sdxl/no.safetensors")
     hub.switch_off()
     assert find_model(name).read_text() == "not to be fetched"
 
 
 def test_a_lora_comes_with_its_alpha(hub: Hub, tmp_path: Path) -> None:
-    """By its repository's id or its file's name, with peft's config, and nothing else."""
+    """A LoRA is found by its repository's id or its file's name, and is fetched with peft's config and nothing else."""
     lora = tmp_path / "lora"
     for folder, name in (("", "pytorch_lora_weights"), ("peft", "adapter_model"), ("", "full_model")):
         (lora / folder).mkdir(parents=True, exist_ok=True)
@@ -347,13 +353,15 @@ def test_what_exists_here_comes_first(hub: Hub, tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("name", ["sdxl", "./models/sdxl", "/models/sdxl", "~/models/sdxl", "a/b/c", "a/b/model.ckpt"])
 def test_names_that_can_only_be_paths(hub: Hub, name: str) -> None:
-    with pytest.raises(FileNotFoundError, match=rf"^no folder or file {name}, and it is no hub id either \(owner/name"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"^there is no folder or file {name}, and it is not a hub id \(owner/name"
+    ):
         find_model(name)
 
 
 def test_a_model_that_is_not_on_the_hub_or_not_for_everybody(hub: Hub, model: Path) -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"^no folder or file models/sdxl here, and no model models/sdxl on the"
+        FileNotFoundError, match=r"^there is no folder or file models/sdxl, and no model models/sdxl on the"
     ):
         find_model("models/sdxl")
     hub.gated.add("somebody/sdxl")
@@ -367,12 +375,14 @@ def test_a_hub_out_of_reach(hub: Hub) -> None:
     with pytest.raises(FileNotFoundError) as raised:
         find_model("models/sdxl")
     assert str(raised.value).replace("[Errno 111] ", "") == (
-        "no folder or file models/sdxl here, and its files can't all be had from the hub or its cache (Connection "
-        "refused); on a machine with a network run: hf download models/sdxl --include '*.json' --include '*.txt' "
-        "--include '*/*.safetensors' --local-dir models/sdxl, and give the path of that folder"
+        "there is no folder or file models/sdxl, and some files of models/sdxl are neither in the cache nor reachable "
+        "on the hub (Connection refused); on a machine with a network run: hf download models/sdxl --include '*.json' "
+        "--include '*.txt' --include '*/*.safetensors' --local-dir models/sdxl, and give the path of that folder"
     )
-    with pytest.raises(FileNotFoundError, match="folder or file somebody/sdxl here, and its files can't all be had"):
-        find_model("somebody/sdxl")  # of which only the UNet is cached
+    with pytest.raises(
+        FileNotFoundError, match="folder or file somebody/sdxl, and some files of somebody/sdxl are neither in"
+    ):
+        find_model("somebody/sdxl")  # only its UNet is cached
     command = r"hf download a/b c\.safetensors --revision v2 --local-dir models/b, and give the path of that file$"
     with pytest.raises(FileNotFoundError, match=command):
         find_model("a/b/c.safetensors", revision="v2")
@@ -398,5 +408,5 @@ def test_offline_as_users_set_it(hub: Hub, tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     found, error = result.stdout.splitlines()
     assert found == str(folder)
-    assert "can't all be had from the hub or its cache" in error
+    assert "some files of somebody/other are neither in the cache nor reachable on the hub" in error
     assert "HF_HUB_OFFLINE" in error
