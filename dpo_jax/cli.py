@@ -131,8 +131,8 @@ def load_config(spec: str) -> ConfigDict:
     """Return the config that `NAME`, `FILE`, `NAME:variant` or `FILE:variant` describes."""
     path, _, argument = find_config(spec).partition(":")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"{path} is not a config file, which is Python and ends in .py; name a config or such a file")
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):

@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+import zlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -84,12 +85,14 @@ def read_batch(path: epath.PathLike) -> tuple[int, PreferenceBatch, list[str]]:
     """The step, the batch and the names of its examples that `write_batch` wrote; UserError for any other file."""
     data = files.read_bytes(path, 2 * MAX_BYTES)
     try:
+        if not zipfile.is_zipfile(io.BytesIO(data)):  # np.load would return the array of a .npy file
+            raise ValueError("it is not a .npz file")
         with np.load(io.BytesIO(data)) as found:
             arrays = dict(found)
         inputs = INPUTS[str(arrays["kind"])]
         batch = _tuple(PreferenceBatch, arrays, "", {"inputs": inputs, "transitions": Transitions})
         return int(arrays["step"]), batch, [str(name) for name in arrays["names"]]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is not a batch that a run kept in WORKDIR/errors, or is damaged ({error})") from error
 
 

@@ -16,6 +16,7 @@ from etils import epath
 from huggingface_hub import get_cached_repo_tree, snapshot_download
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
+    HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -81,6 +82,10 @@ def find_model(
         patterns += [f"{folder}/{name}".removeprefix("/") for name in files]
         patterns = [glob.escape(pattern) for pattern in patterns]
         path = epath.Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns)) / (file or "")
+    except HFValidationError as error:
+        raise MissingFileError(
+            f"no folder or file {name}, and it is no hub id either ({str(error).rstrip('.')})"
+        ) from error
     except RevisionNotFoundError as error:
         raise MissingFileError(f"the repository {repo} on the hub has no revision {revision!r}") from error
     except RepositoryNotFoundError as error:

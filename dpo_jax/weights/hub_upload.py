@@ -5,7 +5,14 @@ import re
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 
 from dpo_jax.errors import EnvironmentFault, ExistingFileError, UserError
 
@@ -26,6 +33,12 @@ def check_upload(repo: str, output: str | os.PathLike[str]) -> None:
     """
     if not REPOSITORY.fullmatch(repo):
         raise UserError(f"--push_to_hub={repo} is not the name of a repository on the hub; write OWNER/NAME")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(
+            f"--push_to_hub={repo} is not the name of a repository on the hub ({str(error).rstrip('.')})"
+        ) from error
     if "://" in os.fspath(output):
         raise UserError(
             f"--push_to_hub uploads a local folder, but --output={os.fspath(output)} is not local; choose a local one"

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dpo_jax.data.sources import hub
 from dpo_jax.data.sources.detect import detect_source
+from dpo_jax.errors import UserError
 
 from ..hub_server import Hub
 
@@ -66,6 +67,8 @@ def test_patterns_and_revisions(server: Hub, tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("hub:pairs", r"hub:pairs does not name a data set on the hub; write hub:OWNER/NAME"),
+        ("hub:somebody/pairs.git", r"hub:somebody/pairs.git does not name a data set on the hub \(Repo_id cannot end"),
+        ("hub:somebody/my--pairs", r"does not name a data set on the hub \(Cannot have -- or \.\. in repo_id"),
         ("hub:somebody/none", r"there is no data set somebody/none on the hub that you may read"),
         ("hub:somebody/pairs@v7", r"the data set somebody/pairs on the hub has no revision 'v7'"),
         (
@@ -75,7 +78,7 @@ def test_patterns_and_revisions(server: Hub, tmp_path: Path) -> None:
     ],
 )
 def test_names_that_lead_nowhere(server: Hub, name: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         hub.fetch(name)
 
 

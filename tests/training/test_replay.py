@@ -1,7 +1,9 @@
 """A step that is not finite names its records and keeps its batch, and a replay finds the cause."""
 
+import io
 import itertools
 import re
+from collections.abc import Callable
 
 import jax
 import ml_dtypes
@@ -128,7 +130,17 @@ def test_a_batch_that_is_too_large_is_cut(tmp_path, monkeypatch) -> None:
     assert path.with_suffix(".txt").read_text() == "a\nb\nc\n"
 
 
-@pytest.mark.parametrize("data", [b"", b"PK\x03\x04 broken", b"text"])
+def saved(save: Callable[..., None], **arrays: np.ndarray) -> bytearray:
+    file = io.BytesIO()
+    save(file, *arrays.values()) if save is np.save else save(file, **arrays)
+    return bytearray(file.getvalue())
+
+
+COMPRESSED = saved(np.savez_compressed, kind=np.array("Raw" * 1000))
+COMPRESSED[60:90] = b"\xff" * 30
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04 broken", b"text", saved(np.save, a=np.zeros(3)), COMPRESSED])
 def test_another_file_is_no_batch(tmp_path, data) -> None:
     (tmp_path / "a.npz").write_bytes(data)
     with pytest.raises(ValueError, match=r"a\.npz is not a batch that a run kept in WORKDIR/errors, or is damaged"):

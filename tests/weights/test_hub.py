@@ -16,6 +16,7 @@ import torch
 from flax import serialization
 from safetensors.torch import save_file
 
+from dpo_jax.errors import MissingFileError
 from dpo_jax.models.pipeline import load_pipeline
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.weights.hub import files_to_fetch, find_lora, find_model
@@ -356,6 +357,12 @@ def test_names_that_can_only_be_paths(hub: Hub, name: str) -> None:
     with pytest.raises(
         FileNotFoundError, match=rf"^there is no folder or file {name}, and it is not a hub id \(owner/name"
     ):
+        find_model(name)
+
+
+@pytest.mark.parametrize("name", ["me/sdxl.git", "me/my--sdxl", "me/sdxl-"])
+def test_names_that_the_hub_does_not_take(hub: Hub, name: str) -> None:
+    with pytest.raises(MissingFileError, match=rf"^no folder or file {name}, and it is no hub id either \(Repo|Cannot"):
         find_model(name)
 
 

@@ -53,6 +53,7 @@ def test_an_export_is_uploaded_whole_with_its_card(hub: Hub, tmp_path: Path) -> 
             "out",
             "^--push_to_hub=mine is not the name of a repository on the hub; write OWNER/NAME$",
         ),
+        ("hf_write", "me/my--lora", "out", r"^--push_to_hub=me/my--lora is not the name of .* \(Cannot have --"),
         ("hf_write", "a/b/c", "out", "^--push_to_hub=a/b/c is not the name"),
         (
             "hf_write",

@@ -31,6 +31,7 @@ def fetch(name: str) -> list[Path]:
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import (
         CachedRepoTreeNotFoundError,
+        HFValidationError,
         HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -57,6 +58,8 @@ def fetch(name: str) -> list[Path]:
             paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         wanted = _choose(name, paths, pattern)
         folder = download([re.sub(r"([*?[])", r"[\1]", path) for path in wanted])
+    except HFValidationError as error:
+        raise UserError(f"{name} does not name a data set on the hub ({str(error).rstrip('.')})") from error
     except RevisionNotFoundError as error:
         raise MissingFileError(f"the data set {repo} on the hub has no revision {revision!r}") from error
     except RepositoryNotFoundError as error:
