@@ -1,5 +1,6 @@
 """Which checkpoint of a training run a command reads: the newest, the one of a step, or the best on held-out pairs."""
 
+import math
 import sys
 
 import numpy as np
@@ -43,7 +44,11 @@ def best_step(workdir: epath.PathLike) -> int:
         UserError: the run has no figures of held-out pairs, or none of a step with a checkpoint.
     """
     kept = finished_steps(workdir)
-    rows = [row for row in read_metrics(workdir) if is_validation(row)]
+    rows = [
+        {name: value for name, value in row.items() if math.isfinite(value)}  # NaN is neither more nor less
+        for row in read_metrics(workdir)
+        if is_validation(row)
+    ]
     figure = next((name for name in FIGURES if any(name in row for row in rows)), None)
     if figure is None:
         raise UserError(

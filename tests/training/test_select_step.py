@@ -50,6 +50,7 @@ def test_the_weights_of_one_step_are_read(run: Path) -> None:
         ("validation/pair_accuracy", {2: 0.6, 4: 0.8, 6: 0.7}, 4),
         ("validation/pair_accuracy", {2: 0.8, 4: 0.8, 6: 0.7}, 2),
         ("validation/pair_accuracy", {3: 0.9, 4: 0.6, 6: 0.7}, 6),
+        ("validation/pair_accuracy", {2: float("nan"), 4: 0.6, 6: 0.7}, 6),
         ("validation/error_winner", {0: 0.5, 2: 0.3, 4: 0.2, 6: 0.4}, 4),
     ],
 )
