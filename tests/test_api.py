@@ -1,5 +1,6 @@
 """What `import dpo_jax` offers does what the commands do."""
 
+import concurrent.futures
 import importlib
 import inspect
 import json
@@ -15,7 +16,8 @@ from PIL import Image
 
 import dpo_jax
 from dpo_jax.api import training
-from dpo_jax.errors import UserError
+from dpo_jax.errors import ExistingFileError, UserError
+from dpo_jax.training.preemption import Notice
 
 ROOT = Path(__file__).parents[1]
 MODEL = "dpo_jax/tiny/model"
@@ -66,6 +68,24 @@ def test_train_takes_names_of_configs_and_replaces_fields(monkeypatch, tmp_path)
         dpo_jax.train("tiny", tmp_path, {"loss": 1})
     with pytest.raises(UserError, match=r"config.steps=0 must be at least 1"):
         dpo_jax.train("tiny", tmp_path, {"steps": 0})
+    with pytest.raises(
+        UserError, match=r"config.data.accumulation=2 is replaced by .* Set data.micro_batch=\d+ on one"
+    ):
+        dpo_jax.train("tiny", tmp_path, {"data.accumulation": 2})
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"config.json is not a config file, which is Python and ends in .py"):
+        dpo_jax.train(str(tmp_path / "config.json"), tmp_path)
+
+
+def test_a_thread_can_await_a_notice():
+    """Python handles signals in the main thread alone."""
+
+    def notified() -> bool:
+        with Notice.awaited() as notice:
+            return notice.given(1)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        assert not threads.submit(notified).result()
 
 
 def test_a_loaded_model_draws_images_that_depend_on_prompt_and_seed():
@@ -107,6 +127,20 @@ def test_prepare_then_again(tmp_path):
     assert (again.summary, again.records) == (None, prepared.records)
     with pytest.raises(UserError, match="source=pickapik is not a layout"):
         dpo_jax.prepare("dpo_jax/tiny/pairs.parquet", tmp_path / "other", source="pickapik")
+    with pytest.raises(UserError, match="--input is missing"):
+        dpo_jax.prepare([], tmp_path / "other")
+
+
+def test_prepare_into_the_folder_that_it_reads(tmp_path):
+    for folder in ("w", "l"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (8, 8), "red" if folder == "w" else "blue").save(tmp_path / folder / "0.png")
+        (tmp_path / folder / "0.txt").write_text("a square")
+    prepared = dpo_jax.prepare(tmp_path, tmp_path / "data", workers=0)
+    assert dpo_jax.prepare(tmp_path, tmp_path / "data").records == prepared.records == 1
+    Image.new("RGB", (8, 8), "green").save(tmp_path / "w" / "0.png")
+    with pytest.raises(ExistingFileError, match=r"was prepared before .*/w/0.png last changed"):
+        dpo_jax.prepare(tmp_path, tmp_path / "data")
 
 
 def test_evaluate_compares_folders_of_images(tmp_path):
@@ -124,3 +158,5 @@ def test_evaluate_compares_folders_of_images(tmp_path):
     assert (output / "report.html").is_file()
     with pytest.raises(UserError, match="names only one"):
         dpo_jax.evaluate({"base": MODEL}, judges="shapes", output=output, prompts="bundled")
+    with pytest.raises(UserError, match="--judges is missing"):
+        dpo_jax.evaluate(images=folders, judges=[], output=output)

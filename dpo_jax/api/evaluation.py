@@ -119,6 +119,8 @@ def check(request: Request) -> None:
         raise UserError("--prompts is missing; name a file of prompts, or a list as in --prompts=bundled")
     if request.seed + request.seeds > 2**32:
         raise UserError(f"--seed={request.seed} with --seeds={request.seeds} goes past the largest seed, {2**32 - 1}")
+    if not request.judges:
+        raise UserError("--judges is missing; name one or more, for example --judges=pickscore")
     for spec in request.judges:
         find_judge(spec)
     if request.features != "thumbnails" and not request.features.startswith("clip="):

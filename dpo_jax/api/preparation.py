@@ -92,7 +92,7 @@ def find_input(patterns: Sequence[str] | None, source: str | None) -> tuple[list
                 f"--input={source}"
             )
         patterns, source = [source], None
-    if patterns is None:
+    if not patterns:
         raise UserError("--input is missing; name the files or folders to read")
     files = []
     for pattern in patterns:
@@ -133,7 +133,14 @@ def already_prepared(output: Path, files: list[Path], source: str, validation_fr
             "--output or remove it, or leave --input out to encode the data set that is there"
         )
     written = summary_file.stat().st_mtime
+    home = output.resolve()
+
+    def is_own(path: Path) -> bool:
+        """Whether it is what was prepared, or a folder that writing it has changed."""
+        return path.is_relative_to(home) or path in home.parents
+
     read = [each for file in files for each in (file, *(file.rglob("*") if file.is_dir() else ()))]
+    read = [each for each in read if not is_own(each.resolve())]
     changed = [file for file in read if max(file.stat().st_mtime, file.stat().st_ctime) > written]
     if changed:
         raise ExistingFileError(

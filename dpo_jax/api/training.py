@@ -25,7 +25,8 @@ def train(config: str | ConfigDict, workdir: epath.PathLike, fields: Mapping[str
     """
     config = cli.load_config(config) if isinstance(config, str) else config
     if fields:
-        cli.check_fields_exist(fields, cli.flatten(config))
+        known = cli.flatten(config)
+        cli.check_fields_exist(fields, known, known | dict(fields))
         config = cli.replaced(config, dict(fields))
     if "online" in config:
         from dpo_jax.rounds.config import check as check_online

@@ -1,6 +1,7 @@
 """The notice, by SIGTERM, that a scheduler or a cloud will take the machine away soon."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -25,9 +26,10 @@ class Notice:
     @classmethod
     @contextmanager
     def awaited(cls) -> Iterator["Notice"]:
-        """Catch SIGTERM within the block."""
+        """Catch SIGTERM within the block, except in a thread of a program, where Python catches none."""
         notice = cls()
-        if jax.process_count() > 1:  # JAX's runtime catches it since this process joined the others
+        in_thread = threading.current_thread() is not threading.main_thread()  # which cannot catch signals
+        if in_thread or jax.process_count() > 1:  # JAX's runtime catches it since this process joined the others
             yield notice
             return
 
