@@ -181,7 +181,7 @@ class DatasetEncoder:
     """All that is to be encoded of a data set. As a string: how much that is, and what it takes.
 
     Args:
-        frozen: weights of the VAE and the text encoders, on every device of `mesh`.
+        encoders: weights of the VAE and the text encoders, on every device of `mesh`.
         mesh: of this process's devices.
         folder: receives the encodings.
         views: of each image.
@@ -191,7 +191,7 @@ class DatasetEncoder:
     def __init__(
         self,
         pipeline: Pipeline,
-        frozen: Mapping[str, Params],
+        encoders: Mapping[str, Params],
         tokenizers: Tokenizers,
         prepared: PreparedData,
         mesh: Mesh,
@@ -226,10 +226,10 @@ class DatasetEncoder:
         captions_a_device = min(CAPTIONS_A_DEVICE, -(-len(captions) // mesh.size))
         image_shape = (images_a_device * mesh.size, len(views), resolution, resolution, 3)
         token_shape = (captions_a_device * mesh.size, *tokenizers([""]).shape[1:])
-        text = {name: params for name, params in frozen.items() if name != "vae"}
+        text = {name: params for name, params in encoders.items() if name != "vae"}
         self.tables = [
             Table("captions", len(captions), read_captions, embeddings, text, token_shape, np.int32, mesh, folder),
-            Table("images", count, read_images, moments, frozen["vae"], image_shape, np.uint8, mesh, folder),
+            Table("images", count, read_images, moments, encoders["vae"], image_shape, np.uint8, mesh, folder),
         ]
 
     def __str__(self) -> str:

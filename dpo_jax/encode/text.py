@@ -21,7 +21,7 @@ NEGATIVE_AESTHETIC_SCORE = 2.5
 
 
 def encode_text(
-    pipeline: Pipeline, frozen: Mapping[str, Params], token_ids_NEL: jax.Array
+    pipeline: Pipeline, encoders: Mapping[str, Params], token_ids_NEL: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Runs every text encoder of the family: (context_NLD, pooled_NP), P = 0 where the UNet takes no pooled embedding.
 
@@ -31,7 +31,7 @@ def encode_text(
     contexts = []
     pooled_NP = jnp.zeros((len(token_ids_NEL), 0), pipeline.dtype)
     for e, (encoder, network) in enumerate(zip(family.text_encoders, pipeline.text_encoders, strict=True)):
-        output = network(frozen[encoder.folder], token_ids_NEL[:, e])
+        output = network(encoders[encoder.folder], token_ids_NEL[:, e])
         contexts.append(getattr(output, encoder.context))
         if family.num_time_ids:
             pooled_NP = output.pooled_NP
@@ -62,7 +62,7 @@ def condition(
 def make_conditionings(
     pipeline: Pipeline, negative_1EL: np.ndarray, guidance: float, *, negative_is_empty: bool = True
 ) -> Callable[[Mapping[str, Params], jax.Array, jax.Array], tuple[Conditioning, Conditioning | None]]:
-    """`(frozen, token_ids_NEL, size_cond_N6) -> (of the captions, of what guidance leads away from)`, N rows each.
+    """`(encoders, token_ids_NEL, size_cond_N6) -> (of the captions, of what guidance leads away from)`, N rows each.
 
     Args:
         pipeline: the model's structure.
@@ -72,12 +72,12 @@ def make_conditionings(
     """
 
     def conditionings(
-        frozen: Mapping[str, Params], token_ids_NEL: jax.Array, size_cond_N6: jax.Array
+        encoders: Mapping[str, Params], token_ids_NEL: jax.Array, size_cond_N6: jax.Array
     ) -> tuple[Conditioning, Conditioning | None]:
-        conditioning = condition(pipeline.family, *encode_text(pipeline, frozen, token_ids_NEL), size_cond_N6)
+        conditioning = condition(pipeline.family, *encode_text(pipeline, encoders, token_ids_NEL), size_cond_N6)
         if guidance <= 1:
             return conditioning, None
-        of_negative = encode_text(pipeline, frozen, jnp.asarray(negative_1EL))
+        of_negative = encode_text(pipeline, encoders, jnp.asarray(negative_1EL))
         if negative_is_empty and pipeline.force_zeros_for_empty_prompt:
             of_negative = jax.tree.map(jnp.zeros_like, of_negative)
         context_NLD, pooled_NP = (jnp.repeat(x_1, len(token_ids_NEL), axis=0) for x_1 in of_negative)

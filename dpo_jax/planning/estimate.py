@@ -220,7 +220,7 @@ def measure_holdings(config: ConfigDict, pipeline: Pipeline, num_devices: int) -
     derived = resolve(config, device_count=num_devices, process_count=1)
     experiment = compose(config, derived, pipeline, Placement(_mesh(shape), rules_of(mesh.rules)))
     state, frozen = experiment.abstract_state(), experiment.frozen
-    unets = [params for name, params in frozen.items() if name in ("reference", "base")]
+    unets = [frozen.base, frozen.reference]
 
     def gathered(params: Any) -> float:
         return sum(math.prod(x.shape) for x in jax.tree.leaves(params)) * pipeline.dtype.itemsize * (shape[1] > 1)
@@ -235,8 +235,8 @@ def measure_holdings(config: ConfigDict, pipeline: Pipeline, num_devices: int) -
         batch=held_bytes(experiment.abstract_batch()),
         trained_elsewhere=missing_bytes(state.params),
         frozen_elsewhere=missing_bytes(frozen),
-        gathered=gathered(frozen.get("base", state.params)),
-        reference_gathered=gathered(frozen.get("reference", {})),
+        gathered=gathered(frozen.base or state.params),
+        reference_gathered=gathered(frozen.reference),
         scan=config.scan,
         compute_bytes=pipeline.dtype.itemsize,
         parameters=sum(_size(network.specs) for network in pipeline.components.values()),

@@ -16,12 +16,13 @@ def random_state(experiment: Experiment) -> tuple[TrainState, Frozen]:
     """Return a training state and frozen weights; the reference is the policy, rounded as in training."""
     abstract = experiment.abstract_state()
     params = random_weights(abstract.params, seed=0)
-    frozen = {name: random_weights(shapes, seed=1) for name, shapes in experiment.frozen.items() if name != "reference"}
-    if "base" in frozen:  # a LoRA begins with its second factor at 0, and its reference is the base
+    shapes, base, reference = experiment.frozen, {}, {}
+    if shapes.base:  # a LoRA begins with its second factor at 0, and its reference is the base
+        base = random_weights(shapes.base, seed=1)
         params = {name: x * 0 if "lora_B" in name else x for name, x in params.items()}
-    elif "reference" in experiment.frozen:
-        shapes = experiment.frozen["reference"]
-        frozen["reference"] = {name: jnp.array(params[name], shape.dtype) for name, shape in shapes.items()}
+    else:
+        reference = {name: jnp.array(params[name], shape.dtype) for name, shape in shapes.reference.items()}
+    frozen = Frozen(base, reference, {name: random_weights(each, seed=1) for name, each in shapes.encoders.items()})
     place = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
     opt_state = jax.jit(experiment.optimizer.init, out_shardings=place)(params)
     ema = {name: jnp.copy(params[name]) for name in abstract.ema}

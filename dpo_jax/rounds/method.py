@@ -22,7 +22,7 @@ from dpo_jax.objectives.transitions import (
 from dpo_jax.rounds.config import first_branch, needs_reference
 from dpo_jax.sharding import Placement, batch_constraint
 from dpo_jax.training.model import load_tokenizers_of
-from dpo_jax.training.step import ComputeLogRatios, Frozen, Objective, reference_params
+from dpo_jax.training.step import ComputeLogRatios, Frozen, Objective
 from dpo_jax.weights.layout import Params
 
 
@@ -77,13 +77,13 @@ def on_trajectories(config: ConfigDict, pipeline: Pipeline, placement: Placement
     ) -> LogRatios:
         sampled = batch.inputs
         assert isinstance(sampled, Sampled)
-        encoders = {name: gather(name, frozen[name]) for name in frozen if name not in ("base", "reference", "vae")}
+        encoders = {name: gather(name, weights) for name, weights in frozen.encoders.items() if name != "vae"}
         conditioning = conditionings(encoders, sampled.token_ids_BMEL[:, 0], batch.size_cond_BK6[:, 0])
         transitions, conditioning = constrain((sampled.transitions, conditioning))
         return transition_log_ratios(
             denoise,
-            gather("unet", frozen.get("base", {}) | params),
-            gather("unet", reference_params(frozen)) if objective.needs_reference else None,
+            gather("unet", frozen.policy(params)),
+            gather("unet", frozen.whole_reference()) if objective.needs_reference else None,
             table,
             transitions,
             conditioning,

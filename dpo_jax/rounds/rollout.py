@@ -118,8 +118,8 @@ def make_rollout(
         params: Params, frozen: Frozen, latent_judge: dict[str, Params], token_ids_BEL: jax.Array, number_B: jax.Array
     ) -> tuple[Transitions, jax.Array, jax.Array | None, jax.Array]:
         B = len(number_B)
-        unet = gather("unet", frozen.get("base", {}) | params)
-        encoders = {name: gather(name, frozen[name]) for name in frozen if name not in ("base", "reference")}
+        unet = gather("unet", frozen.policy(params))
+        encoders = {name: gather(name, weights) for name, weights in frozen.encoders.items()}
         both = split(conditionings(encoders, token_ids_BEL, jnp.tile(size_cond_16, (B, 1))))
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.seed), number_B)
         noise_keys_B, step_keys_B = (jax.vmap(jax.random.fold_in, (0, None))(keys_B, i) for i in range(2))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -202,7 +202,9 @@ def compose(
 def make_encode(pipeline: Pipeline) -> Encode:
     """Return the function that makes latents and conditioning of a batch: of images and captions, or of stored ones."""
 
-    def encode(frozen: Frozen, batch: PreferenceBatch, keys_B: jax.Array) -> tuple[jax.Array, Conditioning]:
+    def encode(
+        encoders: Mapping[str, Params], batch: PreferenceBatch, keys_B: jax.Array
+    ) -> tuple[jax.Array, Conditioning]:
         inputs, size_cond_N6 = batch.inputs, fold(batch.size_cond_BK6)
         if isinstance(inputs, Cached):
             latents_BKhwC = sample_posterior(pipeline.vae, inputs.moments_BKhwC, keys_B)
@@ -210,8 +212,10 @@ def make_encode(pipeline: Pipeline) -> Encode:
             pooled_NP = fold(inputs.pooled_BMP).astype(pipeline.dtype)
         else:
             assert isinstance(inputs, Raw), "batches of trajectories have a method of their own"
-            latents_BKhwC = encode_images(pipeline.vae, frozen["vae"], inputs.images_BKHWC, inputs.mirrored_BK, keys_B)
-            context_NLD, pooled_NP = encode_text(pipeline, frozen, fold(inputs.token_ids_BMEL))
+            latents_BKhwC = encode_images(
+                pipeline.vae, encoders["vae"], inputs.images_BKHWC, inputs.mirrored_BK, keys_B
+            )
+            context_NLD, pooled_NP = encode_text(pipeline, encoders, fold(inputs.token_ids_BMEL))
         return latents_BKhwC, condition(pipeline.family, context_NLD, pooled_NP, size_cond_N6)
 
     def fold(x: jax.Array) -> jax.Array:

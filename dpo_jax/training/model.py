@@ -1,6 +1,6 @@
 """Opens the models that a config names: their structure, their LoRA, and the frozen weights."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -89,46 +89,51 @@ def load_unet(pipeline: Pipeline, placement: Placement, path: epath.Path | None 
 def abstract_frozen(config: ConfigDict, pipeline: Pipeline, placement: Placement, *, needs_reference: bool) -> Frozen:
     """Return the shapes and shardings of all weights that a training step reads and does not change.
 
-    With a LoRA, "base" is the UNet that it starts from. The reference is that UNet, and "reference" holds only weights
-    that differ from it: see `step.reference_params`.
+    With a LoRA, `base` is the UNet that it starts from; the reference is that UNet, too, and `reference` holds only the
+    weights that differ from it.
     """
-    specs, dtypes = {}, {"vae": jnp.dtype(config.vae_dtype)}
+    dtypes = {"vae": jnp.dtype(config.vae_dtype)}
+    encoders, reference = {}, {}
     if not config.data.get("encoded_views"):
-        specs = {name: network.specs for name, network in pipeline.components.items() if name != "unet"}
-    if pipeline.adapted_unet is not None:
-        specs["base"] = pipeline.unet.specs
+        encoders = {name: network.specs for name, network in pipeline.components.items() if name != "unet"}
     if needs_reference:
-        specs["reference"] = {
+        reference = {
             **(pipeline.unet.specs if config.reference or pipeline.adapted_unet is None else {}),
             **(pipeline.trained_specs if config.lora.init_reference else {}),
         }
-    return {name: abstract_params(s, dtypes.get(name, pipeline.dtype), placement) for name, s in specs.items() if s}
+    return Frozen(
+        base=abstract_params({} if pipeline.adapted_unet is None else pipeline.unet.specs, pipeline.dtype, placement),
+        reference=abstract_params(reference, pipeline.dtype, placement),
+        encoders={
+            name: abstract_params(specs, dtypes.get(name, pipeline.dtype), placement)
+            for name, specs in encoders.items()
+        },
+    )
 
 
 def load_frozen(
-    config: ConfigDict, pipeline: Pipeline, placement: Placement, names: Collection[str], adapter: Params | None
+    config: ConfigDict, pipeline: Pipeline, placement: Placement, abstract: Frozen, adapter: Params | None
 ) -> Frozen:
-    """Return the weights that `abstract_frozen` describes, under the same names."""
-    frozen = load_encoders(config, pipeline, placement) if "vae" in names else {}
-    if "base" in names:
-        frozen["base"] = load_unet(pipeline, placement)
-    if "reference" not in names:
-        return frozen
-    frozen["reference"] = {}
+    """Return the weights of which `abstract` has the shapes; see `abstract_frozen`."""
+    encoders = load_encoders(config, pipeline, placement) if abstract.encoders else {}
+    base = load_unet(pipeline, placement) if abstract.base else {}
+    reference: Params = {}
+    if not abstract.reference:
+        return Frozen(base, reference, encoders)
     if config.reference:
-        frozen["reference"] = load_unet(pipeline, placement, find_component(config.reference, "unet"))
+        reference = load_unet(pipeline, placement, find_component(config.reference, "unet"))
     elif adapter is None:
-        frozen["reference"] = load_unet(pipeline, placement)
+        reference = load_unet(pipeline, placement)
     if config.lora.init_reference:
         assert adapter is not None  # checked by `config.check_settings`
-        frozen["reference"] |= {
+        reference |= {
             name: jax.device_put(np.asarray(value, pipeline.dtype), placement(name, pipeline.trained_specs[name]))
             for name, value in adapter.items()
         }
-    return frozen
+    return Frozen(base, reference, encoders)
 
 
-def load_encoders(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> Frozen:
+def load_encoders(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> dict[str, Params]:
     """Return the VAE and the text encoders."""
     return loaded_model.load_encoders(pipeline, placement, config.vae_dtype)
 
@@ -140,7 +145,7 @@ def load_tokenizers_of(pipeline: Pipeline) -> Tokenizers:
 def make_generator(
     config: ConfigDict,
     pipeline: Pipeline,
-    encoders: Callable[[], Frozen],
+    encoders: Callable[[], Mapping[str, Params]],
     placement: Placement,
     batch_size: int,
     report: Callable[[str], None] | None = None,

@@ -7,7 +7,7 @@ Axes: B prompts of a batch, A micro-batches, K candidates.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,13 +21,31 @@ from dpo_jax.objectives.losses import implicit_accuracy, margin
 from dpo_jax.weights.layout import Params
 
 Metrics = dict[str, jax.Array]
-Frozen = dict[str, Params]
-"""Parameters that are never trained, by component: "vae", "text_encoder", ...; "base", the weights that a LoRA is added
-to; and "reference", the weights of the reference that differ from "base"."""
-Encode = Callable[[Frozen, PreferenceBatch, jax.Array], tuple[jax.Array, Conditioning]]
-"""(frozen, batch, keys_B) -> (latents_BKHWC, conditioning of the candidates)."""
+Encode = Callable[[Mapping[str, Params], PreferenceBatch, jax.Array], tuple[jax.Array, Conditioning]]
+"""(encoders, batch, keys_B) -> (latents_BKHWC, conditioning of the candidates); `encoders` as in `Frozen`."""
 ComputeLogRatios = Callable[..., LogRatios]
 """(params, frozen, batch, step, training=False) -> log-ratios; `training` turns a LoRA's dropout on."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """The weights that are never trained, in the compute dtype."""
+
+    base: Params = dataclasses.field(default_factory=dict)
+    """The UNet that a LoRA is added to; empty if the whole UNet is trained."""
+    reference: Params = dataclasses.field(default_factory=dict)
+    """The weights of the reference that differ from `base`."""
+    encoders: Mapping[str, Params] = dataclasses.field(default_factory=dict)
+    """The VAE and the text encoders by component; empty if training reads stored latents and embeddings."""
+
+    def policy(self, params: Params) -> Params:
+        """Return the weights of the policy: the trained ones and, with a LoRA, those that it is added to."""
+        return self.base | params
+
+    def whole_reference(self) -> Params:
+        """Return all weights that the policy is compared with."""
+        return self.base | self.reference
 
 
 class TrainState(NamedTuple):
@@ -104,7 +122,7 @@ def make_log_ratios(
         params: Params, frozen: Frozen, batch: PreferenceBatch, step: jax.Array, training: bool = False
     ) -> LogRatios:
         batch = keep_candidates(batch, objective.num_candidates)
-        encoders = {name: gather(name, frozen[name]) for name in frozen if name not in ("base", "reference")}
+        encoders = {name: gather(name, weights) for name, weights in frozen.encoders.items()}
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
         posterior_key, diffusion_key, dropout_key = keys
         dropout_keys_B = keys_for(dropout_key, batch.index_B) if training and dropout else None
@@ -124,8 +142,8 @@ def make_log_ratios(
         latents_BKHWC, conditioning, t_B, noise_BHWC, perturbed_BHWC = constrain(
             (latents_BKHWC, conditioning, t_B, noise_BHWC, perturbed_BHWC)
         )
-        policy = gather("unet", frozen.get("base", {}) | params)
-        reference = gather("unet", reference_params(frozen)) if objective.needs_reference else None
+        policy = gather("unet", frozen.policy(params))
+        reference = gather("unet", frozen.whole_reference()) if objective.needs_reference else None
         return candidate_log_ratios(
             denoise,
             policy,
@@ -140,11 +158,6 @@ def make_log_ratios(
         )
 
     return compute_log_ratios
-
-
-def reference_params(frozen: Frozen) -> Params:
-    """Return the weights that the policy is compared with."""
-    return frozen.get("base", {}) | frozen.get("reference", {})
 
 
 def make_train_step(

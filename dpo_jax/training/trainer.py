@@ -65,7 +65,7 @@ from dpo_jax.training.needs import check_grids, check_room
 from dpo_jax.training.preemption import Notice, Preempted
 from dpo_jax.training.replay import keep_batch
 from dpo_jax.training.startup import StartupClock, keep_compiled_programs
-from dpo_jax.training.step import Frozen, TrainState, make_eval_step, reference_params
+from dpo_jax.training.step import TrainState, make_eval_step
 from dpo_jax.weights.layout import Params
 
 PREEMPTED = "preempted after step {}; run the same command again to continue"
@@ -392,7 +392,7 @@ class Loop:
                 self.config, e.pipeline, self._encoders, e.placement, batch_size=len(captions), report=self.bar.say
             )
             self._reference_images = self._generator(self._compared_with(), captions, seeds)
-        policy = self.experiment.frozen.get("base", {}) | for_sampling(self.experiment.pipeline, params)
+        policy = self.experiment.frozen.policy(for_sampling(self.experiment.pipeline, params))
         images = self._generator(policy, captions, seeds)
         references = self._reference_images
         assert references is not None
@@ -411,15 +411,15 @@ class Loop:
         """The weights that the policy's images are compared with, in the compute dtype."""
         e = self.experiment
         if e.objective.needs_reference:
-            return reference_params(e.frozen)
+            return e.frozen.whole_reference()
         if e.adapter is None:
             return load_unet(e.pipeline, e.placement)  # read again, and kept only while its images are drawn
-        return e.frozen["base"] | (for_sampling(e.pipeline, e.adapter) if self.config.lora.init else {})
+        return e.frozen.policy(for_sampling(e.pipeline, e.adapter) if self.config.lora.init else {})
 
     def _grid_file(self, step: int) -> epath.Path:
         return self.workdir / "samples" / f"step_{step:06d}.png"
 
-    def _encoders(self) -> Frozen:
+    def _encoders(self) -> Mapping[str, Params]:
         """Return the VAE and text encoders; a run on stored latents loads them only while it samples."""
         e = self.experiment
-        return e.frozen if "vae" in e.frozen else load_encoders(self.config, e.pipeline, e.placement)
+        return e.frozen.encoders or load_encoders(self.config, e.pipeline, e.placement)

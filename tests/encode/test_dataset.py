@@ -78,7 +78,7 @@ def test_stored_numbers_are_those_of_the_models(config, tmp_path: Path, family: 
     assert len(list(folder.glob("images-*.safetensors"))) > 2
     assert len(list(folder.glob("captions-*.safetensors"))) > 2
     pipeline = open_model(config, tmp_path)
-    frozen, tokenizers = load_encoders(config, pipeline, Placement(make_mesh())), load_tokenizers_of(pipeline)
+    encoders, tokenizers = load_encoders(config, pipeline, Placement(make_mesh())), load_tokenizers_of(pipeline)
 
     def assert_rounded(found: np.ndarray, expected: np.ndarray) -> None:
         """To bfloat16, up to what another batch size does to float32."""
@@ -89,7 +89,7 @@ def test_stored_numbers_are_those_of_the_models(config, tmp_path: Path, family: 
         for number, view in enumerate(encodings.views):
             pixels, _ = images.fit(images.decode(data.images[position]), 32, view)
             pixels = pixels[:, ::-1] if view.flip else pixels
-            expected = posterior_moments(pipeline.vae, frozen["vae"], jnp.asarray(pixels[None]))[0]
+            expected = posterior_moments(pipeline.vae, encoders["vae"], jnp.asarray(pixels[None]))[0]
             moments = moments_of(encodings, position, number)
             assert_rounded(moments, expected)
             seen.add((pixels.tobytes(), moments.tobytes()))
@@ -99,7 +99,7 @@ def test_stored_numbers_are_those_of_the_models(config, tmp_path: Path, family: 
         assert len({both[i] for both in seen}) == 3 * len(data.images) - squares > 2 * len(data.images)
     captions = sorted({*data.records["caption"].to_pylist(), "mine", "yours", ""})
     for caption in captions:
-        context_NLD, pooled_NP = encode_text(pipeline, frozen, jnp.asarray(tokenizers([caption])))
+        context_NLD, pooled_NP = encode_text(pipeline, encoders, jnp.asarray(tokenizers([caption])))
         context_LD, pooled_P = text_of(encodings, caption)
         assert_rounded(context_LD, context_NLD[0])
         assert_rounded(pooled_P, pooled_NP[0])

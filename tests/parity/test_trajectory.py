@@ -24,7 +24,7 @@ from dpo_jax.objectives.denoising import candidate_log_ratios
 from dpo_jax.objectives.losses import dpo
 from dpo_jax.training.config import default_config
 from dpo_jax.training.optim import learning_rate_schedule, make_optimizer
-from dpo_jax.training.step import Objective, TrainState, make_train_step
+from dpo_jax.training.step import Frozen, Objective, TrainState, make_train_step
 from dpo_jax.weights.layout import Params, from_torch, torch_name
 
 UNET = {
@@ -139,7 +139,7 @@ def our_trajectory(
 
     def score(params, frozen, batch, step, training):
         return candidate_log_ratios(
-            network, params, frozen["reference"], schedule, latents_BKHWC, noise_BHWC, t_B, conditioning
+            network, params, frozen.whole_reference(), schedule, latents_BKHWC, noise_BHWC, t_B, conditioning
         )
 
     optimizer = make_optimizer(
@@ -164,7 +164,7 @@ def our_trajectory(
     state = TrainState(jnp.int32(0), params, optimizer.init(params), {})
     losses = []
     for _ in range(STEPS):
-        state, metrics = step(state, {"reference": params}, batch)
+        state, metrics = step(state, Frozen(reference=params), batch)
         losses.append(float(metrics["train/loss"]))
     return losses, state.params
 
@@ -275,8 +275,8 @@ def test_a_lora_moves_as_in_the_script_of_diffusers(monkeypatch: pytest.MonkeyPa
     def score(params, frozen, batch, step, training):
         return candidate_log_ratios(
             lambda params, *inputs: (adapted if params.keys() > base.keys() else plain)(params, *inputs),
-            frozen["base"] | params,
-            frozen["base"],
+            frozen.policy(params),
+            frozen.whole_reference(),
             schedule,
             latents_BKHWC,
             noise_BHWC,
@@ -305,7 +305,7 @@ def test_a_lora_moves_as_in_the_script_of_diffusers(monkeypatch: pytest.MonkeyPa
     def train(adapter: Params) -> tuple[list[float], Params]:
         state, losses = TrainState(jnp.int32(0), adapter, optimizer.init(adapter), {}), []
         for _ in range(LORA_STEPS):
-            state, metrics = step(state, {"base": base}, batch)
+            state, metrics = step(state, Frozen(base=base), batch)
             losses.append(float(metrics["train/loss"]))
         return losses, state.params
 

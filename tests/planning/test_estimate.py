@@ -44,8 +44,8 @@ print(json.dumps({
     "trained weights, float32": held(state.params),
     "optimizer state": held(state.opt_state),
     "moving average": held(state.ema),
-    "reference and frozen UNet": held(experiment.frozen["reference"]),
-    "VAE and text encoders": held({n: p for n, p in experiment.frozen.items() if n != "reference"}),
+    "reference and frozen UNet": held(experiment.frozen.reference),
+    "VAE and text encoders": held(experiment.frozen.encoders),
 }))
 """
 

@@ -59,7 +59,7 @@ class LoadedModel:
 
     def decode(self, latents_NhwC):
         decode = jax.jit(lambda vae, x: decode_latents(self.pipeline.vae, vae, x)[0])
-        return np.asarray(decode(self.experiment.frozen["vae"], latents_NhwC))
+        return np.asarray(decode(self.experiment.frozen.encoders["vae"], latents_NhwC))
 
     def batches(self, folder):
         """Both prompts with all their steps, in one batch."""
@@ -123,16 +123,16 @@ def test_images_are_those_of_the_sampler_and_of_the_last_latents(opened):
     conditionings = make_conditionings(o.pipeline, load_tokenizers_of(o.pipeline)([""]), o.config.online.guidance)
 
     @jax.jit
-    def again(params, frozen, token_ids, x_BhwC, keys_B):
+    def again(params, encoders, token_ids, x_BhwC, keys_B):
         sizes = jnp.tile(SIZE, (B * K, 1))
-        both = conditionings(frozen, jnp.repeat(token_ids, K, axis=0), sizes)
+        both = conditionings(encoders, jnp.repeat(token_ids, K, axis=0), sizes)
         denoise = classifier_free_guidance(
             lambda x, t, c: o.pipeline.denoise(params, x, t, c), *both, o.config.online.guidance
         )
         return sample(denoise, o.table, *branch(x_BhwC, keys_B, K))
 
     token_ids = load_tokenizers_of(o.pipeline)(CAPTIONS)
-    latents_NhwC = again(o.params, o.experiment.frozen, token_ids, *o.starts())
+    latents_NhwC = again(o.params, o.experiment.frozen.encoders, token_ids, *o.starts())
     last_NhwC = np.concatenate([o.drawn.trajectories[b].next_x_SKhwC[-1] for b in range(B)])
 
     np.testing.assert_allclose(last_NhwC, latents_NhwC, atol=1e-3)
@@ -219,7 +219,9 @@ def test_a_last_step_without_noise_makes_the_image_and_is_not_trained_on(online,
         last = jnp.asarray(trajectory.next_x_SKhwC[-1])
         step = jax.tree.map(lambda values_S: values_S[-1], o.table.steps)
         caption = o.rollout._tokenizers([CAPTIONS[b], ""])
-        both = make_conditionings(o.pipeline, caption[1:], 5.0)(o.experiment.frozen, caption[:1], jnp.zeros((1, 6)))
+        both = make_conditionings(o.pipeline, caption[1:], 5.0)(
+            o.experiment.frozen.encoders, caption[:1], jnp.zeros((1, 6))
+        )
         t_K = jnp.full(K, step.t)
         conditional, unconditional = (quick(o.pipeline, {}, last, t_K, c) for c in both)
         prediction = unconditional + o.config.online.guidance * (conditional - unconditional)
@@ -251,9 +253,9 @@ def test_branching_shows_what_each_candidate_is_about_to_become(opened):
     conditionings = make_conditionings(o.pipeline, o.rollout._tokenizers([""]), o.config.online.guidance)
 
     @jax.jit
-    def predicted(params, frozen, x_NhwC, t):
+    def predicted(params, encoders, x_NhwC, t):
         both = conditionings(
-            frozen, jnp.asarray(np.repeat(o.rollout._tokenizers(CAPTIONS), K, axis=0)), jnp.tile(SIZE, (B * K, 1))
+            encoders, jnp.asarray(np.repeat(o.rollout._tokenizers(CAPTIONS), K, axis=0)), jnp.tile(SIZE, (B * K, 1))
         )
         denoise = classifier_free_guidance(
             lambda x, t, c: o.pipeline.denoise(params, x, t, c), *both, o.config.online.guidance
@@ -263,7 +265,7 @@ def test_branching_shows_what_each_candidate_is_about_to_become(opened):
     for s in range(S - 1):
         x_NhwC = np.concatenate([trajectory.next_x_SKhwC[s] for trajectory in drawn.trajectories.values()])
         after = jax.tree.map(lambda values_S, s=s: values_S[s + 1], o.table.steps)
-        prediction = predicted(o.params, o.experiment.frozen, x_NhwC, jnp.float32(after.t))
+        prediction = predicted(o.params, o.experiment.frozen.encoders, x_NhwC, jnp.float32(after.t))
         seen = o.decode(after.p * x_NhwC + after.q * prediction).reshape(B, K, 32, 32, 3).astype(int)
         assert np.abs(seen - drawn.seen_BSK[:, s]).max() <= 1
 

@@ -20,7 +20,7 @@ from dpo_jax.training.experiment import build
 from dpo_jax.training.export import export, exportable_run
 from dpo_jax.training.model import load_encoders, make_generator, open_model
 from dpo_jax.training.run import open_run
-from dpo_jax.training.step import moving_average, reference_params
+from dpo_jax.training.step import moving_average
 from dpo_jax.training.trainer import train
 
 FIELDS = {"lora.rank": 4, "lora.alpha": 2.0, "optimizer.learning_rate": 1e-2, "optimizer.scale_by_batch": False}
@@ -102,11 +102,12 @@ def test_only_the_adapter_is_trained_and_checkpointed(trained):
 def test_policy_is_the_reference_at_step_0_and_no_second_copy(tiny_config, tmp_path):
     config = tiny_config("sd15", **FIELDS)
     experiment = build(config, resolve(config, device_count=1, process_count=1), open_model(config, tmp_path))
-    assert experiment.frozen.keys() == {"base", "vae", "text_encoder"}
-    policy = experiment.frozen["base"] | experiment.initial_state().params
+    assert experiment.frozen.encoders.keys() == {"vae", "text_encoder"}
+    assert not experiment.frozen.reference
+    policy = experiment.frozen.policy(experiment.initial_state().params)
     args = jax.tree.map(jnp.asarray, inputs())
     ours, reference = jax.jit(lambda *params: [experiment.pipeline.denoise(p, *args) for p in params])(
-        policy, reference_params(experiment.frozen)
+        policy, experiment.frozen.whole_reference()
     )
     assert np.array_equal(ours, reference)
 

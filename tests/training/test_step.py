@@ -12,6 +12,7 @@ from dpo_jax.batch import Conditioning, PreferenceBatch, Raw
 from dpo_jax.diffusion.schedule import make_schedule
 from dpo_jax.objectives.losses import dpo, sft
 from dpo_jax.training.step import (
+    Frozen,
     Objective,
     TrainState,
     make_log_ratios,
@@ -33,11 +34,11 @@ def denoise(params, x_NHWC, t_N, conditioning):
     return jnp.tanh(h) @ params["out"]
 
 
-def encode(frozen, batch, keys_B):
+def encode(encoders, batch, keys_B):
     noise = jax.vmap(lambda key: jax.random.normal(key, (*batch.inputs.images_BKHWC.shape[1:-1], 4)))(keys_B)
     pixels = batch.inputs.images_BKHWC.astype(noise.dtype).mean(-1, keepdims=True) / 127.5 - 1
     return pixels + 0.1 * noise, Conditioning(
-        frozen["text"]["table"][batch.inputs.token_ids_BMEL[:, :, 0].reshape(-1, 3)]
+        encoders["text"]["table"][batch.inputs.token_ids_BMEL[:, :, 0].reshape(-1, 3)]
     )
 
 
@@ -68,7 +69,7 @@ def with_images(batch, images_BKHWC):
 
 
 def frozen_like(params):
-    return {"reference": params, "text": {"table": jnp.linspace(-1, 1, 40).reshape(5, 8)}}
+    return Frozen(reference=params, encoders={"text": {"table": jnp.linspace(-1, 1, 40).reshape(5, 8)}})
 
 
 def run(params, batch, *, objective=DPO, accumulation=1, reference=None, steps=1, optimizer=None):
@@ -109,9 +110,9 @@ def test_swapped_candidates_negate_the_margin(params):
     batch = make_batch()
     swapped = with_images(batch, batch.inputs.images_BKHWC[:, ::-1])
 
-    def without_posterior_noise(frozen, batch, keys_B):  # which an image would lose to the other by the swap
+    def without_posterior_noise(encoders, batch, keys_B):  # which an image would lose to the other by the swap
         pixels = jnp.asarray(batch.inputs.images_BKHWC).astype(jnp.float64) / 127.5 - 1
-        return jnp.repeat(pixels[..., :1], 4, axis=-1), encode(frozen, batch, keys_B)[1]
+        return jnp.repeat(pixels[..., :1], 4, axis=-1), encode(encoders, batch, keys_B)[1]
 
     compute = make_log_ratios(without_posterior_noise, denoise, SCHEDULE, DPO, seed=3)
     margins = [
