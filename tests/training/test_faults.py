@@ -181,7 +181,7 @@ def test_full_disk_is_told_by_its_folder(tiny_config, tmp_path, monkeypatch) -> 
     def fail(*arguments) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")  # as write() says it
 
-    monkeypatch.setattr(trainer, "_announce", fail)
+    monkeypatch.setattr(trainer, "announce_experiment", fail)
     with pytest.raises(OSError, match=f"the disk of {tmp_path} is full; make room, then run the same command again"):
         train(tiny_config("sd15"), tmp_path)
 
