@@ -29,7 +29,6 @@ FIELDS = [f"steps={STEPS}", "checkpoint.every=10", "checkpoint.keep=2", "data.ba
 FIELDS += ["validation.every=10", "validation.max_pairs=4", "sample.every=10", "sample.seeds=1", "sample.steps=2"]
 PLAN = {"save": 18, "steps": 17, "restore": 11, "start": 6, "validate": 7, "sample": 7}
 """Number of kills by what the run is doing."""
-REQUIRED = {"save": 15, "steps": 15, "restore": 10, "start": 5, "validate": 5, "sample": 5}
 OF_TWO = 12
 """Number of kills of runs of two processes, which take longer: only the first process may cache compiled programs."""
 KILLS_A_RUN = 9
@@ -179,12 +178,13 @@ def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launcher:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("processes", [1, 2])
 def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(
-    launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str], processes: int
 ) -> None:
     rng, began = random.Random(0), time.monotonic()
-    seen: Counter[tuple[str, str, int]] = Counter()
+    seen: Counter[tuple[str, str]] = Counter()
     half_written = 0
 
     def say(line: str) -> None:
@@ -192,54 +192,53 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(
             print(f"{time.monotonic() - began:6.0f} s  {line}", flush=True)
 
     plans = [phase for phase, count in PLAN.items() for _ in range(count)]
-    rng.shuffle(plans)
-    for processes, plan in ((1, plans[OF_TWO:]), (2, plans[:OF_TWO])):
-        whole = tmp_path / f"whole{processes}"
-        for _ in range(2):  # the second finds all done, and says how long it is to restore
-            attempt = launcher.start(whole, processes)
-            assert attempt.wait(900) == [0] * processes, attempt.output()
-        seconds = {"restore": durations(attempt)["restore"]}
-        expected = final_state(whole)
-        say(f"{processes} processes undisturbed")
+    random.Random(0).shuffle(plans)
+    plan = plans[OF_TWO:] if processes == 1 else plans[:OF_TWO]
+    planned = Counter(plan)
+    whole = tmp_path / "whole"
+    for _ in range(2):  # the second finds all done, and says how long it is to restore
+        attempt = launcher.start(whole, processes)
+        assert attempt.wait(900) == [0] * processes, attempt.output()
+    seconds = {"restore": durations(attempt)["restore"]}
+    expected = final_state(whole)
+    say(f"{processes} processes undisturbed")
 
-        number = 0
-        while plan:
-            number += 1
-            workdir = tmp_path / f"{processes}.{number}"
-            ended = False
-            for _ in range(KILLS_A_RUN):
-                if not plan or ended:
-                    break
-                begun = any((workdir / "checkpoints").glob("[0-9]*")) if workdir.exists() else False
-                phase = next((phase for phase in plan if begun or phase != "restore"), "steps")
-                attempt = launcher.start(workdir, processes)
-                struck = hit(
-                    attempt, phase, 0 if phase == "restore" else rng.randrange(2), seconds.get(phase, 0.5), rng
-                )
-                codes = attempt.wait(GRACE if struck else 900)
-                seconds |= {name: value for name, value in durations(attempt).items() if name != "restore"}
-                if struck is None:
-                    assert codes == [0] * processes, attempt.output()
-                    ended = True
-                    continue
-                say(f"{processes} processes, {struck.signal.name} in {struck.phase} to {struck.victims}: exit {codes}")
-                assert ended_well(codes, struck), attempt.output()
-                half_written += any(workdir.glob("checkpoints/*tmp*"))
-                seen[struck.phase, struck.signal.name, processes] += 1
-                if struck.phase in plan:
-                    plan.remove(struck.phase)
-            for _ in range(2):  # the first goes to the end, the second finds that all is done
-                attempt = launcher.start(workdir, processes)
-                assert attempt.wait(900) == [0] * processes, attempt.output()
-            assert final_state(workdir) == expected
-            say(f"{processes} processes: the same parameters, figures and grids")
+    number = 0
+    while plan:
+        number += 1
+        workdir = tmp_path / str(number)
+        ended = False
+        for _ in range(KILLS_A_RUN):
+            if not plan or ended:
+                break
+            begun = any((workdir / "checkpoints").glob("[0-9]*")) if workdir.exists() else False
+            phase = next((phase for phase in plan if begun or phase != "restore"), "steps")
+            attempt = launcher.start(workdir, processes)
+            struck = hit(attempt, phase, 0 if phase == "restore" else rng.randrange(2), seconds.get(phase, 0.5), rng)
+            codes = attempt.wait(GRACE if struck else 900)
+            seconds |= {name: value for name, value in durations(attempt).items() if name != "restore"}
+            if struck is None:
+                assert codes == [0] * processes, attempt.output()
+                ended = True
+                continue
+            say(f"{processes} processes, {struck.signal.name} in {struck.phase} to {struck.victims}: exit {codes}")
+            assert ended_well(codes, struck), attempt.output()
+            half_written += any(workdir.glob("checkpoints/*tmp*"))
+            seen[struck.phase, struck.signal.name] += 1
+            if struck.phase in plan:
+                plan.remove(struck.phase)
+        for _ in range(2):  # the first goes to the end, the second finds that all is done
+            attempt = launcher.start(workdir, processes)
+            assert attempt.wait(900) == [0] * processes, attempt.output()
+        assert final_state(workdir) == expected
+        say(f"{processes} processes: the same parameters, figures and grids")
 
     with capsys.disabled():
-        print("\nkills  phase    signal   processes")
-        for (phase, kind, processes), count in sorted(seen.items()):
-            print(f"{count:5}  {phase:8} {kind:8} {processes}")
+        print("\nkills  phase    signal")
+        for (phase, kind), count in sorted(seen.items()):
+            print(f"{count:5}  {phase:8} {kind}")
         print(f"{seen.total()} kills, {half_written} left a half-written checkpoint; {time.monotonic() - began:.0f} s")
-    for phase, count in REQUIRED.items():
-        assert sum(n for (where, *_), n in seen.items() if where == phase) >= count
-    assert seen.total() >= 60
-    assert {kind for _, kind, _ in seen} == {"SIGKILL", "SIGTERM"}
+    for phase, count in planned.items():
+        assert sum(n for (where, _), n in seen.items() if where == phase) >= 0.8 * count, phase
+    assert seen.total() >= 0.9 * planned.total()
+    assert {kind for _, kind in seen} == {"SIGKILL", "SIGTERM"}
