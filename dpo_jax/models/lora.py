@@ -32,7 +32,7 @@ Adapters = dict[str, LowRank]
 
 
 def find_targets(unet: Network, pattern: str, *, rank: int, alpha: float) -> Adapters:
-    """An adapter for every linear and convolution layer in whose name `pattern` is found.
+    """Return an adapter for every linear and convolution layer whose name contains a match of `pattern`.
 
     Raises ValueError when the pattern is no regular expression or is found nowhere.
     """
@@ -42,14 +42,16 @@ def find_targets(unet: Network, pattern: str, *, rank: int, alpha: float) -> Ada
     try:
         adapters = {layer: LowRank(rank, alpha) for layer in layers if re.search(pattern, layer)}
     except re.error as error:
-        raise UserError(f"the LoRA targets {pattern!r} are no regular expression: {error}") from error
+        raise UserError(f"the LoRA targets {pattern!r} are not a regular expression: {error}") from error
     if not adapters:
-        raise UserError(f"the LoRA targets {pattern!r} fit no layer of the UNet, whose names read like {layers[-2]}")
+        raise UserError(
+            f"the LoRA targets {pattern!r} match no layer of the UNet; an example of a name is {layers[-2]}"
+        )
     return adapters
 
 
 def add_lora(module: nnx.Module, adapters: Adapters, dropout: float, rngs: nnx.Rngs) -> None:
-    """Gives the named layers their low-rank paths, in place."""
+    """Add low-rank paths to the named layers, in place."""
     layers = _layers(module)
     for name, (rank, alpha) in adapters.items():
         layer = layers[name]
@@ -59,21 +61,21 @@ def add_lora(module: nnx.Module, adapters: Adapters, dropout: float, rngs: nnx.R
 
 
 def round_as_adapted(module: nnx.Module, adapters: Adapters) -> None:
-    """Has the named layers compute, in place, what they compute with a low-rank path that adds nothing."""
+    """Make the named layers round, in place, as they do with a low-rank path that adds nothing."""
     layers = _layers(module)
     for name in adapters:
         layers[name].sums_wide = True
 
 
 def set_dropout_keys(module: nnx.Module, keys_N: jax.Array) -> None:
-    """Gives every adapter in the module its own keys, made of these: one per image."""
+    """Give every adapter in the module its own keys, derived from these: one per image."""
     layers = {name: layer for name, layer in _layers(module).items() if layer.lora_A is not None}
     for number, name in enumerate(sorted(layers)):
         layers[name].lora_keys_N = jax.vmap(jax.random.fold_in, (0, None))(keys_N, number)
 
 
 def lora_specs(adapted: Network) -> Specs:
-    """The adapter's own parameters."""
+    """Return shapes of the adapter's own parameters."""
     return {name: spec for name, spec in adapted.specs.items() if is_lora(name)}
 
 

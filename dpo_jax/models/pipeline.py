@@ -1,4 +1,4 @@
-"""A model, opened: every network built from its config.json, no weight read yet.
+"""A model whose networks are built from its config.json files; its weights are read later.
 
 A model is a diffusers folder, PyTorch or legacy Flax, a hub id of one, or one file in the original layout.
 `models/save.py` writes it back.
@@ -52,33 +52,33 @@ class Pipeline:
     """The networks of one model and how they fit together; their parameters come from `load`."""
 
     folder: epath.Path
-    """Holds model_index.json, the scheduler's config and the tokenizers."""
+    """Folder of model_index.json, the scheduler's config and the tokenizers."""
     weights: Mapping[str, epath.Path]
-    """Where each component's weights lie: in a folder of their own, or in a single file."""
+    """Path of each component's weights: its folder, or a single file."""
     family: Family
     unet: Network
     vae: Network
     text_encoders: tuple[Network, ...]
     schedule: Schedule
-    """What training noises by."""
+    """Noise schedule of training."""
     sampling_schedule: Schedule
-    """What sampling follows: the same but for Turbo, whose training rescales the schedule to end in pure noise."""
+    """Noise schedule of sampling: the same except for Turbo, whose training rescales it to end in pure noise."""
     force_zeros_for_empty_prompt: bool
-    """SDXL: an empty caption is embedded as zeros, not by the text encoders."""
+    """True if an empty caption is embedded as zeros and not by the text encoders (SDXL)."""
     dtype: jnp.dtype
     """Compute dtype of UNet and text encoders."""
     scheduler_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """The scheduler's config, with what a single file says of itself by empty tensors."""
+    """The scheduler's config, with the settings that a single file states by empty tensors."""
     variant: str = ""
-    """Which of several sets of weights is read: "fp16"."""
+    """Set of weights to read if there are several: "fp16" or ""."""
     allow_nonfinite: bool = False
-    """Whether weights may hold NaN and infinity."""
+    """True if weights may hold NaN and infinity."""
     execution: Execution = PLAIN
     """How the UNet's blocks are run."""
     adapters: Adapters = dataclasses.field(default_factory=dict)
     """The layers of the UNet that have a LoRA; see `with_lora`."""
     adapted_unet: Network | None = None
-    """The UNet with it."""
+    """The UNet with that LoRA."""
 
     def denoise(
         self,
@@ -88,11 +88,11 @@ class Pipeline:
         conditioning: Conditioning,
         dropout_keys_N: jax.Array | None = None,
     ) -> jax.Array:
-        """The UNet's prediction [N, H, W, C] in the compute dtype; adapted where the parameters hold a LoRA.
+        """Return the UNet's prediction [N, H, W, C] in the compute dtype, with a LoRA if the parameters hold one.
 
-        All weights are rounded to the compute dtype first, also those of the norms, which are then used in float32: a
-        policy's float32 masters must compute exactly what a reference stored in bfloat16 does. With `dropout_keys_N`
-        the LoRA's dropout is on.
+        All weights are first rounded to the compute dtype, also those of the norms, which are then used in float32: a
+        policy's float32 masters must compute exactly what a reference stored in bfloat16 computes. `dropout_keys_N`
+        turns the LoRA's dropout on.
         """
         rounded = {name: value.astype(self.dtype) for name, value in unet_params.items()}
         has_lora = len(unet_params) > len(self.unet.specs)
@@ -103,9 +103,9 @@ class Pipeline:
         return unet(x_NHWC, t_N, conditioning)
 
     def gather(self, placement: Placement, component: str, params: Params) -> Params:
-        """Inside jit, weights that lie where `placement` says, as the component's layers use them.
+        """Return, inside jit, the weights of a component as its layers use them; see `Placement.gathered`.
 
-        See `Placement.gathered`. Those of the UNet are rounded to the compute dtype before they are sent.
+        Weights of the UNet are rounded to the compute dtype before devices exchange them.
         """
         specs = self.components[component].specs
         if component == "unet":
@@ -114,7 +114,7 @@ class Pipeline:
         return {name: placement.gathered(name, specs[name], x) for name, x in params.items()}
 
     def with_lora(self, adapters: Adapters, dropout: float = 0.0) -> "Pipeline":
-        """The same model with a LoRA in the named layers of its UNet."""
+        """Return this model with a LoRA in the named layers of its UNet."""
 
         def make(rngs: Any) -> UNet2DConditionModel:
             return UNet2DConditionModel(self.unet.config, execution=self.execution, dtype=self.dtype, rngs=rngs)
@@ -139,7 +139,7 @@ class Pipeline:
 
     @property
     def trained_specs(self) -> Specs:
-        """What training changes: the LoRA where there is one, or else the UNet."""
+        """Shapes of the trained weights: the LoRA if there is one, otherwise the UNet."""
         return self.unet.specs if self.adapted_unet is None else lora_specs(self.adapted_unet)
 
     @property
@@ -149,22 +149,22 @@ class Pipeline:
 
     @property
     def predicts_velocity(self) -> bool:
-        """Whether the UNet predicts v, and not the noise."""
+        """True if the UNet predicts the velocity and not the noise."""
         return bool(self.schedule.target_x0_T.any())
 
     @property
     def ends_in_noise(self) -> bool:
-        """Whether the schedule that sampling follows ends in pure noise (zero terminal SNR)."""
+        """True if the sampling schedule ends in pure noise (zero terminal SNR)."""
         return bool(self.sampling_schedule.signal_T[-1] < 1e-3)
 
     @property
     def marks(self) -> Marks:
-        """What web UIs tell the model by in the metadata of files."""
+        """Metadata by which web UIs recognise the model."""
         return (self.family.marks_of_velocity if self.predicts_velocity else None) or self.family.marks
 
     @property
     def is_of_published_size(self) -> bool:
-        """Whether the UNet could come from the published one of its family."""
+        """True if the UNet has the widths of the family's published UNet."""
         path = epath.Path(PUBLISHED / self.family.name / "unet" / "config.json")
         published = UNetConfig.from_dict(_json(path), str(path))
         ours = self.unet.config
@@ -175,7 +175,7 @@ class Pipeline:
 
     @property
     def vae_factor(self) -> int:
-        """Pixels per latent cell, along each axis."""
+        """Pixels per latent cell along each axis."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
@@ -191,17 +191,17 @@ class Pipeline:
 
     @property
     def original_prefixes(self) -> dict[str, str]:
-        """What the names of each component begin with in a single file of the original layout."""
+        """Prefix of each component's names in a single file of the original layout."""
         return ORIGINAL_PREFIXES | {encoder.folder: encoder.original_prefix for encoder in self.family.text_encoders}
 
     @property
     def text_sizes(self) -> list[tuple[int, int]]:
-        """(tokens, positions) that each text encoder has embeddings of."""
+        """(number of tokens, number of positions) with embeddings, of each text encoder."""
         configs = [encoder.config for encoder in self.text_encoders]
         return [(config.vocab_size, config.max_position_embeddings) for config in configs]
 
     def read(self, component: str) -> dict[str, np.ndarray]:
-        """The weights of one component as they are stored; see `weights.io.read_params`."""
+        """Return the weights of one component as they are stored; see `weights.io.read_params`."""
         specs, prefix = self.components[component].specs, self.original_prefixes[component]
         return read_params(self.weights[component], specs, prefix=prefix, variant=self.variant)
 
@@ -213,24 +213,24 @@ class Pipeline:
         sharding: Sharding | None = None,
         path: epath.Path | None = None,
     ) -> Params:
-        """The parameters of one component, from `path` instead where given; see `weights.io.load_params`."""
+        """Return the parameters of one component, from `path` if given; see `weights.io.load_params`."""
         specs, prefix = self.components[component].specs, self.original_prefixes[component]
         path = path or self.weights[component]
         options: dict[str, Any] = {"variant": self.variant, "allow_nonfinite": self.allow_nonfinite}
         return load_params(path, specs, dtype=dtype, sharding=sharding, prefix=prefix, **options)
 
     def unet_config(self, path: epath.Path) -> UNetConfig:
-        """Of the UNet that lies at `path`, in a folder of its own or in a single file."""
+        """Return the config of the UNet at `path`, its folder or a single file."""
         return UNetConfig.from_dict(*_config(self.folder, path, "unet"))
 
     def config(self, component: str) -> dict[str, Any]:
-        """The component's config.json."""
+        """Return the component's config.json."""
         return _config(self.folder, self.weights[component], component)[0]
 
     def fingerprint(self, components: Sequence[str] | None = None) -> str:
-        """Its family and a digest of all that is read of it, or of some components, to tell that it is still the same.
+        """Return the family and a digest of the files of all or some components, which tell whether the model changed.
 
-        The scheduler and the tokenizers always count.
+        The scheduler and the tokenizers are always included.
         """
         paths = {name: path for name, path in self.weights.items() if components is None or name in components}
         small = [self.folder / name for name in ("scheduler", *self.tokenizer_names)]
@@ -254,10 +254,9 @@ def load_pipeline(
     execution: Execution = PLAIN,
     allow_nonfinite: bool = False,
 ) -> Pipeline:
-    """Reads the configs of a model and builds its networks, computing in `dtype` (VAE: `vae_dtype`).
+    """Read the configs of a model and build its networks, which compute in `dtype` (VAE: `vae_dtype`).
 
-    No weight is read and no memory allocated. Raises FileNotFoundError or ValueError when this is no model, or not one
-    we can train.
+    No weight is read and no memory is allocated. Raises a UserError if it is not a model, or not one that is supported.
 
     Args:
         model: a diffusers folder, a hub id, or a single .safetensors file in the original layout.
@@ -281,7 +280,7 @@ def load_pipeline(
         names = tensor_names(path)
         of_file = family_of_single_file(names, str(path), family)
         if not vae and not any(name.startswith(ORIGINAL_PREFIXES["vae"]) for name in names):
-            raise UserError(f"{path} has no VAE; name one by --vae (config.vae in training): a folder, file or hub id")
+            raise UserError(f"{path} has no VAE; give one as --vae (config.vae in training): a folder, file or hub id")
         family, folder = of_file.name, _configs_of_file(path, of_file, model_config, V_PRED in names)
     model_index = read_model_index(folder)
     absent = [name for name in ("unet", "vae", "scheduler") if not has_component(model_index, name)]
@@ -298,14 +297,14 @@ def load_pipeline(
     vae_config = VAEConfig.from_dict(*_config(folder, weights["vae"], "vae"))
     if unet_config.in_channels != vae_config.latent_channels:
         raise UserError(
-            f"{folder}: the UNet takes {unet_config.in_channels} channels and the VAE makes "
-            f"{vae_config.latent_channels}; those that take an image beside the noise (inpainting, upscaling) can't be "
-            "trained here"
+            f"{folder}: the UNet takes {unet_config.in_channels} channels, but the VAE makes "
+            f"{vae_config.latent_channels}; models that take an image beside the noise (inpainting, upscaling) are not "
+            "supported"
         )
     if unet_config.out_channels != unet_config.in_channels:
         raise UserError(
             f"{folder}: the UNet takes {unet_config.in_channels} channels and predicts {unet_config.out_channels}; the "
-            "two must be the same"
+            "two must be equal"
         )
     found = find_family(model_index, unet_config, str(weights["unet"] if unet else folder), family)
     text_encoders = []
@@ -338,33 +337,35 @@ def load_pipeline(
 
 
 def find_component(name: str, component: str) -> epath.Path:
-    """The folder or file of one component, named alone or by the model that holds it, here or on the hub."""
+    """Return the folder or file of one component, by its own name or its model's, local or on the hub."""
     return path_of(find_model(name, only={component}), component)
 
 
 def files_of(path: epath.Path, variant: str = "") -> list[epath.Path]:
-    """The weight files of a component in a folder of its own, or the single file that it is in."""
+    """Return the files with the weights of a component: those in its folder, or the single file."""
     return weight_files(path, variant) if path.is_dir() else [path]
 
 
 def path_of(model: epath.Path, component: str) -> epath.Path:
-    """Where a model's component lies: in the single file itself, in its folder, or alone in a folder of its own."""
+    """Return the path of a model's component: the single file, its subfolder, or a folder that holds it alone."""
     _refuse_work_directory(model)
     alone = not (model / "model_index.json").exists() and (model / "config.json").exists()
     return model if model.is_file() or alone else model / component
 
 
 def read_model_index(folder: epath.Path) -> dict[str, Any]:
-    """The folder's list of components. Raises FileNotFoundError where there is none."""
+    """Return the folder's list of components; MissingFileError if there is none."""
     path = folder / "model_index.json"
     _refuse_work_directory(folder)
     files = [file.name for file in folder.iterdir() if file.suffix == ".safetensors"] if folder.is_dir() else []
     if not path.exists() and files:
-        raise MissingFileError(f"{folder} is no diffusers model folder; if the model is {files[0]}, name that file")
+        raise MissingFileError(
+            f"{folder} is not a diffusers model folder; if the model is {files[0]}, give the path of that file"
+        )
     if not path.exists():
         raise MissingFileError(
-            f"no diffusers model folder at {folder}: {path} does not exist; give the path of a downloaded model, for "
-            f"example from: hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir {folder}"
+            f"{folder} is not a diffusers model folder: {path} does not exist; give the path of a downloaded model, "
+            f"for example from: hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir {folder}"
         )
     model_index = _json(path)
     conform(model_index, ModelIndex, str(path))
@@ -382,7 +383,7 @@ Part = Annotated[list[str | None], pydantic.Field(min_length=2, max_length=2)]
 
 
 class ModelIndex(pydantic.BaseModel):
-    """What model_index.json says of what is read here."""
+    """The fields of model_index.json that are read."""
 
     class_name: Annotated[str, pydantic.Field(alias="_class_name")]
     unet: Part | None = None
@@ -408,7 +409,7 @@ def _build(module: Any, config: Any, dtype: DTypeLike) -> Network:
 
 
 def _config(folder: epath.Path, weights: epath.Path, component: str) -> tuple[dict[str, Any], str]:
-    """The component's parsed config and its path, for error messages. A single file's configs lie in `folder`."""
+    """Return the component's config and its path, for error messages; the configs of a single file are in `folder`."""
     path = _config_path(folder, weights, component)
     return _json(path), str(path)
 
@@ -418,24 +419,24 @@ def _config_path(folder: epath.Path, weights: epath.Path, component: str) -> epa
 
 
 def _configs_of_file(path: epath.Path, family: Family, model_config: str, predicts_velocity: bool) -> epath.Path:
-    """The folder of the configs and tokenizers that belong to a single file."""
+    """Return the folder of the configs and tokenizers that belong to a single file."""
     if family.has_unlike_siblings and not model_config and not predicts_velocity:
         raise UserError(
-            f"{path} is a file of the family {family.name}, which does not say what it predicts; set model_config to "
-            f"{family.published} (768 pixels, velocity) or to {family.published}-base (512 pixels, noise)"
+            f"{path} is a file of the family {family.name}, and does not say what the UNet predicts; set model_config "
+            f"to {family.published} (768 pixels, velocity) or to {family.published}-base (512 pixels, noise)"
         )
     try:
         return find_model(model_config or family.published, weights=False)
     except OSError as error:
         raise MissingFileError(
-            f"{path} has no configs and no tokenizers; name a folder or hub id that has them as model_config ({error})"
+            f"{path} has no configs and tokenizers; set model_config to a folder or hub id that has them ({error})"
         ) from error
 
 
 def _with_marks(config: dict[str, Any], names: Collection[str], path: str, named: str) -> dict[str, Any]:
-    """The scheduler's config, and what the tensors without numbers in a single file say of the model.
+    """Return the scheduler's config with the settings that the empty tensors of a single file state.
 
-    They are V_PRED and ZERO_TERMINAL_SNR, and win over the published model's config. Raises ValueError where they
+    These tensors, V_PRED and ZERO_TERMINAL_SNR, win over the published model's config. Raises a UserError if they
     contradict the config that the user `named`.
     """
     said: dict[str, Any] = {}
@@ -458,11 +459,11 @@ def _with_marks(config: dict[str, Any], names: Collection[str], path: str, named
 def _check_widths(
     family: Family, unet: UNetConfig, clips: Sequence[CLIPTextConfig], weights: Mapping[str, epath.Path]
 ) -> None:
-    """Refuses a UNet that the text encoders' output does not fit, before anything is read."""
+    """Raise a UserError, before anything is read, if the UNet does not fit the output of the text encoders."""
     context = sum(clip.hidden_size for clip in clips)
     if set(unet.cross_attention_dim) != {context}:
         raise UserError(
-            f"the UNet in {weights['unet']} attends to {unet.cross_attention_dim[0]} features a token, but the text "
+            f"the UNet in {weights['unet']} attends to {unet.cross_attention_dim[0]} features per token, but the text "
             f"encoders of {family.name} make {context}; it belongs to another family"
         )
     if unet.addition_embed_type is not None:
@@ -477,5 +478,7 @@ def _check_widths(
 
 def _json(path: epath.Path) -> dict[str, Any]:
     if not path.exists():
-        raise MissingFileError(f"no {path}, though model_index.json lists {path.parent.name}; download it again")
+        raise MissingFileError(
+            f"{path} does not exist, but model_index.json lists {path.parent.name}; download the model again"
+        )
     return read_json(path, dict[str, Any], MAX_BYTES)

@@ -1,4 +1,4 @@
-"""LoRA files: read in every layout that people hold, and merged into a model; `lora_write` writes them.
+"""Reads LoRA files in all common layouts and merges them into models; `lora_write` writes them.
 
 A LoRA adds `alpha / rank * A B` to the kernels of some layers (arXiv 2106.09685). All layouts hold the same two
 matrices per layer, in PyTorch's axes; `lora_layouts` knows their names, `lora_metadata` where alpha is said, and
@@ -60,25 +60,28 @@ def read_lora(path: epath.PathLike, base_specs: Specs) -> Adapter:
 
 
 def check_low_rank(adapter: Adapter, what: str) -> None:
-    """Raises ValueError where an adapter is not a LoRA alone, and so can be merged only."""
+    """Raise a UserError if the adapter uses other methods than LoRA, which can only be merged."""
     methods = Counter(change.method for change in adapter.changes.values())
     if methods:
         found = ", ".join(f"{method} ({count} weights)" for method, count in methods.items())
         raise UserError(
             f"{what} holds {found}, which can be merged into a model but not trained or rewritten as a LoRA; merge it "
-            "with dpo_jax.export --model=MODEL --lora=FILE --format=diffusers, and go on from that folder"
+            "with dpo_jax.export --model=MODEL --lora=FILE --format=diffusers, and use that folder"
         )
 
 
 def read_adapters(
     path: epath.PathLike, specs: Mapping[str, Specs], *, allow_nonfinite: bool = False
 ) -> dict[str, Adapter]:
-    """What the file or folder at `path` adds to each component (unet, text_encoder, ...) that `specs` describes.
+    """Return the adapter of each component (unet, text_encoder, ...) in `specs` from the file or folder at `path`.
 
-    Where nothing says alpha it is the rank. What is for none of the components (text encoders that `specs` leaves out,
-    embeddings) is left out, with a warning. Raises one ValueError with all that does not fit: layers that the UNet
-    lacks or that have another shape, methods that are not known, A without B; and where nothing is for the UNet, or a
-    value is not finite, unless `allow_nonfinite`.
+    If nothing states alpha, it is the rank. Tensors for no component in `specs` (other text encoders, embeddings) are
+    left out with a warning.
+
+    Raises:
+        UserError: one message with everything that does not fit: layers that the UNet lacks or that have another shape,
+            unknown methods, A without B. Also if nothing is for the UNet, or a value is not finite and not
+            `allow_nonfinite`.
     """
     path = _find_file(epath.Path(path))
     names: dict[str, Place] = {}
@@ -118,14 +121,14 @@ def read_adapters(
 
 
 def lora_files_of(path: epath.Path) -> list[epath.Path]:
-    """The files that `read_lora` reads: the weights, and peft's config where alpha is there."""
+    """Return the files that `read_lora` reads: the weights, and peft's config if it holds alpha."""
     file = _find_file(path)
     beside = file.parent / PEFT_CONFIG
     return [file, *([beside] if file.name == FILES[1] and beside.exists() else [])]
 
 
 class Merged(Mapping[str, np.ndarray]):
-    """A model's parameters with `strength` times an adapter added to them, in float32 at least.
+    """A model's parameters with `strength` times an adapter added to them, in float32 or wider.
 
     Each is made when it is asked for, on the host (a TPU would multiply in bfloat16), and none is kept.
     """
@@ -228,7 +231,7 @@ def _add_change(found: _Found, name: str, arrays: dict[str, np.ndarray], scale: 
 
 
 def _check_values(arrays: Mapping[str, np.ndarray], path: epath.Path, allow_nonfinite: bool) -> None:
-    """Raises ValueError for values that are no numbers to compute with."""
+    """Raise a UserError for tensors that are not floating point or not finite."""
     # diffusers' own conversion to kohya's names writes whole numbers for alpha.
     others = [
         f"{key} ({array.dtype})"
@@ -257,15 +260,15 @@ def _check_found(
     *,
     has_unet: bool,
 ) -> None:
-    """Raises ValueError for all problems, and where nothing is for the UNet; warns of what is left out."""
+    """Raise a UserError with all problems, or if nothing is for the UNet; warn about tensors that are left out."""
     made_for = f", made for {stated.made_for}," if stated.made_for else ""
     if problems:
         listed = "; ".join(first_several(names, kind) for kind, names in problems.items())
-        raise UserError(f"{path}{made_for} is no LoRA for this UNet: {listed}")
+        raise UserError(f"{path}{made_for} is not a LoRA for this UNet: {listed}")
     others = "; ".join(first_several(names, f"layers for {owner}") for owner, names in left_out.items())
     if not has_unet:
         raise UserError(
-            f"{path}{made_for} is no LoRA for this UNet: {f'it holds only {others}' if others else 'it is empty'}"
+            f"{path}{made_for} is not a LoRA for this UNet: {f'it holds only {others}' if others else 'it is empty'}"
         )
     if others:
         warn(f"{path}: left out {others}")
@@ -276,20 +279,22 @@ def _find_file(path: epath.Path) -> epath.Path:
         names = {file.name for file in path.iterdir()}
         found = [name for name in FILES if name in names] + sorted(name for name in names if name.endswith(PICKLES))
         if not found:
-            raise MissingFileError(f"no {' or '.join(FILES)} in {path}; give the path of the file itself")
+            raise MissingFileError(f"{path} has no file {' or '.join(FILES)}; give the path of the file itself")
         path /= found[0]
     if not path.exists():
-        raise MissingFileError(f"no LoRA at {path}; give a .safetensors file, or a folder that holds {FILES[0]}")
+        raise MissingFileError(
+            f"there is no LoRA at {path}; give a .safetensors file, or a folder that holds {FILES[0]}"
+        )
     if path.suffix != ".safetensors":
         raise UserError(
-            f"{path} is no .safetensors file; opening a pickle can run code, so convert it once in PyTorch: "
+            f"{path} is not a .safetensors file; opening a pickle can run code, so convert it once in PyTorch: "
             "safetensors.torch.save_file(torch.load('FILE', weights_only=True), 'NEW.safetensors')"
         )
     return path
 
 
 def low_rank_specs(base: ParamSpec, rank: int) -> dict[str, ParamSpec]:
-    """Shapes and places of the two matrices of a layer, by that of its kernel."""
+    """Return shapes and places of the two matrices of a layer, given its kernel's."""
     *window, inputs, outputs = base.shape
     return {
         "lora_A": ParamSpec((*window, inputs, rank), base.torch_axes),

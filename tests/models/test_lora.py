@@ -168,8 +168,8 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean(folder: str) -> None:
 @pytest.mark.parametrize(
     ("pattern", "rank", "message"),
     [
-        ("to_qq", 4, r"'to_qq' fit no layer of the UNet, whose names read like up_blocks"),
-        ("attn(", 4, r"'attn\(' are no regular expression"),
+        ("to_qq", 4, r"'to_qq' match no layer of the UNet; an example of a name is up_blocks"),
+        ("attn(", 4, r"'attn\(' are not a regular expression"),
         ("attn1", 0, "a LoRA of rank 0 has no weights"),
     ],
 )

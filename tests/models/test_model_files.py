@@ -210,7 +210,7 @@ def test_a_single_file_without_vae_takes_another(written: Path, tmp_path: Path) 
         return {name: tensor for name, tensor in tensors.items() if not name.startswith("first_stage_model.")}
 
     file, configs = single(written, tmp_path / "novae.safetensors", without_vae), str(written / "model")
-    with pytest.raises(ValueError, match=r"novae.safetensors has no VAE; name one by --vae \(config.vae in training\)"):
+    with pytest.raises(ValueError, match=r"novae.safetensors has no VAE; give one as --vae \(config.vae in training\)"):
         opened(file, model_config=configs)
     pipeline = opened(file, model_config=configs, vae=configs)
     assert pipeline.read("vae").keys() == pipeline.vae.specs.keys()

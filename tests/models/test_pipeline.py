@@ -75,7 +75,9 @@ def test_turbo_ends_in_pure_noise(sdxl: Path) -> None:
 def test_no_model_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no folder or file /.*/absent, and it is not a hub id"):
         load_pipeline(tmp_path / "absent", dtype="float32")
-    with pytest.raises(FileNotFoundError, match=r"no diffusers model folder at .*model_index.json.*hf download"):
+    with pytest.raises(
+        FileNotFoundError, match=r"is not a diffusers model folder: .*model_index.json does not exist; .*hf download"
+    ):
         load_pipeline(tmp_path, dtype="float32")
 
 
@@ -87,7 +89,7 @@ def test_a_single_file_that_is_a_pickle(tmp_path: Path) -> None:
 
 def test_an_incomplete_folder(sdxl: Path) -> None:
     (sdxl / "vae" / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"vae/config.json, though model_index.json lists vae"):
+    with pytest.raises(FileNotFoundError, match=r"vae/config.json does not exist, but model_index.json lists vae"):
         load_pipeline(sdxl, dtype="float32")
 
 
@@ -146,13 +148,13 @@ def test_a_unet_that_the_text_encoders_do_not_fit(tmp_path: Path) -> None:
     write_random_model("sd15", tmp_path / "sd15")
     write_random_model("sdxl", tmp_path / "sdxl")
     edit(tmp_path / "sdxl/unet/config.json", cross_attention_dim=48)
-    with pytest.raises(ValueError, match=r"sdxl/unet attends to 48 features a token, but the .* of sdxl make 80"):
+    with pytest.raises(ValueError, match=r"sdxl/unet attends to 48 features per token, but the .* of sdxl make 80"):
         load_pipeline(tmp_path / "sdxl", dtype="float32")
     edit(tmp_path / "sdxl/unet/config.json", cross_attention_dim=80, projection_class_embeddings_input_dim=80)
     with pytest.raises(ValueError, match=r"sdxl/unet takes 80 added features, but sdxl makes 88"):
         load_pipeline(tmp_path / "sdxl", dtype="float32")
     edit(tmp_path / "sd15/unet/config.json", cross_attention_dim=64)
-    with pytest.raises(ValueError, match=r"attends to 64 features a token, but the .* of sd15 make 32"):
+    with pytest.raises(ValueError, match=r"attends to 64 features per token, but the .* of sd15 make 32"):
         load_pipeline(tmp_path / "sd15", dtype="float32")
 
 
@@ -172,7 +174,7 @@ def test_a_single_file_of_sd21_does_not_say_what_it_predicts(tmp_path: Path) -> 
     write_random_model("sd21", tmp_path / "model")
     pipeline = load_pipeline(tmp_path / "model", dtype="float32")
     file = save_single_file(pipeline, tmp_path / "one", pipeline.read("unet"), dtype=None, card="")
-    with pytest.raises(ValueError, match=r"does not say what it predicts; set model_config to sd2-community"):
+    with pytest.raises(ValueError, match=r"does not say what the UNet predicts; set model_config to sd2-community"):
         load_pipeline(file, dtype="float32")
     found = load_pipeline(file, dtype="float32", model_config=str(tmp_path / "model"))
     assert found.family.name == "sd21"

@@ -139,7 +139,7 @@ def test_refuses_the_work_directory_of_another_config(tiny_config, one_step):
         ({"lora.rank": 4, "lora.dropout": 0.1, "scan": True}, r"config.scan=True runs equal blocks as one"),
         ({"attention": "cudnn"}, r'config.attention="cudnn" takes bfloat16, not config.dtype=float32'),
         ({"attention": "cudnn", "dtype": "bfloat16"}, r'config.attention="cudnn" needs a GPU'),
-        ({"lora.rank": 4, "lora.targets": "to_z"}, r"'to_z' fit no layer"),
+        ({"lora.rank": 4, "lora.targets": "to_z"}, r"'to_z' match no layer"),
         ({"lora.init_reference": True}, r"config.lora.init names no LoRA"),
         ({"lora.init": "nowhere"}, r"no folder or file nowhere"),
         ({"reference": "nowhere"}, r"no folder or file nowhere"),

@@ -362,7 +362,7 @@ def test_all_faults_in_one_error(tmp_path: Path) -> None:
     text = {"text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": torch.zeros(2, 4)}
     metadata = {"ss_base_model_version": "sdxl_base_v1-0"}
     save_file(tensors | only_A | text, tmp_path / "lora.safetensors", metadata)
-    with pytest.raises(ValueError, match="is no LoRA for this UNet") as error:
+    with pytest.raises(ValueError, match="is not a LoRA for this UNet") as error:
         read_lora(tmp_path / "lora.safetensors", SD15)
     message = str(error.value)
     assert "lora.safetensors, made for sdxl_base_v1-0, is no LoRA" in message
@@ -402,7 +402,9 @@ def test_alpha_must_be_one_number(tmp_path: Path) -> None:
 
 
 def test_nothing_to_read(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no pytorch_lora_weights.safetensors or .*; give the path of the"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no file pytorch_lora_weights.safetensors or .*; give the path of the"
+    ):
         read_lora(tmp_path, SD15)
     with pytest.raises(FileNotFoundError, match=r"no LoRA at .*absent.safetensors; give a .safetensors file"):
         read_lora(tmp_path / "absent.safetensors", SD15)
@@ -415,7 +417,7 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
     torch.save(linear(TO_Q), tmp_path / "pytorch_lora_weights.bin")
     for path in (tmp_path, tmp_path / "pytorch_lora_weights.bin"):
         with pytest.raises(
-            ValueError, match=r"weights.bin is no .safetensors file; opening a pickle.*weights_only=True"
+            ValueError, match=r"weights.bin is not a .safetensors file; opening a pickle.*weights_only=True"
         ):
             read_lora(path, SD15)
 

@@ -128,7 +128,7 @@ def test_what_is_not_for_the_unet_is_left_out_with_a_warning(
 )
 def test_nothing_for_the_unet(key: str, owner: str, tmp_path: Path) -> None:
     save(tmp_path / FILE, {key: np.ones((2, 2), np.float32)})
-    with pytest.raises(ValueError, match=f"is no LoRA for this UNet: it holds only 1 layers for {owner}"):
+    with pytest.raises(ValueError, match=f"is not a LoRA for this UNet: it holds only 1 layers for {owner}"):
         read_lora(tmp_path / FILE, SPECS)
 
 

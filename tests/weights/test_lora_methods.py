@@ -175,5 +175,5 @@ def test_full_differences_of_weights_biases_and_norms(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_told(arrays: dict[str, tuple[int, ...]], reason: str, tmp_path: Path) -> None:
     stem = f"lora_unet_{TO_Q.replace('.', '_')}"
     save(tmp_path / FILE, {f"{stem}.{part}": np.ones(shape, np.float32) for part, shape in arrays.items()})
-    with pytest.raises(ValueError, match=rf"is no LoRA for this UNet: .*{reason}"):
+    with pytest.raises(ValueError, match=rf"is not a LoRA for this UNet: .*{reason}"):
         read_adapters(tmp_path / FILE, {"unet": SPECS})
