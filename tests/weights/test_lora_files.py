@@ -365,7 +365,7 @@ def test_all_faults_in_one_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a LoRA for this UNet") as error:
         read_lora(tmp_path / "lora.safetensors", SD15)
     message = str(error.value)
-    assert "lora.safetensors, made for sdxl_base_v1-0, is no LoRA" in message
+    assert "lora.safetensors, made for sdxl_base_v1-0, is not a LoRA" in message
     assert "7 layers that it lacks: unet.down_blocks.0.attn.to_q, unet.down_blocks.1.attn.to_q, " in message
     assert "and 2 more" in message
     assert f"1 misshapen: {TO_Q} (stored as (2, 768), the model needs (2, 32))" in message
@@ -409,7 +409,7 @@ def test_nothing_to_read(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no LoRA at .*absent.safetensors; give a .safetensors file"):
         read_lora(tmp_path / "absent.safetensors", SD15)
     save_file({}, tmp_path / FILE)
-    with pytest.raises(ValueError, match="no LoRA for this UNet: it is empty"):
+    with pytest.raises(ValueError, match="not a LoRA for this UNet: it is empty"):
         read_lora(tmp_path, SD15)
 
 
