@@ -165,4 +165,4 @@ def test_local_cluster_tells_what_it_would_run_and_what_it_takes() -> None:
     assert all(line.endswith("train --flag") and "localhost:5 " in line for line in lines)
     usage = local_cluster()
     assert usage.returncode == 2
-    assert "PROCESSES  how many processes; 2 unless set" in usage.stderr
+    assert "PROCESSES  number of processes; default: 2" in usage.stderr
