@@ -214,7 +214,8 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(
             begun = any((workdir / "checkpoints").glob("[0-9]*")) if workdir.exists() else False
             phase = next((phase for phase in plan if begun or phase != "restore"), "steps")
             attempt = launcher.start(workdir, processes)
-            struck = hit(attempt, phase, 0 if phase == "restore" else rng.randrange(2), seconds.get(phase, 0.5), rng)
+            comes_once = phase == "restore" or (phase == "start" and not begun)
+            struck = hit(attempt, phase, 0 if comes_once else rng.randrange(2), seconds.get(phase, 0.5), rng)
             codes = attempt.wait(GRACE if struck else 900)
             seconds |= {name: value for name, value in durations(attempt).items() if name != "restore"}
             if struck is None:
