@@ -111,7 +111,7 @@ def watched(doing: str) -> Iterator[None]:
     threading.Thread(target=watch, daemon=True).start()
     try:
         yield
-    except OSError:  # an error of this process
+    except (OSError, UserError):  # an error of this process
         raise
     except Exception as error:
         silent = _silent(f"{doing}, failed", SECONDS_TO_LEAVE)

@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from dpo_jax import cluster, processes, streams
+from dpo_jax.errors import UserError
 from dpo_jax.locks import locked
 
 ROOT = Path(__file__).parents[1]
@@ -135,6 +136,13 @@ with cluster.together("to build"):
         Path(folder, "process_1.log").read_text(),
         re.MULTILINE,
     )
+
+
+def test_a_mistake_of_one_process_is_not_taken_for_the_silence_of_others(monkeypatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(cluster, "_silent", lambda *_: pytest.fail("called the others"))
+    with pytest.raises(UserError, match=r"^a mistake$"), cluster.watched("to see it"):
+        raise UserError("a mistake")
 
 
 @pytest.mark.slow
