@@ -6,7 +6,7 @@ import re
 from etils import epath
 from ml_collections import ConfigDict
 
-from dpo_jax.errors import UserError
+from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.models.pipeline import Pipeline, files_of, find_component
 from dpo_jax.rewards import JUDGES, Judge, open_judge
 from dpo_jax.sharding import Placement
@@ -23,11 +23,12 @@ def open_judges(config: ConfigDict) -> list[Judge]:
     for spec in config.online.judges:
         try:
             judges.append(open_judge(spec))
-        except (ValueError, FileNotFoundError) as error:
+        except (UserError, FileNotFoundError) as error:
             name = spec.partition("=")[0]
             known = JUDGES.get(name)
             example = f"{name}={'SOURCE' if known.needs else ''}".rstrip("=") if known else "jpeg_compressibility"
-            raise type(error)(
+            kind = type(error) if isinstance(error, UserError) else MissingFileError
+            raise kind(
                 f"config.online.judges={config.online.judges}: {error}; write for example "
                 f"--config.online.judges=\"('{example}',)\""
             ) from error

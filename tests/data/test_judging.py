@@ -16,6 +16,7 @@ from dpo_jax.data.labels.agreement import agreement, summarise
 from dpo_jax.data.labels.judging import import_scores, score_images
 from dpo_jax.data.store.prepared import PreparedData, open_prepared
 from dpo_jax.data.store.scores import candidates, read_scores, write_scores
+from dpo_jax.errors import UserError
 
 from .conftest import encode, write_prepared
 
@@ -87,11 +88,17 @@ def test_a_judge_that_cannot_stack_sizes_gets_them_singly(prepared: PreparedData
 def test_what_a_judge_refuses_is_named(prepared: PreparedData) -> None:
     def judge(images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
         if any(len(image) == 11 for image in images):
-            raise ValueError("11 pixels are too high")
+            raise UserError("11 pixels are too high")
         return np.zeros(len(images))
 
     with pytest.raises(ValueError, match=r"^made row 3 cannot be judged: 11 pixels are too high$"):
         score_images(prepared, judge)
+
+    def broken(images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match=r"^a bug$"):
+        score_images(prepared, broken)
 
     def undecided(images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
         return np.asarray([np.nan if text == "three" else 0 for text in captions])

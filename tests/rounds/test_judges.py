@@ -1,9 +1,11 @@
 """The judges that a config names are found before anything is begun."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 
+from dpo_jax.errors import MissingFileError
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.rounds.judges import find_latent_judge, open_judges
 from dpo_jax.rounds.loop import learn
@@ -21,6 +23,16 @@ def test_a_judge_that_is_not_there_is_told_before_the_model_is_opened(online, tm
             learn(online("d3po:tiny", **{"online.judges": judges}), tmp_path)
         assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_bug_of_a_judge_keeps_its_class(online, monkeypatch):
+    error = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    monkeypatch.setattr("dpo_jax.rounds.judges.open_judge", Mock(side_effect=error))
+    with pytest.raises(UnicodeDecodeError, match="invalid start byte"):
+        open_judges(online())
+    monkeypatch.setattr("dpo_jax.rounds.judges.open_judge", Mock(side_effect=FileNotFoundError(2, "no such", "x")))
+    with pytest.raises(MissingFileError, match=r"online\.judges=.*'x'; write for example"):
+        open_judges(online())
 
 
 def test_judges_are_opened_in_order(online):

@@ -94,7 +94,7 @@ def _score(score: Reward, images: Sequence[np.ndarray], captions: Sequence[str],
         scores = np.asarray(score(images, captions), np.float32)
     except EnvironmentFault:  # the judge itself has failed, and would again
         raise
-    except ValueError as error:
+    except UserError as error:
         if len(images) == 1:
             raise UserError(f"{wheres[0]} cannot be judged: {error}") from None
         singles = zip(images, captions, wheres, strict=True)  # to find out which one it is
