@@ -1,9 +1,10 @@
-"""ImageReward's network (Xu et al., arXiv 2304.05977): a BLIP (Li et al., arXiv 2201.12086) that reads a caption while
-it looks at the image, and an MLP that turns what it makes of both into a reward.
+"""ImageReward's network (Xu et al., arXiv 2304.05977). A BLIP (Li et al., arXiv 2201.12086) reads a caption together
+with the image, and an MLP turns its output into a reward.
 
-Structure and parameter names are those of transformers' BlipVisionModel and BlipTextModel.
+The structure and the parameter names are those of transformers' BlipVisionModel and BlipTextModel.
 
-N images with a caption each, H x W pixels, C channels, D hidden width, S patches and the class token, L tokens.
+Axes: N images with one caption each, H x W pixels, C channels, D hidden width, S image tokens (the patches and the
+class token), L caption tokens.
 """
 
 import dataclasses
@@ -49,17 +50,17 @@ class BLIPTextConfig(LayersConfig):
 
 @dataclasses.dataclass(frozen=True)
 class ImageRewardConfig:
-    """The defaults are those of ImageReward-v1.0."""
+    """The configs of both halves and of the reward's scale; the defaults are those of ImageReward-v1.0."""
 
     vision: BLIPVisionConfig = BLIPVisionConfig()
     text: BLIPTextConfig = BLIPTextConfig()
     mean: float = 0.16717362830052426
     std: float = 1.0333394966054072
-    """Of the MLP's output, by which it is normalised."""
+    """Mean and standard deviation of the MLP's output, by which the reward is normalised."""
 
 
 class ImageReward(nnx.Module):
-    """(normalised pixels, token ids, how many of them are no padding) -> rewards_N, float32."""
+    """Map (normalised pixels, token ids, number of tokens without padding) to rewards_N in float32."""
 
     def __init__(self, config: ImageRewardConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.vision_model = BLIPVisionModel(config.vision, dtype=dtype, rngs=rngs)
@@ -73,7 +74,7 @@ class ImageReward(nnx.Module):
 
 
 class BLIPVisionModel(nnx.Module):
-    """A pre-norm ViT; all of its tokens, normed."""
+    """A pre-norm ViT; it returns all of its tokens, normalised."""
 
     def __init__(self, config: BLIPVisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.embeddings = BLIPVisionEmbeddings(config, dtype=dtype, rngs=rngs)
@@ -85,7 +86,7 @@ class BLIPVisionModel(nnx.Module):
 
 
 class BLIPVisionEmbeddings(nnx.Module):
-    """Projected patches behind a class token, plus learned position embeddings."""
+    """Projected patches after a class token, plus learned position embeddings."""
 
     def __init__(self, config: BLIPVisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width, patch, init = config.hidden_size, config.patch_size, nnx.initializers.normal(0.02)
@@ -104,7 +105,7 @@ class BLIPVisionEmbeddings(nnx.Module):
 
 
 class BLIPVisionEncoder(nnx.Module):
-    """The layers."""
+    """All layers of the image encoder, one after the other."""
 
     def __init__(self, config: BLIPVisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         layers = [BLIPVisionLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)]
@@ -117,7 +118,7 @@ class BLIPVisionEncoder(nnx.Module):
 
 
 class BLIPVisionLayer(nnx.Module):
-    """Pre-norm transformer layer."""
+    """A pre-norm transformer layer."""
 
     def __init__(self, config: BLIPVisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width, epsilon = config.hidden_size, config.layer_norm_eps
@@ -132,7 +133,7 @@ class BLIPVisionLayer(nnx.Module):
 
 
 class BLIPVisionAttention(nnx.Module):
-    """Multi-head self-attention with queries, keys and values made by one layer."""
+    """Multi-head self-attention; one linear layer makes the queries, keys and values."""
 
     def __init__(self, width: int, num_heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
@@ -145,7 +146,7 @@ class BLIPVisionAttention(nnx.Module):
 
 
 class BLIPTextModel(nnx.Module):
-    """A BERT whose every layer looks at the image between its self-attention and its MLP; padding is not seen."""
+    """A BERT in which every layer attends to the image between its self-attention and its MLP; padding is masked."""
 
     def __init__(self, config: BLIPTextConfig, image_width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.embeddings = BLIPTextEmbeddings(config, dtype=dtype, rngs=rngs)
@@ -156,7 +157,7 @@ class BLIPTextModel(nnx.Module):
 
 
 class BLIPTextEmbeddings(nnx.Module):
-    """Token plus learned position embeddings, normed."""
+    """Token embeddings plus learned position embeddings, normalised."""
 
     def __init__(self, config: BLIPTextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width = config.hidden_size
@@ -170,7 +171,7 @@ class BLIPTextEmbeddings(nnx.Module):
 
 
 class BLIPTextEncoder(nnx.Module):
-    """The layers."""
+    """All layers of the text encoder, one after the other."""
 
     def __init__(self, config: BLIPTextConfig, image_width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         layers = [BLIPTextLayer(config, image_width, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)]
@@ -183,7 +184,7 @@ class BLIPTextEncoder(nnx.Module):
 
 
 class BLIPTextLayer(nnx.Module):
-    """Post-norm transformer layer with cross-attention to the image."""
+    """A post-norm transformer layer with cross-attention to the image."""
 
     def __init__(self, config: BLIPTextConfig, image_width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width, inner = config.hidden_size, config.intermediate_size
@@ -199,7 +200,8 @@ class BLIPTextLayer(nnx.Module):
 
 
 class BLIPTextAttention(nnx.Module):
-    """Attention to a context, all of it or the first `lengths_N` tokens; added to its input and normed."""
+    """Attention to all of a context or to its first `lengths_N` tokens; the result is added to the input and
+    normalised."""
 
     def __init__(self, config: BLIPTextConfig, context_width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.self = QueryKeyValue(config.hidden_size, context_width, dtype=dtype, rngs=rngs)
@@ -216,7 +218,7 @@ class BLIPTextAttention(nnx.Module):
 
 
 class QueryKeyValue(nnx.Module):
-    """The three projections."""
+    """The projections to queries, keys and values."""
 
     def __init__(self, width: int, context_width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.query = Linear(width, width, dtype=dtype, rngs=rngs)
@@ -228,7 +230,7 @@ class QueryKeyValue(nnx.Module):
 
 
 class Dense(nnx.Module):
-    """A linear layer under the name that BERT gives it."""
+    """A linear layer with the parameter name that BERT gives it."""
 
     def __init__(self, width: int, out_width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.dense = Linear(width, out_width, dtype=dtype, rngs=rngs)
@@ -238,7 +240,7 @@ class Dense(nnx.Module):
 
 
 class DenseNorm(nnx.Module):
-    """Back to the hidden width, added to what was there, and normed."""
+    """A projection back to the hidden width; the result is added to the layer's input and normalised."""
 
     def __init__(self, width: int, config: BLIPTextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.dense = Linear(width, config.hidden_size, dtype=dtype, rngs=rngs)

@@ -1,8 +1,8 @@
-"""CLIP's text encoder (Radford et al., arXiv 2103.00020) with the structure and parameter names of transformers.
+"""CLIP's text encoder (Radford et al., arXiv 2103.00020) with the structure and the parameter names of transformers.
 
-The image encoder, of the same layers, is in `clip_vision.py`.
+The image encoder, which uses the same layers, is in `clip_vision.py`.
 
-N captions, L tokens, D hidden width, P pooled width (D, or the projection's).
+Axes: N captions, L tokens, D hidden width, P pooled width (D, or the width of the projection).
 """
 
 import dataclasses
@@ -28,16 +28,16 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """GELU by the error function, not its tanh approximation; OpenCLIP's choice."""
+    """GELU computed with the error function, not with its tanh approximation; OpenCLIP uses this one."""
     return jax.nn.gelu(x, approximate=False)
 
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
-# Published files carry 2 here, which was never the id of the token; transformers then takes the largest id instead.
+# Published files carry 2 here, which was never the token's id. transformers then takes the largest id instead.
 LEGACY_EOS_TOKEN_ID = 2
 
-# What transformers 4 and 5 write beside the fields that decide the computation: training, generation, bookkeeping.
+# Fields that transformers 4 and 5 write but that change no output: training, generation, bookkeeping.
 METADATA = frozenset(
     """
     architectures attention_dropout bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
@@ -54,7 +54,7 @@ METADATA = frozenset(
 
 
 class Parts(pydantic.BaseModel):
-    """Of what the config.json of a CLIP, or of its text encoder, is made up."""
+    """The parts of the config.json of a CLIP or of its text encoder."""
 
     architectures: list[str] | None = None
     text_config: dict[str, Any] | None = None
@@ -65,7 +65,7 @@ class Parts(pydantic.BaseModel):
 
 @dataclasses.dataclass(frozen=True)
 class LayersConfig:
-    """What the layers of both encoders are made by; defaults are those of transformers for texts."""
+    """The fields that the layers of both encoders share; the defaults are those of transformers for text."""
 
     hidden_size: Width = 512
     intermediate_size: Width = 2048
@@ -75,7 +75,7 @@ class LayersConfig:
     layer_norm_eps: Positive = 1e-5
 
     def check(self, where: str) -> None:
-        """Raises ValueError, naming `where`, if the width does not divide into the heads."""
+        """Raise a UserError that names `where` if the width is not divisible by the number of heads."""
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"{where}: hidden_size = {self.hidden_size} does not divide into num_attention_heads = "
@@ -85,20 +85,20 @@ class LayersConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig(LayersConfig):
-    """The fields of a transformers CLIP text config.json that decide the computation; defaults are transformers'."""
+    """The fields of a transformers CLIP text config.json that change the output; the defaults are transformers'."""
 
     vocab_size: Vocabulary = 49408
     max_position_embeddings: Width = 77
     eos_token_id: TokenId = 49407
     projection_dim: Width = 512
     with_projection: bool = False
-    """Whether `pooled` goes through `text_projection`: the CLIPTextModelWithProjection of transformers."""
+    """True for CLIPTextModelWithProjection of transformers: `pooled` goes through `text_projection`."""
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], where: str) -> "CLIPTextConfig":
-        """Reads the config.json of a text model, or the text half of a whole CLIP's.
+        """Read the config.json of a text model, or the text half of the config.json of a whole CLIP.
 
-        Raises ValueError naming `where` and the field that this code does not support.
+        Raises a UserError that names `where` and the field that is not supported.
         """
         parts: Parts = conform(config, Parts, where)
         with_projection = any(
@@ -106,7 +106,7 @@ class CLIPTextConfig(LayersConfig):
         )
         if parts.text_config is not None:
             shared = {"projection_dim": config["projection_dim"]} if "projection_dim" in config else {}
-            # Old files repeat the text half in `text_config_dict`, which transformers lets win.
+            # Old files repeat the text half in `text_config_dict`, which wins in transformers.
             config = {**parts.text_config, **(parts.text_config_dict or {}), **shared}
         supported = {
             "model_type": ("clip_text_model",),
@@ -122,18 +122,18 @@ class CLIPTextConfig(LayersConfig):
 
 
 class TextOutput(NamedTuple):
-    """What the diffusion models condition on: each family reads one or two of these."""
+    """The outputs that a diffusion model can be conditioned on; each family reads one or two of them."""
 
     last_hidden_NLD: jax.Array
-    """After the last layer and the final norm (SD1.5, SD2)."""
+    """Output of the last layer, after the final norm (SD1.5, SD2)."""
     penultimate_NLD: jax.Array
-    """Before the last layer, without the final norm (SDXL)."""
+    """Input of the last layer, without the final norm (SDXL)."""
     pooled_NP: jax.Array
     """`last_hidden_NLD` at the end-of-text token, projected if the model has a projection (SDXL)."""
 
 
 class CLIPTextModel(nnx.Module):
-    """CLIPTextModel or, with `config.with_projection`, CLIPTextModelWithProjection of transformers."""
+    """CLIPTextModel of transformers, or CLIPTextModelWithProjection if `config.with_projection`."""
 
     def __init__(self, config: CLIPTextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.text_model = CLIPTextTransformer(config, dtype=dtype, rngs=rngs)
@@ -168,14 +168,14 @@ class CLIPTextTransformer(nnx.Module):
 
 
 def end_of_text(token_ids_NL: jax.Array, eos_token_id: int) -> jax.Array:
-    """Position of the first end-of-text token of each caption, as transformers finds it."""
+    """Return the position of the first end-of-text token of each caption, as transformers finds it."""
     if eos_token_id == LEGACY_EOS_TOKEN_ID:
         return token_ids_NL.argmax(axis=-1)
     return (token_ids_NL == eos_token_id).argmax(axis=-1)
 
 
 class CLIPTextEmbeddings(nnx.Module):
-    """Token plus learned position embeddings."""
+    """Token embeddings plus learned position embeddings."""
 
     def __init__(self, config: CLIPTextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width = config.hidden_size
@@ -184,13 +184,13 @@ class CLIPTextEmbeddings(nnx.Module):
 
     def __call__(self, token_ids_NL: jax.Array) -> jax.Array:
         length, longest = token_ids_NL.shape[1], self.position_embedding.embedding.shape[0]
-        if length > longest:  # JAX would repeat the last position without a word.
+        if length > longest:  # JAX would silently repeat the last position
             raise UserError(f"captions of {length} tokens do not fit a text model of {longest} positions")
         return self.token_embedding(token_ids_NL) + self.position_embedding(jnp.arange(length))
 
 
 class CLIPEncoder(nnx.Module):
-    """The layers; returns the output of the last and its input, which is what SDXL conditions on."""
+    """All layers; returns the last layer's output and its input, which SDXL is conditioned on."""
 
     def __init__(self, config: LayersConfig, *, is_causal: bool = True, dtype: DTypeLike, rngs: nnx.Rngs):
         self.layers = nnx.List(
@@ -207,7 +207,7 @@ class CLIPEncoder(nnx.Module):
 
 
 class CLIPEncoderLayer(nnx.Module):
-    """Pre-norm transformer layer."""
+    """A pre-norm transformer layer."""
 
     def __init__(self, config: LayersConfig, *, is_causal: bool, dtype: DTypeLike, rngs: nnx.Rngs):
         width, epsilon = config.hidden_size, config.layer_norm_eps
@@ -222,7 +222,7 @@ class CLIPEncoderLayer(nnx.Module):
 
 
 class CLIPAttention(nnx.Module):
-    """Multi-head self-attention; tokens of a text see those before them, patches of an image all."""
+    """Multi-head self-attention: a text token attends to itself and earlier tokens, an image patch to all patches."""
 
     def __init__(self, width: int, num_heads: int, *, is_causal: bool, dtype: DTypeLike, rngs: nnx.Rngs):
         self.q_proj = Linear(width, width, dtype=dtype, rngs=rngs)
@@ -237,7 +237,7 @@ class CLIPAttention(nnx.Module):
 
 
 class CLIPMLP(nnx.Module):
-    """Two linear layers with the config's activation between."""
+    """Two linear layers with the config's activation between them."""
 
     def __init__(self, width: int, inner_width: int, activation: str, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.fc1 = Linear(width, inner_width, dtype=dtype, rngs=rngs)

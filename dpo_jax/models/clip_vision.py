@@ -1,9 +1,9 @@
-"""A whole CLIP (Radford et al., arXiv 2103.00020): image encoder and text encoder that agree on an image's content.
+"""A whole CLIP (Radford et al., arXiv 2103.00020): an image encoder and a text encoder with a shared feature space.
 
-Structure and parameter names are those of transformers' CLIPModel.
+The structure and the parameter names are those of transformers' CLIPModel.
 
-N images or captions, H x W pixels, C channels, D hidden width, S patches and the class token, L tokens, P projected
-width.
+Axes: N images or captions, H x W pixels, C channels, D hidden width, S image tokens (the patches and the class token),
+L caption tokens, P projected width.
 """
 
 import dataclasses
@@ -31,12 +31,13 @@ from dpo_jax.models.layers import Conv, Embedding, LayerNorm, Linear, make_param
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-"""By which images (0 to 1, RGB) are normalised: OpenAI's, and of every model here."""
+"""Mean and standard deviation by which images (RGB, 0 to 1) are normalised: OpenAI's values, which every model here
+uses."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPVisionConfig(LayersConfig):
-    """The fields of a transformers CLIP vision config that decide the computation; defaults are transformers'."""
+    """The fields of a transformers CLIP vision config that change the output; the defaults are transformers'."""
 
     hidden_size: Width = 768
     intermediate_size: Width = 3072
@@ -47,7 +48,7 @@ class CLIPVisionConfig(LayersConfig):
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:
-    """Both halves, and the width that they are projected to."""
+    """The configs of both halves, and the width that both are projected to."""
 
     text: CLIPTextConfig
     vision: CLIPVisionConfig
@@ -55,11 +56,11 @@ class CLIPConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], where: str) -> "CLIPConfig":
-        """Reads the config.json of a whole CLIP. Raises ValueError naming `where` and what is not supported."""
+        """Read the config.json of a whole CLIP. Raises a UserError that names `where` and what is not supported."""
         parts: Parts = conform(config, Parts, where)
         if config.get("model_type") != "clip" or parts.vision_config is None or parts.text_config is None:
             raise UserError(f"{where} does not describe a whole CLIP, with an image and a text encoder")
-        # Old files repeat the vision half in `vision_config_dict`, which transformers lets win.
+        # Old files repeat the vision half in `vision_config_dict`, which wins in transformers.
         vision = {**parts.vision_config, **(parts.vision_config_dict or {})}
         supported = {
             "model_type": ("clip_vision_model",),
@@ -77,7 +78,7 @@ class CLIPConfig:
         result.check(where)
         if result.image_size < result.patch_size:
             raise UserError(f"{where}: image_size = {result.image_size} is less than patch_size = {result.patch_size}")
-        # `text` has checked its type, and has the default of both halves where the file has none.
+        # `text` has checked the type of this field and holds the default for both halves if the file has none.
         return cls(text, result, config.get("projection_dim", cls.projection_dim))
 
 
@@ -93,21 +94,21 @@ class CLIPModel(nnx.Module):
         self.logit_scale = make_param(nnx.initializers.constant(2.6592), rngs, ())
 
     def image_features(self, pixels_NHWC: jax.Array) -> jax.Array:
-        """Normalised pixels (see `IMAGE_MEAN`) to features_NP of no particular length."""
+        """Map normalised pixels (see `IMAGE_MEAN`) to features_NP, which do not have unit length."""
         return self.visual_projection(self.vision_model(pixels_NHWC))
 
     def text_features(self, token_ids_NL: jax.Array) -> jax.Array:
-        """Token ids to features_NP of no particular length."""
+        """Map token ids to features_NP, which do not have unit length."""
         return self.text_projection(self.text_model(token_ids_NL).pooled_NP)
 
 
 class CLIPVisionTransformer(nnx.Module):
-    """Patches and a class token through the layers; the class token's output, normed."""
+    """Patches and a class token go through the layers; returns the class token's output, normalised."""
 
     def __init__(self, config: CLIPVisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width, epsilon = config.hidden_size, config.layer_norm_eps
         self.embeddings = CLIPVisionEmbeddings(config, dtype=dtype, rngs=rngs)
-        self.pre_layrnorm = LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)  # the name that it has
+        self.pre_layrnorm = LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)  # published with this typo
         self.encoder = CLIPEncoder(config, is_causal=False, dtype=dtype, rngs=rngs)
         self.post_layernorm = LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
 
@@ -117,7 +118,7 @@ class CLIPVisionTransformer(nnx.Module):
 
 
 class CLIPVisionEmbeddings(nnx.Module):
-    """Projected patches behind a class token, plus learned position embeddings."""
+    """Projected patches after a class token, plus learned position embeddings."""
 
     def __init__(self, config: CLIPVisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width, patch = config.hidden_size, config.patch_size

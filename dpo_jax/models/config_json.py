@@ -1,4 +1,5 @@
-"""Reading a checkpoint's config.json into a frozen dataclass, refusing what this code would compute differently."""
+"""Reads a checkpoint's config.json into a frozen dataclass and refuses settings that dpo_jax would compute
+differently."""
 
 import dataclasses
 import functools
@@ -14,11 +15,12 @@ from dpo_jax.files import conform
 Config = TypeVar("Config")
 
 MAX_BYTES = 2**24
-"""No config.json is larger: the largest have a few kB."""
+"""Largest size of a config.json in bytes; real ones have a few kB."""
 Width = Annotated[int, pydantic.Field(ge=1, le=2**16)]
-"""Channels, features, heads, positions: a larger number is damage, and building its network would never end."""
+"""Number of channels, features, heads or positions. A larger number means a damaged file, and building its network
+would never end."""
 Depth = Annotated[int, pydantic.Field(ge=1, le=256)]
-"""Layers that follow each other."""
+"""Number of layers in a row."""
 Vocabulary = Annotated[int, pydantic.Field(ge=1, le=2**24)]
 TokenId = Annotated[int, pydantic.Field(ge=0, le=2**24)]
 Positive = Annotated[float, pydantic.Field(gt=0, lt=1e9)]
@@ -33,11 +35,11 @@ def read_config(
     supported: Mapping[str, Collection[Any]],
     metadata: Collection[str] = (),
 ) -> Config:
-    """Builds the dataclass `cls`, whose defaults are the original library's.
+    """Build the dataclass `cls`, whose defaults are those of the original library.
 
-    A field of `cls` must have its type, and one in `supported` a value listed there. Every other field must change no
-    output: named in `metadata` or beginning with an underscore. Raises one ValueError that names `where` and all fields
-    that are wrong.
+    A field of `cls` must have its type, and a field in `supported` must have a value listed there. Every other field
+    must be listed in `metadata` or begin with an underscore: these change no output. Raises one UserError that names
+    `where` and all fields that are wrong.
     """
     known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
@@ -59,14 +61,14 @@ def read_config(
 
 
 def shown(value: Any) -> str:
-    """A value as errors show it: not more than a line of it."""
+    """Return a value as errors show it: at most one line."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @functools.cache
 def _schema(cls: Any) -> type[pydantic.BaseModel]:
-    """The fields of a dataclass as a pydantic model, which takes dictionaries also where types are strict."""
+    """Return a pydantic model of a dataclass's fields; it accepts dictionaries even where types are strict."""
     hints = typing.get_type_hints(cls, include_extras=True)
     fields: dict[str, Any] = {
         field.name: (hints[field.name], field.default)

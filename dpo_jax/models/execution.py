@@ -1,8 +1,8 @@
-"""How a UNet's blocks are run, which changes memory and compilation and not a number: what the backward pass keeps, and
-whether equal blocks share a program.
+"""How a UNet's blocks are executed: what is kept for the backward pass, and whether equal blocks share one program.
+These choices change memory use and compile time, but not the result.
 
 Each residual block and each transformer block is one unit of rematerialization (Chen et al., arXiv 1604.06174): its
-input is kept, and of what happens inside only what the policy names.
+input is kept, and of its intermediate values only those that the policy names.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,11 +14,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 ATTENTION = "attention"
-"""The name of what attention returns, before its last projection."""
+"""Checkpoint name of the output of attention, before its last projection."""
 
 
 def _dots(primitive: Any, *args: Any, **params: Any) -> bool:
-    """Products with weights. Attention's own products have heads as batch axes and are larger than all else."""
+    """Keep products with weights. Attention's own products have the heads as batch axes and are larger than all
+    others."""
     saved = jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(ATTENTION),
@@ -32,32 +33,32 @@ POLICIES: dict[str, Any] = {
     "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
     "block": jax.checkpoint_policies.nothing_saveable,
 }
-"""From most memory and least computation to the opposite: everything is kept; the results of matrix products and
-convolutions are; those of attention are; nothing is."""
+"""Rematerialization policies, from most memory and least computation to the opposite. They keep, in order: everything;
+the results of matrix products and convolutions; the results of attention; nothing."""
 
 
 class Execution(NamedTuple):
-    """How the blocks of a UNet are run."""
+    """How the blocks of a UNet are executed."""
 
     remat: str = "none"
-    """One of `POLICIES`."""
+    """Name of the rematerialization policy, a key of `POLICIES`."""
     scan: bool = False
-    """Whether the transformer blocks that follow one another are compiled once, as the body of a loop. The compiler is
-    done several times sooner, and less can be computed ahead or kept apart."""
+    """True compiles consecutive transformer blocks once, as the body of a loop. Compilation is several times faster,
+    but the compiler can precompute less and must keep more together."""
     attention: str = "xla"
-    """Who computes it: see `operations.attention`."""
+    """Implementation of attention; see `operations.attention`."""
 
     def run(self, block: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
-        """`block(*args)`, computed again in the backward pass but for what the policy keeps."""
+        """Return `block(*args)`; the backward pass recomputes everything that the policy does not keep."""
         if self.remat == "none":
             return block(*args)
-        # A wrapper, because jax.checkpoint takes the identity of what it is given for that of the computation.
+        # The wrapper is needed because jax.checkpoint identifies a computation by the identity of its function.
         return jax.checkpoint(lambda *args: block(*args), policy=POLICIES[self.remat])(*args)
 
     def run_chain(self, blocks: Sequence[nnx.Module], x: jax.Array, *args: jax.Array) -> jax.Array:
-        """One block after the other, each on the result of the one before and the same `args`."""
+        """Run blocks one after the other: each gets the result of the one before it and the same `args`."""
         graphdefs, states = zip(*map(nnx.split, blocks), strict=True) if self.scan else ((), ())
-        if len(set(graphdefs)) != 1:  # where a LoRA is in some blocks only, they differ
+        if len(set(graphdefs)) != 1:  # they differ if only some blocks have a LoRA
             for block in blocks:
                 x = self.run(block, x, *args)
             return x

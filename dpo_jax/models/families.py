@@ -1,4 +1,4 @@
-"""The model families, as data: the only place that knows one Stable Diffusion from another by name."""
+"""The model families, as data. No other module distinguishes Stable Diffusion versions by name."""
 
 import dataclasses
 import re
@@ -11,27 +11,27 @@ from dpo_jax.models.unet_config import UNetConfig
 
 
 class TextEncoder(NamedTuple):
-    """One text encoder of a family: its folders, and which of its outputs the UNet attends to."""
+    """One text encoder of a family: its folders, and the output that the UNet attends to."""
 
     folder: str
     tokenizer: str
     context: str
-    """The field of `clip.TextOutput` that becomes (a part of) `Conditioning.context_NLD`."""
+    """The field of `clip.TextOutput` that becomes `Conditioning.context_NLD` or a part of it."""
     original_prefix: str
-    """What its names begin with in a single file of the original layout."""
+    """Prefix of the encoder's names in a single file of the original layout."""
 
 
 class Marks(NamedTuple):
-    """What web UIs tell a family by in the metadata of files."""
+    """The metadata by which web UIs recognise the family of a file."""
 
     base_model_version: str
-    """kohya's `ss_base_model_version` of a LoRA."""
+    """Value of kohya's `ss_base_model_version` in a LoRA file."""
     architecture: str
-    """ModelSpec's `modelspec.architecture` (https://github.com/Stability-AI/ModelSpec)."""
+    """Value of ModelSpec's `modelspec.architecture` (https://github.com/Stability-AI/ModelSpec)."""
 
 
 class License(NamedTuple):
-    """A licence as the hub's model cards name it; `name` and `link` where its id is "other"."""
+    """A licence as the hub's model cards name it; `name` and `link` are set if its id is "other"."""
 
     id: str
     name: str = ""
@@ -45,36 +45,36 @@ SAI_NC = License("other", "sai-nc-community", "https://huggingface.co/stabilitya
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What a model folder does not say of itself."""
+    """The properties of a model that its folder does not state."""
 
     name: str
     text_encoders: tuple[TextEncoder, ...]
-    """In the order in which their contexts are concatenated."""
+    """The text encoders, in the order in which their contexts are concatenated."""
     published: str
-    """The hub id whose configs and tokenizers belong to a single file of this family."""
+    """Hub id of the model whose configs and tokenizers fit a single file of this family."""
     license: License
-    """That of the published model."""
+    """Licence of the published model."""
     marks: Marks
     marks_of_velocity: Marks | None = None
-    """Those of its models that predict velocity, where they are others."""
+    """Marks of the family's models that predict velocity, if they differ from `marks`."""
     also_published: tuple[str, ...] = ()
-    """Further hub ids of models under the same licence: other versions, and copies."""
+    """Hub ids of further models under the same licence: other versions, and copies."""
     original_layer_names: bool = True
-    """kohya's LoRAs call layers as the original single file does, not as diffusers does."""
+    """True if kohya's LoRA files name layers as the original single file does; False if as diffusers does."""
     num_time_ids: int = 0
-    """Numbers of size conditioning: 6 = original size, crop, target size; 5 = original size, crop, aesthetic score;
-    0 = neither time ids nor a pooled caption. The pooled caption is the last text encoder's."""
+    """Numbers of size conditioning. 6: original size, crop, target size. 5: original size, crop, aesthetic score. 0:
+    neither time ids nor a pooled caption. The pooled caption comes from the last text encoder."""
     sampling_steps: int = 30
     guidance: float = 7.5
-    """What it is sampled by unless one says otherwise; diffusers' guidance."""
+    """Default guidance scale of sampling, in diffusers' definition."""
     training_timesteps: tuple[int, ...] | None = None
-    """The timesteps it was trained on and samples at; None for all."""
+    """The timesteps that the model was trained on and samples at; None for all."""
     zero_terminal_snr: bool = False
-    """Rescale the noise schedule so that the last timestep is pure noise, whatever scheduler_config.json says."""
+    """True rescales the noise schedule so that the last timestep is pure noise, whatever scheduler_config.json says."""
     has_unlike_siblings: bool = False
-    """Its single files may be of models with another target, which only their configs tell."""
+    """True if single files with the same tensors may be models with another target, which only their configs tell."""
     looks_like: str = ""
-    """The family whose files look the same, so that this one must be named."""
+    """Family whose files look the same, so this one must be named by the user."""
 
 
 _TEXT_ENCODERS = [
@@ -89,15 +89,15 @@ CLASSES = {
     "tokenizer": _TOKENIZERS,
     "tokenizer_2": _TOKENIZERS,
 }
-"""What model_index.json may say of a component: its library and class there."""
+"""Values of (library, class) that model_index.json may give for each component."""
 
 PUBLISHED = Path(__file__).parent / "published"
-"""A folder a family: the configs of its published model, without weights."""
+"""Holds one folder per family with the configs of its published model, without weights."""
 
 ORIGINAL_PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
 
 SD15_CLIP = TextEncoder("text_encoder", "tokenizer", "last_hidden_NLD", "cond_stage_model.transformer.")
-# Its folder was saved without the last layer, so this is the penultimate state of the original.
+# The published folder lacks the last layer, so its last state is the penultimate state of the original.
 SD21_CLIP = TextEncoder("text_encoder", "tokenizer", "last_hidden_NLD", "cond_stage_model.model.")
 SDXL_CLIPS = (
     TextEncoder("text_encoder", "tokenizer", "penultimate_NLD", "conditioner.embedders.0.transformer."),
@@ -157,7 +157,7 @@ FAMILIES = {
             zero_terminal_snr=True,
             looks_like="sdxl",
         ),
-        # Refines the last, nearly noiseless fifth of a trajectory (arXiv 2307.01952, section 2.5).
+        # The refiner refines the last, nearly noiseless fifth of a trajectory (arXiv 2307.01952, section 2.5).
         Family(
             "sdxl_refiner",
             (REFINER_CLIP,),
@@ -173,10 +173,10 @@ FAMILIES = {
 
 
 def find_family(model_index: Mapping[str, Any], unet: UNetConfig, where: str, name: str | None = None) -> Family:
-    """The family called `name`, or the one that the folder's contents point to.
+    """Return the family called `name`, or the one that the folder's contents match.
 
-    SDXL-Turbo has the contents of SDXL, so it is found by name only. Raises ValueError when the folder at `where`
-    lacks what the family needs.
+    SDXL-Turbo has the same contents as SDXL, so it is found by name only. Raises a UserError if the folder at `where`
+    lacks something that the family needs.
     """
     present = {folder for folder in ("text_encoder", "text_encoder_2") if has_component(model_index, folder)}
     guess = _guess(present, unet)
@@ -199,10 +199,10 @@ def find_family(model_index: Mapping[str, Any], unet: UNetConfig, where: str, na
 
 
 def family_of_single_file(names: Collection[str], where: str, name: str | None = None) -> Family:
-    """The family called `name`, or the one that a single file's tensors, called `names`, belong to.
+    """Return the family called `name`, or the one that the tensor names of a single file match.
 
-    SDXL-Turbo has the tensors of SDXL, so it is found by name only. Raises ValueError when the file at `where` holds
-    something else or lacks what the family needs.
+    SDXL-Turbo has the same tensors as SDXL, so it is found by name only. Raises a UserError if the file at `where`
+    holds something else or lacks something that the family needs.
     """
     present = {prefix for prefix in _ENCODER_PREFIXES if any(tensor.startswith(prefix) for tensor in names)}
     if not present or not any(tensor.startswith(ORIGINAL_PREFIXES["unet"]) for tensor in names):
@@ -225,12 +225,13 @@ def family_of_single_file(names: Collection[str], where: str, name: str | None =
 
 
 def has_component(model_index: Mapping[str, Any], name: str) -> bool:
-    """Whether model_index.json lists the component; absent ones are written as [null, null]."""
+    """Return whether model_index.json lists the component; absent ones are written as [null, null]."""
     return (model_index.get(name) or [None])[0] is not None
 
 
 def check_classes(model_index: Mapping[str, Any], where: str) -> None:
-    """Refuses components of classes that are not computed here, such as those that a model brings as Python files."""
+    """Refuse components whose classes dpo_jax does not implement, for example those that a model brings as Python
+    files."""
     for name, classes in CLASSES.items():
         if has_component(model_index, name) and tuple(model_index[name]) not in classes:
             library, found = model_index[name]
@@ -252,7 +253,7 @@ def _original_prefixes(family: Family) -> set[str]:
 
 _ENCODER_PREFIXES = set().union(*map(_original_prefixes, FAMILIES.values()))
 
-# What else a .safetensors file may be, by what a name in it looks like; the first that fits.
+# Patterns of tensor names that tell what else a .safetensors file may be; the first match counts.
 _OTHER_FILES = {
     r"^lora_|\blora_(A|B|up|down)\b|\.lora\.": "a LoRA, which is trained on top of a model",
     r"joint_blocks\.|double_blocks\.|transformer_blocks\.0\.norm1_context": "SD3 or Flux, whose denoiser is no UNet",
@@ -262,8 +263,7 @@ _OTHER_FILES = {
     r"^(first_stage_model\.)?decoder\.": "a VAE alone",
     r"text_model\.|resblocks\.": "a text encoder alone",
 }
-# Tensors by which SDXL's descendants tell web UIs that they have another noise schedule or target; these have no
-# numbers, and say it of the whole model.
+# Empty tensors by which descendants of SDXL tell web UIs that the whole model has another noise schedule or target.
 V_PRED, ZERO_TERMINAL_SNR = "v_pred", "ztsnr"
 _OTHER_SCHEDULES = {
     "edm_mean": "has the noise schedule of EDM",

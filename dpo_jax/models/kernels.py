@@ -1,4 +1,5 @@
-"""Attention as one kernel that writes no product of queries and keys to memory: libraries' own, for what they take.
+"""Attention as one fused kernel that writes no product of queries and keys to memory. The kernels come from libraries
+and are used for the inputs that they support.
 
 Axes: N images, Q queries, S keys, h heads of d features, D = h * d.
 """
@@ -14,16 +15,16 @@ from dpo_jax.models.execution import ATTENTION, attention_result
 from dpo_jax.sharding import DATA_AXES
 
 SPLASH_BLOCKS = (512, 256, 128)
-"""Queries or keys that splash attention works on at a time: the first of these that divides them."""
+"""Numbers of queries or keys that splash attention works on at a time; the first one that divides the total is used."""
 
 
 class Kernel(NamedTuple):
-    """One library's attention."""
+    """One library's implementation of attention."""
 
     takes: Callable[[jax.Array, jax.Array, int], bool]
-    """Whether it can do these queries [N, Q, D] and keys [N, S, D], of so many heads."""
+    """Return whether it supports these queries [N, Q, D] and keys [N, S, D] with this number of heads."""
     attend: Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
-    """(queries, keys, values, number of heads) -> [N, Q, D]."""
+    """Map (queries, keys, values, number of heads) to [N, Q, D]."""
 
 
 def cudnn_takes(query_NQD: jax.Array, key_NSD: jax.Array, num_heads: int) -> bool:
@@ -32,8 +33,8 @@ def cudnn_takes(query_NQD: jax.Array, key_NSD: jax.Array, num_heads: int) -> boo
 
 
 def cudnn(query_NQD: jax.Array, key_NSD: jax.Array, value_NSD: jax.Array, num_heads: int) -> jax.Array:
-    """NVIDIA's, on GPUs."""
-    # It takes no odd number of keys, such as a caption's 77.
+    """NVIDIA's kernel, for GPUs."""
+    # cuDNN does not support an odd number of keys, such as a caption's 77.
     rows, keys = key_NSD.shape[:2]
     padding = ((0, 0), (0, -keys % 8), (0, 0))
     key_NSD, value_NSD = jnp.pad(key_NSD, padding), jnp.pad(value_NSD, padding)
@@ -46,19 +47,20 @@ def cudnn(query_NQD: jax.Array, key_NSD: jax.Array, value_NSD: jax.Array, num_he
 
 
 def splash_takes(query_NQD: jax.Array, key_NSD: jax.Array, num_heads: int) -> bool:
-    """Whole blocks only: attention to a caption's 77 keys is a twentieth of all, and short rows are soon multiplied."""
+    """Return whether queries and keys divide into whole blocks. Attention to a caption's 77 keys does not, but it is
+    only a twentieth of the total, and short rows are multiplied quickly."""
     return all(x_NLD.shape[1] % SPLASH_BLOCKS[-1] == 0 for x_NLD in (query_NQD, key_NSD))
 
 
 def splash(
     query_NQD: jax.Array, key_NSD: jax.Array, value_NSD: jax.Array, num_heads: int, *, interpret: bool = False
 ) -> jax.Array:
-    """JAX's own for TPUs, written in Pallas. `interpret` runs it anywhere, slowly.
+    """JAX's own kernel for TPUs, written in Pallas. `interpret` runs it on any device, slowly.
 
-    jit can't split a Pallas kernel over devices; so this does, over the mesh that `sharding.on_mesh` has named: images
-    over copies and parts of the model, heads over `tensor`.
+    jit cannot split a Pallas kernel over devices, so this function does it, over the mesh that `sharding.on_mesh` has
+    set: images over copies and parts of the model, heads over `tensor`.
     """
-    from jax.experimental.pallas.ops.tpu import splash_attention  # a sixth of a second that only TPUs need
+    from jax.experimental.pallas.ops.tpu import splash_attention  # 1/6 s that only TPUs need
 
     features = query_NQD.shape[-1] // num_heads
     block_q, block_kv = (_block(x_NLD.shape[1]) for x_NLD in (query_NQD, key_NSD))
@@ -84,7 +86,7 @@ def splash(
 
 
 def split_heads(x_NLD: jax.Array, num_heads: int) -> jax.Array:
-    """[N, L, h * d] to [N, L, h, d]."""
+    """Reshape [N, L, h * d] to [N, L, h, d]."""
     return x_NLD.reshape(*x_NLD.shape[:2], num_heads, -1)
 
 

@@ -1,11 +1,11 @@
-"""The layers every model here is built of.
+"""The layers that every model here is built of.
 
-Arrays are channels-last: images `x_NHWC`, sequences `x_NLD`. Parameters are stored as the module's owner made them
-(float32 masters for the policy, bfloat16 for a frozen reference) and cast to the compute `dtype` where they are used.
-Normalisation accumulates in float32, or in float64 when that is the compute dtype, which is how the parity tests run
-everything at double precision.
+Arrays are channels-last: images `x_NHWC`, sequences `x_NLD`. Parameters are stored in the dtype that the module's owner
+chose (float32 masters for the policy, bfloat16 for a frozen reference) and cast to the compute `dtype` where they are
+used. Normalisation accumulates in float32, or in float64 if that is the compute dtype: the parity tests run everything
+in double precision.
 
-A parameter's `torch_axes` says how its axes lie in a PyTorch checkpoint; see `weights/layout.py`.
+A parameter's `torch_axes` gives the order of its axes in a PyTorch checkpoint; see `weights/layout.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,19 +20,19 @@ from dpo_jax.models.operations import group_norm, layer_norm
 
 Initializer = Callable[..., jax.Array]
 
-LINEAR_AXES = (1, 0)  # ours (in, out), torch (out, in)
-CONV_AXES = (3, 2, 0, 1)  # ours (height, width, in, out), torch (out, in, height, width)
+LINEAR_AXES = (1, 0)  # here (in, out), in torch (out, in)
+CONV_AXES = (3, 2, 0, 1)  # here (height, width, in, out), in torch (out, in, height, width)
 
-# PyTorch's default for linear and convolution layers: uniform of variance 1 / (3 fan_in).
+# PyTorch's default for linear and convolution layers: uniform with variance 1 / (3 fan_in).
 torch_default_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def make_param(
     init: Initializer, rngs: nnx.Rngs, shape: Sequence[int], torch_axes: Sequence[int] | None = None
 ) -> nnx.Param:
-    """A float32 parameter that knows its PyTorch layout (the same as ours unless `torch_axes` says otherwise)."""
+    """Return a float32 parameter that records its PyTorch layout (the same as here unless `torch_axes` differs)."""
     axes = tuple(torch_axes) if torch_axes is not None else tuple(range(len(shape)))
-    # What `rngs.params()` does, but there the update costs a walk over everything traced so far: minutes for SDXL.
+    # This equals `rngs.params()`, whose update walks over everything traced so far: that takes minutes for SDXL.
     stream = rngs.params
     key = jax.random.fold_in(stream.key[...], stream.count[...])
     stream.count.set_value(stream.count[...] + 1)
@@ -40,44 +40,44 @@ def make_param(
 
 
 class Adaptable(nnx.Module):
-    """A layer to which `models/lora.py` can add a low-rank path beside its own (LoRA, arXiv 2106.09685)."""
+    """A layer to which `models/lora.py` can add a low-rank path (LoRA, arXiv 2106.09685)."""
 
     dtype: DTypeLike
     sums_wide: bool = False
-    """Whether all that is added up to the output stays in float32 at least until the end, and is rounded once.
+    """True if all terms of the output are summed in at least float32 and rounded once at the end.
 
-    Of a layer with a low-rank path, and of the same layer without it: a new adapter adds less than half of the last
-    bit that bfloat16 keeps of an output, and what is added after rounding would mostly be lost.
+    It is set for a layer with a low-rank path, and for the same layer without it. A new adapter adds less than half of
+    the last bit that bfloat16 keeps of an output, so most of what is added after rounding would be lost.
     """
     lora_A: "Adaptable | None" = None
-    """To `rank` features."""
+    """Projection to `rank` features."""
     lora_B: "Adaptable | None" = None
-    """Back to the layer's own."""
+    """Projection back to the layer's own output features."""
     lora_scale: float = 1.0
-    """alpha / rank."""
+    """Scale of the low-rank path, alpha / rank."""
     lora_dropout: float = 0.0
     """Share of the low-rank path's inputs that are zeroed in training."""
     lora_keys_N: jax.Array | None = None
-    """One dropout key per row of the input; None outside training."""
+    """One dropout key per example of the input; None outside training."""
 
     @property
     def sum_dtype(self) -> DTypeLike:
-        """The dtype in which the output is added up."""
+        """Dtype in which the terms of the output are summed."""
         return jnp.promote_types(self.dtype, jnp.float32) if self.sums_wide else self.dtype
 
     def __call__(self, x_N: jax.Array) -> jax.Array:
         return self.plus_lora(x_N, self.own_output(x_N)).astype(self.dtype)
 
     def own_output(self, x_N: jax.Array) -> jax.Array:
-        """The output without the low-rank path, in `sum_dtype`."""
+        """Return the output without the low-rank path, in `sum_dtype`."""
         raise NotImplementedError
 
     def make_low_rank(self, rank: int, rngs: nnx.Rngs) -> tuple["Adaptable", "Adaptable"]:
-        """The layers that become `lora_A` and `lora_B`."""
+        """Return the layers that become `lora_A` and `lora_B`."""
         raise NotImplementedError
 
     def plus_lora(self, x_N: jax.Array, y_N: jax.Array) -> jax.Array:
-        """The layer's own output `y_N`, plus that of the low-rank path where there is one."""
+        """Return the layer's own output `y_N` plus that of the low-rank path if there is one."""
         if self.lora_A is None or self.lora_B is None:
             return y_N
         if self.lora_keys_N is not None and self.lora_dropout > 0:
@@ -90,7 +90,8 @@ class Adaptable(nnx.Module):
 class Linear(Adaptable):
     """`y = x @ kernel + bias` over the last axis.
 
-    `rounded` is the dtype that the parameters are rounded to before they become the compute `dtype`; the same if None.
+    The parameters are rounded to the dtype `rounded` before they are cast to the compute `dtype`; None rounds to
+    `dtype`.
     """
 
     def __init__(
@@ -181,7 +182,7 @@ class GroupNorm(nnx.Module):
         self.num_groups, self.epsilon, self.dtype = num_groups, epsilon, dtype
 
     def __call__(self, x: jax.Array, *, silu: bool = False) -> jax.Array:
-        """`silu` has SiLU follow."""
+        """Normalise `x`; `silu` applies SiLU to the result."""
         scale_C, bias_C = (x[...].astype(self.dtype) for x in (self.scale, self.bias))
         return group_norm(x.astype(self.dtype), scale_C, bias_C, self.num_groups, self.epsilon, silu=silu)
 

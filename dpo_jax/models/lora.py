@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685), named and computed as PyTorch's peft does.
+"""Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685), named and computed as in PyTorch's peft.
 
-A layer `M` computes `y + alpha / rank * B(A(x))`. Its adapter's parameters are entries of the flat dict like any other,
-`M.lora_A.kernel` and `M.lora_B.kernel`, and only they are trained. Without them the same weights are the model that
-nobody has tuned, so a reference needs no second copy.
+A layer `M` computes `y + alpha / rank * B(A(x))`. Its adapter's parameters are ordinary entries of the flat dict,
+`M.lora_A.kernel` and `M.lora_B.kernel`, and only they are trained. Without them, the same weights are the untrained
+model, so a reference needs no second copy.
 """
 
 import re
@@ -28,13 +28,13 @@ class LowRank(NamedTuple):
 
 
 Adapters = dict[str, LowRank]
-"""By the name of the layer: `down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q`."""
+"""Adapter sizes by the name of the layer, for example `down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q`."""
 
 
 def find_targets(unet: Network, pattern: str, *, rank: int, alpha: float) -> Adapters:
     """Return an adapter for every linear and convolution layer whose name contains a match of `pattern`.
 
-    Raises ValueError when the pattern is no regular expression or is found nowhere.
+    Raises a UserError if the pattern is not a regular expression or matches nothing.
     """
     if rank < 1:
         raise UserError(f"a LoRA of rank {rank} has no weights; give a rank of at least 1")
@@ -61,21 +61,21 @@ def add_lora(module: nnx.Module, adapters: Adapters, dropout: float, rngs: nnx.R
 
 
 def round_as_adapted(module: nnx.Module, adapters: Adapters) -> None:
-    """Make the named layers round, in place, as they do with a low-rank path that adds nothing."""
+    """Make the named layers round, in place, as they do with a low-rank path whose output is zero."""
     layers = _layers(module)
     for name in adapters:
         layers[name].sums_wide = True
 
 
 def set_dropout_keys(module: nnx.Module, keys_N: jax.Array) -> None:
-    """Give every adapter in the module its own keys, derived from these: one per image."""
+    """Give every adapter in the module its own keys, derived from `keys_N`, one per image."""
     layers = {name: layer for name, layer in _layers(module).items() if layer.lora_A is not None}
     for number, name in enumerate(sorted(layers)):
         layers[name].lora_keys_N = jax.vmap(jax.random.fold_in, (0, None))(keys_N, number)
 
 
 def lora_specs(adapted: Network) -> Specs:
-    """Return shapes of the adapter's own parameters."""
+    """Return the shapes of the adapter's own parameters."""
     return {name: spec for name, spec in adapted.specs.items() if is_lora(name)}
 
 
@@ -84,12 +84,12 @@ def is_lora(name: str) -> bool:
 
 
 def init_lora(specs: Specs, seed: int, initializer: str) -> Params:
-    """Return a new adapter, float32: A is drawn, B is zero, so that at first the adapter changes nothing.
+    """Return a new adapter in float32: A is drawn and B is zero, so the adapter changes nothing at first.
 
     Args:
-        specs: of the adapter's parameters.
-        seed: of the draw.
-        initializer: how A is drawn, a name in `INITIALIZERS`.
+        specs: shapes of the adapter's parameters.
+        seed: seed of the draw.
+        initializer: distribution of A, a name in `INITIALIZERS`.
     """
     draw_A, params = INITIALIZERS[initializer], {}
     for number, (name, spec) in enumerate(specs.items()):
@@ -100,12 +100,12 @@ def init_lora(specs: Specs, seed: int, initializer: str) -> Params:
 
 
 def _gaussian(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-    """Normal with a standard deviation of 1 / rank, as peft's `init_lora_weights="gaussian"` and old diffusers."""
+    """Normal with a standard deviation of 1 / rank, as in peft's `init_lora_weights="gaussian"` and old diffusers."""
     return jax.random.normal(key, shape, dtype) / shape[-1]
 
 
 INITIALIZERS: Mapping[str, Initializer] = {"kaiming": torch_default_init, "gaussian": _gaussian}
-"""How A is drawn: "kaiming" uniformly, with a standard deviation of 1 / sqrt(3 fan_in), which is peft's default."""
+"""Distributions of A. "kaiming" is uniform with a standard deviation of 1 / sqrt(3 fan_in), peft's default."""
 
 
 def _layers(module: nnx.Module) -> Mapping[str, Adaptable]:

@@ -1,7 +1,8 @@
-"""A model split at the edge of jit: its static structure here, its parameters a flat dict that the caller holds.
+"""A model split at the edge of jit: its static structure is a `Network`, its parameters a flat dict that the caller
+holds.
 
 The dict is keyed by diffusers' names (`"down_blocks.1.attentions.0.proj_in.kernel"`), so sharding rules, freezing and
-LoRA targets are regular expressions over names, and a checkpoint reads like the model.
+LoRA targets are regular expressions over names, and a checkpoint has the names of the model.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ class Network:
 
     @classmethod
     def build(cls, make: Callable[[nnx.Rngs], nnx.Module], config: Any) -> "Network":
-        """Traces `make` abstractly: no memory is allocated, whatever the size of the model."""
+        """Trace `make` abstractly, without allocating memory."""
         graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
         specs = {_name(path): ParamSpec(tuple(p.shape), p.torch_axes) for path, p in nnx.to_flat_state(state)}
         return cls(graphdef, specs, config)
@@ -33,12 +34,12 @@ class Network:
         return getattr(self.bind(params), method)(*args, **kwargs)
 
     def bind(self, params: Params) -> Any:
-        """The module itself, with these parameters."""
+        """Return the module itself with these parameters."""
         return nnx.merge(self.graphdef, nnx.from_flat_state([(_path(name), value) for name, value in params.items()]))
 
 
 def init_params(make: Callable[[nnx.Rngs], nnx.Module], seed: int) -> Params:
-    """Random parameters of the module that `make` builds, as a flat dict."""
+    """Return random parameters of the module that `make` builds, as a flat dict."""
 
     @jax.jit
     def init() -> Params:

@@ -1,11 +1,12 @@
-"""Normalisation, gating and attention with derivatives written by hand: they keep less for the backward pass.
+"""Normalisation, gating and attention with hand-written derivatives that keep less for the backward pass.
 
-Plain autodiff keeps intermediate values, most of them in float32. These keep their inputs as they came, and a few
-statistics, and compute the rest again: elementwise operations, which a compiler joins to what reads their results, and
-of attention the product of queries and keys, so that no array of queries by keys lasts until the backward pass
+Plain autodiff keeps intermediate values, most of them in float32. These functions keep their inputs in the dtype they
+came in and a few statistics, and recompute the rest: elementwise operations, which the compiler fuses into their
+consumers, and the product of queries and keys, so that no array of queries by keys lasts until the backward pass
 (Rabe and Staats, arXiv 2112.05682; Dao et al., arXiv 2205.14135).
 
-Statistics and sums are taken in `accumulation_dtype`. Only reverse mode, once: what a gradient of a loss needs.
+Statistics and sums use `accumulation_dtype`. Only first derivatives in reverse mode are supported, which is what the
+gradient of a loss needs.
 """
 
 import functools
@@ -20,21 +21,22 @@ from dpo_jax.models.execution import attention_result
 from dpo_jax.models.kernels import KERNELS, split_heads
 
 ATTENTION = "attention"
-"""The scope of attention's products and softmax."""
+"""Name scope of attention's products and softmax."""
 Kept = TypeVar("Kept")
 AGAIN = "again"
-"""The scope of products that are done a second time for the backward pass."""
+"""Name scope of products that are computed a second time for the backward pass."""
 
 
 def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype in which norms, softmax and errors are reduced: at least float32."""
+    """Return the dtype in which norms, softmax and errors are reduced: at least float32."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def as_kept(tree: Kept) -> Kept:
-    """What a forward pass has kept, for the backward pass.
+    """Mark values that the forward pass keeps for the backward pass.
 
-    Without this a compiler finds that both compute the same of it, and keeps that, which is larger, for the second.
+    Without this the compiler finds that both passes compute the same intermediate values from them, and keeps those,
+    which are larger.
     """
     return jax.lax.optimization_barrier(tree)
 
@@ -42,7 +44,8 @@ def as_kept(tree: Kept) -> Kept:
 def group_norm(
     x: jax.Array, scale_C: jax.Array, bias_C: jax.Array, num_groups: int, epsilon: float, *, silu: bool = False
 ) -> jax.Array:
-    """Group normalisation (Wu and He, arXiv 1803.08494) over all axes but the first, channels last. `silu` follows."""
+    """Group normalisation (Wu and He, arXiv 1803.08494) over all axes but the first, channels last; `silu` applies SiLU
+    to the result."""
     groups = (num_groups, x.shape[-1] // num_groups)
     grouped = x.reshape(x.shape[0], -1, *groups)
     return _norm(grouped, scale_C.reshape(groups), bias_C.reshape(groups), (1, 3), epsilon, silu).reshape(x.shape)
@@ -57,7 +60,7 @@ def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array, epsilon: flo
 def _norm(
     x: jax.Array, scale: jax.Array, bias: jax.Array, axes: tuple[int, ...], epsilon: float, silu: bool
 ) -> jax.Array:
-    """Zero mean and unit variance over `axes`; `scale` and `bias` have the last axes of `x`."""
+    """Normalise to zero mean and unit variance over `axes`; `scale` and `bias` have the last axes of `x`."""
     return _norm_forward(x, scale, bias, axes, epsilon, silu)[0]
 
 
@@ -85,7 +88,7 @@ def _norm_backward(
     leading = tuple(range(x.ndim - scale.ndim))
     dscale, dbias = (dy * normed).sum(leading), dy.sum(leading)
     dnormed = dy * scale.astype(high)
-    # What changes the mean or the variance is taken out again.
+    # Remove the components of the gradient that would change the mean or the variance.
     dx = dnormed - dnormed.mean(axes, keepdims=True) - normed * (dnormed * normed).mean(axes, keepdims=True)
     return (dx * inverse_std).astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
 
@@ -95,7 +98,7 @@ _norm.defvjp(_norm_forward, _norm_backward)
 
 @jax.custom_vjp
 def geglu(x: jax.Array) -> jax.Array:
-    """`a * gelu(b)` of the halves a and b of the last axis (Shazeer, arXiv 2002.05202), with the exact gelu."""
+    """Return `a * gelu(b)` for the halves a and b of the last axis (Shazeer, arXiv 2002.05202), with the exact gelu."""
     return _geglu_forward(x)[0]
 
 
@@ -128,8 +131,9 @@ def attention(
 ) -> jax.Array:
     """Multi-head scaled dot-product attention. Returns [N, Q, D].
 
-    "xla" is written out because `jax.nn.dot_product_attention` takes the softmax in float32 even of float64 inputs.
-    One of `kernels.KERNELS` does what it takes, and leaves the rest, and captions' causal attention, to "xla".
+    "xla" is written out because `jax.nn.dot_product_attention` computes the softmax in float32 even for float64 inputs.
+    A name in `kernels.KERNELS` uses that kernel for the inputs that it supports; other inputs and the causal attention
+    of captions use "xla".
     """
     if implementation != "xla" and not is_causal:
         kernel = KERNELS[implementation]
@@ -139,7 +143,7 @@ def attention(
 
 
 LOGITS_BYTES = 2**27
-"""What an image's products of queries and keys may take; where it is more, the queries are gone through in blocks."""
+"""Memory limit for one image's products of queries and keys; above it, the queries are processed in blocks."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -169,10 +173,10 @@ def _attention_forward(
         result_NQhd, log_sum_NQh = of_block(query_NQhd)
     else:
         result_NQhd, log_sum_NQh = map(_join, jax.lax.map(of_block, _split(query_NQhd, blocks)))
-    # Named together: rematerialization that keeps the result needs the sums as well, or it would compute both again.
+    # Both get one name: rematerialization that keeps the result needs the sums too, or it would recompute both.
     result_NQD = attention_result(result_NQhd.reshape(query_NQD.shape))
     log_sum_NQh = attention_result(log_sum_NQh)
-    # Kept with the heads side by side: a TPU pads the last axis to 128.
+    # Kept with the heads side by side because a TPU pads the last axis to 128.
     return result_NQD, (query_NQD, key_NSD, value_NSD, result_NQD, log_sum_NQh)
 
 
@@ -185,7 +189,7 @@ def _attention_backward(
         split_heads(x, num_heads) for x in (*flat, dresult_NQD)
     )
     high, low = log_sum_NQh.dtype, query_NQhd.dtype
-    # The softmax's own derivative: what all weights of a query change together is nothing.
+    # The derivative of the softmax: the weights sum to 1, so their common change is subtracted.
     together_NQh = jnp.einsum("NQhd,NQhd->NQh", dresult_NQhd, result_NQhd, preferred_element_type=high)
 
     def of_block(
@@ -231,19 +235,19 @@ def _logits(query_NQhd: jax.Array, key_NShd: jax.Array, is_causal: bool) -> jax.
 
 
 def _num_blocks(query_NQhd: jax.Array, key_NShd: jax.Array, is_causal: bool) -> int:
-    """Of equal size, the fewest that stay within the bytes."""
+    """Return the smallest number of equal blocks whose products fit into LOGITS_BYTES."""
     _, queries, heads, _ = query_NQhd.shape
     size = heads * queries * key_NShd.shape[1] * accumulation_dtype(query_NQhd.dtype).itemsize
-    if is_causal:  # a block would have to know where it begins; captions are short
+    if is_causal:  # a block would need its offset, and captions are short
         return 1
     return next(n for n in range(1, queries + 1) if queries % n == 0 and (size <= n * LOGITS_BYTES or n == queries))
 
 
 def _split(x_NQ: jax.Array, blocks: int) -> jax.Array:
-    """[N, Q, ...] to [blocks, N, Q / blocks, ...]."""
+    """Reshape [N, Q, ...] to [blocks, N, Q / blocks, ...]."""
     return jnp.moveaxis(x_NQ.reshape(x_NQ.shape[0], blocks, -1, *x_NQ.shape[2:]), 1, 0)
 
 
 def _join(x_BNQ: jax.Array) -> jax.Array:
-    """What `_split` has split."""
+    """Undo `_split`."""
     return jnp.moveaxis(x_BNQ, 0, 1).reshape(x_BNQ.shape[1], -1, *x_BNQ.shape[3:])

@@ -1,7 +1,7 @@
 """A model whose networks are built from its config.json files; its weights are read later.
 
-A model is a diffusers folder, PyTorch or legacy Flax, a hub id of one, or one file in the original layout.
-`models/save.py` writes it back.
+The source is a diffusers folder (PyTorch or legacy Flax), the hub id of one, or one file in the original layout.
+`models/save.py` writes models.
 """
 
 import dataclasses
@@ -74,7 +74,7 @@ class Pipeline:
     allow_nonfinite: bool = False
     """True if weights may hold NaN and infinity."""
     execution: Execution = PLAIN
-    """How the UNet's blocks are run."""
+    """How the UNet's blocks are executed."""
     adapters: Adapters = dataclasses.field(default_factory=dict)
     """The layers of the UNet that have a LoRA; see `with_lora`."""
     adapted_unet: Network | None = None
@@ -196,7 +196,7 @@ class Pipeline:
 
     @property
     def text_sizes(self) -> list[tuple[int, int]]:
-        """(number of tokens, number of positions) with embeddings, of each text encoder."""
+        """(number of tokens, number of positions) that each text encoder has embeddings for."""
         configs = [encoder.config for encoder in self.text_encoders]
         return [(config.vocab_size, config.max_position_embeddings) for config in configs]
 
@@ -228,7 +228,7 @@ class Pipeline:
         return _config(self.folder, self.weights[component], component)[0]
 
     def fingerprint(self, components: Sequence[str] | None = None) -> str:
-        """Return the family and a digest of the files of all or some components, which tell whether the model changed.
+        """Return the family and a digest of the files of all or some components; it changes when the model changes.
 
         The scheduler and the tokenizers are always included.
         """
@@ -256,21 +256,21 @@ def load_pipeline(
 ) -> Pipeline:
     """Read the configs of a model and build its networks, which compute in `dtype` (VAE: `vae_dtype`).
 
-    No weight is read and no memory is allocated. Raises a UserError if it is not a model, or not one that is supported.
+    No weight is read and no memory is allocated. Raises a UserError if `model` is not a model, or is not supported.
 
     Args:
         model: a diffusers folder, a hub id, or a single .safetensors file in the original layout.
         dtype: compute dtype.
-        vae_dtype: that of the VAE, if another.
-        family: one of `families.FAMILIES` where the contents can't tell (SDXL-Turbo).
-        unet: another UNet to start from: its folder or file, a model's, or a hub id of either.
-        vae: another VAE, likewise.
+        vae_dtype: compute dtype of the VAE, if it differs.
+        family: a name in `families.FAMILIES`, needed where the contents do not tell (SDXL-Turbo).
+        unet: another UNet to start from: its folder or file, a model's folder or file, or a hub id of either.
+        vae: another VAE, given in the same way.
         model_config: the folder or hub id whose configs and tokenizers belong to a single file; by default the
-            family's published one.
+            family's published model.
         revision: branch, tag or commit on the hub.
-        variant: such as "fp16": which of several sets of weights to fetch from the hub.
-        execution: how the UNet's blocks are run.
-        allow_nonfinite: load weights also where they hold NaN and infinity.
+        variant: which of several sets of weights to fetch from the hub, for example "fp16".
+        execution: how the UNet's blocks are executed.
+        allow_nonfinite: load weights even if they hold NaN or infinity.
     """
     path = find_model(str(model), revision=revision, variant=variant)
     names: set[str] = set()
@@ -311,7 +311,7 @@ def load_pipeline(
     for encoder in found.text_encoders:
         weights[encoder.folder] = path_of(path, encoder.folder)
         clip = CLIPTextConfig.from_dict(*_config(folder, weights[encoder.folder], encoder.folder))
-        # Of the two places that say so, this is the one that diffusers goes by.
+        # Two places state this; diffusers uses this one.
         clip = dataclasses.replace(clip, with_projection=model_index[encoder.folder][1].endswith("WithProjection"))
         text_encoders.append(_build(CLIPTextModel, clip, dtype))
     _check_widths(found, unet_config, [encoder.config for encoder in text_encoders], weights)
@@ -379,7 +379,7 @@ def read_model_index(folder: epath.Path) -> dict[str, Any]:
 
 
 Part = Annotated[list[str | None], pydantic.Field(min_length=2, max_length=2)]
-"""[library, class]."""
+"""A component's [library, class]."""
 
 
 class ModelIndex(pydantic.BaseModel):
@@ -436,7 +436,7 @@ def _configs_of_file(path: epath.Path, family: Family, model_config: str, predic
 def _with_marks(config: dict[str, Any], names: Collection[str], path: str, named: str) -> dict[str, Any]:
     """Return the scheduler's config with the settings that the empty tensors of a single file state.
 
-    These tensors, V_PRED and ZERO_TERMINAL_SNR, win over the published model's config. Raises a UserError if they
+    These tensors, V_PRED and ZERO_TERMINAL_SNR, override the published model's config. Raises a UserError if they
     contradict the config that the user `named`.
     """
     said: dict[str, Any] = {}
@@ -452,7 +452,7 @@ def _with_marks(config: dict[str, Any], names: Collection[str], path: str, named
                 "take the configs that belong to this model, or correct that file"
             )
     if "rescale_betas_zero_snr" in said and (not named or "timestep_spacing" not in config):
-        said["timestep_spacing"] = "trailing"  # or sampling would not begin in the pure noise that it was trained on
+        said["timestep_spacing"] = "trailing"  # sampling has to begin in pure noise, as training did
     return config | said
 
 

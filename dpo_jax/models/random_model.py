@@ -1,6 +1,7 @@
 """Tiny random models: complete diffusers folders with each family's structure, for tests and the `:tiny` configs.
 
-32x32 pixel images, latents of 8x8x4, captions of at most 16 tokens; a few hundred thousand parameters.
+They have images of 32x32 pixels, latents of 8x8x4, captions of at most 16 tokens, and a few hundred thousand
+parameters.
 """
 
 import json
@@ -115,7 +116,7 @@ SD_PIPELINE = {
     "safety_checker": [None, None],
 }
 
-# Family -> model_index.json without its components, UNet, text encoders, scheduler.
+# By family: model_index.json without its components, UNet, text encoders, scheduler.
 RANDOM_MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[dict[str, Any], ...], dict[str, Any]]] = {
     "sd15": (SD_PIPELINE, UNET, (CLIP_L,), DDIM),
     "sd21": (SD_PIPELINE, UNET_SD21, (OPEN_CLIP,), DDIM | {"prediction_type": "v_prediction"}),
@@ -126,7 +127,7 @@ RANDOM_MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[dict[str, A
 
 
 def write_random_model(family: str, folder: epath.PathLike, *, seed: int = 0, dtype: DTypeLike = "float32") -> None:
-    """Writes a complete diffusers folder of the named family. Raises ValueError if `folder` exists and is not empty."""
+    """Write a complete diffusers folder of the named family. Raises a UserError if `folder` exists and is not empty."""
     if family not in RANDOM_MODELS:
         raise UserError(f"unknown model family {family!r}, expected one of {', '.join(RANDOM_MODELS)}")
     model_index, unet, text_encoders, scheduler = RANDOM_MODELS[family]
@@ -146,7 +147,7 @@ def write_random_model(family: str, folder: epath.PathLike, *, seed: int = 0, dt
             clip = clip | ids | {"vocab_size": len(vocabulary)}
             clip_config = CLIPTextConfig.from_dict(clip, encoder.folder)
             _write(target / encoder.folder, clip, CLIPTextModel, clip_config, seed + 2 + number, dtype)
-            # SDXL's second tokenizer pads with "!", its first token.
+            # SDXL's second tokenizer pads with "!", the first token of its vocabulary.
             pad_token = "!" if encoder.tokenizer == "tokenizer_2" else END
             write_tokenizer(target / encoder.tokenizer, vocabulary, merges, pad_token=pad_token)
             model_index[encoder.folder] = ["transformers", clip["architectures"][0]]
@@ -156,11 +157,12 @@ def write_random_model(family: str, folder: epath.PathLike, *, seed: int = 0, dt
 
 
 def byte_vocabulary(words: tuple[str, ...]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of a CLIP tokenizer: every byte, and `words` spelled from left to right.
+    """Return the vocabulary and merges of a CLIP tokenizer that knows every byte and `words`, merged from left to
+    right.
 
-    Laid out as CLIP's own: the byte characters, the same at the end of a word, the merges, the two special tokens.
+    The order is that of CLIP: the byte characters, the same at the end of a word, the merges, the two special tokens.
     """
-    # GPT-2 writes the 68 bytes that are blank or control characters as letters from 256 on.
+    # GPT-2 maps the 68 bytes that are blanks or control characters to the characters from 256 on.
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     characters = [chr(byte) for byte in printable] + [chr(256 + number) for number in range(256 - len(printable))]
     merges: dict[tuple[str, str], None] = {}
@@ -180,7 +182,7 @@ def write_tokenizer(
     pad_token: str = END,
     max_tokens: int = MAX_TOKENS,
 ) -> None:
-    """Writes the files that transformers' CLIPTokenizer reads."""
+    """Write the files that transformers' CLIPTokenizer reads."""
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
     config = {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True, "model_max_length": max_tokens, **special}
     _write_json(folder / "vocab.json", vocabulary)
@@ -190,7 +192,8 @@ def write_tokenizer(
 
 
 def random_params(specs: Specs, seed: int) -> dict[str, np.ndarray]:
-    """Kernels of variance 1 / fan-in, and scales and biases off their usual 1 and 0, so that tests see every one."""
+    """Return kernels with variance 1 / fan_in, and scales and biases away from 1 and 0 so that tests notice every
+    one."""
     random = np.random.default_rng(seed)
     params = {}
     for name, spec in specs.items():

@@ -1,7 +1,8 @@
-"""Writing a model in the formats that other tools open.
+"""Writes a model in the formats that other tools read.
 
-Every weight goes out as PyTorch safetensors under today's names, whatever it came from: `text_model.` before the text
-encoders' names, without which transformers 4 would silently find nothing, and none of the old VAE names.
+Every weight is written as PyTorch safetensors under its current name, whatever the source's layout: the names of text
+encoders begin with `text_model.`, without which transformers 4 would silently find nothing, and the VAE has none of
+its old names.
 """
 
 import contextlib
@@ -38,19 +39,19 @@ def save_pipeline(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     others: Mapping[str, Weights] = MappingProxyType({}),
 ) -> None:
-    """Writes a complete PyTorch diffusers folder with `unet` as its UNet. All of it is written, or nothing.
+    """Write a complete PyTorch diffusers folder with `unet` as its UNet; it is written completely or not at all.
 
-    The other networks, scheduler, tokenizers and a PyTorch safety checker are the model's own. Configs that say where
-    on a disk they were read from no longer say it.
+    The other networks, scheduler, tokenizers and a PyTorch safety checker are the model's own. Paths that configs were
+    read from are removed from them.
 
     Args:
         pipeline: the model.
-        output: the folder; ValueError if it exists and is not empty.
-        unet: the UNet's weights in our layout.
-        dtype: of all weights; None keeps each tensor's own.
+        output: the folder; a UserError if it exists and is not empty.
+        unet: the UNet's weights in dpo_jax's layout.
+        dtype: dtype of all weights; None keeps each tensor's own.
         card: the text of README.md.
         max_shard_bytes: weights beyond this size are split over several files.
-        others: weights of other networks, by the names of their folders, in place of the model's own.
+        others: weights that replace those of other networks, by the names of their folders.
     """
     model_index = _portable(read_model_index(pipeline.folder))
     networks = pipeline.components
@@ -63,7 +64,7 @@ def save_pipeline(
                 config, specs = _config(pipeline, name, dtype), networks[name].specs
                 with _naming(pipeline, {name: ""}):
                     save_component(target / name, config, weights, specs, dtype=dtype, **options)
-            elif not source.is_dir() or _lacks_weights(source):  # a safety checker that nobody downloaded, or can open
+            elif not source.is_dir() or _lacks_weights(source):  # a safety checker without weights that can be opened
                 model_index[name] = [None, None]
             else:
                 _copy(source, target / name)
@@ -84,7 +85,7 @@ def save_unet(
     card: str,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes the UNet alone, a folder for `UNet2DConditionModel.from_pretrained`; arguments as in `save_pipeline`."""
+    """Write the UNet alone, a folder for `UNet2DConditionModel.from_pretrained`; arguments as in `save_pipeline`."""
     config, specs = _config(pipeline, "unet", dtype), pipeline.unet.specs
     options: dict[str, Any] = {"max_shard_bytes": max_shard_bytes, "allow_nonfinite": pipeline.allow_nonfinite}
     with _naming(pipeline, {"unet": ""}):
@@ -101,11 +102,11 @@ def save_single_file(
     others: Mapping[str, Weights] = MappingProxyType({}),
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> epath.Path:
-    """Writes `output`/NAME.safetensors, the whole model in the original layout, which web UIs read; returns its path.
+    """Write `output`/NAME.safetensors, the whole model in the original layout, which web UIs read; return its path.
 
-    NAME is that of the folder; `metadata` is what the file says about itself, and the other arguments are those of
-    `save_pipeline`. Where the model predicts v, or its schedule ends in pure noise, and the published model of the
-    family does not, the file holds the empty tensors by which web UIs know.
+    NAME is that of the folder; `metadata` goes into the file's header, and the other arguments are those of
+    `save_pipeline`. If the model predicts v or its schedule ends in pure noise, and the published model of the family
+    does not, the file holds the empty tensors by which web UIs recognise this.
     """
     prefixes = pipeline.original_prefixes
     with new_folder(output) as target:
@@ -124,7 +125,7 @@ def save_single_file(
 
 @contextlib.contextmanager
 def _naming(pipeline: Pipeline, prefixes: Mapping[str, str]) -> Iterator[None]:
-    """Where a tensor is not finite, names the file of the component that its name's beginning stands for."""
+    """If a tensor is not finite, name the file of the component that the prefix of the tensor's name stands for."""
     try:
         yield
     except NotFinite as error:
@@ -135,7 +136,7 @@ def _naming(pipeline: Pipeline, prefixes: Mapping[str, str]) -> Iterator[None]:
 
 
 def unlike_published(pipeline: Pipeline) -> dict[str, bool]:
-    """Which of the marks for web UIs hold of a model and not of the published one of its family."""
+    """Return which marks for web UIs hold for the model but not for the published model of its family."""
     path = epath.Path(PUBLISHED / pipeline.family.name / "scheduler" / "scheduler_config.json")
     published = json.loads(path.read_text())
     return {
@@ -145,15 +146,16 @@ def unlike_published(pipeline: Pipeline) -> dict[str, bool]:
 
 
 def _lacks_weights(folder: epath.Path) -> bool:
-    """Whether this is a network's folder without safetensors: with none, pickles or legacy Flax."""
+    """Return whether this is a network's folder without safetensors: with no weights, pickles or legacy Flax."""
     names = [path.name for path in folder.iterdir()]
     return "config.json" in names and not any(name.endswith(".safetensors") for name in names)
 
 
 def _copy(source: epath.Path, target: epath.Path) -> None:
-    """Copies what PyTorch needs of a component that we don't compute; an fp16 variant loses its mark if alone.
+    """Copy what PyTorch needs of a component that dpo_jax does not compute. An fp16 variant that is alone loses its
+    suffix.
 
-    No programs: what a model brings as Python files is not run here, and not passed on.
+    Programs are not copied: a model's Python files are neither run nor passed on.
     """
     names = {path.name for path in source.iterdir() if not path.is_dir()}
     target.mkdir()
@@ -170,7 +172,7 @@ def _copy(source: epath.Path, target: epath.Path) -> None:
 
 
 def _complete_tokenizer(folder: epath.Path) -> None:
-    """Writes vocab.json and merges.txt, which older tools open, where transformers 5 wrote tokenizer.json alone."""
+    """Write vocab.json and merges.txt, which older tools read, if transformers 5 wrote only tokenizer.json."""
     path, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     if not path.exists() or (vocabulary.exists() and merges.exists()):
         return
@@ -193,22 +195,22 @@ class _BytePairs(TypedDict):
 
 
 class _Tokenizer(TypedDict):
-    """What tokenizer.json says of CLIP's byte pairs."""
+    """The byte-pair vocabulary of CLIP in tokenizer.json."""
 
     model: _BytePairs
     added_tokens: NotRequired[list[_AddedToken]]
 
 
 def _config(pipeline: Pipeline, component: str, dtype: DTypeLike | None) -> dict[str, Any]:
-    """The config.json to write beside weights of `dtype`."""
+    """Return the config.json to write next to weights of `dtype`."""
     config = _portable(pipeline.config(component))
-    # transformers opens a text encoder in the dtype named here, in its version 4 as torch_dtype.
+    # transformers loads a text encoder in the dtype named here; version 4 reads it as torch_dtype.
     return config | {key: np.dtype(dtype).name for key in ("torch_dtype", "dtype") if dtype and key in config}
 
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:
-    """A config as others are to read it: class names of the PyTorch twin, for legacy Flax ones differ by their prefix,
-    and no word of where on a disk it was read from."""
+    """Return a config for other tools: without the "Flax" prefix of legacy class names, and without the path that the
+    config was read from."""
 
     def rename(value: Any) -> Any:
         if isinstance(value, list):

@@ -1,4 +1,5 @@
-"""What turns a network's features into a score: the MLP of LAION's aesthetic predictor, which ImageReward took over."""
+"""The head that turns a network's features into a score: the MLP of LAION's aesthetic predictor, also used by
+ImageReward."""
 
 import jax
 from flax import nnx
@@ -8,11 +9,11 @@ from dpo_jax.models.layers import Linear
 
 WIDTHS = (1024, 128, 64, 16, 1)
 PLACES = (0, 2, 4, 6, 7)
-"""In the original's list of layers, which counts dropout, and has no activation."""
+"""Indices in the original's list of layers, which counts dropout layers and has no activations."""
 
 
 class ScoreMLP(nnx.Module):
-    """Five linear layers in a row, under their original names; [N, features] to [N]."""
+    """Five linear layers in a row, under their original names; maps [N, features] to [N]."""
 
     def __init__(self, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         layers = {}

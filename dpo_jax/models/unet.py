@@ -29,8 +29,9 @@ class UNet2DConditionModel(nnx.Module):
         widths, levels = config.block_out_channels, range(len(config.block_out_channels))
         time_features, high = 4 * widths[0], accumulation_dtype(dtype)
         self.conv_in = Conv(config.in_channels, widths[0], dtype=dtype, rngs=rngs)
-        # Neighbouring timesteps differ by less than bfloat16 resolves, and these layers cost nothing. But their weights
-        # are rounded like all others: the policy's are float32, the reference's are not, and both begin as equals.
+        # Neighbouring timesteps differ by less than bfloat16 resolves, so these cheap layers compute in float32. Their
+        # weights are still rounded like all others: the policy's are float32 and the reference's are not, and both must
+        # start equal.
         embedding = functools.partial(TimestepEmbedding, features=time_features, dtype=high, rounded=dtype, rngs=rngs)
         self.time_embedding = embedding(widths[0])
         added_features = config.projection_class_embeddings_input_dim
@@ -49,7 +50,8 @@ class UNet2DConditionModel(nnx.Module):
         self.config, self.dtype = config, dtype
 
     def __call__(self, x_NHWC: jax.Array, t_N: jax.Array, conditioning: Conditioning) -> jax.Array:
-        """The prediction [N, H, W, C] in the compute dtype. Raises ValueError if the conditioning does not fit."""
+        """Return the prediction [N, H, W, C] in the compute dtype. Raises ValueError if the conditioning does not
+        fit."""
         needed, given = self.config.cross_attention_dim, conditioning.context_NLD.shape[-1]
         if set(needed) != {given}:
             raise UserError(f"this UNet has cross_attention_dim = {needed}, but the captions have {given} features")
@@ -69,13 +71,13 @@ class UNet2DConditionModel(nnx.Module):
         return self.conv_out(self.conv_norm_out(x_NHWC, silu=True))
 
     def _added_features(self, conditioning: Conditioning, dtype: DTypeLike) -> jax.Array:
-        """Pooled caption and embedded time ids, side by side."""
+        """Return the pooled caption and the embedded time ids, concatenated."""
         pooled_NP, time_ids_NT = conditioning.pooled_NP, conditioning.time_ids_NT
         if pooled_NP is None or time_ids_NT is None:
             missing = "pooled_NP" if pooled_NP is None else "time_ids_NT"
             raise UserError(f"this UNet has addition_embed_type = 'text_time', but its conditioning has no {missing}")
         each, needed = self.config.addition_time_embed_dim, self.config.projection_class_embeddings_input_dim
-        assert each is not None  # `UNetConfig.from_dict` has checked it
+        assert each is not None  # `UNetConfig.from_dict` has checked this
         pooled, ids = pooled_NP.shape[-1], time_ids_NT.shape[-1]
         if pooled + ids * each != needed:
             raise UserError(
@@ -87,7 +89,7 @@ class UNet2DConditionModel(nnx.Module):
 
 
 class TimestepEmbedding(nnx.Module):
-    """Two linear layers with silu between them."""
+    """Two linear layers with SiLU between them."""
 
     def __init__(
         self, in_features: int, features: int, *, dtype: DTypeLike, rounded: DTypeLike | None = None, rngs: nnx.Rngs
@@ -102,7 +104,7 @@ class TimestepEmbedding(nnx.Module):
 def sinusoids(t: jax.Array, features: int, dtype: DTypeLike) -> jax.Array:
     """Cosines, then sines, of `t` times frequencies from 1 down to about 1 / 10000: [*t.shape, features].
 
-    Each rounding is diffusers': in float32 at t = 999 another one moves a feature by 1e-4.
+    Every rounding follows diffusers: in float32 at t = 999, another order moves a feature by 1e-4.
     """
     half = features // 2
     exponent = -math.log(10_000) * np.arange(half, dtype=dtype) / half

@@ -1,7 +1,7 @@
-"""The blocks of the UNet, with the structure and parameter names of diffusers.
+"""The blocks of the UNet, with the structure and the parameter names of diffusers.
 
-N images, H x W latent cells, C channels; as a sequence L = H * W cells or caption tokens, D features; T features of
-the time embedding `temb_NT`, which arrives activated (diffusers activates it again in each resnet).
+Axes: N images, H x W latent cells, C channels; for sequences L = H * W cells or caption tokens, D features; T features
+of the time embedding `temb_NT`, which is already activated (diffusers activates it again in each resnet).
 """
 
 import functools
@@ -18,7 +18,8 @@ from dpo_jax.models.unet_config import UNetConfig
 
 
 class DownBlock2D(nnx.Module):
-    """Resnets, each followed by cross-attention where the config says so; then half the resolution, but at the end."""
+    """Resnets, each followed by cross-attention if the config says so; then half the resolution, except in the last
+    block."""
 
     def __init__(self, config: UNetConfig, level: int, *, execution: Execution, dtype: DTypeLike, rngs: nnx.Rngs):
         widths, layers = config.block_out_channels, config.layers_per_block[level]
@@ -36,7 +37,7 @@ class DownBlock2D(nnx.Module):
         self.execution = execution
 
     def __call__(self, x_NHWC: jax.Array, temb_NT: jax.Array, context_NLD: jax.Array) -> list[jax.Array]:
-        """The output of every layer: the last is the next block's input, and all are skips for the way up."""
+        """Return the output of every layer: the last is the next block's input, and all are skips for the way up."""
         outputs = []
         for layer, resnet in enumerate(self.resnets):
             x_NHWC = self.execution.run(resnet, x_NHWC, temb_NT)
@@ -65,7 +66,7 @@ class UNetMidBlock2DCrossAttn(nnx.Module):
 
 
 class UpBlock2D(nnx.Module):
-    """The mirror of the down block at `level`: one more layer, and each one reads a skip beside its input."""
+    """The mirror of the down block at `level`: it has one more layer, and each layer also reads a skip."""
 
     def __init__(self, config: UNetConfig, level: int, *, execution: Execution, dtype: DTypeLike, rngs: nnx.Rngs):
         widths, layers = config.block_out_channels, config.layers_per_block[level] + 1
@@ -86,7 +87,8 @@ class UpBlock2D(nnx.Module):
     def __call__(
         self, x_NHWC: jax.Array, skips: list[jax.Array], temb_NT: jax.Array, context_NLD: jax.Array
     ) -> jax.Array:
-        """Pops what it reads from the end of `skips`; the next skip tells how far to upsample."""
+        """Run the block. It pops the skips that it reads from the end of `skips`; the next skip gives the size to
+        upsample to."""
         for layer, resnet in enumerate(self.resnets):
             x_NHWC = self.execution.run(resnet.joined, x_NHWC, skips.pop(), temb_NT)
             if self.attentions:
@@ -116,7 +118,8 @@ class ResnetBlock2D(nnx.Module):
         return y_NHWC + (x_NHWC if self.conv_shortcut is None else self.conv_shortcut(x_NHWC))
 
     def joined(self, x_NHWC: jax.Array, skip_NHWC: jax.Array, temb_NT: jax.Array) -> jax.Array:
-        """Of both side by side. Joined in here, a rematerialized block does not keep them a second time."""
+        """Run the block on input and skip, concatenated here so that a rematerialized block does not keep them a second
+        time."""
         return self(jnp.concatenate([x_NHWC, skip_NHWC], axis=-1), temb_NT)
 
 
@@ -126,7 +129,7 @@ class Transformer2DModel(nnx.Module):
     def __init__(self, config: UNetConfig, level: int, *, execution: Execution, dtype: DTypeLike, rngs: nnx.Rngs):
         width, heads = config.block_out_channels[level], config.attention_head_dim[level]
         self.norm = GroupNorm(config.norm_num_groups, width, epsilon=1e-6, dtype=dtype, rngs=rngs)
-        # The same product either way, but SD1.x stores it as a 1x1 convolution.
+        # Both compute the same product, but SD1.x stores it as a 1x1 convolution.
         self.proj_in, self.proj_out = (
             Linear(width, width, dtype=dtype, rngs=rngs)
             if config.use_linear_projection
@@ -148,7 +151,8 @@ class Transformer2DModel(nnx.Module):
 
 
 class BasicTransformerBlock(nnx.Module):
-    """Self-attention, cross-attention to the caption and a feed-forward layer, each on normalised input and added."""
+    """Self-attention, cross-attention to the caption and a feed-forward layer; each reads normalised input and is added
+    to it."""
 
     def __init__(
         self,
@@ -175,7 +179,7 @@ class BasicTransformerBlock(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Queries from the image; keys and values from the image (self-attention) or the caption."""
+    """Attention with queries from the image, and keys and values from the image (self-attention) or the caption."""
 
     def __init__(
         self,
@@ -200,10 +204,10 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """Four times the features, gated, and back."""
+    """Expands to four times the features, gates them, and projects back."""
 
     def __init__(self, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        # diffusers' list has a dropout layer in the middle, without parameters.
+        # diffusers' list has a dropout layer in the middle, which has no parameters.
         gated = GEGLU(features, 4 * features, dtype=dtype, rngs=rngs)
         self.net: nnx.List = nnx.List([gated, None, Linear(4 * features, features, dtype=dtype, rngs=rngs)])
 
@@ -212,7 +216,7 @@ class FeedForward(nnx.Module):
 
 
 class GEGLU(nnx.Module):
-    """A projection and its gate; see `operations.geglu`."""
+    """A projection to values and gates; see `operations.geglu`."""
 
     def __init__(self, features: int, out_features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.proj = Linear(features, 2 * out_features, dtype=dtype, rngs=rngs)
@@ -222,7 +226,7 @@ class GEGLU(nnx.Module):
 
 
 class Downsample2D(nnx.Module):
-    """Half the resolution by a strided convolution."""
+    """Halves the resolution with a strided convolution."""
 
     def __init__(self, channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.conv = Conv(channels, channels, stride=2, dtype=dtype, rngs=rngs)
@@ -232,7 +236,7 @@ class Downsample2D(nnx.Module):
 
 
 class Upsample2D(nnx.Module):
-    """Twice the resolution by repeating cells, cut to `height` and `width` (one less if odd), then a convolution."""
+    """Doubles the resolution by repeating cells, cut to `height` and `width` (one less if odd), then a convolution."""
 
     def __init__(self, channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.conv = Conv(channels, channels, dtype=dtype, rngs=rngs)

@@ -12,19 +12,20 @@ from dpo_jax.models.config_json import Depth, Positive, Width, read_config
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """The fields that decide a UNet's shape or its use; names and defaults are diffusers'.
+    """The fields that decide a UNet's shape or its use; the names and defaults are those of diffusers.
 
-    The tuples have one entry a level, finest resolution first. Where a config.json gives one number for all levels,
+    The tuples have one entry per level, finest resolution first. If a config.json gives one number for all levels,
     `from_dict` repeats it.
     """
 
     sample_size: Annotated[int, pydantic.Field(ge=1, le=1024)] | None = None
-    """Height and width of the latents it was trained on, the smaller of two; the network itself takes any size."""
+    """Height and width of the latents that the model was trained on, the smaller of the two; the network accepts any
+    size."""
     in_channels: Width = 4
     out_channels: Width = 4
     down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
     up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
-    """Coarsest resolution first, the order in which they run."""
+    """Coarsest resolution first, which is the order in which they run."""
     block_out_channels: tuple[Width, ...] = (320, 640, 1280, 1280)
     layers_per_block: tuple[Depth, ...] = (2, 2, 2, 2)
     norm_num_groups: Width = 32
@@ -32,7 +33,8 @@ class UNetConfig:
     cross_attention_dim: tuple[Width, ...] = (1280, 1280, 1280, 1280)
     transformer_layers_per_block: tuple[Depth, ...] = (1, 1, 1, 1)
     attention_head_dim: tuple[Width, ...] = (8, 8, 8, 8)
-    """The NUMBER of attention heads: a misnomer that diffusers keeps because every published config has it."""
+    """The number of attention heads. The name is wrong, but diffusers keeps it because every published config has
+    it."""
     use_linear_projection: bool = False
     addition_embed_type: str | None = None
     """"text_time" (SDXL): the pooled caption and the size conditioning are added to the time embedding."""
@@ -43,7 +45,7 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], where: str) -> "UNetConfig":
-        """Reads a config.json; raises ValueError naming `where` and the field that this code does not support."""
+        """Read a config.json. Raises a UserError that names `where` and the field that is not supported."""
         channels = config.get("block_out_channels", cls.block_out_channels)
         levels = len(channels) if isinstance(channels, list | tuple) and len(channels) <= MAX_LEVELS else 1
         repeated = {}
@@ -112,7 +114,7 @@ class UNetConfig:
 
 
 def _side(sample_size: Any) -> Any:
-    """One number for [height, width], and 64 for 64.0; anything else as it is."""
+    """Return one number for [height, width], and 64 for 64.0; anything else is returned unchanged."""
     sides = list(sample_size) if isinstance(sample_size, list | tuple) and len(sample_size) == 2 else [sample_size]
     sides = [int(side) if isinstance(side, float) and side.is_integer() else side for side in sides]
     return min(sides) if all(isinstance(side, int) for side in sides) else sample_size
@@ -120,7 +122,8 @@ def _side(sample_size: Any) -> Any:
 
 MAX_LEVELS = 8
 MAX_LAYERS = 256
-"""SDXL has 32 on the way down. Building more takes minutes, and nothing published has them."""
+"""Maximum number of layers on the way down. SDXL has 32; building more takes minutes, and no published model has
+more."""
 
 _PER_LEVEL = ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim")
 
@@ -129,7 +132,7 @@ _BLOCKS = {
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
 }
 
-# What no Stable Diffusion checkpoint sets to anything else.
+# Fields that have no other value in any Stable Diffusion checkpoint.
 _SUPPORTED: dict[str, Any] = {
     "_class_name": ("UNet2DConditionModel", "FlaxUNet2DConditionModel"),
     "act_fn": ("silu", "swish"),
@@ -161,9 +164,9 @@ _SUPPORTED: dict[str, Any] = {
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
-    # SD2.1 asks for float32 attention scores; `operations.attention` always accumulates them so.
+    # SD2.1 asks for float32 attention scores; `operations.attention` always accumulates them in float32 or wider.
     "upcast_attention": (None, False, True),
 }
 
-# The first belongs to an unsupported addition_embed_type, the others are from legacy Flax checkpoints.
+# The first one belongs to an unsupported addition_embed_type, the others to legacy Flax checkpoints.
 _METADATA = ("addition_embed_type_num_heads", "dtype", "split_head_dim", "use_memory_efficient_attention")

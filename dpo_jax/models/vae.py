@@ -1,7 +1,7 @@
 """AutoencoderKL: images to the moments of their latents and back (Kingma & Welling, arXiv 1312.6114; Rombach et al.,
-arXiv 2112.10752), with the structure and parameter names of diffusers.
+arXiv 2112.10752), with the structure and the parameter names of diffusers.
 
-N images, H x W pixels, h x w latent cells, C channels, L = h * w cells as a sequence, D features.
+Axes: N images, H x W pixels, h x w latent cells, C channels, L = h * w cells as a sequence, D features.
 """
 
 import dataclasses
@@ -20,12 +20,13 @@ from dpo_jax.models.operations import attention
 
 EPSILON = 1e-6
 MAX_LAYERS = 64
-"""Published VAEs have 8 on the way down."""
+"""Maximum number of layers on the way down; published VAEs have 8."""
 
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """The fields of a diffusers AutoencoderKL config.json that decide its shape or its use; defaults are diffusers'."""
+    """The fields of a diffusers AutoencoderKL config.json that decide its shape or its use; the defaults are
+    diffusers'."""
 
     in_channels: Width = 3
     out_channels: Width = 3
@@ -42,14 +43,14 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], where: str) -> "VAEConfig":
-        """Reads a config.json; raises ValueError naming `where` and the field that this code does not support."""
+        """Read a config.json. Raises a UserError that names `where` and the field that is not supported."""
         supported = {
             "_class_name": ("AutoencoderKL", "FlaxAutoencoderKL"),
             "act_fn": ("silu", "swish"),
             "latents_mean": (None,),
             "latents_std": (None,),
         }
-        # force_upcast: these weights overflow in float16; here the caller chooses the dtype
+        # force_upcast: these weights overflow in float16, but here the caller chooses the dtype.
         metadata = ("sample_size", "down_block_types", "up_block_types", "force_upcast")
         result = read_config(cls, config, where, supported=supported, metadata=metadata)
         for field, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
@@ -76,7 +77,7 @@ class VAEConfig:
 
 
 class AutoencoderKL(nnx.Module):
-    """Encoder and decoder; every level but the last halves the resolution, so 4 levels give latents of 1/8 size."""
+    """Encoder and decoder. Every level but the last halves the resolution, so 4 levels give latents of 1/8 size."""
 
     def __init__(self, config: VAEConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
 
@@ -89,7 +90,7 @@ class AutoencoderKL(nnx.Module):
         self.post_quant_conv = mix(config.latent_channels) if config.use_post_quant_conv else None
 
     def encode(self, images_NHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mean and log variance [N, h, w, C] of the latents' posterior, unscaled, of images in [-1, 1]."""
+        """Return mean and log variance [N, h, w, C] of the unscaled latents of images in [-1, 1]."""
         moments_NhwC = self.encoder(images_NHWC)
         if self.quant_conv is not None:
             moments_NhwC = self.quant_conv(moments_NhwC)
@@ -97,14 +98,14 @@ class AutoencoderKL(nnx.Module):
         return mean_NhwC, jnp.clip(logvar_NhwC, -30.0, 20.0)
 
     def decode(self, latents_NhwC: jax.Array) -> jax.Array:
-        """Images [N, H, W, C], about in [-1, 1], of unscaled latents."""
+        """Return images [N, H, W, C], approximately in [-1, 1], from unscaled latents."""
         if self.post_quant_conv is not None:
             latents_NhwC = self.post_quant_conv(latents_NhwC)
         return self.decoder(latents_NhwC)
 
 
 class Encoder(nnx.Module):
-    """Images to the channels of mean and log variance."""
+    """Maps images to the channels of mean and log variance."""
 
     def __init__(self, config: VAEConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         widths, groups = config.block_out_channels, config.norm_num_groups
@@ -127,7 +128,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents to images: the encoder's mirror, with one more resnet a level."""
+    """Maps latents to images: the encoder's mirror, with one more resnet per level."""
 
     def __init__(self, config: VAEConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
@@ -193,7 +194,7 @@ class MidBlock2D(nnx.Module):
 
 
 class ResnetBlock2D(nnx.Module):
-    """Two normalised convolutions beside a shortcut; no time embedding in an autoencoder."""
+    """Two normalised convolutions with a shortcut; an autoencoder has no time embedding."""
 
     def __init__(self, in_channels: int, out_channels: int, num_groups: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.norm1 = GroupNorm(num_groups, in_channels, epsilon=EPSILON, dtype=dtype, rngs=rngs)
@@ -230,10 +231,10 @@ class Attention(nnx.Module):
 
 
 class Downsample2D(nnx.Module):
-    """Half the resolution by a strided convolution."""
+    """Halves the resolution with a strided convolution."""
 
     def __init__(self, channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        # The original pads below and to the right only.
+        # The original pads only at the bottom and at the right.
         self.conv = Conv(channels, channels, stride=2, padding=((0, 1), (0, 1)), dtype=dtype, rngs=rngs)
 
     def __call__(self, x_NHWC: jax.Array) -> jax.Array:
@@ -241,7 +242,7 @@ class Downsample2D(nnx.Module):
 
 
 class Upsample2D(nnx.Module):
-    """Twice the resolution by repeating pixels, then a convolution."""
+    """Doubles the resolution by repeating pixels, then a convolution."""
 
     def __init__(self, channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.conv = Conv(channels, channels, dtype=dtype, rngs=rngs)
@@ -253,6 +254,6 @@ class Upsample2D(nnx.Module):
 def _resnets(
     count: int, in_channels: int, out_channels: int, num_groups: int, *, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.List:
-    """A chain of resnets whose first one changes the number of channels."""
+    """Return a chain of resnets whose first one changes the number of channels."""
     inputs = [in_channels] + [out_channels] * (count - 1)
     return nnx.List([ResnetBlock2D(channels, out_channels, num_groups, dtype=dtype, rngs=rngs) for channels in inputs])
