@@ -290,7 +290,7 @@ def check_fields_exist(names: Iterable[str], fields: Mapping[str, Any], given: M
 OF_THE_MACHINE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOMEM),
     *(errno.EMFILE, errno.ENFILE, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
-    errno.EADDRINUSE,
+    *(errno.EFBIG, errno.EBUSY, errno.ENOLCK, errno.EOPNOTSUPP, errno.ETIMEDOUT, errno.EADDRINUSE),
 }
 
 

@@ -220,6 +220,7 @@ def test_unflatten_restores_nesting():
     [
         (OSError(28, "no room is left"), "no room is left"),
         (FileNotFoundError(2, "No such file or directory", "/x"), "/x: No such file or directory"),
+        (OSError(27, "File too large", "/x"), "/x: File too large"),
         (EnvironmentFault("a sentence"), "a sentence"),
         (UserError("a sentence"), "a sentence"),
     ],
