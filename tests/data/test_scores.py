@@ -223,6 +223,7 @@ def one_score_more(table: pa.Table) -> pa.Table:
         (damage(lambda table: table.rename_columns(["score"])), "has another layout"),
         (damage(lambda table: table.replace_schema_metadata(None)), "was made for another data set than"),
         (damage(lambda table: table.slice(1)), "does not have one score per image"),
+        (damage(lambda table: table.slice(len(table))), "does not have one score per image"),
         (damage(one_score_more), "does not have one score per image"),
     ],
 )

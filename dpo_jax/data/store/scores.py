@@ -124,7 +124,7 @@ def _read(folder: Path, judge: str, of: Candidates, digest: str) -> np.ndarray:
     scored_N = table["scores"].is_valid().to_numpy()
     number_N = pc.list_value_length(table["scores"]).fill_null(0).to_numpy()
     values = pc.list_flatten(table["scores"]).to_numpy()
-    if not np.array_equal(number_N, of.number_N * scored_N if len(scored_N) == len(of.number_N) else []):
+    if len(scored_N) != len(of.number_N) or not np.array_equal(number_N, of.number_N * scored_N):
         raise UserError(f"{file} does not have one score per image; {again}")
     if not np.isfinite(values).all():  # NaN stands for null, too
         raise UserError(f"{file} has a score that is not a finite number; {again}")
