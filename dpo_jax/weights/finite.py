@@ -1,6 +1,6 @@
-"""NaN and infinity in weights, found while the weights pass through the host.
+"""Finds NaN and infinity in weights while the weights pass through the host.
 
-All weights pass through the host, each process's own part of them, so nothing is compiled, gathered or read twice.
+Each process checks its own part of the weights as it passes, so nothing is compiled, gathered or read twice.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,9 +11,9 @@ from etils import epath
 from dpo_jax.errors import UserError
 
 BYTES_AT_A_TIME = 2**18
-"""So much stays in a processor's cache while it is looked at."""
+"""Bytes checked at a time; they stay in the processor's cache meanwhile."""
 
-# Shifted left by one, which drops the sign, the bits of what is not finite are at least these.
+# The smallest bit pattern of a non-finite number, shifted left by one to drop the sign.
 _LEAST: dict[str, np.unsignedinteger] = {
     "float64": np.uint64(0xFFE0_0000_0000_0000),
     "float32": np.uint32(0xFF00_0000),
@@ -25,7 +25,7 @@ _LEAST: dict[str, np.unsignedinteger] = {
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether an array holds neither NaN nor infinity; always so for integers."""
+    """Return whether an array holds neither NaN nor infinity; always True for integers."""
     least = _LEAST.get(array.dtype.name)
     if least is None or not array.size:
         return True
@@ -35,7 +35,7 @@ def is_finite(array: np.ndarray) -> bool:
 
 
 def refuse_nonfinite(names: Iterable[str], path: epath.PathLike, dtype: object = "") -> None:
-    """Raises ValueError if there are `names` of tensors of the file or folder that are not finite (as `dtype`)."""
+    """Raise a UserError if `names` is not empty: these tensors of the file or folder are not finite (as `dtype`)."""
     names = list(names)
     if not names:
         return
@@ -49,5 +49,5 @@ def refuse_nonfinite(names: Iterable[str], path: epath.PathLike, dtype: object =
 
 
 def refuse_nonfinite_arrays(arrays: Mapping[str, np.ndarray], path: epath.PathLike) -> None:
-    """The same of arrays by name."""
+    """Raise a UserError if any of the named arrays is not finite."""
     refuse_nonfinite((name for name, array in arrays.items() if not is_finite(np.asarray(array))), path)

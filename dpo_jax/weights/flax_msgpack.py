@@ -1,8 +1,8 @@
-"""The format of `flax.serialization`, read lazily: what diffusers and transformers wrote while they had Flax models.
+"""Reads the format of `flax.serialization`, which diffusers and transformers wrote while they had Flax models.
 
 A file is one msgpack map of maps, keyed by the parts of a parameter's path. An array is an extension whose payload is
-msgpack again: (shape, dtype's name, bytes). Only what stands between the arrays' bytes is read here, where Flax decodes
-the whole file in memory. The encoding: https://github.com/msgpack/msgpack/blob/master/spec.md
+again msgpack: (shape, dtype's name, bytes). Files are read lazily: only the parts between the arrays' bytes are parsed,
+whereas Flax decodes the whole file in memory. Specification: https://github.com/msgpack/msgpack/blob/master/spec.md
 """
 
 from collections.abc import Callable, Iterator
@@ -17,18 +17,19 @@ from dpo_jax.files import check_regular, what_it_is
 from dpo_jax.weights.mapped_file import fetch, open_bytes
 
 CHUNKED = "__msgpack_chunked_array__"
-ARRAY, SCALAR = 1, 3  # extensions that Flax defined
+ARRAY, SCALAR = 1, 3  # extension codes that Flax defined
 DTYPES = (
     *("float64", "float32", "float16", "bfloat16", "bool"),
     *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
 )
-"""Names that files may give; NumPy knows others, such as that of arrays of Python objects."""
+"""Dtypes that files may name. NumPy knows others, for example that of arrays of Python objects."""
 
 
 def read(path: epath.Path) -> dict[str, np.ndarray]:
-    """Every array of a file by dotted path, as a read-only view. Raises ValueError for a damaged file, before any use.
+    """Return every array of a file by dotted path, as a read-only view.
 
-    Arrays above 1 GiB, which no Stable Diffusion has, were stored in pieces that lie apart; only these are read whole.
+    Arrays above 1 GiB, which no Stable Diffusion model has, were stored in separate chunks; only these are read
+    completely. Raises a UserError if the file is damaged.
     """
     parser = _Parser(open_bytes(check_regular(path)))
     known = what_it_is(parser.data[:64].tobytes())
@@ -44,14 +45,15 @@ def read(path: epath.Path) -> dict[str, np.ndarray]:
 
 
 class _Parser:
-    """Walks over the encodings that Flax used, a small part of msgpack."""
+    """Parses the part of msgpack that Flax used."""
 
     def __init__(self, data: np.ndarray):
         self.data = data
         self.position = 0
 
     def value(self) -> Any:
-        """What begins at `position`: a dict, list, str, int, True, view of bytes, or view of an array."""
+        """Return the value that begins at `position`: a dict, list, str, int, True, view of bytes, or view of an
+        array."""
         first = self._number(1)
         if first < 0x80:
             return first
@@ -65,7 +67,7 @@ class _Parser:
             return True
         if first == 0xD8:
             return self._extension(16)
-        formats: dict[int, tuple[Callable[[int], Any], int]] = {  # what follows, bytes of its length
+        formats: dict[int, tuple[Callable[[int], Any], int]] = {  # (parser of the content, bytes of its length)
             0xC4: (self._take, 1),
             0xC5: (self._take, 2),
             0xC6: (self._take, 4),

@@ -132,7 +132,7 @@ def files_to_fetch(
     is_pipeline = "model_index.json" in names_in[""]
     networks = [folder for folder in NETWORKS if _is_wanted(folder, only) and "config.json" in names_in[folder]]
     if not is_pipeline and "config.json" in names_in[""]:
-        networks.append("")  # the root
+        networks.append("")  # weights at the root
     if not networks:
         needed = " or ".join(sorted(only or NETWORKS))
         raise UserError(f"{where} is not a diffusers model: it has no {needed} with a config.json")

@@ -68,22 +68,22 @@ def check_upload(repo: str, output: str | os.PathLike[str]) -> None:
 
 
 def upload(folder: Path, repo: str, *, private: bool, message: str) -> str:
-    """Upload a folder as the model repository `repo`, which is created if need be; return its address.
+    """Upload a folder as the model repository `repo`, created if it does not exist, and return its address.
 
     Args:
         folder: local folder with everything to upload.
         repo: OWNER/NAME.
-        private: whether a repository that is created can be seen by its owner alone. An existing one stays as it is.
-        message: describes the commit.
+        private: True creates a repository that only its owner can see. An existing repository stays as it is.
+        message: message of the commit.
 
     Raises:
-        UserError: the hub refuses, or cannot be reached. The folder stays, and the message says how to go on.
+        UserError: the hub refuses, or cannot be reached. The folder stays, and the message says how to continue.
     """
     api = HfApi()
     try:
         url = str(api.create_repo(repo, private=private, exist_ok=True))
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # all kinds that the hub's libraries raise
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # all the hub's libraries can raise
         refused = _status(error) in (401, 403)
         advice = f"your token must be allowed to write to {repo.split('/')[0]}" if refused else "the folder is complete"
         visibility = " --private" if private else ""
@@ -99,5 +99,5 @@ def _status(error: Exception) -> int | None:
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of what went wrong, which the hub's library tells in several."""
+    """Return the first line of an error; the hub's library describes errors in several."""
     return str(error.__cause__ or error).partition("\n")[0].rstrip(".")

@@ -1,8 +1,8 @@
-"""Reading one component (`unet/`, `vae/`, `text_encoder/`) into parameters, and writing it back.
+"""Reads one component (`unet/`, `vae/`, `text_encoder/`) into parameters, and writes it.
 
-Reads what people hold: a folder of safetensors, sharded or of the `fp16` variant, or of legacy Flax msgpack, or one
-file that holds the whole model in the original layout. Writes what everybody reads: PyTorch-layout safetensors with
-diffusers' file names. Pickles (.bin, .ckpt) are refused: opening one runs code.
+It reads a folder of safetensors (also sharded, or of the `fp16` variant), a folder of legacy Flax msgpack, or one file
+that holds the whole model in the original layout. It writes safetensors in PyTorch's layout with diffusers' file names.
+Pickles (.bin, .ckpt) are refused because opening one runs code.
 """
 
 import functools
@@ -62,9 +62,9 @@ CONVERT_STATE_DICT = (
     "python -c \"import torch, safetensors.torch as s; x = torch.load('{file}', 'cpu', weights_only=True); "
     "s.save_file({{k: v.clone() for k, v in x.get('state_dict', x).items()}}, '{stem}.safetensors')\""
 )
-"""The same for a file of one network's tensors."""
+"""How to convert a pickle that holds the tensors of one network."""
 
-MAX_SHARD_BYTES = 10 * 10**9  # diffusers' own default
+MAX_SHARD_BYTES = 10 * 10**9  # diffusers' default
 MAX_INDEX_BYTES = 100 * 10**6
 
 
@@ -77,11 +77,11 @@ class Index(pydantic.BaseModel):
 
 class _Stored(NamedTuple):
     arrays: dict[str, np.ndarray]
-    """Views of what is on disk, by the names that the file gives them."""
+    """Views of the stored arrays, by the names that the file gives them."""
     aliases: Callable[[str], list[str]]
-    """Our name to the names it may have in `arrays`."""
+    """Maps a parameter's name to the names it may have in `arrays`."""
     convert: Callable[[np.ndarray, ParamSpec], np.ndarray]
-    """A stored array to our layout; raises ValueError where the shape differs."""
+    """Converts a stored array to dpo_jax's layout; raises a UserError if the shape differs."""
 
 
 def load_params(
@@ -94,11 +94,11 @@ def load_params(
     variant: str = "",
     allow_nonfinite: bool = False,
 ) -> Params:
-    """The parameters that `specs` names, read from `path`, cast to `dtype` and placed tensor by tensor.
+    """Read the parameters that `specs` names from `path`, cast them to `dtype` and place them tensor by tensor.
 
-    With `sharding` (name, spec -> placement) each process reads from disk only the slices its devices hold; without,
-    everything goes to the default device. `path`, `prefix`, `variant` and errors: see `read_params`. Raises ValueError
-    for NaN and infinity in what this process reads, unless `allow_nonfinite`.
+    With `sharding` (name, spec -> placement), each process reads from disk only the slices that its devices hold;
+    without it, everything goes to the default device. `path`, `prefix`, `variant` and errors are as in `read_params`.
+    Raises a UserError for NaN and infinity in the parts that this process reads, unless `allow_nonfinite`.
     """
     stored = read_params(path, specs, prefix=prefix, variant=variant)
     nonfinite: dict[str, None] = {}
@@ -120,10 +120,11 @@ def load_params(
 
 
 def read_params(path: epath.PathLike, specs: Specs, *, prefix: str = "", variant: str = "") -> dict[str, np.ndarray]:
-    """The parameters that `specs` names as they are stored, in our layout: views of the files, nothing is read yet.
+    """Return the parameters that `specs` names in dpo_jax's layout and the stored dtype, as views of files not yet
+    read.
 
-    `path` is a component's folder, or a single file in which the component's names begin with `prefix`. Of several sets
-    of weights in a folder, that of `variant` ("fp16") is preferred. Raises one ValueError that lists all missing,
+    `path` is a component's folder, or a single file in which the component's names begin with `prefix`. If a folder has
+    several sets of weights, that of `variant` ("fp16") is preferred. Raises one UserError that lists all missing,
     unexpected and misshapen names.
     """
     path = epath.Path(path)
@@ -155,7 +156,7 @@ def read_params(path: epath.PathLike, specs: Specs, *, prefix: str = "", variant
 
 
 def tensor_names(file: epath.Path) -> set[str]:
-    """The names of what a single file holds. Raises ValueError for a pickle or a damaged file."""
+    """Return the names of the tensors of a single file. Raises a UserError for a pickle or a damaged file."""
     _refuse_pickle(file)
     return set(safetensors_file.read(file))
 
@@ -171,10 +172,10 @@ def save_component(
     card: str | None = None,
     allow_nonfinite: bool = False,
 ) -> None:
-    """Writes `config.json` and the parameters as diffusers (or transformers) would, all of it or nothing.
+    """Write `config.json` and the parameters as diffusers (or transformers) would, completely or not at all.
 
     Parameters are brought to the host one at a time. A `dtype` of None keeps each one's own; `card` becomes README.md.
-    Raises ValueError if `folder` exists and is not empty, and for NaN and infinity unless `allow_nonfinite`.
+    Raises a UserError if `folder` exists and is not empty, and for NaN and infinity unless `allow_nonfinite`.
     """
     stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
     dtypes = {name: np.dtype(dtype or params[name].dtype) for name in specs}
@@ -202,8 +203,8 @@ def save_component(
 
 
 def fingerprint(files: Iterable[epath.Path], *, places: int = 64, chunk: int = 2**14) -> str:
-    """A digest of files that others would not have: names, sizes, and `places` evenly spaced chunks of each, so that
-    10 GB take no longer than 10 MB."""
+    """Return a digest of files: of their names, sizes, and `places` evenly spaced chunks of each, so that 10 GB take no
+    longer than 10 MB."""
     digest = hashlib.sha256()
     for path in map(check_regular, files):
         size = path.stat().length
@@ -216,7 +217,7 @@ def fingerprint(files: Iterable[epath.Path], *, places: int = 64, chunk: int = 2
 
 
 def first_several(names: list[str], kind: str, several: int = 5) -> str:
-    """ "12 missing: a, b, c, d, e and 7 more", for errors; names given twice are told once."""
+    """Return text for an error such as "12 missing: a, b, c, d, e and 7 more"; duplicate names count once."""
     names = list(dict.fromkeys(names))
     more = f" and {len(names) - several} more" if len(names) > several else ""
     return f"{len(names)} {kind}: {', '.join(names[:several])}{more}"
@@ -252,9 +253,9 @@ def _open_folder(folder: epath.Path, variant: str) -> _Stored:
 
 
 def weight_files(folder: epath.Path, variant: str = "") -> list[epath.Path]:
-    """The one set of weights in a component's folder that is read, of `variant` if there is one.
+    """Return the files of the set of weights in a component's folder that is read; that of `variant` if there is one.
 
-    Raises ValueError where there are only pickles, FileNotFoundError where there is nothing or not all of it.
+    Raises a UserError if there are only pickles, and a MissingFileError if there is nothing or a file is missing.
     """
     names = {path.name for path in folder.iterdir()}
     name = preferred_weights(names, variant)
@@ -277,7 +278,7 @@ def weight_files(folder: epath.Path, variant: str = "") -> list[epath.Path]:
 
 
 def preferred_weights(names: Collection[str], variant: str = "") -> str | None:
-    """The file, or the index of shards, that is read where `names` lie together; None where there is none."""
+    """Return the file, or the index of shards, that is read from a folder with these `names`; None if there is none."""
     of_variant_first = sorted(SAFETENSORS, key=lambda name: f".{variant}." not in name) if variant else SAFETENSORS
     return next((name for name in (*of_variant_first, *LEGACY_FLAX) if name in names), None)
 
@@ -285,7 +286,7 @@ def preferred_weights(names: Collection[str], variant: str = "") -> str | None:
 def _place(
     array: np.ndarray, cast: Callable[[np.ndarray], np.ndarray], sharding: jax.sharding.Sharding | None
 ) -> jax.Array:
-    """The stored array on its devices. Each part is read once, also where several devices here hold copies of it."""
+    """Place a stored array on its devices. Each part is read once, even if several devices here hold copies of it."""
 
     @functools.cache
     def part(*bounds: tuple[int | None, int | None]) -> np.ndarray:
@@ -299,7 +300,7 @@ def _place(
 
 
 def _shards(specs: Specs, dtypes: Mapping[str, np.dtype], max_shard_bytes: int) -> list[list[str]]:
-    """Names in order, cut where the next parameter would make a file larger than `max_shard_bytes`."""
+    """Return the names in order, in one list per file; a new file begins where one would exceed `max_shard_bytes`."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, spec in specs.items():

@@ -1,9 +1,9 @@
-"""One rule between our parameter names and those of a checkpoint.
+"""One rule between dpo_jax's parameter names and those of a checkpoint.
 
-Our names are the dotted PyTorch names of diffusers and transformers with the last part renamed to say what the
-parameter is: `down_blocks.1.attentions.0.proj_in.kernel` is their `down_blocks.1.attentions.0.proj_in.weight`.
-Everything maps from our names outward: a legacy Flax `linear_1` may be a layer called `linear_1` or item 1 of a list
-called `linear`, so the other direction is ambiguous.
+dpo_jax's names are the dotted PyTorch names of diffusers and transformers, except that the last part says what the
+parameter is: `down_blocks.1.attentions.0.proj_in.kernel` is `down_blocks.1.attentions.0.proj_in.weight` in PyTorch. The
+mapping always starts from dpo_jax's names. The other direction is ambiguous: a legacy Flax `linear_1` may be a layer
+called `linear_1` or item 1 of a list called `linear`.
 """
 
 import re
@@ -16,12 +16,12 @@ from dpo_jax.errors import UserError
 
 
 class ParamSpec(NamedTuple):
-    """Shape and place of one parameter, known before any weight is read."""
+    """Shape and layout of one parameter, known before any weight is read."""
 
     shape: tuple[int, ...]
-    """Shape in our layout (linear: in, out; convolution: height, width, in, out)."""
+    """Shape in dpo_jax's layout (linear: in, out; convolution: height, width, in, out)."""
     torch_axes: tuple[int, ...]
-    """`torch_array = our_array.transpose(torch_axes)`."""
+    """Order of the axes in PyTorch: `torch_array = array.transpose(torch_axes)`."""
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
@@ -31,22 +31,22 @@ class ParamSpec(NamedTuple):
 Specs = dict[str, ParamSpec]
 Params = dict[str, jax.Array]
 
-# diffusers once named the VAE's attention layers as on the right; published VAEs and every Flax one still do.
+# diffusers once named the VAE's attention layers as on the right; published VAEs and every Flax VAE still do.
 OLD_VAE_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
 def torch_name(name: str) -> str:
-    """The name under which PyTorch stores our parameter `name`, and under which we write it."""
+    """Return the name under which PyTorch stores the parameter `name`, and under which dpo_jax writes it."""
     return re.sub(r"\b(kernel|scale|embedding)$", "weight", name)
 
 
 def torch_aliases(name: str) -> list[str]:
-    """Every name under which a PyTorch checkpoint may hold `name`, the usual one first."""
+    """Return every name under which a PyTorch checkpoint may hold `name`, the usual one first."""
     return [torch_name(alias) for alias in _aliases(name)]
 
 
 def flax_aliases(name: str) -> list[str]:
-    """Every dotted path under which a legacy Flax checkpoint may hold `name`.
+    """Return every dotted path under which a legacy Flax checkpoint may hold `name`.
 
     diffusers joined list indices to the list's name (`down_blocks_0`), transformers nested them (`layers/0`).
     """
@@ -54,20 +54,21 @@ def flax_aliases(name: str) -> list[str]:
 
 
 def to_torch(array: np.ndarray, spec: ParamSpec) -> np.ndarray:
-    """Our array as a view in PyTorch's layout."""
+    """Return an array as a view in PyTorch's layout."""
     return array.transpose(spec.torch_axes)
 
 
 def from_torch(array: np.ndarray, spec: ParamSpec) -> np.ndarray:
-    """A PyTorch array as a view in our layout. Raises ValueError where the shape differs.
+    """Return a PyTorch array as a view in dpo_jax's layout. Raises a UserError if the shape differs.
 
-    A 1x1 convolution and a linear layer hold the same numbers (old VAEs and SD1.x differ only so): either is accepted.
+    A 1x1 convolution and a linear layer hold the same numbers, and old VAEs and SD1.x store one in place of the other:
+    either is accepted.
     """
     return _squeezed(array, spec.torch_shape).transpose(np.argsort(spec.torch_axes))
 
 
 def from_flax(array: np.ndarray, spec: ParamSpec) -> np.ndarray:
-    """A legacy Flax array in our layout, which is the same up to the two axes of a 1x1 convolution."""
+    """Return a legacy Flax array in dpo_jax's layout, which differs only in the two extra axes of a 1x1 convolution."""
     return _squeezed(array, spec.shape)
 
 

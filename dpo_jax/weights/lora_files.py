@@ -1,7 +1,7 @@
 """Reads LoRA files in all common layouts and merges them into models; `lora_write` writes them.
 
 A LoRA adds `alpha / rank * A B` to the kernels of some layers (arXiv 2106.09685). All layouts hold the same two
-matrices per layer, in PyTorch's axes; `lora_layouts` knows their names, `lora_metadata` where alpha is said, and
+matrices per layer, in PyTorch's axes. `lora_layouts` knows their names, `lora_metadata` where alpha is stated, and
 `lora_methods` what relatives of LoRA add.
 """
 
@@ -29,20 +29,20 @@ Array = np.ndarray | jax.Array
 
 
 class Adapter(NamedTuple):
-    """A LoRA in our layout, by the names of the layers that it adds to."""
+    """A LoRA in dpo_jax's layout, by the names of the layers that it changes."""
 
     params: Mapping[str, Array]
-    """`LAYER.lora_A.kernel` and `LAYER.lora_B.kernel`. Linear: (in, rank) and (rank, out); a convolution: (height,
-    width, in, rank) and (1, 1, rank, out)."""
+    """`LAYER.lora_A.kernel` and `LAYER.lora_B.kernel`. Linear: (in, rank) and (rank, out); convolution: (height, width,
+    in, rank) and (1, 1, rank, out)."""
     alphas: Mapping[str, float]
-    """LAYER -> alpha; what is added is scaled by alpha / rank."""
+    """LAYER -> alpha; the product is scaled by alpha / rank."""
 
     changes: Mapping[str, Change] = MappingProxyType({})
-    """By the names of parameters, what other methods than LoRA make of them (`lora_methods`): to be merged only."""
+    """Changes by other methods than LoRA (`lora_methods`), by the name of the parameter; they can only be merged."""
 
     @property
     def is_empty(self) -> bool:
-        """Whether it changes nothing."""
+        """True if it changes nothing."""
         return not self.alphas and not self.changes
 
     def rank(self, layer: str) -> int:
@@ -50,9 +50,10 @@ class Adapter(NamedTuple):
 
 
 def read_lora(path: epath.PathLike, base_specs: Specs) -> Adapter:
-    """The LoRA for a UNet in the file or folder at `path`, in the dtype stored, to be trained further or rewritten.
+    """Return the LoRA for a UNet in the file or folder at `path`, in the stored dtype, to be trained further or
+    rewritten.
 
-    Raises as `read_adapters`, and ValueError where the file holds what can only be merged.
+    Raises the errors of `read_adapters`, and a UserError if the file holds something that can only be merged.
     """
     adapter = read_adapters(path, {"unet": base_specs})["unet"]
     check_low_rank(adapter, str(path))
@@ -130,7 +131,7 @@ def lora_files_of(path: epath.Path) -> list[epath.Path]:
 class Merged(Mapping[str, np.ndarray]):
     """A model's parameters with `strength` times an adapter added to them, in float32 or wider.
 
-    Each is made when it is asked for, on the host (a TPU would multiply in bfloat16), and none is kept.
+    Each parameter is computed on the host when it is read (a TPU would multiply in bfloat16), and none is kept.
     """
 
     def __init__(self, params: Mapping[str, Array], adapter: Adapter, strength: float = 1.0):
@@ -156,7 +157,7 @@ class Merged(Mapping[str, np.ndarray]):
 
 
 class _Found(NamedTuple):
-    """An `Adapter` while it is read."""
+    """An `Adapter` that is being read."""
 
     params: dict[str, np.ndarray]
     alphas: dict[str, float]
@@ -168,11 +169,11 @@ class _Incomplete(UserError):
 
 
 class _Misshapen(UserError):
-    """What is stored has another shape than the layer needs."""
+    """A stored array has another shape than the layer needs."""
 
 
 def _read_layer(found: _Found, place: Place, parts: dict[str, np.ndarray], specs: Specs, stated: Stated) -> None:
-    """Adds to `found` what `parts` do to a layer."""
+    """Add to `found` the change that `parts` make to a layer."""
     layer, parts = place.layer, dict(parts)
     stored_alpha = parts.pop("alpha", None)
     norms_and_biases = {"diff_b": "bias", "b_norm": "bias", "w_norm": "scale"}.items()
@@ -203,7 +204,7 @@ def _read_layer(found: _Found, place: Place, parts: dict[str, np.ndarray], specs
     if "lora_mid" in of_weight:
         down, mid = of_weight["lora_A"], of_weight.pop("lora_mid")
         *window, inputs, _ = specs[f"{layer}.kernel"].shape
-        # Before they are multiplied: their product could be of any size.
+        # Check the ranks before multiplying, because the product could have any size.
         if mid.shape != (rank, rank, *window) or down.shape[:2] != (rank, inputs) or down.size != rank * inputs:
             raise _Misshapen(f"lora_mid {mid.shape} and lora_down {down.shape} don't fit each other and the layer")
         of_weight["lora_A"] = fold_mid(down, mid)
@@ -232,7 +233,7 @@ def _add_change(found: _Found, name: str, arrays: dict[str, np.ndarray], scale: 
 
 def _check_values(arrays: Mapping[str, np.ndarray], path: epath.Path, allow_nonfinite: bool) -> None:
     """Raise a UserError for tensors that are not floating point or not finite."""
-    # diffusers' own conversion to kohya's names writes whole numbers for alpha.
+    # diffusers' own conversion to kohya's names writes alpha as integers.
     others = [
         f"{key} ({array.dtype})"
         for key, array in arrays.items()
@@ -294,7 +295,7 @@ def _find_file(path: epath.Path) -> epath.Path:
 
 
 def low_rank_specs(base: ParamSpec, rank: int) -> dict[str, ParamSpec]:
-    """Return shapes and places of the two matrices of a layer, given its kernel's."""
+    """Return the shapes and layouts of the two matrices of a layer, given the spec of its kernel."""
     *window, inputs, outputs = base.shape
     return {
         "lora_A": ParamSpec((*window, inputs, rank), base.torch_axes),

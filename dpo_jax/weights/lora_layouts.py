@@ -1,7 +1,7 @@
-"""How LoRA files name what they hold: every layout is a prefix, the name of a layer, and a part.
+"""How LoRA files name their tensors: in every layout, a name is a prefix, the name of a layer, and a part.
 
     prefix    `unet.`, `diffusion_model.`, `base_model.model.`, `lora_unet_` and others, or none
-    layer     diffusers' name, or that of the original checkpoint; behind `lora_unet_` joined by underscores
+    layer     diffusers' name, or that of the original checkpoint; after `lora_unet_` joined by underscores
     part      `.lora_A.weight`, `.lora_down.weight`, `.lora.down.weight`, `.lora_A.default.weight`, `.alpha`, ...
 
     diffusers, PEFT             unet.LAYER.lora_A.weight, base_model.model.LAYER.lora_A.default.weight
@@ -10,7 +10,7 @@
     OneTrainer                  unet.ORIGINAL_LAYER.lora_down.weight
     kohya, LyCORIS              lora_unet_LAYER_JOINED_BY_UNDERSCORES.lora_down.weight
 
-Underscores can't be undone, so every name maps from ours outward.
+Joining by underscores cannot be undone, so every mapping starts from dpo_jax's names.
 """
 
 import re
@@ -20,7 +20,7 @@ from typing import NamedTuple
 from dpo_jax.weights import original
 from dpo_jax.weights.layout import Specs
 
-DOTTED = {  # by component; "" is the UNet's where nothing says whose layers these are
+DOTTED = {  # prefixes by component; files without a component's prefix are for the UNet
     "unet": (
         *("", "unet.", "diffusion_model.", "model.diffusion_model."),
         *("base_model.model.", "unet.base_model.model.", "base_model.model.unet."),
@@ -34,14 +34,14 @@ JOINED = {
     "text_encoder_2": ("lora_te2_",),
 }
 
-# What the end of a tensor's name says that it is. Adapter names (`default`) stand before the last part.
+# Patterns for the end of a tensor's name, by part. Adapter names (`default`) stand before the last word.
 _PARTS = {
     "lora_A": r"(?:[._]lora|\.lora_linear_layer)[._](?:A|down)(?:\.\w+)?\.weight",
     "lora_B": r"(?:[._]lora|\.lora_linear_layer)[._](?:B|up)(?:\.\w+)?\.weight",
     "lora_mid": r"\.lora_mid\.weight",
     "alpha": r"\.alpha",
-    "dora_scale": r"\.dora_scale",  # of LyCORIS, along inputs or outputs
-    "magnitude": r"\.lora_magnitude_vector(?:\.\w+)*",  # of PEFT, always along outputs
+    "dora_scale": r"\.dora_scale",  # LyCORIS, along inputs or outputs
+    "magnitude": r"\.lora_magnitude_vector(?:\.\w+)*",  # PEFT, always along outputs
     **{f"hada_{name}": rf"\.hada_{name}(?:\.\w+)?" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f"lokr_{name}": rf"\.lokr_{name}(?:\.\w+)?" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
     "diff": r"\.diff",
@@ -59,7 +59,7 @@ UNSUPPORTED = {
     r"\.lora_embedding_": "LoRA of an embedding",
 }
 
-# Whose a tensor is that no UNet has.
+# Patterns of tensors that belong to no UNet, by what they belong to.
 FOR_OTHERS = {
     "text encoders": (
         r"lora_te\d?_|lora_prior_te|(base_model\.model\.)?text_encoders?(_\d)?\.|te\d?\.|clip_[lgh]\.|cond_stage_model\."
@@ -74,14 +74,15 @@ FOR_OTHERS = {
 
 
 class Place(NamedTuple):
-    """What a tensor of a LoRA file belongs to."""
+    """The component and layer that a tensor of a LoRA file belongs to."""
 
     component: str
     layer: str
 
 
 def split(key: str) -> tuple[str, str]:
-    """(stored name of the layer, part) of a tensor's name; the part is "" where it is none of a LoRA."""
+    """Split a tensor's name into (stored name of the layer, part); the part is "" if the tensor is not part of a
+    LoRA."""
     match = _NAME.fullmatch(key)
     if match is None:
         return key, ""
@@ -89,24 +90,24 @@ def split(key: str) -> tuple[str, str]:
 
 
 def unsupported(key: str) -> str | None:
-    """The method that a tensor's name tells of and that is not read here."""
+    """Return the unsupported method that a tensor's name shows, or None."""
     return next((method for sign, method in UNSUPPORTED.items() if re.search(sign, key)), None)
 
 
 def for_others(key: str) -> str | None:
-    """What else than a UNet a tensor is for, by its name."""
+    """Return what a tensor is for if its name shows that it is not for a UNet, or None."""
     return next((owner for owner, sign in FOR_OTHERS.items() if re.match(sign, key)), None)
 
 
 def stored_names(component: str, specs: Specs) -> dict[str, Place]:
-    """Every name under which a file may hold a layer -> what it belongs to."""
+    """Return every name under which a file may hold a layer, with the place that it stands for."""
     names: dict[str, Place] = {}
     originals = original.unet_module_names(specs) if component == "unet" else {}
     for layer in layers_of(specs):
         place = Place(component, layer)
-        # Old diffusers hung the LoRA of an attention layer on the attention's processor.
+        # Old diffusers attached the LoRA of an attention layer to the attention's processor.
         processor = re.sub(r"\.(to_\w+)(\.0)?$", r".processor.\1", layer)
-        short = layer.removeprefix("text_model.")  # as transformers 5 calls it
+        short = layer.removeprefix("text_model.")  # name in transformers 5
         ours = {layer, originals.get(layer, layer), processor, short}
         names |= {prefix + name: place for prefix in DOTTED[component] for name in ours}
         names |= {prefix + joined(name): place for prefix in JOINED[component] for name in ours}
@@ -114,10 +115,10 @@ def stored_names(component: str, specs: Specs) -> dict[str, Place]:
 
 
 def joined(layer: str) -> str:
-    """A layer's name as kohya writes it."""
+    """Return a layer's name as kohya writes it."""
     return layer.replace(".", "_")
 
 
 def layers_of(names: Iterable[str]) -> list[str]:
-    """The layers that parameters of these names belong to."""
+    """Return the layers that the parameters with these names belong to."""
     return list(dict.fromkeys(name.rpartition(".")[0] for name in names))

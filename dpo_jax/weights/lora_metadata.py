@@ -1,4 +1,5 @@
-"""What a LoRA file says of itself: the alpha of each layer where no tensor holds it, and what the LoRA was made for."""
+"""The metadata of a LoRA file: the alpha of each layer if no tensor holds it, and the model that the LoRA was made
+for."""
 
 import math
 import os
@@ -25,14 +26,16 @@ DIFFUSERS_METADATA = "lora_adapter_metadata"
 MADE_FOR = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name", "base_model_name_or_path")
 MAX_CONFIG_BYTES = 2**26
 SECONDS_TO_MATCH = 5.0
-"""A pattern from a stranger's file can take for ever: within this time all of them have to be matched."""
+"""Time limit for matching all patterns of a file, since a pattern from somebody else's file can take arbitrarily
+long."""
 MAX_PATTERN = 10_000
 _SIMPLE = re.compile(r"\^?[\w.-]*")
-"""Patterns as diffusers and PEFT write them for single layers, up to a thousand in a file; they take no time."""
+"""Patterns as diffusers and PEFT write them for single layers, up to a thousand per file; matching them takes no
+time."""
 
 
 class PeftConfig(TypedDict, total=False):
-    """The fields of PEFT's LoraConfig that say how strong a LoRA is; it has many more."""
+    """The fields of PEFT's LoraConfig that determine the strength of a LoRA; it has many more."""
 
     lora_alpha: pydantic.FiniteFloat
     alpha_pattern: Annotated[dict[str, pydantic.FiniteFloat], pydantic.Field(max_length=5000)] | None
@@ -40,10 +43,11 @@ class PeftConfig(TypedDict, total=False):
 
 
 class Stated:
-    """The alphas that a file states in words."""
+    """The alphas that a file states in its metadata."""
 
     def __init__(self, path: epath.Path, has_alphas: bool = False):
-        """`has_alphas`: the file has tensors for alpha, so that a number for all layers is only a remark."""
+        """Read the metadata of `path`; with `has_alphas`, tensors hold alpha, so one number for all layers is
+        ignored."""
         self._path = path
         self.metadata: dict[str, str] = conform(
             safetensors_file.read_metadata(path), dict[str, str], f"{path}: the metadata"
@@ -55,23 +59,25 @@ class Stated:
 
     @property
     def made_for(self) -> str | None:
-        """The model that the LoRA is for, as the file calls it."""
+        """Name of the model that the LoRA is for, as the file gives it."""
         fields = self._fields | self.metadata
         return next((str(fields[key]) for key in MADE_FOR if fields.get(key)), None)
 
     def alpha(self, component: str, layer: str, rank: int) -> float:
-        """The alpha of a layer for which no tensor holds one; its rank where nothing is said.
+        """Return the alpha of a layer for which no tensor holds one; the rank if the file states none.
 
-        As PEFT finds it: the first pattern that fits the end of the layer's name, else what is said of all.
+        As in PEFT, the first pattern that matches the end of the layer's name counts, otherwise the value for all
+        layers.
         """
         config, patterns = self._config(component)
         alpha = next((alpha for pattern, alpha in patterns.items() if self._fits(pattern, layer)), None)
         if alpha is None:
             alpha = config.get("lora_alpha", rank if self._plain is None else self._plain)
-        return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha  # which scales by alpha / sqrt(rank)
+        return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha  # PEFT then scales by alpha / sqrt(rank)
 
     def _read_fields(self) -> tuple[dict[str, Any], str]:
-        """PEFT's LoraConfig from the file's metadata, as diffusers writes it, or from beside the file, as PEFT does."""
+        """Return PEFT's LoraConfig: from the file's metadata, where diffusers writes it, or from the folder, where PEFT
+        does."""
         where = f"{self._path}: the metadata {DIFFUSERS_METADATA}"
         if DIFFUSERS_METADATA in self.metadata:
             return conform(parse_json(self.metadata[DIFFUSERS_METADATA], where), dict[str, Any], where), where
@@ -113,7 +119,7 @@ class Stated:
         return self._timed(lambda: pattern.fullmatch(layer, timeout=self._seconds_left)) is not None
 
     def _timed(self, call: Callable[[], T]) -> T:
-        """What `call` returns, while there is time left."""
+        """Return the result of `call`; raise a UserError if the time limit is reached."""
         start = time.monotonic()
         try:
             if self._seconds_left > 0:
@@ -128,10 +134,10 @@ class Stated:
         )
 
     def _read_plain(self) -> float | None:
-        """A field of its own in the metadata, as some trainers write alpha: all values are text there."""
+        """Return alpha from a separate metadata field, where some trainers write it as text; None if there is none."""
         for name in ("lora_alpha", "ss_network_alpha"):
             text = self.metadata.get(name)
-            # kohya's words for: not set, and another in each layer.
+            # kohya writes "None" for no value, and "Dynamic" if alpha differs between layers.
             if text is None or text in ("", "None", "Dynamic"):
                 continue
             try:

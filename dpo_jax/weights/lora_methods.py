@@ -1,11 +1,11 @@
-"""What adapters other than LoRA add to a weight: it can be merged into a model, not trained further.
+"""Adapters other than LoRA. Their change of a weight can be merged into a model, but not trained further.
 
     DoRA    magnitude * (W + alpha / rank * B A) / |W + alpha / rank * B A|       arXiv 2402.09353
     LoHa    W + alpha / rank * (B1 A1) o (B2 A2), o elementwise                   arXiv 2108.06098, LyCORIS
     LoKr    W + alpha / rank * W1 (x) W2, (x) Kronecker's product                 arXiv 2309.14859, LyCORIS
     full    W + D
 
-Axes are PyTorch's here: (outputs, inputs, ...), as in the files. r = rank.
+Axes are PyTorch's, as in the files: (outputs, inputs, ...). r = rank.
 """
 
 import math
@@ -18,20 +18,20 @@ from dpo_jax.errors import UserError
 from dpo_jax.weights.layout import ParamSpec, from_torch, to_torch
 
 Arrays = Mapping[str, np.ndarray]
-"""The arrays of one layer by the parts that `lora_layouts` names."""
+"""The arrays of one layer, by the parts that `lora_layouts` names."""
 
 
 class Change(NamedTuple):
-    """What one parameter becomes; `arrays` and `scale` as `read_change` checked them."""
+    """The change of one parameter; `read_change` has checked `arrays` and `scale`."""
 
     method: str
     arrays: Arrays
     scale: float
-    """alpha / rank"""
+    """alpha / rank."""
     spec: ParamSpec
 
     def __call__(self, value: np.ndarray, strength: float) -> np.ndarray:
-        """The parameter, in our layout, with `strength` times the difference that the method makes."""
+        """Return the parameter, in dpo_jax's layout, with `strength` times the method's difference added."""
         weight = to_torch(value, self.spec)
         changed = weight + (self.scale * _difference(self.arrays, weight.dtype)).reshape(weight.shape)
         if self.method == "DoRA":
@@ -40,7 +40,7 @@ class Change(NamedTuple):
 
 
 def method_of(arrays: Arrays) -> str:
-    """The name of the method whose arrays of a layer's weight these are."""
+    """Return the name of the method that a layer has these arrays of."""
     if any(part.startswith("hada_") for part in arrays):
         return "LoHa"
     if any(part.startswith("lokr_") for part in arrays):
@@ -51,8 +51,8 @@ def method_of(arrays: Arrays) -> str:
 
 
 def rank_of(arrays: Arrays) -> int | None:
-    """The rank that alpha is divided by; None where no product has one, and nothing is scaled."""
-    # Two-dimensional factors: (outputs, r) and (r, inputs). In a Tucker decomposition the first is (r, outputs).
+    """Return the rank that alpha is divided by; None if there is no low-rank product, so nothing is scaled."""
+    # Two-dimensional factors are (outputs, r) and (r, inputs). In a Tucker decomposition the first one is (r, outputs).
     return next(
         (
             arrays[part].shape[0] if arrays[part].ndim else 0
@@ -64,7 +64,8 @@ def rank_of(arrays: Arrays) -> int | None:
 
 
 def read_change(arrays: Arrays, scale: float, spec: ParamSpec) -> Change:
-    """The change of one weight. Raises ValueError where arrays are missing or don't fit each other or the weight."""
+    """Return the change of one weight. Raises a UserError if arrays are missing or do not fit each other or the
+    weight."""
     method = method_of(arrays)
     outputs, *rest = spec.torch_shape
     found, needed = _shape(arrays, method), (outputs, math.prod(rest))
@@ -78,12 +79,13 @@ def read_change(arrays: Arrays, scale: float, spec: ParamSpec) -> Change:
 
 
 def fold_mid(down: np.ndarray, mid: np.ndarray) -> np.ndarray:
-    """LoCon's Tucker decomposition as a plain LoRA's A (r, inputs, height, width): `mid` follows `down`."""
+    """Return LoCon's Tucker decomposition, `down` followed by `mid`, as A of a plain LoRA: (r, inputs, height,
+    width)."""
     return np.einsum("pqhw,qi->pihw", mid.astype(np.float32), down.reshape(down.shape[:2]).astype(np.float32))
 
 
 def _shape(arrays: Arrays, method: str) -> tuple[int, int]:
-    """(outputs, all else) of the difference. Raises ValueError where arrays are missing or don't fit each other."""
+    """Return (outputs, all other axes) of the difference. Raises a UserError if arrays are missing or do not fit."""
     if method == "full difference":
         return _shape_of_whole(arrays, "diff")
     if method == "DoRA":
@@ -124,7 +126,7 @@ def _shape_of_product(arrays: Arrays, a: str, b: str, t: str = "") -> tuple[int,
 
 
 def _difference(arrays: Arrays, dtype: np.dtype) -> np.ndarray:
-    """The difference before it is scaled, in any shape that has the weight's order."""
+    """Return the unscaled difference, in any shape with the order of elements of the weight."""
     of = {part: np.asarray(array, dtype) for part, array in arrays.items()}
     method = method_of(arrays)
     if method == "full difference":
@@ -136,7 +138,7 @@ def _difference(arrays: Arrays, dtype: np.dtype) -> np.ndarray:
         return first * second
     w1 = of["lokr_w1"] if "lokr_w1" in of else _product(of["lokr_w1_a"], of["lokr_w1_b"])
     w2 = of["lokr_w2"] if "lokr_w2" in of else _product(of["lokr_w2_a"], of["lokr_w2_b"], of.get("lokr_t2"))
-    # A convolution's window belongs to the second factor.
+    # The window of a convolution belongs to the second factor.
     return np.kron(w1.reshape(*w1.shape[:2], *[1] * (w2.ndim - 2)), w2)
 
 
@@ -160,4 +162,4 @@ def _norm(weight: np.ndarray, arrays: Arrays) -> np.ndarray:
     along = 0 if _is_along_outputs(arrays, weight.shape[0]) else 1
     others = tuple(axis for axis in range(weight.ndim) if axis != along)
     norm = np.sqrt(np.square(weight).sum(axis=others, keepdims=True))
-    return norm + np.finfo(np.float32).eps  # as LyCORIS has it: a weight may be zero
+    return norm + np.finfo(np.float32).eps  # as in LyCORIS, because a weight may be zero

@@ -1,4 +1,4 @@
-"""LoRAs written for the tools that open them: diffusers, PEFT and OneTrainer, or web UIs."""
+"""Writes LoRAs for other tools: diffusers, PEFT and OneTrainer, or web UIs."""
 
 import json
 from collections import Counter
@@ -26,15 +26,15 @@ def write_peft(
     dtype: DTypeLike,
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Writes the file that diffusers' `pipe.load_lora_weights` opens; it looks for FILES[0] in a folder.
+    """Write the file that diffusers' `pipe.load_lora_weights` reads; in a folder it looks for FILES[0].
 
-    alpha / rank is multiplied into the weights, so that alpha = rank holds for those that don't read the metadata
-    (diffusers before 0.34, OneTrainer) as for those that do. `metadata`: what else the file says about itself.
+    alpha / rank is multiplied into the weights, so that alpha = rank, both for tools that read the metadata and for
+    those that do not (diffusers before 0.34, OneTrainer). `metadata` is added to the file's metadata.
     """
     ranks = {layer: adapter.rank(layer) for layer in sorted(adapter.alphas)}
     adapter = _with_alphas(adapter, ranks)
     rank = _most_common(ranks.values())
-    # Patterns fit the ends of names, but for the ^.
+    # A pattern matches the end of a name unless it begins with ^.
     others = {f"^{layer}": r for layer, r in ranks.items() if r != rank}
     config = {
         "r": rank,
@@ -62,12 +62,12 @@ def write_kohya(
     base_model_version: str | None = None,
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Writes the file that web UIs open, and diffusers and OneTrainer too.
+    """Write the file that web UIs read, and also diffusers and OneTrainer.
 
-    `original_names` as they expect for SDXL; diffusers' own otherwise. Web UIs tell families apart by
-    `base_model_version`: `sd_v1`, `sd_v2`, `sd_v2_v` (predicts v), `sdxl_base_v1-0`. The alpha is the same for all
-    layers (the commonest rank), as diffusers takes one for all attention layers; what differs is multiplied into the
-    weights. `metadata`: what else the file says about itself.
+    `original_names` uses the names of the original layout, which they expect for SDXL; otherwise diffusers' names. Web
+    UIs recognise the family by `base_model_version`: `sd_v1`, `sd_v2`, `sd_v2_v` (predicts v), `sdxl_base_v1-0`. All
+    layers get the same alpha (the most common rank) because diffusers takes one for all attention layers; the
+    differences are multiplied into the weights. `metadata` is added to the file's metadata.
     """
     layers = sorted(adapter.alphas)
     alpha = _most_common(map(adapter.rank, layers))
@@ -92,8 +92,8 @@ def write_kohya(
 
 
 def _with_alphas(adapter: Adapter, alphas: Mapping[str, float]) -> Adapter:
-    """The same LoRA with other alphas. Its A matrices, which are larger than its B and so lose less in half precision,
-    take what changes, in float32 at least."""
+    """Return the same LoRA with other alphas. The A matrices are rescaled, in at least float32: they are larger than
+    the B matrices and so lose less in half precision."""
     params = dict(adapter.params)
     for layer, alpha in alphas.items():
         if adapter.alphas[layer] != alpha:
@@ -107,7 +107,7 @@ def _torch_arrays(adapter: Adapter, layer: str, base_specs: Specs, dtype: DTypeL
     arrays = {}
     for part, spec in low_rank_specs(base_specs[f"{layer}.kernel"], adapter.rank(layer)).items():
         array = to_torch(np.asarray(adapter.params[f"{layer}.{part}.kernel"]), spec)
-        with np.errstate(over="ignore"):  # who writes it refuses infinity
+        with np.errstate(over="ignore"):  # writing the file refuses infinity
             arrays[part] = array.astype(dtype)
     return arrays
 

@@ -1,7 +1,8 @@
-"""Files of many GB as arrays of bytes that are read from disk when and where they are looked at.
+"""Files of many GB as arrays of bytes that are read from disk only where they are accessed.
 
-Left to itself the kernel reads ahead, megabytes beyond each look; where processes share a checkpoint, that is what the
-others hold, and each would read all of it. So it is told not to, and tensors are read by `fetch`, in large pieces.
+By default the kernel reads megabytes ahead of each access. If processes share a checkpoint, that is what the others
+hold, so each process would read everything. Read-ahead is therefore turned off, and `fetch` reads tensors in large
+pieces.
 """
 
 import mmap
@@ -15,10 +16,10 @@ from dpo_jax.errors import UserError
 
 
 def open_bytes(path: epath.Path) -> np.ndarray:
-    """The file's bytes: mapped where the file system can, downloaded whole from a bucket."""
+    """Return the file's bytes: mapped if the file system supports it, downloaded completely from a bucket."""
     if path.as_posix().startswith("gs:/"):
         return np.frombuffer(path.read_bytes(), np.uint8)
-    if not path.stat().length:  # can't be mapped
+    if not path.stat().length:  # an empty file cannot be mapped
         return np.zeros(0, np.uint8)
     data = np.memmap(path, np.uint8, mode="r")
     assert isinstance(data.base, mmap.mmap)
@@ -27,9 +28,10 @@ def open_bytes(path: epath.Path) -> np.ndarray:
 
 
 def fetch(view: Any) -> np.ndarray:
-    """What `view`, of any strides, shows of a mapped file, in memory; any other array (also JAX's) as it is, in NumPy.
+    """Return a view of a mapped file, with any strides, as an array in memory; other arrays (also JAX's) as NumPy
+    arrays.
 
-    Reads the bytes from its first element to its last: no others if it is contiguous in the file.
+    It reads the bytes from the view's first element to its last: if the view is contiguous in the file, no others.
     """
     if not isinstance(view, np.memmap) or view.filename is None:
         return np.asarray(view)
@@ -45,7 +47,7 @@ def fetch(view: Any) -> np.ndarray:
 
 
 def read_into(path: os.PathLike, offset: int, out: np.ndarray) -> None:
-    """Fills the contiguous array `out` with the bytes at `offset` of a file, and reads no others."""
+    """Fill the contiguous array `out` with the bytes at `offset` of a file, and read no others."""
     into, done = out.reshape(-1).view(np.uint8).data, 0
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -60,5 +62,5 @@ def read_into(path: os.PathLike, offset: int, out: np.ndarray) -> None:
 
 
 def _read_at_random(descriptor: int) -> None:
-    if hasattr(os, "posix_fadvise"):  # Linux, where read-ahead is the problem
+    if hasattr(os, "posix_fadvise"):  # only on Linux, where read-ahead is the problem
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)

@@ -1,11 +1,12 @@
-"""The original layout: one file for the whole model, as `v1-5-pruned.safetensors` and `sd_xl_base_1.0.safetensors` are.
+"""The original layout: one file for the whole model, for example `v1-5-pruned.safetensors` or
+`sd_xl_base_1.0.safetensors`.
 
-Each component's names begin with a prefix of its own. Behind it, UNet and VAE have the names of CompVis' `ldm` and
-Stability's `sgm`, CLIP-L those of transformers, and the text encoders of SD2 and SDXL those of OpenCLIP. The judges
-HPSv2 (a whole CLIP of OpenCLIP) and ImageReward (a BLIP of Salesforce) are published in layouts of this kind as well.
+The names of each component begin with a prefix of its own. After it, UNet and VAE have the names of CompVis' `ldm` and
+Stability's `sgm`, CLIP-L has those of transformers, and the text encoders of SD2 and SDXL have those of OpenCLIP. The
+judges HPSv2 (a whole CLIP of OpenCLIP) and ImageReward (a BLIP of Salesforce) are published in similar layouts.
 
-Names map from ours outward here too: a table holds the beginnings of names that differ, and the longest that fits is
-replaced. What depends on the model's size, as how many layers a level has, is counted in its names.
+The mapping starts from dpo_jax's names here too. A table holds the beginnings of names that differ, and the longest
+match is replaced. Sizes of the model, for example the number of layers of a level, are counted in its names.
 """
 
 import re
@@ -51,13 +52,13 @@ BLIP_IMAGE_LAYER = {
     "mlp": "mlp",
 }
 
-# What files hold beside the networks: the rest of OpenCLIP and of BLIP, and what training left behind.
+# Tensors in files that are not in a network: the rest of OpenCLIP and BLIP, and leftovers of training.
 NO_PART = re.compile(
     r"^(logit_scale|attn_mask|text_projection)$|^blip\.(text|vision)_proj\.|\bposition_ids$|^(loss|model_ema)\."
 )
-# And beside a text encoder: the image half of its CLIP, and the projection that not every one uses.
+# For a text encoder also the image half of its CLIP, and the projection that not every model uses.
 NO_TEXT = re.compile(r"^(visual_projection|text_projection)\.weight$|^(vision_model|visual)\.")
-# What the names of a component begin with in files of it alone, beside what they begin with in a whole model.
+# Prefixes of a component's names in files of that component alone, in addition to the prefix in a whole model.
 ALONE = {"model.diffusion_model.": ("diffusion_model.",)}
 WHOLE_MODEL = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.")
 
@@ -71,13 +72,13 @@ CONVERT_SCALED = (
 
 
 def is_no_part(name: str, specs: Specs) -> bool:
-    """Whether what a file calls `name`, and the network of `specs` has no place for, may be left out."""
+    """Return whether a tensor called `name`, which the network of `specs` has no place for, may be left out."""
     is_text = "text_model.embeddings.token_embedding.embedding" in specs and "logit_scale" not in specs
     return bool(NO_PART.search(name) or (is_text and NO_TEXT.search(name)))
 
 
 def refuse_scaled(names: Iterable[str], path: epath.Path) -> None:
-    """Raises ValueError where weights are to be multiplied by scales that lie beside them."""
+    """Raise a UserError if weights have to be multiplied by scales that are stored next to them."""
     scales = [name for name in names if SCALE.search(name)]
     if scales:
         convert = CONVERT_SCALED.format(file=path, stem=path.with_suffix(""))
@@ -85,13 +86,14 @@ def refuse_scaled(names: Iterable[str], path: epath.Path) -> None:
 
 
 def read(path: epath.Path, specs: Specs, prefix: str) -> dict[str, np.ndarray]:
-    """The arrays of one component, by the names that PyTorch diffusers and transformers give them; views of the file.
+    """Return the arrays of one component by their names in PyTorch diffusers and transformers, as views of the file.
 
-    `prefix` is what the component's names begin with; in a file that holds no such name all of it is the component.
-    What is no part of the network is left out, also the last layer of SD2's text encoder, which diffusers' folders
-    drop. Any other array whose name is no original one comes back as it is called: it may have today's name already.
+    `prefix` is the beginning of the component's names; a file without such a name is taken to be the component alone.
+    Tensors that are not part of the network are left out, including the last layer of SD2's text encoder, which
+    diffusers' folders drop. Any other array whose name is not an original one keeps its name, which may be the current
+    one already.
 
-    Raises ValueError where other components of a whole model are there and this one is not.
+    Raises a UserError if the file holds other components of a whole model but not this one.
     """
     stored = safetensors_file.read(path)
     refuse_scaled(stored, path)
@@ -126,16 +128,16 @@ def write(
     marks: Sequence[str] = (),
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes one file of several components, each given by its prefix as parameters and specs, tensor by tensor.
+    """Write one file with several components, each given by its prefix as (parameters, specs), tensor by tensor.
 
-    A `dtype` of None keeps each tensor's own. `marks` are names of tensors without numbers, by which web UIs tell
-    models; `metadata` is what the file says about itself. The last layer of SD2's text encoder is not there to be
-    written. ComfyUI prints that it misses it, but nobody uses it: diffusers ignores it, and web UIs take the output of
-    the one before.
+    A `dtype` of None keeps each tensor's own. `marks` are names of empty tensors by which web UIs recognise models;
+    `metadata` is added to the file's metadata. The last layer of SD2's text encoder does not exist here, so it is not
+    written. ComfyUI prints that it is missing, but nothing uses it: diffusers ignores it, and web UIs take the output
+    of the layer before.
     """
     sources: dict[str, list] = {}
     for prefix, (params, specs) in components.items():
-        # The original holds CLIP-L as transformers' own model, and says so at the end of the prefix.
+        # The original holds CLIP-L as transformers' own model; the end of the prefix shows it.
         is_transformers = prefix.endswith(".transformer.")
         originals = {name: name for name in map(torch_name, specs)} if is_transformers else _original_names(specs)
         for name in specs:
@@ -160,12 +162,13 @@ def write(
 
 
 def unet_module_names(specs: Iterable[str]) -> dict[str, str]:
-    """The original name of each of a UNet's layers by ours; `specs` are the names of all of its parameters."""
+    """Map the names of a UNet's layers to their original names; `specs` holds the names of all of its parameters."""
     return {ours.rpartition(".")[0]: of.rpartition(".")[0] for ours, of in unet_names(specs).items()}
 
 
 def unet_names(names: Iterable[str]) -> dict[str, str]:
-    """The original name of each parameter of a UNet by the name that PyTorch gives it; `names` are all of ours."""
+    """Map the PyTorch names of a UNet's parameters to their original names; `names` are all parameters of dpo_jax's
+    UNet."""
     names = [torch_name(name) for name in names]
     table = {
         "conv_in": "input_blocks.0.0",
@@ -178,7 +181,7 @@ def unet_names(names: Iterable[str]) -> dict[str, str]:
         "conv_out": "out.2",
     }
     resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
-    # The original counts the layers of all levels in one row, a downsampler as one of its own.
+    # The original numbers the layers of all levels consecutively, and a downsampler counts as a layer.
     place = 1
     for level in range(_count(names, "down_blocks")):
         block = f"down_blocks.{level}"
@@ -195,7 +198,7 @@ def unet_names(names: Iterable[str]) -> dict[str, str]:
             resnets[f"{block}.resnets.{layer}"] = f"output_blocks.{place}.0"
             table[f"{block}.attentions.{layer}"] = f"output_blocks.{place}.1"
             place += 1
-        # Behind the level's last layer, which is a resnet and perhaps its attention.
+        # It follows the level's last layer, which is a resnet and possibly its attention.
         after = 2 if _count(names, f"{block}.attentions") else 1
         table[f"{block}.upsamplers.0.conv"] = f"output_blocks.{place - 1}.{after}.conv"
     table |= {f"{ours}.{part}": f"{of}.{name}" for ours, of in resnets.items() for part, name in UNET_RESNET.items()}
@@ -203,7 +206,7 @@ def unet_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def vae_names(names: Iterable[str]) -> dict[str, str]:
-    """As `unet_names`, of a VAE."""
+    """Like `unet_names`, for a VAE."""
     names = [torch_name(name) for name in names]
     table = {}
     for half in ("encoder", "decoder"):
@@ -216,15 +219,15 @@ def vae_names(names: Iterable[str]) -> dict[str, str]:
     for level in range(levels):
         table[f"encoder.down_blocks.{level}.resnets"] = f"encoder.down.{level}.block"
         table[f"encoder.down_blocks.{level}.downsamplers.0"] = f"encoder.down.{level}.downsample"
-        # The original counts the decoder's levels by resolution, so that it ends with 0.
+        # The original counts the decoder's levels by resolution, so the last one is 0.
         table[f"decoder.up_blocks.{level}.resnets"] = f"decoder.up.{levels - 1 - level}.block"
         table[f"decoder.up_blocks.{level}.upsamplers.0"] = f"decoder.up.{levels - 1 - level}.upsample"
     return {name: _renamed(name, table).replace("conv_shortcut", "nin_shortcut") for name in names}
 
 
 def openclip_names(names: Iterable[str]) -> dict[str, str]:
-    """As `unet_names`, of a text encoder or a whole CLIP; queries, keys and values share a name and follow each other
-    in one tensor."""
+    """Like `unet_names`, for a text encoder or a whole CLIP. Queries, keys and values have the same original name: they
+    are concatenated in one tensor."""
     names = [torch_name(name) for name in names]
     table = {
         "text_model.embeddings.token_embedding": "token_embedding",
@@ -246,7 +249,7 @@ def openclip_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def image_reward_names(names: Iterable[str]) -> dict[str, str]:
-    """As `unet_names`, of ImageReward: the image half is named by timm, the text half as today."""
+    """Like `unet_names`, for ImageReward: the image half has timm's names, the text half the current ones."""
     names = [torch_name(name) for name in names]
     image = "blip.visual_encoder"
     table = {
@@ -268,18 +271,18 @@ NAMES = {
     "decoder": vae_names,
     "down_blocks": unet_names,
 }
-"""How a component is known: by a part that only it has."""
+"""Functions that map names, by a part of the names that only one component has."""
 
 
 def _original_names(names: Iterable[str]) -> dict[str, str]:
-    """The same of whichever component's parameters these are; by their own names where no original is known."""
+    """Map names with the function of their component; names without one map to their PyTorch names."""
     parts = {name.split(".")[0] for name in names}
     of = (of for part, of in NAMES.items() if part in parts)
     return next(of, lambda names: {name: name for name in map(torch_name, names)})(names)
 
 
 def _renamed(name: str, table: Mapping[str, str]) -> str:
-    """`name` with the longest of its beginnings that is in `table` replaced."""
+    """Return `name` with the longest prefix that is in `table` replaced."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         beginning = ".".join(parts[:end])
@@ -289,29 +292,29 @@ def _renamed(name: str, table: Mapping[str, str]) -> str:
 
 
 def _count(names: Iterable[str], of: str) -> int:
-    """How many items the list of layers called `of` has."""
+    """Return the number of items in the list of layers called `of`."""
     return len({name.removeprefix(f"{of}.").split(".")[0] for name in names if name.startswith(f"{of}.")})
 
 
 def _third(name: str) -> int:
-    """Which third of OpenCLIP's joint projection a parameter is; 0 if it is none."""
+    """Return which third of OpenCLIP's joint projection a parameter is; 0 if it is not part of one."""
     return next((third for third, layer in enumerate(("q_proj", "k_proj", "v_proj")) if f".{layer}." in name), 0)
 
 
 def _from_original(name: str, array: np.ndarray) -> np.ndarray:
-    """What PyTorch calls `name` today, as a view of the tensor that holds it in the original."""
+    """Return the array that PyTorch now calls `name`, as a view of the original tensor that holds it."""
     if re.search(r"\.[qkv]_proj\.", name):
         return np.array_split(array, 3)[_third(name)]
     return array.T if name in ("text_projection.weight", "visual_projection.weight") else array
 
 
 def _to_original(original: str, arrays: list[np.ndarray]) -> np.ndarray:
-    """The tensor that the original stores: one of today's, or three of them joined."""
+    """Return the tensor that the original stores: one current tensor, or three of them concatenated."""
     if len(arrays) > 1:
         return np.concatenate(arrays)
     (array,) = arrays
     if original.endswith(("text_projection", "visual.proj")):
         return array.T
-    if re.search(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$", original):  # convolutions of size 1
+    if re.search(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$", original):  # 1x1 convolutions
         return array[:, :, None, None]
     return array

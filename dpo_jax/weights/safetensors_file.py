@@ -1,8 +1,8 @@
-"""The safetensors format, read lazily and written one tensor at a time.
+"""Reads the safetensors format lazily, and writes it one tensor at a time.
 
 A file is the length of a JSON header (8 bytes, little endian), the header (name -> dtype, shape, byte offsets) and the
-tensors' bytes. Reading maps the file into memory, so only what is looked at is read from disk, bfloat16 included; the
-official NumPy bindings read whole tensors and know no bfloat16.
+tensors' bytes. Reading maps the file into memory, so only the parts that are accessed are read from disk. bfloat16 is
+supported; the official NumPy bindings read whole tensors and do not support bfloat16.
 """
 
 import json
@@ -36,17 +36,17 @@ METADATA = "__metadata__"
 
 
 MAX_HEADER_BYTES = 100 * 10**6
-"""The format's own limit."""
+"""The limit that the format defines."""
 Count = Annotated[int, pydantic.Field(ge=0, le=2**48)]
 
 
 class Entry(pydantic.BaseModel):
-    """What the header says of one tensor."""
+    """The header's entry for one tensor."""
 
     dtype: str
     shape: Annotated[list[Count], pydantic.Field(max_length=16)]
     data_offsets: Annotated[list[Count], pydantic.Field(min_length=2, max_length=2)]
-    """Of its first byte and the one behind its last, counted from the end of the header."""
+    """Offsets of its first byte and of the byte after its last, counted from the end of the header."""
 
 
 Header = dict[str, Entry]
@@ -56,7 +56,7 @@ class NotFinite(UserError):
     """A tensor that was to be written is not finite.
 
     Attributes:
-        name: what the file was to call it.
+        name: name of the tensor in the file.
     """
 
     def __init__(self, message: str, name: str):
@@ -65,13 +65,14 @@ class NotFinite(UserError):
 
 
 def read(path: epath.Path) -> dict[str, np.ndarray]:
-    """Every tensor of a file as a read-only view. Raises ValueError for a truncated or damaged file, before any use."""
+    """Return every tensor of a file as a read-only view. Raises a UserError if the file is truncated or damaged."""
     data, header, _, start = _open(path)
     return {name: _view(data[start:], name, entry, path) for name, entry in header.items()}
 
 
 def locate(path: epath.Path) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """(offset in the file, shape) of every tensor, to read parts without keeping the file open. Raises as `read`."""
+    """Return (offset in the file, shape) of every tensor, to read parts without keeping the file open; errors as in
+    `read`."""
     data, header, _, start = _open(path)
     return {
         name: (start + entry.data_offsets[0], _view(data[start:], name, entry, path).shape)
@@ -80,7 +81,7 @@ def locate(path: epath.Path) -> dict[str, tuple[int, tuple[int, ...]]]:
 
 
 def read_metadata(path: epath.Path) -> dict[str, str]:
-    """What the file says about itself. Raises ValueError for a truncated or damaged file."""
+    """Return the file's metadata. Raises a UserError if the file is truncated or damaged."""
     return _open(path)[2]
 
 
@@ -92,10 +93,10 @@ def write(
     *,
     allow_nonfinite: bool = False,
 ) -> None:
-    """Writes `tensors`, consumed one at a time; `header` gives name -> (shape, dtype) in the same order.
+    """Write `tensors`, consumed one at a time; `header` gives name -> (shape, dtype) in the same order.
 
-    `metadata` is what the file says about itself, beside being PyTorch's. Raises ValueError at a tensor with NaN or
-    infinity, unless `allow_nonfinite`.
+    `metadata` is added to the file's metadata, which always says that the format is PyTorch's. Raises a UserError at a
+    tensor with NaN or infinity, unless `allow_nonfinite`.
     """
     dtype_names = {dtype: name for name, dtype in DTYPES.items()}
     entries: dict = {METADATA: {"format": "pt"} | dict(metadata or {})}
@@ -121,7 +122,7 @@ def write(
 
 
 def _open(path: epath.Path) -> tuple[np.ndarray, Header, dict[str, str], int]:
-    """The file's bytes, what its header says of its tensors and of itself, and where the tensors begin."""
+    """Return the file's bytes, its header's entries, its metadata, and the offset where the tensors begin."""
     data = open_bytes(check_regular(path))
     length = int.from_bytes(data[:8].tobytes(), "little")
     start = 8 + length
