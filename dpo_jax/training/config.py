@@ -265,7 +265,7 @@ def check_same_experiment(fields: dict[str, Any], saved: dict[str, Any], workdir
     free = (*FREE_TO_CHANGE, "steps") if steps_are_free else FREE_TO_CHANGE
     # A field that did not exist when the run began had its default.
     saved = json.loads(json.dumps(flatten(defaults))) | saved
-    names = [f for f in sorted(now.keys() | saved.keys()) if not _is_free(f, free)]
+    names = [f for f in sorted(now.keys() | saved.keys()) if not is_free(f, free)]
     differing = [f"{f} was {saved.get(f)!r}, now {now.get(f)!r}" for f in names if now.get(f) != saved.get(f)]
     if differing:
         raise UserError(
@@ -274,5 +274,6 @@ def check_same_experiment(fields: dict[str, Any], saved: dict[str, Any], workdir
         )
 
 
-def _is_free(field: str, free: tuple[str, ...]) -> bool:
+def is_free(field: str, free: tuple[str, ...] = FREE_TO_CHANGE) -> bool:
+    """Whether a run may be continued with another value of a field."""
     return any(field.startswith(name) if name.endswith(".") else field == name for name in free)

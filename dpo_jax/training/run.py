@@ -18,7 +18,7 @@ from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sampling.loaded_model import LoadedModel, add_lora, load_encoders, lora_mark, read_lora_for
 from dpo_jax.sharding import Placement, make_mesh
 from dpo_jax.training.checkpoint import read_config, restore_params
-from dpo_jax.training.config import default_config
+from dpo_jax.training.config import default_config, is_free
 from dpo_jax.training.model import (
     abstract_params,
     for_sampling,
@@ -71,7 +71,9 @@ class Run:
     def load_model(self, *, lora: str = "", lora_scale: float = 1.0) -> LoadedModel:
         """Return the trained model to draw with, with a further LoRA where one is named."""
         pipeline, placement = self.pipeline, self.placement
-        config = json.dumps(flatten(self.config), sort_keys=True)
+        # What a continued run may change is no other model; fingerprints tell of other weights.
+        fields = {name: value for name, value in flatten(self.config).items() if not is_free(name)}
+        config = json.dumps(fields, sort_keys=True)
         adapters = read_lora_for(pipeline, lora) if lora else {}
 
         def load_unet() -> Params:

@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from dpo_jax.cli import replaced
 from dpo_jax.training.checkpoint import Checkpoints, restore_params
+from dpo_jax.training.config import default_config
 from dpo_jax.training.metrics import last_validation
+from dpo_jax.training.run import Run
 from dpo_jax.training.select_step import select_step
 
 from .test_faults import abstract, state_at, zero
@@ -91,3 +95,14 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_not_replaced_by_another(tmp_
     with pytest.raises(ValueError, match=r"checkpoints/2 is damaged: .*; there are checkpoints of other steps: 1$"):
         restore_params(tmp_path, abstract().params, "params", 2)
     assert restore_params(tmp_path, abstract().params, "params")[1] == 1
+
+
+def test_a_run_that_continues_with_other_free_fields_is_the_same_model() -> None:
+    def fingerprint(**fields: object) -> str:
+        config = replaced(default_config(), {"fingerprints.model": "a"} | fields)
+        nothing: Any = None
+        return Run(config, nothing, nothing, {}, 3).load_model().fingerprint
+
+    free = {"dpo_jax_version": "9", "logging.to": ("csv",), "checkpoint.keep_every": 100, "data.micro_batch": 1}
+    assert fingerprint(**free) == fingerprint()
+    assert len({fingerprint(), fingerprint(seed=1), fingerprint(**{"fingerprints.model": "b"})}) == 3
