@@ -1,8 +1,9 @@
-"""Reads files from outside, with one clear sentence for any error, and writes our own files whole or not at all.
+"""Reads files from outside with one clear sentence for any error, and writes dpo_jax's own files completely or not at
+all.
 
 Every text file goes through `read_text` or `read_lines`, every JSON through `parse_json`, `read_json` or
 `read_json_lines`, so that all commands treat encodings, line ends and damage alike. `conform` checks a schema (any type
-that pydantic understands). Errors are UserErrors, and begin with the name of the file.
+that pydantic understands). Errors are UserErrors that begin with the name of the file.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ T = TypeVar("T")
 MAX_TEXT_BYTES = 2**30
 """Largest size of a text file. The largest prompt lists have a few MB, so a larger file is a mistake."""
 
-_SIGNS = (  # how files begin that are something else than their name says
+_SIGNS = (  # the beginnings of files that are often mistaken for another kind
     (b"version https://git-lfs.github.com/spec", "a Git LFS pointer, not the file itself: fetch it with git lfs pull"),
     (b"<!doctype", "a web page: the download failed or needs a login; download the file again"),
     (b"<html", "a web page: the download failed or needs a login; download the file again"),
@@ -47,11 +48,11 @@ _SIGNS = (  # how files begin that are something else than their name says
 
 
 _NO_TEXT = (b"PK\x03\x04",)
-"""Beginnings that are valid UTF-8, but never begin a text."""
+"""Beginnings that are valid UTF-8, but are never the beginning of a text."""
 
 
 def what_it_is(head: bytes) -> str | None:
-    """Return what a file that begins with `head` (64 bytes are enough) really is, or None if that is not known."""
+    """Return the actual kind of a file that begins with `head` (64 bytes are enough), or None if it is not known."""
     if not head:
         return "empty"
     if not head.strip(b"\0"):
@@ -70,7 +71,7 @@ def look_at(path: epath.PathLike) -> str | None:
 
 
 def why(path: epath.PathLike, error: Exception) -> str:
-    """Return why a library cannot read a file: what it really is, if known, or the first line of the error."""
+    """Return why a library cannot read a file: its actual kind, if known, or the first line of the error."""
     with contextlib.suppress(OSError):
         known = look_at(path)
         if known and known not in ("a Parquet file", "an Arrow file"):
@@ -88,19 +89,19 @@ def check_inside(path: epath.PathLike, folder: epath.PathLike) -> None:
 
 
 def is_local(path: epath.PathLike) -> bool:
-    """Whether a path is in a file system, and not in an object store (gs://, s3://)."""
+    """Return whether a path is in a file system, and not in an object store (gs://, s3://)."""
     return "://" not in str(path)
 
 
 def check_regular(path: epath.PathLike) -> epath.Path:
-    """Return the path if it is a file; raises UserError for a folder, a device, a pipe, or a missing file."""
+    """Return the path if it is a file; raise a UserError for a folder, a device, a pipe, or a missing file."""
     path = epath.Path(path)
     if is_local(path):
         try:
             mode = os.stat(path).st_mode
         except FileNotFoundError:
             raise MissingFileError(f"{path} does not exist") from None
-        except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        except (OSError, ValueError) as error:  # ValueError: the name has a null byte
             raise UserError(f"{str(path)!r} can't be read: {getattr(error, 'strerror', None) or error}") from None
         if stat.S_ISDIR(mode):
             raise UserError(f"{path} is a folder, and a file is needed")
@@ -161,7 +162,7 @@ def decode_text(data: bytes, where: str) -> str:
 
 
 def is_text(value: str) -> bool:
-    """False for lone surrogates, such as Python makes of the bytes of a name that is not UTF-8."""
+    """Return False for lone surrogates, which Python makes of the bytes of a name that is not UTF-8."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -170,21 +171,22 @@ def is_text(value: str) -> bool:
 
 
 def read_lines(path: epath.PathLike) -> list[str]:
-    r"""The lines of a text file. Only line ends separate them: not the form feeds and U+2028 that splitlines takes."""
+    r"""Return the lines of a text file. Unlike splitlines, it does not split at form feeds and U+2028."""
     return split_lines(read_text(path))
 
 
 def split_lines(text: str) -> list[str]:
-    """As `read_lines`, of a text."""
+    """Return the lines of a text, as `read_lines` does."""
     lines = text.split("\n")
     return lines[:-1] if lines[-1] == "" else lines
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text that `where` names; ValueError where it is not valid JSON, or too deep to be meant."""
+    """Return the value of a JSON text, which errors call `where`. Raises a UserError if it is not valid JSON or is
+    nested too deeply."""
     try:
         value = json.loads(text, object_pairs_hook=_once)
-        if "\\ud" in text or "\\uD" in text:  # escapes of surrogates, which are no text without their other half
+        if "\\ud" in text or "\\uD" in text:  # a surrogate escape is not text without its other half
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except UnicodeEncodeError:
@@ -195,12 +197,13 @@ def parse_json(text: str, where: str) -> Any:
         raise UserError(f"{where} is {known}" if known else f"{where} is not valid JSON ({reason})") from None
     except RecursionError:
         raise UserError(f"{where} is not valid JSON (nested too deeply)") from None
-    except ValueError as error:  # an integer of more digits than Python converts
+    except ValueError as error:  # an integer with more digits than Python converts
         raise UserError(f"{where} is not valid JSON ({str(error).split(';')[0]})") from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these fields; Python would take the last of two of one name, in silence."""
+    """Return a JSON object's fields as a dict; UserError for duplicate names, of which Python silently keeps the
+    last."""
     value = dict(pairs)
     if len(value) < len(pairs):
         ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
@@ -209,12 +212,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: epath.PathLike, schema: type[T] | Any = Any, limit: int = MAX_TEXT_BYTES) -> T:
-    """The value of a JSON file, which must conform to `schema`."""
+    """Return the value of a JSON file, which must conform to `schema`."""
     return conform(parse_json(read_text(path, limit), str(path)), schema, str(path))
 
 
 def read_json_lines(path: epath.PathLike, schema: type[T] | Any = Any, strict: bool = True) -> Iterator[tuple[int, T]]:
-    """(line number from 1, value) of every line of a JSONL file that is not blank; `strict` as for `conform`."""
+    """Yield (line number from 1, value) for every line of a JSONL file that is not blank; `strict` as in `conform`."""
     for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             where = f"{path}, line {number}"
@@ -222,10 +225,10 @@ def read_json_lines(path: epath.PathLike, schema: type[T] | Any = Any, strict: b
 
 
 def conform(value: Any, schema: type[T] | Any, where: str, strict: bool = True) -> T:
-    """The value as `schema` (a type, TypedDict, dataclass or pydantic model) has it.
+    """Return the value validated by `schema` (a type, TypedDict, dataclass or pydantic model).
 
-    Raises one ValueError that lists all fields that are wrong, with what was found. Unless `strict` is False nothing is
-    converted: "1" is not a number, but 1 is a float.
+    Raises one UserError that lists all wrong fields with their values. Unless `strict` is False nothing is converted:
+    "1" is not a number, but 1 is a float.
     """
     if schema is Any:
         return value
@@ -236,7 +239,7 @@ def conform(value: Any, schema: type[T] | Any, where: str, strict: bool = True) 
         raise UserError(f"{where}: {_problems(error)}") from None
 
 
-@functools.lru_cache(maxsize=256)  # to make one takes as long as to validate hundreds of values
+@functools.lru_cache(maxsize=256)  # building one takes as long as validating hundreds of values
 def _adapter(schema: Any) -> "pydantic.TypeAdapter[Any]":
     return pydantic.TypeAdapter(schema)
 
@@ -254,22 +257,22 @@ def _problems(error: pydantic.ValidationError, several: int = 5) -> str:
 
 
 def write_whole(path: epath.PathLike, data: str | bytes) -> None:
-    """Write a file whole or not at all, in place of an older one; creates its folder if there is none."""
+    """Write a file completely or not at all, replacing an older one; creates its folder if it does not exist."""
     with writing(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
 @contextlib.contextmanager
 def writing(path: epath.PathLike) -> Iterator[IO[bytes]]:
-    """Yield a binary file that takes the place of `path` if the block succeeds, and is removed if it fails.
+    """Yield a binary file that replaces `path` if the block succeeds and is removed if it fails.
 
-    It has a random name at first, so that it follows no link that somebody has placed, and is flushed to the disk
+    It has a random name at first, so that it follows no link that somebody else has placed, and is flushed to the disk
     (fsync) before and after it is renamed, so that a power cut leaves the old file or the new one.
     """
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(partial_name(path.name))
-    if not is_local(path):  # an object store: what is written appears when it is closed
+    if not is_local(path):  # an object store: the object appears when it is closed
         try:
             with partial.open("wb") as remote:
                 yield remote
@@ -292,7 +295,7 @@ def writing(path: epath.PathLike) -> Iterator[IO[bytes]]:
 
 def append(path: epath.PathLike, text: str) -> None:
     """Append to one of our own files and flush it to the disk (fsync); follows no link."""
-    if not is_local(path):  # nothing can be appended to what object stores hold
+    if not is_local(path):  # object stores cannot append
         path = epath.Path(path)
         write_whole(path, (path.read_bytes() if path.exists() else b"") + text.encode())
         return
@@ -308,12 +311,12 @@ def partial_name(name: str) -> str:
 
 
 def is_partial(name: str) -> bool:
-    """Whether `partial_name` made this name: such files are what killed processes left."""
+    """Return whether `partial_name` made this name; such files were left by killed processes."""
     return name.startswith(".") and name.endswith(".partial")
 
 
 def remove_partials(folder: epath.PathLike) -> None:
-    """Removes the files in a folder that killed processes left half written; call it while nobody else writes there."""
+    """Remove the half-written files that killed processes left in a folder; call it while nobody else writes there."""
     if not is_local(folder) or not os.path.isdir(folder):
         return
     with os.scandir(folder) as entries:
@@ -323,7 +326,7 @@ def remove_partials(folder: epath.PathLike) -> None:
 
 
 def sync(path: epath.PathLike) -> None:
-    """Has the operating system write a file or the entries of a folder to the disk; nothing on object stores."""
+    """Make the operating system write a file or the entries of a folder to the disk; does nothing on object stores."""
     if not is_local(path):
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -335,7 +338,7 @@ def sync(path: epath.PathLike) -> None:
 
 
 def sync_tree(folder: epath.PathLike) -> None:
-    """`sync` for all files and folders below a folder, and for itself."""
+    """Call `sync` for all files and folders below a folder, and for the folder itself."""
     if not is_local(folder):
         return
     for place, _, names in os.walk(folder):
@@ -346,9 +349,10 @@ def sync_tree(folder: epath.PathLike) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: epath.PathLike) -> Iterator[epath.Path]:
-    """A temporary sibling of random name that becomes `folder` when the block succeeds, and is gone when it fails.
+    """Yield a temporary sibling with a random name that becomes `folder` if the block succeeds and is removed if it
+    fails.
 
-    Raises ValueError if `folder` exists and is not empty: nothing is ever overwritten.
+    Raises a UserError if `folder` exists and is not empty: nothing is ever overwritten.
     """
     folder = epath.Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -369,7 +373,7 @@ def new_folder(folder: epath.PathLike) -> Iterator[epath.Path]:
 
 
 def readable_bytes(size: int) -> str:
-    """A number of bytes as "3.4 GiB"."""
+    """Return a number of bytes as text, for example "3.4 GiB"."""
     power = min(max(size.bit_length() - 1, 0) // 10, 4)
     return f"{size / 2 ** (10 * power):.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 

@@ -1,4 +1,4 @@
-"""What `import dpo_jax` offers: the work of the commands as functions, with plain arguments in place of flags.
+"""The functions of `import dpo_jax`: the work of the commands with plain arguments in place of flags.
 
-Importing a module of this package is cheap: JAX comes with the first function that needs it.
+Importing a module of this package is cheap: JAX is imported by the first function that needs it.
 """

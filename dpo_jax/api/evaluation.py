@@ -1,4 +1,4 @@
-"""Comparing models, as a function."""
+"""Comparison of models, as a function."""
 
 import dataclasses
 import datetime
@@ -26,7 +26,7 @@ Named = Mapping[str, str] | Sequence[str]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be compared, and how; the fields are the arguments of `evaluate`, or the flags of the command."""
+    """The models to compare, and how; the fields are the arguments of `evaluate`, or the flags of the command."""
 
     output: str
     judges: Sequence[str]
@@ -234,7 +234,7 @@ def draw_all(
 
     def load(source: str) -> "LoadedModel":
         allow = request.allow_nonfinite
-        if is_run(source):  # it has a dtype of its own
+        if is_run(source):  # runs have their own dtype
             step = steps.get(source)
             return load_model(source, step="" if step is None else step, allow_nonfinite=allow)
         return load_model(source, dtype=how.dtype, allow_nonfinite=allow)
@@ -247,7 +247,7 @@ def draw_all(
             settings = {**dataclasses.asdict(sampling), "resolution": resolution, "dtype": how.dtype}
         model.generator(sampling, resolution=resolution, batch_size=request.batch_size)
         check_folder(folders[name], {"model": model.fingerprint, "seed": request.seed, **settings})
-        if not is_run(source):  # a run's weights are read when it is opened, and would fill the memory
+        if not is_run(source):  # the weights of a run are read when it is opened and would fill the memory
             loaded[name] = model
     del model
     grey = np.full((resolution, resolution, 3), 128, np.uint8)

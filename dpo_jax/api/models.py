@@ -1,4 +1,4 @@
-"""Models that are ready to draw, and writing them for other tools, as functions."""
+"""Loads models that are ready to draw, and writes models for other tools, as functions."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ def load_model(
     allow_nonfinite: bool = False,
     **options: Any,
 ) -> "LoadedModel":
-    """Return a model ready to draw, of which `sample` makes images; weights are loaded when they are first needed.
+    """Return a model that is ready to draw with `sample`; weights are loaded when they are first needed.
 
         images = dpo_jax.load_model("runs/mine", step="best").sample("a red circle at the top left", seeds=4)
 
@@ -36,11 +36,11 @@ def load_model(
         step: for a training run: the step whose checkpoint to load, "best", or "" for the newest.
         lora: LoRA to add: a file, its folder, or a hub id.
         lora_scale: factor of the LoRA.
-        dtype: of computing; by default bfloat16, on CPUs float32. A training run has its own.
-        vae_dtype: that of the VAE, if another.
+        dtype: compute dtype; by default bfloat16, on CPUs float32. A training run has its own.
+        vae_dtype: compute dtype of the VAE, if it differs.
         attention: kernel, as `config.attention`.
-        fsdp: devices that one copy of the weights is split over.
-        allow_nonfinite: load weights that hold NaN or infinity, too.
+        fsdp: number of devices that one copy of the weights is split over.
+        allow_nonfinite: load weights even if they hold NaN or infinity.
         options: `unet`, `vae`, `family`, `model_config`, `revision` and `variant`, as the flags of `dpo_jax.sample`.
 
     Raises:
@@ -76,19 +76,19 @@ def load_model(
 
 
 def is_run(source: str) -> bool:
-    """Whether a source of a model is the work directory of a training run."""
+    """Return whether a model's source is the work directory of a training run."""
     return (epath.Path(source) / "checkpoints").exists()
 
 
 class Exported(NamedTuple):
-    """What `export` has written."""
+    """The result of `export`."""
 
     path: epath.Path
-    """What other tools open: a folder, or the file in it."""
+    """The path that other tools open: a folder, or the file in it."""
     title: str
     """What was exported, for example "the model after step 2000"."""
     remarks: list[str]
-    """What whoever exports or opens it should know, a sentence or two each."""
+    """One or two sentences each for whoever exports or opens the model."""
     url: str = ""
     """Address of the repository on the hub, if it was uploaded."""
 

@@ -1,4 +1,4 @@
-"""Preparing a data set, as a function."""
+"""Preparation of a data set, as a function."""
 
 import glob
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Prepared(NamedTuple):
-    """What `prepare` has written, or found."""
+    """The result of `prepare`, also if an earlier call has written it."""
 
     folder: Path
     records: int
@@ -127,7 +127,7 @@ def already_prepared(output: Path, files: list[Path], source: str, validation_fr
     summary: Inputs = read_json(summary_file, Inputs)
     layouts = {summary.source, SOURCES[source].help} & {known.help for known in SOURCES.values()}
     given = [str(file) for file in files], validation_fraction
-    if (summary.files, summary.validation_fraction) != given or len(layouts) > 1:  # an earlier version's is not known
+    if (summary.files, summary.validation_fraction) != given or len(layouts) > 1:  # help of old versions is unknown
         raise ExistingFileError(
             f"{output} was prepared before, from another --input, --source or --validation_fraction; name another "
             "--output or remove it, or leave --input out to encode the data set that is there"
@@ -136,7 +136,7 @@ def already_prepared(output: Path, files: list[Path], source: str, validation_fr
     home = output.resolve()
 
     def is_own(path: Path) -> bool:
-        """Whether it is what was prepared, or a folder that writing it has changed."""
+        """Return whether a path is part of the prepared data, or a folder that writing it has changed."""
         return path.is_relative_to(home) or path in home.parents
 
     read = [each for file in files for each in (file, *(file.rglob("*") if file.is_dir() else ()))]

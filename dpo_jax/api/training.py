@@ -44,7 +44,7 @@ def train(config: str | ConfigDict, workdir: epath.PathLike, fields: Mapping[str
 
 
 def settled(config: ConfigDict) -> ConfigDict:
-    """Return the config with what it leaves to the devices chosen, by a plan, which takes seconds."""
+    """Return the config in which a plan, which takes seconds, has chosen the fields that depend on the devices."""
     if config.remat != "auto" and config.data.micro_batch:
         return config
     from dpo_jax.planning.search import settle

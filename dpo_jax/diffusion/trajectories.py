@@ -85,7 +85,7 @@ class Exploration(NamedTuple):
 
 
 Look = Callable[[Steps, Steps, jax.Array, jax.Array], Any]
-"""(step, following step, x_BHWC, next_x_BKHWC) -> what a judge reads about the candidates, [B, K, ...]."""
+"""Maps (step, following step, x_BHWC, next_x_BKHWC) to what a judge reads about the candidates, [B, K, ...]."""
 
 
 def explore(

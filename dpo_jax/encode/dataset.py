@@ -1,10 +1,10 @@
-"""Encodes a prepared data set once, for every later run: what `prepare --encode` does.
+"""Encodes a prepared data set once, for every later run: the work of `prepare --encode`.
 
-Each process fills its share of the files with its own devices, in a folder that all see, so that none waits for
-another before the end. A file appears when it is whole; a stopped run goes on with those that are missing.
+Each process fills its share of the files with its own devices, in a folder that all processes see, so none of them
+waits for another before the end. A file appears when it is complete; a stopped run continues with the missing files.
 
-Axes: N rows of a batch, V views of an image, M = N * V, H x W pixels, h x w latent cells, C channels, E text encoders,
-L tokens.
+Axes: N images or captions of a batch, V views of an image, M = N * V, H x W pixels, h x w latent cells, C channels, E
+text encoders, L tokens.
 """
 
 import datetime
@@ -53,14 +53,14 @@ from dpo_jax.weights import safetensors_file
 from dpo_jax.weights.layout import Params
 
 PIXELS_A_DEVICE = 2**22
-"""Encoded at a time: four images of 1024 x 1024."""
+"""Pixels that a device encodes at a time: four images of 1024 x 1024."""
 CAPTIONS_A_DEVICE = 32
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 Read = Callable[[np.ndarray, int], Iterable[np.ndarray]]
-"""(positions, batch size) -> what is encoded, in batches; the last may be short."""
+"""Maps (positions, batch size) to the inputs of the encoder, in batches; the last one may be shorter."""
 OnProgress = Callable[[str, int, int], None]
-"""(name of the table, rows done, rows in all), of this process's share."""
+"""Called with the table's name, the rows done, and the total rows of this process's share."""
 
 
 class File(NamedTuple):
@@ -74,14 +74,14 @@ class File(NamedTuple):
     def is_whole(self) -> bool:
         try:
             return LatentsFile(self.path).rows == self.stop - self.start
-        except (OSError, ValueError):  # not there, or damaged
+        except (OSError, ValueError):  # missing or damaged
             return False
 
 
 class Table:
-    """The images or the captions: how they are read and encoded, and the files of what comes out.
+    """The images or the captions of a data set: how they are read and encoded, and the files with the results.
 
-    Compiles and times `encode`, a function of `params` and a batch of this `shape` and `dtype`.
+    It compiles and times `encode`, a function of `params` and a batch of this `shape` and `dtype`.
     """
 
     def __init__(
@@ -108,10 +108,10 @@ class Table:
         started = time.monotonic()
         outputs = jax.block_until_ready(self.encode(nothing))
         self.seconds = (time.monotonic() - started) / self.batch_size
-        """That a row takes, on this process's devices."""
+        """Seconds per row on this process's devices."""
         flop_a_device = (self._encode.cost_analysis() or {}).get("flops", math.nan)
         self.flop = flop_a_device * mesh.size / self.batch_size
-        """Of a row, as XLA counts."""
+        """Floating-point operations per row, as XLA counts them."""
         self.row_shapes = {name: value.shape[1:] for name, value in outputs.items()}
         self.row_bytes = sum(math.prod(shape) for shape in self.row_shapes.values()) * BFLOAT16.itemsize
         self.rows_a_file = rows_a_file(self.row_bytes)
@@ -122,7 +122,7 @@ class Table:
         ]
 
     def encode(self, batch: np.ndarray) -> Mapping[str, jax.Array]:
-        """A batch of at most `batch_size` rows, padded to as many."""
+        """Encode a batch of at most `batch_size` rows, padded to `batch_size`."""
         padded = np.resize(batch, (self.batch_size, *batch.shape[1:]))
         return self._encode(self._params, jax.device_put(padded, self._sharding))
 
@@ -135,7 +135,7 @@ class Table:
         return sum(file.stop - file.start for file in self.missing)
 
     def fill(self, files: Sequence[File], on_progress: OnProgress) -> None:
-        """Encodes and writes the rows of these files."""
+        """Encode and write the rows of these files."""
         if not files:
             return
         positions = np.concatenate([np.arange(file.start, file.stop) for file in files])
@@ -160,7 +160,7 @@ class Table:
             write_whole(file.path, write)
 
     def _rows(self, positions: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
-        """Rows on the host; while they are handed out, the devices encode the next batch."""
+        """Yield rows on the host; while one batch is handed out, the devices encode the next."""
 
         def fetched(pending: tuple[Mapping[str, jax.Array], int]) -> Iterator[dict[str, np.ndarray]]:
             outputs = jax.device_get(pending[0])
@@ -178,13 +178,13 @@ class Table:
 
 
 class DatasetEncoder:
-    """All that is to be encoded of a data set. As a string: how much that is, and what it takes.
+    """Everything that is encoded of a data set. Its string says how much that is, and the space and time it takes.
 
     Args:
         encoders: weights of the VAE and the text encoders, on every device of `mesh`.
-        mesh: of this process's devices.
-        folder: receives the encodings.
-        views: of each image.
+        mesh: the mesh of this process's devices.
+        folder: folder that the encodings are written to.
+        views: views that are encoded of each image.
         num_workers: threads that decode images.
     """
 
@@ -249,9 +249,9 @@ class DatasetEncoder:
         return "\n".join(lines)
 
     def run(self, facts: Mapping[str, Any], on_progress: OnProgress) -> None:
-        """Writes what is missing, and last of all `facts`, by which the encodings are known.
+        """Write what is missing, and finally `facts`, which identify the encodings.
 
-        Raises OSError when the disk is too small for it, before anything is written.
+        Raises an EnvironmentFault, before anything is written, if the disk is too small.
         """
         if self._missing_bytes > self._free:
             raise EnvironmentFault(
@@ -272,7 +272,7 @@ class DatasetEncoder:
             digest = checksums.checksum(self.folder / CAPTIONS)
             written = {"facts": dict(facts), **tables, "captions_checksum": digest}
             files.write_whole(self.folder / INDEX, json.dumps(written, indent=1) + "\n")
-            for unfinished in self.folder.glob(".*"):  # of runs that were killed
+            for unfinished in self.folder.glob(".*"):  # left by runs that were killed
                 unfinished.unlink(missing_ok=True)
 
     @property

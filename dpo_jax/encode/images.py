@@ -1,7 +1,7 @@
-"""Images to latents: pixels in, a sample of the VAE's posterior out.
+"""Maps images to latents: pixels to a sample of the VAE's posterior.
 
-Axes: B prompts, K candidates, N images, H x W pixels, h x w latent cells, C channels; moments have 2 C, the mean and
-then the log variance.
+Axes: B prompts, K candidates, N images, H x W pixels, h x w latent cells, C channels; moments have 2 C channels, the
+mean and then the log variance.
 """
 
 import jax
@@ -12,28 +12,28 @@ from dpo_jax.weights.layout import Params
 
 
 def to_unit_range(images: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """uint8 0..255 to -1..1."""
+    """Map uint8 in 0..255 to -1..1."""
     return images.astype(dtype) / 127.5 - 1.0
 
 
 def to_pixels(images: jax.Array) -> jax.Array:
-    """-1..1 to uint8 0..255, rounded as diffusers rounds."""
+    """Map -1..1 to uint8 in 0..255, rounded as in diffusers."""
     return jnp.round(jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
 
 
 def mirror(images_NHWC: jax.Array, mirrored_N: jax.Array) -> jax.Array:
-    """Swaps left and right of the images that are to be mirrored."""
+    """Mirror, left to right, the images for which `mirrored_N` is True."""
     return jnp.where(mirrored_N[:, None, None, None], images_NHWC[:, :, ::-1], images_NHWC)
 
 
 def posterior_moments(vae: Network, params: Params, images_NHWC: jax.Array) -> jax.Array:
-    """uint8 images to the moments_NhwC of their posteriors, in the dtype that the VAE computes in."""
+    """Return the moments_NhwC of the posteriors of uint8 images, in the dtype that the VAE computes in."""
     moments = vae(params, to_unit_range(images_NHWC, jnp.float32), method="encode")
     return jnp.concatenate(moments, axis=-1)
 
 
 def sample_posterior(vae: Network, moments_BKhwC: jax.Array, keys_B: jax.Array) -> jax.Array:
-    """Scaled latents_BKhwC in float32: a sample of each image's posterior, by its prompt's key."""
+    """Return scaled latents_BKhwC in float32: a sample of each image's posterior, drawn with its prompt's key."""
     mean, logvar = jnp.split(moments_BKhwC.astype(jnp.float32), 2, axis=-1)
     noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys_B)
     return (mean + jnp.exp(0.5 * logvar) * noise - _shift(vae)) * vae.config.scaling_factor
@@ -42,7 +42,7 @@ def sample_posterior(vae: Network, moments_BKhwC: jax.Array, keys_B: jax.Array) 
 def encode_images(
     vae: Network, params: Params, images_BKHWC: jax.Array, mirrored_BK: jax.Array, keys_B: jax.Array
 ) -> jax.Array:
-    """uint8 images, some of them to be mirrored first, to scaled latents_BKhwC."""
+    """Return scaled latents_BKhwC of uint8 images; those with `mirrored_BK` are mirrored first."""
     B, K = images_BKHWC.shape[:2]
     images_NHWC = mirror(images_BKHWC.reshape(B * K, *images_BKHWC.shape[2:]), mirrored_BK.reshape(B * K))
     moments_NhwC = posterior_moments(vae, params, images_NHWC)
@@ -50,7 +50,8 @@ def encode_images(
 
 
 def decode_latents(vae: Network, params: Params, latents_NhwC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Scaled latents to uint8 images_NHWC, and finite_N: whether all numbers of an image are, for NaN becomes black."""
+    """Return uint8 images_NHWC from scaled latents, and finite_N: False for images with NaN or infinity, where NaN
+    becomes black."""
     images_NHWC = vae(params, latents_NhwC / vae.config.scaling_factor + _shift(vae), method="decode")
     return to_pixels(images_NHWC), jnp.isfinite(images_NHWC).all(axis=(1, 2, 3))
 

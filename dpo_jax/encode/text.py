@@ -1,4 +1,4 @@
-"""Captions to conditioning: token ids in, what the UNet attends to out.
+"""Maps captions to conditioning: token ids to the inputs that the UNet attends to.
 
 Axes: N captions or candidates, E text encoders, L tokens, D context width, P pooled width, T time ids.
 """
@@ -15,17 +15,17 @@ from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.weights.layout import Params
 
 REFINER_AESTHETIC_SCORE = 6.0
-"""The score that the SDXL refiner is told for images one wants (arXiv 2307.01952, section 2.5)."""
+"""Aesthetic score that the SDXL refiner gets for the wanted images (arXiv 2307.01952, section 2.5)."""
 NEGATIVE_AESTHETIC_SCORE = 2.5
-"""And for those that guidance leads away from, as diffusers has it."""
+"""Aesthetic score for the images that guidance leads away from, as in diffusers."""
 
 
 def encode_text(
     pipeline: Pipeline, encoders: Mapping[str, Params], token_ids_NEL: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs every text encoder of the family: (context_NLD, pooled_NP), P = 0 where the UNet takes no pooled embedding.
+    """Run every text encoder of the family: (context_NLD, pooled_NP); P = 0 if the UNet takes no pooled embedding.
 
-    Which hidden state is the context is the family's data.
+    The family states which hidden state is the context.
     """
     family = pipeline.family
     contexts = []
@@ -45,9 +45,9 @@ def condition(
     size_cond_N6: jax.Array,
     aesthetic_score: float = REFINER_AESTHETIC_SCORE,
 ) -> Conditioning:
-    """What the UNet of the family takes; captions and sizes may have different numbers of rows.
+    """Return the conditioning of the family's UNet; captions and sizes may have different lengths along N.
 
-    Time ids are (height, width, crop top, crop left, target height, target width), or, where the family has five,
+    Time ids are (height, width, crop top, crop left, target height, target width) or, if the family has five,
     (height, width, crop top, crop left, `aesthetic_score`).
     """
     if not family.num_time_ids:
@@ -62,13 +62,14 @@ def condition(
 def make_conditionings(
     pipeline: Pipeline, negative_1EL: np.ndarray, guidance: float, *, negative_is_empty: bool = True
 ) -> Callable[[Mapping[str, Params], jax.Array, jax.Array], tuple[Conditioning, Conditioning | None]]:
-    """`(encoders, token_ids_NEL, size_cond_N6) -> (of the captions, of what guidance leads away from)`, N rows each.
+    """Return `f(encoders, token_ids_NEL, size_cond_N6) -> (conditioning of the captions, negative conditioning)`, N
+    each.
 
     Args:
         pipeline: the model's structure.
-        negative_1EL: token ids of what guidance leads away from.
-        guidance: its scale; of 1 or less there is none, and the second is None.
-        negative_is_empty: whether they are the empty caption's, which some models embed as zeros.
+        negative_1EL: token ids of the caption that guidance leads away from.
+        guidance: guidance scale; at 1 or less there is no guidance, and the negative conditioning is None.
+        negative_is_empty: True if `negative_1EL` is the empty caption, which some models embed as zeros.
     """
 
     def conditionings(

@@ -1,4 +1,4 @@
-"""The lines that a run prints at the start: its config, data, devices, model and place."""
+"""Prints the lines at the start of a run: its config, data, devices, model and work directory."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from dpo_jax.training.config import describe_batch
 from dpo_jax.training.experiment import Experiment
 
 MAX_EPOCHS = 20
-"""More epochs than this are warned of; published runs take fewer than 5."""
+"""A larger number of epochs gives a warning; published runs take fewer than 5."""
 WIDEST = 60
 """Characters of a value in the table of the config."""
 

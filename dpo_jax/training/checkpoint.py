@@ -28,7 +28,7 @@ from dpo_jax.training.step import TrainState
 from dpo_jax.weights.layout import Params
 
 FALLBACKS = 3
-"""Newest checkpoints that a resume may begin from where all are kept: the newest, or others where it is damaged."""
+"""Number of newest checkpoints that a resume may begin from if all are kept: the newest, or others if it is damaged."""
 
 
 class Checkpoints:
@@ -250,7 +250,7 @@ def _read(folder: epath.Path, abstract: dict[str, Any]) -> tuple[Any, Any, str |
         names = [
             *found,
             *(name for name in expected if not name.startswith("[")),
-        ]  # those without "[" are of the position
+        ]  # names without "[" are those of the position
         wrong = [name for name in names if name not in found or found[name] != expected.get(name)]
         reason = _agreed(f"{len(wrong)} values are not those that were saved, such as {wrong[0]}" if wrong else None)
     return tree, position, reason

@@ -33,7 +33,7 @@ FREE_TO_CHANGE = (
     "lora.initializer",  # matters only before the first step, and runs older than the field began with "kaiming"
     "data.path",
     "data.micro_batch",
-    "data.accumulation",  # what runs had before data.micro_batch
+    "data.accumulation",  # the field of older runs, replaced by data.micro_batch
     "remat",
     "scan",
     "attention",

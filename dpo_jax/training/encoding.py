@@ -1,4 +1,4 @@
-"""Stores what the frozen models of a config make of its data set, for training with `data.encoded_views`."""
+"""Stores the outputs of a config's frozen models for its data set, for training with `data.encoded_views`."""
 
 import contextlib
 import os

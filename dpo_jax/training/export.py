@@ -23,7 +23,7 @@ from dpo_jax.weights.lora_files import Adapter, Merged, check_low_rank
 from dpo_jax.weights.lora_write import write_kohya, write_peft
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-"""What diffusers calls a LoRA's file and looks for first."""
+"""The name that diffusers gives a LoRA's file and looks for first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Exportable:
     card: Mapping[str, Any]
     """The facts that `model_card` reads."""
     dtype: str | None
-    """The default dtype of all weights; None keeps the dtype that each is stored in. One dtype for all, because PyTorch
-    can't run a float32 UNet after a float16 text encoder."""
+    """Default dtype of all weights; None keeps the dtype that each is stored in. There is one dtype for all because
+    PyTorch cannot run a float32 UNet after a float16 text encoder."""
     text_encoders: Mapping[str, Weights] = dataclasses.field(default_factory=dict)
     """Text encoders that the LoRA changes, with it merged, by the names of their folders."""
 

@@ -1,6 +1,6 @@
-"""What a field of a config is, and one sentence about all fields with a wrong value.
+"""The fields of a config, and one sentence about all fields with a wrong value.
 
-Numbers are compared as float32, in which training computes: there an `ema.decay` of 0.99999999 is 1.
+Numbers are compared as float32, in which training computes: an `ema.decay` of 0.99999999 is 1 there.
 """
 
 import dataclasses
@@ -23,22 +23,23 @@ MAX_INT = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """A field of a config: its default, one line of help, and the values of the default's type that it takes."""
+    """A field of a config: its default, one line of help, and the accepted values of the default's type."""
 
     default: Any
     help: str
     at_least: float | None = None
-    """A bound that is None does not hold."""
+    """Bounds; None means no bound."""
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
     may_be_infinite: bool = False
     choices: tuple[str, ...] = ()
     wrong: Callable[[Any], str | None] = lambda value: None
-    """Returns what else is wrong with a value, as the end of a sentence that begins with the value."""
+    """Returns any other problem with a value, as the end of a sentence that begins with the value; None if there is
+    none."""
 
     def __str__(self) -> str:
-        """The values that the field takes, for example "at least 1"; empty if its type says all."""
+        """Return the accepted values, for example "at least 1"; empty if the type says everything."""
         if self.choices:
             return f"one of {', '.join(repr(choice) for choice in self.choices)}"
         if (self.at_least, self.at_most) == (0, 1):
@@ -60,19 +61,19 @@ class FieldHelp(NamedTuple):
     path: str
     default: Any
     values: str
-    """The values that it takes, for example "at least 1"; empty if the type of the default says all."""
+    """The accepted values, for example "at least 1"; empty if the type of the default says everything."""
     help: str
 
 
 def fields_help(
     fields: Mapping[str, Field], groups: Mapping[str, str], config: ConfigDict
 ) -> dict[str, list[FieldHelp]]:
-    """Return what is to be said about every field, by the title of its group.
+    """Return the help of every field, by the title of its group.
 
     Args:
         fields: all fields, by their dotted path.
-        groups: titles, by what stands before the last dot of a path.
-        config: whose values are shown as defaults.
+        groups: titles, by the part before the last dot of a path.
+        config: config whose values are shown as defaults.
     """
     values = flatten(config)
     described: dict[str, list[FieldHelp]] = {}
@@ -99,7 +100,7 @@ def _values(entry: FieldHelp) -> str:
 
 
 def check_fields(config: ConfigDict, fields: Mapping[str, Field]) -> None:
-    """Raises one ValueError that names every field, by its dotted path, with a value that it does not take."""
+    """Raise one UserError that names every field, by its dotted path, whose value is not accepted."""
     given, problems = flatten(config), []
     for path, field in fields.items():
         if path not in given:
@@ -113,7 +114,7 @@ def check_fields(config: ConfigDict, fields: Mapping[str, Field]) -> None:
 
 
 def problem(value: Any, field: Field) -> str | None:
-    """What is wrong with the value of a field, as the end of a sentence; None if nothing is."""
+    """Return the problem with the value of a field, as the end of a sentence; None if there is none."""
     if isinstance(field.default, bool):
         return None if isinstance(value, bool) else "must be True or False"
     if isinstance(field.default, (int, float)):
@@ -155,17 +156,17 @@ def _in_float32(value: float) -> float:
     try:
         with np.errstate(over="ignore"):
             return float(np.float32(value))
-    except OverflowError:  # an integer of hundreds of digits
+    except OverflowError:  # an integer with hundreds of digits
         return math.inf
 
 
 def are_devices(value: int) -> str | None:
-    """For `Field.wrong` of the sizes of the mesh."""
+    """`Field.wrong` for the sizes of the mesh."""
     return "must be 1 or more, or -1 for the devices that are left" if value == 0 else None
 
 
 def are_patterns(value: str | tuple[str, ...]) -> str | None:
-    """For `Field.wrong` of regular expressions."""
+    """`Field.wrong` for regular expressions."""
     for pattern in [value] if isinstance(value, str) else value:
         try:
             re.compile(pattern)
@@ -175,7 +176,7 @@ def are_patterns(value: str | tuple[str, ...]) -> str | None:
 
 
 def are_rules(value: Any) -> str | None:
-    """For `Field.wrong` of `mesh.rules`."""
+    """`Field.wrong` for `mesh.rules`."""
     form = "must be a tuple of rules such as (r'\\.attn1\\.to_q\\.kernel$', (None, 'tensor'))"
     for rule in value:
         if not (isinstance(rule, (tuple, list)) and len(rule) == 2):

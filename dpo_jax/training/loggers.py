@@ -1,7 +1,7 @@
 """The services and files that receive the figures, image grids and config of a run: `config.logging.to`.
 
-Each logger imports its library when it is opened, so that a run needs only the libraries that its config names. What
-they raise is told by `metrics.MetricWriter`, and never stops a run.
+Each logger imports its library when it is opened, so a run needs only the libraries that its config names.
+`metrics.MetricWriter` reports their errors, which never stop a run.
 """
 
 import csv
@@ -27,7 +27,7 @@ SECONDS_BETWEEN_FLUSHES = 10
 
 @dataclasses.dataclass(frozen=True)
 class RunInfo:
-    """What a logger is told about the run that it belongs to."""
+    """The information that a logger gets about its run."""
 
     workdir: epath.Path
     name: str
@@ -39,14 +39,14 @@ class RunInfo:
     rows: Sequence[Mapping[str, float]]
     """The rows of metrics.jsonl up to `start`."""
     continues: bool
-    """Whether the work directory has been logged from before."""
+    """True if the work directory has been logged from before."""
 
 
 class Logger(Protocol):
     """Receives what a run logs. Only process 0 opens loggers."""
 
     repeats: bool
-    """Whether it wants figures again that a killed run logged after its last checkpoint; other loggers keep the first
+    """True if it wants figures again that a killed run logged after its last checkpoint; other loggers keep the first
     ones."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
@@ -57,12 +57,12 @@ class Logger(Protocol):
 
 
 class TensorBoard:
-    """Events in WORKDIR/tensorboard, written at once: tensorboardX's own queue waits forever when its thread fails."""
+    """Events in WORKDIR/tensorboard, written at once: tensorboardX's own queue waits forever if its thread fails."""
 
     repeats = True
 
     def __init__(self, run: RunInfo):
-        """Hides the events after step `run.start` that a killed run wrote."""
+        """Hide the events after step `run.start` that a killed run wrote."""
         from tensorboardX import summary
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -121,7 +121,7 @@ class Wandb:
             dir=str(run.workdir) if files.is_local(run.workdir) else None,
             config=dict(run.fields),
             allow_val_change=True,  # fields that may differ when a run continues
-            settings=wandb.Settings(console="off"),  # it would put its own stream in place of ours
+            settings=wandb.Settings(console="off"),  # otherwise it replaces this process's output stream with its own
         )
         self._run.define_metric("*", step_metric="step")
 
@@ -142,7 +142,7 @@ class Trackio:
 
     def __init__(self, run: RunInfo):
         if files.is_local(run.workdir):
-            os.environ.setdefault("TRACKIO_DIR", str(run.workdir.absolute() / "trackio"))  # it is read by the import
+            os.environ.setdefault("TRACKIO_DIR", str(run.workdir.absolute() / "trackio"))  # the import reads it
         import trackio
 
         self._trackio = trackio
@@ -165,7 +165,7 @@ class Trackio:
 
 
 class Csv:
-    """WORKDIR/metrics.csv: one row per row of metrics.jsonl, one column per figure. Images have no place in it."""
+    """WORKDIR/metrics.csv: one row per row of metrics.jsonl, one column per figure; images are not stored."""
 
     repeats = True
 
@@ -211,13 +211,13 @@ LIBRARIES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "tracki
 
 
 def check_libraries(names: Sequence[str]) -> None:
-    """Raises UserError, with the command that installs it, where the library of a logger is missing."""
+    """Raise a UserError, with the command that installs it, if the library of a logger is missing."""
     for name in names:
         library = LIBRARIES.get(name)
         if library is None:
             continue
         found = importlib.util.find_spec(library)
-        if found is None or found.origin is None:  # a folder that W&B wrote here has the name, but is not the library
+        if found is None or found.origin is None:  # a folder that W&B wrote has the name but is not the library
             raise UserError(
                 f'config.logging.to has "{name}", and its library is not installed; run pip install {library}, or '
                 f'leave "{name}" out'

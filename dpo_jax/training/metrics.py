@@ -1,4 +1,4 @@
-"""Where figures go: metrics.jsonl, the loggers that the config names, and a progress bar with the time left."""
+"""Writes figures to metrics.jsonl and to the loggers that the config names; shows a progress bar with the time left."""
 
 import contextlib
 import datetime
@@ -23,15 +23,15 @@ from dpo_jax.training.loggers import LOGGERS, Logger, RunInfo
 class MetricWriter:
     """Writes the figures and image grids of process 0 to `metrics.jsonl` and to loggers; use it as a context manager.
 
-    Logging never stops a run: what cannot be written is told once, and damaged rows are left out, with a warning.
+    Logging never stops a run: a failed write is reported once, and damaged rows are left out, with a warning.
 
     Args:
-        workdir: receives metrics.jsonl.
-        start: the step after which the run continues. Rows that a killed run wrote of later steps are dropped; they
+        workdir: folder of metrics.jsonl.
+        start: the step after which the run continues. Rows of later steps, which a killed run wrote, are dropped; they
             will be written again.
         loggers: names in `loggers.LOGGERS`.
-        name: of the run, for services that show several; "" takes the name of the work directory.
-        project: of the run, for the same services.
+        name: name of the run, for services that show several; "" takes the name of the work directory.
+        project: project of the run, for the same services.
         fields: the resolved config, by dotted path.
     """
 
@@ -50,7 +50,7 @@ class MetricWriter:
         self._active = jax.process_index() == 0
         self._failed = False
         self._torn = False
-        """Whether the file may end in half a line."""
+        """True if the file may end in half a line."""
         self.validated: set[int] = set()
         """The steps whose validation figures the file had at the start."""
         self._loggers: dict[str, Logger] = {}
@@ -66,7 +66,7 @@ class MetricWriter:
             if not is_whole:
                 self._path.replace(self._path.with_name("metrics.jsonl.damaged"))
             files.write_whole(self._path, "".join(json.dumps(row) + "\n" for row in kept))
-        except Exception as error:  # of whatever class the libraries of object stores have for it
+        except Exception as error:  # the libraries of object stores raise errors of any class
             self._fail(error)
         info = RunInfo(workdir, name or workdir.absolute().name, project, fields or {}, start, kept, bool(rows))
         for logger in dict.fromkeys(loggers):
@@ -90,7 +90,7 @@ class MetricWriter:
         self._each(lambda logger: logger.image(step, name, image_HWC))
 
     def close(self, *, failed: bool = False) -> None:
-        """Closes the loggers; services show whether the run failed."""
+        """Close the loggers; services show whether the run failed."""
         self._each(lambda logger: logger.close(failed=failed))
         self._loggers = {}
 
@@ -118,7 +118,7 @@ class MetricWriter:
     def _telling_failure(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of whatever class the logger's library has for it
+        except Exception as error:  # the logger's library may raise errors of any class
             self._loggers.pop(name, None)
             reason = " ".join(str(error).split()) or type(error).__name__
             warn(f'logging to "{name}" failed ({reason}); the run continues without it')
@@ -178,7 +178,7 @@ class ProgressBar:
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, float]]:
-    """Return the rows of `metrics.jsonl`, without a last one that a kill left unfinished.
+    """Return the rows of `metrics.jsonl`, without a last row that a kill left unfinished.
 
     Damaged lines are left out, with a warning that names the first of them.
     """
@@ -186,13 +186,13 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, float]]:
 
 
 def last_validation(workdir: epath.PathLike, step: int | None = None) -> dict[str, float]:
-    """Return the newest validation figures (up to `step`, if given); empty where there are none."""
+    """Return the newest validation figures (up to `step`, if given); empty if there are none."""
     rows = [row for row in read_metrics(workdir) if is_validation(row) and (step is None or row["step"] <= step)]
     return rows[-1] if rows else {}
 
 
 def is_validation(row: Mapping[str, float]) -> bool:
-    """Whether the row holds figures of held-out pairs."""
+    """Return whether the row holds figures of held-out pairs."""
     return any(name.startswith("validation/") for name in row)
 
 
@@ -210,7 +210,7 @@ def _read(path: epath.Path) -> tuple[list[dict[str, float]], bool]:
         warn(f"{error}; its figures are left out")
         return [], False
     rows, wrong = [], []
-    for number, line in enumerate(lines[:-1], 1):  # behind the last line's end is what a kill left unfinished
+    for number, line in enumerate(lines[:-1], 1):  # text after the last line end was left unfinished by a kill
         try:
             where = f"line {number}"
             values = files.parse_json(files.decode_text(line, where), where)

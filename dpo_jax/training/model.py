@@ -114,7 +114,7 @@ def abstract_frozen(config: ConfigDict, pipeline: Pipeline, placement: Placement
 def load_frozen(
     config: ConfigDict, pipeline: Pipeline, placement: Placement, abstract: Frozen, adapter: Params | None
 ) -> Frozen:
-    """Return the weights of which `abstract` has the shapes; see `abstract_frozen`."""
+    """Return the weights whose shapes `abstract` gives; see `abstract_frozen`."""
     encoders = load_encoders(config, pipeline, placement) if abstract.encoders else {}
     base = load_unet(pipeline, placement) if abstract.base else {}
     reference: Params = {}

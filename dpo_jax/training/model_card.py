@@ -1,4 +1,5 @@
-"""The model card (README.md) of an export: what it is, how to open it, how it was made, and how it was measured."""
+"""The model card (README.md) of an export: what the model is, how to open it, how it was made, and its measured
+results."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -54,8 +55,8 @@ def model_card(
             `result` (of `dpo_jax.evaluate`, or None); for a converted model, `model` and perhaps `lora`.
         pipeline: the model.
         format: one of the formats of `dpo_jax.export`.
-        name: of the folder.
-        dtype: of the weights.
+        name: name of the folder.
+        dtype: dtype of the weights.
         origin: base model and licence.
         remarks: sentences for whoever opens the model.
         repo: OWNER/NAME on the hub, where the model is to be opened from; "" for the folder `name`.
@@ -191,7 +192,7 @@ class _Rounds(TypedDict):
 
 
 def read_result(workdir: epath.PathLike) -> dict[str, Any] | None:
-    """Return what `dpo_jax.evaluate` or `dpo_jax.online` wrote, or None; UserError where it is damaged."""
+    """Return the result that `dpo_jax.evaluate` or `dpo_jax.online` wrote, or None; UserError if it is damaged."""
     path = epath.Path(workdir) / "result.json"
     if not path.exists():
         return None
@@ -201,7 +202,7 @@ def read_result(workdir: epath.PathLike) -> dict[str, Any] | None:
 
 
 def _method(config: Mapping[str, Any]) -> str:
-    """Return the key of METHODS; some methods share a loss and differ in other fields."""
+    """Return the key in METHODS; some methods share a loss and differ in other fields."""
     if config.get("online.latent_judge"):
         return "lpo"
     if config.get("online.branching") and config["loss.name"] == "d3po":

@@ -13,7 +13,7 @@ from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.weights.hub import HUB_ID
 
 _LOCAL = re.compile(r"~[\w.-]*(/|$)|[A-Za-z]:[\\/]|/|\\\\\w|file:/")
-"""The beginning of a path that has a meaning only on one machine."""
+"""Beginning of a path that has a meaning only on one machine."""
 
 
 class Origin(NamedTuple):
@@ -23,7 +23,7 @@ class Origin(NamedTuple):
     """The hub id of the base, if it is known."""
     license: License | None
     remark: str = ""
-    """What is unknown or assumed, and the flag that states it."""
+    """Statement of what is unknown or assumed, and the flag that sets it."""
 
 
 def origin_of(model: str, pipeline: Pipeline, license: str = "", base_model: str = "") -> Origin:

@@ -1,4 +1,4 @@
-"""Checks, before anything is loaded, of what a run needs later: image grids and room for checkpoints."""
+"""Checks, before anything is loaded, that later image grids can be drawn and that checkpoints have room on the disk."""
 
 import math
 import shutil

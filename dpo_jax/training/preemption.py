@@ -18,7 +18,7 @@ class Preempted(Exception):
 
 
 class Notice:
-    """Whether a notice has come. Use it as `with Notice.awaited() as notice: notice.given(step)`."""
+    """Tells whether a notice has come. Use it as `with Notice.awaited() as notice: notice.given(step)`."""
 
     def __init__(self) -> None:
         self._received = False
@@ -28,7 +28,7 @@ class Notice:
     def awaited(cls) -> Iterator["Notice"]:
         """Catch SIGTERM within the block, except in a thread of a program, where Python catches none."""
         notice = cls()
-        in_thread = threading.current_thread() is not threading.main_thread()  # which cannot catch signals
+        in_thread = threading.current_thread() is not threading.main_thread()  # it cannot catch signals
         if in_thread or jax.process_count() > 1:  # JAX's runtime catches it since this process joined the others
             yield notice
             return
@@ -43,11 +43,12 @@ class Notice:
             signal.signal(signal.SIGTERM, former)
 
     def received(self) -> bool:
-        """Whether to stop between two steps; for single processes only, because several could not agree there."""
+        """True if the run should stop between two steps; for single processes only, because several could not agree
+        there."""
         return self._received
 
     def given(self, step: int) -> bool:
-        """Whether to stop after this step: true for the same step in all processes, whichever of them was notified.
+        """Return whether to stop after this step: True for the same step in all processes, whichever was notified.
 
         All processes must ask once per step, in order.
         """

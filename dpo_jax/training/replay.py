@@ -25,9 +25,9 @@ from dpo_jax.training.model import model_fingerprints, open_model
 from dpo_jax.training.step import TrainState
 
 MAX_BYTES = 2**30
-"""Largest size of the arrays that are kept of one batch; of a larger batch the first examples are kept."""
+"""Largest size in bytes of the arrays that are kept of one batch; of a larger batch the first examples are kept."""
 MAX_SHOWN = 20
-"""Samples that a replay lists."""
+"""Number of examples that a replay lists."""
 INPUTS: dict[str, Any] = {"Raw": Raw, "Cached": Cached, "Sampled": Sampled}
 
 
@@ -39,17 +39,17 @@ class Rereadable(Protocol):
     def set_state(self, state: dict[str, int]) -> None: ...
 
     def describe(self, batch: PreferenceBatch) -> list[str]:
-        """Which record each example of a batch is, and its caption."""
+        """Return, for each example of a batch, its record and caption."""
         ...
 
 
 def keep_batch(workdir: epath.Path, step: int, batches: Rereadable, position: dict[str, int]) -> str:
-    """Writes this process's share of a step's batch to WORKDIR/errors, and returns what to say about it.
+    """Write this process's share of a step's batch to WORKDIR/errors, and return a message about it.
 
-    The batch is read again, so that training need not hold on to the batches of earlier steps.
+    The batch is read again, so training need not keep the batches of earlier steps.
 
     Args:
-        batches: what the step was trained on; read again from `position`, which was its state before that step.
+        batches: the batches that the step was trained on; read again from `position`, their state before that step.
     """
     try:
         batches.set_state(position)
@@ -63,7 +63,7 @@ def keep_batch(workdir: epath.Path, step: int, batches: Rereadable, position: di
 
 
 def write_batch(workdir: epath.Path, step: int, batch: PreferenceBatch, names: list[str]) -> epath.Path:
-    """Writes a batch, cut to `MAX_BYTES`, and beside it a text file that names every example."""
+    """Write a batch, cut to `MAX_BYTES`, and next to it a text file that names every example."""
     process = f"-process_{jax.process_index()}" if jax.process_count() > 1 else ""
     path = workdir / "errors" / f"step_{step:06d}{process}.npz"
     size = sum(array.nbytes for array in jax.tree.leaves(batch))
@@ -82,7 +82,8 @@ def write_batch(workdir: epath.Path, step: int, batch: PreferenceBatch, names: l
 
 
 def read_batch(path: epath.PathLike) -> tuple[int, PreferenceBatch, list[str]]:
-    """The step, the batch and the names of its examples that `write_batch` wrote; UserError for any other file."""
+    """Return the step, the batch and the names of its examples from a file of `write_batch`; UserError for other
+    files."""
     data = files.read_bytes(path, 2 * MAX_BYTES)
     try:
         if not zipfile.is_zipfile(io.BytesIO(data)):  # np.load would return the array of a .npy file
@@ -124,11 +125,11 @@ def replay(
     file: epath.PathLike,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Computes loss, errors and log-ratios of each example of a batch that a run kept, and says which are not finite.
+    """Compute loss, errors and log-ratios of each example of a kept batch, and print which are not finite.
 
-    The weights are those of the newest checkpoint, since no others are left; timesteps, noises and dropout are those
-    of the step. Where the batch is whole, the training step itself runs too. All this in the dtype of the config and,
-    if that is another one, in float32. Nothing is trained.
+    The weights are those of the newest checkpoint, since no others are left; timesteps, noises and dropout are those of
+    the step. If the batch is complete, the training step itself runs too. Everything is computed in the dtype of the
+    config and, if that differs, in float32. Nothing is trained.
     """
     workdir = epath.Path(workdir)
     if jax.process_count() > 1:
@@ -164,7 +165,7 @@ def replay(
 
 
 def figures_of(experiment: Experiment, state: TrainState, batch: PreferenceBatch, step: int) -> dict[str, np.ndarray]:
-    """Loss, errors, accuracy and log-ratios, each [B], with the timesteps and noises of training step `step`."""
+    """Return loss, errors, accuracy and log-ratios, each [B], with the timesteps and noises of training step `step`."""
     objective = experiment.objective
 
     def figures(params: Any, frozen: Any, batch: PreferenceBatch, number: jax.Array) -> dict[str, jax.Array]:
@@ -182,7 +183,7 @@ def figures_of(experiment: Experiment, state: TrainState, batch: PreferenceBatch
     at_once = experiment.derived.micro_batch_per_device * batch_parts(experiment.mesh)
     parts = []
     for start in range(0, count, at_once):
-        rows = np.arange(start, start + at_once) % count  # the last part is filled with other examples
+        rows = np.arange(start, start + at_once) % count  # other examples fill the last part
         part = place(jax.tree.map(lambda x, rows=rows: x[rows], batch))
         parts.append(jax.device_get(compute(state.params, experiment.frozen, part, jnp.int32(step - 1))))
     columns = sorted(parts[0], key=lambda name: (name != "loss", name))
@@ -190,7 +191,7 @@ def figures_of(experiment: Experiment, state: TrainState, batch: PreferenceBatch
 
 
 def lines_about(figures: dict[str, np.ndarray], names: list[str]) -> list[str]:
-    """Return a table of the examples with figures that are not finite, or else of those with the largest loss."""
+    """Return a table of the examples with figures that are not finite or, if there are none, with the largest loss."""
     bad_B = ~np.all([np.isfinite(value_B) for value_B in figures.values()], axis=0)
     chosen = np.flatnonzero(bad_B) if bad_B.any() else np.argsort(-figures["loss"], kind="stable")
     if bad_B.any():

@@ -1,4 +1,4 @@
-"""A training run, opened to draw with its model or to export it."""
+"""A training run that is opened to draw with its model or to export it."""
 
 import dataclasses
 import functools
@@ -114,7 +114,7 @@ def open_run(workdir: epath.PathLike, step: str = "", *, allow_nonfinite: bool =
         raise UserError(
             f"the model in {pipeline.folder} has changed since {workdir} began; put back the model that it began with"
         )
-    placement = Placement(make_mesh(data=1, fsdp=-1))  # whatever devices are here, not those that trained
+    placement = Placement(make_mesh(data=1, fsdp=-1))  # use the devices of this machine, not those that trained
     item = "ema" if config.ema.decay else "params"
     abstract = abstract_params(pipeline.trained_specs, jnp.float32, placement)
     params, found = restore_params(workdir, abstract, item, select_step(workdir, step))

@@ -1,4 +1,4 @@
-"""Which checkpoint of a training run a command reads: the newest, the one of a step, or the best on held-out pairs."""
+"""Selects the checkpoint of a training run that a command reads: the newest, that of a step, or the best."""
 
 import math
 import sys
@@ -14,7 +14,8 @@ from dpo_jax.training.metrics import is_validation, read_metrics
 
 BEST = "best"
 FIGURES = {"validation/pair_accuracy": 1, "validation/error_winner": -1}
-"""What checkpoints are compared by, the first that the run validated; 1 where more is better, -1 where less is."""
+"""Figures that checkpoints are compared by, the first one that the run validated; 1 if higher is better, -1 if lower
+is."""
 
 
 def select_step(workdir: epath.PathLike, step: str) -> int | None:
@@ -37,15 +38,15 @@ def select_step(workdir: epath.PathLike, step: str) -> int | None:
 def best_step(workdir: epath.PathLike) -> int:
     """Return the kept checkpoint with the highest accuracy on held-out pairs, the earliest of equals.
 
-    Runs without pairs to order (SFT) are compared by the error of the held-out images, the lowest first. Says which
-    step it is, and warns where another step, of which there is no checkpoint, was better.
+    Runs without pairs to order (SFT) are compared by the error of the held-out images, the lowest first. Prints the
+    step, and warns if another step, whose checkpoint was not kept, was better.
 
     Raises:
         UserError: the run has no figures of held-out pairs, or none of a step with a checkpoint.
     """
     kept = finished_steps(workdir)
     rows = [
-        {name: value for name, value in row.items() if math.isfinite(value)}  # NaN is neither more nor less
+        {name: value for name, value in row.items() if math.isfinite(value)}  # NaN cannot be compared
         for row in read_metrics(workdir)
         if is_validation(row)
     ]

@@ -1,4 +1,4 @@
-"""How long the startup of a run takes, and compiled programs that are kept to make the next one faster."""
+"""Measures the startup of a run, and keeps compiled programs to make the next one faster."""
 
 import os
 import time

@@ -76,15 +76,15 @@ def pair_metrics(log_ratios: LogRatios, preference_BK: jax.Array) -> Metrics:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is minimised: a loss of log-ratios, and which candidates and models it needs."""
+    """The objective: a loss of log-ratios, and the candidates and models that it needs."""
 
     loss: Callable[[LogRatios, jax.Array], jax.Array]
-    """(log_ratios, preference_BK) -> loss_B"""
+    """Maps (log_ratios, preference_BK) to loss_B."""
     needs_reference: bool = True
     num_candidates: int | None = None
     """Number of candidates that enter the step, the best ones (SFT: 1); None for all."""
     metrics: Callable[[LogRatios, jax.Array], Metrics] = pair_metrics
-    """(log_ratios, preference_BK) -> numbers to watch, one per prompt."""
+    """Maps (log_ratios, preference_BK) to numbers to watch, one per prompt."""
 
 
 def make_log_ratios(

@@ -193,7 +193,7 @@ class Batches(Protocol):
     def set_state(self, state: dict[str, int]) -> None: ...
 
     def describe(self, batch: PreferenceBatch) -> list[str]:
-        """Which record each example of a batch is, and its caption."""
+        """Return, for each example of a batch, its record and caption."""
         ...
 
 
@@ -224,10 +224,10 @@ class Loop:
         )
         self._batches: Batches | None = None
         self._positions: dict[int, dict[str, int]] = {}
-        """Where the batches of the last two steps begin."""
+        """States of the batches before the last two steps."""
         self._generator: Generator | None = None
         self._reference_images: np.ndarray | None = None
-        """The images that the policy's are shown beside."""
+        """Images that the policy's images are shown next to."""
 
     def catch_up(self, state: TrainState) -> None:
         """Validate and sample if that is due at the state's step and was not done.
