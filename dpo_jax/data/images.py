@@ -18,13 +18,13 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from dpo_jax.errors import UserError
 from dpo_jax.files import read_bytes, what_it_is
 
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # none that starts another program, as EPS does
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")  # of files that are looked for
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # not EPS, which starts another program
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")  # image files
 MAX_PIXELS = 2**26  # 8192 x 8192
-MAX_BYTES = 2**29  # of a file; MAX_PIXELS of 16 bits and four channels, uncompressed
-MAX_RATIO = 32  # `fit` resizes before it crops, so that a longer strip would take gigabytes
+MAX_BYTES = 2**29  # of a file: MAX_PIXELS with 16 bits and four channels, uncompressed
+MAX_RATIO = 32  # `fit` resizes before it crops, so a longer strip would take gigabytes
 
-# Damage comes as an exception. Process-wide, because a filter set for the time of a call isn't safe among threads.
+# Damage has to raise an exception. The filter is process-wide because one set per call is not safe among threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -78,7 +78,7 @@ def decode(data: ImageBytes) -> Image.Image:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads no further than the header
         _check(image)
         image.load()
-        if image.format == "PNG":  # whose checksums loading does not look at: flipped bits would change the pixels
+        if image.format == "PNG":  # loading ignores a PNG's checksums, so flipped bits would change the pixels
             Image.open(io.BytesIO(data), formats=["PNG"]).verify()
         image = _upright(image)
         if image.mode.startswith("I"):
@@ -93,7 +93,7 @@ def decode(data: ImageBytes) -> Image.Image:
         raise DamagedImage(_not_an_image(bytes(data[:64]))) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DamagedImage(_TOO_LARGE) from None
-    except Exception as error:  # Pillow's parsers raise whatever a damaged file leads them to
+    except Exception as error:  # Pillow's parsers raise any class of error for damaged files
         reason = str(error).partition(" (")[0].splitlines()
         raise DamagedImage(reason[0][:80] if reason else type(error).__name__) from error
 
@@ -140,7 +140,7 @@ def _check_size(size: tuple[int, int]) -> None:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image) if _is_turned(image) else image
-    except Exception:  # EXIF that cannot be read rotates nothing, as in browsers
+    except Exception:  # unreadable EXIF rotates nothing, as in browsers
         return image
 
 
@@ -202,11 +202,11 @@ def read_all(images: Sequence[tuple[ImageBytes, View, np.ndarray]]) -> list[Plac
 
 
 def _read(data: ImageBytes, view: View, square_HWC: np.ndarray, size: tuple[int, int] | None) -> Placement:
-    """With the size that `_size_if_plain` gave."""
+    """Read one image, given the size that `_size_if_plain` returned."""
     if size is not None:
         try:
             return _read_plain(data, view, square_HWC, size)
-        except Exception:  # `decode` decides what is wrong with it
+        except Exception:  # `decode` determines what is wrong with it
             pass
     image = decode(data)
     square_HWC[:], offsets = fit(image, len(square_HWC), view)
@@ -231,7 +231,7 @@ def _size_if_plain(data: ImageBytes) -> tuple[int, int] | None:
     """Return (height, width) of an upright colour JPEG; None for everything else, and for damaged files."""
     try:
         return _size_of_plain_jpeg(data)
-    except Exception:  # Pillow's parsers raise whatever a damaged file leads them to
+    except Exception:  # Pillow's parsers raise any class of error for damaged files
         return None
 
 

@@ -42,7 +42,7 @@ class Settings(Specials):
 
     model_max_length: int | Annotated[float, pydantic.Field(allow_inf_nan=False)] | None = None
     added_tokens_decoder: dict[str, Token] = pydantic.Field(default_factory=dict)
-    # transformers would take these in place of the files of the vocabulary.
+    # transformers would take these instead of the files of the vocabulary.
     vocab: None = None
     merges: None = None
     tokenizer_object: None = None

@@ -42,12 +42,12 @@ class Tokenizers:
 
 
 def load_tokenizers(folder: str | Path, names: Sequence[str], sizes: Sequence[tuple[int, int]] = ()) -> Tokenizers:
-    """Reads `folder/name` for each name, e.g. `("tokenizer", "tokenizer_2")` of SDXL.
+    """Read `folder/name` for each name, for example `("tokenizer", "tokenizer_2")` of SDXL.
 
     Captions are padded to the tokenizer's `model_max_length` with its own padding token; SDXL's second pads with "!".
 
     Args:
-        folder: holds the tokenizers.
+        folder: folder that holds the tokenizers.
         names: their subfolders.
         sizes: (tokens, positions) for which each text encoder has embeddings; by default they are not compared.
 
@@ -85,7 +85,7 @@ def _load(folder: Path) -> CLIPTokenizer:
     check_tokenizer(folder)
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the libraries raise whatever comes, also plain Exception
+    except Exception as error:  # the libraries raise any class of error, also plain Exception
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"the tokenizer at {folder} cannot be read ({reason}); download it again") from error
     length = tokenizer.model_max_length

@@ -16,7 +16,7 @@ from dpo_jax.data.store.scores import Candidates, candidates, complete, judges_o
 
 
 class Agreement(NamedTuple):
-    """Over pairs of images of a record in which both sides prefer one image."""
+    """Agreement over the pairs of images of a record in which both sides prefer one image."""
 
     rate: float
     low: float
@@ -31,7 +31,7 @@ class Agreement(NamedTuple):
 
 @dataclasses.dataclass
 class Summary:
-    """Summary of a judge's scores; written beside them as JSON."""
+    """Summary of a judge's scores; written next to them as JSON."""
 
     judge: str
     origin: str
@@ -39,11 +39,11 @@ class Summary:
     scored: int
     """Records with a score for each of their images."""
     pairs: int
-    """Pairs of images of one record that is scored."""
+    """Pairs of images of one scored record."""
     ties: int
     """Pairs of equal scores."""
     agreement: dict[str, Agreement | None]
-    """With the `votes` and with each judge whose scores are stored; None where there is no pair to compare."""
+    """Agreement with the `votes` and with each judge whose scores are stored; None if there is no pair to compare."""
     held_out: dict[str, Agreement | None]
     """The same on the validation split, which a judge that was trained on this data has not seen."""
     not_compared: dict[str, str]
@@ -91,11 +91,11 @@ def summarise(prepared: PreparedData, judge: str, origin: str, scores_M: np.ndar
 
 
 def agreement(points_M: np.ndarray, other_M: np.ndarray, of: Candidates, captions: pa.ChunkedArray) -> Agreement | None:
-    """Return how often both sides prefer the same image; None where there is no pair in which both prefer one.
+    """Return how often both sides prefer the same image; None if there is no pair in which both prefer one.
 
     Pairs of one prompt are not independent, because they share images and raters. So the interval is Wilson's for the
     number of independent pairs that would vary as much as the rates of prompts do (a cluster-robust variance, Cameron &
-    Miller 2015), or for the number of prompts where their rates do not vary.
+    Miller 2015), or for the number of prompts if their rates do not vary.
     """
     _, prompt_N = np.unique(captions.dictionary_encode().combine_chunks().indices.to_numpy(), return_inverse=True)
     same_P, pairs_P = np.zeros((2, prompt_N.max(initial=-1) + 1))

@@ -26,7 +26,7 @@ from dpo_jax.files import parse_json
 from dpo_jax.streams import warn
 
 Reward = Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]
-"""(images, captions) -> one score per image; as `score` of a judge in `dpo_jax.rewards`."""
+"""Maps (images, captions) to one score per image, like `score` of a judge in `dpo_jax.rewards`."""
 OnProgress = Callable[[int, int], None]
 """Called with the number of images or bytes done, and their total."""
 
@@ -92,12 +92,12 @@ def _leave_out(prepared: PreparedData, record: int, error: images.DamagedImage, 
 def _score(score: Reward, images: Sequence[np.ndarray], captions: Sequence[str], wheres: Sequence[str]) -> np.ndarray:
     try:
         scores = np.asarray(score(images, captions), np.float32)
-    except EnvironmentFault:  # the judge itself has failed, and would again
+    except EnvironmentFault:  # the judge itself has failed, and would fail again
         raise
     except UserError as error:
         if len(images) == 1:
             raise UserError(f"{wheres[0]} cannot be judged: {error}") from None
-        singles = zip(images, captions, wheres, strict=True)  # to find out which one it is
+        singles = zip(images, captions, wheres, strict=True)  # judge one by one to find the image that fails
         return np.concatenate([_score(score, [image], [text], [where]) for image, text, where in singles])
     assert scores.shape == (len(images),), f"{len(images)} images got scores of shape {scores.shape}"
     if not np.isfinite(scores).all():
@@ -181,7 +181,7 @@ class _Finder:
     def _of_image(self, caption: object, sha256: object) -> np.ndarray:
         if not isinstance(sha256, str) or not re.fullmatch("[0-9a-fA-F]{64}", sha256):
             raise UserError(f'"sha256" is {sha256!r}, not 64 hexadecimal digits')
-        digest = np.array(bytes.fromhex(sha256), "S32")[()]  # as NumPy's strings are: without zeros at the end
+        digest = np.array(bytes.fromhex(sha256), "S32")[()]  # NumPy's byte strings drop zeros at the end
         sorted_I, image_I = self._digests
         place = sorted_I.searchsorted(digest)
         if place == len(sorted_I) or sorted_I[place] != digest:

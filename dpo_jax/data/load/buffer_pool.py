@@ -1,4 +1,4 @@
-"""Memory of arrays that are no longer used, for the next arrays of the same size.
+"""Reuses the memory of arrays that are no longer used for the next arrays of the same size.
 
 The operating system hands out large arrays as empty pages; mapping these takes a third of the time of decoding images
 into them.

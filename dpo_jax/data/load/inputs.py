@@ -1,4 +1,4 @@
-"""Make the inputs of a batch: pixels and tokens, or the latents and embeddings that `prepare --encode` stored.
+"""Makes the inputs of a batch: pixels and tokens, or the latents and embeddings that `prepare --encode` stored.
 
 Everything is written straight into its place in the batch.
 
@@ -20,9 +20,9 @@ from dpo_jax.data.load.buffer_pool import Pool
 from dpo_jax.data.store.latents import StoredLatents
 
 TokenizeCaptions = Callable[[Sequence[str]], np.ndarray]
-"""Captions -> token_ids_MEL."""
+"""Maps captions to token_ids_MEL."""
 ReadImages = Callable[[dict[str, Any]], Sequence[images.ImageBytes]]
-"""Record -> the bytes of its image files."""
+"""Maps a record to the bytes of its image files."""
 
 
 class ViewDraws(NamedTuple):
@@ -43,11 +43,11 @@ class Example(NamedTuple):
     record: dict[str, Any]
     captions: Sequence[str]
     draws: ViewDraws | None
-    """None as in validation: the centre, not mirrored."""
+    """None in validation: the crop is the centre, not mirrored."""
 
 
 class Inputs(Protocol):
-    """How the inputs of a batch are made. Methods are called from several threads."""
+    """Makes the inputs of a batch. Methods are called from several threads."""
 
     @property
     def resolution(self) -> int:
@@ -135,7 +135,7 @@ class CachedInputs:
 
     def _fill_example(self, batch: Cached, example: Example) -> np.ndarray:
         stored, record, number = self.stored, example.record, 0
-        if example.draws is not None:  # of two views the mirrored one where `RawInputs` would flip
+        if example.draws is not None:  # if there are two views, the mirrored one where `RawInputs` would flip
             number = len(stored.views) - 1 - int(example.draws.flip * len(stored.views))
         moments_KhwC = batch.moments_BKhwC[example.number]
         moments_KhwC[len(record["images"]) :] = 0

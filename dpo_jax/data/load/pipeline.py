@@ -50,9 +50,9 @@ class TrainingRecords(Protocol):
     """
 
     num_candidates: int
-    """No record has more images than this."""
+    """The largest number of images of a record."""
     num_captions: int
-    """1, or `num_candidates` where images of a record have captions of their own."""
+    """1, or `num_candidates` if the images of a record have their own captions."""
 
     def __len__(self) -> int: ...
 
@@ -296,7 +296,7 @@ class BatchIterator(Iterator[PreferenceBatch]):
         self._position = self._planned_to = state["position"]
 
     def describe(self, batch: PreferenceBatch) -> list[str]:
-        """Which record each example of a batch of this stream is, and the captions that it was read with."""
+        """Return, for each example of a batch of this stream, its record and the captions that it was read with."""
         samples = [self._samples(range(position, position + 1))[0] for position in batch.index_B.tolist()]
         _, examples = self._builder.plan(samples)
         name_of = self._builder.records.name_of
@@ -469,7 +469,7 @@ class _BatchBuilder:
         try:
             self._fill(batch, examples)
             return []
-        except (images.DamagedImage, DamagedLatents):  # in one of them; the others are filled again
+        except (images.DamagedImage, DamagedLatents):  # one of them is damaged; the others are filled again
             return [skipped for example in examples if (skipped := self._fill_or_skip(batch, example))]
 
     def _fill_or_skip(self, batch: PreferenceBatch, example: Example) -> Skipped | None:

@@ -56,7 +56,7 @@ class _Part(NamedTuple):
 
     @property
     def owns(self) -> np.ndarray:
-        """Whether each image is stored by this part."""
+        """For each image, whether it is stored by this part."""
         return self.places >= self.owned_from
 
 
@@ -209,12 +209,12 @@ def _split(folders: Sequence[Path], scratch: Path, validation_fraction: float) -
     def hashes() -> Iterator[np.ndarray]:
         return (_read(folder / "records.arrow")["prompt"].to_numpy() for folder in folders)
 
-    edges = np.array([], np.uint64)  # the two lowest and the highest
+    edges = np.array([], np.uint64)  # the two lowest hashes and the highest
     for hash_R in hashes():
         distinct = np.unique(np.append(edges, hash_R))
         edges = np.append(distinct[:2], distinct[-1:])
     limit = 0
-    if validation_fraction > 0:  # a small data set needs a prompt on both sides
+    if validation_fraction > 0:  # so that a small data set has a prompt on both sides
         limit = min(max(int(validation_fraction * 2**64), int(edges[1])), int(edges[-1]))
 
     sides = {"train": 0, "validation": 0}

@@ -1,6 +1,6 @@
-"""What `prepare` leaves for people beside the data: a contact sheet, and the held-out prompts.
+"""Writes what people look at beside the data: a contact sheet, and the held-out prompts.
 
-Both follow from the records alone, so that the same data gives the same bytes.
+Both follow from the records alone, so the same data gives the same bytes.
 """
 
 import functools
@@ -25,13 +25,13 @@ SHOWN = 12
 CELL = 192
 """Side of each of its images in pixels."""
 CAPTION = 180
-"""Characters of a caption that are shown: so many fit beside its images."""
+"""Characters of a caption that are shown, which is the number that fits next to its images."""
 
 
 def write_contact_sheet(prepared: PreparedData) -> None:
     """Write a PNG of records from all parts of the data set: caption, winner (the best candidate), loser (the worst).
 
-    Ties are left out. Of a data set of single images it shows the images.
+    Ties are left out. For a data set of single images, the sheet shows the images.
     """
     rows = []
     for index in _spread(prepared):
@@ -65,7 +65,8 @@ def write_heldout_prompts(prepared: PreparedData) -> None:
 
 
 def _spread(prepared: PreparedData) -> list[int]:
-    """The first record with a winner and a loser in each of `SHOWN` equal parts; without any, the first of each."""
+    """Return the first record with a winner and a loser in each of `SHOWN` equal parts; if there are none, the first of
+    each."""
     edges = [len(prepared) * part // SHOWN for part in range(SHOWN + 1)]
     parts = [range(*edge) for edge in itertools.pairwise(edges)]
     compared = [next(filter(functools.partial(_is_compared, prepared), part), None) for part in parts]
@@ -79,7 +80,7 @@ def _is_compared(prepared: PreparedData, index: int) -> bool:
 
 
 def _cell(data: images.ImageBytes) -> np.ndarray:
-    """The whole image on a white square, uint8 [CELL, CELL, 3]."""
+    """Return the whole image on a white square, uint8 [CELL, CELL, 3]."""
     image = images.decode(data)
     method = Image.Resampling.NEAREST if max(image.size) < CELL else Image.Resampling.LANCZOS
     return np.asarray(ImageOps.pad(image, (CELL, CELL), method, color="white"))

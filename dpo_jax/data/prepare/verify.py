@@ -1,4 +1,4 @@
-"""Read all of a prepared data set and compare it with its checksums: `prepare --verify`."""
+"""Reads all of a prepared data set and compares it with its checksums: `prepare --verify`."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -18,16 +18,16 @@ OnProgress = Callable[[int, int], None]
 
 
 class Verified(NamedTuple):
-    """What was found to be undamaged. As a string: for people to read."""
+    """The parts that were found to be undamaged. Its string is for people to read."""
 
     folder: Path
     files: int
     bytes: int
     images: int
     added: bool
-    """Whether the data set had no checksums, and has some now."""
+    """True if the data set had no checksums before and has some now."""
     without: list[str]
-    """Stored latents and scores of earlier versions, which have none."""
+    """Stored latents and scores of earlier versions, which have no checksums."""
 
     def __str__(self) -> str:
         lines = [f"verified {self.files} files, {self.bytes:,} bytes, {self.images} images in {self.folder}"]

@@ -26,7 +26,7 @@ from dpo_jax.data import images
 from dpo_jax.data.sources import Chunk, Damaged, Dropped, Record, Source
 from dpo_jax.data.store import checksums, image_store, prepared
 
-# In place of the split, the hash of the prompt that decides it.
+# The hash of the prompt takes the place of the split, which it decides.
 RECORDS = pa.schema([*(field for field in prepared.RECORDS if field.name != "split"), ("prompt", pa.uint64())])
 FILE = "images.parquet"
 
@@ -92,7 +92,7 @@ def make_part(source: Source, chunk: Chunk, folder: Path) -> None:
     _write(temporary / "images.arrow", prepared.IMAGES, [row | {"offset": offset} for row, offset in located])
     _write(temporary / "records.arrow", RECORDS, records)
     sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
-    digest = checksums.checksum(temporary / FILE)  # it was just read: from memory
+    digest = checksums.checksum(temporary / FILE)  # it was just read, so it comes from memory
     summary = {"rows": rows, "records": len(records), "ties": ties, **counts, "bytes": sizes, "checksum": digest}
     (temporary / COUNTS).write_text(json.dumps(summary))
     sync(temporary)
@@ -100,7 +100,7 @@ def make_part(source: Source, chunk: Chunk, folder: Path) -> None:
 
 
 def is_whole(folder: Path, images_moved: bool) -> bool:
-    """Whether the files of a finished part still have their length; a crash of the machine may have cut them."""
+    """Return whether the files of a finished part still have their length; a crash of the machine may have cut them."""
     try:
         sizes = read_counts(folder).bytes
     except (OSError, ValueError):
@@ -140,7 +140,7 @@ class _Verified(NamedTuple):
     digest: bytes
     size: tuple[int, int]
     strip: int
-    """A hash of some rows in the middle: images with different hashes differ."""
+    """A hash of some rows of pixels in the middle: images with different hashes differ."""
 
 
 class _Images:
@@ -218,7 +218,7 @@ def _settled(record: Record, firsts: list[int]) -> tuple[Record, list[int]] | No
         return None
     shares = list(record.preference)
     for candidates in same.values():
-        if len({shares[k] for k in candidates}) > 1:  # equal ones would change in their last bit
+        if len({shares[k] for k in candidates}) > 1:  # equal shares would change in their last bit
             mean = math.fsum(shares[k] for k in candidates) / len(candidates)
             for k in candidates:
                 shares[k] = mean

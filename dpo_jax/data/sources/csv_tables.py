@@ -30,7 +30,7 @@ DELIMITERS = ",\t;"
 
 
 def csv_chunks(files: Sequence[Path]) -> list[Chunk]:
-    """Chunks of `rows_a_chunk` rows. Raises UserError, with the line, where a table cannot be read."""
+    """Return chunks of `rows_a_chunk` rows. Raises a UserError, with the line, if a table cannot be read."""
     found = []
     for file in files:
         header, rows = _open(file)
@@ -89,11 +89,11 @@ class _Row(NamedTuple):
     line: int
     """Line of the file on which the row begins, from 1."""
     offset: int
-    """Byte of the file at which it begins."""
+    """Byte of the file at which the row begins."""
 
 
 def _open(file: Path, offset: int = 0) -> tuple[list[str], Iterator[_Row]]:
-    """The header, and the rows from a byte on at which a row begins; by default those after the header."""
+    """Return the header, and the rows from a byte on at which a row begins; by default those after the header."""
     first = next(lines(file), None)
     if first is None:
         raise UserError(f"{file} is empty; it needs a header with the columns {COLUMNS}")
@@ -108,7 +108,7 @@ def _open(file: Path, offset: int = 0) -> tuple[list[str], Iterator[_Row]]:
 
 
 def _rows(file: Path, offset: int, delimiter: str) -> Iterator[_Row]:
-    """The rows that are not blank. A cell in quotes may hold line ends, so only csv knows where a row ends."""
+    """Yield the rows that are not blank. A cell in quotes may hold line ends, so only csv knows where a row ends."""
     line, read = 1 + _count_lines(file, offset), 0
 
     def text() -> Iterator[str]:
@@ -139,7 +139,7 @@ def _text(file: Path, line: int, data: bytes) -> str:
 
 
 def _count_lines(file: Path, stop: int) -> int:
-    """Line ends before a byte."""
+    """Return the number of line ends before a byte."""
     count = 0
     with open(file, "rb") as stream:
         while stop and (block := stream.read(min(stop, 2**20))):

@@ -1,4 +1,4 @@
-"""Which source reads given files: told by their kind and by the columns of the first row."""
+"""Finds the source that reads given files, by their kind and by the columns of the first row."""
 
 import itertools
 from collections.abc import Sequence
@@ -26,17 +26,17 @@ LAYOUTS: dict[str, list[tuple[str, Sequence[str]]]] = {
         ("hpdv3", ("prompt", "image_path")),
     ],
 }
-"""By kind of file: sources, and the columns that their rows have; the first whose columns are all there is chosen."""
+"""By kind of file: sources, and the columns that their rows have; the first source with all its columns is chosen."""
 KINDS = {".tar": "pickapic_tar", ".csv": "csv", ".tsv": "csv"}
-"""Kinds of files that one source alone reads."""
+"""Kinds of files that only one source reads."""
 FOLDERS = [("pairs_folder", ("w", "l")), ("liked", ("liked", "disliked"))]
-"""Sources of folders, and the folders inside."""
+"""Sources of folders, and the folders that they read inside."""
 
 
 def detect_source(files: Sequence[Path]) -> str:
     """Return the name of the source in `SOURCES` that reads these files.
 
-    Raises UserError, with what was found and what is known, where none does, or different ones do.
+    Raises a UserError, with what was found and what is known, if no source does or if different sources do.
     """
     found = {file: _source_of(file) for file in files}
     if len(set(found.values())) > 1:
@@ -86,7 +86,7 @@ def _source_of_folder(folder: Path) -> str:
 
 
 def _json_columns(file: Path) -> list[str]:
-    """The keys of the first object of a JSON list or of JSON lines."""
+    """Return the keys of the first object of a JSON list or of JSON lines."""
     for offset, element in elements(file):
         if element.strip():
             where = f"{file}, the object at byte {offset},"

@@ -104,7 +104,7 @@ def _images(folder: Path) -> dict[str, list[str]]:
     return _images_since(folder, folder.stat().st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=2)  # for the next chunk
+@functools.lru_cache(maxsize=2)  # kept for the next chunk
 def _images_since(folder: Path, changed: int) -> dict[str, list[str]]:
     images: dict[str, list[str]] = {}
     with os.scandir(folder) as entries:

@@ -14,19 +14,19 @@ HUB_ID = re.compile(
     re.ASCII,
 )
 READ = "*.parquet", "*.tar"
-"""Files that hold their images themselves."""
+"""Files that contain their images."""
 
 
 def fetch(name: str) -> list[Path]:
-    """Return the files of a data set on the hub, fetched where they are not in the cache.
+    """Return the files of a data set on the hub, fetched if they are not in the cache.
 
     Args:
-        name: hub:OWNER/NAME, with @REVISION behind it if need be, and /PATTERN for some of its files. By default these
-            are its .parquet and .tar files; where some are named after a split "train", those alone.
+        name: hub:OWNER/NAME, optionally followed by @REVISION, and by /PATTERN for some of its files. By default these
+            are its .parquet and .tar files; if some are named after a split "train", only those.
 
     Raises:
         FileNotFoundError: there is no such data set, or it is neither in the cache nor reachable.
-        ValueError: the name is malformed, or no file fits.
+        ValueError: the name is malformed, or no file matches.
     """
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import (
@@ -50,7 +50,7 @@ def fetch(name: str) -> list[Path]:
         return Path(snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=patterns))
 
     try:
-        folder = download(["README.md", ".gitattributes"])  # has the hub's library list the files, and keep the list
+        folder = download(["README.md", ".gitattributes"])  # makes the hub's library list the files, and keep the list
         try:
             tree = get_cached_repo_tree(repo, repo_type="dataset", revision=revision)
             paths = sorted(file.path for file in tree)
@@ -84,7 +84,7 @@ def fetch(name: str) -> list[Path]:
 
 
 def _choose(name: str, paths: list[str], pattern: str | None) -> list[str]:
-    """The files to read; UserError where there are none."""
+    """Return the files to read; UserError if there are none."""
     if pattern is not None:
         chosen = [path for path in paths if fnmatch.fnmatchcase(path, pattern)]
     else:

@@ -13,12 +13,12 @@ from dpo_jax.data.sources.values import number
 from dpo_jax.errors import UserError
 from dpo_jax.files import check_regular, parse_json, what_it_is
 
-# No row of a JSON list is longer than this.
+# Largest length of a row of a JSON list.
 BLOCK_BYTES = 1 << 20
 MAX_LINE_BYTES = 1 << 24
 ROWS_LOOKED_AT = 100
 
-# What may come before the first row, before another row or the end of the list, and where a chunk begins.
+# The text that may come before the first row, before another row or the end of the list, and at the start of a chunk.
 OPENING, SEPARATOR, NOTHING = (re.compile(p, re.A) for p in (r"\s*\[\s*", r"\s*(,\s*|(?=\]))", ""))
 
 Rows = Callable[[Path, int], Iterator[tuple[int, bytes]]]
@@ -69,7 +69,7 @@ def elements(file: Path, offset: int = 0) -> Iterator[tuple[int, bytes]]:
         decoder = json.JSONDecoder(strict=False)
         text, at = "", 0
         while True:
-            if len(text) - at < BLOCK_BYTES:  # as latin-1 a byte is a character, and JSON's own are the same
+            if len(text) - at < BLOCK_BYTES:  # in latin-1 each byte is a character; JSON's own are unchanged
                 text, at = text[at:] + stream.read(BLOCK_BYTES).decode("latin-1"), 0
             separated = before.match(text, at)
             begin = separated.end() if separated else at

@@ -64,7 +64,7 @@ def _jsonl_row(where: str, folder: Path, row: Mapping[str, Any]) -> Outcome:
 
 
 def _as_images(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of {"chosen", "rejected"} as one of {"images", "preferred"}."""
+    """Return a row of {"chosen", "rejected"} as one of {"images", "preferred"}."""
     stated = [name for name in ("images", *PREFERENCES) if not is_missing(row.get(name))]
     if stated:
         raise Unusable(f'"chosen" and "rejected" stand beside {", ".join(stated)}; give one or the other')
@@ -187,7 +187,7 @@ def _prompts(file: Path) -> dict[str, list[dict[str, Any]]]:
     return _prompts_since(file, file.stat().st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=1)  # for the next chunk
+@functools.lru_cache(maxsize=1)  # kept for the next chunk
 def _prompts_since(file: Path, changed: int) -> dict[str, list[dict[str, Any]]]:
     rows: list[Any]
     if check_regular(file).suffix == ".parquet":
@@ -214,7 +214,7 @@ def _prompts_since(file: Path, changed: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def _read_zipped(folder: Path, name: object) -> bytes | None:
-    """Read an image from the archive in place of its folder; None where there is none."""
+    """Read an image from the archive that replaces its folder; None if there is none."""
     place, _, file = relative(name, folder).rpartition("/")
     archive = in_any_form(folder, f"{place}.zip")
     if archive is None or not archive.is_file():
@@ -228,7 +228,7 @@ def _read_zipped(folder: Path, name: object) -> bytes | None:
         return None
     except Unusable:
         raise
-    except Exception as error:  # zipfile and its decompressors raise whatever a damaged archive leads them to
+    except Exception as error:  # zipfile and its decompressors raise any class of error for damaged archives
         raise Unusable("an image in a zip archive cannot be read", f"{archive} {name}: {error}") from None
 
 

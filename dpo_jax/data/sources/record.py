@@ -1,4 +1,5 @@
-"""What a source is and yields, and how votes, ranks and scores become shares of a preference."""
+"""The definition of a source and its outcomes, and the conversion of votes, ranks and scores to shares of a
+preference."""
 
 import math
 import re
@@ -24,14 +25,14 @@ class Record(NamedTuple):
     """File and row, for messages."""
     caption: str
     images: tuple[bytes | None, ...]
-    """The bytes of each image file, unchanged; None where the source has none."""
+    """The bytes of each image file, unchanged; None if the source has none."""
     preference: tuple[float, ...]
     """The share of the preference that each candidate got, in the order of `images`: sums to 1, all equal for a tie.
     A single candidate has 1 if it was liked, 0 if not."""
     models: tuple[str, ...]
-    """The model that generated each candidate; empty where the source does not say."""
+    """The model that generated each candidate; empty if the source does not say."""
     captions: tuple[str, ...] | None = None
-    """The caption of each candidate, where they differ from `caption`."""
+    """The caption of each candidate, if they differ from `caption`."""
 
 
 class Dropped(NamedTuple):

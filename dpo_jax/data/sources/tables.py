@@ -19,7 +19,7 @@ from dpo_jax.files import check_regular, look_at
 ROWS_AT_ONCE = 8
 BUFFER_BYTES = 1 << 20
 
-# What pyarrow raises for damaged files; MemoryError for the sizes that a damaged page claims.
+# Errors that pyarrow raises for damaged files; MemoryError for the sizes that a damaged page claims.
 ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError)
 
 Image = Callable[[str], bytes | None]
@@ -31,7 +31,7 @@ class Schema(NamedTuple):
     needed: Mapping[str, str]
     optional: Mapping[str, str]
     row: Callable[[str, Mapping[str, Any], Image], Outcome]
-    """(where the row is, its values except images, a function that reads the image of a column) -> outcome."""
+    """Maps (place of the row, its values except images, function that reads the image of a column) to the outcome."""
 
     @property
     def kinds(self) -> dict[str, str]:
@@ -157,7 +157,7 @@ def _bytes(value: pa.Scalar, folder: Path) -> bytes | None:
     array = value.values
     if array.null_count:
         raise Unusable("an image is a list with nulls")
-    if array.type == pa.int8():  # Java's bytes have a sign
+    if array.type == pa.int8():  # Java's bytes are signed
         array = array.view(pa.uint8())
     try:
         return array.cast(pa.uint8()).to_numpy().tobytes()
@@ -185,7 +185,7 @@ def _open(file: Path) -> tuple[pq.ParquetFile, list[int]]:
 
 
 def parquet_columns(file: Path) -> list[str]:
-    """The names of a parquet file's columns. Raises ValueError where it is no such file."""
+    """Return the names of a parquet file's columns. Raises a UserError if it is not a parquet file."""
     return list(_open(file)[0].schema_arrow.names)
 
 
@@ -225,7 +225,7 @@ def _is_of(type: pa.DataType, kind: str) -> bool:
     text = types.is_string, types.is_large_string, types.is_string_view
     data = types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary
     accepted = {
-        "text": (*text, *data),  # Spark may leave out that bytes are text
+        "text": (*text, *data),  # Spark may not mark bytes as text
         "number": (*text, types.is_integer, types.is_floating, types.is_decimal, types.is_boolean),
         "boolean": (*text, types.is_integer, types.is_floating, types.is_decimal, types.is_boolean),
         "image": data,

@@ -73,7 +73,7 @@ def _row(where: str, parts: Mapping[str, bytes | None]) -> Outcome:
 def _members(file: Path) -> Iterator[tuple[str, bytes | None] | Damaged]:
     """Yield (name, data) of each file in the tar, None for data that are cut off; continue after damaged headers."""
     size, end = file.stat().st_size, 0
-    # Otherwise tarfile takes a damaged header for the end of the tar.
+    # Without this, tarfile takes a damaged header for the end of the tar.
     with open(file, "rb") as stream, tarfile.open(fileobj=stream, mode="r:", ignore_zeros=True) as tar:
         while end < size:
             try:
@@ -95,11 +95,12 @@ def _members(file: Path) -> Iterator[tuple[str, bytes | None] | Damaged]:
                 whole = member.size <= MAX_BYTES and member.offset_data + member.size <= size
                 stored = tar.extractfile(member) if whole else None
                 yield member.name, stored.read() if stored else None
-    yield Damaged(f"{file} byte {size}", LOST)  # a whole tar ends in padding
+    yield Damaged(f"{file} byte {size}", LOST)  # a complete tar ends in padding
 
 
 def _behind_zeros(file: Path, offset: int, size: int) -> int:
-    """Where the blocks of zeros end; `tarfile` would look at each, of which a file with a hole may have billions."""
+    """Return where the blocks of zeros end; `tarfile` would read each, and a file with a hole may have billions of
+    them."""
     with open(file, "rb", buffering=0) as stream:
         while offset < size:
             stream.seek(offset)
@@ -109,13 +110,13 @@ def _behind_zeros(file: Path, offset: int, size: int) -> int:
             offset += tarfile.BLOCKSIZE
             try:
                 data = os.lseek(stream.fileno(), offset, os.SEEK_DATA)
-            except OSError:  # there is nothing but a hole
+            except OSError:  # only a hole follows
                 return size
             offset += (data - offset) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
     return size
 
 
 def _is_padding(stream: BinaryIO, start: int, stop: int) -> bool:
-    """Whether bytes are the zeros at the end of a tar, too few to hide a lost sample."""
+    """Return whether bytes are the zeros at the end of a tar, too few to hide a lost sample."""
     stream.seek(start)
     return stop - start <= 2 * tarfile.RECORDSIZE and not any(stream.read(stop - start))

@@ -10,12 +10,12 @@ _TRUTH = {"true": True, "yes": True, "false": False, "no": False}
 
 
 def is_missing(value: object) -> bool:
-    """Whether a value is null, or NaN, which pandas writes for null."""
+    """Return whether a value is null, or NaN, which pandas writes for null."""
     return value is None or (isinstance(value, float | Decimal) and math.isnan(value))
 
 
 def is_unstated(value: object) -> bool:
-    """Whether a number or a truth value is missing; as text it may also be blank."""
+    """Return whether a number or a truth value is missing; as text it may also be blank."""
     return is_missing(value) or (isinstance(value, str) and value.strip().lower() in _BLANK)
 
 

@@ -33,18 +33,18 @@ def map_table(path: Path, schema: pa.Schema, again: str, earlier: pa.Schema | No
 def _refuse_compressed(mapped: pa.MemoryMappedFile) -> None:
     """Raise ArrowInvalid where reading could take more memory than the file has bytes; our own files never do."""
     mapped.seek(0)
-    messages = pa.ipc.MessageReader.open_stream(mapped.read_buffer().slice(8))  # behind the magic bytes
+    messages = pa.ipc.MessageReader.open_stream(mapped.read_buffer().slice(8))  # after the magic bytes
     for message in messages:
         if message.type not in ("schema", "record batch") or _is_compressed(message.metadata):
             raise pa.ArrowInvalid("its columns are compressed or dictionary-encoded")
 
 
 def _is_compressed(metadata: pa.Buffer) -> bool:
-    """Whether a FlatBuffer of Arrow's Message.fbs says that the buffers of a record batch are compressed."""
+    """Return whether a FlatBuffer of Arrow's Message.fbs says that the buffers of a record batch are compressed."""
     data = memoryview(metadata)
 
     def field(table: int, number: int) -> int:
-        """Where a table's field lies; 0 if it has none."""
+        """Return the position of a table's field; 0 if it has none."""
         entries = table - struct.unpack_from("<i", data, table)[0]
         if 4 + 2 * number >= struct.unpack_from("<H", data, entries)[0]:
             return 0

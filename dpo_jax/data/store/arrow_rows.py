@@ -1,4 +1,4 @@
-"""Read rows of an Arrow table that is mapped into memory, each in a few microseconds, whatever the table's length.
+"""Reads rows of an Arrow table that is mapped into memory, each in a few microseconds, whatever the table's length.
 
 pyarrow makes objects for every cell and its value, 25 microseconds per cell; `take` first looks at all chunks.
 """
@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 Cell = Callable[[int], Any]
-"""Row index -> value, as `as_py` returns it."""
+"""Maps a row index to the value that `as_py` returns."""
 
 
 class RowReader:

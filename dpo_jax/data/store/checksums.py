@@ -55,12 +55,12 @@ def read(folder: Path) -> dict[str, str] | None:
 
 
 def check(folder: Path, digests: Mapping[str, str], names: Iterable[str]) -> None:
-    """Raise ValueError where a file has changed since its digest was stored."""
+    """Raise a UserError if a file has changed since its digest was stored."""
     for name in names:
         if name not in digests:
             raise UserError(f"{folder / FILE} is damaged (it does not list {name})")
         too_long = name.endswith(".json") and files.check_regular(folder / name).stat().length > MAX_JSON
-        if too_long or checksum(folder / name) != digests[name]:  # what is too long would take minutes to read
+        if too_long or checksum(folder / name) != digests[name]:  # reading a file that is too long would take minutes
             raise UserError(f"{folder / name} is damaged (its checksum is not the one in {FILE})")
 
 

@@ -42,7 +42,7 @@ INFO, FEATURES_FILE = "dataset_info.json", "features.json"
 MAX_SHARDS = 100_000
 """The number of files that the five digits of a name allow."""
 Decimal = Annotated[str, pydantic.StringConstraints(pattern=r"^[0-9]{1,18}$")]
-"""How TFDS writes a 64-bit integer."""
+"""A 64-bit integer as TFDS writes it."""
 Count = Annotated[str, pydantic.StringConstraints(pattern=r"^[1-9][0-9]{0,8}$")]
 FEATURES_JSON: dict[str, Any] = {
     "featuresDict": {
@@ -55,7 +55,7 @@ FEATURES_JSON: dict[str, Any] = {
     },
     "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
 }
-"""What TFDS writes for `FEATURES`; no other `features.json` is accepted."""
+"""The text that TFDS writes for `FEATURES`; no other `features.json` is accepted."""
 
 
 class _Split(pydantic.BaseModel):
@@ -147,16 +147,16 @@ def locate(file: Path) -> list[int]:
 
 
 IsWhole = Callable[[int, memoryview], bool]
-"""(position, image) -> whether its bytes are the ones that were stored."""
+"""Maps (position, image) to whether its bytes are the ones that were stored."""
 
 
 def by_xxh3(digests_I: np.ndarray) -> IsWhole:
-    """Compare an image at every read: 2 microseconds for 100 kB, which take 1000 to decode."""
+    """Return a check at every read: 2 microseconds for 100 kB, which take 1000 to decode."""
     return lambda position, image: xxhash.xxh3_64_intdigest(image) == digests_I[position]
 
 
 def by_sha256(digests: pa.ChunkedArray) -> IsWhole:
-    """Compare an image when it is first read: 70 microseconds for 100 kB."""
+    """Return a check when an image is first read: 70 microseconds for 100 kB."""
     rows = RowReader(pa.table({"sha256": digests}))
     known_I = np.zeros(len(digests), bool)
 
@@ -199,7 +199,7 @@ class ImageFiles:
         if mapped is None:
             mapped = self._mapped.setdefault(number, _map(self.files[number]))
         start, length = int(self._offsets_I[position]), int(self._lengths_I[position])
-        # All of it is fetched from disk at once, without waiting: the decoder would go page by page.
+        # The whole image is fetched from disk at once, without waiting; the decoder would fetch it page by page.
         first = start - start % mmap.PAGESIZE
         mapped.madvise(mmap.MADV_WILLNEED, first, start + length - first)
         image = memoryview(mapped)[start : start + length]

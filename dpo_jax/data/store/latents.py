@@ -63,7 +63,7 @@ class _View(pydantic.BaseModel):
 
 
 class Settings(pydantic.BaseModel, extra="allow"):
-    """What latents were made of and how; all other fields are strings that are compared."""
+    """The models and settings that latents were made with; all other fields are strings that are compared."""
 
     family: str
     resolution: Annotated[int, pydantic.Field(ge=1, le=2**16)]
@@ -95,7 +95,7 @@ class StoredLatents:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the latents were made of and how."""
+        """The models and settings that the latents were made with."""
         return self._written.facts.model_dump()
 
     @property
@@ -108,7 +108,7 @@ class StoredLatents:
 
     @property
     def has_checksums(self) -> bool:
-        """Whether damage can be noticed: latents of earlier versions have no checksums."""
+        """True if damage can be noticed: latents of earlier versions have no checksums."""
         return self._written.captions_checksum is not None and all(file.has_checksums for file in self.files)
 
     @property
@@ -126,7 +126,7 @@ class StoredLatents:
         self._images[file].read("moments", row * len(self.views) + view, moments_hwC)
 
     def read_text(self, caption: str, context_LD: np.ndarray, pooled_P: np.ndarray) -> None:
-        """Read the embeddings of a caption. Both raise DamagedLatents where they are absent or damaged."""
+        """Read the embeddings of a caption. Like `read_moments`, raise DamagedLatents if they are absent or damaged."""
         position = bisect.bisect_left(self._captions, caption)
         if position == len(self._captions) or self._captions[position] != caption:
             raise DamagedLatents(f"{self.folder / CAPTIONS} has no caption {caption!r}")
@@ -146,7 +146,7 @@ class StoredLatents:
 
     def _check(self) -> None:
         written = self._written
-        _ = self._captions  # another file than a table may be too long to read whole
+        _ = self._captions  # files other than tables may be too long to read completely
         digest = written.captions_checksum
         if digest is not None and checksums.checksum(self.folder / CAPTIONS) != digest:
             raise UserError(f"{CAPTIONS} has another checksum")
@@ -210,13 +210,13 @@ class LatentsFile:
         if len(leads) != 1 or any(len(shapes[name]) <= axes for name, axes in known.items()):
             raise UserError(f"{path} has neither the tensors of images nor those of captions")
         (self.lead_shape,) = leads
-        """Rows; of images, rows and views."""
+        """Leading axes: rows or, for images, rows and views."""
         self.rows = self.lead_shape[0]
         self.row_shapes = {name: shapes[name][axes:] for name, axes in known.items()}
         self.has_checksums = all(shapes.get(name + CHECKSUM) == self.lead_shape for name in known)
 
     def read(self, name: str, row: int, out: np.ndarray) -> None:
-        """Read a row (of images: one view) of as many bytes as `out` has; raise DamagedLatents if they have changed."""
+        """Read a row (for images: one view) with the size of `out`; raise DamagedLatents if it has changed."""
         if not 0 <= row < math.prod(self.lead_shape):
             raise DamagedLatents(f"{self.path} has no row {row} of {name}")
         read_into(self.path, self._offsets[name] + row * out.nbytes, out)
@@ -254,7 +254,7 @@ def with_checksums(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _xxh3(row: np.ndarray) -> int:
-    """XXH3 as a signed integer: not all readers of safetensors know unsigned ones of 64 bits."""
+    """Return XXH3 as a signed integer, because not all readers of safetensors support unsigned 64-bit integers."""
     return int.from_bytes(xxhash.xxh3_64_digest(row.view(np.uint8).data), "big", signed=True)
 
 
@@ -362,7 +362,8 @@ def write_captions(folder: Path, captions: pa.Array) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a temporary file that then becomes `path`: whole or not at all, even if the machine crashes."""
+    """Make `write` fill a temporary file that then becomes `path`: completely or not at all, even if the machine
+    crashes."""
     unfinished = path.with_name(files.partial_name(path.name))
     try:
         write(unfinished)

@@ -39,7 +39,7 @@ RECORDS = pa.schema(
         "captions": pa.list_(pa.string()),  # null unless the candidates have captions of their own
         "images": pa.list_(pa.int32()),  # best first
         "preference": pa.list_(pa.float32()),  # sums to 1; all equal is a tie; a single image: 1 liked, 0 disliked
-        "models": pa.list_(pa.string()),  # the model that generated each; "" where the source does not say
+        "models": pa.list_(pa.string()),  # the model that generated each; "" if the source does not say
         "split": pa.string(),
         "where": pa.string(),  # file and row of the source, for messages
     }
@@ -47,9 +47,9 @@ RECORDS = pa.schema(
 IMAGES = pa.schema(
     {
         "sha256": pa.binary(),
-        "width": pa.int32(),  # upright, as EXIF says
+        "width": pa.int32(),  # upright, by EXIF
         "height": pa.int32(),
-        "offset": pa.int64(),  # its first byte in its file of the data set
+        "offset": pa.int64(),  # first byte of the image in its file of the data set
         "bytes": pa.int32(),
         "xxh3": pa.uint64(),  # XXH3 of its bytes, compared at each read: 30 times as fast as SHA-256
     }
@@ -58,7 +58,7 @@ IMAGES_BEFORE_XXH3 = pa.schema([field for field in IMAGES if field.name != "xxh3
 
 AGAIN = "prepare it again into another folder"
 MAX_DAMAGED = 0.01
-"""Fraction of the records or images that may be left out because they are damaged; one always may."""
+"""Fraction of the records or images that may be left out because they are damaged; one is always allowed."""
 CHECKED = ("records.arrow", "images.arrow", f"images/{INFO}", f"images/{FEATURES_FILE}")
 """The files whose checksums are compared whenever a data set is opened."""
 
@@ -96,12 +96,13 @@ class PreparedData:
         return record
 
     def read_images(self, record: dict[str, Any]) -> list[memoryview]:
-        """The image files of a record, bytes unchanged."""
+        """Return the image files of a record, bytes unchanged."""
         return [self.images[position] for position in record["images"]]
 
     @property
     def records(self) -> pa.Table:
-        """`RECORDS`; with judges, the records that all of them scored have the judges' order and preference."""
+        """The table `RECORDS`; with judges, the records that all of them scored have the judges' order and
+        preference."""
         return self._records_and_scored[0]
 
     @functools.cached_property
@@ -110,7 +111,7 @@ class PreparedData:
 
     @property
     def scored_N(self) -> np.ndarray:
-        """Whether each record has scores from all judges."""
+        """For each record, whether it has scores from all judges."""
         return self._records_and_scored[1]
 
     @functools.cached_property
@@ -142,7 +143,7 @@ class PreparedData:
         return ImageFiles(paths, counts, offsets_I, lengths_I, is_whole)
 
     def name_of(self, record: int) -> str:
-        """A name for the record in messages: its index, the data set, and where it came from."""
+        """Return a name for the record in messages: its index, the data set, and where it came from."""
         return f"record {record} of {self.folder} ({self.records['where'][record].as_py()})"
 
     @functools.cached_property
@@ -191,7 +192,7 @@ def open_prepared(folder: str | Path, judges: Sequence[str] = (), combine: Combi
 def _check(folder: Path) -> None:
     """Raise ValueError where a file of a data set is damaged, or the files do not fit together."""
     prepared = PreparedData(folder)
-    _ = prepared.records, prepared._images_table  # other files than tables may be too long to read whole
+    _ = prepared.records, prepared._images_table  # files other than tables may be too long to read completely
     digests = checksums.read(folder)
     if digests is not None:
         checksums.check(folder, digests, CHECKED)
@@ -223,7 +224,7 @@ class NothingChosenError(UserError):
 
 
 def lines_of(caption: str) -> list[str]:
-    """Return the lines of a caption that have text, each a caption of its own; the caption itself where none has."""
+    """Return the lines of a caption that have text, each as a separate caption; the caption itself if none has."""
     return [line.strip() for line in caption.split("\n") if line.strip()] or [caption]
 
 
@@ -320,7 +321,7 @@ def select(
 
 
 def _made_by(generators: Sequence[str], models: pa.ChunkedArray) -> np.ndarray:
-    """Whether one of the regular expressions matches in the model's name, for each candidate."""
+    """Return, for each candidate, whether one of the regular expressions matches the model's name."""
     try:
         patterns = [re.compile(generator) for generator in generators]
     except re.error as error:

@@ -31,7 +31,7 @@ ROWS_A_BATCH = 10_000
 
 
 class Candidates(NamedTuple):
-    """Where the candidates of each record lie in a flat array of all of them."""
+    """The place of each record's candidates in a flat array of all candidates."""
 
     number_N: np.ndarray
     first_N: np.ndarray
@@ -138,12 +138,12 @@ def _read(folder: Path, judge: str, of: Candidates, digest: str) -> np.ndarray:
 
 
 def has_checksum(folder: Path, judge: str) -> bool:
-    """Whether damage can be noticed: scores of earlier versions have no checksum."""
+    """Return whether damage can be noticed: scores of earlier versions have no checksum."""
     return b"scores_xxh3" in (pa.ipc.open_file(pa.memory_map(str(scores_file(folder, judge)))).schema.metadata or {})
 
 
 def complete(scores_M: np.ndarray, of: Candidates) -> np.ndarray:
-    """Whether each record has a score for every image."""
+    """Return, for each record, whether it has a score for every image."""
     return np.bincount(of.record_M, np.isnan(scores_M), len(of.number_N)) == 0
 
 
@@ -153,9 +153,9 @@ class Ranking(NamedTuple):
     order_M: np.ndarray
     """Candidates best first, record by record; equal ones, and those of records without scores, as stored."""
     preference_M: np.ndarray
-    """In that order, float32: the best has 1; several equal best ones share it."""
+    """Preferences in that order, float32: the best has 1; several equal best ones share it."""
     scored_N: np.ndarray
-    """Whether all judges scored the record."""
+    """For each record, whether all judges scored it."""
 
 
 def rank(scores_JM: np.ndarray, of: Candidates, combine: Combine) -> Ranking:

@@ -72,7 +72,7 @@ def check_records(path: Path, records: pa.Table, known_images: int) -> None:
     image_M = pc.list_flatten(records["images"]).to_numpy()
     problems.add(any_of_record((image_M < 0) | (image_M >= known_images)), "images has one that images.arrow lacks")
     share_M = pc.list_flatten(records["preference"]).to_numpy()
-    outside_N = any_of_record(~((share_M >= 0) & (share_M <= 1)))  # NaN among them
+    outside_N = any_of_record(~((share_M >= 0) & (share_M <= 1)))  # also catches NaN
     problems.add(outside_N, "preference has an entry that is not between 0 and 1")
     sum_N = np.add.reduceat(share_M.astype(np.float64), first_N)
     problems.add(~outside_N & (number_N > 1) & (np.abs(sum_N - 1) > 1e-3), "preference does not sum to 1")
