@@ -294,7 +294,7 @@ def writing(path: epath.PathLike) -> Iterator[IO[bytes]]:
 
 
 def append(path: epath.PathLike, text: str) -> None:
-    """Append to one of our own files and flush it to the disk (fsync); follows no link."""
+    """Append to a file that dpo_jax wrote and flush it to the disk (fsync); follows no link."""
     if not is_local(path):  # object stores cannot append
         path = epath.Path(path)
         write_whole(path, (path.read_bytes() if path.exists() else b"") + text.encode())

@@ -29,7 +29,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class View(NamedTuple):
-    """Where candidates of a prompt are cropped and whether they are mirrored; shared, so that no candidate is favoured.
+    """Crop and mirroring of the candidates of a prompt; they share it, so that no candidate is favoured.
 
     `top` and `left` are fractions in [0, 1) of the margin around the square in the resized image; None takes the
     centre. Images are mirrored before they are cropped, as in diffusers' SDXL trainers. The official Diffusion-DPO

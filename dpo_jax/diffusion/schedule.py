@@ -37,7 +37,7 @@ class Schedule(NamedTuple):
     """Signal of the latents after the last sampling step: 1, or `signal_T[0]` if `set_alpha_to_one` is false."""
     final_noise: float
     timestep_spacing: str
-    """How a sampler spaces its timesteps: leading, trailing or linspace (arXiv 2305.08891, table 2); "" if the file
+    """Spacing of the timesteps of a sampler: leading, trailing or linspace (arXiv 2305.08891, table 2); "" if the file
     does not say, which leaves it to the sampler."""
     steps_offset: int
     """Added to the timesteps of the leading spacing."""

@@ -1,4 +1,5 @@
-"""How a UNet's blocks are executed: what is kept for the backward pass, and whether equal blocks share one program.
+"""Execution of a UNet's blocks: what is kept for the backward pass, and whether equal blocks share one program.
+
 These choices change memory use and compile time, but not the result.
 
 Each residual block and each transformer block is one unit of rematerialization (Chen et al., arXiv 1604.06174): its
@@ -38,7 +39,7 @@ the results of matrix products and convolutions; the results of attention; nothi
 
 
 class Execution(NamedTuple):
-    """How the blocks of a UNet are executed."""
+    """Settings of the execution of a UNet's blocks."""
 
     remat: str = "none"
     """Name of the rematerialization policy, a key of `POLICIES`."""

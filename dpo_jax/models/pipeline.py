@@ -74,7 +74,7 @@ class Pipeline:
     allow_nonfinite: bool = False
     """True if weights may hold NaN and infinity."""
     execution: Execution = PLAIN
-    """How the UNet's blocks are executed."""
+    """Settings of the execution of the UNet's blocks."""
     adapters: Adapters = dataclasses.field(default_factory=dict)
     """The layers of the UNet that have a LoRA; see `with_lora`."""
     adapted_unet: Network | None = None

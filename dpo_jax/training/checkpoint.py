@@ -327,7 +327,7 @@ def _signed(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked(path: epath.Path) -> dict[str, Any]:
-    """Return the fields of a file that `_signed` made (old ones have no checksum); UserError where it is damaged."""
+    """Return the fields of a file that `_signed` made (old ones have no checksum); UserError if it is damaged."""
     fields: dict[str, Any] = files.read_json(path, dict[str, Any])
     checksum = fields.pop("checksum", None)
     if checksum is not None and checksum != _digest(fields):

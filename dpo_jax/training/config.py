@@ -218,7 +218,7 @@ def divide_batch(config: ConfigDict, samples: int, *, device_count: int, process
 
 
 def describe_batch(config: ConfigDict, derived: Derived, process_count: int) -> str:
-    """One line that says how an optimizer step is divided, and why it differs from what the config asks for."""
+    """Return one line that says how an optimizer step is divided, and why it differs from what the config asks for."""
     samples, share = derived.local_batch_size * process_count, derived.micro_batch_per_device * derived.accumulation
     asked, unit = config.data.micro_batch, "prompts x timesteps" if "online" in config else "pairs"
     devices = "devices" if config.mesh.tensor == 1 else "groups of devices"
@@ -275,5 +275,5 @@ def check_same_experiment(fields: dict[str, Any], saved: dict[str, Any], workdir
 
 
 def is_free(field: str, free: tuple[str, ...] = FREE_TO_CHANGE) -> bool:
-    """Whether a run may be continued with another value of a field."""
+    """Return whether a run may be continued with another value of a field."""
     return any(field.startswith(name) if name.endswith(".") else field == name for name in free)

@@ -56,7 +56,7 @@ def config_of(fields: Mapping[str, Field]) -> ConfigDict:
 
 
 class FieldHelp(NamedTuple):
-    """What --help and the documentation say about a field."""
+    """The text about a field in --help and in the documentation."""
 
     path: str
     default: Any

@@ -1,4 +1,4 @@
-"""Keep the batch of a step whose loss or gradient is not finite, and replay it to see which examples are the cause."""
+"""Keeps the batch of a step whose loss or gradient is not finite, and replays it to find the examples at fault."""
 
 import io
 import zipfile
@@ -102,7 +102,7 @@ def _arrays(part: Any, prefix: str = "") -> dict[str, np.ndarray]:
     for name, value in part._asdict().items():
         if hasattr(value, "_asdict"):
             arrays |= _arrays(value, f"{prefix}{name}.")
-        elif value.dtype == ml_dtypes.bfloat16:  # which a .npz cannot hold
+        elif value.dtype == ml_dtypes.bfloat16:  # a .npz cannot hold bfloat16
             arrays[f"{prefix}{name}:bfloat16"] = value.view(np.uint16)
         else:
             arrays[f"{prefix}{name}"] = value

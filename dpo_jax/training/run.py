@@ -57,7 +57,7 @@ class Run:
 
     @property
     def adapter(self) -> Adapter | None:
-        """The trained LoRA, or None where the whole UNet was trained."""
+        """The trained LoRA, or None if the whole UNet was trained."""
         adapted = self.pipeline.adapted_unet
         if adapted is None:
             return None

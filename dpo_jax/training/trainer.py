@@ -312,7 +312,7 @@ class Loop:
         return state
 
     def _fetch(self, metrics: Mapping[str, jax.Array], step: int) -> dict[str, float]:
-        """Return metrics as numbers; UserError where the loss, gradient or update is not finite."""
+        """Return metrics as numbers; UserError if the loss, gradient or update is not finite."""
         with cluster.watched(f"to end step {step}"):
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         finite = ("train/loss", "train/gradient_norm", "train/update_norm")
@@ -348,7 +348,7 @@ class Loop:
             self.bar.say(f"loss before the first update {loss:.6f}; policy = reference makes log 2 = {math.log(2):.6f}")
 
     def _validates_at(self, step: int) -> bool:
-        """Whether to validate at this step; only runs on a data set have held-out pairs."""
+        """Return whether to validate at this step; only runs on a data set have held-out pairs."""
         every = self.config.validation.every if self.inputs is not None else 0
         return bool(every) and (step % every == 0 or step == self.config.steps)
 

@@ -62,7 +62,7 @@ CONVERT_STATE_DICT = (
     "python -c \"import torch, safetensors.torch as s; x = torch.load('{file}', 'cpu', weights_only=True); "
     "s.save_file({{k: v.clone() for k, v in x.get('state_dict', x).items()}}, '{stem}.safetensors')\""
 )
-"""How to convert a pickle that holds the tensors of one network."""
+"""Advice for converting a pickle that holds the tensors of one network."""
 
 MAX_SHARD_BYTES = 10 * 10**9  # diffusers' default
 MAX_INDEX_BYTES = 100 * 10**6

@@ -1,4 +1,4 @@
-"""How LoRA files name their tensors: in every layout, a name is a prefix, the name of a layer, and a part.
+"""The names of tensors in LoRA files: in every layout, a name is a prefix, the name of a layer, and a part.
 
     prefix    `unet.`, `diffusion_model.`, `base_model.model.`, `lora_unet_` and others, or none
     layer     diffusers' name, or that of the original checkpoint; after `lora_unet_` joined by underscores

@@ -1,4 +1,4 @@
-"""How often a judge prefers the same image as the votes or another judge.
+"""Measures how often a judge prefers the same image as the votes or another judge.
 
 Axes: N records, M candidates of all records together, Q pairs of candidates, P prompts.
 """

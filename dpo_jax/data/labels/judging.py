@@ -79,7 +79,7 @@ def score_images(
 
 
 def _leave_out(prepared: PreparedData, record: int, error: images.DamagedImage, damaged: int, total: int) -> None:
-    """Report a damaged image; raise ValueError where there are too many."""
+    """Report a damaged image; raise ValueError if there are too many."""
     message = f"{prepared.name_of(record)}: {error}"
     if damaged > max(1, MAX_DAMAGED * total) or damaged == total:
         raise UserError(

@@ -175,7 +175,7 @@ def validation_batches(
 
 
 class Sample(NamedTuple):
-    """One position of the stream: which record it shows, and how."""
+    """One position of the stream: the record that it shows, and how."""
 
     position: int
     """Position in the stream."""
@@ -268,7 +268,7 @@ class BatchIterator(Iterator[PreferenceBatch]):
         warn(f"{message}; it is left out")
 
     def _plan(self) -> bool:
-        """Plan the next batches; return False where the stream has ended."""
+        """Plan the next batches; return False if the stream has ended."""
         everyone = self._batch_size * self._shard_count
         count = min(-(-EXAMPLES_PER_PLAN // self._batch_size), (self._length - self._planned_to) // everyone)
         start, self._planned_to = self._planned_to, self._planned_to + count * everyone

@@ -42,7 +42,7 @@ RECORDS_TO_JUDGE_BY = 10_000
 
 
 class Progress(NamedTuple):
-    """How far `prepare` has come."""
+    """Progress of `prepare`."""
 
     step: str
     done: int
@@ -54,7 +54,7 @@ class Progress(NamedTuple):
 
 @dataclasses.dataclass
 class Summary:
-    """What became of the input's rows; written beside the data as `summary.json`."""
+    """The outcome for the input's rows; written beside the data as `summary.json`."""
 
     files: list[str]
     source: str = ""

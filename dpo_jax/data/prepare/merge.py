@@ -30,7 +30,7 @@ IMAGE = np.dtype([("sha256", "S32"), ("position", np.int32)])
 
 
 class Merged(NamedTuple):
-    """What the merge counted."""
+    """The counts of a merge."""
 
     splits: dict[str, int]
     """Records by split."""

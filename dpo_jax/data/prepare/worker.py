@@ -36,7 +36,7 @@ Number = Annotated[int, pydantic.Field(ge=0)]
 
 
 class Counts(pydantic.BaseModel):
-    """What became of the rows of a part: the contents of `counts.json`."""
+    """The outcome for the rows of a part: the contents of `counts.json`."""
 
     rows: Number
     records: Number
@@ -203,7 +203,7 @@ def _have_same_pixels(a: _Verified, b: _Verified) -> bool:
 def _settled(record: Record, firsts: list[int]) -> tuple[Record, list[int]] | None:
     """Give candidates of the same image and caption equal shares; return the record, best first, and that order.
 
-    Return None where all candidates are the same image.
+    Return None if all candidates are the same image.
 
     Args:
         firsts: what `_firsts` returned.

@@ -26,7 +26,7 @@ LAYOUTS: dict[str, list[tuple[str, Sequence[str]]]] = {
         ("hpdv3", ("prompt", "image_path")),
     ],
 }
-"""By kind of file: sources, and the columns that their rows have; the first source with all its columns is chosen."""
+"""Sources, and the columns of their rows, by kind of file; the first source whose columns all exist is chosen."""
 KINDS = {".tar": "pickapic_tar", ".csv": "csv", ".tsv": "csv"}
 """Kinds of files that only one source reads."""
 FOLDERS = [("pairs_folder", ("w", "l")), ("liked", ("liked", "disliked"))]

@@ -35,7 +35,7 @@ def read_file(path: Path) -> bytes:
 
 
 def find(name: object, *folders: Path) -> Path | None:
-    """Return the file that a row names, in the first of the folders that has it; None where none has.
+    """Return the file that a row names, in the first of the folders that has it; None if none has.
 
     The path may be relative to a folder, or absolute and inside the first one; with / or \\, with escapes as in
     URLs, and in another Unicode form than the file's name. The literal path is tried first.
@@ -102,7 +102,7 @@ def _forms(name: object) -> Iterator[str]:
 
 
 def _inside(folder: Path, name: str) -> str:
-    """Return the path relative to the folder; raise Unusable where it leads out of it."""
+    """Return the path relative to the folder; raise Unusable if it leads out of it."""
     path = os.path.normpath(name)
     if os.path.isabs(path):
         here, real = os.path.abspath(folder), os.path.realpath(folder)

@@ -49,7 +49,7 @@ class Damaged(NamedTuple):
     reason: str
     """Short, and the same for the same fault, because reasons are counted."""
     found: str = ""
-    """What was found, or what was missing."""
+    """The value that was found, or the name of what is missing."""
 
 
 class Unusable(UserError):
@@ -61,7 +61,7 @@ class Unusable(UserError):
 
 
 Outcome = Record | Dropped | Damaged
-"""What a source yields for one row of its input."""
+"""The outcome of one row of a source's input."""
 
 
 class Chunk(NamedTuple):
@@ -84,7 +84,7 @@ def rows_a_chunk(rows: int) -> int:
 
 
 class Source(NamedTuple):
-    """How files of one layout are read."""
+    """The functions that read files of one layout."""
 
     chunks: Callable[[Sequence[Path]], list[Chunk]]
     """Split the input, always the same way; raise ValueError for files of another layout before anything is read."""
@@ -131,7 +131,7 @@ def make_record(
 
     Args:
         shares: one per candidate, in any unit: votes, labels, or what `borda` returns.
-        image: reads candidate k; called only for rows that state a preference; raises Unusable where it cannot.
+        image: reads candidate k; called only for rows that state a preference; raises Unusable if it cannot.
         models: one per candidate, null where unknown; empty if none is known.
     """
     if is_missing(caption):

@@ -31,7 +31,7 @@ def map_table(path: Path, schema: pa.Schema, again: str, earlier: pa.Schema | No
 
 
 def _refuse_compressed(mapped: pa.MemoryMappedFile) -> None:
-    """Raise ArrowInvalid where reading could take more memory than the file has bytes; our own files never do."""
+    """Raise ArrowInvalid if reading could take more memory than the file has bytes; dpo_jax writes no such files."""
     mapped.seek(0)
     messages = pa.ipc.MessageReader.open_stream(mapped.read_buffer().slice(8))  # after the magic bytes
     for message in messages:

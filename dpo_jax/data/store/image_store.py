@@ -81,7 +81,7 @@ def shard_name(number: int, count: int) -> str:
 def read_layout(folder: Path) -> tuple[list[Path], list[int]]:
     """Return the image files of a prepared data set, and the number of images in each.
 
-    Raise ValueError where the JSON describes another class, name or format.
+    Raise ValueError if the JSON describes another class, name or format.
     """
     info: _Info = files.read_json(folder / INFO, _Info, checksums.MAX_JSON)
     (split,) = info.splits

@@ -71,7 +71,7 @@ class Settings(pydantic.BaseModel, extra="allow"):
 
 
 class FileLayout(pydantic.BaseModel):
-    """How the rows of images or captions are spread over files."""
+    """The distribution of the rows of images or captions over files."""
 
     files: Annotated[int, pydantic.Field(ge=1, le=10**6)]
     rows_a_file: Annotated[int, pydantic.Field(ge=1, le=2**40)]
@@ -135,7 +135,7 @@ class StoredLatents:
         self._texts[file].read("pooled", row, pooled_P)
 
     def check(self) -> None:
-        """Raise ValueError where a file is missing, cut short or has other rows; takes some 0.1 ms per file."""
+        """Raise ValueError if a file is missing, cut short or has other rows; takes some 0.1 ms per file."""
         try:
             self._check()
         except (ValueError, OSError) as error:

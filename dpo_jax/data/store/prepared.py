@@ -190,7 +190,7 @@ def open_prepared(folder: str | Path, judges: Sequence[str] = (), combine: Combi
 
 
 def _check(folder: Path) -> None:
-    """Raise ValueError where a file of a data set is damaged, or the files do not fit together."""
+    """Raise ValueError if a file of a data set is damaged, or the files do not fit together."""
     prepared = PreparedData(folder)
     _ = prepared.records, prepared._images_table  # files other than tables may be too long to read completely
     digests = checksums.read(folder)

@@ -36,7 +36,7 @@ class _Problems:
 
 
 def check_records(path: Path, records: pa.Table, known_images: int) -> None:
-    """Raise ValueError where records have nulls, lists of wrong length, unknown images or impossible preferences."""
+    """Raise ValueError if records have nulls, lists of wrong length, unknown images or impossible preferences."""
     validate(path, records)
     if not records.num_rows:
         raise UserError(f"{path} holds no records")
@@ -83,7 +83,7 @@ def check_records(path: Path, records: pa.Table, known_images: int) -> None:
 
 
 def check_images(path: Path, images: pa.Table) -> None:
-    """Raise ValueError where images have nulls, digests of another length or impossible sizes."""
+    """Raise ValueError if images have nulls, digests of another length or impossible sizes."""
     validate(path, images)
     problems = _Problems(path, "image")
     for name in images.column_names:
@@ -99,7 +99,7 @@ def check_images(path: Path, images: pa.Table) -> None:
 
 
 def validate(path: Path, table: pa.Table) -> None:
-    """Raise ValueError where a table has invalid offsets or text; reading such a table would end the process."""
+    """Raise ValueError if a table has invalid offsets or text; reading such a table would end the process."""
     try:
         table.validate(full=True)
     except pa.ArrowException as error:
