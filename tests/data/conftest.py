@@ -1,4 +1,5 @@
-"""A small Pick-a-Pic file, a small prepared folder, and CLIP tokenizers whose ids can be worked out by hand."""
+"""Fixtures: a small Pick-a-Pic file, a small prepared folder, and CLIP tokenizers whose ids can be worked out by
+hand."""
 
 import hashlib
 import io
@@ -26,7 +27,7 @@ def encode(pixels_HWC: np.ndarray, format: str = "JPEG", **options: Any) -> byte
 
 
 def noise_jpeg(seed: int) -> bytes:
-    """40 x 56 pixels, odd seeds 56 x 40."""
+    """Return noise of 40 x 56 pixels, or of 56 x 40 for odd seeds."""
     shape = (56, 40, 3) if seed % 2 else (40, 56, 3)
     return encode(np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
 
@@ -60,7 +61,7 @@ def example_of(image: bytes) -> bytes:
 
 
 def write_prepared(folder: Path, records: Sequence[dict[str, Any]], images_per_shard: int = 5) -> Path:
-    """What `prepare` leaves of these records, by hand; what a record doesn't state is filled in."""
+    """Write records by hand in the layout of `prepare`; fields that a record does not state are filled in."""
     stored = {data: i for i, data in enumerate(dict.fromkeys(data for record in records for data in record["images"]))}
     (folder / "images").mkdir(parents=True)
     listed = list(stored)

@@ -1,4 +1,4 @@
-"""Rows read where they lie are what pyarrow makes of them."""
+"""`RowReader` returns the same values as pyarrow."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def test_every_cell_of_any_chunks(chunk: int, first: int) -> None:
 
 
 def test_columns_may_be_cut_into_chunks_of_their_own() -> None:
-    """As where judges' order replaces a few columns."""
+    """This is the case if judges' order replaces a few columns."""
     arrays = {name: pa.array(COLUMNS[name], RECORDS.field(name).type) for name in RECORDS.names}
     arrays["images"] = pa.chunked_array([arrays["images"][:5], arrays["images"][5:]])
     table = pa.table(arrays, RECORDS)

@@ -1,4 +1,4 @@
-"""Memory comes back when nobody holds it any more, and never before."""
+"""Memory returns to the pool when nothing refers to it any more, and never before."""
 
 import gc
 
@@ -21,7 +21,7 @@ def test_memory_of_a_dropped_array_is_used_again() -> None:
     second = pool.empty((8, 4), np.float32)
     assert address(second) != where
     del first
-    third = pool.empty((4, 16), ml_dtypes.bfloat16)  # as many bytes
+    third = pool.empty((4, 16), ml_dtypes.bfloat16)  # the same number of bytes
     assert address(third) == where
     assert third.dtype == ml_dtypes.bfloat16
     assert pool.empty((3,), np.float32).nbytes == 12
@@ -44,7 +44,7 @@ def test_a_view_keeps_the_memory() -> None:
 
 
 def test_an_array_of_jax_keeps_the_memory() -> None:
-    """On CPUs JAX doesn't copy an array that is aligned as it likes."""
+    """On CPUs JAX does not copy an array with the right alignment."""
     pool = Pool()
     array = pool.empty((1024, 1024), np.float32)
     array[:] = 7

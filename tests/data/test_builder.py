@@ -33,7 +33,7 @@ PICKAPIC = SOURCES["pickapic"]
 
 
 def in_memory(*chunks: list[Outcome]) -> Source:
-    """A source of these rows; the files it is given say nothing."""
+    """Return a source of these rows; the files that it is given are ignored."""
     return Source(
         chunks=lambda files: [Chunk(files[0], i, i + 1) for i in range(len(chunks))],
         read=lambda chunk: iter(chunks[chunk.start]),
@@ -62,7 +62,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_stored_as_it_came(write_pairs: Write, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()  # an empty folder is no obstacle
+    (tmp_path / "out").mkdir()  # an empty folder may exist
     files = [write_pairs(10), write_pairs(3, "b.parquet", jpg_0=[noise_jpeg(100 + i) for i in range(3)])]
     summary = prepare(PICKAPIC, files, tmp_path / "out", workers=0, validation_fraction=0.3)
     records, images = records_of(tmp_path / "out"), images_of(tmp_path / "out")
@@ -110,9 +110,9 @@ def test_images_are_stored_once_within_and_across_parts(tmp_path: Path) -> None:
     a, b, c, d, bad = (*(noise_jpeg(i) for i in range(4)), b"bad")
     source = in_memory(
         [record(a, b), record(b, a), record(b, b, captions=("x", "y"))],
-        [record(b, bad), record(a, b)],  # stores nothing new
-        [record(c, a), record(d, c)],  # stored anew without a
-        [record(bad, b)],  # no record at all
+        [record(b, bad), record(a, b)],  # stores no new image
+        [record(c, a), record(d, c)],  # stores c and d, without a
+        [record(bad, b)],  # stores no record
         [record(d, d, a, b, c)],
     )
     worker.make_part(source, source.chunks([tmp_path])[0], tmp_path / "part")
@@ -176,7 +176,7 @@ def test_no_image_is_better_than_itself(tmp_path: Path) -> None:
             record(b, b, b),
             record(encode(pixels, "PNG"), encode(pixels, "BMP")),
             record(encode(white, "PNG"), encode(nearly, "PNG")),
-            record(a, a, captions=("mine", "yours")),  # which of two captions an image fits is a preference
+            record(a, a, captions=("mine", "yours")),  # which of two captions fits an image is a preference
             record(a, b, a, c, preference=(0.5, 0.25, 0.125, 0.125), models=("1", "2", "3", "4")),
             record(a, b, a, preference=(0.5, 0.5, 0.0), models=("1", "2", "3")),
             record(a, b, b, b, preference=(0.4, 0.2, 0.2, 0.2)),
@@ -188,7 +188,7 @@ def test_no_image_is_better_than_itself(tmp_path: Path) -> None:
     assert "dropped      4 all candidates are the same image" in str(summary)
     assert (summary.records, summary.ties, summary.pairs) == (6, 0, 2)
     alike, *got = [(r["images"], r["preference"], r["models"]) for r in records_of(tmp_path / "out")]
-    assert alike[:2] == ([0, 1], [1, 0])  # white but for the last row of one
+    assert alike[:2] == ([0, 1], [1, 0])  # all white, except for the last row of one
     assert got[0][:2] == ([2, 2], [1, 0])
     assert got[1] == ([2, 2, 3, 4], [0.3125, 0.3125, 0.25, 0.125], ["1", "3", "2", "4"])
     assert got[2] == ([3, 2, 2], [0.5, 0.25, 0.25], ["2", "1", "3"])
@@ -269,7 +269,7 @@ def test_hopeless_damage_ends_a_run_early(tmp_path: Path, monkeypatch: pytest.Mo
     good, bad = record(noise_jpeg(0)), record(b"bad")
     steps: list[Progress] = []
     source = in_memory([good] * 2 + [bad] * 2, [good] * 4, [bad] * 4, [good] * 4)
-    with pytest.raises(ValueError, match="6 of 12 records are damaged"):  # of 16 there could be 4
+    with pytest.raises(ValueError, match="6 of 12 records are damaged"):  # with 16 records, 4 could be damaged
         prepare(source, [tmp_path], tmp_path / "a", workers=0, max_damaged_fraction=0.25, on_progress=steps.append)
     assert steps[-1].done == 3
 
@@ -300,7 +300,7 @@ def test_unusable_input(write_pairs: Write, tmp_path: Path) -> None:
 
 @pytest.fixture
 def many_parts(write_pairs: Write, tmp_path: Path) -> list[Path]:
-    """Six files, a chunk each, of 4 pairs; some images come up again, one is damaged, and two rows are dropped."""
+    """Six files of 4 pairs, one chunk each; some images repeat, one is damaged, and two rows are dropped."""
     return [
         write_pairs(
             4,
@@ -324,7 +324,7 @@ def test_same_bytes_whatever_the_workers(many_parts: list[Path], tmp_path: Path)
     assert bytes_of(tmp_path / "out2") == expected
 
 
-# Reads as Pick-a-Pic does, but 4.parquet only when a file "go" is there. With a file "die" that ends its process, while
+# Reads like Pick-a-Pic, but 4.parquet only when a file "go" exists. If a file "die" exists, it ends its process, while
 # another is busy with 3.parquet.
 STUB = """
 import os, time
@@ -534,7 +534,7 @@ def test_a_worker_that_was_stopped_is_not_blamed(tmp_path: Path, order: int) -> 
 
 
 def test_workers_end_with_the_main_process(slow: Source, many_parts: list[Path], tmp_path: Path) -> None:
-    """Also one that is in the middle of a chunk; otherwise it would stay for ever."""
+    """Even a worker in the middle of a chunk ends; otherwise it would stay forever."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from slow_source import SLOW; "
         "from dpo_jax.data.prepare.builder import prepare; "
@@ -553,7 +553,7 @@ def test_workers_end_with_the_main_process(slow: Source, many_parts: list[Path],
         time.sleep(0.02)
 
 
-# The peak since the process began its program; that of getrusage counts what the test's own process held, too.
+# The peak since the process began its program; getrusage would include the memory of the test's own process.
 MEASURE = """
 import re, sys
 from pathlib import Path
@@ -565,12 +565,12 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1
 
 
 def test_memory_is_flat(write_pairs: Write, tmp_path: Path) -> None:
-    """In one process, which so reads, verifies and merges."""
+    """One process reads, verifies and merges."""
     random = np.random.default_rng(0)
     jpegs = {"jpg_0": noise_jpeg(0), "jpg_1": noise_jpeg(1)}
 
     def padded(name: str) -> bytes:
-        return jpegs[name] + random.bytes(40_000)  # after the end of a JPEG anything may stand
+        return jpegs[name] + random.bytes(40_000)  # any bytes may follow the end of a JPEG
 
     files = [
         write_pairs(100, f"{n}.parquet", **{name: [padded(name) for _ in range(100)] for name in jpegs})

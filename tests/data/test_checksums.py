@@ -1,4 +1,5 @@
-"""A changed bit is told: when a data set is opened, when an image or an encoding is read, and by `prepare --verify`."""
+"""A changed bit is reported: when a data set is opened, when an image or an encoding is read, and by `prepare
+--verify`."""
 
 import itertools
 import json
@@ -61,7 +62,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_encodings(data: Path) -> StoredLatents:
-    """Of random numbers, in files of 10 rows."""
+    """Store random encodings, in files of 10 rows."""
     prepared, rng = open_prepared(data), np.random.default_rng(0)
     captions = distinct_captions(prepared)
     folder = folder_of(data, FACTS)
@@ -98,7 +99,7 @@ def inputs_of(data: Path, kind: str) -> Inputs:
 
 
 def epoch(data: Path, kind: str, **options: Any) -> list[PreferenceBatch]:
-    """Every training record once."""
+    """Return every training record once."""
     pairs = open_records(data, "train", judges=options.pop("judges", ()))
     with make_iterator(pairs, inputs_of(data, kind), batch_size=1, seed=3, **options) as batches:
         return list(itertools.islice(batches, len(pairs) // options.get("shard_count", 1)))
@@ -117,7 +118,7 @@ def flip_image(data: Path, position: int) -> None:
 
 
 def differing(found: list[PreferenceBatch], expected: list[PreferenceBatch]) -> list[int]:
-    """Which rows are not the same; they must have weight 0."""
+    """Return the examples that differ; they must have weight 0."""
     rows = []
     for i, (one, other) in enumerate(zip(rows_of(found), rows_of(expected), strict=True)):
         flat = [
@@ -133,7 +134,7 @@ def differing(found: list[PreferenceBatch], expected: list[PreferenceBatch]) -> 
 @pytest.mark.parametrize("kind", ["images", "encodings"])
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_no_flipped_bit_changes_training_in_silence(whole: Path, tmp_path: Path, kind: str, seed: int) -> None:
-    """Anywhere in any file: the data set is refused, or the sample that would differ is left out and told."""
+    """Wherever the bit is, the data set is refused, or the sample that would differ is left out and reported."""
     rng = np.random.default_rng(seed)
     names = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file()]
     names = [name for name in names if name.name not in ("quarantine.jsonl", "mine.json")]
@@ -187,7 +188,7 @@ def test_a_damaged_sample_is_left_out_alike_on_any_number_of_processes(
     for one, other in zip(together, rows_of(found), strict=False):
         for left, right in zip((*one.inputs, *one[1:]), (*other.inputs, *other[1:]), strict=True):
             np.testing.assert_array_equal(left, right)
-    assert capsys.readouterr().err == ""  # told once
+    assert capsys.readouterr().err == ""  # reported only once
     batched = make_iterator(pairs, inputs_of(data, kind), batch_size=len(pairs), seed=3, size_conditioning="real")
     with batched as batches:
         (batch,) = itertools.islice(batches, 1)
@@ -278,7 +279,7 @@ def test_verify(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert told[-1] == (found.bytes, found.bytes)
     before = (data / "checksums.json").read_bytes()
 
-    (data / "checksums.json").unlink()  # as it was prepared earlier
+    (data / "checksums.json").unlink()  # as prepared by an earlier version
     warn.cache_clear()
     open_prepared(data)
     assert f"add them with python -m dpo_jax.prepare --verify --output={data}\n" in capsys.readouterr().err
@@ -300,7 +301,7 @@ def test_verify(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_verify_names_all_that_is_damaged(data: Path) -> None:
     flip_image(data, 3)
     shard = sorted((data / "images").glob("*parquet*"))[1]
-    flip(shard, shard.stat().st_size - 20)  # what only other readers look at
+    flip(shard, shard.stat().st_size - 20)  # only other readers read these bytes
     folder = folder_of(data, FACTS)
     texts = folder / "captions-00001.safetensors"
     flip(texts, safetensors_file.locate(epath.Path(texts))["context"][0])
@@ -343,7 +344,7 @@ def test_tables_that_have_changed_are_refused(data: Path) -> None:
 
 
 def test_what_has_no_checksums_still_opens(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Encodings and scores of an earlier version."""
+    """Encodings and scores of an earlier version have no checksums."""
     folder = folder_of(data, FACTS)
     change_json(folder / "encoding.json", lambda x: x.pop("captions_checksum"))
     for file in folder.glob("*.safetensors"):

@@ -1,4 +1,4 @@
-"""CSV and TSV tables of image paths, and JSON lines of chosen and rejected."""
+"""CSV and TSV tables of image paths, and JSON lines with chosen and rejected images."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Data as other systems and programs write it: the same records, or the reason says what was found."""
+"""Data as other systems and programs write it gives the same records, or a reason that says what was found."""
 
 import json
 import unicodedata

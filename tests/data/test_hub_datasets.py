@@ -1,4 +1,4 @@
-"""Data sets by their name on the hub, and which source reads given files."""
+"""Data sets by their name on the hub, and detection of the source that reads given files."""
 
 import json
 import shutil

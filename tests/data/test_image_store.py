@@ -1,4 +1,4 @@
-"""Images come back as they went in, in one piece, through TFDS's format and around it."""
+"""Images are returned unchanged and in one piece, by TFDS and by direct access."""
 
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def test_a_changed_bit_is_told_when_the_image_is_read(images: list[bytes], tmp_p
             flipped = file.read(1)[0] ^ 1
             file.seek(offset)
             file.write(bytes([flipped]))
-    stored.check()  # looks at no image
+    stored.check()  # reads no image
     for position, image in enumerate(images):
         if position in (4, len(images) - 1):
             with pytest.raises(DamagedImage, match=rf"the bytes of image {position} in .*1.parquet have changed"):

@@ -20,7 +20,7 @@ from .conftest import encode
 
 
 def ramp(height: int, width: int) -> Image.Image:
-    """Red counts columns and green rows, so that a pixel tells where it came from."""
+    """Red counts columns and green counts rows, so a pixel's colour gives its position."""
     rows, columns = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([columns, rows, 0 * rows], -1).astype(np.uint8))
 
@@ -36,7 +36,7 @@ def chunk(name: bytes, content: bytes) -> bytes:
 
 
 def png(width: int, height: int, bits: int, colour: int, rows: bytes, *chunks: bytes) -> bytes:
-    """A PNG by hand: what Pillow doesn't write, or not truthfully."""
+    """Return a handmade PNG that Pillow does not write, or that contradicts its header."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
     return b"".join([b"\x89PNG\r\n\x1a\n", header, *chunks, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")])
 
@@ -57,7 +57,7 @@ def test_offsets_span_all_the_room() -> None:
 def test_flip_comes_before_the_crop() -> None:
     pixels_HWC, offsets = fit(ramp(32, 64), 32, View(0, 0.25, flip=True))
     assert offsets == (0, 8)
-    np.testing.assert_array_equal(pixels_HWC[0, ::-1, 0], 63 - np.arange(8, 40))  # mirrored by who encodes it
+    np.testing.assert_array_equal(pixels_HWC[0, ::-1, 0], 63 - np.arange(8, 40))  # the encoder mirrors the square
 
 
 def test_resize_against_numpy() -> None:
@@ -67,7 +67,7 @@ def test_resize_against_numpy() -> None:
 
     def halve(x: np.ndarray) -> np.ndarray:
         inner = (x[1:-4:2] + 3 * x[2:-3:2] + 3 * x[3:-2:2] + x[4:-1:2]) / 8
-        return inner  # the outermost pixels, where the filter is cut off, are not compared
+        return inner  # without the outermost pixels, where the filter is cut off
 
     expected_HWC = halve(halve(image_HWC.astype(float)).swapaxes(0, 1)).swapaxes(0, 1)
     np.testing.assert_allclose(got_HWC[1:-1, 1:-1], expected_HWC, atol=1.01)
@@ -104,15 +104,15 @@ def test_palette_with_transparency_and_cmyk() -> None:
     assert [image.getpixel((0, 0)), image.getpixel((1, 0))] == [(255, 255, 255), (200, 0, 0)]
     file = io.BytesIO()
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(file, "JPEG", quality=100)
-    assert b"Adobe" in file.getvalue()  # which says that the values are stored inverted
+    assert b"Adobe" in file.getvalue()  # it marks values that are stored inverted
     np.testing.assert_allclose(decode(file.getvalue()).getpixel((4, 4)), (255, 0, 0), atol=3)
 
 
 def test_exif_orientation() -> None:
     pixels_HWC = np.zeros((8, 16, 3), np.uint8)
-    pixels_HWC[:, :8] = 255  # left half white
+    pixels_HWC[:, :8] = 255  # the left half is white
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown after a quarter turn clockwise: the left half comes to the top
+    exif[0x0112] = 6  # displayed after a quarter turn clockwise, so the left half is at the top
     image = decode(encode(pixels_HWC, "PNG", exif=exif))
     assert image.size == (8, 16)
     assert image.getpixel((4, 2)) == (255, 255, 255)
@@ -178,7 +178,7 @@ def test_colour_profiles_are_ignored() -> None:
 
 
 def test_bombs_are_refused_by_their_header() -> None:
-    """Without a pixel decoded, and silently; the image that is just small enough fails only as truncated."""
+    """No pixel is decoded and nothing is printed; an image just below the limit fails only because it is truncated."""
     too_large = png(8192, 8193, 8, 2, b"")
     code = (
         "import re, sys; from pathlib import Path; from dpo_jax.data.images import decode\n"
@@ -251,7 +251,7 @@ VIEWS = (View(), View(flip=True), View(0.3, 0.9), View(0.99, 0.01, flip=True))
 
 
 def step_by_step(data: bytes, resolution: int, view: View) -> tuple[np.ndarray, tuple[int, int]]:
-    """What `decode` and `fit` do to an opaque 8-bit image, with no step left out because it would change nothing."""
+    """Apply `decode` and `fit` to an opaque 8-bit image, skipping no step that would change nothing."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     width, height = (int(resolution * side / min(image.size)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -295,10 +295,10 @@ def test_reading_leaves_out_only_what_changes_nothing(options: dict[str, Any]) -
     for size in ((31, 20), (40, 64), (40, 40), (101, 97)):
         image = noise.resize(size, Image.Resampling.BICUBIC).convert(options["mode"])
         data = saved(image, **{name: value for name, value in options.items() if name != "mode"})
-        for resolution in (20, min(size), 50, 64):  # sometimes without a resize
+        for resolution in (20, min(size), 50, 64):  # some need no resize
             for view in VIEWS:
                 expected_HWC, offsets = step_by_step(data, resolution, view)
-                if view.flip:  # what `read` leaves to who encodes
+                if view.flip:  # `read` leaves this to the encoder
                     expected_HWC = expected_HWC[:, ::-1]
                 image = decode(data)
                 fitted_HWC, fitted_offsets = fit(image, resolution, view)
@@ -357,7 +357,7 @@ def originals() -> dict[str, bytes]:
 
 
 def damage(random: np.random.Generator, data: bytes, other: bytes) -> Iterator[bytes]:
-    """One of each kind of damage."""
+    """Yield one example of each kind of damage."""
 
     def at(low: int, high: int) -> int:
         return int(random.integers(low, high))
@@ -370,7 +370,7 @@ def damage(random: np.random.Generator, data: bytes, other: bytes) -> Iterator[b
 
     yield flipped(1, len(data))
     yield flipped(8, len(data))
-    yield flipped(2, min(64, len(data)))  # the header lies
+    yield flipped(2, min(64, len(data)))  # a wrong header
     yield data[: at(0, len(data))]
     yield data[: at(0, len(data))] + other[at(0, len(other)) :]
     yield data[at(0, 64) :]
@@ -416,7 +416,7 @@ def test_damaged_files_give_an_image_or_one_error() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_what_the_walk_over_a_header_accepts_pillow_accepts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of JPEGs with damaged headers, the same pixels, refusals and reasons as when Pillow reads every header."""
+    """For JPEGs with damaged headers, pixels, refusals and reasons are the same as when Pillow reads every header."""
     random = np.random.default_rng(0)
     image = Image.fromarray(random.integers(0, 256, (24, 24, 3), np.uint8))
     exif = Image.Exif()
@@ -448,7 +448,7 @@ def test_what_the_walk_over_a_header_accepts_pillow_accepts(monkeypatch: pytest.
 
 
 def test_no_flipped_bit_of_a_png_changes_pixels() -> None:
-    """Its checksums are looked at: loading alone, as Pillow does it, lets four in ten through."""
+    """Its checksums are compared: loading alone, as in Pillow, accepts four in ten."""
     random = np.random.default_rng(0)
     image = ramp(64, 64)
     data = saved(image)

@@ -1,4 +1,4 @@
-"""Scores by judges whose verdict is plain to see, and files of scores with every mistake."""
+"""Scores by judges with obvious verdicts, and files of scores with every mistake."""
 
 import hashlib
 import json
@@ -51,7 +51,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
 
 
 class Brightness:
-    """Scores by blue, and in hundreds by the length of the caption; remembers what it saw."""
+    """A judge whose score is 100 times the length of the caption plus the mean of blue; it remembers what it saw."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, str]] = []
@@ -218,7 +218,7 @@ def test_incomplete_records_are_stored_as_null(prepared: PreparedData, tmp_path:
 
 
 def agreement_by_hand(points: list[list[float]], others: list[list[float]]) -> tuple[int, int, int]:
-    """(pairs that both decide, those alike, ties of the first)."""
+    """Return (pairs that both decide, pairs decided alike, ties of the first)."""
     decided = alike = ties = 0
     for mine, other in zip(points, others, strict=True):
         for a in range(len(mine)):
@@ -277,7 +277,7 @@ def test_interval_is_wilsons_for_independent_pairs_and_wider_for_dependent_ones(
     assert alone is not None
     wilson = stats.binomtest(int(right.sum()), number).proportion_ci(method="wilson")
     np.testing.assert_allclose([alone.low, alone.high], [wilson.low, wilson.high], atol=1e-4)
-    # Each pair counted four times says no more than once.
+    # Counting each pair four times adds no information.
     four_M = (np.repeat(points_M.reshape(-1, 2), 4, axis=0).ravel(), np.tile(votes_M, 4))
     captions = pa.chunked_array([[str(n // 4) for n in range(4 * number)]])
     repeated = agreement(*four_M, candidates(column([[1, 0]] * 4 * number)), captions)

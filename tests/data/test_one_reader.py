@@ -1,4 +1,4 @@
-"""One reader of images for all commands: the same pixels and limits everywhere, and no image starts a program."""
+"""All commands share one reader of images: the same pixels and limits everywhere, and no image starts a program."""
 
 import ast
 import contextlib
@@ -90,7 +90,7 @@ def test_no_image_starts_a_program(reader: str, name: str, tmp_path: Path, monke
         READERS[reader](folder / name)
     assert not marker.exists()
     with contextlib.suppress(OSError), Image.open(folder / name) as image:
-        image.load()  # what the test would find: Pillow alone does start it
+        image.load()  # shows that the test can fail: Pillow alone starts it
     assert marker.exists()
 
 
@@ -108,7 +108,7 @@ def test_a_pipe_or_a_device_is_not_read(tmp_path: Path) -> None:
 
 
 def test_judges_see_what_training_sees(tmp_path: Path) -> None:
-    """Turned by EXIF, with transparency, in 16 bits: the same pixels as the plain file."""
+    """An image that is turned by EXIF, transparent or of 16 bits gives the same pixels as the plain file."""
     random = np.random.default_rng(0)
     pixels = random.integers(256, size=(6, 9, 3), dtype=np.uint8)
     exif = Image.Exif()

@@ -33,7 +33,7 @@ LENGTH = 11
 
 
 def spell(captions: Sequence[str]) -> np.ndarray:
-    """One "encoder": the caption's bytes."""
+    """A stand-in for one tokenizer: the caption's bytes."""
     return np.asarray([[list(caption.encode().ljust(32))] for caption in captions], np.int32)
 
 
@@ -43,7 +43,7 @@ def caption_of(row: PreferenceBatch, candidate: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs of 40 x 32 ramps whose green and blue channels tell rows and columns; red tells the pair and candidate."""
+    """Pairs of 40 x 32 ramps: green and blue give rows and columns, red gives the pair and candidate."""
     rows, columns = np.mgrid[:32, :40]
     ramps = [np.stack([0 * rows + red, rows, columns], -1).astype(np.uint8) for red in range(2 * LENGTH + 4)]
     pngs = [encode(ramp, "PNG") for ramp in ramps]
@@ -113,7 +113,7 @@ def test_each_epoch_has_every_record_in_another_order(prepared: Path) -> None:
 
 
 def test_shards_interleave_to_the_stream_of_one_process(prepared: Path) -> None:
-    """All draws included, over an epoch whose length doesn't divide by the shards."""
+    """All random draws are included, over an epoch whose length is not divisible by the shards."""
     options = {"caption_dropout": 0.3, "random_crop": True, "random_flip": True, "size_conditioning": "real"}
     whole = rows_of(take(prepared, 6, batch_size=4, **options))
     shards = [rows_of(take(prepared, 6, batch_size=2, shard_index=i, shard_count=2, **options)) for i in range(2)]
@@ -122,7 +122,7 @@ def test_shards_interleave_to_the_stream_of_one_process(prepared: Path) -> None:
 
 
 def test_crop_and_flip_are_joint_and_told(prepared: Path) -> None:
-    """Resized to 16 x 20: red tells candidates apart, blue (columns) and green (rows) must agree."""
+    """Resized to 16 x 20: red tells candidates apart; blue (columns) and green (rows) must agree."""
     rows = rows_of(take(prepared, 30, random_crop=True, random_flip=True, size_conditioning="real"))
     flips, lefts = [], []
     for row in rows:
@@ -183,7 +183,7 @@ def test_resumes_exactly_with_another_number_of_workers(prepared: Path) -> None:
             batches.set_state(state)
             found += [next(batches) for _ in range(3)]
             state = json.loads(json.dumps(batches.get_state()))
-            next(batches)  # what was handed out after the state was taken comes again
+            next(batches)  # batches after the state was taken are returned again
     assert_same(found, expected)
 
 
@@ -209,7 +209,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Reading(NamedTuple):
-    """How a stretch of the stream is read."""
+    """The processes, workers and batch size that read a stretch of the stream."""
 
     processes: int
     workers: int
@@ -220,7 +220,7 @@ class Reading(NamedTuple):
 def read_stretch(
     pairs: TrainingRecords, seed: int, reading: Reading, state: dict[str, int]
 ) -> tuple[list, dict[str, int]]:
-    """(position, caption) of every sample that the processes see from `state` on, and the state behind them."""
+    """Return (position, caption) of every sample that the processes read from `state` on, and the state after them."""
     seen, states = [], []
     for process in range(reading.processes):
         with make_iterator(
@@ -289,7 +289,7 @@ def test_the_next_batch_is_made_ahead_but_not_the_whole_epoch(many: Path, batch_
 
 def test_relabel(prepared: Path) -> None:
     def order(relabel: str) -> dict[str, set[bool]]:
-        """By caption: whether the better candidate came second, over three epochs."""
+        """Return, by caption, whether the better candidate came second, over three epochs."""
         found: dict[str, set[bool]] = {}
         for row in rows_of(take(prepared, 3, batch_size=LENGTH, relabel=relabel)):
             swapped = row.inputs.images_BKHWC[0, 0, 0, 0] > row.inputs.images_BKHWC[1, 0, 0, 0]
@@ -351,7 +351,7 @@ def rows_by_caption(folder: Path, **choice: Any) -> dict[str, PreferenceBatch]:
 
 
 def test_labels_and_ties(mixed: Path) -> None:
-    """Preference and weight by caption."""
+    """Compares preference and weight by caption."""
 
     def labels(**choice: Any) -> dict[str, tuple[list[float], float]]:
         rows = rows_by_caption(mixed, **choice)
@@ -369,7 +369,7 @@ def test_labels_and_ties(mixed: Path) -> None:
 
 
 def test_one_of_the_lines_of_a_caption_is_drawn_every_time(tmp_path: Path) -> None:
-    """And else nothing changes; in validation it is the first."""
+    """Nothing else changes; validation uses the first line."""
     image = encode(np.zeros((8, 8, 3), np.uint8), "PNG")
     records: list[dict[str, Any]] = [
         {"caption": "a\nbb\n\n ccc ", "images": [image, image]},
@@ -389,7 +389,7 @@ def test_one_of_the_lines_of_a_caption_is_drawn_every_time(tmp_path: Path) -> No
     shared = {pair: count for pair, count in found.items() if pair[0] in ("a", "bb", "ccc")}
     assert shared.keys() == {(line, line) for line in ("a", "bb", "ccc")}
     assert found.keys() - shared.keys() == {("", ""), ("1", "2"), ("1", "22")}
-    assert all(count == pytest.approx(20, abs=14) for count in shared.values())  # 80 of 160, a quarter without caption
+    assert all(count == pytest.approx(20, abs=14) for count in shared.values())  # 80 of 160; a quarter has no caption
     assert all(found[pair] == pytest.approx(30, abs=18) for pair in (("1", "2"), ("1", "22")))
     for one, other in zip(drawn, whole, strict=True):
         np.testing.assert_array_equal(one.inputs.mirrored_BK, other.inputs.mirrored_BK)
@@ -401,7 +401,7 @@ def test_one_of_the_lines_of_a_caption_is_drawn_every_time(tmp_path: Path) -> No
 
 
 def test_single_images_that_were_liked(mixed: Path) -> None:
-    """They are rows with a candidate that is only padding."""
+    """They are examples with a candidate that is only padding."""
     rows = rows_by_caption(mixed, liked_images=True)
     assert rows.keys() == {"soft", "seven", "liked"}
     assert {name: row.valid_BK.tolist() for name, row in rows.items()} == {
@@ -431,7 +431,8 @@ def test_validation_keeps_the_weight_of_ties(mixed: Path) -> None:
 
 
 def test_each_image_may_have_a_caption_of_its_own(tmp_path: Path) -> None:
-    """It stays with its image; one caption for all is given to each; dropout takes all of a record or none."""
+    """It stays with its image. A single caption is given to each image; dropout drops all captions of a record or
+    none."""
     images = [encode(np.full((8, 8, 3), red, np.uint8), "PNG") for red in range(6)]
     records: list[dict[str, Any]] = [{"caption": "both", "images": images[:2]}]
     records += [{"caption": "", "images": images[i : i + 2], "captions": [f"red {i}", f"red {i + 1}"]} for i in (2, 4)]

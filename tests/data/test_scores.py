@@ -1,4 +1,4 @@
-"""Orders against brute force in plain Python; files against whatever can be wrong with them."""
+"""Orders are compared with brute force in plain Python; files are tested with every kind of damage."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ Scores = list[list[list[float] | None]]
 
 
 def lists(numbers: list[int]) -> pa.ChunkedArray:
-    """A column in several chunks, as records.arrow has it."""
+    """Return a column in several chunks, as in records.arrow."""
     column = pa.array([list(range(number)) for number in numbers], pa.list_(pa.int32()))
     return pa.chunked_array([column[:3], column[3:]])
 
@@ -34,7 +34,7 @@ def flat(scores: Scores, numbers: list[int]) -> np.ndarray:
 
 
 def points_by_hand(scores: Scores, record: int, number: int, combine: str) -> list[float]:
-    """What the candidates of a record are ordered by."""
+    """Return the values by which the candidates of a record are ordered."""
     mine = [judge[record] or [] for judge in scores]
     if len(scores) == 1:
         return mine[0]
@@ -102,13 +102,13 @@ def test_units_of_judges_do_not_matter_in_the_mean() -> None:
 
 
 def test_equal_means_are_ties_whatever_the_rounding() -> None:
-    """Of judges in equal units; summed as they stand, the means differ in the last digit."""
+    """The judges have equal units; without rounding, the means differ in the last digit."""
     scores: Scores = [[[1, 2, 4]], [[4, 1, 2]], [[2, 4, 1]]]
     assert rank(flat(scores, [3]), candidates(lists([3])), "mean").preference_M.tolist() == [np.float32(1 / 3)] * 3
 
 
 def test_one_judge_is_taken_at_its_word() -> None:
-    """However little it says, compared with what it says elsewhere."""
+    """A small difference decides, even if the judge's differences elsewhere are large."""
     found = rank(flat([[[0, 1e-12], [0, 1]]], [2, 2]), candidates(lists([2, 2])), "mean")
     assert found.order_M.tolist() == [1, 0, 3, 2]
     assert found.preference_M.tolist() == [1, 0, 1, 0]
@@ -189,7 +189,7 @@ def test_records_in_the_order_of_judges(folder: Path, judges: tuple[str, ...], c
         found = prepared.record(i)
         order, preference = list(range(NUMBERS[i])), [1.0] + [0.0] * (NUMBERS[i] - 1)
         if NUMBERS[i] == 1:
-            preference = [0.0]  # what people said
+            preference = [0.0]  # the votes
         elif all(judge[i] is not None for judge in scores):
             order, preference = order_by_hand(points_by_hand(scores, i, NUMBERS[i], combine))
         assert prepared.read_images(found) == [record["images"][k] for k in order]
@@ -198,7 +198,7 @@ def test_records_in_the_order_of_judges(folder: Path, judges: tuple[str, ...], c
         assert (found["caption"], found["where"]) == (record["caption"], f"made row {i}")
         np.testing.assert_allclose(found["preference"], preference, rtol=1e-6)
     votes = open_prepared(folder)
-    assert votes.read_images(votes.record(1)) == RECORDS[1]["images"]  # the votes are as they were
+    assert votes.read_images(votes.record(1)) == RECORDS[1]["images"]  # the votes are unchanged
 
 
 def damage(change: Callable[[pa.Table], pa.Table]) -> Callable[[Path], None]:
@@ -238,7 +238,7 @@ def test_damaged_scores(folder: Path, change: Callable[[Path], None], message: s
 
 
 def test_scores_of_another_data_set(folder: Path, tmp_path: Path) -> None:
-    """The same images in the same order, under another caption."""
+    """The data set has the same images in the same order, with another caption."""
     other = write_prepared(tmp_path / "other", [RECORDS[0] | {"caption": "another"}, *RECORDS[1:]])
     shutil.copytree(folder / "scores", other / "scores")
     with pytest.raises(ValueError, match=r"was made for another data set than .*other \(records.arrow differs\)"):

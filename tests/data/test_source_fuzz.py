@@ -1,5 +1,5 @@
-"""Damaged files, thousands of bytes wrong at a time: whole rows still come, the others are counted, nothing is raised
-but one ValueError that refuses a file."""
+"""Files with thousands of damaged bytes: undamaged rows are still read and the others are counted; the only error is a
+ValueError that refuses the file."""
 
 import io
 import json
@@ -21,7 +21,7 @@ SAMPLES = 12
 
 
 def read(name: str, file: Path) -> list[Outcome] | None:
-    """None if the file is refused."""
+    """Return None if the file is refused."""
     try:
         chunks = SOURCES[name].chunks([file])
     except ValueError:
@@ -30,7 +30,7 @@ def read(name: str, file: Path) -> list[Outcome] | None:
 
 
 def damage(data: bytes, rng: random.Random) -> tuple[bytes, set[int]]:
-    """The same number of bytes or fewer, and the positions that changed."""
+    """Return the same number of bytes or fewer, and the positions that changed."""
     changed = bytearray(data)
     kind = rng.choice(["flips", "flips", "noise", "zeros", "cut"])
     if kind == "flips":
@@ -81,7 +81,7 @@ def test_parquet(tmp_path: Path, checksums: bool, compression: str) -> None:
         assert [row.where for row in rows] == [row.where for row in clean]
         groups = {sum(start <= i for start in starts) - 1 for i in wrong}
         for i, (row, before) in enumerate(zip(rows, clean, strict=True)):
-            # Without checksums a wrong byte of an image can't be told; decoding it is for `prepare`.
+            # Without checksums a wrong byte of an image is not noticed; `prepare` decodes images.
             assert row == before or (i // group in groups and (not checksums or isinstance(row, Damaged)))
     assert min(kinds[kind] for kind in (type(None), Record, Damaged)) > 10
 
@@ -167,7 +167,7 @@ def test_json_lists(tmp_path: Path) -> None:
         try:
             count = len(json.loads(changed.decode(errors="replace"), strict=False))
         except ValueError:
-            # Commas may be missing or doubled between objects that are whole; nothing else passes.
+            # Commas between complete objects may be missing or doubled; no other damage is accepted.
             assert found is None or len(found) <= SAMPLES
         else:
             assert found is not None
@@ -184,7 +184,7 @@ def test_tar(tmp_path: Path) -> None:
             start = tar.offset
             images = {"jpg_0.jpg": rng.randbytes(12000), "jpg_1.jpg": rng.randbytes(12000)}
             for part, value in {**images, "label_0.txt": b"1", "original_prompt.txt": b"a cat"}.items():
-                info = tarfile.TarInfo(f"{i:03}{'é' * (i % 2)}.{part}")  # accents make extended headers
+                info = tarfile.TarInfo(f"{i:03}{'é' * (i % 2)}.{part}")  # accents require extended headers
                 info.size = len(value)
                 tar.addfile(info, io.BytesIO(value))
             spans.append(range(start, tar.offset))
@@ -206,9 +206,9 @@ def test_tar(tmp_path: Path) -> None:
             found = [row for row in rows if row.where == before.where]
             if wrong.isdisjoint(span):
                 assert found == [before]
-            elif len(wrong) < 512 and "é" not in before.where:  # too few for all headers, and the name is in each
+            elif len(wrong) < 512 and "é" not in before.where:  # too few to damage all headers, and each has the name
                 assert found
         assert len([row for row in rows if isinstance(row, Record)]) <= SAMPLES
-        # What is gone is told, if not by its name.
+        # Missing samples are reported, if not by their names.
         assert len({row.where for row in rows}) >= SAMPLES or any(isinstance(row, Damaged) for row in rows)
     assert kinds[Damaged] > 50

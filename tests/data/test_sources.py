@@ -1,4 +1,4 @@
-"""Every source on small files of its data set's layout; images are a few bytes, as sources don't decode them."""
+"""Every source on small files of its data set's layout; images are a few bytes, because sources do not decode them."""
 
 import io
 import json
@@ -24,12 +24,12 @@ Write = Callable[..., Path]
 
 
 def read(name: str, *files: Path) -> list[Outcome]:
-    source = pickle.loads(pickle.dumps(SOURCES[name]))  # it goes to spawned processes
+    source = pickle.loads(pickle.dumps(SOURCES[name]))  # as when it is sent to spawned processes
     return [row for chunk in source.chunks(files) for row in source.read(chunk)]
 
 
 def write_images(folder: Path, *names: str) -> None:
-    """Each file holds its own name."""
+    """Write files that contain their own name."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(name.encode())
@@ -192,7 +192,7 @@ def test_hpdv2(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".parquet", ".json"])
 def test_imagerewarddb_groups_the_images_of_a_prompt(tmp_path: Path, suffix: str) -> None:
-    facts = [("p", 3), ("q", 1), ("p", 1), ("p", 1), ("q", 2), ("r", 1)]  # the prompts needn't stand together
+    facts = [("p", 3), ("q", 1), ("p", 1), ("p", 1), ("q", 2), ("r", 1)]  # rows of a prompt need not be adjacent
     rows = [
         {"image_path": f"images/train/train_1/{i}.webp", "prompt_id": key, "prompt": f"of {key}", "rank": rank}
         for i, (key, rank) in enumerate(facts)
@@ -320,7 +320,7 @@ def test_votes_of_nobody_are_no_preference(tmp_path: Path) -> None:
 def test_chunks_of_json_begin_anywhere(tmp_path: Path, indent: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_rows, "MIN_ROWS_A_CHUNK", 7)
     monkeypatch.setattr(json_rows, "rows_a_chunk", lambda rows: rows // 25 * 14)
-    monkeypatch.setattr(json_rows, "BLOCK_BYTES", 200)  # rows lie across blocks
+    monkeypatch.setattr(json_rows, "BLOCK_BYTES", 200)  # so that rows cross blocks
     write_images(tmp_path, "a", "b")
     rows = [{"prompt": f"é {{]}} {i}", "path1": "a", "path2": "b"} for i in range(25)]
     (file := tmp_path / "a.json").write_text(json.dumps(rows, indent=indent, ensure_ascii=False), encoding="utf-8")

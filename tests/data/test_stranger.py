@@ -51,7 +51,8 @@ def change_table(file: Path, **columns: Any) -> None:
 def test_the_classes_it_names_are_not_imported(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_config: Callable[..., Any], command: Command
 ) -> None:
-    """By the ways of training and scoring; TFDS itself is shown to import the module, and the marker to be left."""
+    """Tests the ways of training and scoring, and first shows that TFDS itself imports the module, which leaves the
+    marker."""
     from dpo_jax.training.data import check_data
 
     marker = tmp_path / "marker"
@@ -221,10 +222,10 @@ def test_no_records(folder: Path) -> None:
 
 
 def test_offsets_that_lead_out_of_the_file(folder: Path) -> None:
-    """Reading such a table without a look at it would end the process."""
+    """Reading such a table unchecked would end the process."""
     file = folder / "records.arrow"
     content = bytearray(file.read_bytes())
-    offsets = np.arange(0, 9, 2, np.int32).tobytes()  # of two candidates each
+    offsets = np.arange(0, 9, 2, np.int32).tobytes()  # two candidates each
     at = content.index(offsets)
     content[at + 4 : at + 8] = (2**31 - 1).to_bytes(4, "little")
     file.write_bytes(content)
@@ -256,7 +257,7 @@ def test_an_endless_file(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["records.arrow", "images.arrow"])
 def test_damaged_tables_without_checksums_are_refused_or_read(folder: Path, name: str) -> None:
-    """No traceback and no crash, whatever bytes change; what can't be told without checksums is read."""
+    """There is no traceback and no crash whatever bytes change; damage that only checksums can show is read."""
     rng, whole = np.random.default_rng(0), (folder / name).read_bytes()
     refused = 0
     for number in range(120):
@@ -290,7 +291,7 @@ def test_links_do_not_lead_writing_out_of_the_folder(folder: Path, tmp_path: Pat
     with pytest.raises(ValueError, match=r"scores/a.arrow leads out of .*data, to .*elsewhere.*; remove the link"):
         write_scores(folder, "a", "by hand", np.zeros(8, np.float32), of, {})
     assert not list((tmp_path / "elsewhere").iterdir())
-    (tmp_path / "link").symlink_to(folder)  # the whole may be one
+    (tmp_path / "link").symlink_to(folder)  # the folder itself may be a link
     (folder / "scores").unlink()
     write_scores(tmp_path / "link", "a", "by hand", np.zeros(8, np.float32), of, {})
     assert open_prepared(tmp_path / "link", ("a",)).scored_N.all()

@@ -1,4 +1,4 @@
-"""Damaged tokenizer files: one sentence that names the file, whatever transformers would say."""
+"""Damaged tokenizer files give one sentence that names the file, whatever error transformers would raise."""
 
 import json
 import shutil

@@ -44,7 +44,7 @@ def test_shared_by_threads(tokenizer_folder: Path) -> None:
     tokenizers = load_tokenizers(tokenizer_folder, NAMES)
     captions = [f"cat {i} " * (i % 7) for i in range(50)]
     expected_BEL = tokenizers(captions)
-    others = load_tokenizers(tokenizer_folder, NAMES)  # which know none of the captions yet
+    others = load_tokenizers(tokenizer_folder, NAMES)  # they have seen none of the captions yet
     with ThreadPoolExecutor(8) as pool:
         got = list(pool.map(lambda caption: others([caption])[0], captions))
     np.testing.assert_array_equal(got, expected_BEL)

@@ -32,7 +32,7 @@ SMALL = ImageRewardConfig(
 
 
 class TorchImageReward(torch.nn.Module):
-    """github.com/THUDM/ImageReward, ImageReward/ImageReward.py, of transformers' halves."""
+    """ImageReward from github.com/THUDM/ImageReward, ImageReward/ImageReward.py, built from transformers' halves."""
 
     def __init__(self, config: ImageRewardConfig):
         super().__init__()
@@ -81,7 +81,7 @@ def copied(network: Network, model: torch.nn.Module) -> dict[str, Any]:
 
 
 def inputs(config: ImageRewardConfig, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pixels, token ids padded with zeros, and their lengths."""
+    """Return pixels, token ids padded with zeros, and their lengths."""
     rng = np.random.default_rng(0)
     pixels_NHWC = rng.normal(size=(3, config.vision.image_size, config.vision.image_size, 3)).astype(np.float32)
     lengths_N = np.array([tokens, 4, 2])
@@ -123,8 +123,8 @@ def test_bfloat16_stays_close() -> None:
 
 
 def test_full_size_names_are_those_of_the_published_file() -> None:
-    """What the original's classes make: 24 layers of 12 in timm's ViT and 5 beside them, 12 of 26 in BERT and 4, the
-    MLP; by the sizes of ViT-L/16 at 224 pixels and of BERT base with 30,524 tokens."""
+    """The original's classes make these numbers: 24 layers of 12 in timm's ViT and 6 beside them, 12 of 26 in BERT and
+    4, the MLP; the sizes are those of ViT-L/16 at 224 pixels and of BERT base with 30,524 tokens."""
     specs = build(ImageRewardConfig()).specs
     names = original.image_reward_names(specs)
     shapes = {names[torch_name(name)]: spec.torch_shape for name, spec in specs.items()}
@@ -142,6 +142,6 @@ def test_full_size_names_are_those_of_the_published_file() -> None:
 
 @pytest.mark.slow
 def test_full_size_agrees_with_pytorch() -> None:
-    """447 million random parameters."""
+    """Uses 447 million random parameters."""
     ours, theirs = compare(ImageRewardConfig(), 0.01, 35)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())

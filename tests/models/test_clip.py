@@ -1,4 +1,4 @@
-"""CLIP's text encoder against transformers."""
+"""CLIP's text encoder matches transformers."""
 
 import json
 
@@ -29,7 +29,7 @@ SD2 = TINY | {"hidden_act": "gelu", "eos_token_id": 2, "num_hidden_layers": 23, 
 SDXL_SECOND = TINY | {"hidden_act": "gelu", "eos_token_id": 2, "architectures": ["CLIPTextModelWithProjection"]}
 ADDED_TOKENS = TINY | {"hidden_act": "gelu", "eos_token_id": 40, "architectures": ["CLIPTextModelWithProjection"]}
 
-# 40 ends a text, 45 was added to the vocabulary later, and text may be padded with its end or with zeros.
+# Token 40 ends a text, 45 was added to the vocabulary later, and text may be padded with its end or with zeros.
 TOKEN_IDS_NL = np.array(
     [[0, 5, 6, 40, 40, 40, 40, 40], [0, 7, 45, 8, 40, 0, 0, 0], [0, 40, 3, 4, 5, 6, 7, 45], [0, 9, 8, 7, 6, 5, 4, 40]]
 )
@@ -67,7 +67,7 @@ def torch_model(fields):
 
 
 def randomised(model, dtype=torch.float32):
-    """Random weights, also where transformers would start with ones and zeros."""
+    """Draw random weights, even where transformers would start with ones and zeros."""
     generator = torch.Generator().manual_seed(0)
     model = model.to(dtype).eval()
     with torch.no_grad():
@@ -83,7 +83,8 @@ def copy_params(network, model):
 
 
 def stored_name(name, state):
-    """transformers 5 stores CLIPTextModel without our prefix, CLIPTextModelWithProjection with it."""
+    """Return the stored name: transformers 5 stores CLIPTextModel without the prefix, CLIPTextModelWithProjection with
+    it."""
     return next(alias for alias in torch_aliases(name) if alias in state)
 
 

@@ -1,4 +1,4 @@
-"""A whole CLIP against transformers."""
+"""A whole CLIP matches transformers."""
 
 from typing import Any
 
@@ -94,7 +94,7 @@ def torch_model(fields: Fields) -> transformers.CLIPModel:
 
 
 def randomised(model: torch.nn.Module, size: float) -> torch.nn.Module:
-    """Random weights, also where transformers would start with ones and zeros."""
+    """Draw random weights, even where transformers would start with ones and zeros."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -103,7 +103,7 @@ def randomised(model: torch.nn.Module, size: float) -> torch.nn.Module:
 
 
 def features(fields: Fields, dtype: str, size: float, captions: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Ours and theirs, of images and of texts."""
+    """Return pairs of features from dpo_jax and transformers, for images and for texts."""
     torch.manual_seed(0)
     network, model = build(fields, dtype), randomised(torch_model(fields).to(getattr(torch, dtype)), size)
     rng, image_size = np.random.default_rng(0), network.config.vision.image_size
@@ -115,7 +115,7 @@ def features(fields: Fields, dtype: str, size: float, captions: int) -> list[tup
         images = model.get_image_features(torch.from_numpy(pixels_NHWC).permute(0, 3, 1, 2)).pooler_output
         texts = model.get_text_features(torch.from_numpy(token_ids_NL)).pooler_output
     state = {name: value.numpy() for name, value in model.state_dict().items()}
-    del model  # so that a large one is never there twice
+    del model  # so that a large model is in memory only once
     params = {name: jnp.asarray(from_torch(state.pop(torch_name(name)), spec)) for name, spec in network.specs.items()}
     return [
         (np.asarray(network(params, pixels_NHWC, method="image_features")), images.numpy()),
@@ -144,7 +144,7 @@ def test_full_size_names_and_shapes_agree_with_transformers(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_full_size_agrees_with_transformers(name: str) -> None:
-    """428 and 986 million random parameters."""
+    """Uses 428 and 986 million random parameters."""
     for ours, theirs in features(PUBLISHED[name], "float32", 0.002, 1):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
 
@@ -155,7 +155,7 @@ def test_config_reads_what_transformers_writes_and_wrote(tmp_path: Any) -> None:
     assert (expected.projection_dim, expected.vision.hidden_act, expected.text.hidden_act) == (12, "quick_gelu", "gelu")
     written = transformers.CLIPConfig(**SMALL).to_dict()
     assert CLIPConfig.from_dict(written, "config.json") == expected
-    # transformers 4 wrote every field that generation has, and the halves once more.
+    # transformers 4 wrote every field of generation, and the halves a second time.
     vision = SMALL["vision_config"]
     old = {
         "top_k": 50,

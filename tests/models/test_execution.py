@@ -1,4 +1,4 @@
-"""Rematerialization and loops change what is kept and compiled, and not a number."""
+"""Rematerialization and loops change memory and compiled programs, but not the result."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def params(x64, random_params):
 
 @pytest.fixture(scope="module")
 def expected(random_params):
-    """The gradients by plain autodiff."""
+    """Return the gradients by plain autodiff."""
     with jax.enable_x64(True):
         return jax.jit(jax.grad(mean_square(Execution())))(random_params)
 
@@ -78,7 +78,7 @@ def test_the_config_offers_these_policies() -> None:
 
 
 def test_in_a_loop_equal_blocks_are_traced_once(params) -> None:
-    """Of the two blocks at the second level and the two in the middle and above each."""
+    """There are two blocks each at the second level, in the middle, and above."""
 
     def products(scan: bool) -> int:
         text = str(jax.make_jaxpr(mean_square(Execution(scan=scan)))(params))

@@ -1,4 +1,5 @@
-"""Libraries' attention kernels: their arguments, against our own attention, and compiled for absent devices."""
+"""Attention kernels of libraries: their arguments, comparison with dpo_jax's attention, compilation for absent
+devices."""
 
 import importlib.util
 import subprocess
@@ -29,7 +30,7 @@ def with_gradients(attend: Callable[..., jax.Array], *arrays: jax.Array) -> list
 
 @pytest.mark.parametrize("keys", [77, 64])
 def test_arguments_of_cudnns_attention(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel itself runs on GPUs alone; JAX computes the same of the same arguments."""
+    """The kernel itself runs only on GPUs; JAX computes the same result from the same arguments."""
     kernel, called_with = jax.nn.dot_product_attention, []
 
     def in_its_place(*arrays: jax.Array, implementation: str, **settings: Any) -> jax.Array:
@@ -64,13 +65,13 @@ def test_cudnns_attention_compiles_for_a_gpu_that_is_not_there(keys: int) -> Non
     gradient = jax.grad(lambda *a: attention(*a, 10, implementation="cudnn").sum(), argnums=(0, 1, 2))
     compiled = jax.jit(gradient).lower(*shapes).compile()
     assert "__cudnn$fmhaSoftmaxBackward" in compiled.as_text()
-    # Not the products of queries and keys, in 16 bits.
+    # Less than the products of queries and keys take in 16 bits.
     assert compiled.memory_analysis().temp_size_in_bytes < 8 * 10 * 1024 * max(keys, 512) * 2
 
 
 @pytest.mark.parametrize("features", [40, 64])
 def test_splash_attention_is_our_own(features: int) -> None:
-    """By Pallas' interpreter; 640 keys are two and a half blocks of 256 queries."""
+    """Pallas' interpreter runs it; 640 keys are two and a half blocks of 256 queries."""
     arrays = numbers((2, 256, 2 * features), *[(2, 640, 2 * features)] * 2)
     of_both = with_gradients(lambda *a: kernels.splash(*a, 2, interpret=True), *arrays)
     for fused, plain in zip(of_both, with_gradients(lambda *a: attention(*a, 2), *arrays), strict=True):
@@ -120,6 +121,7 @@ def test_splash_attention_compiles_for_a_tpu_that_is_not_there(features: int) ->
     shape = jax.ShapeDtypeStruct((2, 1024, 8 * features), jnp.bfloat16, sharding=place)
     gradient = jax.grad(lambda *a: attention(*a, 8, implementation="splash").sum(), argnums=(0, 1, 2))
     compiled = jax.jit(gradient).lower(shape, shape, shape).compile()
-    # Not the products of queries and keys, in 16 bits; but heads padded to 128 features, in float32 at most.
+    # The bound excludes the products of queries and keys in 16 bits, but allows heads padded to 128 features in
+    # float32.
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * 8 * 1024 * 128 * 4 * 4
     assert compiled.as_text().count("tpu_custom_call") >= 3

@@ -1,4 +1,4 @@
-"""LoRA against PyTorch's peft: outputs, gradients and initial values; and what the trainer builds on."""
+"""LoRA matches PyTorch's peft in outputs, gradients and initial values; and properties that the trainer relies on."""
 
 from functools import cache
 
@@ -60,7 +60,7 @@ def test_outputs_and_gradients_are_those_of_peft(folder: str, x64: None) -> None
     assert len(ours) == len(state) > 20
     base = pipeline.load("unet", dtype=jnp.float64)
     x_NHWC, t_N, conditioning = inputs("float64")
-    t_N = jnp.zeros_like(t_N)  # where diffusers' sinusoids, float32 even here, are exact
+    t_N = jnp.zeros_like(t_N)  # diffusers' sinusoids, which are float32 even here, are exact at 0
 
     def total(adapter: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         prediction = pipeline.denoise(base | adapter, x_NHWC, t_N, conditioning)
@@ -101,7 +101,7 @@ def test_a_fresh_adapter_changes_nothing_at_all(folder: str, dtype: str, pattern
 @pytest.mark.parametrize("make", [Linear, Conv])
 @pytest.mark.parametrize("size", [1e-5, 1e-4])
 def test_what_a_new_adapter_adds_survives_bfloat16(make: type[Linear | Conv], size: float) -> None:
-    """On average over outputs, although it is less than half of the last bit that bfloat16 keeps of each."""
+    """This holds on average over outputs, although it is less than half of the last bit that bfloat16 keeps of each."""
     random, width = np.random.default_rng(0), 64
     layer = make(width, width, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     add_lora(nnx.List([layer]), {"0": LowRank(8, 8)}, 0.0, nnx.Rngs(1))
@@ -139,7 +139,7 @@ def test_initial_values_are_distributed_as_pefts(folder: str, initializer: str, 
         for drawn in (np.asarray(value), expected):
             assert drawn.std() == pytest.approx(std, rel=4 / drawn.size**0.5), name
             assert abs(drawn.mean()) < 4 * std / drawn.size**0.5, name
-            kurtosis = (drawn**4).mean() / drawn.std() ** 4  # 3 of a normal distribution, 1.8 of a uniform one
+            kurtosis = (drawn**4).mean() / drawn.std() ** 4  # 3 for a normal distribution, 1.8 for a uniform one
             assert (kurtosis > 2.4) == (initializer == "gaussian"), name
     other = init_lora(pipeline.trained_specs, 1, initializer)
     assert not np.array_equal(next(iter(ours.values())), next(iter(other.values())))
@@ -155,12 +155,12 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean(folder: str) -> None:
         lambda keys_N: [pipeline.denoise(base | adapter, x_NHWC, t_N, conditioning, *keys) for keys in ((), (keys_N,))]
     )
     plain, dropped = both(keys_N)
-    # A linear layer far down: small changes of its output reach the end nearly linearly.
+    # A late linear layer: small changes of its output reach the end almost linearly.
     spread = dropped.std(axis=0)
     assert spread.max() > 1e-5
     error = np.abs(dropped.mean(axis=0) - plain[0]) / (spread / 128**0.5 + 1e-9)
     assert np.median(error) < 2
-    # A row of the output depends on its own key alone.
+    # Each example of the output depends only on its own key.
     _, turned_round = both(keys_N[::-1])
     np.testing.assert_allclose(turned_round[::-1], dropped, rtol=1e-4, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Model folders and single files that are damaged, odd or incomplete: one sentence that names file and field."""
+"""Model folders and single files that are damaged, odd or incomplete give one sentence that names file and field."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 1\n"
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An SDXL of random weights, as a folder and as a single file."""
+    """An SDXL with random weights, as a folder and as a single file."""
     folder = tmp_path_factory.mktemp("models")
     write_random_model("sdxl", folder / "model")
     pipeline = load_pipeline(folder / "model", dtype="float32")

@@ -1,4 +1,4 @@
-"""Operations with derivatives of their own against PyTorch's, and what they keep for the backward pass."""
+"""Operations with hand-written derivatives match PyTorch's; and the bytes that they keep for the backward pass."""
 
 from collections.abc import Callable
 from typing import Any
@@ -102,7 +102,7 @@ def test_attention_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch, limit: 
 
 
 def kept_bytes(function: Callable[..., Any], *shapes: jax.ShapeDtypeStruct) -> int:
-    """Of everything that the backward pass is given."""
+    """Return the number of bytes of everything that the backward pass is given."""
     kept = jax.eval_shape(lambda *a: jax.vjp(function, *a)[1], *shapes)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
 

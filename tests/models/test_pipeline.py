@@ -1,4 +1,4 @@
-"""Opening and writing whole model folders, with diffusers' own pipelines as the oracle."""
+"""Opening and writing whole model folders, compared with diffusers' own pipelines."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Writing whole models, with what PyTorch diffusers and transformers write and open as the oracle."""
+"""Writing whole models, compared with the files that PyTorch diffusers and transformers write and open."""
 
 import json
 import re
@@ -44,7 +44,7 @@ def in_pytorch(family: str, tmp_path_factory: pytest.TempPathFactory) -> diffuse
 
 @pytest.fixture(scope="module")
 def of_pytorch(in_pytorch: diffusers.DiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What PyTorch saves of it in each dtype; "mixed" is float16 with a float32 VAE, as SDXL is often held."""
+    """Folders that PyTorch saves in each dtype; "mixed" is float16 with a float32 VAE, as SDXL is often stored."""
     folders = {name: tmp_path_factory.mktemp("pytorch") / name for name in (*DTYPES, "mixed")}
     for name in DTYPES:
         in_pytorch.to(dtype=getattr(torch, name)).save_pretrained(folders[name])
@@ -73,7 +73,7 @@ def sdxl_pipeline(sdxl_folder: Path) -> Pipeline:
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    """Another SDXL; the config of its VAE is another too."""
+    """Another SDXL, whose VAE also has another config."""
     folder = tmp_path_factory.mktemp("models") / "other"
     write_random_model("sdxl", folder, seed=10)
     config = folder / "vae" / "config.json"
@@ -82,25 +82,25 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
 
 
 def save(pipeline: Pipeline, output: Path, **options: object) -> Path:
-    """Writes the model as it is held."""
+    """Write the model in its stored dtype."""
     save_pipeline(pipeline, output, pipeline.read("unet"), **{"dtype": None, "card": CARD, **options})
     return output
 
 
 def stored(folder: Path) -> dict[str, dict]:
-    """Name -> dtype, shape and bytes of every tensor in a folder."""
+    """Return dtype, shape and bytes of every tensor in a folder, by name."""
     files = [deserialize(path.read_bytes()) for path in sorted(folder.glob("*.safetensors"))]
     return {name: tensor for file in files for name, tensor in file}
 
 
 def with_prefix(names: dict) -> dict:
-    """transformers 5 writes CLIPTextModel without the prefix where that is how it was read; we always write it."""
+    """Add the prefix: transformers 5 writes CLIPTextModel without it if it was read so; dpo_jax always writes it."""
     return {f"text_model.{name}" if re.match("embeddings|encoder|final", name) else name: names[name] for name in names}
 
 
 def assert_same_model(ours: Path, theirs: Path) -> None:
-    """The same files, but for our README.md and what old tools read of tokenizers; the same JSON, but for where it was
-    read from; the same tensors, byte by byte."""
+    """Compare two folders. They have the same files, except for README.md and the tokenizer files for old tools; the
+    same JSON, except for where it was read from; and the same bytes of every tensor."""
     paths = {path.relative_to(theirs) for path in theirs.rglob("*") if path.is_file()}
     added = {path.with_name(name) for path in paths if path.name == "tokenizer.json" for name in OLD_TOKENIZER}
     assert {path.relative_to(ours) for path in ours.rglob("*") if path.is_file()} == paths | {Path("README.md")} | added
@@ -168,7 +168,7 @@ def test_cast_to_another_dtype_as_pytorch_casts(held: str, dtype: str, sdxl: Pat
 
 
 def test_text_encoders_open_in_the_dtype_they_were_cast_to(sdxl: Path, tmp_path: Path) -> None:
-    """transformers goes by the config, under the name of version 4 too; diffusers opens UNet and VAE in float32."""
+    """transformers follows the config, also under the name of version 4; diffusers opens UNet and VAE in float32."""
     for name in CLIPS:
         path = sdxl / name / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"torch_dtype": "float16"}))
@@ -197,7 +197,7 @@ def test_shards_are_named_and_read_as_those_of_pytorch(
         indices = []
         for folder in (ours / name, theirs / name):
             shards = sorted(path.name for path in folder.glob("*.safetensors"))
-            assert len(shards) > 2  # not equally many: they fill them by other rules
+            assert len(shards) > 2  # the number differs, because they fill shards by other rules
             assert shards == [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
             indices.append(json.loads((folder / f"{stem}.safetensors.index.json").read_text()))
         for shard in (ours / name).glob("*.safetensors"):
@@ -270,7 +270,7 @@ def test_another_component_is_loaded_and_written(
     output = save(pipeline, tmp_path / "ours")
     for name in pipeline.components:
         assert stored(output / name) == stored((theirs if name == component else base) / name)
-    # A file says nothing of its config, which is then the model's.
+    # A single file has no config, so the model's is used.
     source = other if path.is_dir() else sdxl_pipeline
     assert pipeline.components[component].config == source.components[component].config
     assert json.loads((output / component / "config.json").read_text()) == source.config(component)
@@ -329,7 +329,7 @@ def test_nothing_is_overwritten(write: Callable, sdxl_pipeline: Pipeline, tmp_pa
 
 @pytest.fixture(scope="module")
 def checked_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An SD1.5 with a safety checker, as the published ones have."""
+    """An SD1.5 with a safety checker, like the published ones."""
     folder = tmp_path_factory.mktemp("models") / "sd15"
     write_random_model("sd15", folder)
     size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}

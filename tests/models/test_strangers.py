@@ -1,4 +1,4 @@
-"""A stranger's model starts no code: neither the Python files beside it nor the classes that its files name."""
+"""A model from somebody else starts no code: neither its Python files nor the classes that its files name."""
 
 import json
 import pickle
@@ -18,7 +18,7 @@ from dpo_jax.training.export import export, exportable_model
 
 @pytest.fixture
 def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model that brings a module everywhere one may be looked for, and names it wherever a file may name a class."""
+    """A model with a module in every place that may be searched, which is named in every file that may name a class."""
     model = tmp_path / "model"
     write_random_model("sd15", model)
     evil = f"open({str(tmp_path / 'marker')!r}, 'a').write('imported')\n"

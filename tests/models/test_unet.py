@@ -1,4 +1,4 @@
-"""Our UNet against diffusers' PyTorch one: outputs, gradients, names and shapes; and the errors of its config."""
+"""The UNet matches diffusers' in PyTorch: outputs, gradients, names and shapes; and the errors of its config."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ from dpo_jax.models.unet import UNet2DConditionModel, sinusoids
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.weights.layout import Params, from_torch, torch_name
 
-# As published, and the same narrowed: two channels a group at least; heads and depths differ by level where theirs do.
+# As published, and the same with fewer channels: at least two per group; heads and depths differ by level as published.
 PUBLISHED = {path.parts[-3]: json.loads(path.read_text()) for path in sorted(PUBLISHED.glob("*/unet/config.json"))}
 THREE_LEVELS = {"block_out_channels": [8, 16, 24], "norm_num_groups": 4, "cross_attention_dim": 10}
 FOUR_LEVELS = {"block_out_channels": [8, 16, 24, 24], "norm_num_groups": 4, "cross_attention_dim": 10}
@@ -53,7 +53,7 @@ TIME_IDS = {
 }
 
 N, L, P = 2, 5, 6
-FAST = {"xla_backend_optimization_level": 0}  # twice as fast to compile, and running takes no time
+FAST = {"xla_backend_optimization_level": 0}  # compiles twice as fast, and running takes no time
 
 
 def tiny_config(family: str) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def build(config: dict[str, Any], dtype: Any) -> Network:
 
 @cache
 def torch_unet(family: str) -> diffusers.UNet2DConditionModel:
-    """In float64, with norms and biases off their trivial initial values."""
+    """Return the UNet in float64, with norms and biases away from their trivial initial values."""
     torch.manual_seed(0)
     model = diffusers.UNet2DConditionModel.from_config(tiny_config(family)).double().eval()
     for parameter in model.parameters():
@@ -88,7 +88,7 @@ def run(network: Network, params: Params, *inputs: Any) -> jax.Array:
 
 
 def make_inputs(family: str, height: int = 8, width: int = 16) -> tuple[np.ndarray, np.ndarray, Conditioning]:
-    """Everything float64; one row early and one late in diffusion."""
+    """Everything is float64; one example is early and one is late in diffusion."""
     random = np.random.default_rng(0)
     x_NHWC, context_NLD = random.normal(size=(N, height, width, 4)), random.normal(size=(N, L, 10))
     t_N = np.array([3, 981], np.int32)
@@ -111,7 +111,7 @@ def run_torch(
 
 
 def double_sinusoids(timesteps: torch.Tensor, embedding_dim: int, **_: Any) -> torch.Tensor:
-    """What diffusers computes in float32 whatever the model's dtype."""
+    """Compute in float64 what diffusers computes in float32 whatever the model's dtype."""
     half = embedding_dim // 2
     angles = timesteps.double()[:, None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -151,7 +151,8 @@ def test_prediction_equals_diffusers_in_float32(family: str) -> None:
 
 
 def test_bfloat16_stays_near() -> None:
-    """About 30 roundings of 2^-9 in a row: 1% expected; float32 parameters are cast where they are used."""
+    """About 30 consecutive roundings of 2^-9 give an expected error of 1%; float32 parameters are cast where they are
+    used."""
     model, network = torch_unet("sdxl_turbo"), build(tiny_config("sdxl_turbo"), jnp.bfloat16)
     inputs = make_inputs("sdxl_turbo")
     with torch.no_grad():
@@ -193,7 +194,7 @@ def test_sinusoids_round_as_diffusers_do(features: int) -> None:
         torch.from_numpy(t), features, flip_sin_to_cos=True, downscale_freq_shift=0
     )
     error = np.abs(sinusoids(jnp.asarray(t), features, jnp.float32) - oracle.numpy())
-    # PyTorch's float32 exp is one rounding off for about 1% of the frequencies, which large t multiplies.
+    # PyTorch's float32 exp is off by one rounding for about 1% of the frequencies, and large t multiplies this.
     assert error.max() < 3e-4
     assert (error < 1e-6).mean() > 0.98
 
@@ -270,8 +271,8 @@ def test_conditioning_must_fit(change: dict[str, Any], message: str) -> None:
 
 
 def test_weights_rounded_before_or_where_they_are_used_make_the_same() -> None:
-    """The policy's are float32 and the reference's bfloat16, and they begin as equals. To the bit: beta multiplies what
-    their predictions differ by."""
+    """The policy's weights are float32 and the reference's bfloat16, and both start equal. They must match to the bit,
+    because beta multiplies the difference of their predictions."""
     config = UNetConfig.from_dict(UNET_SDXL, "config.json")
     unet = Network.build(lambda rngs: UNet2DConditionModel(config, dtype=jnp.bfloat16, rngs=rngs), config)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""AutoencoderKL against diffusers."""
+"""AutoencoderKL matches diffusers."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def build(fields, dtype):
 
 
 def torch_model(fields, dtype=torch.float32):
-    """Random weights, also where diffusers would start with ones and zeros."""
+    """Draw random weights, even where diffusers would start with ones and zeros."""
     torch.manual_seed(0)
     model = TorchAutoencoderKL(**{k: v for k, v in fields.items() if not k.startswith("_")}).to(dtype)
     with torch.no_grad():
@@ -173,6 +173,6 @@ def test_gradient_reaches_every_parameter(x64):
 
     gradients = jax.jit(jax.grad(loss))(params)
     largest = {name: np.abs(gradient).max() for name, gradient in gradients.items()}
-    # Softmax does not see what all keys share.
+    # Softmax ignores a shift that all keys share.
     key_bias = {"encoder.mid_block.attentions.0.to_k.bias", "decoder.mid_block.attentions.0.to_k.bias"}
     assert {name for name, value in largest.items() if value < 1e-9} == key_bias
