@@ -182,8 +182,8 @@ def split_lines(text: str) -> list[str]:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Return the value of a JSON text, which errors call `where`. Raises a UserError if it is not valid JSON or is
-    nested too deeply."""
+    """Return the value of a JSON text, called `where` in errors. Raises a UserError if it is invalid or nested too
+    deeply."""
     try:
         value = json.loads(text, object_pairs_hook=_once)
         if "\\ud" in text or "\\uD" in text:  # a surrogate escape is not text without its other half
@@ -202,8 +202,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object's fields as a dict; UserError for duplicate names, of which Python silently keeps the
-    last."""
+    """Return a JSON object's fields; UserError for duplicate names, of which Python silently keeps the last."""
     value = dict(pairs)
     if len(value) < len(pairs):
         ((name, _),) = Counter(name for name, _ in pairs).most_common(1)

@@ -50,8 +50,7 @@ def encode_images(
 
 
 def decode_latents(vae: Network, params: Params, latents_NhwC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return uint8 images_NHWC from scaled latents, and finite_N: False for images with NaN or infinity, where NaN
-    becomes black."""
+    """Return uint8 images_NHWC from scaled latents, and finite_N: False for images with infinity or NaN (black)."""
     images_NHWC = vae(params, latents_NhwC / vae.config.scaling_factor + _shift(vae), method="decode")
     return to_pixels(images_NHWC), jnp.isfinite(images_NHWC).all(axis=(1, 2, 3))
 

@@ -200,8 +200,7 @@ class BLIPTextLayer(nnx.Module):
 
 
 class BLIPTextAttention(nnx.Module):
-    """Attention to all of a context or to its first `lengths_N` tokens; the result is added to the input and
-    normalised."""
+    """Attention to all of a context or to its first `lengths_N` tokens, added to the input and normalised."""
 
     def __init__(self, config: BLIPTextConfig, context_width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.self = QueryKeyValue(config.hidden_size, context_width, dtype=dtype, rngs=rngs)

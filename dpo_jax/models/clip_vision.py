@@ -31,8 +31,7 @@ from dpo_jax.models.layers import Conv, Embedding, LayerNorm, Linear, make_param
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Mean and standard deviation by which images (RGB, 0 to 1) are normalised: OpenAI's values, which every model here
-uses."""
+"""Mean and standard deviation by which images (RGB, 0 to 1) are normalised: OpenAI's values, for every model here."""
 
 
 @dataclasses.dataclass(frozen=True)

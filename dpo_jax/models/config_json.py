@@ -1,5 +1,4 @@
-"""Reads a checkpoint's config.json into a frozen dataclass and refuses settings that dpo_jax would compute
-differently."""
+"""Reads a checkpoint's config.json into a frozen dataclass and refuses settings that would be computed differently."""
 
 import dataclasses
 import functools
@@ -17,8 +16,7 @@ Config = TypeVar("Config")
 MAX_BYTES = 2**24
 """Largest size of a config.json in bytes; real ones have a few kB."""
 Width = Annotated[int, pydantic.Field(ge=1, le=2**16)]
-"""Number of channels, features, heads or positions. A larger number means a damaged file, and building its network
-would never end."""
+"""Number of channels, features, heads or positions. A larger number is damage, and building its network never ends."""
 Depth = Annotated[int, pydantic.Field(ge=1, le=256)]
 """Number of layers in a row."""
 Vocabulary = Annotated[int, pydantic.Field(ge=1, le=2**24)]

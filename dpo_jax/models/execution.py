@@ -19,8 +19,7 @@ ATTENTION = "attention"
 
 
 def _dots(primitive: Any, *args: Any, **params: Any) -> bool:
-    """Keep products with weights. Attention's own products have the heads as batch axes and are larger than all
-    others."""
+    """Keep products with weights. Attention's own products have the heads as batch axes and are the largest of all."""
     saved = jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(ATTENTION),

@@ -44,8 +44,7 @@ def as_kept(tree: Kept) -> Kept:
 def group_norm(
     x: jax.Array, scale_C: jax.Array, bias_C: jax.Array, num_groups: int, epsilon: float, *, silu: bool = False
 ) -> jax.Array:
-    """Group normalisation (Wu and He, arXiv 1803.08494) over all axes but the first, channels last; `silu` applies SiLU
-    to the result."""
+    """Group normalisation (Wu and He, arXiv 1803.08494) over all axes but the first, channels last; SiLU if `silu`."""
     groups = (num_groups, x.shape[-1] // num_groups)
     grouped = x.reshape(x.shape[0], -1, *groups)
     return _norm(grouped, scale_C.reshape(groups), bias_C.reshape(groups), (1, 3), epsilon, silu).reshape(x.shape)

@@ -192,8 +192,7 @@ def write_tokenizer(
 
 
 def random_params(specs: Specs, seed: int) -> dict[str, np.ndarray]:
-    """Return kernels with variance 1 / fan_in, and scales and biases away from 1 and 0 so that tests notice every
-    one."""
+    """Return kernels with variance 1 / fan_in, and scales and biases away from 1 and 0, so that tests notice each."""
     random = np.random.default_rng(seed)
     params = {}
     for name, spec in specs.items():

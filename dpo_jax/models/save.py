@@ -209,8 +209,8 @@ def _config(pipeline: Pipeline, component: str, dtype: DTypeLike | None) -> dict
 
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config for other tools: without the "Flax" prefix of legacy class names, and without the path that the
-    config was read from."""
+    """Return a config for other tools: without the prefix "Flax" of legacy class names and the path it was read
+    from."""
 
     def rename(value: Any) -> Any:
         if isinstance(value, list):

@@ -1,5 +1,4 @@
-"""The head that turns a network's features into a score: the MLP of LAION's aesthetic predictor, also used by
-ImageReward."""
+"""The head that turns features into a score: the MLP of LAION's aesthetic predictor, also used by ImageReward."""
 
 import jax
 from flax import nnx

@@ -50,8 +50,7 @@ class UNet2DConditionModel(nnx.Module):
         self.config, self.dtype = config, dtype
 
     def __call__(self, x_NHWC: jax.Array, t_N: jax.Array, conditioning: Conditioning) -> jax.Array:
-        """Return the prediction [N, H, W, C] in the compute dtype. Raises ValueError if the conditioning does not
-        fit."""
+        """Return the prediction [N, H, W, C] in the compute dtype; ValueError if the conditioning does not fit."""
         needed, given = self.config.cross_attention_dim, conditioning.context_NLD.shape[-1]
         if set(needed) != {given}:
             raise UserError(f"this UNet has cross_attention_dim = {needed}, but the captions have {given} features")

@@ -18,8 +18,7 @@ from dpo_jax.models.unet_config import UNetConfig
 
 
 class DownBlock2D(nnx.Module):
-    """Resnets, each followed by cross-attention if the config says so; then half the resolution, except in the last
-    block."""
+    """Resnets, each followed by cross-attention if the config says so; then half the resolution, except at the end."""
 
     def __init__(self, config: UNetConfig, level: int, *, execution: Execution, dtype: DTypeLike, rngs: nnx.Rngs):
         widths, layers = config.block_out_channels, config.layers_per_block[level]
@@ -87,8 +86,7 @@ class UpBlock2D(nnx.Module):
     def __call__(
         self, x_NHWC: jax.Array, skips: list[jax.Array], temb_NT: jax.Array, context_NLD: jax.Array
     ) -> jax.Array:
-        """Run the block. It pops the skips that it reads from the end of `skips`; the next skip gives the size to
-        upsample to."""
+        """Run the block. It pops its skips from the end of `skips`; the next skip gives the size to upsample to."""
         for layer, resnet in enumerate(self.resnets):
             x_NHWC = self.execution.run(resnet.joined, x_NHWC, skips.pop(), temb_NT)
             if self.attentions:
@@ -118,8 +116,7 @@ class ResnetBlock2D(nnx.Module):
         return y_NHWC + (x_NHWC if self.conv_shortcut is None else self.conv_shortcut(x_NHWC))
 
     def joined(self, x_NHWC: jax.Array, skip_NHWC: jax.Array, temb_NT: jax.Array) -> jax.Array:
-        """Run the block on input and skip, concatenated here so that a rematerialized block does not keep them a second
-        time."""
+        """Run the block on input and skip, concatenated here so that rematerialized blocks do not keep them twice."""
         return self(jnp.concatenate([x_NHWC, skip_NHWC], axis=-1), temb_NT)
 
 
@@ -151,8 +148,7 @@ class Transformer2DModel(nnx.Module):
 
 
 class BasicTransformerBlock(nnx.Module):
-    """Self-attention, cross-attention to the caption and a feed-forward layer; each reads normalised input and is added
-    to it."""
+    """Self-attention, cross-attention to the caption and a feed-forward layer, each normalised first and residual."""
 
     def __init__(
         self,

@@ -19,8 +19,7 @@ class UNetConfig:
     """
 
     sample_size: Annotated[int, pydantic.Field(ge=1, le=1024)] | None = None
-    """Height and width of the latents that the model was trained on, the smaller of the two; the network accepts any
-    size."""
+    """Height and width of the latents that the model was trained on, the smaller of the two; any size can be used."""
     in_channels: Width = 4
     out_channels: Width = 4
     down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
@@ -33,8 +32,7 @@ class UNetConfig:
     cross_attention_dim: tuple[Width, ...] = (1280, 1280, 1280, 1280)
     transformer_layers_per_block: tuple[Depth, ...] = (1, 1, 1, 1)
     attention_head_dim: tuple[Width, ...] = (8, 8, 8, 8)
-    """The number of attention heads. The name is wrong, but diffusers keeps it because every published config has
-    it."""
+    """The number of attention heads. The name is wrong, but diffusers keeps it because all published configs use it."""
     use_linear_projection: bool = False
     addition_embed_type: str | None = None
     """"text_time" (SDXL): the pooled caption and the size conditioning are added to the time embedding."""
@@ -122,8 +120,7 @@ def _side(sample_size: Any) -> Any:
 
 MAX_LEVELS = 8
 MAX_LAYERS = 256
-"""Maximum number of layers on the way down. SDXL has 32; building more takes minutes, and no published model has
-more."""
+"""Maximum number of layers on the way down; SDXL has 32, the most that is published. Building more takes minutes."""
 
 _PER_LEVEL = ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim")
 

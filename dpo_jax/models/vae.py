@@ -25,8 +25,7 @@ MAX_LAYERS = 64
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """The fields of a diffusers AutoencoderKL config.json that decide its shape or its use; the defaults are
-    diffusers'."""
+    """The fields of a diffusers AutoencoderKL config.json that decide its shape or use, with diffusers' defaults."""
 
     in_channels: Width = 3
     out_channels: Width = 3

@@ -35,8 +35,7 @@ class Field:
     may_be_infinite: bool = False
     choices: tuple[str, ...] = ()
     wrong: Callable[[Any], str | None] = lambda value: None
-    """Returns any other problem with a value, as the end of a sentence that begins with the value; None if there is
-    none."""
+    """Returns any other problem with a value, as the end of a sentence that begins with the value, or None."""
 
     def __str__(self) -> str:
         """Return the accepted values, for example "at least 1"; empty if the type says everything."""

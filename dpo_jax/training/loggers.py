@@ -46,8 +46,7 @@ class Logger(Protocol):
     """Receives what a run logs. Only process 0 opens loggers."""
 
     repeats: bool
-    """True if it wants figures again that a killed run logged after its last checkpoint; other loggers keep the first
-    ones."""
+    """True to receive again figures that a killed run logged after its last checkpoint; others keep the first ones."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 

@@ -1,5 +1,4 @@
-"""The model card (README.md) of an export: what the model is, how to open it, how it was made, and its measured
-results."""
+"""The model card (README.md) of an export: what the model is, how to open it, how it was made, and its results."""
 
 import json
 from collections.abc import Mapping, Sequence

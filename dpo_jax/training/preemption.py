@@ -43,8 +43,7 @@ class Notice:
             signal.signal(signal.SIGTERM, former)
 
     def received(self) -> bool:
-        """True if the run should stop between two steps; for single processes only, because several could not agree
-        there."""
+        """True if the run should stop between two steps; single processes only, because several could not agree."""
         return self._received
 
     def given(self, step: int) -> bool:

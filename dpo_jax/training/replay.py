@@ -82,8 +82,7 @@ def write_batch(workdir: epath.Path, step: int, batch: PreferenceBatch, names: l
 
 
 def read_batch(path: epath.PathLike) -> tuple[int, PreferenceBatch, list[str]]:
-    """Return the step, the batch and the names of its examples from a file of `write_batch`; UserError for other
-    files."""
+    """Return the step, the batch and the names of its examples from a file of `write_batch`; UserError for others."""
     data = files.read_bytes(path, 2 * MAX_BYTES)
     try:
         if not zipfile.is_zipfile(io.BytesIO(data)):  # np.load would return the array of a .npy file

@@ -14,8 +14,7 @@ from dpo_jax.training.metrics import is_validation, read_metrics
 
 BEST = "best"
 FIGURES = {"validation/pair_accuracy": 1, "validation/error_winner": -1}
-"""Figures that checkpoints are compared by, the first one that the run validated; 1 if higher is better, -1 if lower
-is."""
+"""Figures that checkpoints are compared by, the first that the run validated; 1 if higher is better, otherwise -1."""
 
 
 def select_step(workdir: epath.PathLike, step: str) -> int | None:

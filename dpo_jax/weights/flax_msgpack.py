@@ -52,8 +52,7 @@ class _Parser:
         self.position = 0
 
     def value(self) -> Any:
-        """Return the value that begins at `position`: a dict, list, str, int, True, view of bytes, or view of an
-        array."""
+        """Return the value at `position`: a dict, list, str, int, True, view of bytes, or view of an array."""
         first = self._number(1)
         if first < 0x80:
             return first

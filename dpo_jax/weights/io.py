@@ -203,8 +203,7 @@ def save_component(
 
 
 def fingerprint(files: Iterable[epath.Path], *, places: int = 64, chunk: int = 2**14) -> str:
-    """Return a digest of files: of their names, sizes, and `places` evenly spaced chunks of each, so that 10 GB take no
-    longer than 10 MB."""
+    """Return a digest of names, sizes, and `places` evenly spaced chunks of files: 10 GB take no longer than 10 MB."""
     digest = hashlib.sha256()
     for path in map(check_regular, files):
         size = path.stat().length

@@ -81,8 +81,7 @@ class Place(NamedTuple):
 
 
 def split(key: str) -> tuple[str, str]:
-    """Split a tensor's name into (stored name of the layer, part); the part is "" if the tensor is not part of a
-    LoRA."""
+    """Split a tensor's name into (stored name of the layer, part); the part is "" if it is not a part of a LoRA."""
     match = _NAME.fullmatch(key)
     if match is None:
         return key, ""

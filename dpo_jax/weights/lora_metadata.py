@@ -1,5 +1,4 @@
-"""The metadata of a LoRA file: the alpha of each layer if no tensor holds it, and the model that the LoRA was made
-for."""
+"""The metadata of a LoRA file: the alpha of each layer if no tensor holds it, and the model that it was made for."""
 
 import math
 import os
@@ -26,12 +25,10 @@ DIFFUSERS_METADATA = "lora_adapter_metadata"
 MADE_FOR = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name", "base_model_name_or_path")
 MAX_CONFIG_BYTES = 2**26
 SECONDS_TO_MATCH = 5.0
-"""Time limit for matching all patterns of a file, since a pattern from somebody else's file can take arbitrarily
-long."""
+"""Time limit for matching all patterns of a file: a pattern from somebody else's file can take arbitrarily long."""
 MAX_PATTERN = 10_000
 _SIMPLE = re.compile(r"\^?[\w.-]*")
-"""Patterns as diffusers and PEFT write them for single layers, up to a thousand per file; matching them takes no
-time."""
+"""Patterns as diffusers and PEFT write them for single layers, up to a thousand per file; matching takes no time."""
 
 
 class PeftConfig(TypedDict, total=False):
@@ -46,8 +43,7 @@ class Stated:
     """The alphas that a file states in its metadata."""
 
     def __init__(self, path: epath.Path, has_alphas: bool = False):
-        """Read the metadata of `path`; with `has_alphas`, tensors hold alpha, so one number for all layers is
-        ignored."""
+        """Read the metadata of `path`; with `has_alphas`, tensors hold alpha, so a plain field with it is ignored."""
         self._path = path
         self.metadata: dict[str, str] = conform(
             safetensors_file.read_metadata(path), dict[str, str], f"{path}: the metadata"
@@ -76,7 +72,7 @@ class Stated:
         return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha  # PEFT then scales by alpha / sqrt(rank)
 
     def _read_fields(self) -> tuple[dict[str, Any], str]:
-        """Return PEFT's LoraConfig: from the file's metadata, where diffusers writes it, or from the folder, where PEFT
+        """Return PEFT's LoraConfig: from the file's metadata, as diffusers writes it, or from the folder, as PEFT
         does."""
         where = f"{self._path}: the metadata {DIFFUSERS_METADATA}"
         if DIFFUSERS_METADATA in self.metadata:

@@ -64,8 +64,7 @@ def rank_of(arrays: Arrays) -> int | None:
 
 
 def read_change(arrays: Arrays, scale: float, spec: ParamSpec) -> Change:
-    """Return the change of one weight. Raises a UserError if arrays are missing or do not fit each other or the
-    weight."""
+    """Return the change of one weight; UserError if arrays are missing or do not fit each other or the weight."""
     method = method_of(arrays)
     outputs, *rest = spec.torch_shape
     found, needed = _shape(arrays, method), (outputs, math.prod(rest))
@@ -79,8 +78,7 @@ def read_change(arrays: Arrays, scale: float, spec: ParamSpec) -> Change:
 
 
 def fold_mid(down: np.ndarray, mid: np.ndarray) -> np.ndarray:
-    """Return LoCon's Tucker decomposition, `down` followed by `mid`, as A of a plain LoRA: (r, inputs, height,
-    width)."""
+    """Return LoCon's Tucker decomposition, `down` then `mid`, as A of a plain LoRA: (r, inputs, height, width)."""
     return np.einsum("pqhw,qi->pihw", mid.astype(np.float32), down.reshape(down.shape[:2]).astype(np.float32))
 
 

@@ -167,8 +167,7 @@ def unet_module_names(specs: Iterable[str]) -> dict[str, str]:
 
 
 def unet_names(names: Iterable[str]) -> dict[str, str]:
-    """Map the PyTorch names of a UNet's parameters to their original names; `names` are all parameters of dpo_jax's
-    UNet."""
+    """Map the PyTorch names of a UNet's parameters to their original names; `names` are all of its parameters here."""
     names = [torch_name(name) for name in names]
     table = {
         "conv_in": "input_blocks.0.0",

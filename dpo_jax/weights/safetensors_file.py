@@ -71,8 +71,7 @@ def read(path: epath.Path) -> dict[str, np.ndarray]:
 
 
 def locate(path: epath.Path) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Return (offset in the file, shape) of every tensor, to read parts without keeping the file open; errors as in
-    `read`."""
+    """Return (offset in the file, shape) of every tensor, to read parts without an open file; errors as in `read`."""
     data, header, _, start = _open(path)
     return {
         name: (start + entry.data_offsets[0], _view(data[start:], name, entry, path).shape)

@@ -1,5 +1,4 @@
-"""Fixtures: a small Pick-a-Pic file, a small prepared folder, and CLIP tokenizers whose ids can be worked out by
-hand."""
+"""Fixtures: a small Pick-a-Pic file, a small prepared folder, and CLIP tokenizers with ids that are easy to derive."""
 
 import hashlib
 import io

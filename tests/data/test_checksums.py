@@ -1,5 +1,4 @@
-"""A changed bit is reported: when a data set is opened, when an image or an encoding is read, and by `prepare
---verify`."""
+"""A changed bit is reported when a data set is opened, when an image or encoding is read, and by `prepare --verify`."""
 
 import itertools
 import json

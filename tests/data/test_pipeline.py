@@ -431,8 +431,7 @@ def test_validation_keeps_the_weight_of_ties(mixed: Path) -> None:
 
 
 def test_each_image_may_have_a_caption_of_its_own(tmp_path: Path) -> None:
-    """It stays with its image. A single caption is given to each image; dropout drops all captions of a record or
-    none."""
+    """It stays with its image. A single caption is given to each image; dropout drops all captions or none."""
     images = [encode(np.full((8, 8, 3), red, np.uint8), "PNG") for red in range(6)]
     records: list[dict[str, Any]] = [{"caption": "both", "images": images[:2]}]
     records += [{"caption": "", "images": images[i : i + 2], "captions": [f"red {i}", f"red {i + 1}"]} for i in (2, 4)]

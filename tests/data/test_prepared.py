@@ -230,7 +230,7 @@ def test_prepared_before_images_were_located(copy: Path) -> None:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As many pairs as Pick-a-Pic has, without images."""
+    """Make as many pairs as Pick-a-Pic has, without images."""
     folder = tmp_path_factory.mktemp("many")
     number, rng = 851_293, np.random.default_rng(0)
     offsets = pa.array(np.arange(0, 2 * number + 1, 2), pa.int32())

@@ -19,7 +19,7 @@ from dpo_jax.data.store.scores import candidates, judges_of, rank, read_scores, 
 from .conftest import encode, write_prepared
 
 Scores = list[list[list[float] | None]]
-"""By judge, record and candidate; None for a record that the judge didn't score."""
+"""Scores by judge, record and candidate; None for a record that the judge did not score."""
 
 
 def lists(numbers: list[int]) -> pa.ChunkedArray:

@@ -51,8 +51,7 @@ def change_table(file: Path, **columns: Any) -> None:
 def test_the_classes_it_names_are_not_imported(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_config: Callable[..., Any], command: Command
 ) -> None:
-    """Tests the ways of training and scoring, and first shows that TFDS itself imports the module, which leaves the
-    marker."""
+    """Tests training and scoring, and first shows that TFDS itself imports the module, which leaves the marker."""
     from dpo_jax.training.data import check_data
 
     marker = tmp_path / "marker"

@@ -83,8 +83,7 @@ def copy_params(network, model):
 
 
 def stored_name(name, state):
-    """Return the stored name: transformers 5 stores CLIPTextModel without the prefix, CLIPTextModelWithProjection with
-    it."""
+    """Return the stored name: transformers 5 stores only CLIPTextModelWithProjection with the prefix."""
     return next(alias for alias in torch_aliases(name) if alias in state)
 
 

@@ -1,5 +1,4 @@
-"""Attention kernels of libraries: their arguments, comparison with dpo_jax's attention, compilation for absent
-devices."""
+"""Attention kernels of libraries: arguments, agreement with dpo_jax's attention, compilation for absent devices."""
 
 import importlib.util
 import subprocess

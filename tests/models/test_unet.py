@@ -151,8 +151,7 @@ def test_prediction_equals_diffusers_in_float32(family: str) -> None:
 
 
 def test_bfloat16_stays_near() -> None:
-    """About 30 consecutive roundings of 2^-9 give an expected error of 1%; float32 parameters are cast where they are
-    used."""
+    """About 30 consecutive roundings of 2^-9 give an error of 1%; float32 parameters are cast where they are used."""
     model, network = torch_unet("sdxl_turbo"), build(tiny_config("sdxl_turbo"), jnp.bfloat16)
     inputs = make_inputs("sdxl_turbo")
     with torch.no_grad():

@@ -65,8 +65,7 @@ def write_heldout_prompts(prepared: PreparedData) -> None:
 
 
 def _spread(prepared: PreparedData) -> list[int]:
-    """Return the first record with a winner and a loser in each of `SHOWN` equal parts; if there are none, the first of
-    each."""
+    """Return the first record with a winner and a loser in each of `SHOWN` equal parts, or the first of each part."""
     edges = [len(prepared) * part // SHOWN for part in range(SHOWN + 1)]
     parts = [range(*edge) for edge in itertools.pairwise(edges)]
     compared = [next(filter(functools.partial(_is_compared, prepared), part), None) for part in parts]

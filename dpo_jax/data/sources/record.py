@@ -1,5 +1,4 @@
-"""The definition of a source and its outcomes, and the conversion of votes, ranks and scores to shares of a
-preference."""
+"""Defines sources and their outcomes, and converts votes, ranks and scores to shares of a preference."""
 
 import math
 import re

@@ -99,8 +99,7 @@ def _members(file: Path) -> Iterator[tuple[str, bytes | None] | Damaged]:
 
 
 def _behind_zeros(file: Path, offset: int, size: int) -> int:
-    """Return where the blocks of zeros end; `tarfile` would read each, and a file with a hole may have billions of
-    them."""
+    """Return where the blocks of zeros end; `tarfile` would read each, and a file with a hole may have billions."""
     with open(file, "rb", buffering=0) as stream:
         while offset < size:
             stream.seek(offset)

@@ -362,8 +362,7 @@ def write_captions(folder: Path, captions: pa.Array) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Make `write` fill a temporary file that then becomes `path`: completely or not at all, even if the machine
-    crashes."""
+    """Make `write` fill a temporary file that then becomes `path`: all or nothing, even if the machine crashes."""
     unfinished = path.with_name(files.partial_name(path.name))
     try:
         write(unfinished)

@@ -101,8 +101,7 @@ class PreparedData:
 
     @property
     def records(self) -> pa.Table:
-        """The table `RECORDS`; with judges, the records that all of them scored have the judges' order and
-        preference."""
+        """The table `RECORDS`; with judges, the records that all of them scored are ordered by the judges."""
         return self._records_and_scored[0]
 
     @functools.cached_property
