@@ -226,7 +226,7 @@ def _newest_whole(
 
 
 def _read(folder: epath.Path, abstract: dict[str, Any]) -> tuple[Any, Any, str | None]:
-    """Return arrays and position, or the reason why they can't be read; all processes return the same reason."""
+    """Return arrays and position, or the reason why they cannot be read; all processes return the same reason."""
     tree: Any = None
     position: dict[str, int] = {}
     expected: dict[str, int] = {}

@@ -31,7 +31,7 @@ def encode_data(config: ConfigDict, workers: int | None, say: Callable[[str], No
 
     Raises:
         MissingFileError: there is no prepared data set.
-        UserError: the config is wrong, or its views can't be stored.
+        UserError: the config is wrong, or its views cannot be stored.
         OSError: the disk is full.
     """
     data = config.data

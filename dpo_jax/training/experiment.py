@@ -155,7 +155,7 @@ def on_pairs(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> tu
 
 
 def build(config: ConfigDict, derived: Derived, pipeline: Pipeline, method: Method = on_pairs) -> Experiment:
-    """Return the experiment with its frozen weights loaded; UserError if the config names weights that don't fit."""
+    """Return the experiment with its frozen weights loaded; UserError if the config names weights that do not fit."""
     composed = compose(config, derived, pipeline, make_placement(config), method)
     adapter = initial_adapter(config, pipeline) if pipeline.adapted_unet is not None else None
     frozen = load_frozen(config, pipeline, composed.placement, composed.frozen, adapter)

@@ -112,7 +112,7 @@ def export(
     Nothing is written if it fails.
 
     Raises:
-        UserError: `output` exists, or the format can't hold the model.
+        UserError: `output` exists, or the format cannot hold the model.
     """
     output = epath.Path(output)
     pipeline, unet, adapter = exportable.pipeline, exportable.unet, exportable.adapter

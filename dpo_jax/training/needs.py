@@ -22,7 +22,7 @@ LEAST_SHARE = 0.9
 
 
 def check_grids(config: ConfigDict, pipeline: Pipeline) -> None:
-    """Raise UserError if the model can't draw the image grids of the config."""
+    """Raise UserError if the model cannot draw the image grids of the config."""
     if not config.sample.every:
         return
     try:

@@ -102,7 +102,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def check_backend(config: ConfigDict) -> None:
-    """Raise UserError for an attention kernel that these devices don't have; warn about bfloat16 on CPUs."""
+    """Raise UserError for an attention kernel that these devices do not have; warn about bfloat16 on CPUs."""
     needed = {"cudnn": "gpu", "splash": "tpu"}.get(config.attention, jax.default_backend())
     if needed != jax.default_backend():
         raise UserError(

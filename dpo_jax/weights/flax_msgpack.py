@@ -108,7 +108,7 @@ class _Parser:
         end = self.position + size
         shape, dtype, data = self.value()
         if kind not in (ARRAY, SCALAR) or self.position != end or dtype not in DTYPES:
-            raise UserError("an extension that is no array")
+            raise UserError("an extension that is not an array")
         return data.view(np.dtype(dtype)).reshape(shape)
 
 

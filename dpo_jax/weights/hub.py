@@ -84,7 +84,7 @@ def find_model(
         path = epath.Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns)) / (file or "")
     except HFValidationError as error:
         raise MissingFileError(
-            f"no folder or file {name}, and it is no hub id either ({str(error).rstrip('.')})"
+            f"no folder or file {name}, and it is not a hub id either ({str(error).rstrip('.')})"
         ) from error
     except RevisionNotFoundError as error:
         raise MissingFileError(f"the repository {repo} on the hub has no revision {revision!r}") from error

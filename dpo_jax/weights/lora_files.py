@@ -206,13 +206,13 @@ def _read_layer(found: _Found, place: Place, parts: dict[str, np.ndarray], specs
         *window, inputs, _ = specs[f"{layer}.kernel"].shape
         # Check the ranks before multiplying, because the product could have any size.
         if mid.shape != (rank, rank, *window) or down.shape[:2] != (rank, inputs) or down.size != rank * inputs:
-            raise _Misshapen(f"lora_mid {mid.shape} and lora_down {down.shape} don't fit each other and the layer")
+            raise _Misshapen(f"lora_mid {mid.shape} and lora_down {down.shape} do not fit each other and the layer")
         of_weight["lora_A"] = fold_mid(down, mid)
     if method != "LoRA":
         _add_change(found, f"{layer}.kernel", of_weight, alpha / rank, specs)
         return
     if f"{layer}.kernel" not in specs:
-        raise _Misshapen("it is no linear layer and no convolution")
+        raise _Misshapen("it is neither a linear layer nor a convolution")
     for part, spec in low_rank_specs(specs[f"{layer}.kernel"], rank).items():
         try:
             value = from_torch(of_weight[part], spec)

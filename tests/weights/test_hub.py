@@ -362,7 +362,9 @@ def test_names_that_can_only_be_paths(hub: Hub, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["me/sdxl.git", "me/my--sdxl", "me/sdxl-"])
 def test_names_that_the_hub_does_not_take(hub: Hub, name: str) -> None:
-    with pytest.raises(MissingFileError, match=rf"^no folder or file {name}, and it is no hub id either \(Repo|Cannot"):
+    with pytest.raises(
+        MissingFileError, match=rf"^no folder or file {name}, and it is not a hub id either \(Repo|Cannot"
+    ):
         find_model(name)
 
 
