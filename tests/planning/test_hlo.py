@@ -225,6 +225,7 @@ def test_traffic_is_what_instructions_read_and_write_by_what_they_do() -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_compiled_step_multiplies_as_often_as_the_traced_one() -> None:
     """The compiled step repeats exactly the products that the traced one repeats.
 

@@ -178,6 +178,7 @@ def test_a_rank_that_the_lora_does_not_have(tiny_config, trained, tmp_path):
         train(tiny_config("sd15", steps=1, **{"lora.rank": 8, "lora.init": str(file)}), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_another_reference_and_another_starting_unet(tiny_config, tmp_path):
     """Both are read from their own paths: policy = reference only if these hold the same weights."""
     write_random_model("sd15", tmp_path / "other", seed=9)
