@@ -17,6 +17,9 @@ from dpo_jax.objectives.advantages import PromptStatistics, group_advantages
 MAX_BYTES = 2**27
 """Largest size of a feedback file, which is enough for millions of scores."""
 
+MAX_SCORE = 1e18
+"""Largest size of a score: its square, which a standard deviation needs, is still a float32."""
+
 
 def read_feedback(files: Sequence[epath.Path], prompts: int, candidates: int) -> np.ndarray:
     """Return rewards_PK, the mean over files; NaN where no file has a score.
@@ -50,8 +53,13 @@ def _read(file: epath.Path, prompts: int, candidates: int) -> np.ndarray:
             f"{file} has scores for {len(rows)} prompts with {each} candidates each, but this round has {prompts} "
             f"prompts with {candidates} candidates each"
         )
-    if np.isinf(scores_PK).any():
-        raise UserError(f"{file} has an infinite score for prompt {int(np.isinf(scores_PK).any(1).argmax())}")
+    too_large_PK = np.abs(scores_PK) > MAX_SCORE
+    if too_large_PK.any():
+        p, k = np.argwhere(too_large_PK)[0]
+        raise UserError(
+            f"{file} has the score {scores_PK[p, k]:g} for prompt {p}; a score must be between {-MAX_SCORE:g} and "
+            f"{MAX_SCORE:g}"
+        )
     return scores_PK
 
 

@@ -31,7 +31,13 @@ class Reading(NamedTuple):
 
 def open_shapes(source: str, settings: object) -> Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]:
     """Open the judge, as `dpo_jax.rewards.JUDGES` does; it needs no files and ignores the settings."""
-    return lambda images, captions: score(np.stack(list(images)), captions)
+
+    def reward(images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+        for image in images:  # before they are stacked, which takes one size
+            _check(image[None])
+        return score(np.stack(list(images)), captions)
+
+    return reward
 
 
 def score(images_NHWC: np.ndarray, captions: Sequence[str]) -> np.ndarray:
@@ -47,11 +53,7 @@ def score(images_NHWC: np.ndarray, captions: Sequence[str]) -> np.ndarray:
 def read(images_NHWC: np.ndarray) -> list[Reading]:
     """Return shape, colour and place of the object in each uint8 image [32, 32, 3]."""
     images_NHWC = np.asarray(images_NHWC)
-    if images_NHWC.dtype != np.uint8 or images_NHWC.shape[1:] != (world.SIZE, world.SIZE, 3):
-        raise UserError(
-            f"the shapes judge reads uint8 images [N, {world.SIZE}, {world.SIZE}, 3], "
-            f"not {images_NHWC.dtype} {list(images_NHWC.shape)}"
-        )
+    _check(images_NHWC)
     drawings_MP, shapes_M, centres_M2 = _drawings()
     colours = np.asarray(list(world.COLOURS.values()), np.float64)
     places = np.asarray(list(world.PLACES.values()), np.float64)
@@ -81,6 +83,14 @@ def read(images_NHWC: np.ndarray) -> list[Reading]:
             )
         )
     return readings
+
+
+def _check(images_NHWC: np.ndarray) -> None:
+    if images_NHWC.dtype != np.uint8 or images_NHWC.shape[1:] != (world.SIZE, world.SIZE, 3):
+        raise UserError(
+            f"the shapes judge reads uint8 images [N, {world.SIZE}, {world.SIZE}, 3], "
+            f"not {images_NHWC.dtype} {list(images_NHWC.shape)}"
+        )
 
 
 def _nearest(names: list[str], distances: np.ndarray, limit: float) -> str | None:

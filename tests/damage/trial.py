@@ -188,7 +188,7 @@ class Runner:
                     continue
                 content = DATE.sub(b"", path.read_bytes())
                 if path.suffix in (".json", ".txt"):  # copies of what was read
-                    content = content.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n")
+                    content = content.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").rstrip(b"\n")
                 digest.update(f"{name}\0".encode() + hashlib.sha256(content).digest())
         return digest.hexdigest()
 

@@ -78,8 +78,10 @@ def test_own_captions_count(prepared: PreparedData) -> None:
     assert sorted(text for height, text in judge.seen if height == 10) == ["one", "one", "two"]
 
 
-def test_a_judge_that_cannot_stack_sizes_gets_them_singly(prepared: PreparedData) -> None:
+def test_a_judge_that_refuses_several_sizes_gets_them_singly(prepared: PreparedData) -> None:
     def judge(images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+        if len({image.shape for image in images}) > 1:
+            raise UserError("the images have several sizes")
         return np.stack(list(images)).mean(axis=(1, 2, 3))
 
     assert score_images(prepared, judge)[:3].tolist() == [10, 20, 20]

@@ -101,7 +101,7 @@ def test_another_kind_of_pipeline(sdxl: Path) -> None:
 
 def test_inpainting_model(sdxl: Path) -> None:
     edit(sdxl / "unet" / "config.json", in_channels=9)
-    with pytest.raises(ValueError, match=r"UNet takes 9 channels and the VAE makes 4.*inpainting"):
+    with pytest.raises(ValueError, match=r"UNet takes 9 channels, but the VAE makes 4; .*inpainting"):
         load_pipeline(sdxl, dtype="float32")
 
 
@@ -166,7 +166,7 @@ def test_folders_that_are_something_else(sdxl: Path, tmp_path: Path) -> None:
             load_pipeline(**where, dtype="float32")
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "one.safetensors").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=r"if the model is one.safetensors, name that file"):
+    with pytest.raises(FileNotFoundError, match=r"if the model is one.safetensors, give the path of that file"):
         load_pipeline(tmp_path / "one", dtype="float32")
 
 

@@ -71,18 +71,10 @@ def on_one_device(tmp_path_factory: pytest.TempPathFactory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "fields", "processes"),
-    [
-        pytest.param("fsdp", {}, 1),
-        *(
-            pytest.param(mesh, fields, processes, marks=pytest.mark.slow)
-            for mesh in MESHES
-            for fields in ({}, SPO, FULL)
-            for processes in (1, 2)
-            if (mesh, fields, processes) != ("fsdp", {}, 1)
-        ),
-    ],
+    [pytest.param(mesh, fields, processes) for mesh in MESHES for fields in ({}, SPO, FULL) for processes in (1, 2)],
     ids=lambda value: NAMES.get(json.dumps(value)) if isinstance(value, dict) else str(value),
 )
 def test_eight_devices_agree_with_one(on_one_device, tmp_path: Path, mesh: str, fields: dict, processes: int) -> None:

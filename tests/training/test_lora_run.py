@@ -208,6 +208,7 @@ def test_moving_average_is_that_of_diffusers():
         np.testing.assert_allclose(ours["x"], theirs.shadow_params[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_moving_average_exports_it_and_resumes(tiny_config, tmp_path):
     for workdir, stops in ((tmp_path / "whole", [4]), (tmp_path / "halves", [2, 4])):
         for steps in stops:
