@@ -178,6 +178,8 @@ class RoundFolder:
             if array.dtype.kind != "f" or not fits:
                 needed = ", ".join(str(size or "any") for size in shape)
                 raise self._damaged(prompt, f"{name} is {array.dtype} {list(array.shape)}, not float [{needed}]")
+            if np.isinf(array).any():  # NaN stands for a reward that is not known
+                raise self._damaged(prompt, f"{name} contains an infinite number")
         return found
 
     def _damaged(self, prompt: int, problem: str) -> UserError:

@@ -141,7 +141,10 @@ class Rounds:
             folder, step = self.folder(number), int(state.step)
             missing = self._missing(folder)
             if stage == "train" and missing:
-                raise UserError(f"round {number + 1} is not sampled yet. Run with --stage=sample first")
+                raise UserError(
+                    f"round {number + 1} is not sampled yet: {folder.path}/trajectories lacks {len(missing)} of "
+                    f"{len(folder.prompts)} files, such as {min(missing):05d}.npz. Run with --stage=sample first"
+                )
             if step > number * self._plan.updates and missing:
                 raise UserError(
                     f"step {step} is in the middle of round {number + 1}, but {folder.path} lacks some of its "

@@ -119,6 +119,7 @@ def test_objects_are_not_unpickled(folder):
         ("x_SJhwC", lambda x: x[:, :1], r"x_SJhwC is float32 \[4, 1, 2, 2, 4\]"),
         ("x_SJhwC", lambda x: x[..., 1:], "not finite, or its latents differ in size"),
         ("x_SJhwC", lambda x: x * np.nan, "not finite, or its latents differ in size"),
+        ("x_SJhwC", lambda x: x + np.inf, "x_SJhwC contains an infinite number"),
         ("next_x_SKhwC", lambda x: x[0], r"next_x_SKhwC is float32 \[3, 2, 2, 4\]"),
         ("next_x_SKhwC", lambda x: x.astype(str), r"next_x_SKhwC is <U\d+ \["),
         ("log_prob_SK", lambda x: x.T, r"log_prob_SK is float32 \[3, 4\], not float \[4, 3\]"),

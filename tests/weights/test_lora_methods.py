@@ -168,7 +168,7 @@ def test_full_differences_of_weights_biases_and_norms(tmp_path: Path) -> None:
         ({"dora_scale": (32, 1)}, r"1 incomplete: .*\(only dora_scale\)"),
         (
             {"lora_down.weight": (2, 32), "lora_up.weight": (32, 2), "lora_mid.weight": (3, 3, 1, 1)},
-            r"lora_mid \(3, 3, 1, 1\) and lora_down \(2, 32\) don't fit",
+            r"lora_mid \(3, 3, 1, 1\) and lora_down \(2, 32\) do not fit",
         ),
     ],
 )
