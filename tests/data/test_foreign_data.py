@@ -129,7 +129,8 @@ def test_nulls_of_pandas_are_nulls(tmp_path: Path) -> None:
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_json_with_a_byte_order_mark(tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dpo_jax.data.sources.json_rows.MIN_ROWS_A_CHUNK", 2)
-    monkeypatch.setattr("dpo_jax.data.sources.json_rows.rows_a_chunk", lambda rows: 2)
+    monkeypatch.setattr("dpo_jax.data.sources.record.MIN_ROWS_A_CHUNK", 2)
+    monkeypatch.setattr("dpo_jax.data.sources.record.rows_a_chunk", lambda rows: 2)
     write_images(tmp_path, "a", "b")
     rows = [{"prompt": f"é {i}", "path1": "a", "path2": "b", "images": ["a", "b"], "preferred": 0} for i in range(5)]
     texts = {

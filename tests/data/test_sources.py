@@ -319,7 +319,8 @@ def test_votes_of_nobody_are_no_preference(tmp_path: Path) -> None:
 @pytest.mark.parametrize("indent", [None, 2])
 def test_chunks_of_json_begin_anywhere(tmp_path: Path, indent: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_rows, "MIN_ROWS_A_CHUNK", 7)
-    monkeypatch.setattr(json_rows, "rows_a_chunk", lambda rows: rows // 25 * 14)
+    monkeypatch.setattr("dpo_jax.data.sources.record.MIN_ROWS_A_CHUNK", 7)
+    monkeypatch.setattr("dpo_jax.data.sources.record.rows_a_chunk", lambda rows: rows // 25 * 14)
     monkeypatch.setattr(json_rows, "BLOCK_BYTES", 200)  # so that rows cross blocks
     write_images(tmp_path, "a", "b")
     rows = [{"prompt": f"é {{]}} {i}", "path1": "a", "path2": "b"} for i in range(25)]

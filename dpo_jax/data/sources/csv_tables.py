@@ -19,8 +19,8 @@ from dpo_jax.data.sources.record import (
     Dropped,
     Outcome,
     Unusable,
+    chunks_at,
     make_record,
-    rows_a_chunk,
 )
 from dpo_jax.data.sources.values import index, is_unstated
 from dpo_jax.errors import UserError
@@ -42,12 +42,7 @@ def csv_chunks(files: Sequence[Path]) -> list[Chunk]:
                 offsets.append(row.offset)
             count += 1
         found.append((file, count, offsets))
-    limit = rows_a_chunk(sum(count for _, count, _ in found))
-    return [
-        Chunk(file, start, min(start + limit, count), offsets[start // MIN_ROWS_A_CHUNK])
-        for file, count, offsets in found
-        for start in range(0, count, limit)
-    ]
+    return chunks_at(found)
 
 
 def read_csv(chunk: Chunk) -> Iterator[Outcome]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dpo_jax.data.sources.record import MIN_ROWS_A_CHUNK, Chunk, Damaged, Outcome, Unusable, rows_a_chunk
+from dpo_jax.data.sources.record import MIN_ROWS_A_CHUNK, Chunk, Damaged, Outcome, Unusable, chunks_at
 from dpo_jax.data.sources.values import number
 from dpo_jax.errors import UserError
 from dpo_jax.files import check_regular, parse_json, what_it_is
@@ -111,12 +111,7 @@ def chunk_rows(
         if count and not known:
             raise UserError(problem or f"{file} has another layout: a row should look like {schema}")
         found.append((file, count, offsets))
-    limit = rows_a_chunk(sum(count for _, count, _ in found))
-    return [
-        Chunk(file, start, min(start + limit, count), offsets[start // MIN_ROWS_A_CHUNK])
-        for file, count, offsets in found
-        for start in range(0, count, limit)
-    ]
+    return chunks_at(found)
 
 
 def read_rows(chunk: Chunk, rows: Rows, make_row: Callable[[str, Path, dict[str, Any]], Outcome]) -> Iterator[Outcome]:

@@ -82,6 +82,16 @@ def rows_a_chunk(rows: int) -> int:
     return rows // MIN_ROWS_A_CHUNK * MIN_ROWS_A_CHUNK
 
 
+def chunks_at(files: Sequence[tuple[Path, int, list[int]]]) -> list[Chunk]:
+    """Return chunks of `rows_a_chunk` rows of text files: (file, rows, offset of every MIN_ROWS_A_CHUNK-th row)."""
+    limit = rows_a_chunk(sum(count for _, count, _ in files))
+    return [
+        Chunk(file, start, min(start + limit, count), offsets[start // MIN_ROWS_A_CHUNK])
+        for file, count, offsets in files
+        for start in range(0, count, limit)
+    ]
+
+
 class Source(NamedTuple):
     """The functions that read files of one layout."""
 
