@@ -147,6 +147,7 @@ def _told(folder: epath.Path) -> Iterator[None]:
 
 def _flock(path: epath.Path, what: object) -> int | None:
     """Return the descriptor of the open, locked file, or None if the file system has no such locks."""
+    deadline = time.monotonic() + 2
     while True:
         if os.path.islink(path):
             raise EnvironmentFault(f"{path} is a symbolic link, but must be a regular file. Remove it")
@@ -162,7 +163,11 @@ def _flock(path: epath.Path, what: object) -> int | None:
             os.close(descriptor)  # its owner has just removed this file
         except BlockingIOError:
             os.close(descriptor)
-            raise InUseError(_held(what, _wait_for(path))) from None
+            found = _wait_for(path)
+            # A child that a killed process had just started keeps its copy of the descriptor until it runs.
+            if found is None or not _has_died(found) or time.monotonic() > deadline:
+                raise InUseError(_held(what, found)) from None
+            time.sleep(0.05)
         except OSError as error:
             os.close(descriptor)
             if error.errno in _NO_LOCKS:
@@ -179,8 +184,7 @@ def _check_alive(path: epath.Path, what: object, me: dict[str, Any], *, has_floc
             found = _read(path)
     if found is None:
         return
-    is_here = found["host"] == me["host"] and found.get("processes", me["processes"]) == me["processes"]
-    if is_here and (found["process"] == me["process"] or not _is_running(found["process"])):
+    if _has_died(found) or (_is_here(found) and found["process"] == me["process"]):
         return
     # Where the kernel granted the lock, a process that renewed it recently may be dead, so it is watched for a while.
     if not has_flock and 0 <= time.time() - found["renewed"] < STALE_SECONDS:
@@ -202,6 +206,16 @@ def _process_numbers() -> str:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
+
+
+def _is_here(found: dict[str, Any]) -> bool:
+    processes = _process_numbers()
+    return found["host"] == socket.gethostname() and found.get("processes", processes) == processes
+
+
+def _has_died(found: dict[str, Any]) -> bool:
+    """Whether the owner was a process of this host that runs no more."""
+    return _is_here(found) and not _is_running(found["process"])
 
 
 def _is_running(process: int) -> bool:

@@ -1,6 +1,7 @@
 """One process at a time writes to a folder, and the next one can write whatever happened to it."""
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -93,6 +94,18 @@ def test_children_keep_nothing_of_a_killed_parent(tmp_path):
     finally:
         os.kill(child, signal.SIGKILL)
         holder.stdout.close()
+
+
+def test_a_child_that_has_not_run_yet_delays_the_next_by_a_moment(tmp_path):
+    process = subprocess.Popen(["true"])
+    process.wait()
+    left(tmp_path, host=socket.gethostname(), process=process.pid)
+    copy = os.open(tmp_path / ".lock", os.O_RDWR)
+    fcntl.flock(copy, fcntl.LOCK_EX)
+    timer = threading.Timer(0.3, os.close, [copy])
+    timer.start()
+    with locked(tmp_path, "me"):
+        timer.join()
 
 
 @WAYS
