@@ -32,13 +32,14 @@ from dpo_jax.rounds.updates import Updates
 from dpo_jax.sampling.prompts import read_prompts
 from dpo_jax.training.experiment import build, compose
 from dpo_jax.training.loggers import check_libraries
+from dpo_jax.training.loop import Loop
 from dpo_jax.training.metrics import read_metrics
 from dpo_jax.training.model import load_tokenizers_of, make_placement, open_model
 from dpo_jax.training.needs import check_grids, check_room
 from dpo_jax.training.preemption import Notice, Preempted
 from dpo_jax.training.startup import StartupClock
 from dpo_jax.training.step import TrainState
-from dpo_jax.training.trainer import Loop, begin, check_backend, running
+from dpo_jax.training.trainer import begin, check_backend, running
 
 FIRST_FRESH = 2**30
 """Number of the first evaluation prompt, beyond the numbers of all rounds; its noise follows from the number."""

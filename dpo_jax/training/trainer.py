@@ -14,61 +14,33 @@ A run starts or resumes in this order:
 import contextlib
 import dataclasses
 import errno
-import itertools
-import math
-import time
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dpo_jax import __version__, cluster, interrupts
-from dpo_jax.batch import PreferenceBatch
+from dpo_jax import __version__, cluster
 from dpo_jax.cli import flatten
-from dpo_jax.data.image_grid import image_grid
 from dpo_jax.data.load.inputs import Inputs
-from dpo_jax.data.load.pipeline import BatchIterator
 from dpo_jax.errors import EnvironmentFault, UserError
 from dpo_jax.files import remove_partials
 from dpo_jax.models.pipeline import Pipeline
-from dpo_jax.sampling.generate import Generator
-from dpo_jax.sampling.grid import save_png
-from dpo_jax.sharding import replicated, to_devices
 from dpo_jax.streams import warn
 from dpo_jax.training.announce import announce_config, announce_experiment
 from dpo_jax.training.checkpoint import Checkpoints, read_config, restore, write_config
 from dpo_jax.training.config import check_same_experiment, default_config, resolve
-from dpo_jax.training.data import (
-    check_data,
-    data_fingerprints,
-    make_inputs,
-    open_training_batches,
-    open_validation_batches,
-)
+from dpo_jax.training.data import check_data, data_fingerprints, make_inputs, open_training_batches
 from dpo_jax.training.experiment import Experiment, build, compose
 from dpo_jax.training.loggers import check_libraries
+from dpo_jax.training.loop import Loop
 from dpo_jax.training.metrics import MetricWriter, ProgressBar
-from dpo_jax.training.model import (
-    for_sampling,
-    load_encoders,
-    load_unet,
-    make_generator,
-    make_placement,
-    model_fingerprints,
-    open_model,
-)
+from dpo_jax.training.model import make_placement, model_fingerprints, open_model
 from dpo_jax.training.needs import check_grids, check_room
-from dpo_jax.training.preemption import Notice, Preempted
-from dpo_jax.training.replay import keep_batch
+from dpo_jax.training.preemption import Notice
 from dpo_jax.training.startup import StartupClock, keep_compiled_programs
-from dpo_jax.training.step import TrainState, make_eval_step
-from dpo_jax.weights.layout import Params
-
-PREEMPTED = "preempted after step {}; run the same command again to continue"
+from dpo_jax.training.step import TrainState
 
 
 def train(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -145,7 +117,7 @@ def running(
     notice: Notice,
     clock: StartupClock,
     inputs: Inputs | None = None,
-) -> Iterator[tuple["Loop", TrainState, dict[str, int] | None]]:
+) -> Iterator[tuple[Loop, TrainState, dict[str, int] | None]]:
     """Give the loop, the state to continue from, and its position in the data, which is None in a new run."""
     clock.lap("load")
     restored = restore(workdir, experiment.abstract_state())
@@ -181,245 +153,3 @@ def _full_disk_told(workdir: epath.Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise EnvironmentFault(f"the disk of {workdir} is full; make room, then run the same command again") from error
-
-
-class Batches(Protocol):
-    """An iterator of batches; each checkpoint holds its `get_state()`, the position in the data."""
-
-    def __next__(self) -> PreferenceBatch: ...
-
-    def get_state(self) -> dict[str, int]: ...
-
-    def set_state(self, state: dict[str, int]) -> None: ...
-
-    def describe(self, batch: PreferenceBatch) -> list[str]:
-        """Return, for each example of a batch, its record and caption."""
-        ...
-
-
-class Loop:
-    """The training loop: it steps and logs, and at intervals validates, samples and saves."""
-
-    def __init__(
-        self,
-        experiment: Experiment,
-        inputs: Inputs | None,
-        workdir: epath.Path,
-        checkpoints: Checkpoints,
-        writer: MetricWriter,
-        bar: ProgressBar,
-        notice: Notice,
-        clock: StartupClock,
-    ):
-        self.experiment, self.inputs, self.config, self.workdir = experiment, inputs, experiment.config, workdir
-        self.checkpoints, self.writer, self.bar = checkpoints, writer, bar
-        self.notice, self.clock = notice, clock
-        self.train_step = experiment.train_step()
-        self.place = to_devices(experiment.mesh)
-        self._began: tuple[float, int] | None = None
-        """Time at the end of this process's first step, and the number of that step; None before it."""
-        self.eval_step = jax.jit(
-            make_eval_step(experiment.compute_log_ratios, experiment.objective),
-            out_shardings=replicated(experiment.mesh),
-        )
-        self._batches: Batches | None = None
-        self._positions: dict[int, dict[str, int]] = {}
-        """States of the batches before the last two steps."""
-        self._generator: Generator | None = None
-        self._reference_images: np.ndarray | None = None
-        """Images that the policy's images are shown next to."""
-
-    def catch_up(self, state: TrainState) -> None:
-        """Validate and sample if that is due at the state's step and was not done.
-
-        At step 0 that is the baseline of all curves; later, a kill came between the checkpoint and what was due.
-        """
-        step, params = int(state.step), state.ema or state.params
-        if jax.process_count() == 1 and self.notice.received():
-            raise Preempted(PREEMPTED.format(step))
-        if self._validates_at(step) and cluster.says_first(step not in self.writer.validated):
-            self._validate(step, params)
-        if self._samples_at(step) and cluster.says_first(cluster.is_first() and not self._grid_file(step).exists()):
-            self._sample(step, params)
-        self.clock.lap("catch up" if step else "baseline")
-
-    def run(self, state: TrainState, batches: Batches, end: int | None = None) -> TrainState:
-        """Train to step `end`, by default the last one; it logs and saves there whatever the intervals are."""
-        config, total = self.config, self.config.steps
-        start, end = int(state.step), total if end is None else end
-        window: list[dict[str, float]] = []
-        pending: dict[str, jax.Array] | None = None
-        timer, timed_from = time.monotonic(), start
-        self._batches, self._positions = batches, {}
-
-        if start < end and self.notice.given(start):
-            raise Preempted(PREEMPTED.format(start))
-        for step in range(start + 1, end + 1):
-            interrupts.check()
-            self._positions[step] = batches.get_state()
-            self._positions.pop(step - 2, None)
-            batch = self.place(next(batches))
-            if self._began is None:
-                self.bar.say("compiling the training step (a minute or more for a full-size model's first start)")
-            # The first step is not watched: it compiles, for a time that differs between processes.
-            with cluster.watched(f"to begin step {step}") if self._began else contextlib.nullcontext():
-                state, metrics = self.train_step(state, self.experiment.frozen, batch)
-            if pending is not None:  # one step later, so that the host never waits for the device
-                window.append(self._fetch(pending, step - 1))
-            pending = metrics
-            self.bar.advance(step)
-            self.checkpoints.check()
-
-            stops = self.notice.given(step) and step < total
-            saves = step % config.checkpoint.every == 0 or step == end or stops
-            logs = step % config.log_every == 0 or step == end or stops
-            validates = self._validates_at(step)
-            samples = self._samples_at(step)
-            if self._began is None:
-                cluster.wait("first step compiled")
-                window.append(self._fetch(pending, step))
-                pending = None
-                if start == 0:
-                    self._first_loss(window[-1]["train/loss"])
-                self.clock.lap("first step")
-                self.bar.say(f"startup: {self.clock}")
-                timer, timed_from = time.monotonic(), step  # compilation is not speed
-                self._began = timer, step
-            if not (saves or logs or validates or samples):
-                continue
-            if pending is not None:
-                window.append(self._fetch(pending, step))
-                pending = None
-            if logs:
-                elapsed = time.monotonic() - timer
-                if isinstance(batches, BatchIterator):
-                    damaged = cluster.total(len(batches.damaged))
-                    window[-1] |= {"data/damaged_records": damaged} if damaged else {}
-                self._log(step, window, elapsed / (step - timed_from) if step > timed_from else None)
-                window, timer, timed_from = [], time.monotonic(), step
-            paused = time.monotonic()
-            if saves:
-                with cluster.watched(f"to save step {step}"):
-                    self.checkpoints.save(state, position=batches.get_state())
-            if stops:
-                self.checkpoints.close()
-                raise Preempted(PREEMPTED.format(step))
-            if validates:
-                self._validate(step, state.ema or state.params)
-            if samples:
-                self._sample(step, state.ema or state.params)
-            timer += time.monotonic() - paused
-        return state
-
-    def _fetch(self, metrics: Mapping[str, jax.Array], step: int) -> dict[str, float]:
-        """Return metrics as numbers; UserError if the loss, gradient or update is not finite."""
-        with cluster.watched(f"to end step {step}"):
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        finite = ("train/loss", "train/gradient_norm", "train/update_norm")
-        bad = [name for name in finite if not math.isfinite(values[name])]
-        if bad:
-            last = self.checkpoints.latest_step()
-            kept = f"step {last} in {self.checkpoints.folder}" if last is not None else "none yet"
-            assert self._batches is not None
-            about = keep_batch(self.workdir, step, self._batches, self._positions[step])
-            see = " (to see which examples are not finite, add --replay=FILE to the command)" if self.inputs else ""
-            raise UserError(
-                f"{bad[0]} is {values[bad[0]]} at step {step}; last good checkpoint: {kept}; {about}{see}. "
-                "In a new --workdir, try a lower optimizer.learning_rate or loss.beta, or dtype=float32"
-            )
-        return values
-
-    def _log(self, step: int, window: list[dict[str, float]], seconds_per_step: float | None) -> None:
-        means = {name: float(np.mean([values[name] for values in window if name in values])) for name in window[-1]}
-        means["train/learning_rate"] = float(self.experiment.learning_rate(step - 1))
-        seconds_left = None
-        if seconds_per_step is not None and self._began is not None:
-            unit = "prompts" if self.inputs is None else "pairs"
-            means[f"speed/{unit}_per_second"] = self.config.data.batch_size / seconds_per_step
-            since, first = self._began  # includes the time between steps, such as that of sampling rounds
-            seconds_left = (self.config.steps - step) * (time.monotonic() - since) / (step - first)
-        self.writer.scalars(step, means)
-        self.bar.show(step, means, seconds_left)
-
-    def _first_loss(self, loss: float) -> None:
-        config = self.config
-        same = not config.reference and (not config.lora.init or config.lora.init_reference)
-        if config.loss.name == "dpo" and same:
-            self.bar.say(f"loss before the first update {loss:.6f}; policy = reference makes log 2 = {math.log(2):.6f}")
-
-    def _validates_at(self, step: int) -> bool:
-        """Return whether to validate at this step; only runs on a data set have held-out pairs."""
-        every = self.config.validation.every if self.inputs is not None else 0
-        return bool(every) and (step % every == 0 or step == self.config.steps)
-
-    def _samples_at(self, step: int) -> bool:
-        every = self.config.sample.every
-        return bool(every) and (step % every == 0 or step == self.config.steps)
-
-    def _validate(self, step: int, params: Params) -> None:
-        """Log implicit accuracy and errors on held-out pairs, with the same timesteps and noises every time."""
-        assert self.inputs is not None, "only a run on a data set validates"
-        experiment, validation = self.experiment, self.config.validation
-        sums: dict[str, float] = {}
-        weight = 0.0
-        with open_validation_batches(self.config, experiment.derived, self.inputs) as batches:
-            pairs_a_batch = experiment.derived.local_batch_size // experiment.derived.accumulation * jax.process_count()
-            for batch in itertools.islice(batches, -(-validation.max_pairs // pairs_a_batch)):
-                counted = batch.weight_B * (batch.index_B < validation.max_pairs)
-                on_device = self.place(batch._replace(weight_B=counted.astype(np.float32)))
-                for number in range(validation.draws):
-                    values, w = jax.device_get(self.eval_step(params, experiment.frozen, on_device, jnp.int32(number)))
-                    weight += float(w)
-                    sums = {name: sums.get(name, 0.0) + float(value) for name, value in values.items()}
-        if not weight:
-            return
-        means = {f"validation/{name.replace('/', '_')}": total / weight for name, total in sums.items()}
-        self.writer.scalars(step, means)
-        numbers = "  ".join(f"{name.removeprefix('validation/')} {value:.4g}" for name, value in means.items())
-        self.bar.say(f"step {step} held-out pairs: {numbers}")
-
-    def _sample(self, step: int, params: Params) -> None:
-        """Write a PNG grid: one row per caption, the policy beside what it is compared with, from the same noise.
-
-        That is the reference of the loss or, for losses without one, the base model that training began with.
-        """
-        sample = self.config.sample
-        captions = [caption for caption in sample.prompts for _ in range(sample.seeds)]
-        seeds = list(range(len(captions)))
-        if self._generator is None:
-            e = self.experiment
-            self._generator = make_generator(
-                self.config, e.pipeline, self._encoders, e.placement, batch_size=len(captions), report=self.bar.say
-            )
-            self._reference_images = self._generator(self._compared_with(), captions, seeds)
-        policy = self.experiment.frozen.policy(for_sampling(self.experiment.pipeline, params))
-        images = self._generator(policy, captions, seeds)
-        references = self._reference_images
-        assert references is not None
-        rows = []
-        for p, caption in enumerate(sample.prompts):
-            cells = range(p * sample.seeds, (p + 1) * sample.seeds)
-            rows.append((caption, [image for i in cells for image in (references[i], images[i])]))
-        beside = "reference" if self.experiment.objective.needs_reference else "base"
-        grid = image_grid(rows, [beside, "policy"] * sample.seeds)
-        self.writer.image(step, "samples", np.asarray(grid))
-        if jax.process_index() == 0:
-            save_png(self._grid_file(step), grid)
-            self.bar.say(f"step {step} samples: {self._grid_file(step)}")
-
-    def _compared_with(self) -> Params:
-        """The weights that the policy's images are compared with, in the compute dtype."""
-        e = self.experiment
-        if e.objective.needs_reference:
-            return e.frozen.whole_reference()
-        if e.adapter is None:
-            return load_unet(e.pipeline, e.placement)  # read again, and kept only while its images are drawn
-        return e.frozen.policy(for_sampling(e.pipeline, e.adapter) if self.config.lora.init else {})
-
-    def _grid_file(self, step: int) -> epath.Path:
-        return self.workdir / "samples" / f"step_{step:06d}.png"
-
-    def _encoders(self) -> Mapping[str, Params]:
-        """Return the VAE and text encoders; a run on stored latents loads them only while it samples."""
-        e = self.experiment
-        return e.frozen.encoders or load_encoders(self.config, e.pipeline, e.placement)

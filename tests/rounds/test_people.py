@@ -18,10 +18,10 @@ from dpo_jax.rounds.loop import learn
 from dpo_jax.rounds.rollout import Rollout
 from dpo_jax.sampling.image_folder import read_list
 from dpo_jax.tiny import judge
+from dpo_jax.training.loop import Loop
 from dpo_jax.training.model import load_encoders
 from dpo_jax.training.run import open_run
 from dpo_jax.training.step import Frozen
-from dpo_jax.training.trainer import Loop
 
 P, K = 4, 3
 FIELDS = {"online.judges": (), "lora.rank": 4, "optimizer.learning_rate": 0.05}

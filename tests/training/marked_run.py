@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from dpo_jax.training import trainer
+from dpo_jax.training.loop import Loop
 
 
 def run(arguments: list[str], environment: dict[str, str], marks: str, log: str) -> None:
@@ -59,8 +60,8 @@ def run(arguments: list[str], environment: dict[str, str], marks: str, log: str)
         return act
 
     trainer.Checkpoints, trainer.restore = Marked, marked_restore
-    trainer.Loop._validate = marked("validate", trainer.Loop._validate)
-    trainer.Loop._sample = marked("sample", trainer.Loop._sample)
+    Loop._validate = marked("validate", Loop._validate)
+    Loop._sample = marked("sample", Loop._sample)
     mark("start")
     sys.argv = ["dpo_jax.train", *arguments]
     runpy.run_module("dpo_jax.train", run_name="__main__")

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from dpo_jax.cli import flatten, load_config
-from dpo_jax.training import trainer
+from dpo_jax.training import sample_grids
 from dpo_jax.training.announce import announce_config, announce_epochs, config_table
 from dpo_jax.training.config import default_config
+from dpo_jax.training.loop import Loop
 from dpo_jax.training.model import load_unet
-from dpo_jax.training.trainer import Loop, train
+from dpo_jax.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,9 +74,9 @@ def test_the_first_grid_is_of_step_0_and_shows_the_base_beside_the_policy(
         titles.append(columns)
         return image_grid(rows, columns)
 
-    base, image_grid = {}, trainer.image_grid
-    monkeypatch.setattr(trainer, "make_generator", make_generator)
-    monkeypatch.setattr(trainer, "image_grid", grid)
+    base, image_grid = {}, sample_grids.image_grid
+    monkeypatch.setattr(sample_grids, "make_generator", make_generator)
+    monkeypatch.setattr(sample_grids, "image_grid", grid)
     monkeypatch.setattr(Loop, "run", lambda loop, state, batches: state)
     train(tiny_config("sd15", **{"sample.every": 2} | fields), tmp_path)
     assert titles == [[beside, "policy"]]

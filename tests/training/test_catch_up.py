@@ -8,9 +8,10 @@ from PIL import Image
 from dpo_jax.sampling.grid import save_png
 from dpo_jax.training import trainer
 from dpo_jax.training.checkpoint import latest_step
+from dpo_jax.training.loop import Loop
 from dpo_jax.training.metrics import read_metrics
 from dpo_jax.training.preemption import Preempted
-from dpo_jax.training.trainer import Loop, train
+from dpo_jax.training.trainer import train
 
 FIELDS = {"checkpoint.every": 1, "validation.every": 1, "validation.max_pairs": 2, "sample.every": 1}
 

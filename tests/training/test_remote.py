@@ -16,6 +16,7 @@ from dpo_jax.models.random_model import write_random_model
 from dpo_jax.sampling.grid import save_png
 from dpo_jax.training import trainer
 from dpo_jax.training.checkpoint import latest_step, read_config
+from dpo_jax.training.loop import Loop
 from dpo_jax.training.metrics import read_metrics
 from dpo_jax.training.trainer import train
 
@@ -78,7 +79,7 @@ class NoCheckpoints(trainer.Checkpoints):
         pass
 
 
-def write_what_steps_write(loop: trainer.Loop, state, batches) -> None:
+def write_what_steps_write(loop: Loop, state, batches) -> None:
     for step in (1, 2):
         loop.writer.scalars(step, {"train/loss": 0.5})
     save_png(loop.workdir / "samples" / "step_000002.png", Image.new("RGB", (4, 4)))
@@ -88,7 +89,7 @@ def test_a_run_writes_all_into_the_bucket(bucket, events, tiny_config, tmp_path,
     write_random_model("sd15", tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(trainer, "Checkpoints", NoCheckpoints)
-    monkeypatch.setattr(trainer.Loop, "run", write_what_steps_write)
+    monkeypatch.setattr(Loop, "run", write_what_steps_write)
     config = tiny_config("sd15", steps=2, model=str(tmp_path / "model"), **{"checkpoint.every": 1})
     workdir = bucket / "runs" / "one"
     train(config, "gs://bucket/runs/one")
