@@ -274,17 +274,27 @@ def check_fields_exist(names: Iterable[str], fields: Mapping[str, Any], given: M
         given: the fields with the values that replace theirs.
     """
     for name in names:
-        if name in fields:
-            continue
-        if inside := [field for field in fields if field.startswith(f"{name}.")]:
-            hint = f"it is a group of {', '.join(inside)}"
-        elif instead := replaced_field(name, given or fields):
-            raise UserError(f"config.{instead}")
-        elif near := nearest_field(name, fields):
-            hint = f"did you mean config.{near}?"
-        else:
-            hint = f"it has {', '.join(fields)}"
-        raise UserError(f"the config has no field {name!r}; {hint}")
+        if name not in fields:
+            raise UserError(unknown_field(name, fields, given or fields))
+
+
+def unknown_field(name: str, fields: Iterable[str], given: Mapping[str, Any]) -> str:
+    """Return a sentence about a name that is not a field of a config; it says which field comes nearest.
+
+    Args:
+        name: dotted path.
+        fields: paths of the fields that there are.
+        given: the fields of the config with their values.
+    """
+    if instead := replaced_field(name, given):
+        return f"config.{instead}"
+    if inside := [field for field in fields if field.startswith(f"{name}.")]:
+        hint = f"it is a group of {', '.join(inside)}"
+    elif near := nearest_field(name, fields):
+        hint = f"did you mean config.{near}?"
+    else:
+        hint = "--help of dpo_jax.train and dpo_jax.online lists the fields"
+    return f"the config has no field {name!r}; {hint}"
 
 
 OF_THE_MACHINE = {

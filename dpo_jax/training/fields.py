@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpo_jax.cli import flatten, replaced_field, unflatten
+from dpo_jax.cli import flatten, unflatten, unknown_field
 from dpo_jax.command_help import columns
 from dpo_jax.errors import UserError
 from dpo_jax.files import is_text
@@ -99,7 +99,7 @@ def _values(entry: FieldHelp) -> str:
 
 
 def check_fields(config: ConfigDict, fields: Mapping[str, Field]) -> None:
-    """Raise one UserError that names every field, by its dotted path, whose value is not accepted."""
+    """Raise one UserError that names every field, by its dotted path, that does not exist or has a wrong value."""
     given, problems = flatten(config), []
     for path, field in fields.items():
         if path not in given:
@@ -107,7 +107,7 @@ def check_fields(config: ConfigDict, fields: Mapping[str, Field]) -> None:
         elif reason := problem(given[path], field):
             shown = repr(given[path])
             problems.append(f"config.{path}={shown if len(shown) < 100 else f'{shown[:97]}...'} {reason}")
-    problems += [f"config.{hint}" for path in given if (hint := replaced_field(path, given))]
+    problems += [unknown_field(path, fields, given) for path in given if path not in fields]
     if problems:
         raise UserError("; ".join(problems))
 

@@ -166,3 +166,34 @@ def test_a_field_that_a_config_lacks_is_told():
     with pytest.raises(ValueError, match=r"config\.optimizer\.beta2 is missing"):
         training_config.check(config)
     assert math.isfinite(config.optimizer.beta1)
+
+
+@pytest.mark.parametrize("check", [training_config.check, training_config.check_values, rounds_config.check])
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            "c.optimizer.lr = 1.0",
+            r"^the config has no field 'optimizer\.lr'; did you mean config\.optimizer\.learning_rate\?$",
+        ),
+        ("c.los = c.loss.copy_and_resolve_references()", r"'los\.beta'; did you mean config\.loss\.beta\?"),
+        (
+            "c.sed = 3; c.xyzzyx = 3",
+            r"'sed'; did you mean config\.seed\?; .*'xyzzyx'; --help of dpo_jax\.train .*fields$",
+        ),
+    ],
+)
+def test_a_field_that_does_not_exist_is_refused_in_a_config_file(tmp_path, check, lines, message):
+    name = "tiny_online" if check is rounds_config.check else "tiny"
+    file = tmp_path / "my.py"
+    file.write_text(
+        f"""from dpo_jax.cli import load_config
+
+def get_config(arg):
+    c = load_config("{name}:tiny").unlock()
+    {lines}
+    return c
+"""
+    )
+    with pytest.raises(ValueError, match=message):
+        check(load_config(str(file)))
