@@ -14,16 +14,10 @@ from pathlib import Path
 
 from etils import epath
 from huggingface_hub import get_cached_repo_tree, snapshot_download
-from huggingface_hub.errors import (
-    CachedRepoTreeNotFoundError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
 from dpo_jax.errors import MissingFileError, UserError
+from dpo_jax.hub import errors_told
 from dpo_jax.weights.io import CONVERT_PICKLE, PICKLES, SAFETENSORS, preferred_weights
 from dpo_jax.weights.lora_metadata import FILES, PEFT_CONFIG
 
@@ -74,7 +68,13 @@ def find_model(
             f"there is no folder or file {name}, and it is not a hub id (owner/name, or owner/name/file.safetensors)"
         )
     repo, file, revision = hub_id["repo"], hub_id["file"], hub_id["revision"] or revision
-    try:
+    absent = f"there is no folder or file {name}, and "
+    options = f"{_patterns(file or ' '.join(files), only, weights)}{f' --revision {revision}' if revision else ''}"
+    download = (
+        f"hf download {repo} {options} --local-dir models/{repo.partition('/')[2]}, and give the path of that "
+        f"{'file' if file else 'folder'}"
+    )
+    with errors_told(name, repo, "model", revision=revision, download=download, besides=absent):
         if file is None and not files:
             return _fetch_folder(repo, revision or None, variant, only, weights)
         folder = (file or "").rpartition("/")[0]
@@ -82,26 +82,6 @@ def find_model(
         patterns += [f"{folder}/{name}".removeprefix("/") for name in files]
         patterns = [glob.escape(pattern) for pattern in patterns]
         path = epath.Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns)) / (file or "")
-    except HFValidationError as error:
-        raise MissingFileError(
-            f"no folder or file {name}, and it is not a hub id either ({str(error).rstrip('.')})"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise MissingFileError(f"the repository {repo} on the hub has no revision {revision!r}") from error
-    except RepositoryNotFoundError as error:
-        raise MissingFileError(
-            f"there is no folder or file {name}, and no model {repo} on the hub that you may read (a private or gated "
-            "model needs `hf auth login`, and its terms accepted on its page)"
-        ) from error
-    except (LocalEntryNotFoundError, HTTPError) as error:
-        # The hub's library wraps the cause and describes it in several lines.
-        reason = str(error.__cause__ or error).partition("\n")[0].rstrip(".")
-        options = f"{_patterns(file or ' '.join(files), only, weights)}{f' --revision {revision}' if revision else ''}"
-        raise MissingFileError(
-            f"there is no folder or file {name}, and some files of {repo} are neither in the cache nor reachable on "
-            f"the hub ({reason}); on a machine with a network run: hf download {repo} {options} "
-            f"--local-dir models/{repo.partition('/')[2]}, and give the path of that {'file' if file else 'folder'}"
-        ) from error
     if not path.exists():
         raise MissingFileError(f"there is no file {name}, and the repository {repo} on the hub has no file {file}")
     return path

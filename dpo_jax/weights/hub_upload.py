@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from dpo_jax.errors import EnvironmentFault, ExistingFileError, UserError
+from dpo_jax.hub import reason
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
@@ -57,7 +58,7 @@ def check_upload(repo: str, output: str | os.PathLike[str]) -> None:
         if _status(error) == 401:
             raise UserError(f"--push_to_hub={repo}: the hub does not accept this machine's token; {LOGIN}") from error
         raise EnvironmentFault(
-            f"--push_to_hub={repo}: the hub cannot be asked ({_reason(error)}); export without --push_to_hub, and "
+            f"--push_to_hub={repo}: the hub cannot be asked ({reason(error)}); export without --push_to_hub, and "
             f"later run hf upload {repo} FOLDER . --private"
         ) from error
     if files:
@@ -88,7 +89,7 @@ def upload(folder: Path, repo: str, *, private: bool, message: str) -> str:
         advice = f"your token must be allowed to write to {repo.split('/')[0]}" if refused else "the folder is complete"
         visibility = " --private" if private else ""
         raise EnvironmentFault(
-            f"exported to {folder}, but could not upload it to {repo} ({_reason(error)}); {advice}: run "
+            f"exported to {folder}, but could not upload it to {repo} ({reason(error)}); {advice}: run "
             f"hf upload {repo} {folder} .{visibility}"
         ) from error
     return url
@@ -96,8 +97,3 @@ def upload(folder: Path, repo: str, *, private: bool, message: str) -> str:
 
 def _status(error: Exception) -> int | None:
     return error.response.status_code if isinstance(error, HfHubHTTPError) else None
-
-
-def _reason(error: Exception) -> str:
-    """Return the first line of an error; the hub's library describes errors in several."""
-    return str(error.__cause__ or error).partition("\n")[0].rstrip(".")

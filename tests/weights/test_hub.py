@@ -313,7 +313,7 @@ def test_a_revision_and_a_single_file(hub: Hub, model: Path, tmp_path: Path) -> 
     for revision in ("refs/pr/95", commit):
         assert find_model(name, revision=revision).read_text() == "of the other revision"
     assert find_model("somebody/sdxl", revision="refs/pr/95").name == commit
-    with pytest.raises(FileNotFoundError, match=r"^the repository somebody/sdxl on the hub has no revision 'v7'$"):
+    with pytest.raises(FileNotFoundError, match=r"^the model somebody/sdxl on the hub has no revision 'v7'$"):
         find_model("somebody/sdxl", revision="v7")
     with pytest.raises(
         FileNotFoundError,
@@ -363,7 +363,8 @@ def test_names_that_can_only_be_paths(hub: Hub, name: str) -> None:
 @pytest.mark.parametrize("name", ["me/sdxl.git", "me/my--sdxl", "me/sdxl-"])
 def test_names_that_the_hub_does_not_take(hub: Hub, name: str) -> None:
     with pytest.raises(
-        MissingFileError, match=rf"^no folder or file {name}, and it is not a hub id either \(Repo|Cannot"
+        MissingFileError,
+        match=rf"^there is no folder or file {name}, and {name} does not name a model on the hub \((Repo|Cannot)",
     ):
         find_model(name)
 
@@ -384,12 +385,13 @@ def test_a_hub_out_of_reach(hub: Hub) -> None:
     with pytest.raises(FileNotFoundError) as raised:
         find_model("models/sdxl")
     assert str(raised.value).replace("[Errno 111] ", "") == (
-        "there is no folder or file models/sdxl, and some files of models/sdxl are neither in the cache nor reachable "
-        "on the hub (Connection refused); on a machine with a network run: hf download models/sdxl --include '*.json' "
-        "--include '*.txt' --include '*/*.safetensors' --local-dir models/sdxl, and give the path of that folder"
+        "there is no folder or file models/sdxl, and some files of the model models/sdxl are neither in the cache nor "
+        "reachable on the hub (Connection refused); on a machine with a network run: hf download models/sdxl "
+        "--include '*.json' --include '*.txt' --include '*/*.safetensors' --local-dir models/sdxl, and give the path of that folder"
     )
     with pytest.raises(
-        FileNotFoundError, match="folder or file somebody/sdxl, and some files of somebody/sdxl are neither in"
+        FileNotFoundError,
+        match="folder or file somebody/sdxl, and some files of the model somebody/sdxl are neither in",
     ):
         find_model("somebody/sdxl")  # only its UNet is cached
     command = r"hf download a/b c\.safetensors --revision v2 --local-dir models/b, and give the path of that file$"
@@ -417,5 +419,5 @@ def test_offline_as_users_set_it(hub: Hub, tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     found, error = result.stdout.splitlines()
     assert found == str(folder)
-    assert "some files of somebody/other are neither in the cache nor reachable on the hub" in error
+    assert "some files of the model somebody/other are neither in the cache nor reachable on the hub" in error
     assert "HF_HUB_OFFLINE" in error

@@ -29,14 +29,9 @@ def fetch(name: str) -> list[Path]:
         ValueError: the name is malformed, or no file matches.
     """
     from huggingface_hub import get_cached_repo_tree, snapshot_download
-    from huggingface_hub.errors import (
-        CachedRepoTreeNotFoundError,
-        HFValidationError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    from dpo_jax.hub import errors_told
 
     found = HUB_ID.fullmatch(name.removeprefix(PREFIX))
     if found is None:
@@ -49,7 +44,8 @@ def fetch(name: str) -> list[Path]:
     def download(patterns: list[str]) -> Path:
         return Path(snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=patterns))
 
-    try:
+    advice = f"{_download(repo)}, and give the path of its files as --input"
+    with errors_told(name, repo, "data set", revision=revision, download=advice):
         folder = download(["README.md", ".gitattributes"])  # makes the hub's library list the files, and keep the list
         try:
             tree = get_cached_repo_tree(repo, repo_type="dataset", revision=revision)
@@ -58,22 +54,6 @@ def fetch(name: str) -> list[Path]:
             paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         wanted = _choose(name, paths, pattern)
         folder = download([re.sub(r"([*?[])", r"[\1]", path) for path in wanted])
-    except HFValidationError as error:
-        raise UserError(f"{name} does not name a data set on the hub ({str(error).rstrip('.')})") from error
-    except RevisionNotFoundError as error:
-        raise MissingFileError(f"the data set {repo} on the hub has no revision {revision!r}") from error
-    except RepositoryNotFoundError as error:
-        raise MissingFileError(
-            f"there is no data set {repo} on the hub that you may read (a private or gated one needs `hf auth login`, "
-            "and its terms accepted on its page)"
-        ) from error
-    except (LocalEntryNotFoundError, HTTPError) as error:
-        reason = str(error.__cause__ or error).partition("\n")[0].rstrip(".")
-        raise MissingFileError(
-            f"some files of the data set {repo} are neither in the cache nor reachable on the hub ({reason}); on a "
-            f"machine with a network run: hf download --repo-type dataset {repo} --local-dir "
-            f"data/{repo.split('/')[1]}, and give the path of its files as --input"
-        ) from error
     absent = [path for path in wanted if not (folder / path).is_file()]
     if absent:
         raise MissingFileError(
@@ -94,7 +74,11 @@ def _choose(name: str, paths: list[str], pattern: str | None) -> list[str]:
         repo = "/".join(name.removeprefix(PREFIX).split("@")[0].split("/")[:2])
         raise UserError(
             f"{name}: the data set has no file {pattern or ' or '.join(READ)} (it has {', '.join(paths)[:500]}). If "
-            f"its images are files of their own, run hf download --repo-type dataset {repo} --local-dir "
-            f"data/{repo.split('/')[1]} and give the paths of its tables as --input"
+            f"its images are files of their own, run {_download(repo)} and give the paths of its tables as --input"
         )
     return chosen
+
+
+def _download(repo: str) -> str:
+    """Return the command that fetches all of a data set."""
+    return f"hf download --repo-type dataset {repo} --local-dir data/{repo.split('/')[1]}"
