@@ -387,7 +387,8 @@ def test_a_hub_out_of_reach(hub: Hub) -> None:
     assert str(raised.value).replace("[Errno 111] ", "") == (
         "there is no folder or file models/sdxl, and some files of the model models/sdxl are neither in the cache nor "
         "reachable on the hub (Connection refused); on a machine with a network run: hf download models/sdxl "
-        "--include '*.json' --include '*.txt' --include '*/*.safetensors' --local-dir models/sdxl, and give the path of that folder"
+        "--include '*.json' --include '*.txt' --include '*/*.safetensors' --local-dir models/sdxl, and "
+        "give the path of that folder"
     )
     with pytest.raises(
         FileNotFoundError,
