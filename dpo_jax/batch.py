@@ -7,6 +7,8 @@ These are NamedTuples, which are pytrees without importing JAX: the code that re
 
 from typing import Any, NamedTuple
 
+from jaxtyping import Bool, Float, Int, UInt8
+
 Array = Any
 """A NumPy array on the host, a jax.Array inside a step."""
 
@@ -14,35 +16,35 @@ Array = Any
 class Raw(NamedTuple):
     """Images and captions, which the training step encodes."""
 
-    images_BKHWC: Array
+    images_BKHWC: UInt8[Array, "B K H W C"]
     """uint8 RGB, best candidate first."""
-    mirrored_BK: Array
+    mirrored_BK: Bool[Array, "B K"]
     """bool: which images the training step mirrors; on devices this costs nothing."""
-    token_ids_BMEL: Array
+    token_ids_BMEL: Int[Array, "B M E L"]
     """int32 token ids, one row per text encoder."""
 
 
 class Cached(NamedTuple):
     """Images and captions encoded by the VAE and the text encoders, as `prepare --encode` stores them; all bfloat16."""
 
-    moments_BKhwC: Array
+    moments_BKhwC: Float[Array, "B K h w C"]
     """Mean and log variance of the VAE's posterior, concatenated along C."""
-    context_BMLD: Array
+    context_BMLD: Float[Array, "B M L D"]
     """Token embeddings of all text encoders, concatenated along D."""
-    pooled_BMP: Array
+    pooled_BMP: Float[Array, "B M P"]
     """Pooled text embedding; its width is 0 if the family has none."""
 
 
 class Transitions(NamedTuple):
     """One step of the trajectory of each candidate; the candidates of a prompt share the step."""
 
-    x_BKHWC: Array
+    x_BKHWC: Float[Array, " B #K H W C"]
     """Latents before the step; K is 1 if all candidates share them."""
-    next_x_BKHWC: Array
+    next_x_BKHWC: Float[Array, "B K H W C"]
     """Latents after the step."""
-    step_B: Array
+    step_B: Int[Array, " B"]
     """int32: row of the sampler's table."""
-    log_prob_BK: Array
+    log_prob_BK: Float[Array, "B K"]
     """Log-probability of the transition with the weights that sampled it."""
 
 
@@ -50,9 +52,9 @@ class Sampled(NamedTuple):
     """Transitions of images that the model itself sampled, for online learning."""
 
     transitions: Transitions
-    token_ids_BMEL: Array
+    token_ids_BMEL: Int[Array, "B M E L"]
     """int32 token ids, one row per text encoder; M = 1."""
-    advantage_BK: Array
+    advantage_BK: Float[Array, "B K"]
     """Advantage of each image: its reward compared with the rewards expected for its prompt."""
 
 
@@ -60,16 +62,16 @@ class PreferenceBatch(NamedTuple):
     """One batch of prompts with K candidates each: best first, or in any order if the model sampled them."""
 
     inputs: Raw | Cached | Sampled
-    size_cond_BK6: Array
+    size_cond_BK6: Float[Array, "B K 6"]
     """float32 (original height, original width, crop top, crop left, target height, target width)."""
-    preference_BK: Array
+    preference_BK: Float[Array, "B K *R"]
     """float32, sums to 1 over K: (1, 0) for a clear winner; soft labels and votes are fractions. For sampled images, it
     holds their rewards instead, NaN for a missing one; several judges add an axis."""
-    valid_BK: Array
+    valid_BK: Bool[Array, "B K"]
     """bool: False for padding in place of a candidate."""
-    weight_B: Array
+    weight_B: Float[Array, " B"]
     """float32: weight of a prompt in the loss; 0 gives no gradient."""
-    index_B: Array
+    index_B: Int[Array, " B"]
     """int32: position of the example in the endless training stream. With the seed and the step, it determines every
     random draw for this example, on any number of devices and micro-batches."""
 
@@ -77,11 +79,11 @@ class PreferenceBatch(NamedTuple):
 class Conditioning(NamedTuple):
     """Conditioning of the UNet, one row per prompt (N = B) or per candidate (N = B * K)."""
 
-    context_NLD: Array
+    context_NLD: Float[Array, "N L D"]
     """Token embeddings for cross-attention, all text encoders concatenated along D."""
-    pooled_NP: Array | None = None
+    pooled_NP: Float[Array, "N P"] | None = None
     """Pooled text embedding (SDXL family only)."""
-    time_ids_NT: Array | None = None
+    time_ids_NT: Float[Array, "_ _"] | None = None
     """Size conditioning as added time ids (SDXL: 6 numbers, refiner: 5)."""
 
 
@@ -91,18 +93,18 @@ class LogRatios(NamedTuple):
     All are per candidate and float32 (float64 in tests).
     """
 
-    log_ratio_BK: Array
+    log_ratio_BK: Float[Array, "B K"]
     """log(policy / reference). Offline: -(e_policy - e_reference) / 2, where e is the mean squared denoising error.
     Online: the clamped log-ratio of a transition's probabilities."""
-    error_BK: Array = None
+    error_BK: Float[Array, "B K"] = None
     """e_policy, the denoising error of the policy; None for transitions."""
-    reference_error_BK: Array | None = None
+    reference_error_BK: Float[Array, "B K"] | None = None
     """e_reference; None if the objective needs no reference."""
-    log_prob_BK: Array = None
+    log_prob_BK: Float[Array, "B K"] = None
     """Log-probability of a transition with the policy, the mean over its dimensions; None offline, as all below."""
-    old_log_prob_BK: Array = None
+    old_log_prob_BK: Float[Array, "B K"] = None
     """Log-probability of the transition with the weights that sampled it."""
-    advantage_BK: Array = None
+    advantage_BK: Float[Array, "B K"] = None
     """Advantage of the image; None if the loss does not read it."""
-    kl_BK: Array = None
+    kl_BK: Float[Array, "B K"] = None
     """KL divergence of the policy's transition from the reference's, the mean over its dimensions."""

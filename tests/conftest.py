@@ -26,6 +26,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from jaxtyping import install_import_hook
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -33,6 +34,10 @@ from dpo_jax.cli import load_config
 from dpo_jax.data.prepare import builder
 from dpo_jax.data.sources import SOURCES
 
+from . import array_checks
+
+# Functions of these packages check the shapes and dtypes that they are annotated with. Nothing above imports them.
+install_import_hook(["dpo_jax.objectives"], f"{array_checks.__name__}.checked")
 # A shell that starts something in the background has it ignore Ctrl-C, and so would all that is started here.
 for ignored in {signal.SIGINT, signal.SIGHUP}:
     if signal.getsignal(ignored) is signal.SIG_IGN:

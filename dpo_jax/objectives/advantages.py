@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float, Real
 
 from dpo_jax.errors import UserError
 
@@ -29,7 +30,7 @@ class PromptStatistics:
         if not 0 < self.min_count <= self.buffer_size:
             raise UserError(f"min_count={self.min_count} must be between 1 and buffer_size={self.buffer_size}")
 
-    def advantages(self, prompts: Sequence[str], rewards_N: np.ndarray) -> np.ndarray:
+    def advantages(self, prompts: Sequence[str], rewards_N: Real[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
         """Remember the rewards of all images, then return `(reward - mean) / (std + 1e-6)` of each.
 
         Args:
@@ -47,7 +48,7 @@ class PromptStatistics:
         return advantages_N
 
 
-def group_advantages(rewards_BK: np.ndarray, *, epsilon: float = 1e-4) -> np.ndarray:
+def group_advantages(rewards_BK: Real[np.ndarray, "B K"], *, epsilon: float = 1e-4) -> Float[np.ndarray, "B K"]:
     """Return `(reward - mean) / (std + epsilon)` over the candidates of a prompt (arXiv 2402.03300, section 4.1.2).
 
     This is GRPO's advantage; the standard deviation divides by K. Equal rewards give zero advantages.

@@ -9,15 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Key
 
 from dpo_jax.batch import Conditioning, LogRatios
 from dpo_jax.diffusion.schedule import Schedule, add_noise, training_target
 
-Denoise = Callable[..., jax.Array]
+Denoise = Callable[..., Float[Array, "N H W C"]]
 """`denoise(params, x_NHWC, t_N, conditioning, dropout_keys_N=None) -> prediction_NHWC`."""
 
 
-def keys_for(key: jax.Array, index_B: jax.Array) -> jax.Array:
+def keys_for(key: Key[Array, ""], index_B: Int[Array, " B"]) -> Key[Array, " B"]:
     """Return one key per example, a function of `key` and the example's index alone.
 
     No draw depends on the number of devices or micro-batches, therefore. `key` must belong to this step and purpose.
@@ -26,14 +27,14 @@ def keys_for(key: jax.Array, index_B: jax.Array) -> jax.Array:
 
 
 def draw(
-    key: jax.Array,
-    index_B: jax.Array,
+    key: Key[Array, ""],
+    index_B: Int[Array, " B"],
     schedule: Schedule,
     latent_shape: tuple[int, ...],
     dtype: DTypeLike = jnp.float32,
     *,
     offset: float = 0.0,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Int[Array, " B"], Float[Array, "B H W C"]]:
     """Draw one timestep and one noise image per prompt, shared by its candidates (arXiv 2311.12908, section 4).
 
     Args:
@@ -49,7 +50,7 @@ def draw(
         t_B (int32) and noise_BHWC.
     """
 
-    def draw_one(sample_key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def draw_one(sample_key: Key[Array, ""]) -> tuple[Int[Array, ""], Float[Array, "H W C"]]:
         t_key, noise_key = jax.random.split(sample_key)
         t = jax.random.choice(t_key, jnp.asarray(schedule.training_timesteps))
         noise_HWC = jax.random.normal(noise_key, latent_shape, dtype)
@@ -61,7 +62,9 @@ def draw(
     return jax.vmap(draw_one)(keys_for(key, index_B))
 
 
-def perturb(key: jax.Array, index_B: jax.Array, noise_BHWC: jax.Array, size: float) -> jax.Array:
+def perturb(
+    key: Key[Array, ""], index_B: Int[Array, " B"], noise_BHWC: Float[Array, "B H W C"], size: float
+) -> Float[Array, "B H W C"]:
     """Return the noise to make x_t with; `noise_BHWC` remains the target (input perturbation, arXiv 2301.11706).
 
     It is `noise + size * N(0, 1)`, with one more draw per prompt, which its candidates share. The official
@@ -76,12 +79,12 @@ def candidate_log_ratios(
     policy: Any,
     reference: Any | None,
     schedule: Schedule,
-    latents_BKHWC: jax.Array,
-    noise_BHWC: jax.Array,
-    t_B: jax.Array,
+    latents_BKHWC: Float[Array, "B K H W C"],
+    noise_BHWC: Float[Array, "B H W C"],
+    t_B: Int[Array, " B"],
     conditioning: Conditioning,
-    dropout_keys_B: jax.Array | None = None,
-    perturbed_noise_BHWC: jax.Array | None = None,
+    dropout_keys_B: Key[Array, " B"] | None = None,
+    perturbed_noise_BHWC: Float[Array, "B H W C"] | None = None,
 ) -> LogRatios:
     """Return the denoising errors of all candidates and their log-ratios (arXiv 2311.12908, equation 14).
 
@@ -111,7 +114,7 @@ def candidate_log_ratios(
     x_NHWC = add_noise(schedule, x0_NHWC, added_NHWC, t_N)
     target_NHWC = training_target(schedule, x0_NHWC, noise_NHWC, t_N)
 
-    def errors_BK(params: Any, *dropout_keys: jax.Array) -> jax.Array:
+    def errors_BK(params: Any, *dropout_keys: Key[Array, " N"]) -> Float[Array, "B K"]:
         prediction_NHWC = denoise(params, x_NHWC, t_N, conditioning, *dropout_keys).astype(target_NHWC.dtype)
         return jnp.square(prediction_NHWC - target_NHWC).mean(axis=(1, 2, 3)).reshape(B, K)
 

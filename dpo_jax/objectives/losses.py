@@ -6,12 +6,13 @@ losses of transitions take candidates in any order; their `preference_BK` holds 
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Real
 
 from dpo_jax.batch import LogRatios
 from dpo_jax.errors import UserError
 
 
-def dpo(log_ratios: LogRatios, preference_BK: jax.Array, *, beta: float) -> jax.Array:
+def dpo(log_ratios: LogRatios, preference_BK: Float[Array, "B K"], *, beta: float) -> Float[Array, " B"]:
     """Diffusion-DPO: `-log sigmoid(z)` with `z = beta (log_ratio_w - log_ratio_l)` (arXiv 2311.12908, equation 14).
 
     Soft preferences mix both directions, `-p log sigmoid(z) - (1 - p) log sigmoid(-z)`, which is the formula above at
@@ -21,12 +22,12 @@ def dpo(log_ratios: LogRatios, preference_BK: jax.Array, *, beta: float) -> jax.
     return -(preference_BK[:, 0] * jax.nn.log_sigmoid(z_B) + preference_BK[:, 1] * jax.nn.log_sigmoid(-z_B))
 
 
-def sft(log_ratios: LogRatios, preference_BK: jax.Array) -> jax.Array:
+def sft(log_ratios: LogRatios, preference_BK: Float[Array, "B K"]) -> Float[Array, " B"]:
     """Supervised fine-tuning: the winner's denoising error (arXiv 2006.11239, equation 14), without a reference."""
     return log_ratios.error_BK[:, 0]
 
 
-def d3po(log_ratios: LogRatios, preference_BK: jax.Array, *, beta: float) -> jax.Array:
+def d3po(log_ratios: LogRatios, preference_BK: Float[Array, "B K *R"], *, beta: float) -> Float[Array, " B"]:
     """D3PO: `-log sigmoid(beta (log_ratio_w - log_ratio_l))`, summed over all pairs (arXiv 2311.13231).
 
     Published beta: 0.1, with ratios clamped at 0.1; see `transition_log_ratios`. A prompt of K candidates has up to
@@ -42,7 +43,7 @@ def d3po(log_ratios: LogRatios, preference_BK: jax.Array, *, beta: float) -> jax
     return loss_BKK.sum(axis=(1, 2))
 
 
-def is_preferred(reward_BKR: jax.Array) -> jax.Array:
+def is_preferred(reward_BKR: Real[Array, "B K *R"]) -> Bool[Array, "B K K"]:
     """Return [B, K, K], true where the first candidate dominates the second: no reward is worse and one is better.
 
     This is Pareto dominance, by which D3PO's released code compares vectors of R rewards; it is possible that neither
@@ -54,8 +55,8 @@ def is_preferred(reward_BKR: jax.Array) -> jax.Array:
 
 
 def ddpo(
-    log_ratios: LogRatios, preference_BK: jax.Array, *, clip: float = 1e-4, advantage_clip: float = 5.0
-) -> jax.Array:
+    log_ratios: LogRatios, preference_BK: Float[Array, "B K *R"], *, clip: float = 1e-4, advantage_clip: float = 5.0
+) -> Float[Array, " B"]:
     """DDPO's importance-sampled policy gradient: `max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip))`.
 
     The ratio compares with the weights that sampled; the loss is the mean over the candidates (arXiv 2305.13301, with
@@ -70,12 +71,12 @@ def ddpo(
 
 def dpok(
     log_ratios: LogRatios,
-    preference_BK: jax.Array,
+    preference_BK: Float[Array, "B K *R"],
     *,
     kl_weight: float = 0.01,
     clip: float = 1e-4,
     advantage_clip: float = 5.0,
-) -> jax.Array:
+) -> Float[Array, " B"]:
     """DPOK as D3PO's authors compare with it: `ddpo` plus a divergence from the reference (arXiv 2305.16381).
 
     The divergence is the KL divergence of the two Gaussians of a transition. The released code of that comparison takes
@@ -86,7 +87,7 @@ def dpok(
     return policy_B + kl_weight * log_ratios.kl_BK.mean(axis=1)
 
 
-def clamp(x: jax.Array, low: float, high: float) -> jax.Array:
+def clamp(x: Float[Array, "*shape"], low: float, high: float) -> Float[Array, "*shape"]:
     """`jnp.clip` with gradient 1 at the bounds themselves, as in PyTorch's clamp; JAX's gradient is 1/2 there.
 
     Float32 has so few numbers close to 1 that ratios do fall on their bounds.
@@ -94,13 +95,13 @@ def clamp(x: jax.Array, low: float, high: float) -> jax.Array:
     return jnp.where((x >= low) & (x <= high), x, jnp.clip(x, low, high))
 
 
-def margin(log_ratios: LogRatios) -> jax.Array:
+def margin(log_ratios: LogRatios) -> Float[Array, " B"]:
     """Return `log_ratio_w - log_ratio_l` per prompt; times beta, it is the difference of implicit rewards."""
     if (K := log_ratios.log_ratio_BK.shape[1]) != 2:
         raise UserError(f"the batch has {K} candidates per prompt, but a loss of pairs needs 2")
     return log_ratios.log_ratio_BK[:, 0] - log_ratios.log_ratio_BK[:, 1]
 
 
-def implicit_accuracy(log_ratios: LogRatios) -> jax.Array:
+def implicit_accuracy(log_ratios: LogRatios) -> Float[Array, " B"]:
     """Return 1 if the implicit reward prefers the winner, 0 if the loser, 1/2 for a tie; one number per prompt."""
     return (1 + jnp.sign(margin(log_ratios))) / 2

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from dpo_jax.batch import LogRatios, Transitions
 from dpo_jax.diffusion.samplers import SamplerTable, Steps
@@ -29,7 +30,7 @@ def transition_log_ratios(
     conditioning: Any,
     *,
     clip: float = 0.1,
-    advantage_BK: jax.Array | None = None,
+    advantage_BK: Float[Array, "B K"] | None = None,
 ) -> LogRatios:
     """Return the log-probabilities of all candidates' transitions and their clamped log-ratio (arXiv 2311.13231).
 
@@ -69,20 +70,23 @@ def transition_log_ratios(
     )
 
 
-def beyond_ratio_to_sampled(log_ratios: LogRatios, *, clip: float) -> jax.Array:
+def beyond_ratio_to_sampled(log_ratios: LogRatios, *, clip: float) -> Bool[Array, "B K"]:
     """Return [B, K]: is the ratio to the weights that sampled further than `clip` from 1? DDPO's code counts these."""
     return jnp.abs(jnp.exp(log_ratios.log_prob_BK - log_ratios.old_log_prob_BK) - 1) > clip
 
 
-def beyond_log_ratio(log_ratios: LogRatios, *, clip: float) -> jax.Array:
+def beyond_log_ratio(log_ratios: LogRatios, *, clip: float) -> Bool[Array, "B K"]:
     """Return [B, K]: is the log-ratio at or beyond the bounds at which `transition_log_ratios` clamps it?"""
     log_ratio_BK = log_ratios.log_ratio_BK
     return (log_ratio_BK <= math.log(1 - clip)) | (log_ratio_BK >= math.log(1 + clip))
 
 
 def transition_metrics(
-    log_ratios: LogRatios, preference_BK: jax.Array, *, is_clipped: Callable[[LogRatios], jax.Array]
-) -> dict[str, jax.Array]:
+    log_ratios: LogRatios,
+    preference_BK: Float[Array, "B K *R"],
+    *,
+    is_clipped: Callable[[LogRatios], Bool[Array, "B K"]],
+) -> dict[str, Float[Array, " B"]]:
     """Return metrics by name, one number per prompt.
 
     `policy/clipped` is the share of candidates whose ratio the loss clips, according to `is_clipped` ([B, K]).
@@ -107,7 +111,9 @@ def transition_metrics(
     return metrics if log_ratios.kl_BK is None else metrics | {"policy/reference_kl": log_ratios.kl_BK.mean(axis=1)}
 
 
-def _mean(denoise: Denoise, params: Any, step: Steps, transitions: Transitions, conditioning: Any) -> jax.Array:
+def _mean(
+    denoise: Denoise, params: Any, step: Steps, transitions: Transitions, conditioning: Any
+) -> Float[Array, " B #K H W C"]:
     x_BKHWC = transitions.x_BKHWC
     B, K = x_BKHWC.shape[:2]
     x_NHWC = x_BKHWC.reshape(B * K, *x_BKHWC.shape[2:])

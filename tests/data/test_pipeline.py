@@ -27,6 +27,7 @@ from dpo_jax.data.load.pipeline import (
 from dpo_jax.data.store.latents import distinct_captions
 from dpo_jax.data.store.prepared import open_prepared
 
+from ..array_checks import agrees
 from .conftest import encode, write_prepared
 
 LENGTH = 11
@@ -83,6 +84,7 @@ def assert_same(a: Sequence[PreferenceBatch], b: Sequence[PreferenceBatch]) -> N
 
 def test_a_batch(prepared: Path) -> None:
     (batch,) = take(prepared, 1)
+    assert agrees(batch)
     fields = batch.inputs._asdict() | batch._asdict()
     shapes = {name: (value.shape, value.dtype.name) for name, value in fields.items() if name != "inputs"}
     assert shapes == {

@@ -81,7 +81,7 @@ def test_missing_and_unlike_tokenizers(tokenizer_folder: Path, tmp_path: Path) -
 
 def test_needs_neither_torch_nor_jax(tokenizer_folder: Path) -> None:
     code = (
-        "import sys; from dpo_jax.data.tokenizers import load_tokenizers; "
+        "import sys, dpo_jax.batch; from dpo_jax.data.tokenizers import load_tokenizers; "
         f"load_tokenizers({str(tokenizer_folder)!r}, ['tokenizer'])(['cat']); "
         "print([name for name in ('torch', 'jax', 'tensorflow') if name in sys.modules])"
     )

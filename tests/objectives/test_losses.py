@@ -69,7 +69,7 @@ def test_a_hopeless_pair_still_has_a_finite_loss():
 
 
 def test_sft_is_the_winners_error():
-    error_BK, _ = random_errors()
+    error_BK = jnp.asarray(random_errors()[0])
 
     np.testing.assert_array_equal(sft(LogRatios(-error_BK / 2, error_BK), WINNER), error_BK[:, 0])
 

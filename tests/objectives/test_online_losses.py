@@ -40,7 +40,7 @@ def test_d3po_is_the_sum_of_the_published_loss_over_all_pairs(x64, dtype, rtol):
     expected.sum().backward()
 
     def total(ratio_BK):
-        loss_B = d3po(LogRatios(ratio_BK), reward_BK, beta=BETA)
+        loss_B = d3po(LogRatios(ratio_BK), jnp.asarray(reward_BK), beta=BETA)
         return loss_B.sum(), loss_B
 
     gradient_BK, loss_B = jax.grad(total, has_aux=True)(jnp.asarray(ratio_BK))
@@ -179,7 +179,7 @@ def test_on_the_bounds_a_clamp_has_the_gradient_of_pytorch():
     clamped = torch.clamp(x, 0.9, 1.1)
     clamped.sum().backward()
 
-    np.testing.assert_array_equal(clamp(values, 0.9, 1.1), clamped.detach())
+    np.testing.assert_array_equal(clamp(jnp.asarray(values), 0.9, 1.1), clamped.detach())
     np.testing.assert_array_equal(jax.grad(lambda x: clamp(x, 0.9, 1.1).sum())(values), x.grad)
     np.testing.assert_array_equal(x.grad, [0, 1, 1, 1, 0])
 
@@ -189,7 +189,7 @@ def test_a_policy_that_has_not_moved_follows_the_advantages():
 
     def total(log_prob_BK):
         log_ratios = LogRatios(old_BK, log_prob_BK=log_prob_BK, old_log_prob_BK=old_BK, advantage_BK=advantage_BK)
-        return ddpo(log_ratios, advantage_BK).sum()
+        return ddpo(log_ratios, jnp.asarray(advantage_BK)).sum()
 
     np.testing.assert_allclose(jax.grad(total)(jnp.asarray(old_BK)), -np.clip(advantage_BK, -5, 5) / K, rtol=1e-6)
 

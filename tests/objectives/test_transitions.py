@@ -208,7 +208,7 @@ def test_advantages_are_passed_on():
 
 
 def test_metrics_by_hand():
-    reward_BK = np.array([[3, 1, 2], [5, 5, 5], [np.nan, 1, 2], [1, 1, 0]], np.float32)
+    reward_BK = jnp.array([[3, 1, 2], [5, 5, 5], [np.nan, 1, 2], [1, 1, 0]], jnp.float32)
     log_ratio_BK = np.array([[0.3, 0.1, 0.2], [0.1, 0.2, 0.3], [9, 0.5, 0.1], [0.1, 0.2, 0.1]], np.float32)
     change_BK = np.array([[0.3, -0.3, 0], [0, 0, 0], [0.1, 0.2, -0.3], [1, 1, 1]], np.float32)
     log_ratios = LogRatios(log_ratio_BK, log_prob_BK=change_BK - 2, old_log_prob_BK=np.full((4, 3), -2, np.float32))

@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -94,7 +95,7 @@ def test_best_and_worst_make_the_one_pair_of_the_extremes(K):
         for k in range(K):
             expected = rewards_PSKR[p, s, k] if k in ends else [NAN, NAN]
             np.testing.assert_array_equal(kept_PSKR[p, s, k], expected)
-    pairs = np.asarray(is_preferred(kept_PSKR[..., 0].reshape(12, K)))
+    pairs = np.asarray(is_preferred(jnp.asarray(kept_PSKR[..., 0].reshape(12, K))))
     assert (pairs.sum(axis=(1, 2)) == 1).all()
 
 
@@ -111,7 +112,7 @@ def test_best_and_worst_make_the_one_pair_of_the_extremes(K):
 )
 def test_best_and_worst_of_what_is_known(rewards_K, pairs):
     kept_K = best_and_worst(np.array(rewards_K, float)[None, None, :, None])[0, 0, :, 0]
-    preferred_KK = np.asarray(is_preferred(kept_K[None]))[0]
+    preferred_KK = np.asarray(is_preferred(jnp.asarray(kept_K[None])))[0]
     assert set(zip(*np.nonzero(preferred_KK), strict=True)) == pairs
 
 
@@ -222,7 +223,7 @@ def test_decided_is_what_the_loss_prefers():
     for a, b, c, d in itertools.product((0.0, 1.0, NAN), repeat=4):
         pair_KR = np.array([[a, b], [c, d]])
         unknown_K = np.isnan(pair_KR).any(axis=1)
-        preferred_KK = np.asarray(is_preferred(pair_KR[None].astype(np.float32)))[0]
+        preferred_KK = np.asarray(is_preferred(jnp.asarray(pair_KR[None], jnp.float32)))[0]
         assert is_decided(pair_KR[None]) == bool(preferred_KK.any() and not unknown_K.any()), pair_KR
 
 

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 import pytest
 
+from ..array_checks import agrees
+
 NAN = np.nan
 
 
@@ -59,6 +61,7 @@ def test_every_prompt_once_an_epoch_and_none_twice(made_round):
 
 def test_shapes_types_and_sizes(made_round):
     batch = next(made_round(**{"data.resolution": 64}).updates())
+    assert agrees(batch)
     assert batch.inputs.transitions.x_BKHWC.shape == (10, 3, 2, 2, 4)
     assert batch.inputs.token_ids_BMEL.shape == (10, 1, 2, 3)
     assert batch.preference_BK.shape == (10, 3, 1)

@@ -18,6 +18,8 @@ from dpo_jax.training.experiment import build, compose, make_encode
 from dpo_jax.training.model import load_encoders, make_placement, open_model
 from dpo_jax.training.trainer import train
 
+from ..array_checks import agrees
+
 
 @pytest.fixture
 def config(tiny_config, mixed_pairs: Path):
@@ -110,6 +112,7 @@ def test_each_epoch_samples_the_posterior_anew(config, tmp_path: Path) -> None:
     pipeline, derived = open_model(config, tmp_path), resolve(config, device_count=1, process_count=1)
     with open_training_batches(config, derived, make_inputs(config, pipeline)) as batches:
         first, second = next(batches), next(batches)
+    assert agrees(first)
     rows = [{row.tobytes(): i for i, row in enumerate(batch.inputs.moments_BKhwC)} for batch in (first, second)]
     assert rows[0].keys() == rows[1].keys()
     encode = make_encode(pipeline)

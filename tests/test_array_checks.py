@@ -1,0 +1,65 @@
+"""Calls with arrays of the wrong shape or dtype raise, which shows that the annotations are checked in all tests."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import TypeCheckError
+
+from dpo_jax.batch import Conditioning, LogRatios, PreferenceBatch, Raw
+from dpo_jax.objectives import advantages, denoising, losses, transitions
+
+from .array_checks import agrees
+
+LOG_RATIOS = LogRatios(jnp.zeros((4, 2)), jnp.zeros((4, 2)))
+WINNER_BK = jnp.tile(jnp.array([1.0, 0.0]), (4, 1))
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (advantages.group_advantages, [np.zeros(3)]),
+        (denoising.keys_for, [jax.random.key(0), jnp.zeros(3)]),
+        (losses.dpo, [LOG_RATIOS, WINNER_BK[:3]]),
+        (losses.dpo, [LOG_RATIOS._replace(error_BK=jnp.zeros((4, 3))), WINNER_BK]),
+        (transitions.beyond_log_ratio, [LogRatios(jnp.zeros(4))]),
+    ],
+)
+def test_wrong_arrays_raise(function, arguments):
+    options = {"clip": 0.1} if function is transitions.beyond_log_ratio else {}
+    options |= {"beta": 1} if function is losses.dpo else {}
+    with pytest.raises(TypeCheckError, match="Type-check error whilst checking the parameters"):
+        function(*arguments, **options)
+
+
+def test_wrong_arrays_raise_inside_jit_and_vmap():
+    def loss(error_BK):
+        return losses.sft(LOG_RATIOS._replace(error_BK=error_BK), WINNER_BK)
+
+    assert jax.jit(jax.vmap(loss))(jnp.zeros((3, 4, 2))).shape == (3, 4)
+    with pytest.raises(TypeCheckError, match="error_BK=f32"):
+        jax.jit(jax.vmap(loss))(jnp.zeros((3, 5, 2)))
+
+
+def batch_of(B=4, K=2):
+    return PreferenceBatch(
+        inputs=Raw(np.zeros((B, K, 8, 8, 3), np.uint8), np.zeros((B, K), bool), np.zeros((B, 1, 1, 7), np.int32)),
+        size_cond_BK6=np.zeros((B, K, 6), np.float32),
+        preference_BK=np.zeros((B, K), np.float32),
+        valid_BK=np.ones((B, K), bool),
+        weight_B=np.ones(B, np.float32),
+        index_B=np.arange(B, dtype=np.int32),
+    )
+
+
+def test_fields_of_a_batch_are_checked():
+    batch = batch_of()
+    assert agrees(batch)
+    assert agrees(batch._replace(preference_BK=np.zeros((4, 2, 3), np.float32))), "rewards of three judges"
+    assert not agrees(batch._replace(weight_B=np.ones(5, np.float32)))
+    assert not agrees(batch._replace(index_B=np.ones(4, np.float32)))
+    assert not agrees(batch._replace(size_cond_BK6=np.zeros((4, 2, 5), np.float32)))
+    assert not agrees(batch._replace(inputs=batch_of(K=3).inputs))
+    assert not agrees(batch._replace(inputs=None))
+    assert agrees(Conditioning(np.zeros((4, 7, 8), np.float32)))
+    assert not agrees(Conditioning(np.zeros((4, 7, 8), np.float32), np.zeros((3, 8), np.float32)))
