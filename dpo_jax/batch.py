@@ -106,5 +106,6 @@ class LogRatios(NamedTuple):
     """Log-probability of the transition with the weights that sampled it."""
     advantage_BK: Float[Array, "B K"] = None
     """Advantage of the image; None if the loss does not read it."""
-    kl_BK: Float[Array, "B K"] = None
-    """KL divergence of the policy's transition from the reference's, the mean over its dimensions."""
+    kl_BK: Float[Array, " B #K"] = None
+    """KL divergence of the policy's transition from the reference's, the mean over its dimensions; K is 1 if all
+    candidates share the latents before the step."""

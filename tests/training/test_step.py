@@ -50,7 +50,7 @@ def params(x64):
 
 def make_batch(B=8, K=2, M=1, start=0):
     rng = np.random.default_rng(start)
-    return PreferenceBatch(
+    batch = PreferenceBatch(
         inputs=Raw(
             images_BKHWC=rng.integers(0, 256, (B, K, 8, 8, 3), dtype=np.uint8),
             mirrored_BK=np.zeros((B, K), bool),
@@ -62,6 +62,7 @@ def make_batch(B=8, K=2, M=1, start=0):
         weight_B=np.ones(B, np.float32),
         index_B=np.arange(start, start + B, dtype=np.int32),
     )
+    return jax.tree.map(jnp.asarray, batch)
 
 
 def with_images(batch, images_BKHWC):
@@ -208,8 +209,8 @@ def test_sft_looks_at_the_winner_only(params):
 def test_a_caption_for_each_candidate(params, objective):
     """One caption for both candidates equals a caption of the prompt; another one for the loser changes its error."""
     batch = make_batch()
-    doubled, other = (np.repeat(batch.inputs.token_ids_BMEL, 2, axis=1) for _ in range(2))
-    other[:, 1] = (other[:, 1] + 1) % 5
+    doubled = jnp.repeat(batch.inputs.token_ids_BMEL, 2, axis=1)
+    other = doubled.at[:, 1].set((doubled[:, 1] + 1) % 5)
     one, same, different = (
         run(params, batch._replace(inputs=batch.inputs._replace(token_ids_BMEL=ids)), objective=objective)[0].params
         for ids in (batch.inputs.token_ids_BMEL, doubled, other)
