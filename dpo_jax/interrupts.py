@@ -9,8 +9,9 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, NoReturn
 
 EXIT_CODE = 130
@@ -73,9 +74,14 @@ def _receive(number: int, frame: FrameType | None) -> None:
 
 
 def _is_importing(frame: FrameType | None) -> bool:
-    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+    return any(code.co_filename.startswith("<frozen importlib") for code in _running(frame))
+
+
+def _running(frame: FrameType | None) -> Iterator[CodeType]:
+    """Yield the code of a frame and of those that it was called from."""
+    while frame is not None:
+        yield frame.f_code
         frame = frame.f_back
-    return frame is not None
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
@@ -88,9 +94,20 @@ def raise_again(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
     def tell(unraisable: Any) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            _State.received = False  # it comes from a thread, when the main one is out of what drops exceptions
-            threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+            _State.received = False
+            threading.Thread(target=_interrupt_after, args=(tell.__code__,), daemon=True).start()
         else:
             hook(unraisable)
 
     return tell
+
+
+def _interrupt_after(code: CodeType) -> None:
+    """Interrupt the main thread when it has left this code, whose exceptions are dropped, too."""
+    main = threading.main_thread().ident
+    assert main is not None
+    is_inside = True
+    while is_inside:
+        time.sleep(0.01)
+        is_inside = code in _running(sys._current_frames()[main])
+    signal.pthread_kill(main, signal.SIGINT)

@@ -32,8 +32,8 @@ fi
 
 mkdir -p "$logs"
 pids=()
-notified=
-trap 'notified=1; kill "${pids[@]}" 2>/dev/null || true' TERM
+trap 'kill "${pids[@]}" 2>/dev/null || true' TERM
+trap 'exit 130' INT  # otherwise only `sleep` would end
 trap 'kill -KILL "${pids[@]}" 2>/dev/null || true' EXIT  # after SIGTERM they would save and wait for each other
 # No trap runs after SIGKILL, so another process reads their numbers from a pipe, which closes when this script ends.
 watch=$(mktemp -d)
@@ -56,16 +56,21 @@ for ((i = 0; i < processes; i++)); do
   pids+=($!)
   echo $! >&9
 done
-for ((i = 0; i < processes; i++)); do
-  code=0
-  wait -n || code=$?
-  [ -z "$notified" ] || { notified=; code=0; wait -n || code=$?; } # SIGTERM has ended the first wait
-  if [ "$code" != 0 ]; then
+# `wait -n` sometimes waits forever where two processes end at once, so this looks which ones have ended.
+while [ ${#pids[@]} -gt 0 ]; do
+  running=" $(jobs -rp | tr '\n' ' ')"
+  for i in "${!pids[@]}"; do
+    [[ $running != *" ${pids[i]} "* ]] || continue
+    code=0
+    wait "${pids[i]}" || code=$?
+    unset "pids[i]"
+    [ "$code" != 0 ] || continue
     for ((tenths = 0; tenths < 20; tenths++)); do
       [ -n "$(jobs -rp)" ] || break
       sleep 0.1
     done
     echo "error: a process ended with exit code $code. The output of all processes except the first is in $logs" >&2
     exit "$code"
-  fi
+  done
+  [ ${#pids[@]} = 0 ] || sleep 0.1
 done

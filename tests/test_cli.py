@@ -243,6 +243,7 @@ def test_a_bug_shows_its_traceback_and_is_kept(error, monkeypatch, capsys, tmp_p
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", str(tmp_path), "", flag_values=values)
     monkeypatch.setattr(cli.flags, "FLAGS", values)
+    monkeypatch.setattr(cli, "TRACEBACK", flags.DEFINE_bool("traceback", False, "", flag_values=values))
     monkeypatch.setattr(sys, "argv", ["command"])
     with pytest.raises(type(error), match=r"^of"):
         cli.run(main)

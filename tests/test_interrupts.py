@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -67,10 +68,20 @@ class Lossy:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_interrupt_that_python_drops_comes_again() -> None:
-    Lossy()
+@pytest.mark.parametrize("seconds", [0, 0.1], ids=["at once", "slowly"])
+def test_an_interrupt_that_python_drops_comes_again(seconds: float, monkeypatch) -> None:
+    class Thread(threading.Thread):
+        def start(self) -> None:
+            super().start()
+            time.sleep(seconds)  # while this thread is where Python drops exceptions
+
+    def work() -> None:
+        Lossy()
+        time.sleep(60)
+
+    monkeypatch.setattr(interrupts.threading, "Thread", Thread)
     with pytest.raises(KeyboardInterrupt):
-        time.sleep(5)
+        work()
 
 
 def test_an_interrupt_that_a_library_swallows_is_remembered() -> None:

@@ -268,18 +268,18 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_selects_from_851293_records_in_a_second(many: Path) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     prepared = PreparedData(many)
     kept = select(prepared, split="train", generators=("sd", "xl"), min_agreement=0.6, min_side=768)
-    assert time.perf_counter() - start < 3  # 0.3 s on an idle core
+    assert time.process_time() - start < 1  # 0.2 s of CPU time, which other processes hardly change
     assert len(kept) == pytest.approx(len(prepared) * 0.95 * 0.8 / 4 / 4, rel=0.02)
 
 
 @pytest.mark.parametrize("combine", ["mean", "pareto"])
 def test_three_judges_of_851293_records(many: Path, combine: Combine) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     prepared = PreparedData(many, ("a", "b", "c"), combine)
     kept = select(prepared, split="train")
-    assert time.perf_counter() - start < 6
+    assert time.process_time() - start < 4  # the mean takes 1 s of CPU time
     decided = 1.0 if combine == "mean" else 1 / 4
     assert len(kept) == pytest.approx(len(prepared) * 0.95 * 0.9**3 * decided, rel=0.02)
