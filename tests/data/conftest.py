@@ -31,6 +31,11 @@ def noise_jpeg(seed: int) -> bytes:
     return encode(np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
 
 
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """Return the content of every file below a folder, by its path from there."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 @pytest.fixture
 def write_pairs(tmp_path: Path) -> Callable[..., Path]:
     """write_pairs(n, column=values ...) writes n clean pairs in Pick-a-Pic's schema; a column of None is left out."""

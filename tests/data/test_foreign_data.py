@@ -14,7 +14,7 @@ from dpo_jax.data.sources import SOURCES, Damaged, Dropped, Record
 from dpo_jax.data.sources.values import index, number, truth
 
 from .conftest import noise_jpeg
-from .test_sources import read, write_images, write_lines, write_tar
+from .source_files import read, write_images, write_lines, write_tar
 
 Write = Callable[..., Path]
 TYPES = [

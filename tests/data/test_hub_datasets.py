@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dpo_jax.data.sources import hub
+from dpo_jax.data.sources import hub, missing
 from dpo_jax.data.sources.detect import detect_source
 from dpo_jax.errors import UserError
 
@@ -128,3 +128,14 @@ def test_what_fits_no_layout_is_told_with_its_columns(tmp_path: Path, write_pair
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty holds no \.parquet files, no folders w and l"):
         detect_source([tmp_path / "empty"])
+
+
+def test_a_missing_input_says_what_to_download() -> None:
+    message = str(missing("yuvalkirstain/pickapic_v2"))
+    assert "no file matches --input=yuvalkirstain/pickapic_v2. A data set on the " in message
+    assert "--input=hub:yuvalkirstain/pickapic_v2" in message
+    assert "hf download --repo-type dataset yuvalkirstain/pickapic_v2 --local-dir data/pickapic_v2" in message
+    assert "Pick-a-Pic left the hub in 2025" in message
+    for name in ("open-image-preferences-v1-binarized", "MizzenAI/HPDv3", "zai-org/ImageRewardDB"):
+        assert name in message
+    assert "hub:OWNER/NAME" in str(missing("data/*.parquet"))
