@@ -37,7 +37,7 @@ from dpo_jax.data.sources import SOURCES
 from . import array_checks
 
 # Functions of these packages check the shapes and dtypes that they are annotated with. Nothing above imports them.
-install_import_hook(["dpo_jax.objectives"], f"{array_checks.__name__}.checked")
+install_import_hook(["dpo_jax.diffusion", "dpo_jax.objectives"], f"{array_checks.__name__}.checked")
 # A shell that starts something in the background has it ignore Ctrl-C, and so would all that is started here.
 for ignored in {signal.SIGINT, signal.SIGHUP}:
     if signal.getsignal(ignored) is signal.SIG_IGN:

@@ -7,11 +7,17 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from dpo_jax.batch import Conditioning, LogRatios, PreferenceBatch, Raw
+from dpo_jax.diffusion import samplers, schedule, trajectories
 from dpo_jax.objectives import advantages, denoising, losses, transitions
 
 from .array_checks import agrees
 
 LOG_RATIOS = LogRatios(jnp.zeros((4, 2)), jnp.zeros((4, 2)))
+SCHEDULE = schedule.make_schedule(
+    {"num_train_timesteps": 10, "beta_schedule": "linear", "beta_start": 0.01, "beta_end": 0.02}
+)
+TABLE = samplers.make_table("ddim", SCHEDULE, 5, eta=1.0)
+X_NHWC = jnp.zeros((3, 2, 2, 4))
 WINNER_BK = jnp.tile(jnp.array([1.0, 0.0]), (4, 1))
 
 
@@ -23,6 +29,12 @@ WINNER_BK = jnp.tile(jnp.array([1.0, 0.0]), (4, 1))
         (losses.dpo, [LOG_RATIOS, WINNER_BK[:3]]),
         (losses.dpo, [LOG_RATIOS._replace(error_BK=jnp.zeros((4, 3))), WINNER_BK]),
         (transitions.beyond_log_ratio, [LogRatios(jnp.zeros(4))]),
+        (schedule.add_noise, [SCHEDULE, X_NHWC, X_NHWC[:2], jnp.zeros(3, int)]),
+        (schedule.add_noise, [SCHEDULE._replace(noise_T=np.ones(9)), X_NHWC, X_NHWC, jnp.zeros(3, int)]),
+        (samplers.starting_latents, [TABLE, X_NHWC[0]]),
+        (samplers.step_noise, [jax.random.split(jax.random.key(0), 2), 0, X_NHWC]),
+        (trajectories.log_prob, [TABLE.steps, X_NHWC, X_NHWC[:2]]),
+        (trajectories.transitions_at, [trajectories.Trajectory(X_NHWC, X_NHWC), jnp.zeros(1, int)]),
     ],
 )
 def test_wrong_arrays_raise(function, arguments):

@@ -20,29 +20,30 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Key, Real, Shaped
 
 from dpo_jax.diffusion.schedule import Schedule
 from dpo_jax.errors import UserError
 
-Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
+Denoiser = Callable[[Float[Array, "N H W C"], Real[Array, " N"]], Float[Array, "N H W C"]]
 """`denoise(x_NHWC, t_N) -> prediction_NHWC`."""
 
 
 class Steps(NamedTuple):
     """The numbers of each step: arrays over S, or scalars of one step inside the loop."""
 
-    t: Any
+    t: Float[Any, "..."]
     """Timestep that the network gets, float32; some samplers use values between two training timesteps."""
-    signal: Any
-    noise: Any
+    signal: Float[Any, "..."]
+    noise: Float[Any, "..."]
     """Signal and noise level of the latents before the step."""
-    p: Any
-    q: Any
+    p: Float[Any, "..."]
+    q: Float[Any, "..."]
     """x0 = p x + q prediction."""
-    a: Any
-    b: Any
-    c: Any
-    d: Any
+    a: Float[Any, "..."]
+    b: Float[Any, "..."]
+    c: Float[Any, "..."]
+    d: Float[Any, "..."]
     """x' = a x + b x0 + c x0_before + d z."""
 
 
@@ -87,7 +88,10 @@ def make_table(
 
 
 def ddim(schedule: Schedule, num_steps: int, eta: float = 0.0) -> SamplerTable:
-    """DDIM (arXiv 2010.02502, equations 12 and 16), as diffusers' `DDIMScheduler` computes it."""
+    """Return the table of DDIM (arXiv 2010.02502, equations 12 and 16), as diffusers' `DDIMScheduler` computes it.
+
+    As for all samplers here, it is a UserError if the schedule does not suit the sampler or the number of steps.
+    """
     t_S = _timesteps(schedule, num_steps, "leading").round().astype(int)
     before_S = t_S - len(schedule.signal_T) // num_steps
     next_signal_S = np.where(before_S < 0, schedule.final_signal, schedule.signal_T[before_S])
@@ -97,9 +101,10 @@ def ddim(schedule: Schedule, num_steps: int, eta: float = 0.0) -> SamplerTable:
 
 
 def euler(schedule: Schedule, num_steps: int, eta: float = 0.0) -> SamplerTable:
-    """Euler's method for the probability flow (arXiv 2206.00364, algorithm 1), as diffusers' `EulerDiscreteScheduler`.
+    """Return the table of Euler's method for the probability flow (arXiv 2206.00364, algorithm 1).
 
-    In these latents it is DDIM with other levels: each step leads to the level at which the next one begins.
+    It is that of diffusers' `EulerDiscreteScheduler`. In these latents it is DDIM with other levels: each step leads to
+    the level at which the next one begins.
     """
     _check_fields("euler", schedule)
     t_S = _timesteps(schedule, num_steps, "linspace").astype(np.float32)
@@ -112,12 +117,12 @@ def euler(schedule: Schedule, num_steps: int, eta: float = 0.0) -> SamplerTable:
 
 
 def euler_ancestral(schedule: Schedule, num_steps: int) -> SamplerTable:
-    """Euler's method with as much noise as DDPM, as diffusers' `EulerAncestralDiscreteScheduler`; for SDXL-Turbo."""
+    """Return the table of diffusers' `EulerAncestralDiscreteScheduler`, `euler` with the noise of DDPM (SDXL-Turbo)."""
     return euler(schedule._replace(sampler_fields={}), num_steps, eta=1.0)  # that class has no such fields
 
 
 def dpmsolver_multistep(schedule: Schedule, num_steps: int) -> SamplerTable:
-    """DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2), as diffusers' `DPMSolverMultistepScheduler`."""
+    """Return the table of DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2): diffusers' `DPMSolverMultistepScheduler`."""
     _check_fields("dpmsolver++", schedule)
     # If the spacing includes timestep 0, it is the end of sampling and not a step.
     count = num_steps if _spacing(schedule, "linspace") == "trailing" else num_steps + 1
@@ -145,7 +150,7 @@ def dpmsolver_multistep(schedule: Schedule, num_steps: int) -> SamplerTable:
 
 
 def lcm(schedule: Schedule, num_steps: int) -> SamplerTable:
-    """Latent consistency sampling (arXiv 2310.04378, algorithm 3), as diffusers' `LCMScheduler`."""
+    """Return the table of latent consistency sampling (arXiv 2310.04378, algorithm 3): diffusers' `LCMScheduler`."""
     original = schedule.sampler_fields.get("original_inference_steps", 50)
     if num_steps > original:
         raise UserError(
@@ -199,7 +204,9 @@ def other_fields(sampler: str, schedule: Schedule) -> list[str]:
     return [name for name, value in only.items() if given.get(name) is not None and given[name] != value]
 
 
-def sample(denoise: Denoiser, table: SamplerTable, x_NHWC: jax.Array, keys_N: jax.Array | None = None) -> jax.Array:
+def sample(
+    denoise: Denoiser, table: SamplerTable, x_NHWC: Float[Array, "N H W C"], keys_N: Key[Array, " N"] | None = None
+) -> Float[Array, "N H W C"]:
     """Return clean latents x0_NHWC sampled from noise, in float32 or wider; the network is compiled once.
 
     Args:
@@ -207,6 +214,9 @@ def sample(denoise: Denoiser, table: SamplerTable, x_NHWC: jax.Array, keys_N: ja
         table: table of the sampler.
         x_NHWC: the result of `starting_latents`.
         keys_N: one key per image, for samplers that add noise; step i adds `step_noise(keys_N, i, ...)`.
+
+    Raises:
+        UserError: the sampler adds noise, but there are no keys.
     """
     return walk(denoise, table, x_NHWC, keys_N)[0]
 
@@ -214,11 +224,14 @@ def sample(denoise: Denoiser, table: SamplerTable, x_NHWC: jax.Array, keys_N: ja
 def walk(
     denoise: Denoiser,
     table: SamplerTable,
-    x_NHWC: jax.Array,
-    keys_N: jax.Array | None = None,
-    record: Callable[[Steps, jax.Array, jax.Array, jax.Array], Any] = lambda step, x, mean, next_x: None,
-) -> tuple[jax.Array, Any]:
-    """Return the result of `sample`, and those of `record(step, x_NHWC, mean_NHWC, next_x_NHWC)` stacked over S."""
+    x_NHWC: Float[Array, "N H W C"],
+    keys_N: Key[Array, " N"] | None = None,
+    record: Callable[[Steps, Array, Array, Array], Any] = lambda step, x, mean, next_x: None,
+) -> tuple[Float[Array, "N H W C"], Any]:
+    """Return the result of `sample`, and those of `record(step, x_NHWC, mean_NHWC, next_x_NHWC)` stacked over S.
+
+    Raises a UserError as `sample` does.
+    """
     steps = table.steps
     is_random = bool(np.any(steps.d))
     if is_random and keys_N is None:
@@ -226,7 +239,9 @@ def walk(
     # Latents stay float32 or wider between the steps, whatever the dtype of the network.
     x_NHWC = x_NHWC.astype(jnp.promote_types(x_NHWC.dtype, jnp.float32))
 
-    def take(carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, Steps]) -> tuple[Any, Any]:
+    def take(
+        carry: tuple[Float[Array, "N H W C"], Float[Array, "N H W C"]], inputs: tuple[Array, Steps]
+    ) -> tuple[Any, Any]:
         (x_NHWC, x0_before_NHWC), (i, step) = carry, inputs
         prediction_NHWC = denoise(x_NHWC, jnp.full(x_NHWC.shape[:1], step.t))
         x0_NHWC = step.p * x_NHWC + step.q * prediction_NHWC
@@ -241,14 +256,27 @@ def walk(
     return x0_NHWC, records
 
 
-def starting_latents(table: SamplerTable, noise_NHWC: jax.Array, x0_NHWC: jax.Array | None = None) -> jax.Array:
-    """Return the latents before the first step: noise, or an image's latents with the noise of that level."""
+def starting_latents(
+    table: SamplerTable, noise_NHWC: Float[Array, "N H W C"], x0_NHWC: Float[Array, "N H W C"] | None = None
+) -> Float[Array, "N H W C"]:
+    """Return the latents before the first step: noise, or an image's latents with the noise of that level.
+
+    Args:
+        table: table of the sampler.
+        noise_NHWC: standard normal noise.
+        x0_NHWC: latents of an image to begin with (SDEdit, arXiv 2108.01073), with a table of `strength` below 1.
+    """
     if x0_NHWC is None:
         return table.start * noise_NHWC
     return table.steps.signal[0] * x0_NHWC + table.steps.noise[0] * noise_NHWC
 
 
-def step_mean(step: Steps, x_NHWC: jax.Array, x0_NHWC: jax.Array, x0_before_NHWC: jax.Array) -> jax.Array:
+def step_mean(
+    step: Steps,
+    x_NHWC: Float[Array, "*N H W C"],
+    x0_NHWC: Float[Array, "*N H W C"],
+    x0_before_NHWC: Float[Array, "*N H W C"],
+) -> Float[Array, "*N H W C"]:
     """Return the mean of the latents after a step; the standard deviation of each element is `step.d`.
 
     Args:
@@ -260,17 +288,19 @@ def step_mean(step: Steps, x_NHWC: jax.Array, x0_NHWC: jax.Array, x0_before_NHWC
     return step.a * x_NHWC + step.b * x0_NHWC + step.c * x0_before_NHWC
 
 
-def step_noise(keys_N: jax.Array, i: jax.Array | int, like_NHWC: jax.Array) -> jax.Array:
-    """Return standard normal noise for step i; the noise of an image depends on its own key alone."""
+def step_noise(
+    keys_N: Key[Array, " N"], i: Int[Array, ""] | int, like_NHWC: Float[Array, "N H W C"]
+) -> Float[Array, "N H W C"]:
+    """Return standard normal noise for step i like `like_NHWC`; that of an image depends on its own key alone."""
 
-    def draw(key: jax.Array) -> jax.Array:
+    def draw(key: Key[Array, ""]) -> Float[Array, "H W C"]:
         return jax.random.normal(jax.random.fold_in(key, i), like_NHWC.shape[1:], like_NHWC.dtype)
 
     return jax.vmap(draw)(keys_N)
 
 
 def classifier_free_guidance(
-    denoise: Callable[[jax.Array, jax.Array, Any], jax.Array],
+    denoise: Callable[[Float[Array, "N H W C"], Real[Array, " N"], Any], Float[Array, "N H W C"]],
     conditioning: Any,
     unconditional: Any,
     scale: float,
@@ -292,15 +322,15 @@ def classifier_free_guidance(
     if scale <= 1:
         return lambda x_NHWC, t_N: denoise(x_NHWC, t_N, conditioning)
 
-    def side_by_side(a_N: jax.Array, b_N: jax.Array) -> jax.Array:
+    def side_by_side(a_N: Shaped[Array, "N ..."], b_N: Shaped[Array, "N ..."]) -> Shaped[Array, "2*N ..."]:
         return jnp.stack([a_N, b_N], axis=1).reshape(-1, *a_N.shape[1:])
 
-    def spread(x_NHWC: jax.Array) -> jax.Array:
+    def spread(x_NHWC: Float[Array, "N H W C"]) -> Float[Array, "N 1 1 1"]:
         return jnp.std(x_NHWC.astype(jnp.promote_types(x_NHWC.dtype, jnp.float32)), axis=(1, 2, 3), keepdims=True)
 
     both = jax.tree.map(side_by_side, unconditional, conditioning)
 
-    def guided(x_NHWC: jax.Array, t_N: jax.Array) -> jax.Array:
+    def guided(x_NHWC: Float[Array, "N H W C"], t_N: Real[Array, " N"]) -> Float[Array, "N H W C"]:
         prediction = denoise(side_by_side(x_NHWC, x_NHWC), side_by_side(t_N, t_N), both)
         prediction = prediction.reshape(-1, 2, *x_NHWC.shape[1:])
         result = prediction[:, 0] + scale * (prediction[:, 1] - prediction[:, 0])
@@ -312,8 +342,8 @@ def classifier_free_guidance(
 
 
 def with_guidance(
-    denoise: Callable[..., jax.Array], scale: float, rescale: float = 0.0
-) -> Callable[[Any, jax.Array, jax.Array, tuple[Any, Any]], jax.Array]:
+    denoise: Callable[..., Float[Array, "N H W C"]], scale: float, rescale: float = 0.0
+) -> Callable[[Any, Float[Array, "N H W C"], Real[Array, " N"], tuple[Any, Any]], Float[Array, "N H W C"]]:
     """Return `guided(params, x_NHWC, t_N, (conditioning, unconditional))`; see `classifier_free_guidance`.
 
     Args:
@@ -322,7 +352,9 @@ def with_guidance(
         rescale: as in `classifier_free_guidance`.
     """
 
-    def guided(params: Any, x_NHWC: jax.Array, t_N: jax.Array, both: tuple[Any, Any]) -> jax.Array:
+    def guided(
+        params: Any, x_NHWC: Float[Array, "N H W C"], t_N: Real[Array, " N"], both: tuple[Any, Any]
+    ) -> Float[Array, "N H W C"]:
         bound = functools.partial(denoise, params)
         return classifier_free_guidance(bound, *both, scale, rescale)(x_NHWC, t_N)
 
@@ -333,7 +365,7 @@ def _spacing(schedule: Schedule, default: str) -> str:
     return schedule.timestep_spacing or default
 
 
-def _timesteps(schedule: Schedule, num_steps: int, default_spacing: str) -> np.ndarray:
+def _timesteps(schedule: Schedule, num_steps: int, default_spacing: str) -> Float[np.ndarray, " {num_steps}"]:
     """Return the timesteps to visit, highest first, as diffusers spaces them (arXiv 2305.08891, table 2).
 
     The linspace spacing falls between training timesteps; some samplers keep these values and others round them.
@@ -355,7 +387,9 @@ def _timesteps(schedule: Schedule, num_steps: int, default_spacing: str) -> np.n
     return t_S.astype(float)
 
 
-def _levels(schedule: Schedule, t_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _levels(
+    schedule: Schedule, t_S: Float[np.ndarray, " S"]
+) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, " S"]]:
     """Return signal and noise at timesteps that may lie between two; diffusers interpolates noise / signal.
 
     If the ratio is infinite, it takes 2^12 instead, so that such schedules have a beginning.
@@ -366,7 +400,7 @@ def _levels(schedule: Schedule, t_S: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return signal_S, sigma_S * signal_S
 
 
-def _following(schedule: Schedule, steps: Steps) -> tuple[np.ndarray, np.ndarray]:
+def _following(schedule: Schedule, steps: Steps) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, " S"]]:
     """Return signal and noise at which the next step begins; after the last step, those of the image."""
     final = schedule.sampler_fields.get("final_sigmas_type", "zero")
     if final not in ("zero", "sigma_min"):
@@ -377,7 +411,9 @@ def _following(schedule: Schedule, steps: Steps) -> tuple[np.ndarray, np.ndarray
     return np.append(steps.signal[1:], signal), np.append(steps.noise[1:], noise)
 
 
-def _begin(schedule: Schedule, t_S: np.ndarray, signal_S: np.ndarray, noise_S: np.ndarray) -> Steps:
+def _begin(
+    schedule: Schedule, t_S: Real[np.ndarray, " S"], signal_S: Float[np.ndarray, " S"], noise_S: Float[np.ndarray, " S"]
+) -> Steps:
     """Return steps that begin at these levels; `_towards` completes them."""
     # Each target is linear in signal or noise (epsilon, velocity) or constant, so this also holds between timesteps.
     target_x0_S = np.interp(noise_S, schedule.noise_T, schedule.target_x0_T)
@@ -392,7 +428,9 @@ def _begin(schedule: Schedule, t_S: np.ndarray, signal_S: np.ndarray, noise_S: n
     return Steps(t_S.astype(np.float32), signal_S, noise_S, p_S, q_S, *np.zeros((4, len(t_S))))
 
 
-def _towards(steps: Steps, signal_S: np.ndarray, noise_S: np.ndarray, eta: float = 0.0) -> Steps:
+def _towards(
+    steps: Steps, signal_S: Float[np.ndarray, " S"], noise_S: Float[np.ndarray, " S"], eta: float = 0.0
+) -> Steps:
     """Return the steps leading to these levels: `x' = signal' x0 + kept eps + fresh z`, `kept^2 + fresh^2 = noise'^2`.
 
     With eta = 0 no noise is fresh; with eta = 1 as much is as in DDPM.

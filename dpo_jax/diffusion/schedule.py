@@ -15,10 +15,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pydantic
+from jaxtyping import Array, Float, Int
 
 from dpo_jax.errors import UserError
 from dpo_jax.files import conform
@@ -27,11 +27,11 @@ from dpo_jax.files import conform
 class Schedule(NamedTuple):
     """Tables over the training timesteps, in float64 NumPy, so that they are constants inside jit."""
 
-    signal_T: np.ndarray
-    noise_T: np.ndarray
-    target_x0_T: np.ndarray
-    target_noise_T: np.ndarray
-    training_timesteps: np.ndarray
+    signal_T: Float[np.ndarray, " T"]
+    noise_T: Float[np.ndarray, " T"]
+    target_x0_T: Float[np.ndarray, " T"]
+    target_noise_T: Float[np.ndarray, " T"]
+    training_timesteps: Int[np.ndarray, " _"]
     """int32: the timesteps that training draws from, uniformly."""
     final_signal: float
     """Signal of the latents after the last sampling step: 1, or `signal_T[0]` if `set_alpha_to_one` is false."""
@@ -164,25 +164,31 @@ def make_schedule(
     )
 
 
-def add_noise(schedule: Schedule, x0_NHWC: jax.Array, noise_NHWC: jax.Array, t_N: jax.Array) -> jax.Array:
+def add_noise(
+    schedule: Schedule, x0_NHWC: Float[Array, "N H W C"], noise_NHWC: Float[Array, "N H W C"], t_N: Int[Array, " N"]
+) -> Float[Array, "N H W C"]:
     """Return `x_t`, the noisy latents at timestep t (arXiv 2006.11239, equation 4)."""
     signal, noise = _at(schedule.signal_T, t_N, x0_NHWC), _at(schedule.noise_T, t_N, x0_NHWC)
     return signal * x0_NHWC + noise * noise_NHWC
 
 
-def training_target(schedule: Schedule, x0_NHWC: jax.Array, noise_NHWC: jax.Array, t_N: jax.Array) -> jax.Array:
-    """Return the target of the network's prediction at `x_t`."""
+def training_target(
+    schedule: Schedule, x0_NHWC: Float[Array, "N H W C"], noise_NHWC: Float[Array, "N H W C"], t_N: Int[Array, " N"]
+) -> Float[Array, "N H W C"]:
+    """Return the target of the network's prediction at `x_t`, noise or velocity as the schedule says."""
     a, b = _at(schedule.target_x0_T, t_N, x0_NHWC), _at(schedule.target_noise_T, t_N, x0_NHWC)
     return a * x0_NHWC + b * noise_NHWC
 
 
-def _at(table_T: np.ndarray, t_N: jax.Array, like_NHWC: jax.Array) -> jax.Array:
+def _at(
+    table_T: Float[np.ndarray, " T"], t_N: Int[Array, " N"], like_NHWC: Float[Array, "N H W C"]
+) -> Float[Array, "N 1 1 1"]:
     """Return the table's values at t, float32 or wider, shaped to multiply an image."""
     values_N = jnp.asarray(table_T, jnp.promote_types(like_NHWC.dtype, jnp.float32))[t_N]
     return values_N.reshape(-1, *[1] * (like_NHWC.ndim - 1))
 
 
-def _betas(config: SchedulerConfig, where: str) -> np.ndarray:
+def _betas(config: SchedulerConfig, where: str) -> Float[np.ndarray, " T"]:
     start, end, num_timesteps = config.beta_start, config.beta_end, config.num_train_timesteps
     if config.trained_betas is not None:
         if len(config.trained_betas) != num_timesteps:
@@ -201,7 +207,7 @@ def _betas(config: SchedulerConfig, where: str) -> np.ndarray:
     return np.asarray(betas, np.float32)
 
 
-def _torch_linspace(start: float, end: float, num: int) -> np.ndarray:
+def _torch_linspace(start: float, end: float, num: int) -> Float[np.ndarray, " {num}"]:
     """Return `torch.linspace` in float32: a float32 step from both ends, rounded once (fused multiply-add)."""
     first, last = np.float32(start), np.float32(end)
     step = np.float64((last - first) / np.float32(num - 1))
@@ -211,12 +217,12 @@ def _torch_linspace(start: float, end: float, num: int) -> np.ndarray:
     return np.where(index < num // 2, rising, falling).astype(np.float32)
 
 
-def _cumulative_product(alphas_T: np.ndarray) -> np.ndarray:
+def _cumulative_product(alphas_T: Float[np.ndarray, " T"]) -> Float[np.ndarray, " T"]:
     """Return `torch.cumprod` of a float32 tensor: accumulated in float64, each value rounded to float32."""
     return np.cumprod(alphas_T.astype(np.float64)).astype(np.float32)
 
 
-def _rescale_to_zero_terminal_snr(betas_T: np.ndarray) -> np.ndarray:
+def _rescale_to_zero_terminal_snr(betas_T: Float[np.ndarray, " T"]) -> Float[np.ndarray, " T"]:
     """Return betas with the same first signal and a last signal of 0 (arXiv 2305.08891, algorithm 1), in float32."""
     signal_T = np.sqrt(_cumulative_product(np.float32(1) - betas_T))
     signal_T = (signal_T - signal_T[-1]) * (signal_T[0] / (signal_T[0] - signal_T[-1]))

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Key
 
 from dpo_jax.batch import Transitions
 from dpo_jax.diffusion.samplers import Denoiser, SamplerTable, Steps, step_mean, step_noise, walk
@@ -27,13 +28,13 @@ from dpo_jax.errors import UserError
 class Trajectory(NamedTuple):
     """The latents and log-probabilities of sampled images, in float32 or wider."""
 
-    latents_VNHWC: Any
+    latents_VNHWC: Float[Any, "V N H W C"]
     """Latents from the noise to the clean latents; step s leads from row s to row s + 1."""
-    log_prob_SN: Any
+    log_prob_SN: Float[Any, "S N"]
     """Log-probability of each step with the weights that sampled; 0 for a step without noise."""
 
 
-def random_steps(table: SamplerTable) -> np.ndarray:
+def random_steps(table: SamplerTable) -> Int[np.ndarray, " _"]:
     """Return the steps whose transitions have a probability, int32 in order; UserError if there are none."""
     (random,) = np.nonzero(table.steps.d)
     if not len(random):
@@ -42,7 +43,9 @@ def random_steps(table: SamplerTable) -> np.ndarray:
     return random.astype(np.int32)
 
 
-def branch(x_BHWC: jax.Array, keys_B: jax.Array, num_candidates: int) -> tuple[jax.Array, jax.Array]:
+def branch(
+    x_BHWC: Float[Array, "B H W C"], keys_B: Key[Array, " B"], num_candidates: int
+) -> tuple[Float[Array, "N H W C"], Key[Array, " N"]]:
     """Return x_NHWC and keys_N of the candidates: those of a prompt begin with the same latents and have own keys.
 
     The key of candidate k is `fold_in(key, k)`, whatever the number of candidates.
@@ -51,7 +54,9 @@ def branch(x_BHWC: jax.Array, keys_B: jax.Array, num_candidates: int) -> tuple[j
     return jnp.repeat(x_BHWC, num_candidates, axis=0), keys_BK.reshape(-1)
 
 
-def sample_trajectory(denoise: Denoiser, table: SamplerTable, x_NHWC: jax.Array, keys_N: jax.Array) -> Trajectory:
+def sample_trajectory(
+    denoise: Denoiser, table: SamplerTable, x_NHWC: Float[Array, "N H W C"], keys_N: Key[Array, " N"]
+) -> Trajectory:
     """Sample as `samplers.sample` does, with the same noise and result, and return every step.
 
     Args:
@@ -59,10 +64,18 @@ def sample_trajectory(denoise: Denoiser, table: SamplerTable, x_NHWC: jax.Array,
         table: table of a sampler that adds noise; DDPO and D3PO use DDIM with eta = 1.
         x_NHWC: the result of `starting_latents`.
         keys_N: one key per image; see `branch`.
+
+    Raises:
+        UserError: the sampler adds no noise.
     """
     random_steps(table)
 
-    def record(step: Steps, x_NHWC: jax.Array, mean_NHWC: jax.Array, next_x_NHWC: jax.Array) -> tuple[Any, Any]:
+    def record(
+        step: Steps,
+        x_NHWC: Float[Array, "N H W C"],
+        mean_NHWC: Float[Array, "N H W C"],
+        next_x_NHWC: Float[Array, "N H W C"],
+    ) -> tuple[Float[Array, "N H W C"], Float[Array, " N"]]:
         return x_NHWC, log_prob(step, mean_NHWC, next_x_NHWC)
 
     x0_NHWC, (x_SNHWC, log_prob_SN) = walk(denoise, table, x_NHWC, keys_N, record)
@@ -72,27 +85,27 @@ def sample_trajectory(denoise: Denoiser, table: SamplerTable, x_NHWC: jax.Array,
 class Exploration(NamedTuple):
     """The candidates that branched off at each step of a prompt's trajectory, [S, B, ...]."""
 
-    x_SBHWC: Any
+    x_SBHWC: Float[Any, "S B H W C"]
     """Latents before each step."""
-    next_x_SBKHWC: Any
+    next_x_SBKHWC: Float[Any, "S B K H W C"]
     """Latents of the candidates after each step."""
-    log_prob_SBK: Any
+    log_prob_SBK: Float[Any, "S B K"]
     """Log-probability of each candidate's step; 0 for a step without noise."""
-    seen_SBK: Any
+    seen_SBK: Float[Any, "S B K ..."]
     """Results of `look` on the candidates."""
-    x0_BHWC: Any
+    x0_BHWC: Float[Any, "B H W C"]
     """Clean latents at the end of the trajectory."""
 
 
-Look = Callable[[Steps, Steps, jax.Array, jax.Array], Any]
+Look = Callable[[Steps, Steps, Float[Array, "B H W C"], Float[Array, "B K H W C"]], Float[Array, "B K ..."]]
 """Maps (step, following step, x_BHWC, next_x_BKHWC) to what a judge reads about the candidates, [B, K, ...]."""
 
 
 def explore(
     denoise: Denoiser,
     table: SamplerTable,
-    x_BHWC: jax.Array,
-    keys_B: jax.Array,
+    x_BHWC: Float[Array, "B H W C"],
+    keys_B: Key[Array, " B"],
     num_candidates: int,
     look: Look,
     first: int = 0,
@@ -109,6 +122,9 @@ def explore(
         num_candidates: K.
         look: computes what a judge reads about the candidates of each step, for example `see_images`.
         first: first step that `look` is called for; `seen_SBK` is 0 before it.
+
+    Raises:
+        UserError: the sampler adds no noise.
     """
     random_steps(table)
     B, K, S = len(x_BHWC), num_candidates, len(table.steps.t)
@@ -117,7 +133,9 @@ def explore(
     following.p[-1], following.q[-1] = 1, 0
     dtype = jnp.promote_types(x_BHWC.dtype, jnp.float32)
 
-    def take(x_BHWC: jax.Array, inputs: tuple[jax.Array, Steps, Steps]) -> tuple[jax.Array, Any]:
+    def take(
+        x_BHWC: Float[Array, "B H W C"], inputs: tuple[Array, Steps, Steps]
+    ) -> tuple[Float[Array, "B H W C"], Any]:
         i, step, after = inputs
         mean_BHWC = transition_mean(step, x_BHWC, denoise(x_BHWC, jnp.full(B, step.t)))
         step_keys_B, choice_keys_B = (jax.vmap(jax.random.fold_in, (0, None))(keys_B, 2 * i + j) for j in range(2))
@@ -146,7 +164,9 @@ def explore(
 def see_images(denoise: Denoiser) -> Look:
     """Return a `Look` that predicts the image of each candidate, as latents; `denoise` is bound for B * K rows."""
 
-    def look(step: Steps, after: Steps, x_BHWC: jax.Array, next_x_BKHWC: jax.Array) -> jax.Array:
+    def look(
+        step: Steps, after: Steps, x_BHWC: Float[Array, "B H W C"], next_x_BKHWC: Float[Array, "B K H W C"]
+    ) -> Float[Array, "B K H W C"]:
         next_x_NHWC = next_x_BKHWC.reshape(-1, *next_x_BKHWC.shape[2:])
         x0_NHWC = after.p * next_x_NHWC + after.q * denoise(next_x_NHWC, jnp.full(len(next_x_NHWC), after.t))
         return x0_NHWC.reshape(next_x_BKHWC.shape)
@@ -161,7 +181,9 @@ def see_log_ratios(tuned: Denoiser, reference: Denoiser) -> Look:
     networks run on the latents that the candidates share, so more candidates cost nothing.
     """
 
-    def look(step: Steps, after: Steps, x_BHWC: jax.Array, next_x_BKHWC: jax.Array) -> jax.Array:
+    def look(
+        step: Steps, after: Steps, x_BHWC: Float[Array, "B H W C"], next_x_BKHWC: Float[Array, "B K H W C"]
+    ) -> Float[Array, "B K"]:
         t_B = jnp.full(len(x_BHWC), step.t)
         means = (transition_mean(step, x_BHWC, denoise(x_BHWC, t_B))[:, None] for denoise in (tuned, reference))
         tuned_BK, reference_BK = (log_prob(step, mean_B1HWC, next_x_BKHWC) for mean_B1HWC in means)
@@ -170,8 +192,11 @@ def see_log_ratios(tuned: Denoiser, reference: Denoiser) -> Look:
     return look
 
 
-def transitions_at(trajectory: Trajectory, step_B: jax.Array) -> Transitions:
-    """Return the transitions of step `step_B` of each prompt's candidates."""
+def transitions_at(trajectory: Trajectory, step_B: Int[Array, " B"]) -> Transitions:
+    """Return the transitions of step `step_B` of each prompt's candidates.
+
+    The images of the trajectory are B prompts times K candidates, the candidates of a prompt next to each other.
+    """
     B = len(step_B)
     latents_VBKHWC, log_prob_SBK = (x.reshape(len(x), B, -1, *x.shape[2:]) for x in trajectory)
     prompt_B = jnp.arange(B)
@@ -183,22 +208,24 @@ def transitions_at(trajectory: Trajectory, step_B: jax.Array) -> Transitions:
     )
 
 
-def steps_at(table: SamplerTable, step_B: jax.Array, like_BKHWC: jax.Array) -> Steps:
+def steps_at(table: SamplerTable, step_B: Int[Array, " B"], like_BKHWC: Float[Array, "B ... H W C"]) -> Steps:
     """Return the numbers of these steps, shaped to multiply latents `[B, ..., H, W, C]`; `t` stays [B]."""
 
-    def rows(values_S: np.ndarray) -> jax.Array:
+    def rows(values_S: Float[np.ndarray, " S"]) -> Float[Array, "B ..."]:
         return jnp.asarray(values_S, like_BKHWC.dtype)[step_B].reshape(-1, *[1] * (like_BKHWC.ndim - 1))
 
     return Steps(jnp.asarray(table.steps.t)[step_B], *(rows(values_S) for values_S in table.steps[1:]))
 
 
-def transition_mean(step: Steps, x: jax.Array, prediction: jax.Array) -> jax.Array:
+def transition_mean(
+    step: Steps, x: Float[Array, "*N H W C"], prediction: Float[Array, "*N H W C"]
+) -> Float[Array, "*N H W C"]:
     """Return the mean of the latents after a step with noise, given the network's prediction."""
     x0 = step.p * x + step.q * prediction
     return step_mean(step, x, x0, x0)  # c is 0: see `random_steps`
 
 
-def log_prob(step: Steps, mean: jax.Array, next_x: jax.Array) -> jax.Array:
+def log_prob(step: Steps, mean: Float[Array, "*#N H W C"], next_x: Float[Array, "*#N H W C"]) -> Float[Array, "*N"]:
     """Return `log N(next_x; mean, d^2)`, the mean over the last three axes; 0 without gradient if d is 0.
 
     It matches `ddim_step_with_logprob` of https://github.com/kvablack/ddpo-pytorch except for d = 0, which gives NaN
@@ -210,13 +237,15 @@ def log_prob(step: Steps, mean: jax.Array, next_x: jax.Array) -> jax.Array:
     return jnp.where(_per_image(step.d) > 0, log_density, 0)
 
 
-def kl_divergence(step: Steps, mean: jax.Array, other_mean: jax.Array) -> jax.Array:
+def kl_divergence(
+    step: Steps, mean: Float[Array, "*#N H W C"], other_mean: Float[Array, "*#N H W C"]
+) -> Float[Array, "*N"]:
     """Return the KL divergence of Gaussians with equal d, `(mean - other)^2 / (2 d^2)`, reduced as in `log_prob`."""
     deviation = jnp.where(step.d > 0, step.d, 1)
     divergence = jnp.square((mean - other_mean) / deviation).mean(axis=(-3, -2, -1)) / 2
     return jnp.where(_per_image(step.d) > 0, divergence, 0)
 
 
-def _per_image(value: jax.Array) -> jax.Array:
+def _per_image(value: Float[Array, "*N 1 1 1"] | Float[Array, ""]) -> Float[Array, "*N"] | Float[Array, ""]:
     """Return the value without its axes of length 1 over H, W and C; a scalar stays a scalar."""
     return value.reshape(value.shape[:-3])

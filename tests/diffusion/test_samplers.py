@@ -63,6 +63,7 @@ def denoise(x, t):
 
 def ours(sampler, config, x_T, keys, *, num_steps, x0=None, **options):
     table = make_table(sampler, make_schedule(config), num_steps, **options)
+    x0 = None if x0 is None else jnp.asarray(x0)
     return np.asarray(sample(denoise, table, starting_latents(table, jnp.asarray(x_T), x0), keys))
 
 
@@ -74,7 +75,7 @@ def oracle(monkeypatch, sampler, config, x_T, keys, *, num_steps, x0=None, eta=0
         # Its coefficients are float32 scalars, whose rounding would be all that is seen at 1e-9.
         scheduler.alphas_cumprod = torch.from_numpy(schedule.signal_T**2)
         scheduler.final_alpha_cumprod = torch.tensor(schedule.final_signal**2, dtype=torch.float64)
-    noises = (torch.from_numpy(np.array(step_noise(keys, i, x_T))) for i in itertools.count())
+    noises = (torch.from_numpy(np.array(step_noise(keys, i, jnp.asarray(x_T)))) for i in itertools.count())
     for module in ("euler_ancestral_discrete", "lcm", "ddim"):
         monkeypatch.setattr(f"diffusers.schedulers.scheduling_{module}.randn_tensor", lambda *_, **__: next(noises))
     scheduler.set_timesteps(num_steps)
@@ -169,7 +170,7 @@ def test_timesteps_are_those_of_diffusers(sampler, spacing, num_steps):
 def test_the_image_is_read_off_the_target(x64, sampler, target, spacing):
     """The prediction of an exact network, which knows the velocity at levels between timesteps, too."""
     schedule = make_schedule(BETAS | target | {"timestep_spacing": spacing})
-    x0_NHWC, noise_NHWC = np.random.default_rng(1).normal(size=(2, 1, 2, 2, 4))
+    x0_NHWC, noise_NHWC = jnp.asarray(np.random.default_rng(1).normal(size=(2, 1, 2, 2, 4)))
     for step in zip(*make_table(sampler, schedule, 13).steps, strict=True):
         t, signal, noise, p, q = step[:5]
         prediction_NHWC = signal * noise_NHWC - noise * x0_NHWC if target else noise_NHWC
@@ -198,12 +199,12 @@ def test_the_default_is_the_sampler_that_the_file_means():
 def test_a_step_is_its_mean_and_so_much_noise(x64, sampler):
     x_T, keys = noise_and_keys()
     table = make_table(sampler, make_schedule(BETAS | {"timestep_spacing": "trailing"}), 4)
-    x = np.asarray(starting_latents(table, x_T))
-    x0_before = np.zeros_like(x)
+    x = starting_latents(table, jnp.asarray(x_T))
+    x0_before = jnp.zeros_like(x)
     for i, numbers in enumerate(zip(*table.steps, strict=True)):
         step = type(table.steps)(*numbers)
-        x0 = step.p * x + step.q * toy(x, float(step.t), np.sin)
-        x = step_mean(step, x, x0, x0_before) + step.d * np.asarray(step_noise(keys, i, x))
+        x0 = step.p * x + step.q * toy(x, float(step.t), jnp.sin)
+        x = step_mean(step, x, x0, x0_before) + step.d * step_noise(keys, i, x)
         x0_before = x0
     options = {"num_steps": 4}
     np.testing.assert_allclose(ours(sampler, BETAS | {"timestep_spacing": "trailing"}, x_T, keys, **options), x)
@@ -213,6 +214,7 @@ def test_a_step_is_its_mean_and_so_much_noise(x64, sampler):
 def test_noise_is_the_image_s_own(sampler):
     """The result depends neither on the batch nor on the place of an image in it."""
     x_T, keys = noise_and_keys((8, 3, 3, 4))
+    x_T = jnp.asarray(x_T)
     options = {"num_steps": 5, "eta": 1.0} if sampler == "ddim" else {"num_steps": 5}
     together = ours(sampler, BETAS, x_T, keys, **options)
     for n in (0, 5):

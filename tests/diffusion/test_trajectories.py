@@ -77,14 +77,16 @@ def torch_transition(config, step, eta, x, next_x=None, noise=None, num_steps=S)
 @pytest.mark.parametrize("config", [SD15, TO_ONE, VELOCITY], ids=["sd15", "to one", "velocity"])
 def test_a_trajectory_and_its_log_probabilities_are_the_published_ones(x64, config, eta):
     x_T, keys_N = start()
-    trajectory = sample_trajectory(denoise, make_table("ddim", make_schedule(config), S, eta=eta), x_T, keys_N)
+    trajectory = sample_trajectory(
+        denoise, make_table("ddim", make_schedule(config), S, eta=eta), jnp.asarray(x_T), keys_N
+    )
 
     assert trajectory.latents_VNHWC.shape == (S + 1, N, H, W, C)
     assert trajectory.log_prob_SN.shape == (S, N)
     x = torch.from_numpy(x_T)
     for step in range(S):
         np.testing.assert_allclose(trajectory.latents_VNHWC[step], x, rtol=1e-9, atol=1e-9)
-        noise = torch.from_numpy(np.array(step_noise(keys_N, step, x_T)))
+        noise = torch.from_numpy(np.array(step_noise(keys_N, step, jnp.asarray(x_T))))
         x, expected = torch_transition(config, step, eta, x, noise=noise)
         if expected is None:
             assert step == S - 1
@@ -112,16 +114,16 @@ def test_log_probabilities_are_those_of_the_noise_that_was_drawn(x64, sampler):
     """For every sampler, `log N(x'; mean, d^2)` is the log-density of z minus log d."""
     x_T, keys_N = start()
     table = make_table(sampler, make_schedule(SD15), 6, eta=1.0 if sampler == "ddim" else 0.0)
-    trajectory = sample_trajectory(denoise, table, x_T, keys_N)
+    trajectory = sample_trajectory(denoise, table, jnp.asarray(x_T), keys_N)
 
-    for step in random_steps(table):
-        density = norm.logpdf(step_noise(keys_N, step, x_T)).mean(axis=(1, 2, 3))
+    for step in random_steps(table).tolist():
+        density = norm.logpdf(step_noise(keys_N, step, jnp.asarray(x_T))).mean(axis=(1, 2, 3))
         np.testing.assert_allclose(trajectory.log_prob_SN[step], density - np.log(table.steps.d[step]), rtol=1e-8)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral", "lcm"])
 def test_keeping_the_way_changes_nothing_of_the_image(sampler):
-    x_T, keys_N = start(np.float32)
+    x_T, keys_N = map(jnp.asarray, start(np.float32))
     table = make_table(sampler, make_schedule(SD15), 6, eta=1.0 if sampler == "ddim" else 0.0)
 
     kept = sample_trajectory(denoise, table, x_T, keys_N).latents_VNHWC[-1]
@@ -149,7 +151,7 @@ def test_a_recomputed_transition_has_the_probability_it_was_sampled_with(config)
 
 def test_steps_without_noise_have_no_probability_and_no_gradient():
     table = make_table("ddim", make_schedule(TO_ONE), S, eta=1.0)
-    mean_NHWC, next_x_NHWC = np.random.default_rng(0).normal(size=(2, 2, H, W, C)).astype(np.float32)
+    mean_NHWC, next_x_NHWC = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, H, W, C)), jnp.float32)
     step = steps_at(table, jnp.array([S - 1, 0]), mean_NHWC)
     np.testing.assert_array_equal(random_steps(table), np.arange(S - 1))
 
@@ -174,7 +176,8 @@ def test_the_divergence_is_that_of_two_gaussians(x64):
     deviation = torch.from_numpy(table.steps.d[step_N])[:, None, None, None]
     expected = torch.distributions.kl_divergence(*(torch.distributions.Normal(mean, deviation) for mean in means))
 
-    divergence = kl_divergence(steps_at(table, step_N, jnp.asarray(mean_NHWC)), mean_NHWC, other_NHWC)
+    mean_NHWC, other_NHWC = jnp.asarray(mean_NHWC), jnp.asarray(other_NHWC)
+    divergence = kl_divergence(steps_at(table, jnp.asarray(step_N), mean_NHWC), mean_NHWC, other_NHWC)
 
     np.testing.assert_allclose(divergence, expected.mean(dim=(1, 2, 3)), rtol=1e-9)
 
@@ -218,7 +221,7 @@ def test_a_sampler_without_noise_is_refused(sampler, num_steps):
     table = make_table(sampler, make_schedule(SD15), num_steps)
 
     with pytest.raises(ValueError, match="adds no noise"):
-        sample_trajectory(denoise, table, *start(np.float32))
+        sample_trajectory(denoise, table, *map(jnp.asarray, start(np.float32)))
 
 
 @pytest.mark.parametrize("config", [SD15, TO_ONE], ids=["sd15", "to one"])
@@ -256,7 +259,7 @@ def test_exploring_is_a_loop_over_steps_prompts_and_candidates(x64, config):
 
 
 def see_nothing(step, after, x_BHWC, next_x_BKHWC):
-    return None
+    return jnp.zeros(next_x_BKHWC.shape[:2])
 
 
 def test_the_way_of_exploring_has_the_law_of_sampling():
