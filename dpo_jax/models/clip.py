@@ -23,12 +23,12 @@ from dpo_jax.models.operations import attention
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
-    """The sigmoid approximation of GELU that OpenAI's CLIP was trained with."""
+    """Return GELU's sigmoid approximation (arXiv 1606.08415, section 2), which OpenAI's CLIP was trained with."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """GELU computed with the error function, not with its tanh approximation; OpenCLIP uses this one."""
+    """Return GELU with the error function, not with its tanh approximation (arXiv 1606.08415); OpenCLIP uses it."""
     return jax.nn.gelu(x, approximate=False)
 
 

@@ -73,4 +73,5 @@ PLAIN = Execution()
 
 
 def attention_result(x: jax.Array) -> jax.Array:
+    """Return `x` under the name by which a policy keeps the results of attention for the backward pass."""
     return checkpoint_name(x, ATTENTION)

@@ -230,7 +230,10 @@ def has_component(model_index: Mapping[str, Any], name: str) -> bool:
 
 
 def check_classes(model_index: Mapping[str, Any], where: str) -> None:
-    """Refuse components whose classes dpo_jax does not implement, such as those that a model brings as Python files."""
+    """Refuse components whose classes dpo_jax does not implement, such as those that a model brings as Python files.
+
+    Raises a UserError that names `where`, the component and the classes that are supported.
+    """
     for name, classes in CLASSES.items():
         if has_component(model_index, name) and tuple(model_index[name]) not in classes:
             library, found = model_index[name]

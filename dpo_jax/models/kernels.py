@@ -28,12 +28,13 @@ class Kernel(NamedTuple):
 
 
 def cudnn_takes(query_NQD: jax.Array, key_NSD: jax.Array, num_heads: int) -> bool:
+    """Return whether the dtype has 16 bits and the features of a head are a multiple of 8, at most 128."""
     features = query_NQD.shape[-1] // num_heads
     return features % 8 == 0 and features <= 128 and query_NQD.dtype.itemsize == 2
 
 
 def cudnn(query_NQD: jax.Array, key_NSD: jax.Array, value_NSD: jax.Array, num_heads: int) -> jax.Array:
-    """NVIDIA's kernel, for GPUs."""
+    """Return multi-head attention [N, Q, D] computed by NVIDIA's kernel for GPUs."""
     # cuDNN does not support an odd number of keys, such as a caption's 77.
     rows, keys = key_NSD.shape[:2]
     padding = ((0, 0), (0, -keys % 8), (0, 0))
@@ -55,10 +56,10 @@ def splash_takes(query_NQD: jax.Array, key_NSD: jax.Array, num_heads: int) -> bo
 def splash(
     query_NQD: jax.Array, key_NSD: jax.Array, value_NSD: jax.Array, num_heads: int, *, interpret: bool = False
 ) -> jax.Array:
-    """JAX's own kernel for TPUs, written in Pallas. `interpret` runs it on any device, slowly.
+    """Return multi-head attention [N, Q, D] computed by JAX's own kernel for TPUs, written in Pallas.
 
     jit cannot split a Pallas kernel over devices, so this function does it, over the mesh that `sharding.on_mesh` has
-    set: images over copies and parts of the model, heads over `tensor`.
+    set: images over copies and parts of the model, heads over `tensor`. `interpret` runs it on any device, slowly.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention  # 1/6 s that only TPUs need
 

@@ -80,6 +80,7 @@ def lora_specs(adapted: Network) -> Specs:
 
 
 def is_lora(name: str) -> bool:
+    """Return whether a parameter of this name belongs to a low-rank path."""
     return ".lora_A." in name or ".lora_B." in name
 
 

@@ -25,7 +25,7 @@ class Network:
 
     @classmethod
     def build(cls, make: Callable[[nnx.Rngs], nnx.Module], config: Any) -> "Network":
-        """Trace `make` abstractly, without allocating memory."""
+        """Return the network of the module that `make` builds; it is traced abstractly and takes no memory."""
         graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
         specs = {_name(path): ParamSpec(tuple(p.shape), p.torch_axes) for path, p in nnx.to_flat_state(state)}
         return cls(graphdef, specs, config)
@@ -39,7 +39,7 @@ class Network:
 
 
 def init_params(make: Callable[[nnx.Rngs], nnx.Module], seed: int) -> Params:
-    """Return random parameters of the module that `make` builds, as a flat dict."""
+    """Return random float32 parameters of the module that `make` builds, by their dotted names."""
 
     @jax.jit
     def init() -> Params:

@@ -128,7 +128,7 @@ def attention(
     is_causal: bool = False,
     implementation: str = "xla",
 ) -> jax.Array:
-    """Multi-head scaled dot-product attention. Returns [N, Q, D].
+    """Return multi-head scaled dot-product attention [N, Q, D] (Vaswani et al., arXiv 1706.03762, section 3.2).
 
     "xla" is written out because `jax.nn.dot_product_attention` computes the softmax in float32 even for float64 inputs.
     A name in `kernels.KERNELS` uses that kernel for the inputs that it supports; other inputs and the causal attention

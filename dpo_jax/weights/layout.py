@@ -25,6 +25,7 @@ class ParamSpec(NamedTuple):
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
+        """Shape in PyTorch's layout (linear: out, in; convolution: out, in, height, width)."""
         return tuple(self.shape[axis] for axis in self.torch_axes)
 
 

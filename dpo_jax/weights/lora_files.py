@@ -46,6 +46,7 @@ class Adapter(NamedTuple):
         return not self.alphas and not self.changes
 
     def rank(self, layer: str) -> int:
+        """Return the rank of a layer's LoRA; KeyError if it has none."""
         return self.params[f"{layer}.lora_A.kernel"].shape[-1]
 
 

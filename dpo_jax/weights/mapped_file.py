@@ -47,7 +47,10 @@ def fetch(view: Any) -> np.ndarray:
 
 
 def read_into(path: os.PathLike, offset: int, out: np.ndarray) -> None:
-    """Fill the contiguous array `out` with the bytes at `offset` of a file, and read no others."""
+    """Fill the contiguous array `out` with the bytes at `offset` of a file, and read no others.
+
+    Raises a UserError if the file ends before.
+    """
     into, done = out.reshape(-1).view(np.uint8).data, 0
     descriptor = os.open(path, os.O_RDONLY)
     try:
