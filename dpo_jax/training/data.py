@@ -19,8 +19,8 @@ from dpo_jax.data.load.pipeline import (
     validation_batches,
 )
 from dpo_jax.data.store.latents import choose_views, open_latents
-from dpo_jax.data.store.prepared import NothingChosenError
 from dpo_jax.data.store.scores import scores_file
+from dpo_jax.data.store.select import NothingChosenError
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.training.announce import announce_epochs
 from dpo_jax.training.config import Derived

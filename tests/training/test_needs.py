@@ -14,7 +14,8 @@ from PIL import Image
 from dpo_jax.cli import load_config, replaced
 from dpo_jax.data.prepare import builder
 from dpo_jax.data.sources import SOURCES
-from dpo_jax.data.store.prepared import NothingChosenError, open_prepared, select
+from dpo_jax.data.store.prepared import open_prepared
+from dpo_jax.data.store.select import NothingChosenError, select
 from dpo_jax.rounds.loop import learn
 from dpo_jax.training import needs as needs_module
 from dpo_jax.training import trainer

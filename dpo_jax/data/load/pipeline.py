@@ -24,8 +24,9 @@ from dpo_jax.data import images
 from dpo_jax.data.load.buffer_pool import Pool
 from dpo_jax.data.load.inputs import Example, Inputs, ViewDraws
 from dpo_jax.data.store.latents import DamagedLatents
-from dpo_jax.data.store.prepared import MAX_DAMAGED, PreparedData, Ties, lines_of, open_prepared, select
+from dpo_jax.data.store.prepared import MAX_DAMAGED, PreparedData, Ties, lines_of, open_prepared
 from dpo_jax.data.store.scores import Combine
+from dpo_jax.data.store.select import select
 from dpo_jax.errors import UserError
 from dpo_jax.streams import warn
 
@@ -86,7 +87,7 @@ def open_records(
         labels: `hard` gives the whole preference to the best candidate; `soft` uses the shares of the data set.
         num_candidates: K; of records with more candidates, the best K - 1 and the worst are kept.
         judges: the judges whose scores order the candidates in place of the votes; `combine`: as in `open_prepared`.
-        filters: arguments of `prepared.select`.
+        filters: arguments of `select`.
 
     Raises:
         FileNotFoundError: nothing was prepared there.
