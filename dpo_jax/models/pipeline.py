@@ -273,39 +273,20 @@ def load_pipeline(
         allow_nonfinite: load weights even if they hold NaN or infinity.
     """
     path = find_model(str(model), revision=revision, variant=variant)
-    names: set[str] = set()
-    if path.is_dir():
-        folder = path
-    else:
-        names = tensor_names(path)
-        of_file = family_of_single_file(names, str(path), family)
-        if not vae and not any(name.startswith(ORIGINAL_PREFIXES["vae"]) for name in names):
-            raise UserError(f"{path} has no VAE; give one as --vae (config.vae in training): a folder, file or hub id")
+    names = set() if path.is_dir() else tensor_names(path)
+    folder = path
+    if not path.is_dir():
+        of_file = _family_of_file(path, names, family, has_vae=bool(vae))
         family, folder = of_file.name, _configs_of_file(path, of_file, model_config, V_PRED in names)
     model_index = read_model_index(folder)
-    absent = [name for name in ("unet", "vae", "scheduler") if not has_component(model_index, name)]
-    if absent:
-        raise UserError(
-            f"{folder} is a {model_index.get('_class_name')} without {', '.join(absent)}; only Stable Diffusion 1, 2 "
-            "and XL (base, Turbo, refiner) are supported"
-        )
+    _check_parts(folder, model_index)
     weights = {
         "unet": find_component(unet, "unet") if unet else path_of(path, "unet"),
         "vae": find_component(vae, "vae") if vae else path_of(path, "vae"),
     }
     unet_config = UNetConfig.from_dict(*_config(folder, weights["unet"], "unet"))
     vae_config = VAEConfig.from_dict(*_config(folder, weights["vae"], "vae"))
-    if unet_config.in_channels != vae_config.latent_channels:
-        raise UserError(
-            f"{folder}: the UNet takes {unet_config.in_channels} channels, but the VAE makes "
-            f"{vae_config.latent_channels}; models that take an image beside the noise (inpainting, upscaling) are not "
-            "supported"
-        )
-    if unet_config.out_channels != unet_config.in_channels:
-        raise UserError(
-            f"{folder}: the UNet takes {unet_config.in_channels} channels and predicts {unet_config.out_channels}; the "
-            "two must be equal"
-        )
+    _check_channels(folder, unet_config, vae_config)
     found = find_family(model_index, unet_config, str(weights["unet"] if unet else folder), family)
     text_encoders = []
     for encoder in found.text_encoders:
@@ -396,6 +377,16 @@ class ModelIndex(pydantic.BaseModel):
     force_zeros_for_empty_prompt: bool | None = None
 
 
+def _check_parts(folder: epath.Path, model_index: Mapping[str, Any]) -> None:
+    """Raise a UserError if a model lacks a component that every model needs."""
+    absent = [name for name in ("unet", "vae", "scheduler") if not has_component(model_index, name)]
+    if absent:
+        raise UserError(
+            f"{folder} is a {model_index.get('_class_name')} without {', '.join(absent)}; only Stable Diffusion 1, 2 "
+            "and XL (base, Turbo, refiner) are supported"
+        )
+
+
 def _refuse_work_directory(folder: epath.Path) -> None:
     if (folder / "checkpoints").exists():
         raise UserError(
@@ -416,6 +407,14 @@ def _config(folder: epath.Path, weights: epath.Path, component: str) -> tuple[di
 
 def _config_path(folder: epath.Path, weights: epath.Path, component: str) -> epath.Path:
     return (weights if weights.is_dir() else folder / component) / "config.json"
+
+
+def _family_of_file(path: epath.Path, names: Collection[str], family: str | None, *, has_vae: bool) -> Family:
+    """Return the family of a single file; UserError if the file has no VAE and no other one is given."""
+    found = family_of_single_file(names, str(path), family)
+    if not has_vae and not any(name.startswith(ORIGINAL_PREFIXES["vae"]) for name in names):
+        raise UserError(f"{path} has no VAE; give one as --vae (config.vae in training): a folder, file or hub id")
+    return found
 
 
 def _configs_of_file(path: epath.Path, family: Family, model_config: str, predicts_velocity: bool) -> epath.Path:
@@ -454,6 +453,21 @@ def _with_marks(config: dict[str, Any], names: Collection[str], path: str, named
     if "rescale_betas_zero_snr" in said and (not named or "timestep_spacing" not in config):
         said["timestep_spacing"] = "trailing"  # sampling has to begin in pure noise, as training did
     return config | said
+
+
+def _check_channels(folder: epath.Path, unet: UNetConfig, vae: VAEConfig) -> None:
+    """Raise a UserError if the UNet does not predict what it takes, or takes more than the VAE makes."""
+    if unet.in_channels != vae.latent_channels:
+        raise UserError(
+            f"{folder}: the UNet takes {unet.in_channels} channels, but the VAE makes "
+            f"{vae.latent_channels}; models that take an image beside the noise (inpainting, upscaling) are not "
+            "supported"
+        )
+    if unet.out_channels != unet.in_channels:
+        raise UserError(
+            f"{folder}: the UNet takes {unet.in_channels} channels and predicts {unet.out_channels}; the "
+            "two must be equal"
+        )
 
 
 def _check_widths(
