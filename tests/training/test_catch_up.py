@@ -38,7 +38,9 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, doing: str, step: int) -> None:
     monkeypatch.setattr(Loop, doing, act)
 
 
-def test_a_run_that_was_killed_does_on_resume_what_was_due(tiny_config, tmp_path, monkeypatch, capsys) -> None:
+def test_a_run_that_was_killed_does_on_resume_what_was_due(
+    tiny_config, no_network, tmp_path, monkeypatch, capsys
+) -> None:
     def validate(loop: Loop, step: int, params: object) -> None:
         loop.writer.scalars(step, {"validation/pair_accuracy": step / 10})
 

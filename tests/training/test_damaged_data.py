@@ -34,7 +34,7 @@ def final_state(workdir: Path) -> dict[str, object]:
 
 
 def test_a_run_leaves_it_out_counts_it_and_resumes(
-    tiny_config, mixed_pairs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tiny_config, no_network: None, mixed_pairs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     record = damage_an_image_of_one_training_record(mixed_pairs)
     fields = {"data.path": str(mixed_pairs), "checkpoint.every": 2, "log_every": 1, "steps": 4}

@@ -164,7 +164,9 @@ def test_notice_at_the_start_ends_the_run_before_anything_is_compiled(tiny_confi
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_notices_in_a_save_end_the_run_after_the_step_that_is_then_saved(tiny_config, tmp_path, monkeypatch) -> None:
+def test_notices_in_a_save_end_the_run_after_the_step_that_is_then_saved(
+    tiny_config, no_network, tmp_path, monkeypatch
+) -> None:
     def twice() -> None:
         terminate()
         terminate()

@@ -113,14 +113,6 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
     assert int(whole["step"]) == 20
 
 
-@pytest.fixture(scope="module")
-def one_step(tmp_path_factory, tiny_config):
-    """The work directory of a run of one step; tests copy it."""
-    workdir = tmp_path_factory.mktemp("one_step")
-    train(tiny_config("sd15", steps=1), workdir)
-    return workdir
-
-
 def test_refuses_the_work_directory_of_another_config(tiny_config, one_step):
     before = sorted(path.name for path in one_step.iterdir())
     with pytest.raises(ValueError, match=r"loss.beta was 5000.0, now 1.0.*another --workdir"):
@@ -223,7 +215,7 @@ def test_refuses_a_model_folder_that_changed_since_the_run_began(tiny_config, on
         train(tiny_config("sd15", steps=2), tmp_path)
 
 
-def test_goes_on_when_only_the_models_place_or_the_code_has_changed(tiny_config, tmp_path, capsys):
+def test_goes_on_when_only_the_models_place_or_the_code_has_changed(tiny_config, no_network, tmp_path, capsys):
     write_random_model("sd15", tmp_path / "here")
     train(tiny_config("sd15", steps=1, model=str(tmp_path / "here")), tmp_path / "run")
     (tmp_path / "here").rename(tmp_path / "there")
