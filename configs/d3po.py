@@ -10,8 +10,8 @@ import functools
 
 from ml_collections import ConfigDict
 
-from dpo_jax.rounds.config import METHODS, lpo, online_config
-from dpo_jax.training.config import Variant, apply_variants
+from dpo_jax.rounds.config import online_config
+from dpo_jax.training.config import Variant, apply_variants, choose_method
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -28,11 +28,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "alignment": alignment,
         "hands": hands,
         "safety": safety,
-        **METHODS,
         "ddpo": functools.partial(alone, method="ddpo"),
         "dpok": functools.partial(alone, method="dpok"),
+        "grpo": functools.partial(choose_method, name="grpo"),
         "spo": spo,
-        "lpo": functools.partial(lpo, latent_judge="mhdang/dpo-sd1.5-text2image-v1"),
+        "lpo": lpo,
         "tiny": tiny,
     }
     return apply_variants(c, arg, variants)
@@ -86,14 +86,19 @@ def safety(c: ConfigDict) -> None:
 
 def alone(c: ConfigDict, *, method: str) -> None:
     """One image per prompt and one update per image, as in D3PO's released code for the methods it compares with."""
-    METHODS[method](c)
+    choose_method(c, method)
     c.online.candidates = 1
 
 
 def spo(c: ConfigDict) -> None:
-    METHODS["spo"](c)
+    choose_method(c, "spo")
     c.online.branch_after = 0.2
     c.optimizer.learning_rate = 6e-5
+
+
+def lpo(c: ConfigDict) -> None:
+    choose_method(c, "lpo")
+    c.online.latent_judge = "mhdang/dpo-sd1.5-text2image-v1"
 
 
 def tiny(c: ConfigDict) -> None:
@@ -109,7 +114,9 @@ def tiny(c: ConfigDict) -> None:
     c.online.candidates = min(c.online.candidates, 3)
     if not set(c.online.judges) <= {"jpeg_compressibility", "jpeg_incompressibility"}:
         c.online.judges = ("jpeg_compressibility",)  # other judges need weights
-    c.online.latent_judge = ""  # there is no model trained from a random one
+    if c.loss.name == "lpo":
+        choose_method(c, "spo")  # there is no model trained from a random one to judge latents
+        c.online.latent_judge = ""
     c.log_every = 1
     c.sample.every = 4
     c.sample.prompts = ("a cat", "a dog")

@@ -6,7 +6,7 @@
 from ml_collections import ConfigDict
 
 from dpo_jax.bundled import package_path
-from dpo_jax.training.config import apply_variants, default_config, tiny
+from dpo_jax.training.config import apply_variants, choose_method, default_config, tiny
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -36,7 +36,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def base(c: ConfigDict) -> None:
-    c.loss.name = "sft"
+    choose_method(c, "sft")
     c.steps = 450  # stopped early, so that DPO has something to learn
     c.data.path = "runs/make_tiny/data"
     c.data.batch_size = 64

@@ -9,8 +9,8 @@ import functools
 from ml_collections import ConfigDict
 
 from dpo_jax.bundled import package_path
-from dpo_jax.rounds.config import METHODS, lpo, online_config
-from dpo_jax.training.config import Variant, apply_variants
+from dpo_jax.rounds.config import online_config
+from dpo_jax.training.config import Variant, apply_variants, choose_method
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -31,7 +31,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.online.sampling_steps = 10
     c.online.guidance = 2.5
     c.online.timesteps = 0.5
-    c.loss.clip = 0.1  # this model takes large steps: two thirds of the ratios are beyond the released 1e-4
     c.online.reference = "round"  # the policy is soon so far from the initial one that most ratios would be clamped
     c.optimizer.learning_rate = 5e-5
     c.optimizer.schedule = "linear"  # to 0, since the last steps of a constant rate leave noise in the weights
@@ -41,12 +40,23 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.sample.prompts = ("a red circle at the top left", "a blue square at the bottom right")
     c.sample.guidance = 2.5
     variants: dict[str, Variant] = {
-        **METHODS,
-        "lpo": functools.partial(lpo, latent_judge="runs/tiny/exported"),  # made by the demo
+        **{name: functools.partial(policy_gradient, method=name) for name in ("ddpo", "dpok", "grpo")},
+        "spo": functools.partial(choose_method, name="spo"),
+        "lpo": lpo,
         "compressibility": compressibility,
         "tiny": tiny,
     }
     return apply_variants(c, arg, variants)
+
+
+def policy_gradient(c: ConfigDict, *, method: str) -> None:
+    choose_method(c, method)
+    c.loss.clip = 0.1  # this model takes large steps: two thirds of the ratios are beyond the released 1e-4
+
+
+def lpo(c: ConfigDict) -> None:
+    choose_method(c, "lpo")
+    c.online.latent_judge = "runs/tiny/exported"  # made by the demo
 
 
 def compressibility(c: ConfigDict) -> None:
@@ -61,5 +71,7 @@ def tiny(c: ConfigDict) -> None:
     c.online.prompts_at_a_time = 4
     c.online.candidates = 3
     c.online.sampling_steps = 4
-    c.online.latent_judge = ""  # which the demo would have to make first
+    if c.loss.name == "lpo":
+        choose_method(c, "spo")  # the demo would have to make the judge in latents first
+        c.online.latent_judge = ""
     c.log_every = 1

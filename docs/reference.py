@@ -28,20 +28,36 @@ def write_pages(folder: Path) -> None:
 
 
 def fields_page() -> str:
-    """Return a page with a table for each group of fields of `train` and of `online`."""
-    from dpo_jax.rounds.config import FIELDS as ONLINE_FIELDS
+    """Return a page with a table for each group of fields, and one for each method."""
+    from dpo_jax.methods.rollouts import ROLLOUT_FIELDS
     from dpo_jax.training.defaults import FIELDS
 
-    online = {path: field for path, field in ONLINE_FIELDS.items() if field != FIELDS.get(path)}
     return (
         "# Fields of a config\n\n"
         "Set a field in a config file, or on the command line: `--config.loss.beta=2000`. Tuples are written as in\n"
         "Python: `--config.data.judges=\"('pickscore',)\"`. This page is made from the code.\n\n"
-        "## dpo_jax train\n\n" + "\n".join(field_tables(FIELDS)) + "\n## dpo_jax online\n\n"
-        "Online experiments have no `validation` fields. The fields of the model, the optimizer, the mesh,\n"
-        "checkpoints and image grids are those of `train`. These are others, or have another default:\n\n"
-        + "\n".join(field_tables(online))
+        "## All configs\n\n" + "\n".join(field_tables(FIELDS)) + "\n## Fields of a method\n\n"
+        "`loss.name` chooses the method, which adds fields of its own, with these defaults.\n\n"
+        + "\n".join(method_tables())
+        + "\n## dpo_jax online\n\n"
+        "Methods that learn from images which the model draws have these fields, too. Of the `data` fields they read\n"
+        "`batch_size`, `micro_batch` and `resolution`, and of the `validation` fields none.\n\n"
+        + "\n".join(field_tables(ROLLOUT_FIELDS))
     )
+
+
+def method_tables() -> Iterator[str]:
+    """Yield a paragraph and a table for each method."""
+    from dpo_jax.methods import METHODS
+
+    for name, method in METHODS.items():
+        sets = ", ".join(f"`{path}={value!r}`" for path, value in method.sets.items())
+        yield f"**`{name}`**: {method.citation}, learns from {method.learns_from}." + (f" Sets {sets}." if sets else "")
+        rows = [
+            f"| `loss.{path}` | `{field.default!r}` | {cell(field.help)}{values(field)} |\n"
+            for path, field in method.fields.items()
+        ]
+        yield "\n| field | default | meaning |\n|---|---|---|\n" + "".join(rows) if rows else ""
 
 
 def field_tables(fields: Mapping) -> Iterator[str]:

@@ -1,10 +1,11 @@
-"""Data that the parts pass to each other: batches of preferences, text conditioning, and log-ratios for the losses.
+"""Data that the parts pass to each other: batches of preferences, text conditioning, and what losses read.
 
 Axes: B prompts, K candidates of a prompt (best first), H x W pixels, h x w latent cells, C channels, M captions of a
 prompt (one shared by its candidates, or one per candidate), E text encoders, L tokens, D context width, P pooled width.
 These are NamedTuples, which are pytrees without importing JAX: the code that reads and prepares data must not start it.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Float, Int, UInt8
@@ -87,25 +88,46 @@ class Conditioning(NamedTuple):
     """Size conditioning as added time ids (SDXL: 6 numbers, refiner: 5)."""
 
 
-class LogRatios(NamedTuple):
-    """Log-ratios and the errors or log-probabilities behind them, for the losses.
+class LossInputs(NamedTuple):
+    """Everything that a loss may read of a batch; what it does not read is not computed.
 
-    All are per candidate and float32 (float64 in tests).
+    Numbers are float32 (float64 in tests). Fields of the other kind of learning are None: offline, from images of a
+    data set, there are errors and predictions; online, from images that the model drew, probabilities.
     """
 
     log_ratio_BK: Float[Array, "B K"]
     """log(policy / reference). Offline: -(e_policy - e_reference) / 2, where e is the mean squared denoising error.
     Online: the clamped log-ratio of a transition's probabilities."""
+    preference_BK: Float[Array, "B K *R"] = None
+    """Offline: sums to 1 over K, (1, 0) for a clear winner. Online: rewards, also [B, K, R]; higher is better."""
+    valid_BK: Bool[Array, "B K"] = None
+    """bool: False for padding in place of a candidate."""
+    weight_B: Float[Array, " B"] = None
+    """Weight of a prompt in the mean over the batch."""
     error_BK: Float[Array, "B K"] = None
-    """e_policy, the denoising error of the policy; None for transitions."""
+    """e_policy, the denoising error of the policy."""
     reference_error_BK: Float[Array, "B K"] | None = None
-    """e_reference; None if the objective needs no reference."""
+    """e_reference; None if the method keeps no reference."""
+    t_B: Int[Array, " B"] = None
+    """Timestep, shared by the candidates."""
+    log_snr_B: Float[Array, " B"] = None
+    """Logarithm of the signal-to-noise ratio at the timestep; -inf for pure noise."""
+    prediction_BKHWC: Float[Array, "B K H W C"] = None
+    """What the policy predicts."""
+    reference_prediction_BKHWC: Float[Array, "B K H W C"] | None = None
+    """What the reference predicts; None if the method keeps no reference."""
+    target_BKHWC: Float[Array, "B K H W C"] = None
+    """What both should predict: noise, velocity or flow, as the model's schedule has it."""
     log_prob_BK: Float[Array, "B K"] = None
-    """Log-probability of a transition with the policy, the mean over its dimensions; None offline, as all below."""
+    """Log-probability of a transition with the policy, the mean over its dimensions."""
     old_log_prob_BK: Float[Array, "B K"] = None
     """Log-probability of the transition with the weights that sampled it."""
     advantage_BK: Float[Array, "B K"] = None
-    """Advantage of the image; None if the loss does not read it."""
+    """Advantage of the image."""
     kl_BK: Float[Array, " B #K"] = None
     """KL divergence of the policy's transition from the reference's, the mean over its dimensions; K is 1 if all
     candidates share the latents before the step."""
+    is_clamped_BK: Bool[Array, "B K"] = None
+    """bool: whether the log-ratio is at or beyond the bounds that it is clamped to."""
+    running: Mapping[str, Array] = {}
+    """Running means over earlier steps of numbers that the method asks for; see `dpo_jax.methods.Method.running`."""

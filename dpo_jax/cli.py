@@ -93,7 +93,7 @@ def _show_help(main: Callable[[], None]) -> NoReturn:
     if _Config.describe is not None:
         try:
             given = _config_given(sys.argv[1:])
-            fields = _Config.describe(load_config(given) if given else None)
+            fields = _Config.describe(_choose(load_config(given)) if given else None)
         except UserError as error:
             _fail(str(error), code=2)
     print(command_help.help_text(inspect.getmodule(main), fields))
@@ -111,20 +111,43 @@ def expand_path(argument: str) -> str:
 
 class _Config:
     describe: Callable[[ConfigDict | None], str] | None = None
+    choose: Callable[[ConfigDict, str], None] = lambda config, method: None
+
+
+class _ConfigParser(config_flags.config_flags.ConfigFileFlagParser):
+    """Gives a config the fields of the method that --config.loss.name chooses, before the fields are set."""
+
+    def parse(self, path: str) -> ConfigDict:
+        config = super().parse(path)
+        _choose(config)
+        return config
+
+
+def _choose(config: ConfigDict) -> ConfigDict:
+    """Make the method of --config.loss.name, if there is one, the method of a config."""
+    name = _given(sys.argv[1:]).get("loss.name")
+    if name is not None and name != config.get("loss", {}).get("name"):
+        _Config.choose(config, name)
+    return config
 
 
 def define_config(
-    help: str = "Config to use.", describe: Callable[[ConfigDict | None], str] | None = None
+    help: str = "Config to use.",
+    choose: Callable[[ConfigDict, str], None] = _Config.choose,
+    describe: Callable[[ConfigDict | None], str] | None = None,
 ) -> flags.FlagHolder:
     """Declare --config, which takes the name of a config that comes with dpo_jax, or a file, each with a variant.
 
     Args:
         help: what the config is for.
+        choose: makes another method that of a config.
         describe: returns the text about the fields of the given config, or of the defaults, that ends --help.
     """
-    _Config.describe = describe
+    _Config.describe, _Config.choose = describe, choose
     forms = f"NAME, FILE, NAME:variant or FILE:variant. Names: {', '.join(config_names())}."
-    return config_flags.DEFINE_config_file("config", None, f"{help} {forms}", lock_config=True)
+    holder = config_flags.DEFINE_config_file("config", None, f"{help} {forms}", lock_config=True)
+    flags.FLAGS["config"].parser = _ConfigParser("config")
+    return holder
 
 
 def load_config(spec: str) -> ConfigDict:
@@ -260,7 +283,7 @@ def _check_overrides(arguments: list[str], given: str | None) -> None:
         if overrides:
             raise UserError(f"{overrides[0]} replaces a field of a config, but --config=NAME_OR_FILE is missing")
         return
-    fields = flatten(load_config(given))
+    fields = flatten(_choose(load_config(given)))
     known = fields | _given(arguments)
     check_fields_exist([argument.removeprefix("--config.").split("=")[0] for argument in overrides], fields, known)
 

@@ -22,14 +22,23 @@ directory like that of any other run.
 """
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from dpo_jax import cli, locks
 from dpo_jax.command_help import section
 from dpo_jax.errors import UserError
-from dpo_jax.rounds.config import check, describe
+from dpo_jax.rounds.config import check, online_config
+from dpo_jax.training.defaults import choose_method, describe
+
+
+def describe_online(config: ConfigDict | None) -> str:
+    return describe(config or online_config())
+
 
 section("The run")
-CONFIG = cli.define_config("Experiment to run, made for online learning (d3po, tiny_online):", describe)
+CONFIG = cli.define_config(
+    "Experiment to run, for online learning (d3po, tiny_online):", choose_method, describe_online
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: a new one, or one to continue.", required=True)
 
 section("Rounds that people judge")

@@ -19,9 +19,10 @@ from dpo_jax import cli
 from dpo_jax.command_help import section
 from dpo_jax.errors import UserError
 from dpo_jax.training.config import check_values, resolve
+from dpo_jax.training.defaults import choose_method
 
 section("Experiment and chips")
-CONFIG = cli.define_config("Experiment to plan:")
+CONFIG = cli.define_config("Experiment to plan:", choose_method)
 TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,

@@ -23,6 +23,7 @@ import functools
 from pathlib import Path
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from dpo_jax import cli
 from dpo_jax.api.preparation import prepare
@@ -72,7 +73,15 @@ ENCODE = flags.DEFINE_bool(
     "encode", False, "Store the latents and embeddings that the models of --config make of the data set in --output."
 )
 VERIFY = flags.DEFINE_bool("verify", False, "Only compare everything in --output with its checksums.")
-CONFIG = cli.define_config("With --encode: config of the training to encode for:")
+
+
+def choose_method(config: ConfigDict, name: str) -> None:
+    from dpo_jax.training import defaults  # it imports JAX, which takes seconds
+
+    defaults.choose_method(config, name)
+
+
+CONFIG = cli.define_config("With --encode: config of the training to encode for:", choose_method)
 
 
 def main() -> None:

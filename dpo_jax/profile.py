@@ -16,9 +16,10 @@ from dpo_jax import cli
 from dpo_jax.command_help import section
 from dpo_jax.errors import UserError
 from dpo_jax.training.config import check_values
+from dpo_jax.training.defaults import choose_method
 
 section("Experiment and output")
-CONFIG = cli.define_config("Experiment to time:")
+CONFIG = cli.define_config("Experiment to time:", choose_method)
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write profile.json and the trace to.", required=True)
 STEPS = flags.DEFINE_integer("steps", 5, "Optimizer steps to time.", lower_bound=1)
 

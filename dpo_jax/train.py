@@ -15,10 +15,10 @@ from dpo_jax.api import training
 from dpo_jax.command_help import section
 from dpo_jax.errors import UserError
 from dpo_jax.training.config import check
-from dpo_jax.training.defaults import describe
+from dpo_jax.training.defaults import choose_method, describe
 
 section("The run")
-CONFIG = cli.define_config("Experiment to run:", describe)
+CONFIG = cli.define_config("Experiment to run:", choose_method, describe)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: a new one, or one to continue.", required=True)
 
 section("After a step that was not finite")

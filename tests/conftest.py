@@ -37,7 +37,8 @@ from dpo_jax.data.sources import SOURCES
 from . import array_checks
 
 # Functions of these packages check the shapes and dtypes that they are annotated with. Nothing above imports them.
-install_import_hook(["dpo_jax.diffusion", "dpo_jax.objectives"], f"{array_checks.__name__}.checked")
+CHECKED = ["dpo_jax.diffusion", "dpo_jax.methods", "dpo_jax.objectives"]
+install_import_hook(CHECKED, f"{array_checks.__name__}.checked")
 # A shell that starts something in the background has it ignore Ctrl-C, and so would all that is started here.
 for ignored in {signal.SIGINT, signal.SIGHUP}:
     if signal.getsignal(ignored) is signal.SIG_IGN:
@@ -59,17 +60,12 @@ def x64() -> Iterator[None]:
 def tiny_config() -> Callable[..., ConfigDict]:
     """`tiny_config("sd15", steps=2, **{"loss.beta": 1.0})`: a `:tiny` config with batches of 4 and fields replaced."""
 
+    from dpo_jax.training.defaults import with_fields  # not before the hook that checks arrays
+
     def make(name: str, **fields: object) -> ConfigDict:
         config = load_config(f"{ROOT}/configs/{name}.py:tiny")
         config.data.batch_size, config.validation.every, config.sample.every = 4, 0, 0
-        with config.unlocked():
-            for path, value in fields.items():
-                *parents, leaf = path.split(".")
-                node = config
-                for parent in parents:
-                    node = node[parent]
-                node[leaf] = value
-        return config
+        return with_fields(config, fields)
 
     return make
 

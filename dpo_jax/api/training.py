@@ -23,11 +23,11 @@ def train(config: str | ConfigDict, workdir: epath.PathLike, fields: Mapping[str
         UserError: a value or a file cannot be used as it is; the message says what to change.
         dpo_jax.training.preemption.Preempted: SIGTERM came. A checkpoint is saved.
     """
+    from dpo_jax.training.defaults import with_fields
+
     config = cli.load_config(config) if isinstance(config, str) else config
     if fields:
-        known = cli.flatten(config)
-        cli.check_fields_exist(fields, known, known | dict(fields))
-        config = cli.replaced(config, dict(fields))
+        config = with_fields(config, fields)
     if "online" in config:
         from dpo_jax.rounds.config import check as check_online
         from dpo_jax.rounds.loop import learn

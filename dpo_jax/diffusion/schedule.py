@@ -164,6 +164,13 @@ def make_schedule(
     )
 
 
+def log_snr(schedule: Schedule, t_N: Int[Array, " N"]) -> Float[Array, " N"]:
+    """Return the logarithm of the signal-to-noise ratio, `log(signal^2 / noise^2)`; -inf for pure noise."""
+    with np.errstate(divide="ignore"):
+        log_snr_T = 2 * (np.log(schedule.signal_T) - np.log(schedule.noise_T))
+    return jnp.asarray(log_snr_T, float)[t_N]
+
+
 def add_noise(
     schedule: Schedule, x0_NHWC: Float[Array, "N H W C"], noise_NHWC: Float[Array, "N H W C"], t_N: Int[Array, " N"]
 ) -> Float[Array, "N H W C"]:

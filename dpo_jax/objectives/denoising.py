@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from dpo_jax.batch import Conditioning, LogRatios
-from dpo_jax.diffusion.schedule import Schedule, add_noise, training_target
+from dpo_jax.batch import Conditioning, LossInputs
+from dpo_jax.diffusion.schedule import Schedule, add_noise, log_snr, training_target
 
 Denoise = Callable[..., Float[Array, "N H W C"]]
 """`denoise(params, x_NHWC, t_N, conditioning, dropout_keys_N=None) -> prediction_NHWC`."""
@@ -74,7 +74,7 @@ def perturb(
     return noise_BHWC + size * draw_one(keys_for(key, index_B))
 
 
-def candidate_log_ratios(
+def compare_denoising(
     denoise: Denoise,
     policy: Any,
     reference: Any | None,
@@ -85,7 +85,7 @@ def candidate_log_ratios(
     conditioning: Conditioning,
     dropout_keys_B: Key[Array, " B"] | None = None,
     perturbed_noise_BHWC: Float[Array, "B H W C"] | None = None,
-) -> LogRatios:
+) -> LossInputs:
     """Return the denoising errors of all candidates and their log-ratios (arXiv 2311.12908, equation 14).
 
     `log_ratio = -(e_policy - e_reference) / 2`, where e is the MEAN squared error over H, W and C. The paper's released
@@ -114,15 +114,29 @@ def candidate_log_ratios(
     x_NHWC = add_noise(schedule, x0_NHWC, added_NHWC, t_N)
     target_NHWC = training_target(schedule, x0_NHWC, noise_NHWC, t_N)
 
-    def errors_BK(params: Any, *dropout_keys: Key[Array, " N"]) -> Float[Array, "B K"]:
+    def predict(params: Any, *dropout_keys: Key[Array, " N"]) -> tuple[Float[Array, "B K H W C"], Float[Array, "B K"]]:
+        """The prediction, [B, K, H, W, C], and its mean squared error, [B, K]."""
         prediction_NHWC = denoise(params, x_NHWC, t_N, conditioning, *dropout_keys).astype(target_NHWC.dtype)
-        return jnp.square(prediction_NHWC - target_NHWC).mean(axis=(1, 2, 3)).reshape(B, K)
+        error_N = jnp.square(prediction_NHWC - target_NHWC).mean(axis=(1, 2, 3))
+        return prediction_NHWC.reshape(latents_BKHWC.shape), error_N.reshape(B, K)
 
-    error_BK = errors_BK(policy) if dropout_keys_N is None else errors_BK(policy, dropout_keys_N)
+    prediction_BKHWC, error_BK = predict(policy) if dropout_keys_N is None else predict(policy, dropout_keys_N)
+    inputs = LossInputs(
+        log_ratio_BK=-error_BK / 2,
+        error_BK=error_BK,
+        t_B=t_B,
+        log_snr_B=log_snr(schedule, t_B),
+        prediction_BKHWC=prediction_BKHWC,
+        target_BKHWC=target_NHWC.reshape(latents_BKHWC.shape),
+    )
     if reference is None:
-        return LogRatios(log_ratio_BK=-error_BK / 2, error_BK=error_BK)
-    reference_error_BK = jax.lax.stop_gradient(errors_BK(reference))
-    return LogRatios(-(error_BK - reference_error_BK) / 2, error_BK, reference_error_BK)
+        return inputs
+    reference_prediction_BKHWC, reference_error_BK = jax.lax.stop_gradient(predict(reference))
+    return inputs._replace(
+        log_ratio_BK=-(error_BK - reference_error_BK) / 2,
+        reference_error_BK=reference_error_BK,
+        reference_prediction_BKHWC=reference_prediction_BKHWC,
+    )
 
 
 def per_candidate(tree: Any, B: int, K: int) -> Any:

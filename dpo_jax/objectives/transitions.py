@@ -7,21 +7,20 @@ Axes: B prompts, K candidates of a prompt, H x W latent cells, C channels.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dpo_jax.batch import LogRatios, Transitions
+from dpo_jax.batch import LossInputs, Transitions
 from dpo_jax.diffusion.samplers import SamplerTable, Steps
 from dpo_jax.diffusion.trajectories import kl_divergence, log_prob, steps_at, transition_mean
 from dpo_jax.objectives.denoising import Denoise, per_candidate
-from dpo_jax.objectives.losses import clamp, is_preferred
+from dpo_jax.objectives.preferences import clamp, is_preferred
 
 
-def transition_log_ratios(
+def compare_transitions(
     denoise: Denoise,
     policy: Any,
     reference: Any | None,
@@ -30,8 +29,7 @@ def transition_log_ratios(
     conditioning: Any,
     *,
     clip: float = 0.1,
-    advantage_BK: Float[Array, "B K"] | None = None,
-) -> LogRatios:
+) -> LossInputs:
     """Return the log-probabilities of all candidates' transitions and their clamped log-ratio (arXiv 2311.13231).
 
     `log_ratio = log clamp(p_policy / p_reference, 1 - clip, 1 + clip)`, clamped for each candidate separately as in
@@ -49,7 +47,6 @@ def transition_log_ratios(
         transitions: one transition of each candidate.
         conditioning: conditioning of `denoise`, each array with B rows (shared by the candidates) or B * K.
         clip: largest distance of the ratio from 1.
-        advantage_BK: advantages for the losses that read them.
     """
     step = steps_at(table, transitions.step_B, transitions.x_BKHWC)
     mean_BKHWC = _mean(denoise, policy, step, transitions, conditioning)
@@ -60,55 +57,45 @@ def transition_log_ratios(
         reference_log_prob_BK = log_prob(step, reference_BKHWC, transitions.next_x_BKHWC)
         kl_BK = kl_divergence(step, mean_BKHWC, reference_BKHWC)
     # This clamps the ratio without an exp, which could overflow.
-    log_ratio_BK = clamp(log_prob_BK - reference_log_prob_BK, math.log(1 - clip), math.log(1 + clip))
-    return LogRatios(
+    low, high = math.log(1 - clip), math.log(1 + clip)
+    log_ratio_BK = clamp(log_prob_BK - reference_log_prob_BK, low, high)
+    return LossInputs(
         log_ratio_BK,
         log_prob_BK=log_prob_BK,
         old_log_prob_BK=transitions.log_prob_BK,
-        advantage_BK=advantage_BK,
         kl_BK=kl_BK,
+        is_clamped_BK=(log_ratio_BK <= low) | (log_ratio_BK >= high),
     )
 
 
-def beyond_ratio_to_sampled(log_ratios: LogRatios, *, clip: float) -> Bool[Array, "B K"]:
+def beyond_ratio_to_sampled(inputs: LossInputs, *, clip: float) -> Bool[Array, "B K"]:
     """Return [B, K]: is the ratio to the weights that sampled further than `clip` from 1? DDPO's code counts these."""
-    return jnp.abs(jnp.exp(log_ratios.log_prob_BK - log_ratios.old_log_prob_BK) - 1) > clip
+    return jnp.abs(jnp.exp(inputs.log_prob_BK - inputs.old_log_prob_BK) - 1) > clip
 
 
-def beyond_log_ratio(log_ratios: LogRatios, *, clip: float) -> Bool[Array, "B K"]:
-    """Return [B, K]: is the log-ratio at or beyond the bounds at which `transition_log_ratios` clamps it?"""
-    log_ratio_BK = log_ratios.log_ratio_BK
-    return (log_ratio_BK <= math.log(1 - clip)) | (log_ratio_BK >= math.log(1 + clip))
-
-
-def transition_metrics(
-    log_ratios: LogRatios,
-    preference_BK: Float[Array, "B K *R"],
-    *,
-    is_clipped: Callable[[LogRatios], Bool[Array, "B K"]],
-) -> dict[str, Float[Array, " B"]]:
+def transition_metrics(inputs: LossInputs, clipped_BK: Bool[Array, "B K"]) -> dict[str, Float[Array, " B"]]:
     """Return metrics by name, one number per prompt.
 
-    `policy/clipped` is the share of candidates whose ratio the loss clips, according to `is_clipped` ([B, K]).
+    `policy/clipped` is the share of candidates whose ratio the loss clips, according to `clipped_BK`.
     `policy/change` is the mean absolute change of the log-probabilities since the images were sampled; before the first
     update it is 0 up to rounding. `policy/kl` is DDPO's estimate of the divergence, half of the mean squared change.
     `pair/accuracy` is the share of pairs that the log-ratios order as the rewards do; 1/2 if all candidates tie.
     """
-    preferred_BKK = is_preferred(preference_BK)
+    preferred_BKK = is_preferred(inputs.preference_BK)
     pairs_B = preferred_BKK.sum(axis=(1, 2))
-    margin_BKK = log_ratios.log_ratio_BK[:, :, None] - log_ratios.log_ratio_BK[:, None, :]
+    margin_BKK = inputs.log_ratio_BK[:, :, None] - inputs.log_ratio_BK[:, None, :]
     agreed_B = jnp.where(preferred_BKK, (1 + jnp.sign(margin_BKK)) / 2, 0).sum(axis=(1, 2))
     margin_B = jnp.where(preferred_BKK, margin_BKK, 0).sum(axis=(1, 2))
-    change_BK = log_ratios.log_prob_BK - log_ratios.old_log_prob_BK
+    change_BK = inputs.log_prob_BK - inputs.old_log_prob_BK
     metrics = {
         "pair/accuracy": jnp.where(pairs_B > 0, agreed_B / jnp.maximum(pairs_B, 1), 0.5),
         "pair/count": pairs_B.astype(margin_B.dtype),
         "reward/margin": margin_B / jnp.maximum(pairs_B, 1),
         "policy/change": jnp.abs(change_BK).mean(axis=1),
         "policy/kl": jnp.square(change_BK).mean(axis=1) / 2,
-        "policy/clipped": is_clipped(log_ratios).astype(margin_B.dtype).mean(axis=1),
+        "policy/clipped": clipped_BK.astype(margin_B.dtype).mean(axis=1),
     }
-    return metrics if log_ratios.kl_BK is None else metrics | {"policy/reference_kl": log_ratios.kl_BK.mean(axis=1)}
+    return metrics if inputs.kl_BK is None else metrics | {"policy/reference_kl": inputs.kl_BK.mean(axis=1)}
 
 
 def _mean(

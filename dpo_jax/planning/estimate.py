@@ -346,8 +346,7 @@ def _trace_pair(config: ConfigDict, kind: str) -> tuple[Program, float]:
     experiment = compose(one, derived, open_structure(one), Placement(_mesh((1, 1, 1))))
 
     def loss(params: Any, frozen: Any, batch: Any, step: jax.Array) -> jax.Array:
-        log_ratios = experiment.compute_log_ratios(params, frozen, batch, step, training=True)
-        return experiment.objective.loss(log_ratios, batch.preference_BK[:, : log_ratios.error_BK.shape[1]]).sum()
+        return experiment.objective.loss(experiment.compare(params, frozen, batch, step, training=True)).sum()
 
     weights = experiment.abstract_state().params, experiment.frozen
     traced = jax.make_jaxpr(jax.grad(loss))(*weights, experiment.abstract_batch(), jax.ShapeDtypeStruct((), jnp.int32))

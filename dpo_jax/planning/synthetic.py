@@ -26,7 +26,8 @@ def random_state(experiment: Experiment) -> tuple[TrainState, Frozen]:
     place = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
     opt_state = jax.jit(experiment.optimizer.init, out_shardings=place)(params)
     ema = {name: jnp.copy(params[name]) for name in abstract.ema}
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema), frozen
+    running = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract.running)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema, running), frozen
 
 
 def random_weights(shapes: Any, seed: int) -> Any:

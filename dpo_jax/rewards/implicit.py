@@ -21,7 +21,7 @@ from dpo_jax.encode.images import posterior_moments, sample_posterior
 from dpo_jax.encode.text import condition, encode_text
 from dpo_jax.errors import UserError
 from dpo_jax.models.pipeline import load_pipeline
-from dpo_jax.objectives.denoising import candidate_log_ratios
+from dpo_jax.objectives.denoising import compare_denoising
 from dpo_jax.rewards import Images, Reward, Settings
 from dpo_jax.rewards.batches import Batches, fitted
 from dpo_jax.sharding import on_mesh, replicated
@@ -74,7 +74,7 @@ def open_implicit(source: str, settings: Settings) -> Reward:
         def of_draw(total_N: jax.Array, draw: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
             d, t = draw
             noise_hwC = jax.random.normal(jax.random.key(d + 1), latents_N1hwC.shape[2:])
-            log_ratios = candidate_log_ratios(
+            log_ratios = compare_denoising(
                 reference.denoise,
                 weights["policy"],
                 weights["unet"],

@@ -15,14 +15,12 @@ When such a judge fails, an EnvironmentFault says why in one sentence. It is not
 import base64
 import contextlib
 import http.client
-import importlib
 import io
 import json
 import os
 import shlex
 import signal
 import subprocess
-import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -35,6 +33,7 @@ from PIL import Image
 
 from dpo_jax.errors import EnvironmentFault, OutsideConnectionError, OutsideProcessError, OutsideTimeoutError, UserError
 from dpo_jax.rewards import Images, Reward, Settings
+from dpo_jax.user_code import import_object
 
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -104,23 +103,10 @@ def open_http(source: str, settings: Settings) -> Reward:
 
 
 def _import(source: str) -> Callable[..., Any]:
-    module_name, _, name = source.partition(":")
-    if not module_name or not name:
-        raise UserError(f"python={source} does not name a function; write python=module:function")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        missing = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
-        if missing and f"{module_name}.".startswith(f"{missing}."):
-            message = f"there is no module {missing} in the working directory or the environment"
-        else:
-            message = f"importing {module_name} raises {_told(error)}"
-        raise UserError(f"python={source} can't be opened: {message}") from error
-    function = getattr(module, name, None)
+    function = import_object(source, "function")
     if not callable(function):
-        raise UserError(f"python={source} can't be opened: {module_name} has no function {name}")
+        module, _, name = source.partition(":")
+        raise UserError(f"python={source} can't be opened: {module} has no function {name}")
     return function
 
 

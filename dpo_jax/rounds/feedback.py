@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.files import conform, parse_json, read_text
+from dpo_jax.methods import find_method
 from dpo_jax.objectives.advantages import PromptStatistics, group_advantages
 
 MAX_BYTES = 2**27
@@ -97,18 +98,18 @@ def learnable(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the preferred rewards, [P, S, K, R or 1], and the advantages, [P, S, K].
 
-    D3PO reads the rewards. The other methods read the advantages, which are the mean over judges. They are computed
-    from each judge's own scores: scores in units of the spread of one round could not be compared with the statistics
-    of earlier rounds.
+    Methods that compare candidates read the rewards; the others read the advantages, the mean over judges. These are
+    computed from each judge's own scores: scores in units of the spread of one round could not be compared with the
+    statistics of earlier rounds.
 
     Args:
         config: the experiment's config.
         rewards_PSKR: rewards of the round.
         prompts: prompts of the round.
-        statistics_R: statistics of each judge's earlier rewards, to which these are added; empty for D3PO and for
-            advantages over groups.
+        statistics_R: statistics of each judge's earlier rewards, to which these are added; empty for methods that
+            compare candidates and for advantages over groups.
     """
-    if config.loss.name != "d3po":
+    if find_method(config.loss.name).reads_advantages:
         each_R = itertools.zip_longest(np.moveaxis(rewards_PSKR, -1, 0), statistics_R)
         mean_PSK = np.mean([advantages(rewards_PSK, prompts, known) for rewards_PSK, known in each_R], axis=0)
         return combined(rewards_PSKR)[..., None], mean_PSK
@@ -120,7 +121,7 @@ def learnable(
 
 
 def is_decided(rewards_SKR: np.ndarray) -> bool:
-    """Whether a candidate is better than another one at any step, as `losses.is_preferred` defines it."""
+    """Whether a candidate is better than another one at any step, as `preferences.is_preferred` defines it."""
     known_SK1 = ~np.isnan(rewards_SKR).any(axis=-1, keepdims=True)
     rewards_SKR = np.where(known_SK1, rewards_SKR, np.nan)  # or a pair would be compared by what both have
     is_higher_SKK = np.any(rewards_SKR[:, :, None] > rewards_SKR[:, None], axis=-1)
@@ -129,9 +130,9 @@ def is_decided(rewards_SKR: np.ndarray) -> bool:
 
 def decided(config: ConfigDict, rewards_PSKR: np.ndarray, advantages_PSK: np.ndarray) -> np.ndarray:
     """Return for each prompt whether it teaches anything: a candidate is better, or an advantage is not zero."""
-    if config.loss.name == "d3po":
-        return np.array([is_decided(rewards_SKR) for rewards_SKR in rewards_PSKR])
-    return (np.abs(advantages_PSK) > 1e-6).any(axis=(1, 2))  # rounding alone makes 1e-9 of equal rewards
+    if find_method(config.loss.name).reads_advantages:
+        return (np.abs(advantages_PSK) > 1e-6).any(axis=(1, 2))  # rounding alone makes 1e-9 of equal rewards
+    return np.array([is_decided(rewards_SKR) for rewards_SKR in rewards_PSKR])
 
 
 def advantages(rewards_PSK: np.ndarray, prompts: Sequence[str], statistics: PromptStatistics | None) -> np.ndarray:

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from dpo_jax import cluster
 from dpo_jax.cli import replaced
 from dpo_jax.errors import MissingFileError, UserError
+from dpo_jax.methods import find_method
 from dpo_jax.objectives.advantages import PromptStatistics
 from dpo_jax.rewards import Judge
 from dpo_jax.rounds.config import RoundSizes, check, online_config, round_sizes
@@ -118,7 +119,7 @@ class Rounds:
         self._rollout = Rollout(self._config, experiment.pipeline, experiment.placement)
         self._tokenizers = load_tokenizers_of(experiment.pipeline)
         self._names = list(self._config.online.judges) or ["people"]
-        remembers = self._config.loss.name != "d3po" and self._config.online.advantage == "prompt"
+        remembers = find_method(self._config.loss.name).reads_advantages and self._config.online.advantage == "prompt"
         self._result = Result(self._workdir, self._config, plan)
         self._kept = 0
         """The first round whose trajectories may still be there."""

@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax.batch import PreferenceBatch, Sampled, Transitions
+from dpo_jax.methods import find_method
 from dpo_jax.rounds.config import RoundSizes
 from dpo_jax.rounds.feedback import is_decided
 from dpo_jax.rounds.folder import RoundFolder
@@ -113,7 +114,7 @@ class Updates:
         )
 
     def _decides(self, rewards_KR: np.ndarray) -> bool:
-        """Whether a candidate is better than another, as `losses.is_preferred` has it; or, for advantages, known."""
-        if self._config.loss.name != "d3po":
+        """Whether a candidate is better than another (`preferences.is_preferred`); for advantages, known."""
+        if find_method(self._config.loss.name).reads_advantages:
             return not bool(np.isnan(rewards_KR).all())
         return is_decided(rewards_KR[None])

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from dpo_jax import __version__, cluster
 from dpo_jax.cli import flatten
 from dpo_jax.files import write_whole
+from dpo_jax.methods import find_method
 from dpo_jax.streams import warn
 from dpo_jax.training.config import describe_batch
 from dpo_jax.training.experiment import Experiment
@@ -50,7 +51,7 @@ def announce_epochs(config: ConfigDict, examples: int) -> None:
     if not cluster.is_first():
         return
     steps, batch = config.steps, config.data.batch_size
-    unit = "images" if config.loss.name == "sft" else "pairs"
+    unit = "images" if find_method(config.loss.name).learns_from == "images" else "pairs"
     epochs = steps * batch / examples
     product = f"{steps:,} steps x {batch:,} {unit} = {f'{epochs:.2g}' if epochs < 10 else f'{epochs:,.0f}'} epochs"
     print(f"data: {examples:,} training {unit}; {product}", flush=True)

@@ -15,9 +15,10 @@ from ml_collections import ConfigDict
 
 from dpo_jax.cli import flatten
 from dpo_jax.errors import UserError
-from dpo_jax.training.defaults import FALLING, FIELDS
-from dpo_jax.training.defaults import default_config as default_config  # config files take it from here
-from dpo_jax.training.fields import check_fields
+from dpo_jax.fields import check_fields
+from dpo_jax.training.defaults import FALLING, fields_of, method_of
+from dpo_jax.training.defaults import choose_method as choose_method  # config files take these from here
+from dpo_jax.training.defaults import default_config as default_config
 
 # A run may be continued with other values of these fields; other values of any other field are another experiment.
 # The places of models and data may change: "fingerprints" tell whether their contents are the same.
@@ -130,9 +131,17 @@ def check(config: ConfigDict) -> None:
 
 def check_values(config: ConfigDict) -> None:
     """Raise UserError for fields with wrong values; a plan checks no more, since it needs neither model nor data."""
-    if "online" in config:
-        raise UserError("this config is for dpo_jax.online; give one for a data set, such as configs/sd15.py")
-    check_fields(config, FIELDS)
+    method = method_of(config)
+    if method.learns_from == "rollouts":
+        raise UserError(
+            f"{config.loss.name} learns from images that the model draws, with dpo_jax.online. Give a config for a "
+            "data set, such as configs/sd15.py"
+        )
+    check_fields(config, fields_of(config))
+    if not config.steps:
+        raise UserError("config.steps=0 must be at least 1")
+    if problem := method.problem(flatten(config)):
+        raise UserError(problem)
 
 
 def check_settings(config: ConfigDict) -> None:
@@ -263,8 +272,10 @@ def check_same_experiment(fields: dict[str, Any], saved: dict[str, Any], workdir
     # Falling schedules derive their learning rates from the number of steps.
     steps_are_free = now["optimizer.schedule"] not in FALLING
     free = (*FREE_TO_CHANGE, "steps") if steps_are_free else FREE_TO_CHANGE
-    # A field that did not exist when the run began had its default.
+    # A field that did not exist when the run began had its default; older runs have the fields of other methods, too.
     saved = json.loads(json.dumps(flatten(defaults))) | saved
+    if now["loss.name"] == saved["loss.name"]:
+        saved = {name: value for name, value in saved.items() if name in now or not name.startswith("loss.")}
     names = [f for f in sorted(now.keys() | saved.keys()) if not is_free(f, free)]
     differing = [f"{f} was {saved.get(f)!r}, now {now.get(f)!r}" for f in names if now.get(f) != saved.get(f)]
     if differing:

@@ -21,6 +21,7 @@ from dpo_jax.data.load.pipeline import (
 from dpo_jax.data.store.latents import choose_views, open_latents
 from dpo_jax.data.store.scores import scores_file
 from dpo_jax.data.store.select import NothingChosenError
+from dpo_jax.methods import find_method
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.training.announce import announce_epochs
 from dpo_jax.training.config import Derived
@@ -141,7 +142,7 @@ def _choices(config: ConfigDict) -> dict[str, Any]:
         "generators": data.generators,
         "min_agreement": data.min_agreement,
         "min_side": data.min_side,
-        "liked_images": config.loss.name == "sft",
+        "liked_images": find_method(config.loss.name).learns_from == "images",
     }
 
 

@@ -3,30 +3,42 @@
 Published hyperparameters are in the files of `configs/`, which start from `default_config()`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from dpo_jax.training.fields import Field, are_devices, are_patterns, are_rules, config_of, fields_help, fields_text
+from dpo_jax.cli import check_fields_exist, flatten, replaced, unflatten
+from dpo_jax.errors import UserError
+from dpo_jax.fields import (
+    COUNT,
+    NOT_ALL,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    Field,
+    are_devices,
+    are_patterns,
+    are_rules,
+    config_of,
+    fields_help,
+    fields_text,
+)
+from dpo_jax.methods import METHODS, Method, find_method
+from dpo_jax.methods.rollouts import ROLLOUT_FIELDS, SAMPLERS
 from dpo_jax.training.loggers import LOGGERS
 
-SHARE: dict[str, Any] = {"at_least": 0, "at_most": 1}
-NOT_ALL: dict[str, Any] = {"at_least": 0, "below": 1}
-POSITIVE: dict[str, Any] = {"above": 0}
-NOT_NEGATIVE: dict[str, Any] = {"at_least": 0}
-COUNT: dict[str, Any] = {"at_least": 1}
 DTYPE: dict[str, Any] = {"choices": ("float32", "bfloat16")}
 DEVICES: dict[str, Any] = {"at_least": -1, "wrong": are_devices}
 
 FALLING = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 """The schedules whose learning rate depends on the number of steps."""
-SAMPLERS = ("ddim", "euler", "euler_ancestral", "dpmsolver++", "lcm")
 
 GROUPS = {
     "": "The run and its model",
     "lora": "Low-rank adapters; with lora.rank=0 the whole UNet is trained",
     "ema": "Moving average of the trained weights",
-    "loss": "Loss",
+    "loss": "Method",
     "data": "Data",
     "optimizer": "Optimizer",
     "mesh": "Division of the model and of the batch over devices",
@@ -49,7 +61,7 @@ FIELDS = {
     "vae": Field("", "Another VAE: folder, file or hub id, for example madebyollin/sdxl-vae-fp16-fix."),
     "unet": Field("", "Another UNet to start from, for policy and reference: folder, file or hub id."),
     "reference": Field("", "Another UNet for the reference alone; empty takes what the policy starts from."),
-    "steps": Field(2000, "Number of optimizer steps.", **COUNT),
+    "steps": Field(2000, "Number of optimizer steps; online 0, since they follow from the rounds.", **NOT_NEGATIVE),
     "seed": Field(
         0, "Seed of shuffling, augmentation, timesteps, noise and posterior samples.", at_least=0, at_most=2**32 - 1
     ),
@@ -88,10 +100,7 @@ FIELDS = {
         0.0, "Decay of a moving average of the trained weights, then sampled and exported; 0 keeps none.", **NOT_ALL
     ),
     "loss.name": Field(
-        "dpo", "Loss: dpo, or sft (plain denoising of the preferred or of single images).", choices=("dpo", "sft")
-    ),
-    "loss.beta": Field(
-        5000.0, "Strength of the pull towards the reference, in the unit of the published code.", **POSITIVE
+        "dpo", f"Method, with fields of its own: {', '.join(METHODS)}, or your own, python=MODULE:NAME."
     ),
     "loss.noise_offset": Field(
         0.0, "Size of an extra draw of noise, one number per channel, for example 0.05.", **NOT_NEGATIVE
@@ -214,10 +223,80 @@ FIELDS = {
 
 
 def default_config() -> ConfigDict:
-    """Return the config with the default of every field."""
-    return config_of(FIELDS)
+    """Return the config with the default of every field; the method is DPO."""
+    return config_of(FIELDS | own_fields(METHODS["dpo"]))
+
+
+def own_fields(method: Method) -> dict[str, Field]:
+    """Return the fields that a config has because of its method, by dotted path."""
+    fields = {f"loss.{name}": field for name, field in method.fields.items()}
+    return fields | (ROLLOUT_FIELDS if method.learns_from == "rollouts" else {})
+
+
+def method_of(config: ConfigDict) -> Method:
+    """Return the method of a config.
+
+    Raises:
+        UserError: there is no such method, or the config has the fields of another one.
+    """
+    name = config.loss.name
+    method = find_method(name)
+    given = {f"loss.{field}" for field in config.loss} - FIELDS.keys()
+    own = {f"loss.{field}" for field in method.fields}
+    of_others = {f"loss.{field}" for other in METHODS.values() for field in other.fields}
+    if others := sorted((given - own) & of_others):
+        raise UserError(
+            f'config.loss.name="{name}", but the config has the fields of another method ({", ".join(others)}). In a '
+            f'config file, choose the method with choose_method(c, "{name}")'
+        )
+    return method
+
+
+def fields_of(config: ConfigDict) -> dict[str, Field]:
+    """Return all fields that a config of this method has."""
+    return FIELDS | own_fields(method_of(config))
+
+
+def choose_method(config: ConfigDict, name: str) -> None:
+    """Make `name` the method of a config: its fields, with their defaults, replace those of the former method.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    former, method = find_method(config.loss.name), find_method(name)
+    new = own_fields(method)
+    with config.unlocked():
+        for path in own_fields(former):
+            if path not in new:
+                _remove(config, path)
+        kept = ROLLOUT_FIELDS if "online" in config else {}
+        values = {path: field.default for path, field in new.items() if path not in kept or path in former.sets}
+        config.update(unflatten(values | {"loss.name": name} | dict(method.sets)))
+
+
+def with_fields(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
+    """Return a copy with other values of some fields, by dotted path; `loss.name` chooses the method before the rest.
+
+    Raises:
+        UserError: there is no such field or method.
+    """
+    config = config.copy_and_resolve_references()
+    if "loss.name" in fields and fields["loss.name"] != config.loss.name:
+        choose_method(config, fields["loss.name"])
+    known = flatten(config)
+    check_fields_exist(fields, known, known | dict(fields))
+    return replaced(config, dict(fields))
+
+
+def _remove(config: ConfigDict, path: str) -> None:
+    group, _, leaf = path.rpartition(".")
+    if group in config:
+        del config[group][leaf]
+        if not config[group]:
+            del config[group]
 
 
 def describe(config: ConfigDict | None) -> str:
     """Return the text of --help about the fields of a config, or about their defaults."""
-    return fields_text(fields_help(FIELDS, GROUPS, config or default_config()))
+    config = config or default_config()
+    return fields_text(fields_help(fields_of(config), GROUPS, config))

@@ -13,22 +13,22 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from dpo_jax.batch import Cached, Conditioning, PreferenceBatch, Raw
+from dpo_jax.cli import flatten
 from dpo_jax.encode.images import encode_images, sample_posterior
 from dpo_jax.encode.text import condition, encode_text
-from dpo_jax.errors import UserError
+from dpo_jax.methods import find_method
+from dpo_jax.methods.method import Objective
 from dpo_jax.models.pipeline import Pipeline
-from dpo_jax.objectives.losses import dpo, sft
 from dpo_jax.sharding import Placement, batch_constraint, batch_sharding, on_mesh, replicated
 from dpo_jax.training.config import Derived
 from dpo_jax.training.model import abstract_frozen, abstract_params, initial_adapter, load_frozen, make_placement
 from dpo_jax.training.optim import learning_rate_schedule, make_optimizer
 from dpo_jax.training.step import (
-    ComputeLogRatios,
+    Compare,
     Encode,
     Frozen,
-    Objective,
     TrainState,
-    make_log_ratios,
+    make_compare,
     make_train_step,
 )
 from dpo_jax.weights.layout import Params
@@ -45,7 +45,7 @@ class Experiment:
     objective: Objective
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
-    compute_log_ratios: ComputeLogRatios
+    compare: Compare
     frozen: Frozen
     """The weights that are never trained; from `compose`, only their shapes and shardings."""
     adapter: Params | None = None
@@ -58,7 +58,7 @@ class Experiment:
     def train_step(self) -> jax.stages.Wrapped:
         """Return `step(state, frozen, batch) -> (state, metrics)`, jitted; it donates the state's memory."""
         step = make_train_step(
-            self.compute_log_ratios,
+            self.compare,
             self.objective,
             self.optimizer,
             accumulation=self.derived.accumulation,
@@ -76,12 +76,14 @@ class Experiment:
             params=params,
             opt_state=jax.eval_shape(self.optimizer.init, params),
             ema=params if self.config.ema.decay else {},
+            running=jax.eval_shape(self._no_means),
         )
         shardings = TrainState(
             step=replicated(self.mesh),
             params=self.placement.state(specs, state.params),
             opt_state=self.placement.state(specs, state.opt_state, over_data=True),
             ema=self.placement.state(specs, state.ema, over_data=True),
+            running=jax.tree.map(lambda _: replicated(self.mesh), state.running),
         )
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
@@ -129,17 +131,20 @@ class Experiment:
             params=params,
             opt_state=jax.jit(self.optimizer.init, out_shardings=place.opt_state)(params),
             ema=jax.device_put(jax.tree.map(jnp.copy, params), place.ema) if self.config.ema.decay else {},
+            running=jax.device_put(self._no_means(), place.running),
         )
 
+    def _no_means(self) -> dict[str, tuple[jax.Array, jax.Array]]:
+        return {name: (jnp.zeros(()), jnp.zeros(())) for name in self.objective.running}
 
-Method = Callable[[ConfigDict, Pipeline, Placement], tuple[Objective, ComputeLogRatios]]
-"""Makes the objective of a config, and the function that computes its log-ratios from a batch."""
+
+MakeCompare = Callable[[ConfigDict, Pipeline, Placement, Objective], Compare]
+"""Makes the function that computes, from a batch, what the loss reads."""
 
 
-def on_pairs(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> tuple[Objective, ComputeLogRatios]:
-    """Return the objective of a data set of pairs, whose log-ratios are of denoising errors."""
-    objective = make_objective(config)
-    compute_log_ratios = make_log_ratios(
+def on_pairs(config: ConfigDict, pipeline: Pipeline, placement: Placement, objective: Objective) -> Compare:
+    """Return the comparison of denoising errors, over the images of a data set."""
+    return make_compare(
         make_encode(pipeline),
         pipeline.denoise,
         pipeline.schedule,
@@ -151,22 +156,21 @@ def on_pairs(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> tu
         constrain=batch_constraint(placement.mesh),
         gather=functools.partial(pipeline.gather, placement),
     )
-    return objective, compute_log_ratios
 
 
-def build(config: ConfigDict, derived: Derived, pipeline: Pipeline, method: Method = on_pairs) -> Experiment:
+def build(config: ConfigDict, derived: Derived, pipeline: Pipeline, make: MakeCompare = on_pairs) -> Experiment:
     """Return the experiment with its frozen weights loaded; UserError if the config names weights that do not fit."""
-    composed = compose(config, derived, pipeline, make_placement(config), method)
+    composed = compose(config, derived, pipeline, make_placement(config), make)
     adapter = initial_adapter(config, pipeline) if pipeline.adapted_unet is not None else None
     frozen = load_frozen(config, pipeline, composed.placement, composed.frozen, adapter)
     return dataclasses.replace(composed, frozen=frozen, adapter=adapter)
 
 
 def compose(
-    config: ConfigDict, derived: Derived, pipeline: Pipeline, placement: Placement, method: Method = on_pairs
+    config: ConfigDict, derived: Derived, pipeline: Pipeline, placement: Placement, make: MakeCompare = on_pairs
 ) -> Experiment:
     """Return the experiment without loading anything, as plans need it: its frozen weights are shapes and shardings."""
-    objective, compute_log_ratios = method(config, pipeline, placement)
+    objective = find_method(config.loss.name).objective(flatten(config))
     o = config.optimizer
     learning_rate = learning_rate_schedule(
         o.schedule,
@@ -194,7 +198,7 @@ def compose(
         objective=objective,
         optimizer=optimizer,
         learning_rate=learning_rate,
-        compute_log_ratios=on_mesh(placement.mesh, compute_log_ratios),
+        compare=on_mesh(placement.mesh, make(config, pipeline, placement, objective)),
         frozen=abstract_frozen(config, pipeline, placement, needs_reference=objective.needs_reference),
     )
 
@@ -222,14 +226,3 @@ def make_encode(pipeline: Pipeline) -> Encode:
         return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])  # not -1, which fails where a width is 0
 
     return encode
-
-
-def make_objective(config: ConfigDict) -> Objective:
-    """Return the objective that `loss.name` means, with its hyperparameters."""
-    objectives = {
-        "dpo": Objective(functools.partial(dpo, beta=config.loss.beta)),
-        "sft": Objective(sft, needs_reference=False, num_candidates=1),
-    }
-    if config.loss.name not in objectives:
-        raise UserError(f"loss.name={config.loss.name!r}; the losses are {', '.join(objectives)}")
-    return objectives[config.loss.name]

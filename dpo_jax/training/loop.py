@@ -69,7 +69,7 @@ class Loop:
         self._began: tuple[float, int] | None = None
         """Time at the end of this process's first step, and the number of that step; None before it."""
         self.eval_step = jax.jit(
-            make_eval_step(experiment.compute_log_ratios, experiment.objective),
+            make_eval_step(experiment.compare),
             out_shardings=replicated(experiment.mesh),
         )
         self._batches: Batches | None = None
@@ -192,8 +192,9 @@ class Loop:
     def _first_loss(self, loss: float) -> None:
         config = self.config
         same = not config.reference and (not config.lora.init or config.lora.init_reference)
-        if config.loss.name == "dpo" and same:
-            self.bar.say(f"loss before the first update {loss:.6f}; policy = reference makes log 2 = {math.log(2):.6f}")
+        expected = self.experiment.objective.loss_at_reference()
+        if expected is not None and same:
+            self.bar.say(f"loss before the first update {loss:.6f}; policy = reference makes {expected:.6f}")
 
     def _validates_at(self, step: int) -> bool:
         """Return whether to validate at this step; only runs on a data set have held-out pairs."""

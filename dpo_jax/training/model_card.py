@@ -11,20 +11,11 @@ from typing_extensions import TypedDict
 
 from dpo_jax import __version__
 from dpo_jax.files import conform, read_json
+from dpo_jax.methods import METHODS
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.models.save import unlike_published
 from dpo_jax.training.model_origin import Origin, public_name, without_paths
 
-METHODS = {
-    "dpo": "[Diffusion-DPO](https://arxiv.org/abs/2311.12908)",
-    "sft": "supervised fine-tuning on preferred images",
-    "d3po": "[D3PO](https://arxiv.org/abs/2311.13231)",
-    "ddpo": "[DDPO](https://arxiv.org/abs/2305.13301)",
-    "dpok": "[DPOK](https://arxiv.org/abs/2305.16381)",
-    "grpo": "policy gradients with [group advantages](https://arxiv.org/abs/2402.03300)",
-    "spo": "[SPO](https://arxiv.org/abs/2406.04314)",
-    "lpo": "[LPO](https://arxiv.org/abs/2502.01051)'s step-level preferences",
-}
 USE = {
     "diffusers": "pipe = diffusers.DiffusionPipeline.from_pretrained({folder!r}{dtype})",
     "unet": (
@@ -73,7 +64,7 @@ def model_card(
         base_model=origin.base_model,
         tags=[
             "text-to-image",
-            *([_method(config)] if config else []),
+            *([config["loss.name"].rpartition(":")[2]] if config else []),
             "dpo_jax",
             *(["lora"] if _is_lora(format) else []),
         ],
@@ -105,7 +96,7 @@ def model_card(
         return "\n".join([*parts, f"Converted from {model}{with_lora} by dpo_jax {__version__}.\n"])
     what = "A LoRA" if config["lora.rank"] or config["lora.init"] else "All UNet weights"
     others = "".join(f", with the {part} of {public_name(config[part])}" for part in ("unet", "vae") if config[part])
-    method, step = METHODS[_method(config)], facts["step"]
+    method, step = _method(config["loss.name"]), facts["step"]
     version = f" {config['dpo_jax_version']}" if "dpo_jax_version" in config else ""  # runs of 0.1.0 may have none
     parts.insert(1, f"{what} of {model}{others}, trained by {method} for {step} steps with dpo_jax{version}.\n")
     if facts.get("result"):
@@ -200,15 +191,9 @@ def read_result(workdir: epath.PathLike) -> dict[str, Any] | None:
     return result
 
 
-def _method(config: Mapping[str, Any]) -> str:
-    """Return the key in METHODS; some methods share a loss and differ in other fields."""
-    if config.get("online.latent_judge"):
-        return "lpo"
-    if config.get("online.branching") and config["loss.name"] == "d3po":
-        return "spo"
-    if config.get("online.advantage") == "group" and config["loss.name"] == "ddpo":
-        return "grpo"
-    return config["loss.name"]
+def _method(name: str) -> str:
+    """Return the method's title and paper; one of the user's own is named, but its code is not imported."""
+    return METHODS[name].citation if name in METHODS else f"the method `{name.removeprefix('python=')}`"
 
 
 def _is_lora(format: str) -> bool:

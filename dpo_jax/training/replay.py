@@ -22,7 +22,7 @@ from dpo_jax.training.checkpoint import read_config, restore
 from dpo_jax.training.config import check_same_experiment, default_config, resolve
 from dpo_jax.training.experiment import Experiment, build
 from dpo_jax.training.model import model_fingerprints, open_model
-from dpo_jax.training.step import TrainState
+from dpo_jax.training.step import TrainState, current_means
 
 MAX_BYTES = 2**30
 """Largest size in bytes of the arrays that are kept of one batch; of a larger batch the first examples are kept."""
@@ -168,11 +168,11 @@ def figures_of(experiment: Experiment, state: TrainState, batch: PreferenceBatch
     objective = experiment.objective
 
     def figures(params: Any, frozen: Any, batch: PreferenceBatch, number: jax.Array) -> dict[str, jax.Array]:
-        found = experiment.compute_log_ratios(params, frozen, batch, number, training=True)
-        preference_BK = batch.preference_BK[:, : found.log_ratio_BK.shape[1]]
+        found = experiment.compare(params, frozen, batch, number, training=True)
+        found = found._replace(running=current_means(state.running))
         return {
-            "loss": objective.loss(found, preference_BK),
-            **objective.metrics(found, preference_BK),
+            "loss": objective.loss(found),
+            **objective.metrics(found),
             "log-ratio/winner": found.log_ratio_BK[:, 0],
             "log-ratio/loser": found.log_ratio_BK[:, -1],
         }

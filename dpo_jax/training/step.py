@@ -1,6 +1,6 @@
-"""The training step: batch -> latents -> log-ratios -> loss -> update, one jitted function of arrays.
+"""The training step: batch -> latents -> errors and log-ratios -> loss -> update, one jitted function of arrays.
 
-Read it together with `objectives/denoising.py` (what a log-ratio is) and `objectives/losses.py` (what is minimised).
+Read it together with `objectives/denoising.py` (what a log-ratio is) and `methods/dpo.py` (what is minimised).
 Gradients are taken here and nowhere else.
 
 Axes: B prompts of a batch, A micro-batches, K candidates.
@@ -14,17 +14,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax.batch import Conditioning, LogRatios, PreferenceBatch
+from dpo_jax.batch import Conditioning, LossInputs, PreferenceBatch
 from dpo_jax.diffusion.schedule import Schedule
-from dpo_jax.objectives.denoising import Denoise, candidate_log_ratios, draw, keys_for, perturb
-from dpo_jax.objectives.losses import implicit_accuracy, margin
+from dpo_jax.methods.method import Objective
+from dpo_jax.methods.metrics import Metrics, pair_metrics
+from dpo_jax.objectives.denoising import Denoise, compare_denoising, draw, keys_for, perturb
 from dpo_jax.weights.layout import Params
 
-Metrics = dict[str, jax.Array]
 Encode = Callable[[Mapping[str, Params], PreferenceBatch, jax.Array], tuple[jax.Array, Conditioning]]
 """(encoders, batch, keys_B) -> (latents_BKHWC, conditioning of the candidates); `encoders` as in `Frozen`."""
-ComputeLogRatios = Callable[..., LogRatios]
-"""(params, frozen, batch, step, training=False) -> log-ratios; `training` turns a LoRA's dropout on."""
+Compare = Callable[..., LossInputs]
+"""(params, frozen, batch, step, training=False) -> what the loss reads; `training` turns a LoRA's dropout on."""
+
+
+RUNNING_DECAY = 0.99
+"""How much of a running mean remains after a step."""
 
 
 @jax.tree_util.register_dataclass
@@ -58,36 +62,11 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     ema: Any
     """Moving average of the trained weights; empty where `ema.decay` is 0."""
+    running: Mapping[str, Any] = {}
+    """Running means over steps that the method reads, each as (weighted sum, total weight); see `Method.running`."""
 
 
-def pair_metrics(log_ratios: LogRatios, preference_BK: jax.Array) -> Metrics:
-    """Return, per prompt, the errors of the best and worst candidate and, if there are two, accuracy and margin."""
-    metrics = {"error/winner": log_ratios.error_BK[:, 0]}
-    if log_ratios.error_BK.shape[1] > 1:
-        metrics["error/loser"] = log_ratios.error_BK[:, -1]
-        metrics["pair/accuracy"] = implicit_accuracy(log_ratios)
-        metrics["reward/margin"] = margin(log_ratios)
-    if log_ratios.reference_error_BK is not None:
-        metrics["error/reference_winner"] = log_ratios.reference_error_BK[:, 0]
-        if log_ratios.error_BK.shape[1] > 1:
-            metrics["error/reference_loser"] = log_ratios.reference_error_BK[:, -1]
-    return metrics
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """The objective: a loss of log-ratios, and the candidates and models that it needs."""
-
-    loss: Callable[[LogRatios, jax.Array], jax.Array]
-    """Maps (log_ratios, preference_BK) to loss_B."""
-    needs_reference: bool = True
-    num_candidates: int | None = None
-    """Number of candidates that enter the step, the best ones (SFT: 1); None for all."""
-    metrics: Callable[[LogRatios, jax.Array], Metrics] = pair_metrics
-    """Maps (log_ratios, preference_BK) to numbers to watch, one per prompt."""
-
-
-def make_log_ratios(
+def make_compare(
     encode: Encode,
     denoise: Denoise,
     schedule: Schedule,
@@ -99,7 +78,7 @@ def make_log_ratios(
     input_perturbation: float = 0.0,
     constrain: Callable[[Any], Any] = lambda tree: tree,
     gather: Callable[[str, Params], Params] = lambda component, params: params,
-) -> ComputeLogRatios:
+) -> Compare:
     """Return a function that encodes a batch, draws t and noise, and compares policy and reference on each candidate.
 
     Every draw is a function of (seed, step, global sample index) alone, so it is the same on 1 or 64 devices and with
@@ -118,9 +97,9 @@ def make_log_ratios(
         gather: brings the weights of a component that are split over devices together where they are used.
     """
 
-    def compute_log_ratios(
+    def compare(
         params: Params, frozen: Frozen, batch: PreferenceBatch, step: jax.Array, training: bool = False
-    ) -> LogRatios:
+    ) -> LossInputs:
         batch = keep_candidates(batch, objective.num_candidates)
         encoders = {name: gather(name, weights) for name, weights in frozen.encoders.items()}
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
@@ -144,7 +123,7 @@ def make_log_ratios(
         )
         policy = gather("unet", frozen.policy(params))
         reference = gather("unet", frozen.whole_reference()) if objective.needs_reference else None
-        return candidate_log_ratios(
+        inputs = compare_denoising(
             denoise,
             policy,
             reference,
@@ -156,12 +135,13 @@ def make_log_ratios(
             dropout_keys_B,
             perturbed_BHWC,
         )
+        return with_batch(inputs, batch)
 
-    return compute_log_ratios
+    return compare
 
 
 def make_train_step(
-    compute_log_ratios: ComputeLogRatios,
+    compare: Compare,
     objective: Objective,
     optimizer: optax.GradientTransformation,
     *,
@@ -177,47 +157,102 @@ def make_train_step(
     the step number changes, not the momentum, weight decay, averages or the optimizer's own count of steps.
     """
 
-    def summed_loss(
-        params: Params, frozen: Frozen, batch: PreferenceBatch, step: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
-        log_ratios = compute_log_ratios(params, frozen, batch, step, training=True)
-        preference_BK = batch.preference_BK[:, : log_ratios.log_ratio_BK.shape[1]]
-        loss_B = objective.loss(log_ratios, preference_BK)
-        metrics = {"train/loss": loss_B} | objective.metrics(log_ratios, preference_BK)
-        weight_B = prompt_weights(batch, objective)
-        sums = {name: jnp.sum(value * weight_B) for name, value in metrics.items()}
+    def summed(inputs: LossInputs) -> tuple[jax.Array, Metrics]:
+        """The loss, and all numbers to watch, summed over the prompts with their weights."""
+        numbers = {"train/loss": objective.loss(inputs)} | objective.metrics(inputs)
+        numbers |= {f"running/{name}": number(inputs) for name, number in objective.running.items()}
+        sums = {name: jnp.sum(value * inputs.weight_B) for name, value in numbers.items()}
         return sums["train/loss"], sums
 
-    gradient = jax.grad(summed_loss, has_aux=True)
-
     def step(state: TrainState, frozen: Frozen, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
-        def of_batch(batch: PreferenceBatch) -> tuple[Params, Metrics]:
-            return gradient(state.params, frozen, batch, state.step)
+        running = current_means(state.running)
+
+        def inputs_of(params: Params, batch: PreferenceBatch) -> LossInputs:
+            return compare(params, frozen, batch, state.step, training=True)._replace(running=running)
+
+        def gradient(batch: PreferenceBatch) -> tuple[Params, Metrics]:
+            return jax.grad(lambda params: summed(inputs_of(params, batch)), has_aux=True)(state.params)
 
         if accumulation == 1:  # XLA's CPU backend runs convolution gradients inside a scan far slower
-            grads, sums = of_batch(batch)
+            grads, sums = gradient(batch)
         else:
             micro = jax.tree.map(lambda x: split_micro_batches(x, accumulation), batch)
-            _, no_sums = jax.eval_shape(of_batch, jax.tree.map(lambda x: x[0], micro))
-            # zeros_like keeps the sharding of the parameters.
-            zeros = jax.tree.map(jnp.zeros_like, (state.params, no_sums))
-            add = jax.tree_util.Partial(jax.tree.map, jnp.add)
-            (grads, sums), _ = jax.lax.scan(lambda total, one: (add(total, of_batch(one)), None), zeros, micro)
+            if objective.over_whole_batch:
+                grads, sums = gradient_of_whole_batch(inputs_of, summed, state.params, micro)
+            else:
+                grads, sums = sum_over(gradient, micro, state.params)
 
         weight = jnp.sum(prompt_weights(batch, objective))
         total_weight = jnp.maximum(weight, 1e-8)
         grads, metrics = jax.tree.map(lambda x: x / total_weight.astype(x.dtype), (grads, sums))
+        means = {name: metrics.pop(f"running/{name}") for name in objective.running}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics["train/gradient_norm"] = optax.tree.norm(grads)
         metrics["train/update_norm"] = jnp.where(weight > 0, optax.tree.norm(updates), 0)
         params = optax.apply_updates(state.params, updates)
         ema = moving_average(state.ema, params, state.step, ema_decay) if ema_decay else state.ema
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(weight > 0, new, old), (params, opt_state, ema), tuple(state[1:])
-        )
-        return TrainState(state.step + 1, *kept), metrics
+        new = TrainState(state.step, params, opt_state, ema, running_means(state.running, means))
+        kept = jax.tree.map(lambda new, old: jnp.where(weight > 0, new, old), new, state)
+        return kept._replace(step=state.step + 1), metrics
 
     return step
+
+
+def sum_over(gradient: Callable[[Any], tuple[Params, Metrics]], micro: Any, params: Params) -> tuple[Params, Metrics]:
+    """Return the sum over micro-batches, [A, ...], of their gradients and metrics."""
+    _, no_sums = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], micro))
+    zeros = jax.tree.map(jnp.zeros_like, (params, no_sums))  # zeros_like keeps the sharding of the parameters
+    add = jax.tree_util.Partial(jax.tree.map, jnp.add)
+    total, _ = jax.lax.scan(lambda total, one: (add(total, gradient(one)), None), zeros, micro)
+    return total
+
+
+def gradient_of_whole_batch(
+    inputs_of: Callable[[Params, PreferenceBatch], LossInputs],
+    summed: Callable[[LossInputs], tuple[jax.Array, Metrics]],
+    params: Params,
+    micro: PreferenceBatch,
+) -> tuple[Params, Metrics]:
+    """Return gradient and metrics of a loss in which a prompt's share depends on prompts of other micro-batches.
+
+    A first pass computes the errors of all micro-batches; the loss of the whole batch gives the slope along each error.
+    A second pass sums the gradients of the errors, times their slopes, which is the gradient of the loss.
+    """
+
+    def numbers(_: None, batch: PreferenceBatch) -> tuple[None, LossInputs]:
+        inputs = jax.lax.stop_gradient(inputs_of(params, batch))
+        return None, inputs._replace(prediction_BKHWC=None, reference_prediction_BKHWC=None, target_BKHWC=None)
+
+    count = micro.weight_B.shape[0]
+    _, parts = jax.lax.scan(numbers, None, micro)
+    running = jax.tree.map(lambda x: x[0], parts.running)
+    inputs = jax.tree.map(join_micro_batches, parts._replace(running={}))._replace(running=running)
+
+    def loss_at(error_BK: jax.Array) -> tuple[jax.Array, Metrics]:
+        reference_BK = 0 if inputs.reference_error_BK is None else inputs.reference_error_BK
+        return summed(inputs._replace(error_BK=error_BK, log_ratio_BK=-(error_BK - reference_BK) / 2))
+
+    slope_BK, sums = jax.grad(loss_at, has_aux=True)(inputs.error_BK)
+
+    def gradient(part: tuple[PreferenceBatch, jax.Array]) -> tuple[Params, Metrics]:
+        batch, slope_bK = part
+        return jax.grad(lambda params: jnp.sum(slope_bK * inputs_of(params, batch).error_BK))(params), {}
+
+    grads, _ = sum_over(gradient, (micro, split_micro_batches(slope_BK, count)), params)
+    return grads, sums
+
+
+def current_means(running: Any) -> dict[str, jax.Array]:
+    """Return the running means, 0 before the first step."""
+    return {name: total / jnp.maximum(weight, 1e-30) for name, (total, weight) in running.items()}
+
+
+def running_means(running: Any, means: Metrics) -> Any:
+    """Return (weighted sum, total weight) of each number after one more step; older steps count less and less."""
+    return {
+        name: (RUNNING_DECAY * total + (1 - RUNNING_DECAY) * means[name], RUNNING_DECAY * weight + 1 - RUNNING_DECAY)
+        for name, (total, weight) in running.items()
+    }
 
 
 def moving_average(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:
@@ -231,16 +266,16 @@ def moving_average(ema: Params, params: Params, step: jax.Array, decay: float) -
 
 
 def make_eval_step(
-    compute_log_ratios: ComputeLogRatios, objective: Objective
+    compare: Compare,
 ) -> Callable[[Params, Frozen, PreferenceBatch, jax.Array], tuple[Metrics, jax.Array]]:
     """Return `evaluate(params, frozen, batch, draw_number) -> (weighted sums, total weight)`, without a gradient."""
 
     def evaluate(
         params: Params, frozen: Frozen, batch: PreferenceBatch, number: jax.Array
     ) -> tuple[Metrics, jax.Array]:
-        log_ratios = compute_log_ratios(params, frozen, batch, number)
-        metrics, weight_B = pair_metrics(log_ratios, batch.preference_BK), prompt_weights(batch, objective)
-        return {name: jnp.sum(value * weight_B) for name, value in metrics.items()}, jnp.sum(weight_B)
+        inputs = compare(params, frozen, batch, number)
+        sums = {name: jnp.sum(value * inputs.weight_B) for name, value in pair_metrics(inputs).items()}
+        return sums, jnp.sum(inputs.weight_B)
 
     return evaluate
 
@@ -248,6 +283,12 @@ def make_eval_step(
 def prompt_weights(batch: PreferenceBatch, objective: Objective) -> jax.Array:
     """Return weight_B, with 0 where a candidate that the objective needs is only padding."""
     return batch.weight_B * batch.valid_BK[:, : objective.num_candidates].all(axis=1)
+
+
+def with_batch(inputs: LossInputs, batch: PreferenceBatch) -> LossInputs:
+    """Add what a loss reads of the batch itself."""
+    weight_B = batch.weight_B * batch.valid_BK.all(axis=1)  # 0 where a candidate is only padding
+    return inputs._replace(preference_BK=batch.preference_BK, valid_BK=batch.valid_BK, weight_B=weight_B)
 
 
 def keep_candidates(batch: PreferenceBatch, count: int | None) -> PreferenceBatch:
@@ -263,3 +304,8 @@ def keep_candidates(batch: PreferenceBatch, count: int | None) -> PreferenceBatc
 def split_micro_batches(x: Any, count: int) -> Any:
     """Return x as [count, B / count, ...], divided by stride: each device keeps its examples and nothing is moved."""
     return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
+
+
+def join_micro_batches(x: jax.Array) -> jax.Array:
+    """Undo `split_micro_batches`: [A, B / A, ...] -> [B, ...]."""
+    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])

@@ -7,7 +7,7 @@ import pytest
 
 from dpo_jax.batch import Conditioning
 from dpo_jax.diffusion.schedule import make_schedule
-from dpo_jax.objectives.denoising import candidate_log_ratios, draw, keys_for, perturb
+from dpo_jax.objectives.denoising import compare_denoising, draw, keys_for, perturb
 
 SCHEDULE = make_schedule(
     {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -48,7 +48,7 @@ def test_each_candidate_is_scored_with_its_prompts_noise_time_and_caption(x64):
                 )
                 expected[name][b, k] = np.mean((params["x"] * x + shift - noise_BHWC[b]) ** 2)
 
-    log_ratios = candidate_log_ratios(denoise, POLICY, REFERENCE, SCHEDULE, *inputs())
+    log_ratios = compare_denoising(denoise, POLICY, REFERENCE, SCHEDULE, *inputs())
 
     np.testing.assert_allclose(log_ratios.error_BK, expected["policy"], rtol=1e-9)
     np.testing.assert_allclose(log_ratios.reference_error_BK, expected["reference"], rtol=1e-9)
@@ -62,7 +62,7 @@ def test_without_a_reference_only_the_policy_is_run():
         runs.append(args)
         return denoise(*args)
 
-    log_ratios = candidate_log_ratios(counting, POLICY, None, SCHEDULE, *inputs())
+    log_ratios = compare_denoising(counting, POLICY, None, SCHEDULE, *inputs())
 
     assert len(runs) == 1
     assert log_ratios.reference_error_BK is None
@@ -70,14 +70,14 @@ def test_without_a_reference_only_the_policy_is_run():
 
 
 def test_policy_equal_to_reference_gives_a_log_ratio_of_zero():
-    log_ratios = candidate_log_ratios(denoise, POLICY, POLICY, SCHEDULE, *inputs())
+    log_ratios = compare_denoising(denoise, POLICY, POLICY, SCHEDULE, *inputs())
 
     np.testing.assert_array_equal(log_ratios.log_ratio_BK, np.zeros((B, K)))
 
 
 def test_no_gradient_reaches_the_reference():
     def total(policy, reference):
-        return candidate_log_ratios(denoise, policy, reference, SCHEDULE, *inputs()).log_ratio_BK.sum()
+        return compare_denoising(denoise, policy, reference, SCHEDULE, *inputs()).log_ratio_BK.sum()
 
     policy_grads, reference_grads = jax.grad(total, argnums=(0, 1))(POLICY, REFERENCE)
 
@@ -89,8 +89,8 @@ def test_errors_of_a_bfloat16_network_are_reduced_in_float32():
     def rounded(*args):
         return denoise(*args).astype(jnp.bfloat16)
 
-    log_ratios = candidate_log_ratios(rounded, POLICY, REFERENCE, SCHEDULE, *inputs())
-    exact = candidate_log_ratios(denoise, POLICY, REFERENCE, SCHEDULE, *inputs())
+    log_ratios = compare_denoising(rounded, POLICY, REFERENCE, SCHEDULE, *inputs())
+    exact = compare_denoising(denoise, POLICY, REFERENCE, SCHEDULE, *inputs())
 
     assert log_ratios.error_BK.dtype == jnp.float32
     np.testing.assert_allclose(log_ratios.error_BK, exact.error_BK, rtol=2e-3)
@@ -132,7 +132,7 @@ def test_a_perturbed_input_is_noisier_than_what_is_to_be_predicted(x64):
     x_BKHWC = signal_BK * latents_BKHWC + spread_BK * (noise_BHWC + 0.1 * drawn_BHWC)[:, None]
     expected_BK = jnp.square(x_BKHWC - noise_BHWC[:, None]).mean(axis=(2, 3, 4))
 
-    log_ratios = candidate_log_ratios(
+    log_ratios = compare_denoising(
         lambda params, x_NHWC, *_: x_NHWC, {}, None, SCHEDULE, *inputs(), perturbed_noise_BHWC=perturbed_BHWC
     )
 

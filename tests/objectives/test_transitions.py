@@ -1,6 +1,4 @@
-"""LogRatios of transitions against a loop over single images with SciPy's normal density."""
-
-import functools
+"""Log-ratios of transitions against a loop over single images with SciPy's normal density."""
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +6,13 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from dpo_jax.batch import Conditioning, LogRatios
+from dpo_jax.batch import Conditioning, LossInputs
 from dpo_jax.diffusion.samplers import make_table, with_guidance
 from dpo_jax.diffusion.schedule import make_schedule
 from dpo_jax.diffusion.trajectories import branch, sample_trajectory, transitions_at
 from dpo_jax.objectives.transitions import (
-    beyond_log_ratio,
     beyond_ratio_to_sampled,
-    transition_log_ratios,
+    compare_transitions,
     transition_metrics,
 )
 
@@ -65,7 +62,7 @@ def test_each_candidate_is_scored_at_its_prompts_step_with_its_own_conditioning(
     log_prob_BK, mean_BKHWC, deviation_B1 = expected(POLICY, transitions, conditioning)
     reference_BK, reference_mean_BKHWC, _ = expected(REFERENCE, transitions, conditioning)
 
-    log_ratios = transition_log_ratios(denoise, POLICY, REFERENCE, TABLE, transitions, conditioning, clip=0.9)
+    log_ratios = compare_transitions(denoise, POLICY, REFERENCE, TABLE, transitions, conditioning, clip=0.9)
 
     np.testing.assert_allclose(log_ratios.log_prob_BK, log_prob_BK, rtol=1e-7)
     np.testing.assert_allclose(log_ratios.log_ratio_BK, log_prob_BK - reference_BK, rtol=1e-7, atol=1e-9)
@@ -73,13 +70,13 @@ def test_each_candidate_is_scored_at_its_prompts_step_with_its_own_conditioning(
     np.testing.assert_allclose(log_ratios.kl_BK, divergence_BK, rtol=1e-7)
     np.testing.assert_array_equal(log_ratios.old_log_prob_BK, transitions.log_prob_BK)
     for params, expected_BK in ((POLICY, log_prob_BK), (REFERENCE, reference_BK)):
-        alone_BK = transition_log_ratios(denoise, params, None, TABLE, transitions, conditioning).log_prob_BK
+        alone_BK = compare_transitions(denoise, params, None, TABLE, transitions, conditioning).log_prob_BK
         np.testing.assert_allclose(alone_BK, expected_BK, rtol=1e-7)
 
 
 def test_the_policy_that_sampled_has_ratio_1():
     transitions, conditioning = inputs()
-    log_ratios = transition_log_ratios(denoise, POLICY, POLICY, TABLE, transitions, conditioning)
+    log_ratios = compare_transitions(denoise, POLICY, POLICY, TABLE, transitions, conditioning)
 
     assert log_ratios.log_prob_BK.dtype == jnp.float32
     np.testing.assert_array_equal(log_ratios.log_ratio_BK, np.zeros((B, K)))
@@ -95,11 +92,11 @@ def test_without_a_reference_the_weights_that_sampled_are_it():
         runs.append(args)
         return denoise(*args)
 
-    log_ratios = transition_log_ratios(counting, REFERENCE, None, TABLE, transitions, conditioning, clip=0.9)
+    log_ratios = compare_transitions(counting, REFERENCE, None, TABLE, transitions, conditioning, clip=0.9)
 
     assert len(runs) == 1
     assert log_ratios.kl_BK is None
-    both = transition_log_ratios(denoise, REFERENCE, POLICY, TABLE, transitions, conditioning, clip=0.9)
+    both = compare_transitions(denoise, REFERENCE, POLICY, TABLE, transitions, conditioning, clip=0.9)
     np.testing.assert_allclose(log_ratios.log_ratio_BK, both.log_ratio_BK, atol=1e-6)
 
 
@@ -111,7 +108,7 @@ def test_each_candidate_is_evaluated_once_by_each_network():
         rows.append(len(x_NHWC))
         return denoise(params, x_NHWC, *args)
 
-    transition_log_ratios(counting, POLICY, REFERENCE, TABLE, transitions, conditioning)
+    compare_transitions(counting, POLICY, REFERENCE, TABLE, transitions, conditioning)
 
     assert rows == [B * K, B * K]
 
@@ -120,7 +117,7 @@ def test_no_gradient_reaches_the_reference():
     transitions, conditioning = inputs()
 
     def total(policy, reference):
-        log_ratios = transition_log_ratios(denoise, policy, reference, TABLE, transitions, conditioning, clip=0.9)
+        log_ratios = compare_transitions(denoise, policy, reference, TABLE, transitions, conditioning, clip=0.9)
         return log_ratios.log_ratio_BK.sum() + log_ratios.kl_BK.sum()
 
     policy_grads, reference_grads = jax.grad(total, argnums=(0, 1))(POLICY, REFERENCE)
@@ -133,14 +130,14 @@ def test_each_candidate_is_clamped_by_itself_and_then_has_no_gradient(x64):
     transitions, conditioning = inputs()
     moved_BK = np.linspace(-0.3, 0.3, B * K).reshape(B, K)
     # Whatever the weights do, as if sampling had been so much less or more likely.
-    now_BK = transition_log_ratios(denoise, POLICY, None, TABLE, transitions, conditioning).log_prob_BK
+    now_BK = compare_transitions(denoise, POLICY, None, TABLE, transitions, conditioning).log_prob_BK
     transitions = transitions._replace(log_prob_BK=now_BK - moved_BK)
 
     def log_ratio_BK(shift_BK):
         def shifted(*args):
             return denoise(*args) + shift_BK.reshape(-1, 1, 1, 1)
 
-        return transition_log_ratios(shifted, POLICY, None, TABLE, transitions, conditioning, clip=0.1).log_ratio_BK
+        return compare_transitions(shifted, POLICY, None, TABLE, transitions, conditioning, clip=0.1).log_ratio_BK
 
     still_BK = jnp.zeros((B, K))
     np.testing.assert_allclose(log_ratio_BK(still_BK), np.log(np.clip(np.exp(moved_BK), 0.9, 1.1)), rtol=1e-9)
@@ -154,7 +151,7 @@ def test_a_step_without_noise_has_ratio_1_and_no_gradient():
     transitions, conditioning = inputs((LAST, 3, LAST))
 
     def log_ratios(policy):
-        return transition_log_ratios(denoise, policy, REFERENCE, TABLE, transitions, conditioning)
+        return compare_transitions(denoise, policy, REFERENCE, TABLE, transitions, conditioning)
 
     def total(policy, row):
         return sum(x_BK[row].sum() for x_BK in (log_ratios(policy).log_ratio_BK, log_ratios(policy).kl_BK))
@@ -162,7 +159,7 @@ def test_a_step_without_noise_has_ratio_1_and_no_gradient():
     for row, is_random in enumerate([False, True, False]):
         assert all(bool(grad != 0) == is_random for grad in jax.grad(total)(POLICY, row).values())
         assert bool(np.any(log_ratios(POLICY).log_ratio_BK[row])) == is_random
-    assert all(np.isfinite(x).all() for x in log_ratios(POLICY) if x is not None)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(log_ratios(POLICY)))
 
 
 def test_guidance_is_that_of_sampling():
@@ -178,8 +175,8 @@ def test_guidance_is_that_of_sampling():
     trajectory = sample_trajectory(lambda x, t: guided(POLICY, x, t, each), TABLE, *start)
     transitions = transitions_at(trajectory, jnp.array([0, 11, 18]))
 
-    again_BK = transition_log_ratios(guided, POLICY, None, TABLE, transitions, (prompts, empty)).log_prob_BK
-    unguided_BK = transition_log_ratios(denoise, POLICY, None, TABLE, transitions, prompts).log_prob_BK
+    again_BK = compare_transitions(guided, POLICY, None, TABLE, transitions, (prompts, empty)).log_prob_BK
+    unguided_BK = compare_transitions(denoise, POLICY, None, TABLE, transitions, prompts).log_prob_BK
 
     np.testing.assert_allclose(again_BK, transitions.log_prob_BK, atol=2e-6)
     assert np.all(unguided_BK < again_BK - 1e-3)
@@ -191,30 +188,21 @@ def test_a_bfloat16_network_is_scored_in_float32():
     def rounded(*args):
         return denoise(*args).astype(jnp.bfloat16)
 
-    log_ratios = transition_log_ratios(rounded, POLICY, REFERENCE, TABLE, transitions, conditioning)
+    log_ratios = compare_transitions(rounded, POLICY, REFERENCE, TABLE, transitions, conditioning)
 
-    assert {x.dtype for x in log_ratios if x is not None} == {jnp.dtype(jnp.float32)}
-
-
-def test_advantages_are_passed_on():
-    advantage_BK = jnp.arange(float(B * K)).reshape(B, K)
-    transitions, conditioning = inputs()
-
-    log_ratios = transition_log_ratios(
-        denoise, POLICY, None, TABLE, transitions, conditioning, advantage_BK=advantage_BK
-    )
-
-    np.testing.assert_array_equal(log_ratios.advantage_BK, advantage_BK)
+    assert {x.dtype for x in jax.tree.leaves(log_ratios)} == {jnp.dtype(bool), jnp.dtype(jnp.float32)}
 
 
 def test_metrics_by_hand():
     reward_BK = jnp.array([[3, 1, 2], [5, 5, 5], [np.nan, 1, 2], [1, 1, 0]], jnp.float32)
     log_ratio_BK = np.array([[0.3, 0.1, 0.2], [0.1, 0.2, 0.3], [9, 0.5, 0.1], [0.1, 0.2, 0.1]], np.float32)
     change_BK = np.array([[0.3, -0.3, 0], [0, 0, 0], [0.1, 0.2, -0.3], [1, 1, 1]], np.float32)
-    log_ratios = LogRatios(log_ratio_BK, log_prob_BK=change_BK - 2, old_log_prob_BK=np.full((4, 3), -2, np.float32))
+    inputs = LossInputs(
+        log_ratio_BK, reward_BK, log_prob_BK=change_BK - 2, old_log_prob_BK=np.full((4, 3), -2, np.float32)
+    )
 
-    is_clipped = functools.partial(beyond_ratio_to_sampled, clip=0.3)
-    metrics = transition_metrics(log_ratios, reward_BK, is_clipped=is_clipped)
+    clipped_BK = beyond_ratio_to_sampled(inputs, clip=0.3)
+    metrics = transition_metrics(inputs, clipped_BK)
 
     expected = {
         "pair/count": [3, 0, 1, 2],
@@ -227,9 +215,7 @@ def test_metrics_by_hand():
     assert metrics.keys() == expected.keys()
     for name, values_B in expected.items():
         np.testing.assert_allclose(metrics[name], values_B, atol=1e-6, err_msg=name)
-    with_kl = transition_metrics(
-        log_ratios._replace(kl_BK=np.arange(12.0).reshape(4, 3)), reward_BK, is_clipped=is_clipped
-    )
+    with_kl = transition_metrics(inputs._replace(kl_BK=np.arange(12.0).reshape(4, 3)), clipped_BK)
     assert with_kl.keys() - metrics.keys() == {"policy/reference_kl"}
     np.testing.assert_allclose(with_kl["policy/reference_kl"], [1, 4, 7, 10])
 
@@ -239,10 +225,9 @@ def test_metrics_by_hand():
     [([[1, 0], [0, 1]], 0), ([[1, 1], [0, 1]], 1), ([[1, 1], [1, 1]], 0), ([[2, 1], [1, 0]], 1)],
 )
 def test_metrics_count_the_pairs_that_judges_agree_on(rewards_KR, pairs):
-    log_ratios = LogRatios(jnp.zeros((1, 2)), log_prob_BK=jnp.zeros((1, 2)), old_log_prob_BK=jnp.zeros((1, 2)))
-    metrics = transition_metrics(
-        log_ratios, jnp.asarray(rewards_KR, jnp.float32)[None], is_clipped=functools.partial(beyond_log_ratio, clip=0.1)
-    )
+    zero, rewards_1KR = jnp.zeros((1, 2)), jnp.asarray(rewards_KR, jnp.float32)[None]
+    inputs = LossInputs(zero, rewards_1KR, log_prob_BK=zero, old_log_prob_BK=zero)
+    metrics = transition_metrics(inputs, zero.astype(bool))
     assert metrics["pair/count"] == pairs
     assert metrics["policy/clipped"] == 0
 
@@ -250,11 +235,11 @@ def test_metrics_count_the_pairs_that_judges_agree_on(rewards_KR, pairs):
 def test_clamped_ratios_are_told_from_others():
     transitions, conditioning = inputs()
     free, clamped = (
-        transition_log_ratios(denoise, POLICY, REFERENCE, TABLE, transitions, conditioning, clip=clip)
+        compare_transitions(denoise, POLICY, REFERENCE, TABLE, transitions, conditioning, clip=clip)
         for clip in (0.9, 0.01)
     )
     ratio_BK = np.exp(np.asarray(free.log_ratio_BK))
     expected = np.abs(ratio_BK - 1) > 0.01
     assert 0 < expected.sum() < expected.size
-    np.testing.assert_array_equal(beyond_log_ratio(clamped, clip=0.01), expected)
-    assert not beyond_log_ratio(free, clip=0.9).any()
+    np.testing.assert_array_equal(clamped.is_clamped_BK, expected)
+    assert not free.is_clamped_BK.any()

@@ -20,11 +20,13 @@ from dpo_jax.batch import Conditioning
 from dpo_jax.diffusion.samplers import make_table, step_noise, with_guidance
 from dpo_jax.diffusion.schedule import make_schedule
 from dpo_jax.diffusion.trajectories import Trajectory, branch, sample_trajectory, transitions_at
+from dpo_jax.methods.d3po import d3po
+from dpo_jax.methods.ddpo import ddpo
+from dpo_jax.methods.dpok import dpok
 from dpo_jax.models.network import Network
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
-from dpo_jax.objectives.losses import d3po, ddpo, dpok
-from dpo_jax.objectives.transitions import transition_log_ratios
+from dpo_jax.objectives.transitions import compare_transitions
 from dpo_jax.weights.layout import from_torch, torch_name
 
 FOLDER = "dpo_jax/tiny/model"
@@ -178,7 +180,7 @@ def test_a_trajectory_is_that_of_pytorch_and_is_found_again(dtype):
     @jax.jit
     def again(params, step_B):
         transitions = transitions_at(trajectory, step_B)
-        return transition_log_ratios(
+        return compare_transitions(
             with_guidance(network, GUIDANCE), params, None, table, transitions, captions
         ).log_prob_BK
 
@@ -254,9 +256,9 @@ def test_losses_and_their_gradients_are_those_of_pytorch(dtype):
     @functools.partial(jax.jacrev, has_aux=True)
     def gradients_and_losses(params):
         denoise = with_guidance(network, GUIDANCE)
-        options = {"clip": CLIP, "advantage_BK": advantage_BK}
-        log_ratios = transition_log_ratios(denoise, params, reference, table, transitions, captions, **options)
-        losses = {name: loss(log_ratios, reward_BK).sum() for name, loss in LOSSES.items()}
+        inputs = compare_transitions(denoise, params, reference, table, transitions, captions, clip=CLIP)
+        inputs = inputs._replace(preference_BK=reward_BK, advantage_BK=advantage_BK)
+        losses = {name: loss(inputs).sum() for name, loss in LOSSES.items()}
         return losses, losses
 
     gradients, losses = gradients_and_losses(policy)

@@ -86,11 +86,11 @@ def run_jax(folder: Path) -> tuple[float, dict[str, float]]:
 
     from dpo_jax.batch import Conditioning
     from dpo_jax.diffusion.schedule import make_schedule
+    from dpo_jax.methods.dpo import dpo
     from dpo_jax.models.network import Network
     from dpo_jax.models.unet import UNet2DConditionModel
     from dpo_jax.models.unet_config import UNetConfig
-    from dpo_jax.objectives.denoising import candidate_log_ratios
-    from dpo_jax.objectives.losses import dpo
+    from dpo_jax.objectives.denoising import compare_denoising
     from dpo_jax.weights.io import load_params
     from dpo_jax.weights.layout import torch_name
 
@@ -105,10 +105,8 @@ def run_jax(folder: Path) -> tuple[float, dict[str, float]]:
     @jax.value_and_grad
     def loss_and_grads(policy, reference):
         t_B, conditioning = jnp.array([TIMESTEP]), Conditioning(context_BLD)
-        log_ratios = candidate_log_ratios(
-            network, policy, reference, schedule, latents_BKHWC, noise_BHWC, t_B, conditioning
-        )
-        return dpo(log_ratios, jnp.array([[1.0, 0.0]]), beta=BETA).mean()
+        inputs = compare_denoising(network, policy, reference, schedule, latents_BKHWC, noise_BHWC, t_B, conditioning)
+        return dpo(inputs._replace(preference_BK=jnp.array([[1.0, 0.0]])), beta=BETA).mean()
 
     loss, grads = loss_and_grads(policy, reference)
     return float(loss), {torch_name(name): np.square(np.float64(grad)).sum() for name, grad in grads.items()}

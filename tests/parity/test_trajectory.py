@@ -16,15 +16,16 @@ from transformers import Adafactor
 
 from dpo_jax.batch import Conditioning, PreferenceBatch, Raw
 from dpo_jax.diffusion.schedule import make_schedule
+from dpo_jax.methods.dpo import dpo
+from dpo_jax.methods.method import Objective
 from dpo_jax.models.lora import add_lora, find_targets, init_lora, lora_specs
 from dpo_jax.models.network import Network
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
-from dpo_jax.objectives.denoising import candidate_log_ratios
-from dpo_jax.objectives.losses import dpo
+from dpo_jax.objectives.denoising import compare_denoising
 from dpo_jax.training.config import default_config
 from dpo_jax.training.optim import learning_rate_schedule, make_optimizer
-from dpo_jax.training.step import Frozen, Objective, TrainState, make_train_step
+from dpo_jax.training.step import Frozen, TrainState, make_train_step, with_batch
 from dpo_jax.weights.layout import Params, from_torch, torch_name
 
 UNET = {
@@ -138,8 +139,11 @@ def our_trajectory(
     schedule = make_schedule(SCHEDULER)
 
     def score(params, frozen, batch, step, training):
-        return candidate_log_ratios(
-            network, params, frozen.whole_reference(), schedule, latents_BKHWC, noise_BHWC, t_B, conditioning
+        return with_batch(
+            compare_denoising(
+                network, params, frozen.whole_reference(), schedule, latents_BKHWC, noise_BHWC, t_B, conditioning
+            ),
+            batch,
         )
 
     optimizer = make_optimizer(
@@ -149,7 +153,7 @@ def our_trajectory(
         weight_decay=WEIGHT_DECAY,
         clip_norm=CLIP_NORM,
     )
-    objective = Objective(loss=lambda log_ratios, preference_BK: dpo(log_ratios, preference_BK, beta=BETA))
+    objective = Objective(loss=lambda inputs: dpo(inputs, beta=BETA))
     step = jax.jit(make_train_step(score, objective, optimizer))
     batch = PreferenceBatch(
         inputs=Raw(
@@ -273,15 +277,18 @@ def test_a_lora_moves_as_in_the_script_of_diffusers(monkeypatch: pytest.MonkeyPa
     schedule = make_schedule(SCHEDULER)
 
     def score(params, frozen, batch, step, training):
-        return candidate_log_ratios(
-            lambda params, *inputs: (adapted if params.keys() > base.keys() else plain)(params, *inputs),
-            frozen.policy(params),
-            frozen.whole_reference(),
-            schedule,
-            latents_BKHWC,
-            noise_BHWC,
-            t_B,
-            conditioning,
+        return with_batch(
+            compare_denoising(
+                lambda params, *inputs: (adapted if params.keys() > base.keys() else plain)(params, *inputs),
+                frozen.policy(params),
+                frozen.whole_reference(),
+                schedule,
+                latents_BKHWC,
+                noise_BHWC,
+                t_B,
+                conditioning,
+            ),
+            batch,
         )
 
     optimizer = make_optimizer(
@@ -291,7 +298,7 @@ def test_a_lora_moves_as_in_the_script_of_diffusers(monkeypatch: pytest.MonkeyPa
         weight_decay=WEIGHT_DECAY,
         clip_norm=CLIP_NORM,
     )
-    objective = Objective(loss=lambda log_ratios, preference_BK: dpo(log_ratios, preference_BK, beta=2 * LORA_BETA))
+    objective = Objective(loss=lambda inputs: dpo(inputs, beta=2 * LORA_BETA))
     step = jax.jit(make_train_step(score, objective, optimizer))
     batch = PreferenceBatch(
         Raw(jnp.zeros((B, K, 1, 1, 3)), jnp.zeros((B, K), bool), jnp.zeros((B, 1, 1, L), jnp.int32)),

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from dpo_jax.cli import load_config, replaced
+from dpo_jax.cli import load_config
 from dpo_jax.rounds.config import round_sizes
 from dpo_jax.rounds.folder import RoundFolder
 from dpo_jax.rounds.rollout import StoredTrajectory
 from dpo_jax.rounds.updates import Updates
+from dpo_jax.training.defaults import with_fields
 
 ROOT = Path(__file__).parents[2]
 E, L = 2, 3
@@ -26,7 +27,7 @@ def online() -> Callable[..., ConfigDict]:
 
     def make(name: str = "tiny_online:tiny", **fields: object) -> ConfigDict:
         file, _, variant = name.partition(":")
-        return replaced(load_config(f"{ROOT}/configs/{file}.py:{variant}"), fields)
+        return with_fields(load_config(f"{ROOT}/configs/{file}.py:{variant}"), fields)
 
     return make
 

@@ -33,7 +33,7 @@ PUBLISHED = {"data.batch_size": 1, "data.micro_batch": 1, "online.prompts_per_ro
         ({"online.clip": 0.0}, r"clip=0\.0 must be strictly between 0 and 1$"),
         ({"online.guidance": -1.0}, r"guidance=-1\.0 must be at least 0$"),
         ({"loss.beta": -0.1}, r"loss\.beta=-0\.1 must be above 0$"),
-        ({"loss.clip": -1e-4}, r"loss\.clip=-0\.0001 must be above 0$"),
+        ({"loss.name": "ddpo", "loss.clip": -1e-4}, r"loss\.clip=-0\.0001 must be above 0$"),
         ({"sample.sampler": "ddmi"}, r"sample\.sampler='ddmi' must be one of .*'ddim'"),
         ({"online.sampler": "ddmi"}, r"online\.sampler='ddmi' must be one of .*'ddim'"),
         ({"steps": 100}, r"config\.steps=100, but .* set online\.rounds"),
@@ -55,16 +55,20 @@ PUBLISHED = {"data.batch_size": 1, "data.micro_batch": 1, "online.prompts_per_ro
             r"best_and_worst keeps one pair of candidates, but ddpo learns from all",
         ),
         ({"loss.beta": 0.0}, r"loss\.beta=0\.0 must be above 0$"),
-        ({"loss.advantage_clip": 0.0, "loss.name": "ddpo"}, r"loss\.advantage_clip=0\.0 must be above 0$"),
+        ({"loss.name": "ddpo", "loss.advantage_clip": 0.0}, r"loss\.advantage_clip=0\.0 must be above 0$"),
         ({"seed": -1}, r"config\.seed=-1"),
         ({"online.branch_after": 0.2}, r"branch_after=0\.2 .*with online\.branching=True"),
         ({"online.margin": 0.3}, r"margin=0\.3 .*needs online\.best_and_worst=True"),
-        ({"loss.name": "dpo"}, r"loss\.name='dpo' must be one of 'd3po', 'ddpo', 'dpok'"),
+        ({"loss.name": "dpo"}, r"dpo learns from a data set, with dpo_jax\.train"),
+        ({"loss.name": "ddop"}, r"config\.loss\.name='ddop' is not a method\. Did you mean ddpo\?"),
+        ({"data.path": "runs/data"}, r"config\.data\.path=runs/data has no effect: d3po learns from images that"),
+        ({"validation.every": 5}, r"config\.validation\.every=5, but there are no held-out pairs"),
+        ({"data.micro_batch": 0}, r"config\.data\.micro_batch=0 lets a plan choose"),
         ({"online.combine": "sum"}, r"combine='sum' must be one of 'mean', 'pareto'"),
         ({"online.update_by": "image"}, r"update_by='image' must be one of 'prompt', 'pair'"),
         ({"online.reference": "last"}, r"reference='last' must be one of 'initial', 'round'"),
         ({"online.advantage": "all"}, r"advantage='all' must be one of 'prompt', 'group'"),
-        ({"remat": "auto"}, r"remat='auto' must be one of 'none'"),
+        ({"remat": "auto"}, r"config\.remat=auto lets a plan choose"),
         ({"online.candidates": 1}, r"candidates=1 leaves nothing to compare\. Set it to 2 or more"),
         (
             {"online.candidates": 1, "loss.name": "ddpo", "online.advantage": "group"},
@@ -284,5 +288,8 @@ def test_evaluations_are_those_that_the_network_makes(online, tmp_path, monkeypa
 
 def test_commands_for_data_sets_refuse_an_online_config():
     config = load_config("configs/d3po.py:tiny")
-    with pytest.raises(ValueError, match=r"this config is for dpo_jax\.online; give one for a data set"):
+    with pytest.raises(
+        ValueError,
+        match=r"^d3po learns from images that the model draws.* Give a config for a data set",
+    ):
         training_config.check(config)

@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 
 from dpo_jax.objectives.advantages import PromptStatistics
-from dpo_jax.objectives.losses import is_preferred
+from dpo_jax.objectives.preferences import is_preferred
 from dpo_jax.rounds.feedback import advantages, best_and_worst, combined, decided, is_decided, learnable, read_feedback
 
 NAN = np.nan

@@ -15,10 +15,11 @@ import yaml
 from safetensors.torch import load_file
 
 from dpo_jax.cli import flatten, load_config
+from dpo_jax.methods import METHODS
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.training.checkpoint import read_config
 from dpo_jax.training.export import export, exportable_model, exportable_run
-from dpo_jax.training.model_card import METHODS, model_card
+from dpo_jax.training.model_card import model_card
 from dpo_jax.training.model_origin import Origin
 from dpo_jax.training.run import open_run
 from dpo_jax.training.trainer import train
@@ -102,7 +103,7 @@ def test_model_card_names_the_method(run, spec, tag):
     facts = {"config": flatten(load_config(f"{ROOT}/configs/{file}.py:{variant}")), "step": 1, "validation": {}}
     card = model_card(facts, open_run(run).pipeline, "unet", "mine", "float32", Origin(None, None))
     assert yaml.safe_load(card.split("---")[1])["tags"] == ["text-to-image", tag, "dpo_jax"]
-    assert f"trained by {METHODS[tag]} for" in card
+    assert f"trained by {METHODS[tag].citation} for" in card
 
 
 def test_the_cards_code_opens_the_model(run, tmp_path, monkeypatch):

@@ -1,7 +1,5 @@
 """Properties of the training step, on a small denoiser in double precision."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,22 +8,21 @@ import pytest
 
 from dpo_jax.batch import Conditioning, PreferenceBatch, Raw
 from dpo_jax.diffusion.schedule import make_schedule
-from dpo_jax.objectives.losses import dpo, sft
+from dpo_jax.methods import METHODS
+from dpo_jax.methods.metrics import pair_metrics
 from dpo_jax.training.step import (
     Frozen,
-    Objective,
     TrainState,
-    make_log_ratios,
+    make_compare,
     make_train_step,
-    pair_metrics,
     split_micro_batches,
 )
 
 SCHEDULE = make_schedule(
     {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 )
-DPO = Objective(functools.partial(dpo, beta=500.0))
-SFT = Objective(sft, needs_reference=False, num_candidates=1)
+DPO = METHODS["dpo"].objective({"loss.beta": 500.0, "loss.label_smoothing": 0.0})
+SFT = METHODS["sft"].objective({})
 
 
 def denoise(params, x_NHWC, t_N, conditioning):
@@ -60,7 +57,7 @@ def make_batch(B=8, K=2, M=1, start=0):
         preference_BK=np.tile(np.float32([1, 0]), (B, 1)),
         valid_BK=np.ones((B, K), bool),
         weight_B=np.ones(B, np.float32),
-        index_B=np.arange(start, start + B, dtype=np.int32),
+        index_B=jnp.arange(start, start + B, dtype=jnp.int32),
     )
     return jax.tree.map(jnp.asarray, batch)
 
@@ -75,7 +72,7 @@ def frozen_like(params):
 
 def run(params, batch, *, objective=DPO, accumulation=1, reference=None, steps=1, optimizer=None):
     optimizer = optimizer or optax.sgd(1e-2)
-    compute = make_log_ratios(encode, denoise, SCHEDULE, objective, seed=3)
+    compute = make_compare(encode, denoise, SCHEDULE, objective, seed=3)
     step = jax.jit(make_train_step(compute, objective, optimizer, accumulation=accumulation))
     state = TrainState(jnp.int32(0), params, optimizer.init(params), {})
     for _ in range(steps):
@@ -93,10 +90,10 @@ def test_policy_equal_to_reference_has_loss_log_2(params):
 
 
 def test_only_training_offsets_noise_and_perturbs_inputs(params):
-    plain = make_log_ratios(encode, denoise, SCHEDULE, DPO, seed=3)
+    plain = make_compare(encode, denoise, SCHEDULE, DPO, seed=3)
     log_ratios = {"plain": plain(perturbed(params), frozen_like(params), make_batch(), jnp.int32(0), training=True)}
     for options in ({"noise_offset": 0.1}, {"input_perturbation": 0.1}):
-        compute = make_log_ratios(encode, denoise, SCHEDULE, DPO, seed=3, **options)
+        compute = make_compare(encode, denoise, SCHEDULE, DPO, seed=3, **options)
         held_out = compute(perturbed(params), frozen_like(params), make_batch(), jnp.int32(0))
         np.testing.assert_array_equal(held_out.error_BK, log_ratios["plain"].error_BK)
         name = next(iter(options))
@@ -115,9 +112,9 @@ def test_swapped_candidates_negate_the_margin(params):
         pixels = jnp.asarray(batch.inputs.images_BKHWC).astype(jnp.float64) / 127.5 - 1
         return jnp.repeat(pixels[..., :1], 4, axis=-1), encode(encoders, batch, keys_B)[1]
 
-    compute = make_log_ratios(without_posterior_noise, denoise, SCHEDULE, DPO, seed=3)
+    compute = make_compare(without_posterior_noise, denoise, SCHEDULE, DPO, seed=3)
     margins = [
-        pair_metrics(compute(perturbed(params), frozen_like(params), b, jnp.int32(0)), b.preference_BK)["reward/margin"]
+        pair_metrics(compute(perturbed(params), frozen_like(params), b, jnp.int32(0)))["reward/margin"]
         for b in (batch, swapped)
     ]
     np.testing.assert_allclose(margins[0], -margins[1], rtol=1e-9)
@@ -152,7 +149,7 @@ def test_sft_trains_on_single_images_and_dpo_does_not(params):
 def test_a_batch_without_weight_is_no_update(params, accumulation):
     """Weights, their average, momentum and the optimizer's counts stay as they are."""
     optimizer = optax.adamw(1e-2, weight_decay=0.1)
-    compute = make_log_ratios(encode, denoise, SCHEDULE, DPO, seed=3)
+    compute = make_compare(encode, denoise, SCHEDULE, DPO, seed=3)
     step = jax.jit(make_train_step(compute, DPO, optimizer, accumulation=accumulation, ema_decay=0.5))
     frozen, batch = frozen_like(perturbed(params)), make_batch()
     state = TrainState(jnp.int32(0), params, optimizer.init(params), params)
@@ -189,7 +186,7 @@ def test_draws_depend_on_the_sample_and_not_on_its_row(params):
     batch = make_batch()
     order = np.array([3, 1, 0, 2, 7, 6, 5, 4])
     shuffled = jax.tree.map(lambda x: x[order], batch)
-    compute = make_log_ratios(encode, denoise, SCHEDULE, DPO, 3)
+    compute = make_compare(encode, denoise, SCHEDULE, DPO, 3)
     a, b = (compute(perturbed(params), frozen_like(params), x, jnp.int32(5)).error_BK for x in (batch, shuffled))
     np.testing.assert_allclose(np.asarray(a)[order], b, rtol=1e-12)
     later = compute(perturbed(params), frozen_like(params), batch, jnp.int32(6)).error_BK

@@ -20,6 +20,12 @@ from dpo_jax.files import is_text
 MAX_INT = 2**31 - 1
 """Steps and sizes are int32 on devices."""
 
+SHARE: dict[str, Any] = {"at_least": 0, "at_most": 1}
+NOT_ALL: dict[str, Any] = {"at_least": 0, "below": 1}
+POSITIVE: dict[str, Any] = {"above": 0}
+NOT_NEGATIVE: dict[str, Any] = {"at_least": 0}
+COUNT: dict[str, Any] = {"at_least": 1}
+
 
 @dataclasses.dataclass(frozen=True)
 class Field:

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_jax.batch import LogRatios
-from dpo_jax.objectives.losses import clamp, d3po, ddpo, dpok, is_preferred
+from dpo_jax.batch import LossInputs
+from dpo_jax.methods.d3po import d3po
+from dpo_jax.methods.ddpo import ddpo
+from dpo_jax.methods.dpok import dpok
+from dpo_jax.objectives.preferences import clamp, is_preferred
 
 B, K, BETA = 5, 7, 0.1
 PAIRS = list(itertools.combinations(range(K), 2))
@@ -40,7 +43,7 @@ def test_d3po_is_the_sum_of_the_published_loss_over_all_pairs(x64, dtype, rtol):
     expected.sum().backward()
 
     def total(ratio_BK):
-        loss_B = d3po(LogRatios(ratio_BK), jnp.asarray(reward_BK), beta=BETA)
+        loss_B = d3po(LossInputs(ratio_BK, jnp.asarray(reward_BK)), beta=BETA)
         return loss_B.sum(), loss_B
 
     gradient_BK, loss_B = jax.grad(total, has_aux=True)(jnp.asarray(ratio_BK))
@@ -55,7 +58,7 @@ def test_d3po_of_two_candidates_is_the_pair_loss(x64):
     better = torch.ones(B)
     expected = torch_pair_loss(ratio[:, 0], ratio[:, 1], better, 0 * better)
 
-    loss_B = d3po(LogRatios(ratio_BK), jnp.array([[1.0, 0.0]] * B), beta=BETA)
+    loss_B = d3po(LossInputs(ratio_BK, jnp.array([[1.0, 0.0]] * B)), beta=BETA)
 
     np.testing.assert_allclose(loss_B, expected, rtol=1e-7)
 
@@ -64,9 +67,9 @@ def test_d3po_knows_no_order_of_the_candidates(x64):
     ratio_BK, reward_BK = random_rewards()
     order = np.random.default_rng(1).permutation(K)
 
-    loss_B = d3po(LogRatios(ratio_BK), jnp.asarray(reward_BK), beta=BETA)
+    loss_B = d3po(LossInputs(ratio_BK, jnp.asarray(reward_BK)), beta=BETA)
 
-    shuffled_B = d3po(LogRatios(ratio_BK[:, order]), jnp.asarray(reward_BK[:, order]), beta=BETA)
+    shuffled_B = d3po(LossInputs(ratio_BK[:, order], jnp.asarray(reward_BK[:, order])), beta=BETA)
     np.testing.assert_allclose(shuffled_B, loss_B, rtol=1e-9)
 
 
@@ -75,7 +78,7 @@ def test_swapped_preferences_turn_the_gradient_of_equal_candidates_around(x64):
     ratio_BK = jnp.zeros((B, K))
 
     def gradient_BK(reward_BK):
-        return jax.grad(lambda ratio_BK: d3po(LogRatios(ratio_BK), reward_BK, beta=BETA).sum())(ratio_BK)
+        return jax.grad(lambda ratio_BK: d3po(LossInputs(ratio_BK, jnp.asarray(reward_BK)), beta=BETA).sum())(ratio_BK)
 
     np.testing.assert_allclose(gradient_BK(-jnp.asarray(reward_BK)), -gradient_BK(jnp.asarray(reward_BK)), atol=1e-12)
     # At ratio 1 each pair pulls by beta / 2: as many wins less losses as a candidate has.
@@ -87,10 +90,10 @@ def test_swapping_a_pair_and_its_preference_changes_nothing():
     ratio_BK = random_rewards(np.float32)[0][:, :2]
     reward_BK = jnp.array([[2.0, 5.0]] * B)
 
-    loss_B = d3po(LogRatios(ratio_BK), reward_BK, beta=BETA)
+    loss_B = d3po(LossInputs(ratio_BK, jnp.asarray(reward_BK)), beta=BETA)
 
-    np.testing.assert_array_equal(d3po(LogRatios(ratio_BK[:, ::-1]), reward_BK[:, ::-1], beta=BETA), loss_B)
-    assert np.all(d3po(LogRatios(ratio_BK), reward_BK[:, ::-1], beta=BETA) != loss_B)
+    np.testing.assert_array_equal(d3po(LossInputs(ratio_BK[:, ::-1], reward_BK[:, ::-1]), beta=BETA), loss_B)
+    assert np.all(d3po(LossInputs(ratio_BK, reward_BK[:, ::-1]), beta=BETA) != loss_B)
 
 
 @pytest.mark.parametrize("reward", [0.5, np.nan])
@@ -99,7 +102,7 @@ def test_ties_and_candidates_without_a_score_have_neither_loss_nor_gradient(rewa
     reward_BK = jnp.full((B, K), reward).at[0, :2].set(jnp.array([1.0, 0.0]))
 
     def total(ratio_BK):
-        loss_B = d3po(LogRatios(ratio_BK), reward_BK, beta=BETA)
+        loss_B = d3po(LossInputs(ratio_BK, jnp.asarray(reward_BK)), beta=BETA)
         return loss_B.sum(), loss_B
 
     gradient_BK, loss_B = jax.grad(total, has_aux=True)(jnp.asarray(ratio_BK))
@@ -156,11 +159,16 @@ def test_policy_gradients_are_the_published_ones(x64, dtype, rtol, kl_weight):
     assert np.any(np.abs(advantage_BK) > 5)
 
     def total(log_prob_BK, kl_BK):
-        log_ratios = LogRatios(
-            jnp.zeros((B, K)), log_prob_BK=log_prob_BK, old_log_prob_BK=old_BK, advantage_BK=advantage_BK, kl_BK=kl_BK
-        )
         ignored = jnp.full((B, K), jnp.nan)
-        loss_B = ddpo(log_ratios, ignored) if kl_weight is None else dpok(log_ratios, ignored, kl_weight=kl_weight)
+        inputs = LossInputs(
+            jnp.zeros((B, K)),
+            ignored,
+            log_prob_BK=log_prob_BK,
+            old_log_prob_BK=old_BK,
+            advantage_BK=advantage_BK,
+            kl_BK=kl_BK,
+        )
+        loss_B = ddpo(inputs) if kl_weight is None else dpok(inputs, kl_weight=kl_weight)
         return loss_B.sum(), loss_B
 
     gradients, loss_B = jax.grad(total, argnums=(0, 1), has_aux=True)(jnp.asarray(log_prob_BK), jnp.asarray(kl_BK))
@@ -188,8 +196,8 @@ def test_a_policy_that_has_not_moved_follows_the_advantages():
     _, old_BK, advantage_BK, _ = policy_inputs(np.float32)
 
     def total(log_prob_BK):
-        log_ratios = LogRatios(old_BK, log_prob_BK=log_prob_BK, old_log_prob_BK=old_BK, advantage_BK=advantage_BK)
-        return ddpo(log_ratios, jnp.asarray(advantage_BK)).sum()
+        inputs = LossInputs(old_BK, log_prob_BK=log_prob_BK, old_log_prob_BK=old_BK, advantage_BK=advantage_BK)
+        return ddpo(inputs).sum()
 
     np.testing.assert_allclose(jax.grad(total)(jnp.asarray(old_BK)), -np.clip(advantage_BK, -5, 5) / K, rtol=1e-6)
 
@@ -197,6 +205,6 @@ def test_a_policy_that_has_not_moved_follows_the_advantages():
 def test_the_divergence_counts_for_a_single_image_too():
     """The divergence of the released code is 0 for one image."""
     zero = jnp.zeros((1, 1))
-    log_ratios = LogRatios(zero, log_prob_BK=zero, old_log_prob_BK=zero, advantage_BK=zero, kl_BK=zero + 3)
+    inputs = LossInputs(zero, log_prob_BK=zero, old_log_prob_BK=zero, advantage_BK=zero, kl_BK=zero + 3)
 
-    np.testing.assert_allclose(dpok(log_ratios, zero), [0.03], rtol=1e-6)
+    np.testing.assert_allclose(dpok(inputs), [0.03], rtol=1e-6)

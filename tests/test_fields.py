@@ -8,25 +8,26 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from dpo_jax.cli import load_config, replaced
+from dpo_jax.cli import load_config
+from dpo_jax.fields import problem
+from dpo_jax.methods import METHODS
 from dpo_jax.rounds import config as rounds_config
 from dpo_jax.training import config as training_config
-from dpo_jax.training.defaults import GROUPS
-from dpo_jax.training.fields import problem
+from dpo_jax.training.defaults import FIELDS, GROUPS, own_fields, with_fields
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 NAN, INF = float("nan"), float("inf")
 
 
 def offline(**fields: object) -> ConfigDict:
-    return replaced(load_config(f"{ROOT}/configs/tiny.py:tiny"), fields)
+    return with_fields(load_config(f"{ROOT}/configs/tiny.py:tiny"), fields)
 
 
 def online(**fields: object) -> ConfigDict:
-    return replaced(load_config(f"{ROOT}/configs/tiny_online.py:tiny"), fields)
+    return with_fields(load_config(f"{ROOT}/configs/tiny_online.py:tiny"), fields)
 
 
-@pytest.mark.parametrize("fields", [training_config.FIELDS, rounds_config.FIELDS], ids=["offline", "online"])
+@pytest.mark.parametrize("fields", [FIELDS, *map(own_fields, METHODS.values())], ids=["all", *METHODS])
 def test_every_number_has_a_range_and_every_field_one_line_of_help(fields):
     for path, field in fields.items():
         if isinstance(field.default, (int, float)) and not isinstance(field.default, bool):
@@ -62,13 +63,13 @@ def test_every_number_has_a_range_and_every_field_one_line_of_help(fields):
         ("sample.prompts", (("a", 3),), "must be a tuple of texts"),
         ("seed", (-1, 2**32, 10**20), "must be at least 0 and at most 4294967295"),
         ("steps", (2**31, 10**20), "must be at most 2147483647"),
-        ("steps", (0, -1), "must be at least 1"),
+        ("steps", (0, -1), "must be at least"),
         ("steps", (True, 2.5, "3"), "must be a whole number"),
         ("sample.guidance", (NAN, INF), "must be a finite number"),
         ("sample.steps", (0,), "must be at least 1"),
         ("data.random_flip", (1, "yes"), "must be True or False"),
         ("model", (3, None), "must be a text"),
-        ("loss.name", ("dop",), "must be one of 'dpo', 'sft'"),
+        ("loss.name", ("dop",), "is not a method. Did you mean dpo[?] Choose one of dpo, sft, "),
         ("optimizer.name", ("adam",), "must be one of 'adamw', 'adafactor'"),
         ("optimizer.schedule", ("cosin",), "must be one of"),
         ("mesh.rules", ((("(", ("fsdp", None)),),), "must be a regular expression"),
@@ -90,9 +91,6 @@ def test_senseless_values_are_refused(field, values, reason):
     ("field", "values", "reason"),
     [
         ("loss.beta", (NAN, 0.0), "must be"),
-        ("loss.clip", (NAN, 0.0, -1.0, INF), "must be"),
-        ("loss.advantage_clip", (NAN, 0.0), "must be"),
-        ("loss.kl_weight", (NAN, -0.1), "must be"),
         ("online.eta", (NAN, -0.1, 1.1), "must be"),
         ("online.guidance", (NAN, INF), "must be a finite number"),
         ("online.margin", (NAN, 1.0, -0.1), "must be"),
@@ -109,6 +107,15 @@ def test_senseless_values_of_online_fields_are_refused(field, values, reason):
         with pytest.raises(ValueError, match=reason) as error:
             rounds_config.check(online(**{field: value}))
         assert str(error.value).startswith(f"config.{field}=")
+
+
+@pytest.mark.parametrize(
+    ("field", "values"), [("clip", (NAN, 0.0, -1.0, INF)), ("advantage_clip", (NAN, 0.0)), ("kl_weight", (NAN, -0.1))]
+)
+def test_senseless_values_of_a_methods_fields_are_refused(field, values):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^config\.loss\.{field}=.* must be"):
+            rounds_config.check(online(**{"loss.name": "dpok", f"loss.{field}": value}))
 
 
 def test_all_wrong_fields_are_told_at_once():

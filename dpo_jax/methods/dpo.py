@@ -1,0 +1,41 @@
+"""Diffusion-DPO: denoise the winner better than the reference does, and the loser worse (arXiv 2311.12908)."""
+
+import jax
+from jaxtyping import Array, Float
+
+from dpo_jax.batch import LossInputs
+from dpo_jax.fields import Field
+from dpo_jax.methods.method import Method
+from dpo_jax.objectives.preferences import margin
+
+
+def dpo(inputs: LossInputs, *, beta: float, label_smoothing: float = 0.0) -> Float[Array, " B"]:
+    """Return `-log sigmoid(z)` with `z = beta (log_ratio_w - log_ratio_l)` (arXiv 2311.12908, equation 14).
+
+    Soft preferences mix both directions, `-p log sigmoid(z) - (1 - p) log sigmoid(-z)`, which is the formula above at
+    p = 1. Label smoothing moves p towards 1/2 by that share of labels which are taken to be wrong; this is conservative
+    DPO. Published beta: 5000 in the released code, in the same unit; the paper prints 2000 for SD1.5.
+    """
+    z_B = beta * margin(inputs.log_ratio_BK)
+    won_B, lost_B = inputs.preference_BK[:, 0], inputs.preference_BK[:, 1]
+    won_B, lost_B = (
+        (1 - label_smoothing) * p_B + label_smoothing * q_B for p_B, q_B in ((won_B, lost_B), (lost_B, won_B))
+    )
+    return -(won_B * jax.nn.log_sigmoid(z_B) + lost_B * jax.nn.log_sigmoid(-z_B))
+
+
+DPO = Method(
+    name="dpo",
+    title="Diffusion-DPO",
+    paper="2311.12908",
+    loss=dpo,
+    fields={
+        "beta": Field(
+            5000.0, "Strength of the pull towards the reference, in the unit of the published code.", above=0
+        ),
+        "label_smoothing": Field(
+            0.0, "Share of labels that are taken to be wrong (conservative DPO).", at_least=0, below=0.5
+        ),
+    },
+    reads_log_ratios_alone=True,
+)

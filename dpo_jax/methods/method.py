@@ -1,0 +1,106 @@
+"""What a method is: a loss, and everything that the rest of dpo_jax needs to know about it.
+
+Commands, `--help`, plan, config.json, model card and documentation read this object; none of them knows a method by its
+name. `dpo.py` is the example to copy.
+
+Axes: B prompts, K candidates of a prompt.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.batch import LossInputs
+from dpo_jax.fields import Field
+from dpo_jax.methods.metrics import Metrics, pair_metrics
+
+LearnsFrom = Literal["pairs", "lists", "images", "votes", "rollouts"]
+"""What a method learns from: pairs of a winner and a loser; lists of candidates, best first; preferred images alone;
+single images, each liked or disliked; or images that the model draws itself, in rounds."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to learn from preferences."""
+
+    name: str
+    """Value of `loss.name` that chooses it."""
+    title: str
+    """Its name in prose."""
+    paper: str = ""
+    """Number of its arXiv paper, for example "2311.12908"; "" if it has none."""
+    loss: Callable[..., jax.Array]
+    """`loss(inputs, **fields) -> loss_B`, unreduced. What it does not read of `LossInputs` is not computed."""
+    learns_from: LearnsFrom = "pairs"
+    fields: Mapping[str, Field] = dataclasses.field(default_factory=dict)
+    """Hyperparameters of the loss: `fields["beta"]` is the config's `loss.beta`, and reaches the loss as `beta`."""
+    sets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Values of other fields, by dotted path, that choosing the method sets."""
+    needs_reference: bool | Callable[[Mapping[str, Any]], bool] = True
+    """Whether a frozen reference network is kept in memory and evaluated; it may depend on the config's fields."""
+    num_candidates: int | None = None
+    """Number of candidates that enter the step, the best ones; None for all."""
+    reads_advantages: bool = False
+    """Whether it learns from the advantages of rewards, and not from which candidate is preferred; rollouts only."""
+    over_whole_batch: bool = False
+    """Whether the loss of a prompt depends on others. Then it sees the whole batch, over all devices and micro-batches,
+    which costs a second evaluation of the policy if there are several micro-batches; and it must be a function of
+    errors and log-ratios."""
+    reads_log_ratios_alone: bool = False
+    """Whether the loss is a function of log-ratios and preferences alone, so that its value before the first update is
+    known."""
+    running: Mapping[str, Callable[[LossInputs], jax.Array]] = dataclasses.field(default_factory=dict)
+    """Numbers, one per prompt, whose running means over earlier steps the loss reads as `inputs.running[name]`; they
+    are 0 in the first step, and part of a checkpoint."""
+    metrics: Callable[..., Metrics] = pair_metrics
+    """`metrics(inputs, **fields)` -> numbers to watch by name, one per prompt."""
+    problem: Callable[[Mapping[str, Any]], str | None] = lambda fields: None
+    """Return what is wrong with a config, given by its fields, as a sentence; None if nothing is."""
+
+    @property
+    def citation(self) -> str:
+        """The title, as a Markdown link to the paper."""
+        return f"[{self.title}](https://arxiv.org/abs/{self.paper})" if self.paper else self.title
+
+    def keeps_reference(self, config: Mapping[str, Any]) -> bool:
+        """Whether a run with these fields keeps a reference network."""
+        needs_reference = self.needs_reference
+        return needs_reference(config) if callable(needs_reference) else needs_reference
+
+    def objective(self, config: Mapping[str, Any]) -> "Objective":
+        """Return the loss with the hyperparameters that a config, given by its fields, has."""
+        values = {name: config[f"loss.{name}"] for name in self.fields}
+        return Objective(
+            loss=lambda inputs: self.loss(inputs, **values),
+            needs_reference=self.keeps_reference(config),
+            num_candidates=self.num_candidates,
+            over_whole_batch=self.over_whole_batch,
+            reads_log_ratios_alone=self.reads_log_ratios_alone,
+            running=self.running,
+            metrics=lambda inputs: self.metrics(inputs, **values),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A method with its hyperparameters, as the training step takes it; see `Method`."""
+
+    loss: Callable[[LossInputs], jax.Array]
+    """Maps inputs to loss_B."""
+    needs_reference: bool = True
+    num_candidates: int | None = None
+    over_whole_batch: bool = False
+    reads_log_ratios_alone: bool = False
+    running: Mapping[str, Callable[[LossInputs], jax.Array]] = dataclasses.field(default_factory=dict)
+    metrics: Callable[[LossInputs], Metrics] = pair_metrics
+    """Maps inputs to numbers to watch, one per prompt."""
+
+    def loss_at_reference(self) -> float | None:
+        """Return the loss of a clear pair while the policy is the reference; None if it depends on more."""
+        if not self.reads_log_ratios_alone:
+            return None
+        pair = LossInputs(jnp.zeros((1, 2)), preference_BK=jnp.array([[1.0, 0.0]]), valid_BK=jnp.ones((1, 2), bool))
+        return float(self.loss(pair)[0])
