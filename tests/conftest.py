@@ -91,11 +91,12 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture(scope="session")
 def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
-    """`command("score", "--data=DIR")`: what `python -m dpo_jax.score --data=DIR` does, but for its imports."""
+    """`command("score", "--data=DIR")`: what `python -m dpo_jax.score --data=DIR` does offline, but for its imports."""
     folder = tmp_path_factory.mktemp("commands")
     server = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("command_server.py"))],
         cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -1,11 +1,8 @@
 """The export command: each format opens in PyTorch, says how it was made, and refuses what can't be."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import diffusers
@@ -129,31 +126,23 @@ def test_a_fully_trained_model_has_no_lora_to_write(run, tmp_path, format):
     assert not list(tmp_path.iterdir())
 
 
-def command(*flags):
-    return subprocess.run(
-        [sys.executable, "-m", "dpo_jax.export", *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
-
-
-def test_command_converts_without_training_there_and_back(tmp_path):
+def test_command_converts_without_training_there_and_back(command, tmp_path):
     write_random_model("sdxl", tmp_path / "model", dtype="float16")
-    single = command(f"--model={tmp_path}/model", f"--output={tmp_path}/one", "--format=single")
+    single = command("export", f"--model={tmp_path}/model", f"--output={tmp_path}/one", "--format=single")
     assert single.returncode == 0, single.stderr
     assert f"exported {tmp_path}/model to {tmp_path}/one/one.safetensors" in single.stdout
     back = command(
-        f"--model={tmp_path}/one/one.safetensors", f"--model_config={tmp_path}/model", f"--output={tmp_path}/back"
+        "export",
+        f"--model={tmp_path}/one/one.safetensors",
+        f"--model_config={tmp_path}/model",
+        f"--output={tmp_path}/back",
     )
     assert back.returncode == 0, back.stderr
     for component in ("unet", "vae"):
         assert same(unet_of(tmp_path / "back" / component), unet_of(tmp_path / "model" / component))
 
     # Without its configs at hand, the file's family is known and so is what to fetch.
-    offline = command(f"--model={tmp_path}/one/one.safetensors", f"--output={tmp_path}/never")
+    offline = command("export", f"--model={tmp_path}/one/one.safetensors", f"--output={tmp_path}/never")
     assert offline.returncode == 1
     assert offline.stderr.count("\n") == 1
     assert "stabilityai/stable-diffusion-xl-base-1.0" in offline.stderr
@@ -172,8 +161,8 @@ def test_command_converts_without_training_there_and_back(tmp_path):
         (["--model=b"], "no folder or file b, and it is not a hub id"),
     ],
 )
-def test_command_refuses(tmp_path, flags, message):
-    result = command(f"--output={tmp_path}/out", *flags)
+def test_command_refuses(command, tmp_path, flags, message):
+    result = command("export", f"--output={tmp_path}/out", *flags)
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
     assert message in result.stderr
     assert not (tmp_path / "out").exists()
