@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Most of the suite's time is compilation: so it is without LLVM's optimisations and parallel parts, and XLA's older
 # code makes the fusions. What must be tested as users run it clears XLA_FLAGS in a subprocess.
@@ -23,6 +24,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1]
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -84,6 +86,20 @@ def mixed_pairs(tmp_path: Path) -> Path:
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n")
     builder.prepare(SOURCES["jsonl"], [tmp_path / "pairs.jsonl"], tmp_path / "data", workers=0, validation_fraction=0.2)
     return tmp_path / "data"
+
+
+def step_without_network(state: Any, frozen: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
+    """Add to one weight a number that follows from all of the batch."""
+    seen = jnp.float32(sum(float(jnp.mean(x.astype(jnp.float32))) for x in jax.tree.leaves(batch)))
+    name = min(state.params)
+    metrics = dict.fromkeys(("train/loss", "train/gradient_norm", "train/update_norm"), seen)
+    return state._replace(step=state.step + 1, params=state.params | {name: state.params[name] + seen}), metrics
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training steps are those of `step_without_network`, which need no compilation, for tests of what is around."""
+    monkeypatch.setattr("dpo_jax.training.experiment.Experiment.train_step", lambda experiment: step_without_network)
 
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -1,22 +1,19 @@
 """The plan command, from flags to text and JSON."""
 
+import functools
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from .conftest import Command
 
 
-def plan(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "dpo_jax.plan", *flags], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+@pytest.fixture
+def plan(command: Command) -> Command:
+    return functools.partial(command, "plan")
 
 
-def test_json_holds_what_the_interface_promises() -> None:
+def test_json_holds_what_the_interface_promises(plan: Command) -> None:
     done = plan("--config=configs/sd15.py:lora,tiny", "--topology=v5e:2x2", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -27,7 +24,7 @@ def test_json_holds_what_the_interface_promises() -> None:
     assert 0 < result["tflop_per_pair"] < 1
 
 
-def test_bad_flags_are_told_in_one_sentence() -> None:
+def test_bad_flags_are_told_in_one_sentence(plan: Command) -> None:
     done = plan("--config=configs/sd15.py:tiny", "--topology=v9:2x2")
     assert done.returncode == 1
     assert done.stderr.startswith("error: --topology=v9:2x2 is not known")
@@ -35,7 +32,7 @@ def test_bad_flags_are_told_in_one_sentence() -> None:
 
 
 @pytest.mark.slow
-def test_published_models_are_planned_without_their_weights() -> None:
+def test_published_models_are_planned_without_their_weights(plan: Command) -> None:
     """PyTorch's profiler counts 53.98 TFLOP per pair for SDXL with cached latents; the plan is within 0.1%."""
     done = plan(
         "--config=configs/sdxl.py", "--topology=v5p:4x4x4", "--json",

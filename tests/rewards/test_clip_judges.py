@@ -21,6 +21,7 @@ from dpo_jax.models.clip_vision import IMAGE_MEAN, IMAGE_STD
 from dpo_jax.rewards import clip_judges, open_judge
 from dpo_jax.rewards.images import letterbox
 
+from ..conftest import Command
 from .conftest import CAPTIONS, IMAGE_SIZE
 
 Clip = tuple[CLIPModel, Path]
@@ -230,10 +231,9 @@ def test_aesthetic_predictor_agrees_with_pytorch(clip: Clip, images: Images, tmp
     np.testing.assert_allclose(half, expected, atol=1e-3)
 
 
-def test_the_command_scores_a_data_set(clip: Clip, mixed_pairs: Path) -> None:
+def test_the_command_scores_a_data_set(command: Command, clip: Clip, mixed_pairs: Path) -> None:
     spec = f"pickscore={clip[1]}"
-    arguments = [sys.executable, "-m", "dpo_jax.score", f"--data={mixed_pairs}", f"--judge={spec}", "--batch_size=5"]
-    done = subprocess.run(arguments, capture_output=True, text=True)
+    done = command("score", f"--data={mixed_pairs}", f"--judge={spec}", "--batch_size=5")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == f"written to {mixed_pairs}/scores/pickscore.arrow"
     prepared = open_prepared(mixed_pairs)

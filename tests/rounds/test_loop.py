@@ -75,7 +75,7 @@ def check_run(config, workdir):
     assert open_run(workdir).step == updates
 
 
-def test_figures_that_a_kill_has_kept_from_their_files_are_written_later(online, tmp_path, monkeypatch):
+def test_figures_that_a_kill_has_kept_from_their_files_are_written_later(online, no_network, tmp_path, monkeypatch):
     config = online("d3po:compressibility,tiny", **{"sample.every": 0})
     write = RoundFolder.write_scores
 

@@ -19,8 +19,11 @@ from dpo_jax import __version__
 from dpo_jax.cli import flatten, load_config
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.training.config import check_same_experiment, default_config, resolve
+from dpo_jax.training.experiment import Experiment
 from dpo_jax.training.run import open_run
 from dpo_jax.training.trainer import check_backend, train
+
+from ..conftest import step_without_network
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,6 +114,16 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
     assert whole_position == again_position == {"position": 20 * 8}
     jax.tree.map(np.testing.assert_array_equal, whole, again)
     assert int(whole["step"]) == 20
+
+
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory, tiny_config):
+    """The work directory of a run of one step, without a network; tests copy it."""
+    workdir = tmp_path_factory.mktemp("one_step")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Experiment, "train_step", lambda experiment: step_without_network)
+        train(tiny_config("sd15", steps=1), workdir)
+    return workdir
 
 
 def test_refuses_the_work_directory_of_another_config(tiny_config, one_step):
