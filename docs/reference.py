@@ -30,6 +30,7 @@ def write_pages(folder: Path) -> None:
 def fields_page() -> str:
     """Return a page with a table for each group of fields, and one for each method."""
     from dpo_jax.methods.rollouts import ROLLOUT_FIELDS
+    from dpo_jax.methods.stability import PAIR_FIELDS
     from dpo_jax.training.defaults import FIELDS
 
     return (
@@ -39,6 +40,8 @@ def fields_page() -> str:
         "## All configs\n\n" + "\n".join(field_tables(FIELDS)) + "\n## Fields of a method\n\n"
         "`loss.name` chooses the method, which adds fields of its own, with these defaults.\n\n"
         + "\n".join(method_tables())
+        + "\nMethods that compare the log-ratios of pairs have these, too:\n\n"
+        + "\n".join(field_tables({f"loss.{name}": field for name, field in PAIR_FIELDS.items()}))
         + "\n## dpo_jax online\n\n"
         "Methods that learn from images which the model draws have these fields, too. Of the `data` fields they read\n"
         "`batch_size`, `micro_batch` and `resolution`, and of the `validation` fields none.\n\n"

@@ -6,10 +6,10 @@ from jaxtyping import Array, Float
 from dpo_jax.batch import LossInputs
 from dpo_jax.fields import Field
 from dpo_jax.methods.method import Method
-from dpo_jax.objectives.preferences import margin
+from dpo_jax.objectives.preferences import Scalar, margin
 
 
-def dpo(inputs: LossInputs, *, beta: float, label_smoothing: float = 0.0) -> Float[Array, " B"]:
+def dpo(inputs: LossInputs, *, beta: Scalar, label_smoothing: float = 0.0) -> Float[Array, " B"]:
     """Return `-log sigmoid(z)` with `z = beta (log_ratio_w - log_ratio_l)` (arXiv 2311.12908, equation 14).
 
     Soft preferences mix both directions, `-p log sigmoid(z) - (1 - p) log sigmoid(-z)`, which is the formula above at
@@ -37,5 +37,6 @@ DPO = Method(
             0.0, "Share of labels that are taken to be wrong (conservative DPO).", at_least=0, below=0.5
         ),
     },
+    margin_scale="beta",
     reads_log_ratios_alone=True,
 )

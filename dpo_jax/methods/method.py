@@ -8,6 +8,7 @@ Axes: B prompts, K candidates of a prompt.
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from dpo_jax.batch import LossInputs
 from dpo_jax.fields import Field
 from dpo_jax.methods.metrics import Metrics, pair_metrics
+from dpo_jax.methods.stability import PAIR_FIELDS, running_numbers, stabilised, stability_metrics
 
 LearnsFrom = Literal["pairs", "lists", "images", "votes", "rollouts"]
 """What a method learns from: pairs of a winner and a loser; lists of candidates, best first; preferred images alone;
@@ -39,6 +41,8 @@ class Method:
     """Hyperparameters of the loss: `fields["beta"]` is the config's `loss.beta`, and reaches the loss as `beta`."""
     sets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Values of other fields, by dotted path, that choosing the method sets."""
+    margin_scale: str = ""
+    """The field that multiplies the margin of a pair, for `loss.auto_beta`; "" if there is none."""
     needs_reference: bool | Callable[[Mapping[str, Any]], bool] = True
     """Whether a frozen reference network is kept in memory and evaluated; it may depend on the config's fields."""
     num_candidates: int | None = None
@@ -65,22 +69,35 @@ class Method:
         """The title, as a Markdown link to the paper."""
         return f"[{self.title}](https://arxiv.org/abs/{self.paper})" if self.paper else self.title
 
+    @property
+    def takes_pair_fields(self) -> bool:
+        """Whether the plug-ins of `stability.py` apply: it compares log-ratios of pairs."""
+        return self.learns_from == "pairs" and self.needs_reference is True
+
     def keeps_reference(self, config: Mapping[str, Any]) -> bool:
         """Whether a run with these fields keeps a reference network."""
         needs_reference = self.needs_reference
         return needs_reference(config) if callable(needs_reference) else needs_reference
 
     def objective(self, config: Mapping[str, Any]) -> "Objective":
-        """Return the loss with the hyperparameters that a config, given by its fields, has."""
-        values = {name: config[f"loss.{name}"] for name in self.fields}
+        """Return the loss with the hyperparameters that a config, given by its fields, has, else with the defaults."""
+        values = {name: config.get(f"loss.{name}", field.default) for name, field in self.fields.items()}
+        loss: Callable[[LossInputs], jax.Array] = partial(self.loss, **values)
+        metrics: Callable[[LossInputs], Metrics] = partial(self.metrics, **values)
+        running = dict(self.running)
+        if self.takes_pair_fields:
+            plugins = {name: config.get(f"loss.{name}", field.default) for name, field in PAIR_FIELDS.items()}
+            loss = stabilised(self.loss, values, plugins, self.margin_scale)
+            running |= running_numbers(plugins)
+            metrics = stability_metrics(metrics, plugins, values.get(self.margin_scale, 1.0))
         return Objective(
-            loss=lambda inputs: self.loss(inputs, **values),
+            loss=loss,
             needs_reference=self.keeps_reference(config),
             num_candidates=self.num_candidates,
             over_whole_batch=self.over_whole_batch,
             reads_log_ratios_alone=self.reads_log_ratios_alone,
-            running=self.running,
-            metrics=lambda inputs: self.metrics(inputs, **values),
+            running=running,
+            metrics=metrics,
         )
 
 

@@ -8,6 +8,9 @@ from jaxtyping import Array, Bool, Float, Real
 
 from dpo_jax.errors import UserError
 
+Scalar = float | Float[Array, ""]
+"""A hyperparameter: a number of the config, or one that a plug-in computes in the step."""
+
 
 def is_preferred(reward_BKR: Real[Array, "B K *R"]) -> Bool[Array, "B K K"]:
     """Return [B, K, K], true where the first candidate dominates the second: no reward is worse and one is better.

@@ -26,6 +26,7 @@ from dpo_jax.fields import (
 )
 from dpo_jax.methods import METHODS, Method, find_method
 from dpo_jax.methods.rollouts import ROLLOUT_FIELDS, SAMPLERS
+from dpo_jax.methods.stability import PAIR_FIELDS
 from dpo_jax.training.loggers import LOGGERS
 
 DTYPE: dict[str, Any] = {"choices": ("float32", "bfloat16")}
@@ -229,8 +230,14 @@ def default_config() -> ConfigDict:
 
 def own_fields(method: Method) -> dict[str, Field]:
     """Return the fields that a config has because of its method, by dotted path."""
-    fields = {f"loss.{name}": field for name, field in method.fields.items()}
-    return fields | (ROLLOUT_FIELDS if method.learns_from == "rollouts" else {})
+    return {f"loss.{name}": field for name, field in method.fields.items()} | shared_fields(method)
+
+
+def shared_fields(method: Method) -> dict[str, Field]:
+    """Return the fields that methods of this kind share; their values stay when another of them is chosen."""
+    if method.learns_from == "rollouts":
+        return ROLLOUT_FIELDS
+    return {f"loss.{name}": field for name, field in PAIR_FIELDS.items()} if method.takes_pair_fields else {}
 
 
 def method_of(config: ConfigDict) -> Method:
@@ -269,8 +276,8 @@ def choose_method(config: ConfigDict, name: str) -> None:
         for path in own_fields(former):
             if path not in new:
                 _remove(config, path)
-        kept = ROLLOUT_FIELDS if "online" in config else {}
-        values = {path: field.default for path, field in new.items() if path not in kept or path in former.sets}
+        kept = shared_fields(former).keys() & shared_fields(method).keys() - former.sets.keys()
+        values = {path: field.default for path, field in new.items() if path not in kept}
         config.update(unflatten(values | {"loss.name": name} | dict(method.sets)))
 
 
