@@ -119,5 +119,22 @@ class Objective:
         """Return the loss of a clear pair while the policy is the reference; None if it depends on more."""
         if not self.reads_log_ratios_alone:
             return None
-        pair = LossInputs(jnp.zeros((1, 2)), preference_BK=jnp.array([[1.0, 0.0]]), valid_BK=jnp.ones((1, 2), bool))
+        error_BK, image_BKHWC = jnp.ones((1, 2)), jnp.ones((1, 2, 1, 1, 1))
+        pair = LossInputs(
+            jnp.zeros((1, 2)),
+            preference_BK=jnp.array([[1.0, 0.0]]),
+            valid_BK=jnp.ones((1, 2), bool),
+            weight_B=jnp.ones(1),
+            error_BK=error_BK,
+            reference_error_BK=error_BK,
+            log_snr_B=jnp.zeros(1),
+            prediction_BKHWC=image_BKHWC,
+            reference_prediction_BKHWC=image_BKHWC,
+            target_BKHWC=jnp.zeros_like(image_BKHWC),
+            running=self.no_means(),
+        )
         return float(self.loss(pair)[0])
+
+    def no_means(self) -> dict[str, jax.Array]:
+        """Return the running means before the first step."""
+        return {name: jnp.zeros(()) for name in self.running}

@@ -175,3 +175,16 @@ def test_what_is_off_is_not_computed():
 
     plain, guarded = operations(objective()), operations(objective(safeguard="pair"))
     assert plain < guarded < plain + 12 * B * 2 * 8 * 8 * 4
+
+
+@pytest.mark.parametrize("fields", [{"auto_beta": True}, {"safeguard": "pair", "pair_clip": 2.0, "anchor": 0.5}])
+def test_the_first_loss_is_log_2_whatever_is_on(fields):
+    assert objective(**fields).loss_at_reference() == pytest.approx(np.log(2))
+
+
+def test_a_run_plans_with_all_plug_ins_on(tiny_config):
+    from dpo_jax.planning.estimate import measure_work
+
+    fields = {"loss.auto_beta": True, "loss.safeguard": "pair", "loss.anchor": 0.1, "loss.winner_penalty": 1.0}
+    plain, guarded = (measure_work(tiny_config("sd15", **chosen), "gpu") for chosen in ({}, fields))
+    assert guarded.flops == plain.flops  # these are products and convolutions
