@@ -106,6 +106,8 @@ def measure(run: Run, fields: dict[str, object], output: Path) -> dict[str, floa
     try:
         command("train", "--config=configs/tiny.py", f"--workdir={workdir}", *arguments)
     except subprocess.CalledProcessError:
+        if list(workdir.glob("errors/*.txt")):  # a traceback: a fault of the code, and not of the settings
+            raise
         return {"lost": 1}
     seconds = time.monotonic() - began
     draw(f"--workdir={workdir}", workdir / "images")
