@@ -148,7 +148,7 @@ def test_training_may_be_without_guidance(opened, tmp_path):
     batch = o.batches(RoundFolder(tmp_path, 0, CAPTIONS))
 
     def log_probs(**fields):
-        _, score = on_trajectories(replaced(o.config, fields), o.pipeline, o.experiment.placement)
+        score = on_trajectories(replaced(o.config, fields), o.pipeline, o.experiment.placement, o.experiment.objective)
         return np.asarray(jax.jit(score)(o.params, o.experiment.frozen, batch, jnp.int32(0)).log_prob_BK)
 
     unguided = log_probs(**{"online.train_guided": False})
@@ -174,7 +174,7 @@ def test_what_becomes_of_a_prompt_does_not_depend_on_its_place(opened):
 def largest_log_ratio(o, tmp_path, rows_at_a_time=B):
     """Recomputed by the policy that sampled; of B rows, as in sampling, or of all timesteps in one batch, B * S."""
     batch = o.batches(RoundFolder(tmp_path, 0, CAPTIONS))
-    score = jax.jit(lambda params, frozen, batch: o.experiment.compute_log_ratios(params, frozen, batch, jnp.int32(0)))
+    score = jax.jit(lambda params, frozen, batch: o.experiment.compare(params, frozen, batch, jnp.int32(0)))
     largest = 0.0
     for rows in np.arange(B * S).reshape(B, S).T.reshape(-1, rows_at_a_time):
         scores = score(o.params, o.experiment.frozen, jax.tree.map(lambda x, rows=rows: x[rows], batch))

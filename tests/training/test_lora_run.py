@@ -119,9 +119,7 @@ def test_dropout_acts_in_training_alone_and_on_the_policy_alone(tiny_config, tmp
     with open_training_batches(config, experiment.derived, make_inputs(config, experiment.pipeline)) as batches:
         batch = next(batches)
     score = jax.jit(
-        lambda step: [
-            experiment.compute_log_ratios(adapter, experiment.frozen, batch, step, training=t) for t in (True, False)
-        ]
+        lambda step: [experiment.compare(adapter, experiment.frozen, batch, step, training=t) for t in (True, False)]
     )
     trained, evaluated = score(jnp.int32(3))
     np.testing.assert_array_equal(trained.reference_error_BK, evaluated.reference_error_BK)

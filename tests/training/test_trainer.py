@@ -185,6 +185,7 @@ def test_wrong_configs_are_one_sentence_and_leave_no_run_behind(tiny_config, tmp
 def test_says_that_bfloat16_is_not_for_cpus(dtype, capsys):
     config = load_config(f"{ROOT}/configs/sd15.py")
     config.dtype = dtype
+    warn.cache_clear()  # it prints each warning once, and another test may have had this one
     check_backend(config)
     assert ("set --config.dtype=float32" in capsys.readouterr().err) == (dtype == "bfloat16")
 
