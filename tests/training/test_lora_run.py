@@ -117,7 +117,7 @@ def test_dropout_acts_in_training_alone_and_on_the_policy_alone(tiny_config, tmp
     experiment = build(config, resolve(config, device_count=1, process_count=1), open_model(config, tmp_path))
     adapter = {name: value + 0.1 for name, value in experiment.initial_state().params.items()}
     with open_training_batches(config, experiment.derived, make_inputs(config, experiment.pipeline)) as batches:
-        batch = next(batches)
+        batch = jax.device_put(next(batches))
     score = jax.jit(
         lambda step: [experiment.compare(adapter, experiment.frozen, batch, step, training=t) for t in (True, False)]
     )

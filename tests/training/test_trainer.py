@@ -18,6 +18,7 @@ import pytest
 from dpo_jax import __version__
 from dpo_jax.cli import flatten, load_config
 from dpo_jax.models.random_model import write_random_model
+from dpo_jax.streams import warn
 from dpo_jax.training.config import check_same_experiment, default_config, resolve
 from dpo_jax.training.experiment import Experiment
 from dpo_jax.training.run import open_run
