@@ -6,19 +6,20 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from dpo_jax.batch import Conditioning, LogRatios, PreferenceBatch, Raw
+from dpo_jax.batch import Conditioning, LossInputs, PreferenceBatch, Raw
 from dpo_jax.diffusion import samplers, schedule, trajectories
-from dpo_jax.objectives import advantages, denoising, losses, transitions
+from dpo_jax.methods.dpo import dpo
+from dpo_jax.methods.sft import sft
+from dpo_jax.objectives import advantages, denoising, transitions
 
 from .array_checks import agrees
 
-LOG_RATIOS = LogRatios(jnp.zeros((4, 2)), jnp.zeros((4, 2)))
 SCHEDULE = schedule.make_schedule(
     {"num_train_timesteps": 10, "beta_schedule": "linear", "beta_start": 0.01, "beta_end": 0.02}
 )
 TABLE = samplers.make_table("ddim", SCHEDULE, 5, eta=1.0)
 X_NHWC = jnp.zeros((3, 2, 2, 4))
-WINNER_BK = jnp.tile(jnp.array([1.0, 0.0]), (4, 1))
+INPUTS = LossInputs(jnp.zeros((4, 2)), preference_BK=jnp.ones((4, 2)), error_BK=jnp.zeros((4, 2)))
 
 
 @pytest.mark.parametrize(
@@ -26,9 +27,9 @@ WINNER_BK = jnp.tile(jnp.array([1.0, 0.0]), (4, 1))
     [
         (advantages.group_advantages, [np.zeros(3)]),
         (denoising.keys_for, [jax.random.key(0), jnp.zeros(3)]),
-        (losses.dpo, [LOG_RATIOS, WINNER_BK[:3]]),
-        (losses.dpo, [LOG_RATIOS._replace(error_BK=jnp.zeros((4, 3))), WINNER_BK]),
-        (transitions.beyond_log_ratio, [LogRatios(jnp.zeros(4))]),
+        (dpo, [INPUTS._replace(preference_BK=jnp.ones((3, 2)))]),
+        (dpo, [INPUTS._replace(error_BK=jnp.zeros((4, 3)))]),
+        (transitions.beyond_ratio_to_sampled, [LossInputs(jnp.zeros(4))]),
         (schedule.add_noise, [SCHEDULE, X_NHWC, X_NHWC[:2], jnp.zeros(3, int)]),
         (schedule.add_noise, [SCHEDULE._replace(noise_T=np.ones(9)), X_NHWC, X_NHWC, jnp.zeros(3, int)]),
         (samplers.starting_latents, [TABLE, X_NHWC[0]]),
@@ -38,15 +39,14 @@ WINNER_BK = jnp.tile(jnp.array([1.0, 0.0]), (4, 1))
     ],
 )
 def test_wrong_arrays_raise(function, arguments):
-    options = {"clip": 0.1} if function is transitions.beyond_log_ratio else {}
-    options |= {"beta": 1} if function is losses.dpo else {}
+    options = {dpo: {"beta": 1.0}, transitions.beyond_ratio_to_sampled: {"clip": 0.1}}.get(function, {})
     with pytest.raises(TypeCheckError, match="Type-check error whilst checking the parameters"):
         function(*arguments, **options)
 
 
 def test_wrong_arrays_raise_inside_jit_and_vmap():
     def loss(error_BK):
-        return losses.sft(LOG_RATIOS._replace(error_BK=error_BK), WINNER_BK)
+        return sft(INPUTS._replace(error_BK=error_BK))
 
     assert jax.jit(jax.vmap(loss))(jnp.zeros((3, 4, 2))).shape == (3, 4)
     with pytest.raises(TypeCheckError, match="error_BK=f32"):
