@@ -116,6 +116,8 @@ class LossInputs(NamedTuple):
     """What the policy predicts."""
     reference_prediction_BKHWC: Float[Array, "B K H W C"] | None = None
     """What the reference predicts; None if the method keeps no reference."""
+    drift_BK: Float[Array, "B K"] | None = None
+    """Mean squared difference of the two predictions, without a gradient; None if the method keeps no reference."""
     target_BKHWC: Float[Array, "B K H W C"] = None
     """What both should predict: noise, velocity or flow, as the model's schedule has it."""
     log_prob_BK: Float[Array, "B K"] = None

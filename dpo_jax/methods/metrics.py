@@ -1,18 +1,35 @@
-"""Numbers to watch while training, one per prompt.
+"""Numbers to watch while training, one per prompt, and their sums by noise level.
 
-Axes: B prompts, K candidates of a prompt, best first.
+Axes: B prompts, K candidates of a prompt, best first, N noise levels.
 """
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from dpo_jax.batch import LossInputs
 from dpo_jax.objectives.preferences import implicit_accuracy, margin
 
 Metrics = dict[str, jax.Array]
 
+LOG_SNR_EDGES = (0.0, -2.0, -4.0)
+"""Logarithms of the signal-to-noise ratio that part the four noise levels, from little noise to much. Of SD's 1000
+timesteps, they are those below 355, 650, 875, and the rest."""
+BY_NOISE = "/by_noise"
+"""End of the names of sums by noise level."""
+WEIGHT_BY_NOISE = f"weight{BY_NOISE}"
+"""Name of the weight of each noise level."""
+WATCHED_BY_NOISE = (
+    *("error/winner", "error/loser", "error/reference_winner", "error/reference_loser", "error/drift"),
+    *("pair/accuracy", "reward/margin"),
+)
+
 
 def pair_metrics(inputs: LossInputs, **fields: float) -> Metrics:
-    """Return the errors of the best and worst candidate and, if there are two, accuracy and margin."""
+    """Return the errors of the best and worst candidate and, if there are two, accuracy and margin.
+
+    If there is a reference, its errors are returned too, and how far the policy's predictions are from its own.
+    """
     metrics = {"error/winner": inputs.error_BK[:, 0]}
     if inputs.error_BK.shape[1] > 1:
         metrics["error/loser"] = inputs.error_BK[:, -1]
@@ -22,4 +39,25 @@ def pair_metrics(inputs: LossInputs, **fields: float) -> Metrics:
         metrics["error/reference_winner"] = inputs.reference_error_BK[:, 0]
         if inputs.error_BK.shape[1] > 1:
             metrics["error/reference_loser"] = inputs.reference_error_BK[:, -1]
+    if inputs.drift_BK is not None:
+        metrics["error/drift"] = inputs.drift_BK.mean(axis=1)
     return metrics
+
+
+def sums_by_noise(numbers: Metrics, inputs: LossInputs) -> dict[str, Float[Array, " N"]]:
+    """Return the weighted sum of numbers [B] over the prompts of each noise level, and the weight of each level.
+
+    A mean is the sum of many batches divided by their weight; a level that no prompt has drawn has weight 0. Empty if
+    there are no noise levels, as for images that the model drew.
+    """
+    if inputs.log_snr_B is None:
+        return {}
+    level_B = sum((inputs.log_snr_B < edge).astype(jnp.int32) for edge in LOG_SNR_EDGES)
+    is_at_NB = level_B == jnp.arange(len(LOG_SNR_EDGES) + 1)[:, None]
+    watched = {name: numbers[name] for name in WATCHED_BY_NOISE if name in numbers} | {
+        "weight": jnp.ones_like(inputs.weight_B)
+    }
+    return {
+        f"{name}{BY_NOISE}": jnp.where(is_at_NB, value_B * inputs.weight_B, 0).sum(axis=1)
+        for name, value_B in watched.items()
+    }

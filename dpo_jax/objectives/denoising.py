@@ -132,10 +132,12 @@ def compare_denoising(
     if reference is None:
         return inputs
     reference_prediction_BKHWC, reference_error_BK = jax.lax.stop_gradient(predict(reference))
+    apart_BKHWC = jax.lax.stop_gradient(prediction_BKHWC) - reference_prediction_BKHWC
     return inputs._replace(
         log_ratio_BK=-(error_BK - reference_error_BK) / 2,
         reference_error_BK=reference_error_BK,
         reference_prediction_BKHWC=reference_prediction_BKHWC,
+        drift_BK=jnp.square(apart_BKHWC).mean(axis=(2, 3, 4)),
     )
 
 

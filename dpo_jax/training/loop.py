@@ -5,7 +5,7 @@ import itertools
 import math
 import time
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from dpo_jax.sharding import replicated, to_devices
 from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.data import open_validation_batches
 from dpo_jax.training.experiment import Experiment
+from dpo_jax.training.figures import figures_of, is_by_noise, mean_of, validation_figures
 from dpo_jax.training.metrics import MetricWriter, ProgressBar
 from dpo_jax.training.preemption import Notice, Preempted
 from dpo_jax.training.replay import keep_batch
@@ -95,7 +96,7 @@ class Loop:
         """Train to step `end`, by default the last one; it logs and saves there whatever the intervals are."""
         config, total = self.config, self.config.steps
         start, end = int(state.step), total if end is None else end
-        window: list[dict[str, float]] = []
+        window: list[dict[str, Any]] = []
         pending: dict[str, jax.Array] | None = None
         timer, timed_from = time.monotonic(), start
         self._batches, self._positions = batches, {}
@@ -128,7 +129,7 @@ class Loop:
                 window.append(self._fetch(pending, step))
                 pending = None
                 if start == 0:
-                    self._first_loss(window[-1]["train/loss"])
+                    self._first_loss(float(window[-1]["train/loss"]))
                 self.clock.lap("first step")
                 self.bar.say(f"startup: {self.clock}")
                 timer, timed_from = time.monotonic(), step  # compilation is not speed
@@ -159,10 +160,10 @@ class Loop:
             timer += time.monotonic() - paused
         return state
 
-    def _fetch(self, metrics: Mapping[str, jax.Array], step: int) -> dict[str, float]:
-        """Return metrics as numbers; UserError if the loss, gradient or update is not finite."""
+    def _fetch(self, metrics: Mapping[str, jax.Array], step: int) -> dict[str, Any]:
+        """Return metrics as numbers and arrays; UserError if the loss, gradient or update is not finite."""
         with cluster.watched(f"to end step {step}"):
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            values = {name: np.asarray(value, float) for name, value in jax.device_get(dict(metrics)).items()}
         finite = ("train/loss", "train/gradient_norm", "train/update_norm")
         bad = [name for name in finite if not math.isfinite(values[name])]
         if bad:
@@ -177,8 +178,8 @@ class Loop:
             )
         return values
 
-    def _log(self, step: int, window: list[dict[str, float]], seconds_per_step: float | None) -> None:
-        means = {name: float(np.mean([values[name] for values in window if name in values])) for name in window[-1]}
+    def _log(self, step: int, window: list[dict[str, Any]], seconds_per_step: float | None) -> None:
+        means = figures_of(mean_of(window))
         means["train/learning_rate"] = float(self.experiment.learning_rate(step - 1))
         seconds_left = None
         if seconds_per_step is not None and self._began is not None:
@@ -209,7 +210,7 @@ class Loop:
         """Log implicit accuracy and errors on held-out pairs, with the same timesteps and noises every time."""
         assert self.inputs is not None, "only a run on a data set validates"
         experiment, validation = self.experiment, self.config.validation
-        sums: dict[str, float] = {}
+        sums: dict[str, Any] = {}
         weight = 0.0
         with open_validation_batches(self.config, experiment.derived, self.inputs) as batches:
             pairs_a_batch = experiment.derived.local_batch_size // experiment.derived.accumulation * jax.process_count()
@@ -219,12 +220,13 @@ class Loop:
                 for number in range(validation.draws):
                     values, w = jax.device_get(self.eval_step(params, experiment.frozen, on_device, jnp.int32(number)))
                     weight += float(w)
-                    sums = {name: sums.get(name, 0.0) + float(value) for name, value in values.items()}
+                    sums = {name: sums.get(name, 0.0) + np.asarray(value, float) for name, value in values.items()}
         if not weight:
             return
-        means = {f"validation/{name.replace('/', '_')}": total / weight for name, total in sums.items()}
+        means = validation_figures({name: total / weight for name, total in sums.items()})
         self.writer.scalars(step, means)
-        numbers = "  ".join(f"{name.removeprefix('validation/')} {value:.4g}" for name, value in means.items())
+        shown = {name.removeprefix("validation/"): value for name, value in means.items() if not is_by_noise(name)}
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         self.bar.say(f"step {step} held-out pairs: {numbers}")
 
     def _sample(self, step: int, params: Params) -> None:

@@ -14,6 +14,7 @@ from dpo_jax.files import conform, read_json
 from dpo_jax.methods import METHODS
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.models.save import unlike_published
+from dpo_jax.training.figures import is_by_noise
 from dpo_jax.training.model_origin import Origin, public_name, without_paths
 
 USE = {
@@ -101,7 +102,11 @@ def model_card(
     parts.insert(1, f"{what} of {model}{others}, trained by {method} for {step} steps with dpo_jax{version}.\n")
     if facts.get("result"):
         parts.append("## Measured\n\n" + "\n".join(_measured(facts["result"])) + "\n")
-    measured = {name: value for name, value in facts["validation"].items() if name.startswith("validation/")}
+    measured = {
+        name: value
+        for name, value in facts["validation"].items()
+        if name.startswith("validation/") and not is_by_noise(name)
+    }
     if measured:
         rows = [f"| {name.removeprefix('validation/')} | {value:.6g} |" for name, value in measured.items()]
         when = _when(facts["validation"].get("step"), step)

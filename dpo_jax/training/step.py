@@ -7,6 +7,7 @@ Axes: B prompts of a batch, A micro-batches, K candidates.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import optax
 from dpo_jax.batch import Conditioning, LossInputs, PreferenceBatch
 from dpo_jax.diffusion.schedule import Schedule
 from dpo_jax.methods.method import Objective
-from dpo_jax.methods.metrics import Metrics, pair_metrics
+from dpo_jax.methods.metrics import Metrics, pair_metrics, sums_by_noise
 from dpo_jax.objectives.denoising import Denoise, compare_denoising, draw, keys_for, perturb
 from dpo_jax.weights.layout import Params
 
@@ -29,6 +30,16 @@ Compare = Callable[..., LossInputs]
 
 RUNNING_DECAY = 0.99
 """How much of a running mean remains after a step."""
+
+
+PARAMETER_GROUPS = {
+    "feed_forward": r"\.ff\.",
+    "attention": r"attentions\.",
+    "embeddings": r"emb",
+    "convolutions": r"conv|resnets\.",
+    "other": r"",
+}
+"""Groups of parameters whose gradients have a norm of their own: patterns of names, of which the first match counts."""
 
 
 @jax.tree_util.register_dataclass
@@ -162,7 +173,7 @@ def make_train_step(
         numbers = {"train/loss": objective.loss(inputs)} | objective.metrics(inputs)
         numbers |= {f"running/{name}": number(inputs) for name, number in objective.running.items()}
         sums = {name: jnp.sum(value * inputs.weight_B) for name, value in numbers.items()}
-        return sums["train/loss"], sums
+        return sums["train/loss"], sums | sums_by_noise(numbers, inputs)
 
     def step(state: TrainState, frozen: Frozen, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
         running = current_means(state.running)
@@ -188,6 +199,7 @@ def make_train_step(
         means = {name: metrics.pop(f"running/{name}") for name in objective.running}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics["train/gradient_norm"] = optax.tree.norm(grads)
+        metrics |= gradient_norms(grads)
         metrics["train/update_norm"] = jnp.where(weight > 0, optax.tree.norm(updates), 0)
         params = optax.apply_updates(state.params, updates)
         ema = moving_average(state.ema, params, state.step, ema_decay) if ema_decay else state.ema
@@ -242,6 +254,17 @@ def gradient_of_whole_batch(
     return grads, sums
 
 
+def gradient_norms(grads: Params) -> Metrics:
+    """Return the norm of the gradient of each group of parameters; empty if there is one group."""
+    groups: dict[str, Params] = {}
+    for name, grad in grads.items():
+        group = next(group for group, pattern in PARAMETER_GROUPS.items() if re.search(pattern, name))
+        groups.setdefault(group, {})[name] = grad
+    if len(groups) == 1:
+        return {}
+    return {f"gradient_norm/{group}": optax.tree.norm(of_group) for group, of_group in groups.items()}
+
+
 def current_means(running: Any) -> dict[str, jax.Array]:
     """Return the running means, 0 before the first step."""
     return {name: total / jnp.maximum(weight, 1e-30) for name, (total, weight) in running.items()}
@@ -274,8 +297,9 @@ def make_eval_step(
         params: Params, frozen: Frozen, batch: PreferenceBatch, number: jax.Array
     ) -> tuple[Metrics, jax.Array]:
         inputs = compare(params, frozen, batch, number)
-        sums = {name: jnp.sum(value * inputs.weight_B) for name, value in pair_metrics(inputs).items()}
-        return sums, jnp.sum(inputs.weight_B)
+        numbers = pair_metrics(inputs)
+        sums = {name: jnp.sum(value * inputs.weight_B) for name, value in numbers.items()}
+        return sums | sums_by_noise(numbers, inputs), jnp.sum(inputs.weight_B)
 
     return evaluate
 

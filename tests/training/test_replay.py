@@ -74,7 +74,7 @@ def test_a_replay_finds_the_example(stopped) -> None:
     name = (workdir / "errors" / "step_000004.txt").read_text().splitlines()[2]
     assert lines[0] == "step 4 in float32, with the weights of step 2:"
     assert lines[1] == "  1 of 4 examples are not finite:"
-    assert lines[2].split()[:3] == ["loss", "error/loser", "error/reference_loser"]
+    assert lines[2].split()[:3] == ["loss", "error/drift", "error/loser"]
     assert {"log-ratio/winner", "log-ratio/loser"} < set(lines[2].split())
     assert lines[3].split()[0] == "nan"
     assert lines[3].endswith(name)
