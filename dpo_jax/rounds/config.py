@@ -13,6 +13,8 @@ from dpo_jax.methods import Method, find_method
 from dpo_jax.training.config import Derived, check_settings, divide_batch
 from dpo_jax.training.defaults import FIELDS, choose_method, default_config, fields_of, method_of
 
+OF_DATA = ("data.", "validation.", "early_stop.", "checkpoint.best")
+"""Beginnings of fields about a data set and its held-out pairs."""
 READ_OF_DATA = ("data.batch_size", "data.micro_batch", "data.resolution")
 """The fields of `config.data` that rounds read: they have no data set."""
 
@@ -76,7 +78,7 @@ def _problems(config: ConfigDict, method: Method) -> Iterator[str]:
     fields, online, name = flatten(config), config.online, config.loss.name
     takes_advantages, has_reference = method.reads_advantages, needs_reference(config)
     for path, value in fields.items():
-        is_unread = path.startswith(("data.", "validation.")) and path not in (*READ_OF_DATA, "validation.every")
+        is_unread = path.startswith(OF_DATA) and path not in (*READ_OF_DATA, "validation.every")
         if is_unread and value != FIELDS[path].default:
             yield f"config.{path}={value} has no effect: {name} learns from images that the model draws. Remove it"
     if config.validation.every:

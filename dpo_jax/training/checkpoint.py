@@ -6,9 +6,10 @@ exactly with any number of processes or loader workers, as {"position": N}), `ch
 of config.json in case that file is damaged. Damaged checkpoints are moved to `damaged_checkpoints/`.
 """
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +20,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax import lax
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    EveryNSteps,
+    LatestN,
+    PolicyCheckpointInfo,
+    PreservationContext,
+    PreservationPolicy,
+)
 
 from dpo_jax import files, interrupts
 from dpo_jax.errors import EnvironmentFault, MissingFileError, UserError
@@ -31,8 +39,23 @@ FALLBACKS = 3
 """Number of newest checkpoints that a resume may begin from if all are kept: the newest, or others if it is damaged."""
 
 
+@dataclasses.dataclass
+class KeepStep(PreservationPolicy):
+    """Preserves the checkpoint of one step, which may become another one during a run."""
+
+    step: int = -1
+    """-1 for none."""
+
+    def should_preserve(
+        self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: PreservationContext
+    ) -> Sequence[bool]:
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
+
+
 class Checkpoints:
     """Saves the training state under `workdir/checkpoints`; removes what a killed run left half-written there.
+
+    The step that is assigned to `best.step` stays, too.
 
     Args:
         workdir: receives the folder.
@@ -46,10 +69,11 @@ class Checkpoints:
     ):
         self.folder = _folder(workdir)
         self._keep = keep
+        self.best = KeepStep()
         self._fields = None if fields is None else _signed(fields)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(
-                [LatestN(keep or None), *([EveryNSteps(keep_every)] if keep_every else [])]
+                [LatestN(keep or None), self.best, *([EveryNSteps(keep_every)] if keep_every else [])]
             ),
             create=True,
             enable_async_checkpointing=True,
@@ -60,6 +84,10 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """Return the steps of the checkpoints, also of one that is still being written."""
+        return list(self._manager.all_steps())
 
     def oldest_to_resume(self) -> int | None:
         """Return the oldest step that a resume may begin from: that of the newest few finished checkpoints."""

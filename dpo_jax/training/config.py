@@ -41,6 +41,8 @@ FREE_TO_CHANGE = (
     "log_every",
     "mesh.",
     "checkpoint.",
+    "monitor.",
+    "early_stop.",
     "logging.",
     "validation.",
     "sample.",
@@ -142,6 +144,14 @@ def check_values(config: ConfigDict) -> None:
         raise UserError("config.steps=0 must be at least 1")
     if problem := method.problem(flatten(config)):
         raise UserError(problem)
+    for field in ("early_stop.metric", "checkpoint.best"):
+        figure = flatten(config)[field]
+        if figure and not config.validation.every:
+            raise UserError(f"config.{field}={figure} needs held-out pairs; set validation.every above 0")
+        if figure == "pair_accuracy" and method.num_candidates == 1:
+            raise UserError(
+                f"config.{field}=pair_accuracy, but {config.loss.name} compares no pairs; set {field}=winner_error"
+            )
 
 
 def check_settings(config: ConfigDict) -> None:

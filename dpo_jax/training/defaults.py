@@ -28,6 +28,7 @@ from dpo_jax.methods import METHODS, Method, find_method
 from dpo_jax.methods.rollouts import ROLLOUT_FIELDS, SAMPLERS
 from dpo_jax.methods.stability import PAIR_FIELDS
 from dpo_jax.training.loggers import LOGGERS
+from dpo_jax.training.watch import FIGURES
 
 DTYPE: dict[str, Any] = {"choices": ("float32", "bfloat16")}
 DEVICES: dict[str, Any] = {"at_least": -1, "wrong": are_devices}
@@ -44,6 +45,8 @@ GROUPS = {
     "optimizer": "Optimizer",
     "mesh": "Division of the model and of the batch over devices",
     "checkpoint": "Checkpoints",
+    "monitor": "Warnings",
+    "early_stop": "Early stopping",
     "logging": "Logging",
     "validation": "Accuracy on held-out pairs",
     "sample": "Image grids drawn while training, the trained model beside the reference",
@@ -197,6 +200,18 @@ FIELDS = {
     "checkpoint.keep_every": Field(
         0, "Checkpoints of multiples of this many steps stay, too; 0 keeps none of them.", **NOT_NEGATIVE
     ),
+    "checkpoint.best": Field(
+        "",
+        "Keep the checkpoint that is best on held-out pairs by this figure, too; --step=best then takes it.",
+        choices=("", *FIGURES),
+    ),
+    "monitor.winner_rise": Field(
+        0.05, "Warn when the winner's error rises by more than this share; 0 never warns.", **NOT_NEGATIVE
+    ),
+    "early_stop.metric": Field(
+        "", "Stop when this figure of held-out pairs gets no better; empty never stops.", choices=("", *FIGURES)
+    ),
+    "early_stop.patience": Field(3, "Validations without a better figure after which to stop.", **COUNT),
     "logging.to": Field(
         ("tensorboard",),
         "Where figures and image grids go, besides metrics.jsonl: any of the choices, such as ('wandb', 'csv').",

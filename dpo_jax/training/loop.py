@@ -29,6 +29,7 @@ from dpo_jax.training.replay import keep_batch
 from dpo_jax.training.sample_grids import SampleGrids
 from dpo_jax.training.startup import StartupClock
 from dpo_jax.training.step import TrainState, make_eval_step
+from dpo_jax.training.watch import Watch
 from dpo_jax.weights.layout import Params
 
 PREEMPTED = "preempted after step {}; run the same command again to continue"
@@ -77,6 +78,7 @@ class Loop:
         self._positions: dict[int, dict[str, int]] = {}
         """States of the batches before the last two steps."""
         self._grids = SampleGrids(experiment, bar.say)
+        self.watch = Watch(self.config, writer.validations, bar.say)
 
     def catch_up(self, state: TrainState) -> None:
         """Validate and sample if that is due at the state's step and was not done.
@@ -86,14 +88,18 @@ class Loop:
         step, params = int(state.step), state.ema or state.params
         if jax.process_count() == 1 and self.notice.received():
             raise Preempted(PREEMPTED.format(step))
-        if self._validates_at(step) and cluster.says_first(step not in self.writer.validated):
+        if self._validates_at(step) and cluster.says_first(step not in self.writer.validations):
             self._validate(step, params)
         if self._samples_at(step) and cluster.says_first(cluster.is_first() and not self._grid_file(step).exists()):
             self._sample(step, params)
+        self._find_best()
         self.clock.lap("catch up" if step else "baseline")
 
     def run(self, state: TrainState, batches: Batches, end: int | None = None) -> TrainState:
-        """Train to step `end`, by default the last one; it logs and saves there whatever the intervals are."""
+        """Train to step `end`, by default the last one; it logs and saves there whatever the intervals are.
+
+        It ends earlier where `stop_reason` says so.
+        """
         config, total = self.config, self.config.steps
         start, end = int(state.step), total if end is None else end
         window: list[dict[str, Any]] = []
@@ -148,17 +154,42 @@ class Loop:
                 window, timer, timed_from = [], time.monotonic(), step
             paused = time.monotonic()
             if saves:
-                with cluster.watched(f"to save step {step}"):
-                    self.checkpoints.save(state, position=batches.get_state())
+                self._save(step, state, batches)
             if stops:
                 self.checkpoints.close()
                 raise Preempted(PREEMPTED.format(step))
             if validates:
                 self._validate(step, state.ema or state.params)
+                if self._find_best(step) == step:
+                    self._save(step, state, batches)
             if samples:
                 self._sample(step, state.ema or state.params)
+            if validates and step < total and self.stop_reason(step):
+                self._save(step, state, batches)
+                if window:
+                    self._log(step, window, None)
+                break
             timer += time.monotonic() - paused
         return state
+
+    def stop_reason(self, step: int) -> str:
+        """Return why the run stops early after this step; empty if it does not."""
+        reason = self.watch.stop_reason(step)
+        if self.config.early_stop.metric and cluster.says_first(bool(reason)):
+            return reason or "process 0 stops early"
+        return ""
+
+    def _save(self, step: int, state: TrainState, batches: Batches) -> None:
+        with cluster.watched(f"to save step {step}"):
+            self.checkpoints.save(state, position=batches.get_state())
+
+    def _find_best(self, step: int = 0) -> int:
+        """Tell the checkpoints which of them, or the one of this step, is the best; return its step, or -1."""
+        metric = self.config.checkpoint.best
+        if metric:
+            best = self.watch.best(metric, [step, *self.checkpoints.steps()])
+            self.checkpoints.best.step = int(cluster.says_first(np.array(best)))
+        return self.checkpoints.best.step
 
     def _fetch(self, metrics: Mapping[str, jax.Array], step: int) -> dict[str, Any]:
         """Return metrics as numbers and arrays; UserError if the loss, gradient or update is not finite."""
@@ -189,6 +220,7 @@ class Loop:
             seconds_left = (self.config.steps - step) * (time.monotonic() - since) / (step - first)
         self.writer.scalars(step, means)
         self.bar.show(step, means, seconds_left)
+        self.watch.trained(step, means)
 
     def _first_loss(self, loss: float) -> None:
         config = self.config
@@ -224,18 +256,22 @@ class Loop:
         if not weight:
             return
         means = validation_figures({name: total / weight for name, total in sums.items()})
+        means |= self.watch.since_start(means) | {"validation/pairs": weight / validation.draws}
         self.writer.scalars(step, means)
         shown = {name.removeprefix("validation/"): value for name, value in means.items() if not is_by_noise(name)}
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         self.bar.say(f"step {step} held-out pairs: {numbers}")
+        self.watch.validated(step)
 
     def _sample(self, step: int, params: Params) -> None:
         """Write the grid of `SampleGrids` as a PNG, and to the loggers."""
-        grid = self._grids.draw(params)
+        grid, blank = self._grids.draw(params)
         self.writer.image(step, "samples", np.asarray(grid))
         if jax.process_index() == 0:
             save_png(self._grid_file(step), grid)
             self.bar.say(f"step {step} samples: {self._grid_file(step)}")
+        count = self.config.sample.seeds * len(self.config.sample.prompts)
+        self.watch.sampled(step, blank, count, self._grid_file(step))
 
     def _grid_file(self, step: int) -> epath.Path:
         return self.workdir / "samples" / f"step_{step:06d}.png"

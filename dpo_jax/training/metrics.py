@@ -51,8 +51,10 @@ class MetricWriter:
         self._failed = False
         self._torn = False
         """True if the file may end in half a line."""
-        self.validated: set[int] = set()
-        """The steps whose validation figures the file had at the start."""
+        self.validations: dict[int, dict[str, float]] = {}
+        """The figures of held-out pairs by step. Those of before the start are known to process 0 alone."""
+        self.trained: dict[str, float] = {}
+        """The newest figures of training, with the same exception."""
         self._loggers: dict[str, Logger] = {}
         self._dropped: set[tuple[int, frozenset[str]]] = set()
         """Step and names of the rows that were dropped; some loggers cannot drop them."""
@@ -61,7 +63,8 @@ class MetricWriter:
         rows, is_whole = _read(self._path)
         kept = [row for row in rows if row["step"] <= start]
         self._dropped = {_key(row) for row in rows if row["step"] > start}
-        self.validated = {int(row["step"]) for row in kept if is_validation(row)}
+        for row in kept:
+            self._remember(int(row["step"]), row)
         try:
             if not is_whole:
                 self._path.replace(self._path.with_name("metrics.jsonl.damaged"))
@@ -73,7 +76,14 @@ class MetricWriter:
             with self._telling_failure(logger):
                 self._loggers[logger] = LOGGERS[logger](info)
 
+    def _remember(self, step: int, values: Mapping[str, float]) -> None:
+        if is_validation(values):
+            self.validations[step] = dict(values)
+        elif "train/loss" in values:
+            self.trained = dict(values)
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._remember(step, values)
         if not self._active:
             return
         row = json.dumps({"step": step, **values}) + "\n"

@@ -69,7 +69,8 @@ def _check_room(config: ConfigDict, workdir: epath.Path, state: Any) -> None:
     more = -(-left // config.checkpoint.every)
     if keep:  # the oldest is removed when the next one is whole
         newest = [step for step in steps if not keep_every or step % keep_every]
-        more = min(max(keep + 1 - len(newest), 1) + (left // keep_every if keep_every else 0), more)
+        also = (left // keep_every if keep_every else 0) + bool(config.checkpoint.best)
+        more = min(max(keep + 1 - len(newest), 1) + also, more)
     if free < more * size:
         warn(
             f"{readable_bytes(free)} are free in {workdir}, but the run needs room for {more} more checkpoints of "

@@ -9,6 +9,7 @@ from dpo_jax.data.image_grid import image_grid
 from dpo_jax.sampling.generate import Generator
 from dpo_jax.training.experiment import Experiment
 from dpo_jax.training.model import for_sampling, load_encoders, load_unet, make_generator
+from dpo_jax.training.watch import is_blank
 from dpo_jax.weights.layout import Params
 
 
@@ -25,8 +26,8 @@ class SampleGrids:
         self._compared_images: np.ndarray | None = None
         """Images that the policy's images are shown next to."""
 
-    def draw(self, params: Params) -> Image.Image:
-        """Return the grid of a policy with these trained weights."""
+    def draw(self, params: Params) -> tuple[Image.Image, int]:
+        """Return the grid of a policy with these trained weights, and how many of its images only it drew blank."""
         sample = self.config.sample
         captions = [caption for caption in sample.prompts for _ in range(sample.seeds)]
         seeds = list(range(len(captions)))
@@ -45,7 +46,8 @@ class SampleGrids:
             cells = range(p * sample.seeds, (p + 1) * sample.seeds)
             rows.append((caption, [image for i in cells for image in (compared[i], images[i])]))
         beside = "reference" if self.experiment.objective.needs_reference else "base"
-        return image_grid(rows, [beside, "policy"] * sample.seeds)
+        grid = image_grid(rows, [beside, "policy"] * sample.seeds)
+        return grid, int((is_blank(images) & ~is_blank(compared)).sum())
 
     def _compared_with(self) -> Params:
         """Return the weights that the policy's images are compared with, in the compute dtype."""

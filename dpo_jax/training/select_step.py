@@ -9,12 +9,11 @@ from etils import epath
 from dpo_jax import cluster
 from dpo_jax.errors import UserError
 from dpo_jax.streams import warn
-from dpo_jax.training.checkpoint import finished_steps
+from dpo_jax.training.checkpoint import finished_steps, read_config
 from dpo_jax.training.metrics import is_validation, read_metrics
+from dpo_jax.training.watch import FIGURES
 
 BEST = "best"
-FIGURES = {"validation/pair_accuracy": 1, "validation/error_winner": -1}
-"""Figures that checkpoints are compared by, the first that the run validated; 1 if higher is better, otherwise -1."""
 
 
 def select_step(workdir: epath.PathLike, step: str) -> int | None:
@@ -35,7 +34,7 @@ def select_step(workdir: epath.PathLike, step: str) -> int | None:
 
 
 def best_step(workdir: epath.PathLike) -> int:
-    """Return the kept checkpoint with the highest accuracy on held-out pairs, the earliest of equals.
+    """Return the kept checkpoint that is best by `checkpoint.best`, or by pair accuracy, the earliest of equals.
 
     Runs without pairs to order (SFT) are compared by the error of the held-out images, the lowest first. Prints the
     step, and warns if another step, whose checkpoint was not kept, was better.
@@ -43,19 +42,22 @@ def best_step(workdir: epath.PathLike) -> int:
     Raises:
         UserError: the run has no figures of held-out pairs, or none of a step with a checkpoint.
     """
-    kept = finished_steps(workdir)
+    kept, config = finished_steps(workdir), read_config(workdir) or {}
     rows = [
         {name: value for name, value in row.items() if math.isfinite(value)}  # NaN cannot be compared
         for row in read_metrics(workdir)
         if is_validation(row)
     ]
-    figure = next((name for name in FIGURES if any(name in row for row in rows)), None)
+    first = config.get("checkpoint.best") or "pair_accuracy"
+    wanted = [FIGURES[name][0] for name in sorted(FIGURES, key=lambda name: name != first)]
+    figure = next((name for name in wanted if any(name in row for row in rows)), None)
     if figure is None:
         raise UserError(
             f"--step=best: {workdir} has no figures of held-out pairs in metrics.jsonl; {_steps_told(workdir)}"
         )
     name = figure.removeprefix("validation/")
     values = {int(row["step"]): row[figure] for row in rows if figure in row}
+    sign = dict(FIGURES.values())[figure]
     candidates = [step for step in kept if step in values]
     if not candidates:
         raise UserError(
@@ -64,12 +66,12 @@ def best_step(workdir: epath.PathLike) -> int:
         )
 
     def quality(step: int) -> tuple[float, int]:
-        return FIGURES[figure] * values[step], -step
+        return sign * values[step], -step
 
     best, overall = max(candidates, key=quality), max(values, key=quality)
     if cluster.is_first():
         print(f"step {best} has the best held-out {name} of the checkpoints: {values[best]:.4g}", file=sys.stderr)
-        if FIGURES[figure] * values[overall] > FIGURES[figure] * values[best]:
+        if sign * values[overall] > sign * values[best]:
             when = f"step {overall}" if overall else "step 0, before training"
             warn(f"{name} was better at {when} ({values[overall]:.4g}), but there is no checkpoint of that step")
     return best

@@ -67,10 +67,20 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
         with running(experiment, workdir, fields, notice, clock, inputs) as (loop, state, position):
             if position is not None:
                 batches.set_state(position)
-            if int(state.step) >= config.steps and cluster.is_first():
-                print(f"all {config.steps} steps are done", flush=True)
             with batches:
-                loop.run(state, batches)
+                if not loop.stop_reason(int(state.step)):
+                    state = loop.run(state, batches)
+                if cluster.is_first():
+                    print(_ending(loop, int(state.step)), flush=True)
+
+
+def _ending(loop: Loop, step: int) -> str:
+    """Return the last line of a run: whether it is done, and how good its model is."""
+    verdict = loop.watch.verdict(loop.writer.trained)
+    if step < loop.config.steps:
+        reason = loop.watch.stop_reason(step)
+        return f"stopped early after step {step}: {reason}{f'. In the end, {verdict}' if verdict else ''}"
+    return f"all {loop.config.steps} steps are done{f': {verdict}' if verdict else ''}"
 
 
 def check_backend(config: ConfigDict) -> None:

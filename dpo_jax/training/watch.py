@@ -1,0 +1,184 @@
+"""Tells in words when a run goes wrong, what is best so far, when to stop early, and how the run ended."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dpo_jax.cli import flatten
+
+Row = Mapping[str, float]
+"""Figures of one step, as in metrics.jsonl."""
+
+FIGURES = {"pair_accuracy": ("validation/pair_accuracy", 1), "winner_error": ("validation/error_winner", -1)}
+"""Figures of held-out pairs that runs and checkpoints are compared by: name in metrics.jsonl, and 1 if higher is
+better, otherwise -1."""
+REPEAT = 1000
+"""Steps after which a warning of one kind may be repeated."""
+MANY_VALIDATIONS = 5
+"""Validations after the warm-up, all without a preference, after which a warning says so."""
+FLAT, EXTREME = 4.0, 0.95
+"""An image is blank if no channel's standard deviation is above FLAT (of 255), and saturated if more than this share
+of its values are within 2 of black or white."""
+
+
+class Watch:
+    """Looks at the figures and samples of a run.
+
+    Args:
+        config: of the run.
+        validations: figures of held-out pairs by step, which the run adds to. Only process 0 has those of before a
+            resume, so all decisions are process 0's.
+        say: prints a line.
+    """
+
+    def __init__(self, config: ConfigDict, validations: Mapping[int, Row], say: Callable[[str], None]):
+        self.config, self.validations, self.say = config, validations, say
+        self._told: dict[str, int] = {}
+        """The step at which a warning of each kind was given last."""
+
+    def trained(self, step: int, figures: Row) -> None:
+        """Warn if the winner's error has risen in training."""
+        self._tell_rise(step, figures.get("error/winner_rise", 0.0), "the reference's", "training pairs")
+
+    def since_start(self, figures: Row) -> dict[str, float]:
+        """Return by what share the errors of held-out pairs have risen since step 0."""
+        first = self.validations.get(0, {})
+        names = [f"validation/error_{who}" for who in ("winner", "loser")]
+        return {
+            f"{name}_since_start": figures[name] / first[name] - 1
+            for name in names
+            if name in figures and first.get(name, 0.0) > 0
+        }
+
+    def validated(self, step: int) -> None:
+        """Warn if the winner's error has risen on held-out pairs, or if nothing is learned."""
+        row = self.validations.get(step, {})
+        for name, than in (("rise", "the reference's"), ("since_start", "before training")):
+            self._tell_rise(step, row.get(f"validation/error_winner_{name}", 0.0), than, "held-out pairs")
+        later = [row for at, row in self.validations.items() if self.config.optimizer.warmup_steps < at <= step]
+        if len(later) >= MANY_VALIDATIONS and all(map(_is_chance, later)):
+            self._warn(
+                "chance",
+                step,
+                f"accuracy on {row['validation/pairs']:.0f} held-out pairs is still "
+                f"{row['validation/pair_accuracy']:.3g}, which chance alone would give. "
+                "Look at some pairs to see that the labels are right; otherwise raise optimizer.learning_rate or "
+                "steps, or prepare more pairs",
+            )
+
+    def sampled(self, step: int, blank: int, count: int, file: object) -> None:
+        """Warn if samples are blank or saturated that were not so before training."""
+        if blank:
+            self._warn(
+                "blank",
+                step,
+                f"{blank} of {count} samples are of one colour or saturated, unlike those that they are compared with: "
+                f"see {file}. The model is damaged. In a new --workdir, {self._remedy()}",
+            )
+
+    def best(self, metric: str, steps: Iterable[int]) -> int:
+        """Return the step of the best figure among these steps, the earliest of equals; -1 if there is none."""
+        values = {step: value for step, value in self._values(metric).items() if step in set(steps) and step}
+        return max(values, key=lambda step: (values[step], -step), default=-1)
+
+    def stop_reason(self, step: int) -> str:
+        """Return why a run should stop early after this step; empty if it should not."""
+        metric, patience = self.config.early_stop.metric, self.config.early_stop.patience
+        values = {at: value for at, value in self._values(metric).items() if at <= step} if metric else {}
+        if not values:
+            return ""
+        best = max(values, key=lambda at: (values[at], -at))
+        since = sum(at > best for at in values)
+        if since < patience:
+            return ""
+        value = self.validations[best][FIGURES[metric][0]]
+        return (
+            f"{metric} on held-out pairs was best {_when(best)} ({value:.4g}) and not better in the "
+            f"{since} validations since. To continue, run the same command with a larger early_stop.patience"
+        )
+
+    def verdict(self, trained: Row) -> str:
+        """Return how the run ended, as the end of a sentence; empty if no figure tells.
+
+        Args:
+            trained: the last figures of training, used if there are none of held-out pairs.
+        """
+        row = self.validations[max(self.validations)] if self.validations else {}
+        found = []
+        rises = {
+            "the reference's": row.get("validation/error_winner_rise", trained.get("error/winner_rise")),
+            "before training": row.get("validation/error_winner_since_start"),
+        }
+        told = next(((than, rise) for than, rise in rises.items() if rise is not None), None)
+        if told:
+            found.append(f"the winner's error is {_compared(told[1], told[0])}")
+        if "validation/pair_accuracy" in row:
+            pairs = f" ({row['validation/pairs']:.0f} pairs)" if "validation/pairs" in row else ""
+            found.append(f"held-out accuracy {row['validation/pair_accuracy']:.3g}{pairs}")
+        text = "; ".join(found)
+        if told and self._is_too_high(told[1]):
+            text += f". The model denoises preferred images worse than before. In a new --workdir, {self._remedy()}"
+        return text
+
+    def _values(self, metric: str) -> dict[int, float]:
+        """Return the figures by step, so that higher is better; one that is not finite is worse than all others."""
+        figure, sign = FIGURES[metric]
+        found = {step: sign * row[figure] for step, row in self.validations.items() if figure in row}
+        return {step: value if math.isfinite(value) else -math.inf for step, value in found.items()}
+
+    def _is_too_high(self, rise: float) -> bool:
+        bound = self.config.monitor.winner_rise
+        return bool(bound) and rise > bound
+
+    def _tell_rise(self, step: int, rise: float, than: str, where: str) -> None:
+        if self._is_too_high(rise):
+            self._warn(
+                "winner",
+                step,
+                f"the winner's error is {_compared(rise, than)} on {where}, so the model gets worse at the images that "
+                f"it should prefer. In a new --workdir, {self._remedy()}",
+            )
+
+    def _remedy(self) -> str:
+        """Return what to change, as the end of a sentence."""
+        fields = flatten(self.config)
+        changes = [f"lower optimizer.learning_rate (now {fields['optimizer.learning_rate']:g})"]
+        if "loss.beta" in fields:
+            changes.append(f"raise loss.beta (now {fields['loss.beta']:g})")
+        if fields.get("loss.safeguard") == "none":
+            changes.append("set loss.safeguard=pair")
+        return " or ".join(changes)
+
+    def _warn(self, kind: str, step: int, message: str) -> None:
+        if kind not in self._told or step >= self._told[kind] + REPEAT:
+            self._told[kind] = step
+            self.say(f"warning: step {step}: {message}")
+
+
+def is_blank(images_NHWC: np.ndarray) -> np.ndarray:
+    """Return bool [N]: which uint8 images are of one colour, or saturated."""
+    is_flat = images_NHWC.std(axis=(1, 2), dtype=np.float32).max(axis=-1) < FLAT
+    is_extreme = (images_NHWC <= 2) | (images_NHWC >= 253)
+    return np.asarray(is_flat | (is_extreme.mean(axis=(1, 2, 3)) > EXTREME))
+
+
+def _is_chance(row: Row) -> bool:
+    """Return whether the accuracy is within the 95% interval of guessing."""
+    accuracy, pairs = row.get("validation/pair_accuracy", math.nan), row.get("validation/pairs", 0.0)
+    return pairs > 0 and abs(accuracy - 0.5) <= 1.96 * 0.5 / math.sqrt(pairs)
+
+
+def _compared(rise: float, than: str) -> str:
+    """Return, for example, "12.0% above the reference's"; `than` is "the reference's" or a time."""
+    what = than if than.startswith("the ") else f"its value {than}"
+    if rise >= 1:
+        return f"{1 + rise:,.3g} times {what}"
+    if abs(rise) < 0.0005:
+        return f"equal to {what}"
+    return f"{abs(rise):.1%} {'above' if rise > 0 else 'below'} {what}"
+
+
+def _when(step: int) -> str:
+    return f"at step {step}" if step else "before training"
