@@ -39,6 +39,7 @@ FREE_TO_CHANGE = (
     "scan",
     "attention",
     "log_every",
+    "optimizer.max_skips",
     "mesh.",
     "checkpoint.",
     "monitor.",

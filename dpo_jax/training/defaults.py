@@ -189,6 +189,15 @@ FIELDS = {
     "optimizer.epsilon": Field(1e-8, "Term added to the denominator (AdamW).", **POSITIVE),
     "optimizer.weight_decay": Field(1e-2, "Decoupled weight decay, times the learning rate.", **NOT_NEGATIVE),
     "optimizer.clip_norm": Field(1.0, "Largest global norm of the gradient.", above=0, may_be_infinite=True),
+    "optimizer.skip_spikes": Field(
+        0.0,
+        "Skip steps whose gradient has a norm of more than this many times its running mean; 0 skips none.",
+        at_least=0,
+        wrong=lambda v: None if v == 0 or v > 1 else "must be 0, or above 1",
+    ),
+    "optimizer.max_skips": Field(
+        3, "Steps in a row that may be skipped as spikes or not finite; one more ends the run.", **NOT_NEGATIVE
+    ),
     "mesh.data": Field(-1, "Copies of the model; -1 takes the devices that are left.", **DEVICES),
     "mesh.fsdp": Field(1, "Devices that one copy of the model is split over.", **DEVICES),
     "mesh.tensor": Field(1, "Devices that share the work inside each layer of one copy.", **DEVICES),

@@ -24,6 +24,7 @@ from dpo_jax.training.config import Derived
 from dpo_jax.training.model import abstract_frozen, abstract_params, initial_adapter, load_frozen, make_placement
 from dpo_jax.training.optim import learning_rate_schedule, make_optimizer
 from dpo_jax.training.step import (
+    GRADIENT_NORM,
     Compare,
     Encode,
     Frozen,
@@ -63,6 +64,7 @@ class Experiment:
             self.optimizer,
             accumulation=self.derived.accumulation,
             ema_decay=self.config.ema.decay,
+            skip_spikes=self.config.optimizer.skip_spikes,
         )
         place = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         return jax.jit(step, donate_argnums=0, out_shardings=(place, replicated(self.mesh)))
@@ -135,7 +137,8 @@ class Experiment:
         )
 
     def _no_means(self) -> dict[str, tuple[jax.Array, jax.Array]]:
-        return {name: (jnp.zeros(()), jnp.zeros(())) for name in self.objective.running}
+        names = [*self.objective.running, *([GRADIENT_NORM] if self.config.optimizer.skip_spikes else [])]
+        return {name: (jnp.zeros(()), jnp.zeros(())) for name in names}
 
 
 MakeCompare = Callable[[ConfigDict, Pipeline, Placement, Objective], Compare]

@@ -32,6 +32,8 @@ from dpo_jax.training.step import TrainState, make_eval_step
 from dpo_jax.training.watch import Watch
 from dpo_jax.weights.layout import Params
 
+MOST_KEPT = 10
+"""Most batches of skipped steps that a run keeps on disk."""
 PREEMPTED = "preempted after step {}; run the same command again to continue"
 
 
@@ -77,6 +79,7 @@ class Loop:
         self._batches: Batches | None = None
         self._positions: dict[int, dict[str, int]] = {}
         """States of the batches before the last two steps."""
+        self._skipped_in_row = 0
         self._grids = SampleGrids(experiment, bar.say)
         self.watch = Watch(self.config, writer.validations, bar.say)
 
@@ -134,7 +137,7 @@ class Loop:
                 cluster.wait("first step compiled")
                 window.append(self._fetch(pending, step))
                 pending = None
-                if start == 0:
+                if start == 0 and "train/loss" in window[-1]:
                     self._first_loss(float(window[-1]["train/loss"]))
                 self.clock.lap("first step")
                 self.bar.say(f"startup: {self.clock}")
@@ -192,25 +195,41 @@ class Loop:
         return self.checkpoints.best.step
 
     def _fetch(self, metrics: Mapping[str, jax.Array], step: int) -> dict[str, Any]:
-        """Return metrics as numbers and arrays; UserError if the loss, gradient or update is not finite."""
+        """Return metrics as numbers and arrays; of a skipped step, only that it was skipped.
+
+        Raises:
+            UserError: too many steps in a row were skipped, or an update is not finite.
+        """
         with cluster.watched(f"to end step {step}"):
             values = {name: np.asarray(value, float) for name, value in jax.device_get(dict(metrics)).items()}
-        finite = ("train/loss", "train/gradient_norm", "train/update_norm")
-        bad = [name for name in finite if not math.isfinite(values[name])]
-        if bad:
-            last = self.checkpoints.latest_step()
-            kept = f"step {last} in {self.checkpoints.folder}" if last is not None else "none yet"
-            assert self._batches is not None
-            about = keep_batch(self.workdir, step, self._batches, self._positions[step])
-            see = " (to see which examples are not finite, add --replay=FILE to the command)" if self.inputs else ""
-            raise UserError(
-                f"{bad[0]} is {values[bad[0]]} at step {step}; last good checkpoint: {kept}; {about}{see}. "
-                "In a new --workdir, try a lower optimizer.learning_rate or loss.beta, or dtype=float32"
-            )
-        return values
+        is_skipped = bool(values.get("train/skipped", 0))
+        self._skipped_in_row = self._skipped_in_row + 1 if is_skipped else 0
+        watched = ("train/loss", "train/gradient_norm", "train/update_norm")
+        bad = next((name for name in watched if not math.isfinite(values[name])), None)
+        if bad is None and not is_skipped:
+            return values
+        assert self._batches is not None
+        what = f"{bad} is {values[bad]}" if bad else f"train/gradient_norm rose to {values['train/gradient_norm']:.4g}"
+        see = " (to see which examples are not finite, add --replay=FILE to the command)" if self.inputs and bad else ""
+        if is_skipped and self._skipped_in_row <= self.config.optimizer.max_skips:
+            position = self._batches.get_state()
+            about = keep_batch(self.workdir, step, self._batches, self._positions[step], most=MOST_KEPT)
+            self._batches.set_state(position)
+            self.bar.say(f"warning: {what} at step {step}, which is skipped; {about}{see}")
+            return {"train/skipped": values["train/skipped"]}
+        last = self.checkpoints.latest_step()
+        kept = f"step {last} in {self.checkpoints.folder}" if last is not None else "none yet"
+        about = keep_batch(self.workdir, step, self._batches, self._positions[step])
+        before = f", after {self._skipped_in_row - 1} skipped steps" if self._skipped_in_row > 1 else ""
+        raise UserError(
+            f"{what} at step {step}{before}; last good checkpoint: {kept}; {about}{see}. "
+            "In a new --workdir, try a lower optimizer.learning_rate or loss.beta, or dtype=float32"
+        )
 
     def _log(self, step: int, window: list[dict[str, Any]], seconds_per_step: float | None) -> None:
         means = figures_of(mean_of(window))
+        if "train/skipped" in means:
+            means["train/skipped"] *= len(window)  # their number
         means["train/learning_rate"] = float(self.experiment.learning_rate(step - 1))
         seconds_left = None
         if seconds_per_step is not None and self._began is not None:
@@ -258,8 +277,8 @@ class Loop:
         means = validation_figures({name: total / weight for name, total in sums.items()})
         means |= self.watch.since_start(means) | {"validation/pairs": weight / validation.draws}
         self.writer.scalars(step, means)
-        shown = {name.removeprefix("validation/"): value for name, value in means.items() if not is_by_noise(name)}
-        numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        shown = {name: value for name, value in means.items() if not is_by_noise(name) and "reference" not in name}
+        numbers = "  ".join(f"{name.removeprefix('validation/')} {value:.4g}" for name, value in shown.items())
         self.bar.say(f"step {step} held-out pairs: {numbers}")
         self.watch.validated(step)
 

@@ -43,29 +43,40 @@ class Rereadable(Protocol):
         ...
 
 
-def keep_batch(workdir: epath.Path, step: int, batches: Rereadable, position: dict[str, int]) -> str:
+def keep_batch(
+    workdir: epath.Path, step: int, batches: Rereadable, position: dict[str, int], *, most: int | None = None
+) -> str:
     """Write this process's share of a step's batch to WORKDIR/errors, and return a message about it.
 
-    The batch is read again, so training need not keep the batches of earlier steps.
+    The batch is read again, so training need not keep the batches of earlier steps. The batches then continue after it.
 
     Args:
+        workdir: of the run.
+        step: the step that was trained on the batch.
         batches: the batches that the step was trained on; read again from `position`, their state before that step.
+        position: see above.
+        most: write no more than this many batches of a run; None for no limit.
     """
     try:
         batches.set_state(position)
         batch = next(batches)
         names = batches.describe(batch)
+        more = f" and {len(names) - 1} more examples" if names[1:] else ""
+        if most is not None and len(list((workdir / "errors").glob(f"step_*{_of_process()}.npz"))) >= most:
+            return f"the batch of {names[0]}{more} is not kept: {workdir / 'errors'} has those of {most} steps"
         path = write_batch(workdir, step, batch, names)
     except (OSError, UserError) as error:
         return f"the batch cannot be kept ({error})"
-    more = f" and {len(names) - 1} more examples" if names[1:] else ""
     return f"the batch of {names[0]}{more} is kept in {path}"
+
+
+def _of_process() -> str:
+    return f"-process_{jax.process_index()}" if jax.process_count() > 1 else ""
 
 
 def write_batch(workdir: epath.Path, step: int, batch: PreferenceBatch, names: list[str]) -> epath.Path:
     """Write a batch, cut to `MAX_BYTES`, and next to it a text file that names every example."""
-    process = f"-process_{jax.process_index()}" if jax.process_count() > 1 else ""
-    path = workdir / "errors" / f"step_{step:06d}{process}.npz"
+    path = workdir / "errors" / f"step_{step:06d}{_of_process()}.npz"
     size = sum(array.nbytes for array in jax.tree.leaves(batch))
     kept = len(names) if size <= MAX_BYTES else max(1, len(names) * MAX_BYTES // size)
     arrays: dict[str, Any] = _arrays(jax.tree.map(lambda x: x[:kept], batch))

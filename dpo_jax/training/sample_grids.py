@@ -9,7 +9,7 @@ from dpo_jax.data.image_grid import image_grid
 from dpo_jax.sampling.generate import Generator
 from dpo_jax.training.experiment import Experiment
 from dpo_jax.training.model import for_sampling, load_encoders, load_unet, make_generator
-from dpo_jax.training.watch import is_blank
+from dpo_jax.training.watch import count_blank
 from dpo_jax.weights.layout import Params
 
 
@@ -47,7 +47,7 @@ class SampleGrids:
             rows.append((caption, [image for i in cells for image in (compared[i], images[i])]))
         beside = "reference" if self.experiment.objective.needs_reference else "base"
         grid = image_grid(rows, [beside, "policy"] * sample.seeds)
-        return grid, int((is_blank(images) & ~is_blank(compared)).sum())
+        return grid, count_blank(images, compared)
 
     def _compared_with(self) -> Params:
         """Return the weights that the policy's images are compared with, in the compute dtype."""

@@ -30,6 +30,10 @@ Compare = Callable[..., LossInputs]
 
 RUNNING_DECAY = 0.99
 """How much of a running mean remains after a step."""
+GRADIENT_NORM = "train/gradient_norm"
+"""Name of the running mean of the gradient's norm."""
+STEPS_BEFORE_SPIKES = 10
+"""Steps that the running mean needs before a norm is compared with it."""
 
 
 PARAMETER_GROUPS = {
@@ -158,6 +162,7 @@ def make_train_step(
     *,
     accumulation: int = 1,
     ema_decay: float = 0.0,
+    skip_spikes: float = 0.0,
 ) -> Callable[[TrainState, Frozen, PreferenceBatch], tuple[TrainState, Metrics]]:
     """Return `step(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -165,7 +170,10 @@ def make_train_step(
     whose gradients are summed before the one update, which gives the gradient of the whole batch.
 
     A batch whose weights are all 0, such as one pair of candidates that people find equally good, makes no update: only
-    the step number changes, not the momentum, weight decay, averages or the optimizer's own count of steps.
+    the step number changes, not the momentum, weight decay, averages or the optimizer's own count of steps. The same
+    holds for a batch whose loss or gradient is not finite; the metric `train/skipped` is then 1. With `skip_spikes`, it
+    also holds for a gradient whose norm is more than that many times its running mean over the steps that were not
+    skipped, which `state.running` has under `GRADIENT_NORM`.
     """
 
     def summed(inputs: LossInputs) -> tuple[jax.Array, Metrics]:
@@ -197,14 +205,23 @@ def make_train_step(
         total_weight = jnp.maximum(weight, 1e-8)
         grads, metrics = jax.tree.map(lambda x: x / total_weight.astype(x.dtype), (grads, sums))
         means = {name: metrics.pop(f"running/{name}") for name in objective.running}
+        norm = optax.tree.norm(grads)
+        skips = ~(jnp.isfinite(metrics["train/loss"]) & jnp.isfinite(norm))
+        if skip_spikes:
+            enough = state.running[GRADIENT_NORM][1] >= 0.999 * (1 - RUNNING_DECAY**STEPS_BEFORE_SPIKES)
+            skips |= enough & (norm > skip_spikes * running[GRADIENT_NORM])
+            means[GRADIENT_NORM] = norm
+        skips &= weight > 0
+        changes = (weight > 0) & ~skips
+        metrics["train/skipped"] = skips.astype(jnp.float32)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics["train/gradient_norm"] = optax.tree.norm(grads)
+        metrics["train/gradient_norm"] = norm
         metrics |= gradient_norms(grads)
         metrics["train/update_norm"] = jnp.where(weight > 0, optax.tree.norm(updates), 0)
         params = optax.apply_updates(state.params, updates)
         ema = moving_average(state.ema, params, state.step, ema_decay) if ema_decay else state.ema
         new = TrainState(state.step, params, opt_state, ema, running_means(state.running, means))
-        kept = jax.tree.map(lambda new, old: jnp.where(weight > 0, new, old), new, state)
+        kept = jax.tree.map(lambda new, old: jnp.where(changes, new, old), new, state)
         return kept._replace(step=state.step + 1), metrics
 
     return step

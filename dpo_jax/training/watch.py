@@ -20,7 +20,7 @@ MANY_VALIDATIONS = 5
 """Validations after the warm-up, all without a preference, after which a warning says so."""
 FLAT, EXTREME = 4.0, 0.95
 """An image is blank if no channel's standard deviation is above FLAT (of 255), and saturated if more than this share
-of its values are within 2 of black or white."""
+of its values are within 2 of black or white. Images are alike if their standard deviation is below FLAT."""
 
 
 class Watch:
@@ -74,8 +74,8 @@ class Watch:
             self._warn(
                 "blank",
                 step,
-                f"{blank} of {count} samples are of one colour or saturated, unlike those that they are compared with: "
-                f"see {file}. The model is damaged. In a new --workdir, {self._remedy()}",
+                f"{blank} of {count} samples are of one colour, saturated or all alike, unlike those that they are "
+                f"compared with: see {file}. The model is damaged. In a new --workdir, {self._remedy()}",
             )
 
     def best(self, metric: str, steps: Iterable[int]) -> int:
@@ -162,6 +162,17 @@ def is_blank(images_NHWC: np.ndarray) -> np.ndarray:
     is_flat = images_NHWC.std(axis=(1, 2), dtype=np.float32).max(axis=-1) < FLAT
     is_extreme = (images_NHWC <= 2) | (images_NHWC >= 253)
     return np.asarray(is_flat | (is_extreme.mean(axis=(1, 2, 3)) > EXTREME))
+
+
+def count_blank(images_NHWC: np.ndarray, compared_NHWC: np.ndarray) -> int:
+    """Return how many uint8 images are blank, or the same as all others, unlike those that they are compared with."""
+    if _are_alike(images_NHWC) and not _are_alike(compared_NHWC):
+        return len(images_NHWC)
+    return int((is_blank(images_NHWC) & ~is_blank(compared_NHWC)).sum())
+
+
+def _are_alike(images_NHWC: np.ndarray) -> bool:
+    return len(images_NHWC) > 1 and bool(images_NHWC.std(axis=0, dtype=np.float32).mean() < FLAT)
 
 
 def _is_chance(row: Row) -> bool:

@@ -13,7 +13,7 @@ from dpo_jax.training.loop import Loop
 from dpo_jax.training.metrics import MetricWriter, read_metrics
 from dpo_jax.training.select_step import select_step
 from dpo_jax.training.trainer import train
-from dpo_jax.training.watch import REPEAT, Watch, is_blank
+from dpo_jax.training.watch import REPEAT, Watch, count_blank, is_blank
 
 from .test_faults import state_at
 
@@ -99,11 +99,15 @@ def test_blank_and_saturated_images() -> None:
     red = np.tile([200, 10, 10], (8, 8, 1))
     clipped = np.where(photo > 128, 255, 0)
     assert is_blank(np.stack([photo, red, clipped]).astype(np.uint8)).tolist() == [False, True, True]
+    compared = rng.integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
+    assert count_blank(np.stack([photo, red, clipped]).astype(np.uint8), compared) == 2
+    assert count_blank(np.stack([photo] * 3).astype(np.uint8), compared) == 3, "all prompts have the same image"
+    assert count_blank(np.stack([photo] * 3).astype(np.uint8), np.stack([red] * 3).astype(np.uint8)) == 0
     one, said = watch()
     one.sampled(200, 0, 4, "grid.png")
     one.sampled(400, 3, 4, "grid.png")
     assert len(said) == 1
-    assert "step 400: 3 of 4 samples are of one colour or saturated" in said[0]
+    assert "step 400: 3 of 4 samples are of one colour, saturated or all alike" in said[0]
 
 
 def test_a_run_stops_when_patience_is_over() -> None:
