@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 from absl import flags
 
 from dpo_jax import cli
@@ -37,11 +38,12 @@ ONLY = flags.DEFINE_list("only", [], "Settings to run. Default: all.")
 RATE = 5e-5
 """The demo's learning rate."""
 METHODS: dict[str, dict[str, object]] = {
-    "dpo": {},
-    "sft": {"loss.name": "sft"},
+    "stable DPO": {},
+    "DPO": {"loss.safeguard": "none"},
+    "SFT": {"loss.name": "sft"},
 }
 STABILITY: dict[str, dict[str, object]] = {
-    "plain": {},
+    "plain": {"loss.safeguard": "none"},
     "stable": {},
 }
 FACTORS = {"methods": (1,), "stability": (1, 3, 10)}
@@ -54,7 +56,7 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.setting}_x{self.factor}_{self.seed}"
+        return f"{self.setting.replace(' ', '_')}_x{self.factor}_{self.seed}"
 
 
 def main() -> None:
@@ -79,6 +81,7 @@ def main() -> None:
     rows = summary([(run, results[run.name]) for run in runs])
     (output / f"{TABLE.value}.json").write_text(json.dumps({"steps": STEPS.value, "rows": rows}, indent=1) + "\n")
     (output / f"{TABLE.value}.md").write_text(as_table(rows))
+    plot(rows, output / f"{TABLE.value}.png")
     print(as_table(rows))
 
 
@@ -119,6 +122,8 @@ def measure(run: Run, fields: dict[str, object], output: Path) -> dict[str, floa
     (row,) = judge["win_rates"]
     found = {"win_rate": row["rate"], "low": row["low"], "high": row["high"], "seconds": seconds}
     found |= {"base_score": judge["models"]["base"]["mean"], "score": judge["models"]["tuned"]["mean"]}
+    base, tuned = result["models"]["base"], result["models"]["tuned"]
+    found |= {"diversity": tuned["diversity"] / base["diversity"], "drift": tuned["distance_to_first"]}
     validations = [line for line in read_metrics(workdir) if is_validation(line)]
     first, last = validations[0], validations[-1]
     found["winner_error_rise"] = last["validation/error_winner"] / first["validation/error_winner"] - 1
@@ -148,25 +153,43 @@ def summary(results: list[tuple[Run, dict[str, float]]]) -> list[dict[str, objec
         whole = [each for each in found if "lost" not in each]
         lost = len(found) - len(whole) + sum(each["score"] < each["base_score"] for each in whole)
         row: dict[str, object] = {"setting": setting, "rate": RATE * factor, "runs": len(found), "below_base": lost}
-        names = ("win_rate", "low", "high", "accuracy", "winner_error_rise", "seconds")
+        row["win_rates"] = [each["win_rate"] for each in whole]
+        names = ("win_rate", "low", "high", "accuracy", "winner_error_rise", "diversity", "drift", "seconds")
         row |= {name: statistics.median(each[name] for each in whole) for name in names if whole}
         rows.append(row)
     return rows
 
 
+def plot(rows: list[dict], file: Path) -> None:
+    """Draw the win rate of each run as a dot, and the medians as lines, one row per setting and rate."""
+    figure, axes = plt.subplots(figsize=(7, 0.4 * len(rows) + 1.2), layout="constrained")
+    for y, row in enumerate(reversed(rows)):
+        below = [rate < 0.5 for rate in row["win_rates"]]
+        colors = ["#cc3311" if worse else "#4477aa" for worse in below]
+        axes.scatter(row["win_rates"], [y] * len(below), c=colors, s=18, alpha=0.7)
+        if row["win_rates"]:
+            axes.plot([row["win_rate"]] * 2, [y - 0.35, y + 0.35], color="black")
+    axes.axvline(0.5, color="gray", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [f"{row['setting']}, {row['rate']:g}" for row in reversed(rows)])
+    axes.set_xlabel("win rate over the base (a dot per run, a line at the median)")
+    figure.savefig(file, dpi=120)
+
+
 def as_table(rows: list[dict]) -> str:
     """The rows as a Markdown table; medians over the seeds."""
     lines = [
-        "| setting | rate | runs | below the base | win rate | held-out accuracy | winner's error | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| setting | rate | runs | below base | win rate | accuracy | winner's error | drift | diversity | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        figures = ["", "", "", ""]
+        figures = [""] * 6
         if "win_rate" in row:
             figures = [
                 f"{row['win_rate']:.1%} [{row['low']:.1%}, {row['high']:.1%}]",
                 f"{row['accuracy']:.1%}",
                 f"{row['winner_error_rise']:+.1%}",
+                f"{row['drift']:.3g}",
+                f"{row['diversity']:.1%}",
                 f"{row['seconds']:.0f}",
             ]
         cells = [row["setting"], f"{row['rate']:g}", str(row["runs"]), str(row["below_base"]), *figures]

@@ -1,11 +1,12 @@
-"""Stable Diffusion 1.5 with Diffusion-DPO on Pick-a-Pic v2, as published (arXiv 2311.12908 and its released code).
+"""Stable Diffusion 1.5 with Diffusion-DPO on Pick-a-Pic v2, with the values of its released code (arXiv 2311.12908).
 
+One thing is added: `loss.safeguard` keeps the winner's error from rising (arXiv 2511.03317). `:published` turns it off.
 `:lora` trains a LoRA with the settings of the diffusers script. `:tiny` runs either in seconds.
 """
 
 from ml_collections import ConfigDict
 
-from dpo_jax.training.config import apply_variants, default_config, tiny
+from dpo_jax.training.config import apply_variants, default_config, published, tiny
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -22,7 +23,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.optimizer.learning_rate = 1e-8  # x 2048 = 2.048e-5, the rate of the released launcher
     c.optimizer.scale_by_batch = True
     c.optimizer.warmup_steps = 500
-    return apply_variants(c, arg, {"lora": lora, "tiny": tiny("sd15")})
+    return apply_variants(c, arg, {"published": published, "lora": lora, "tiny": tiny("sd15")})
 
 
 def lora(c: ConfigDict) -> None:

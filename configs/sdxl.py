@@ -1,11 +1,12 @@
-"""SDXL base 1.0 with Diffusion-DPO on Pick-a-Pic v2, as published (arXiv 2311.12908 and its released code).
+"""SDXL base 1.0 with Diffusion-DPO on Pick-a-Pic v2, with the values of its released code (arXiv 2311.12908).
 
+One thing is added: `loss.safeguard` keeps the winner's error from rising (arXiv 2511.03317). `:published` turns it off.
 `:lora` trains a LoRA with the settings of the diffusers script. `:tiny` runs either in seconds.
 """
 
 from ml_collections import ConfigDict
 
-from dpo_jax.training.config import apply_variants, default_config, tiny
+from dpo_jax.training.config import apply_variants, default_config, published, tiny
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -18,6 +19,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.micro_batch = 1  # a pair takes about 8 GiB beside the model
     c.data.caption_dropout = 0.2
     c.loss.beta = 5000.0
+    c.loss.safeguard_margin = 0.6  # as published for SDXL
     c.steps = 2000  # the released launcher saves a checkpoint every 200 steps
     c.optimizer.name = "adafactor"  # AdamW's second moment of 2.6 billion parameters would not fit
     c.optimizer.learning_rate = 1e-8  # x 2048 = 2.048e-5
@@ -26,7 +28,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.mesh.data = 1
     c.mesh.fsdp = -1  # float32 weights, gradients and optimizer state take 30 GiB, split over all devices
     c.sample.guidance = 5.0  # the usual scale for SDXL
-    return apply_variants(c, arg, {"lora": lora, "tiny": tiny("sdxl")})
+    return apply_variants(c, arg, {"published": published, "lora": lora, "tiny": tiny("sdxl")})
 
 
 def lora(c: ConfigDict) -> None:

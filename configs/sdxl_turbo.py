@@ -1,11 +1,12 @@
-"""SDXL-Turbo with Diffusion-DPO on Pick-a-Pic v2, as published (arXiv 2311.12908 and its released code).
+"""SDXL-Turbo with Diffusion-DPO on Pick-a-Pic v2, with the values of its released code (arXiv 2311.12908).
 
+One thing is added: `loss.safeguard` keeps the winner's error from rising (arXiv 2511.03317). `:published` turns it off.
 `:lora` trains a LoRA with the settings of the diffusers script. `:tiny` runs either in seconds.
 """
 
 from ml_collections import ConfigDict
 
-from dpo_jax.training.config import apply_variants, default_config, tiny
+from dpo_jax.training.config import apply_variants, default_config, published, tiny
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -19,6 +20,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.micro_batch = 4
     c.data.caption_dropout = 0.0  # Turbo is sampled without guidance, so it needs no unconditional model
     c.loss.beta = 5000.0
+    c.loss.safeguard_margin = 0.6  # as published for SDXL
     c.steps = 2000
     c.optimizer.name = "adafactor"
     c.optimizer.learning_rate = 1e-8  # x 2048 = 2.048e-5
@@ -28,7 +30,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.mesh.fsdp = -1  # as in configs/sdxl.py
     c.sample.steps = 4
     c.sample.guidance = 0.0
-    return apply_variants(c, arg, {"lora": lora, "tiny": tiny("sdxl_turbo")})
+    return apply_variants(c, arg, {"published": published, "lora": lora, "tiny": tiny("sdxl_turbo")})
 
 
 def lora(c: ConfigDict) -> None:

@@ -1,6 +1,6 @@
 """Plug-ins for every loss on pairs that keep the winner's error from rising, and the scale of the margins in order.
 
-All are off by default. They change what the loss reads (`LossInputs`), never the loss itself.
+They change what the loss reads (`LossInputs`), never the loss itself. By default only the safeguard is on.
 
 Axes: B pairs, K = 2 candidates, winner first, H x W latent cells, C channels.
 """
@@ -28,7 +28,7 @@ PAIR_FIELDS = {
     ),
     "loser_weight": Field(1.0, "Weight of the loser's log-ratio in the margin; below 1 it is pushed less.", **SHARE),
     "safeguard": Field(
-        "none",
+        "pair",
         "Scale the loser's gradient so that the winner does not get worse (SDPO), per pair or over a micro-batch.",
         choices=("none", "pair", "batch"),
     ),

@@ -57,6 +57,9 @@ FREE_TO_CHANGE = (
     "dpo_jax_version",
 )
 
+DEFAULTS_BEFORE = {"loss.safeguard": "none"}
+"""What runs did that are older than a field, where its default is something else now."""
+
 MAX_RATE = 1e30
 """Largest learning rate: larger ones overflow float32 and none of them trains."""
 MAX_GRID = 1024
@@ -75,6 +78,11 @@ def apply_variants(c: ConfigDict, argument: str | None, variants: Mapping[str, V
             raise UserError(f"this config has no variant {name!r}; it has {known}")
         variants[name](c)
     return c
+
+
+def published(c: ConfigDict) -> None:
+    """The variant with the loss exactly as published: nothing keeps the winner's error from rising."""
+    c.loss.safeguard = "none"
 
 
 def tiny(family: str) -> Variant:
@@ -284,7 +292,7 @@ def check_same_experiment(fields: dict[str, Any], saved: dict[str, Any], workdir
     steps_are_free = now["optimizer.schedule"] not in FALLING
     free = (*FREE_TO_CHANGE, "steps") if steps_are_free else FREE_TO_CHANGE
     # A field that did not exist when the run began had its default; older runs have the fields of other methods, too.
-    saved = json.loads(json.dumps(flatten(defaults))) | saved
+    saved = json.loads(json.dumps(flatten(defaults))) | DEFAULTS_BEFORE | saved
     if now["loss.name"] == saved["loss.name"]:
         saved = {name: value for name, value in saved.items() if name in now or not name.startswith("loss.")}
     names = [f for f in sorted(now.keys() | saved.keys()) if not is_free(f, free)]
