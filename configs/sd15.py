@@ -18,6 +18,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.micro_batch = 8  # a pair takes about 1.7 GiB beside the model
     c.data.caption_dropout = 0.2
     c.loss.beta = 5000.0  # as in the released code; the paper says 2000 for SD1.5
+    c.loss.safeguard_margin = 0.9  # as published for SD1.5
     c.steps = 2000
     c.optimizer.name = "adamw"
     c.optimizer.learning_rate = 1e-8  # x 2048 = 2.048e-5, the rate of the released launcher

@@ -19,7 +19,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.micro_batch = 1  # a pair takes about 8 GiB beside the model
     c.data.caption_dropout = 0.2
     c.loss.beta = 5000.0
-    c.loss.safeguard_margin = 0.6  # as published for SDXL
     c.steps = 2000  # the released launcher saves a checkpoint every 200 steps
     c.optimizer.name = "adafactor"  # AdamW's second moment of 2.6 billion parameters would not fit
     c.optimizer.learning_rate = 1e-8  # x 2048 = 2.048e-5

@@ -20,7 +20,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.micro_batch = 1
     c.data.caption_dropout = 0.2
     c.loss.beta = 5000.0
-    c.loss.safeguard_margin = 0.6  # as published for SDXL
     c.steps = 2000
     c.optimizer.name = "adafactor"
     c.optimizer.learning_rate = 1e-8  # x 2048 = 2.048e-5

@@ -38,7 +38,7 @@ def test_help_shows_the_flags_and_succeeds(command):
         (["--config=configs/tiny.py", "--config.loss.betta=3"], "did you mean config.loss.beta?"),
         (["--config=configs/tiny.py", "--config.setps=3"], "did you mean config.steps?"),
         (["--config", "configs/tiny.py", "--config.loss.betta=3"], "did you mean config.loss.beta?"),
-        (["--config=configs/tiny.py", "--config.loss=3"], "it is a group of loss.beta, "),
+        (["--config=configs/tiny.py", "--config.loss=3"], "it is a group of loss.anchor, loss.auto_beta, loss.beta, "),
         (["--config=tiny", "--config.optimizer.lr=3"], "did you mean config.optimizer.learning_rate?"),
         (["--config=configs/tini.py"], "no config file configs/tini.py; did you mean --config=tiny?"),
         (["--config", "sdxk"], "no config file sdxk; did you mean --config=sdxl?"),

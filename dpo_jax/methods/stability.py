@@ -32,7 +32,9 @@ PAIR_FIELDS = {
         "Scale the loser's gradient so that the winner does not get worse (SDPO), per pair or over a micro-batch.",
         choices=("none", "pair", "batch"),
     ),
-    "safeguard_margin": Field(0.9, "SDPO's mu: the share of the winner's gain that must remain.", **NOT_ALL),
+    "safeguard_margin": Field(
+        0.6, "SDPO's mu: the share of the winner's gain that must remain; published: 0.6, for SD1.5 0.9.", **NOT_ALL
+    ),
     "anchor": Field(
         0.0, "Weight of the squared distance to the reference's predictions, in units of beta / 2.", **NOT_NEGATIVE
     ),

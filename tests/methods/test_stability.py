@@ -1,5 +1,7 @@
 """Plug-ins of losses on pairs, against the released formulas in PyTorch or by hand."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +10,15 @@ import pytest
 import torch
 
 from dpo_jax.batch import LossInputs
+from dpo_jax.cli import flatten, load_config
+from dpo_jax.errors import UserError
 from dpo_jax.methods import METHODS
 from dpo_jax.methods.stability import LARGEST, PAIR_FIELDS, SMALLEST
+from dpo_jax.training.config import check_same_experiment, default_config
 from tests.training.test_step import SCHEDULE, denoise, encode, frozen_like, make_batch, params, perturbed  # noqa: F401
 
 B, BETA = 5, 50.0
-OFF = {f"loss.{name}": field.default for name, field in PAIR_FIELDS.items()}
+OFF = {f"loss.{name}": field.default for name, field in PAIR_FIELDS.items()} | {"loss.safeguard": "none"}
 
 
 def objective(**fields):
@@ -72,7 +77,7 @@ def test_the_safeguard_is_the_released_one(x64, over):
     np.testing.assert_allclose(gradient, policy.grad, rtol=1e-9, atol=1e-15)
 
 
-def test_by_default_nothing_changes(x64):
+def test_what_is_off_changes_nothing(x64):
     value, gradient = value_and_gradient(objective())
     policy, reference, target = map(jnp.asarray, arrays())
     plain = METHODS["dpo"].loss
@@ -188,3 +193,20 @@ def test_a_run_plans_with_all_plug_ins_on(tiny_config):
     fields = {"loss.auto_beta": True, "loss.safeguard": "pair", "loss.anchor": 0.1, "loss.winner_penalty": 1.0}
     plain, guarded = (measure_work(tiny_config("sd15", **chosen), "gpu") for chosen in ({}, fields))
     assert guarded.flops == plain.flops  # these are products and convolutions
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sdxl_turbo", "sdxl:lora"])
+def test_the_default_is_safe_and_published_is_as_published(name):
+    default, published = load_config(name), load_config(f"{name}{',' if ':' in name else ':'}published")
+    assert default.loss.safeguard == "pair"
+    changed = {path for path, value in flatten(default).items() if value != flatten(published)[path]}
+    assert changed == {"loss.safeguard"}
+    assert published.loss.safeguard == "none"
+
+
+def test_a_run_older_than_the_safeguard_does_not_go_on_with_it():
+    config = load_config("sd15")
+    saved = json.loads(json.dumps({path: value for path, value in flatten(config).items() if path != "loss.safeguard"}))
+    with pytest.raises(UserError, match=r"loss\.safeguard was 'none', now 'pair'"):
+        check_same_experiment(flatten(config), saved, "runs/old", default_config())
+    check_same_experiment(flatten(load_config("sd15:published")), saved, "runs/old", default_config())
