@@ -51,6 +51,9 @@ SYNONYMS = {
     "eval_every": ("validation.every",),
     "validation_steps": ("validation.every",),
     "sample_every": ("sample.every",),
+    "early_stopping": ("early_stop.metric",),
+    "early_stopping_patience": ("early_stop.patience",),
+    "save_best": ("checkpoint.best",),
 }
 """Other trainers' names and abbreviations of the last part of a field."""
 
