@@ -3,17 +3,25 @@
 from dpo_jax.errors import UserError
 from dpo_jax.methods.d3po import D3PO
 from dpo_jax.methods.ddpo import DDPO
+from dpo_jax.methods.dmpo import DMPO
 from dpo_jax.methods.dpo import DPO
 from dpo_jax.methods.dpok import DPOK
 from dpo_jax.methods.grpo import GRPO
+from dpo_jax.methods.hinge import HINGE
+from dpo_jax.methods.ipo import IPO
+from dpo_jax.methods.linear_dpo import LINEAR_DPO
 from dpo_jax.methods.lpo import LPO
+from dpo_jax.methods.mapo import MAPO
 from dpo_jax.methods.method import Method as Method
 from dpo_jax.methods.sft import SFT
+from dpo_jax.methods.smpo import SMPO
 from dpo_jax.methods.spo import SPO
 from dpo_jax.nearest import nearest
 from dpo_jax.user_code import import_object
 
-METHODS = {method.name: method for method in (DPO, SFT, D3PO, DDPO, DPOK, GRPO, SPO, LPO)}
+OFFLINE = (DPO, IPO, HINGE, DMPO, LINEAR_DPO, SMPO, MAPO, SFT)
+ONLINE = (D3PO, DDPO, DPOK, GRPO, SPO, LPO)
+METHODS = {method.name: method for method in (*OFFLINE, *ONLINE)}
 
 
 def find_method(name: str) -> Method:

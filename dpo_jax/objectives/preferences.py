@@ -3,6 +3,8 @@
 Axes: B prompts, K candidates of a prompt, R rewards.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Real
 
@@ -40,6 +42,20 @@ def margin(log_ratio_BK: Float[Array, "B K"]) -> Float[Array, " B"]:
     if (K := log_ratio_BK.shape[1]) != 2:
         raise UserError(f"the batch has {K} candidates per prompt, but a loss of pairs needs 2")
     return log_ratio_BK[:, 0] - log_ratio_BK[:, 1]
+
+
+def over_labels(
+    loss: Callable[[Float[Array, " B"]], Float[Array, " B"]],
+    log_ratio_BK: Float[Array, "B K"],
+    preference_BK: Float[Array, "B K"],
+) -> Float[Array, " B"]:
+    """Return `p loss(margin) + (1 - p) loss(-margin)`, p being the share of the preference for the first candidate.
+
+    For hard labels this is the loss of the margin itself; for soft ones, its expectation over which candidate is
+    better.
+    """
+    margin_B = margin(log_ratio_BK)
+    return preference_BK[:, 0] * loss(margin_B) + preference_BK[:, 1] * loss(-margin_B)
 
 
 def implicit_accuracy(log_ratio_BK: Float[Array, "B K"]) -> Float[Array, " B"]:
