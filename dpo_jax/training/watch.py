@@ -149,6 +149,8 @@ class Watch:
             changes.append(f"raise loss.beta (now {fields['loss.beta']:g})")
         if fields.get("loss.safeguard") == "none":
             changes.append("set loss.safeguard=pair")
+        elif "loss.safeguard" in fields:
+            changes.append(f"raise loss.safeguard_margin (now {fields['loss.safeguard_margin']:g})")
         return " or ".join(changes)
 
     def _warn(self, kind: str, step: int, message: str) -> None:

@@ -9,6 +9,7 @@ from dpo_jax.cli import replaced
 from dpo_jax.errors import UserError
 from dpo_jax.training.checkpoint import Checkpoints, finished_steps
 from dpo_jax.training.config import default_config, resolve
+from dpo_jax.training.defaults import with_fields
 from dpo_jax.training.loop import Loop
 from dpo_jax.training.metrics import MetricWriter, read_metrics
 from dpo_jax.training.select_step import select_step
@@ -32,8 +33,21 @@ def test_a_rise_of_the_winners_error_is_told_once_and_again_after_many_steps() -
     assert said[0] == (
         "warning: step 20: the winner's error is 12.0% above the reference's on training pairs, so the model gets "
         "worse at the images that it should prefer. In a new --workdir, lower optimizer.learning_rate (now 0.03) or "
-        "raise loss.beta (now 5000) or set loss.safeguard=pair"
+        "raise loss.beta (now 5000) or raise loss.safeguard_margin (now 0.6)"
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "remedy"),
+    [
+        ({"loss.safeguard": "none"}, "loss.beta (now 5000) or set loss.safeguard=pair"),
+        ({"loss.name": "sft"}, "In a new --workdir, lower optimizer.learning_rate (now 1e-08)"),
+    ],
+)
+def test_the_remedy_names_fields_that_the_method_has(fields, remedy) -> None:
+    said: list[str] = []
+    Watch(with_fields(default_config(), fields), {}, said.append).trained(10, {"error/winner_rise": 1.0})
+    assert said[0].endswith(remedy)
 
 
 @pytest.mark.parametrize(
