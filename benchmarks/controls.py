@@ -2,10 +2,10 @@
 
   python benchmarks/controls.py --output=runs/controls
 
-Runs Diffusion-DPO of all weights and of a LoRA, plain fine-tuning on the preferred images (SFT), and Diffusion-DPO with
-swapped and with shuffled labels, all from the same base, pairs, steps and seeds, and compares them with the base and
-with each other. It takes about ten minutes on two CPU cores. Writes OUTPUT/controls.json; the last result is committed
-beside this file.
+Runs Diffusion-DPO (the loss as published) of all weights and of a LoRA, plain fine-tuning on the preferred images
+(SFT), and Diffusion-DPO with swapped and with shuffled labels, all from the same base, pairs, steps and seeds, and
+compares them with the base and with each other. It takes about ten minutes on two CPU cores. Writes
+OUTPUT/controls.json; the last result is committed beside this file.
 """
 
 import json
@@ -23,12 +23,14 @@ OUTPUT = flags.DEFINE_string("output", None, "New folder for the runs and contro
 SEEDS = flags.DEFINE_integer("seeds", 20, "Images per held-out prompt and model.")
 
 ROOT = Path(__file__).parents[1]
+PUBLISHED = "--config.loss.safeguard=none"
+"""The loss as published, which the controls are about."""
 RUNS = {
     "sft": ["--config=configs/tiny.py", "--config.loss.name=sft"],
-    "dpo": ["--config=configs/tiny.py"],
-    "lora": ["--config=configs/tiny.py:lora"],
-    "swapped": ["--config=configs/tiny.py", "--config.data.relabel=swapped"],
-    "shuffled": ["--config=configs/tiny.py", "--config.data.relabel=shuffled"],
+    "dpo": ["--config=configs/tiny.py", PUBLISHED],
+    "lora": ["--config=configs/tiny.py:lora", PUBLISHED],
+    "swapped": ["--config=configs/tiny.py", PUBLISHED, "--config.data.relabel=swapped"],
+    "shuffled": ["--config=configs/tiny.py", PUBLISHED, "--config.data.relabel=shuffled"],
 }
 
 

@@ -40,6 +40,7 @@ STEPS, HALF = 60, 30
 MODELS = ("base", "half", "full")
 # In the demo's first steps both errors of a pair grow with the weights' drift, and the implicit reward sees drift.
 GENTLE = (
+    "--config.loss.safeguard=none",
     "--config.loss.beta=2000",
     "--config.optimizer.learning_rate=6e-6",
     "--config.optimizer.schedule=constant_with_warmup",
