@@ -66,8 +66,9 @@ class PreferenceBatch(NamedTuple):
     size_cond_BK6: Float[Array, "B K 6"]
     """float32 (original height, original width, crop top, crop left, target height, target width)."""
     preference_BK: Float[Array, "B K *R"]
-    """float32, sums to 1 over K: (1, 0) for a clear winner; soft labels and votes are fractions. For sampled images, it
-    holds their rewards instead, NaN for a missing one; several judges add an axis."""
+    """float32, sums to 1 over K: (1, 0) for a clear winner; soft labels and votes are fractions. A single image
+    has 1 if it was liked, 0 if not. For sampled images, it holds their rewards instead, NaN for a missing one; several
+    judges add an axis."""
     valid_BK: Bool[Array, "B K"]
     """bool: False for padding in place of a candidate."""
     weight_B: Float[Array, " B"]

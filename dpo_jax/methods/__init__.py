@@ -10,6 +10,7 @@ from dpo_jax.methods.grpo import GRPO
 from dpo_jax.methods.hinge import HINGE
 from dpo_jax.methods.ipo import IPO
 from dpo_jax.methods.linear_dpo import LINEAR_DPO
+from dpo_jax.methods.kto import KTO
 from dpo_jax.methods.lpo import LPO
 from dpo_jax.methods.mapo import MAPO
 from dpo_jax.methods.method import Method as Method
@@ -19,7 +20,7 @@ from dpo_jax.methods.spo import SPO
 from dpo_jax.nearest import nearest
 from dpo_jax.user_code import import_object
 
-OFFLINE = (DPO, IPO, HINGE, DMPO, LINEAR_DPO, SMPO, MAPO, SFT)
+OFFLINE = (DPO, IPO, HINGE, DMPO, LINEAR_DPO, SMPO, MAPO, SFT, KTO)
 ONLINE = (D3PO, DDPO, DPOK, GRPO, SPO, LPO)
 METHODS = {method.name: method for method in (*OFFLINE, *ONLINE)}
 

@@ -61,6 +61,8 @@ class Method:
     are 0 in the first step, and part of a checkpoint."""
     metrics: Callable[..., Metrics] = pair_metrics
     """`metrics(inputs, **fields)` -> numbers to watch by name, one per prompt."""
+    held_out_metrics: Callable[[LossInputs], Metrics] = pair_metrics
+    """Numbers to watch on held-out data, one per example. They see one batch of many, and no running means."""
     problem: Callable[[Mapping[str, Any]], str | None] = lambda fields: None
     """Return what is wrong with a config, given by its fields, as a sentence; None if nothing is."""
 
@@ -98,6 +100,7 @@ class Method:
             reads_log_ratios_alone=self.reads_log_ratios_alone,
             running=running,
             metrics=metrics,
+            held_out_metrics=self.held_out_metrics,
         )
 
 
@@ -114,6 +117,7 @@ class Objective:
     running: Mapping[str, Callable[[LossInputs], jax.Array]] = dataclasses.field(default_factory=dict)
     metrics: Callable[[LossInputs], Metrics] = pair_metrics
     """Maps inputs to numbers to watch, one per prompt."""
+    held_out_metrics: Callable[[LossInputs], Metrics] = pair_metrics
 
     def loss_at_reference(self) -> float | None:
         """Return the loss of a clear pair while the policy is the reference; None if it depends on more."""

@@ -21,7 +21,7 @@ WEIGHT_BY_NOISE = f"weight{BY_NOISE}"
 """Name of the weight of each noise level."""
 WATCHED_BY_NOISE = (
     *("error/winner", "error/loser", "error/reference_winner", "error/reference_loser", "error/drift"),
-    *("pair/accuracy", "reward/margin"),
+    *("pair/accuracy", "reward/margin", "vote/accuracy"),
 )
 
 

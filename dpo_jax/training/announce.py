@@ -47,11 +47,12 @@ def _shown(value: Any) -> str:
 
 
 def announce_epochs(config: ConfigDict, examples: int) -> None:
-    """Print how often the run will see each of its pairs (for SFT, images), and warn where that is too often."""
+    """Print how often the run will see each of its pairs, images or votes, and warn where that is too often."""
     if not cluster.is_first():
         return
     steps, batch = config.steps, config.data.batch_size
-    unit = "images" if find_method(config.loss.name).learns_from == "images" else "pairs"
+    learns_from = find_method(config.loss.name).learns_from
+    unit = learns_from if learns_from in ("images", "votes") else "pairs"
     epochs = steps * batch / examples
     product = f"{steps:,} steps x {batch:,} {unit} = {f'{epochs:.2g}' if epochs < 10 else f'{epochs:,.0f}'} epochs"
     print(f"data: {examples:,} training {unit}; {product}", flush=True)
@@ -62,7 +63,7 @@ def announce_epochs(config: ConfigDict, examples: int) -> None:
         change = f"set config.data.batch_size far below {examples:,} and then fewer config.steps"
     warn(
         f"{product} over {examples:,} {unit}: the model will memorise them and get worse. Prepare more, or {change}; "
-        "afterwards, --step=best takes the checkpoint that is best on held-out pairs"
+        "afterwards, --step=best takes the checkpoint that is best on held-out data"
     )
 
 

@@ -157,6 +157,9 @@ def check_values(config: ConfigDict) -> None:
         figure = flatten(config)[field]
         if figure and not config.validation.every:
             raise UserError(f"config.{field}={figure} needs held-out pairs; set validation.every above 0")
+        if figure and (method.learns_from == "votes") != (figure == "vote_accuracy"):
+            what = "single images; set it to vote_accuracy" if method.learns_from == "votes" else "no single votes"
+            raise UserError(f"config.{field}={figure}, but {config.loss.name} learns from {what}")
         if figure == "pair_accuracy" and method.num_candidates == 1:
             raise UserError(
                 f"config.{field}=pair_accuracy, but {config.loss.name} compares no pairs; set {field}=winner_error"

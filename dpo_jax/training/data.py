@@ -18,6 +18,7 @@ from dpo_jax.data.load.pipeline import (
     open_records,
     validation_batches,
 )
+from dpo_jax.data.load.votes import VoteOrder, Votes
 from dpo_jax.data.store.latents import choose_views, open_latents
 from dpo_jax.data.store.scores import scores_file
 from dpo_jax.data.store.select import NothingChosenError
@@ -34,8 +35,11 @@ def check_data(config: ConfigDict) -> ConfigDict:
 
     Returns the config. Where no pair is held out, as in small data sets, it turns validation off and says so.
     """
-    pairs = len(_training_pairs(config))
-    announce_epochs(config, pairs)
+    records = _training_pairs(config)
+    if _learns_from_votes(config):
+        records = Votes(records)
+        VoteOrder(records.liked_V, config.seed, config.data.positive_share)  # checks that there are both kinds
+    announce_epochs(config, len(records))
     if config.validation.every:
         try:
             _validation_pairs(config)
@@ -104,6 +108,7 @@ def open_training_batches(config: ConfigDict, derived: Derived, inputs: Inputs) 
         seed=config.seed,
         caption_dropout=data.caption_dropout,
         relabel=data.relabel,
+        positive_share=data.positive_share if _learns_from_votes(config) else None,
         num_workers=data.num_workers or NUM_WORKERS,
         **_options(config),
     )
@@ -112,7 +117,10 @@ def open_training_batches(config: ConfigDict, derived: Derived, inputs: Inputs) 
 def open_validation_batches(config: ConfigDict, derived: Derived, inputs: Inputs) -> BatchIterator:
     """Return this process's share of the held-out pairs, once, in order; padding in the last batch has weight 0."""
     batch_size = derived.local_batch_size // derived.accumulation
-    return validation_batches(_validation_pairs(config), inputs, batch_size=batch_size, **_options(config))
+    records = _validation_pairs(config)
+    if _learns_from_votes(config):
+        records = Votes(records)
+    return validation_batches(records, inputs, batch_size=batch_size, **_options(config))
 
 
 def _training_pairs(config: ConfigDict) -> TrainingRecords:
@@ -143,7 +151,12 @@ def _choices(config: ConfigDict) -> dict[str, Any]:
         "min_agreement": data.min_agreement,
         "min_side": data.min_side,
         "liked_images": find_method(config.loss.name).learns_from == "images",
+        "single_images": _learns_from_votes(config),
     }
+
+
+def _learns_from_votes(config: ConfigDict) -> bool:
+    return find_method(config.loss.name).learns_from == "votes"
 
 
 def _options(config: ConfigDict) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from dpo_jax.fields import (
     fields_text,
 )
 from dpo_jax.methods import METHODS, Method, find_method
+from dpo_jax.methods.kto import VOTE_FIELDS
 from dpo_jax.methods.rollouts import ROLLOUT_FIELDS, SAMPLERS
 from dpo_jax.methods.stability import PAIR_FIELDS
 from dpo_jax.training.loggers import LOGGERS
@@ -261,6 +262,8 @@ def shared_fields(method: Method) -> dict[str, Field]:
     """Return the fields that methods of this kind share; their values stay when another of them is chosen."""
     if method.learns_from == "rollouts":
         return ROLLOUT_FIELDS
+    if method.learns_from == "votes":
+        return dict(VOTE_FIELDS)
     return {f"loss.{name}": field for name, field in PAIR_FIELDS.items()} if method.takes_pair_fields else {}
 
 

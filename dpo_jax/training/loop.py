@@ -17,6 +17,7 @@ from dpo_jax.batch import PreferenceBatch
 from dpo_jax.data.load.inputs import Inputs
 from dpo_jax.data.load.pipeline import BatchIterator
 from dpo_jax.errors import UserError
+from dpo_jax.methods import find_method
 from dpo_jax.sampling.grid import save_png
 from dpo_jax.sharding import replicated, to_devices
 from dpo_jax.training.checkpoint import Checkpoints
@@ -66,6 +67,9 @@ class Loop:
         clock: StartupClock,
     ):
         self.experiment, self.inputs, self.config, self.workdir = experiment, inputs, experiment.config, workdir
+        learns_from = find_method(self.config.loss.name).learns_from
+        self.unit = "votes" if learns_from == "votes" else "pairs"
+        """What an example is called in figures and lines."""
         self.checkpoints, self.writer, self.bar = checkpoints, writer, bar
         self.notice, self.clock = notice, clock
         self.train_step = experiment.train_step()
@@ -73,7 +77,7 @@ class Loop:
         self._began: tuple[float, int] | None = None
         """Time at the end of this process's first step, and the number of that step; None before it."""
         self.eval_step = jax.jit(
-            make_eval_step(experiment.compare),
+            make_eval_step(experiment.compare, experiment.objective.held_out_metrics),
             out_shardings=replicated(experiment.mesh),
         )
         self._batches: Batches | None = None
@@ -233,7 +237,7 @@ class Loop:
         means["train/learning_rate"] = float(self.experiment.learning_rate(step - 1))
         seconds_left = None
         if seconds_per_step is not None and self._began is not None:
-            unit = "prompts" if self.inputs is None else "pairs"
+            unit = "prompts" if self.inputs is None else self.unit
             means[f"speed/{unit}_per_second"] = self.config.data.batch_size / seconds_per_step
             since, first = self._began  # includes the time between steps, such as that of sampling rounds
             seconds_left = (self.config.steps - step) * (time.monotonic() - since) / (step - first)
@@ -275,11 +279,11 @@ class Loop:
         if not weight:
             return
         means = validation_figures({name: total / weight for name, total in sums.items()})
-        means |= self.watch.since_start(means) | {"validation/pairs": weight / validation.draws}
+        means |= self.watch.since_start(means) | {f"validation/{self.unit}": weight / validation.draws}
         self.writer.scalars(step, means)
         shown = {name: value for name, value in means.items() if not is_by_noise(name) and "reference" not in name}
         numbers = "  ".join(f"{name.removeprefix('validation/')} {value:.4g}" for name, value in shown.items())
-        self.bar.say(f"step {step} held-out pairs: {numbers}")
+        self.bar.say(f"step {step} held-out {self.unit}: {numbers}")
         self.watch.validated(step)
 
     def _sample(self, step: int, params: Params) -> None:

@@ -167,8 +167,8 @@ class ProgressBar:
         self._bar.update(self._task, completed=step)
 
     def show(self, step: int, metrics: Mapping[str, float], seconds_left: float | None) -> None:
-        speeds = {f"speed/{unit}_per_second": f"{unit}/s" for unit in ("pairs", "prompts")}
-        shown = {"train/loss": "loss", "pair/accuracy": "accuracy", **speeds}
+        speeds = {f"speed/{unit}_per_second": f"{unit}/s" for unit in ("pairs", "votes", "prompts")}
+        shown = {"train/loss": "loss", "pair/accuracy": "accuracy", "vote/accuracy": "accuracy", **speeds}
         numbers = "  ".join(f"{label} {metrics[name]:.4g}" for name, label in shown.items() if name in metrics)
         self._bar.update(self._task, completed=step, numbers=numbers)
         if not self._console.is_terminal:

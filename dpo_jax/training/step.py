@@ -307,6 +307,7 @@ def moving_average(ema: Params, params: Params, step: jax.Array, decay: float) -
 
 def make_eval_step(
     compare: Compare,
+    metrics: Callable[[LossInputs], Metrics] = pair_metrics,
 ) -> Callable[[Params, Frozen, PreferenceBatch, jax.Array], tuple[Metrics, jax.Array]]:
     """Return `evaluate(params, frozen, batch, draw_number) -> (weighted sums, total weight)`, without a gradient."""
 
@@ -314,7 +315,7 @@ def make_eval_step(
         params: Params, frozen: Frozen, batch: PreferenceBatch, number: jax.Array
     ) -> tuple[Metrics, jax.Array]:
         inputs = compare(params, frozen, batch, number)
-        numbers = pair_metrics(inputs)
+        numbers = metrics(inputs)
         sums = {name: jnp.sum(value * inputs.weight_B) for name, value in numbers.items()}
         return sums | sums_by_noise(numbers, inputs), jnp.sum(inputs.weight_B)
 

@@ -11,7 +11,11 @@ from dpo_jax.cli import flatten
 Row = Mapping[str, float]
 """Figures of one step, as in metrics.jsonl."""
 
-FIGURES = {"pair_accuracy": ("validation/pair_accuracy", 1), "winner_error": ("validation/error_winner", -1)}
+FIGURES = {
+    "pair_accuracy": ("validation/pair_accuracy", 1),
+    "winner_error": ("validation/error_winner", -1),
+    "vote_accuracy": ("validation/vote_accuracy", 1),
+}
 """Figures of held-out pairs that runs and checkpoints are compared by: name in metrics.jsonl, and 1 if higher is
 better, otherwise -1."""
 REPEAT = 1000
@@ -117,6 +121,9 @@ class Watch:
         if "validation/pair_accuracy" in row:
             pairs = f" ({row['validation/pairs']:.0f} pairs)" if "validation/pairs" in row else ""
             found.append(f"held-out accuracy {row['validation/pair_accuracy']:.3g}{pairs}")
+        if "validation/vote_accuracy" in row:
+            votes = row["validation/votes"]
+            found.append(f"held-out accuracy {row['validation/vote_accuracy']:.3g} ({votes:.0f} votes)")
         text = "; ".join(found)
         if told and self._is_too_high(told[1]):
             text += f". The model denoises preferred images worse than before. In a new --workdir, {self._remedy()}"

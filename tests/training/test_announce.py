@@ -36,6 +36,7 @@ def test_the_config_is_a_short_table_of_what_differs_from_the_defaults(capsys) -
         (2000, 2048, 851_293, "dpo", "851,293 training pairs; 2,000 steps x 2,048 pairs = 4.8 epochs", ""),
         (2000, 2048, 200, "dpo", "= 20,480 epochs", "set config.data.batch_size far below 200 and then fewer"),
         (500, 16, 200, "sft", "x 16 images = 40 epochs", "set config.steps=250 or less (20 epochs)"),
+        (250, 16, 200, "kto", "200 training votes; 250 steps x 16 votes = 20 epochs", ""),
         (250, 16, 200, "dpo", "= 20 epochs", ""),
     ],
 )

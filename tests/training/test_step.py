@@ -23,6 +23,7 @@ SCHEDULE = make_schedule(
 )
 DPO = METHODS["dpo"].objective({"loss.beta": 500.0, "loss.label_smoothing": 0.0})
 SFT = METHODS["sft"].objective({})
+KTO = METHODS["kto"].objective({"loss.beta": 500.0})
 
 
 def denoise(params, x_NHWC, t_N, conditioning):
@@ -180,6 +181,25 @@ def test_accumulation_equals_the_large_batch(params, accumulation, objective):
         assert not np.allclose(whole.params[name], params[name], rtol=1e-6)
     for name in metrics:
         np.testing.assert_allclose(metrics_of_parts[name], metrics[name], rtol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("accumulation", [2, 8])
+def test_the_mean_of_kto_is_over_all_micro_batches(params, accumulation):
+    batch = make_batch(K=1)._replace(
+        preference_BK=np.float32([[1], [1], [0], [1], [0], [1], [0.5], [1]]),
+        weight_B=np.float32([1, 2, 0, 1, 1, 0.5, 1, 1]),
+    )
+    baselines = []
+    for policy, reference in ((params, perturbed(params)), (perturbed(params), params)):
+        whole, metrics = run(policy, batch, reference=reference, objective=KTO)
+        parts, metrics_of_parts = run(policy, batch, reference=reference, objective=KTO, accumulation=accumulation)
+        for name in params:
+            np.testing.assert_allclose(parts.params[name], whole.params[name], rtol=1e-10)
+            assert not np.array_equal(whole.params[name], policy[name])
+        for name in metrics:
+            np.testing.assert_allclose(metrics_of_parts[name], metrics[name], rtol=1e-9, err_msg=name)
+        baselines.append(metrics["reward/baseline"])
+    assert max(baselines) > 0
 
 
 def test_draws_depend_on_the_sample_and_not_on_its_row(params):

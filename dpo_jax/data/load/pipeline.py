@@ -17,12 +17,15 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import grain
 import numpy as np
+import pyarrow.compute as pc
 from PIL import Image
 
 from dpo_jax.batch import Cached, PreferenceBatch, Raw
 from dpo_jax.data import images
 from dpo_jax.data.load.buffer_pool import Pool
 from dpo_jax.data.load.inputs import Example, Inputs, ViewDraws
+from dpo_jax.data.load.votes import VoteOrder, Votes
+from dpo_jax.data.store import scores
 from dpo_jax.data.store.latents import DamagedLatents
 from dpo_jax.data.store.prepared import MAX_DAMAGED, PreparedData, Ties, lines_of, open_prepared
 from dpo_jax.data.store.scores import Combine
@@ -58,6 +61,10 @@ class TrainingRecords(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def candidates(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return, of each record, the number of images and the preference of the best."""
+        ...
 
     def read_images(self, record: dict[str, Any]) -> Sequence[images.ImageBytes]:
         """Return the image files of a record, bytes unchanged."""
@@ -117,6 +124,7 @@ def make_iterator(
     size_conditioning: SizeConditioning = "constant",
     caption_lines: bool = False,
     relabel: Relabel = "none",
+    positive_share: float | None = None,
     shard_index: int = 0,
     shard_count: int = 1,
     num_workers: int = NUM_WORKERS,
@@ -134,15 +142,21 @@ def make_iterator(
             candidates that share them. Validation uses the first.
         relabel: for control experiments: `swapped` reverses the candidates of every record, `shuffled` those of half of
             the records, the same ones in each epoch.
+        positive_share: train on single images instead, with this share of liked ones; see `Votes` and `VoteOrder`.
         shard_index: the number of this process; it reads positions `shard_index + n * shard_count` of the stream.
         num_workers: threads that fill batches. Decoding releases Python's lock, so threads use all cores and write in
             place; processes would have to copy their results.
     """
     if relabel != "none":
         records = _Relabelled(records, seed if relabel == "shuffled" else None)
+    order: Any
+    if positive_share is None:
+        # Only indices go through Grain, which would measure the size of everything that a record holds.
+        order = grain.MapDataset.range(len(records)).seed(seed).shuffle().repeat(None)
+    else:
+        records = votes = Votes(records)
+        order = VoteOrder(votes.liked_V, seed, positive_share)
     builder = _BatchBuilder(inputs, records, size_conditioning, caption_lines, caption_dropout)
-    # Only indices go through Grain, which would measure the size of everything that a record holds.
-    order = grain.MapDataset.range(len(records)).seed(seed).shuffle().repeat(None)
 
     def samples(positions: range) -> list[Sample]:
         drawn = zip(positions, _draws(seed, positions).tolist(), strict=True)
@@ -350,6 +364,12 @@ class PreparedRecords:
             captions *= self.num_captions
         return record | {"captions": captions, "preference": preference, "weight": weight}
 
+    def candidates(self) -> tuple[np.ndarray, np.ndarray]:
+        records = self._prepared.records
+        number_N, first_N, *_ = scores.candidates(records["images"])
+        best_N = pc.list_flatten(records["preference"]).to_numpy()[first_N]
+        return np.minimum(number_N, self.num_candidates)[self._indices_N], best_N[self._indices_N]
+
     def read_images(self, record: dict[str, Any]) -> Sequence[images.ImageBytes]:
         return self._prepared.read_images(record)
 
@@ -376,6 +396,9 @@ class RandomRecords:
             "preference": np.asarray([1, 0], np.float32),
             "weight": 1.0,
         }
+
+    def candidates(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.full(len(self), 2), np.ones(len(self), np.float32)
 
     def read_images(self, record: dict[str, Any]) -> Sequence[images.ImageBytes]:
         positions = record["images"]
@@ -410,6 +433,9 @@ class _Relabelled:
         if self._coin_seed is not None and np.random.default_rng((self._coin_seed, index)).random() < 0.5:
             return record
         return record | {name: record[name][::-1] for name in ("images", "sizes", "captions") if name in record}
+
+    def candidates(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._records.candidates()
 
     def read_images(self, record: dict[str, Any]) -> Sequence[images.ImageBytes]:
         return self._records.read_images(record)

@@ -27,6 +27,7 @@ def select(
     min_side: int = 0,
     num_candidates: int = 2,
     liked_images: bool = False,
+    single_images: bool = False,
     limit: int = 0,
     limit_seed: int = -1,
 ) -> np.ndarray:
@@ -41,6 +42,7 @@ def select(
         min_side: lowest number of pixels on the shorter side of every candidate.
         num_candidates: as in `PreparedData.record`; the last three filters only see the candidates that are kept.
         liked_images: use single images that were liked, and none that was disliked.
+        single_images: use all single images.
         limit: at most this many; 0 means all.
         limit_seed: -1 takes the first ones, any other number draws them, the same ones for the same number.
 
@@ -70,6 +72,7 @@ def select(
         min_side=min_side,
         num_candidates=num_candidates,
         liked_images=liked_images,
+        single_images=single_images,
     )
     passed_N = np.ones(len(prepared), bool)
     left = []
@@ -125,6 +128,7 @@ def _filters(
     min_side: int,
     num_candidates: int,
     liked_images: bool,
+    single_images: bool,
 ) -> dict[str, np.ndarray]:
     """Return whether each record passes each filter of `select`, by words that tell what the records then are."""
     records = prepared.records
@@ -141,7 +145,7 @@ def _filters(
         filters[f"with scores by {' and '.join(prepared.judges)}"] = prepared.scored_N
     if liked_images:
         filters["with several images or one that was liked"] = ~labels.single_N | (labels.best_N > 0)
-    elif num_candidates > 1:
+    elif num_candidates > 1 and not single_images:
         filters["with several images"] = ~labels.single_N
     if ties == "drop":
         filters["without ties"] = labels.untied_N
