@@ -9,8 +9,8 @@ from dpo_jax.methods.dpok import DPOK
 from dpo_jax.methods.grpo import GRPO
 from dpo_jax.methods.hinge import HINGE
 from dpo_jax.methods.ipo import IPO
-from dpo_jax.methods.linear_dpo import LINEAR_DPO
 from dpo_jax.methods.kto import KTO
+from dpo_jax.methods.linear_dpo import LINEAR_DPO
 from dpo_jax.methods.lpo import LPO
 from dpo_jax.methods.mapo import MAPO
 from dpo_jax.methods.method import Method as Method
