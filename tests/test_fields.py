@@ -69,7 +69,7 @@ def test_every_number_has_a_range_and_every_field_one_line_of_help(fields):
         ("sample.steps", (0,), "must be at least 1"),
         ("data.random_flip", (1, "yes"), "must be True or False"),
         ("model", (3, None), "must be a text"),
-        ("loss.name", ("dop",), "is not a method. Did you mean dpo[?] Choose one of dpo, sft, "),
+        ("loss.name", ("dop",), "is not a method. Did you mean dpo[?] Choose one of dpo, ipo, "),
         ("optimizer.name", ("adam",), "must be one of 'adamw', 'adafactor'"),
         ("optimizer.schedule", ("cosin",), "must be one of"),
         ("mesh.rules", ((("(", ("fsdp", None)),),), "must be a regular expression"),

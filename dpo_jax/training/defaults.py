@@ -105,7 +105,7 @@ FIELDS = {
         0.0, "Decay of a moving average of the trained weights, then sampled and exported; 0 keeps none.", **NOT_ALL
     ),
     "loss.name": Field(
-        "dpo", f"Method, with fields of its own: {', '.join(METHODS)}, or your own, python=MODULE:NAME."
+        "dpo", "Method, with fields of its own, such as sft or kto: one of docs/methods.md, or python=MODULE:NAME."
     ),
     "loss.noise_offset": Field(
         0.0, "Size of an extra draw of noise, one number per channel, for example 0.05.", **NOT_NEGATIVE
