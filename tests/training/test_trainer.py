@@ -73,7 +73,7 @@ def test_variants_of_configs():
         full, lora = (load_config(f"{ROOT}/configs/{name}.py{variant}") for variant in ("", ":lora"))
         assert full.lora.rank == 0 < lora.lora.rank
         assert lora.lora.initializer == ("kaiming" if name == "tiny" else "gaussian")
-    with pytest.raises(ValueError, match="has no variant 'lore'; it has :lora and :tiny"):
+    with pytest.raises(ValueError, match="has no variant 'lore'; it has :published and :lora and :tiny"):
         load_config(f"{ROOT}/configs/sdxl.py:lore")
 
 
