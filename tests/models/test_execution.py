@@ -11,7 +11,7 @@ from dpo_jax.models.network import Network, init_params
 from dpo_jax.models.random_model import UNET_SDXL
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
-from dpo_jax.training.config import FIELDS
+from dpo_jax.training.defaults import FIELDS
 
 CONFIG = UNetConfig.from_dict(UNET_SDXL, "config.json")
 CONDITIONING = Conditioning(jnp.ones((2, 5, 80)), jnp.ones((2, 40)), jnp.ones((2, 6)))

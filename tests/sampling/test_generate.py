@@ -18,7 +18,7 @@ from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.sampling.generate import Generator, Sampling
 from dpo_jax.sharding import Placement, make_mesh
-from dpo_jax.training.config import FIELDS
+from dpo_jax.training.defaults import FIELDS
 from dpo_jax.training.model import load_tokenizers_of
 
 ROOT = Path(__file__).parents[2]

@@ -67,7 +67,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[epath.Path]:
 
 class NoCheckpoints(trainer.Checkpoints):
     def __init__(self, workdir, *, keep, keep_every, fields):
-        self.folder = None
+        self.folder, self.best = None, SimpleNamespace(step=-1)
 
     def save(self, state, position):
         pass
