@@ -19,7 +19,8 @@ from PIL import Image
 
 from dpo_jax.data.images import View, read
 from dpo_jax.data.load.inputs import CachedInputs, Inputs, RawInputs
-from dpo_jax.data.load.pipeline import make_iterator, open_records
+from dpo_jax.data.load.pipeline import make_iterator
+from dpo_jax.data.load.records import open_records
 from dpo_jax.data.store import latents
 from dpo_jax.data.tokenizers import load_tokenizers
 

@@ -69,7 +69,7 @@ def main() -> None:
         raise UserError("--feedback belongs to one round, so it needs --stage=train")
     check(CONFIG.value)
     with locks.locked_early(WORKDIR.value, "python -m dpo_jax.online"):
-        from dpo_jax.rounds.loop import learn  # after the flags are checked: importing JAX takes seconds
+        from dpo_jax.rounds.loop import learn  # after the flags are checked: its imports take seconds
         from dpo_jax.training import command
 
         command.run(lambda: learn(CONFIG.value, WORKDIR.value, STAGE.value or "", FEEDBACK.value))

@@ -36,7 +36,7 @@ def main() -> None:
         raise UserError("--config is missing; name a config or a file, for example --config=tiny")
     check(CONFIG.value)
     with locks.locked_early(WORKDIR.value, "python -m dpo_jax.train"):
-        from dpo_jax.training import command  # after the flags are checked: importing JAX takes seconds
+        from dpo_jax.training import command  # after the flags are checked: its imports take seconds
 
         if REPLAY.value:
             from dpo_jax.training.replay import replay

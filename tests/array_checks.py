@@ -1,6 +1,8 @@
 """The type checker of the tests: beartype, which here also checks the arrays in NamedTuples."""
 
+import functools
 import inspect
+import operator
 import typing
 from collections.abc import Callable
 from types import UnionType
@@ -39,7 +41,7 @@ def _with_fields(hint: Any) -> Any:
     if inspect.isclass(hint) and issubclass(hint, tuple) and hasattr(hint, "_fields"):
         return Annotated[hint, Is[_fields_agree]]
     if typing.get_origin(hint) in (typing.Union, UnionType):
-        return typing.Union[tuple(map(_with_fields, typing.get_args(hint)))]  # noqa: UP007
+        return functools.reduce(operator.or_, map(_with_fields, typing.get_args(hint)))
     if typing.get_origin(hint) is tuple:
         return tuple[tuple(map(_with_fields, typing.get_args(hint)))]
     return hint

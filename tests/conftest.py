@@ -58,6 +58,13 @@ def x64() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def params(x64: None) -> dict[str, jax.Array]:
+    """Weights of `small_denoiser`."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    return {"in": jax.random.normal(keys[0], (4, 8)) * 0.3, "out": jax.random.normal(keys[1], (8, 4)) * 0.3}
+
+
 @pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., ConfigDict]:
     """`tiny_config("sd15", steps=2, **{"loss.beta": 1.0})`: a `:tiny` config with batches of 4 and fields replaced."""

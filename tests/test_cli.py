@@ -40,6 +40,12 @@ def test_help_shows_the_flags_and_succeeds(command):
         (["--config", "configs/tiny.py", "--config.loss.betta=3"], "did you mean config.loss.beta?"),
         (["--config=configs/tiny.py", "--config.loss=3"], "it is a group of loss.anchor, loss.auto_beta, loss.beta, "),
         (["--config=tiny", "--config.optimizer.lr=3"], "did you mean config.optimizer.learning_rate?"),
+        (["--config=tiny", "--config.loss.name=dop"], "'dop' is not a method. Did you mean dpo?"),
+        (
+            ["--config=tiny", "--config.loss.name=kto", "--config.data.positive_share=2.0"],
+            "must be a share, from 0 to 1",
+        ),
+        (["--config=tiny", "--config.loss.name=sft", "--config.loss.beta=3"], "the config has no field 'loss.beta'"),
         (["--config=configs/tini.py"], "no config file configs/tini.py; did you mean --config=tiny?"),
         (["--config", "sdxk"], "no config file sdxk; did you mean --config=sdxl?"),
         (["--config=configs/tiny.py:big"], "no variant 'big'"),
@@ -56,6 +62,12 @@ def test_wrong_flags_are_one_sentence(arguments, message, tmp_path):
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_help_lists_the_fields_of_the_method():
+    text = run("dpo_jax.train", "--config=tiny", "--config.loss.name=kto", "--help").stdout
+    assert "data.positive_share" in text
+    assert "loss.safeguard" not in text
 
 
 @pytest.mark.parametrize(

@@ -204,3 +204,14 @@ def get_config(arg):
     )
     with pytest.raises(ValueError, match=message):
         check(load_config(str(file)))
+
+
+def test_what_a_method_sets_goes_with_it():
+    config = with_fields(offline(), {"loss.name": "smpo"})
+    assert config.data.labels == "soft"
+    assert with_fields(config, {"loss.name": "dpo"}).data.labels == "hard"
+    spo = with_fields(online(), {"loss.name": "spo"})
+    assert (spo.online.branching, spo.online.candidates) == (True, 4)
+    d3po = with_fields(spo, {"loss.name": "d3po"})
+    assert (d3po.online.branching, d3po.online.candidates) == (False, 2)
+    assert d3po.online.rounds == spo.online.rounds

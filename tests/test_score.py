@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dpo_jax.data.load.pipeline import open_records
+from dpo_jax.data.load.records import open_records
 from dpo_jax.data.prepare import builder
 from dpo_jax.data.sources import SOURCES
 from dpo_jax.data.store.prepared import open_prepared

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 from dpo_jax.batch import LossInputs
 from dpo_jax.fields import Field
 from dpo_jax.methods.method import Method
-from dpo_jax.objectives.preferences import Scalar, margin
+from dpo_jax.objectives.preferences import Scalar, over_labels
 
 
 def dpo(inputs: LossInputs, *, beta: Scalar, label_smoothing: float = 0.0) -> Float[Array, " B"]:
@@ -16,12 +16,9 @@ def dpo(inputs: LossInputs, *, beta: Scalar, label_smoothing: float = 0.0) -> Fl
     p = 1. Label smoothing moves p towards 1/2 by that share of labels which are taken to be wrong; this is conservative
     DPO. Published beta: 5000 in the released code, in the same unit; the paper prints 2000 for SD1.5.
     """
-    z_B = beta * margin(inputs.log_ratio_BK)
-    won_B, lost_B = inputs.preference_BK[:, 0], inputs.preference_BK[:, 1]
-    won_B, lost_B = (
-        (1 - label_smoothing) * p_B + label_smoothing * q_B for p_B, q_B in ((won_B, lost_B), (lost_B, won_B))
-    )
-    return -(won_B * jax.nn.log_sigmoid(z_B) + lost_B * jax.nn.log_sigmoid(-z_B))
+    preference_BK = inputs.preference_BK
+    smoothed_BK = (1 - label_smoothing) * preference_BK + label_smoothing * preference_BK[:, ::-1]
+    return over_labels(lambda margin_B: -jax.nn.log_sigmoid(beta * margin_B), inputs.log_ratio_BK, smoothed_BK)
 
 
 DPO = Method(

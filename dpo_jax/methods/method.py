@@ -73,8 +73,13 @@ class Method:
 
     @property
     def takes_pair_fields(self) -> bool:
-        """Whether the plug-ins of `stability.py` apply: it compares log-ratios of pairs."""
-        return self.learns_from == "pairs" and self.needs_reference is True
+        """Whether the plug-ins of `stability.py` apply: it compares log-ratios of pairs, each pair on its own."""
+        return self.learns_from == "pairs" and self.needs_reference is True and not self.over_whole_batch
+
+    @property
+    def unit(self) -> str:
+        """What an example is called."""
+        return {"images": "images", "votes": "votes", "rollouts": "prompts"}.get(self.learns_from, "pairs")
 
     def keeps_reference(self, config: Mapping[str, Any]) -> bool:
         """Whether a run with these fields keeps a reference network."""

@@ -1,6 +1,7 @@
 """Plug-ins for every loss on pairs that keep the winner's error from rising, and the scale of the margins in order.
 
-They change what the loss reads (`LossInputs`), never the loss itself. By default only the safeguard is on.
+They change the log-ratios and gradients that a loss sees (`LossInputs`), or add a term to its value. By default only
+the safeguard is on.
 
 Axes: B pairs, K = 2 candidates, winner first, H x W latent cells, C channels.
 """
@@ -93,7 +94,7 @@ def loser_gradient(inputs: LossInputs, mu: float, over: str) -> Float[Array, " B
     own_B = jnp.square(winner_BHWC).sum(axis=(1, 2, 3))
     common_B = (winner_BHWC * loser_BHWC).sum(axis=(1, 2, 3))
     if over == "batch":
-        own_B, common_B = (jnp.broadcast_to(x_B.sum(), x_B.shape) for x_B in (own_B, common_B))
+        own_B, common_B = (jnp.broadcast_to((x_B * inputs.weight_B).sum(), x_B.shape) for x_B in (own_B, common_B))
     scale_B = jnp.clip((1 - mu) * own_B / jnp.where(common_B > 0, common_B, 1.0), 0, 1)
     return jnp.where(common_B > 0, scale_B, 1.0)
 
@@ -126,7 +127,8 @@ def stabilised(
             share_BK = share_BK.at[:, 1].multiply(loser_B)
         if fields["pair_clip"]:
             limit_BK = fields["pair_clip"] * inputs.reference_error_BK
-            share_BK *= jnp.minimum(1, limit_BK / inputs.error_BK).min(axis=1, keepdims=True)
+            clipped_BK = jnp.where(inputs.error_BK > limit_BK, limit_BK / inputs.error_BK, 1)
+            share_BK *= clipped_BK.min(axis=1, keepdims=True)
         if fields["safeguard"] != "none" or fields["pair_clip"]:
             inputs = inputs._replace(
                 log_ratio_BK=scale_gradient(inputs.log_ratio_BK, share_BK),

@@ -69,14 +69,13 @@ def check(config: ConfigDict) -> None:
     if not config.model:
         raise UserError("config.model is empty; set it in the config file or with --config.model=...")
     check_settings(config)
-    for problem in _problems(config, method):
+    for problem in (*_problems_of_training(config, method), *_problems_of_rounds(config, method)):
         raise UserError(problem)
 
 
-def _problems(config: ConfigDict, method: Method) -> Iterator[str]:
-    """Yield what is wrong with the combination of values, as sentences with the remedy."""
-    fields, online, name = flatten(config), config.online, config.loss.name
-    takes_advantages, has_reference = method.reads_advantages, needs_reference(config)
+def _problems_of_training(config: ConfigDict, method: Method) -> Iterator[str]:
+    """Yield what is wrong with fields that all experiments have, as sentences with the remedy."""
+    fields, name = flatten(config), config.loss.name
     for path, value in fields.items():
         is_unread = path.startswith(OF_DATA) and path not in (*READ_OF_DATA, "validation.every")
         if is_unread and value != FIELDS[path].default:
@@ -93,13 +92,19 @@ def _problems(config: ConfigDict, method: Method) -> Iterator[str]:
             f"config.steps={config.steps}, but the steps of an online run follow from its rounds and updates. Leave "
             "steps at 0 and set online.rounds"
         )
-    if online.candidates < (1 if takes_advantages and online.advantage == "prompt" else 2):
-        yield f"config.online.candidates={online.candidates} leaves nothing to compare. Set it to 2 or more"
     if config.lora.dropout:
         yield (
             f"config.lora.dropout={config.lora.dropout} would change the probabilities of the policy that sampled; "
             "set lora.dropout=0"
         )
+
+
+def _problems_of_rounds(config: ConfigDict, method: Method) -> Iterator[str]:
+    """Yield what is wrong with the combination of the fields of rounds, as sentences with the remedy."""
+    online, name = config.online, config.loss.name
+    takes_advantages, has_reference = method.reads_advantages, needs_reference(config)
+    if online.candidates < (1 if takes_advantages and online.advantage == "prompt" else 2):
+        yield f"config.online.candidates={online.candidates} leaves nothing to compare. Set it to 2 or more"
     if online.prompts_per_round % config.data.batch_size:
         yield (
             f"config.online.prompts_per_round={online.prompts_per_round} is not divisible by "
@@ -143,7 +148,7 @@ def _problems(config: ConfigDict, method: Method) -> Iterator[str]:
             'config.online.advantage="group"'
         )
     if online.branching and not online.judges:
-        yield ("config.online.branching judges every step, which people cannot do. Name judges in online.judges")
+        yield "config.online.branching judges every step, which people cannot do. Name judges in online.judges"
     if not online.branching and online.branch_after:
         yield (
             f"config.online.branch_after={online.branch_after} says when candidates part, but they only part "

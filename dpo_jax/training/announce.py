@@ -51,8 +51,7 @@ def announce_epochs(config: ConfigDict, examples: int) -> None:
     if not cluster.is_first():
         return
     steps, batch = config.steps, config.data.batch_size
-    learns_from = find_method(config.loss.name).learns_from
-    unit = learns_from if learns_from in ("images", "votes") else "pairs"
+    unit = find_method(config.loss.name).unit
     epochs = steps * batch / examples
     product = f"{steps:,} steps x {batch:,} {unit} = {f'{epochs:.2g}' if epochs < 10 else f'{epochs:,.0f}'} epochs"
     print(f"data: {examples:,} training {unit}; {product}", flush=True)

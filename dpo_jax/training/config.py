@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from dpo_jax.cli import flatten
 from dpo_jax.errors import UserError
 from dpo_jax.fields import check_fields
+from dpo_jax.methods import find_method
 from dpo_jax.training.defaults import FALLING, fields_of, method_of
 from dpo_jax.training.defaults import choose_method as choose_method  # config files take these from here
 from dpo_jax.training.defaults import default_config as default_config
@@ -251,7 +252,9 @@ def divide_batch(config: ConfigDict, samples: int, *, device_count: int, process
 def describe_batch(config: ConfigDict, derived: Derived, process_count: int) -> str:
     """Return one line that says how an optimizer step is divided, and why it differs from what the config asks for."""
     samples, share = derived.local_batch_size * process_count, derived.micro_batch_per_device * derived.accumulation
-    asked, unit = config.data.micro_batch, "prompts x timesteps" if "online" in config else "pairs"
+    asked, unit = config.data.micro_batch, find_method(config.loss.name).unit
+    if "online" in config:
+        unit += " x timesteps"
     devices = "devices" if config.mesh.tensor == 1 else "groups of devices"
     text = (
         f"{samples} {unit} per step = {samples // share} {devices} x {derived.accumulation} micro-batches "
@@ -298,6 +301,8 @@ def check_same_experiment(fields: dict[str, Any], saved: dict[str, Any], workdir
     saved = json.loads(json.dumps(flatten(defaults))) | DEFAULTS_BEFORE | saved
     if now["loss.name"] == saved["loss.name"]:
         saved = {name: value for name, value in saved.items() if name in now or not name.startswith("loss.")}
+    if now.get("loss.safeguard") == "none":
+        free = (*free, "loss.safeguard_margin")  # without effect
     names = [f for f in sorted(now.keys() | saved.keys()) if not is_free(f, free)]
     differing = [f"{f} was {saved.get(f)!r}, now {now.get(f)!r}" for f in names if now.get(f) != saved.get(f)]
     if differing:

@@ -10,14 +10,8 @@ from ml_collections import ConfigDict
 from dpo_jax import cluster
 from dpo_jax.cli import replaced
 from dpo_jax.data.load.inputs import CachedInputs, Inputs, RawInputs
-from dpo_jax.data.load.pipeline import (
-    NUM_WORKERS,
-    BatchIterator,
-    TrainingRecords,
-    make_iterator,
-    open_records,
-    validation_batches,
-)
+from dpo_jax.data.load.pipeline import NUM_WORKERS, BatchIterator, make_iterator, validation_batches
+from dpo_jax.data.load.records import TrainingRecords, open_records
 from dpo_jax.data.load.votes import VoteOrder, Votes
 from dpo_jax.data.store.latents import choose_views, open_latents
 from dpo_jax.data.store.scores import scores_file

@@ -305,6 +305,7 @@ def choose_method(config: ConfigDict, name: str) -> None:
                 _remove(config, path)
         kept = shared_fields(former).keys() & shared_fields(method).keys() - former.sets.keys()
         values = {path: field.default for path, field in new.items() if path not in kept}
+        values |= {path: FIELDS[path].default for path in former.sets if path in FIELDS}
         config.update(unflatten(values | {"loss.name": name} | dict(method.sets)))
 
 

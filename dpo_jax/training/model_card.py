@@ -102,15 +102,7 @@ def model_card(
     parts.insert(1, f"{what} of {model}{others}, trained by {method} for {step} steps with dpo_jax{version}.\n")
     if facts.get("result"):
         parts.append("## Measured\n\n" + "\n".join(_measured(facts["result"])) + "\n")
-    measured = {
-        name: value
-        for name, value in facts["validation"].items()
-        if name.startswith("validation/") and not is_by_noise(name)
-    }
-    if measured:
-        rows = [f"| {name.removeprefix('validation/')} | {value:.6g} |" for name, value in measured.items()]
-        when = _when(facts["validation"].get("step"), step)
-        parts.append(f"## Held-out pairs\n\n{when}\n\n" + "\n".join(["| metric | value |", "|---|---|", *rows]) + "\n")
+    parts += _held_out(facts["validation"], step)
     parts.append(f"## Config\n\n```json\n{json.dumps(without_paths(config), indent=2)}\n```\n")
     return "\n".join(parts)
 
@@ -123,6 +115,17 @@ def _scheduler(pipeline: Pipeline) -> dict[str, Any]:
     if pipeline.schedule.timestep_spacing:
         fields["timestep_spacing"] = pipeline.schedule.timestep_spacing
     return fields
+
+
+def _held_out(validation: Mapping[str, float], exported: int) -> list[str]:
+    """Return the section about held-out data, with the figures of all noise levels together; empty without figures."""
+    rows = [
+        f"| {name.removeprefix('validation/')} | {value:.6g} |"
+        for name, value in validation.items()
+        if name.startswith("validation/") and not is_by_noise(name)
+    ]
+    table = "\n".join(["| metric | value |", "|---|---|", *rows])
+    return [f"## Held-out pairs\n\n{_when(validation.get('step'), exported)}\n\n{table}\n"] if rows else []
 
 
 def _when(measured: float | None, exported: int) -> str:

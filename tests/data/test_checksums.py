@@ -17,7 +17,8 @@ from etils import epath
 from dpo_jax.batch import PreferenceBatch
 from dpo_jax.data.labels import judging
 from dpo_jax.data.load.inputs import CachedInputs, Inputs, RawInputs
-from dpo_jax.data.load.pipeline import make_iterator, open_records, validation_batches
+from dpo_jax.data.load.pipeline import make_iterator, validation_batches
+from dpo_jax.data.load.records import open_records
 from dpo_jax.data.load.views import view_batches
 from dpo_jax.data.prepare.builder import prepare
 from dpo_jax.data.prepare.verify import verify

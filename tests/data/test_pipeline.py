@@ -14,16 +14,8 @@ import tree
 
 from dpo_jax.batch import PreferenceBatch
 from dpo_jax.data.load.inputs import RawInputs
-from dpo_jax.data.load.pipeline import (
-    EXAMPLES_PER_TASK,
-    NUM_WORKERS,
-    RandomRecords,
-    TrainingRecords,
-    _draws,
-    make_iterator,
-    open_records,
-    validation_batches,
-)
+from dpo_jax.data.load.pipeline import EXAMPLES_PER_TASK, NUM_WORKERS, _draws, make_iterator, validation_batches
+from dpo_jax.data.load.records import RandomRecords, TrainingRecords, open_records
 from dpo_jax.data.store.latents import distinct_captions
 from dpo_jax.data.store.prepared import open_prepared
 
@@ -472,8 +464,8 @@ def test_random_pairs() -> None:
 
 def test_needs_no_tensorflow(prepared: Path) -> None:
     code = (
-        "import sys, numpy as np; from dpo_jax.data.load import inputs, pipeline; "
-        f"pairs = pipeline.open_records({str(prepared)!r}, 'train'); "
+        "import sys, numpy as np; from dpo_jax.data.load import inputs, pipeline, records; "
+        f"pairs = records.open_records({str(prepared)!r}, 'train'); "
         "decoded = inputs.RawInputs(8, lambda captions: np.zeros((len(captions), 1, 4), np.int32)); "
         "it = pipeline.make_iterator(pairs, decoded, batch_size=2, seed=0); next(it); it.close(); "
         "from jax._src import xla_bridge; "

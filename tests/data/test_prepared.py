@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dpo_jax.data.load.pipeline import open_records
+from dpo_jax.data.load.records import open_records
 from dpo_jax.data.store.prepared import Combine, PreparedData, open_prepared
 from dpo_jax.data.store.scores import candidates, write_scores
 from dpo_jax.data.store.select import select

@@ -14,7 +14,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from dpo_jax.data.images import DamagedImage
-from dpo_jax.data.load.pipeline import open_records
+from dpo_jax.data.load.records import open_records
 from dpo_jax.data.store.image_store import FEATURES, FEATURES_JSON, MAX_SHARDS
 from dpo_jax.data.store.prepared import RECORDS as SCHEMA
 from dpo_jax.data.store.prepared import PreparedData, open_prepared

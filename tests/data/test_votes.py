@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.load.inputs import RawInputs
-from dpo_jax.data.load.pipeline import make_iterator, open_records, validation_batches
+from dpo_jax.data.load.pipeline import make_iterator, validation_batches
+from dpo_jax.data.load.records import open_records
 from dpo_jax.data.load.votes import VoteOrder, Votes
 from dpo_jax.errors import UserError
 

@@ -1,5 +1,6 @@
 """Plug-ins of losses on pairs, against the released formulas in PyTorch or by hand."""
 
+import dataclasses
 import json
 
 import jax
@@ -13,9 +14,11 @@ from dpo_jax.batch import LossInputs
 from dpo_jax.cli import flatten, load_config
 from dpo_jax.errors import UserError
 from dpo_jax.methods import METHODS
-from dpo_jax.methods.stability import LARGEST, PAIR_FIELDS, SMALLEST
+from dpo_jax.methods.stability import LARGEST, PAIR_FIELDS, SMALLEST, loser_gradient
 from dpo_jax.training.config import check_same_experiment, default_config
-from tests.training.test_step import SCHEDULE, denoise, encode, frozen_like, make_batch, params, perturbed  # noqa: F401
+from dpo_jax.training.step import TrainState, make_compare, make_train_step
+
+from ..small_denoiser import SCHEDULE, denoise, encode, frozen_like, make_batch, perturbed
 
 B, BETA = 5, 50.0
 OFF = {f"loss.{name}": field.default for name, field in PAIR_FIELDS.items()} | {"loss.safeguard": "none"}
@@ -141,9 +144,7 @@ def test_auto_beta_has_no_unit_and_is_bounded(x64, unit):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_running_means_follow_the_steps_whatever_the_micro_batches(params, accumulation):  # noqa: F811
-    from dpo_jax.training.step import TrainState, make_compare, make_train_step
-
+def test_running_means_follow_the_steps_whatever_the_micro_batches(params, accumulation):
     chosen = objective(auto_beta=True)
     optimizer = optax.sgd(1e-2)
     step = jax.jit(
@@ -153,11 +154,14 @@ def test_running_means_follow_the_steps_whatever_the_micro_batches(params, accum
     )
     running = {name: (jnp.zeros(()), jnp.zeros(())) for name in chosen.running}
     state = TrainState(jnp.int32(0), params, optimizer.init(params), {}, running)
-    margins, betas = [], []
+    margins, betas, total = [], [], 0.0
     for _ in range(3):
         state, metrics = step(state, frozen_like(perturbed(params)), make_batch())
         margins.append(float(state.running["abs_margin"][0] / state.running["abs_margin"][1]))
         betas.append(float(metrics["pair/beta"]))
+        error = (metrics["error/reference_winner"] + metrics["error/reference_loser"]) / 2
+        total = 0.99 * total + 0.01 * error
+        np.testing.assert_allclose(state.running["reference_error"][0], total, rtol=1e-9)
     assert betas[0] == BETA
     assert betas[1] != BETA
     weights = np.array([0.99**2, 0.99, 1]) * 0.01
@@ -206,7 +210,25 @@ def test_the_default_is_safe_and_published_is_as_published(name):
 
 def test_a_run_older_than_the_safeguard_does_not_go_on_with_it():
     config = load_config("sd15")
-    saved = json.loads(json.dumps({path: value for path, value in flatten(config).items() if path != "loss.safeguard"}))
+    new = {f"loss.{name}" for name in PAIR_FIELDS}
+    saved = json.loads(json.dumps({path: value for path, value in flatten(config).items() if path not in new}))
     with pytest.raises(UserError, match=r"loss\.safeguard was 'none', now 'pair'"):
         check_same_experiment(flatten(config), saved, "runs/old", default_config())
     check_same_experiment(flatten(load_config("sd15:published")), saved, "runs/old", default_config())
+
+
+def test_neither_a_clip_of_no_error_nor_padding_makes_a_difference(x64):
+    zero = jnp.zeros((B, 2, 3, 3, 4))
+    clipped = objective(pair_clip=1.0).loss(inputs_of(zero, zero, zero))
+    np.testing.assert_allclose(clipped, np.log(2), rtol=1e-9)
+    policy, reference, target = map(jnp.asarray, arrays())
+    inputs = inputs_of(policy, reference, target)
+    rest = jax.tree.map(lambda x_B: x_B[1:], inputs)
+    padded = inputs._replace(weight_B=jnp.ones(B).at[0].set(0))
+    np.testing.assert_allclose(loser_gradient(padded, 0.6, "batch")[1:], loser_gradient(rest, 0.6, "batch"), rtol=1e-12)
+
+
+def test_a_loss_over_the_whole_batch_has_no_plug_ins():
+    whole = dataclasses.replace(METHODS["dpo"], over_whole_batch=True)
+    assert not whole.takes_pair_fields
+    assert METHODS["dpo"].takes_pair_fields

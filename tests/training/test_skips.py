@@ -14,10 +14,11 @@ from dpo_jax.training.step import GRADIENT_NORM, TrainState, make_compare, make_
 from dpo_jax.training.trainer import train
 
 from ..conftest import step_without_network
-from .test_step import DPO, SCHEDULE, denoise, encode, frozen_like, make_batch, params, perturbed  # noqa: F401
+from ..small_denoiser import SCHEDULE, denoise, encode, frozen_like, make_batch, perturbed
+from .test_step import DPO
 
 
-def small_step(params, *, skip_spikes=0.0, accumulation=1):  # noqa: F811
+def small_step(params, *, skip_spikes=0.0, accumulation=1):
     optimizer = optax.adamw(1e-3, weight_decay=0.1)
     compare = make_compare(encode, denoise, SCHEDULE, DPO, seed=3)
     step = make_train_step(compare, DPO, optimizer, accumulation=accumulation, ema_decay=0.5, skip_spikes=skip_spikes)
@@ -26,7 +27,7 @@ def small_step(params, *, skip_spikes=0.0, accumulation=1):  # noqa: F811
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_batch_that_is_not_finite_is_no_update(params, accumulation):  # noqa: F811
+def test_a_batch_that_is_not_finite_is_no_update(params, accumulation):
     step, state = small_step(params, accumulation=accumulation)
     frozen, batch = frozen_like(perturbed(params)), make_batch()
     state, metrics = step(state, frozen, batch)
@@ -46,7 +47,7 @@ def test_a_batch_that_is_not_finite_is_no_update(params, accumulation):  # noqa:
     assert metrics["train/skipped"] == 0, "a batch without weight is no fault"
 
 
-def test_a_spike_is_no_update_and_no_part_of_the_mean(params):  # noqa: F811
+def test_a_spike_is_no_update_and_no_part_of_the_mean(params):
     step, state = small_step(params, skip_spikes=20.0)
     frozen, batch = frozen_like(perturbed(params)), make_batch()
     large = batch._replace(preference_BK=batch.preference_BK * 1000)  # a gradient 1000 times as large

@@ -1,4 +1,4 @@
-"""Properties of the training step, on a small denoiser in double precision."""
+"""Properties of the training step, on the small denoiser."""
 
 import jax
 import jax.numpy as jnp
@@ -6,69 +6,19 @@ import numpy as np
 import optax
 import pytest
 
-from dpo_jax.batch import Conditioning, PreferenceBatch, Raw
-from dpo_jax.diffusion.schedule import make_schedule
 from dpo_jax.methods import METHODS
 from dpo_jax.methods.metrics import pair_metrics
-from dpo_jax.training.step import (
-    Frozen,
-    TrainState,
-    make_compare,
-    make_train_step,
-    split_micro_batches,
-)
+from dpo_jax.training.step import TrainState, make_compare, make_train_step, split_micro_batches
 
-SCHEDULE = make_schedule(
-    {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-)
+from ..small_denoiser import SCHEDULE, denoise, encode, frozen_like, make_batch, perturbed
+
 DPO = METHODS["dpo"].objective({"loss.beta": 500.0, "loss.label_smoothing": 0.0})
 SFT = METHODS["sft"].objective({})
 KTO = METHODS["kto"].objective({"loss.beta": 500.0})
 
 
-def denoise(params, x_NHWC, t_N, conditioning):
-    """A small nonlinear denoiser that depends on timestep and caption."""
-    h = x_NHWC @ params["in"] + conditioning.context_NLD.mean(1)[:, None, None, :] + t_N[:, None, None, None] / 1000
-    return jnp.tanh(h) @ params["out"]
-
-
-def encode(encoders, batch, keys_B):
-    noise = jax.vmap(lambda key: jax.random.normal(key, (*batch.inputs.images_BKHWC.shape[1:-1], 4)))(keys_B)
-    pixels = batch.inputs.images_BKHWC.astype(noise.dtype).mean(-1, keepdims=True) / 127.5 - 1
-    return pixels + 0.1 * noise, Conditioning(
-        encoders["text"]["table"][batch.inputs.token_ids_BMEL[:, :, 0].reshape(-1, 3)]
-    )
-
-
-@pytest.fixture
-def params(x64):
-    keys = jax.random.split(jax.random.key(0), 2)
-    return {"in": jax.random.normal(keys[0], (4, 8)) * 0.3, "out": jax.random.normal(keys[1], (8, 4)) * 0.3}
-
-
-def make_batch(B=8, K=2, M=1, start=0):
-    rng = np.random.default_rng(start)
-    batch = PreferenceBatch(
-        inputs=Raw(
-            images_BKHWC=rng.integers(0, 256, (B, K, 8, 8, 3), dtype=np.uint8),
-            mirrored_BK=np.zeros((B, K), bool),
-            token_ids_BMEL=rng.integers(0, 5, (B, M, 1, 3)).astype(np.int32),
-        ),
-        size_cond_BK6=np.zeros((B, K, 6), np.float32),
-        preference_BK=np.tile(np.float32([1, 0]), (B, 1)),
-        valid_BK=np.ones((B, K), bool),
-        weight_B=np.ones(B, np.float32),
-        index_B=jnp.arange(start, start + B, dtype=jnp.int32),
-    )
-    return jax.tree.map(jnp.asarray, batch)
-
-
 def with_images(batch, images_BKHWC):
     return batch._replace(inputs=batch.inputs._replace(images_BKHWC=images_BKHWC))
-
-
-def frozen_like(params):
-    return Frozen(reference=params, encoders={"text": {"table": jnp.linspace(-1, 1, 40).reshape(5, 8)}})
 
 
 def run(params, batch, *, objective=DPO, accumulation=1, reference=None, steps=1, optimizer=None):
@@ -79,10 +29,6 @@ def run(params, batch, *, objective=DPO, accumulation=1, reference=None, steps=1
     for _ in range(steps):
         state, metrics = step(state, frozen_like(reference or params), batch)
     return state, jax.device_get(metrics)
-
-
-def perturbed(params):
-    return jax.tree.map(lambda x: x + 0.05 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
 
 
 def test_policy_equal_to_reference_has_loss_log_2(params):

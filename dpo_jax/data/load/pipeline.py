@@ -7,35 +7,28 @@ Axes: B prompts, K candidates (best first), V views of an image, H x W pixels, C
 """
 
 import dataclasses
-import io
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import grain
 import numpy as np
-import pyarrow.compute as pc
-from PIL import Image
 
 from dpo_jax.batch import Cached, PreferenceBatch, Raw
 from dpo_jax.data import images
 from dpo_jax.data.load.buffer_pool import Pool
 from dpo_jax.data.load.inputs import Example, Inputs, ViewDraws
+from dpo_jax.data.load.records import Relabelled, TrainingRecords
 from dpo_jax.data.load.votes import VoteOrder, Votes
-from dpo_jax.data.store import scores
 from dpo_jax.data.store.latents import DamagedLatents
-from dpo_jax.data.store.prepared import MAX_DAMAGED, PreparedData, Ties, lines_of, open_prepared
-from dpo_jax.data.store.scores import Combine
-from dpo_jax.data.store.select import select
+from dpo_jax.data.store.prepared import MAX_DAMAGED, lines_of
 from dpo_jax.errors import UserError
 from dpo_jax.streams import warn
 
 SizeConditioning = Literal["constant", "real"]
 Relabel = Literal["none", "swapped", "shuffled"]
-Labels = Literal["hard", "soft"]
 
 NUM_WORKERS = min(8, 2 * (os.cpu_count() or 1))
 """With fewer, a core has nothing to decode while a batch is planned; with more, the planner waits for a core."""
@@ -43,75 +36,6 @@ EXAMPLES_PER_TASK = 4
 """Examples per task of a thread: changing less often between Python and decoding makes both faster."""
 EXAMPLES_PER_PLAN = 64
 """Examples planned at once: after a decode, which empties a core's caches, planning takes three times as long."""
-TRAINED_ON = ("caption", "captions", "images", "preference")
-"""The columns of a record that training reads; each costs time."""
-
-
-class TrainingRecords(Protocol):
-    """Random access to records: dicts of `captions`, `images` (best first), `preference` and `weight`.
-
-    A record has one caption for all images, or one for each. Images are positions in the data set.
-    """
-
-    num_candidates: int
-    """The largest number of images of a record."""
-    num_captions: int
-    """1, or `num_candidates` if the images of a record have their own captions."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-    def candidates(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return, of each record, the number of images and the preference of the best."""
-        ...
-
-    def read_images(self, record: dict[str, Any]) -> Sequence[images.ImageBytes]:
-        """Return the image files of a record, bytes unchanged."""
-        ...
-
-    def name_of(self, index: int) -> str:
-        """Return a name for the record, for messages."""
-        ...
-
-
-def open_records(
-    path: str | Path,
-    split: str,
-    *,
-    ties: Ties = "drop",
-    labels: Labels = "hard",
-    num_candidates: int = 2,
-    judges: Sequence[str] = (),
-    combine: Combine = "mean",
-    **filters: Any,
-) -> TrainingRecords:
-    """Return the chosen records of one split of a prepared folder; `random:N` makes N random pairs, all chosen.
-
-    Args:
-        ties: `drop` leaves them out, `zero_weight` keeps them with weight 0 in the loss, `soft` trains on them as on
-            other records, with equal shares.
-        labels: `hard` gives the whole preference to the best candidate; `soft` uses the shares of the data set.
-        num_candidates: K; of records with more candidates, the best K - 1 and the worst are kept.
-        judges: the judges whose scores order the candidates in place of the votes; `combine`: as in `open_prepared`.
-        filters: arguments of `select`.
-
-    Raises:
-        FileNotFoundError: nothing was prepared there.
-        ValueError: no record is left, or the data set cannot be read.
-    """
-    if str(path).startswith("random:"):
-        number = str(path).removeprefix("random:")
-        if not number.isdigit() or not int(number):
-            raise UserError(f"data path {path}: random:N makes N random pairs, and {number!r} is not a number above 0")
-        return RandomRecords(int(number), seed=0 if split == "train" else 1)
-    if judges and labels == "soft":
-        raise UserError(
-            f"labels='soft' needs votes, and the scores by {', '.join(judges)} have none; set labels='hard'"
-        )
-    prepared = open_prepared(path, judges, combine)
-    chosen = select(prepared, split=split, ties=ties, num_candidates=num_candidates, **filters)
-    return PreparedRecords(prepared, chosen, ties, labels, num_candidates)
 
 
 def make_iterator(
@@ -148,7 +72,7 @@ def make_iterator(
             place; processes would have to copy their results.
     """
     if relabel != "none":
-        records = _Relabelled(records, seed if relabel == "shuffled" else None)
+        records = Relabelled(records, seed if relabel == "shuffled" else None)
     order: Any
     if positive_share is None:
         # Only indices go through Grain, which would measure the size of everything that a record holds.
@@ -330,118 +254,6 @@ class BatchIterator(Iterator[PreferenceBatch]):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-class PreparedRecords:
-    """The chosen records of a prepared data set, with the labels to train on."""
-
-    def __init__(
-        self,
-        prepared: PreparedData,
-        indices_N: np.ndarray,
-        ties: Ties,
-        labels: Labels,
-        num_candidates: int,
-    ):
-        self._prepared, self._indices_N, self._ties, self._labels = prepared, indices_N, ties, labels
-        self.num_candidates = num_candidates
-        have_own = bool(prepared.records["captions"].is_valid().to_numpy()[indices_N].any())
-        self.num_captions = num_candidates if have_own else 1
-
-    def __len__(self) -> int:
-        return len(self._indices_N)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self._prepared.record(int(self._indices_N[index]), self.num_candidates, TRAINED_ON)
-        preference = record["preference"]
-        tie = len(preference) > 1 and preference[0] == preference[-1]
-        if self._labels == "hard" and not tie and len(preference) > 1:
-            preference = np.zeros_like(preference)
-            preference[0] = 1
-        weight = 0.0 if tie and self._ties == "zero_weight" else 1.0
-        captions = record["captions"] or [record["caption"]]
-        if len(captions) == 1:
-            captions *= self.num_captions
-        return record | {"captions": captions, "preference": preference, "weight": weight}
-
-    def candidates(self) -> tuple[np.ndarray, np.ndarray]:
-        records = self._prepared.records
-        number_N, first_N, *_ = scores.candidates(records["images"])
-        best_N = pc.list_flatten(records["preference"]).to_numpy()[first_N]
-        return np.minimum(number_N, self.num_candidates)[self._indices_N], best_N[self._indices_N]
-
-    def read_images(self, record: dict[str, Any]) -> Sequence[images.ImageBytes]:
-        return self._prepared.read_images(record)
-
-    def name_of(self, index: int) -> str:
-        return self._prepared.name_of(int(self._indices_N[index]))
-
-
-class RandomRecords:
-    """Random pairs for tests and dry runs: coloured noise in several shapes, each pair with a caption of its own."""
-
-    num_candidates = 2
-    num_captions = 1
-
-    def __init__(self, length: int, seed: int):
-        self._length, self._seed = length, seed
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {
-            "captions": [f"made pair number {index}"],
-            "images": [2 * index, 2 * index + 1],
-            "preference": np.asarray([1, 0], np.float32),
-            "weight": 1.0,
-        }
-
-    def candidates(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.full(len(self), 2), np.ones(len(self), np.float32)
-
-    def read_images(self, record: dict[str, Any]) -> Sequence[images.ImageBytes]:
-        positions = record["images"]
-        rng = np.random.default_rng((self._seed, positions[0] // 2))
-        height, width = rng.choice([48, 64, 80], 2)
-        made = [_noise_png(rng, height, width) for _ in range(2)]
-        return [made[position % 2] for position in positions]
-
-    def name_of(self, index: int) -> str:
-        return f"made pair {index}"
-
-
-def _noise_png(rng: np.random.Generator, height: int, width: int) -> bytes:
-    noise = np.clip(rng.integers(256, size=3) + rng.normal(0, 30, (height, width, 3)), 0, 255)
-    file = io.BytesIO()
-    Image.fromarray(noise.astype(np.uint8)).save(file, "PNG")
-    return file.getvalue()
-
-
-class _Relabelled:
-    """Records with their candidates reversed: all of them, or a random half."""
-
-    def __init__(self, records: TrainingRecords, coin_seed: int | None):
-        self._records, self._coin_seed = records, coin_seed
-        self.num_candidates, self.num_captions = records.num_candidates, records.num_captions
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self._records[index]
-        if self._coin_seed is not None and np.random.default_rng((self._coin_seed, index)).random() < 0.5:
-            return record
-        return record | {name: record[name][::-1] for name in ("images", "sizes", "captions") if name in record}
-
-    def candidates(self) -> tuple[np.ndarray, np.ndarray]:
-        return self._records.candidates()
-
-    def read_images(self, record: dict[str, Any]) -> Sequence[images.ImageBytes]:
-        return self._records.read_images(record)
-
-    def name_of(self, index: int) -> str:
-        return self._records.name_of(index)
 
 
 @dataclasses.dataclass(frozen=True)

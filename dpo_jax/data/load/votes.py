@@ -5,16 +5,14 @@ Axes: N records, V votes.
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grain
 import numpy as np
 
 from dpo_jax.data.images import ImageBytes
+from dpo_jax.data.load.records import TrainingRecords
 from dpo_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from dpo_jax.data.load.pipeline import TrainingRecords
 
 
 class Votes:
@@ -23,7 +21,7 @@ class Votes:
     num_candidates = 1
     num_captions = 1
 
-    def __init__(self, records: "TrainingRecords"):
+    def __init__(self, records: TrainingRecords):
         self._records = records
         count_N, best_N = records.candidates()
         self._record_V = np.repeat(np.arange(len(count_N)), count_N)
