@@ -35,9 +35,6 @@ def test_it_trains_resumes_after_a_kill_plans_exports_and_has_a_card(
     tiny_config, tmp_path, monkeypatch, capsys
 ) -> None:
     config = tiny_config("sd15", steps=2, **{"loss.name": NAME, "loss.beta": 100.0, "checkpoint.every": 1})
-    train(config, tmp_path / "whole")
-    assert f"policy = reference makes {1 / 200**2:.6f}" in capsys.readouterr().err
-
     log = loop_module.Loop._log
 
     def log_and_die(loop, step, *rest):
@@ -46,20 +43,22 @@ def test_it_trains_resumes_after_a_kill_plans_exports_and_has_a_card(
             loop.checkpoints.close()
             raise Killed
 
-    workdir = tmp_path / "killed"
+    def losses() -> list[float]:
+        return [json.loads(line)["train/loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+    workdir = tmp_path / "run"
     monkeypatch.setattr(loop_module.Loop, "_log", log_and_die)
     with pytest.raises(Killed):
         train(config, workdir)
     monkeypatch.setattr(loop_module.Loop, "_log", log)
-    assert latest_step(workdir) == 1
+    assert f"policy = reference makes {1 / 200**2:.6f}" in capsys.readouterr().err
+    before = losses()
+    assert len(before) == 2
+    assert latest_step(workdir) == 1  # the second step is made again
     train(config, workdir)
 
-    losses = [
-        [json.loads(line)["train/loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (tmp_path / "whole", workdir)
-    ]
-    assert losses[0] == losses[1]
-    assert losses[0][0] == pytest.approx(1 / 200**2, rel=1e-3)
+    assert losses() == before
+    assert before[0] == pytest.approx(1 / 200**2, rel=1e-3)
     assert measure_work(config, "gpu").activation_bytes > 0
     saved = read_config(workdir)
     assert saved is not None

@@ -79,10 +79,11 @@ class NoCheckpoints(trainer.Checkpoints):
         pass
 
 
-def write_what_steps_write(loop: Loop, state, batches) -> None:
+def write_what_steps_write(loop: Loop, state, batches):
     for step in (1, 2):
         loop.writer.scalars(step, {"train/loss": 0.5})
     save_png(loop.workdir / "samples" / "step_000002.png", Image.new("RGB", (4, 4)))
+    return state
 
 
 def test_a_run_writes_all_into_the_bucket(bucket, events, tiny_config, tmp_path, monkeypatch) -> None:
