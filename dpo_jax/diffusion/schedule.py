@@ -32,7 +32,7 @@ class Schedule(NamedTuple):
     target_x0_T: Float[np.ndarray, " T"]
     target_noise_T: Float[np.ndarray, " T"]
     training_timesteps: Int[np.ndarray, " _"]
-    """int32: the timesteps that training draws from, uniformly."""
+    """int32: the timesteps that training draws from."""
     final_signal: float
     """Signal of the latents after the last sampling step: 1, or `signal_T[0]` if `set_alpha_to_one` is false."""
     final_noise: float
@@ -166,9 +166,27 @@ def make_schedule(
 
 def log_snr(schedule: Schedule, t_N: Int[Array, " N"]) -> Float[Array, " N"]:
     """Return the logarithm of the signal-to-noise ratio, `log(signal^2 / noise^2)`; -inf for pure noise."""
+    return jnp.asarray(_log_snr(schedule), float)[t_N]
+
+
+def even_shares(schedule: Schedule, buckets: int) -> Float[np.ndarray, " _"]:
+    """Return the probability of each training timestep for which all noise levels are drawn equally often.
+
+    The range of log-SNR of the training timesteps is cut into buckets of equal width. Those that hold a timestep have
+    equal probability, which their timesteps share equally. Pure noise counts to the bucket of the least signal.
+    """
+    log_snr_T = _log_snr(schedule)[schedule.training_timesteps]
+    finite = log_snr_T[np.isfinite(log_snr_T)]
+    lowest, highest = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+    place_T = (np.clip(log_snr_T, lowest, highest) - lowest) / (highest - lowest or 1.0)
+    bucket_T = np.minimum((place_T * buckets).astype(int), buckets - 1)
+    _, found_T, count = np.unique(bucket_T, return_inverse=True, return_counts=True)
+    return 1 / (len(count) * count[found_T])
+
+
+def _log_snr(schedule: Schedule) -> Float[np.ndarray, " T"]:
     with np.errstate(divide="ignore"):
-        log_snr_T = 2 * (np.log(schedule.signal_T) - np.log(schedule.noise_T))
-    return jnp.asarray(log_snr_T, float)[t_N]
+        return 2 * (np.log(schedule.signal_T) - np.log(schedule.noise_T))
 
 
 def add_noise(

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
@@ -34,25 +35,29 @@ def draw(
     dtype: DTypeLike = jnp.float32,
     *,
     offset: float = 0.0,
+    shares: Float[np.ndarray, " _"] | None = None,
 ) -> tuple[Int[Array, " B"], Float[Array, "B H W C"]]:
     """Draw one timestep and one noise image per prompt, shared by its candidates (arXiv 2311.12908, section 4).
 
     Args:
         key: key of this step for this purpose.
         index_B: positions of the prompts in the training stream.
-        schedule: tells which timesteps are trained on; they are drawn uniformly.
+        schedule: tells which timesteps are trained on; see `shares`.
         latent_shape: (H, W, C).
         dtype: dtype of the noise.
         offset: size of offset noise: one more draw per channel, the same for all cells, which is part of the noise and
             of the target (`noise_offset` of the official Diffusion-DPO trainer).
+        shares: probability of each training timestep, such as `even_shares`; None draws them uniformly.
 
     Returns:
         t_B (int32) and noise_BHWC.
     """
 
+    p = None if shares is None else jnp.asarray(shares, float)
+
     def draw_one(sample_key: Key[Array, ""]) -> tuple[Int[Array, ""], Float[Array, "H W C"]]:
         t_key, noise_key = jax.random.split(sample_key)
-        t = jax.random.choice(t_key, jnp.asarray(schedule.training_timesteps))
+        t = jax.random.choice(t_key, jnp.asarray(schedule.training_timesteps), p=p)
         noise_HWC = jax.random.normal(noise_key, latent_shape, dtype)
         if offset:
             offset_key = jax.random.fold_in(noise_key, 0)

@@ -113,6 +113,12 @@ FIELDS = {
     "loss.input_perturbation": Field(
         0.0, "Size of a draw that is added to the noise but not predicted, for example 0.1.", **NOT_NEGATIVE
     ),
+    "loss.log_snr_buckets": Field(
+        0,
+        "Draw timesteps evenly over this many ranges of log-SNR; the loss is not corrected for it. 0 draws uniformly.",
+        at_least=0,
+        at_most=1000,
+    ),
     "data.path": Field("", "Folder that dpo_jax.prepare wrote; random:N makes N pairs."),
     "data.batch_size": Field(2048, "Pairs per optimizer step, over all devices.", at_least=1, at_most=2**24),
     "data.micro_batch": Field(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from dpo_jax.batch import Conditioning, LossInputs, PreferenceBatch
-from dpo_jax.diffusion.schedule import Schedule
+from dpo_jax.diffusion.schedule import Schedule, even_shares
 from dpo_jax.methods.method import Objective
 from dpo_jax.methods.metrics import Metrics, pair_metrics, sums_by_noise
 from dpo_jax.objectives.denoising import Denoise, compare_denoising, draw, keys_for, perturb
@@ -91,6 +91,7 @@ def make_compare(
     dropout: bool = False,
     noise_offset: float = 0.0,
     input_perturbation: float = 0.0,
+    log_snr_buckets: int = 0,
     constrain: Callable[[Any], Any] = lambda tree: tree,
     gather: Callable[[str, Params], Params] = lambda component, params: params,
 ) -> Compare:
@@ -108,9 +109,12 @@ def make_compare(
         dropout: give `denoise` keys for dropout while training.
         noise_offset: see `denoising.draw`; while training only.
         input_perturbation: see `denoising.perturb`; while training only.
+        log_snr_buckets: see `even_shares`, while training only; 0 draws timesteps uniformly.
         constrain: keeps the inputs of the networks split over devices along their leading axis, as the batch is.
         gather: brings the weights of a component that are split over devices together where they are used.
     """
+
+    shares = even_shares(schedule, log_snr_buckets) if log_snr_buckets else None
 
     def compare(
         params: Params, frozen: Frozen, batch: PreferenceBatch, step: jax.Array, training: bool = False
@@ -128,6 +132,7 @@ def make_compare(
             latents_BKHWC.shape[2:],
             latents_BKHWC.dtype,
             offset=noise_offset if training else 0.0,
+            shares=shares if training else None,
         )
         perturbed_BHWC = None
         if training and input_perturbation:

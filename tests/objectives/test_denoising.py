@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.batch import Conditioning
-from dpo_jax.diffusion.schedule import make_schedule
+from dpo_jax.diffusion.schedule import even_shares, make_schedule
 from dpo_jax.objectives.denoising import compare_denoising, draw, keys_for, perturb
 
 SCHEDULE = make_schedule(
@@ -162,3 +162,29 @@ def test_noise_has_the_asked_dtype():
     drawn = jax.eval_shape(lambda: draw(jax.random.key(0), jnp.arange(2), SCHEDULE, (2, 2, 2), jnp.bfloat16))
 
     assert drawn[1].dtype == jnp.bfloat16
+
+
+def test_timesteps_are_drawn_with_their_shares_and_the_noise_stays():
+    schedule = SCHEDULE._replace(training_timesteps=np.array([249, 499, 749, 999], np.int32))
+    shares = np.array([0.1, 0.2, 0.3, 0.4])
+    plain, drawn = (
+        jax.jit(lambda index_B, p=p: draw(jax.random.key(0), index_B, schedule, (2, 2, 2), shares=p))(jnp.arange(4000))
+        for p in (None, shares)
+    )
+    np.testing.assert_array_equal(plain[1], drawn[1])
+    t_key, _ = jax.random.split(jax.random.fold_in(jax.random.key(0), 7))
+    assert plain[0][7] == jax.random.choice(t_key, schedule.training_timesteps)  # as in all earlier versions
+    timesteps, counts = np.unique(drawn[0], return_counts=True)
+    np.testing.assert_array_equal(timesteps, schedule.training_timesteps)
+    assert (np.abs(counts - 4000 * shares) < 4 * np.sqrt(4000 * shares * (1 - shares))).all()
+    t_B, _ = draw(jax.random.key(0), jnp.array([3999, 5]), schedule, (2, 2, 2), shares=shares)
+    np.testing.assert_array_equal(t_B, drawn[0][jnp.array([3999, 5])])
+
+
+def test_every_noise_level_is_drawn_equally_often():
+    """A histogram of log-SNR is flat, though only 3 of the 1000 timesteps are in the bucket with the least noise."""
+    index_B = jnp.arange(20_000)
+    t_B, _ = draw(jax.random.key(1), index_B, SCHEDULE, (1, 1, 1), shares=even_shares(SCHEDULE, 10))
+    log_snr_T = 2 * np.log(SCHEDULE.signal_T / SCHEDULE.noise_T)
+    counts, _ = np.histogram(log_snr_T[np.asarray(t_B)], bins=10, range=(log_snr_T[-1], log_snr_T[0]))
+    assert np.abs(counts - 2000).max() < 4 * np.sqrt(20_000 * 0.1 * 0.9)
