@@ -30,6 +30,7 @@ def write_pages(folder: Path) -> None:
 def fields_page() -> str:
     """Return a page with a table for each group of fields, and one for each method."""
     from dpo_jax.methods.kto import VOTE_FIELDS
+    from dpo_jax.methods.plackett_luce import LIST_FIELDS
     from dpo_jax.methods.rollouts import ROLLOUT_FIELDS
     from dpo_jax.methods.stability import PAIR_FIELDS
     from dpo_jax.training.defaults import FIELDS
@@ -45,6 +46,8 @@ def fields_page() -> str:
         + "\n".join(field_tables({f"loss.{name}": field for name, field in PAIR_FIELDS.items()}))
         + "\nMethods that learn from votes on single images have this one, too:\n\n"
         + "\n".join(field_tables(VOTE_FIELDS))
+        + "\nMethods that learn from lists of ranked images have this one, too:\n\n"
+        + "\n".join(field_tables(LIST_FIELDS))
         + "\n## dpo_jax online\n\n"
         "Methods that learn from images which the model draws have these fields, too. Of the `data` fields they read\n"
         "`batch_size`, `micro_batch` and `resolution`, and of the `validation` fields none.\n\n"

@@ -66,8 +66,9 @@ class PreferenceBatch(NamedTuple):
     size_cond_BK6: Float[Array, "B K 6"]
     """float32 (original height, original width, crop top, crop left, target height, target width)."""
     preference_BK: Float[Array, "B K *R"]
-    """float32, sums to 1 over K: (1, 0) for a clear winner; soft labels and votes are fractions. A single image
-    has 1 if it was liked, 0 if not. For sampled images, it holds their rewards instead, NaN for a missing one; several
+    """float32, sums to 1 over K: (1, 0) for a clear winner; soft labels and votes are fractions. In a list of ranked
+    candidates, a larger share is better, and equal ones are ties. A single image has 1 if it was liked, 0 if not; 0
+    stands in place of padding. For sampled images, it holds their rewards instead, NaN for a missing one; several
     judges add an axis."""
     valid_BK: Bool[Array, "B K"]
     """bool: False for padding in place of a candidate."""
@@ -100,7 +101,7 @@ class LossInputs(NamedTuple):
     """log(policy / reference). Offline: -(e_policy - e_reference) / 2, where e is the mean squared denoising error.
     Online: the clamped log-ratio of a transition's probabilities."""
     preference_BK: Float[Array, "B K *R"] = None
-    """Offline: sums to 1 over K, (1, 0) for a clear winner. Online: rewards, also [B, K, R]; higher is better."""
+    """Offline: sums to 1 over K, (1, 0) for a clear winner. Online: rewards, also [B, K, R]. Higher is better."""
     valid_BK: Bool[Array, "B K"] = None
     """bool: False for padding in place of a candidate."""
     weight_B: Float[Array, " B"] = None

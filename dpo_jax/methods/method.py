@@ -79,7 +79,12 @@ class Method:
     @property
     def unit(self) -> str:
         """What an example is called."""
-        return {"images": "images", "votes": "votes", "rollouts": "prompts"}.get(self.learns_from, "pairs")
+        units = {"images": "images", "votes": "votes", "lists": "prompts", "rollouts": "prompts"}
+        return units.get(self.learns_from, "pairs")
+
+    def images_per_example(self, config: Mapping[str, Any]) -> int:
+        """Return the number of images of an example of a data set, with padding, that runs with these fields read."""
+        return {"votes": 1, "lists": config.get("data.candidates", 2)}.get(self.learns_from, 2)
 
     def keeps_reference(self, config: Mapping[str, Any]) -> bool:
         """Whether a run with these fields keeps a reference network."""

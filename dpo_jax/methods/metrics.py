@@ -5,10 +5,10 @@ Axes: B prompts, K candidates of a prompt, best first, N noise levels.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dpo_jax.batch import LossInputs
-from dpo_jax.objectives.preferences import implicit_accuracy, margin
+from dpo_jax.objectives.preferences import implicit_accuracy, is_better, margin
 
 Metrics = dict[str, jax.Array]
 
@@ -41,6 +41,37 @@ def pair_metrics(inputs: LossInputs, **fields: float) -> Metrics:
             metrics["error/reference_loser"] = inputs.reference_error_BK[:, -1]
     if inputs.drift_BK is not None:
         metrics["error/drift"] = inputs.drift_BK.mean(axis=1)
+    return metrics
+
+
+def list_metrics(inputs: LossInputs, **fields: float) -> Metrics:
+    """Return the numbers of `pair_metrics` for lists: the winner is the best candidate, the loser the worst.
+
+    The accuracy is the share of all pairs of a list, ties left out, in which the implicit reward prefers the better
+    one; 1/2 if all are ties. Padding takes no part.
+    """
+    log_ratio_BK, valid_BK = inputs.log_ratio_BK, inputs.valid_BK
+    best_B = valid_BK.argmax(axis=1)
+    worst_B = valid_BK.shape[1] - 1 - valid_BK[:, ::-1].argmax(axis=1)
+
+    def of(candidate_B: Int[Array, " B"], x_BK: Float[Array, "B K"]) -> Float[Array, " B"]:
+        return jnp.take_along_axis(x_BK, candidate_B[:, None], axis=1)[:, 0]
+
+    is_better_BKK = is_better(inputs.preference_BK, valid_BK)
+    agrees_BKK = (1 + jnp.sign(log_ratio_BK[:, :, None] - log_ratio_BK[:, None])) / 2
+    pairs_B = is_better_BKK.sum(axis=(1, 2))
+    share_B = jnp.where(is_better_BKK, agrees_BKK, 0).sum(axis=(1, 2)) / jnp.maximum(pairs_B, 1)
+    metrics = {
+        "error/winner": of(best_B, inputs.error_BK),
+        "error/loser": of(worst_B, inputs.error_BK),
+        "pair/accuracy": jnp.where(pairs_B > 0, share_B, 0.5),
+        "reward/margin": of(best_B, log_ratio_BK) - of(worst_B, log_ratio_BK),
+    }
+    if inputs.reference_error_BK is not None:
+        metrics["error/reference_winner"] = of(best_B, inputs.reference_error_BK)
+        metrics["error/reference_loser"] = of(worst_B, inputs.reference_error_BK)
+    if inputs.drift_BK is not None:
+        metrics["error/drift"] = inputs.drift_BK.mean(axis=1, where=valid_BK)
     return metrics
 
 

@@ -25,6 +25,11 @@ def is_preferred(reward_BKR: Real[Array, "B K *R"]) -> Bool[Array, "B K K"]:
     return (one_BK1R >= other_B1KR).all(axis=-1) & (one_BK1R > other_B1KR).any(axis=-1)
 
 
+def is_better(preference_BK: Float[Array, "B K"], valid_BK: Bool[Array, "B K"]) -> Bool[Array, "B K K"]:
+    """Return [B, K, K], true where the first candidate is preferred to the second; padding is not compared."""
+    return is_preferred(preference_BK) & valid_BK[:, :, None] & valid_BK[:, None]
+
+
 def clamp(x: Float[Array, "*shape"], low: float, high: float) -> Float[Array, "*shape"]:
     """`jnp.clip` with gradient 1 at the bounds themselves, as in PyTorch's clamp; JAX's gradient is 1/2 there.
 

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
-from dpo_jax.cli import replaced
+from dpo_jax.cli import flatten, replaced
 from dpo_jax.errors import UserError
+from dpo_jax.methods import find_method
 from dpo_jax.models.operations import AGAIN
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.planning.model_shapes import open_structure
@@ -32,9 +33,10 @@ PROGRAM_BYTES = 0.37 * 2**20
 """Bytes that each product or convolution adds to a program for TPUs, which is kept in the same memory: whole models
 have 0.36 to 0.38 MiB per product, unrolled or not. The compiler for GPUs does not count the program."""
 WHOLE_IMAGES = 4
-"""Fewest pairs at a time for which XLA for TPUs convolves whole images. It cuts the images of fewer pairs into slices,
-to fill the eight rows of the matrix unit's tiles, and the slices overlap: compiled for one pair, the convolutions of
-SD1.5 take 21% more operations and those of SDXL 12%; compiled for four pairs, those of SD1.5 take none."""
+"""Fewest pairs of images at a time for which XLA for TPUs convolves whole images. It cuts the images of fewer pairs
+into slices, to fill the eight rows of the matrix unit's tiles, and the slices overlap: compiled for one pair, the
+convolutions of SD1.5 take 21% more operations and those of SDXL 12%; compiled for four pairs, those of SD1.5 take
+none."""
 CUT_CONVOLUTIONS = 0.21
 PAPER_PAIRS = 2000 * 2048
 """Pairs that the published run saw (arXiv 2311.12908, section 5.1): steps x pairs per step."""
@@ -42,7 +44,7 @@ PAPER_PAIRS = 2000 * 2048
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The cost of one pair on one device."""
+    """The cost of one pair, or of another example of the method, on one device."""
 
     remat: str
     flops: float
@@ -54,6 +56,8 @@ class Work:
     """Products and convolutions in the program; those of a loop count once."""
     convolution_flops: float
     """Operations of the convolutions alone."""
+    images: int = 2
+    """Images of an example: two of a pair."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +209,15 @@ def measure_work(config: ConfigDict, kind: str, model_flops: float | None = None
         model_flops = plain.flops(without=AGAIN)
     products = list(program.products())
     convolution_flops = sums_by_kind(products)["convolution"].flops
-    return Work(config.remat, program.flops(), model_flops, activation_bytes, len(products), convolution_flops)
+    return Work(
+        config.remat,
+        program.flops(),
+        model_flops,
+        activation_bytes,
+        len(products),
+        convolution_flops,
+        find_method(config.loss.name).images_per_example(flatten(config)),
+    )
 
 
 def measure_holdings(config: ConfigDict, pipeline: Pipeline, num_devices: int) -> Holdings:
@@ -257,7 +269,7 @@ def make_plan(
     device, h = topology.device, holdings
     accumulation = batch_size // (h.mesh["data"] * h.mesh["fsdp"] * pairs)
     utilisation = utilisation or device.utilisation
-    is_cut = device.kind == "tpu" and pairs < WHOLE_IMAGES
+    is_cut = device.kind == "tpu" and pairs * work.images < 2 * WHOLE_IMAGES
     flops = (work.flops + CUT_CONVOLUTIONS * work.convolution_flops * is_cut) * pairs * accumulation
     moved = 2 * (h.trained + h.optimizer + h.ema) + h.trained  # all read and written, gradients read
     return Plan(

@@ -2,6 +2,7 @@
 
 from ml_collections import ConfigDict
 
+from dpo_jax.methods import find_method
 from dpo_jax.planning.compiled import Compiled
 from dpo_jax.planning.estimate import PAPER_PAIRS, SPARE, Plan
 from dpo_jax.planning.topology import GIB
@@ -9,13 +10,13 @@ from dpo_jax.planning.topology import GIB
 
 def as_text(config: ConfigDict, plan: Plan) -> str:
     """Return the plan as text, which says what is computed and what is assumed."""
-    topology, device = plan.topology, plan.topology.device
+    topology, device, unit = plan.topology, plan.topology.device, find_method(config.loss.name).unit
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     devices = plan.mesh["data"] * plan.mesh["fsdp"]
     lines = [
         f"{config.model} on {topology.name}: {topology.num_chips} chips, mesh {mesh}, remat={plan.remat}",
         f"{plan.parameters:,} parameters, {plan.trained_parameters:,} of them trained",
-        f"{plan.batch_size} pairs per step = {devices} devices x {plan.accumulation} micro-batches "
+        f"{plan.batch_size} {unit} per step = {devices} devices x {plan.accumulation} micro-batches "
         f"x {plan.micro_batch_per_device}",
         "",
         "Memory per device (computed)              GiB",
@@ -23,7 +24,7 @@ def as_text(config: ConfigDict, plan: Plan) -> str:
         f"  {'total':34} {plan.hbm_bytes / GIB:9.2f} of {device.hbm_gib}: "
         + ("fits" if plan.fits else f"does not fit with {SPARE:.0%} free"),
         "",
-        f"Work per pair (computed): {plan.work.model_flops / 1e12:.2f} TFLOP"
+        f"Work per {unit.removesuffix('s')} (computed): {plan.work.model_flops / 1e12:.2f} TFLOP"
         + (f", {plan.work.flops / 1e12:.2f} including what remat repeats" if plan.remat != "none" else ""),
         "",
         f"{'Traffic per step (computed)':28}  {'axis':6} {'received':>12} {'times':>6} {'seconds at full rate':>21}",
@@ -35,9 +36,9 @@ def as_text(config: ConfigDict, plan: Plan) -> str:
         f"Time per step, if products reach {plan.utilisation:.0%} of the peak rate (assumed) and links all of theirs:",
         f"  computation {plan.compute_seconds:.3f} s, collectives {plan.collective_seconds:.3f} s of which "
         f"{plan.exposed_seconds:.3f} s do not overlap with it, update {plan.update_seconds:.3f} s",
-        f"  {plan.step_seconds:.3f} s per step: {plan.pairs_per_second_per_chip:.2f} pairs/s per chip, "
+        f"  {plan.step_seconds:.3f} s per step: {plan.pairs_per_second_per_chip:.2f} {unit}/s per chip, "
         f"{plan.pairs_per_second_per_chip * topology.num_chips:.1f} in total",
-        f"  the paper's {PAPER_PAIRS:,} pairs (2000 steps of 2048): {plan.chip_hours:,.0f} chip-hours, "
+        f"  the paper's {PAPER_PAIRS:,} {unit} (2000 steps of 2048): {plan.chip_hours:,.0f} chip-hours, "
         f"{plan.chip_hours / topology.num_chips:.1f} hours on {topology.name}",
         "",
         "Run it with",

@@ -66,7 +66,7 @@ def random_batch(experiment: Experiment, seed: int) -> PreferenceBatch:
     batch = abstract._replace(
         inputs=jax.tree.map(draw, abstract.inputs),
         size_cond_BK6=np.broadcast_to(size_cond_6, abstract.size_cond_BK6.shape),
-        preference_BK=np.float32(ones * [1, 0]),
+        preference_BK=np.float32(ones * np.eye(1, ones.shape[1])),
         valid_BK=ones.astype(bool),
         weight_B=np.ones(len(ones), np.float32),
         index_B=np.arange(len(ones), dtype=np.int32) + seed * len(ones),

@@ -8,7 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dpo_jax import cluster
-from dpo_jax.cli import replaced
+from dpo_jax.cli import flatten, replaced
 from dpo_jax.data.load.inputs import CachedInputs, Inputs, RawInputs
 from dpo_jax.data.load.pipeline import NUM_WORKERS, BatchIterator, make_iterator, validation_batches
 from dpo_jax.data.load.records import TrainingRecords, open_records
@@ -18,6 +18,7 @@ from dpo_jax.data.store.scores import scores_file
 from dpo_jax.data.store.select import NothingChosenError
 from dpo_jax.methods import find_method
 from dpo_jax.models.pipeline import Pipeline
+from dpo_jax.streams import warn
 from dpo_jax.training.announce import announce_epochs
 from dpo_jax.training.config import Derived
 from dpo_jax.training.model import load_tokenizers_of
@@ -27,9 +28,16 @@ from dpo_jax.weights.io import fingerprint
 def check_data(config: ConfigDict) -> ConfigDict:
     """Open the splits that the run will read, choose pairs, and print the number of epochs, before slow work begins.
 
-    Returns the config. Where no pair is held out, as in small data sets, it turns validation off and says so.
+    Returns the config. Where no pair is held out, as in small data sets, it turns validation off and says so. Warns
+    where a part of every list would be padding.
     """
     records = _training_pairs(config)
+    most = int(records.candidates()[0].max())
+    if _learns_from_lists(config) and most < config.data.candidates:
+        warn(
+            f"config.data.candidates={config.data.candidates}, but no prompt has more than {most} images. The rest is "
+            f"padding, which takes time and memory. Set data.candidates={most}"
+        )
     if _learns_from_votes(config):
         records = Votes(records)
         VoteOrder(records.liked_V, config.seed, config.data.positive_share)  # checks that there are both kinds
@@ -123,10 +131,9 @@ def _training_pairs(config: ConfigDict) -> TrainingRecords:
         data.path,
         "train",
         ties=data.ties,
-        labels=data.labels,
         limit=data.limit,
         limit_seed=data.limit_seed,
-        **_choices(config),
+        **_choices(config) | ({} if _learns_from_lists(config) else {"labels": data.labels}),
     )
 
 
@@ -137,20 +144,26 @@ def _validation_pairs(config: ConfigDict) -> TrainingRecords:
 
 def _choices(config: ConfigDict) -> dict[str, Any]:
     """Return the options that training and validation pairs share."""
-    data = config.data
+    data, method = config.data, find_method(config.loss.name)
     return {
+        "labels": "order" if _learns_from_lists(config) else "hard",
+        "num_candidates": max(method.images_per_example(flatten(config)), 2),
         "judges": data.judges,
         "combine": data.combine,
         "generators": data.generators,
         "min_agreement": data.min_agreement,
         "min_side": data.min_side,
-        "liked_images": find_method(config.loss.name).learns_from == "images",
+        "liked_images": method.learns_from == "images",
         "single_images": _learns_from_votes(config),
     }
 
 
 def _learns_from_votes(config: ConfigDict) -> bool:
     return find_method(config.loss.name).learns_from == "votes"
+
+
+def _learns_from_lists(config: ConfigDict) -> bool:
+    return find_method(config.loss.name).learns_from == "lists"
 
 
 def _options(config: ConfigDict) -> dict[str, Any]:

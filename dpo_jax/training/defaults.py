@@ -26,6 +26,7 @@ from dpo_jax.fields import (
 )
 from dpo_jax.methods import METHODS, Method, find_method
 from dpo_jax.methods.kto import VOTE_FIELDS
+from dpo_jax.methods.plackett_luce import LIST_FIELDS
 from dpo_jax.methods.rollouts import ROLLOUT_FIELDS, SAMPLERS
 from dpo_jax.methods.stability import PAIR_FIELDS
 from dpo_jax.training.loggers import LOGGERS
@@ -270,6 +271,8 @@ def shared_fields(method: Method) -> dict[str, Field]:
         return ROLLOUT_FIELDS
     if method.learns_from == "votes":
         return dict(VOTE_FIELDS)
+    if method.learns_from == "lists":
+        return dict(LIST_FIELDS)
     return {f"loss.{name}": field for name, field in PAIR_FIELDS.items()} if method.takes_pair_fields else {}
 
 

@@ -90,8 +90,9 @@ class Experiment:
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
     def abstract_batch(self) -> Any:
-        """Return the shapes and shardings of a batch of pairs with one caption each."""
-        B, K, M = self.config.data.batch_size, 2, 1
+        """Return the shapes and shardings of a batch whose prompts have one caption each."""
+        fields = flatten(self.config)
+        B, K, M = self.config.data.batch_size, find_method(self.config.loss.name).images_per_example(fields), 1
         size, unet, encoders = self.config.data.resolution, self.pipeline.unet.config, self.pipeline.text_encoders
         L = encoders[0].config.max_position_embeddings
         split = batch_sharding(self.mesh)

@@ -67,8 +67,8 @@ class Loop:
         clock: StartupClock,
     ):
         self.experiment, self.inputs, self.config, self.workdir = experiment, inputs, experiment.config, workdir
-        learns_from = find_method(self.config.loss.name).learns_from
-        self.unit = "votes" if learns_from == "votes" else "pairs"
+        unit = find_method(self.config.loss.name).unit
+        self.unit = "pairs" if unit == "images" else unit
         """What an example is called in figures and lines."""
         self.checkpoints, self.writer, self.bar = checkpoints, writer, bar
         self.notice, self.clock = notice, clock
@@ -237,8 +237,7 @@ class Loop:
         means["train/learning_rate"] = float(self.experiment.learning_rate(step - 1))
         seconds_left = None
         if seconds_per_step is not None and self._began is not None:
-            unit = "prompts" if self.inputs is None else self.unit
-            means[f"speed/{unit}_per_second"] = self.config.data.batch_size / seconds_per_step
+            means[f"speed/{self.unit}_per_second"] = self.config.data.batch_size / seconds_per_step
             since, first = self._began  # includes the time between steps, such as that of sampling rounds
             seconds_left = (self.config.steps - step) * (time.monotonic() - since) / (step - first)
         self.writer.scalars(step, means)

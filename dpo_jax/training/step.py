@@ -206,7 +206,7 @@ def make_train_step(
             else:
                 grads, sums = sum_over(gradient, micro, state.params)
 
-        weight = jnp.sum(prompt_weights(batch, objective))
+        weight = jnp.sum(prompt_weights(batch, objective.num_candidates))
         total_weight = jnp.maximum(weight, 1e-8)
         grads, metrics = jax.tree.map(lambda x: x / total_weight.astype(x.dtype), (grads, sums))
         means = {name: metrics.pop(f"running/{name}") for name in objective.running}
@@ -327,15 +327,18 @@ def make_eval_step(
     return evaluate
 
 
-def prompt_weights(batch: PreferenceBatch, objective: Objective) -> jax.Array:
-    """Return weight_B, with 0 where a candidate that the objective needs is only padding."""
-    return batch.weight_B * batch.valid_BK[:, : objective.num_candidates].all(axis=1)
+def prompt_weights(batch: PreferenceBatch, count: int | None = None) -> jax.Array:
+    """Return weight_B, with 0 where nothing can be compared: of the best `count` candidates all but one are padding.
+
+    One candidate is enough where `count`, or the number of candidates of the batch, is 1.
+    """
+    valid_BK = batch.valid_BK[:, :count]
+    return batch.weight_B * (valid_BK.sum(axis=1) >= min(2, valid_BK.shape[1]))
 
 
 def with_batch(inputs: LossInputs, batch: PreferenceBatch) -> LossInputs:
     """Add what a loss reads of the batch itself."""
-    weight_B = batch.weight_B * batch.valid_BK.all(axis=1)  # 0 where a candidate is only padding
-    return inputs._replace(preference_BK=batch.preference_BK, valid_BK=batch.valid_BK, weight_B=weight_B)
+    return inputs._replace(preference_BK=batch.preference_BK, valid_BK=batch.valid_BK, weight_B=prompt_weights(batch))
 
 
 def keep_candidates(batch: PreferenceBatch, count: int | None) -> PreferenceBatch:

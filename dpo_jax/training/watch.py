@@ -62,14 +62,15 @@ class Watch:
         for name, than in (("rise", "the reference's"), ("since_start", "before training")):
             self._tell_rise(step, row.get(f"validation/error_winner_{name}", 0.0), than, "held-out pairs")
         later = [row for at, row in self.validations.items() if self.config.optimizer.warmup_steps < at <= step]
-        if len(later) >= MANY_VALIDATIONS and all(map(_is_chance, later)):
+        number_of_images = self.config.data.get("candidates", 2)
+        if len(later) >= MANY_VALIDATIONS and all(_is_chance(row, number_of_images) for row in later):
             self._warn(
                 "chance",
                 step,
-                f"accuracy on {row['validation/pairs']:.0f} held-out pairs is still "
+                f"accuracy on {' held-out '.join(_number(row))} is still "
                 f"{row['validation/pair_accuracy']:.3g}, which chance alone would give. "
-                "Look at some pairs to see that the labels are right; otherwise raise optimizer.learning_rate or "
-                "steps, or prepare more pairs",
+                f"Look at some {_number(row)[1]} to see that the labels are right; otherwise raise "
+                f"optimizer.learning_rate or steps, or prepare more {_number(row)[1]}",
             )
 
     def sampled(self, step: int, blank: int, count: int, file: object) -> None:
@@ -119,8 +120,8 @@ class Watch:
         if told:
             found.append(f"the winner's error is {_compared(told[1], told[0])}")
         if "validation/pair_accuracy" in row:
-            pairs = f" ({row['validation/pairs']:.0f} pairs)" if "validation/pairs" in row else ""
-            found.append(f"held-out accuracy {row['validation/pair_accuracy']:.3g}{pairs}")
+            of = f" ({' '.join(_number(row))})" if _number(row)[1] else ""
+            found.append(f"held-out accuracy {row['validation/pair_accuracy']:.3g}{of}")
         if "validation/vote_accuracy" in row:
             votes = row["validation/votes"]
             found.append(f"held-out accuracy {row['validation/vote_accuracy']:.3g} ({votes:.0f} votes)")
@@ -184,10 +185,21 @@ def _are_alike(images_NHWC: np.ndarray) -> bool:
     return len(images_NHWC) > 1 and bool(images_NHWC.std(axis=0, dtype=np.float32).mean() < FLAT)
 
 
-def _is_chance(row: Row) -> bool:
-    """Return whether the accuracy is within the 95% interval of guessing."""
-    accuracy, pairs = row.get("validation/pair_accuracy", math.nan), row.get("validation/pairs", 0.0)
-    return pairs > 0 and abs(accuracy - 0.5) <= 1.96 * 0.5 / math.sqrt(pairs)
+def _number(row: Row) -> tuple[str, str]:
+    """Return the number of held-out examples with an order, and what they are; empty if the row does not say."""
+    units = [unit for unit in ("pairs", "prompts") if f"validation/{unit}" in row]
+    return (f"{row[f'validation/{units[0]}']:.0f}", units[0]) if units else ("", "")
+
+
+def _is_chance(row: Row, number_of_images: int) -> bool:
+    """Return whether the accuracy is within the 95% interval of guessing, for lists of this many images or for pairs.
+
+    The variance of a list is that of Kendall's tau of a random order, over 4; for pairs it is 1/4.
+    """
+    K, accuracy = number_of_images, row.get("validation/pair_accuracy", math.nan)
+    examples = float(_number(row)[0] or 0)
+    deviation = 0.5 * math.sqrt(2 * (2 * K + 5) / (9 * K * (K - 1)))
+    return examples > 0 and abs(accuracy - 0.5) <= 1.96 * deviation / math.sqrt(examples)
 
 
 def _compared(rise: float, than: str) -> str:

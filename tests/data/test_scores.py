@@ -61,8 +61,8 @@ def order_by_hand(points: list[Any]) -> tuple[list[int], list[float]]:
         while place and points[k] > points[order[place - 1]] + 1e-8:
             place -= 1
         order.insert(place, k)
-    wins = [points[k] > points[order[0]] - 1e-8 for k in order]
-    return order, [win / sum(wins) for win in wins]
+    wins = [sum((points[k] > other + 1e-8) + (points[k] > other - 1e-8) for other in points) - 1 for k in order]
+    return order, [win / sum(wins) if len(order) > 1 else 1.0 for win in wins]
 
 
 @pytest.mark.parametrize("combine", ["mean", "pareto"])

@@ -8,13 +8,14 @@ import pytest
 
 from dpo_jax.methods import METHODS
 from dpo_jax.methods.metrics import pair_metrics
-from dpo_jax.training.step import TrainState, make_compare, make_train_step, split_micro_batches
+from dpo_jax.training.step import TrainState, make_compare, make_train_step, prompt_weights, split_micro_batches
 
 from ..small_denoiser import SCHEDULE, denoise, encode, frozen_like, make_batch, perturbed
 
 DPO = METHODS["dpo"].objective({"loss.beta": 500.0, "loss.label_smoothing": 0.0})
 SFT = METHODS["sft"].objective({})
 KTO = METHODS["kto"].objective({"loss.beta": 500.0})
+PLACKETT_LUCE = METHODS["plackett_luce"].objective({"loss.beta": 500.0})
 
 
 def with_images(batch, images_BKHWC):
@@ -114,10 +115,23 @@ def test_a_batch_without_weight_is_no_update(params, accumulation):
     assert not np.allclose(weighed.params["in"], state.params["in"])
 
 
-@pytest.mark.parametrize("accumulation", [2, 8])
-@pytest.mark.parametrize("objective", [DPO, SFT], ids=["dpo", "sft"])
+def make_lists():
+    """Lists of one to three candidates, with ties; padding is noise."""
+    ranked = np.float32([[2, 1, 0], [3, 3, 0], [2, 1, 1], [1, 0, 0], [2, 1, 0], [1, 1, 1], [1, 0, 0], [2, 1, 0]])
+    number_B = np.array([3, 3, 3, 2, 3, 3, 1, 3])
+    return make_batch(K=3)._replace(
+        preference_BK=ranked / ranked.sum(axis=1, keepdims=True), valid_BK=np.arange(3) < number_B[:, None]
+    )
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "objective"),
+    [(2, DPO), (8, DPO), (2, SFT), (8, SFT), (4, PLACKETT_LUCE)],
+    ids=["dpo-2", "dpo-8", "sft-2", "sft-8", "plackett_luce-4"],
+)
 def test_accumulation_equals_the_large_batch(params, accumulation, objective):
-    batch = make_batch()._replace(weight_B=np.float32([1, 2, 0, 1, 1, 0.5, 1, 1]))
+    batch = make_lists() if objective is PLACKETT_LUCE else make_batch()
+    batch = batch._replace(weight_B=np.float32([1, 2, 0, 1, 1, 0.5, 1, 1]))
     whole, metrics = run(params, batch, reference=perturbed(params), objective=objective, steps=2)
     parts, metrics_of_parts = run(
         params, batch, reference=perturbed(params), objective=objective, steps=2, accumulation=accumulation
@@ -181,6 +195,22 @@ def test_a_caption_for_each_candidate(params, objective):
     for name in params:
         np.testing.assert_allclose(same[name], one[name], rtol=1e-12)
         assert np.allclose(different[name], one[name], rtol=1e-9) == (objective is SFT)
+
+
+def test_padding_and_lists_of_one_have_no_part_in_a_step(params):
+    batch = make_lists()
+    images_BKHWC = np.array(batch.inputs.images_BKHWC)
+    images_BKHWC[~batch.valid_BK] = 255 - images_BKHWC[~batch.valid_BK]
+    images_BKHWC[6] = 0
+    one, metrics = run(params, batch, reference=perturbed(params), objective=PLACKETT_LUCE)
+    same, metrics_of_same = run(
+        params, with_images(batch, images_BKHWC), reference=perturbed(params), objective=PLACKETT_LUCE
+    )
+    jax.tree.map(np.testing.assert_array_equal, one.params, same.params)
+    jax.tree.map(np.testing.assert_array_equal, metrics, metrics_of_same)
+    assert not np.array_equal(one.params["in"], params["in"])
+    np.testing.assert_array_equal(prompt_weights(batch), [1, 1, 1, 1, 1, 1, 0, 1])
+    np.testing.assert_array_equal(prompt_weights(batch, 1), np.ones(8))
 
 
 def test_micro_batches_take_rows_by_stride():

@@ -19,7 +19,7 @@ from dpo_jax.data.store.scores import Combine
 from dpo_jax.data.store.select import select
 from dpo_jax.errors import UserError
 
-Labels = Literal["hard", "soft"]
+Labels = Literal["hard", "soft", "order"]
 
 TRAINED_ON = ("caption", "captions", "images", "preference")
 """The columns of a record that training reads; each costs time."""
@@ -64,12 +64,13 @@ def open_records(
     combine: Combine = "mean",
     **filters: Any,
 ) -> TrainingRecords:
-    """Return the chosen records of one split of a prepared folder; `random:N` makes N random pairs, all chosen.
+    """Return the chosen records of one split of a prepared folder; `random:N` makes N random records, all chosen.
 
     Args:
         ties: `drop` leaves them out, `zero_weight` keeps them with weight 0 in the loss, `soft` trains on them as on
             other records, with equal shares.
-        labels: `hard` gives the whole preference to the best candidate; `soft` uses the shares of the data set.
+        labels: `hard` gives the whole preference to the best candidate; `soft` uses the shares of the data set;
+            `order` uses the shares of the data set or of the judges, of which only the order has a meaning.
         num_candidates: K; of records with more candidates, the best K - 1 and the worst are kept.
         judges: the judges whose scores order the candidates in place of the votes; `combine`: as in `open_prepared`.
         filters: arguments of `select`.
@@ -82,7 +83,7 @@ def open_records(
         number = str(path).removeprefix("random:")
         if not number.isdigit() or not int(number):
             raise UserError(f"data path {path}: random:N makes N random pairs, and {number!r} is not a number above 0")
-        return RandomRecords(int(number), seed=0 if split == "train" else 1)
+        return RandomRecords(int(number), seed=0 if split == "train" else 1, num_candidates=num_candidates)
     if judges and labels == "soft":
         raise UserError(
             f"labels='soft' needs votes, and the scores by {', '.join(judges)} have none; set labels='hard'"
@@ -138,34 +139,35 @@ class PreparedRecords:
 
 
 class RandomRecords:
-    """Random pairs for tests and dry runs: coloured noise in several shapes, each pair with a caption of its own."""
+    """Random records for tests and dry runs: coloured noise in several shapes, each list with a caption of its own."""
 
-    num_candidates = 2
     num_captions = 1
 
-    def __init__(self, length: int, seed: int):
-        self._length, self._seed = length, seed
+    def __init__(self, length: int, seed: int, num_candidates: int = 2):
+        self._length, self._seed, self.num_candidates = length, seed, num_candidates
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        K = self.num_candidates
+        points = np.arange(K - 1, -1, -1, dtype=np.float32)
         return {
             "captions": [f"made pair number {index}"],
-            "images": [2 * index, 2 * index + 1],
-            "preference": np.asarray([1, 0], np.float32),
+            "images": list(range(K * index, K * (index + 1))),
+            "preference": points / points.sum(),
             "weight": 1.0,
         }
 
     def candidates(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.full(len(self), 2), np.ones(len(self), np.float32)
+        return np.full(len(self), self.num_candidates), np.ones(len(self), np.float32)
 
     def read_images(self, record: dict[str, Any]) -> Sequence[images.ImageBytes]:
-        positions = record["images"]
-        rng = np.random.default_rng((self._seed, positions[0] // 2))
+        positions, K = record["images"], self.num_candidates
+        rng = np.random.default_rng((self._seed, positions[0] // K))
         height, width = rng.choice([48, 64, 80], 2)
-        made = [_noise_png(rng, height, width) for _ in range(2)]
-        return [made[position % 2] for position in positions]
+        made = [_noise_png(rng, height, width) for _ in range(K)]
+        return [made[position % K] for position in positions]
 
     def name_of(self, index: int) -> str:
         return f"made pair {index}"

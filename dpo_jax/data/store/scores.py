@@ -153,7 +153,7 @@ class Ranking(NamedTuple):
     order_M: np.ndarray
     """Candidates best first, record by record; equal ones, and those of records without scores, as stored."""
     preference_M: np.ndarray
-    """Preferences in that order, float32: the best has 1; several equal best ones share it."""
+    """Shares of the preference in that order, float32, by the Borda count (`sources.record.borda`): (1, 0) for two."""
     scored_N: np.ndarray
     """For each record, whether all judges scored it."""
 
@@ -180,9 +180,18 @@ def rank(scores_JM: np.ndarray, of: Candidates, combine: Combine) -> Ranking:
         points_M = _beaten(scores_JM, of)
     points_M = np.where(scored_N[of.record_M], points_M, 0)
     order_M = np.lexsort((-points_M, of.record_M))
-    best_M = points_M[order_M] == points_M[order_M[of.first_N]][of.record_M]
-    shared_by_N = np.bincount(of.record_M, best_M, len(of.number_N))
-    return Ranking(order_M, (best_M / shared_by_N[of.record_M]).astype(np.float32), scored_N)
+    return Ranking(order_M, _shares(points_M[order_M], of), scored_N)
+
+
+def _shares(points_M: np.ndarray, of: Candidates) -> np.ndarray:
+    """Return the share of the comparisons of its record that each candidate wins, ties as half; points fall."""
+    M = np.arange(len(points_M))
+    begins_M = (of.rank_M == 0) | (points_M != np.roll(points_M, 1))
+    first_M = np.maximum.accumulate(np.where(begins_M, M, 0))  # of those that are as good
+    last_M = np.minimum.accumulate(np.where(np.roll(begins_M, -1), M, len(M))[::-1])[::-1]
+    number_M = of.number_N[of.record_M]
+    beaten_M = of.first_N[of.record_M] + number_M - 1 - (first_M + last_M) / 2
+    return np.where(number_M > 1, beaten_M / np.maximum(number_M * (number_M - 1) / 2, 1), 1).astype(np.float32)
 
 
 def best_first(records: pa.Table, ranking: Ranking, of: Candidates) -> pa.Table:
