@@ -133,6 +133,7 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.{field} is empty; set it in the config file or with --config.{field}=...")
     check_settings(config)
     check_views(config)
+    score_judge(config)
     every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
     if keep_every % every:
         raise UserError(
@@ -289,6 +290,36 @@ def check_views(config: ConfigDict) -> None:
             f"config.data.encoded_views needs a prepared data set, not {data.path}, which each run makes anew; "
             "set encoded_views=0"
         )
+
+
+def score_judge(config: ConfigDict) -> str:
+    """Return the judge whose scores of pairs the run reads; "" if it reads none.
+
+    Raises:
+        UserError: no judge is named, or one without use, or the method does not learn from pairs.
+    """
+    data, method = config.data, method_of(config)
+    if data.pair_weights == "none":
+        if data.score_judge:
+            raise UserError(
+                f"config.data.score_judge={data.score_judge} has no effect without data.pair_weights. Set "
+                "data.pair_weights=gap, or remove data.score_judge"
+            )
+        return ""
+    why = f"config.data.pair_weights={data.pair_weights} compares the scores of two images"
+    if method.learns_from not in ("pairs", "lists"):
+        raise UserError(f"{why}, but {config.loss.name} learns from {method.unit}. Set data.pair_weights=none")
+    if data.batch_size == 1:
+        raise UserError(
+            f"config.data.pair_weights={data.pair_weights} weighs the pairs of an optimizer step against each other, "
+            "but config.data.batch_size=1. Set a larger batch_size"
+        )
+    if not data.score_judge and len(data.judges) != 1:
+        raise UserError(
+            f"{why}, but no judge is named. Set data.score_judge to the name of scores that python -m dpo_jax.score "
+            f"--data={data.path} stored, for example pickscore"
+        )
+    return data.score_judge or data.judges[0]
 
 
 def check_same_experiment(fields: dict[str, Any], saved: dict[str, Any], workdir: Any, defaults: ConfigDict) -> None:

@@ -20,7 +20,7 @@ from dpo_jax.methods import find_method
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.streams import warn
 from dpo_jax.training.announce import announce_epochs
-from dpo_jax.training.config import Derived
+from dpo_jax.training.config import Derived, score_judge
 from dpo_jax.training.model import load_tokenizers_of
 from dpo_jax.weights.io import fingerprint
 
@@ -85,7 +85,7 @@ def encoding_facts(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
 
 
 def data_fingerprints(config: ConfigDict) -> dict[str, str]:
-    """Return fields for config.json: digests of the prepared data set and of the scores that order its images."""
+    """Return fields for config.json: digests of the prepared data set and of the scores that the run reads."""
     data = config.data
     if data.path.startswith("random:"):
         return {"fingerprints.data": data.path}
@@ -93,6 +93,8 @@ def data_fingerprints(config: ConfigDict) -> dict[str, str]:
     if data.judges:
         files = [epath.Path(scores_file(Path(data.path), judge)) for judge in data.judges]
         digests["fingerprints.scores"] = fingerprint(files)
+    if judge := score_judge(config):
+        digests["fingerprints.pair_scores"] = fingerprint([epath.Path(scores_file(Path(data.path), judge))])
     return digests
 
 
@@ -133,6 +135,8 @@ def _training_pairs(config: ConfigDict) -> TrainingRecords:
         ties=data.ties,
         limit=data.limit,
         limit_seed=data.limit_seed,
+        score_judge=score_judge(config),
+        pair_weights=data.pair_weights,
         **_choices(config) | ({} if _learns_from_lists(config) else {"labels": data.labels}),
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dpo_jax.cli import check_fields_exist, flatten, replaced, unflatten
+from dpo_jax.data.load.pair_weights import WEIGHTS
 from dpo_jax.errors import UserError
 from dpo_jax.fields import (
     COUNT,
@@ -155,6 +156,14 @@ FIELDS = {
         "mean",
         "How several judges combine: mean of their scores, or pareto (better for one, worse for none).",
         choices=("mean", "pareto"),
+    ),
+    "data.score_judge": Field(
+        "", "Judge whose stored scores data.pair_weights reads; empty takes the one of data.judges."
+    ),
+    "data.pair_weights": Field(
+        "none",
+        "Weight of pairs: gap (a larger gap of scores counts more) or rarity (rare scores count more, as in VideoDPO).",
+        choices=("none", *WEIGHTS),
     ),
     "data.generators": Field(
         (), "Regular expressions; the models of both images must match one. Empty takes all.", wrong=are_patterns

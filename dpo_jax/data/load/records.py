@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from dpo_jax.data import images
+from dpo_jax.data.load.pair_weights import WEIGHTS, PairWeights
 from dpo_jax.data.store import scores
 from dpo_jax.data.store.prepared import PreparedData, Ties, open_prepared
 from dpo_jax.data.store.scores import Combine
@@ -62,6 +63,8 @@ def open_records(
     num_candidates: int = 2,
     judges: Sequence[str] = (),
     combine: Combine = "mean",
+    score_judge: str = "",
+    pair_weights: PairWeights = "none",
     **filters: Any,
 ) -> TrainingRecords:
     """Return the chosen records of one split of a prepared folder; `random:N` makes N random records, all chosen.
@@ -73,6 +76,8 @@ def open_records(
             `order` uses the shares of the data set or of the judges, of which only the order has a meaning.
         num_candidates: K; of records with more candidates, the best K - 1 and the worst are kept.
         judges: the judges whose scores order the candidates in place of the votes; `combine`: as in `open_prepared`.
+        score_judge: the judge whose stored scores `pair_weights` and `PreparedRecords.gap_N` need.
+        pair_weights: a function of `pair_weights.WEIGHTS`, which gives each record its weight in the loss.
         filters: arguments of `select`.
 
     Raises:
@@ -83,14 +88,19 @@ def open_records(
         number = str(path).removeprefix("random:")
         if not number.isdigit() or not int(number):
             raise UserError(f"data path {path}: random:N makes N random pairs, and {number!r} is not a number above 0")
+        if score_judge:
+            raise UserError(
+                f"data path {path}: random pairs have no scores by {score_judge}. Take a prepared data set, or leave "
+                "score_judge, pair_weights and order out"
+            )
         return RandomRecords(int(number), seed=0 if split == "train" else 1, num_candidates=num_candidates)
     if judges and labels == "soft":
         raise UserError(
             f"labels='soft' needs votes, and the scores by {', '.join(judges)} have none; set labels='hard'"
         )
-    prepared = open_prepared(path, judges, combine)
+    prepared = open_prepared(path, judges, combine, score_judge)
     chosen = select(prepared, split=split, ties=ties, num_candidates=num_candidates, **filters)
-    return PreparedRecords(prepared, chosen, ties, labels, num_candidates)
+    return PreparedRecords(prepared, chosen, ties, labels, num_candidates, pair_weights)
 
 
 class PreparedRecords:
@@ -103,11 +113,16 @@ class PreparedRecords:
         ties: Ties,
         labels: Labels,
         num_candidates: int,
+        pair_weights: PairWeights = "none",
     ):
         self._prepared, self._indices_N, self._ties, self._labels = prepared, indices_N, ties, labels
         self.num_candidates = num_candidates
         have_own = bool(prepared.records["captions"].is_valid().to_numpy()[indices_N].any())
         self.num_captions = num_candidates if have_own else 1
+        self.weight_N = np.ones(len(indices_N))
+        """The weight of each record in the loss, if it is not a tie."""
+        if pair_weights != "none":
+            self.weight_N = WEIGHTS[pair_weights](prepared.pair_scores_N2[indices_N])
 
     def __len__(self) -> int:
         return len(self._indices_N)
@@ -119,7 +134,7 @@ class PreparedRecords:
         if self._labels == "hard" and not tie and len(preference) > 1:
             preference = np.zeros_like(preference)
             preference[0] = 1
-        weight = 0.0 if tie and self._ties == "zero_weight" else 1.0
+        weight = 0.0 if tie and self._ties == "zero_weight" else float(self.weight_N[index])
         captions = record["captions"] or [record["caption"]]
         if len(captions) == 1:
             captions *= self.num_captions

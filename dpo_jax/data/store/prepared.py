@@ -16,7 +16,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -69,6 +69,8 @@ class PreparedData:
     judges: tuple[str, ...] = ()
     """The judges whose scores order the candidates, in place of the votes."""
     combine: Combine = "mean"
+    score_judge: str = ""
+    """The judge whose scores `pair_scores_N2` has; it does not order the candidates."""
 
     def __len__(self) -> int:
         return self.records.num_rows
@@ -100,7 +102,7 @@ class PreparedData:
     @property
     def records(self) -> pa.Table:
         """The table `RECORDS`; with judges, the records that all of them scored are ordered by the judges."""
-        return self._records_and_scored[0]
+        return self._judged.records
 
     @functools.cached_property
     def _rows(self) -> RowReader:
@@ -109,16 +111,25 @@ class PreparedData:
     @property
     def scored_N(self) -> np.ndarray:
         """For each record, whether it has scores from all judges."""
-        return self._records_and_scored[1]
+        return self._judged.scored_N
 
     @functools.cached_property
-    def _records_and_scored(self) -> tuple[pa.Table, np.ndarray]:
+    def _judged(self) -> "_Judged":
         votes = map_table(self.folder / "records.arrow", RECORDS, AGAIN)
         if not self.judges:
-            return votes, np.ones(votes.num_rows, bool)
+            return _Judged(votes, np.ones(votes.num_rows, bool), None)
         of = scores.candidates(votes["images"])
         ranking = scores.rank(scores.read_scores(self.folder, self.judges, of), of, self.combine)
-        return scores.best_first(votes, ranking, of), ranking.scored_N
+        return _Judged(scores.best_first(votes, ranking, of), ranking.scored_N, ranking.order_M)
+
+    @functools.cached_property
+    def pair_scores_N2(self) -> np.ndarray:
+        """The scores that `score_judge` gave to the best and to the worst candidate of each record, NaN for none."""
+        of = scores.candidates(self.records["images"])
+        scores_M = scores.read_scores(self.folder, [self.score_judge], of)[0]
+        if self._judged.order_M is not None:
+            scores_M = scores_M[self._judged.order_M]
+        return np.stack([scores_M[of.first_N], scores_M[of.first_N + of.number_N - 1]], axis=1)
 
     @property
     def sha256_I(self) -> pa.ChunkedArray:
@@ -148,13 +159,25 @@ class PreparedData:
         return map_table(self.folder / "images.arrow", IMAGES, AGAIN, IMAGES_BEFORE_XXH3)
 
 
-def open_prepared(folder: str | Path, judges: Sequence[str] = (), combine: Combine = "mean") -> PreparedData:
+class _Judged(NamedTuple):
+    """The records in the order of the judges, if there are any."""
+
+    records: pa.Table
+    scored_N: np.ndarray
+    order_M: np.ndarray | None
+    """The candidates of `records` as positions among those that are stored; None if they are the same."""
+
+
+def open_prepared(
+    folder: str | Path, judges: Sequence[str] = (), combine: Combine = "mean", score_judge: str = ""
+) -> PreparedData:
     """Open the folder that `prepare` wrote, and check that its parts fit together.
 
     Args:
         judges: names under which `python -m dpo_jax.score` stored scores, which then order the candidates in place of
             the votes.
         combine: how the scores of several judges are combined; see `scores.rank`.
+        score_judge: name of the scores for `pair_scores_N2`.
 
     Raises:
         FileNotFoundError: nothing was prepared there, a part is missing, or a judge has no scores.
@@ -172,7 +195,7 @@ def open_prepared(folder: str | Path, judges: Sequence[str] = (), combine: Combi
     for name in CHECKED[1:]:
         if not (folder / name).is_file():
             raise MissingFileError(f"the data set {folder} has no {name}; {AGAIN}")
-    prepared = PreparedData(folder, tuple(judges), combine)
+    prepared = PreparedData(folder, tuple(judges), combine, score_judge)
     try:
         _check(folder)
     except ValueError as error:

@@ -33,7 +33,7 @@ def select(
 ) -> np.ndarray:
     """Return the indices of the records to use, ascending. With num_candidates above 1, single images are left out.
 
-    With judges, only records that all judges scored are used.
+    With judges, only records that all judges scored are used; the same holds for `score_judge`.
 
     Args:
         ties: `drop` leaves out records whose candidates are all equal; otherwise they stay.
@@ -143,6 +143,8 @@ def _filters(
     filters = {f"in the split {split}": pc.equal(records["split"], split).to_numpy()}
     if prepared.judges:
         filters[f"with scores by {' and '.join(prepared.judges)}"] = prepared.scored_N
+    if prepared.score_judge:
+        filters[f"with scores by {prepared.score_judge}"] = np.isfinite(prepared.pair_scores_N2).all(axis=1)
     if liked_images:
         filters["with several images or one that was liked"] = ~labels.single_N | (labels.best_N > 0)
     elif num_candidates > 1 and not single_images:
