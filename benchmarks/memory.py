@@ -17,13 +17,13 @@ from dpo_jax import cli
 from dpo_jax.planning.estimate import measure_holdings, measure_work, memory_by_kind
 from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.topology import GIB
+from dpo_jax.training.optim import OPTIMIZERS
 
 FILE = Path(__file__).with_suffix(".json")
 PAIRS = 16
 """Pairs per step."""
 MODELS = {"sd15:lora": "SD1.5", "sd15": "SD1.5", "sd21": "SD2.1", "sdxl:lora": "SDXL", "sdxl": "SDXL"}
 """Name of the model by config: a row each."""
-OPTIMIZERS = {"adamw": "AdamW", "adafactor": "Adafactor"}
 SETTINGS = {
     "default": {"remat": "none"},
     "`--config.remat=block`": {"remat": "block"},

@@ -133,7 +133,7 @@ def problem(value: Any, field: Field) -> str | None:
             return f"must be {field}"
     elif not isinstance(value, (tuple, list)):
         return "must be a tuple, such as ('a', 'b')"
-    elif field.wrong is not are_rules and not all(isinstance(part, str) for part in value):
+    elif field.wrong not in (are_rules, are_rates) and not all(isinstance(part, str) for part in value):
         return "must be a tuple of texts, such as ('a', 'b')"
     elif field.choices and (unknown := [part for part in value if part not in field.choices]):
         return f"has {unknown[0]!r}, which must be {field}"
@@ -192,6 +192,22 @@ def are_rules(value: Any) -> str | None:
         unknown = [axis for axis in axes if axis not in (None, "data", "fsdp", "tensor")]
         if unknown:
             return f"has {unknown[0]!r} for an axis; it must be None, 'data', 'fsdp' or 'tensor'"
+        if reason := are_patterns(pattern):
+            return reason
+    return None
+
+
+def are_rates(value: Any) -> str | None:
+    """`Field.wrong` for `optimizer.rates`."""
+    for rate in value:
+        is_pair = isinstance(rate, (tuple, list)) and len(rate) == 2 and isinstance(rate[0], str)
+        if not is_pair or isinstance(rate[1], bool) or not isinstance(rate[1], (int, float)):
+            return f"must be a tuple of pairs such as ((r'\\.norm\\d\\.', 0.1), ('conv_in', 0)), not {rate!r}"
+        pattern, factor = rate
+        if not math.isfinite(_in_float32(factor)) or factor < 0:
+            return (
+                f"has the factor {factor!r} for {pattern!r}; it must be a finite number and at least 0, which freezes"
+            )
         if reason := are_patterns(pattern):
             return reason
     return None

@@ -49,7 +49,12 @@ def test_every_number_has_a_range_and_every_field_one_line_of_help(fields):
         ("optimizer.clip_norm", (0.0, -1.0), "must be above 0"),
         ("optimizer.clip_norm", (NAN, -INF), "must be a finite number"),
         ("optimizer.beta1", (1.0, -0.1, 1 - 1e-9), "must be at least 0 and below 1"),
-        ("optimizer.beta2", (1.0, 2.0), "must be at least 0 and below 1"),
+        ("optimizer.beta2", (1.0, 2.0, -2.0), "must be at least -1 and below 1"),
+        ("optimizer.beta2", (-0.5,), "must be -1, or at least 0 and below 1"),
+        ("optimizer.rates", (3, "to_q", ("to_q", 1), (("to_q",),), ((3, 1),)), "must be a tuple"),
+        ("optimizer.rates", ((("to_q", "1"),), (("to_q", True),)), "must be a tuple of pairs such as"),
+        ("optimizer.rates", ((("to_q", -1),), (("to_q", NAN),), (("to_q", 1e39),)), "a finite number and at least 0"),
+        ("optimizer.rates", ((("(", 1.0),),), "must be a regular expression"),
         ("optimizer.epsilon", (0.0, -1e-8), "must be above 0"),
         ("optimizer.weight_decay", (-0.01,), "must be at least 0"),
         ("optimizer.warmup_steps", (-3,), "must be at least 0"),
@@ -70,7 +75,7 @@ def test_every_number_has_a_range_and_every_field_one_line_of_help(fields):
         ("data.random_flip", (1, "yes"), "must be True or False"),
         ("model", (3, None), "must be a text"),
         ("loss.name", ("dop",), "is not a method. Did you mean dpo[?] Choose one of dpo, ipo, "),
-        ("optimizer.name", ("adam",), "must be one of 'adamw', 'adafactor'"),
+        ("optimizer.name", ("adam",), "must be one of 'adamw', 'adafactor', 'lion'"),
         ("optimizer.schedule", ("cosin",), "must be one of"),
         ("mesh.rules", ((("(", ("fsdp", None)),),), "must be a regular expression"),
         ("mesh.rules", (3, "to_q"), "must be a tuple"),
@@ -132,6 +137,7 @@ def test_sensible_values_at_the_bounds_are_taken():
         {"seed": 2**32 - 1, "optimizer.clip_norm": INF, "ema.decay": 0.9999, "optimizer.beta1": 0.0},
         {"loss.beta": 1, "lora.alpha": 0.0, "optimizer.weight_decay": 0.0, "sample.guidance": 0},
         {"mesh.rules": ((r"\.to_q\.kernel$", (None, "tensor")),), "mesh.tensor": -1, "mesh.data": 1},
+        {"optimizer.rates": ((r"\.norm\d\.", 0), [r"conv", 2.5]), "optimizer.beta2": -1.0},
     ):
         training_config.check(offline(**fields))
 
@@ -151,9 +157,13 @@ def test_sizes_of_a_mesh_that_divide_by_zero():
 def test_rates_that_overflow_or_remove_whole_weights():
     scaled = {"optimizer.learning_rate": 3e38, "optimizer.scale_by_batch": True, "optimizer.weight_decay": 0.0}
     with pytest.raises(
-        ValueError, match=r"learning_rate=3e\+38 is 2\.4e\+39 after scale_by_batch, more than 1e\+30; lower it"
+        ValueError,
+        match=r"learning_rate=3e\+38 is 2\.4e\+39 after scale_by_batch and rates, more than 1e\+30; lower it",
     ):
         training_config.check(offline(**scaled, **{"data.batch_size": 8}))
+    scaled |= {"optimizer.learning_rate": 1.0, "optimizer.scale_by_batch": False}
+    with pytest.raises(ValueError, match=r"learning_rate=1\.0 is 1e\+31 after scale_by_batch and rates"):
+        training_config.check(offline(**scaled, **{"optimizer.rates": (("to_q", 1e31), ("to_k", 0))}))
     fields = {"optimizer.learning_rate": 0.5, "optimizer.scale_by_batch": False}
     with pytest.raises(ValueError, match=r"weight_decay=2\.0 times the learning rate of 0\.5 removes whole weights"):
         training_config.check(offline(**fields, **{"optimizer.weight_decay": 2.0}))

@@ -66,6 +66,8 @@ class Holdings:
 
     mesh: dict[str, int]
     trained: float
+    gradients: float
+    """The trained weights without those that `optimizer.rates` freezes."""
     optimizer: float
     ema: float
     frozen_unet: float
@@ -233,6 +235,7 @@ def measure_holdings(config: ConfigDict, pipeline: Pipeline, num_devices: int) -
     experiment = compose(config, derived, pipeline, Placement(_mesh(shape), rules_of(mesh.rules)))
     state, frozen = experiment.abstract_state(), experiment.frozen
     unets = [frozen.base, frozen.reference]
+    changing = {name: x for name, x in state.params.items() if experiment.rate_factors[name]}
 
     def gathered(params: Any) -> float:
         return sum(math.prod(x.shape) for x in jax.tree.leaves(params)) * pipeline.dtype.itemsize * (shape[1] > 1)
@@ -240,6 +243,7 @@ def measure_holdings(config: ConfigDict, pipeline: Pipeline, num_devices: int) -
     return Holdings(
         mesh=dict(zip(AXES, shape, strict=True)),
         trained=held_bytes(state.params),
+        gradients=held_bytes(changing),
         optimizer=held_bytes(state.opt_state),
         ema=held_bytes(state.ema),
         frozen_unet=held_bytes(unets),
@@ -271,7 +275,7 @@ def make_plan(
     utilisation = utilisation or device.utilisation
     is_cut = device.kind == "tpu" and pairs * work.images < 2 * WHOLE_IMAGES
     flops = (work.flops + CUT_CONVOLUTIONS * work.convolution_flops * is_cut) * pairs * accumulation
-    moved = 2 * (h.trained + h.optimizer + h.ema) + h.trained  # all read and written, gradients read
+    moved = 2 * (h.gradients + h.optimizer + h.ema) + h.gradients  # all read and written, gradients read
     return Plan(
         topology=topology,
         mesh=h.mesh,
@@ -299,7 +303,7 @@ def memory_by_kind(
         "trained weights, float32": h.trained,
         "optimizer state": h.optimizer,
         "moving average": h.ema,
-        "gradients": h.trained * (2 if accumulation > 1 else 1),  # of one micro-batch, and the sum
+        "gradients": h.gradients * (2 if accumulation > 1 else 1),  # of one micro-batch, and the sum
         "trained weights, rounded": h.trained / 4 * h.compute_bytes,
         "weights gathered": h.gathered + (h.reference_gathered if h.scan and accumulation > 1 else 0),
         "reference and frozen UNet": h.frozen_unet,
@@ -317,9 +321,9 @@ def predict_collectives(holdings: Holdings, accumulation: int, topology: Topolog
     copies = 1 - 1 / h.mesh["data"]
     rows = [
         ("weights gathered", "fsdp", rounded + h.frozen_elsewhere, 1 if h.scan else accumulation, not h.scan),
-        ("gradients scattered", "fsdp", rounded, accumulation, True),
-        ("gradients summed", "data", 2 * h.trained * copies, accumulation, True),
-        ("new weights gathered", "data", h.trained * copies, 1, False),
+        ("gradients scattered", "fsdp", rounded * h.gradients / h.trained, accumulation, True),
+        ("gradients summed", "data", 2 * h.gradients * copies, accumulation, True),
+        ("new weights gathered", "data", h.gradients * copies, 1, False),
     ]
     return [
         Collective(name, axis, received, times, can_hide, times * topology.gather_seconds(received, h.mesh[axis]))

@@ -14,21 +14,35 @@ from dpo_jax.cli import flatten
 from dpo_jax.files import write_whole
 from dpo_jax.methods import find_method
 from dpo_jax.streams import warn
-from dpo_jax.training.config import describe_batch
+from dpo_jax.training.config import describe_batch, peak_learning_rate
 from dpo_jax.training.experiment import Experiment
 
 MAX_EPOCHS = 20
 """A larger number of epochs gives a warning; published runs take fewer than 5."""
 WIDEST = 60
 """Characters of a value in the table of the config."""
+PRODIGY_RATES = (1e-2, 1e2)
+"""Learning rates outside of this range give a warning with Prodigy, whose own is multiplied by them."""
 
 
 def announce_config(config: ConfigDict, defaults: ConfigDict, workdir: epath.PathLike) -> None:
-    """Print the fields of the config that differ from the defaults, by the first process."""
+    """Print the fields of the config that differ from the defaults, by the first process, and warn of a wrong rate."""
     if not cluster.is_first():
         return
     print(f"dpo_jax {__version__}; config (all fields: {epath.Path(workdir) / 'config.json'}):")
     print(config_table(flatten(config), flatten(defaults)), flush=True)
+    warn_of_rate(config)
+
+
+def warn_of_rate(config: ConfigDict) -> None:
+    """Warn of a learning rate that is far from 1 with Prodigy."""
+    rate, (lowest, highest) = peak_learning_rate(config), PRODIGY_RATES
+    if config.optimizer.name == "prodigy" and not lowest <= rate <= highest:
+        warn(
+            f"config.optimizer.learning_rate={config.optimizer.learning_rate:g} is {rate:.4g} after scale_by_batch, "
+            "but prodigy multiplies it by a rate that it finds itself; set optimizer.learning_rate=1 and "
+            "optimizer.scale_by_batch=False"
+        )
 
 
 def config_table(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
@@ -71,7 +85,8 @@ def announce_experiment(experiment: Experiment, workdir: epath.Path, start: int)
     if not cluster.is_first():
         return
     derived = "  ".join(f"{name}={value:.6g}" for name, value in dataclasses.asdict(experiment.derived).items())
-    trained = sum(math.prod(spec.shape) for spec in experiment.pipeline.trained_specs.values())
+    factors = experiment.rate_factors
+    trained = sum(math.prod(spec.shape) for name, spec in experiment.pipeline.trained_specs.items() if factors[name])
     print(f"derived: {derived}")
     print(f"batch:   {describe_batch(experiment.config, experiment.derived, jax.process_count())}")
     print(f"devices: {experiment.mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(experiment.mesh.shape)}")

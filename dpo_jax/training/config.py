@@ -20,6 +20,7 @@ from dpo_jax.methods import find_method
 from dpo_jax.training.defaults import FALLING, fields_of, method_of
 from dpo_jax.training.defaults import choose_method as choose_method  # config files take these from here
 from dpo_jax.training.defaults import default_config as default_config
+from dpo_jax.training.optim import beta2_of
 
 # A run may be continued with other values of these fields; other values of any other field are another experiment.
 # The places of models and data may change: "fingerprints" tell whether their contents are the same.
@@ -181,7 +182,8 @@ def check_settings(config: ConfigDict) -> None:
             f"config.sample.seeds={config.sample.seeds} of {len(config.sample.prompts)} prompts are more than the "
             f"{MAX_GRID} images of the largest grid; set fewer"
         )
-    optimizer, rate = config.optimizer, peak_learning_rate(config)
+    optimizer = config.optimizer
+    rate = peak_learning_rate(config) * max([1.0, *(factor for _, factor in optimizer.rates)])
     if rate * optimizer.weight_decay >= 1:
         raise UserError(
             f"config.optimizer.weight_decay={optimizer.weight_decay} times the learning rate of {rate:.4g} removes "
@@ -189,7 +191,7 @@ def check_settings(config: ConfigDict) -> None:
         )
     if rate > MAX_RATE:
         raise UserError(
-            f"config.optimizer.learning_rate={optimizer.learning_rate} is {rate:.4g} after scale_by_batch, "
+            f"config.optimizer.learning_rate={optimizer.learning_rate} is {rate:.4g} after scale_by_batch and rates, "
             f"more than {MAX_RATE:g}; lower it"
         )
     if config.scan and config.lora.dropout:
@@ -332,6 +334,8 @@ def check_same_experiment(fields: dict[str, Any], saved: dict[str, Any], workdir
     saved = json.loads(json.dumps(flatten(defaults))) | DEFAULTS_BEFORE | saved
     if now["loss.name"] == saved["loss.name"]:
         saved = {name: value for name, value in saved.items() if name in now or not name.startswith("loss.")}
+    for each in (now, saved):  # older runs have the number that -1 stands for
+        each["optimizer.beta2"] = beta2_of(each["optimizer.name"], each["optimizer.beta2"])
     if now.get("loss.safeguard") == "none":
         free = (*free, "loss.safeguard_margin")  # without effect
     names = [f for f in sorted(now.keys() | saved.keys()) if not is_free(f, free)]

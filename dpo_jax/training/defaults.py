@@ -20,6 +20,7 @@ from dpo_jax.fields import (
     Field,
     are_devices,
     are_patterns,
+    are_rates,
     are_rules,
     config_of,
     fields_help,
@@ -31,6 +32,7 @@ from dpo_jax.methods.plackett_luce import LIST_FIELDS
 from dpo_jax.methods.rollouts import ROLLOUT_FIELDS, SAMPLERS
 from dpo_jax.methods.stability import PAIR_FIELDS
 from dpo_jax.training.loggers import LOGGERS
+from dpo_jax.training.optim import OPTIMIZERS
 from dpo_jax.training.watch import FIGURES
 
 DTYPE: dict[str, Any] = {"choices": ("float32", "bfloat16")}
@@ -188,8 +190,8 @@ FIELDS = {
     ),
     "optimizer.name": Field(
         "adamw",
-        "Optimizer; adafactor is the variant of transformers without parameter scaling.",
-        choices=("adamw", "adafactor"),
+        "Optimizer; lion wants a rate 3 to 10 times below that of adamw, prodigy a rate of 1.",
+        choices=tuple(OPTIMIZERS),
     ),
     "optimizer.learning_rate": Field(1e-8, "Peak learning rate, before scaling by the batch.", **POSITIVE),
     "optimizer.scale_by_batch": Field(True, "Multiply the learning rate by data.batch_size, as the published runs do."),
@@ -201,9 +203,24 @@ FIELDS = {
     "optimizer.cycles": Field(1, "Half cosines in a row, for cosine_with_restarts.", **COUNT),
     "optimizer.power": Field(1.0, "Power of the share of steps that is left, for polynomial.", **POSITIVE),
     "optimizer.warmup_steps": Field(500, "Steps from 0 to the full learning rate.", **NOT_NEGATIVE),
-    "optimizer.beta1": Field(0.9, "Decay of the first moment (AdamW).", **NOT_ALL),
-    "optimizer.beta2": Field(0.999, "Decay of the second moment (AdamW).", **NOT_ALL),
-    "optimizer.epsilon": Field(1e-8, "Term added to the denominator (AdamW).", **POSITIVE),
+    "optimizer.rates": Field(
+        (),
+        "Factors of the learning rate by parameter: ((regular expression found in names, factor), ...); 0 freezes.",
+        wrong=are_rates,
+    ),
+    "optimizer.beta1": Field(
+        0.9, "Decay of the first moment (AdamW, Lion, Prodigy, and Muon except for matrices: 0.95).", **NOT_ALL
+    ),
+    "optimizer.beta2": Field(
+        -1.0,
+        "Decay of the second moment (AdamW, Muon, Prodigy; -1: 0.999) or of Lion's momentum (-1: 0.99).",
+        at_least=-1,
+        below=1,
+        wrong=lambda v: None if v == -1 or v >= 0 else "must be -1, or at least 0 and below 1",
+    ),
+    "optimizer.epsilon": Field(
+        1e-8, "Term added to the denominator (AdamW, Prodigy, and Muon except for matrices).", **POSITIVE
+    ),
     "optimizer.weight_decay": Field(1e-2, "Decoupled weight decay, times the learning rate.", **NOT_NEGATIVE),
     "optimizer.clip_norm": Field(1.0, "Largest global norm of the gradient.", above=0, may_be_infinite=True),
     "optimizer.skip_spikes": Field(

@@ -23,6 +23,7 @@ from dpo_jax.sharding import Placement, batch_constraint, batch_sharding, on_mes
 from dpo_jax.training.config import Derived
 from dpo_jax.training.model import abstract_frozen, abstract_params, initial_adapter, load_frozen, make_placement
 from dpo_jax.training.optim import learning_rate_schedule, make_optimizer
+from dpo_jax.training.rates import frozen_names, rate_factors, with_factors
 from dpo_jax.training.step import (
     GRADIENT_NORM,
     Compare,
@@ -46,6 +47,8 @@ class Experiment:
     objective: Objective
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
+    rate_factors: Mapping[str, float]
+    """The factor of the learning rate of each trained parameter; those with 0 keep their values."""
     compare: Compare
     frozen: Frozen
     """The weights that are never trained; from `compose`, only their shapes and shardings."""
@@ -65,6 +68,7 @@ class Experiment:
             accumulation=self.derived.accumulation,
             ema_decay=self.config.ema.decay,
             skip_spikes=self.config.optimizer.skip_spikes,
+            frozen_names=frozen_names(self.rate_factors),
         )
         place = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         return jax.jit(step, donate_argnums=0, out_shardings=(place, replicated(self.mesh)))
@@ -177,6 +181,7 @@ def compose(
     """Return the experiment without loading anything, as plans need it: its frozen weights are shapes and shardings."""
     objective = find_method(config.loss.name).objective(flatten(config))
     o = config.optimizer
+    factors = rate_factors(o.rates, pipeline.trained_specs.keys())
     learning_rate = learning_rate_schedule(
         o.schedule,
         derived.learning_rate,
@@ -201,8 +206,9 @@ def compose(
         placement=placement,
         pipeline=pipeline,
         objective=objective,
-        optimizer=optimizer,
+        optimizer=with_factors(optimizer, factors),
         learning_rate=learning_rate,
+        rate_factors=factors,
         compare=on_mesh(placement.mesh, make(config, pipeline, placement, objective)),
         frozen=abstract_frozen(config, pipeline, placement, needs_reference=objective.needs_reference),
     )

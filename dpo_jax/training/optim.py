@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules that match those of PyTorch and transformers.
 
-They are optax transformations of a flat dict of parameters. Every state array is kept in a dict under its parameter's
-name and has its parameter's rank, so that a sharding rule written for the parameter serves its state.
+They are optax transformations of a flat dict of parameters. Every state array is a number, or is kept in a dict under
+its parameter's name and has its parameter's rank, so that a sharding rule written for the parameter serves its state.
 """
 
 from typing import NamedTuple
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import ProdigyState, prodigy
 
 from dpo_jax.errors import UserError
 from dpo_jax.weights.layout import Params, Specs
@@ -51,38 +52,58 @@ def learning_rate_schedule(
     return schedule
 
 
+OPTIMIZERS = {"adamw": "AdamW", "adafactor": "Adafactor", "lion": "Lion", "muon": "Muon", "prodigy": "Prodigy"}
+"""The titles of the optimizers, by the name that a config has."""
+
+
+def beta2_of(name: str, beta2: float) -> float:
+    """Return `optimizer.beta2` of a config; for -1 that of the optimizer's paper."""
+    return beta2 if beta2 >= 0 else 0.99 if name == "lion" else 0.999
+
+
 def make_optimizer(
     name: str,
     learning_rate: optax.Schedule,
     specs: Specs,
     *,
     beta1: float = 0.9,
-    beta2: float = 0.999,
+    beta2: float = -1.0,
     epsilon: float = 1e-8,
     weight_decay: float = 1e-2,
     clip_norm: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Clip by the global norm, then AdamW or Adafactor with decoupled weight decay times the learning rate.
+    """Clip by the global norm, then the optimizer with decoupled weight decay times the learning rate.
 
     Args:
-        name: `adamw` (arXiv 1711.05101, as `torch.optim.AdamW`) or `adafactor` (arXiv 1804.04235, as
-            `transformers.Adafactor` with `scale_parameter`, `relative_step` and `warmup_init` off).
+        name: one of `OPTIMIZERS`.
+            `adamw` (arXiv 1711.05101) is `torch.optim.AdamW`.
+            `adafactor` (arXiv 1804.04235) is `transformers.Adafactor` with `scale_parameter`, `relative_step` and
+            `warmup_init` off.
+            `lion` (arXiv 2302.06675): steps are signs, so its rate is 3 to 10 times smaller than that of AdamW.
+            `muon`: `scale_by_muon`.
+            `prodigy` (arXiv 2306.06101): AdamW that finds its rate and multiplies it by `learning_rate`, usually 1.
         learning_rate: see `learning_rate_schedule`.
-        specs: the trained parameters; Adafactor reads their PyTorch layout.
-        beta1: AdamW only, as are beta2 and epsilon.
-        beta2: decay of the second moment.
-        epsilon: added to its square root.
+        specs: the trained parameters; Adafactor and Muon read their PyTorch layout.
+        beta1: decay of the first moment; not of Adafactor, nor of the matrices of Muon.
+        beta2: decay of the second moment, of Lion's momentum; -1 as in `beta2_of`. Adafactor does not read it.
+        epsilon: added to the square root of the second moment of AdamW, Prodigy and Muon's Adam.
         weight_decay: fraction of a parameter taken off per step and unit of learning rate.
         clip_norm: largest global gradient norm; infinity for none.
     """
+    if name not in OPTIMIZERS:
+        raise UserError(f"{name!r} is not an optimizer; choose one of {', '.join(OPTIMIZERS)}")
+    beta2 = beta2_of(name, beta2)
+    clip = clip_by_global_norm(clip_norm)
+    if name == "prodigy":
+        return optax.chain(clip, prodigy_from_rest(learning_rate, beta1, beta2, epsilon, weight_decay))
     preconditioners = {
         "adamw": optax.scale_by_adam(beta1, beta2, epsilon),
         "adafactor": scale_by_adafactor(specs),
+        "lion": optax.scale_by_lion(beta1, beta2),
+        "muon": scale_by_muon(specs, adam=optax.scale_by_adam(beta1, beta2, epsilon)),
     }
-    if name not in preconditioners:
-        raise UserError(f"{name!r} is not an optimizer; choose one of {', '.join(preconditioners)}")
     return optax.chain(
-        clip_by_global_norm(clip_norm),
+        clip,
         preconditioners[name],
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
@@ -125,9 +146,9 @@ def scale_by_adafactor(
     factored_axes = {name: spec.torch_axes[-2:] for name, spec in specs.items() if len(spec.shape) >= 2}
 
     def zeros(params: Params, which: int) -> Params:
-        shapes = {name: list(params[name].shape) for name in factored_axes}
-        for name, axes in factored_axes.items():
-            shapes[name][axes[which]] = 1
+        shapes = {name: list(param.shape) for name, param in params.items() if name in factored_axes}
+        for name, shape in shapes.items():
+            shape[factored_axes[name][which]] = 1
         return {name: jnp.zeros(shape, params[name].dtype) for name, shape in shapes.items()}
 
     def init(params: Params) -> AdafactorState:
@@ -154,5 +175,89 @@ def scale_by_adafactor(
             rms = jnp.sqrt(jnp.square(scaled).mean())
             updates[name] = scaled / jnp.maximum(1, rms / clip_threshold)
         return updates, new_state
+
+    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+
+
+class MuonState(NamedTuple):
+    """The momentum of matrices, and Adam's state of all other parameters."""
+
+    momentum: Params
+    adam: optax.OptState
+
+
+def scale_by_muon(specs: Specs, adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Muon's preconditioner as `torch.optim.Muon` computes it with `match_rms_adamw`, for the kernels of linear layers.
+
+    It makes the singular values of the momentum equal and gives the update the size that AdamW's usually have (arXiv
+    2502.16982, equation 4), so a learning rate of AdamW serves. Convolutions, embeddings and vectors go to `adam`.
+    """
+    momentum, size = 0.95, 0.2
+    matrices = {name for name, spec in specs.items() if spec.torch_axes == (1, 0)}
+
+    def split(params: Params) -> tuple[Params, Params]:
+        ours = {name: x for name, x in params.items() if name in matrices}
+        return ours, {name: x for name, x in params.items() if name not in matrices}
+
+    def init(params: Params) -> MuonState:
+        ours, others = split(params)
+        return MuonState(jax.tree.map(jnp.zeros_like, ours), adam.init(others))
+
+    def update(grads: Params, state: MuonState, params: Params | None = None) -> tuple[Params, MuonState]:
+        ours, others = split(grads)
+        updates, adam_state = adam.update(others, state.adam)
+        means, scaled = {}, dict(updates)  # type: ignore[call-overload]
+        for name, grad in ours.items():
+            means[name] = momentum * state.momentum[name] + (1 - momentum) * grad
+            ahead = momentum * means[name] + (1 - momentum) * grad
+            scaled[name] = size * max(grad.shape) ** 0.5 * orthogonalize(ahead)
+        return scaled, MuonState(means, adam_state)
+
+    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+
+
+def orthogonalize(x: jax.Array) -> jax.Array:
+    """Return a matrix with the same singular vectors and singular values between about 0.7 and 1.2.
+
+    Five steps of a Newton-Schulz iteration (https://kellerjordan.github.io/posts/muon); a matrix of zeros stays so.
+    """
+    if x.shape[0] > x.shape[1]:
+        return orthogonalize(x.T).T
+    x = x / jnp.maximum(jnp.linalg.norm(x), 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+class ProdigySteps(NamedTuple):
+    """All steps, which the schedule counts, and the state of Prodigy after those since it began."""
+
+    step: jax.Array
+    begun: ProdigyState
+
+
+def prodigy_from_rest(
+    learning_rate: optax.Schedule, beta1: float, beta2: float, epsilon: float, weight_decay: float
+) -> optax.GradientTransformation:
+    """Return optax's Prodigy, which begins, as the authors' code does, with the first step that has a rate and a slope.
+
+    By itself it divides 0 by 0 in a warmup from 0, and its state holds the initial parameters themselves, whose memory
+    a training step cannot donate twice.
+    """
+
+    def at_rate(rate: jax.Array | float) -> optax.GradientTransformation:
+        return prodigy(rate, (beta1, beta2), eps=epsilon, weight_decay=weight_decay)
+
+    def init(params: Params) -> ProdigySteps:
+        state: ProdigyState = at_rate(1.0).init(params)
+        return ProdigySteps(jnp.zeros((), jnp.int32), state._replace(params0=jax.tree.map(jnp.copy, params)))
+
+    def update(grads: Params, state: ProdigySteps, params: Params) -> tuple[Params, ProdigySteps]:
+        updates, begun = at_rate(learning_rate(state.step)).update(grads, state.begun, params)
+        has_begun = jnp.isfinite(begun.estim_lr)
+        resting = jax.tree.map(jnp.zeros_like, grads), state.begun
+        updates, begun = jax.tree.map(lambda new, old: jnp.where(has_begun, new, old), (updates, begun), resting)
+        return updates, ProdigySteps(state.step + 1, begun)
 
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]

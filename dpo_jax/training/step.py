@@ -8,7 +8,7 @@ Axes: B prompts of a batch, A micro-batches, K candidates.
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -168,6 +168,7 @@ def make_train_step(
     accumulation: int = 1,
     ema_decay: float = 0.0,
     skip_spikes: float = 0.0,
+    frozen_names: Collection[str] = (),
 ) -> Callable[[TrainState, Frozen, PreferenceBatch], tuple[TrainState, Metrics]]:
     """Return `step(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -179,6 +180,9 @@ def make_train_step(
     holds for a batch whose loss or gradient is not finite; the metric `train/skipped` is then 1. With `skip_spikes`, it
     also holds for a gradient whose norm is more than that many times its running mean over the steps that were not
     skipped, which `state.running` has under `GRADIENT_NORM`.
+
+    The parameters of `frozen_names` keep their values. They have no gradient, so that no norm counts them, and the
+    optimizer must give no update for them.
     """
 
     def summed(inputs: LossInputs) -> tuple[jax.Array, Metrics]:
@@ -190,21 +194,22 @@ def make_train_step(
 
     def step(state: TrainState, frozen: Frozen, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
         running = current_means(state.running)
+        changing = {name: x for name, x in state.params.items() if name not in frozen_names}
 
         def inputs_of(params: Params, batch: PreferenceBatch) -> LossInputs:
-            return compare(params, frozen, batch, state.step, training=True)._replace(running=running)
+            return compare(state.params | params, frozen, batch, state.step, training=True)._replace(running=running)
 
         def gradient(batch: PreferenceBatch) -> tuple[Params, Metrics]:
-            return jax.grad(lambda params: summed(inputs_of(params, batch)), has_aux=True)(state.params)
+            return jax.grad(lambda params: summed(inputs_of(params, batch)), has_aux=True)(changing)
 
         if accumulation == 1:  # XLA's CPU backend runs convolution gradients inside a scan far slower
             grads, sums = gradient(batch)
         else:
             micro = jax.tree.map(lambda x: split_micro_batches(x, accumulation), batch)
             if objective.over_whole_batch:
-                grads, sums = gradient_of_whole_batch(inputs_of, summed, state.params, micro)
+                grads, sums = gradient_of_whole_batch(inputs_of, summed, changing, micro)
             else:
-                grads, sums = sum_over(gradient, micro, state.params)
+                grads, sums = sum_over(gradient, micro, changing)
 
         weight = jnp.sum(prompt_weights(batch, objective.num_candidates))
         total_weight = jnp.maximum(weight, 1e-8)
@@ -219,11 +224,11 @@ def make_train_step(
         skips &= weight > 0
         changes = (weight > 0) & ~skips
         metrics["train/skipped"] = skips.astype(jnp.float32)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, changing)
         metrics["train/gradient_norm"] = norm
         metrics |= gradient_norms(grads)
         metrics["train/update_norm"] = jnp.where(weight > 0, optax.tree.norm(updates), 0)
-        params = optax.apply_updates(state.params, updates)
+        params = state.params | optax.apply_updates(changing, updates)
         ema = moving_average(state.ema, params, state.step, ema_decay) if ema_decay else state.ema
         new = TrainState(state.step, params, opt_state, ema, running_means(state.running, means))
         kept = jax.tree.map(lambda new, old: jnp.where(changes, new, old), new, state)
