@@ -18,9 +18,10 @@ def linear_dpo(inputs: LossInputs, *, beta: Scalar, weight_clip: float) -> Float
 
     The released code (WhynotChen0105/Linear-DPO) has `w (e_winner - e_loser)`, without the errors of the reference; the
     difference has no gradient, and makes 0 the value at the reference. Its beta is ours. Published: SDXL 500 with
-    weight_clip 0, SD1.5 100 with 0.001, SD3 5000 with 0.05. It also has a reference that moves, which is not here.
-    The gradient lacks DPO's factor beta / 2, so it takes another learning rate: 1e-5 for SDXL, 5e-6 for SD1.5 and SD3,
-    not scaled by their batch of 128.
+    weight_clip 0, SD1.5 100 with 0.001, SD3 5000 with 0.05. The reference of SD1.5 is a moving average of the policy,
+    here `moving_reference.every=1` and `moving_reference.decay=0.99`; those of SDXL and SD3 are fixed. The gradient
+    lacks DPO's factor beta / 2, so it takes another learning rate: 1e-5 for SDXL, 5e-6 for SD1.5 and SD3, not scaled by
+    their batch of 128.
     """
 
     def weighted(margin_B: Float[Array, " B"]) -> Float[Array, " B"]:

@@ -70,6 +70,7 @@ class Holdings:
     """The trained weights without those that `optimizer.rates` freezes."""
     optimizer: float
     ema: float
+    moving_reference: float
     frozen_unet: float
     """Reference, base of a LoRA, or both."""
     encoders: float
@@ -77,7 +78,7 @@ class Holdings:
     trained_elsewhere: float
     """Bytes of the trained weights that only other devices hold."""
     frozen_elsewhere: float
-    """Bytes of the frozen weights that only other devices hold."""
+    """Bytes of the frozen weights, and of a moving reference as it is sent, that only other devices hold."""
     gathered: float
     """The trained UNet, or the base of a LoRA, as layers use it from the forward to the backward pass."""
     reference_gathered: float
@@ -236,6 +237,7 @@ def measure_holdings(config: ConfigDict, pipeline: Pipeline, num_devices: int) -
     state, frozen = experiment.abstract_state(), experiment.frozen
     unets = [frozen.base, frozen.reference]
     changing = {name: x for name, x in state.params.items() if experiment.rate_factors[name]}
+    moving = state.reference.params if state.reference else {}
 
     def gathered(params: Any) -> float:
         return sum(math.prod(x.shape) for x in jax.tree.leaves(params)) * pipeline.dtype.itemsize * (shape[1] > 1)
@@ -246,13 +248,14 @@ def measure_holdings(config: ConfigDict, pipeline: Pipeline, num_devices: int) -
         gradients=held_bytes(changing),
         optimizer=held_bytes(state.opt_state),
         ema=held_bytes(state.ema),
+        moving_reference=held_bytes(moving),
         frozen_unet=held_bytes(unets),
         encoders=held_bytes(frozen) - held_bytes(unets),
         batch=held_bytes(experiment.abstract_batch()),
         trained_elsewhere=missing_bytes(state.params),
-        frozen_elsewhere=missing_bytes(frozen),
+        frozen_elsewhere=missing_bytes(frozen) + missing_bytes(moving) / 4 * pipeline.dtype.itemsize,
         gathered=gathered(frozen.base or state.params),
-        reference_gathered=gathered(frozen.reference),
+        reference_gathered=gathered(frozen.reference or ({} if frozen.base else moving)),
         scan=config.scan,
         compute_bytes=pipeline.dtype.itemsize,
         parameters=sum(_size(network.specs) for network in pipeline.components.values()),
@@ -275,7 +278,8 @@ def make_plan(
     utilisation = utilisation or device.utilisation
     is_cut = device.kind == "tpu" and pairs * work.images < 2 * WHOLE_IMAGES
     flops = (work.flops + CUT_CONVOLUTIONS * work.convolution_flops * is_cut) * pairs * accumulation
-    moved = 2 * (h.gradients + h.optimizer + h.ema) + h.gradients  # all read and written, gradients read
+    state = h.gradients + h.optimizer + h.ema + h.moving_reference
+    moved = 2 * state + h.gradients  # all read and written, gradients read
     return Plan(
         topology=topology,
         mesh=h.mesh,
@@ -303,8 +307,9 @@ def memory_by_kind(
         "trained weights, float32": h.trained,
         "optimizer state": h.optimizer,
         "moving average": h.ema,
+        "moving reference": h.moving_reference,
         "gradients": h.gradients * (2 if accumulation > 1 else 1),  # of one micro-batch, and the sum
-        "trained weights, rounded": h.trained / 4 * h.compute_bytes,
+        "trained weights, rounded": (h.trained + h.moving_reference) / 4 * h.compute_bytes,
         "weights gathered": h.gathered + (h.reference_gathered if h.scan and accumulation > 1 else 0),
         "reference and frozen UNet": h.frozen_unet,
         "VAE and text encoders": h.encoders,
@@ -365,7 +370,8 @@ def _trace_pair(config: ConfigDict, kind: str) -> tuple[Program, float]:
         inputs = experiment.compare(params, frozen, batch, step, training=True)
         return experiment.objective.loss(inputs._replace(running=experiment.objective.no_means())).sum()
 
-    weights = experiment.abstract_state().params, experiment.frozen
+    state = experiment.abstract_state()
+    weights = state.params, experiment.frozen.with_reference(state.reference)
     traced = jax.make_jaxpr(jax.grad(loss))(*weights, experiment.abstract_batch(), jax.ShapeDtypeStruct((), jnp.int32))
     program = Program(traced)
     num_weights = len(jax.tree.leaves(weights))

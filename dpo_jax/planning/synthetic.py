@@ -9,6 +9,7 @@ import numpy as np
 
 from dpo_jax.batch import PreferenceBatch
 from dpo_jax.training.experiment import Experiment
+from dpo_jax.training.moving_reference import first_reference
 from dpo_jax.training.step import Frozen, TrainState
 
 
@@ -27,7 +28,8 @@ def random_state(experiment: Experiment) -> tuple[TrainState, Frozen]:
     opt_state = jax.jit(experiment.optimizer.init, out_shardings=place)(params)
     ema = {name: jnp.copy(params[name]) for name in abstract.ema}
     running = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract.running)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema, running), frozen
+    moving = first_reference(params) if abstract.reference else None
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema, running, moving), frozen
 
 
 def random_weights(shapes: Any, seed: int) -> Any:

@@ -1,9 +1,9 @@
 """Checkpoints: written by Orbax, asynchronous, atomic, and verified when they are read.
 
 A work directory holds `config.json` (the resolved experiment) and `checkpoints/STEP/` with four items: `state` (step,
-trained parameters, optimizer state, moving average), `position` (examples seen, from which the data stream continues
-exactly with any number of processes or loader workers, as {"position": N}), `checksums` of both, and `config`, a copy
-of config.json in case that file is damaged. Damaged checkpoints are moved to `damaged_checkpoints/`.
+trained parameters, optimizer state, averages, moving reference), `position` (examples seen, from which the data stream
+continues exactly with any number of processes or loader workers, as {"position": N}), `checksums` of both, and
+`config`, a copy of config.json in case that file is damaged. Damaged checkpoints are moved to `damaged_checkpoints/`.
 """
 
 import dataclasses

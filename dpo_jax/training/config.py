@@ -167,6 +167,12 @@ def check_values(config: ConfigDict) -> None:
             raise UserError(
                 f"config.{field}=pair_accuracy, but {config.loss.name} compares no pairs; set {field}=winner_error"
             )
+        if figure in ("pair_accuracy", "vote_accuracy") and config.moving_reference.every:
+            raise UserError(
+                f"config.{field}={figure} compares with the reference, which "
+                f"config.moving_reference.every={config.moving_reference.every} moves, so it does not tell which step "
+                f"is better; set {field} to winner_error for pairs, otherwise leave it empty"
+            )
 
 
 def check_settings(config: ConfigDict) -> None:
@@ -205,6 +211,33 @@ def check_settings(config: ConfigDict) -> None:
         raise UserError(
             "config.lora.init_reference is set, but config.lora.init names no LoRA; set lora.init, or "
             "lora.init_reference=False"
+        )
+    check_moving_reference(config)
+
+
+def check_moving_reference(config: ConfigDict) -> None:
+    """Raise UserError where the fields of the moving reference contradict others."""
+    every, decay = config.moving_reference.every, config.moving_reference.decay
+    if decay and not every:
+        raise UserError(
+            f"config.moving_reference.decay={decay} has no effect with config.moving_reference.every=0, which keeps "
+            "the reference fixed; set every=1 for a moving average"
+        )
+    if not every:
+        return
+    if not find_method(config.loss.name).keeps_reference(flatten(config)):
+        raise UserError(
+            f"config.moving_reference.every={every}, but this run compares with no reference network; set every=0"
+        )
+    if config.reference:
+        raise UserError(
+            f"config.moving_reference.every={every} makes the reference follow the policy, but "
+            f"config.reference={config.reference} names another one; set every=0, or leave reference empty"
+        )
+    if config.lora.init and not config.lora.init_reference:
+        raise UserError(
+            f"config.moving_reference.every={every} makes the reference follow the LoRA, so it begins with that of "
+            "config.lora.init, too; set lora.init_reference=True"
         )
 
 

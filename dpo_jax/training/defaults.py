@@ -45,6 +45,7 @@ GROUPS = {
     "": "The run and its model",
     "lora": "Low-rank adapters; with lora.rank=0 the whole UNet is trained",
     "ema": "Moving average of the trained weights",
+    "moving_reference": "A reference that follows the policy; held-out pairs are then compared with it, too",
     "loss": "Method",
     "data": "Data",
     "optimizer": "Optimizer",
@@ -107,6 +108,14 @@ FIELDS = {
     "lora.init_reference": Field(False, "Give the reference that LoRA too."),
     "ema.decay": Field(
         0.0, "Decay of a moving average of the trained weights, then sampled and exported; 0 keeps none.", **NOT_ALL
+    ),
+    "moving_reference.every": Field(
+        0, "Updates of the policy between two moves of the reference towards it; 0 keeps it fixed.", **NOT_NEGATIVE
+    ),
+    "moving_reference.decay": Field(
+        0.0,
+        "Share of the reference that stays when it moves: 0 makes it a copy (SPIN); Linear-DPO has 0.99, every=1.",
+        **NOT_ALL,
     ),
     "loss.name": Field(
         "dpo", "Method, with fields of its own, such as sft or kto: one of docs/methods.md, or python=MODULE:NAME."

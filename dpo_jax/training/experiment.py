@@ -22,6 +22,7 @@ from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sharding import Placement, batch_constraint, batch_sharding, on_mesh, replicated
 from dpo_jax.training.config import Derived
 from dpo_jax.training.model import abstract_frozen, abstract_params, initial_adapter, load_frozen, make_placement
+from dpo_jax.training.moving_reference import first_reference
 from dpo_jax.training.optim import learning_rate_schedule, make_optimizer
 from dpo_jax.training.rates import frozen_names, rate_factors, with_factors
 from dpo_jax.training.step import (
@@ -69,6 +70,8 @@ class Experiment:
             ema_decay=self.config.ema.decay,
             skip_spikes=self.config.optimizer.skip_spikes,
             frozen_names=frozen_names(self.rate_factors),
+            reference_every=self.config.moving_reference.every,
+            reference_decay=self.config.moving_reference.decay,
         )
         place = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         return jax.jit(step, donate_argnums=0, out_shardings=(place, replicated(self.mesh)))
@@ -83,6 +86,7 @@ class Experiment:
             opt_state=jax.eval_shape(self.optimizer.init, params),
             ema=params if self.config.ema.decay else {},
             running=jax.eval_shape(self._no_means),
+            reference=jax.eval_shape(first_reference, params) if self.config.moving_reference.every else None,
         )
         shardings = TrainState(
             step=replicated(self.mesh),
@@ -90,6 +94,7 @@ class Experiment:
             opt_state=self.placement.state(specs, state.opt_state, over_data=True),
             ema=self.placement.state(specs, state.ema, over_data=True),
             running=jax.tree.map(lambda _: replicated(self.mesh), state.running),
+            reference=self.placement.state(specs, state.reference),
         )
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
@@ -139,6 +144,9 @@ class Experiment:
             opt_state=jax.jit(self.optimizer.init, out_shardings=place.opt_state)(params),
             ema=jax.device_put(jax.tree.map(jnp.copy, params), place.ema) if self.config.ema.decay else {},
             running=jax.device_put(self._no_means(), place.running),
+            reference=jax.device_put(first_reference(params), place.reference)
+            if self.config.moving_reference.every
+            else None,
         )
 
     def _no_means(self) -> dict[str, tuple[jax.Array, jax.Array]]:
@@ -210,7 +218,12 @@ def compose(
         learning_rate=learning_rate,
         rate_factors=factors,
         compare=on_mesh(placement.mesh, make(config, pipeline, placement, objective)),
-        frozen=abstract_frozen(config, pipeline, placement, needs_reference=objective.needs_reference),
+        frozen=abstract_frozen(
+            config,
+            pipeline,
+            placement,
+            needs_reference=objective.needs_reference and not config.moving_reference.every,
+        ),
     )
 
 

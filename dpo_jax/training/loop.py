@@ -31,7 +31,6 @@ from dpo_jax.training.sample_grids import SampleGrids
 from dpo_jax.training.startup import StartupClock
 from dpo_jax.training.step import TrainState, make_eval_step
 from dpo_jax.training.watch import Watch
-from dpo_jax.weights.layout import Params
 
 MOST_KEPT = 10
 """Most batches of skipped steps that a run keeps on disk."""
@@ -92,13 +91,13 @@ class Loop:
 
         At step 0 that is the baseline of all curves; later, a kill came between the checkpoint and what was due.
         """
-        step, params = int(state.step), state.ema or state.params
+        step = int(state.step)
         if jax.process_count() == 1 and self.notice.received():
             raise Preempted(PREEMPTED.format(step))
         if self._validates_at(step) and cluster.says_first(step not in self.writer.validations):
-            self._validate(step, params)
+            self._validate(step, state)
         if self._samples_at(step) and cluster.says_first(cluster.is_first() and not self._grid_file(step).exists()):
-            self._sample(step, params)
+            self._sample(step, state)
         self._find_best()
         self.clock.lap("catch up" if step else "baseline")
 
@@ -166,11 +165,11 @@ class Loop:
                 self.checkpoints.close()
                 raise Preempted(PREEMPTED.format(step))
             if validates:
-                self._validate(step, state.ema or state.params)
+                self._validate(step, state)
                 if self._find_best(step) == step:
                     self._save(step, state, batches)
             if samples:
-                self._sample(step, state.ema or state.params)
+                self._sample(step, state)
             if validates and step < total and self.stop_reason(step):
                 self._save(step, state, batches)
                 if window:
@@ -260,10 +259,11 @@ class Loop:
         every = self.config.sample.every
         return bool(every) and (step % every == 0 or step == self.config.steps)
 
-    def _validate(self, step: int, params: Params) -> None:
+    def _validate(self, step: int, state: TrainState) -> None:
         """Log implicit accuracy and errors on held-out pairs, with the same timesteps and noises every time."""
         assert self.inputs is not None, "only a run on a data set validates"
         experiment, validation = self.experiment, self.config.validation
+        params, frozen = state.ema or state.params, experiment.frozen.with_reference(state.reference)
         sums: dict[str, Any] = {}
         weight = 0.0
         with open_validation_batches(self.config, experiment.derived, self.inputs) as batches:
@@ -272,7 +272,7 @@ class Loop:
                 counted = batch.weight_B * (batch.index_B < validation.max_pairs)
                 on_device = self.place(batch._replace(weight_B=counted.astype(np.float32)))
                 for number in range(validation.draws):
-                    values, w = jax.device_get(self.eval_step(params, experiment.frozen, on_device, jnp.int32(number)))
+                    values, w = jax.device_get(self.eval_step(params, frozen, on_device, jnp.int32(number)))
                     weight += float(w)
                     sums = {name: sums.get(name, 0.0) + np.asarray(value, float) for name, value in values.items()}
         if not weight:
@@ -285,9 +285,9 @@ class Loop:
         self.bar.say(f"step {step} held-out {self.unit}: {numbers}")
         self.watch.validated(step)
 
-    def _sample(self, step: int, params: Params) -> None:
+    def _sample(self, step: int, state: TrainState) -> None:
         """Write the grid of `SampleGrids` as a PNG, and to the loggers."""
-        grid, blank = self._grids.draw(params)
+        grid, blank = self._grids.draw(state.ema or state.params)
         self.writer.image(step, "samples", np.asarray(grid))
         if jax.process_index() == 0:
             save_png(self._grid_file(step), grid)

@@ -176,7 +176,7 @@ def replay(
 
 def figures_of(experiment: Experiment, state: TrainState, batch: PreferenceBatch, step: int) -> dict[str, np.ndarray]:
     """Return loss, errors, accuracy and log-ratios, each [B], with the timesteps and noises of training step `step`."""
-    objective = experiment.objective
+    objective, frozen = experiment.objective, experiment.frozen.with_reference(state.reference)
 
     def figures(params: Any, frozen: Any, batch: PreferenceBatch, number: jax.Array) -> dict[str, jax.Array]:
         found = experiment.compare(params, frozen, batch, number, training=True)
@@ -195,7 +195,7 @@ def figures_of(experiment: Experiment, state: TrainState, batch: PreferenceBatch
     for start in range(0, count, at_once):
         rows = np.arange(start, start + at_once) % count  # other examples fill the last part
         part = place(jax.tree.map(lambda x, rows=rows: x[rows], batch))
-        parts.append(jax.device_get(compute(state.params, experiment.frozen, part, jnp.int32(step - 1))))
+        parts.append(jax.device_get(compute(state.params, frozen, part, jnp.int32(step - 1))))
     columns = sorted(parts[0], key=lambda name: (name != "loss", name))
     return {name: np.concatenate([part[name] for part in parts])[:count] for name in columns}
 

@@ -16,12 +16,13 @@ from dpo_jax.weights.layout import Params
 class SampleGrids:
     """Grids of `config.sample`: a row per caption, the policy beside what it is compared with, from the same noise.
 
-    That is the reference of the loss or, for losses without one, the base model that training began with.
+    That is the reference of the loss or, if it moves or there is none, the base model that training began with.
     """
 
     def __init__(self, experiment: Experiment, report: Callable[[str], None]):
         """Draw nothing yet; `report` is told about images that are not finite."""
         self.experiment, self.config, self.report = experiment, experiment.config, report
+        self._has_reference = experiment.objective.needs_reference and not self.config.moving_reference.every
         self._generator: Generator | None = None
         self._compared_images: np.ndarray | None = None
         """Images that the policy's images are shown next to."""
@@ -45,14 +46,14 @@ class SampleGrids:
         for p, caption in enumerate(sample.prompts):
             cells = range(p * sample.seeds, (p + 1) * sample.seeds)
             rows.append((caption, [image for i in cells for image in (compared[i], images[i])]))
-        beside = "reference" if self.experiment.objective.needs_reference else "base"
+        beside = "reference" if self._has_reference else "base"
         grid = image_grid(rows, [beside, "policy"] * sample.seeds)
         return grid, count_blank(images, compared)
 
     def _compared_with(self) -> Params:
         """Return the weights that the policy's images are compared with, in the compute dtype."""
         e = self.experiment
-        if e.objective.needs_reference:
+        if self._has_reference:
             return e.frozen.whole_reference()
         if e.adapter is None:
             return load_unet(e.pipeline, e.placement)  # read again, and kept only while its images are drawn

@@ -20,6 +20,7 @@ from dpo_jax.diffusion.schedule import Schedule, even_shares
 from dpo_jax.methods.method import Objective
 from dpo_jax.methods.metrics import Metrics, pair_metrics, sums_by_noise
 from dpo_jax.objectives.denoising import Denoise, compare_denoising, draw, keys_for, perturb
+from dpo_jax.training.moving_reference import MovingReference, follow
 from dpo_jax.weights.layout import Params
 
 Encode = Callable[[Mapping[str, Params], PreferenceBatch, jax.Array], tuple[jax.Array, Conditioning]]
@@ -66,6 +67,10 @@ class Frozen:
         """Return all weights that the policy is compared with."""
         return self.base | self.reference
 
+    def with_reference(self, moving: MovingReference | None) -> "Frozen":
+        """Return the weights with a reference that moves, if there is one, at its present place."""
+        return dataclasses.replace(self, reference=self.reference | moving.params) if moving else self
+
 
 class TrainState(NamedTuple):
     """Everything that changes from step to step. A checkpoint holds this and the position in the data."""
@@ -79,6 +84,8 @@ class TrainState(NamedTuple):
     """Moving average of the trained weights; empty where `ema.decay` is 0."""
     running: Mapping[str, Any] = {}
     """Running means over steps that the method reads, each as (weighted sum, total weight); see `Method.running`."""
+    reference: MovingReference | None = None
+    """The reference, if it moves; otherwise it is a part of `Frozen`."""
 
 
 def make_compare(
@@ -169,6 +176,8 @@ def make_train_step(
     ema_decay: float = 0.0,
     skip_spikes: float = 0.0,
     frozen_names: Collection[str] = (),
+    reference_every: int = 0,
+    reference_decay: float = 0.0,
 ) -> Callable[[TrainState, Frozen, PreferenceBatch], tuple[TrainState, Metrics]]:
     """Return `step(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -183,6 +192,9 @@ def make_train_step(
 
     The parameters of `frozen_names` keep their values. They have no gradient, so that no norm counts them, and the
     optimizer must give no update for them.
+
+    If `state.reference` is set, it moves before the step that follows `reference_every` updates; see
+    `moving_reference.follow`. A step that makes no update does not count.
     """
 
     def summed(inputs: LossInputs) -> tuple[jax.Array, Metrics]:
@@ -195,6 +207,9 @@ def make_train_step(
     def step(state: TrainState, frozen: Frozen, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
         running = current_means(state.running)
         changing = {name: x for name, x in state.params.items() if name not in frozen_names}
+        if state.reference:
+            reference = follow(state.reference, state.params, every=reference_every, decay=reference_decay)
+            state, frozen = state._replace(reference=reference), frozen.with_reference(reference)
 
         def inputs_of(params: Params, batch: PreferenceBatch) -> LossInputs:
             return compare(state.params | params, frozen, batch, state.step, training=True)._replace(running=running)
@@ -230,7 +245,14 @@ def make_train_step(
         metrics["train/update_norm"] = jnp.where(weight > 0, optax.tree.norm(updates), 0)
         params = state.params | optax.apply_updates(changing, updates)
         ema = moving_average(state.ema, params, state.step, ema_decay) if ema_decay else state.ema
-        new = TrainState(state.step, params, opt_state, ema, running_means(state.running, means))
+        new = TrainState(
+            state.step,
+            params,
+            opt_state,
+            ema,
+            running_means(state.running, means),
+            state.reference and state.reference._replace(updates=state.reference.updates + 1),
+        )
         kept = jax.tree.map(lambda new, old: jnp.where(changes, new, old), new, state)
         return kept._replace(step=state.step + 1), metrics
 

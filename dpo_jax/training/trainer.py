@@ -4,7 +4,7 @@ A run starts or resumes in this order:
   1. The structure of the model is read from its folder, without its weights.
   2. `config.json` in the work directory, if there is one, must describe the same experiment on the same model.
   3. The frozen models (reference, VAE, text encoders) are always read from the model folder, so a resumed run never
-     uses its own policy as the reference.
+     uses its own policy as the reference. A reference that moves is a part of the training state.
   4. The training state is read from the newest whole checkpoint or, in a new run, made of the model's weights.
   5. Validation and the image grid of that step are made if they are due and missing: at step 0 as the baseline, later
      because the run was killed before them.

@@ -63,7 +63,9 @@ class Watch:
             self._tell_rise(step, row.get(f"validation/error_winner_{name}", 0.0), than, "held-out pairs")
         later = [row for at, row in self.validations.items() if self.config.optimizer.warmup_steps < at <= step]
         number_of_images = self.config.data.get("candidates", 2)
-        if len(later) >= MANY_VALIDATIONS and all(_is_chance(row, number_of_images) for row in later):
+        is_fixed = not self.config.moving_reference.every  # one that follows closely is no better than chance either
+        is_chance = len(later) >= MANY_VALIDATIONS and all(_is_chance(row, number_of_images) for row in later)
+        if is_fixed and is_chance:
             self._warn(
                 "chance",
                 step,

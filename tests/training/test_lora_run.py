@@ -207,15 +207,22 @@ def test_moving_average_is_that_of_diffusers():
 
 
 @pytest.mark.slow
-def test_a_run_with_a_moving_average_exports_it_and_resumes(tiny_config, tmp_path):
+def test_a_run_with_a_moving_average_and_reference_exports_the_average_and_resumes(tiny_config, tmp_path):
+    fields = {"ema.decay": 0.9, "moving_reference.every": 2, "validation.every": 2}
     for workdir, stops in ((tmp_path / "whole", [4]), (tmp_path / "halves", [2, 4])):
         for steps in stops:
-            train(tiny_config("sd15", steps=steps, **FIELDS, **{"ema.decay": 0.9}), workdir)
+            train(tiny_config("sd15", steps=steps, **FIELDS, **fields), workdir)
     state = [
         ocp.PyTreeCheckpointer().restore((tmp_path / name / "checkpoints" / "4").absolute() / "state")
         for name in ("whole", "halves")
     ]
     jax.tree.map(np.testing.assert_array_equal, *state)
+    losses = np.array(losses_of(tmp_path / "halves"))
+    assert (np.abs(losses - math.log(2)) < 1e-5).tolist() == [True, False, True, False], "the reference is renewed"
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    errors = [row["validation/error_reference_winner"] for row in rows if "validation/error_reference_winner" in row]
+    assert len(errors) == 3
+    assert errors[0] == errors[1] != errors[2], "held-out pairs are compared with the reference of the training"
     params, average = state[0]["params"], state[0]["ema"]
     assert any(not np.array_equal(params[name], average[name]) for name in params)
     run = open_run(tmp_path / "whole")

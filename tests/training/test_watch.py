@@ -96,6 +96,9 @@ def test_accuracy_of_chance_is_told_after_many_validations() -> None:
     one, said = watch(accuracies(0.5, 0.55, 0.55, 0.55, 0.55, 0.55, pairs=1000), **fields)
     one.validated(1000)
     assert not said, "of 1000 pairs, 0.55 is no chance"
+    one, said = watch(accuracies(*[0.5] * 6), **fields, **{"moving_reference.every": 200})
+    one.validated(1000)
+    assert not said, "a reference that follows the policy is as good"
 
 
 def test_the_verdict_is_of_held_out_pairs_or_else_of_training() -> None:
@@ -146,7 +149,7 @@ def test_the_best_checkpoint_stays_beside_the_newest(tmp_path: Path) -> None:
 
 
 def with_accuracies(monkeypatch, by_step: dict[int, float]) -> None:
-    def validate(loop: Loop, step: int, params: object) -> None:
+    def validate(loop: Loop, step: int, state: object) -> None:
         loop.writer.scalars(step, {"validation/pair_accuracy": by_step[step], "validation/pairs": 4.0})
 
     monkeypatch.setattr(Loop, "_validate", validate)
