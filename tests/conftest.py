@@ -97,7 +97,7 @@ def mixed_pairs(tmp_path: Path) -> Path:
 
 def step_without_network(state: Any, frozen: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
     """Add to one weight a number that follows from all of the batch."""
-    seen = jnp.float32(sum(float(jnp.mean(x.astype(jnp.float32))) for x in jax.tree.leaves(batch)))
+    seen = jnp.float32(sum(float(jnp.mean(x.astype(jnp.float32))) for x in jax.tree.leaves(batch) if x.size))
     name = min(state.params)
     metrics = dict.fromkeys(("train/loss", "train/gradient_norm", "train/update_norm"), seen)
     return state._replace(step=state.step + 1, params=state.params | {name: state.params[name] + seen}), metrics

@@ -1,4 +1,4 @@
-"""Flags, help and errors, as a user meets them: in a process of its own."""
+"""Flags, help and errors, as a user meets them."""
 
 import re
 import subprocess
@@ -19,13 +19,9 @@ from dpo_jax.errors import EnvironmentFault, UserError
 ROOT = Path(__file__).parents[1]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_shows_the_flags_and_succeeds(command):
-    result = run(f"dpo_jax.{command}", "--help")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_the_flags_and_succeeds(command, name):
+    result = command(name, "--help")
     assert result.returncode == 0
     assert "python -m dpo_jax." in result.stdout
     assert "--traceback" not in result.stdout.split("General:")[0]
@@ -56,16 +52,16 @@ def test_help_shows_the_flags_and_succeeds(command):
         (["--config=configs/tiny.py", "--config.model=https://x/y"], "--config.model=https://x/y is an address on the"),
     ],
 )
-def test_wrong_flags_are_one_sentence(arguments, message, tmp_path):
-    result = run("dpo_jax.train", f"--workdir={tmp_path / 'run'}", *arguments)
+def test_wrong_flags_are_one_sentence(command, arguments, message, tmp_path):
+    result = command("train", f"--workdir={tmp_path / 'run'}", *arguments)
     assert result.returncode in (1, 2)
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_help_lists_the_fields_of_the_method():
-    text = run("dpo_jax.train", "--config=tiny", "--config.loss.name=kto", "--help").stdout
+def test_help_lists_the_fields_of_the_method(command):
+    text = command("train", "--config=tiny", "--config.loss.name=kto", "--help").stdout
     assert "data.positive_share" in text
     assert "loss.safeguard" not in text
 

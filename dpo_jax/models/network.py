@@ -6,6 +6,7 @@ LoRA targets are regular expressions over names, and a checkpoint has the names 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,16 @@ class Network:
     def bind(self, params: Params) -> Any:
         """Return the module itself with these parameters."""
         return nnx.merge(self.graphdef, nnx.from_flat_state([(_path(name), value) for name, value in params.items()]))
+
+
+def network_of(module: Callable[..., nnx.Module], config: Any, **arguments: Any) -> Network:
+    """Return the network of `module(config, **arguments)`. Tracing takes a second, so equal ones are traced once."""
+    return _network_of(module, config, **arguments)
+
+
+@functools.lru_cache(maxsize=128)
+def _network_of(module: Callable[..., nnx.Module], config: Any, **arguments: Any) -> Network:
+    return Network.build(lambda rngs: module(config, rngs=rngs, **arguments), config)
 
 
 def init_params(make: Callable[[nnx.Rngs], nnx.Module], seed: int) -> Params:

@@ -37,7 +37,7 @@ from dpo_jax.models.families import (
     has_component,
 )
 from dpo_jax.models.lora import Adapters, add_lora, lora_specs, round_as_adapted, set_dropout_keys
-from dpo_jax.models.network import Network
+from dpo_jax.models.network import Network, network_of
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.models.vae import AutoencoderKL, VAEConfig
@@ -294,7 +294,7 @@ def load_pipeline(
         clip = CLIPTextConfig.from_dict(*_config(folder, weights[encoder.folder], encoder.folder))
         # Two places state this; diffusers uses this one.
         clip = dataclasses.replace(clip, with_projection=model_index[encoder.folder][1].endswith("WithProjection"))
-        text_encoders.append(_build(CLIPTextModel, clip, dtype))
+        text_encoders.append(network_of(CLIPTextModel, clip, dtype=dtype))
     _check_widths(found, unet_config, [encoder.config for encoder in text_encoders], weights)
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
     scheduler_config = _with_marks(_json(scheduler_path), names, str(path), str(scheduler_path) if model_config else "")
@@ -303,8 +303,8 @@ def load_pipeline(
         folder=folder,
         weights=weights,
         family=found,
-        unet=_build(functools.partial(UNet2DConditionModel, execution=execution), unet_config, dtype),
-        vae=_build(AutoencoderKL, vae_config, vae_dtype or dtype),
+        unet=network_of(UNet2DConditionModel, unet_config, dtype=dtype, execution=execution),
+        vae=network_of(AutoencoderKL, vae_config, dtype=vae_dtype or dtype),
         text_encoders=tuple(text_encoders),
         schedule=make(training_timesteps=found.training_timesteps, zero_terminal_snr=found.zero_terminal_snr),
         sampling_schedule=make(),
@@ -393,10 +393,6 @@ def _refuse_work_directory(folder: epath.Path) -> None:
             f"{folder} is the work directory of a training run; export it first: "
             f"python -m dpo_jax.export --workdir={folder} --output=NEW_FOLDER"
         )
-
-
-def _build(module: Any, config: Any, dtype: DTypeLike) -> Network:
-    return Network.build(lambda rngs: module(config, dtype=dtype, rngs=rngs), config)
 
 
 def _config(folder: epath.Path, weights: epath.Path, component: str) -> tuple[dict[str, Any], str]:

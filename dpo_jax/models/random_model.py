@@ -16,7 +16,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.files import new_folder, write_whole
 from dpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from dpo_jax.models.families import FAMILIES
-from dpo_jax.models.network import Network
+from dpo_jax.models.network import network_of
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.models.vae import AutoencoderKL, VAEConfig
@@ -205,7 +205,7 @@ def random_params(specs: Specs, seed: int) -> dict[str, np.ndarray]:
 def _write(
     folder: epath.Path, config_json: dict[str, Any], module: Any, config: Any, seed: int, dtype: DTypeLike
 ) -> None:
-    specs = Network.build(lambda rngs: module(config, dtype="float32", rngs=rngs), config).specs
+    specs = network_of(module, config, dtype="float32").specs
     save_component(folder, config_json, random_params(specs, seed), specs, dtype=dtype)
 
 

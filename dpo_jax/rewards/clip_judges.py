@@ -23,7 +23,7 @@ from dpo_jax.files import read_json
 from dpo_jax.models.clip_vision import CLIPConfig, CLIPModel, CLIPVisionTransformer
 from dpo_jax.models.config_json import MAX_BYTES
 from dpo_jax.models.layers import Linear
-from dpo_jax.models.network import Network
+from dpo_jax.models.network import Network, network_of
 from dpo_jax.models.score_head import ScoreMLP
 from dpo_jax.rewards import Images, Reward, Settings
 from dpo_jax.rewards.batches import Batches, fitted, normalised
@@ -144,7 +144,7 @@ def open_aesthetic(source: str, settings: Settings) -> Reward:
     batches = Batches(settings)
     config = _read_config(clip)
     _, clip_params, _ = _load_clip(clip, config, settings, batches)
-    network = Network.build(lambda rngs: AestheticPredictor(config, dtype=settings.dtype, rngs=rngs), config)
+    network = network_of(AestheticPredictor, config, dtype=settings.dtype)
     head_specs = {name.removeprefix("mlp."): spec for name, spec in network.specs.items() if name.startswith("mlp.")}
     head_params = load_params(head, head_specs, dtype="float32", sharding=batches.placement)
     params = {f"mlp.{name}": x for name, x in head_params.items()}
@@ -209,7 +209,7 @@ def _load_clip(
     weights: epath.Path, config: CLIPConfig, settings: Settings, batches: Batches
 ) -> tuple[Network, Params, float]:
     """Return a CLIP, its parameters, and its scale, which bfloat16 would round by up to 1%."""
-    network = Network.build(lambda rngs: CLIPModel(config, dtype=settings.dtype, rngs=rngs), config)
+    network = network_of(CLIPModel, config, dtype=settings.dtype)
     params = load_params(weights, network.specs, dtype=settings.dtype, sharding=batches.placement)
     log_scale = float(read_params(weights, network.specs)["logit_scale"])
     if log_scale > LARGEST_LOG_SCALE:

@@ -14,7 +14,7 @@ from tokenizers import BertWordPieceTokenizer
 from dpo_jax.errors import UserError
 from dpo_jax.files import read_lines
 from dpo_jax.models.blip import ImageReward, ImageRewardConfig
-from dpo_jax.models.network import Network
+from dpo_jax.models.network import network_of
 from dpo_jax.rewards import Images, Reward, Settings
 from dpo_jax.rewards.batches import Batches, fitted, normalised
 from dpo_jax.rewards.files import find_beside, find_file
@@ -36,7 +36,7 @@ def open_image_reward(source: str, settings: Settings, config: ImageRewardConfig
     tokenizer.enable_truncation(MAX_TOKENS)
     tokenizer.enable_padding(length=MAX_TOKENS)
     batches = Batches(settings)
-    network = Network.build(lambda rngs: ImageReward(config, dtype=settings.dtype, rngs=rngs), config)
+    network = network_of(ImageReward, config, dtype=settings.dtype)
     params = load_params(file, network.specs, dtype=settings.dtype, sharding=batches.placement)
 
     @functools.lru_cache(CAPTIONS_KEPT)

@@ -34,7 +34,11 @@ for command, *arguments in json.load(sys.stdin):
             sys.stdout = sys.stderr = said
             sys.argv = [command, *arguments]
             importlib.import_module(f"dpo_jax.{command}")
-            cli.run(check_config)  # ends the process
+            try:
+                cli.run(check_config)
+            except SystemExit as ended:
+                said.flush()
+                os._exit(int(ended.code is not None and ended.code != 0))  # Python's own end takes longest
         _, status = os.waitpid(process, 0)
         said.seek(0)
         problems.append(said.read() or str(status) if status else "")

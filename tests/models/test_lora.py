@@ -149,8 +149,8 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean(folder: str) -> None:
     pipeline = opened(folder, "float32", r"mid_block.*attn2\.to_v$", dropout=0.25)
     base = pipeline.load("unet", dtype="float32")
     adapter = {name: jnp.full(s.shape, 0.02) for name, s in pipeline.trained_specs.items()}
-    x_NHWC, t_N, conditioning = jax.tree.map(lambda x: jnp.repeat(x[:1], 128, axis=0), inputs("float32"))
-    keys_N = jax.random.split(jax.random.key(0), 128)
+    x_NHWC, t_N, conditioning = jax.tree.map(lambda x: jnp.repeat(x[:1], 48, axis=0), inputs("float32"))
+    keys_N = jax.random.split(jax.random.key(0), 48)
     both = jax.jit(
         lambda keys_N: [pipeline.denoise(base | adapter, x_NHWC, t_N, conditioning, *keys) for keys in ((), (keys_N,))]
     )
@@ -158,7 +158,7 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean(folder: str) -> None:
     # A late linear layer: small changes of its output reach the end almost linearly.
     spread = dropped.std(axis=0)
     assert spread.max() > 1e-5
-    error = np.abs(dropped.mean(axis=0) - plain[0]) / (spread / 128**0.5 + 1e-9)
+    error = np.abs(dropped.mean(axis=0) - plain[0]) / (spread / 48**0.5 + 1e-9)
     assert np.median(error) < 2
     # Each example of the output depends only on its own key.
     _, turned_round = both(keys_N[::-1])

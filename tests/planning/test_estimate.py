@@ -176,7 +176,7 @@ def test_weights_of_blocks_in_a_loop_are_gathered_once_for_all_micro_batches(sca
     assert 2 * 0.74 * of_a_unet < gathered.received_bytes < 2 * 0.75 * of_a_unet + holdings.encoders * 3
 
 
-def test_fit_returns_the_config_of_its_plan(lora) -> None:
+def test_fit_returns_the_config_of_its_plan(traced, lora) -> None:
     config, plan = search.fit(lora, parse_topology("v5e:2x2"), None, lambda message: None)
     assert (config.remat, config.data.micro_batch, config.mesh.fsdp) == (
         plan.remat,

@@ -92,7 +92,7 @@ def test_losses_agree(config, tmp_path: Path, family: str) -> None:
     assert ours != expected
 
 
-def test_neither_vae_nor_text_encoder_is_in_memory(config, tmp_path: Path) -> None:
+def test_neither_vae_nor_text_encoder_is_in_memory(config, no_network, tmp_path: Path) -> None:
     """The VAE and the text encoders are loaded only while samples are drawn."""
     stored = encoded(config("sd15", **{"validation.every": 4, "sample.every": 4}))
     train(stored, tmp_path / "stored")
