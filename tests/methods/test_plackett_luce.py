@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_jax.batch import LossInputs
+from dpo_jax.cli import flatten
 from dpo_jax.errors import UserError
 from dpo_jax.methods import METHODS
 from dpo_jax.methods.dpo import dpo
@@ -189,4 +190,8 @@ def test_it_has_the_number_of_candidates_and_none_of_the_plug_ins_of_pairs() -> 
     check_values(config)
     with pytest.raises(UserError, match=r"config\.data\.candidates=1 must be at least 2 and at most 256"):
         check_values(with_fields(config, {"data.candidates": 1}))
+    images = {
+        name: METHODS[name].images_per_example(flatten(config)) for name in ("plackett_luce", "dpo", "sft", "kto")
+    }
+    assert images == {"plackett_luce": 4, "dpo": 2, "sft": 2, "kto": 1}
     assert METHODS["plackett_luce"].objective({}).loss_at_reference() is None, "it depends on the lengths of the lists"

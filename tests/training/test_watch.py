@@ -101,6 +101,19 @@ def test_accuracy_of_chance_is_told_after_many_validations() -> None:
     assert not said, "a reference that follows the policy is as good"
 
 
+def test_the_accuracy_of_lists_varies_less_by_chance() -> None:
+    rows = {step: {"validation/pair_accuracy": 0.57, "validation/prompts": 100.0} for step in range(200, 1200, 200)}
+    for number, is_told in ((2, True), (4, False)):
+        fields = {"optimizer.warmup_steps": 0, "loss.name": "plackett_luce", "data.candidates": number}
+        one, said = watch(rows, **fields)
+        one.validated(1000)
+        assert bool(said) == is_told
+        if is_told:
+            assert "accuracy on 100 held-out prompts is still 0.57" in said[0]
+            assert "Look at some prompts" in said[0]
+        assert one.verdict({}) == "held-out accuracy 0.57 (100 prompts)"
+
+
 def test_the_verdict_is_of_held_out_pairs_or_else_of_training() -> None:
     row = {"validation/error_winner_rise": -0.004, "validation/pair_accuracy": 0.62, "validation/pairs": 50.0}
     assert watch({200: row})[0].verdict({"error/winner_rise": 0.3}) == (
