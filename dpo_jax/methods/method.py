@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from dpo_jax.batch import LossInputs
 from dpo_jax.fields import Field
-from dpo_jax.methods.metrics import Metrics, pair_metrics
+from dpo_jax.methods.metrics import Metrics, list_metrics, pair_metrics
 from dpo_jax.methods.stability import PAIR_FIELDS, running_numbers, stabilised, stability_metrics
 
 LearnsFrom = Literal["pairs", "lists", "images", "votes", "rollouts"]
@@ -59,10 +59,12 @@ class Method:
     running: Mapping[str, Callable[[LossInputs], jax.Array]] = dataclasses.field(default_factory=dict)
     """Numbers, one per prompt, whose running means over earlier steps the loss reads as `inputs.running[name]`; they
     are 0 in the first step, and part of a checkpoint."""
-    metrics: Callable[..., Metrics] = pair_metrics
-    """`metrics(inputs, **fields)` -> numbers to watch by name, one per prompt."""
-    held_out_metrics: Callable[[LossInputs], Metrics] = pair_metrics
-    """Numbers to watch on held-out data, one per example. They see one batch of many, and no running means."""
+    metrics: Callable[..., Metrics] | None = None
+    """`metrics(inputs, **fields)` -> numbers to watch by name, one per prompt. None takes `list_metrics` if it learns
+    from lists, otherwise `pair_metrics`."""
+    held_out_metrics: Callable[[LossInputs], Metrics] | None = None
+    """Numbers to watch on held-out data, one per example; None as for `metrics`. They see one batch of many, and no
+    running means."""
     problem: Callable[[Mapping[str, Any]], str | None] = lambda fields: None
     """Return what is wrong with a config, given by its fields, as a sentence; None if nothing is."""
 
@@ -95,7 +97,8 @@ class Method:
         """Return the loss with the hyperparameters that a config, given by its fields, has, else with the defaults."""
         values = {name: config.get(f"loss.{name}", field.default) for name, field in self.fields.items()}
         loss: Callable[[LossInputs], jax.Array] = partial(self.loss, **values)
-        metrics: Callable[[LossInputs], Metrics] = partial(self.metrics, **values)
+        usual_metrics = list_metrics if self.learns_from == "lists" else pair_metrics
+        metrics: Callable[[LossInputs], Metrics] = partial(self.metrics or usual_metrics, **values)
         running = dict(self.running)
         if self.takes_pair_fields:
             plugins = {name: config.get(f"loss.{name}", field.default) for name, field in PAIR_FIELDS.items()}
@@ -110,7 +113,7 @@ class Method:
             reads_log_ratios_alone=self.reads_log_ratios_alone,
             running=running,
             metrics=metrics,
-            held_out_metrics=self.held_out_metrics,
+            held_out_metrics=self.held_out_metrics or usual_metrics,
         )
 
 

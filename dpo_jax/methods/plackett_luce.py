@@ -9,7 +9,6 @@ from jaxtyping import Array, Float
 from dpo_jax.batch import LossInputs
 from dpo_jax.fields import Field
 from dpo_jax.methods.method import Method
-from dpo_jax.methods.metrics import list_metrics
 from dpo_jax.objectives.preferences import is_better
 
 LIST_FIELDS: Mapping[str, Field] = {
@@ -52,6 +51,4 @@ PLACKETT_LUCE = Method(
     loss=plackett_luce,
     learns_from="lists",
     fields={"beta": Field(5000.0, "Strength of the pull towards the reference.", above=0)},
-    metrics=list_metrics,
-    held_out_metrics=list_metrics,
 )

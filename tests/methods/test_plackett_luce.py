@@ -171,7 +171,9 @@ def test_value_and_gradient_are_finite_in_float32(far: float) -> None:
 def test_metrics_are_of_the_best_the_worst_and_all_ordered_pairs() -> None:
     log_ratio_BK = np.float32([[3, 1, 2, 0], [1, 3, 2, 0], [1, 2, 3, 0], [0, 1, 2, 0], [3, 2, 1, 0], [1, 2, 9, 9]])
     inputs = inputs_of(log_ratio_BK)
-    found = jax.device_get(jax.jit(list_metrics)(inputs))
+    objective = METHODS["plackett_luce"].objective({})
+    assert objective.held_out_metrics is list_metrics
+    found = jax.device_get(jax.jit(objective.metrics)(inputs))
     np.testing.assert_allclose(found["pair/accuracy"], [5 / 6, 4 / 5, 1 / 2, 1 / 6, 1 / 2, 0])
     np.testing.assert_allclose(found["reward/margin"], [3, 1, 1, 0, 3, -1])
     last = np.array([3, 3, 3, 3, 3, 1])
