@@ -21,6 +21,7 @@ from dpo_jax.training.defaults import FALLING, fields_of, method_of
 from dpo_jax.training.defaults import choose_method as choose_method  # config files take these from here
 from dpo_jax.training.defaults import default_config as default_config
 from dpo_jax.training.optim import beta2_of
+from dpo_jax.training.pair_scores import score_judge
 
 # A run may be continued with other values of these fields; other values of any other field are another experiment.
 # The places of models and data may change: "fingerprints" tell whether their contents are the same.
@@ -327,41 +328,11 @@ def check_views(config: ConfigDict) -> None:
         )
 
 
-def score_judge(config: ConfigDict) -> str:
-    """Return the judge whose scores of pairs the run reads; "" if it reads none.
-
-    Raises:
-        UserError: no judge is named, or one without use, or the method does not learn from pairs.
-    """
-    data, method = config.data, method_of(config)
-    if data.pair_weights == "none":
-        if data.score_judge:
-            raise UserError(
-                f"config.data.score_judge={data.score_judge} has no effect without data.pair_weights. Set "
-                "data.pair_weights=gap, or remove data.score_judge"
-            )
-        return ""
-    why = f"config.data.pair_weights={data.pair_weights} compares the scores of two images"
-    if method.learns_from not in ("pairs", "lists"):
-        raise UserError(f"{why}, but {config.loss.name} learns from {method.unit}. Set data.pair_weights=none")
-    if data.batch_size == 1:
-        raise UserError(
-            f"config.data.pair_weights={data.pair_weights} weighs the pairs of an optimizer step against each other, "
-            "but config.data.batch_size=1. Set a larger batch_size"
-        )
-    if not data.score_judge and len(data.judges) != 1:
-        raise UserError(
-            f"{why}, but no judge is named. Set data.score_judge to the name of scores that python -m dpo_jax.score "
-            f"--data={data.path} stored, for example pickscore"
-        )
-    return data.score_judge or data.judges[0]
-
-
 def check_same_experiment(fields: dict[str, Any], saved: dict[str, Any], workdir: Any, defaults: ConfigDict) -> None:
     """Raise UserError, naming the fields that differ, where the run of a work directory has another config or model."""
     now = json.loads(json.dumps(fields))
-    # Falling schedules derive their learning rates from the number of steps.
-    steps_are_free = now["optimizer.schedule"] not in FALLING
+    # Falling schedules derive their learning rates from the number of steps, and a curriculum its order of pairs.
+    steps_are_free = now["optimizer.schedule"] not in FALLING and now["data.order"] != "curriculum"
     free = (*FREE_TO_CHANGE, "steps") if steps_are_free else FREE_TO_CHANGE
     # A field that did not exist when the run began had its default; older runs have the fields of other methods, too.
     saved = json.loads(json.dumps(flatten(defaults))) | DEFAULTS_BEFORE | saved

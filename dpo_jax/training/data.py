@@ -9,9 +9,10 @@ from ml_collections import ConfigDict
 
 from dpo_jax import cluster
 from dpo_jax.cli import flatten, replaced
+from dpo_jax.data.load.curriculum import CurriculumOrder
 from dpo_jax.data.load.inputs import CachedInputs, Inputs, RawInputs
 from dpo_jax.data.load.pipeline import NUM_WORKERS, BatchIterator, make_iterator, validation_batches
-from dpo_jax.data.load.records import TrainingRecords, open_records
+from dpo_jax.data.load.records import PreparedRecords, TrainingRecords, open_records
 from dpo_jax.data.load.votes import VoteOrder, Votes
 from dpo_jax.data.store.latents import choose_views, open_latents
 from dpo_jax.data.store.scores import scores_file
@@ -20,8 +21,9 @@ from dpo_jax.methods import find_method
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.streams import warn
 from dpo_jax.training.announce import announce_epochs
-from dpo_jax.training.config import Derived, score_judge
+from dpo_jax.training.config import Derived
 from dpo_jax.training.model import load_tokenizers_of
+from dpo_jax.training.pair_scores import score_judge
 from dpo_jax.weights.io import fingerprint
 
 
@@ -104,15 +106,20 @@ def data_fingerprint(folder: str) -> str:
 
 def open_training_batches(config: ConfigDict, derived: Derived, inputs: Inputs) -> BatchIterator:
     """Return this process's share of the endless training stream; it reads only the data set's index at first."""
-    data = config.data
+    data, records, curriculum = config.data, _training_pairs(config), None
+    if data.order == "curriculum":
+        assert isinstance(records, PreparedRecords)  # others have no scores
+        positions = config.steps * data.batch_size
+        curriculum = CurriculumOrder(records.gap_N, config.seed, blocks=data.curriculum_blocks, positions=positions)
     return make_iterator(
-        _training_pairs(config),
+        records,
         inputs,
         batch_size=derived.local_batch_size,
         seed=config.seed,
         caption_dropout=data.caption_dropout,
         relabel=data.relabel,
         positive_share=data.positive_share if _learns_from_votes(config) else None,
+        curriculum=curriculum,
         num_workers=data.num_workers or NUM_WORKERS,
         **_options(config),
     )

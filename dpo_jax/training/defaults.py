@@ -169,12 +169,20 @@ FIELDS = {
         choices=("mean", "pareto"),
     ),
     "data.score_judge": Field(
-        "", "Judge whose stored scores data.pair_weights reads; empty takes the one of data.judges."
+        "", "Judge whose stored scores data.pair_weights and data.order read; empty takes the one of data.judges."
     ),
     "data.pair_weights": Field(
         "none",
         "Weight of pairs: gap (a larger gap of scores counts more) or rarity (rare scores count more, as in VideoDPO).",
         choices=("none", *WEIGHTS),
+    ),
+    "data.order": Field(
+        "shuffled",
+        "Order of pairs: shuffled, or curriculum (from large gaps of scores to small ones, as in Curriculum-DPO).",
+        choices=("shuffled", "curriculum"),
+    ),
+    "data.curriculum_blocks": Field(
+        6, "Stages of data.order=curriculum; each adds pairs with smaller gaps to those before.", **COUNT
     ),
     "data.generators": Field(
         (), "Regular expressions; the models of both images must match one. Empty takes all.", wrong=are_patterns

@@ -1,5 +1,7 @@
 """Weights of pairs against loops over pairs and NumPy's histogram, and in batches of a prepared data set."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from dpo_jax.cli import flatten
 from dpo_jax.data.load.inputs import RawInputs
 from dpo_jax.data.load.pair_weights import BINS, MAX_RATIO, WEIGHTS, PairWeights, by_gap, by_rarity
 from dpo_jax.data.load.pipeline import validation_batches
@@ -16,8 +19,10 @@ from dpo_jax.data.load.records import open_records
 from dpo_jax.data.store.prepared import open_prepared
 from dpo_jax.data.store.scores import candidates, write_scores
 from dpo_jax.errors import MissingFileError, UserError
-from dpo_jax.training.config import score_judge
+from dpo_jax.training.config import Derived, check_same_experiment
+from dpo_jax.training.data import data_fingerprints, open_training_batches
 from dpo_jax.training.defaults import default_config, with_fields
+from dpo_jax.training.pair_scores import score_judge
 
 from .conftest import encode, write_prepared
 
@@ -92,12 +97,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def spell(captions: Sequence[str]) -> np.ndarray:
+    """A stand-in for a tokenizer."""
+    return np.zeros((len(captions), 1, 2), np.int32)
+
+
 def weights_of(folder: Path, split: str = "train", **options: Any) -> dict[str, float]:
     records = open_records(folder, split, **options)
-
-    def spell(captions: list[str]) -> np.ndarray:
-        return np.zeros((len(captions), 1, 2), np.int32)
-
     (batch,) = validation_batches(records, RawInputs(8, spell), batch_size=len(records))
     captions = [records[i]["captions"][0] for i in range(len(records))]
     return dict(zip(captions, batch.weight_B.astype(float).tolist(), strict=True))
@@ -123,6 +129,19 @@ def test_gaps_follow_the_order_of_judges(folder: Path) -> None:
     assert found == {"prompt 0": 0.75, "prompt 1": 1.25, "prompt 2": 1.75, "prompt 3": 0.25}
 
 
+def test_a_run_reads_what_its_config_says(folder: Path) -> None:
+    """The first of two stages has the two pairs with the largest gaps of four, in their weights."""
+    fields = {"data.score_judge": "a", "data.pair_weights": "gap", "data.order": "curriculum"}
+    sizes = {"steps": 6, "data.batch_size": 2, "data.curriculum_blocks": 2, "data.caption_dropout": 0.0}
+    config = with_fields(default_config(), {"data.path": str(folder)} | fields | sizes)
+    derived = Derived(local_batch_size=2, micro_batch_per_device=2, accumulation=1, learning_rate=1e-3)
+    with open_training_batches(config, derived, RawInputs(8, spell)) as batches:
+        weights = [next(batches).weight_B.tolist() for _ in range(6)]
+    assert [sorted(of_batch) for of_batch in weights[:3]] == [[1.25, 1.75]] * 3
+    assert {weight for of_batch in weights[3:5] for weight in of_batch} == {0.25, 0.75, 1.25, 1.75}
+    assert data_fingerprints(config).keys() == {"fingerprints.data", "fingerprints.pair_scores"}
+
+
 def test_missing_scores_name_the_command(folder: Path) -> None:
     with pytest.raises(MissingFileError, match=r"no scores by 'c' .*python -m dpo_jax.score --data=.* --judge=c"):
         open_records(folder, "train", score_judge="c", pair_weights="gap")
@@ -133,8 +152,10 @@ def test_missing_scores_name_the_command(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"data.score_judge": "a"}, r"score_judge=a has no effect without data\.pair_weights"),
+        ({"data.score_judge": "a"}, r"score_judge=a has no effect: only data\.pair_weights and"),
         ({"data.pair_weights": "gap"}, r"pair_weights=gap compares .* no judge is named. Set data\.score_judge"),
+        ({"data.order": "curriculum"}, r"order=curriculum compares .* no judge is named. Set data\.score_judge"),
+        ({"loss.name": "kto", "data.order": "curriculum"}, r"learns from votes\. Set data\.order=shuffled"),
         ({"data.pair_weights": "gap", "data.judges": ("a", "b")}, r"no judge is named"),
         ({"loss.name": "kto", "data.pair_weights": "gap", "data.score_judge": "a"}, r"but kto learns from votes"),
         ({"loss.name": "sft", "data.pair_weights": "gap", "data.score_judge": "a"}, r"but sft learns from images"),
@@ -151,3 +172,14 @@ def test_the_judge_of_the_order_is_the_judge_of_the_weights() -> None:
     assert score_judge(with_fields(default_config(), fields)) == "a"
     assert score_judge(with_fields(default_config(), fields | {"data.score_judge": "b"})) == "b"
     assert score_judge(default_config()) == ""
+    assert score_judge(with_fields(default_config(), {"data.order": "curriculum", "data.judges": ("a",)})) == "a"
+
+
+def test_the_steps_of_a_curriculum_stay() -> None:
+    """Its order of pairs depends on them. Other runs may become longer, and older ones were shuffled."""
+    now = flatten(default_config())
+    before = json.loads(json.dumps(now | {"steps": 10}))  # as in config.json
+    check_same_experiment(now, {name: before[name] for name in now.keys() - {"data.order"}}, "W", default_config())
+    curriculum = {"data.order": "curriculum"}
+    with pytest.raises(UserError, match=r"W holds a run with another config \(steps was 10, now 2000\)"):
+        check_same_experiment(now | curriculum, before | curriculum, "W", default_config())

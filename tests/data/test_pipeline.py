@@ -13,6 +13,7 @@ import pytest
 import tree
 
 from dpo_jax.batch import PreferenceBatch
+from dpo_jax.data.load.curriculum import CurriculumOrder
 from dpo_jax.data.load.inputs import RawInputs
 from dpo_jax.data.load.pipeline import EXAMPLES_PER_TASK, NUM_WORKERS, _draws, make_iterator, validation_batches
 from dpo_jax.data.load.records import RandomRecords, TrainingRecords, open_records
@@ -212,7 +213,7 @@ class Reading(NamedTuple):
 
 
 def read_stretch(
-    pairs: TrainingRecords, seed: int, reading: Reading, state: dict[str, int]
+    pairs: TrainingRecords, seed: int, reading: Reading, state: dict[str, int], **options: Any
 ) -> tuple[list, dict[str, int]]:
     """Return (position, caption) of every sample that the processes read from `state` on, and the state after them."""
     seen, states = [], []
@@ -225,6 +226,7 @@ def read_stretch(
             shard_index=process,
             shard_count=reading.processes,
             num_workers=reading.workers,
+            **options,
         ) as batches:
             batches.set_state(json.loads(json.dumps(state)))
             rows = rows_of(itertools.islice(batches, reading.steps))
@@ -234,12 +236,9 @@ def read_stretch(
     return seen, states[0]
 
 
-@pytest.mark.parametrize("case", range(63))
-def test_every_pair_once_an_epoch_whatever_reads_and_wherever_it_stops(many: Path, case: int) -> None:
-    """Two to four stretches, each by another number of processes and workers with another batch size."""
-    rng = np.random.default_rng(case)
-    number = int(rng.integers(20, 121))
-    stretches = [
+def draw_stretches(rng: np.random.Generator) -> list[Reading]:
+    """Return two to four stretches, each by another number of processes and workers with another batch size."""
+    return [
         Reading(
             processes=int(rng.integers(1, 6)),
             workers=int(rng.integers(1, 9)),
@@ -248,6 +247,13 @@ def test_every_pair_once_an_epoch_whatever_reads_and_wherever_it_stops(many: Pat
         )
         for _ in range(rng.integers(2, 5))
     ]
+
+
+@pytest.mark.parametrize("case", range(57))
+def test_every_pair_once_an_epoch_whatever_reads_and_wherever_it_stops(many: Path, case: int) -> None:
+    rng = np.random.default_rng(case)
+    number = int(rng.integers(20, 121))
+    stretches = draw_stretches(rng)
     pairs = open_records(many, "train", limit=number)
     seen, state = [], {"position": 0}
     for reading in stretches:
@@ -261,6 +267,20 @@ def test_every_pair_once_an_epoch_whatever_reads_and_wherever_it_stops(many: Pat
         epoch = sorted(caption for _, caption in seen[start : start + number])
         assert len(set(epoch)) == len(epoch)
         assert epoch == everything or (start + number > len(seen) and set(epoch) < set(everything))
+
+
+@pytest.mark.parametrize("case", range(6))
+def test_a_curriculum_is_the_same_whatever_reads_and_wherever_it_stops(many: Path, case: int) -> None:
+    rng = np.random.default_rng(case)
+    number, blocks, positions = int(rng.integers(20, 121)), int(rng.integers(1, 7)), int(rng.integers(1, 200))
+    pairs = open_records(many, "train", limit=number)
+    order = CurriculumOrder(rng.normal(size=number), case, blocks=blocks, positions=positions)
+    seen, state = [], {"position": 0}
+    for reading in draw_stretches(rng):
+        more, state = read_stretch(pairs, case, reading, state, curriculum=order)
+        seen += more
+    captions = captions_of(pairs)
+    assert sorted(seen) == [(position, captions[order[position]]) for position in range(state["position"])]
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 24, 64])

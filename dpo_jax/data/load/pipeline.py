@@ -19,6 +19,7 @@ import numpy as np
 from dpo_jax.batch import Cached, PreferenceBatch, Raw
 from dpo_jax.data import images
 from dpo_jax.data.load.buffer_pool import Pool
+from dpo_jax.data.load.curriculum import CurriculumOrder
 from dpo_jax.data.load.inputs import Example, Inputs, ViewDraws
 from dpo_jax.data.load.records import Relabelled, TrainingRecords
 from dpo_jax.data.load.votes import VoteOrder, Votes
@@ -49,11 +50,12 @@ def make_iterator(
     caption_lines: bool = False,
     relabel: Relabel = "none",
     positive_share: float | None = None,
+    curriculum: CurriculumOrder | None = None,
     shard_index: int = 0,
     shard_count: int = 1,
     num_workers: int = NUM_WORKERS,
 ) -> "BatchIterator":
-    """Return endless shuffled training batches, with another order in each epoch.
+    """Return endless training batches, shuffled anew in each epoch unless there is a curriculum.
 
     Args:
         records: what `open_records` returned.
@@ -67,6 +69,7 @@ def make_iterator(
         relabel: for control experiments: `swapped` reverses the candidates of every record, `shuffled` those of half of
             the records, the same ones in each epoch.
         positive_share: train on single images instead, with this share of liked ones; see `Votes` and `VoteOrder`.
+        curriculum: order in which the records are seen.
         shard_index: the number of this process; it reads positions `shard_index + n * shard_count` of the stream.
         num_workers: threads that fill batches. Decoding releases Python's lock, so threads use all cores and write in
             place; processes would have to copy their results.
@@ -74,7 +77,9 @@ def make_iterator(
     if relabel != "none":
         records = Relabelled(records, seed if relabel == "shuffled" else None)
     order: Any
-    if positive_share is None:
+    if curriculum is not None:
+        order = curriculum
+    elif positive_share is None:
         # Only indices go through Grain, which would measure the size of everything that a record holds.
         order = grain.MapDataset.range(len(records)).seed(seed).shuffle().repeat(None)
     else:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from dpo_jax.data import images
-from dpo_jax.data.load.pair_weights import WEIGHTS, PairWeights
+from dpo_jax.data.load.pair_weights import WEIGHTS, PairWeights, gaps
 from dpo_jax.data.store import scores
 from dpo_jax.data.store.prepared import PreparedData, Ties, open_prepared
 from dpo_jax.data.store.scores import Combine
@@ -123,6 +123,11 @@ class PreparedRecords:
         """The weight of each record in the loss, if it is not a tie."""
         if pair_weights != "none":
             self.weight_N = WEIGHTS[pair_weights](prepared.pair_scores_N2[indices_N])
+
+    @property
+    def gap_N(self) -> np.ndarray:
+        """The score of the best candidate of each record minus that of the worst, by the `score_judge`."""
+        return gaps(self._prepared.pair_scores_N2[self._indices_N])
 
     def __len__(self) -> int:
         return len(self._indices_N)
