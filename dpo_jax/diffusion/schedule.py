@@ -193,7 +193,7 @@ def add_noise(
     schedule: Schedule, x0_NHWC: Float[Array, "N H W C"], noise_NHWC: Float[Array, "N H W C"], t_N: Int[Array, " N"]
 ) -> Float[Array, "N H W C"]:
     """Return `x_t`, the noisy latents at timestep t (arXiv 2006.11239, equation 4)."""
-    signal, noise = _at(schedule.signal_T, t_N, x0_NHWC), _at(schedule.noise_T, t_N, x0_NHWC)
+    signal, noise = at_timesteps(schedule.signal_T, t_N, x0_NHWC), at_timesteps(schedule.noise_T, t_N, x0_NHWC)
     return signal * x0_NHWC + noise * noise_NHWC
 
 
@@ -201,11 +201,11 @@ def training_target(
     schedule: Schedule, x0_NHWC: Float[Array, "N H W C"], noise_NHWC: Float[Array, "N H W C"], t_N: Int[Array, " N"]
 ) -> Float[Array, "N H W C"]:
     """Return the target of the network's prediction at `x_t`, noise or velocity as the schedule says."""
-    a, b = _at(schedule.target_x0_T, t_N, x0_NHWC), _at(schedule.target_noise_T, t_N, x0_NHWC)
+    a, b = at_timesteps(schedule.target_x0_T, t_N, x0_NHWC), at_timesteps(schedule.target_noise_T, t_N, x0_NHWC)
     return a * x0_NHWC + b * noise_NHWC
 
 
-def _at(
+def at_timesteps(
     table_T: Float[np.ndarray, " T"], t_N: Int[Array, " N"], like_NHWC: Float[Array, "N H W C"]
 ) -> Float[Array, "N 1 1 1"]:
     """Return the table's values at t, float32 or wider, shaped to multiply an image."""

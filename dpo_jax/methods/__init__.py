@@ -8,6 +8,7 @@ from dpo_jax.methods.dpo import DPO
 from dpo_jax.methods.dpok import DPOK
 from dpo_jax.methods.grpo import GRPO
 from dpo_jax.methods.hinge import HINGE
+from dpo_jax.methods.inpo import INPO
 from dpo_jax.methods.ipo import IPO
 from dpo_jax.methods.kto import KTO
 from dpo_jax.methods.linear_dpo import LINEAR_DPO
@@ -21,7 +22,7 @@ from dpo_jax.methods.spo import SPO
 from dpo_jax.nearest import nearest
 from dpo_jax.user_code import import_object
 
-OFFLINE = (DPO, IPO, HINGE, DMPO, LINEAR_DPO, SMPO, MAPO, PLACKETT_LUCE, SFT, KTO)
+OFFLINE = (DPO, IPO, HINGE, DMPO, LINEAR_DPO, SMPO, INPO, MAPO, PLACKETT_LUCE, SFT, KTO)
 ONLINE = (D3PO, DDPO, DPOK, GRPO, SPO, LPO)
 METHODS = {method.name: method for method in (*OFFLINE, *ONLINE)}
 

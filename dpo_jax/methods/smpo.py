@@ -19,7 +19,8 @@ def smpo(inputs: LossInputs, *, beta: Scalar, label_scale: float) -> Float[Array
     typical 2 p - 1 is some hundredths; label_scale is 10 and beta, in our unit, 2000 for SD1.5 (which starts from a
     UNet after SFT) and 5000 for SDXL. Here p are the shares of the data set, `data.labels="soft"`: to train on
     PickScores, prepare them as labels. (The code takes the p of the first pair for the whole batch; here each has its
-    own. Its x_t come from inverted DDIM steps; here they do not.)
+    own. Its x_t come from inverted DDIM, in 5 steps for SD1.5 and 10 for SDXL, each of which averages two predictions;
+    here only with `loss.inversion_steps`, of one prediction per step.)
     """
     certainty_B = inputs.preference_BK[:, 0] - inputs.preference_BK[:, 1]
     return -jax.nn.log_sigmoid(beta * label_scale * certainty_B * margin(inputs.log_ratio_BK))

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from dpo_jax.batch import Conditioning, LossInputs
+from dpo_jax.diffusion.inversion import invert
 from dpo_jax.diffusion.schedule import Schedule, add_noise, log_snr, training_target
 
 Denoise = Callable[..., Float[Array, "N H W C"]]
@@ -90,6 +91,8 @@ def compare_denoising(
     conditioning: Conditioning,
     dropout_keys_B: Key[Array, " B"] | None = None,
     perturbed_noise_BHWC: Float[Array, "B H W C"] | None = None,
+    *,
+    inversion_steps: int = 0,
 ) -> LossInputs:
     """Return the denoising errors of all candidates and their log-ratios (arXiv 2311.12908, equation 14).
 
@@ -111,10 +114,16 @@ def compare_denoising(
         dropout_keys_B: keys of the policy's dropout, shared by the candidates, because different dropout would add
             noise to their difference. None turns dropout off.
         perturbed_noise_BHWC: noise to make x_t with, if not `noise_BHWC`; see `perturb`.
+        inversion_steps: if not 0, the noise is not `noise_BHWC`, but for each candidate what so many steps of inversion
+            with the policy, without a gradient, find; see `invert` and `methods/inpo.py`.
     """
     B, K = latents_BKHWC.shape[:2]
     x0_NHWC = latents_BKHWC.reshape(B * K, *latents_BKHWC.shape[2:])
     noise_NHWC, t_N, conditioning, dropout_keys_N = per_candidate((noise_BHWC, t_B, conditioning, dropout_keys_B), B, K)
+    if inversion_steps:
+        own = jax.lax.stop_gradient(policy)
+        found_NHWC = invert(lambda *x_t: denoise(own, *x_t, conditioning), schedule, x0_NHWC, t_N, inversion_steps)
+        noise_NHWC = jax.lax.stop_gradient(found_NHWC)
     added_NHWC = noise_NHWC if perturbed_noise_BHWC is None else per_candidate(perturbed_noise_BHWC, B, K)
     x_NHWC = add_noise(schedule, x0_NHWC, added_NHWC, t_N)
     target_NHWC = training_target(schedule, x0_NHWC, noise_NHWC, t_N)

@@ -213,6 +213,12 @@ def check_settings(config: ConfigDict) -> None:
             "config.lora.init_reference is set, but config.lora.init names no LoRA; set lora.init, or "
             "lora.init_reference=False"
         )
+    for field in ("noise_offset", "input_perturbation"):
+        if config.loss[field] and config.loss.inversion_steps:
+            raise UserError(
+                f"config.loss.{field}={config.loss[field]} changes how noise is drawn, but "
+                f"config.loss.inversion_steps={config.loss.inversion_steps} draws none; set one of them to 0"
+            )
     check_moving_reference(config)
 
 

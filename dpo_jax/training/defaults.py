@@ -126,6 +126,12 @@ FIELDS = {
     "loss.input_perturbation": Field(
         0.0, "Size of a draw that is added to the noise but not predicted, for example 0.1.", **NOT_NEGATIVE
     ),
+    "loss.inversion_steps": Field(
+        0,
+        "Find the noise of an image by this many steps of inverted DDIM with the policy (InPO: 10); 0 draws it.",
+        at_least=0,
+        at_most=1000,
+    ),
     "loss.log_snr_buckets": Field(
         0,
         "Draw timesteps evenly over this many ranges of log-SNR; the loss is not corrected for it. 0 draws uniformly.",

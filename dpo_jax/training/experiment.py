@@ -169,6 +169,7 @@ def on_pairs(config: ConfigDict, pipeline: Pipeline, placement: Placement, objec
         dropout=config.lora.dropout > 0,
         noise_offset=config.loss.noise_offset,
         input_perturbation=config.loss.input_perturbation,
+        inversion_steps=config.loss.inversion_steps,
         log_snr_buckets=config.loss.log_snr_buckets,
         constrain=batch_constraint(placement.mesh),
         gather=functools.partial(pipeline.gather, placement),

@@ -98,6 +98,7 @@ def make_compare(
     dropout: bool = False,
     noise_offset: float = 0.0,
     input_perturbation: float = 0.0,
+    inversion_steps: int = 0,
     log_snr_buckets: int = 0,
     constrain: Callable[[Any], Any] = lambda tree: tree,
     gather: Callable[[str, Params], Params] = lambda component, params: params,
@@ -116,6 +117,7 @@ def make_compare(
         dropout: give `denoise` keys for dropout while training.
         noise_offset: see `denoising.draw`; while training only.
         input_perturbation: see `denoising.perturb`; while training only.
+        inversion_steps: see `denoising.compare_denoising`; while training only.
         log_snr_buckets: see `even_shares`, while training only; 0 draws timesteps uniformly.
         constrain: keeps the inputs of the networks split over devices along their leading axis, as the batch is.
         gather: brings the weights of a component that are split over devices together where they are used.
@@ -161,6 +163,7 @@ def make_compare(
             conditioning,
             dropout_keys_B,
             perturbed_BHWC,
+            inversion_steps=inversion_steps if training else 0,
         )
         return with_batch(inputs, batch)
 

@@ -53,6 +53,7 @@ def published_mapo(e_w, e_l, ref_w, ref_l, beta=0.1, s=0.5, timesteps=1000):
 
 PUBLISHED = {
     "dpo": lambda e_w, e_l, ref_w, ref_l: -logsigmoid(-0.5 * 5000 * ((e_w - e_l) - (ref_w - ref_l))),
+    "inpo": lambda e_w, e_l, ref_w, ref_l: -logsigmoid(-0.5 * 2000 * ((e_w - e_l) - (ref_w - ref_l))),
     "ipo": lambda *errors: 2500**2 * published_ipo(*errors),  # see its docstring
     "hinge": lambda e_w, e_l, ref_w, ref_l: torch.relu(1 - 2500 * ((ref_w - e_w) - (ref_l - e_l))),
     "dmpo": published_dmpo,
@@ -149,6 +150,7 @@ def test_swapping_candidates_and_preference_changes_nothing(name, reference_w, b
 
 AT_REFERENCE = {
     "dpo": math.log(2),
+    "inpo": math.log(2),
     "ipo": 0.25,
     "hinge": 1.0,
     "dmpo": 0.5 * math.log(0.25 / (0.01 * 0.99)),
@@ -217,7 +219,7 @@ def test_a_tie_with_equal_shares_pulls_no_side(name):
     np.testing.assert_allclose(gradient_BK[0, 0], gradient_BK[0, 1], atol=1e-6)
 
 
-PUBLISHED_BETAS = {"dpo": 5000, "dmpo": 2000, "linear_dpo": 500, "smpo": 2000, "ipo": 2500, "hinge": 2500}
+PUBLISHED_BETAS = {"dpo": 5000, "inpo": 2000, "dmpo": 2000, "linear_dpo": 500, "smpo": 2000, "ipo": 2500, "hinge": 2500}
 
 
 @pytest.mark.parametrize(("name", "published"), PUBLISHED_BETAS.items())

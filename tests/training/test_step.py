@@ -37,19 +37,19 @@ def test_policy_equal_to_reference_has_loss_log_2(params):
     assert metrics["train/loss"] == pytest.approx(np.log(2), abs=1e-12)
 
 
-def test_only_training_offsets_noise_perturbs_inputs_and_draws_by_log_snr(params):
+def test_only_training_offsets_noise_perturbs_inputs_draws_by_log_snr_and_inverts(params):
     plain = make_compare(encode, denoise, SCHEDULE, DPO, seed=3)
     log_ratios = {"plain": plain(perturbed(params), frozen_like(params), make_batch(), jnp.int32(0), training=True)}
-    for options in ({"noise_offset": 0.1}, {"input_perturbation": 0.1}, {"log_snr_buckets": 10}):
-        compute = make_compare(encode, denoise, SCHEDULE, DPO, seed=3, **options)
+    changes = {"noise_offset": 0.1, "input_perturbation": 0.1, "log_snr_buckets": 10, "inversion_steps": 4}
+    for name, value in changes.items():
+        compute = make_compare(encode, denoise, SCHEDULE, DPO, seed=3, **{name: value})
         held_out = compute(perturbed(params), frozen_like(params), make_batch(), jnp.int32(0))
         np.testing.assert_array_equal(held_out.error_BK, log_ratios["plain"].error_BK)
-        name = next(iter(options))
         log_ratios[name] = compute(perturbed(params), frozen_like(params), make_batch(), jnp.int32(0), training=True)
         same = compute(params, frozen_like(params), make_batch(), jnp.int32(0), training=True)
         np.testing.assert_allclose(same.log_ratio_BK, 0, atol=1e-12)
     errors = [np.asarray(one.error_BK) for one in log_ratios.values()]
-    assert not any(np.allclose(errors[i], errors[j]) for i in range(4) for j in range(i))
+    assert not any(np.allclose(errors[i], errors[j]) for i in range(5) for j in range(i))
 
 
 def test_swapped_candidates_negate_the_margin(params):
