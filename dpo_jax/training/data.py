@@ -34,6 +34,7 @@ def check_data(config: ConfigDict) -> ConfigDict:
     where a part of every list would be padding.
     """
     records = _training_pairs(config)
+    _say_weights(records)
     most = int(records.candidates()[0].max())
     if _learns_from_lists(config) and most < config.data.candidates:
         warn(
@@ -51,6 +52,12 @@ def check_data(config: ConfigDict) -> ConfigDict:
             _say(f"validation is off: {error}. To validate, prepare more prompts or a larger --validation_fraction")
             return replaced(config, {"validation.every": 0})
     return config
+
+
+def _say_weights(records: TrainingRecords) -> None:
+    """Print the range of the weights in the loss, unless they are all equal."""
+    if isinstance(records, PreparedRecords) and (weight_N := records.weight_N).min() < weight_N.max():
+        _say(f"weights in the loss: {weight_N.min():.3g} to {weight_N.max():.3g}, with a mean of 1")
 
 
 def _say(message: str) -> None:

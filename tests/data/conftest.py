@@ -101,6 +101,7 @@ def write_prepared(folder: Path, records: Sequence[dict[str, Any]], images_per_s
             "models": [""] * len(record["images"]),
             "split": "train",
             "where": f"made row {i}",
+            "weight": 1.0,
         }
         | record
         | {"images": [stored[data] for data in record["images"]]}
@@ -114,7 +115,7 @@ def write_prepared(folder: Path, records: Sequence[dict[str, Any]], images_per_s
         "models": pa.list_(pa.string()),
         "split": pa.string(),
         "where": pa.string(),
-    }
+    } | ({"weight": pa.float32()} if any("weight" in record for record in records) else {})
     columns = {name: pa.array([row[name] for row in rows], type) for name, type in types.items()}
     for name, table in (("images", pa.table(images)), ("records", pa.table(columns))):
         with pa.ipc.new_file(str(folder / f"{name}.arrow"), table.schema) as file:

@@ -64,7 +64,7 @@ def open_records(
     judges: Sequence[str] = (),
     combine: Combine = "mean",
     score_judge: str = "",
-    pair_weights: PairWeights = "none",
+    pair_weights: PairWeights | None = None,
     **filters: Any,
 ) -> TrainingRecords:
     """Return the chosen records of one split of a prepared folder; `random:N` makes N random records, all chosen.
@@ -77,7 +77,8 @@ def open_records(
         num_candidates: K; of records with more candidates, the best K - 1 and the worst are kept.
         judges: the judges whose scores order the candidates in place of the votes; `combine`: as in `open_prepared`.
         score_judge: the judge whose stored scores `pair_weights` and `PreparedRecords.gap_N` need.
-        pair_weights: a function of `pair_weights.WEIGHTS`, which gives each record its weight in the loss.
+        pair_weights: weigh records in the loss by what the source states and by a function of `pair_weights.WEIGHTS`;
+            the mean weight is 1. None gives every record the weight 1.
         filters: arguments of `select`.
 
     Raises:
@@ -113,7 +114,7 @@ class PreparedRecords:
         ties: Ties,
         labels: Labels,
         num_candidates: int,
-        pair_weights: PairWeights = "none",
+        pair_weights: PairWeights | None = None,
     ):
         self._prepared, self._indices_N, self._ties, self._labels = prepared, indices_N, ties, labels
         self.num_candidates = num_candidates
@@ -121,8 +122,19 @@ class PreparedRecords:
         self.num_captions = num_candidates if have_own else 1
         self.weight_N = np.ones(len(indices_N))
         """The weight of each record in the loss, if it is not a tie."""
+        if pair_weights is not None:
+            self.weight_N = self._weights(pair_weights)
+
+    def _weights(self, pair_weights: PairWeights) -> np.ndarray:
+        weight_N = self._prepared.weight_N[self._indices_N].astype(np.float64)
         if pair_weights != "none":
-            self.weight_N = WEIGHTS[pair_weights](prepared.pair_scores_N2[indices_N])
+            weight_N *= WEIGHTS[pair_weights](self._prepared.pair_scores_N2[self._indices_N])
+        if not weight_N.any():
+            raise UserError(
+                f"all {len(self)} chosen records of {self._prepared.folder} have the weight 0. Set weaker filters, or "
+                "prepare the data with other weights"
+            )
+        return weight_N / weight_N.mean()
 
     @property
     def gap_N(self) -> np.ndarray:

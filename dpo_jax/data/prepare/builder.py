@@ -81,6 +81,8 @@ class Summary:
     """Images by width x height, upright; the most common first."""
     dropped: Counter[str] = dataclasses.field(default_factory=Counter)
     """Rows without a usable preference, by reason."""
+    weighted: int = 0
+    """Records with a weight of their own."""
     quarantined: int = 0
     damaged: Counter[str] = dataclasses.field(default_factory=Counter)
     """Quarantined rows by reason; `quarantine.jsonl` lists each."""
@@ -88,12 +90,13 @@ class Summary:
     def __str__(self) -> str:
         candidates = ", ".join(f"{count} with {k} candidates" for k, count in sorted(self.candidates.items()))
         resolutions = _listed(dict(self.resolutions.most_common(5)))
+        weighted = f"; {self.weighted} with a weight" if self.weighted else ""
         return (
             f"rows read    {self.rows}\n"
             f"dropped      {_listed(self.dropped)}\n"
             f"quarantined  {self.quarantined}{f' ({_listed(self.damaged)})' if self.damaged else ''}\n"
             f"records      {self.records}: {_listed(self.splits)}\n"
-            f"             {self.pairs} pairs, {self.ties} ties; {candidates}\n"
+            f"             {self.pairs} pairs, {self.ties} ties; {candidates}{weighted}\n"
             f"prompts      {_listed(self.prompts)}\n"
             f"images       {self.images} ({self.duplicates} duplicates): {resolutions}"
         )
@@ -254,6 +257,7 @@ def _add_counts(summary: Summary, folder: Path) -> None:
 def _add_merged(summary: Summary, merged: Merged) -> None:
     summary.splits, summary.prompts = merged.splits, merged.prompts
     summary.images, summary.duplicates, summary.resolutions = merged.images, merged.duplicates, merged.resolutions
+    summary.weighted = merged.weighted
     written = sum(merged.splits.values())
     assert (written, merged.quarantined) == (summary.records, summary.quarantined)
     assert summary.rows == written + summary.dropped.total() + merged.quarantined, "a row was lost"

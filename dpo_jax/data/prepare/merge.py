@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import tensorflow_datasets as tfds
 
 from dpo_jax.data.prepare import worker
 from dpo_jax.data.store import checksums, image_store
-from dpo_jax.data.store.prepared import IMAGES, RECORDS
+from dpo_jax.data.store.prepared import IMAGES, RECORDS, WEIGHTED_RECORDS
 
 VERSION = tfds.core.Version("3.1.0")
 
@@ -42,6 +43,8 @@ class Merged(NamedTuple):
     resolutions: Counter[str]
     """Images by width x height, the most common first."""
     quarantined: int
+    weighted: int
+    """Records with a weight of their own."""
     checksums: dict[str, str]
     """Checksums of the files of images, by their path in the data set."""
 
@@ -87,7 +90,9 @@ def merge(
     limit, prompts = _split(folders, scratch, validation_fraction)
     splits: Counter[str] = Counter()
     candidates = 0
-    with pa.ipc.new_file(str(target / "records.arrow"), RECORDS) as writer:
+    weighted = sum(_number_weighted(_read(folder / "records.arrow")) for folder in folders)
+    schema = WEIGHTED_RECORDS if weighted else RECORDS
+    with pa.ipc.new_file(str(target / "records.arrow"), schema) as writer:
         for part in identified:
             table = _read(part.folder / "records.arrow")
             images = table["images"].combine_chunks()
@@ -97,7 +102,10 @@ def merge(
                 "images": pa.ListArray.from_arrays(images.offsets, indices),
                 "split": pa.array(split, pa.string()),
             }
-            writer.write_table(pa.table([columns[name] for name in RECORDS.names], RECORDS))
+            if weighted:
+                stated = table["weight"] if _number_weighted(table) else pa.nulls(len(table), pa.float32())
+                columns["weight"] = pc.fill_null(stated, 1.0)
+            writer.write_table(pa.table([columns[name] for name in schema.names], schema))
             splits.update(split.tolist())
             candidates += len(indices)
 
@@ -112,7 +120,7 @@ def merge(
     number = sum(part.owned for part in identified)
     by_split = {name: splits[name] for name in prompts}
     ranked = Counter(dict(resolutions.most_common()))
-    return Merged(by_split, prompts, number, candidates - number, ranked, quarantined, digests)
+    return Merged(by_split, prompts, number, candidates - number, ranked, quarantined, weighted, digests)
 
 
 def _identify(folders: Sequence[Path], scratch: Path) -> list[_Part]:
@@ -224,6 +232,11 @@ def _split(folders: Sequence[Path], scratch: Path, validation_fraction: float) -
         sides["train"] += len(distinct) - held_out
         sides["validation"] += held_out
     return np.uint64(limit), {split: number for split, number in sides.items() if number}
+
+
+def _number_weighted(records: pa.Table) -> int:
+    """Return how many records of a part have a weight of their own; parts of earlier versions have no such column."""
+    return len(records) - records["weight"].null_count if "weight" in records.column_names else 0
 
 
 def _read(file: Path) -> pa.Table:

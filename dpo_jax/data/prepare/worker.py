@@ -27,7 +27,7 @@ from dpo_jax.data.sources import Chunk, Damaged, Dropped, Record, Source
 from dpo_jax.data.store import checksums, image_store, prepared
 
 # The hash of the prompt takes the place of the split, which it decides.
-RECORDS = pa.schema([*(field for field in prepared.RECORDS if field.name != "split"), ("prompt", pa.uint64())])
+RECORDS = pa.schema([*(field for field in prepared.WEIGHTED_RECORDS if field.name != "split"), ("prompt", pa.uint64())])
 FILE = "images.parquet"
 
 

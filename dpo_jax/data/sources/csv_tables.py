@@ -1,7 +1,8 @@
 """CSV and TSV tables with a header, whose rows name image files.
 
 Columns are prompt, chosen and rejected, or prompt, image_0, image_1 (and more) and preferred, the index of the best.
-The model of each image may follow: chosen_model and rejected_model, or model_0, model_1 and so on.
+The model of each image may follow: chosen_model and rejected_model, or model_0, model_1 and so on; and weight, the
+weight of the row in the loss.
 """
 
 import csv
@@ -76,7 +77,8 @@ def _record(where: str, folder: Path, row: Mapping[str, str]) -> Outcome:
             raise Unusable('"preferred" is not the index of an image', row["preferred"][:200])
         shares = [float(number == best) for number in numbers]
     caption = row["prompt"] if row["prompt"].strip() else None
-    return make_record(where, caption, shares, lambda k: read_image(row[names[k]], folder), models)
+    weight = row.get("weight")
+    return make_record(where, caption, shares, lambda k: read_image(row[names[k]], folder), models, weight=weight)
 
 
 class _Row(NamedTuple):

@@ -35,7 +35,8 @@ def read_jsonl(chunk: Chunk) -> Iterator[Outcome]:
     {"prompt": ..., "images": [paths], and one of PREFERENCES}. Paths are relative to this file.
 
     `models` and `captions` (a caption of its own for each candidate) may follow, or `chosen_model` and
-    `rejected_model`. A prompt may be a list of captions, which become the lines of one: see `data.caption_lines`.
+    `rejected_model`; and `weight`, the weight of the line in the loss. A prompt may be a list of captions, which become
+    the lines of one: see `data.caption_lines`.
     """
     return read_rows(chunk, lines, _jsonl_row)
 
@@ -60,7 +61,8 @@ def _jsonl_row(where: str, folder: Path, row: Mapping[str, Any]) -> Outcome:
         if not prompt or not all(isinstance(text, str) and text.strip() for text in prompt):
             raise Unusable('"prompt" is a list with an entry that is not a caption', repr(prompt)[:200])
         prompt = "\n".join(" ".join(text.split()) for text in prompt)
-    return make_record(where, prompt, shares, lambda k: read_image(paths[k], folder), models or (), captions)
+    weight = row.get("weight")
+    return make_record(where, prompt, shares, lambda k: read_image(paths[k], folder), models or (), captions, weight)
 
 
 def _as_images(row: Mapping[str, Any]) -> dict[str, Any]:

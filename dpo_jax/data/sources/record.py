@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dpo_jax.data.sources.values import is_missing
+from dpo_jax.data.sources.values import is_missing, is_unstated, number
 from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.files import is_text
 
@@ -15,6 +15,9 @@ CHUNKS = 64
 MIN_ROWS_A_CHUNK, MAX_ROWS_A_CHUNK = 100, 2000
 MAX_CANDIDATES = 256
 """Candidates per prompt: people compare a few images, and all pairs of a million would take forever."""
+
+MAX_WEIGHT = 1e9
+"""Largest weight of a row, far from what float32 holds."""
 
 
 class Record(NamedTuple):
@@ -32,6 +35,8 @@ class Record(NamedTuple):
     """The model that generated each candidate; empty if the source does not say."""
     captions: tuple[str, ...] | None = None
     """The caption of each candidate, if they differ from `caption`."""
+    weight: float | None = None
+    """Weight in the loss; None if the source does not say, which means 1."""
 
 
 class Dropped(NamedTuple):
@@ -135,6 +140,7 @@ def make_record(
     image: Callable[[int], bytes | None],
     models: Sequence[object] = (),
     captions: Sequence[object] | None = None,
+    weight: object = None,
 ) -> Outcome:
     """Check a row, scale its shares to sum to 1, and order it best first; equal candidates keep their order.
 
@@ -142,6 +148,7 @@ def make_record(
         shares: one per candidate, in any unit: votes, labels, or what `borda` returns.
         image: reads candidate k; called only for rows that state a preference; raises Unusable if it cannot.
         models: one per candidate, null where unknown; empty if none is known.
+        weight: weight of the row in the loss, null or blank where the source states none.
     """
     if is_missing(caption):
         return Dropped(where, "without a caption")
@@ -155,6 +162,9 @@ def make_record(
         return Damaged(where, "the number of models or captions is not that of the candidates")
     if not all(0 <= share < math.inf for share in shares):
         return Damaged(where, "a label is negative or not a number")
+    stated = None if is_unstated(weight) else number(weight)
+    if not is_unstated(weight) and (stated is None or not 0 <= stated <= MAX_WEIGHT):
+        return Damaged(where, f"a weight is not a number from 0 to {MAX_WEIGHT:g}", repr(weight)[:200])
     largest = max(shares)
     if largest == 0:
         return Dropped(where, "without a label")
@@ -171,4 +181,5 @@ def make_record(
         preference=tuple(shares[k] / sum(shares) for k in order),
         models=tuple(str(names[k]) for k in order),
         captions=None if captions is None else tuple(str(captions[k]) for k in order),
+        weight=stated,
     )

@@ -55,24 +55,26 @@ def pickapic_row(where: str, values: Mapping[str, Any], image: Image) -> Outcome
     second = labels.get("label_1")
     shares = first, 1 - first if second is None else second
     models = values.get("model_0"), values.get("model_1")
-    return make_record(where, values["caption"], shares, lambda k: image(f"jpg_{k}"), models)
+    weight = values.get("weight")
+    return make_record(where, values["caption"], shares, lambda k: image(f"jpg_{k}"), models, weight=weight)
 
 
 def open_image_preferences_row(where: str, values: Mapping[str, Any], image: Image) -> Outcome:
     """Return the outcome of a row of data-is-better-together/open-image-preferences-v1-binarized on the hub."""
     names = "chosen", "rejected"
     models = [values.get(f"{name}_model") for name in names]
-    return make_record(where, values["prompt"], (1, 0), lambda k: image(names[k]), models)
+    weight = values.get("weight")
+    return make_record(where, values["prompt"], (1, 0), lambda k: image(names[k]), models, weight=weight)
 
 
 PICKAPIC = Schema(
     needed={"jpg_0": "image", "jpg_1": "image", "caption": "text", "label_0": "number"},
-    optional={"label_1": "number", "has_label": "boolean", "model_0": "text", "model_1": "text"},
+    optional={"label_1": "number", "has_label": "boolean", "model_0": "text", "model_1": "text", "weight": "number"},
     row=pickapic_row,
 )
 OPEN_IMAGE_PREFERENCES = Schema(
     needed={"chosen": "image", "rejected": "image", "prompt": "text"},
-    optional={"chosen_model": "text", "rejected_model": "text"},
+    optional={"chosen_model": "text", "rejected_model": "text", "weight": "number"},
     row=open_image_preferences_row,
 )
 

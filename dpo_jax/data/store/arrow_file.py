@@ -12,16 +12,16 @@ _RECORD_BATCH = 3
 """Number of this kind of message in Arrow's Message.fbs."""
 
 
-def map_table(path: Path, schema: pa.Schema, again: str, earlier: pa.Schema | None = None) -> pa.Table:
+def map_table(path: Path, schema: pa.Schema, again: str, other: pa.Schema | None = None) -> pa.Table:
     """Map an Arrow file into memory. Raise ValueError, with the remedy, for a damaged file or another schema.
 
     Args:
-        earlier: schema of an earlier version, which is accepted too.
+        other: another schema that is accepted too.
     """
     try:
         mapped = pa.memory_map(str(files.check_regular(path)))
         reader = pa.ipc.open_file(mapped)
-        is_ours = reader.schema in (schema, earlier)
+        is_ours = reader.schema in (schema, other)
         if is_ours:
             _refuse_compressed(mapped)
             return reader.read_all()

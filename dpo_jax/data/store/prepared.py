@@ -42,6 +42,8 @@ RECORDS = pa.schema(
         "where": pa.string(),  # file and row of the source, for messages
     }
 )
+WEIGHTED_RECORDS = RECORDS.append(pa.field("weight", pa.float32()))
+"""`RECORDS` with weights in the loss; written only if the source states any."""
 IMAGES = pa.schema(
     {
         "sha256": pa.binary(),
@@ -101,7 +103,7 @@ class PreparedData:
 
     @property
     def records(self) -> pa.Table:
-        """The table `RECORDS`; with judges, the records that all of them scored are ordered by the judges."""
+        """The table, `RECORDS` or `WEIGHTED_RECORDS`; judges order the records that all of them scored."""
         return self._judged.records
 
     @functools.cached_property
@@ -115,7 +117,7 @@ class PreparedData:
 
     @functools.cached_property
     def _judged(self) -> "_Judged":
-        votes = map_table(self.folder / "records.arrow", RECORDS, AGAIN)
+        votes = map_table(self.folder / "records.arrow", RECORDS, AGAIN, WEIGHTED_RECORDS)
         if not self.judges:
             return _Judged(votes, np.ones(votes.num_rows, bool), None)
         of = scores.candidates(votes["images"])
@@ -130,6 +132,12 @@ class PreparedData:
         if self._judged.order_M is not None:
             scores_M = scores_M[self._judged.order_M]
         return np.stack([scores_M[of.first_N], scores_M[of.first_N + of.number_N - 1]], axis=1)
+
+    @property
+    def weight_N(self) -> np.ndarray:
+        """The weight of each record in the loss, as the source states it; 1 where it states none."""
+        records = self.records
+        return records["weight"].to_numpy() if "weight" in records.column_names else np.ones(len(self), np.float32)
 
     @property
     def sha256_I(self) -> pa.ChunkedArray:
@@ -235,7 +243,7 @@ def _check_images(folder: Path, sha256: str) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _check_records(folder: Path, sha256: str, known_images: int) -> None:
-    table = map_table(folder / "records.arrow", RECORDS, AGAIN)
+    table = map_table(folder / "records.arrow", RECORDS, AGAIN, WEIGHTED_RECORDS)
     table_checks.check_records(folder / "records.arrow", table, known_images)
 
 

@@ -79,6 +79,9 @@ def check_records(path: Path, records: pa.Table, known_images: int) -> None:
     rises_M = np.zeros(len(share_M), bool)
     rises_M[1:] = (share_M[1:] > share_M[:-1]) & (record_M[1:] == record_M[:-1])
     problems.add(any_of_record(rises_M), "preference is not sorted best first")
+    if "weight" in records.column_names:
+        weight_N = records["weight"].to_numpy()
+        problems.add(~((weight_N >= 0) & (weight_N < np.inf)), "weight is negative or not finite")
     problems.tell()
 
 
