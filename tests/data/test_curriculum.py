@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dpo_jax.data.load.curriculum import CurriculumOrder
 
-examples = settings(max_examples=15, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=10, deadline=None, derandomize=True, database=None)
 
 
 def stages_of(order: CurriculumOrder, blocks: int, positions: int, until: int) -> list[list[int]]:
