@@ -1,7 +1,7 @@
 """The training step: batch -> latents -> errors and log-ratios -> loss -> update, one jitted function of arrays.
 
 Read it together with `objectives/denoising.py` (what a log-ratio is) and `methods/dpo.py` (what is minimised).
-Gradients are taken here and nowhere else.
+Gradients are taken here and in `micro_batches.py`, and nowhere else.
 
 Axes: B prompts of a batch, A micro-batches, K candidates.
 """
@@ -20,6 +20,7 @@ from dpo_jax.diffusion.schedule import Schedule, even_shares
 from dpo_jax.methods.method import Objective
 from dpo_jax.methods.metrics import Metrics, pair_metrics, sums_by_noise
 from dpo_jax.objectives.denoising import Denoise, compare_denoising, draw, keys_for, perturb
+from dpo_jax.training.micro_batches import gradient_of_whole_batch, split_micro_batches, sum_over
 from dpo_jax.training.moving_reference import MovingReference, follow
 from dpo_jax.weights.layout import Params
 
@@ -262,50 +263,6 @@ def make_train_step(
     return step
 
 
-def sum_over(gradient: Callable[[Any], tuple[Params, Metrics]], micro: Any, params: Params) -> tuple[Params, Metrics]:
-    """Return the sum over micro-batches, [A, ...], of their gradients and metrics."""
-    _, no_sums = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], micro))
-    zeros = jax.tree.map(jnp.zeros_like, (params, no_sums))  # zeros_like keeps the sharding of the parameters
-    add = jax.tree_util.Partial(jax.tree.map, jnp.add)
-    total, _ = jax.lax.scan(lambda total, one: (add(total, gradient(one)), None), zeros, micro)
-    return total
-
-
-def gradient_of_whole_batch(
-    inputs_of: Callable[[Params, PreferenceBatch], LossInputs],
-    summed: Callable[[LossInputs], tuple[jax.Array, Metrics]],
-    params: Params,
-    micro: PreferenceBatch,
-) -> tuple[Params, Metrics]:
-    """Return gradient and metrics of a loss in which a prompt's share depends on prompts of other micro-batches.
-
-    A first pass computes the errors of all micro-batches; the loss of the whole batch gives the slope along each error.
-    A second pass sums the gradients of the errors, times their slopes, which is the gradient of the loss.
-    """
-
-    def numbers(_: None, batch: PreferenceBatch) -> tuple[None, LossInputs]:
-        inputs = jax.lax.stop_gradient(inputs_of(params, batch))
-        return None, inputs._replace(prediction_BKHWC=None, reference_prediction_BKHWC=None, target_BKHWC=None)
-
-    count = micro.weight_B.shape[0]
-    _, parts = jax.lax.scan(numbers, None, micro)
-    running = jax.tree.map(lambda x: x[0], parts.running)
-    inputs = jax.tree.map(join_micro_batches, parts._replace(running={}))._replace(running=running)
-
-    def loss_at(error_BK: jax.Array) -> tuple[jax.Array, Metrics]:
-        reference_BK = 0 if inputs.reference_error_BK is None else inputs.reference_error_BK
-        return summed(inputs._replace(error_BK=error_BK, log_ratio_BK=-(error_BK - reference_BK) / 2))
-
-    slope_BK, sums = jax.grad(loss_at, has_aux=True)(inputs.error_BK)
-
-    def gradient(part: tuple[PreferenceBatch, jax.Array]) -> tuple[Params, Metrics]:
-        batch, slope_bK = part
-        return jax.grad(lambda params: jnp.sum(slope_bK * inputs_of(params, batch).error_BK))(params), {}
-
-    grads, _ = sum_over(gradient, (micro, split_micro_batches(slope_BK, count)), params)
-    return grads, sums
-
-
 def gradient_norms(grads: Params) -> Metrics:
     """Return the norm of the gradient of each group of parameters; empty if there is one group."""
     groups: dict[str, Params] = {}
@@ -379,13 +336,3 @@ def keep_candidates(batch: PreferenceBatch, count: int | None) -> PreferenceBatc
         preference_BK=batch.preference_BK[:, :count],
         valid_BK=batch.valid_BK[:, :count],
     )
-
-
-def split_micro_batches(x: Any, count: int) -> Any:
-    """Return x as [count, B / count, ...], divided by stride: each device keeps its examples and nothing is moved."""
-    return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
-
-
-def join_micro_batches(x: jax.Array) -> jax.Array:
-    """Undo `split_micro_batches`: [A, B / A, ...] -> [B, ...]."""
-    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])

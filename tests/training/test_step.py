@@ -8,7 +8,8 @@ import pytest
 
 from dpo_jax.methods import METHODS
 from dpo_jax.methods.metrics import pair_metrics
-from dpo_jax.training.step import TrainState, make_compare, make_train_step, prompt_weights, split_micro_batches
+from dpo_jax.training.micro_batches import split_micro_batches
+from dpo_jax.training.step import TrainState, make_compare, make_train_step, prompt_weights
 
 from ..small_denoiser import SCHEDULE, denoise, encode, frozen_like, make_batch, perturbed
 

@@ -1,0 +1,68 @@
+"""The gradient of a batch that is cut into micro-batches.
+
+Axes: B prompts of a batch, A micro-batches, K candidates.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.batch import LossInputs, PreferenceBatch
+from dpo_jax.methods.metrics import Metrics
+from dpo_jax.weights.layout import Params
+
+
+def sum_over(gradient: Callable[[Any], tuple[Params, Metrics]], micro: Any, params: Params) -> tuple[Params, Metrics]:
+    """Return the sum over micro-batches, [A, ...], of their gradients and metrics."""
+    _, no_sums = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], micro))
+    zeros = jax.tree.map(jnp.zeros_like, (params, no_sums))  # zeros_like keeps the sharding of the parameters
+    add = jax.tree_util.Partial(jax.tree.map, jnp.add)
+    total, _ = jax.lax.scan(lambda total, one: (add(total, gradient(one)), None), zeros, micro)
+    return total
+
+
+def gradient_of_whole_batch(
+    inputs_of: Callable[[Params, PreferenceBatch], LossInputs],
+    summed: Callable[[LossInputs], tuple[jax.Array, Metrics]],
+    params: Params,
+    micro: PreferenceBatch,
+) -> tuple[Params, Metrics]:
+    """Return gradient and metrics of a loss in which a prompt's share depends on prompts of other micro-batches.
+
+    A first pass computes the errors of all micro-batches; the loss of the whole batch gives the slope along each error.
+    A second pass sums the gradients of the errors, times their slopes, which is the gradient of the loss.
+    """
+
+    def numbers(_: None, batch: PreferenceBatch) -> tuple[None, LossInputs]:
+        inputs = jax.lax.stop_gradient(inputs_of(params, batch))
+        return None, inputs._replace(prediction_BKHWC=None, reference_prediction_BKHWC=None, target_BKHWC=None)
+
+    count = micro.weight_B.shape[0]
+    _, parts = jax.lax.scan(numbers, None, micro)
+    running = jax.tree.map(lambda x: x[0], parts.running)
+    inputs = jax.tree.map(join_micro_batches, parts._replace(running={}))._replace(running=running)
+
+    def loss_at(error_BK: jax.Array) -> tuple[jax.Array, Metrics]:
+        reference_BK = 0 if inputs.reference_error_BK is None else inputs.reference_error_BK
+        return summed(inputs._replace(error_BK=error_BK, log_ratio_BK=-(error_BK - reference_BK) / 2))
+
+    slope_BK, sums = jax.grad(loss_at, has_aux=True)(inputs.error_BK)
+
+    def gradient(part: tuple[PreferenceBatch, jax.Array]) -> tuple[Params, Metrics]:
+        batch, slope_bK = part
+        return jax.grad(lambda params: jnp.sum(slope_bK * inputs_of(params, batch).error_BK))(params), {}
+
+    grads, _ = sum_over(gradient, (micro, split_micro_batches(slope_BK, count)), params)
+    return grads, sums
+
+
+def split_micro_batches(x: Any, count: int) -> Any:
+    """Return x as [count, B / count, ...], divided by stride: each device keeps its examples and nothing is moved."""
+    return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
+
+
+def join_micro_batches(x: jax.Array) -> jax.Array:
+    """Undo `split_micro_batches`: [A, B / A, ...] -> [B, ...]."""
+    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
