@@ -4,6 +4,7 @@ They are optax transformations of a flat dict of parameters. Every state array i
 its parameter's name and has its parameter's rank, so that a sharding rule written for the parameter serves its state.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -179,6 +180,10 @@ def scale_by_adafactor(
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
 
 
+MUON_BATCH = 2**26
+"""Most numbers that Muon orthogonalizes at a time; one matrix after another would take minutes to compile."""
+
+
 class MuonState(NamedTuple):
     """The momentum of matrices, and Adam's state of all other parameters."""
 
@@ -206,26 +211,41 @@ def scale_by_muon(specs: Specs, adam: optax.GradientTransformation) -> optax.Gra
     def update(grads: Params, state: MuonState, params: Params | None = None) -> tuple[Params, MuonState]:
         ours, others = split(grads)
         updates, adam_state = adam.update(others, state.adam)
-        means, scaled = {}, dict(updates)  # type: ignore[call-overload]
-        for name, grad in ours.items():
-            means[name] = momentum * state.momentum[name] + (1 - momentum) * grad
-            ahead = momentum * means[name] + (1 - momentum) * grad
-            scaled[name] = size * max(grad.shape) ** 0.5 * orthogonalize(ahead)
+        scaled: Params = dict(updates)  # type: ignore[call-overload]
+        means = {name: momentum * state.momentum[name] + (1 - momentum) * grad for name, grad in ours.items()}
+        ahead = {name: momentum * means[name] + (1 - momentum) * grad for name, grad in ours.items()}
+        for names in equal_shapes(ahead, MUON_BATCH):
+            stacked = orthogonalize(jnp.stack([ahead[name] for name in names]))
+            scaled |= {name: size * max(x.shape) ** 0.5 * x for name, x in zip(names, stacked, strict=True)}
         return scaled, MuonState(means, adam_state)
 
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
 
 
-def orthogonalize(x: jax.Array) -> jax.Array:
-    """Return a matrix with the same singular vectors and singular values between about 0.7 and 1.2.
+def equal_shapes(params: Params, most: int) -> list[list[str]]:
+    """Return lists of names of parameters of one shape, each of at most `most` numbers or a single parameter."""
+    of_shape: dict[tuple[int, ...], list[str]] = {}
+    for name, x in params.items():
+        of_shape.setdefault(x.shape, []).append(name)
+    counts = {shape: max(1, most // math.prod(shape)) for shape in of_shape}
+    return [
+        names[start : start + counts[shape]]
+        for shape, names in of_shape.items()
+        for start in range(0, len(names), counts[shape])
+    ]
+
+
+def orthogonalize(x_NIO: jax.Array) -> jax.Array:
+    """Return N matrices with the same singular vectors and singular values between about 0.7 and 1.2.
 
     Five steps of a Newton-Schulz iteration (https://kellerjordan.github.io/posts/muon); a matrix of zeros stays so.
     """
-    if x.shape[0] > x.shape[1]:
-        return orthogonalize(x.T).T
-    x = x / jnp.maximum(jnp.linalg.norm(x), 1e-7)
+    x = x_NIO
+    if x.shape[1] > x.shape[2]:
+        return orthogonalize(x.mT).mT
+    x = x / jnp.maximum(jnp.linalg.norm(x, axis=(1, 2), keepdims=True), 1e-7)
     for _ in range(5):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x
 

@@ -16,13 +16,14 @@ from transformers import Adafactor
 from dpo_jax.models.layers import CONV_AXES, LINEAR_AXES
 from dpo_jax.sharding import AXES, SMALL, Placement
 from dpo_jax.training.config import FALLING
-from dpo_jax.training.optim import OPTIMIZERS, learning_rate_schedule, make_optimizer, orthogonalize
+from dpo_jax.training.optim import OPTIMIZERS, equal_shapes, learning_rate_schedule, make_optimizer, orthogonalize
 from dpo_jax.weights.layout import ParamSpec
 
 SPECS = {
     "conv.kernel": ParamSpec((3, 2, 5, 4), CONV_AXES),  # factored over height and width, which differ here
     "conv1x1.kernel": ParamSpec((1, 1, 5, 4), CONV_AXES),
     "linear.kernel": ParamSpec((6, 3), LINEAR_AXES),
+    "linear2.kernel": ParamSpec((6, 3), LINEAR_AXES),
     "table.embedding": ParamSpec((7, 3), (0, 1)),
     "norm.scale": ParamSpec((6,), (0,)),
 }
@@ -141,13 +142,15 @@ def newton_schulz(x: np.ndarray) -> np.ndarray:
 
 
 def test_muon_is_that_of_pytorch_for_linear_layers_and_adamw_for_the_rest(x64, run):
-    kernel, momentum = run.params["linear.kernel"].T, 0.0  # PyTorch's layout: (out, in)
-    for rate, grads in zip(RATES, run.grads, strict=True):
-        grad = clipped(grads, 1.0)["linear.kernel"].T
-        momentum = 0.95 * momentum + 0.05 * grad
-        update = newton_schulz(0.95 * momentum + 0.05 * grad)
-        kernel = kernel - rate * (0.2 * np.sqrt(max(grad.shape)) * update + 0.2 * kernel)
-    expected = torch_params(run, "adamw", 1.0, "constant_with_warmup") | {"linear.kernel": kernel.T}
+    expected = torch_params(run, "adamw", 1.0, "constant_with_warmup")
+    for name in ("linear.kernel", "linear2.kernel"):
+        kernel, momentum = run.params[name].T, 0.0  # PyTorch's layout: (out, in)
+        for rate, grads in zip(RATES, run.grads, strict=True):
+            grad = clipped(grads, 1.0)[name].T
+            momentum = 0.95 * momentum + 0.05 * grad
+            update = newton_schulz(0.95 * momentum + 0.05 * grad)
+            kernel = kernel - rate * (0.2 * np.sqrt(max(grad.shape)) * update + 0.2 * kernel)
+        expected[name] = kernel.T
 
     assert_close(our_params(run, "muon", 1.0, "constant_with_warmup"), expected, run)
 
@@ -166,11 +169,17 @@ def test_muon_matches_pytorch_up_to_its_bfloat16(run):
 
 
 def test_orthogonalized_matrices_have_equal_singular_values_and_zeros_stay(x64):
-    x = np.random.default_rng(0).normal(size=(8, 5)) * np.logspace(-1, 1, 5)
-    assert np.linalg.cond(x) > 50
+    x = np.random.default_rng(0).normal(size=(2, 8, 5)) * np.logspace(-1, 1, 5)
+    assert np.linalg.cond(x).min() > 50
     values = np.linalg.svd(orthogonalize(jnp.asarray(x)), compute_uv=False)
     assert 0.6 < values.min() < values.max() < 1.3
-    np.testing.assert_array_equal(orthogonalize(jnp.zeros((3, 2))), 0)  # LoRA's first factor, before its first update
+    zeros = jnp.zeros((1, 3, 2))  # such as the gradient of a LoRA's first factor before its first update
+    np.testing.assert_array_equal(orthogonalize(zeros), 0)
+
+
+def test_matrices_of_one_shape_are_orthogonalized_together_up_to_a_size():
+    params = {name: jnp.zeros((2, 3)) for name in "abcde"} | {"x": jnp.zeros((3, 2)), "y": jnp.zeros((100, 100))}
+    assert equal_shapes(params, 12) == [["a", "b"], ["c", "d"], ["e"], ["x"], ["y"]]
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 2])
@@ -213,7 +222,7 @@ def test_prodigy_is_that_of_its_authors(x64, run, warmup_steps):
 def test_prodigy_has_a_copy_of_the_initial_parameters(run):
     optimizer = make_optimizer("prodigy", optax.constant_schedule(1.0), SPECS)
     params = {name: jnp.asarray(value, jnp.float32) for name, value in run.params.items()}
-    state = jax.jit(optimizer.init)(params)
+    state = optimizer.init(params)
     for param in params.values():
         param.delete()  # as a step does with a donated one
     for name, value in state[1].begun.params0.items():
