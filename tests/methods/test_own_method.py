@@ -1,6 +1,5 @@
 """A method in one file of the user's own goes through every command; no file of the package knows of it."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,17 +8,14 @@ from dpo_jax.cli import load_config
 from dpo_jax.errors import UserError
 from dpo_jax.methods import find_method
 from dpo_jax.planning.estimate import measure_work
-from dpo_jax.training import loop as loop_module
-from dpo_jax.training.checkpoint import latest_step, read_config
+from dpo_jax.training.checkpoint import read_config
 from dpo_jax.training.defaults import choose_method, describe, with_fields
 from dpo_jax.training.export import export, exportable_run
 from dpo_jax.training.trainer import train
 
+from .killed import train_killed_and_resumed
+
 NAME = "python=my_ipo:IPO"
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.fixture(autouse=True)
@@ -35,30 +31,11 @@ def test_it_trains_resumes_after_a_kill_plans_exports_and_has_a_card(
     tiny_config, tmp_path, monkeypatch, capsys
 ) -> None:
     config = tiny_config("sd15", steps=2, **{"loss.name": NAME, "loss.beta": 100.0, "checkpoint.every": 1})
-    log = loop_module.Loop._log
-
-    def log_and_die(loop, step, *rest):
-        log(loop, step, *rest)
-        if step == 2:
-            loop.checkpoints.close()
-            raise Killed
-
-    def losses() -> list[float]:
-        return [json.loads(line)["train/loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
     workdir = tmp_path / "run"
-    monkeypatch.setattr(loop_module.Loop, "_log", log_and_die)
-    with pytest.raises(Killed):
-        train(config, workdir)
-    monkeypatch.setattr(loop_module.Loop, "_log", log)
-    assert f"policy = reference makes {1 / 200**2:.6f}" in capsys.readouterr().err
-    before = losses()
-    assert len(before) == 2
-    assert latest_step(workdir) == 1  # the second step is made again
-    train(config, workdir)
+    losses = train_killed_and_resumed(config, workdir)
 
-    assert losses() == before
-    assert before[0] == pytest.approx(1 / 200**2, rel=1e-3)
+    assert f"policy = reference makes {1 / 200**2:.6f}" in capsys.readouterr().err
+    assert losses[0] == pytest.approx(1 / 200**2, rel=1e-3)
     assert measure_work(config, "gpu").activation_bytes > 0
     saved = read_config(workdir)
     assert saved is not None
