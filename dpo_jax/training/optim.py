@@ -10,7 +10,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import ProdigyState, prodigy
 
 from dpo_jax.errors import UserError
 from dpo_jax.weights.layout import Params, Specs
@@ -96,7 +95,7 @@ def make_optimizer(
     beta2 = beta2_of(name, beta2)
     clip = clip_by_global_norm(clip_norm)
     if name == "prodigy":
-        return optax.chain(clip, prodigy_from_rest(learning_rate, beta1, beta2, epsilon, weight_decay))
+        return optax.chain(clip, prodigy(learning_rate, beta1, beta2, epsilon, weight_decay))
     preconditioners = {
         "adamw": optax.scale_by_adam(beta1, beta2, epsilon),
         "adafactor": scale_by_adafactor(specs),
@@ -250,34 +249,56 @@ def orthogonalize(x_NIO: jax.Array) -> jax.Array:
     return x
 
 
-class ProdigySteps(NamedTuple):
-    """All steps, which the schedule counts, and the state of Prodigy after those since it began."""
+class ProdigyState(NamedTuple):
+    """AdamW's moments, of gradients times `distance`, and what the estimate of the distance follows from."""
 
     step: jax.Array
-    begun: ProdigyState
+    """Number of all steps, for the schedule."""
+    begun: jax.Array
+    """Number of steps since the first one with a learning rate and a gradient."""
+    distance: jax.Array
+    """Estimate of the distance from the initial parameters to a solution: d in the paper."""
+    numerator: jax.Array
+    mean: Params
+    square: Params
+    total: Params
+    """Weighted sum of the gradients: s in the paper."""
+    start: Params
+    """The initial parameters."""
 
 
-def prodigy_from_rest(
+def prodigy(
     learning_rate: optax.Schedule, beta1: float, beta2: float, epsilon: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Return optax's Prodigy, which begins, as the authors' code does, with the first step that has a rate and a slope.
+    """Prodigy (arXiv 2306.06101, algorithm 4) as its authors' code computes it; the update has its sign and its rate.
 
-    By itself it divides 0 by 0 in a warmup from 0, and its state holds the initial parameters themselves, whose memory
-    a training step cannot donate twice.
+    `optax.contrib.prodigy` divides 0 by 0 in a warmup from 0, gathers parameters that are split over devices, and its
+    state shares the memory of the initial parameters, which a training step donates.
     """
+    first, beta3 = 1e-6, beta2**0.5
 
-    def at_rate(rate: jax.Array | float) -> optax.GradientTransformation:
-        return prodigy(rate, (beta1, beta2), eps=epsilon, weight_decay=weight_decay)
+    def init(params: Params) -> ProdigyState:
+        zero, none = jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params)
+        start = jax.tree.map(jnp.copy, params)
+        return ProdigyState(zero, zero, jnp.asarray(first), jnp.zeros(()), none, none, none, start)
 
-    def init(params: Params) -> ProdigySteps:
-        state: ProdigyState = at_rate(1.0).init(params)
-        return ProdigySteps(jnp.zeros((), jnp.int32), state._replace(params0=jax.tree.map(jnp.copy, params)))
-
-    def update(grads: Params, state: ProdigySteps, params: Params) -> tuple[Params, ProdigySteps]:
-        updates, begun = at_rate(learning_rate(state.step)).update(grads, state.begun, params)
-        has_begun = jnp.isfinite(begun.estim_lr)
-        resting = jax.tree.map(jnp.zeros_like, grads), state.begun
-        updates, begun = jax.tree.map(lambda new, old: jnp.where(has_begun, new, old), (updates, begun), resting)
-        return updates, ProdigySteps(state.step + 1, begun)
+    def update(grads: Params, state: ProdigyState, params: Params) -> tuple[Params, ProdigyState]:
+        begun, d = state.begun + 1, state.distance
+        size = d * learning_rate(state.step) * (1 - beta2**begun) ** 0.5 / (1 - beta1**begun)
+        weight = d / first * size
+        slope = sum(jnp.sum(grad * (state.start[name] - params[name])) for name, grad in grads.items())
+        mean = {name: beta1 * state.mean[name] + (1 - beta1) * d * grad for name, grad in grads.items()}
+        square = {name: beta2 * state.square[name] + (1 - beta2) * (d * grad) ** 2 for name, grad in grads.items()}
+        total = {name: beta3 * state.total[name] + weight * grad for name, grad in grads.items()}
+        denominator = sum(jnp.sum(jnp.abs(x)) for x in total.values())
+        numerator = beta3 * state.numerator + weight * slope
+        distance = jnp.maximum(d, numerator / jnp.where(denominator > 0, denominator, 1))
+        updates = {
+            name: -size * (mean[name] / (jnp.sqrt(square[name]) + distance * epsilon) + weight_decay * param)
+            for name, param in params.items()
+        }
+        new = ProdigyState(state.step, begun, distance, numerator, mean, square, total, state.start)
+        kept = jax.tree.map(lambda new, old: jnp.where(denominator > 0, new, old), new, state)
+        return updates, kept._replace(step=state.step + 1)
 
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]

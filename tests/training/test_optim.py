@@ -225,7 +225,7 @@ def test_prodigy_has_a_copy_of_the_initial_parameters(run):
     state = optimizer.init(params)
     for param in params.values():
         param.delete()  # as a step does with a donated one
-    for name, value in state[1].begun.params0.items():
+    for name, value in state[1].start.items():
         np.testing.assert_array_equal(value, run.params[name].astype(np.float32))
 
 
