@@ -146,12 +146,14 @@ def compare_denoising(
     if reference is None:
         return inputs
     reference_prediction_BKHWC, reference_error_BK = jax.lax.stop_gradient(predict(reference))
-    apart_BKHWC = jax.lax.stop_gradient(prediction_BKHWC) - reference_prediction_BKHWC
+    apart_BKHWC = prediction_BKHWC - reference_prediction_BKHWC
+    # e_policy - e_reference, without the rounding of two sums that beta multiplies: equal predictions give exactly 0.
+    products_BKHWC = apart_BKHWC * (prediction_BKHWC + reference_prediction_BKHWC - 2 * inputs.target_BKHWC)
     return inputs._replace(
-        log_ratio_BK=-(error_BK - reference_error_BK) / 2,
+        log_ratio_BK=-products_BKHWC.mean(axis=(2, 3, 4)) / 2,
         reference_error_BK=reference_error_BK,
         reference_prediction_BKHWC=reference_prediction_BKHWC,
-        drift_BK=jnp.square(apart_BKHWC).mean(axis=(2, 3, 4)),
+        drift_BK=jnp.square(jax.lax.stop_gradient(apart_BKHWC)).mean(axis=(2, 3, 4)),
     )
 
 

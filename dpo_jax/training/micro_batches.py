@@ -45,8 +45,8 @@ def gradient_of_whole_batch(
     inputs = jax.tree.map(join_micro_batches, parts._replace(running={}))._replace(running=running)
 
     def loss_at(error_BK: jax.Array) -> tuple[jax.Array, Metrics]:
-        reference_BK = 0 if inputs.reference_error_BK is None else inputs.reference_error_BK
-        return summed(inputs._replace(error_BK=error_BK, log_ratio_BK=-(error_BK - reference_BK) / 2))
+        log_ratio_BK = inputs.log_ratio_BK - (error_BK - inputs.error_BK) / 2
+        return summed(inputs._replace(error_BK=error_BK, log_ratio_BK=log_ratio_BK))
 
     slope_BK, sums = jax.grad(loss_at, has_aux=True)(inputs.error_BK)
 
