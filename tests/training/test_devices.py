@@ -34,7 +34,7 @@ for name, value in fields.items():
 trainer.train(config, workdir)
 """
 
-LORA = {"lora.rank": 4, "lora.alpha": 4.0, "optimizer.learning_rate": 0.3, "optimizer.epsilon": 0.1}  # smoother still
+LORA = {"lora.rank": 4, "lora.alpha": 4.0, "optimizer.learning_rate": 0.1, "optimizer.epsilon": 0.1}  # smoother still
 FOLLOWS = {"moving_reference.every": 2, "moving_reference.decay": 0.5, "loss.inversion_steps": 2}
 MESHES = {
     "data": {},
