@@ -31,7 +31,7 @@ from dpo_jax.errors import UserError
 OUTPUT = flags.DEFINE_string("output", None, "New folder for the runs and ranking.json.", required=True)
 RUNS = flags.DEFINE_integer("runs", 3, "Training runs, each with another seed.", lower_bound=2)
 SEEDS = flags.DEFINE_integer("seeds", 12, "Images per held-out prompt and model in a run.")
-SHOWN = flags.DEFINE_integer("shown", 12, "Images per prompt and model that the raters see, from all runs together.")
+SHOWN = flags.DEFINE_integer("shown", 36, "Images per prompt and model that the raters see, from all runs together.")
 
 ROOT = Path(__file__).parents[1]
 BASE = "dpo_jax/tiny/model"
