@@ -188,6 +188,7 @@ print(json.dumps(count_collectives(experiment.train_step().lower(*arguments).com
 """
 
 
+@pytest.mark.slow
 def test_weights_come_to_the_images_and_not_images_to_the_weights(tmp_path: Path) -> None:
     """With fsdp, weights are gathered and gradients summed; activations stay on the devices of their examples."""
     done = subprocess.run(

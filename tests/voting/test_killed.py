@@ -10,7 +10,7 @@ import httpx2
 
 from dpo_jax.voting.store import open_votes
 
-KILLS = 20
+KILLS = 10
 RATERS = 4
 
 
