@@ -160,7 +160,7 @@ def check_values(config: ConfigDict) -> None:
     for field in ("early_stop.metric", "checkpoint.best"):
         figure = flatten(config)[field]
         if figure and not config.validation.every:
-            raise UserError(f"config.{field}={figure} needs held-out pairs; set validation.every above 0")
+            raise UserError(f"config.{field}={figure} needs held-out data; set validation.every above 0")
         if figure and (method.learns_from == "votes") != (figure == "vote_accuracy"):
             what = "single images; set it to vote_accuracy" if method.learns_from == "votes" else "no single votes"
             raise UserError(f"config.{field}={figure}, but {config.loss.name} learns from {what}")

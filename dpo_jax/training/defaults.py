@@ -54,7 +54,7 @@ GROUPS = {
     "monitor": "Warnings",
     "early_stop": "Early stopping",
     "logging": "Logging",
-    "validation": "Accuracy on held-out pairs",
+    "validation": "Accuracy on held-out data",
     "sample": "Image grids drawn while training, the trained model beside the reference",
     "online": "Rounds of sampling, judging and training",
 }
@@ -268,14 +268,14 @@ FIELDS = {
     ),
     "checkpoint.best": Field(
         "",
-        "Keep the checkpoint that is best on held-out pairs by this figure, too; --step=best then takes it.",
+        "Keep the checkpoint that is best on held-out data by this figure, too; --step=best then takes it.",
         choices=("", *FIGURES),
     ),
     "monitor.winner_rise": Field(
         0.05, "Warn when the winner's error rises by more than this share; 0 never warns.", **NOT_NEGATIVE
     ),
     "early_stop.metric": Field(
-        "", "Stop when this figure of held-out pairs gets no better; empty never stops.", choices=("", *FIGURES)
+        "", "Stop when this figure of held-out data gets no better; empty never stops.", choices=("", *FIGURES)
     ),
     "early_stop.patience": Field(3, "Validations without a better figure after which to stop.", **COUNT),
     "logging.to": Field(
@@ -290,7 +290,7 @@ FIELDS = {
         wrong=lambda v: None if v.strip() else "must not be empty",
     ),
     "validation.every": Field(200, "Steps between two validations; 0 turns them off.", **NOT_NEGATIVE),
-    "validation.max_pairs": Field(1024, "Largest number of held-out pairs to validate on.", **COUNT),
+    "validation.max_pairs": Field(1024, "Largest number of held-out examples to validate on.", **COUNT),
     "validation.draws": Field(4, "Timesteps and noises drawn for each held-out pair.", **COUNT),
     "sample.every": Field(200, "Steps between two image grids; 0 turns them off.", **NOT_NEGATIVE),
     "sample.prompts": Field(

@@ -53,7 +53,7 @@ def best_step(workdir: epath.PathLike) -> int:
     figure = next((name for name in wanted if any(name in row for row in rows)), None)
     if figure is None:
         raise UserError(
-            f"--step=best: {workdir} has no figures of held-out pairs in metrics.jsonl; {_steps_told(workdir)}"
+            f"--step=best: {workdir} has no figures of held-out data in metrics.jsonl; {_steps_told(workdir)}"
         )
     name = figure.removeprefix("validation/")
     values = {int(row["step"]): row[figure] for row in rows if figure in row}

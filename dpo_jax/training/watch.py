@@ -44,7 +44,7 @@ class Watch:
 
     def trained(self, step: int, figures: Row) -> None:
         """Warn if the winner's error has risen in training."""
-        self._tell_rise(step, figures.get("error/winner_rise", 0.0), "the reference's", "training pairs")
+        self._tell_rise(step, figures.get("error/winner_rise", 0.0), "the reference's", "training data")
 
     def since_start(self, figures: Row) -> dict[str, float]:
         """Return by what share the errors of held-out pairs have risen since step 0."""
@@ -60,7 +60,7 @@ class Watch:
         """Warn if the winner's error has risen on held-out pairs, or if nothing is learned."""
         row = self.validations.get(step, {})
         for name, than in (("rise", "the reference's"), ("since_start", "before training")):
-            self._tell_rise(step, row.get(f"validation/error_winner_{name}", 0.0), than, "held-out pairs")
+            self._tell_rise(step, row.get(f"validation/error_winner_{name}", 0.0), than, "held-out data")
         later = [row for at, row in self.validations.items() if self.config.optimizer.warmup_steps < at <= step]
         number_of_images = self.config.data.get("candidates", 2)
         is_fixed = not self.config.moving_reference.every  # one that follows closely is no better than chance either
@@ -102,7 +102,7 @@ class Watch:
             return ""
         value = self.validations[best][FIGURES[metric][0]]
         return (
-            f"{metric} on held-out pairs was best {_when(best)} ({value:.4g}) and not better in the "
+            f"{metric} on held-out data was best {_when(best)} ({value:.4g}) and not better in the "
             f"{since} validations since. To continue, run the same command with a larger early_stop.patience"
         )
 

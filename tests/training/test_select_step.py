@@ -75,7 +75,7 @@ def test_what_cannot_be_read_is_told_with_the_steps_that_there_are(run: Path) ->
     for step, message in (
         ("3", r"--step=3: .* has no checkpoint of that step; its checkpoints are of steps 2, 4, 6$"),
         ("newest", r"--step=newest is not a step; give its number, or --step=best$"),
-        ("best", r"has no figures of held-out pairs in metrics\.jsonl; its checkpoints are of steps 2, 4, 6$"),
+        ("best", r"has no figures of held-out data in metrics\.jsonl; its checkpoints are of steps 2, 4, 6$"),
     ):
         with pytest.raises(ValueError, match=message):
             select_step(run, step)

@@ -31,7 +31,7 @@ def test_a_rise_of_the_winners_error_is_told_once_and_again_after_many_steps() -
         one.trained(step, {"error/winner_rise": 0.04 if step == 10 else 0.12})
     assert [line.split(":")[1] for line in said] == [" step 20", f" step {20 + REPEAT}"]
     assert said[0] == (
-        "warning: step 20: the winner's error is 12.0% above the reference's on training pairs, so the model gets "
+        "warning: step 20: the winner's error is 12.0% above the reference's on training data, so the model gets "
         "worse at the images that it should prefer. In a new --workdir, lower optimizer.learning_rate (now 0.03) or "
         "raise loss.beta (now 5000) or raise loss.safeguard_margin (now 0.6)"
     )
@@ -71,7 +71,7 @@ def test_a_collapse_is_told_as_a_multiple_also_without_a_reference() -> None:
     one, said = watch(validations)
     validations[50] |= one.since_start(validations[50])
     one.validated(50)
-    assert "the winner's error is 1.92e+03 times its value before training on held-out pairs" in said[0]
+    assert "the winner's error is 1.92e+03 times its value before training on held-out data" in said[0]
     assert one.verdict({}).startswith("the winner's error is 1.92e+03 times its value before training. The model denoi")
     assert "lower optimizer.learning_rate" in one.verdict({})
 
@@ -146,7 +146,7 @@ def test_a_run_stops_when_patience_is_over() -> None:
     assert [bool(one.stop_reason(200 * i)) for i in range(6)] == [False, False, False, False, True, True]
     assert "best at step 400 (0.7) and not better in the 2 validations since" in one.stop_reason(800)
     of_error, _ = watch(accuracies(0.5, 0.6, 0.7), **fields | {"early_stop.metric": "winner_error"})
-    assert "winner_error on held-out pairs was best before training (1.5)" in of_error.stop_reason(400)
+    assert "winner_error on held-out data was best before training (1.5)" in of_error.stop_reason(400)
     assert not watch(accuracies(0.5, 0.4, 0.4, 0.4))[0].stop_reason(600), "it is off by default"
     lost, _ = watch(accuracies(0.5, 0.6, float("nan"), float("nan")), **fields)
     assert lost.stop_reason(600), "what is not finite is not better"
@@ -180,7 +180,7 @@ def test_a_run_stops_early_says_so_again_and_continues_where_it_stopped(
         capsys.readouterr()
         train(config, tmp_path / "run")
         said = capsys.readouterr().out
-        assert "stopped early after step 3: pair_accuracy on held-out pairs was best at step 1 (0.8)" in said
+        assert "stopped early after step 3: pair_accuracy on held-out data was best at step 1 (0.8)" in said
         assert "In the end, held-out accuracy 0.7 (4 pairs)" in said
         assert finished_steps(tmp_path / "run") == [1, 3]
     assert select_step(tmp_path / "run", "best") == 1
@@ -208,7 +208,7 @@ def test_best_is_by_the_figure_of_the_config(tmp_path: Path, monkeypatch) -> Non
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"early_stop.metric": "pair_accuracy", "validation.every": 0}, "needs held-out pairs; set validation.every"),
+        ({"early_stop.metric": "pair_accuracy", "validation.every": 0}, "needs held-out data; set validation.every"),
         ({"checkpoint.best": "pair_accuracy", "loss.name": "sft"}, "compares no pairs; set checkpoint.best=winner_err"),
         ({"early_stop.metric": "accuracy"}, "must be one of '', 'pair_accuracy', 'winner_error'"),
     ],
