@@ -22,19 +22,18 @@ from dpo_jax.cli import load_config
 workdir, fields = sys.argv[1], json.loads(sys.argv[2])
 cluster.join()
 from dpo_jax.training import trainer
+from dpo_jax.training.defaults import with_fields
 sharding.SMALL = 1024  # or nothing of this model would be split
 config = load_config("configs/sd15.py:tiny")
-config.steps, config.data.batch_size, config.loss.beta, config.optimizer.epsilon = 10, 16, 10.0, 1e-2
+config.steps, config.data.batch_size, config.optimizer.epsilon = 10, 16, 1e-2
 config.validation.every = config.sample.every = 0
 config.checkpoint.every = 10
 config.optimizer.warmup_steps, config.optimizer.learning_rate = 0, 1e-3
-for name, value in fields.items():
-    group, field = name.split(".")
-    config[group][field] = value
-trainer.train(config, workdir)
+trainer.train(with_fields(config, {"loss.beta": 10.0} | fields), workdir)
 """
 
 LORA = {"lora.rank": 4, "lora.alpha": 4.0, "optimizer.learning_rate": 0.1, "optimizer.epsilon": 0.1}  # smoother still
+KTO = {"loss.name": "kto", "data.micro_batch": 1}  # its mean is over the whole batch
 FOLLOWS = {"moving_reference.every": 2, "moving_reference.decay": 0.5, "loss.inversion_steps": 2}
 MESHES = {
     "data": {},
@@ -101,10 +100,14 @@ def assert_same(workdir: Path, losses: list[float], expected) -> None:
             if (mesh, fields, processes) != ("tensor", {}, 1)
         ),
         pytest.param("fsdp", FOLLOWS, 1, marks=pytest.mark.slow),
+        pytest.param("fsdp", KTO, 1, marks=pytest.mark.slow),
     ],
-    ids=lambda value: {json.dumps(LORA): "lora", json.dumps(FOLLOWS): "follows", "{}": "full"}.get(
-        json.dumps(value), str(value)
-    ),
+    ids=lambda value: {
+        json.dumps(LORA): "lora",
+        json.dumps(FOLLOWS): "follows",
+        json.dumps(KTO): "kto",
+        "{}": "full",
+    }.get(json.dumps(value), str(value)),
 )
 def test_eight_devices_agree_with_one(on_one_device, tmp_path: Path, mesh: str, fields: dict, processes: int) -> None:
     losses = train(tmp_path, fields | MESHES[mesh], processes=processes, devices=8 // processes)
