@@ -51,8 +51,7 @@ def list_metrics(inputs: LossInputs, **fields: float) -> Metrics:
     one; 1/2 if all are ties. Padding takes no part.
     """
     log_ratio_BK, valid_BK = inputs.log_ratio_BK, inputs.valid_BK
-    best_B = valid_BK.argmax(axis=1)
-    worst_B = valid_BK.shape[1] - 1 - valid_BK[:, ::-1].argmax(axis=1)
+    best_B, worst_B = best_and_worst(inputs)
 
     def of(candidate_B: Int[Array, " B"], x_BK: Float[Array, "B K"]) -> Float[Array, " B"]:
         return jnp.take_along_axis(x_BK, candidate_B[:, None], axis=1)[:, 0]
@@ -75,6 +74,12 @@ def list_metrics(inputs: LossInputs, **fields: float) -> Metrics:
     return metrics
 
 
+def best_and_worst(inputs: LossInputs) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+    """Return the indices of the first and of the last candidate that is not padding: the winner and the loser."""
+    valid_BK = inputs.valid_BK
+    return valid_BK.argmax(axis=1), valid_BK.shape[1] - 1 - valid_BK[:, ::-1].argmax(axis=1)
+
+
 def sums_by_noise(numbers: Metrics, inputs: LossInputs) -> dict[str, Float[Array, " N"]]:
     """Return the weighted sum of numbers [B] over the prompts of each noise level, and the weight of each level.
 
@@ -83,12 +88,14 @@ def sums_by_noise(numbers: Metrics, inputs: LossInputs) -> dict[str, Float[Array
     """
     if inputs.log_snr_B is None:
         return {}
-    level_B = sum((inputs.log_snr_B < edge).astype(jnp.int32) for edge in LOG_SNR_EDGES)
-    is_at_NB = level_B == jnp.arange(len(LOG_SNR_EDGES) + 1)[:, None]
     watched = {name: numbers[name] for name in WATCHED_BY_NOISE if name in numbers} | {
         "weight": jnp.ones_like(inputs.weight_B)
     }
-    return {
-        f"{name}{BY_NOISE}": jnp.where(is_at_NB, value_B * inputs.weight_B, 0).sum(axis=1)
-        for name, value_B in watched.items()
-    }
+    return {f"{name}{BY_NOISE}": sum_by_noise(value_B * inputs.weight_B, inputs) for name, value_B in watched.items()}
+
+
+def sum_by_noise(x_B: Float[Array, " B"], inputs: LossInputs) -> Float[Array, " N"]:
+    """Return the sum of x over the prompts of each noise level."""
+    level_B = sum((inputs.log_snr_B < edge).astype(jnp.int32) for edge in LOG_SNR_EDGES)
+    is_at_NB = level_B == jnp.arange(len(LOG_SNR_EDGES) + 1)[:, None]
+    return jnp.where(is_at_NB, x_B, 0).sum(axis=1)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from dpo_jax.batch import LossInputs, PreferenceBatch
 from dpo_jax.methods.metrics import Metrics
+from dpo_jax.training.side_gradients import squares_of_slopes
 from dpo_jax.weights.layout import Params
 
 
@@ -32,7 +33,8 @@ def gradient_of_whole_batch(
     """Return gradient and metrics of a loss in which a prompt's share depends on prompts of other micro-batches.
 
     A first pass computes the errors of all micro-batches; the loss of the whole batch gives the slope along each error.
-    A second pass sums the gradients of the errors, times their slopes, which is the gradient of the loss.
+    A second pass sums the gradients of the errors, times their slopes, which is the gradient of the loss; it has the
+    predictions, too, and so the squares of `side_gradients`.
     """
 
     def numbers(_: None, batch: PreferenceBatch) -> tuple[None, LossInputs]:
@@ -52,10 +54,15 @@ def gradient_of_whole_batch(
 
     def gradient(part: tuple[PreferenceBatch, jax.Array]) -> tuple[Params, Metrics]:
         batch, slope_bK = part
-        return jax.grad(lambda params: jnp.sum(slope_bK * inputs_of(params, batch).error_BK))(params), {}
 
-    grads, _ = sum_over(gradient, (micro, split_micro_batches(slope_BK, count)), params)
-    return grads, sums
+        def along_slopes(params: Params) -> tuple[jax.Array, Metrics]:
+            inputs = inputs_of(params, batch)
+            return jnp.sum(slope_bK * inputs.error_BK), squares_of_slopes(slope_bK, inputs)
+
+        return jax.grad(along_slopes, has_aux=True)(params)
+
+    grads, squares = sum_over(gradient, (micro, split_micro_batches(slope_BK, count)), params)
+    return grads, sums | squares
 
 
 def split_micro_batches(x: Any, count: int) -> Any:

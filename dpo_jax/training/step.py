@@ -22,6 +22,7 @@ from dpo_jax.methods.metrics import Metrics, pair_metrics, sums_by_noise
 from dpo_jax.objectives.denoising import Denoise, compare_denoising, draw, keys_for, perturb
 from dpo_jax.training.micro_batches import gradient_of_whole_batch, split_micro_batches, sum_over
 from dpo_jax.training.moving_reference import MovingReference, follow
+from dpo_jax.training.side_gradients import side_norms, squares_of_loss
 from dpo_jax.weights.layout import Params
 
 Encode = Callable[[Mapping[str, Params], PreferenceBatch, jax.Array], tuple[jax.Array, Conditioning]]
@@ -202,10 +203,11 @@ def make_train_step(
     """
 
     def summed(inputs: LossInputs) -> tuple[jax.Array, Metrics]:
-        """The loss, and all numbers to watch, summed over the prompts with their weights."""
+        """The loss, and all numbers to watch, summed over the prompts with their weights; also `squares_of_loss`."""
         numbers = {"train/loss": objective.loss(inputs)} | objective.metrics(inputs)
         numbers |= {f"running/{name}": number(inputs) for name, number in objective.running.items()}
         sums = {name: jnp.sum(value * inputs.weight_B) for name, value in numbers.items()}
+        sums |= squares_of_loss(lambda inputs: jnp.sum(objective.loss(inputs) * inputs.weight_B), inputs)
         return sums["train/loss"], sums | sums_by_noise(numbers, inputs)
 
     def step(state: TrainState, frozen: Frozen, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
@@ -245,7 +247,7 @@ def make_train_step(
         metrics["train/skipped"] = skips.astype(jnp.float32)
         updates, opt_state = optimizer.update(grads, state.opt_state, changing)
         metrics["train/gradient_norm"] = norm
-        metrics |= gradient_norms(grads)
+        metrics |= gradient_norms(grads) | side_norms(metrics, total_weight)
         metrics["train/update_norm"] = jnp.where(weight > 0, optax.tree.norm(updates), 0)
         params = state.params | optax.apply_updates(changing, updates)
         ema = moving_average(state.ema, params, state.step, ema_decay) if ema_decay else state.ema
