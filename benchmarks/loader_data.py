@@ -147,4 +147,4 @@ def write_records(folder: Path, count: int) -> None:
     }
     with pa.ipc.new_file(str(folder / "records.arrow"), prepared.RECORDS) as file:
         file.write_table(pa.table(columns, prepared.RECORDS), max_chunksize=10_000)
-    (folder / checksums.FILE).unlink()  # of the records that were there
+    (folder / checksums.FILE).unlink(missing_ok=True)  # of the records that were there
