@@ -78,7 +78,7 @@ def histogram(judge: str, scores: Mapping[str, np.ndarray], colours: Mapping[str
 def curves(metrics: Mapping[str, Metrics], colours: Mapping[str, str]) -> list[Plot]:
     """Plot what is there of `CURVES`, for all runs together; losers are dashed."""
     plots = []
-    for title, names in CURVES.items():
+    for title, names in (CURVES | _of_samples(metrics)).items():
         figure = Figure(figsize=(5, 2.6), layout="constrained")
         axes = figure.subplots()
         last, relative = [], False
@@ -96,6 +96,18 @@ def curves(metrics: Mapping[str, Metrics], colours: Mapping[str, str]) -> list[P
             _label(axes, f"{title}, minus the reference's" if relative else title)
             plots.append(_plot(figure, f"Training curves: {title} by step. {'; '.join(last)}."))
     return plots
+
+
+def _of_samples(metrics: Mapping[str, Metrics]) -> dict[str, tuple[str, ...]]:
+    """Return the plots of the scores that judges gave to the image grids of training, as in `CURVES`."""
+    names = dict.fromkeys(name for rows in metrics.values() for row in rows for name in row)
+    judges = dict.fromkeys(name.split("/")[1] for name in names if name.startswith("samples/"))
+    return {
+        f"mean score of the samples in training by {judge}": (f"samples/{judge}/policy", f"samples/{judge}/{compared}")
+        for judge in judges
+        for compared in ("reference", "base")
+        if f"samples/{judge}/{compared}" in names
+    }
 
 
 def _points(rows: Metrics, metric: str) -> tuple[list[tuple[float, float]], bool]:

@@ -22,6 +22,7 @@ from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.methods import find_method
 from dpo_jax.objectives.advantages import PromptStatistics
 from dpo_jax.rewards import Judge
+from dpo_jax.rewards.together import ask_together
 from dpo_jax.rounds.config import RoundSizes, check, online_config, round_sizes
 from dpo_jax.rounds.feedback import decided, learnable, read_feedback
 from dpo_jax.rounds.folder import Rewards, RoundFolder
@@ -38,6 +39,7 @@ from dpo_jax.training.metrics import read_metrics
 from dpo_jax.training.model import load_tokenizers_of, make_placement, open_model
 from dpo_jax.training.needs import check_grids, check_room
 from dpo_jax.training.preemption import Notice, Preempted
+from dpo_jax.training.sample_grids import open_sample_judge
 from dpo_jax.training.startup import StartupClock
 from dpo_jax.training.step import TrainState
 from dpo_jax.training.trainer import begin, check_backend, running
@@ -78,7 +80,7 @@ def learn(config: ConfigDict, workdir: epath.PathLike, stage: str = "", feedback
         else []
     )
     with Notice.awaited() as notice, cluster.locked(workdir, "python -m dpo_jax.online"):
-        judges = open_judges(config)
+        judges, sample_judge = open_judges(config), open_sample_judge(config)
         pipeline = open_model(config, workdir)
         check_grids(config, pipeline)
         steps_S = learned_steps(config, sampler_table(config, pipeline))
@@ -90,7 +92,7 @@ def learn(config: ConfigDict, workdir: epath.PathLike, stage: str = "", feedback
         composed = compose(config, plan.derived, pipeline, make_placement(config), on_trajectories)
         check_room(config, workdir, composed.abstract_state())
         experiment = build(config, plan.derived, pipeline, on_trajectories)
-        with running(experiment, workdir, fields, notice, clock) as (loop, state, _):
+        with running(experiment, workdir, fields, notice, clock, judge=sample_judge) as (loop, state, _):
             Rounds(loop, plan, prompts, judges, steps_S, feedback, fresh).run(state, stage)
 
 
@@ -280,21 +282,10 @@ class Rounds:
         ]
 
     def _scores(self, images_BKHWC: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-        """Return scores [B, K, R]. External judges may be random and cost money, so only process 0 calls them."""
+        """Return scores [B, K, R]."""
         B, K = images_BKHWC.shape[:2]
         images, each = images_BKHWC.reshape(B * K, *images_BKHWC.shape[2:]), [c for c in captions for _ in range(K)]
-        scores_RN = np.zeros((len(self._judges), B * K), np.float32)
-
-        def ask(*, is_outside: bool) -> None:
-            for r, judge in enumerate(self._judges):
-                if judge.is_outside == is_outside:
-                    scores_RN[r] = judge.score(images, each)
-
-        with cluster.together("asking its judges"):
-            if cluster.is_first():
-                ask(is_outside=True)
-        ask(is_outside=False)  # networks may lie on the devices of all processes
-        return np.moveaxis(cluster.says_first(scores_RN), 0, -1).reshape(B, K, -1)
+        return np.moveaxis(ask_together(self._judges, images, each), 0, -1).reshape(B, K, -1)
 
     def _ask(self, folder: RoundFolder) -> None:
         """Print what to do with a sampled round."""

@@ -17,11 +17,13 @@ from dpo_jax.cli import flatten
 from dpo_jax.errors import UserError
 from dpo_jax.fields import check_fields
 from dpo_jax.methods import find_method
+from dpo_jax.rewards import find_judge
 from dpo_jax.training.defaults import FALLING, fields_of, method_of
 from dpo_jax.training.defaults import choose_method as choose_method  # config files take these from here
 from dpo_jax.training.defaults import default_config as default_config
 from dpo_jax.training.optim import beta2_of
 from dpo_jax.training.pair_scores import score_judge
+from dpo_jax.training.watch import JUDGE
 
 # A run may be continued with other values of these fields; other values of any other field are another experiment.
 # The places of models and data may change: "fingerprints" tell whether their contents are the same.
@@ -159,6 +161,14 @@ def check_values(config: ConfigDict) -> None:
         raise UserError(problem)
     for field in ("early_stop.metric", "checkpoint.best"):
         figure = flatten(config)[field]
+        if figure == JUDGE:
+            if not config.sample.judge:
+                raise UserError(
+                    f"config.{field}=judge needs a judge of the image grids; set sample.judge, for example to pickscore"
+                )
+            if not config.sample.every:
+                raise UserError(f"config.{field}=judge needs image grids; set sample.every above 0")
+            continue
         if figure and not config.validation.every:
             raise UserError(f"config.{field}={figure} needs held-out data; set validation.every above 0")
         if figure and (method.learns_from == "votes") != (figure == "vote_accuracy"):
@@ -189,6 +199,11 @@ def check_settings(config: ConfigDict) -> None:
             f"config.sample.seeds={config.sample.seeds} of {len(config.sample.prompts)} prompts are more than the "
             f"{MAX_GRID} images of the largest grid; set fewer"
         )
+    if config.sample.judge:
+        try:
+            find_judge(config.sample.judge)
+        except UserError as error:
+            raise UserError(f"config.sample.judge={config.sample.judge}: {error}") from error
     optimizer = config.optimizer
     rate = peak_learning_rate(config) * max([1.0, *(factor for _, factor in optimizer.rates)])
     if rate * optimizer.weight_decay >= 1:

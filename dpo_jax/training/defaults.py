@@ -33,7 +33,7 @@ from dpo_jax.methods.rollouts import ROLLOUT_FIELDS, SAMPLERS
 from dpo_jax.methods.stability import PAIR_FIELDS
 from dpo_jax.training.loggers import LOGGERS
 from dpo_jax.training.optim import OPTIMIZERS
-from dpo_jax.training.watch import FIGURES
+from dpo_jax.training.watch import FIGURES, JUDGE
 
 DTYPE: dict[str, Any] = {"choices": ("float32", "bfloat16")}
 DEVICES: dict[str, Any] = {"at_least": -1, "wrong": are_devices}
@@ -268,16 +268,20 @@ FIELDS = {
     ),
     "checkpoint.best": Field(
         "",
-        "Keep the checkpoint that is best on held-out data by this figure, too; --step=best then takes it.",
-        choices=("", *FIGURES),
+        "Keep the checkpoint that is best by this figure of held-out data, or by sample.judge, too: see --step=best.",
+        choices=("", *FIGURES, JUDGE),
     ),
     "monitor.winner_rise": Field(
         0.05, "Warn when the winner's error rises by more than this share; 0 never warns.", **NOT_NEGATIVE
     ),
     "early_stop.metric": Field(
-        "", "Stop when this figure of held-out data gets no better; empty never stops.", choices=("", *FIGURES)
+        "",
+        "Stop when this figure of held-out data, or the score of sample.judge, gets no better; empty never stops.",
+        choices=("", *FIGURES, JUDGE),
     ),
-    "early_stop.patience": Field(3, "Validations without a better figure after which to stop.", **COUNT),
+    "early_stop.patience": Field(
+        3, "Validations, or for judge image grids, without a better figure after which to stop.", **COUNT
+    ),
     "logging.to": Field(
         ("tensorboard",),
         "Where figures and image grids go, besides metrics.jsonl: any of the choices, such as ('wandb', 'csv').",
@@ -297,6 +301,9 @@ FIELDS = {
         ("a photo of an astronaut riding a horse", "a watercolour of a lighthouse at dusk"), "Prompts of the grids."
     ),
     "sample.seeds": Field(2, "Images per prompt.", at_least=1, at_most=2**16),
+    "sample.judge": Field(
+        "", "Judge that scores the images of the grids, as evaluate --judges takes it; empty scores none."
+    ),
     "sample.sampler": Field("ddim", "Sampler; empty takes the one of the model.", choices=("", *SAMPLERS)),
     "sample.steps": Field(20, "Denoising steps.", **COUNT),
     "sample.guidance": Field(7.5, "Classifier-free guidance scale.", **NOT_NEGATIVE),

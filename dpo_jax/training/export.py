@@ -14,7 +14,7 @@ from dpo_jax.files import new_folder, write_whole
 from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.models.save import Weights, save_pipeline, save_single_file, save_unet
 from dpo_jax.sampling.loaded_model import read_lora_for
-from dpo_jax.training.metrics import last_validation
+from dpo_jax.training.metrics import last_scores, last_validation
 from dpo_jax.training.model import load_tokenizers_of
 from dpo_jax.training.model_card import model_card, read_result
 from dpo_jax.training.model_origin import Origin, model_spec, origin_of
@@ -48,7 +48,7 @@ def exportable_run(workdir: epath.PathLike, step: str = "", *, allow_nonfinite: 
     """Return the model of a training run at its newest checkpoint, or at `step`: a number or "best"."""
     run = open_run(workdir, step, allow_nonfinite=allow_nonfinite)
     card = {"config": flatten(run.config), "step": run.step, "validation": last_validation(workdir, run.step)}
-    card |= {"result": read_result(workdir)}
+    card |= {"scores": last_scores(workdir, run.step), "result": read_result(workdir)}
     return Exportable(f"the model after step {run.step}", run.pipeline, run.merged, run.adapter, card, "float32")
 
 

@@ -10,6 +10,19 @@ from dpo_jax.methods.metrics import BY_NOISE, LOG_SNR_EDGES, WEIGHT_BY_NOISE
 NOISE = "/noise_"
 """Begins the end of the names of figures of one noise level: `error/winner_rise/noise_1` is that of the least noise."""
 
+SAMPLES = "samples/"
+"""Begins the names of a judge's mean scores of the image grids."""
+
+
+def score_figure(judge: str, whose: str = "policy") -> str:
+    """Return the name of the mean score that a judge, given by its spec, gives to the images in a grid.
+
+    Args:
+        judge: for example `pickscore` or `python=module:function`.
+        whose: whose images: "policy", or what it is compared with, "reference" or "base".
+    """
+    return f"{SAMPLES}{judge.partition('=')[0]}/{whose}"
+
 
 def mean_of(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the mean of each number, or array of numbers, over the steps that have it."""

@@ -18,6 +18,7 @@ from dpo_jax.data.load.inputs import Inputs
 from dpo_jax.data.load.pipeline import BatchIterator
 from dpo_jax.errors import UserError
 from dpo_jax.methods import find_method
+from dpo_jax.rewards import Judge
 from dpo_jax.sampling.grid import save_png
 from dpo_jax.sharding import replicated, to_devices
 from dpo_jax.training.checkpoint import Checkpoints
@@ -30,7 +31,7 @@ from dpo_jax.training.replay import keep_batch
 from dpo_jax.training.sample_grids import SampleGrids
 from dpo_jax.training.startup import StartupClock
 from dpo_jax.training.step import TrainState, make_eval_step
-from dpo_jax.training.watch import Watch
+from dpo_jax.training.watch import JUDGE, Watch
 
 MOST_KEPT = 10
 """Most batches of skipped steps that a run keeps on disk."""
@@ -64,6 +65,7 @@ class Loop:
         bar: ProgressBar,
         notice: Notice,
         clock: StartupClock,
+        judge: Judge | None = None,
     ):
         self.experiment, self.inputs, self.config, self.workdir = experiment, inputs, experiment.config, workdir
         unit = find_method(self.config.loss.name).unit
@@ -83,8 +85,8 @@ class Loop:
         self._positions: dict[int, dict[str, int]] = {}
         """States of the batches before the last two steps."""
         self._skipped_in_row = 0
-        self._grids = SampleGrids(experiment, bar.say)
-        self.watch = Watch(self.config, writer.validations, bar.say)
+        self._grids = SampleGrids(experiment, bar.say, judge)
+        self.watch = Watch(self.config, writer.validations, bar.say, writer.samples)
 
     def catch_up(self, state: TrainState) -> None:
         """Validate and sample if that is due at the state's step and was not done.
@@ -96,7 +98,7 @@ class Loop:
             raise Preempted(PREEMPTED.format(step))
         if self._validates_at(step) and cluster.says_first(step not in self.writer.validations):
             self._validate(step, state)
-        if self._samples_at(step) and cluster.says_first(cluster.is_first() and not self._grid_file(step).exists()):
+        if self._samples_at(step) and cluster.says_first(cluster.is_first() and not self._has_sampled(step)):
             self._sample(step, state)
         self._find_best()
         self.clock.lap("catch up" if step else "baseline")
@@ -166,11 +168,12 @@ class Loop:
                 raise Preempted(PREEMPTED.format(step))
             if validates:
                 self._validate(step, state)
-                if self._find_best(step) == step:
-                    self._save(step, state, batches)
             if samples:
                 self._sample(step, state)
-            if validates and step < total and self.stop_reason(step):
+            looked_at = {"": False, JUDGE: samples}
+            if looked_at.get(config.checkpoint.best, validates) and self._find_best(step) == step:
+                self._save(step, state, batches)
+            if looked_at.get(config.early_stop.metric, validates) and step < total and self.stop_reason(step):
                 self._save(step, state, batches)
                 if window:
                     self._log(step, window, None)
@@ -286,14 +289,22 @@ class Loop:
         self.watch.validated(step)
 
     def _sample(self, step: int, state: TrainState) -> None:
-        """Write the grid of `SampleGrids` as a PNG, and to the loggers."""
-        grid, blank = self._grids.draw(state.ema or state.params)
-        self.writer.image(step, "samples", np.asarray(grid))
+        """Write the grid of `SampleGrids` as a PNG, and to the loggers; log its scores."""
+        grid = self._grids.draw(state.ema or state.params)
+        self.writer.image(step, "samples", np.asarray(grid.image))
         if jax.process_index() == 0:
-            save_png(self._grid_file(step), grid)
-            self.bar.say(f"step {step} samples: {self._grid_file(step)}")
+            save_png(self._grid_file(step), grid.image)
+        if grid.scores:
+            self.writer.scalars(step, grid.scores)
+        scores = self.watch.scores(step)
+        told = f"; mean score by {self.config.sample.judge}: {scores}" if scores else ""
+        self.bar.say(f"step {step} samples: {self._grid_file(step)}{told}")
         count = self.config.sample.seeds * len(self.config.sample.prompts)
-        self.watch.sampled(step, blank, count, self._grid_file(step))
+        self.watch.sampled(step, grid.blank, count, self._grid_file(step))
+
+    def _has_sampled(self, step: int) -> bool:
+        is_scored = not self._grids.judge or bool(self.watch.scores(step))
+        return is_scored and self._grid_file(step).exists()
 
     def _grid_file(self, step: int) -> epath.Path:
         return self.workdir / "samples" / f"step_{step:06d}.png"

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dpo_jax import files
 from dpo_jax.progress import SECONDS_BETWEEN_LINES
 from dpo_jax.streams import warn
+from dpo_jax.training.figures import SAMPLES
 from dpo_jax.training.loggers import LOGGERS, Logger, RunInfo
 
 
@@ -55,6 +56,8 @@ class MetricWriter:
         """The figures of held-out pairs by step. Those of before the start are known to process 0 alone."""
         self.trained: dict[str, float] = {}
         """The newest figures of training, with the same exception."""
+        self.samples: dict[int, dict[str, float]] = {}
+        """A judge's scores of the image grids by step, with the same exception."""
         self._loggers: dict[str, Logger] = {}
         self._dropped: set[tuple[int, frozenset[str]]] = set()
         """Step and names of the rows that were dropped; some loggers cannot drop them."""
@@ -79,6 +82,8 @@ class MetricWriter:
     def _remember(self, step: int, values: Mapping[str, float]) -> None:
         if is_validation(values):
             self.validations[step] = dict(values)
+        elif is_of_samples(values):
+            self.samples[step] = dict(values)
         elif "train/loss" in values:
             self.trained = dict(values)
 
@@ -197,13 +202,29 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, float]]:
 
 def last_validation(workdir: epath.PathLike, step: int | None = None) -> dict[str, float]:
     """Return the newest validation figures (up to `step`, if given); empty if there are none."""
-    rows = [row for row in read_metrics(workdir) if is_validation(row) and (step is None or row["step"] <= step)]
-    return rows[-1] if rows else {}
+    return _last(workdir, step, is_validation)
+
+
+def last_scores(workdir: epath.PathLike, step: int | None = None) -> dict[str, float]:
+    """Return the newest scores of an image grid (up to `step`, if given); empty if there are none."""
+    return _last(workdir, step, is_of_samples)
 
 
 def is_validation(row: Mapping[str, float]) -> bool:
     """Return whether the row holds figures of held-out pairs."""
     return any(name.startswith("validation/") for name in row)
+
+
+def is_of_samples(row: Mapping[str, float]) -> bool:
+    """Return whether the row holds a judge's scores of an image grid."""
+    return any(name.startswith(SAMPLES) for name in row)
+
+
+def _last(
+    workdir: epath.PathLike, step: int | None, is_wanted: Callable[[Mapping[str, float]], bool]
+) -> dict[str, float]:
+    rows = [row for row in read_metrics(workdir) if is_wanted(row) and (step is None or row["step"] <= step)]
+    return rows[-1] if rows else {}
 
 
 def _key(row: Mapping[str, float]) -> tuple[int, frozenset[str]]:

@@ -14,7 +14,7 @@ from dpo_jax.files import conform, read_json
 from dpo_jax.methods import METHODS
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.models.save import unlike_published
-from dpo_jax.training.figures import is_by_noise
+from dpo_jax.training.figures import SAMPLES, is_by_noise
 from dpo_jax.training.model_origin import Origin, public_name, without_paths
 
 USE = {
@@ -42,8 +42,9 @@ def model_card(
     """Return the text of README.md, with front matter for the hub and without paths of this machine.
 
     Args:
-        facts: for a training run, `config` (as in config.json), `step`, `validation` (its figures at that step) and
-            `result` (of `dpo_jax.evaluate`, or None); for a converted model, `model` and perhaps `lora`.
+        facts: for a training run, `config` (as in config.json), `step`, `validation` (its figures at that step),
+            `scores` (of its image grid, if a judge gave any) and `result` (of `dpo_jax.evaluate`, or None); for a
+            converted model, `model` and perhaps `lora`.
         pipeline: the model.
         format: one of the formats of `dpo_jax.export`.
         name: name of the folder.
@@ -102,7 +103,8 @@ def model_card(
     parts.insert(1, f"{what} of {model}{others}, trained by {method} for {step} steps with dpo_jax{version}.\n")
     if facts.get("result"):
         parts.append("## Measured\n\n" + "\n".join(_measured(facts["result"])) + "\n")
-    parts += _held_out(facts["validation"], step)
+    parts += _figures("Held-out pairs", facts["validation"], "validation/", step)
+    parts += _figures("Scores of samples drawn in training", facts.get("scores", {}), SAMPLES, step)
     parts.append(f"## Config\n\n```json\n{json.dumps(without_paths(config), indent=2)}\n```\n")
     return "\n".join(parts)
 
@@ -117,15 +119,15 @@ def _scheduler(pipeline: Pipeline) -> dict[str, Any]:
     return fields
 
 
-def _held_out(validation: Mapping[str, float], exported: int) -> list[str]:
-    """Return the section about held-out data, with the figures of all noise levels together; empty without figures."""
+def _figures(title: str, figures: Mapping[str, float], prefix: str, exported: int) -> list[str]:
+    """Return the section about the figures with a prefix, of all noise levels together; empty without figures."""
     rows = [
-        f"| {name.removeprefix('validation/')} | {value:.6g} |"
-        for name, value in validation.items()
-        if name.startswith("validation/") and not is_by_noise(name)
+        f"| {name.removeprefix(prefix)} | {value:.6g} |"
+        for name, value in figures.items()
+        if name.startswith(prefix) and not is_by_noise(name)
     ]
     table = "\n".join(["| metric | value |", "|---|---|", *rows])
-    return [f"## Held-out pairs\n\n{_when(validation.get('step'), exported)}\n\n{table}\n"] if rows else []
+    return [f"## {title}\n\n{_when(figures.get('step'), exported)}\n\n{table}\n"] if rows else []
 
 
 def _when(measured: float | None, exported: int) -> str:

@@ -10,8 +10,9 @@ from dpo_jax import cluster
 from dpo_jax.errors import UserError
 from dpo_jax.streams import warn
 from dpo_jax.training.checkpoint import finished_steps, read_config
-from dpo_jax.training.metrics import is_validation, read_metrics
-from dpo_jax.training.watch import FIGURES
+from dpo_jax.training.figures import score_figure
+from dpo_jax.training.metrics import is_of_samples, is_validation, read_metrics
+from dpo_jax.training.watch import FIGURES, JUDGE, figure_of
 
 BEST = "best"
 
@@ -36,32 +37,38 @@ def select_step(workdir: epath.PathLike, step: str) -> int | None:
 def best_step(workdir: epath.PathLike) -> int:
     """Return the kept checkpoint that is best by `checkpoint.best`, or by pair accuracy, the earliest of equals.
 
-    Runs without pairs to order (SFT) are compared by the error of the held-out images, the lowest first. Prints the
-    step, and warns if another step, whose checkpoint was not kept, was better.
+    Runs without pairs to order (SFT) are compared by the error of the held-out images, the lowest first; runs without
+    held-out data by the judge's score of their samples. Prints the step, and warns if another step, whose checkpoint
+    was not kept, was better.
 
     Raises:
-        UserError: the run has no figures of held-out pairs, or none of a step with a checkpoint.
+        UserError: the run has no such figures, or none of a step with a checkpoint.
     """
     kept, config = finished_steps(workdir), read_config(workdir) or {}
     rows = [
         {name: value for name, value in row.items() if math.isfinite(value)}  # NaN cannot be compared
         for row in read_metrics(workdir)
-        if is_validation(row)
+        if is_validation(row) or is_of_samples(row)
     ]
     first = config.get("checkpoint.best") or "pair_accuracy"
-    wanted = [FIGURES[name][0] for name in sorted(FIGURES, key=lambda name: name != first)]
-    figure = next((name for name in wanted if any(name in row for row in rows)), None)
-    if figure is None:
+    judge = config.get("sample.judge", "")
+    metrics = sorted([*FIGURES, *([JUDGE] if judge else [])], key=lambda metric: metric != first)
+    wanted = [figure_of(metric, judge) for metric in metrics]
+    figure, sign = next((found for found in wanted if any(found[0] in row for row in rows)), ("", 0))
+    if not figure:
         raise UserError(
             f"--step=best: {workdir} has no figures of held-out data in metrics.jsonl; {_steps_told(workdir)}"
         )
     name = figure.removeprefix("validation/")
+    what, figures = f"held-out {name}", "held-out figures"
+    if figure == score_figure(judge):
+        what = name = f"mean score of the samples by {judge}"
+        figures = "scores of samples"
     values = {int(row["step"]): row[figure] for row in rows if figure in row}
-    sign = dict(FIGURES.values())[figure]
     candidates = [step for step in kept if step in values]
     if not candidates:
         raise UserError(
-            f"--step=best: {workdir} has held-out figures of steps {_listed(values)}, but no checkpoint of these; "
+            f"--step=best: {workdir} has {figures} of steps {_listed(values)}, but no checkpoint of these; "
             f"{_steps_told(workdir)}"
         )
 
@@ -70,7 +77,7 @@ def best_step(workdir: epath.PathLike) -> int:
 
     best, overall = max(candidates, key=quality), max(values, key=quality)
     if cluster.is_first():
-        print(f"step {best} has the best held-out {name} of the checkpoints: {values[best]:.4g}", file=sys.stderr)
+        print(f"step {best} has the best {what} of the checkpoints: {values[best]:.4g}", file=sys.stderr)
         if sign * values[overall] > sign * values[best]:
             when = f"step {overall}" if overall else "step 0, before training"
             warn(f"{name} was better at {when} ({values[overall]:.4g}), but there is no checkpoint of that step")

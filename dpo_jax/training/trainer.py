@@ -27,6 +27,7 @@ from dpo_jax.data.load.inputs import Inputs
 from dpo_jax.errors import EnvironmentFault, UserError
 from dpo_jax.files import remove_partials
 from dpo_jax.models.pipeline import Pipeline
+from dpo_jax.rewards import Judge
 from dpo_jax.streams import warn
 from dpo_jax.training.announce import announce_config, announce_experiment
 from dpo_jax.training.checkpoint import Checkpoints, read_config, restore, write_config
@@ -39,6 +40,7 @@ from dpo_jax.training.metrics import MetricWriter, ProgressBar
 from dpo_jax.training.model import make_placement, model_fingerprints, open_model
 from dpo_jax.training.needs import check_grids, check_room
 from dpo_jax.training.preemption import Notice
+from dpo_jax.training.sample_grids import open_sample_judge
 from dpo_jax.training.startup import StartupClock, keep_compiled_programs
 from dpo_jax.training.step import TrainState
 
@@ -58,13 +60,14 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
         config = check_data(config)
         pipeline = open_model(config, workdir)
         check_grids(config, pipeline)
+        judge = open_sample_judge(config)
         fields = begin(config, workdir, pipeline, default_config(), data_fingerprints(config))
         inputs = make_inputs(config, pipeline)
         composed = compose(config, derived, pipeline, make_placement(config))
         check_room(config, workdir, composed.abstract_state())
         experiment = build(config, derived, pipeline)
         batches = open_training_batches(config, derived, inputs)
-        with running(experiment, workdir, fields, notice, clock, inputs) as (loop, state, position):
+        with running(experiment, workdir, fields, notice, clock, inputs, judge) as (loop, state, position):
             if position is not None:
                 batches.set_state(position)
             with batches:
@@ -127,8 +130,12 @@ def running(
     notice: Notice,
     clock: StartupClock,
     inputs: Inputs | None = None,
+    judge: Judge | None = None,
 ) -> Iterator[tuple[Loop, TrainState, dict[str, int] | None]]:
-    """Give the loop, the state to continue from, and its position in the data, which is None in a new run."""
+    """Give the loop, the state to continue from, and its position in the data, which is None in a new run.
+
+    `judge` scores the image grids.
+    """
     clock.lap("load")
     restored = restore(workdir, experiment.abstract_state())
     state, position = restored or (experiment.initial_state(), None)
@@ -150,7 +157,7 @@ def running(
         stack.enter_context(writer)
         announce_experiment(experiment, workdir, start)
         bar = stack.enter_context(ProgressBar(experiment.config.steps, start))
-        loop = Loop(experiment, inputs, workdir, checkpoints, writer, bar, notice, clock)
+        loop = Loop(experiment, inputs, workdir, checkpoints, writer, bar, notice, clock, judge)
         loop.catch_up(state)
         yield loop, state, position
 

@@ -7,6 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax.cli import flatten
+from dpo_jax.training.figures import score_figure
 
 Row = Mapping[str, float]
 """Figures of one step, as in metrics.jsonl."""
@@ -18,6 +19,8 @@ FIGURES = {
 }
 """Figures of held-out pairs that runs and checkpoints are compared by: name in metrics.jsonl, and 1 if higher is
 better, otherwise -1."""
+JUDGE = "judge"
+"""In place of one of `FIGURES`: the mean score of the image grids by `sample.judge`."""
 REPEAT = 1000
 """Steps after which a warning of one kind may be repeated."""
 MANY_VALIDATIONS = 5
@@ -25,6 +28,16 @@ MANY_VALIDATIONS = 5
 FLAT, EXTREME = 4.0, 0.95
 """An image is blank if no channel's standard deviation is above FLAT (of 255), and saturated if more than this share
 of its values are within 2 of black or white. Images are alike if their standard deviation is below FLAT."""
+
+
+def figure_of(metric: str, judge: str) -> tuple[str, int]:
+    """Return the name in metrics.jsonl of one of `FIGURES` or of `JUDGE`, and 1 if higher is better, otherwise -1.
+
+    Args:
+        metric: value of `early_stop.metric` or `checkpoint.best`.
+        judge: value of `sample.judge`.
+    """
+    return (score_figure(judge), 1) if metric == JUDGE else FIGURES[metric]
 
 
 class Watch:
@@ -35,10 +48,18 @@ class Watch:
         validations: figures of held-out pairs by step, which the run adds to. Only process 0 has those of before a
             resume, so all decisions are process 0's.
         say: prints a line.
+        samples: scores of the image grids by step, as `validations`.
     """
 
-    def __init__(self, config: ConfigDict, validations: Mapping[int, Row], say: Callable[[str], None]):
+    def __init__(
+        self,
+        config: ConfigDict,
+        validations: Mapping[int, Row],
+        say: Callable[[str], None],
+        samples: Mapping[int, Row] | None = None,
+    ):
         self.config, self.validations, self.say = config, validations, say
+        self.samples = {} if samples is None else samples
         self._told: dict[str, int] = {}
         """The step at which a warning of each kind was given last."""
 
@@ -100,10 +121,14 @@ class Watch:
         since = sum(at > best for at in values)
         if since < patience:
             return ""
-        value = self.validations[best][FIGURES[metric][0]]
+        name, _ = figure_of(metric, self.config.sample.judge)
+        value = self._rows(metric)[best][name]
+        what, looks = f"{metric} on held-out data", "validations"
+        if metric == JUDGE:
+            what, looks = f"the mean score of the samples by {self.config.sample.judge}", "grids"
         return (
-            f"{metric} on held-out data was best {_when(best)} ({value:.4g}) and not better in the "
-            f"{since} validations since. To continue, run the same command with a larger early_stop.patience"
+            f"{what} was best {_when(best)} ({value:.4g}) and not better in the {since} {looks} since. To continue, "
+            "run the same command with a larger early_stop.patience"
         )
 
     def verdict(self, trained: Row) -> str:
@@ -127,15 +152,32 @@ class Watch:
         if "validation/vote_accuracy" in row:
             votes = row["validation/votes"]
             found.append(f"held-out accuracy {row['validation/vote_accuracy']:.3g} ({votes:.0f} votes)")
+        if scores := self.scores(max(self.samples, default=0)):
+            found.append(f"mean score of the samples by {self.config.sample.judge}: {scores}")
         text = "; ".join(found)
         if told and self._is_too_high(told[1]):
             text += f". The model denoises preferred images worse than before. In a new --workdir, {self._remedy()}"
         return text
 
+    def scores(self, step: int) -> str:
+        """Return the judge's scores of a step's image grid in words; empty if there are none."""
+        row, judge = self.samples.get(step, {}), self.config.sample.judge
+        if not judge or score_figure(judge) not in row:
+            return ""
+        compared = [
+            f"{whose} {row[score_figure(judge, whose)]:.4g}"
+            for whose in ("reference", "base")
+            if score_figure(judge, whose) in row
+        ]
+        return f"{row[score_figure(judge)]:.4g} ({', '.join(compared)})"
+
+    def _rows(self, metric: str) -> Mapping[int, Row]:
+        return self.samples if metric == JUDGE else self.validations
+
     def _values(self, metric: str) -> dict[int, float]:
         """Return the figures by step, so that higher is better; one that is not finite is worse than all others."""
-        figure, sign = FIGURES[metric]
-        found = {step: sign * row[figure] for step, row in self.validations.items() if figure in row}
+        figure, sign = figure_of(metric, self.config.sample.judge)
+        found = {step: sign * row[figure] for step, row in self._rows(metric).items() if figure in row}
         return {step: value if math.isfinite(value) else -math.inf for step, value in found.items()}
 
     def _is_too_high(self, rise: float) -> bool:
