@@ -77,6 +77,8 @@ class PreferenceBatch(NamedTuple):
     index_B: Int[Array, " B"]
     """int32: position of the example in the endless training stream. With the seed and the step, it determines every
     random draw for this example, on any number of devices and micro-batches."""
+    cell_weight_BKhw: Float[Array, "B K h w"] | None = None
+    """float32: weight of each latent cell in the error of its image, with a mean of 1; None if all count alike."""
 
 
 class Conditioning(NamedTuple):
@@ -122,6 +124,8 @@ class LossInputs(NamedTuple):
     """Mean squared difference of the two predictions, without a gradient; None if the method keeps no reference."""
     target_BKHWC: Float[Array, "B K H W C"] = None
     """What both should predict: noise, velocity or flow, as the model's schedule has it."""
+    cell_weight_BKHW: Float[Array, "B K H W"] | None = None
+    """Weight of each latent cell in errors, log-ratios and drift, with a mean of 1; None if all cells count alike."""
     log_prob_BK: Float[Array, "B K"] = None
     """Log-probability of a transition with the policy, the mean over its dimensions."""
     old_log_prob_BK: Float[Array, "B K"] = None

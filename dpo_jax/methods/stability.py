@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from dpo_jax.batch import LossInputs
 from dpo_jax.fields import NOT_ALL, NOT_NEGATIVE, SHARE, Field
 from dpo_jax.methods.metrics import Metrics
+from dpo_jax.objectives.denoising import weighted_residual
 from dpo_jax.objectives.preferences import margin
 
 PAIR_FIELDS = {
@@ -89,7 +90,7 @@ def loser_gradient(inputs: LossInputs, mu: float, over: str) -> Float[Array, " B
     released code). The code sums over the micro-batch of a device (`over="batch"`), so that its results depend on their
     number; `over="pair"` does not. Published mu: 0.9 for SD1.5, 0.6 for SDXL.
     """
-    residual_BKHWC = jax.lax.stop_gradient(inputs.prediction_BKHWC - inputs.target_BKHWC)
+    residual_BKHWC = jax.lax.stop_gradient(weighted_residual(inputs))
     winner_BHWC, loser_BHWC = residual_BKHWC[:, 0], residual_BKHWC[:, 1]
     own_B = jnp.square(winner_BHWC).sum(axis=(1, 2, 3))
     common_B = (winner_BHWC * loser_BHWC).sum(axis=(1, 2, 3))

@@ -91,6 +91,7 @@ def compare_denoising(
     conditioning: Conditioning,
     dropout_keys_B: Key[Array, " B"] | None = None,
     perturbed_noise_BHWC: Float[Array, "B H W C"] | None = None,
+    cell_weight_BKHW: Float[Array, "B K H W"] | None = None,
     *,
     inversion_steps: int = 0,
 ) -> LossInputs:
@@ -114,6 +115,7 @@ def compare_denoising(
         dropout_keys_B: keys of the policy's dropout, shared by the candidates, because different dropout would add
             noise to their difference. None turns dropout off.
         perturbed_noise_BHWC: noise to make x_t with, if not `noise_BHWC`; see `perturb`.
+        cell_weight_BKHW: weights of the latent cells in the mean over H, W and C, with a mean of 1 for each image.
         inversion_steps: if not 0, the noise is not `noise_BHWC`, but for each candidate what so many steps of inversion
             with the policy, without a gradient, find; see `invert` and `methods/inpo.py`.
     """
@@ -128,10 +130,14 @@ def compare_denoising(
     x_NHWC = add_noise(schedule, x0_NHWC, added_NHWC, t_N)
     target_NHWC = training_target(schedule, x0_NHWC, noise_NHWC, t_N)
 
+    def weighted(x: Float[Array, "*images H W C"]) -> Float[Array, "*images H W C"]:
+        """Return numbers of each cell times its weight; their mean is then the weighted mean."""
+        return x if cell_weight_BKHW is None else x * cell_weight_BKHW.reshape(*x.shape[:-1], 1)
+
     def predict(params: Any, *dropout_keys: Key[Array, " N"]) -> tuple[Float[Array, "B K H W C"], Float[Array, "B K"]]:
         """The prediction, [B, K, H, W, C], and its mean squared error, [B, K]."""
         prediction_NHWC = denoise(params, x_NHWC, t_N, conditioning, *dropout_keys).astype(target_NHWC.dtype)
-        error_N = jnp.square(prediction_NHWC - target_NHWC).mean(axis=(1, 2, 3))
+        error_N = weighted(jnp.square(prediction_NHWC - target_NHWC)).mean(axis=(1, 2, 3))
         return prediction_NHWC.reshape(latents_BKHWC.shape), error_N.reshape(B, K)
 
     prediction_BKHWC, error_BK = predict(policy) if dropout_keys_N is None else predict(policy, dropout_keys_N)
@@ -142,6 +148,7 @@ def compare_denoising(
         log_snr_B=log_snr(schedule, t_B),
         prediction_BKHWC=prediction_BKHWC,
         target_BKHWC=target_NHWC.reshape(latents_BKHWC.shape),
+        cell_weight_BKHW=cell_weight_BKHW,
     )
     if reference is None:
         return inputs
@@ -150,11 +157,18 @@ def compare_denoising(
     # e_policy - e_reference, without the rounding of two sums that beta multiplies: equal predictions give exactly 0.
     products_BKHWC = apart_BKHWC * (prediction_BKHWC + reference_prediction_BKHWC - 2 * inputs.target_BKHWC)
     return inputs._replace(
-        log_ratio_BK=-products_BKHWC.mean(axis=(2, 3, 4)) / 2,
+        log_ratio_BK=-weighted(products_BKHWC).mean(axis=(2, 3, 4)) / 2,
         reference_error_BK=reference_error_BK,
         reference_prediction_BKHWC=reference_prediction_BKHWC,
-        drift_BK=jnp.square(jax.lax.stop_gradient(apart_BKHWC)).mean(axis=(2, 3, 4)),
+        drift_BK=weighted(jnp.square(jax.lax.stop_gradient(apart_BKHWC))).mean(axis=(2, 3, 4)),
     )
+
+
+def weighted_residual(inputs: LossInputs) -> Float[Array, "B K H W C"]:
+    """Return the gradient of the errors by the policy's predictions, but for the factor 2 / (H W C)."""
+    residual_BKHWC = inputs.prediction_BKHWC - inputs.target_BKHWC
+    weight_BKHW = inputs.cell_weight_BKHW
+    return residual_BKHWC if weight_BKHW is None else residual_BKHWC * weight_BKHW[..., None]
 
 
 def per_candidate(tree: Any, B: int, K: int) -> Any:

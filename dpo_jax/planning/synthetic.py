@@ -72,5 +72,6 @@ def random_batch(experiment: Experiment, seed: int) -> PreferenceBatch:
         valid_BK=ones.astype(bool),
         weight_B=np.ones(len(ones), np.float32),
         index_B=np.arange(len(ones), dtype=np.int32) + seed * len(ones),
+        cell_weight_BKhw=jax.tree.map(lambda shape: np.ones(shape.shape, shape.dtype), abstract.cell_weight_BKhw),
     )
     return jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), batch, abstract)

@@ -137,6 +137,11 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.{field} is empty; set it in the config file or with --config.{field}=...")
     check_settings(config)
     check_views(config)
+    if config.data.mask_floor and not config.data.masks:
+        raise UserError(
+            f"config.data.mask_floor={config.data.mask_floor} has no effect without masks; set data.masks=True, or "
+            "mask_floor=0"
+        )
     score_judge(config)
     every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
     if keep_every % every:

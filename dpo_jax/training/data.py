@@ -35,6 +35,7 @@ def check_data(config: ConfigDict) -> ConfigDict:
     """
     records = _training_pairs(config)
     _say_weights(records)
+    _say_masks(records, config.data.masks)
     most = int(records.candidates()[0].max())
     if _learns_from_lists(config) and most < config.data.candidates:
         warn(
@@ -60,6 +61,13 @@ def _say_weights(records: TrainingRecords) -> None:
         _say(f"weights in the loss: {weight_N.min():.3g} to {weight_N.max():.3g}, with a mean of 1")
 
 
+def _say_masks(records: TrainingRecords, used: bool) -> None:
+    """Print how many records have a mask, if any have, and whether masks count."""
+    if isinstance(records, PreparedRecords) and (number := records.number_masked):
+        use = "" if used else ", which only data.masks=True uses"
+        _say(f"masks: {number} of {len(records)} records have one{use}")
+
+
 def _say(message: str) -> None:
     if cluster.is_first():
         print(message, flush=True)
@@ -74,7 +82,8 @@ def make_inputs(config: ConfigDict, pipeline: Pipeline) -> Inputs:
     data = config.data
     if data.encoded_views:
         return CachedInputs(open_latents(Path(data.path), encoding_facts(config, pipeline)))
-    return RawInputs(data.resolution, load_tokenizers_of(pipeline), data.random_crop, data.random_flip)
+    tokenizers = load_tokenizers_of(pipeline)
+    return RawInputs(data.resolution, tokenizers, data.random_crop, data.random_flip, pipeline.vae_factor)
 
 
 def encoding_facts(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
@@ -171,6 +180,7 @@ def _choices(config: ConfigDict) -> dict[str, Any]:
         "generators": data.generators,
         "min_agreement": data.min_agreement,
         "min_side": data.min_side,
+        "masks": data.masks,
         "liked_images": method.learns_from == "images",
         "single_images": _learns_from_votes(config),
     }
@@ -189,6 +199,7 @@ def _options(config: ConfigDict) -> dict[str, Any]:
     return {
         "size_conditioning": config.data.size_conditioning,
         "caption_lines": config.data.caption_lines,
+        "mask_floor": config.data.mask_floor if config.data.masks else None,
         "shard_index": jax.process_index(),
         "shard_count": jax.process_count(),
     }

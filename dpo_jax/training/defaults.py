@@ -151,6 +151,10 @@ FIELDS = {
         False, "Crop at a random place, the same for all images of a pair; otherwise the centre."
     ),
     "data.random_flip": Field(True, "Mirror horizontally at random, all images of a pair alike."),
+    "data.masks": Field(
+        False, "Let each image count where the mask beside it is white; images without a mask count everywhere."
+    ),
+    "data.mask_floor": Field(0.0, "Weight of what is black in a mask, where white has 1.", **SHARE),
     "data.caption_dropout": Field(0.2, "Share of captions replaced by the empty one.", **SHARE),
     "data.caption_lines": Field(False, "Take each line of a caption as a caption of its own and draw one each time."),
     "data.size_conditioning": Field(

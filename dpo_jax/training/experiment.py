@@ -103,6 +103,7 @@ class Experiment:
         fields = flatten(self.config)
         B, K, M = self.config.data.batch_size, find_method(self.config.loss.name).images_per_example(fields), 1
         size, unet, encoders = self.config.data.resolution, self.pipeline.unet.config, self.pipeline.text_encoders
+        cells = size // self.pipeline.vae_factor
         L = encoders[0].config.max_position_embeddings
         split = batch_sharding(self.mesh)
 
@@ -115,7 +116,7 @@ class Experiment:
             token_ids_BMEL=array(jnp.int32, M, len(encoders), L),
         )
         if self.config.data.encoded_views:
-            cells, time_ids = size // self.pipeline.vae_factor, self.pipeline.family.num_time_ids
+            time_ids = self.pipeline.family.num_time_ids
             pooled = (unet.projection_class_embeddings_input_dim or 0) - time_ids * (unet.addition_time_embed_dim or 0)
             inputs = Cached(
                 array(jnp.bfloat16, K, cells, cells, 2 * unet.in_channels),
@@ -129,6 +130,7 @@ class Experiment:
             valid_BK=array(jnp.bool_, K),
             weight_B=array(jnp.float32),
             index_B=array(jnp.int32),
+            cell_weight_BKhw=array(jnp.float32, K, cells, cells) if self.config.data.masks else None,
         )
 
     def initial_state(self) -> TrainState:

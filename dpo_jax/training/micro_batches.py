@@ -39,7 +39,8 @@ def gradient_of_whole_batch(
 
     def numbers(_: None, batch: PreferenceBatch) -> tuple[None, LossInputs]:
         inputs = jax.lax.stop_gradient(inputs_of(params, batch))
-        return None, inputs._replace(prediction_BKHWC=None, reference_prediction_BKHWC=None, target_BKHWC=None)
+        inputs = inputs._replace(prediction_BKHWC=None, reference_prediction_BKHWC=None, target_BKHWC=None)
+        return None, inputs._replace(cell_weight_BKHW=None)
 
     count = micro.weight_B.shape[0]
     _, parts = jax.lax.scan(numbers, None, micro)

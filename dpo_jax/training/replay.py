@@ -112,6 +112,8 @@ def _arrays(part: Any, prefix: str = "") -> dict[str, np.ndarray]:
     for name, value in part._asdict().items():
         if hasattr(value, "_asdict"):
             arrays |= _arrays(value, f"{prefix}{name}.")
+        elif value is None:
+            continue
         elif value.dtype == ml_dtypes.bfloat16:  # a .npz cannot hold bfloat16
             arrays[f"{prefix}{name}:bfloat16"] = value.view(np.uint16)
         else:
@@ -124,6 +126,8 @@ def _tuple(kind: Any, arrays: dict[str, np.ndarray], prefix: str, nested: dict[s
         path = f"{prefix}{name}"
         if name in nested:
             return _tuple(nested[name], arrays, f"{path}.", nested)
+        if name in kind._field_defaults and path not in arrays:
+            return kind._field_defaults[name]
         return arrays[path] if path in arrays else arrays[f"{path}:bfloat16"].view(ml_dtypes.bfloat16)
 
     return kind(*map(field, kind._fields))

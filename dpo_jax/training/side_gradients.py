@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from dpo_jax.batch import LossInputs
 from dpo_jax.methods.metrics import BY_NOISE, Metrics, best_and_worst, sum_by_noise
+from dpo_jax.objectives.denoising import weighted_residual
 
 SIDES = ("gradient_norm/winner_prediction", "gradient_norm/loser_prediction")
 """Names of the norms, in the order of `best_and_worst`."""
@@ -44,7 +45,7 @@ def squares_of_slopes(slope_BK: Float[Array, "B K"], inputs: LossInputs) -> Metr
 
 def gradient_of_error(slope_BK: Float[Array, "B K"], inputs: LossInputs) -> Float[Array, "B K H W C"]:
     """Return the gradient by the predictions of errors times their slopes."""
-    residual_BKHWC = inputs.prediction_BKHWC - inputs.target_BKHWC
+    residual_BKHWC = weighted_residual(inputs)
     cells = residual_BKHWC[0, 0].size
     return (slope_BK * 2 / cells)[:, :, None, None, None] * residual_BKHWC
 

@@ -149,8 +149,8 @@ def make_compare(
         if training and input_perturbation:
             perturbation_key = jax.random.fold_in(diffusion_key, 2**32 - 1)  # no sample has this index
             perturbed_BHWC = perturb(perturbation_key, batch.index_B, noise_BHWC, input_perturbation)
-        latents_BKHWC, conditioning, t_B, noise_BHWC, perturbed_BHWC = constrain(
-            (latents_BKHWC, conditioning, t_B, noise_BHWC, perturbed_BHWC)
+        latents_BKHWC, conditioning, t_B, noise_BHWC, perturbed_BHWC, cell_weight_BKHW = constrain(
+            (latents_BKHWC, conditioning, t_B, noise_BHWC, perturbed_BHWC, batch.cell_weight_BKhw)
         )
         policy = gather("unet", frozen.policy(params))
         reference = gather("unet", frozen.whole_reference()) if objective.needs_reference else None
@@ -165,6 +165,7 @@ def make_compare(
             conditioning,
             dropout_keys_B,
             perturbed_BHWC,
+            cell_weight_BKHW,
             inversion_steps=inversion_steps if training else 0,
         )
         return with_batch(inputs, batch)
@@ -337,4 +338,5 @@ def keep_candidates(batch: PreferenceBatch, count: int | None) -> PreferenceBatc
         size_cond_BK6=batch.size_cond_BK6[:, :count],
         preference_BK=batch.preference_BK[:, :count],
         valid_BK=batch.valid_BK[:, :count],
+        cell_weight_BKhw=jax.tree.map(lambda x_BKhw: x_BKhw[:, :count], batch.cell_weight_BKhw),
     )

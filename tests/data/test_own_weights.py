@@ -15,7 +15,7 @@ from dpo_jax.data.load.records import open_records
 from dpo_jax.data.prepare import worker
 from dpo_jax.data.prepare.builder import prepare
 from dpo_jax.data.sources import SOURCES, Damaged, Record
-from dpo_jax.data.store.prepared import RECORDS, WEIGHTED_RECORDS, open_prepared
+from dpo_jax.data.store.prepared import OPTIONAL, RECORDS, open_prepared
 from dpo_jax.data.store.scores import candidates, write_scores
 from dpo_jax.errors import UserError
 from dpo_jax.training.data import _say_weights
@@ -71,7 +71,7 @@ def test_prepare_keeps_weights_and_writes_none_where_there_are_none(write_pairs:
     assert summary.weighted == json.loads((tmp_path / "both" / "summary.json").read_text())["weighted"] == 3
     assert "8 pairs, 0 ties; 8 with 2 candidates; 3 with a weight" in str(summary)
     schemas = [pa.ipc.open_file(str(tmp_path / name / "records.arrow")).schema for name in ("plain", "both")]
-    assert schemas == [RECORDS, WEIGHTED_RECORDS]
+    assert schemas == [RECORDS, RECORDS.append(OPTIONAL[0])]
     np.testing.assert_array_equal(open_prepared(tmp_path / "both").weight_N, [1, 1, 1, 1, 0.5, 1, 2, 0])
     np.testing.assert_array_equal(open_prepared(tmp_path / "plain").weight_N, np.ones(4))
 

@@ -65,7 +65,11 @@ def take(data: Path | str | TrainingRecords, number: int, batch_size: int = 4, *
 
 
 def rows_of(batches: Iterable[PreferenceBatch]) -> list[PreferenceBatch]:
-    return [tree.map_structure(lambda x, i=i: x[i], batch) for batch in batches for i in range(len(batch.index_B))]
+    return [
+        tree.map_structure(lambda x, i=i: None if x is None else x[i], batch)
+        for batch in batches
+        for i in range(len(batch.index_B))
+    ]
 
 
 def assert_same(a: Sequence[PreferenceBatch], b: Sequence[PreferenceBatch]) -> None:
@@ -79,7 +83,12 @@ def test_a_batch(prepared: Path) -> None:
     (batch,) = take(prepared, 1)
     assert agrees(batch)
     fields = batch.inputs._asdict() | batch._asdict()
-    shapes = {name: (value.shape, value.dtype.name) for name, value in fields.items() if name != "inputs"}
+    shapes = {
+        name: (value.shape, value.dtype.name)
+        for name, value in fields.items()
+        if name not in ("inputs", "cell_weight_BKhw")
+    }
+    assert batch.cell_weight_BKhw is None
     assert shapes == {
         "images_BKHWC": ((4, 2, 16, 16, 3), "uint8"),
         "mirrored_BK": ((4, 2), "bool"),

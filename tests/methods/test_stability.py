@@ -57,6 +57,25 @@ def value_and_gradient(chosen, **more):
     return jax.value_and_grad(lambda p: chosen.loss(inputs_of(p, reference, target, **more)).mean())(policy)
 
 
+def test_the_safeguard_compares_gradients_of_the_weighted_errors(x64):
+    policy, reference, target = map(jnp.asarray, arrays())
+    weight = np.random.default_rng(1).uniform(size=policy.shape[:-1])
+    weight = jnp.asarray(weight / weight.mean(axis=(2, 3), keepdims=True))
+
+    def errors(policy):
+        return (weight[..., None] * jnp.square(policy - target)).mean(axis=(2, 3, 4))
+
+    winner, loser = (jax.grad(lambda p, k=k: errors(p)[:, k].sum())(policy)[:, k] for k in (0, 1))
+    common = (winner * loser).sum(axis=(1, 2, 3))
+    expected = jnp.where(common > 0, jnp.clip(0.4 * (winner**2).sum(axis=(1, 2, 3)) / common, 0, 1), 1.0)
+
+    inputs = inputs_of(policy, reference, target, cell_weight_BKHW=weight)
+
+    np.testing.assert_allclose(loser_gradient(inputs, 0.6, "pair"), expected, rtol=1e-9)
+    plain = loser_gradient(inputs._replace(cell_weight_BKHW=None), 0.6, "pair")
+    assert np.abs(plain - expected).max() > 1e-2
+
+
 @pytest.mark.parametrize("over", ["pair", "batch"])
 def test_the_safeguard_is_the_released_one(x64, over):
     policy, reference, target = map(torch.from_numpy, arrays())

@@ -188,3 +188,75 @@ def test_every_noise_level_is_drawn_equally_often():
     log_snr_T = 2 * np.log(SCHEDULE.signal_T / SCHEDULE.noise_T)
     counts, _ = np.histogram(log_snr_T[np.asarray(t_B)], bins=10, range=(log_snr_T[-1], log_snr_T[0]))
     assert np.abs(counts - 2000).max() < 4 * np.sqrt(20_000 * 0.1 * 0.9)
+
+
+def random_weights():
+    weight_BKHW = np.random.default_rng(1).uniform(size=(B, K, H, W)) ** 3
+    return weight_BKHW / weight_BKHW.mean(axis=(2, 3), keepdims=True)
+
+
+def test_weights_of_cells_are_those_of_the_masked_loss(x64):
+    """Errors are sum(mask * squared error) / sum(mask) over all elements; so are log-ratio, drift and gradient."""
+    latents_BKHWC, noise_BHWC, t_B = (np.asarray(x) for x in inputs()[:3])
+    conditioning, mask_BKHW = inputs()[3], 0.3 * random_weights()
+    times = (np.asarray(x_T)[t_B] for x_T in (SCHEDULE.signal_T, SCHEDULE.noise_T))
+    signal_B, spread_B = (x_B[:, None, None, None, None] for x_B in times)
+    x_BKHWC = signal_B * latents_BKHWC + spread_B * noise_BHWC[:, None]
+    shift_BK = (np.asarray(conditioning.context_NLD)[:, 0] + np.asarray(conditioning.time_ids_NT).reshape(B, K))[
+        ..., None, None, None
+    ]
+    mask_BKHWC = np.broadcast_to(mask_BKHW[..., None], x_BKHWC.shape)
+    apart, squared = [], []
+    for params in (POLICY, REFERENCE):
+        own = float(params["x"]) * x_BKHWC + float(params["t"]) * t_B[:, None, None, None, None] + shift_BK
+        apart.append(own)
+        squared.append(np.square(own - noise_BHWC[:, None]))
+
+    def masked(values_BKHWC):
+        return (mask_BKHWC * values_BKHWC).sum(axis=(2, 3, 4)) / mask_BKHWC.sum(axis=(2, 3, 4))
+
+    weights_BKHW = jnp.asarray(random_weights())
+    wide = jax.tree.map(lambda x: x.astype(jnp.float64), POLICY)
+
+    def compared(policy):
+        return compare_denoising(denoise, policy, REFERENCE, SCHEDULE, *inputs(), cell_weight_BKHW=weights_BKHW)
+
+    found = compared(wide)
+    np.testing.assert_allclose(found.error_BK, masked(squared[0]), rtol=1e-9)
+    np.testing.assert_allclose(found.reference_error_BK, masked(squared[1]), rtol=1e-9)
+    np.testing.assert_allclose(found.log_ratio_BK, masked(squared[1] - squared[0]) / 2, rtol=1e-9)
+    np.testing.assert_allclose(found.drift_BK, masked(np.square(apart[0] - apart[1])), rtol=1e-9)
+    slope = jax.grad(lambda policy: compared(policy).log_ratio_BK.sum())(wide)
+    residual_BKHWC = apart[0] - noise_BHWC[:, None]
+    np.testing.assert_allclose(slope["x"], -masked(residual_BKHWC * x_BKHWC).sum(), rtol=1e-9)
+    np.testing.assert_allclose(slope["t"], -masked(residual_BKHWC * t_B[:, None, None, None, None]).sum(), rtol=1e-9)
+
+
+def test_equal_weights_change_nothing():
+    plain = compare_denoising(denoise, POLICY, REFERENCE, SCHEDULE, *inputs())
+
+    ones = compare_denoising(denoise, POLICY, REFERENCE, SCHEDULE, *inputs(), cell_weight_BKHW=jnp.ones((B, K, H, W)))
+
+    for name in ("error_BK", "reference_error_BK", "log_ratio_BK", "drift_BK"):
+        np.testing.assert_array_equal(getattr(ones, name), getattr(plain, name))
+
+
+def test_weights_keep_the_errors_of_a_prediction_in_the_masked_part_only():
+    """What the network predicts where the weight is 0 neither changes the errors nor has a gradient."""
+    weights_BKHW = np.zeros((B, K, H, W), np.float32)
+    weights_BKHW[:, :, :2] = 2
+
+    def error(change_NHWC):
+        compared = compare_denoising(
+            lambda params, *args: denoise(params, *args) + change_NHWC,
+            POLICY,
+            REFERENCE,
+            SCHEDULE,
+            *inputs(),
+            cell_weight_BKHW=jnp.asarray(weights_BKHW),
+        )
+        return compared.error_BK.sum()
+
+    slope_NHWC = jax.grad(error)(jnp.zeros((B * K, H, W, C)))
+    assert (np.asarray(slope_NHWC)[:, :2] != 0).all()
+    assert (np.asarray(slope_NHWC)[:, 2:] == 0).all()

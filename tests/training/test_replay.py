@@ -119,6 +119,12 @@ def test_every_kind_of_batch_is_read_as_it_was_written(tmp_path, inputs) -> None
     assert [x.dtype for x in jax.tree.leaves(read)] == [x.dtype for x in jax.tree.leaves(batch)]
 
 
+def test_weights_of_cells_are_kept_too(tmp_path) -> None:
+    batch = batch_of(Raw(ONES, ONES, ONES))._replace(cell_weight_BKhw=np.ones((3, 2, 4, 4), np.float32))
+    _, read, _ = read_batch(write_batch(tmp_path, 7, batch, ["a", "b", "c"]))
+    jax.tree.map(np.testing.assert_array_equal, read, batch)
+
+
 def test_a_batch_that_is_too_large_is_cut(tmp_path, monkeypatch) -> None:
     batch = batch_of(Raw(ONES, ONES, ONES))
     monkeypatch.setattr(module, "MAX_BYTES", sum(x.nbytes for x in jax.tree.leaves(batch)) * 2 // 3 + 1)

@@ -13,7 +13,7 @@ from dpo_jax.methods import METHODS
 from dpo_jax.methods.metrics import BY_NOISE
 from dpo_jax.methods.stability import PAIR_FIELDS
 from dpo_jax.training.figures import figures_of
-from dpo_jax.training.side_gradients import SIDES, side_norms, squares_of_loss
+from dpo_jax.training.side_gradients import SIDES, gradient_of_error, side_norms, squares_of_loss
 from dpo_jax.training.step import TrainState, make_compare, make_train_step
 
 from ..small_denoiser import SCHEDULE, denoise, encode, frozen_like, make_batch, perturbed
@@ -102,6 +102,17 @@ def test_every_method_and_plug_in_is_as_autodiff_has_it(x64, name, plugins) -> N
 
     assert (expected > 0).all()
     np.testing.assert_allclose([found[side] for side in SIDES], expected, rtol=1e-9)
+
+
+def test_weights_of_cells_weigh_the_gradient(x64) -> None:
+    policy, reference, target = map(jnp.asarray, arrays())
+    weight_BKHW, slope_BK = jnp.asarray(np.random.default_rng(1).uniform(size=(B, 2, 3, 3))), jnp.ones((B, 2))
+
+    def total(policy):
+        return (slope_BK * (weight_BKHW[..., None] * jnp.square(policy - target)).mean(axis=(2, 3, 4))).sum()
+
+    inputs = inputs_of(policy, reference, target)._replace(cell_weight_BKHW=weight_BKHW)
+    np.testing.assert_allclose(gradient_of_error(slope_BK, inputs), jax.grad(total)(policy), rtol=1e-9)
 
 
 def test_of_a_list_the_sides_are_the_best_and_the_worst_that_are_no_padding(x64) -> None:

@@ -163,6 +163,22 @@ def test_the_mean_of_kto_is_over_all_micro_batches(params, accumulation):
     assert max(baselines) > 0
 
 
+def test_weights_of_cells_reach_every_micro_batch(params):
+    """They change the update, in the same way with accumulation; a loss of winners reads those of winners."""
+    batch, reference = make_batch(), perturbed(params)
+    weight_BKhw = np.random.default_rng(1).uniform(size=(8, 2, 8, 8))
+    weight_BKhw /= weight_BKhw.mean(axis=(2, 3), keepdims=True)
+    weighted = batch._replace(cell_weight_BKhw=jnp.asarray(weight_BKhw))
+    of_plain, of_weighted = (run(params, b, reference=reference)[0].params for b in (batch, weighted))
+    of_parts = run(params, weighted, reference=reference, accumulation=2)[0].params
+    for name in params:
+        np.testing.assert_allclose(of_parts[name], of_weighted[name], rtol=1e-10)
+        assert not np.allclose(of_weighted[name], of_plain[name], rtol=1e-6)
+    compute = make_compare(encode, denoise, SCHEDULE, SFT, seed=3)
+    best = compute(params, frozen_like(params), weighted, jnp.int32(0)).cell_weight_BKHW
+    np.testing.assert_array_equal(best, weighted.cell_weight_BKhw[:, :1])
+
+
 def test_draws_depend_on_the_sample_and_not_on_its_row(params):
     batch = make_batch()
     order = np.array([3, 1, 0, 2, 7, 6, 5, 4])

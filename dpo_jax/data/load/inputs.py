@@ -54,6 +54,15 @@ class Inputs(Protocol):
         """Side of the square images in pixels."""
         ...
 
+    @property
+    def cells(self) -> int:
+        """Side of their latents."""
+        ...
+
+    def view(self, draws: ViewDraws | None) -> images.View:
+        """Return the view of the images of an example."""
+        ...
+
     def allocate(self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int) -> Raw | Cached:
         """Return memory for a batch."""
         ...
@@ -74,12 +83,18 @@ class RawInputs:
         tokenizers: the tokenizers of the model.
         random_crop: draw the crop, once for all candidates of a prompt; otherwise take the centre.
         random_flip: mirror half of the examples, all their candidates alike.
+        pixels_a_cell: pixels along the side of a latent cell.
     """
 
     resolution: int
     tokenizers: TokenizeCaptions
     random_crop: bool = False
     random_flip: bool = False
+    pixels_a_cell: int = 8
+
+    @property
+    def cells(self) -> int:
+        return self.resolution // self.pixels_a_cell
 
     def allocate(self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int) -> Raw:
         E, L = self.tokenizers([""]).shape[1:]
@@ -94,7 +109,7 @@ class RawInputs:
         batch.token_ids_BMEL[numbers] = token_ids_NEL.reshape(len(examples), -1, *token_ids_NEL.shape[1:])
         encoded: list[tuple[images.ImageBytes, images.View, np.ndarray]] = []
         for example in examples:
-            view, images_KHWC = self._view(example.draws), batch.images_BKHWC[example.number]
+            view, images_KHWC = self.view(example.draws), batch.images_BKHWC[example.number]
             found = read_images(example.record)
             encoded += [(data, view, image) for data, image in zip(found, images_KHWC, strict=False)]
             batch.mirrored_BK[example.number] = view.flip
@@ -105,7 +120,7 @@ class RawInputs:
             for example in examples
         ]
 
-    def _view(self, draws: ViewDraws | None) -> images.View:
+    def view(self, draws: ViewDraws | None) -> images.View:
         if draws is None:
             return images.View()
         top, left = (draws.top, draws.left) if self.random_crop else (None, None)
@@ -122,6 +137,17 @@ class CachedInputs:
     def resolution(self) -> int:
         return self.stored.resolution
 
+    @property
+    def cells(self) -> int:
+        return self.stored.row_shapes["moments"][0]
+
+    def view(self, draws: ViewDraws | None) -> images.View:
+        return self.stored.views[self._number(draws)]
+
+    def _number(self, draws: ViewDraws | None) -> int:
+        """Return the number of the stored view; if there are two, the mirrored one where `RawInputs` would flip."""
+        return 0 if draws is None else len(self.stored.views) - 1 - int(draws.flip * len(self.stored.views))
+
     def allocate(self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int) -> Cached:
         shapes = self.stored.row_shapes
         return Cached(
@@ -134,9 +160,7 @@ class CachedInputs:
         return [self._fill_example(batch, example) for example in examples]
 
     def _fill_example(self, batch: Cached, example: Example) -> np.ndarray:
-        stored, record, number = self.stored, example.record, 0
-        if example.draws is not None:  # if there are two views, the mirrored one where `RawInputs` would flip
-            number = len(stored.views) - 1 - int(example.draws.flip * len(stored.views))
+        stored, record, number = self.stored, example.record, self._number(example.draws)
         moments_KhwC = batch.moments_BKhwC[example.number]
         moments_KhwC[len(record["images"]) :] = 0
         for k, image in enumerate(record["images"]):

@@ -21,6 +21,7 @@ from dpo_jax.data import images
 from dpo_jax.data.load.buffer_pool import Pool
 from dpo_jax.data.load.curriculum import CurriculumOrder
 from dpo_jax.data.load.inputs import Example, Inputs, ViewDraws
+from dpo_jax.data.load.masks import cell_weights
 from dpo_jax.data.load.records import Relabelled, TrainingRecords
 from dpo_jax.data.load.votes import VoteOrder, Votes
 from dpo_jax.data.store.latents import DamagedLatents
@@ -51,6 +52,7 @@ def make_iterator(
     relabel: Relabel = "none",
     positive_share: float | None = None,
     curriculum: CurriculumOrder | None = None,
+    mask_floor: float | None = None,
     shard_index: int = 0,
     shard_count: int = 1,
     num_workers: int = NUM_WORKERS,
@@ -70,6 +72,9 @@ def make_iterator(
             the records, the same ones in each epoch.
         positive_share: train on single images instead, with this share of liked ones; see `Votes` and `VoteOrder`.
         curriculum: order in which the records are seen.
+        mask_floor: give batches the weights of latent cells that `cell_weights` makes of the records' masks with this
+            floor; None gives them none. An example with a mask that is black in its view has weight 0, unless the floor
+            is above 0.
         shard_index: the number of this process; it reads positions `shard_index + n * shard_count` of the stream.
         num_workers: threads that fill batches. Decoding releases Python's lock, so threads use all cores and write in
             place; processes would have to copy their results.
@@ -85,7 +90,7 @@ def make_iterator(
     else:
         records = votes = Votes(records)
         order = VoteOrder(votes.liked_V, seed, positive_share)
-    builder = _BatchBuilder(inputs, records, size_conditioning, caption_lines, caption_dropout)
+    builder = _BatchBuilder(inputs, records, size_conditioning, caption_lines, caption_dropout, mask_floor)
 
     def samples(positions: range) -> list[Sample]:
         drawn = zip(positions, _draws(seed, positions).tolist(), strict=True)
@@ -101,6 +106,7 @@ def validation_batches(
     batch_size: int,
     size_conditioning: SizeConditioning = "constant",
     caption_lines: bool = False,
+    mask_floor: float | None = None,
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> "BatchIterator":
@@ -114,7 +120,7 @@ def validation_batches(
     def samples(positions: range) -> list[Sample]:
         return [Sample(at, at % len(records), counts=at < len(records)) for at in positions]
 
-    builder = _BatchBuilder(inputs, records, size_conditioning, caption_lines)
+    builder = _BatchBuilder(inputs, records, size_conditioning, caption_lines, mask_floor=mask_floor)
     return BatchIterator(samples, padded, builder, batch_size, shard_index, shard_count)
 
 
@@ -149,6 +155,8 @@ class Skipped(NamedTuple):
     number: int
     """Index of the record among those to train on."""
     reason: str
+    is_damaged: bool = True
+    """False for an undamaged record with a mask that is black in this view."""
 
 
 class BatchIterator(Iterator[PreferenceBatch]):
@@ -182,6 +190,8 @@ class BatchIterator(Iterator[PreferenceBatch]):
         self._begun: deque[tuple[PreferenceBatch, list[Future[list[Skipped]]]]] = deque()
         self.damaged: set[int] = set()
         """The records that this iterator left out, as indices among those to train on."""
+        self.unseen: set[int] = set()
+        """The records that had weight 0 in some view because a mask was black in it."""
 
     def __next__(self) -> PreferenceBatch:
         # Every thread has examples to fill, also while this one begins batches and keeps Python's lock.
@@ -199,7 +209,9 @@ class BatchIterator(Iterator[PreferenceBatch]):
         return batch
 
     def _skip(self, skipped: "Skipped") -> None:
-        """Note a damaged record; raise ValueError when there are too many."""
+        """Note a record that was left out; raise ValueError when too many are damaged."""
+        if not skipped.is_damaged:
+            return self._note_unseen(skipped)
         self.damaged.add(skipped.number)
         known = len(self._builder.records)
         message = f"{self._builder.records.name_of(skipped.number)}: {skipped.reason}"
@@ -210,6 +222,18 @@ class BatchIterator(Iterator[PreferenceBatch]):
                 "python -m dpo_jax.prepare --verify --output=FOLDER"
             )
         warn(f"{message}; it is left out")
+
+    def _note_unseen(self, skipped: "Skipped") -> None:
+        """Note a record with a mask that is black in its view, and warn of the first, the tenth, the hundredth ..."""
+        before = len(self.unseen)
+        self.unseen.add(skipped.number)
+        count = len(self.unseen)
+        if count > before and count == 10 ** (len(str(count)) - 1):
+            warn(
+                f"{self._builder.records.name_of(skipped.number)}: {skipped.reason}, so it has weight 0 there. This is "
+                f"so for {count} of {len(self._builder.records)} records until now. To let the rest of the image "
+                "count, set data.mask_floor above 0"
+            )
 
     def _plan(self) -> bool:
         """Plan the next batches; return False if the stream has ended."""
@@ -270,6 +294,7 @@ class _BatchBuilder:
     size_conditioning: SizeConditioning
     caption_lines: bool = False
     caption_dropout: float = 0.0
+    mask_floor: float | None = None
 
     def plan(self, samples: Sequence[Sample]) -> tuple[dict[str, np.ndarray], list[Example]]:
         """Return the fields of a batch except its inputs, and its examples; absent candidates are not valid."""
@@ -289,6 +314,8 @@ class _BatchBuilder:
             "weight_B": np.asarray(weights, np.float32),
             "index_B": np.asarray([sample.position for sample in samples], np.int32),
         }
+        if self.mask_floor is not None:
+            planned["cell_weight_BKhw"] = np.ones((B, K, self.inputs.cells, self.inputs.cells), np.float32)
         return planned, [self._example(*each) for each in zip(range(B), samples, records, strict=True)]
 
     def _example(self, number: int, sample: Sample, record: dict[str, Any]) -> Example:
@@ -311,24 +338,43 @@ class _BatchBuilder:
     def fill(self, batch: PreferenceBatch, examples: Sequence[Example]) -> list[Skipped]:
         """Write the inputs of examples into the batch, with 0 for candidates that a record lacks."""
         try:
-            self._fill(batch, examples)
-            return []
+            return self._fill(batch, examples)
         except (images.DamagedImage, DamagedLatents):  # one of them is damaged; the others are filled again
-            return [skipped for example in examples if (skipped := self._fill_or_skip(batch, example))]
+            return [skipped for example in examples for skipped in self._fill_or_skip(batch, example)]
 
-    def _fill_or_skip(self, batch: PreferenceBatch, example: Example) -> Skipped | None:
+    def _fill_or_skip(self, batch: PreferenceBatch, example: Example) -> list[Skipped]:
         try:
-            self._fill(batch, [example])
-            return None
+            return self._fill(batch, [example])
         except (images.DamagedImage, DamagedLatents) as error:
             inputs: Any = batch.inputs
             for array in inputs:
                 array[example.number] = 0
             batch.weight_B[example.number] = 0
-            return Skipped(example.record_number, str(error))
+            if batch.cell_weight_BKhw is not None:
+                batch.cell_weight_BKhw[example.number] = 1
+            return [Skipped(example.record_number, str(error))]
 
-    def _fill(self, batch: PreferenceBatch, examples: Sequence[Example]) -> None:
+    def _fill(self, batch: PreferenceBatch, examples: Sequence[Example]) -> list[Skipped]:
         places = self.inputs.fill(batch.inputs, examples, self.records.read_images)
         if self.size_conditioning == "real":
             for example, places_K4 in zip(examples, places, strict=True):
                 batch.size_cond_BK6[example.number, : len(places_K4), :4] = places_K4
+        if self.mask_floor is None:
+            return []
+        return [skipped for example in examples if (skipped := self._fill_weights(batch, example, self.mask_floor))]
+
+    def _fill_weights(self, batch: PreferenceBatch, example: Example, floor: float) -> Skipped | None:
+        """Write the weights of the latent cells of an example; those of images without a mask are 1 already."""
+        assert batch.cell_weight_BKhw is not None
+        view, inputs, weight_Khw = self.inputs.view(example.draws), self.inputs, batch.cell_weight_BKhw[example.number]
+        for k, position in enumerate(example.record["masks"]):
+            if position < 0:
+                continue
+            (mask,) = self.records.read_images({"images": [position]})
+            weight_hw = cell_weights(mask, view, inputs.resolution, inputs.cells, floor)
+            if weight_hw is None:
+                weight_Khw[:] = 1
+                batch.weight_B[example.number] = 0
+                return Skipped(example.record_number, "a mask is black in the part that is cut out", is_damaged=False)
+            weight_Khw[k] = weight_hw
+        return None

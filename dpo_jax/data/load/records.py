@@ -29,7 +29,8 @@ TRAINED_ON = ("caption", "captions", "images", "preference")
 class TrainingRecords(Protocol):
     """Random access to records: dicts of `captions`, `images` (best first), `preference` and `weight`.
 
-    A record has one caption for all images, or one for each. Images are positions in the data set.
+    A record has one caption for all images, or one for each. Images are positions in the data set, and so are the
+    `masks` of images, -1 where there is none; only records that were opened with masks have them.
     """
 
     num_candidates: int
@@ -46,7 +47,7 @@ class TrainingRecords(Protocol):
         ...
 
     def read_images(self, record: dict[str, Any]) -> Sequence[images.ImageBytes]:
-        """Return the image files of a record, bytes unchanged."""
+        """Return the image files at the positions of `images` of a record, bytes unchanged."""
         ...
 
     def name_of(self, index: int) -> str:
@@ -65,6 +66,7 @@ def open_records(
     combine: Combine = "mean",
     score_judge: str = "",
     pair_weights: PairWeights | None = None,
+    masks: bool = False,
     **filters: Any,
 ) -> TrainingRecords:
     """Return the chosen records of one split of a prepared folder; `random:N` makes N random records, all chosen.
@@ -79,6 +81,7 @@ def open_records(
         score_judge: the judge whose stored scores `pair_weights` and `PreparedRecords.gap_N` need.
         pair_weights: weigh records in the loss by what the source states and by a function of `pair_weights.WEIGHTS`;
             the mean weight is 1. None gives every record the weight 1.
+        masks: give records the masks of their images.
         filters: arguments of `select`.
 
     Raises:
@@ -89,6 +92,10 @@ def open_records(
         number = str(path).removeprefix("random:")
         if not number.isdigit() or not int(number):
             raise UserError(f"data path {path}: random:N makes N random pairs, and {number!r} is not a number above 0")
+        if masks:
+            raise UserError(
+                f"data path {path}: random pairs have no masks. Take a prepared data set, or set masks=False"
+            )
         if score_judge:
             raise UserError(
                 f"data path {path}: random pairs have no scores by {score_judge}. Take a prepared data set, or leave "
@@ -101,7 +108,12 @@ def open_records(
         )
     prepared = open_prepared(path, judges, combine, score_judge)
     chosen = select(prepared, split=split, ties=ties, num_candidates=num_candidates, **filters)
-    return PreparedRecords(prepared, chosen, ties, labels, num_candidates, pair_weights)
+    if masks and not prepared.has_masks:
+        raise UserError(
+            f"data.masks=True, but no image of {prepared.folder} has a mask. Set data.masks=False, or prepare records "
+            "that name masks"
+        )
+    return PreparedRecords(prepared, chosen, ties, labels, num_candidates, pair_weights, masks)
 
 
 class PreparedRecords:
@@ -115,9 +127,10 @@ class PreparedRecords:
         labels: Labels,
         num_candidates: int,
         pair_weights: PairWeights | None = None,
+        masks: bool = False,
     ):
         self._prepared, self._indices_N, self._ties, self._labels = prepared, indices_N, ties, labels
-        self.num_candidates = num_candidates
+        self.num_candidates, self._columns = num_candidates, (*TRAINED_ON, *(["masks"] if masks else []))
         have_own = bool(prepared.records["captions"].is_valid().to_numpy()[indices_N].any())
         self.num_captions = num_candidates if have_own else 1
         self.weight_N = np.ones(len(indices_N))
@@ -141,11 +154,20 @@ class PreparedRecords:
         """The score of the best candidate of each record minus that of the worst, by the `score_judge`."""
         return gaps(self._prepared.pair_scores_N2[self._indices_N])
 
+    @property
+    def number_masked(self) -> int:
+        """How many of the chosen records have a mask."""
+        if not self._prepared.has_masks:
+            return 0
+        masks = self._prepared.records["masks"].combine_chunks()
+        with_mask = pc.list_parent_indices(masks).to_numpy()[masks.flatten().to_numpy() >= 0]
+        return int(np.isin(self._indices_N, with_mask).sum())
+
     def __len__(self) -> int:
         return len(self._indices_N)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self._prepared.record(int(self._indices_N[index]), self.num_candidates, TRAINED_ON)
+        record = self._prepared.record(int(self._indices_N[index]), self.num_candidates, self._columns)
         preference = record["preference"]
         tie = len(preference) > 1 and preference[0] == preference[-1]
         if self._labels == "hard" and not tie and len(preference) > 1:
@@ -226,7 +248,9 @@ class Relabelled:
         record = self._records[index]
         if self._coin_seed is not None and np.random.default_rng((self._coin_seed, index)).random() < 0.5:
             return record
-        return record | {name: record[name][::-1] for name in ("images", "sizes", "captions") if name in record}
+        return record | {
+            name: record[name][::-1] for name in ("images", "sizes", "captions", "masks") if name in record
+        }
 
     def candidates(self) -> tuple[np.ndarray, np.ndarray]:
         return self._records.candidates()

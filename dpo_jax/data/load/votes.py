@@ -33,7 +33,8 @@ class Votes:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record, rank = self._records[int(self._record_V[index])], int(self._rank_V[index])
-        own = {name: record[name][rank : rank + 1] for name in ("images", "sizes", "preference") if name in record}
+        columns = ("images", "sizes", "preference", "masks")
+        own = {name: record[name][rank : rank + 1] for name in columns if name in record}
         captions = record["captions"]
         return record | own | {"captions": [captions[rank if len(captions) > 1 else 0]]}
 

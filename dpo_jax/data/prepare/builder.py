@@ -74,15 +74,17 @@ class Summary:
     prompts: dict[str, int] = dataclasses.field(default_factory=dict)
     """Distinct prompts by split."""
     images: int = 0
-    """Distinct images."""
+    """Distinct images, including masks."""
     duplicates: int = 0
-    """Candidates whose image is stored for another candidate too."""
+    """Candidates and masks whose image is stored for another one too."""
     resolutions: Counter[str] = dataclasses.field(default_factory=Counter)
     """Images by width x height, upright; the most common first."""
     dropped: Counter[str] = dataclasses.field(default_factory=Counter)
     """Rows without a usable preference, by reason."""
     weighted: int = 0
     """Records with a weight of their own."""
+    masked: int = 0
+    """Records with a mask."""
     quarantined: int = 0
     damaged: Counter[str] = dataclasses.field(default_factory=Counter)
     """Quarantined rows by reason; `quarantine.jsonl` lists each."""
@@ -90,13 +92,14 @@ class Summary:
     def __str__(self) -> str:
         candidates = ", ".join(f"{count} with {k} candidates" for k, count in sorted(self.candidates.items()))
         resolutions = _listed(dict(self.resolutions.most_common(5)))
-        weighted = f"; {self.weighted} with a weight" if self.weighted else ""
+        stated = (("a weight", self.weighted), ("a mask", self.masked))
+        others = "".join(f"; {count} with {what}" for what, count in stated if count)
         return (
             f"rows read    {self.rows}\n"
             f"dropped      {_listed(self.dropped)}\n"
             f"quarantined  {self.quarantined}{f' ({_listed(self.damaged)})' if self.damaged else ''}\n"
             f"records      {self.records}: {_listed(self.splits)}\n"
-            f"             {self.pairs} pairs, {self.ties} ties; {candidates}{weighted}\n"
+            f"             {self.pairs} pairs, {self.ties} ties; {candidates}{others}\n"
             f"prompts      {_listed(self.prompts)}\n"
             f"images       {self.images} ({self.duplicates} duplicates): {resolutions}"
         )
@@ -257,7 +260,7 @@ def _add_counts(summary: Summary, folder: Path) -> None:
 def _add_merged(summary: Summary, merged: Merged) -> None:
     summary.splits, summary.prompts = merged.splits, merged.prompts
     summary.images, summary.duplicates, summary.resolutions = merged.images, merged.duplicates, merged.resolutions
-    summary.weighted = merged.weighted
+    summary.weighted, summary.masked = merged.weighted, merged.masked
     written = sum(merged.splits.values())
     assert (written, merged.quarantined) == (summary.records, summary.quarantined)
     assert summary.rows == written + summary.dropped.total() + merged.quarantined, "a row was lost"

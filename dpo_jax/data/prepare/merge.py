@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 
 from dpo_jax.data.prepare import worker
 from dpo_jax.data.store import checksums, image_store
-from dpo_jax.data.store.prepared import IMAGES, RECORDS, WEIGHTED_RECORDS
+from dpo_jax.data.store.prepared import IMAGES, OPTIONAL, RECORDS
 
 VERSION = tfds.core.Version("3.1.0")
 
@@ -39,12 +39,14 @@ class Merged(NamedTuple):
     """Distinct prompts by split."""
     images: int
     duplicates: int
-    """Candidates whose image was stored already."""
+    """Candidates and masks whose image was stored already."""
     resolutions: Counter[str]
     """Images by width x height, the most common first."""
     quarantined: int
     weighted: int
     """Records with a weight of their own."""
+    masked: int
+    """Records with a mask."""
     checksums: dict[str, str]
     """Checksums of the files of images, by their path in the data set."""
 
@@ -90,21 +92,25 @@ def merge(
     limit, prompts = _split(folders, scratch, validation_fraction)
     splits: Counter[str] = Counter()
     candidates = 0
-    weighted = sum(_number_weighted(_read(folder / "records.arrow")) for folder in folders)
-    schema = WEIGHTED_RECORDS if weighted else RECORDS
+    stated = {field.name: sum(_number(folder, field.name) for folder in folders) for field in OPTIONAL}
+    schema = pa.schema([*RECORDS, *(field for field in OPTIONAL if stated[field.name])])
     with pa.ipc.new_file(str(target / "records.arrow"), schema) as writer:
         for part in identified:
             table = _read(part.folder / "records.arrow")
             images = table["images"].combine_chunks()
-            indices = pa.array(part.places[images.flatten().to_numpy()])
+            indices = _positions(part, images.flatten())
             split = np.where(table["prompt"].to_numpy() < limit, "validation", "train")
             columns = {name: table[name] for name in table.column_names} | {
                 "images": pa.ListArray.from_arrays(images.offsets, indices),
                 "split": pa.array(split, pa.string()),
             }
-            if weighted:
-                stated = table["weight"] if _number_weighted(table) else pa.nulls(len(table), pa.float32())
-                columns["weight"] = pc.fill_null(stated, 1.0)
+            if stated["weight"]:
+                columns["weight"] = pc.fill_null(_column(table, "weight", pa.float32()), 1.0)
+            if stated["masks"]:
+                none = pa.ListArray.from_arrays(images.offsets, pa.array(np.full(len(indices), -1, np.int32)))
+                masks = pc.coalesce(_column(table, "masks", none.type), pa.chunked_array([none])).combine_chunks()
+                columns["masks"] = pa.ListArray.from_arrays(masks.offsets, _positions(part, masks.flatten()))
+                candidates += int((masks.flatten().to_numpy() >= 0).sum())
             writer.write_table(pa.table([columns[name] for name in schema.names], schema))
             splits.update(split.tolist())
             candidates += len(indices)
@@ -120,7 +126,15 @@ def merge(
     number = sum(part.owned for part in identified)
     by_split = {name: splits[name] for name in prompts}
     ranked = Counter(dict(resolutions.most_common()))
-    return Merged(by_split, prompts, number, candidates - number, ranked, quarantined, weighted, digests)
+    return Merged(
+        by_split, prompts, number, candidates - number, ranked, quarantined, stated["weight"], stated["masks"], digests
+    )
+
+
+def _positions(part: _Part, indices: pa.Array) -> pa.Array:
+    """Return the positions in the data set of images of a part; -1 stays."""
+    indices_M = indices.to_numpy()
+    return pa.array(np.where(indices_M < 0, -1, part.places[indices_M]), pa.int32())
 
 
 def _identify(folders: Sequence[Path], scratch: Path) -> list[_Part]:
@@ -234,9 +248,15 @@ def _split(folders: Sequence[Path], scratch: Path, validation_fraction: float) -
     return np.uint64(limit), {split: number for split, number in sides.items() if number}
 
 
-def _number_weighted(records: pa.Table) -> int:
-    """Return how many records of a part have a weight of their own; parts of earlier versions have no such column."""
-    return len(records) - records["weight"].null_count if "weight" in records.column_names else 0
+def _column(records: pa.Table, name: str, type: pa.DataType) -> pa.ChunkedArray:
+    """Return an optional column of a part, which those of earlier versions lack; null where nothing is stated."""
+    return records[name] if name in records.column_names else pa.chunked_array([pa.nulls(len(records), type)])
+
+
+def _number(folder: Path, name: str) -> int:
+    """Return how many records of a part state a value of an optional column."""
+    records = _read(folder / "records.arrow")
+    return len(records) - _column(records, name, pa.null()).null_count
 
 
 def _read(file: Path) -> pa.Table:

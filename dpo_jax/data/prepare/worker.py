@@ -3,7 +3,7 @@
 parts/00012/
     images.parquet   the distinct images of this part, bytes unchanged
     images.arrow     their sizes and checksums, in the same order
-    records.arrow    records, whose `images` count from the first image of the part
+    records.arrow    records, whose `images` and `masks` count from the first image of the part
     damaged.jsonl    rows that were set aside
     counts.json      what became of the rows; written last, when the folder is complete
 """
@@ -13,6 +13,7 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -27,7 +28,9 @@ from dpo_jax.data.sources import Chunk, Damaged, Dropped, Record, Source
 from dpo_jax.data.store import checksums, image_store, prepared
 
 # The hash of the prompt takes the place of the split, which it decides.
-RECORDS = pa.schema([*(field for field in prepared.WEIGHTED_RECORDS if field.name != "split"), ("prompt", pa.uint64())])
+RECORDS = pa.schema(
+    [*(field for field in prepared.RECORDS if field.name != "split"), *prepared.OPTIONAL, ("prompt", pa.uint64())]
+)
 FILE = "images.parquet"
 
 
@@ -78,6 +81,8 @@ def make_part(source: Source, chunk: Chunk, folder: Path) -> None:
                 verdicts = [store.verify(data) for data in row.images]
                 verified = [verdict for verdict in verdicts if isinstance(verdict, _Verified)]
                 wrong = [(k, verdict) for k, verdict in enumerate(verdicts) if isinstance(verdict, str)]
+                masks = _verified_masks(store, row.masks, verified) if row.masks and not wrong else []
+                wrong += [(k, f"a mask: {verdict}") for k, verdict in enumerate(masks) if isinstance(verdict, str)]
                 if wrong:
                     candidate, reason = wrong[0]
                     set_aside(reason, where=row.where, caption=row.caption, candidate=candidate)
@@ -85,7 +90,9 @@ def make_part(source: Source, chunk: Chunk, folder: Path) -> None:
                     counts["dropped"]["all candidates are the same image"] += 1
                 else:
                     row, order = kept
-                    records.append(_described(row, [store.add(verified[k]) for k in order]))
+                    chosen = [masks[k] for k in order] if masks else []
+                    places = [store.add(mask) if isinstance(mask, _Verified) else -1 for mask in chosen]
+                    records.append(_described(row, [store.add(verified[k]) for k in order], places or None))
                     counts["candidates"][len(row.images)] += 1
                     ties += len(row.images) > 1 and len(set(row.preference)) == 1
     located = zip(store.rows, image_store.locate(temporary / FILE), strict=True)
@@ -185,6 +192,21 @@ class _Images:
         return self._indices[image.digest]
 
 
+def _verified_masks(
+    store: _Images, masks: Sequence[bytes | None], verified: Sequence[_Verified]
+) -> list[_Verified | str | None]:
+    """Return each mask if it fits its image, None if there is none, otherwise what is wrong with it."""
+    found: list[_Verified | str | None] = []
+    for data, image in zip(masks, verified, strict=True):
+        verdict = None if data is None else store.verify(data)
+        if isinstance(verdict, _Verified) and verdict.size != image.size:
+            verdict = "its size is not that of its image"
+        elif isinstance(verdict, _Verified) and images.decode(verdict.data).getbbox() is None:
+            verdict = "it is black everywhere"
+        found.append(verdict)
+    return found
+
+
 def _firsts(candidates: list[_Verified]) -> list[int]:
     """Return, for each candidate, the first one with the same pixels, even if their files differ."""
     return [
@@ -232,8 +254,8 @@ def _settled(record: Record, firsts: list[int]) -> tuple[Record, list[int]] | No
     return ordered, order
 
 
-def _described(record: Record, indices: list[int]) -> dict[str, Any]:
-    facts = record._asdict() | {"images": indices, "prompt": prompt_hash(record.caption)}
+def _described(record: Record, indices: list[int], masks: list[int] | None) -> dict[str, Any]:
+    facts = record._asdict() | {"images": indices, "masks": masks, "prompt": prompt_hash(record.caption)}
     return facts | {"where": record.where.encode(errors="backslashreplace").decode()}  # file names may be any bytes
 
 

@@ -1,8 +1,9 @@
 """CSV and TSV tables with a header, whose rows name image files.
 
 Columns are prompt, chosen and rejected, or prompt, image_0, image_1 (and more) and preferred, the index of the best.
-The model of each image may follow: chosen_model and rejected_model, or model_0, model_1 and so on; and weight, the
-weight of the row in the loss.
+The model of each image may follow: chosen_model and rejected_model, or model_0, model_1 and so on; the path of its
+mask, or nothing: chosen_mask and rejected_mask, or mask_0, mask_1 and so on; and weight, the weight of the row in the
+loss.
 """
 
 import csv
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpo_jax.data.sources.json_rows import lines
-from dpo_jax.data.sources.paths import read_image
+from dpo_jax.data.sources.paths import read_image, read_mask
 from dpo_jax.data.sources.record import (
     MIN_ROWS_A_CHUNK,
     Chunk,
@@ -66,10 +67,12 @@ def _record(where: str, folder: Path, row: Mapping[str, str]) -> Outcome:
     if "chosen" in row:
         names, shares = ["chosen", "rejected"], [1, 0]
         models = [row.get(f"{name}_model") or None for name in names]
+        masks = [row.get(f"{name}_mask") for name in names]
     else:
         numbers = list(itertools.takewhile(lambda number: f"image_{number}" in row, itertools.count()))
         names = [f"image_{number}" for number in numbers]
         models = [row.get(f"model_{number}") or None for number in numbers]
+        masks = [row.get(f"mask_{number}") for number in numbers]
         if is_unstated(row.get("preferred")):
             return Dropped(where, "without a label")
         best = index(row["preferred"], len(names))
@@ -77,8 +80,15 @@ def _record(where: str, folder: Path, row: Mapping[str, str]) -> Outcome:
             raise Unusable('"preferred" is not the index of an image', row["preferred"][:200])
         shares = [float(number == best) for number in numbers]
     caption = row["prompt"] if row["prompt"].strip() else None
-    weight = row.get("weight")
-    return make_record(where, caption, shares, lambda k: read_image(row[names[k]], folder), models, weight=weight)
+    return make_record(
+        where,
+        caption,
+        shares,
+        lambda k: read_image(row[names[k]], folder),
+        models,
+        weight=row.get("weight"),
+        mask=lambda k: read_mask(masks[k], folder),
+    )
 
 
 class _Row(NamedTuple):

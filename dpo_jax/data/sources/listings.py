@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from dpo_jax.data.images import MAX_BYTES
 from dpo_jax.data.sources.json_rows import chunk_rows, elements, lines, numbers, read_rows
-from dpo_jax.data.sources.paths import find, in_any_form, no_image, read_file, read_image, relative
+from dpo_jax.data.sources.paths import find, in_any_form, no_image, read_file, read_image, read_mask, relative
 from dpo_jax.data.sources.record import Chunk, Damaged, Dropped, Outcome, Unusable, borda, make_record, rows_a_chunk
 from dpo_jax.data.sources.tables import ERRORS, not_parquet
 from dpo_jax.data.sources.values import index, is_missing, is_unstated
@@ -35,8 +35,9 @@ def read_jsonl(chunk: Chunk) -> Iterator[Outcome]:
     {"prompt": ..., "images": [paths], and one of PREFERENCES}. Paths are relative to this file.
 
     `models` and `captions` (a caption of its own for each candidate) may follow, or `chosen_model` and
-    `rejected_model`; and `weight`, the weight of the line in the loss. A prompt may be a list of captions, which become
-    the lines of one: see `data.caption_lines`.
+    `rejected_model`; `masks` (the path of a mask of each image, or null), or `chosen_mask` and `rejected_mask`; and
+    `weight`, the weight of the line in the loss. A prompt may be a list of captions, which become the lines of one: see
+    `data.caption_lines`.
     """
     return read_rows(chunk, lines, _jsonl_row)
 
@@ -61,8 +62,19 @@ def _jsonl_row(where: str, folder: Path, row: Mapping[str, Any]) -> Outcome:
         if not prompt or not all(isinstance(text, str) and text.strip() for text in prompt):
             raise Unusable('"prompt" is a list with an entry that is not a caption', repr(prompt)[:200])
         prompt = "\n".join(" ".join(text.split()) for text in prompt)
-    weight = row.get("weight")
-    return make_record(where, prompt, shares, lambda k: read_image(paths[k], folder), models or (), captions, weight)
+    masks = [None] * len(paths) if is_missing(row.get("masks")) else row["masks"]
+    if not isinstance(masks, list) or len(masks) != len(paths):
+        raise Unusable('"masks" is not a list with a path or null for each image', repr(masks)[:200])
+    return make_record(
+        where,
+        prompt,
+        shares,
+        lambda k: read_image(paths[k], folder),
+        models or (),
+        captions,
+        row.get("weight"),
+        lambda k: read_mask(masks[k], folder),
+    )
 
 
 def _as_images(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,9 +85,9 @@ def _as_images(row: Mapping[str, Any]) -> dict[str, Any]:
     paths = [row.get("chosen"), row.get("rejected")]
     if any(is_missing(path) for path in paths):
         raise Unusable('"chosen" and "rejected" are not two paths', repr(paths)[:200])
-    models = [row.get("chosen_model"), row.get("rejected_model")]
-    named = {"models": models} if not all(is_missing(model) for model in models) else {}
-    return {**row, "images": paths, "preferred": 0, **named}
+    pairs = {f"{name}s": [row.get(f"chosen_{name}"), row.get(f"rejected_{name}")] for name in ("model", "mask")}
+    stated_pairs = {name: pair for name, pair in pairs.items() if not all(is_missing(value) for value in pair)}
+    return {**row, "images": paths, "preferred": 0, **stated_pairs}
 
 
 def shares_of(name: str, value: Any, count: int) -> list[float]:

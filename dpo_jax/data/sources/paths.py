@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from dpo_jax.data.images import MAX_BYTES
 from dpo_jax.data.sources.record import Unusable
+from dpo_jax.data.sources.values import is_unstated
 from dpo_jax.files import read_bytes
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
@@ -25,6 +26,20 @@ def read_image(name: object, *folders: Path) -> bytes:
     if path is None:
         raise no_image(name, *folders)
     return read_file(path)
+
+
+def read_mask(name: object, folder: Path) -> bytes | None:
+    """Return the contents of the mask file that a row names; None if the name is missing or blank.
+
+    Raises:
+        Unusable: as `read_image`; the reason says that it is a mask.
+    """
+    if is_unstated(name):
+        return None
+    try:
+        return read_image(name, folder)
+    except Unusable as error:
+        raise Unusable(f"a mask: {error.reason}", error.found) from None
 
 
 def read_file(path: Path) -> bytes:

@@ -37,6 +37,8 @@ class Record(NamedTuple):
     """The caption of each candidate, if they differ from `caption`."""
     weight: float | None = None
     """Weight in the loss; None if the source does not say, which means 1."""
+    masks: tuple[bytes | None, ...] | None = None
+    """The bytes of the mask file of each image, None where it has none; None if no image has one."""
 
 
 class Dropped(NamedTuple):
@@ -141,6 +143,7 @@ def make_record(
     models: Sequence[object] = (),
     captions: Sequence[object] | None = None,
     weight: object = None,
+    mask: Callable[[int], bytes | None] = lambda k: None,
 ) -> Outcome:
     """Check a row, scale its shares to sum to 1, and order it best first; equal candidates keep their order.
 
@@ -149,6 +152,7 @@ def make_record(
         image: reads candidate k; called only for rows that state a preference; raises Unusable if it cannot.
         models: one per candidate, null where unknown; empty if none is known.
         weight: weight of the row in the loss, null or blank where the source states none.
+        mask: reads the mask of candidate k, as `image` does; None if it has none.
     """
     if is_missing(caption):
         return Dropped(where, "without a caption")
@@ -172,6 +176,7 @@ def make_record(
     order = sorted(range(len(shares)), key=lambda k: -shares[k])
     try:
         images = tuple(image(k) for k in order)
+        masks = tuple(mask(k) for k in order)
     except Unusable as error:
         return Damaged(where, error.reason, error.found)
     return Record(
@@ -182,4 +187,5 @@ def make_record(
         models=tuple(str(names[k]) for k in order),
         captions=None if captions is None else tuple(str(captions[k]) for k in order),
         weight=stated,
+        masks=masks if any(data is not None for data in masks) else None,
     )

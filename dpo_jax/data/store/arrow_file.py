@@ -1,6 +1,7 @@
 """Arrow files of a prepared data set, mapped into memory and checked, whoever wrote them."""
 
 import struct
+from collections.abc import Collection
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,16 +13,17 @@ _RECORD_BATCH = 3
 """Number of this kind of message in Arrow's Message.fbs."""
 
 
-def map_table(path: Path, schema: pa.Schema, again: str, other: pa.Schema | None = None) -> pa.Table:
+def map_table(path: Path, schema: pa.Schema, again: str, optional: Collection[pa.Field] = ()) -> pa.Table:
     """Map an Arrow file into memory. Raise ValueError, with the remedy, for a damaged file or another schema.
 
     Args:
-        other: another schema that is accepted too.
+        optional: fields that may follow those of the schema, in this order.
     """
     try:
         mapped = pa.memory_map(str(files.check_regular(path)))
         reader = pa.ipc.open_file(mapped)
-        is_ours = reader.schema in (schema, other)
+        names = reader.schema.names
+        is_ours = reader.schema == pa.schema([*schema, *(field for field in optional if field.name in names)])
         if is_ours:
             _refuse_compressed(mapped)
             return reader.read_all()

@@ -2,7 +2,7 @@
 
 `prepare` (builder.py) writes a folder with
 
-  images/         TFDS data set of one split (image_store.py): each distinct image once, its bytes unchanged
+  images/         TFDS data set of one split (image_store.py): each distinct image or mask once, its bytes unchanged
   images.arrow    one row per image, in the same order
   records.arrow   one row per record: a prompt with its candidates, best first
   checksums.json  checksums of these files (checksums.py)
@@ -42,8 +42,11 @@ RECORDS = pa.schema(
         "where": pa.string(),  # file and row of the source, for messages
     }
 )
-WEIGHTED_RECORDS = RECORDS.append(pa.field("weight", pa.float32()))
-"""`RECORDS` with weights in the loss; written only if the source states any."""
+OPTIONAL = (
+    pa.field("weight", pa.float32()),  # in the loss
+    pa.field("masks", pa.list_(pa.int32())),  # the mask of each of the images, in their order; -1 if it has none
+)
+"""Columns after those of `RECORDS`, in this order, each written only if the source states any such value."""
 IMAGES = pa.schema(
     {
         "sha256": pa.binary(),
@@ -89,7 +92,7 @@ class PreparedData:
         record["preference"] = np.asarray(record["preference"], np.float32)
         if num_candidates is not None and len(record["images"]) > num_candidates:
             kept = [0, *range(1, num_candidates - 1), len(record["images"]) - 1][:num_candidates]
-            for name in record.keys() & {"images", "models", "captions"}:
+            for name in record.keys() & {"images", "models", "captions", "masks"}:
                 if record[name] is not None:
                     record[name] = [record[name][rank] for rank in kept]
             preference = record["preference"][kept]
@@ -102,8 +105,13 @@ class PreparedData:
         return [self.images[position] for position in record["images"]]
 
     @property
+    def has_masks(self) -> bool:
+        """Whether any image has a mask."""
+        return "masks" in self.records.column_names
+
+    @property
     def records(self) -> pa.Table:
-        """The table, `RECORDS` or `WEIGHTED_RECORDS`; judges order the records that all of them scored."""
+        """The table, `RECORDS` and maybe some of `OPTIONAL`; judges order the records that all of them scored."""
         return self._judged.records
 
     @functools.cached_property
@@ -117,7 +125,7 @@ class PreparedData:
 
     @functools.cached_property
     def _judged(self) -> "_Judged":
-        votes = map_table(self.folder / "records.arrow", RECORDS, AGAIN, WEIGHTED_RECORDS)
+        votes = map_table(self.folder / "records.arrow", RECORDS, AGAIN, OPTIONAL)
         if not self.judges:
             return _Judged(votes, np.ones(votes.num_rows, bool), None)
         of = scores.candidates(votes["images"])
@@ -164,7 +172,7 @@ class PreparedData:
 
     @functools.cached_property
     def _images_table(self) -> pa.Table:
-        return map_table(self.folder / "images.arrow", IMAGES, AGAIN, IMAGES_BEFORE_XXH3)
+        return map_table(self.folder / "images.arrow", IMAGES_BEFORE_XXH3, AGAIN, [IMAGES.field("xxh3")])
 
 
 class _Judged(NamedTuple):
@@ -243,7 +251,7 @@ def _check_images(folder: Path, sha256: str) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _check_records(folder: Path, sha256: str, known_images: int) -> None:
-    table = map_table(folder / "records.arrow", RECORDS, AGAIN, WEIGHTED_RECORDS)
+    table = map_table(folder / "records.arrow", RECORDS, AGAIN, OPTIONAL)
     table_checks.check_records(folder / "records.arrow", table, known_images)
 
 

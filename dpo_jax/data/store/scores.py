@@ -204,7 +204,7 @@ def best_first(records: pa.Table, ranking: Ranking, of: Candidates) -> pa.Table:
     votes_M = pc.list_flatten(records["preference"]).to_numpy()
     preference = pa.array(np.where(judged_M, ranking.preference_M, votes_M), pa.float32())
     columns: dict[str, Any] = {name: records[name] for name in records.column_names}
-    for name in ("images", "models", "captions"):
+    for name in columns.keys() & {"images", "models", "captions", "masks"}:
         columns[name] = _permuted(columns[name], ranking.order_M, of)
     columns["preference"] = pa.ListArray.from_arrays(columns["images"].offsets, preference)
     return pa.table(columns, records.schema)

@@ -54,7 +54,7 @@ def check_records(path: Path, records: pa.Table, known_images: int) -> None:
     number_N = pc.list_value_length(records["images"]).to_numpy()
     problems.add(number_N < 1, "images is empty")
     problems.add(number_N > MAX_CANDIDATES, f"images has more than {MAX_CANDIDATES} entries")
-    for name in ("preference", "models"):
+    for name in {"preference", "models", "masks"} & set(records.column_names):
         problems.add(
             pc.list_value_length(records[name]).to_numpy() != number_N, f"{name} does not have one entry per image"
         )
@@ -79,6 +79,9 @@ def check_records(path: Path, records: pa.Table, known_images: int) -> None:
     rises_M = np.zeros(len(share_M), bool)
     rises_M[1:] = (share_M[1:] > share_M[:-1]) & (record_M[1:] == record_M[:-1])
     problems.add(any_of_record(rises_M), "preference is not sorted best first")
+    if "masks" in records.column_names:
+        mask_M = pc.list_flatten(records["masks"]).to_numpy()
+        problems.add(any_of_record((mask_M < -1) | (mask_M >= known_images)), "masks has one that images.arrow lacks")
     if "weight" in records.column_names:
         weight_N = records["weight"].to_numpy()
         problems.add(~((weight_N >= 0) & (weight_N < np.inf)), "weight is negative or not finite")
