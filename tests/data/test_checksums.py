@@ -122,7 +122,8 @@ def differing(found: list[PreferenceBatch], expected: list[PreferenceBatch]) -> 
     rows = []
     for i, (one, other) in enumerate(zip(rows_of(found), rows_of(expected), strict=True)):
         flat = [
-            np.concatenate([np.ravel(x).astype(np.float64) for x in (*row.inputs, *row[1:])]) for row in (one, other)
+            np.concatenate([np.ravel(x).astype(np.float64) for x in (*row.inputs, *row[1:]) if x is not None])
+            for row in (one, other)
         ]
         if not np.array_equal(*flat):
             assert one.weight_B == 0

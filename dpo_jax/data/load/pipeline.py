@@ -6,30 +6,26 @@ the number of processes or workers, and an iterator resumes anywhere.
 Axes: B prompts, K candidates (best first), V views of an image, H x W pixels, C channels.
 """
 
-import dataclasses
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import grain
 import numpy as np
 
-from dpo_jax.batch import Cached, PreferenceBatch, Raw
-from dpo_jax.data import images
+from dpo_jax.batch import PreferenceBatch
+from dpo_jax.data.load.batches import BatchBuilder, Sample, SizeConditioning, Skipped
 from dpo_jax.data.load.buffer_pool import Pool
 from dpo_jax.data.load.curriculum import CurriculumOrder
 from dpo_jax.data.load.inputs import Example, Inputs, ViewDraws
-from dpo_jax.data.load.masks import cell_weights
 from dpo_jax.data.load.records import Relabelled, TrainingRecords
 from dpo_jax.data.load.votes import VoteOrder, Votes
-from dpo_jax.data.store.latents import DamagedLatents
-from dpo_jax.data.store.prepared import MAX_DAMAGED, lines_of
+from dpo_jax.data.store.prepared import MAX_DAMAGED
 from dpo_jax.errors import UserError
 from dpo_jax.streams import warn
 
-SizeConditioning = Literal["constant", "real"]
 Relabel = Literal["none", "swapped", "shuffled"]
 
 NUM_WORKERS = min(8, 2 * (os.cpu_count() or 1))
@@ -90,7 +86,7 @@ def make_iterator(
     else:
         records = votes = Votes(records)
         order = VoteOrder(votes.liked_V, seed, positive_share)
-    builder = _BatchBuilder(inputs, records, size_conditioning, caption_lines, caption_dropout, mask_floor)
+    builder = BatchBuilder(inputs, records, size_conditioning, caption_lines, caption_dropout, mask_floor)
 
     def samples(positions: range) -> list[Sample]:
         drawn = zip(positions, _draws(seed, positions).tolist(), strict=True)
@@ -120,22 +116,8 @@ def validation_batches(
     def samples(positions: range) -> list[Sample]:
         return [Sample(at, at % len(records), counts=at < len(records)) for at in positions]
 
-    builder = _BatchBuilder(inputs, records, size_conditioning, caption_lines, mask_floor=mask_floor)
+    builder = BatchBuilder(inputs, records, size_conditioning, caption_lines, mask_floor=mask_floor)
     return BatchIterator(samples, padded, builder, batch_size, shard_index, shard_count)
-
-
-class Sample(NamedTuple):
-    """One position of the stream: the record that it shows, and how."""
-
-    position: int
-    """Position in the stream."""
-    number: int
-    """Index of the record among those to train on."""
-    counts: bool = True
-    """False gives it weight 0."""
-    drop_caption: float = 1.0
-    """A number in [0, 1): below the probability of caption dropout the caption is dropped."""
-    draws: ViewDraws | None = None
 
 
 def _draws(seed: int, positions: range) -> np.ndarray:
@@ -147,16 +129,6 @@ def _draws(seed: int, positions: range) -> np.ndarray:
         (len(positions) * positions.step, 4)
     )
     return all_N4[:: positions.step]
-
-
-class Skipped(NamedTuple):
-    """A record that was left out."""
-
-    number: int
-    """Index of the record among those to train on."""
-    reason: str
-    is_damaged: bool = True
-    """False for an undamaged record with a mask that is black in this view."""
 
 
 class BatchIterator(Iterator[PreferenceBatch]):
@@ -175,7 +147,7 @@ class BatchIterator(Iterator[PreferenceBatch]):
         self,
         samples: Callable[[range], list[Sample]],
         length: int,
-        builder: "_BatchBuilder",
+        builder: BatchBuilder,
         batch_size: int,
         shard_index: int,
         shard_count: int,
@@ -208,7 +180,7 @@ class BatchIterator(Iterator[PreferenceBatch]):
         self._position += self._batch_size * self._shard_count
         return batch
 
-    def _skip(self, skipped: "Skipped") -> None:
+    def _skip(self, skipped: Skipped) -> None:
         """Note a record that was left out; raise ValueError when too many are damaged."""
         if not skipped.is_damaged:
             return self._note_unseen(skipped)
@@ -223,7 +195,7 @@ class BatchIterator(Iterator[PreferenceBatch]):
             )
         warn(f"{message}; it is left out")
 
-    def _note_unseen(self, skipped: "Skipped") -> None:
+    def _note_unseen(self, skipped: Skipped) -> None:
         """Note a record with a mask that is black in its view, and warn of the first, the tenth, the hundredth ..."""
         before = len(self.unseen)
         self.unseen.add(skipped.number)
@@ -283,98 +255,3 @@ class BatchIterator(Iterator[PreferenceBatch]):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-@dataclasses.dataclass(frozen=True)
-class _BatchBuilder:
-    """Turns samples into a batch: first everything that is quick, then the inputs of each example, in threads."""
-
-    inputs: Inputs
-    records: TrainingRecords
-    size_conditioning: SizeConditioning
-    caption_lines: bool = False
-    caption_dropout: float = 0.0
-    mask_floor: float | None = None
-
-    def plan(self, samples: Sequence[Sample]) -> tuple[dict[str, np.ndarray], list[Example]]:
-        """Return the fields of a batch except its inputs, and its examples; absent candidates are not valid."""
-        records = [self.records[sample.number] for sample in samples]
-        B, K, size = len(samples), self.records.num_candidates, self.inputs.resolution
-        preference_BK, valid_BK = np.zeros((B, K), np.float32), np.zeros((B, K), bool)
-        for b, record in enumerate(records):
-            number = len(record["images"])
-            preference_BK[b, :number], valid_BK[b, :number] = record["preference"], True
-        size_cond_BK6 = np.empty((B, K, 6), np.float32)
-        size_cond_BK6[:] = size, size, 0, 0, size, size
-        weights = [sample.counts * record["weight"] for sample, record in zip(samples, records, strict=True)]
-        planned = {
-            "size_cond_BK6": size_cond_BK6,
-            "preference_BK": preference_BK,
-            "valid_BK": valid_BK,
-            "weight_B": np.asarray(weights, np.float32),
-            "index_B": np.asarray([sample.position for sample in samples], np.int32),
-        }
-        if self.mask_floor is not None:
-            planned["cell_weight_BKhw"] = np.ones((B, K, self.inputs.cells, self.inputs.cells), np.float32)
-        return planned, [self._example(*each) for each in zip(range(B), samples, records, strict=True)]
-
-    def _example(self, number: int, sample: Sample, record: dict[str, Any]) -> Example:
-        captions = record["captions"] + [""] * (self.records.num_captions - len(record["captions"]))
-        if sample.drop_caption < self.caption_dropout:
-            captions = [""] * len(captions)
-        elif self.caption_lines:
-            captions = [self._line(caption, sample) for caption in captions]
-        return Example(number, sample.number, record, captions, sample.draws)
-
-    def _line(self, caption: str, sample: Sample) -> str:
-        """Draw a line of a caption with the number that kept the caption, which is uniform from the dropout to 1."""
-        lines = lines_of(caption)
-        share = (sample.drop_caption - self.caption_dropout) / (1 - self.caption_dropout)
-        return lines[0 if sample.draws is None else int(share * len(lines))]
-
-    def allocate(self, pool: Pool, batch_size: int) -> Raw | Cached:
-        return self.inputs.allocate(pool, batch_size, self.records.num_candidates, self.records.num_captions)
-
-    def fill(self, batch: PreferenceBatch, examples: Sequence[Example]) -> list[Skipped]:
-        """Write the inputs of examples into the batch, with 0 for candidates that a record lacks."""
-        try:
-            return self._fill(batch, examples)
-        except (images.DamagedImage, DamagedLatents):  # one of them is damaged; the others are filled again
-            return [skipped for example in examples for skipped in self._fill_or_skip(batch, example)]
-
-    def _fill_or_skip(self, batch: PreferenceBatch, example: Example) -> list[Skipped]:
-        try:
-            return self._fill(batch, [example])
-        except (images.DamagedImage, DamagedLatents) as error:
-            inputs: Any = batch.inputs
-            for array in inputs:
-                array[example.number] = 0
-            batch.weight_B[example.number] = 0
-            if batch.cell_weight_BKhw is not None:
-                batch.cell_weight_BKhw[example.number] = 1
-            return [Skipped(example.record_number, str(error))]
-
-    def _fill(self, batch: PreferenceBatch, examples: Sequence[Example]) -> list[Skipped]:
-        places = self.inputs.fill(batch.inputs, examples, self.records.read_images)
-        if self.size_conditioning == "real":
-            for example, places_K4 in zip(examples, places, strict=True):
-                batch.size_cond_BK6[example.number, : len(places_K4), :4] = places_K4
-        if self.mask_floor is None:
-            return []
-        return [skipped for example in examples if (skipped := self._fill_weights(batch, example, self.mask_floor))]
-
-    def _fill_weights(self, batch: PreferenceBatch, example: Example, floor: float) -> Skipped | None:
-        """Write the weights of the latent cells of an example; those of images without a mask are 1 already."""
-        assert batch.cell_weight_BKhw is not None
-        view, inputs, weight_Khw = self.inputs.view(example.draws), self.inputs, batch.cell_weight_BKhw[example.number]
-        for k, position in enumerate(example.record["masks"]):
-            if position < 0:
-                continue
-            (mask,) = self.records.read_images({"images": [position]})
-            weight_hw = cell_weights(mask, view, inputs.resolution, inputs.cells, floor)
-            if weight_hw is None:
-                weight_Khw[:] = 1
-                batch.weight_B[example.number] = 0
-                return Skipped(example.record_number, "a mask is black in the part that is cut out", is_damaged=False)
-            weight_Khw[k] = weight_hw
-        return None

@@ -94,7 +94,7 @@ def open_records(
             raise UserError(f"data path {path}: random:N makes N random pairs, and {number!r} is not a number above 0")
         if masks:
             raise UserError(
-                f"data path {path}: random pairs have no masks. Take a prepared data set, or set masks=False"
+                f"data path {path}: random pairs have no masks. Take a prepared data set, or set data.masks=False"
             )
         if score_judge:
             raise UserError(
