@@ -51,20 +51,6 @@ ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # the models are tiny, and more threads only wait for each other
 
 
-LONGEST = (
-    *("training/test_devices.py", "training/test_trainer.py", "training/test_lora_run.py", "rounds/test_resume.py"),
-    *("rounds/test_people.py", "models/test_execution.py", "parity/test_trajectory.py", "parity/test_online.py"),
-    *("sampling/test_generate.py", "rewards/test_implicit.py", "methods/test_own_method.py", "encode/test_dataset.py"),
-    *("test_prepare.py", "rounds/test_rollout.py", "rounds/test_loop.py", "models/test_lora.py"),
-)
-"""Files that are begun first, so that no process of the suite waits at the end for one of them."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    rank = {ROOT / "tests" / file: number for number, file in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path, len(rank)))
-
-
 @pytest.fixture
 def x64() -> Iterator[None]:
     """Double precision inside the test."""

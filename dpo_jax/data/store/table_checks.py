@@ -54,10 +54,10 @@ def check_records(path: Path, records: pa.Table, known_images: int) -> None:
     number_N = pc.list_value_length(records["images"]).to_numpy()
     problems.add(number_N < 1, "images is empty")
     problems.add(number_N > MAX_CANDIDATES, f"images has more than {MAX_CANDIDATES} entries")
-    for name in {"preference", "models", "masks"} & set(records.column_names):
-        problems.add(
-            pc.list_value_length(records[name]).to_numpy() != number_N, f"{name} does not have one entry per image"
-        )
+    for name in ("preference", "models", "masks"):
+        if name in records.column_names:
+            is_other_N = pc.list_value_length(records[name]).to_numpy() != number_N
+            problems.add(is_other_N, f"{name} does not have one entry per image")
     own = records["captions"]
     own_N = pc.list_value_length(own).fill_null(0).to_numpy()
     problems.add(own.is_valid().to_numpy() & (own_N != number_N), "captions does not have one entry per image")
