@@ -109,6 +109,22 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dpo_jax.training.experiment.Experiment.train_step", lambda experiment: step_without_network)
 
 
+@pytest.fixture
+def steps_seen(no_network: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
+    """(experiment, batch) of each training step, which is that of `step_without_network`."""
+    seen: list[tuple[Any, Any]] = []
+
+    def train_step(experiment: Any) -> Any:
+        def step(state: Any, frozen: Any, batch: Any) -> Any:
+            seen.append((experiment, batch))
+            return step_without_network(state, frozen, batch)
+
+        return step
+
+    monkeypatch.setattr("dpo_jax.training.experiment.Experiment.train_step", train_step)
+    return seen
+
+
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
 import dpo_jax
@@ -38,8 +39,11 @@ def test_importing_is_cheap_and_offers_documented_functions():
 
 
 def test_the_module_of_a_command_does_not_hide_the_function_of_its_name():
+    known = set(flags.FLAGS)
     importlib.import_module("dpo_jax.train")
     assert dpo_jax.train is training.train
+    for flag in set(flags.FLAGS) - known:  # a command requires some of its own, and so would all later tests
+        delattr(flags.FLAGS, flag)
 
 
 def test_jax_that_was_started_before_is_warned_of(monkeypatch):

@@ -36,7 +36,7 @@ RUNNING_DECAY = 0.99
 GRADIENT_NORM = "train/gradient_norm"
 """Name of the running mean of the gradient's norm."""
 STEPS_BEFORE_SPIKES = 10
-"""Steps that the running mean needs before a norm is compared with it."""
+"""Steps that the running mean has to know before a norm is compared with it."""
 
 
 PARAMETER_GROUPS = {
@@ -240,8 +240,7 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         skips = ~(jnp.isfinite(metrics["train/loss"]) & jnp.isfinite(norm))
         if skip_spikes:
-            enough = state.running[GRADIENT_NORM][1] >= 0.999 * (1 - RUNNING_DECAY**STEPS_BEFORE_SPIKES)
-            skips |= enough & (norm > skip_spikes * running[GRADIENT_NORM])
+            skips |= is_spike(norm, state.running, skip_spikes)
             means[GRADIENT_NORM] = norm
         skips &= weight > 0
         changes = (weight > 0) & ~skips
@@ -252,18 +251,19 @@ def make_train_step(
         metrics["train/update_norm"] = jnp.where(weight > 0, optax.tree.norm(updates), 0)
         params = state.params | optax.apply_updates(changing, updates)
         ema = moving_average(state.ema, params, state.step, ema_decay) if ema_decay else state.ema
-        new = TrainState(
-            state.step,
-            params,
-            opt_state,
-            ema,
-            running_means(state.running, means),
-            state.reference and state.reference._replace(updates=state.reference.updates + 1),
-        )
+        new = state._replace(params=params, opt_state=opt_state, ema=ema, running=running_means(state.running, means))
+        if state.reference:
+            new = new._replace(reference=state.reference._replace(updates=state.reference.updates + 1))
         kept = jax.tree.map(lambda new, old: jnp.where(changes, new, old), new, state)
         return kept._replace(step=state.step + 1), metrics
 
     return step
+
+
+def is_spike(norm: jax.Array, running: Any, factor: float) -> jax.Array:
+    """Return whether a gradient's norm is more than `factor` times its running mean, once that knows enough steps."""
+    known = running[GRADIENT_NORM][1] >= 0.999 * (1 - RUNNING_DECAY**STEPS_BEFORE_SPIKES)
+    return known & (norm > factor * current_means(running)[GRADIENT_NORM])
 
 
 def gradient_norms(grads: Params) -> Metrics:

@@ -11,7 +11,7 @@ from dpo_jax.training.checkpoint import read_config
 from dpo_jax.training.export import export, exportable_run
 from dpo_jax.training.run import open_run
 
-from .killed import train_killed_and_resumed
+from ..killed_run import train_killed_and_resumed
 
 OFFLINE = [name for name, method in METHODS.items() if method.learns_from != "rollouts"]
 

@@ -13,7 +13,7 @@ from dpo_jax.training.defaults import choose_method, describe, with_fields
 from dpo_jax.training.export import export, exportable_run
 from dpo_jax.training.trainer import train
 
-from .killed import train_killed_and_resumed
+from ..killed_run import train_killed_and_resumed
 
 NAME = "python=my_ipo:IPO"
 

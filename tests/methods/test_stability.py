@@ -10,7 +10,6 @@ import optax
 import pytest
 import torch
 
-from dpo_jax.batch import LossInputs
 from dpo_jax.cli import flatten, load_config
 from dpo_jax.errors import UserError
 from dpo_jax.methods import METHODS
@@ -18,6 +17,7 @@ from dpo_jax.methods.stability import LARGEST, PAIR_FIELDS, SMALLEST, loser_grad
 from dpo_jax.training.config import check_same_experiment, default_config
 from dpo_jax.training.step import TrainState, make_compare, make_train_step
 
+from ..loss_inputs import loss_inputs
 from ..small_denoiser import SCHEDULE, denoise, encode, frozen_like, make_batch, perturbed
 
 B, BETA = 5, 50.0
@@ -37,16 +37,12 @@ def arrays():
 
 
 def inputs_of(policy, reference, target, **more):
-    error_BK, reference_error_BK = (jnp.square(x - target).mean(axis=(2, 3, 4)) for x in (policy, reference))
-    return LossInputs(
-        -(error_BK - reference_error_BK) / 2,
-        jnp.tile(jnp.array([1.0, 0.0], policy.dtype), (B, 1)),
+    return loss_inputs(
+        policy,
+        reference,
+        target,
+        preference_BK=jnp.tile(jnp.array([1.0, 0.0], policy.dtype), (B, 1)),
         weight_B=jnp.ones(B),
-        error_BK=error_BK,
-        reference_error_BK=reference_error_BK,
-        prediction_BKHWC=policy,
-        reference_prediction_BKHWC=reference,
-        target_BKHWC=target,
         log_snr_B=jnp.array([4.0, 2.0, 0.0, -2.0, -jnp.inf]),
         **more,
     )

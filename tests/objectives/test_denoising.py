@@ -55,6 +55,28 @@ def test_each_candidate_is_scored_with_its_prompts_noise_time_and_caption(x64):
     np.testing.assert_allclose(log_ratios.log_ratio_BK, (expected["reference"] - expected["policy"]) / 2, rtol=1e-9)
 
 
+def test_a_small_difference_is_not_lost_in_the_rounding_of_two_errors():
+    """In float32, two errors near 1 are known to 1e-7, and beta multiplies that."""
+    moved = 2.0**-20  # exact in float32, with which the rest is made
+    latents_BKHWC, noise_BHWC, t_B, conditioning = inputs()
+
+    def log_ratios(dtype):
+        arrays = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float32), dtype), (latents_BKHWC, noise_BHWC))
+
+        def constant(params, x_NHWC, t_N, conditioning):
+            return jnp.full_like(x_NHWC, params)
+
+        policy, reference = jnp.asarray(0.5 + moved, dtype), jnp.asarray(0.5, dtype)
+        return np.asarray(
+            compare_denoising(constant, policy, reference, SCHEDULE, *arrays, t_B, conditioning).log_ratio_BK
+        )
+
+    with jax.enable_x64(True):
+        expected = log_ratios(jnp.float64)
+    assert 1e-8 < np.abs(expected).min() < np.abs(expected).max() < 1e-5
+    np.testing.assert_allclose(log_ratios(jnp.float32), expected, rtol=1e-4)
+
+
 def test_without_a_reference_only_the_policy_is_run():
     runs = []
 

@@ -14,16 +14,11 @@ from dpo_jax.data.prepare import builder
 from dpo_jax.data.sources import SOURCES
 from dpo_jax.errors import UserError
 from dpo_jax.planning.estimate import measure_work
-from dpo_jax.training import loop as loop_module
-from dpo_jax.training.checkpoint import latest_step
 from dpo_jax.training.defaults import with_fields
-from dpo_jax.training.experiment import Experiment
 from dpo_jax.training.export import export, exportable_run
 from dpo_jax.training.trainer import train
 
-
-class Killed(BaseException):
-    pass
+from ..killed_run import train_killed_and_resumed
 
 
 @pytest.fixture
@@ -49,21 +44,8 @@ def fields(data: Path) -> dict[str, Any]:
 
 
 def test_lists_of_any_length_reach_the_step_and_plans_know_their_size(
-    tiny_config, no_network: None, ranked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    tiny_config, steps_seen, ranked: Path, tmp_path: Path, capsys
 ) -> None:
-    seen: list[Any] = []
-    make_step = Experiment.train_step
-
-    def train_step(experiment: Experiment) -> Any:
-        step = make_step(experiment)
-
-        def spy(state: Any, frozen: Any, batch: Any) -> Any:
-            seen.append((experiment.abstract_batch(), batch))
-            return step(state, frozen, batch)
-
-        return spy
-
-    monkeypatch.setattr(Experiment, "train_step", train_step)
     train(tiny_config("sd15", **fields(ranked), **{"data.candidates": 6, "data.batch_size": 8}), tmp_path / "run")
 
     said = capsys.readouterr()
@@ -71,7 +53,9 @@ def test_lists_of_any_length_reach_the_step_and_plans_know_their_size(
     assert "prompts/s" in said.err
     told = "config.data.candidates=6, but no prompt has more than 5 images."
     assert said.err.count(told) == 1
-    for expected, batch in seen:
+    assert len(steps_seen) == 2
+    for experiment, batch in steps_seen:
+        expected = experiment.abstract_batch()
         same = jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), expected, batch)
         assert all(jax.tree.leaves(same))
         preference_BK, valid_BK = np.asarray(batch.preference_BK), np.asarray(batch.valid_BK)
@@ -85,37 +69,19 @@ def test_lists_of_any_length_reach_the_step_and_plans_know_their_size(
 
 @pytest.mark.slow
 def test_a_run_on_lists_trains_resumes_after_a_kill_plans_exports_and_has_a_card(
-    tiny_config, ranked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    tiny_config, ranked: Path, tmp_path: Path, capsys
 ) -> None:
     best = {"checkpoint.best": "pair_accuracy", "early_stop.metric": "winner_error", "validation.every": 1}
     config = tiny_config("sd15", **fields(ranked), **best)
     workdir = tmp_path / "run"
-    log = loop_module.Loop._log
+    loss, _ = train_killed_and_resumed(config, workdir)
 
-    def log_and_die(loop, step, *rest):
-        log(loop, step, *rest)
-        if step == 2:
-            loop.checkpoints.close()
-            raise Killed
-
-    def rows() -> list[dict[str, float]]:
-        return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-    monkeypatch.setattr(loop_module.Loop, "_log", log_and_die)
-    with pytest.raises(Killed):
-        train(config, workdir)
-    monkeypatch.setattr(loop_module.Loop, "_log", log)
-    before = [row for row in rows() if "train/loss" in row]
-    assert latest_step(workdir) == 1
-    train(config, workdir)
-
-    trained = [row for row in rows() if "train/loss" in row]
-    assert [row["train/loss"] for row in trained] == [row["train/loss"] for row in before]
-    loss = trained[0]["train/loss"]
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if "train/loss" in row]
     assert math.log(2) < loss < math.log(24), "the policy is the reference, with lists of two to four images"
     assert trained[0]["pair/accuracy"] == pytest.approx(0.5, abs=0.2)
     assert any(name.startswith("pair/accuracy/noise_") for name in trained[0])
-    held_out = [row for row in rows() if "validation/prompts" in row][-1]
+    held_out = [row for row in rows if "validation/prompts" in row][-1]
     assert 0 <= held_out["validation/pair_accuracy"] <= 1
     assert held_out["validation/error_loser_rise"] == pytest.approx(0, abs=0.1)
     said = capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +13,6 @@ from dpo_jax.data.sources import SOURCES
 from dpo_jax.errors import UserError
 from dpo_jax.planning.synthetic import random_batch
 from dpo_jax.training.config import check
-from dpo_jax.training.experiment import Experiment
 from dpo_jax.training.trainer import train
 
 
@@ -36,26 +34,13 @@ def masked(tmp_path: Path) -> Path:
 
 
 def test_the_step_sees_masks_and_plans_know_their_size(
-    tiny_config, no_network: None, masked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    tiny_config, steps_seen, masked: Path, tmp_path: Path, capsys
 ) -> None:
-    seen: list[Any] = []
-    make_step = Experiment.train_step
-
-    def train_step(experiment: Experiment) -> Any:
-        step = make_step(experiment)
-
-        def spy(state: Any, frozen: Any, batch: Any) -> Any:
-            seen.append((experiment, batch))
-            return step(state, frozen, batch)
-
-        return spy
-
-    monkeypatch.setattr(Experiment, "train_step", train_step)
     fields = {"data.path": str(masked), "data.masks": True, "data.mask_floor": 0.5, "steps": 1}
     train(tiny_config("sd15", **fields), tmp_path / "run")
 
     assert " records have one\n" in capsys.readouterr().out
-    ((experiment, batch),) = seen
+    ((experiment, batch),) = steps_seen
     for expected in (experiment.abstract_batch(), random_batch(experiment, seed=0)):
         same = jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), expected, batch)
         assert jax.tree.all(same)

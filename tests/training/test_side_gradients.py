@@ -16,6 +16,7 @@ from dpo_jax.training.figures import figures_of
 from dpo_jax.training.side_gradients import SIDES, gradient_of_error, side_norms, squares_of_loss
 from dpo_jax.training.step import TrainState, make_compare, make_train_step
 
+from ..loss_inputs import loss_inputs
 from ..small_denoiser import SCHEDULE, denoise, encode, frozen_like, make_batch, perturbed
 
 B, BETA, WEIGHT_B = 5, 50.0, np.array([1.0, 0.5, 0.0, 2.0, 1.0])
@@ -32,19 +33,14 @@ def arrays(K=2):
 
 
 def inputs_of(policy, reference, target, valid_BK=None) -> LossInputs:
-    """Return the inputs as a function of the predictions, with their gradient."""
-    error_BK, reference_error_BK = (jnp.square(x - target).mean(axis=(2, 3, 4)) for x in (policy, reference))
     K = target.shape[1]
-    return LossInputs(
-        -(error_BK - reference_error_BK) / 2,
+    return loss_inputs(
+        policy,
+        reference,
+        target,
         preference_BK=jnp.tile(jnp.arange(K, 0, -1.0) / (K * (K + 1) / 2), (B, 1)),
         valid_BK=jnp.ones((B, K), bool) if valid_BK is None else valid_BK,
         weight_B=jnp.asarray(WEIGHT_B),
-        error_BK=error_BK,
-        reference_error_BK=reference_error_BK,
-        prediction_BKHWC=policy,
-        reference_prediction_BKHWC=reference,
-        target_BKHWC=target,
         log_snr_B=jnp.asarray(LOG_SNR_B),
         running={"abs_margin": jnp.asarray(0.02), "reference_error": jnp.asarray(0.2)},
     )
