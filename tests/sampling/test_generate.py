@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers.utils import torch_utils
 
 from dpo_jax.diffusion.samplers import SAMPLERS, step_noise
 from dpo_jax.models.pipeline import Pipeline, load_pipeline
@@ -92,8 +93,14 @@ def our_noise(of_image: bool) -> Iterator[jax.Array]:
 
 
 @pytest.fixture
-def with_our_noise(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+def with_our_noise() -> Iterator[Callable[[bool], None]]:
     """Make PyTorch return our noise as its random numbers."""
+    original = torch_utils.randn_tensor
+
+    def set_everywhere(draw: Callable[..., torch.Tensor]) -> None:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("diffusers.") and "randn_tensor" in vars(module):
+                module.randn_tensor = draw  # type: ignore[attr-defined]
 
     def replace(of_image: bool = False) -> None:
         noises = our_noise(of_image)
@@ -101,11 +108,10 @@ def with_our_noise(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
         def draw(*_: object, **__: object) -> torch.Tensor:
             return torch.from_numpy(np.array(next(noises)).transpose(0, 3, 1, 2))
 
-        for name, module in list(sys.modules.items()):
-            if name.startswith("diffusers.") and "randn_tensor" in vars(module):
-                monkeypatch.setattr(module, "randn_tensor", draw)
+        set_everywhere(draw)
 
-    return replace
+    yield replace
+    set_everywhere(original)  # also where a module was imported meanwhile, which monkeypatch would not know of
 
 
 @pytest.fixture(scope="module")
