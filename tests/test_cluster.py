@@ -93,14 +93,20 @@ def local_cluster(*command: str, **variables: str) -> subprocess.CompletedProces
     )
 
 
-def test_local_cluster_starts_processes_that_find_each_other() -> None:
-    code = (
-        "from dpo_jax import cluster; cluster.join(); import jax; cluster.wait('here'); "
-        "print(jax.process_count(), jax.device_count(), jax.local_device_count())"
-    )
+def test_local_cluster_starts_processes_that_find_each_other(tmp_path: Path) -> None:
+    # Each process writes a file, because Gloo writes to the standard output in the middle of a line of Python's.
+    code = f"""
+from pathlib import Path
+from dpo_jax import cluster
+cluster.join()
+import jax
+cluster.wait("here")
+counts = jax.process_count(), jax.device_count(), jax.local_device_count()
+Path({str(tmp_path)!r}, str(jax.process_index())).write_text(str(counts))
+"""
     done = local_cluster(sys.executable, "-c", code, PROCESSES="2", DEVICES="3")
     assert done.returncode == 0, done.stderr
-    assert "2 6 3" in done.stdout.splitlines()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": "(2, 6, 3)", "1": "(2, 6, 3)"}
 
 
 def test_local_cluster_stops_when_a_process_fails() -> None:
