@@ -82,14 +82,18 @@ class PreferenceBatch(NamedTuple):
 
 
 class Conditioning(NamedTuple):
-    """Conditioning of the UNet, one row per prompt (N = B) or per candidate (N = B * K)."""
+    """Conditioning of the denoiser, one row per prompt (N = B) or per candidate (N = B * K)."""
 
     context_NLD: Float[Array, "N L D"]
-    """Token embeddings for cross-attention, all text encoders concatenated along D."""
+    """Token embeddings that the denoiser attends to, as the family composes them of its text encoders' outputs."""
     pooled_NP: Float[Array, "N P"] | None = None
-    """Pooled text embedding (SDXL family only)."""
+    """Pooled text embedding (SDXL, SD3 and FLUX)."""
     time_ids_NT: Float[Array, "_ _"] | None = None
     """Size conditioning as added time ids (SDXL: 6 numbers, refiner: 5)."""
+    is_token_NL: Bool[Array, "N L"] | None = None
+    """bool: False for padding, which nothing attends to (Z-Image); None if padding is attended to like a caption."""
+    guidance_N: Float[Array, " N"] | None = None
+    """Guidance scale that a model distilled from guidance is told (FLUX.1-dev)."""
 
 
 class LossInputs(NamedTuple):

@@ -28,15 +28,23 @@ torch_default_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform
 
 
 def make_param(
-    init: Initializer, rngs: nnx.Rngs, shape: Sequence[int], torch_axes: Sequence[int] | None = None
+    init: Initializer,
+    rngs: nnx.Rngs,
+    shape: Sequence[int],
+    torch_axes: Sequence[int] | None = None,
+    *,
+    is_trainable: bool = True,
 ) -> nnx.Param:
-    """Return a float32 parameter that records its PyTorch layout (the same as here unless `torch_axes` differs)."""
+    """Return a float32 parameter that records its PyTorch layout (the same as here unless `torch_axes` differs).
+
+    With `is_trainable=False` it is a table that checkpoints hold and that training never changes.
+    """
     axes = tuple(torch_axes) if torch_axes is not None else tuple(range(len(shape)))
     # This equals `rngs.params()`, whose update walks over everything traced so far: that takes minutes for SDXL.
     stream = rngs.params
     key = jax.random.fold_in(stream.key[...], stream.count[...])
     stream.count.set_value(stream.count[...] + 1)
-    return nnx.Param(init(key, tuple(shape), jnp.float32), torch_axes=axes)
+    return nnx.Param(init(key, tuple(shape), jnp.float32), torch_axes=axes, is_trainable=is_trainable)
 
 
 class Adaptable(nnx.Module):

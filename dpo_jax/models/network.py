@@ -28,7 +28,9 @@ class Network:
     def build(cls, make: Callable[[nnx.Rngs], nnx.Module], config: Any) -> "Network":
         """Return the network of the module that `make` builds; it is traced abstractly and takes no memory."""
         graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
-        specs = {_name(path): ParamSpec(tuple(p.shape), p.torch_axes) for path, p in nnx.to_flat_state(state)}
+        specs = {
+            _name(path): ParamSpec(tuple(p.shape), p.torch_axes, p.is_trainable) for path, p in nnx.to_flat_state(state)
+        }
         return cls(graphdef, specs, config)
 
     def __call__(self, params: Params, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:

@@ -22,6 +22,8 @@ class ParamSpec(NamedTuple):
     """Shape in dpo_jax's layout (linear: in, out; convolution: height, width, in, out)."""
     torch_axes: tuple[int, ...]
     """Order of the axes in PyTorch: `torch_array = array.transpose(torch_axes)`."""
+    is_trainable: bool = True
+    """False for a table that the checkpoint holds and that training never changes, such as fixed positions."""
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
