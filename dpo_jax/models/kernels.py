@@ -23,8 +23,8 @@ class Kernel(NamedTuple):
 
     takes: Callable[[jax.Array, jax.Array, int], bool]
     """Return whether it supports these queries [N, Q, D] and keys [N, S, D] with this number of heads."""
-    attend: Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
-    """Map (queries, keys, values, number of heads) to [N, Q, D]."""
+    attend: Callable[[jax.Array, jax.Array, jax.Array, int, jax.Array | None], jax.Array]
+    """Map (queries, keys, values, number of heads, number of keys of each image or None for all) to [N, Q, D]."""
 
 
 def cudnn_takes(query_NQD: jax.Array, key_NSD: jax.Array, num_heads: int) -> bool:
@@ -33,16 +33,23 @@ def cudnn_takes(query_NQD: jax.Array, key_NSD: jax.Array, num_heads: int) -> boo
     return features % 8 == 0 and features <= 128 and query_NQD.dtype.itemsize == 2
 
 
-def cudnn(query_NQD: jax.Array, key_NSD: jax.Array, value_NSD: jax.Array, num_heads: int) -> jax.Array:
+def cudnn(
+    query_NQD: jax.Array,
+    key_NSD: jax.Array,
+    value_NSD: jax.Array,
+    num_heads: int,
+    num_keys_N: jax.Array | None = None,
+) -> jax.Array:
     """Return multi-head attention [N, Q, D] computed by NVIDIA's kernel for GPUs."""
     # cuDNN does not support an odd number of keys, such as a caption's 77.
     rows, keys = key_NSD.shape[:2]
+    if num_keys_N is None and keys % 8:
+        num_keys_N = jnp.full(rows, keys, jnp.int32)
     padding = ((0, 0), (0, -keys % 8), (0, 0))
     key_NSD, value_NSD = jnp.pad(key_NSD, padding), jnp.pad(value_NSD, padding)
     query_NQhd, key_NShd, value_NShd = (split_heads(x, num_heads) for x in (query_NQD, key_NSD, value_NSD))
-    lengths_N = jnp.full(rows, keys, jnp.int32) if keys % 8 else None
     result_NQhd = jax.nn.dot_product_attention(
-        query_NQhd, key_NShd, value_NShd, key_value_seq_lengths=lengths_N, implementation="cudnn"
+        query_NQhd, key_NShd, value_NShd, key_value_seq_lengths=num_keys_N, implementation="cudnn"
     )
     return attention_result(result_NQhd.reshape(query_NQD.shape))
 
@@ -54,7 +61,13 @@ def splash_takes(query_NQD: jax.Array, key_NSD: jax.Array, num_heads: int) -> bo
 
 
 def splash(
-    query_NQD: jax.Array, key_NSD: jax.Array, value_NSD: jax.Array, num_heads: int, *, interpret: bool = False
+    query_NQD: jax.Array,
+    key_NSD: jax.Array,
+    value_NSD: jax.Array,
+    num_heads: int,
+    num_keys_N: jax.Array | None = None,
+    *,
+    interpret: bool = False,
 ) -> jax.Array:
     """Return multi-head attention [N, Q, D] computed by JAX's own kernel for TPUs, written in Pallas.
 
@@ -67,8 +80,15 @@ def splash(
     block_q, block_kv = (_block(x_NLD.shape[1]) for x_NLD in (query_NQD, key_NSD))
     blocks = splash_attention.BlockSizes(block_q, block_kv, block_kv, block_q, block_kv, block_kv, block_q, block_kv)
 
-    def of_device(*arguments: jax.Array) -> jax.Array:
+    def of_device(num_keys_N: jax.Array | None, *arguments: jax.Array) -> jax.Array:
         query_NhQd, key_NhSd, value_NhSd = (split_heads(x, x.shape[-1] // features).swapaxes(1, 2) for x in arguments)
+        segments = None
+        if num_keys_N is not None:  # tokens attend to those of their own segment; padding is of another one
+            queries, keys = query_NhQd.shape[2], key_NhSd.shape[2]
+            is_key_NS = jnp.arange(keys) < num_keys_N[:, None]
+            segments = splash_attention.SegmentIds(
+                jnp.ones((len(is_key_NS), queries), jnp.int32), is_key_NS.astype(jnp.int32)
+            )
         mask = splash_attention.FullMask((query_NhQd.shape[2], key_NhSd.shape[2]))
         kernel = splash_attention.make_splash_mha_single_device(
             splash_attention.MultiHeadMask([mask] * query_NhQd.shape[1]),
@@ -77,13 +97,15 @@ def splash(
             interpret=interpret,
         )
         scaled_NhQd = query_NhQd * jnp.asarray(features**-0.5, query_NhQd.dtype)
-        return jax.vmap(kernel)(scaled_NhQd, key_NhSd, value_NhSd).swapaxes(1, 2).reshape(arguments[0].shape)
+        result_NhQd = jax.vmap(kernel)(scaled_NhQd, key_NhSd, value_NhSd, segments)
+        return result_NhQd.swapaxes(1, 2).reshape(arguments[0].shape)
 
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
         split = PartitionSpec(DATA_AXES, None, "tensor")
-        of_device = jax.shard_map(of_device, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
-    return of_device(query_NQD, key_NSD, value_NSD)
+        specs = (PartitionSpec(DATA_AXES), split, split, split)
+        of_device = jax.shard_map(of_device, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
+    return of_device(num_keys_N, query_NQD, key_NSD, value_NSD)
 
 
 def split_heads(x_NLD: jax.Array, num_heads: int) -> jax.Array:

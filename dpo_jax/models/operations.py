@@ -11,7 +11,7 @@ gradient of a loss needs.
 
 import functools
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -125,41 +125,57 @@ def attention(
     value_NSD: jax.Array,
     num_heads: int,
     *,
+    num_keys_N: jax.Array | None = None,
     is_causal: bool = False,
     implementation: str = "xla",
 ) -> jax.Array:
     """Return multi-head scaled dot-product attention [N, Q, D] (Vaswani et al., arXiv 1706.03762, section 3.2).
 
+    If `num_keys_N` (int32) is given, an image's keys after its first `num_keys_N` are padding, which nothing attends
+    to. The first key always counts, so that no result is NaN.
+
     "xla" is written out because `jax.nn.dot_product_attention` computes the softmax in float32 even for float64 inputs.
     A name in `kernels.KERNELS` uses that kernel for the inputs that it supports; other inputs and the causal attention
     of captions use "xla".
     """
+    if num_keys_N is not None:
+        num_keys_N = jnp.maximum(num_keys_N, 1)
     if implementation != "xla" and not is_causal:
         kernel = KERNELS[implementation]
         if kernel.takes(query_NQD, key_NSD, num_heads):
-            return kernel.attend(query_NQD, key_NSD, value_NSD, num_heads)
-    return _attention(query_NQD, key_NSD, value_NSD, num_heads, is_causal)
+            return kernel.attend(query_NQD, key_NSD, value_NSD, num_heads, num_keys_N)
+    return _attention(query_NQD, key_NSD, value_NSD, num_keys_N, num_heads, is_causal)
 
 
 LOGITS_BYTES = 2**27
 """Memory limit for one image's products of queries and keys; above it, the queries are processed in blocks."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attention(
-    query_NQD: jax.Array, key_NSD: jax.Array, value_NSD: jax.Array, num_heads: int, is_causal: bool
+    query_NQD: jax.Array,
+    key_NSD: jax.Array,
+    value_NSD: jax.Array,
+    num_keys_N: jax.Array | None,
+    num_heads: int,
+    is_causal: bool,
 ) -> jax.Array:
-    return _attention_forward(query_NQD, key_NSD, value_NSD, num_heads, is_causal)[0]
+    return _attention_forward(query_NQD, key_NSD, value_NSD, num_keys_N, num_heads, is_causal)[0]
 
 
 @jax.named_scope(ATTENTION)
 def _attention_forward(
-    query_NQD: jax.Array, key_NSD: jax.Array, value_NSD: jax.Array, num_heads: int, is_causal: bool
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    query_NQD: jax.Array,
+    key_NSD: jax.Array,
+    value_NSD: jax.Array,
+    num_keys_N: jax.Array | None,
+    num_heads: int,
+    is_causal: bool,
+) -> tuple[jax.Array, tuple[Any, ...]]:
     query_NQhd, key_NShd, value_NShd = (split_heads(x, num_heads) for x in (query_NQD, key_NSD, value_NSD))
 
     def of_block(query_NQhd: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits_NhQS = _logits(query_NQhd, key_NShd, is_causal)
+        logits_NhQS = _logits(query_NQhd, key_NShd, num_keys_N, is_causal)
         highest_NhQ1 = logits_NhQS.max(axis=-1, keepdims=True)
         weights_NhQS = jnp.exp(logits_NhQS - highest_NhQ1)
         sum_NhQ1 = weights_NhQS.sum(axis=-1, keepdims=True)
@@ -176,14 +192,14 @@ def _attention_forward(
     result_NQD = attention_result(result_NQhd.reshape(query_NQD.shape))
     log_sum_NQh = attention_result(log_sum_NQh)
     # Kept with the heads side by side because a TPU pads the last axis to 128.
-    return result_NQD, (query_NQD, key_NSD, value_NSD, result_NQD, log_sum_NQh)
+    return result_NQD, (query_NQD, key_NSD, value_NSD, result_NQD, log_sum_NQh, num_keys_N)
 
 
 @jax.named_scope(ATTENTION)
 def _attention_backward(
-    num_heads: int, is_causal: bool, kept: tuple[jax.Array, ...], dresult_NQD: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    *flat, log_sum_NQh = as_kept(kept)
+    num_heads: int, is_causal: bool, kept: tuple[Any, ...], dresult_NQD: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    *flat, log_sum_NQh, num_keys_N = as_kept(kept)
     query_NQhd, key_NShd, value_NShd, result_NQhd, dresult_NQhd = (
         split_heads(x, num_heads) for x in (*flat, dresult_NQD)
     )
@@ -196,7 +212,7 @@ def _attention_backward(
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         query_NQhd, log_sum_NQh, dresult_NQhd, together_NQh = block
         with jax.named_scope(AGAIN):
-            logits_NhQS = _logits(query_NQhd, key_NShd, is_causal)
+            logits_NhQS = _logits(query_NQhd, key_NShd, num_keys_N, is_causal)
         weights_NhQS = jnp.exp(logits_NhQS - log_sum_NQh.swapaxes(1, 2)[..., None])
         dvalue_NShd = jnp.einsum("NhQS,NQhd->NShd", weights_NhQS.astype(low), dresult_NQhd, preferred_element_type=high)
         dweights_NhQS = jnp.einsum("NQhd,NShd->NhQS", dresult_NQhd, value_NShd, preferred_element_type=high)
@@ -216,16 +232,19 @@ def _attention_backward(
         (dkey_NShd, dvalue_NShd), dquery_BNQhd = jax.lax.scan(of_block, zeros, split)
         dquery_NQhd = _join(dquery_BNQhd)
     dquery_NQD, dkey_NSD, dvalue_NSD = (x.reshape(*x.shape[:2], -1) for x in (dquery_NQhd, dkey_NShd, dvalue_NShd))
-    return dquery_NQD, dkey_NSD.astype(low), dvalue_NSD.astype(low)
+    return dquery_NQD, dkey_NSD.astype(low), dvalue_NSD.astype(low), None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _logits(query_NQhd: jax.Array, key_NShd: jax.Array, is_causal: bool) -> jax.Array:
+def _logits(query_NQhd: jax.Array, key_NShd: jax.Array, num_keys_N: jax.Array | None, is_causal: bool) -> jax.Array:
     high = accumulation_dtype(query_NQhd.dtype)
     logits_NhQS = jnp.einsum("NQhd,NShd->NhQS", query_NQhd, key_NShd, preferred_element_type=high)
     logits_NhQS *= query_NQhd.shape[-1] ** -0.5
+    if num_keys_N is not None:
+        is_key_NS = jnp.arange(key_NShd.shape[1]) < num_keys_N[:, None]
+        logits_NhQS = jnp.where(is_key_NS[:, None, None, :], logits_NhQS, -jnp.inf)
     if not is_causal:
         return logits_NhQS
     queries, keys = logits_NhQS.shape[-2:]

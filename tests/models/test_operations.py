@@ -28,10 +28,14 @@ def torch_group_norm(silu: bool) -> Callable[..., torch.Tensor]:
     return apply
 
 
-def torch_attention(is_causal: bool) -> Callable[..., torch.Tensor]:
+def torch_attention(is_causal: bool, num_keys: list[int] | None = None) -> Callable[..., torch.Tensor]:
     def apply(*of_all: torch.Tensor) -> torch.Tensor:
         split = [x_NLD.unflatten(-1, (2, -1)).transpose(1, 2) for x_NLD in of_all]
-        y = torch.nn.functional.scaled_dot_product_attention(*split, is_causal=is_causal)
+        mask = None
+        if num_keys is not None:
+            is_key_NS = torch.arange(split[1].shape[2]) < torch.tensor(num_keys)[:, None]
+            mask = is_key_NS[:, None, None, :]
+        y = torch.nn.functional.scaled_dot_product_attention(*split, attn_mask=mask, is_causal=is_causal)
         return y.transpose(1, 2).flatten(-2)
 
     return apply
@@ -72,6 +76,11 @@ CASES: dict[str, tuple[Callable[..., jax.Array], Callable[..., torch.Tensor], Ar
         torch_attention(True),
         numbers(QUERIES, QUERIES, QUERIES, scale=2),
     ),
+    "attention to the first keys": (
+        lambda *a: attention(*a, 2, num_keys_N=jnp.array([7, 2])),
+        torch_attention(False, [7, 2]),
+        numbers(QUERIES, QUERIES, QUERIES, scale=2),
+    ),
 }
 
 
@@ -93,12 +102,19 @@ def test_values_and_gradients_are_those_of_pytorch(name: str) -> None:
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("limit", "blocks"), [(2 * 7 * 7 * 8, 1), (2 * 7 * 7 * 8 - 1, 7), (1, 7)])
 def test_attention_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch, limit: int, blocks: int) -> None:
-    _, _, arrays = CASES["self-attention"]
+    _, _, arrays = CASES["attention to the first keys"]
     monkeypatch.setattr(operations, "LOGITS_BYTES", limit)
     pull = jax.make_jaxpr(lambda *a: jax.vjp(lambda *a: attention(*a, 2), *a)[1](a[0]))(*map(jnp.asarray, arrays))
     loops = {eqn.params["length"] for eqn in pull.eqns if eqn.primitive.name == "scan"}
     assert loops == ({blocks} if blocks > 1 else set())
+    test_values_and_gradients_are_those_of_pytorch("attention to the first keys")
     test_values_and_gradients_are_those_of_pytorch("self-attention")
+
+
+def test_an_image_without_keys_gets_numbers() -> None:
+    arrays = [jnp.asarray(x, jnp.float32) for x in CASES["self-attention"][2]]
+    value, pull = jax.vjp(lambda *a: attention(*a, 2, num_keys_N=jnp.array([0, 7])), *arrays)
+    assert all(np.isfinite(x).all() for x in (value, *pull(value)))
 
 
 def kept_bytes(function: Callable[..., Any], *shapes: jax.ShapeDtypeStruct) -> int:
