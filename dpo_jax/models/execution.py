@@ -1,4 +1,4 @@
-"""Execution of a UNet's blocks: what is kept for the backward pass, and whether equal blocks share one program.
+"""Execution of a denoiser's blocks: what is kept for the backward pass, and whether equal blocks share one program.
 
 These choices change memory use and compile time, but not the result.
 
@@ -6,8 +6,9 @@ Each residual block and each transformer block is one unit of rematerialization 
 input is kept, and of its intermediate values only those that the policy names.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 ATTENTION = "attention"
 """Checkpoint name of the output of attention, before its last projection."""
+Values = TypeVar("Values")
+"""An array, or a pytree of arrays."""
 
 
 def _dots(primitive: Any, *args: Any, **params: Any) -> bool:
@@ -38,7 +41,7 @@ the results of matrix products and convolutions; the results of attention; nothi
 
 
 class Execution(NamedTuple):
-    """Settings of the execution of a UNet's blocks."""
+    """Settings of the execution of a denoiser's blocks."""
 
     remat: str = "none"
     """Name of the rematerialization policy, a key of `POLICIES`."""
@@ -48,25 +51,34 @@ class Execution(NamedTuple):
     attention: str = "xla"
     """Implementation of attention; see `operations.attention`."""
 
-    def run(self, block: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
+    def run(self, block: Callable[..., Values], *args: Any) -> Values:
         """Return `block(*args)`; the backward pass recomputes everything that the policy does not keep."""
         if self.remat == "none":
             return block(*args)
         # The wrapper is needed because jax.checkpoint identifies a computation by the identity of its function.
         return jax.checkpoint(lambda *args: block(*args), policy=POLICIES[self.remat])(*args)
 
-    def run_chain(self, blocks: Sequence[nnx.Module], x: jax.Array, *args: jax.Array) -> jax.Array:
-        """Run blocks one after the other: each gets the result of the one before it and the same `args`."""
-        graphdefs, states = zip(*map(nnx.split, blocks), strict=True) if self.scan else ((), ())
-        if len(set(graphdefs)) != 1:  # they differ if only some blocks have a LoRA
+    def run_chain(self, blocks: Sequence[Callable[..., Values]], x: Values, *args: Any) -> Values:
+        """Run blocks one after the other: each gets the result of the one before it and the same `args`.
+
+        `x` and `args` are arrays or pytrees of arrays, such as the two streams of a joint transformer.
+        """
+        if not self.scan:
             for block in blocks:
                 x = self.run(block, x, *args)
             return x
+        # Blocks differ if they have more parameters, or if only some have a LoRA.
+        for graphdef, group in itertools.groupby(map(nnx.split, blocks), key=lambda split: split[0]):
+            states = [state for _, state in group]
 
-        def body(x: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
-            return self.run(nnx.merge(graphdefs[0], state), x, *args), None
+            def body(x: Values, state: nnx.State, graphdef: nnx.GraphDef = graphdef) -> tuple[Values, None]:
+                return self.run(nnx.merge(graphdef, state), x, *args), None
 
-        return jax.lax.scan(body, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))[0]
+            if len(states) == 1:
+                x, _ = body(x, states[0])
+            else:
+                x, _ = jax.lax.scan(body, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+        return x
 
 
 PLAIN = Execution()

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from dpo_jax.errors import UserError
-from dpo_jax.models.operations import group_norm, layer_norm
+from dpo_jax.models.operations import group_norm, layer_norm, rms_norm
 
 Initializer = Callable[..., jax.Array]
 
@@ -206,6 +206,17 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale_D, bias_D = (x[...].astype(self.dtype) for x in (self.scale, self.bias))
         return layer_norm(x.astype(self.dtype), scale_D, bias_D, self.epsilon)
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square normalisation over the last axis."""
+
+    def __init__(self, features: int, *, epsilon: float = 1e-6, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.scale = make_param(nnx.initializers.ones, rngs, (features,))
+        self.epsilon, self.dtype = epsilon, dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x.astype(self.dtype), self.scale[...].astype(self.dtype), self.epsilon)
 
 
 class Embedding(nnx.Module):

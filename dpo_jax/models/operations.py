@@ -1,4 +1,4 @@
-"""Normalisation, gating and attention with hand-written derivatives that keep less for the backward pass.
+"""Normalisation, modulation, gating and attention with hand-written derivatives that keep less for the backward pass.
 
 Plain autodiff keeps intermediate values, most of them in float32. These functions keep their inputs in the dtype they
 came in and a few statistics, and recompute the rest: elementwise operations, which the compiler fuses into their
@@ -55,11 +55,20 @@ def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array, epsilon: flo
     return _norm(x, scale_D, bias_D, (-1,), epsilon, False)
 
 
+def modulated_layer_norm(
+    x_NLD: jax.Array, shift_N1D: jax.Array | None, scale_N1D: jax.Array, epsilon: float = 1e-6
+) -> jax.Array:
+    """Layer normalisation without parameters, times `1 + scale`, plus `shift` (Peebles and Xie, arXiv 2212.09748)."""
+    scale_N1D = 1 + scale_N1D.astype(accumulation_dtype(x_NLD.dtype))
+    shift_N1D = jnp.zeros_like(scale_N1D) if shift_N1D is None else shift_N1D
+    return _norm(x_NLD, scale_N1D, shift_N1D, (-1,), epsilon, False)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _norm(
     x: jax.Array, scale: jax.Array, bias: jax.Array, axes: tuple[int, ...], epsilon: float, silu: bool
 ) -> jax.Array:
-    """Normalise to zero mean and unit variance over `axes`; `scale` and `bias` have the last axes of `x`."""
+    """Normalise to zero mean and unit variance over `axes`; `scale` and `bias` are broadcast to `x`."""
     return _norm_forward(x, scale, bias, axes, epsilon, silu)[0]
 
 
@@ -84,8 +93,7 @@ def _norm_backward(
         y = normed * scale.astype(high) + bias.astype(high)
         sigmoid = jax.nn.sigmoid(y)
         dy = dy * sigmoid * (1 + y * (1 - sigmoid))
-    leading = tuple(range(x.ndim - scale.ndim))
-    dscale, dbias = (dy * normed).sum(leading), dy.sum(leading)
+    dscale, dbias = _sum_to(dy * normed, scale.shape), _sum_to(dy, bias.shape)
     dnormed = dy * scale.astype(high)
     # Remove the components of the gradient that would change the mean or the variance.
     dx = dnormed - dnormed.mean(axes, keepdims=True) - normed * (dnormed * normed).mean(axes, keepdims=True)
@@ -93,6 +101,92 @@ def _norm_backward(
 
 
 _norm.defvjp(_norm_forward, _norm_backward)
+
+
+def _sum_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Sum over the axes along which `shape` would be broadcast to `x`."""
+    leading = x.ndim - len(shape)
+    repeated = (leading + axis for axis, size in enumerate(shape) if size != x.shape[leading + axis])
+    return x.sum((*range(leading), *repeated)).reshape(shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: jax.Array, scale_D: jax.Array | None, epsilon: float) -> jax.Array:
+    """Root mean square normalisation (Zhang and Sennrich, arXiv 1910.07467) over the last axis, without a scale if it
+    is None."""
+    return _rms_norm_forward(x, scale_D, epsilon)[0]
+
+
+def _rms_norm_forward(
+    x: jax.Array, scale_D: jax.Array | None, epsilon: float
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array | None]]:
+    high = accumulation_dtype(x.dtype)
+    inverse_rms = jax.lax.rsqrt(jnp.square(x.astype(high)).mean(-1, keepdims=True) + epsilon)
+    y = x.astype(high) * inverse_rms
+    return (y if scale_D is None else y * scale_D.astype(high)).astype(x.dtype), (x, inverse_rms, scale_D)
+
+
+def _rms_norm_backward(
+    epsilon: float, kept: tuple[jax.Array, jax.Array, jax.Array | None], dy: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    x, inverse_rms, scale_D = as_kept(kept)
+    high = accumulation_dtype(x.dtype)
+    normed, dnormed, dscale_D = x.astype(high) * inverse_rms, dy.astype(high), None
+    if scale_D is not None:
+        dscale_D = _sum_to(dnormed * normed, scale_D.shape).astype(scale_D.dtype)
+        dnormed = dnormed * scale_D.astype(high)
+    # Remove the component of the gradient that would change the root mean square.
+    dx = dnormed - normed * (dnormed * normed).mean(-1, keepdims=True)
+    return (dx * inverse_rms).astype(x.dtype), dscale_D
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+@jax.custom_vjp
+def gated_add(x_NLD: jax.Array, gate_N1D: jax.Array, y_NLD: jax.Array) -> jax.Array:
+    """Return `x + gate * y`, rounded once."""
+    return _gated_add_forward(x_NLD, gate_N1D, y_NLD)[0]
+
+
+def _gated_add_forward(
+    x_NLD: jax.Array, gate_N1D: jax.Array, y_NLD: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    high = accumulation_dtype(x_NLD.dtype)
+    result_NLD = x_NLD.astype(high) + gate_N1D.astype(high) * y_NLD.astype(high)
+    return result_NLD.astype(x_NLD.dtype), (gate_N1D, y_NLD)
+
+
+def _gated_add_backward(
+    kept: tuple[jax.Array, jax.Array], dresult_NLD: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    gate_N1D, y_NLD = as_kept(kept)
+    high = accumulation_dtype(dresult_NLD.dtype)
+    dhigh_NLD = dresult_NLD.astype(high)
+    dgate_N1D = _sum_to(dhigh_NLD * y_NLD.astype(high), gate_N1D.shape).astype(gate_N1D.dtype)
+    return dresult_NLD, dgate_N1D, (dhigh_NLD * gate_N1D.astype(high)).astype(y_NLD.dtype)
+
+
+gated_add.defvjp(_gated_add_forward, _gated_add_backward)
+
+
+@jax.custom_vjp
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """Return the gelu in its approximation by tanh (Hendrycks and Gimpel, arXiv 1606.08415)."""
+    return _gelu_tanh_forward(x)[0]
+
+
+def _gelu_tanh_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jax.nn.gelu(x.astype(accumulation_dtype(x.dtype)), approximate=True).astype(x.dtype), x
+
+
+def _gelu_tanh_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    x, high = as_kept(x), accumulation_dtype(x.dtype)
+    _, pull = jax.vjp(jax.nn.gelu, x.astype(high))
+    return (pull(dy.astype(high))[0].astype(x.dtype),)
+
+
+gelu_tanh.defvjp(_gelu_tanh_forward, _gelu_tanh_backward)
 
 
 @jax.custom_vjp

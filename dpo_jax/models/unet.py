@@ -5,19 +5,18 @@ N images, H x W latent cells, C channels, T time features; the conditioning's ax
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
 from dpo_jax.batch import Conditioning
 from dpo_jax.errors import UserError
 from dpo_jax.models.execution import PLAIN, Execution
-from dpo_jax.models.layers import Conv, GroupNorm, Linear
+from dpo_jax.models.layers import Conv, GroupNorm
 from dpo_jax.models.operations import accumulation_dtype
+from dpo_jax.models.time_embedding import TimestepEmbedding, sinusoids
 from dpo_jax.models.unet_blocks import DownBlock2D, UNetMidBlock2DCrossAttn, UpBlock2D
 from dpo_jax.models.unet_config import UNetConfig
 
@@ -85,28 +84,3 @@ class UNet2DConditionModel(nnx.Module):
             )
         embedded_NTD = sinusoids(time_ids_NT, each, dtype)
         return jnp.concatenate([pooled_NP.astype(dtype), embedded_NTD.reshape(len(pooled_NP), -1)], axis=-1)
-
-
-class TimestepEmbedding(nnx.Module):
-    """Two linear layers with SiLU between them."""
-
-    def __init__(
-        self, in_features: int, features: int, *, dtype: DTypeLike, rounded: DTypeLike | None = None, rngs: nnx.Rngs
-    ):
-        self.linear_1 = Linear(in_features, features, dtype=dtype, rounded=rounded, rngs=rngs)
-        self.linear_2 = Linear(features, features, dtype=dtype, rounded=rounded, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.linear_2(jax.nn.silu(self.linear_1(x)))
-
-
-def sinusoids(t: jax.Array, features: int, dtype: DTypeLike) -> jax.Array:
-    """Cosines, then sines, of `t` times frequencies from 1 down to about 1 / 10000: [*t.shape, features].
-
-    Every rounding follows diffusers: in float32 at t = 999, another order moves a feature by 1e-4.
-    """
-    half = features // 2
-    exponent = -math.log(10_000) * np.arange(half, dtype=dtype) / half
-    frequencies = np.exp(exponent.astype(np.float64)).astype(dtype)
-    angles = t.astype(dtype)[..., None] * frequencies
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

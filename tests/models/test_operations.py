@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from dpo_jax.models import operations
-from dpo_jax.models.operations import attention, geglu, group_norm, layer_norm
+from dpo_jax.models.operations import (
+    attention,
+    gated_add,
+    geglu,
+    gelu_tanh,
+    group_norm,
+    layer_norm,
+    modulated_layer_norm,
+    rms_norm,
+)
 
 Arrays = list[np.ndarray]
 
@@ -46,7 +55,16 @@ def torch_geglu(x: torch.Tensor) -> torch.Tensor:
     return value * torch.nn.functional.gelu(gate)
 
 
+def torch_modulated_layer_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def torch_gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
 IMAGE, CHANNELS, QUERIES, KEYS = (2, 6, 5, 16), (16,), (2, 7, 12), (2, 3, 12)
+OF_IMAGE = (2, 1, 12)
 CASES: dict[str, tuple[Callable[..., jax.Array], Callable[..., torch.Tensor], Arrays]] = {
     "group norm": (
         lambda *a: group_norm(*a, 4, 1e-5),
@@ -68,6 +86,28 @@ CASES: dict[str, tuple[Callable[..., jax.Array], Callable[..., torch.Tensor], Ar
         lambda x, *a: torch.nn.functional.layer_norm(x, CHANNELS, *a),
         numbers(IMAGE, CHANNELS, CHANNELS, offset=-2),
     ),
+    "modulated layer norm": (
+        modulated_layer_norm,
+        torch_modulated_layer_norm,
+        numbers(QUERIES, OF_IMAGE, OF_IMAGE, offset=2),
+    ),
+    "layer norm with a modulated scale alone": (
+        lambda x, scale: modulated_layer_norm(x, None, scale),
+        lambda x, scale: torch_modulated_layer_norm(x, torch.zeros(()), scale),
+        numbers(QUERIES, OF_IMAGE, offset=2),
+    ),
+    "rms norm": (
+        lambda *a: rms_norm(*a, 1e-6),
+        lambda x, scale_C: torch.nn.functional.rms_norm(x, CHANNELS, scale_C, 1e-6),
+        numbers(IMAGE, CHANNELS, offset=1),
+    ),
+    "rms norm without a scale": (
+        lambda x: rms_norm(x, None, 1e-6),
+        lambda x: torch.nn.functional.rms_norm(x, CHANNELS, eps=1e-6),
+        numbers(IMAGE, offset=1),
+    ),
+    "gated add": (gated_add, lambda x, gate, y: x + gate * y, numbers(QUERIES, OF_IMAGE, QUERIES)),
+    "gelu": (gelu_tanh, torch_gelu_tanh, numbers(IMAGE, scale=4)),
     "geglu": (geglu, torch_geglu, numbers(IMAGE, scale=4)),
     "self-attention": (lambda *a: attention(*a, 2), torch_attention(False), numbers(QUERIES, QUERIES, QUERIES)),
     "cross-attention": (lambda *a: attention(*a, 2), torch_attention(False), numbers(QUERIES, KEYS, KEYS, scale=5)),
@@ -137,8 +177,18 @@ def test_norms_keep_their_input_and_statistics() -> None:
     assert kept_bytes(lambda *a: layer_norm(*a, 1e-5), x, channels, channels) == of_image + of_cell + parameters
 
 
-def test_geglu_keeps_its_input() -> None:
-    assert kept_bytes(geglu, bfloat16(2, 64, 128)) == 2 * 64 * 128 * 2
+def test_modulation_keeps_its_input_and_statistics() -> None:
+    x, of_image = bfloat16(2, 64, 128), bfloat16(2, 1, 128)
+    tokens, modulation, of_token = 2 * 64 * 128 * 2, 2 * 128 * 2, 2 * 64 * 4
+    kept = kept_bytes(modulated_layer_norm, x, of_image, of_image)
+    assert kept == tokens + modulation + 2 * modulation + 2 * of_token  # the scale plus 1 is float32
+    assert kept_bytes(lambda *a: rms_norm(*a, 1e-6), x, bfloat16(128)) == tokens + 128 * 2 + of_token
+    assert kept_bytes(gated_add, x, of_image, x) == tokens + modulation
+
+
+@pytest.mark.parametrize("activation", [geglu, gelu_tanh])
+def test_activations_keep_their_input(activation: Callable[..., Any]) -> None:
+    assert kept_bytes(activation, bfloat16(2, 64, 128)) == 2 * 64 * 128 * 2
 
 
 def test_attention_keeps_nothing_of_queries_by_keys() -> None:

@@ -17,7 +17,8 @@ from dpo_jax.batch import Conditioning
 from dpo_jax.models.families import PUBLISHED
 from dpo_jax.models.network import Network
 from dpo_jax.models.random_model import UNET_SDXL
-from dpo_jax.models.unet import UNet2DConditionModel, sinusoids
+from dpo_jax.models.time_embedding import sinusoids
+from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.weights.layout import Params, from_torch, torch_name
 
