@@ -1,7 +1,7 @@
 """Data that the parts pass to each other: batches of preferences, text conditioning, and what losses read.
 
 Axes: B prompts, K candidates of a prompt (best first), H x W pixels, h x w latent cells, C channels, M captions of a
-prompt (one shared by its candidates, or one per candidate), E text encoders, L tokens, D context width, P pooled width.
+prompt (one shared by its candidates, or one per candidate), L tokens, D context width, P pooled width.
 These are NamedTuples, which are pytrees without importing JAX: the code that reads and prepares data must not start it.
 """
 
@@ -21,8 +21,8 @@ class Raw(NamedTuple):
     """uint8 RGB, best candidate first."""
     mirrored_BK: Bool[Array, "B K"]
     """bool: which images the training step mirrors; on devices this costs nothing."""
-    token_ids_BMEL: Int[Array, "B M E L"]
-    """int32 token ids, one row per text encoder."""
+    token_ids_BML: Int[Array, "B M L"]
+    """int32 token ids for all text encoders, one encoder's after the other's along L."""
 
 
 class Cached(NamedTuple):
@@ -53,8 +53,8 @@ class Sampled(NamedTuple):
     """Transitions of images that the model itself sampled, for online learning."""
 
     transitions: Transitions
-    token_ids_BMEL: Int[Array, "B M E L"]
-    """int32 token ids, one row per text encoder; M = 1."""
+    token_ids_BML: Int[Array, "B M L"]
+    """int32 token ids for all text encoders, one encoder's after the other's along L; M = 1."""
     advantage_BK: Float[Array, "B K"]
     """Advantage of each image: its reward compared with the rewards expected for its prompt."""
 

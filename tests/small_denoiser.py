@@ -25,9 +25,7 @@ def denoise(params, x_NHWC, t_N, conditioning):
 def encode(encoders, batch, keys_B):
     noise = jax.vmap(lambda key: jax.random.normal(key, (*batch.inputs.images_BKHWC.shape[1:-1], 4)))(keys_B)
     pixels = batch.inputs.images_BKHWC.astype(noise.dtype).mean(-1, keepdims=True) / 127.5 - 1
-    return pixels + 0.1 * noise, Conditioning(
-        encoders["text"]["table"][batch.inputs.token_ids_BMEL[:, :, 0].reshape(-1, 3)]
-    )
+    return pixels + 0.1 * noise, Conditioning(encoders["text"]["table"][batch.inputs.token_ids_BML.reshape(-1, 3)])
 
 
 def make_batch(B=8, K=2, M=1, start=0):
@@ -36,7 +34,7 @@ def make_batch(B=8, K=2, M=1, start=0):
         inputs=Raw(
             images_BKHWC=rng.integers(0, 256, (B, K, 8, 8, 3), dtype=np.uint8),
             mirrored_BK=np.zeros((B, K), bool),
-            token_ids_BMEL=rng.integers(0, 5, (B, M, 1, 3)).astype(np.int32),
+            token_ids_BML=rng.integers(0, 5, (B, M, 3)).astype(np.int32),
         ),
         size_cond_BK6=np.zeros((B, K, 6), np.float32),
         preference_BK=np.tile(np.float32([1, 0]), (B, 1)),

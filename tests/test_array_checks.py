@@ -55,7 +55,7 @@ def test_wrong_arrays_raise_inside_jit_and_vmap():
 
 def batch_of(B=4, K=2):
     return PreferenceBatch(
-        inputs=Raw(np.zeros((B, K, 8, 8, 3), np.uint8), np.zeros((B, K), bool), np.zeros((B, 1, 1, 7), np.int32)),
+        inputs=Raw(np.zeros((B, K, 8, 8, 3), np.uint8), np.zeros((B, K), bool), np.zeros((B, 1, 7), np.int32)),
         size_cond_BK6=np.zeros((B, K, 6), np.float32),
         preference_BK=np.zeros((B, K), np.float32),
         valid_BK=np.ones((B, K), bool),

@@ -95,6 +95,17 @@ def check_tokenizer(folder: Path) -> None:
         _check_specials(_read(specials, Specials), known, specials)
 
 
+def read_length(folder: Path) -> int | None:
+    """Return the tokens of a caption that tokenizer_config.json states, or None; UserError if it states nonsense."""
+    settings = folder / "tokenizer_config.json"
+    length = _read(settings, Settings).model_max_length if settings.exists() else None
+    if length is None or length > 1024:  # transformers' stand-in for "not stated" is 1e30
+        return None
+    if length < 3 or length != int(length):
+        raise UserError(f"{settings}: model_max_length is {length}, not a number from 3 to 1024")
+    return int(length)
+
+
 def _read(path: Path, schema: Any) -> Any:
     return conform(parse_json(_text(path), str(path)), schema, str(path))
 

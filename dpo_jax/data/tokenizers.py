@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch, at every start
 from transformers import CLIPTokenizer
 
-from dpo_jax.data.tokenizer_files import check_tokenizer
+from dpo_jax.data.tokenizer_files import check_tokenizer, read_length
 from dpo_jax.errors import UserError
 
 CAPTIONS_KEPT = 2**16
@@ -30,7 +30,8 @@ class Tokenizers:
         self._token_ids = functools.lru_cache(CAPTIONS_KEPT)(self._tokenize)
 
     def __call__(self, captions: Sequence[str]) -> np.ndarray:
-        """Return token_ids_BEL int32: begin, caption, end and padding; long captions are cut before the end token."""
+        """Return token_ids_BL int32: for each text encoder begin, caption, end and padding, one encoder's after the
+        other's; long captions are cut before the end token."""
         return np.stack([self._token_ids(caption) for caption in captions])
 
     def count_cut(self, captions: Iterable[str]) -> int:
@@ -38,7 +39,7 @@ class Tokenizers:
         return sum(any(t.encode(caption).overflowing for t in self._tokenizers) for caption in captions)
 
     def _tokenize(self, caption: str) -> np.ndarray:
-        return np.asarray([tokenizer.encode(caption).ids for tokenizer in self._tokenizers], np.int32)
+        return np.concatenate([np.asarray(t.encode(caption).ids, np.int32) for t in self._tokenizers])
 
 
 def load_tokenizers(folder: str | Path, names: Sequence[str], sizes: Sequence[tuple[int, int]] = ()) -> Tokenizers:
@@ -53,13 +54,9 @@ def load_tokenizers(folder: str | Path, names: Sequence[str], sizes: Sequence[tu
 
     Raises:
         FileNotFoundError: a tokenizer is missing.
-        ValueError: a tokenizer cannot be read, states no length, or has more tokens than its text encoder knows; or
-            their lengths differ.
+        ValueError: a tokenizer cannot be read, states no length, or has more tokens than its text encoder knows.
     """
     loaded = {name: _load(Path(folder) / name) for name in names}
-    lengths = {name: tokenizer.model_max_length for name, tokenizer in loaded.items()}
-    if len(set(lengths.values())) > 1:
-        raise UserError(f"the tokenizers of {folder} have different model_max_length: {lengths}")
     for (name, tokenizer), (tokens, positions) in zip(loaded.items(), sizes, strict=False):
         token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
         if largest >= tokens:
@@ -88,12 +85,10 @@ def _load(folder: Path) -> CLIPTokenizer:
     except Exception as error:  # the libraries raise any class of error, also plain Exception
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"the tokenizer at {folder} cannot be read ({reason}); download it again") from error
-    length = tokenizer.model_max_length
-    if length > 1024:  # transformers' stand-in for "not stated" is 1e30
+    length = read_length(folder)
+    if length is None:
         raise UserError(f"{folder}/tokenizer_config.json does not state model_max_length; download the tokenizer again")
-    if length < 3 or length != int(length):
-        raise UserError(f"{folder}/tokenizer_config.json: model_max_length is {length}, not a number from 3 to 1024")
-    tokenizer.model_max_length = int(length)
+    tokenizer.model_max_length = length
     begin, end, padding = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     if begin is None or end is None or padding is None or begin == end:
         raise UserError(

@@ -3,8 +3,8 @@
 Each process fills its share of the files with its own devices, in a folder that all processes see, so none of them
 waits for another before the end. A file appears when it is complete; a stopped run continues with the missing files.
 
-Axes: N images or captions of a batch, V views of an image, M = N * V, H x W pixels, h x w latent cells, C channels, E
-text encoders, L tokens.
+Axes: N images or captions of a batch, V views of an image, M = N * V, H x W pixels, h x w latent cells, C channels, L
+tokens.
 """
 
 import datetime
@@ -212,8 +212,8 @@ class DatasetEncoder:
             moments_MhwC = posterior_moments(pipeline.vae, params, mirror(images_MHWC, mirrored_M))
             return {"moments": moments_MhwC.reshape(-1, len(views), *moments_MhwC.shape[1:])}
 
-        def embeddings(params: Mapping[str, Params], token_ids_NEL: jax.Array) -> Mapping[str, jax.Array]:
-            context_NLD, pooled_NP = encode_text(pipeline, params, token_ids_NEL)
+        def embeddings(params: Mapping[str, Params], token_ids_NL: jax.Array) -> Mapping[str, jax.Array]:
+            context_NLD, pooled_NP = encode_text(pipeline, params, token_ids_NL)
             return {"context": context_NLD, "pooled": pooled_NP}
 
         def read_captions(positions: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:

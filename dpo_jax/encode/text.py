@@ -1,6 +1,6 @@
 """Maps captions to conditioning: token ids to the inputs that the UNet attends to.
 
-Axes: N captions or candidates, E text encoders, L tokens, D context width, P pooled width, T time ids.
+Axes: N captions or candidates, L tokens, D context width, P pooled width, T time ids.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ NEGATIVE_AESTHETIC_SCORE = 2.5
 
 
 def encode_text(
-    pipeline: Pipeline, encoders: Mapping[str, Params], token_ids_NEL: jax.Array
+    pipeline: Pipeline, encoders: Mapping[str, Params], token_ids_NL: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Run every text encoder of the family: (context_NLD, pooled_NP); P = 0 if the UNet takes no pooled embedding.
 
@@ -29,13 +29,21 @@ def encode_text(
     """
     family = pipeline.family
     contexts = []
-    pooled_NP = jnp.zeros((len(token_ids_NEL), 0), pipeline.dtype)
-    for e, (encoder, network) in enumerate(zip(family.text_encoders, pipeline.text_encoders, strict=True)):
-        output = network(encoders[encoder.folder], token_ids_NEL[:, e])
+    pooled_NP = jnp.zeros((len(token_ids_NL), 0), pipeline.dtype)
+    each_NL = split_token_ids(pipeline, token_ids_NL)
+    for encoder, network, own_NL in zip(family.text_encoders, pipeline.text_encoders, each_NL, strict=True):
+        output = network(encoders[encoder.folder], own_NL)
         contexts.append(getattr(output, encoder.context))
         if family.num_time_ids:
             pooled_NP = output.pooled_NP
     return jnp.concatenate(contexts, axis=-1), pooled_NP
+
+
+def split_token_ids(pipeline: Pipeline, token_ids_NL: jax.Array) -> list[jax.Array]:
+    """Return the token ids of each text encoder, which `token_ids_NL` holds one after the other along L."""
+    lengths = pipeline.text_lengths
+    assert token_ids_NL.shape[1] == sum(lengths), f"{token_ids_NL.shape[1]} token ids for lengths {lengths}"
+    return jnp.split(token_ids_NL, np.cumsum(lengths)[:-1], axis=1)
 
 
 def condition(
@@ -60,28 +68,28 @@ def condition(
 
 
 def make_conditionings(
-    pipeline: Pipeline, negative_1EL: np.ndarray, guidance: float, *, negative_is_empty: bool = True
+    pipeline: Pipeline, negative_1L: np.ndarray, guidance: float, *, negative_is_empty: bool = True
 ) -> Callable[[Mapping[str, Params], jax.Array, jax.Array], tuple[Conditioning, Conditioning | None]]:
-    """Return `f(encoders, token_ids_NEL, size_cond_N6) -> (conditioning of the captions, negative conditioning)`, N
+    """Return `f(encoders, token_ids_NL, size_cond_N6) -> (conditioning of the captions, negative conditioning)`, N
     each.
 
     Args:
         pipeline: the model's structure.
-        negative_1EL: token ids of the caption that guidance leads away from.
+        negative_1L: token ids of the caption that guidance leads away from.
         guidance: guidance scale; at 1 or less there is no guidance, and the negative conditioning is None.
-        negative_is_empty: True if `negative_1EL` is the empty caption, which some models embed as zeros.
+        negative_is_empty: True if `negative_1L` is the empty caption, which some models embed as zeros.
     """
 
     def conditionings(
-        encoders: Mapping[str, Params], token_ids_NEL: jax.Array, size_cond_N6: jax.Array
+        encoders: Mapping[str, Params], token_ids_NL: jax.Array, size_cond_N6: jax.Array
     ) -> tuple[Conditioning, Conditioning | None]:
-        conditioning = condition(pipeline.family, *encode_text(pipeline, encoders, token_ids_NEL), size_cond_N6)
+        conditioning = condition(pipeline.family, *encode_text(pipeline, encoders, token_ids_NL), size_cond_N6)
         if guidance <= 1:
             return conditioning, None
-        of_negative = encode_text(pipeline, encoders, jnp.asarray(negative_1EL))
+        of_negative = encode_text(pipeline, encoders, jnp.asarray(negative_1L))
         if negative_is_empty and pipeline.force_zeros_for_empty_prompt:
             of_negative = jax.tree.map(jnp.zeros_like, of_negative)
-        context_NLD, pooled_NP = (jnp.repeat(x_1, len(token_ids_NEL), axis=0) for x_1 in of_negative)
+        context_NLD, pooled_NP = (jnp.repeat(x_1, len(token_ids_NL), axis=0) for x_1 in of_negative)
         unconditional = condition(pipeline.family, context_NLD, pooled_NP, size_cond_N6, NEGATIVE_AESTHETIC_SCORE)
         return conditioning, unconditional
 

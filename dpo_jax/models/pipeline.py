@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -18,6 +19,7 @@ from etils import epath
 from jax.typing import DTypeLike
 
 from dpo_jax.batch import Conditioning
+from dpo_jax.data.tokenizer_files import read_length
 from dpo_jax.diffusion.schedule import Schedule, make_schedule
 from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.files import conform, read_json
@@ -59,6 +61,8 @@ class Pipeline:
     unet: Network
     vae: Network
     text_encoders: tuple[Network, ...]
+    text_lengths: tuple[int, ...]
+    """Tokens of a caption for each text encoder, with padding."""
     schedule: Schedule
     """Noise schedule of training."""
     sampling_schedule: Schedule
@@ -288,13 +292,14 @@ def load_pipeline(
     vae_config = VAEConfig.from_dict(*_config(folder, weights["vae"], "vae"))
     _check_channels(folder, unet_config, vae_config)
     found = find_family(model_index, unet_config, str(weights["unet"] if unet else folder), family)
-    text_encoders = []
+    text_encoders, text_lengths = [], []
     for encoder in found.text_encoders:
         weights[encoder.folder] = path_of(path, encoder.folder)
         clip = CLIPTextConfig.from_dict(*_config(folder, weights[encoder.folder], encoder.folder))
         # Two places state this; diffusers uses this one.
         clip = dataclasses.replace(clip, with_projection=model_index[encoder.folder][1].endswith("WithProjection"))
         text_encoders.append(network_of(CLIPTextModel, clip, dtype=dtype))
+        text_lengths.append(read_length(Path(folder / encoder.tokenizer)) or clip.max_position_embeddings)
     _check_widths(found, unet_config, [encoder.config for encoder in text_encoders], weights)
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
     scheduler_config = _with_marks(_json(scheduler_path), names, str(path), str(scheduler_path) if model_config else "")
@@ -306,6 +311,7 @@ def load_pipeline(
         unet=network_of(UNet2DConditionModel, unet_config, dtype=dtype, execution=execution),
         vae=network_of(AutoencoderKL, vae_config, dtype=vae_dtype or dtype),
         text_encoders=tuple(text_encoders),
+        text_lengths=tuple(text_lengths),
         schedule=make(training_timesteps=found.training_timesteps, zero_terminal_snr=found.zero_terminal_snr),
         sampling_schedule=make(),
         force_zeros_for_empty_prompt=bool(model_index.get("force_zeros_for_empty_prompt", False)),

@@ -124,7 +124,7 @@ class CLIPJudge:
         new = [caption for caption in dict.fromkeys(captions) if caption not in known]
 
         def load(some: slice) -> tuple[np.ndarray]:
-            return (self._tokenizer([self._kind.clean(caption) for caption in new[some]])[:, 0],)
+            return (self._tokenizer([self._kind.clean(caption) for caption in new[some]]),)
 
         if new:
             features_NP = self._batches(self._encode_text, self._params, len(new), load)

@@ -60,7 +60,7 @@ def open_implicit(source: str, settings: Settings) -> Reward:
     trained = reference.schedule.training_timesteps
     t_D = jnp.asarray(trained[((np.arange(DRAWS) + 0.5) / DRAWS * len(trained)).astype(int)])
 
-    def rate(weights: Any, images_NHWC: jax.Array, token_ids_NEL: jax.Array) -> jax.Array:
+    def rate(weights: Any, images_NHWC: jax.Array, token_ids_NL: jax.Array) -> jax.Array:
         weights = {
             name: reference.gather(placement, "unet" if name == "policy" else name, params)
             for name, params in weights.items()
@@ -69,7 +69,7 @@ def open_implicit(source: str, settings: Settings) -> Reward:
         moments_NhwC = posterior_moments(vae, weights["vae"], images_NHWC)
         keys_N = jnp.broadcast_to(jax.random.key(0), N)
         latents_N1hwC = sample_posterior(vae, moments_NhwC[:, None], keys_N)
-        conditioning = condition(family, *encode_text(reference, weights, token_ids_NEL), jnp.tile(sizes_16, (N, 1)))
+        conditioning = condition(family, *encode_text(reference, weights, token_ids_NL), jnp.tile(sizes_16, (N, 1)))
 
         def of_draw(total_N: jax.Array, draw: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
             d, t = draw

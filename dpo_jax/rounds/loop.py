@@ -169,8 +169,8 @@ class Rounds:
             rewards_PSKR = self._judged(folder, step)
             learned = learnable(self._config, rewards_PSKR, folder.prompts, self._statistics_R)
             self._tell_undecided(number, decided(self._config, *learned))
-            token_ids_PEL = self._tokenizers(folder.prompts)
-            updates = Updates(self._config, self._plan, folder, self._steps_S, token_ids_PEL, *learned, step=step)
+            token_ids_PL = self._tokenizers(folder.prompts)
+            updates = Updates(self._config, self._plan, folder, self._steps_S, token_ids_PL, *learned, step=step)
             state = self._loop.run(state, updates, end=(number + 1) * self._plan.updates)
             self._remove_trajectories(number)
             if stage == "train":

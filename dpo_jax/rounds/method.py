@@ -56,7 +56,7 @@ def on_trajectories(config: ConfigDict, pipeline: Pipeline, placement: Placement
         sampled = batch.inputs
         assert isinstance(sampled, Sampled)
         encoders = {name: gather(name, weights) for name, weights in frozen.encoders.items() if name != "vae"}
-        conditioning = conditionings(encoders, sampled.token_ids_BMEL[:, 0], batch.size_cond_BK6[:, 0])
+        conditioning = conditionings(encoders, sampled.token_ids_BML[:, 0], batch.size_cond_BK6[:, 0])
         transitions, conditioning = constrain((sampled.transitions, conditioning))
         inputs = compare_transitions(
             denoise,

@@ -1,7 +1,7 @@
 """Sampling: trajectories with their log-probabilities and the images that they lead to, in one jitted function.
 
 Axes: B prompts, K candidates of a prompt, S learned steps of the sampler, J shared or own beginnings of a step (1 or
-K), E text encoders, L tokens, H x W pixels, h x w latent cells, C channels.
+K), L tokens, H x W pixels, h x w latent cells, C channels.
 """
 
 import functools
@@ -98,9 +98,9 @@ class Rollout:
 
 
 def make_rollout(
-    config: ConfigDict, pipeline: Pipeline, placement: Placement, negative_1EL: np.ndarray
+    config: ConfigDict, pipeline: Pipeline, placement: Placement, negative_1L: np.ndarray
 ) -> jax.stages.Wrapped:
-    """`(params, frozen, latent_judge, token_ids_BEL, number_B) -> (transitions, images, seen, finite_B)`, jitted.
+    """`(params, frozen, latent_judge, token_ids_BL, number_B) -> (transitions, images, seen, finite_B)`, jitted.
 
     The transitions are [B, S, ...], the rest as in `Drawn`; `finite_B` tells whether all numbers of a prompt's images
     are finite.
@@ -110,17 +110,17 @@ def make_rollout(
     steps_S = learned_steps(config, table)
     cells = resolution // pipeline.vae_factor
     latent_shape = (cells, cells, pipeline.unet.config.in_channels)
-    conditionings = make_conditionings(pipeline, negative_1EL, online.guidance)
+    conditionings = make_conditionings(pipeline, negative_1L, online.guidance)
     size_cond_16 = jnp.array([[resolution, resolution, 0, 0, resolution, resolution]], jnp.float32)
     split, gather = batch_constraint(mesh), functools.partial(pipeline.gather, placement)
 
     def rollout(
-        params: Params, frozen: Frozen, latent_judge: dict[str, Params], token_ids_BEL: jax.Array, number_B: jax.Array
+        params: Params, frozen: Frozen, latent_judge: dict[str, Params], token_ids_BL: jax.Array, number_B: jax.Array
     ) -> tuple[Transitions, jax.Array, jax.Array | None, jax.Array]:
         B = len(number_B)
         unet = gather("unet", frozen.policy(params))
         encoders = {name: gather(name, weights) for name, weights in frozen.encoders.items()}
-        both = split(conditionings(encoders, token_ids_BEL, jnp.tile(size_cond_16, (B, 1))))
+        both = split(conditionings(encoders, token_ids_BL, jnp.tile(size_cond_16, (B, 1))))
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.seed), number_B)
         noise_keys_B, step_keys_B = (jax.vmap(jax.random.fold_in, (0, None))(keys_B, i) for i in range(2))
         x_BhwC = starting_latents(table, jax.vmap(lambda key: jax.random.normal(key, latent_shape))(noise_keys_B))

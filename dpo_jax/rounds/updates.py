@@ -1,7 +1,7 @@
 """The batches of a round: which prompts, timesteps and candidates each optimizer step trains on.
 
 Axes: P prompts of a round, B prompts of an optimizer step, T timesteps of it, K candidates, S learned steps, R rewards,
-E text encoders, L tokens. A batch has B * T rows, the timesteps of a prompt one after the other.
+L tokens. A batch has B * T rows, the timesteps of a prompt one after the other.
 """
 
 import itertools
@@ -25,7 +25,7 @@ class Updates:
         plan: sizes of its rounds.
         folder: folder of the round.
         steps_S: rows of the sampler's table that can be trained on, as `learned_steps` returns them.
-        token_ids_PEL: tokens of the round's prompts.
+        token_ids_PL: tokens of the round's prompts.
         rewards_PSKR: rewards by which candidates are preferred; S is 1 if all steps share them.
         advantages_PSK: advantages; S is 1 if all steps share them.
         step: number of optimizer steps made so far.
@@ -37,13 +37,13 @@ class Updates:
         plan: RoundSizes,
         folder: RoundFolder,
         steps_S: np.ndarray,
-        token_ids_PEL: np.ndarray,
+        token_ids_PL: np.ndarray,
         rewards_PSKR: np.ndarray,
         advantages_PSK: np.ndarray,
         step: int,
     ):
         self._config, self._plan, self._folder, self._steps_S = config, plan, folder, steps_S
-        self._token_ids_PEL = token_ids_PEL
+        self._token_ids_PL = token_ids_PL
         self._rewards_PSKR, self._advantages_PSK = rewards_PSKR.astype(np.float32), advantages_PSK.astype(np.float32)
         self._step = step
         self._read_P = np.zeros(0, int)
@@ -103,7 +103,7 @@ class Updates:
         return PreferenceBatch(
             inputs=Sampled(
                 transitions,
-                np.broadcast_to(self._token_ids_PEL[p], (T, 1, *self._token_ids_PEL.shape[1:])),
+                np.broadcast_to(self._token_ids_PL[p], (T, 1, self._token_ids_PL.shape[1])),
                 advantages_SK[each_T],
             ),
             size_cond_BK6=np.tile(np.array([size, size, 0, 0, size, size], np.float32), (T, len(candidates_K), 1)),

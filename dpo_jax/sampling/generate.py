@@ -1,6 +1,6 @@
 """Samples images from captions: text encoders, sampler and VAE in one jitted function.
 
-Axes: N images, E text encoders, L tokens, H x W pixels, h x w latent cells, C channels.
+Axes: N images, L tokens, H x W pixels, h x w latent cells, C channels.
 """
 
 import dataclasses
@@ -113,14 +113,14 @@ class Generator:
         def generate(
             unet: Params,
             frozen: Mapping[str, Params],
-            token_ids_NEL: jax.Array,
+            token_ids_NL: jax.Array,
             seeds_N: jax.Array,
             images_NHWC: jax.Array | None,
         ) -> tuple[jax.Array, jax.Array]:
             unet = pipeline.gather(placement, "unet", unet)
             frozen = {name: pipeline.gather(placement, name, params) for name, params in frozen.items()}
-            sizes_N6 = jnp.tile(size_cond_16, (len(token_ids_NEL), 1))
-            conditioning, unconditional = split(conditionings(frozen, token_ids_NEL, sizes_N6))
+            sizes_N6 = jnp.tile(size_cond_16, (len(token_ids_NL), 1))
+            conditioning, unconditional = split(conditionings(frozen, token_ids_NL, sizes_N6))
             denoise = classifier_free_guidance(
                 lambda x, t, c: pipeline.denoise(unet, x, t, c),
                 conditioning,

@@ -102,9 +102,9 @@ class Experiment:
         """Return the shapes and shardings of a batch whose prompts have one caption each."""
         fields = flatten(self.config)
         B, K, M = self.config.data.batch_size, find_method(self.config.loss.name).images_per_example(fields), 1
-        size, unet, encoders = self.config.data.resolution, self.pipeline.unet.config, self.pipeline.text_encoders
+        size, unet = self.config.data.resolution, self.pipeline.unet.config
         cells = size // self.pipeline.vae_factor
-        L = encoders[0].config.max_position_embeddings
+        L = self.pipeline.text_lengths[0]
         split = batch_sharding(self.mesh)
 
         def array(dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
@@ -113,7 +113,7 @@ class Experiment:
         inputs: Raw | Cached = Raw(
             images_BKHWC=array(jnp.uint8, K, size, size, 3),
             mirrored_BK=array(jnp.bool_, K),
-            token_ids_BMEL=array(jnp.int32, M, len(encoders), L),
+            token_ids_BML=array(jnp.int32, M, sum(self.pipeline.text_lengths)),
         )
         if self.config.data.encoded_views:
             time_ids = self.pipeline.family.num_time_ids
@@ -246,7 +246,7 @@ def make_encode(pipeline: Pipeline) -> Encode:
             latents_BKhwC = encode_images(
                 pipeline.vae, encoders["vae"], inputs.images_BKHWC, inputs.mirrored_BK, keys_B
             )
-            context_NLD, pooled_NP = encode_text(pipeline, encoders, fold(inputs.token_ids_BMEL))
+            context_NLD, pooled_NP = encode_text(pipeline, encoders, fold(inputs.token_ids_BML))
         return latents_BKhwC, condition(pipeline.family, context_NLD, pooled_NP, size_cond_N6)
 
     def fold(x: jax.Array) -> jax.Array:

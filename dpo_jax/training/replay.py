@@ -101,6 +101,9 @@ def read_batch(path: epath.PathLike) -> tuple[int, PreferenceBatch, list[str]]:
         with np.load(io.BytesIO(data)) as found:
             arrays = dict(found)
         inputs = INPUTS[str(arrays["kind"])]
+        old = arrays.get("inputs.token_ids_BMEL")  # of older runs: an axis for text encoders
+        if old is not None:
+            arrays["inputs.token_ids_BML"] = old.reshape(*old.shape[:2], -1)
         batch = _tuple(PreferenceBatch, arrays, "", {"inputs": inputs, "transitions": Transitions})
         return int(arrays["step"]), batch, [str(name) for name in arrays["names"]]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:

@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def spell(captions: Sequence[str]) -> np.ndarray:
     """Return the bytes of captions as token ids."""
-    return np.array([[list(caption.encode()[:8].ljust(8, b"\0"))] for caption in captions], np.int32)
+    return np.array([list(caption.encode()[:8].ljust(8, b"\0")) for caption in captions], np.int32)
 
 
 def batch_of(folder: Path, **choice: Any) -> PreferenceBatch:
@@ -81,7 +81,7 @@ def test_the_whole_order_reaches_the_batch_best_first_with_ties(folder: Path) ->
         ([42, 40, 41], [1, 0, 0]),
     ]
     assert batch.weight_B.tolist() == [1] * 5
-    own = batch.inputs.token_ids_BMEL[4, :, 0]
+    own = batch.inputs.token_ids_BML[4]
     assert [bytes(ids.astype(np.uint8)).rstrip(b"\0") for ids in own] == [b"c2", b"c0", b"c1", b""]
     tied = batch_of(folder, labels="order", num_candidates=4, ties="soft")
     assert lists_of(tied)[5] == ([50, 51, 52], [0.3333] * 3)

@@ -99,7 +99,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def spell(captions: Sequence[str]) -> np.ndarray:
     """A stand-in for a tokenizer."""
-    return np.zeros((len(captions), 1, 2), np.int32)
+    return np.zeros((len(captions), 2), np.int32)
 
 
 def weights_of(folder: Path, split: str = "train", **options: Any) -> dict[str, float]:

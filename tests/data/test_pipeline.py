@@ -28,11 +28,11 @@ LENGTH = 11
 
 def spell(captions: Sequence[str]) -> np.ndarray:
     """A stand-in for one tokenizer: the caption's bytes."""
-    return np.asarray([[list(caption.encode().ljust(32))] for caption in captions], np.int32)
+    return np.asarray([list(caption.encode().ljust(32)) for caption in captions], np.int32)
 
 
 def caption_of(row: PreferenceBatch, candidate: int = 0) -> str:
-    return bytes(row.inputs.token_ids_BMEL[candidate, 0].tolist()).decode().strip()
+    return bytes(row.inputs.token_ids_BML[candidate].tolist()).decode().strip()
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_a_batch(prepared: Path) -> None:
     assert shapes == {
         "images_BKHWC": ((4, 2, 16, 16, 3), "uint8"),
         "mirrored_BK": ((4, 2), "bool"),
-        "token_ids_BMEL": ((4, 1, 1, 32), "int32"),
+        "token_ids_BML": ((4, 1, 32), "int32"),
         "size_cond_BK6": ((4, 2, 6), "float32"),
         "preference_BK": ((4, 2), "float32"),
         "valid_BK": ((4, 2), "bool"),
@@ -174,7 +174,7 @@ def test_draws_depend_on_seed_and_position_alone() -> None:
 def test_seed_decides() -> None:
     same, again, other = (take("random:20", 3, seed=seed) for seed in (1, 1, 2))
     assert_same(same, again)
-    assert any((a.inputs.token_ids_BMEL != b.inputs.token_ids_BMEL).any() for a, b in zip(same, other, strict=True))
+    assert any((a.inputs.token_ids_BML != b.inputs.token_ids_BML).any() for a, b in zip(same, other, strict=True))
 
 
 def test_resumes_exactly_with_another_number_of_workers(prepared: Path) -> None:
@@ -495,7 +495,7 @@ def test_needs_no_tensorflow(prepared: Path) -> None:
     code = (
         "import sys, numpy as np; from dpo_jax.data.load import inputs, pipeline, records; "
         f"pairs = records.open_records({str(prepared)!r}, 'train'); "
-        "decoded = inputs.RawInputs(8, lambda captions: np.zeros((len(captions), 1, 4), np.int32)); "
+        "decoded = inputs.RawInputs(8, lambda captions: np.zeros((len(captions), 4), np.int32)); "
         "it = pipeline.make_iterator(pairs, decoded, batch_size=2, seed=0); next(it); it.close(); "
         "from jax._src import xla_bridge; "
         "print({'tensorflow', 'torch'} & set(sys.modules), xla_bridge.backends_are_initialized())"

@@ -20,34 +20,34 @@ def test_ids_by_hand(tokenizer_folder: Path) -> None:
     begin, cat, dog, end, mark = (
         vocabulary[token] for token in ("<|startoftext|>", "cat</w>", "dog</w>", "<|endoftext|>", "!")
     )
-    ids_BEL = load_tokenizers(tokenizer_folder, NAMES)(["Cat  DOG", ""])
-    assert ids_BEL.dtype == np.int32
+    ids_BL = load_tokenizers(tokenizer_folder, NAMES)(["Cat  DOG", ""])
+    assert ids_BL.dtype == np.int32
     np.testing.assert_array_equal(
-        ids_BEL,
+        ids_BL,
         [
-            [[begin, cat, dog, end, end, end, end, end], [begin, cat, dog, end, mark, mark, mark, mark]],
-            [[begin, end, end, end, end, end, end, end], [begin, end, mark, mark, mark, mark, mark, mark]],
+            [begin, cat, dog, end, end, end, end, end, begin, cat, dog, end, mark, mark, mark, mark],
+            [begin, end, end, end, end, end, end, end, begin, end, mark, mark, mark, mark, mark, mark],
         ],
     )
 
 
 def test_same_as_transformers(tokenizer_folder: Path) -> None:
     captions = ["a cat", "", "dog dog dog dog dog dog dog dog dog", "Ünïcode — 猫!", "it's 42"]
-    ids_BEL = load_tokenizers(tokenizer_folder, NAMES)(captions)
+    ids_BL = load_tokenizers(tokenizer_folder, NAMES)(captions)
     for e, name in enumerate(NAMES):
         tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder / name)
         expected = tokenizer(captions, padding="max_length", truncation=True, return_tensors="np").input_ids
-        np.testing.assert_array_equal(ids_BEL[:, e], expected)
+        np.testing.assert_array_equal(ids_BL[:, 8 * e : 8 * e + 8], expected)
 
 
 def test_shared_by_threads(tokenizer_folder: Path) -> None:
     tokenizers = load_tokenizers(tokenizer_folder, NAMES)
     captions = [f"cat {i} " * (i % 7) for i in range(50)]
-    expected_BEL = tokenizers(captions)
+    expected_BL = tokenizers(captions)
     others = load_tokenizers(tokenizer_folder, NAMES)  # they have seen none of the captions yet
     with ThreadPoolExecutor(8) as pool:
         got = list(pool.map(lambda caption: others([caption])[0], captions))
-    np.testing.assert_array_equal(got, expected_BEL)
+    np.testing.assert_array_equal(got, expected_BL)
 
 
 def test_a_caption_is_tokenized_once_and_its_ids_cannot_be_spoilt() -> None:
@@ -60,7 +60,7 @@ def test_a_caption_is_tokenized_once_and_its_ids_cannot_be_spoilt() -> None:
 
     tokenizers = Tokenizers([Tokenizer()])
     tokenizers(["a", "b"])[:] = 0
-    assert tokenizers(["b", "a", "a"]).tolist() == [[[2]], [[1]], [[1]]]
+    assert tokenizers(["b", "a", "a"]).tolist() == [[2], [1], [1]]
     assert calls == ["a", "b"]
 
 
@@ -70,8 +70,7 @@ def test_missing_and_unlike_tokenizers(tokenizer_folder: Path, tmp_path: Path) -
     shutil.copytree(tokenizer_folder, tmp_path / "m")
     file = tmp_path / "m" / "tokenizer_2" / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 9}))
-    with pytest.raises(ValueError, match=r"different model_max_length: {'tokenizer': 8, 'tokenizer_2': 9}"):
-        load_tokenizers(tmp_path / "m", NAMES)
+    assert load_tokenizers(tmp_path / "m", NAMES)(["cat"]).shape == (1, 8 + 9)
     config = json.loads(file.read_text())
     del config["model_max_length"]
     file.write_text(json.dumps(config))

@@ -19,10 +19,10 @@ from .conftest import encode, write_prepared
 
 def spell(captions: Sequence[str]) -> np.ndarray:
     """Return the bytes of captions as token ids."""
-    ids_NEL = np.zeros((len(captions), 1, 8), np.int32)
-    for ids_EL, caption in zip(ids_NEL, captions, strict=True):
-        ids_EL[0, : len(caption)] = list(caption.encode())
-    return ids_NEL
+    ids_NL = np.zeros((len(captions), 8), np.int32)
+    for ids_L, caption in zip(ids_NL, captions, strict=True):
+        ids_L[: len(caption)] = list(caption.encode())
+    return ids_NL
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def rows(batches: Any) -> list[tuple[int, float, str]]:
     for batch in batches:
         assert batch.preference_BK.shape[1] == 1
         for b in range(len(batch.index_B)):
-            caption = bytes(int(n) for n in batch.inputs.token_ids_BMEL[b, 0, 0] if n).decode(errors="replace")
+            caption = bytes(int(n) for n in batch.inputs.token_ids_BML[b, 0] if n).decode(errors="replace")
             found.append((int(batch.inputs.images_BKHWC[b, 0, 0, 0, 0]), float(batch.preference_BK[b, 0]), caption))
     return found
 

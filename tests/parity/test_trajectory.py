@@ -157,7 +157,7 @@ def our_trajectory(
     step = jax.jit(make_train_step(score, objective, optimizer))
     batch = PreferenceBatch(
         inputs=Raw(
-            jnp.zeros((B, K, 1, 1, 3)), jnp.zeros((B, K), bool), jnp.zeros((B, 1, 1, L), jnp.int32)
+            jnp.zeros((B, K, 1, 1, 3)), jnp.zeros((B, K), bool), jnp.zeros((B, 1, L), jnp.int32)
         ),  # latents are given
         size_cond_BK6=jnp.zeros((B, K, 6)),
         preference_BK=jnp.array([[1.0, 0.0]] * B),
@@ -301,7 +301,7 @@ def test_a_lora_moves_as_in_the_script_of_diffusers(monkeypatch: pytest.MonkeyPa
     objective = Objective(loss=lambda inputs: dpo(inputs, beta=2 * LORA_BETA))
     step = jax.jit(make_train_step(score, objective, optimizer))
     batch = PreferenceBatch(
-        Raw(jnp.zeros((B, K, 1, 1, 3)), jnp.zeros((B, K), bool), jnp.zeros((B, 1, 1, L), jnp.int32)),
+        Raw(jnp.zeros((B, K, 1, 1, 3)), jnp.zeros((B, K), bool), jnp.zeros((B, 1, L), jnp.int32)),
         size_cond_BK6=jnp.zeros((B, K, 6)),
         preference_BK=jnp.array([[1.0, 0.0]] * B),
         valid_BK=jnp.ones((B, K), bool),

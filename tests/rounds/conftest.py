@@ -1,6 +1,6 @@
 """Configs of online learning, and rounds that nothing sampled.
 
-P prompts, K candidates, S random steps, J shared or own beginnings of a step, E text encoders, L tokens.
+P prompts, K candidates, S random steps, J shared or own beginnings of a step, L tokens.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from dpo_jax.rounds.updates import Updates
 from dpo_jax.training.defaults import with_fields
 
 ROOT = Path(__file__).parents[2]
-E, L = 2, 3
+L = 6
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +41,7 @@ class Made:
         self.steps_S = np.arange(num_steps, dtype=np.int32) + 2  # rows of the sampler's table
         self.plan = round_sizes(config, self.steps_S, device_count=1, process_count=1)
         self.folder = RoundFolder(workdir, number, [f"prompt {p}" for p in range(P)])
-        self.token_ids_PEL = np.arange(P * E * L, dtype=np.int32).reshape(P, E, L)
+        self.token_ids_PL = np.arange(P * L, dtype=np.int32).reshape(P, L)
         J = 1 if config.online.branching else K
         for p in range(P):
             of_SK = 100 * p + 10 * np.arange(num_steps)[:, None] + np.arange(K)
@@ -63,7 +63,7 @@ class Made:
             self.plan,
             self.folder,
             self.steps_S,
-            self.token_ids_PEL,
+            self.token_ids_PL,
             rewards_PSKR,
             advantages,
             step=step + self.folder.number * self.plan.updates,

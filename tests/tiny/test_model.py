@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.tokenizers import load_tokenizers
+from dpo_jax.encode.text import split_token_ids
 from dpo_jax.models.pipeline import load_pipeline
 from dpo_jax.tiny import judge, world
 
@@ -49,10 +50,11 @@ def test_vae_reconstructs_held_out_images(pipeline):
 def test_text_encoders_keep_words_apart(pipeline):
     tokenizers = load_tokenizers(FOLDER, ["tokenizer", "tokenizer_2"])
     words = [*world.COLOURS, *world.SHAPES, "top", "bottom", "left", "right"]
-    token_ids_NEL = tokenizers(words)
-    for e, name in enumerate(["text_encoder", "text_encoder_2"]):
+    for e, (name, token_ids_NL) in enumerate(
+        zip(["text_encoder", "text_encoder_2"], split_token_ids(pipeline, tokenizers(words)), strict=True)
+    ):
         params = pipeline.load(name, dtype=jnp.float32)
-        output = jax.jit(pipeline.text_encoders[e].__call__)(params, token_ids_NEL[:, e])
+        output = jax.jit(pipeline.text_encoders[e].__call__)(params, token_ids_NL)
         for vectors in (output.penultimate_NLD[:, 1], output.pooled_NP):
             distance = np.linalg.norm(vectors[:, None] - vectors[None], axis=-1)
             assert distance[~np.eye(len(words), dtype=bool)].min() > 0.25 * np.linalg.norm(vectors, axis=-1).mean(), (

@@ -125,6 +125,16 @@ def test_weights_of_cells_are_kept_too(tmp_path) -> None:
     jax.tree.map(np.testing.assert_array_equal, read, batch)
 
 
+def test_token_ids_with_an_axis_for_text_encoders_are_read_too(tmp_path) -> None:
+    ids_BMEL = np.arange(3 * 2 * 2 * 4).reshape(3, 2, 2, 4)
+    path = write_batch(tmp_path, 7, batch_of(Raw(ONES, ONES, ids_BMEL)), ["a", "b", "c"])
+    with np.load(path) as found:
+        arrays = dict(found)
+    np.savez(path, **{name.replace("_BML", "_BMEL"): array for name, array in arrays.items()})
+    _, read, _ = read_batch(path)
+    np.testing.assert_array_equal(read.inputs.token_ids_BML, np.concatenate(np.moveaxis(ids_BMEL, 2, 0), axis=-1))
+
+
 def test_a_batch_that_is_too_large_is_cut(tmp_path, monkeypatch) -> None:
     batch = batch_of(Raw(ONES, ONES, ONES))
     monkeypatch.setattr(module, "MAX_BYTES", sum(x.nbytes for x in jax.tree.leaves(batch)) * 2 // 3 + 1)

@@ -203,11 +203,11 @@ def test_sft_looks_at_the_winner_only(params):
 def test_a_caption_for_each_candidate(params, objective):
     """One caption for both candidates equals a caption of the prompt; another one for the loser changes its error."""
     batch = make_batch()
-    doubled = jnp.repeat(batch.inputs.token_ids_BMEL, 2, axis=1)
+    doubled = jnp.repeat(batch.inputs.token_ids_BML, 2, axis=1)
     other = doubled.at[:, 1].set((doubled[:, 1] + 1) % 5)
     one, same, different = (
-        run(params, batch._replace(inputs=batch.inputs._replace(token_ids_BMEL=ids)), objective=objective)[0].params
-        for ids in (batch.inputs.token_ids_BMEL, doubled, other)
+        run(params, batch._replace(inputs=batch.inputs._replace(token_ids_BML=ids)), objective=objective)[0].params
+        for ids in (batch.inputs.token_ids_BML, doubled, other)
     )
     for name in params:
         np.testing.assert_allclose(same[name], one[name], rtol=1e-12)

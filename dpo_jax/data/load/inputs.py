@@ -20,7 +20,7 @@ from dpo_jax.data.load.buffer_pool import Pool
 from dpo_jax.data.store.latents import StoredLatents
 
 TokenizeCaptions = Callable[[Sequence[str]], np.ndarray]
-"""Maps captions to token_ids_MEL."""
+"""Maps captions to token_ids_ML."""
 ReadImages = Callable[[dict[str, Any]], Sequence[images.ImageBytes]]
 """Maps a record to the bytes of its image files."""
 
@@ -97,16 +97,16 @@ class RawInputs:
         return self.resolution // self.pixels_a_cell
 
     def allocate(self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int) -> Raw:
-        E, L = self.tokenizers([""]).shape[1:]
+        L = self.tokenizers([""]).shape[1]
         images_BKHWC = pool.empty((batch_size, num_candidates, self.resolution, self.resolution, 3), np.uint8)
-        token_ids_BMEL = np.empty((batch_size, num_captions, E, L), np.int32)
-        return Raw(images_BKHWC, np.empty((batch_size, num_candidates), bool), token_ids_BMEL)
+        token_ids_BML = np.empty((batch_size, num_captions, L), np.int32)
+        return Raw(images_BKHWC, np.empty((batch_size, num_candidates), bool), token_ids_BML)
 
     def fill(self, batch: Raw, examples: Sequence[Example], read_images: ReadImages) -> list[np.ndarray]:
         # Decoding comes last: it empties a core's caches, so Python code after it takes several times as long.
-        token_ids_NEL = self.tokenizers([caption for example in examples for caption in example.captions])
+        token_ids_NL = self.tokenizers([caption for example in examples for caption in example.captions])
         numbers = [example.number for example in examples]
-        batch.token_ids_BMEL[numbers] = token_ids_NEL.reshape(len(examples), -1, *token_ids_NEL.shape[1:])
+        batch.token_ids_BML[numbers] = token_ids_NL.reshape(len(examples), -1, token_ids_NL.shape[1])
         encoded: list[tuple[images.ImageBytes, images.View, np.ndarray]] = []
         for example in examples:
             view, images_KHWC = self.view(example.draws), batch.images_BKHWC[example.number]
