@@ -33,14 +33,16 @@ class CombinedTimestepTextProjEmbeddings(nnx.Module):
         self.guidance_embedder = embedding(SINUSOIDS) if has_guidance else None
         self.text_embedder = embedding(pooled_features)
 
-    def __call__(self, t_N: jax.Array, pooled_NP: jax.Array, guidance_N: jax.Array | None = None) -> jax.Array:
+    def __call__(self, t_N: jax.Array, pooled_NP: jax.Array | None, guidance_N: jax.Array | None = None) -> jax.Array:
         """Return the activated sum [N, D]: every modulation in diffusers begins by activating it.
 
-        `guidance_N` is the guidance scale as the embedder takes it: FLUX.1 multiplies it by 1000.
+        The denoiser has checked its conditioning. `guidance_N` is the guidance scale as the embedder takes it: FLUX.1
+        multiplies it by 1000.
         """
+        assert pooled_NP is not None
         emb_ND = self.timestep_embedder(sinusoids(t_N, SINUSOIDS, self.high))
         if self.guidance_embedder is not None:
-            assert guidance_N is not None  # the denoiser has checked its conditioning
+            assert guidance_N is not None
             emb_ND = emb_ND + self.guidance_embedder(sinusoids(guidance_N, SINUSOIDS, self.high))
         return jax.nn.silu(emb_ND + self.text_embedder(pooled_NP))
 

@@ -6,13 +6,15 @@ of the time embedding `temb_NT`, which is already activated (diffusers activates
 of two streams carries `(x_NLD, context_NLD)`: image tokens and caption tokens.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from dpo_jax.batch import Conditioning
+from dpo_jax.errors import UserError
 from dpo_jax.models.execution import Execution
 from dpo_jax.models.kernels import split_heads
 from dpo_jax.models.layers import Linear, RMSNorm
@@ -242,6 +244,27 @@ class JointTransformerBlock(nnx.Module):
             fed_NLD = self.ff_context(modulated_layer_norm(context_NLD, ff_shift_c, ff_scale_c))
             context_NLD = gated_add(context_NLD, ff_gate_c, fed_NLD)
         return y_NLD, context_NLD
+
+
+def check_inputs(model: str, config: Any, x_NHWC: jax.Array, conditioning: Conditioning) -> None:
+    """Raise a UserError if latents, caption tokens or pooled captions do not fit the `config` of a transformer.
+
+    `config` has the properties `latent_channels`, `size_multiple`, `context_features` and `pooled_features`.
+    """
+    _, height, width, channels = x_NHWC.shape
+    if channels != config.latent_channels:
+        raise UserError(f"this {model} takes latents of {config.latent_channels} channels, not {channels}")
+    if height % config.size_multiple or width % config.size_multiple:
+        raise UserError(
+            f"latents of {height} x {width} cells do not divide into patches of {config.size_multiple} x "
+            f"{config.size_multiple}; choose an image size that does"
+        )
+    given = conditioning.context_NLD.shape[-1]
+    if given != config.context_features:
+        raise UserError(f"this {model} takes captions of {config.context_features} features, not {given}")
+    pooled = 0 if conditioning.pooled_NP is None else conditioning.pooled_NP.shape[-1]
+    if config.pooled_features not in (0, pooled):
+        raise UserError(f"this {model} takes pooled captions of {config.pooled_features} features, not {pooled}")
 
 
 def patchify(x_NHWC: jax.Array, size: int, *, channels_first: bool) -> jax.Array:

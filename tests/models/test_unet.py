@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -20,7 +21,9 @@ from dpo_jax.models.random_model import UNET_SDXL
 from dpo_jax.models.time_embedding import sinusoids
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
-from dpo_jax.weights.layout import Params, from_torch, torch_name
+from dpo_jax.weights.layout import torch_name
+
+from .torch_parity import FAST, double_diffusers, our_params, relative_error, run, with_random_vectors
 
 # As published, and the same with fewer channels: at least two per group; heads and depths differ by level as published.
 PUBLISHED = {path.parts[-3]: json.loads(path.read_text()) for path in sorted(PUBLISHED.glob("*/unet/config.json"))}
@@ -54,7 +57,6 @@ TIME_IDS = {
 }
 
 N, L, P = 2, 5, 6
-FAST = {"xla_backend_optimization_level": 0}  # compiles twice as fast, and running takes no time
 
 
 def tiny_config(family: str) -> dict[str, Any]:
@@ -67,25 +69,9 @@ def build(config: dict[str, Any], dtype: Any) -> Network:
 
 
 @cache
-def torch_unet(family: str) -> diffusers.UNet2DConditionModel:
-    """Return the UNet in float64, with norms and biases away from their trivial initial values."""
+def torch_unet(family: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = diffusers.UNet2DConditionModel.from_config(tiny_config(family)).double().eval()
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    return model
-
-
-def our_params(network: Network, arrays: dict[str, torch.Tensor]) -> Params:
-    return {
-        name: jnp.asarray(from_torch(arrays[torch_name(name)].detach().numpy(), spec))
-        for name, spec in network.specs.items()
-    }
-
-
-def run(network: Network, params: Params, *inputs: Any) -> jax.Array:
-    return jax.jit(lambda params, *inputs: network(params, *inputs), compiler_options=FAST)(params, *inputs)
+    return with_random_vectors(diffusers.UNet2DConditionModel.from_config(tiny_config(family)))
 
 
 def make_inputs(family: str, height: int = 8, width: int = 16) -> tuple[np.ndarray, np.ndarray, Conditioning]:
@@ -111,22 +97,10 @@ def run_torch(
     return model(x_NCHW, torch.from_numpy(t_N), context, **kwargs).sample.permute(0, 2, 3, 1)
 
 
-def double_sinusoids(timesteps: torch.Tensor, embedding_dim: int, **_: Any) -> torch.Tensor:
-    """Compute in float64 what diffusers computes in float32 whatever the model's dtype."""
-    half = embedding_dim // 2
-    angles = timesteps.double()[:, None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
 @pytest.fixture
-def double_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffusers.models.embeddings.get_timestep_embedding", double_sinusoids)
-
-
-def relative_error(ours: Any, oracle: Any) -> float:
-    ours, oracle = np.asarray(ours, np.float64), np.asarray(oracle, np.float64)
-    assert ours.shape == oracle.shape
-    return float(np.linalg.norm(ours - oracle) / np.linalg.norm(oracle))
+def double_torch() -> Iterator[None]:
+    with double_diffusers():
+        yield
 
 
 @pytest.mark.usefixtures("x64", "double_torch")
