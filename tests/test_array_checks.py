@@ -7,7 +7,7 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from dpo_jax.batch import Conditioning, LossInputs, PreferenceBatch, Raw
-from dpo_jax.diffusion import samplers, schedule, trajectories
+from dpo_jax.diffusion import samplers, schedule, steps, trajectories
 from dpo_jax.methods.dpo import dpo
 from dpo_jax.methods.sft import sft
 from dpo_jax.objectives import advantages, denoising, transitions
@@ -32,8 +32,8 @@ INPUTS = LossInputs(jnp.zeros((4, 2)), preference_BK=jnp.ones((4, 2)), error_BK=
         (transitions.beyond_ratio_to_sampled, [LossInputs(jnp.zeros(4))]),
         (schedule.add_noise, [SCHEDULE, X_NHWC, X_NHWC[:2], jnp.zeros(3, int)]),
         (schedule.add_noise, [SCHEDULE._replace(noise_T=np.ones(9)), X_NHWC, X_NHWC, jnp.zeros(3, int)]),
-        (samplers.starting_latents, [TABLE, X_NHWC[0]]),
-        (samplers.step_noise, [jax.random.split(jax.random.key(0), 2), 0, X_NHWC]),
+        (steps.starting_latents, [TABLE, X_NHWC[0]]),
+        (steps.step_noise, [jax.random.split(jax.random.key(0), 2), 0, X_NHWC]),
         (trajectories.log_prob, [TABLE.steps, X_NHWC, X_NHWC[:2]]),
         (trajectories.transitions_at, [trajectories.Trajectory(X_NHWC, X_NHWC), jnp.zeros(1, int)]),
     ],

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.diffusion.samplers import Denoiser
-from dpo_jax.diffusion.schedule import Schedule, at_timesteps
+from dpo_jax.diffusion.schedule import Schedule, at_timesteps, network_times
+from dpo_jax.diffusion.steps import Denoiser
 
 
 def invert(
@@ -41,7 +41,7 @@ def invert(
     ) -> tuple[tuple[Float[Array, "N H W C"], Int[Array, " N"]], None]:
         x_NHWC, now_N = carry  # -1 is the clean image
         next_N = jnp.minimum(end, t_N)
-        prediction_NHWC = denoise(x_NHWC, next_N).astype(x_NHWC.dtype)
+        prediction_NHWC = denoise(x_NHWC, network_times(schedule, next_N)).astype(x_NHWC.dtype)
         signal, noise, a, b = (at_timesteps(level_T, now_N + 1, x_NHWC) for level_T in levels)
         next_signal, next_noise = (at_timesteps(level_T, next_N + 1, x_NHWC) for level_T in levels[:2])
         moves = (next_N > now_N).reshape(signal.shape)
@@ -59,7 +59,7 @@ def invert(
 def _with_clean(schedule: Schedule) -> list[Float[np.ndarray, " T+1"]]:
     """Return signal, noise and the two factors of the target, each with the value of a clean image in front."""
     signal_T, noise_T = schedule.signal_T, schedule.noise_T
-    # One factor is linear in the noise and the other in the signal, for each kind of prediction.
+    # One factor is linear in the noise (or constant) and the other in the signal, for each kind of prediction.
     a_T, b_T = schedule.target_x0_T, schedule.target_noise_T
     a = a_T[0] - (a_T[1] - a_T[0]) / (noise_T[1] - noise_T[0]) * noise_T[0]
     b = b_T[0] + (b_T[1] - b_T[0]) / (signal_T[1] - signal_T[0]) * (1 - signal_T[0])

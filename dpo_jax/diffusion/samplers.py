@@ -1,62 +1,30 @@
-"""Samplers as tables: each step of every sampler is one linear update, so one loop runs them all.
+"""Samplers as tables: the numbers of each step, for a schedule and a number of steps, in float64 NumPy.
 
-With latents `x = signal x0 + noise eps`, each sampler computes an image from the network's prediction and updates by
+`steps.py` says what the numbers mean, and has the one loop that runs all samplers.
 
-    x0 = p x + q prediction
-    x' = a x + b x0 + c x0_before + d z,    z standard normal
-
-with numbers that depend on the step alone. A sampler is a function that returns those numbers for a schedule and a
-number of steps, in float64 NumPy, and `sample` is the loop. The distribution of a step is
-`x' ~ N(a x + b x0 + c x0_before, d^2)`. diffusers scales the latents of some samplers by 1 / signal; here they are not
-scaled.
-
-Axes: N images, H x W latent cells, C channels, S sampling steps, T training timesteps.
+Axes: S sampling steps, T training timesteps.
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, Real, Shaped
+from jaxtyping import Float, Real
 
+from dpo_jax.diffusion import flow_matching
 from dpo_jax.diffusion.schedule import Schedule
+from dpo_jax.diffusion.steps import SamplerTable, Steps
 from dpo_jax.errors import UserError
-
-Denoiser = Callable[[Float[Array, "N H W C"], Real[Array, " N"]], Float[Array, "N H W C"]]
-"""`denoise(x_NHWC, t_N) -> prediction_NHWC`."""
-
-
-class Steps(NamedTuple):
-    """The numbers of each step: arrays over S, or scalars of one step inside the loop."""
-
-    t: Float[Any, "..."]
-    """Timestep that the network gets, float32; some samplers use values between two training timesteps."""
-    signal: Float[Any, "..."]
-    noise: Float[Any, "..."]
-    """Signal and noise level of the latents before the step."""
-    p: Float[Any, "..."]
-    q: Float[Any, "..."]
-    """x0 = p x + q prediction."""
-    a: Float[Any, "..."]
-    b: Float[Any, "..."]
-    c: Float[Any, "..."]
-    d: Float[Any, "..."]
-    """x' = a x + b x0 + c x0_before + d z."""
-
-
-class SamplerTable(NamedTuple):
-    """A sampler for a schedule and a number of steps."""
-
-    start: float
-    """Factor of the standard normal noise that sampling starts from."""
-    steps: Steps
 
 
 def make_table(
-    sampler: str, schedule: Schedule, num_steps: int, *, eta: float = 0.0, strength: float = 1.0
+    sampler: str,
+    schedule: Schedule,
+    num_steps: int,
+    *,
+    eta: float = 0.0,
+    strength: float = 1.0,
+    image_tokens: int | None = None,
 ) -> SamplerTable:
     """Return the table of a sampler.
 
@@ -66,7 +34,10 @@ def make_table(
         num_steps: number of denoising steps.
         eta: for DDIM: 0 is deterministic, 1 adds as much noise as DDPM.
         strength: share of the steps to run, the last ones, for latents that start as a noisy image (SDEdit, arXiv
-            2108.01073). As in diffusers, the number of steps is rounded down.
+            2108.01073). As in diffusers, the number of steps is rounded down, and for flow models that of the skipped
+            ones.
+        image_tokens: number of tokens that the network makes of an image, for flow models whose scheduler shifts its
+            noise levels by it.
 
     Raises:
         UserError: there is no such sampler, or it cannot sample this schedule with these settings.
@@ -74,16 +45,26 @@ def make_table(
     name = sampler or own_sampler(schedule)
     if name not in SAMPLERS:
         raise UserError(f"there is no sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
+    if schedule.is_flow and name != "flow_euler":
+        raise UserError(f"the sampler {name} does not sample flow models; choose flow_euler")
+    if name == "flow_euler" and not schedule.is_flow:
+        raise UserError(
+            f"the sampler flow_euler is for flow models, but the model's scheduler is {schedule.class_name}; choose "
+            f"another one, for example {own_sampler(schedule)}"
+        )
     if not 0 < num_steps <= len(schedule.signal_T):
         raise UserError(f"num_steps={num_steps} must be between 1 and {len(schedule.signal_T)}")
     if eta and name != "ddim":
         raise UserError(f"eta={eta} goes with the sampler ddim, but the sampler is {name}; set eta to 0")
     if not 0 < strength <= 1:
         raise UserError(f"strength={strength} is a share of the steps; it must be above 0 and at most 1")
-    taken = int(num_steps * strength)
+    taken = num_steps - int(num_steps - num_steps * strength) if schedule.is_flow else int(num_steps * strength)
     if not taken:
         raise UserError(f"strength={strength} of num_steps={num_steps} is less than one step; raise either")
-    table = ddim(schedule, num_steps, eta) if eta else SAMPLERS[name](schedule, num_steps)
+    if name == "flow_euler":
+        table = flow_euler(schedule, num_steps, image_tokens)
+    else:
+        table = ddim(schedule, num_steps, eta) if eta else SAMPLERS[name](schedule, num_steps)
     return _last(table, taken)
 
 
@@ -167,18 +148,37 @@ def lcm(schedule: Schedule, num_steps: int) -> SamplerTable:
     return SamplerTable(1.0, steps._replace(a=next_signal_S * skip_S, b=next_signal_S * out_S, d=fresh_S))
 
 
+def flow_euler(schedule: Schedule, num_steps: int, image_tokens: int | None = None) -> SamplerTable:
+    """Return the table of Euler's method for flow matching: diffusers' `FlowMatchEulerDiscreteScheduler`.
+
+    A step is `x' = x + (sigma' - sigma) v`, or with `stochastic_sampling` in the scheduler's file
+    `x' = (1 - sigma') x0 + sigma' z`. See `flow_matching.sampling_sigmas` for the levels.
+    """
+    fields = schedule.sampler_fields
+    sigma_V = flow_matching.sampling_sigmas(fields, schedule.timestep_spacing, num_steps, image_tokens)
+    t_S = sigma_V[:-1] * np.float32(len(schedule.signal_T))
+    noise_V = sigma_V.astype(np.float64)
+    steps = _begin(schedule, t_S, 1 - noise_V[:-1], noise_V[:-1])
+    next_signal_S, next_noise_S = 1 - noise_V[1:], noise_V[1:]
+    if fields["stochastic_sampling"]:
+        return SamplerTable(1.0, steps._replace(b=next_signal_S, d=next_noise_S))
+    return SamplerTable(1.0, _towards(steps, next_signal_S, next_noise_S))
+
+
 SAMPLERS: dict[str, Callable[[Schedule, int], SamplerTable]] = {
     "ddim": ddim,
     "euler": euler,
     "euler_ancestral": euler_ancestral,
     "dpmsolver++": dpmsolver_multistep,
     "lcm": lcm,
+    "flow_euler": flow_euler,
 }
 SAMPLER_OF_CLASS = {
     "EulerDiscreteScheduler": "euler",
     "EulerAncestralDiscreteScheduler": "euler_ancestral",
     "DPMSolverMultistepScheduler": "dpmsolver++",
     "LCMScheduler": "lcm",
+    flow_matching.CLASS_NAME: "flow_euler",
 }
 
 
@@ -202,163 +202,6 @@ def other_fields(sampler: str, schedule: Schedule) -> list[str]:
     """Return the fields of the scheduler's file whose values this sampler does not support."""
     given, only = schedule.sampler_fields, ONLY_VALUES.get(sampler, {})
     return [name for name, value in only.items() if given.get(name) is not None and given[name] != value]
-
-
-def sample(
-    denoise: Denoiser, table: SamplerTable, x_NHWC: Float[Array, "N H W C"], keys_N: Key[Array, " N"] | None = None
-) -> Float[Array, "N H W C"]:
-    """Return clean latents x0_NHWC sampled from noise, in float32 or wider; the network is compiled once.
-
-    Args:
-        denoise: the network with weights, conditioning and guidance already bound.
-        table: table of the sampler.
-        x_NHWC: the result of `starting_latents`.
-        keys_N: one key per image, for samplers that add noise; step i adds `step_noise(keys_N, i, ...)`.
-
-    Raises:
-        UserError: the sampler adds noise, but there are no keys.
-    """
-    return walk(denoise, table, x_NHWC, keys_N)[0]
-
-
-def walk(
-    denoise: Denoiser,
-    table: SamplerTable,
-    x_NHWC: Float[Array, "N H W C"],
-    keys_N: Key[Array, " N"] | None = None,
-    record: Callable[[Steps, Array, Array, Array], Any] = lambda step, x, mean, next_x: None,
-) -> tuple[Float[Array, "N H W C"], Any]:
-    """Return the result of `sample`, and those of `record(step, x_NHWC, mean_NHWC, next_x_NHWC)` stacked over S.
-
-    Raises a UserError as `sample` does.
-    """
-    steps = table.steps
-    is_random = bool(np.any(steps.d))
-    if is_random and keys_N is None:
-        raise UserError("this sampler adds noise at each step, so it needs keys_N, one key per image")
-    # Latents stay float32 or wider between the steps, whatever the dtype of the network.
-    x_NHWC = x_NHWC.astype(jnp.promote_types(x_NHWC.dtype, jnp.float32))
-
-    def take(
-        carry: tuple[Float[Array, "N H W C"], Float[Array, "N H W C"]], inputs: tuple[Array, Steps]
-    ) -> tuple[Any, Any]:
-        (x_NHWC, x0_before_NHWC), (i, step) = carry, inputs
-        prediction_NHWC = denoise(x_NHWC, jnp.full(x_NHWC.shape[:1], step.t))
-        x0_NHWC = step.p * x_NHWC + step.q * prediction_NHWC
-        next_x_NHWC = mean_NHWC = step_mean(step, x_NHWC, x0_NHWC, x0_before_NHWC)
-        if is_random and keys_N is not None:
-            next_x_NHWC = mean_NHWC + step.d * step_noise(keys_N, i, mean_NHWC)
-        return (next_x_NHWC, x0_NHWC), record(step, x_NHWC, mean_NHWC, next_x_NHWC)
-
-    on_device = Steps(jnp.asarray(steps.t), *(jnp.asarray(values_S, x_NHWC.dtype) for values_S in steps[1:]))
-    inputs = jnp.arange(len(steps.t)), on_device
-    (x0_NHWC, _), records = jax.lax.scan(take, (x_NHWC, jnp.zeros_like(x_NHWC)), inputs)
-    return x0_NHWC, records
-
-
-def starting_latents(
-    table: SamplerTable, noise_NHWC: Float[Array, "N H W C"], x0_NHWC: Float[Array, "N H W C"] | None = None
-) -> Float[Array, "N H W C"]:
-    """Return the latents before the first step: noise, or an image's latents with the noise of that level.
-
-    Args:
-        table: table of the sampler.
-        noise_NHWC: standard normal noise.
-        x0_NHWC: latents of an image to begin with (SDEdit, arXiv 2108.01073), with a table of `strength` below 1.
-    """
-    if x0_NHWC is None:
-        return table.start * noise_NHWC
-    return table.steps.signal[0] * x0_NHWC + table.steps.noise[0] * noise_NHWC
-
-
-def step_mean(
-    step: Steps,
-    x_NHWC: Float[Array, "*N H W C"],
-    x0_NHWC: Float[Array, "*N H W C"],
-    x0_before_NHWC: Float[Array, "*N H W C"],
-) -> Float[Array, "*N H W C"]:
-    """Return the mean of the latents after a step; the standard deviation of each element is `step.d`.
-
-    Args:
-        step: one row of the table.
-        x_NHWC: the latents before the step.
-        x0_NHWC: the image (as latents) that the network predicts from them.
-        x0_before_NHWC: the image predicted in the step before; the first step ignores it.
-    """
-    return step.a * x_NHWC + step.b * x0_NHWC + step.c * x0_before_NHWC
-
-
-def step_noise(
-    keys_N: Key[Array, " N"], i: Int[Array, ""] | int, like_NHWC: Float[Array, "N H W C"]
-) -> Float[Array, "N H W C"]:
-    """Return standard normal noise for step i like `like_NHWC`; that of an image depends on its own key alone."""
-
-    def draw(key: Key[Array, ""]) -> Float[Array, "H W C"]:
-        return jax.random.normal(jax.random.fold_in(key, i), like_NHWC.shape[1:], like_NHWC.dtype)
-
-    return jax.vmap(draw)(keys_N)
-
-
-def classifier_free_guidance(
-    denoise: Callable[[Float[Array, "N H W C"], Real[Array, " N"], Any], Float[Array, "N H W C"]],
-    conditioning: Any,
-    unconditional: Any,
-    scale: float,
-    rescale: float = 0.0,
-) -> Denoiser:
-    """Return a denoiser that extrapolates from the unconditional to the conditional prediction (arXiv 2207.12598).
-
-    Both predictions come from one batch of 2N in which those of an image are neighbours, so that a sharded batch is not
-    moved. As in diffusers, a scale of 1 or less means no guidance and half the work.
-
-    Args:
-        denoise: `denoise(x_NHWC, t_N, conditioning)` with the weights already bound.
-        conditioning: N rows of conditioning.
-        unconditional: N rows of conditioning for the empty (or negative) prompt.
-        scale: guidance scale.
-        rescale: how far to bring the result back to the standard deviation of the conditional prediction, from 0 (not
-            at all) to 1 (fully; arXiv 2305.08891, section 3.4).
-    """
-    if scale <= 1:
-        return lambda x_NHWC, t_N: denoise(x_NHWC, t_N, conditioning)
-
-    def side_by_side(a_N: Shaped[Array, "N ..."], b_N: Shaped[Array, "N ..."]) -> Shaped[Array, "2*N ..."]:
-        return jnp.stack([a_N, b_N], axis=1).reshape(-1, *a_N.shape[1:])
-
-    def spread(x_NHWC: Float[Array, "N H W C"]) -> Float[Array, "N 1 1 1"]:
-        return jnp.std(x_NHWC.astype(jnp.promote_types(x_NHWC.dtype, jnp.float32)), axis=(1, 2, 3), keepdims=True)
-
-    both = jax.tree.map(side_by_side, unconditional, conditioning)
-
-    def guided(x_NHWC: Float[Array, "N H W C"], t_N: Real[Array, " N"]) -> Float[Array, "N H W C"]:
-        prediction = denoise(side_by_side(x_NHWC, x_NHWC), side_by_side(t_N, t_N), both)
-        prediction = prediction.reshape(-1, 2, *x_NHWC.shape[1:])
-        result = prediction[:, 0] + scale * (prediction[:, 1] - prediction[:, 0])
-        if rescale:
-            result *= rescale * spread(prediction[:, 1]) / spread(result) + (1 - rescale)
-        return result
-
-    return guided
-
-
-def with_guidance(
-    denoise: Callable[..., Float[Array, "N H W C"]], scale: float, rescale: float = 0.0
-) -> Callable[[Any, Float[Array, "N H W C"], Real[Array, " N"], tuple[Any, Any]], Float[Array, "N H W C"]]:
-    """Return `guided(params, x_NHWC, t_N, (conditioning, unconditional))`; see `classifier_free_guidance`.
-
-    Args:
-        denoise: `denoise(params, x_NHWC, t_N, conditioning)`, the network without guidance.
-        scale: guidance scale.
-        rescale: as in `classifier_free_guidance`.
-    """
-
-    def guided(
-        params: Any, x_NHWC: Float[Array, "N H W C"], t_N: Real[Array, " N"], both: tuple[Any, Any]
-    ) -> Float[Array, "N H W C"]:
-        bound = functools.partial(denoise, params)
-        return classifier_free_guidance(bound, *both, scale, rescale)(x_NHWC, t_N)
-
-    return guided
 
 
 def _spacing(schedule: Schedule, default: str) -> str:
@@ -392,6 +235,7 @@ def _levels(
 ) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, " S"]]:
     """Return signal and noise at timesteps that may lie between two; diffusers interpolates noise / signal.
 
+    The schedule must be variance-preserving.
     If the ratio is infinite, it takes 2^12 instead, so that such schedules have a beginning.
     """
     signal_T = np.where(schedule.signal_T == 0, 2.0**-12, schedule.signal_T)
@@ -433,7 +277,8 @@ def _towards(
 ) -> Steps:
     """Return the steps leading to these levels: `x' = signal' x0 + kept eps + fresh z`, `kept^2 + fresh^2 = noise'^2`.
 
-    With eta = 0 no noise is fresh; with eta = 1 as much is as in DDPM.
+    With eta = 0 no noise is fresh; with eta = 1 as much is as in DDPM. An eta above 0 is for variance-preserving
+    schedules, all else for any.
     """
     variance_S = (noise_S / steps.noise) ** 2 * (1 - (steps.signal / signal_S) ** 2)
     fresh_S = eta * np.sqrt(np.maximum(variance_S, 0))

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from dpo_jax.batch import Transitions
-from dpo_jax.diffusion.samplers import Denoiser, SamplerTable, Steps, step_mean, step_noise, walk
+from dpo_jax.diffusion.steps import Denoiser, SamplerTable, Steps, step_mean, step_noise, walk
 from dpo_jax.errors import UserError
 
 

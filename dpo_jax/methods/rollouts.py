@@ -2,7 +2,7 @@
 
 from dpo_jax.fields import COUNT, NOT_ALL, NOT_NEGATIVE, SHARE, Field
 
-SAMPLERS = ("ddim", "euler", "euler_ancestral", "dpmsolver++", "lcm")
+SAMPLERS = ("ddim", "euler", "euler_ancestral", "dpmsolver++", "lcm", "flow_euler")
 
 ROLLOUT_FIELDS = {
     "online.rounds": Field(400, "Rounds of sampling, judging and training.", **COUNT),

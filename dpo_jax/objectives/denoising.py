@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from dpo_jax.batch import Conditioning, LossInputs
 from dpo_jax.diffusion.inversion import invert
-from dpo_jax.diffusion.schedule import Schedule, add_noise, log_snr, training_target
+from dpo_jax.diffusion.schedule import Schedule, add_noise, log_snr, network_times, training_target
 
 Denoise = Callable[..., Float[Array, "N H W C"]]
-"""`denoise(params, x_NHWC, t_N, conditioning, dropout_keys_N=None) -> prediction_NHWC`."""
+"""`denoise(params, x_NHWC, t_N, conditioning, dropout_keys_N=None) -> prediction_NHWC`, with t_N of `network_times`."""
 
 
 def keys_for(key: Key[Array, ""], index_B: Int[Array, " B"]) -> Key[Array, " B"]:
@@ -129,6 +129,7 @@ def compare_denoising(
     added_NHWC = noise_NHWC if perturbed_noise_BHWC is None else per_candidate(perturbed_noise_BHWC, B, K)
     x_NHWC = add_noise(schedule, x0_NHWC, added_NHWC, t_N)
     target_NHWC = training_target(schedule, x0_NHWC, noise_NHWC, t_N)
+    time_N = network_times(schedule, t_N)
 
     def weighted(x: Float[Array, "*images H W C"]) -> Float[Array, "*images H W C"]:
         """Return numbers of each cell times its weight; their mean is then the weighted mean."""
@@ -136,7 +137,7 @@ def compare_denoising(
 
     def predict(params: Any, *dropout_keys: Key[Array, " N"]) -> tuple[Float[Array, "B K H W C"], Float[Array, "B K"]]:
         """The prediction, [B, K, H, W, C], and its mean squared error, [B, K]."""
-        prediction_NHWC = denoise(params, x_NHWC, t_N, conditioning, *dropout_keys).astype(target_NHWC.dtype)
+        prediction_NHWC = denoise(params, x_NHWC, time_N, conditioning, *dropout_keys).astype(target_NHWC.dtype)
         error_N = weighted(jnp.square(prediction_NHWC - target_NHWC)).mean(axis=(1, 2, 3))
         return prediction_NHWC.reshape(latents_BKHWC.shape), error_N.reshape(B, K)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dpo_jax.batch import LossInputs, Transitions
-from dpo_jax.diffusion.samplers import SamplerTable, Steps
+from dpo_jax.diffusion.steps import SamplerTable, Steps
 from dpo_jax.diffusion.trajectories import kl_divergence, log_prob, steps_at, transition_mean
 from dpo_jax.objectives.denoising import Denoise, per_candidate
 from dpo_jax.objectives.preferences import clamp, is_preferred

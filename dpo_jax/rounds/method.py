@@ -7,7 +7,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax.batch import LossInputs, PreferenceBatch, Sampled
-from dpo_jax.diffusion.samplers import SamplerTable, make_table, with_guidance
+from dpo_jax.diffusion.guidance import with_guidance
+from dpo_jax.diffusion.samplers import make_table
+from dpo_jax.diffusion.steps import SamplerTable
 from dpo_jax.diffusion.trajectories import random_steps
 from dpo_jax.encode.text import make_conditionings
 from dpo_jax.errors import UserError
@@ -22,8 +24,17 @@ from dpo_jax.weights.layout import Params
 
 
 def sampler_table(config: ConfigDict, pipeline: Pipeline) -> SamplerTable:
-    """Return the table of the sampler that draws a round's images; ValueError for a sampler without noise."""
+    """Return the table of the sampler that draws a round's images.
+
+    Raises:
+        UserError: the sampler adds no noise, or the model is a flow model.
+    """
     online = config.online
+    if pipeline.sampling_schedule.is_flow:
+        raise UserError(
+            "online training needs steps that add noise, which dpo_jax cannot take with flow models yet; train on "
+            "judged pairs, with dpo_jax.train"
+        )
     eta = online.eta if online.sampler == "ddim" else 0.0
     table = make_table(online.sampler, pipeline.sampling_schedule, online.sampling_steps, eta=eta)
     random_steps(table)

@@ -14,7 +14,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax.batch import Transitions
-from dpo_jax.diffusion.samplers import Denoiser, classifier_free_guidance, starting_latents
+from dpo_jax.diffusion.guidance import classifier_free_guidance
+from dpo_jax.diffusion.steps import Denoiser, starting_latents
 from dpo_jax.diffusion.trajectories import (
     branch,
     explore,

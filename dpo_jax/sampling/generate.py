@@ -11,13 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.data.tokenizers import Tokenizers
-from dpo_jax.diffusion.samplers import (
-    SamplerTable,
-    classifier_free_guidance,
-    make_table,
-    sample,
-    starting_latents,
-)
+from dpo_jax.diffusion.guidance import classifier_free_guidance
+from dpo_jax.diffusion.samplers import make_table
+from dpo_jax.diffusion.steps import SamplerTable, sample, starting_latents
 from dpo_jax.encode.images import decode_latents, posterior_moments, sample_posterior
 from dpo_jax.encode.text import make_conditionings
 from dpo_jax.errors import UserError
@@ -54,8 +50,14 @@ def plan_sampling(pipeline: Pipeline, sampling: Sampling, resolution: int) -> tu
     halvings = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
     if rest or cells % halvings or cells < 1:
         raise UserError(f"resolution={resolution} must be a multiple of {pipeline.vae_factor * halvings} pixels")
-    options = {"eta": sampling.eta, "strength": sampling.strength}
-    table = make_table(sampling.sampler, pipeline.sampling_schedule, sampling.steps, **options)
+    table = make_table(
+        sampling.sampler,
+        pipeline.sampling_schedule,
+        sampling.steps,
+        eta=sampling.eta,
+        strength=sampling.strength,
+        image_tokens=(cells // halvings) ** 2,
+    )
     return (cells, cells, pipeline.unet.config.in_channels), table
 
 

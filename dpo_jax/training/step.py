@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from dpo_jax.batch import Conditioning, LossInputs, PreferenceBatch
-from dpo_jax.diffusion.schedule import Schedule, even_shares
+from dpo_jax.diffusion.densities import even_shares
+from dpo_jax.diffusion.schedule import Schedule
 from dpo_jax.methods.method import Objective
 from dpo_jax.methods.metrics import Metrics, pair_metrics, sums_by_noise
 from dpo_jax.objectives.denoising import Denoise, compare_denoising, draw, keys_for, perturb

@@ -11,19 +11,10 @@ import torch
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 
 from dpo_jax.batch import Conditioning
-from dpo_jax.diffusion.samplers import (
-    SAMPLER_OF_CLASS,
-    SAMPLERS,
-    classifier_free_guidance,
-    make_table,
-    own_sampler,
-    sample,
-    starting_latents,
-    step_mean,
-    step_noise,
-    with_guidance,
-)
+from dpo_jax.diffusion.guidance import classifier_free_guidance, with_guidance
+from dpo_jax.diffusion.samplers import SAMPLER_OF_CLASS, SAMPLERS, make_table, own_sampler
 from dpo_jax.diffusion.schedule import add_noise, make_schedule, training_target
+from dpo_jax.diffusion.steps import sample, starting_latents, step_mean, step_noise
 
 BETAS = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SPACINGS = {
@@ -100,7 +91,7 @@ def noise_and_keys(shape=(2, 3, 3, 4)):
     ("num_steps", "spacing", "target"),
     [*itertools.product([4, 20], SPACINGS, TARGETS), *itertools.product([1, 50], ["offset", "trailing"], ["epsilon"])],
 )
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", CLASSES)
 def test_a_trajectory_is_that_of_diffusers(x64, monkeypatch, sampler, spacing, target, num_steps):
     config = BETAS | SPACINGS[spacing] | TARGETS[target]
     x_T, keys = noise_and_keys()
@@ -139,7 +130,7 @@ def test_what_the_scheduler_s_file_says_counts(x64, monkeypatch, sampler, fields
 
 @pytest.mark.parametrize("strength", [1.0, 0.6, 0.29])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", CLASSES)
 def test_the_last_steps_from_an_image_are_those_of_diffusers(x64, monkeypatch, sampler, spacing, strength):
     config = BETAS | {"timestep_spacing": spacing}
     x_T, keys = noise_and_keys()
@@ -190,12 +181,13 @@ def test_the_default_is_the_sampler_that_the_file_means():
 
     np.testing.assert_array_equal(make_table("", euler, 5).steps.t, make_table("euler", euler, 5).steps.t)
     assert make_table("ddim", euler, 5).steps.t[0] != make_table("", euler, 5).steps.t[0]
+    assert CLASSES.keys() | {"flow_euler"} == SAMPLERS.keys()
     for name, theirs in CLASSES.items():
         assert own_sampler(make_schedule(BETAS | {"_class_name": theirs.__name__})) == name
     assert own_sampler(make_schedule(BETAS | {"_class_name": "PNDMScheduler"})) == "ddim"
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", CLASSES)
 def test_a_step_is_its_mean_and_so_much_noise(x64, sampler):
     x_T, keys = noise_and_keys()
     table = make_table(sampler, make_schedule(BETAS | {"timestep_spacing": "trailing"}), 4)
@@ -330,21 +322,6 @@ def test_guidance_is_rescaled_as_in_diffusers():
 
     expected = rescale_noise_cfg(torch.from_numpy(u + 5.0 * (c - u)), torch.from_numpy(c), guidance_rescale=0.7)
     np.testing.assert_allclose(guided, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_a_flow_is_only_another_schedule(x64):
-    """With the tables of rectified flow (arXiv 2209.03003), DDIM takes Euler's steps along the velocity."""
-    noise_T = np.arange(1, 1001) / 1000
-    ones = np.ones(1000)
-    flow = make_schedule(BETAS | {"timestep_spacing": "trailing"})._replace(
-        signal_T=1 - noise_T, noise_T=noise_T, target_x0_T=-ones, target_noise_T=ones
-    )
-    x = expected = np.random.default_rng(0).normal(size=(2, 4, 4, 3))
-    result = sample(denoise, make_table("ddim", flow, 8), jnp.asarray(x))
-    times = np.linspace(1, 0, 9)
-    for now, after in itertools.pairwise(times):
-        expected = expected + (after - now) * toy(expected, round(1000 * now) - 1, np.sin)
-    np.testing.assert_allclose(result, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_jax.diffusion.schedule import (
-    VARIANCE_PRESERVING,
-    add_noise,
-    even_shares,
-    make_schedule,
-    training_target,
-)
+from dpo_jax.diffusion.densities import even_shares
+from dpo_jax.diffusion.schedule import add_noise, make_schedule, training_target
+from dpo_jax.diffusion.variance_preserving import VARIANCE_PRESERVING
 
 SD15 = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 CONFIGS = {
@@ -86,8 +82,8 @@ def test_every_sampler_class_of_published_folders_is_read(name):
     ("change", "named"),
     [
         (
-            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
-            "the scheduler FlowMatchEuler.* is not supported; supported are .*DDIMScheduler",
+            {"_class_name": "FlowMatchHeunDiscreteScheduler"},
+            "the scheduler FlowMatchHeun.* is not supported; supported are .*DDIMScheduler.*FlowMatchEulerDiscrete",
         ),
         (
             {"trained_betas": [0.1, 0.2]},

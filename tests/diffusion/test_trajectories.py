@@ -9,8 +9,9 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from dpo_jax.diffusion.samplers import make_table, sample, step_noise
+from dpo_jax.diffusion.samplers import make_table
 from dpo_jax.diffusion.schedule import make_schedule
+from dpo_jax.diffusion.steps import sample, step_noise
 from dpo_jax.diffusion.trajectories import (
     Trajectory,
     branch,

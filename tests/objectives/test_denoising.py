@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dpo_jax.batch import Conditioning
-from dpo_jax.diffusion.schedule import even_shares, make_schedule
+from dpo_jax.diffusion.densities import even_shares
+from dpo_jax.diffusion.schedule import make_schedule
 from dpo_jax.objectives.denoising import compare_denoising, draw, keys_for, perturb
 
 SCHEDULE = make_schedule(

@@ -7,7 +7,8 @@ import pytest
 from scipy.stats import norm
 
 from dpo_jax.batch import Conditioning, LossInputs
-from dpo_jax.diffusion.samplers import make_table, with_guidance
+from dpo_jax.diffusion.guidance import with_guidance
+from dpo_jax.diffusion.samplers import make_table
 from dpo_jax.diffusion.schedule import make_schedule
 from dpo_jax.diffusion.trajectories import branch, sample_trajectory, transitions_at
 from dpo_jax.objectives.transitions import (

@@ -17,8 +17,10 @@ import pytest
 import torch
 
 from dpo_jax.batch import Conditioning
-from dpo_jax.diffusion.samplers import make_table, step_noise, with_guidance
+from dpo_jax.diffusion.guidance import with_guidance
+from dpo_jax.diffusion.samplers import make_table
 from dpo_jax.diffusion.schedule import make_schedule
+from dpo_jax.diffusion.steps import step_noise
 from dpo_jax.diffusion.trajectories import Trajectory, branch, sample_trajectory, transitions_at
 from dpo_jax.methods.d3po import d3po
 from dpo_jax.methods.ddpo import ddpo

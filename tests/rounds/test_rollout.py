@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from dpo_jax.cli import replaced
-from dpo_jax.diffusion.samplers import classifier_free_guidance, sample, starting_latents
+from dpo_jax.diffusion.guidance import classifier_free_guidance
 from dpo_jax.diffusion.schedule import make_schedule
+from dpo_jax.diffusion.steps import sample, starting_latents
 from dpo_jax.diffusion.trajectories import branch, random_steps
 from dpo_jax.encode.images import decode_latents
 from dpo_jax.encode.text import make_conditionings

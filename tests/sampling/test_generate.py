@@ -14,7 +14,8 @@ import pytest
 import torch
 from diffusers.utils import torch_utils
 
-from dpo_jax.diffusion.samplers import SAMPLERS, step_noise
+from dpo_jax.diffusion.samplers import SAMPLERS
+from dpo_jax.diffusion.steps import step_noise
 from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.sampling.generate import Generator, Sampling
@@ -132,7 +133,7 @@ def assert_same(ours: np.ndarray, theirs: np.ndarray) -> None:
     assert ours.std() > 10  # images, not one colour
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", CLASSES)
 def test_each_sampler_draws_what_diffusers_draws(models, with_our_noise, sampler):
     sampling = Sampling(steps=5, guidance=3.0, sampler=sampler)
     with_our_noise()
