@@ -39,6 +39,7 @@ _SIGNS = (  # the beginnings of files that are often mistaken for another kind
     (b"PK\x03\x04", "a zip archive (PyTorch's .pt and .ckpt files are such archives); unpack or convert it first"),
     (b"\x1f\x8b", "a gzip archive; unpack it first"),
     (b"\x28\xb5\x2f\xfd", "a zstd archive; unpack it first"),
+    (b"GGUF", "a GGUF file, whose weights are quantised; use the same model in bfloat16 or fp8 as .safetensors"),
     (b"\x89PNG", "a PNG image"),
     (b"\xff\xd8\xff", "a JPEG image"),
     (b"PAR1", "a Parquet file"),

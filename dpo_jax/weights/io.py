@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -35,6 +36,8 @@ from dpo_jax.weights.layout import (
     torch_name,
 )
 from dpo_jax.weights.mapped_file import fetch
+from dpo_jax.weights.original_slots import Slot
+from dpo_jax.weights.scaled import multiplied
 
 Sharding = Callable[[str, ParamSpec], jax.sharding.Sharding]
 
@@ -82,6 +85,8 @@ class _Stored(NamedTuple):
     """Maps a parameter's name to the names it may have in `arrays`."""
     convert: Callable[[np.ndarray, ParamSpec], np.ndarray]
     """Converts a stored array to dpo_jax's layout; raises a UserError if the shape differs."""
+    slots: Mapping[str, Slot] = MappingProxyType({})
+    """Where arrays hold the parameters with these names, for those that other parameters share."""
 
 
 def load_params(
@@ -137,8 +142,12 @@ def read_params(path: epath.PathLike, specs: Specs, *, prefix: str = "", variant
             missing.append(stored.aliases(name)[0])
             continue
         unused.remove(key)
+        array = stored.arrays[key]
+        if not jax.dtypes.issubdtype(array.dtype, np.floating):
+            misshapen.append(f"{key} (stored as {array.dtype}, which is not floating point)")
+            continue
         try:
-            found[name] = stored.convert(stored.arrays[key], spec)
+            found[name] = stored.convert(stored.slots[key].take(array) if key in stored.slots else array, spec)
         except ValueError as error:
             misshapen.append(f"{key} ({error})")
     problems = [
@@ -226,7 +235,8 @@ def _open_file(path: epath.Path, specs: Specs, prefix: str) -> _Stored:
     if not path.exists():
         raise MissingFileError(f"no folder {path}; a diffusers model folder keeps each component in one of its own")
     _refuse_pickle(path)
-    return _Stored(original.read(path, specs, prefix), torch_aliases, from_torch)
+    arrays, slots = original.read(path, specs, prefix)
+    return _Stored(arrays, torch_aliases, from_torch, slots)
 
 
 def _refuse_pickle(file: epath.Path) -> None:
@@ -247,8 +257,7 @@ def _open_folder(folder: epath.Path, variant: str) -> _Stored:
         if twice:
             raise UserError(first_several(twice, f"tensors of {file} are in another file of its folder too"))
         arrays |= of_file
-    original.refuse_scaled(arrays, folder)
-    return _Stored(arrays, torch_aliases, from_torch)
+    return _Stored(multiplied(arrays, folder), torch_aliases, from_torch)
 
 
 def weight_files(folder: epath.Path, variant: str = "") -> list[epath.Path]:

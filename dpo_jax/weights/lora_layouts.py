@@ -17,8 +17,8 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from dpo_jax.weights import original
 from dpo_jax.weights.layout import Specs
+from dpo_jax.weights.original_slots import layer_slots
 
 DOTTED = {  # prefixes by component; files without a component's prefix are for the UNet
     "unet": (
@@ -101,7 +101,7 @@ def for_others(key: str) -> str | None:
 def stored_names(component: str, specs: Specs) -> dict[str, Place]:
     """Return every name under which a file may hold a layer, with the place that it stands for."""
     names: dict[str, Place] = {}
-    originals = original.unet_module_names(specs) if component == "unet" else {}
+    originals = {layer: slot.tensor for layer, slot in layer_slots(specs).items()} if component == "unet" else {}
     for layer in layers_of(specs):
         place = Place(component, layer)
         # Old diffusers attached the LoRA of an attention layer to the attention's processor.

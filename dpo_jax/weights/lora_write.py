@@ -10,10 +10,11 @@ import numpy as np
 from etils import epath
 from jax.typing import DTypeLike
 
-from dpo_jax.weights import lora_layouts, original, safetensors_file
+from dpo_jax.weights import lora_layouts, safetensors_file
 from dpo_jax.weights.layout import Specs, to_torch
 from dpo_jax.weights.lora_files import Adapter, low_rank_specs
 from dpo_jax.weights.lora_metadata import DIFFUSERS_METADATA
+from dpo_jax.weights.original_slots import layer_slots
 
 Number = TypeVar("Number", int, float)
 
@@ -72,10 +73,10 @@ def write_kohya(
     layers = sorted(adapter.alphas)
     alpha = _most_common(map(adapter.rank, layers))
     adapter = _with_alphas(adapter, dict.fromkeys(layers, alpha))
-    names = original.unet_module_names(base_specs) if original_names else {layer: layer for layer in layers}
+    slots = layer_slots(base_specs)
     tensors: dict[str, np.ndarray] = {}
     for layer in layers:
-        name = f"lora_unet_{lora_layouts.joined(names[layer])}"
+        name = f"lora_unet_{lora_layouts.joined(slots[layer].tensor if original_names else layer)}"
         arrays = _torch_arrays(adapter, layer, base_specs, dtype)
         tensors[f"{name}.alpha"] = np.array(alpha, np.float32)
         tensors[f"{name}.lora_down.weight"] = arrays["lora_A"]

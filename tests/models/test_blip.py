@@ -13,7 +13,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from dpo_jax.models.blip import BLIPTextConfig, BLIPVisionConfig, ImageReward, ImageRewardConfig
 from dpo_jax.models.network import Network
-from dpo_jax.weights import original
+from dpo_jax.weights import original_names
 from dpo_jax.weights.layout import from_torch, torch_name
 
 SMALL = ImageRewardConfig(
@@ -126,8 +126,8 @@ def test_full_size_names_are_those_of_the_published_file() -> None:
     """The original's classes make these numbers: 24 layers of 12 in timm's ViT and 6 beside them, 12 of 26 in BERT and
     4, the MLP; the sizes are those of ViT-L/16 at 224 pixels and of BERT base with 30,524 tokens."""
     specs = build(ImageRewardConfig()).specs
-    names = original.image_reward_names(specs)
-    shapes = {names[torch_name(name)]: spec.torch_shape for name, spec in specs.items()}
+    names = original_names.image_reward_names(specs)
+    shapes = {names[torch_name(name)].tensor: spec.torch_shape for name, spec in specs.items()}
     image = {name for name in shapes if name.startswith("blip.visual_encoder.")}
     text = {name for name in shapes if name.startswith("blip.text_encoder.")}
     mlp = {f"mlp.layers.{place}.{kind}" for place in (0, 2, 4, 6, 7) for kind in ("weight", "bias")}

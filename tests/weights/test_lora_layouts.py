@@ -14,9 +14,10 @@ from dpo_jax.models.network import Network
 from dpo_jax.models.random_model import RANDOM_MODELS
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
-from dpo_jax.weights import lora_metadata, original, safetensors_file
+from dpo_jax.weights import lora_metadata, safetensors_file
 from dpo_jax.weights.lora_files import Adapter, read_adapters, read_lora
 from dpo_jax.weights.lora_write import write_kohya
+from dpo_jax.weights.original_slots import layer_slots
 
 TO_Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 TO_OUT = "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"
@@ -27,7 +28,7 @@ K = "lora_adapter_metadata"
 
 CONFIG = UNetConfig.from_dict(RANDOM_MODELS["sdxl"][1], "unet")
 SPECS = Network.build(lambda rngs: UNet2DConditionModel(CONFIG, dtype="float32", rngs=rngs), CONFIG).specs
-ORIGINAL = original.unet_module_names(SPECS)
+ORIGINAL = {layer: slot.tensor for layer, slot in layer_slots(SPECS).items()}
 
 
 def save(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:

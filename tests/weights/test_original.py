@@ -24,9 +24,11 @@ from dpo_jax.models.random_model import RANDOM_MODELS, VAE, random_params, write
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.models.vae import AutoencoderKL, VAEConfig
-from dpo_jax.weights import original, safetensors_file
-from dpo_jax.weights.io import load_params
+from dpo_jax.weights import original, original_names, safetensors_file
+from dpo_jax.weights.io import load_params, read_params
 from dpo_jax.weights.layout import Params, Specs, torch_name
+from dpo_jax.weights.original_names import Original
+from dpo_jax.weights.original_slots import layer_slots
 
 PUBLISHED_VAE = VAE | {
     "block_out_channels": [128, 256, 512, 512],
@@ -86,9 +88,9 @@ def published_unet(family: str) -> dict[str, Any]:
     return json.loads((PUBLISHED / family / "unet" / "config.json").read_text())
 
 
-def tagged(names: dict[str, str], prefix: str) -> dict[str, torch.Tensor]:
+def tagged(names: dict[str, Original], prefix: str) -> dict[str, torch.Tensor]:
     """A checkpoint in which every tensor is another number."""
-    return {prefix + of: torch.full((1, 1, 1, 1), index) for index, of in enumerate(names.values())}
+    return {prefix + of.tensor: torch.full((1, 1, 1, 1), index) for index, of in enumerate(names.values())}
 
 
 def values(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
@@ -100,19 +102,17 @@ def values(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
 )
 def test_unet_names_at_full_size_are_those_that_diffusers_reads(family: str, count: int) -> None:
     specs = published_unet_specs(family)
-    names = original.unet_names(specs)
+    names = original_names.unet_names(specs)
     checkpoint = tagged(names, "model.diffusion_model.")
     converted = single_file_utils.convert_ldm_unet_checkpoint(checkpoint, published_unet(family))
     assert len(names) == count
     assert values(converted) == {torch_name(name): index for index, name in enumerate(specs)}
-    assert original.unet_module_names(specs)["mid_block.resnets.1.conv2"] == "middle_block.2.out_layers.3"
-    modules = {name.rpartition(".")[0] for name in specs}
-    assert original.unet_module_names(specs) == original.unet_names(modules)
+    assert layer_slots(specs)["mid_block.resnets.1.conv2"].tensor == "middle_block.2.out_layers.3"
 
 
 def test_vae_names_at_full_size_are_those_that_diffusers_reads() -> None:
     specs = published_vae_specs()
-    names = original.vae_names(specs)
+    names = original_names.vae_names(specs)
     converted = single_file_utils.convert_ldm_vae_checkpoint(tagged(names, "first_stage_model."), PUBLISHED_VAE)
     assert len(names) == 248
     assert values(converted) == {torch_name(name): index for index, name in enumerate(specs)}
@@ -241,8 +241,8 @@ def test_diffusers_opens_the_single_file(folder: Path, single_file: Path) -> Non
 
 def test_reading_copies_nothing(components: Components, single_file: Path) -> None:
     for prefix, (_, specs) in components.items():
-        arrays = original.read(epath.Path(single_file), specs, prefix)
-        assert arrays.keys() == {torch_name(name) for name in specs}
+        arrays = read_params(single_file, specs, prefix=prefix)
+        assert arrays.keys() == specs.keys()
         assert {(type(array), array.flags.owndata) for array in arrays.values()} == {(np.memmap, False)}
 
 
@@ -316,8 +316,8 @@ def test_all_that_does_not_fit_is_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not hold the model") as error:
         load_params(path, specs, dtype="float32", prefix=prefix)
     message = str(error.value)
-    assert "1 missing: text_model.final_layer_norm.bias; 1 unexpected: ln_last.bias; 1 misshapen: " in message
-    assert "q_proj.bias (stored as (5,), the model needs (4,))" in message
+    assert "1 missing: text_model.final_layer_norm.bias; 1 unexpected: ln_last.bias; 3 misshapen: " in message
+    assert "q_proj.bias (stored as (13,), the model needs 12 rows)" in message
 
 
 UNET = "model.diffusion_model.input_blocks.0.0.weight"

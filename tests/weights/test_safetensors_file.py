@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from etils import epath
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from dpo_jax.weights import original, safetensors_file
+from dpo_jax.weights import safetensors_file
 from dpo_jax.weights.io import load_params, tensor_names, weight_files
 from dpo_jax.weights.layout import ParamSpec
 
@@ -138,30 +138,3 @@ def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     with pytest.raises(ValueError, match=r"1 tensors of .*y.safetensors are in another file of its folder too: b.bias"):
         load_params(tmp_path, {"b.bias": ParamSpec((3,), (0,))}, dtype="float32")
-
-
-def test_scaled_fp8_is_named_with_what_converts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-    from safetensors import torch as torch_files
-
-    path = tmp_path / "fp8.safetensors"
-    weight = torch.tensor([[1.0, -2.0], [0.5, 4.0]])
-    tensors = {
-        "l.weight": weight.to(torch.float8_e4m3fn),
-        "l.scale_weight": torch.tensor(0.25),
-        "m.weight": weight.to(torch.float8_e4m3fn),
-        "m.weight_scale": torch.tensor(2.0),
-        "m.bias": torch.zeros(2),
-        "scaled_fp8": torch.zeros(0),
-    }
-    torch_files.save_file(tensors, path)
-    with pytest.raises(
-        ValueError, match=r"fp8.safetensors holds fp8 weights with scales \(such as .*python -c"
-    ) as error:
-        load_params(path, {"m.bias": ParamSpec((2,), (0,))}, dtype="float32")
-    exec(str(error.value).split('python -c "')[1].removesuffix('"'), {})
-    converted = load_file(tmp_path / "fp8-fp16.safetensors")
-    assert converted.keys() == {"l.weight", "m.weight", "m.bias"}
-    np.testing.assert_array_equal(converted["l.weight"], weight.numpy() * 0.25)
-    np.testing.assert_array_equal(converted["m.weight"], weight.numpy() * 2)
-    original.refuse_scaled(converted, epath.Path(path))

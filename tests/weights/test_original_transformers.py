@@ -1,0 +1,156 @@
+"""Original files of flow models, with diffusers' converters as the oracles."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers.loaders import single_file_utils
+from etils import epath
+from safetensors.torch import load_file, save_file
+
+from dpo_jax.weights import original
+from dpo_jax.weights.io import load_params, read_params
+from dpo_jax.weights.layout import Specs, torch_name
+from dpo_jax.weights.mapped_file import fetch
+from tests.weights.torch_transformers import full_size_shapes, params_of, specs_of, tiny
+
+PREFIX = "model.diffusion_model."
+CONVERTERS = {
+    "sd3": single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
+    "flux": single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
+    "z_image": single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
+}
+
+
+def numbered(specs: Specs) -> dict[str, np.ndarray]:
+    """Parameters in which every element is another number."""
+    start, params = 0, {}
+    for name, spec in specs.items():
+        size = int(np.prod(spec.shape))
+        params[name] = np.arange(start, start + size, dtype=np.float32).reshape(spec.shape)
+        start += size
+    assert start < 2**24
+    return params
+
+
+def narrowed(shapes: dict[str, torch.Size]) -> Specs:
+    """The specs of a network of the same names and rows, with one input per layer."""
+    return specs_of({name: torch.Size([shape[0], *[1 for _ in shape[1:]]]) for name, shape in shapes.items()})
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "convert", "count"),
+    [
+        ("sd3_medium", "sd3", CONVERTERS["sd3"], 682 + 1),
+        ("sd35_medium", "sd35_medium", CONVERTERS["sd3"], 908 + 1),
+        ("sd35_large", "sd35_large", CONVERTERS["sd3"], 1226 + 1),
+        ("flux_dev", "flux-dev", CONVERTERS["flux"], 1160),
+        ("flux_schnell", "flux-schnell", CONVERTERS["flux"], 1156),
+        ("z_image", "z-image-turbo", CONVERTERS["z_image"], 521),
+    ],
+)
+def test_diffusers_reads_what_is_written(
+    name: str, model_type: str, convert: Callable, count: int, tmp_path: Path
+) -> None:
+    specs = narrowed(full_size_shapes(name))
+    params = numbered(specs)
+    original.write(epath.Path(tmp_path / "model.safetensors"), {PREFIX: (params, specs)}, dtype=None)
+    stored = load_file(tmp_path / "model.safetensors")
+    described = stored | {f"{PREFIX}pos_embed": torch.zeros(1, 384**2 if name == "sd35_medium" else 36864, 1)}
+    assert single_file_utils.infer_diffusers_model_type(described) == model_type
+    converted = convert(dict(stored))
+    assert len(converted) == len(specs) == count
+    for ours, spec in specs.items():
+        theirs = converted[torch_name(ours)].numpy()
+        np.testing.assert_array_equal(theirs, params[ours].transpose(spec.torch_axes), err_msg=ours)
+    read = read_params(tmp_path / "model.safetensors", specs, prefix=PREFIX)
+    for ours in specs:
+        np.testing.assert_array_equal(fetch(read[ours]), params[ours], err_msg=ours)
+
+
+@pytest.fixture(params=["sd3", "flux", "z_image"])
+def tiny_file(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Specs, dict[str, np.ndarray]]:
+    state = tiny(request.param).state_dict()
+    specs, params = specs_of({name: tensor.shape for name, tensor in state.items()}), params_of(state)
+    original.write(epath.Path(tmp_path / "tiny.safetensors"), {PREFIX: (params, specs)}, dtype=None)
+    return tmp_path / "tiny.safetensors", specs, params
+
+
+def assert_same(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(np.asarray(actual[name]), value, err_msg=name)
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", PREFIX])
+def test_files_of_a_transformer_alone(
+    prefix: str, tiny_file: tuple[Path, Specs, dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    path, specs, params = tiny_file
+    stored = {prefix + name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
+    # Z-Image's first release holds a norm that nothing uses.
+    save_file(stored | {f"{prefix}norm_final.weight": torch.ones(1)}, tmp_path / "alone.safetensors")
+    assert_same(load_params(tmp_path / "alone.safetensors", specs, dtype="float32", prefix=PREFIX), params)
+    read = read_params(tmp_path / "alone.safetensors", specs, prefix=PREFIX)
+    original.write(epath.Path(tmp_path / "again.safetensors"), {prefix: (read, specs)}, dtype=None)
+    again = load_file(tmp_path / "again.safetensors")
+    assert again.keys() == stored.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in stored.items())
+
+
+def test_only_swapped_halves_are_copied(tiny_file: tuple[Path, Specs, dict[str, np.ndarray]]) -> None:
+    path, specs, _ = tiny_file
+    copied = {name for name, array in read_params(path, specs, prefix=PREFIX).items() if type(array) is np.ndarray}
+    swapped = {"transformer_blocks.2.norm1_context.linear", "norm_out.linear"}
+    assert {name.rpartition(".")[0] for name in copied} == {name for name in swapped if f"{name}.bias" in specs}
+
+
+def test_current_names_in_one_file(tiny_file: tuple[Path, Specs, dict[str, np.ndarray]], tmp_path: Path) -> None:
+    _, specs, params = tiny_file
+    current = {
+        torch_name(name): torch.tensor(params[name].transpose(spec.torch_axes)).contiguous()
+        for name, spec in specs.items()
+    }
+    for prefix in ("", PREFIX):
+        save_file({prefix + name: tensor for name, tensor in current.items()}, tmp_path / "current.safetensors")
+        assert_same(load_params(tmp_path / "current.safetensors", specs, dtype="float32", prefix=PREFIX), params)
+
+
+def test_fused_tensors_of_another_width(tiny_file: tuple[Path, Specs, dict[str, np.ndarray]]) -> None:
+    path, specs, _ = tiny_file
+    stored = load_file(path)
+    name = next(name for name in stored if name.endswith("qkv.weight"))
+    save_file(stored | {name: stored[name][: len(stored[name]) // 3].contiguous()}, path)
+    with pytest.raises(ValueError, match=r"3 misshapen: .*to_q.weight \(stored as .*, the model needs (48|72) rows\)"):
+        load_params(path, specs, dtype="float32", prefix=PREFIX)
+
+
+def test_whole_files_of_flow_models(tmp_path: Path) -> None:
+    """ComfyUI's names of the VAE and of T5; SD3's CLIP-L without a projection."""
+    t5 = {"shared.weight": torch.Size([5, 4]), "encoder.final_layer_norm.weight": torch.Size([4])}
+    clip = {"text_model.final_layer_norm.weight": torch.Size([4]), "text_projection.weight": torch.Size([4, 4])}
+    t5, clip = specs_of(t5), specs_of(clip)
+    prefixes = "text_encoders.t5xxl.transformer.", "text_encoders.clip_l.transformer."
+    params = numbered(t5), numbered(clip) | {"text_projection.kernel": np.eye(4, dtype=np.float32)}
+    parts = {prefix: (own, specs) for prefix, own, specs in zip(prefixes, params, (t5, clip), strict=True)}
+    path = tmp_path / "whole.safetensors"
+    original.write(epath.Path(path), parts, dtype=None)
+    stored = load_file(path)
+    assert stored.keys() == {
+        f"{prefixes[0]}shared.weight",
+        f"{prefixes[0]}encoder.final_layer_norm.weight",
+        f"{prefixes[1]}text_model.final_layer_norm.weight",
+    }
+    table = stored[f"{prefixes[0]}shared.weight"]
+    extra = {f"{prefixes[0]}encoder.embed_tokens.weight": table.clone(), f"{prefixes[1]}logit_scale": torch.zeros(())}
+    save_file(stored | extra | {"vae.encoder.x": torch.ones(3)}, path)
+    for prefix, (own, specs) in parts.items():
+        assert_same(load_params(path, specs, dtype="float32", prefix=prefix), own)
+    vae = specs_of({"encoder.x": torch.Size([3])})
+    assert load_params(path, vae, dtype="float32", prefix="first_stage_model.")["encoder.x"].sum() == 3
+    with pytest.raises(ValueError, match=r"none of its tensors begins with model\.diffusion_model"):
+        load_params(path, vae, dtype="float32", prefix=PREFIX)
+    with pytest.raises(ValueError, match=r"text_projection that is not the identity.*--format=diffusers"):
+        original.write(epath.Path(path), {prefixes[1]: (numbered(clip), clip)}, dtype=None)
