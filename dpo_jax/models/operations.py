@@ -213,6 +213,29 @@ def _geglu_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
 geglu.defvjp(_geglu_forward, _geglu_backward)
 
 
+@jax.custom_vjp
+def swiglu(gate: jax.Array, value: jax.Array) -> jax.Array:
+    """Return `silu(gate) * value` (Shazeer, arXiv 2002.05202)."""
+    return _swiglu_forward(gate, value)[0]
+
+
+def _swiglu_forward(gate: jax.Array, value: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    high = accumulation_dtype(gate.dtype)
+    return (jax.nn.silu(gate.astype(high)) * value.astype(high)).astype(gate.dtype), (gate, value)
+
+
+def _swiglu_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    gate, value = as_kept(kept)
+    high = accumulation_dtype(gate.dtype)
+    wide, dy = gate.astype(high), dy.astype(high)
+    sigmoid = jax.nn.sigmoid(wide)
+    dgate = dy * value.astype(high) * sigmoid * (1 + wide * (1 - sigmoid))
+    return dgate.astype(gate.dtype), (dy * wide * sigmoid).astype(value.dtype)
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
 def attention(
     query_NQD: jax.Array,
     key_NSD: jax.Array,

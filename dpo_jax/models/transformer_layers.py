@@ -94,23 +94,32 @@ class Attention(nnx.Module):
         num_heads: int,
         *,
         qk_norm: bool,
+        epsilon: float = 1e-6,
+        use_bias: bool = True,
         has_output: bool = True,
         execution: Execution,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.to_q, self.to_k, self.to_v = (Linear(features, features, dtype=dtype, rngs=rngs) for _ in range(3))
-        self.norm_q, self.norm_k = (
-            RMSNorm(features // num_heads, dtype=dtype, rngs=rngs) if qk_norm else None for _ in range(2)
+        self.to_q, self.to_k, self.to_v = (
+            Linear(features, features, use_bias=use_bias, dtype=dtype, rngs=rngs) for _ in range(3)
         )
-        self.to_out: nnx.List = nnx.List([Linear(features, features, dtype=dtype, rngs=rngs)] if has_output else [])
+        self.norm_q, self.norm_k = (
+            RMSNorm(features // num_heads, epsilon=epsilon, dtype=dtype, rngs=rngs) if qk_norm else None
+            for _ in range(2)
+        )
+        self.to_out: nnx.List = nnx.List(
+            [Linear(features, features, use_bias=use_bias, dtype=dtype, rngs=rngs)] if has_output else []
+        )
         self.num_heads, self.execution = num_heads, execution
 
-    def __call__(self, x_NLD: jax.Array, rotary: Rotary | None = None) -> jax.Array:
+    def __call__(
+        self, x_NLD: jax.Array, rotary: Rotary | None = None, num_keys_N: jax.Array | None = None
+    ) -> jax.Array:
         """Return the attention's result [N, L, D]; the last projection is left out if the layer has none."""
         query_NLD = self.normed(self.to_q(x_NLD), self.norm_q)
         key_NLD = self.normed(self.to_k(x_NLD), self.norm_k)
-        y_NLD = self.attend(query_NLD, key_NLD, self.to_v(x_NLD), rotary)
+        y_NLD = self.attend(query_NLD, key_NLD, self.to_v(x_NLD), rotary, num_keys_N)
         return self.to_out[0](y_NLD) if self.to_out else y_NLD
 
     def normed(self, x_NLD: jax.Array, norm: RMSNorm | None) -> jax.Array:
@@ -118,15 +127,27 @@ class Attention(nnx.Module):
         return x_NLD if norm is None else norm(split_heads(x_NLD, self.num_heads)).reshape(x_NLD.shape)
 
     def attend(
-        self, query_NLD: jax.Array, key_NLD: jax.Array, value_NLD: jax.Array, rotary: Rotary | None
+        self,
+        query_NLD: jax.Array,
+        key_NLD: jax.Array,
+        value_NLD: jax.Array,
+        rotary: Rotary | None,
+        num_keys_N: jax.Array | None = None,
     ) -> jax.Array:
-        """Return attention with rotated queries and keys, before the last projection."""
+        """Return attention with rotated queries and keys, before the last projection; see `operations.attention`."""
         if rotary is not None:
             query_NLD, key_NLD = (
                 rotate(split_heads(x_NLD, self.num_heads), rotary).reshape(x_NLD.shape)
                 for x_NLD in (query_NLD, key_NLD)
             )
-        return attention(query_NLD, key_NLD, value_NLD, self.num_heads, implementation=self.execution.attention)
+        return attention(
+            query_NLD,
+            key_NLD,
+            value_NLD,
+            self.num_heads,
+            num_keys_N=num_keys_N,
+            implementation=self.execution.attention,
+        )
 
 
 class JointAttention(Attention):

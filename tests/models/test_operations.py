@@ -19,6 +19,7 @@ from dpo_jax.models.operations import (
     layer_norm,
     modulated_layer_norm,
     rms_norm,
+    swiglu,
 )
 
 Arrays = list[np.ndarray]
@@ -101,6 +102,11 @@ CASES: dict[str, tuple[Callable[..., jax.Array], Callable[..., torch.Tensor], Ar
         lambda x, scale_C: torch.nn.functional.rms_norm(x, CHANNELS, scale_C, 1e-6),
         numbers(IMAGE, CHANNELS, offset=1),
     ),
+    "rms norm with a scale per image": (
+        lambda *a: rms_norm(*a, 1e-6),
+        lambda x, scale: torch.nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6) * scale,
+        numbers(QUERIES, OF_IMAGE, offset=1),
+    ),
     "rms norm without a scale": (
         lambda x: rms_norm(x, None, 1e-6),
         lambda x: torch.nn.functional.rms_norm(x, CHANNELS, eps=1e-6),
@@ -109,6 +115,7 @@ CASES: dict[str, tuple[Callable[..., jax.Array], Callable[..., torch.Tensor], Ar
     "gated add": (gated_add, lambda x, gate, y: x + gate * y, numbers(QUERIES, OF_IMAGE, QUERIES)),
     "gelu": (gelu_tanh, torch_gelu_tanh, numbers(IMAGE, scale=4)),
     "geglu": (geglu, torch_geglu, numbers(IMAGE, scale=4)),
+    "swiglu": (swiglu, lambda gate, value: torch.nn.functional.silu(gate) * value, numbers(IMAGE, IMAGE, scale=4)),
     "self-attention": (lambda *a: attention(*a, 2), torch_attention(False), numbers(QUERIES, QUERIES, QUERIES)),
     "cross-attention": (lambda *a: attention(*a, 2), torch_attention(False), numbers(QUERIES, KEYS, KEYS, scale=5)),
     "causal attention": (
@@ -189,6 +196,10 @@ def test_modulation_keeps_its_input_and_statistics() -> None:
 @pytest.mark.parametrize("activation", [geglu, gelu_tanh])
 def test_activations_keep_their_input(activation: Callable[..., Any]) -> None:
     assert kept_bytes(activation, bfloat16(2, 64, 128)) == 2 * 64 * 128 * 2
+
+
+def test_a_gate_keeps_its_inputs() -> None:
+    assert kept_bytes(swiglu, bfloat16(2, 64, 128), bfloat16(2, 64, 128)) == 2 * 2 * 64 * 128 * 2
 
 
 def test_attention_keeps_nothing_of_queries_by_keys() -> None:
