@@ -32,6 +32,7 @@ from dpo_jax.models.transformer_layers import (
     Attention,
     JointTransformerBlock,
     Rotary,
+    check_inputs,
     patchify,
     unpatchify,
 )
@@ -148,8 +149,12 @@ class FluxTransformer2DModel(nnx.Module):
         an embedding of the guidance does not read it. Padding is attended to like a caption. Raises a UserError if
         latents or conditioning do not fit.
         """
-        self._check(x_NHWC, conditioning)
-        assert conditioning.pooled_NP is not None
+        check_inputs("FLUX transformer", self.config, x_NHWC, conditioning)
+        if self.config.guidance_embeds and conditioning.guidance_N is None:
+            raise UserError(
+                "this FLUX transformer has guidance_embeds = true, but its conditioning has no guidance_N (a guidance "
+                "scale, for example 3.5)"
+            )
         _, height, width, _ = x_NHWC.shape
         captions, high = conditioning.context_NLD.shape[1], accumulation_dtype(self.dtype)
         guidance_N = None if conditioning.guidance_N is None else conditioning.guidance_N.astype(high) * 1000
@@ -163,37 +168,6 @@ class FluxTransformer2DModel(nnx.Module):
         x_NLD = self.execution.run_chain(self.single_transformer_blocks, x_NLD, temb_NT, rotary)
         x_NLD = self.proj_out(self.norm_out(x_NLD[:, captions:], temb_NT))
         return unpatchify(x_NLD, height, width, PATCH, channels_first=True)
-
-    def _check(self, x_NHWC: jax.Array, conditioning: Conditioning) -> None:
-        config, (_, height, width, channels) = self.config, x_NHWC.shape
-        if channels != config.latent_channels:
-            raise UserError(
-                f"these latents have {channels} channels, but this FLUX transformer has in_channels = "
-                f"{config.in_channels} for latents of {config.latent_channels} channels"
-            )
-        if height % PATCH or width % PATCH:
-            raise UserError(
-                f"these are latents of {height} x {width} cells, but a FLUX transformer needs multiples of {PATCH}"
-            )
-        features = conditioning.context_NLD.shape[-1]
-        if features != config.joint_attention_dim:
-            raise UserError(
-                f"this FLUX transformer has joint_attention_dim = {config.joint_attention_dim}, but the captions have "
-                f"{features} features"
-            )
-        if conditioning.pooled_NP is None:
-            raise UserError("this FLUX transformer reads a pooled caption, but its conditioning has no pooled_NP")
-        features = conditioning.pooled_NP.shape[-1]
-        if features != config.pooled_projection_dim:
-            raise UserError(
-                f"this FLUX transformer has pooled_projection_dim = {config.pooled_projection_dim}, but the pooled "
-                f"captions have {features} features"
-            )
-        if config.guidance_embeds and conditioning.guidance_N is None:
-            raise UserError(
-                "this FLUX transformer has guidance_embeds = true, but its conditioning has no guidance_N, the "
-                "guidance scale"
-            )
 
 
 class FluxSingleTransformerBlock(nnx.Module):

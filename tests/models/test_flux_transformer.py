@@ -1,8 +1,11 @@
 """FLUX.1's transformer matches diffusers' in PyTorch: outputs, gradients, names and shapes; and its config's errors."""
 
 import copy
+import inspect
 import math
+from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -12,15 +15,23 @@ import numpy as np
 import peft
 import pytest
 import torch
+from diffusers.loaders import single_file_utils
+from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from etils import epath
+from safetensors.torch import load_file
 
 from dpo_jax.batch import Conditioning
 from dpo_jax.models.execution import PLAIN, Execution
-from dpo_jax.models.flux_transformer import FluxTransformer2DModel, FluxTransformerConfig
+from dpo_jax.models.flux_transformer import FluxTransformer2DModel, FluxTransformerConfig, make_rotary
 from dpo_jax.models.lora import LowRank, add_lora, find_targets
 from dpo_jax.models.network import Network
 from dpo_jax.planning.program import Program
-from dpo_jax.weights.layout import Params, from_torch, torch_name
+from dpo_jax.weights import original
+from dpo_jax.weights.io import load_params
+from dpo_jax.weights.layout import from_torch, torch_name
+
+from .torch_parity import FAST, double_diffusers, our_params, relative_error, run, with_random_vectors
 
 # The config.json of FLUX.1-dev; that of schnell differs in guidance_embeds.
 PUBLISHED = {
@@ -50,7 +61,6 @@ TINY = {
     "schnell": {**PUBLISHED, **NARROWED, "guidance_embeds": False, "num_layers": 1, "num_single_layers": 1},
 }
 N, L, C = 2, 5, 3
-FAST = {"xla_backend_optimization_level": 0}  # compiles twice as fast, and running takes no time
 
 
 def build(config: dict[str, Any], dtype: Any, execution: Execution = PLAIN) -> Network:
@@ -61,25 +71,9 @@ def build(config: dict[str, Any], dtype: Any, execution: Execution = PLAIN) -> N
 
 
 @cache
-def torch_model(variant: str) -> diffusers.FluxTransformer2DModel:
-    """Return the model in float64, with norms and biases away from their trivial initial values."""
+def torch_model(variant: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = diffusers.FluxTransformer2DModel.from_config(TINY[variant]).double().eval()
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    return model
-
-
-def our_params(network: Network, arrays: dict[str, torch.Tensor]) -> Params:
-    return {
-        name: jnp.asarray(from_torch(arrays[torch_name(name)].detach().numpy(), spec))
-        for name, spec in network.specs.items()
-    }
-
-
-def run(network: Network, params: Params, *inputs: Any) -> jax.Array:
-    return jax.jit(lambda params, *inputs: network(params, *inputs), compiler_options=FAST)(params, *inputs)
+    return with_random_vectors(diffusers.FluxTransformer2DModel.from_config(TINY[variant]))
 
 
 def make_inputs(height: int = 4, width: int = 6) -> tuple[np.ndarray, np.ndarray, Conditioning]:
@@ -118,27 +112,15 @@ def run_torch(
     return FluxPipeline._unpack_latents(result, 8 * height, 8 * width, 8).permute(0, 2, 3, 1)
 
 
-def double_sinusoids(timesteps: torch.Tensor, embedding_dim: int, **_: Any) -> torch.Tensor:
-    """Compute in float64 what diffusers computes in float32 whatever the model's dtype."""
-    half = embedding_dim // 2
-    angles = timesteps.double()[:, None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
 @pytest.fixture
-def double_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sinusoids and rotations in float64."""
-    monkeypatch.setattr("diffusers.models.embeddings.get_timestep_embedding", double_sinusoids)
+def double(x64: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Float64 everywhere, also in diffusers' rotary embedding, which asks for float32."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    with double_diffusers():
+        yield
 
 
-def relative_error(ours: Any, oracle: Any) -> float:
-    ours, oracle = np.asarray(ours, np.float64), np.asarray(oracle, np.float64)
-    assert ours.shape == oracle.shape
-    return float(np.linalg.norm(ours - oracle) / np.linalg.norm(oracle))
-
-
-@pytest.mark.usefixtures("x64", "double_torch")
+@pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("variant", TINY)
 def test_prediction_equals_diffusers_in_float64(variant: str) -> None:
     """The latents are not square and the guidance differs by image, so no axis or example can take another's place."""
@@ -173,6 +155,15 @@ def test_bfloat16_stays_near_and_rounded_weights_predict_the_same() -> None:
     np.testing.assert_array_equal(policy, reference)
 
 
+def test_rotary_tables_are_those_of_diffusers() -> None:
+    rows, columns, axes = 64, 60, (16, 56, 56)
+    ids = torch.cat([torch.zeros(L, 3), FluxPipeline._prepare_latent_image_ids(1, rows, columns, "cpu", torch.float32)])
+    for ours, oracle in zip(
+        make_rotary(L, rows, columns, axes, jnp.float32), FluxPosEmbed(10_000, axes)(ids), strict=True
+    ):
+        np.testing.assert_allclose(ours.repeat(2, axis=-1), oracle.numpy(), rtol=0, atol=6e-8)
+
+
 def weighted_sum(prediction_NHWC: Any) -> Any:
     """Return a number on which every element of the prediction has its own influence."""
     weight_NHWC = np.random.default_rng(1).normal(size=tuple(prediction_NHWC.shape))
@@ -181,7 +172,7 @@ def weighted_sum(prediction_NHWC: Any) -> Any:
     return (prediction_NHWC * weight_NHWC).sum()
 
 
-@pytest.mark.usefixtures("x64", "double_torch")
+@pytest.mark.usefixtures("double")
 @pytest.mark.parametrize(
     ("variant", "execution"), [("schnell", Execution()), ("dev", Execution("block", scan=True))], ids=str
 )
@@ -215,7 +206,7 @@ LORA_TARGETS = (
 )
 
 
-@pytest.mark.usefixtures("x64", "double_torch")
+@pytest.mark.usefixtures("double")
 def test_a_lora_equals_pefts() -> None:
     """On the attention of both kinds of blocks and on the other projections of single blocks."""
     parsed = FluxTransformerConfig.from_dict(TINY["schnell"], "config.json")
@@ -282,6 +273,23 @@ def test_published_names_shapes_and_work(
     assert program.flops() == pytest.approx(teraflops * 1e12, rel=1e-3)
 
 
+def test_original_file_is_what_diffusers_converts(tmp_path: Path) -> None:
+    """A file in Black Forest Labs' layout holds exactly diffusers' weights, and is the same when written again."""
+    source = inspect.getsource(single_file_utils.convert_flux_transformer_checkpoint_to_diffusers)
+    assert "inner_dim = 3072" in source
+    namespace = dict(vars(single_file_utils))
+    exec(source.replace("inner_dim = 3072", "inner_dim = 32"), namespace)
+    network, state = build(TINY["dev"], jnp.float32), copy.deepcopy(torch_model("dev")).float().state_dict()
+    first, again = (epath.Path(tmp_path / name) for name in ("first.safetensors", "again.safetensors"))
+    original.write(first, {"": (our_params(network, state), network.specs)}, dtype=None)
+    converted = namespace["convert_flux_transformer_checkpoint_to_diffusers"](load_file(first))
+    assert converted.keys() == state.keys()
+    assert all(torch.equal(converted[name], tensor) for name, tensor in state.items())
+    read = load_params(first, network.specs, dtype="float32", prefix="model.diffusion_model.")
+    original.write(again, {"": (read, network.specs)}, dtype=None)
+    assert again.read_bytes() == first.read_bytes()
+
+
 def test_config_defaults_are_diffusers() -> None:
     with torch.device("meta"):
         defaults = dict(diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1).config)
@@ -317,29 +325,18 @@ def test_config_errors_name_the_field(change: dict[str, Any], message: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("shape", "change", "message"),
     [
-        ({"pooled_NP": None}, "no pooled_NP"),
-        ({"pooled_NP": np.zeros((N, 7))}, "pooled_projection_dim = 6, .* 7 features"),
-        ({"guidance_N": None}, "guidance_embeds = true, .* no guidance_N"),
-        ({"context_NLD": np.zeros((N, L, 11))}, "joint_attention_dim = 10, .* 11 features"),
+        ((4, 6, C), {"pooled_NP": None}, "this FLUX transformer takes pooled captions of 6 features, not 0"),
+        ((4, 6, C), {"guidance_N": None}, "guidance_embeds = true, but its conditioning has no guidance_N"),
+        ((4, 6, C), {"context_NLD": np.zeros((N, L, 11))}, "takes captions of 10 features, not 11"),
+        ((5, 6, C), {}, "latents of 5 x 6 cells do not divide into patches of 2 x 2"),
+        ((4, 6, 4), {}, "takes latents of 3 channels, not 4"),
     ],
 )
-def test_conditioning_must_fit(change: dict[str, Any], message: str) -> None:
-    network = build(TINY["dev"], jnp.float32)
-    params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in network.specs.items()}
-    x_NHWC, t_N, conditioning = make_inputs()
-    with pytest.raises(ValueError, match=message):
-        jax.eval_shape(lambda params: network(params, x_NHWC, t_N, conditioning._replace(**change)), params)
-
-
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [((N, 5, 6, C), "latents of 5 x 6 cells, .* multiples of 2"), ((N, 4, 6, 4), "latents have 4 channels, .* 3")],
-)
-def test_latents_must_fit(shape: tuple[int, ...], message: str) -> None:
+def test_inputs_must_fit(shape: tuple[int, ...], change: dict[str, Any], message: str) -> None:
     network = build(TINY["dev"], jnp.float32)
     params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in network.specs.items()}
     _, t_N, conditioning = make_inputs()
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(lambda params: network(params, np.zeros(shape), t_N, conditioning), params)
+        jax.eval_shape(network, params, np.zeros((N, *shape)), t_N, conditioning._replace(**change))
