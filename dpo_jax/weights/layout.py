@@ -86,4 +86,6 @@ def _aliases(name: str) -> list[str]:
     for ours, old in OLD_VAE_ATTENTION.items():
         old_vae = old_vae.replace(f".{ours}.", f".{old}.")
     # transformers 5 writes CLIPTextModel without the prefix that versions 2 to 4 wrote.
-    return list(dict.fromkeys([name, old_vae, name.removeprefix("text_model.")]))
+    # Qwen3's folder is of the language model, whose names of the text encoder have a prefix.
+    of_language_model = [f"model.{name}"] if name.startswith(("embed_tokens.", "layers.", "norm.")) else []
+    return list(dict.fromkeys([name, old_vae, name.removeprefix("text_model."), *of_language_model]))

@@ -26,6 +26,7 @@ from dpo_jax.weights.scaled import multiplied
 NO_PART = re.compile(
     r"^(logit_scale|attn_mask|text_projection)$|^blip\.(text|vision)_proj\.|\bposition_ids$|^(loss|model_ema)\."
     r"|^norm_final\.weight$|^encoder\.embed_tokens\.weight$"  # Z-Image's unused norm; T5's table once more
+    r"|^lm_head\.weight$"  # of Qwen3's language model
 )
 # For a text encoder also the image half of its CLIP, and the projection that not every model uses.
 NO_TEXT = re.compile(r"^(visual_projection|text_projection)\.weight$|^(vision_model|visual)\.")

@@ -60,3 +60,13 @@ def double_diffusers() -> Iterator[None]:
         patch.setattr("diffusers.models.embeddings.get_timestep_embedding", double_sinusoids)
         patch.setattr("diffusers.models.normalization.RMSNorm.forward", double_rms_norm)
         yield
+
+
+@contextmanager
+def double_transformers() -> Iterator[None]:
+    """Let transformers compute in float64 what it computes in float32 whatever the model's dtype."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "float32", torch.float64)
+        patch.setattr(torch, "float", torch.float64)
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        yield
