@@ -34,7 +34,7 @@ class VAEConfig:
     latent_channels: Width = 4
     norm_num_groups: Width = 32
     scaling_factor: Positive = 0.18215
-    """The UNet sees `(latents - shift_factor) * scaling_factor`; encode and decode here apply neither."""
+    """The denoiser sees `(latents - shift_factor) * scaling_factor`; encode and decode here apply neither."""
     shift_factor: Finite | None = None
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True

@@ -26,7 +26,13 @@ def config_json(*widths, **fields):
 
 
 TWO_LEVELS = config_json(8, 16)
-FOUR_LEVELS = config_json(4, 8, 12, 12)
+SD3 = config_json(4, 8, 12, 12) | {
+    "latent_channels": 16,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
 NO_OPTIONS = config_json(
     8,
     16,
@@ -77,7 +83,7 @@ def to_torch_image(x_NHWC):
     return torch.from_numpy(x_NHWC).permute(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize("fields", [TWO_LEVELS, FOUR_LEVELS, NO_OPTIONS], ids=["two", "four", "no_options"])
+@pytest.mark.parametrize("fields", [TWO_LEVELS, SD3, NO_OPTIONS], ids=["two", "sd3", "no_options"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [("float64", 1e-9), pytest.param("float32", 1e-5, marks=pytest.mark.slow)]
 )
@@ -112,9 +118,9 @@ def test_log_variance_is_clamped_as_in_diffusers():
     [
         (FULL_SIZE, 83_653_863),
         (FULL_SIZE | {"scaling_factor": 0.13025, "sample_size": 1024, "force_upcast": True}, 83_653_863),
-        (FULL_SIZE | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}, 83_819_683),
+        (SD3 | FULL_SIZE, 83_819_683),
     ],
-    ids=["sd", "sdxl", "sixteen_channels"],
+    ids=["sd", "sdxl", "sd3"],
 )
 def test_full_size_names_and_shapes_agree_with_diffusers(fields, count):
     specs = build(fields, "float32").specs
@@ -132,6 +138,8 @@ def test_config_reads_what_diffusers_writes():
     assert config.layers_per_block == 2
     assert (config.use_quant_conv, config.use_post_quant_conv, config.mid_block_add_attention) == (False, False, False)
     assert (config.scaling_factor, config.shift_factor) == (0.18215, None)
+    config = VAEConfig.from_dict(SD3, "vae/config.json")
+    assert (config.latent_channels, config.scaling_factor, config.shift_factor) == (16, 1.5305, 0.0609)
 
 
 @pytest.mark.parametrize(
