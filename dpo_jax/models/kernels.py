@@ -15,7 +15,7 @@ from dpo_jax.models.execution import ATTENTION, attention_result
 from dpo_jax.sharding import DATA_AXES
 
 SPLASH_BLOCKS = (512, 256, 128)
-"""Numbers of queries or keys that splash attention works on at a time; the first one that divides the total is used."""
+"""Numbers of queries or keys that splash attention works on at a time; see `_block`."""
 
 
 class Kernel(NamedTuple):
@@ -41,23 +41,22 @@ def cudnn(
     num_keys_N: jax.Array | None = None,
 ) -> jax.Array:
     """Return multi-head attention [N, Q, D] computed by NVIDIA's kernel for GPUs."""
-    # cuDNN does not support an odd number of keys, such as a caption's 77.
+    # cuDNN does not support odd numbers of tokens, such as a caption's 77.
     rows, keys = key_NSD.shape[:2]
     if num_keys_N is None and keys % 8:
         num_keys_N = jnp.full(rows, keys, jnp.int32)
-    padding = ((0, 0), (0, -keys % 8), (0, 0))
-    key_NSD, value_NSD = jnp.pad(key_NSD, padding), jnp.pad(value_NSD, padding)
-    query_NQhd, key_NShd, value_NShd = (split_heads(x, num_heads) for x in (query_NQD, key_NSD, value_NSD))
+    padded = (_padded(x_NLD, 8) for x_NLD in (query_NQD, key_NSD, value_NSD))
+    query_NQhd, key_NShd, value_NShd = (split_heads(x_NLD, num_heads) for x_NLD in padded)
     result_NQhd = jax.nn.dot_product_attention(
         query_NQhd, key_NShd, value_NShd, key_value_seq_lengths=num_keys_N, implementation="cudnn"
     )
-    return attention_result(result_NQhd.reshape(query_NQD.shape))
+    return attention_result(result_NQhd.reshape(rows, -1, query_NQD.shape[-1])[:, : query_NQD.shape[1]])
 
 
 def splash_takes(query_NQD: jax.Array, key_NSD: jax.Array, num_heads: int) -> bool:
-    """Return whether queries and keys divide into whole blocks. Attention to a caption's 77 keys does not, but it is
-    only a twentieth of the total, and short rows are multiplied quickly."""
-    return all(x_NLD.shape[1] % SPLASH_BLOCKS[-1] == 0 for x_NLD in (query_NQD, key_NSD))
+    """Return whether queries and keys fill the smallest blocks but for an eighth. A caption's 77 keys do not, but
+    attention to them is only a twentieth of the total, and short rows are multiplied quickly."""
+    return all(-x_NLD.shape[1] % SPLASH_BLOCKS[-1] <= x_NLD.shape[1] / 8 for x_NLD in (query_NQD, key_NSD))
 
 
 def splash(
@@ -76,8 +75,13 @@ def splash(
     """
     from jax.experimental.pallas.ops.tpu import splash_attention  # 1/6 s that only TPUs need
 
-    features = query_NQD.shape[-1] // num_heads
-    block_q, block_kv = (_block(x_NLD.shape[1]) for x_NLD in (query_NQD, key_NSD))
+    features, queries, keys = query_NQD.shape[-1] // num_heads, query_NQD.shape[1], key_NSD.shape[1]
+    block_q, block_kv = _block(queries), _block(keys)
+    if num_keys_N is None and keys % block_kv:
+        num_keys_N = jnp.full(len(key_NSD), keys, jnp.int32)
+    query_NQD, key_NSD, value_NSD = (
+        _padded(x_NLD, block) for x_NLD, block in ((query_NQD, block_q), (key_NSD, block_kv), (value_NSD, block_kv))
+    )
     blocks = splash_attention.BlockSizes(block_q, block_kv, block_kv, block_q, block_kv, block_kv, block_q, block_kv)
 
     def of_device(num_keys_N: jax.Array | None, *arguments: jax.Array) -> jax.Array:
@@ -105,7 +109,7 @@ def splash(
         split = PartitionSpec(DATA_AXES, None, "tensor")
         specs = (PartitionSpec(DATA_AXES), split, split, split)
         of_device = jax.shard_map(of_device, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
-    return of_device(num_keys_N, query_NQD, key_NSD, value_NSD)
+    return of_device(num_keys_N, query_NQD, key_NSD, value_NSD)[:, :queries]
 
 
 def split_heads(x_NLD: jax.Array, num_heads: int) -> jax.Array:
@@ -114,7 +118,13 @@ def split_heads(x_NLD: jax.Array, num_heads: int) -> jax.Array:
 
 
 def _block(length: int) -> int:
-    return next(block for block in SPLASH_BLOCKS if length % block == 0)
+    """Return the largest block that pads the tokens by at most a sixteenth, or the smallest one."""
+    return next((block for block in SPLASH_BLOCKS if -length % block <= length / 16), SPLASH_BLOCKS[-1])
+
+
+def _padded(x_NLD: jax.Array, multiple: int) -> jax.Array:
+    """Append zeros until the number of tokens is a multiple of `multiple`."""
+    return jnp.pad(x_NLD, ((0, 0), (0, -x_NLD.shape[1] % multiple), (0, 0)))
 
 
 KERNELS = {"cudnn": Kernel(cudnn_takes, cudnn), "splash": Kernel(splash_takes, splash)}

@@ -304,7 +304,8 @@ def _attention_forward(
     if blocks == 1:
         result_NQhd, log_sum_NQh = of_block(query_NQhd)
     else:
-        result_NQhd, log_sum_NQh = map(_join, jax.lax.map(of_block, _split(query_NQhd, blocks)))
+        of_blocks = jax.lax.map(of_block, _split(query_NQhd, blocks))
+        result_NQhd, log_sum_NQh = (_join(x_BNQ, query_NQD.shape[1]) for x_BNQ in of_blocks)
     # Both get one name: rematerialization that keeps the result needs the sums too, or it would recompute both.
     result_NQD = attention_result(result_NQhd.reshape(query_NQD.shape))
     log_sum_NQh = attention_result(log_sum_NQh)
@@ -347,7 +348,7 @@ def _attention_backward(
     else:
         split = tuple(_split(x, blocks) for x in of_queries)
         (dkey_NShd, dvalue_NShd), dquery_BNQhd = jax.lax.scan(of_block, zeros, split)
-        dquery_NQhd = _join(dquery_BNQhd)
+        dquery_NQhd = _join(dquery_BNQhd, query_NQhd.shape[1])
     dquery_NQD, dkey_NSD, dvalue_NSD = (x.reshape(*x.shape[:2], -1) for x in (dquery_NQhd, dkey_NShd, dvalue_NShd))
     return dquery_NQD, dkey_NSD.astype(low), dvalue_NSD.astype(low), None
 
@@ -370,19 +371,22 @@ def _logits(query_NQhd: jax.Array, key_NShd: jax.Array, num_keys_N: jax.Array | 
 
 
 def _num_blocks(query_NQhd: jax.Array, key_NShd: jax.Array, is_causal: bool) -> int:
-    """Return the smallest number of equal blocks whose products fit into LOGITS_BYTES."""
+    """Return a number of blocks of queries whose products fit into LOGITS_BYTES: a divisor if one is near."""
     _, queries, heads, _ = query_NQhd.shape
     size = heads * queries * key_NShd.shape[1] * accumulation_dtype(query_NQhd.dtype).itemsize
     if is_causal:  # a block would need its offset, and captions are short
         return 1
-    return next(n for n in range(1, queries + 1) if queries % n == 0 and (size <= n * LOGITS_BYTES or n == queries))
+    needed = min(-(-size // LOGITS_BYTES), queries)
+    return next((n for n in range(needed, 2 * needed) if queries % n == 0), needed)
 
 
 def _split(x_NQ: jax.Array, blocks: int) -> jax.Array:
-    """Reshape [N, Q, ...] to [blocks, N, Q / blocks, ...]."""
-    return jnp.moveaxis(x_NQ.reshape(x_NQ.shape[0], blocks, -1, *x_NQ.shape[2:]), 1, 0)
+    """Reshape [N, Q, ...] to [blocks, N, Q / blocks, ...]; zeros fill the last block."""
+    n, queries, *rest = x_NQ.shape
+    x_NQ = jnp.pad(x_NQ, ((0, 0), (0, -queries % blocks), *[(0, 0)] * len(rest)))
+    return jnp.moveaxis(x_NQ.reshape(n, blocks, -1, *rest), 1, 0)
 
 
-def _join(x_BNQ: jax.Array) -> jax.Array:
+def _join(x_BNQ: jax.Array, queries: int) -> jax.Array:
     """Undo `_split`."""
-    return jnp.moveaxis(x_BNQ, 0, 1).reshape(x_BNQ.shape[1], -1, *x_BNQ.shape[3:])
+    return jnp.moveaxis(x_BNQ, 0, 1).reshape(x_BNQ.shape[1], -1, *x_BNQ.shape[3:])[:, :queries]

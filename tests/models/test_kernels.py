@@ -27,17 +27,17 @@ def with_gradients(attend: Callable[..., jax.Array], *arrays: jax.Array) -> list
     return [np.asarray(x, np.float64) for x in (y, *pull(y))]
 
 
-@pytest.mark.parametrize("keys", [77, 64])
-def test_arguments_of_cudnns_attention(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("queries", "keys"), [(96, 77), (101, 64)])
+def test_arguments_of_cudnns_attention(queries: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel itself runs only on GPUs; JAX computes the same result from the same arguments."""
     kernel, called_with = jax.nn.dot_product_attention, []
 
     def in_its_place(*arrays: jax.Array, implementation: str, **settings: Any) -> jax.Array:
-        called_with.append((implementation, arrays[1].shape))
+        called_with.append((implementation, arrays[0].shape[1], arrays[1].shape[1]))
         return kernel(*arrays, implementation="xla", **settings)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", in_its_place)
-    arrays = numbers((2, 96, 32), (2, keys, 32), (2, keys, 32), dtype=jnp.bfloat16)
+    arrays = numbers((2, queries, 32), (2, keys, 32), (2, keys, 32), dtype=jnp.bfloat16)
 
     for num_keys_N in (None, jnp.array([keys - 9, 5])):
         of_both = [
@@ -48,7 +48,7 @@ def test_arguments_of_cudnns_attention(keys: int, monkeypatch: pytest.MonkeyPatc
         ]
         for fused, plain in zip(*of_both, strict=True):
             assert np.linalg.norm(fused - plain) < 0.01 * np.linalg.norm(plain)
-    assert called_with == [("cudnn", (2, -(-keys // 8) * 8, 2, 16))] * 2  # an even number of keys
+    assert called_with == [("cudnn", -(-queries // 8) * 8, -(-keys // 8) * 8)] * 2  # even numbers
 
 
 @pytest.mark.parametrize(("features", "dtype"), [(2 * 160, jnp.bfloat16), (2 * 20, jnp.bfloat16), (32, jnp.float32)])
@@ -71,10 +71,10 @@ def test_cudnns_attention_compiles_for_a_gpu_that_is_not_there(keys: int) -> Non
     assert compiled.memory_analysis().temp_size_in_bytes < 8 * 10 * 1024 * max(keys, 512) * 2
 
 
-@pytest.mark.parametrize("features", [40, 64])
-def test_splash_attention_is_our_own(features: int) -> None:
+@pytest.mark.parametrize(("features", "queries", "keys"), [(40, 256, 640), (64, 250, 640), (40, 256, 630)])
+def test_splash_attention_is_our_own(features: int, queries: int, keys: int) -> None:
     """Pallas' interpreter runs it; 640 keys are two and a half blocks of 256 queries."""
-    arrays = numbers((2, 256, 2 * features), *[(2, 640, 2 * features)] * 2)
+    arrays = numbers((2, queries, 2 * features), *[(2, keys, 2 * features)] * 2)
     num_keys_N = None if features == 40 else jnp.array([640, 130])
     of_both = with_gradients(lambda *a: kernels.splash(*a, 2, num_keys_N, interpret=True), *arrays)
     plainly = with_gradients(lambda *a: attention(*a, 2, num_keys_N=num_keys_N), *arrays)
@@ -89,6 +89,8 @@ def test_short_rows_are_left_to_xla() -> None:
             attention(query, key, key, 2, implementation="splash"), attention(query, key, key, 2)
         )
     assert kernels.splash_takes(query, query, 2)
+    (of_both,) = numbers((1, 1024 + 333, 32))  # Stable Diffusion 3's image and caption at 512 pixels
+    assert kernels.splash_takes(of_both, of_both, 2)
 
 
 ON_A_MESH = """
