@@ -29,7 +29,7 @@ from dpo_jax.models.execution import PLAIN, Execution
 from dpo_jax.models.layers import Linear, RMSNorm, make_param
 from dpo_jax.models.operations import accumulation_dtype, gated_add, modulated_layer_norm, rms_norm, swiglu
 from dpo_jax.models.time_embedding import SINUSOIDS, sinusoids
-from dpo_jax.models.transformer_layers import Attention, Rotary, patchify, unpatchify
+from dpo_jax.models.transformer_layers import Attention, Rotary, check_inputs, patchify, unpatchify
 
 PATCH = 2
 """Height and width in latent cells of the patch that becomes one token."""
@@ -206,28 +206,15 @@ class ZImageTransformer2DModel(nnx.Module):
         return context_NLD, num_tokens_N + -num_tokens_N % TOKENS_MULTIPLE
 
     def _check(self, x_NHWC: jax.Array, conditioning: Conditioning) -> None:
-        config, (_, height, width, channels) = self.config, x_NHWC.shape
-        if channels != config.in_channels:
-            raise UserError(
-                f"these latents have {channels} channels, but this Z-Image transformer has in_channels = "
-                f"{config.in_channels}"
-            )
-        if height % PATCH or width % PATCH:
-            raise UserError(
-                f"these are latents of {height} x {width} cells, but a Z-Image transformer needs multiples of {PATCH}"
-            )
-        _, captions, features = conditioning.context_NLD.shape
-        if features != config.cap_feat_dim:
-            raise UserError(
-                f"this Z-Image transformer has cap_feat_dim = {config.cap_feat_dim}, but the captions have {features} "
-                "features"
-            )
-        # Captions begin at 1, and the image has the place after them.
+        check_inputs("Z-Image transformer", self.config, x_NHWC, conditioning)
+        captions, (_, height, width, _) = conditioning.context_NLD.shape[1], x_NHWC.shape
+        # Captions begin at place 1, and the image has the place after them.
         needed = captions + -captions % TOKENS_MULTIPLE + 2, height // PATCH, width // PATCH
-        if any(one > limit for one, limit in zip(needed, config.axes_lens, strict=True)):
+        if any(one > limit for one, limit in zip(needed, self.config.axes_lens, strict=True)):
             raise UserError(
-                f"captions of {captions} tokens and latents of {height} x {width} cells need axes_lens of "
-                f"{list(needed)}, but this Z-Image transformer has axes_lens = {list(config.axes_lens)}"
+                f"captions of {captions} tokens and latents of {height} x {width} cells need axes_lens = "
+                f"{list(needed)}, but this Z-Image transformer has {list(self.config.axes_lens)}; choose smaller "
+                "images or shorter captions"
             )
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_z_image import RopeEmbedder, TimestepEmbedder
 
 from dpo_jax.batch import Conditioning
@@ -21,7 +21,16 @@ from dpo_jax.models.lora import LowRank, add_lora, find_targets
 from dpo_jax.models.network import Network
 from dpo_jax.models.z_image_transformer import ZImageTransformer2DModel, ZImageTransformerConfig
 from dpo_jax.planning.program import Program
-from dpo_jax.weights.layout import Params, from_torch, torch_name
+from dpo_jax.weights.layout import from_torch, torch_name
+
+from .torch_parity import (
+    FAST,
+    double_diffusers,
+    double_sinusoids,
+    our_params,
+    relative_error,
+    with_random_vectors,
+)
 
 # The config.json of Z-Image and of Z-Image-Turbo.
 PUBLISHED = {
@@ -59,7 +68,6 @@ DEEP = {**TINY, "n_layers": 2}
 TOKENS = [5, 33, 32]
 """Numbers of tokens of the captions: these are padded to 32, 64 and 32."""
 N, L, C = 3, 40, 3
-FAST = {"xla_backend_optimization_level": 0}  # compiles twice as fast, and running takes no time
 
 
 def build(config: dict[str, Any], dtype: Any, execution: Execution = PLAIN) -> Network:
@@ -71,20 +79,11 @@ def build(config: dict[str, Any], dtype: Any, execution: Execution = PLAIN) -> N
 
 @cache
 def torch_model(n_layers: int = 1) -> diffusers.ZImageTransformer2DModel:
-    """Return the model in float64, with norms, biases and learned padding away from their trivial initial values."""
     torch.manual_seed(0)
-    model = diffusers.ZImageTransformer2DModel.from_config({**TINY, "n_layers": n_layers}).double().eval()
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1 or "pad_token" in name:
-            parameter.data += 0.3 * torch.randn_like(parameter)
+    model = with_random_vectors(diffusers.ZImageTransformer2DModel.from_config({**TINY, "n_layers": n_layers}))
+    for token in (model.x_pad_token, model.cap_pad_token):
+        token.data += 0.3 * torch.randn_like(token)
     return model
-
-
-def our_params(network: Network, arrays: dict[str, torch.Tensor]) -> Params:
-    return {
-        name: jnp.asarray(from_torch(arrays[torch_name(name)].detach().numpy(), spec))
-        for name, spec in network.specs.items()
-    }
 
 
 @cache
@@ -123,36 +122,24 @@ def run_torch(
 
 
 @pytest.fixture
-def double_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sinusoids, rotations and norms in float64, which diffusers computes in float32 whatever the model's dtype."""
-
-    def sinusoids(t: torch.Tensor, dim: int) -> torch.Tensor:
-        angles = t.double()[:, None] * 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
-        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+def double(x64: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Both compute in float64 what diffusers computes in float32 whatever the model's dtype."""
 
     def rotations(dim: list[int], end: list[int], theta: float) -> list[torch.Tensor]:
         frequencies = [theta ** (-torch.arange(0, d, 2, dtype=torch.float64) / d) for d in dim]
         angles = [torch.outer(torch.arange(e).double(), f) for e, f in zip(end, frequencies, strict=True)]
         return [torch.polar(torch.ones_like(angle), angle) for angle in angles]
 
-    def normed(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps) * norm.weight
-
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    monkeypatch.setattr(TimestepEmbedder, "timestep_embedding", staticmethod(sinusoids))
+    monkeypatch.setattr(TimestepEmbedder, "timestep_embedding", staticmethod(double_sinusoids))
     monkeypatch.setattr(RopeEmbedder, "precompute_freqs_cis", staticmethod(rotations))
-    monkeypatch.setattr(RMSNorm, "forward", normed)
     for n_layers in (1, 2):  # models keep their table of rotations
         monkeypatch.setattr(torch_model(n_layers).rope_embedder, "freqs_cis", None)
+    with double_diffusers():
+        yield
 
 
-def relative_error(ours: Any, oracle: Any) -> float:
-    ours, oracle = np.asarray(ours, np.float64), np.asarray(oracle, np.float64)
-    assert ours.shape == oracle.shape
-    return float(np.linalg.norm(ours - oracle) / np.linalg.norm(oracle))
-
-
-@pytest.mark.usefixtures("x64", "double_torch")
+@pytest.mark.usefixtures("double")
 @pytest.mark.parametrize(("height", "width"), [(6, 10), (16, 8)])
 def test_prediction_equals_diffusers_in_float64(height: int, width: int) -> None:
     """The latents are not square; those of 16 x 8 cells are 32 tokens, which need no padding. Every caption gives the
@@ -173,7 +160,7 @@ def test_prediction_equals_diffusers_in_float64(height: int, width: int) -> None
     assert relative_error(ours, torch.cat(alone)) < 1e-9
 
 
-@pytest.mark.usefixtures("x64", "double_torch")
+@pytest.mark.usefixtures("double")
 def test_prediction_without_a_mask_of_tokens() -> None:
     """All of the context is the caption, here 40 tokens, which are padded to 64."""
     x_NHWC, t_N, conditioning = make_inputs()
@@ -225,7 +212,7 @@ def weighted_sum(prediction_NHWC: Any) -> Any:
     return (prediction_NHWC * weight_NHWC).sum()
 
 
-@pytest.mark.usefixtures("x64", "double_torch")
+@pytest.mark.usefixtures("double")
 @pytest.mark.parametrize(
     "execution", [pytest.param(PLAIN, marks=pytest.mark.slow), Execution("block", scan=True)], ids=str
 )
@@ -243,7 +230,7 @@ def test_every_gradient_equals_diffusers(execution: Execution) -> None:
 LORA_TARGETS = r"attention\.(to_[qkv]|to_out\.0)$"
 
 
-@pytest.mark.usefixtures("x64", "double_torch")
+@pytest.mark.usefixtures("double")
 def test_a_lora_equals_pefts() -> None:
     parsed = ZImageTransformerConfig.from_dict(TINY, "config.json")
     adapters = find_targets(tiny("float64")[0], LORA_TARGETS, rank=3, alpha=2.0)
@@ -332,11 +319,11 @@ def test_config_errors_name_the_field(change: dict[str, Any], message: str) -> N
 @pytest.mark.parametrize(
     ("shape", "caption", "message"),
     [
-        ((N, 5, 6, C), (N, L, 10), "latents of 5 x 6 cells, .* multiples of 2"),
-        ((N, 4, 6, 4), (N, L, 10), "latents have 4 channels, .* 3"),
-        ((N, 4, 6, C), (N, L, 11), "cap_feat_dim = 10, .* 11 features"),
-        ((N, 4, 18, C), (N, L, 10), r"latents of 4 x 18 cells need axes_lens of \[66, 2, 9\], .* \[80, 8, 8\]"),
-        ((N, 4, 6, C), (N, 65, 10), r"captions of 65 tokens .* need axes_lens of \[98, 2, 3\]"),
+        ((N, 5, 6, C), (N, L, 10), "latents of 5 x 6 cells do not divide"),
+        ((N, 4, 6, 4), (N, L, 10), "latents of 3 channels, not 4"),
+        ((N, 4, 6, C), (N, L, 11), "captions of 10 features, not 11"),
+        ((N, 4, 18, C), (N, L, 10), r"latents of 4 x 18 cells need axes_lens = \[66, 2, 9\], .* \[80, 8, 8\]"),
+        ((N, 4, 6, C), (N, 65, 10), r"captions of 65 tokens .* need axes_lens = \[98, 2, 3\]"),
     ],
 )
 def test_latents_and_captions_must_fit(shape: tuple[int, ...], caption: tuple[int, ...], message: str) -> None:
