@@ -20,12 +20,15 @@ from dpo_jax.weights import lora_layouts, safetensors_file
 from dpo_jax.weights.finite import is_finite
 from dpo_jax.weights.io import PICKLES, first_several
 from dpo_jax.weights.layout import ParamSpec, Specs, from_torch
+from dpo_jax.weights.lora_fused import divide
 from dpo_jax.weights.lora_layouts import Place
 from dpo_jax.weights.lora_metadata import FILES, PEFT_CONFIG, Stated
 from dpo_jax.weights.lora_methods import Change, fold_mid, method_of, rank_of, read_change
 from dpo_jax.weights.mapped_file import fetch
+from dpo_jax.weights.original_slots import Slot
 
 Array = np.ndarray | jax.Array
+LACKING = "layers that it lacks"
 
 
 class Adapter(NamedTuple):
@@ -50,13 +53,13 @@ class Adapter(NamedTuple):
         return self.params[f"{layer}.lora_A.kernel"].shape[-1]
 
 
-def read_lora(path: epath.PathLike, base_specs: Specs) -> Adapter:
-    """Return the LoRA for a UNet in the file or folder at `path`, in the stored dtype, to be trained further or
+def read_lora(path: epath.PathLike, base_specs: Specs, component: str = "unet") -> Adapter:
+    """Return the LoRA for a denoiser in the file or folder at `path`, in the stored dtype, to be trained further or
     rewritten.
 
     Raises the errors of `read_adapters`, and a UserError if the file holds something that can only be merged.
     """
-    adapter = read_adapters(path, {"unet": base_specs})["unet"]
+    adapter = read_adapters(path, {component: base_specs})[component]
     check_low_rank(adapter, str(path))
     return adapter
 
@@ -81,11 +84,12 @@ def read_adapters(
     left out with a warning.
 
     Raises:
-        UserError: one message with everything that does not fit: layers that the UNet lacks or that have another shape,
-            unknown methods, A without B. Also if nothing is for the UNet, or a value is not finite and not
+        UserError: one message with everything that does not fit: layers that the denoiser lacks or that have another
+            shape, unknown methods, A without B. Also if nothing is for the denoiser, or a value is not finite and not
             `allow_nonfinite`.
     """
     path = _find_file(epath.Path(path))
+    denoiser = next(component for component in specs if component in lora_layouts.DENOISERS)
     names: dict[str, Place] = {}
     for component, its_specs in specs.items():
         names |= lora_layouts.stored_names(component, its_specs)
@@ -96,13 +100,13 @@ def read_adapters(
     for key, array in safetensors_file.read(path).items():
         stored, part = lora_layouts.split(key)
         place = names.get(stored)
-        owner, method = lora_layouts.for_others(key), lora_layouts.unsupported(key)
+        owner, method = lora_layouts.for_others(key, denoiser), lora_layouts.unsupported(key)
         if place is None and owner:
             left_out[owner].append(stored)
         elif method:
             problems["of a method that is not supported"].append(f"{key} ({method})")
         elif place is None or not part:
-            problems["layers that it lacks"].append(stored)
+            problems[LACKING].append(stored)
         elif part in layers[place]:
             problems["stored twice"].append(key)
         else:
@@ -111,14 +115,23 @@ def read_adapters(
 
     stated = Stated(path, has_alphas=any("alpha" in parts for parts in layers.values()))
     found = {component: _Found({}, {}, {}) for component in specs}
+    originals = lora_layouts.original_layers(specs[denoiser])
     for place, parts in sorted(layers.items()):
+        slots = originals.get(place.layer, {}) if place.component == denoiser else {}
         try:
-            _read_layer(found[place.component], place, parts, specs[place.component], stated)
+            if slots and not lora_layouts.is_same(slots):
+                _read_original_layer(found[denoiser], place, parts, slots, specs[denoiser], stated)
+            else:
+                _read_layer(found[place.component], place, parts, specs[place.component], stated)
         except _Incomplete as error:
             problems["incomplete"].append(f"{place.layer} ({error})")
         except _Misshapen as error:
             problems["misshapen"].append(f"{place.layer} ({error})")
-    _check_found(path, stated, problems, left_out, has_unet=any(place.component == "unet" for place in layers))
+        except _StoredTwice as error:
+            problems["stored twice"].append(str(error))
+    made_for = stated.made_for or lora_layouts.family_of(problems.get(LACKING, ()))
+    is_for_denoiser = any(place.component == denoiser for place in layers)
+    _check_found(path, made_for, problems, left_out, "UNet" if denoiser == "unet" else denoiser, is_for_denoiser)
     return {component: Adapter(*parts) for component, parts in found.items()}
 
 
@@ -173,18 +186,24 @@ class _Misshapen(UserError):
     """A stored array has another shape than the layer needs."""
 
 
-def _read_layer(found: _Found, place: Place, parts: dict[str, np.ndarray], specs: Specs, stated: Stated) -> None:
-    """Add to `found` the change that `parts` make to a layer."""
+class _StoredTwice(UserError):
+    """A layer is stored under two names."""
+
+
+def _read_layer(
+    found: _Found, place: Place, parts: Mapping[str, np.ndarray], specs: Specs, stated: Stated, slot: Slot | None = None
+) -> None:
+    """Add to `found` the change that `parts` make to a layer; with a `slot`, they are those of an original layer."""
     layer, parts = place.layer, dict(parts)
     stored_alpha = parts.pop("alpha", None)
     norms_and_biases = {"diff_b": "bias", "b_norm": "bias", "w_norm": "scale"}.items()
     of_weight = {part: array for part, array in parts.items() if part not in dict(norms_and_biases)}
     for part, name in norms_and_biases:
         if part in parts:
-            _add_change(found, f"{layer}.{name}", {"diff": parts[part]}, 1.0, specs)
+            _add_change(found, f"{layer}.{name}", {"diff": parts[part]}, 1.0, specs, slot)
     if "diff" in of_weight:
         name = "scale" if f"{layer}.scale" in specs else "kernel"
-        _add_change(found, f"{layer}.{name}", of_weight, 1.0, specs)
+        _add_change(found, f"{layer}.{name}", of_weight, 1.0, specs, slot)
     if "diff" in of_weight or (parts and not of_weight):
         return
     method = method_of(of_weight)
@@ -193,15 +212,7 @@ def _read_layer(found: _Found, place: Place, parts: dict[str, np.ndarray], specs
     rank = rank_of(of_weight)
     if rank == 0:
         raise _Misshapen("of rank 0, so it has no weights")
-    alpha: float
-    if rank is None:
-        alpha, rank = 1.0, 1
-    elif stored_alpha is None:
-        alpha = stated.alpha(place.component, layer, rank)
-    elif stored_alpha.size == 1:
-        alpha = float(stored_alpha.item())
-    else:
-        raise _Misshapen(f"alpha is stored as {stored_alpha.shape}, and one number is needed")
+    alpha, rank = (1.0, 1) if rank is None else (_alpha(stored_alpha, place, rank, stated), rank)
     if "lora_mid" in of_weight:
         down, mid = of_weight["lora_A"], of_weight.pop("lora_mid")
         *window, inputs, _ = specs[f"{layer}.kernel"].shape
@@ -210,10 +221,12 @@ def _read_layer(found: _Found, place: Place, parts: dict[str, np.ndarray], specs
             raise _Misshapen(f"lora_mid {mid.shape} and lora_down {down.shape} do not fit each other and the layer")
         of_weight["lora_A"] = fold_mid(down, mid)
     if method != "LoRA":
-        _add_change(found, f"{layer}.kernel", of_weight, alpha / rank, specs)
+        _add_change(found, f"{layer}.kernel", of_weight, alpha / rank, specs, slot)
         return
     if f"{layer}.kernel" not in specs:
         raise _Misshapen("it is neither a linear layer nor a convolution")
+    if layer in found.alphas:
+        raise _StoredTwice(layer)
     for part, spec in low_rank_specs(specs[f"{layer}.kernel"], rank).items():
         try:
             value = from_torch(of_weight[part], spec)
@@ -223,11 +236,53 @@ def _read_layer(found: _Found, place: Place, parts: dict[str, np.ndarray], specs
     found.alphas[layer] = alpha
 
 
-def _add_change(found: _Found, name: str, arrays: dict[str, np.ndarray], scale: float, specs: Specs) -> None:
+def _read_original_layer(
+    found: _Found,
+    place: Place,
+    parts: Mapping[str, np.ndarray],
+    slots: Mapping[str, Slot],
+    specs: Specs,
+    stated: Stated,
+) -> None:
+    """Like `_read_layer`, for a layer of the original layout that stands for those in `slots`."""
+    low_rank = ("lora_A", "lora_B", "alpha")
+    rest = {part: array for part, array in parts.items() if part not in low_rank}
+    if not {"lora_A", "lora_B"} <= parts.keys() or method_of(parts) != "LoRA":
+        divided, rest = {}, dict(parts)
+    elif "lora_mid" in parts:
+        raise _Misshapen("a lora_mid of several layers at once is not supported")
+    else:
+        rank = len(parts["lora_A"])
+        scale = _alpha(parts.get("alpha"), place, rank, stated) / rank if rank else 0.0
+        try:
+            divided = divide(parts["lora_A"], parts["lora_B"], slots)
+        except ValueError as error:
+            raise _Misshapen(str(error)) from None
+    for layer, (A, B) in divided.items():
+        own = {"lora_A": A, "lora_B": B, "alpha": np.array(scale * len(A))}
+        _read_layer(found, Place(place.component, layer), own, specs, stated)
+    if rest:
+        for layer, slot in slots.items():
+            _read_layer(found, Place(place.component, layer), rest, specs, stated, slot)
+
+
+def _alpha(stored: np.ndarray | None, place: Place, rank: int, stated: Stated) -> float:
+    if stored is None:
+        return stated.alpha(place.component, place.layer, rank)
+    if stored.size != 1:
+        raise _Misshapen(f"alpha is stored as {stored.shape}, and one number is needed")
+    return float(stored.item())
+
+
+def _add_change(
+    found: _Found, name: str, arrays: dict[str, np.ndarray], scale: float, specs: Specs, slot: Slot | None
+) -> None:
     if name not in specs:
         raise _Misshapen(f"the model has no {name}")
+    if name in found.changes:
+        raise _StoredTwice(name)
     try:
-        found.changes[name] = read_change(arrays, scale, specs[name])
+        found.changes[name] = read_change(arrays, scale, specs[name], slot)
     except ValueError as error:
         raise _Misshapen(str(error)) from None
 
@@ -256,22 +311,19 @@ def _is_float(dtype: np.dtype) -> bool:
 
 def _check_found(
     path: epath.Path,
-    stated: Stated,
+    made_for: str | None,
     problems: Mapping[str, list[str]],
     left_out: Mapping[str, list[str]],
-    *,
-    has_unet: bool,
+    denoiser: str,
+    is_for_denoiser: bool,
 ) -> None:
-    """Raise a UserError with all problems, or if nothing is for the UNet; warn about tensors that are left out."""
-    made_for = f", made for {stated.made_for}," if stated.made_for else ""
+    """Raise a UserError with all problems, or if nothing is for the denoiser; warn about tensors that are left out."""
+    not_a_lora = f"{path}{f', made for {made_for},' if made_for else ''} is not a LoRA for this {denoiser}"
     if problems:
-        listed = "; ".join(first_several(names, kind) for kind, names in problems.items())
-        raise UserError(f"{path}{made_for} is not a LoRA for this UNet: {listed}")
+        raise UserError(f"{not_a_lora}: {'; '.join(first_several(names, kind) for kind, names in problems.items())}")
     others = "; ".join(first_several(names, f"layers for {owner}") for owner, names in left_out.items())
-    if not has_unet:
-        raise UserError(
-            f"{path}{made_for} is not a LoRA for this UNet: {f'it holds only {others}' if others else 'it is empty'}"
-        )
+    if not is_for_denoiser:
+        raise UserError(f"{not_a_lora}: {f'it holds only {others}' if others else 'it is empty'}")
     if others:
         warn(f"{path}: left out {others}")
 

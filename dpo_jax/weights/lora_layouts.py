@@ -1,6 +1,6 @@
 """The names of tensors in LoRA files: in every layout, a name is a prefix, the name of a layer, and a part.
 
-    prefix    `unet.`, `diffusion_model.`, `base_model.model.`, `lora_unet_` and others, or none
+    prefix    `unet.`, `transformer.`, `diffusion_model.`, `base_model.model.`, `lora_unet_` and others, or none
     layer     diffusers' name, or that of the original checkpoint; after `lora_unet_` joined by underscores
     part      `.lora_A.weight`, `.lora_down.weight`, `.lora.down.weight`, `.lora_A.default.weight`, `.alpha`, ...
 
@@ -14,24 +14,33 @@ Joining by underscores cannot be undone, so every mapping starts from dpo_jax's 
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from dpo_jax.weights.layout import Specs
-from dpo_jax.weights.original_slots import layer_slots
+from dpo_jax.weights.original_slots import Slot, layer_slots
 
-DOTTED = {  # prefixes by component; files without a component's prefix are for the UNet
-    "unet": (
-        *("", "unet.", "diffusion_model.", "model.diffusion_model."),
-        *("base_model.model.", "unet.base_model.model.", "base_model.model.unet."),
-    ),
+DENOISERS = ("unet", "transformer")
+"""The components that denoise; a model has one of them."""
+_OF_DENOISER = ("", "diffusion_model.", "model.diffusion_model.", "base_model.model.")
+DOTTED = {  # prefixes by component; files without a component's prefix are for the denoiser
+    **{
+        name: (*_OF_DENOISER, f"{name}.", f"{name}.base_model.model.", f"base_model.model.{name}.")
+        for name in DENOISERS
+    },
     "text_encoder": ("text_encoder.", "text_encoder.base_model.model.", "text_encoders.clip_l.transformer."),
-    "text_encoder_2": ("text_encoder_2.", "text_encoder_2.base_model.model.", "text_encoders.clip_g.transformer."),
+    "text_encoder_2": (
+        *("text_encoder_2.", "text_encoder_2.base_model.model."),
+        *("text_encoders.clip_g.transformer.", "text_encoders.t5xxl.transformer."),
+    ),
+    "text_encoder_3": ("text_encoder_3.", "text_encoder_3.base_model.model.", "text_encoders.t5xxl.transformer."),
 }
 JOINED = {
     "unet": ("lora_unet_", "lycoris_"),
+    "transformer": ("lora_unet_", "lora_transformer_", "lycoris_"),
     "text_encoder": ("lora_te_", "lora_te1_"),
-    "text_encoder_2": ("lora_te2_",),
+    "text_encoder_2": ("lora_te2_", "lora_te3_"),  # T5 is the third in ComfyUI, also beside one CLIP
+    "text_encoder_3": ("lora_te3_",),
 }
 
 # Patterns for the end of a tensor's name, by part. Adapter names (`default`) stand before the last word.
@@ -59,7 +68,7 @@ UNSUPPORTED = {
     r"\.lora_embedding_": "LoRA of an embedding",
 }
 
-# Patterns of tensors that belong to no UNet, by what they belong to.
+# Patterns of tensors that are for something else than the model's denoiser, by what they are for.
 FOR_OTHERS = {
     "text encoders": (
         r"lora_te\d?_|lora_prior_te|(base_model\.model\.)?text_encoders?(_\d)?\.|te\d?\.|clip_[lgh]\.|cond_stage_model\."
@@ -67,9 +76,19 @@ FOR_OTHERS = {
     ),
     "embeddings": r"bundle_emb|emb_params|(clip_[lgh]|t5)(_out)?$|string_to_param|embeddings?\.",
     "the VAE": r"lora_vae_|vae\.|first_stage_model\.",
-    "a transformer such as SD3's or Flux's": (
-        r"lora_transformer_|(base_model\.model\.)?transformer\.|.*(double|single|joint)_(transformer_)?blocks[._]"
+}
+_FOR_DENOISERS = {
+    "unet": ("a UNet", r"(.*[._])?((down|up|input|output)_blocks|mid_block|middle_block)[._]"),
+    "transformer": (
+        "a transformer such as SD3's or FLUX.1's",
+        r"lora_transformer_|(base_model\.model\.)?transformer\.|.*(double|single|joint)_(transformer_)?blocks[._]",
     ),
+}
+# Patterns of layers that only the transformers of one family have.
+_FAMILIES = {
+    "FLUX.1": r"(^|[._])(double_blocks|single_blocks|single_transformer_blocks)[._]",
+    "SD3": r"(^|[._])(joint_blocks[._]|transformer_blocks[._]\d+[._]attn2[._])",
+    "Z-Image": r"(^|[._])(layers|noise_refiner|context_refiner)[._]\d+[._](attention|feed_forward|adaLN)",
 }
 
 
@@ -78,6 +97,7 @@ class Place(NamedTuple):
 
     component: str
     layer: str
+    """The layer, or one of the original layout that holds several or has its rows in another order."""
 
 
 def split(key: str) -> tuple[str, str]:
@@ -93,24 +113,49 @@ def unsupported(key: str) -> str | None:
     return next((method for sign, method in UNSUPPORTED.items() if re.search(sign, key)), None)
 
 
-def for_others(key: str) -> str | None:
-    """Return what a tensor is for if its name shows that it is not for a UNet, or None."""
-    return next((owner for owner, sign in FOR_OTHERS.items() if re.match(sign, key)), None)
+def for_others(key: str, denoiser: str) -> str | None:
+    """Return what a tensor is for if its name shows that it is not for `denoiser`, or None."""
+    signs = FOR_OTHERS | dict(of for name, of in _FOR_DENOISERS.items() if name != denoiser)
+    return next((owner for owner, sign in signs.items() if re.match(sign, key)), None)
+
+
+def family_of(keys: Iterable[str]) -> str | None:
+    """Return the family whose transformer alone has the layers of a file, or None."""
+    keys = list(keys)
+    return next((family for family, sign in _FAMILIES.items() if any(re.search(sign, key) for key in keys)), None)
 
 
 def stored_names(component: str, specs: Specs) -> dict[str, Place]:
     """Return every name under which a file may hold a layer, with the place that it stands for."""
     names: dict[str, Place] = {}
-    originals = {layer: slot.tensor for layer, slot in layer_slots(specs).items()} if component == "unet" else {}
-    for layer in layers_of(specs):
-        place = Place(component, layer)
+
+    def add(place: Place, *layers: str) -> None:
+        names.update({prefix + name: place for prefix in DOTTED[component] for name in layers})
+        names.update({prefix + joined(name): place for prefix in JOINED[component] for name in layers})
+
+    for layer in layers_of(name for name in specs if "." in name):
         # Old diffusers attached the LoRA of an attention layer to the attention's processor.
         processor = re.sub(r"\.(to_\w+)(\.0)?$", r".processor.\1", layer)
         short = layer.removeprefix("text_model.")  # name in transformers 5
-        ours = {layer, originals.get(layer, layer), processor, short}
-        names |= {prefix + name: place for prefix in DOTTED[component] for name in ours}
-        names |= {prefix + joined(name): place for prefix in JOINED[component] for name in ours}
+        add(Place(component, layer), layer, processor, short)
+    if component in DENOISERS:
+        for layer, slots in original_layers(specs).items():
+            own = next(iter(slots)) if is_same(slots) else layer
+            add(Place(component, own), layer)
     return names
+
+
+def original_layers(specs: Specs) -> dict[str, dict[str, Slot]]:
+    """Return the layers of the original layout, each with the layers that it holds, in the order of their rows."""
+    found: dict[str, dict[str, Slot]] = {}
+    for layer, slot in sorted(layer_slots(specs).items(), key=lambda item: item[1].rows.start):
+        found.setdefault(slot.tensor, {})[layer] = slot
+    return found
+
+
+def is_same(slots: Mapping[str, Slot]) -> bool:
+    """Return whether a layer of the original layout is one layer in the same form."""
+    return not any(slot.is_fused or slot.form == "swapped" for slot in slots.values())
 
 
 def joined(layer: str) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 
 from dpo_jax.errors import UserError
 from dpo_jax.weights.layout import ParamSpec, from_torch, to_torch
+from dpo_jax.weights.original_slots import Slot
 
 Arrays = Mapping[str, np.ndarray]
 """The arrays of one layer, by the parts that `lora_layouts` names."""
@@ -29,11 +30,16 @@ class Change(NamedTuple):
     scale: float
     """alpha / rank."""
     spec: ParamSpec
+    slot: Slot | None = None
+    """Set if the arrays are those of a layer of the original layout: where it holds the parameter."""
 
     def __call__(self, value: np.ndarray, strength: float) -> np.ndarray:
         """Return the parameter, in dpo_jax's layout, with `strength` times the method's difference added."""
         weight = to_torch(value, self.spec)
-        changed = weight + (self.scale * _difference(self.arrays, weight.dtype)).reshape(weight.shape)
+        difference = self.scale * _difference(self.arrays, weight.dtype)
+        if self.slot:
+            difference = self.slot.take(difference.reshape(self.slot.total, -1))
+        changed = weight + difference.reshape(weight.shape)
         if self.method == "DoRA":
             changed *= _magnitude(self.arrays, weight) / _norm(changed, self.arrays)
         return from_torch(weight + strength * (changed - weight), self.spec)
@@ -63,10 +69,15 @@ def rank_of(arrays: Arrays) -> int | None:
     )
 
 
-def read_change(arrays: Arrays, scale: float, spec: ParamSpec) -> Change:
-    """Return the change of one weight; UserError if arrays are missing or do not fit each other or the weight."""
+def read_change(arrays: Arrays, scale: float, spec: ParamSpec, slot: Slot | None = None) -> Change:
+    """Return the change of one weight; UserError if arrays are missing or do not fit each other or the weight.
+
+    With a `slot`, the arrays are those of a layer of the original layout.
+    """
     method = method_of(arrays)
     outputs, *rest = spec.torch_shape
+    if slot:
+        outputs = slot.total
     found, needed = _shape(arrays, method), (outputs, math.prod(rest))
     if found != needed:
         raise UserError(f"{method} of shape {found}, the model needs {needed}")
@@ -74,7 +85,14 @@ def read_change(arrays: Arrays, scale: float, spec: ParamSpec) -> Change:
         scales = arrays["magnitude"] if "magnitude" in arrays else arrays["dora_scale"]
         if scales.size != (outputs if _is_along_outputs(arrays, outputs) else rest[0]):
             raise UserError(f"DoRA with {scales.size} magnitudes, the model needs {spec.torch_shape}")
-    return Change(method, arrays, scale, spec)
+        if slot:
+            if not _is_along_outputs(arrays, outputs):
+                raise UserError("DoRA along the inputs of several layers at once is not supported")
+            # Each row has its own norm, so the rows of one layer are a DoRA.
+            name = "magnitude" if "magnitude" in arrays else "dora_scale"
+            arrays = {**arrays, "lora_B": slot.take(arrays["lora_B"]), name: slot.take(arrays[name])}
+            slot = None
+    return Change(method, arrays, scale, spec, slot)
 
 
 def fold_mid(down: np.ndarray, mid: np.ndarray) -> np.ndarray:

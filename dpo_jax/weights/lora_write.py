@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 from dpo_jax.weights import lora_layouts, safetensors_file
 from dpo_jax.weights.layout import Specs, to_torch
 from dpo_jax.weights.lora_files import Adapter, low_rank_specs
+from dpo_jax.weights.lora_fused import join
 from dpo_jax.weights.lora_metadata import DIFFUSERS_METADATA
-from dpo_jax.weights.original_slots import layer_slots
 
 Number = TypeVar("Number", int, float)
 
@@ -25,12 +25,14 @@ def write_peft(
     base_specs: Specs,
     *,
     dtype: DTypeLike,
+    component: str = "unet",
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write the file that diffusers' `pipe.load_lora_weights` reads; in a folder it looks for FILES[0].
 
     alpha / rank is multiplied into the weights, so that alpha = rank, both for tools that read the metadata and for
-    those that do not (diffusers before 0.34, OneTrainer). `metadata` is added to the file's metadata.
+    those that do not (diffusers before 0.34, OneTrainer). `component` is the denoiser, unet or transformer, and
+    `metadata` is added to the file's metadata.
     """
     ranks = {layer: adapter.rank(layer) for layer in sorted(adapter.alphas)}
     adapter = _with_alphas(adapter, ranks)
@@ -44,9 +46,9 @@ def write_peft(
         "rank_pattern": others,
         "alpha_pattern": others,
     }
-    stated = json.dumps({f"unet.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)
+    stated = json.dumps({f"{component}.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)
     tensors = {
-        f"unet.{layer}.{part}.weight": array
+        f"{component}.{layer}.{part}.weight": array
         for layer in ranks
         for part, array in _torch_arrays(adapter, layer, base_specs, dtype).items()
     }
@@ -60,27 +62,34 @@ def write_kohya(
     *,
     dtype: DTypeLike,
     original_names: bool,
+    component: str = "unet",
     base_model_version: str | None = None,
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write the file that web UIs read, and also diffusers and OneTrainer.
 
-    `original_names` uses the names of the original layout, which they expect for SDXL; otherwise diffusers' names. Web
-    UIs recognise the family by `base_model_version`: `sd_v1`, `sd_v2`, `sd_v2_v` (predicts v), `sdxl_base_v1-0`. All
-    layers get the same alpha (the most common rank) because diffusers takes one for all attention layers; the
-    differences are multiplied into the weights. `metadata` is added to the file's metadata.
+    `original_names` uses the layers of the original layout, which they expect for SDXL and flow models (LoRAs of layers
+    that it concatenates are joined); otherwise diffusers' names. Web UIs recognise the family by `base_model_version`:
+    `sd_v1`, `sd_v2`, `sd_v2_v` (predicts v), `sdxl_base_v1-0`, `5-medium`, `flux1`.
+
+    All layers of a UNet get the same alpha (the most common rank) because diffusers takes one for all attention layers.
+    Those of a transformer get their rank because diffusers takes none for FLUX.1's last layer. The differences are
+    multiplied into the weights. `metadata` is added to the file's metadata.
     """
     layers = sorted(adapter.alphas)
-    alpha = _most_common(map(adapter.rank, layers))
-    adapter = _with_alphas(adapter, dict.fromkeys(layers, alpha))
-    slots = layer_slots(base_specs)
+    ranks = {layer: adapter.rank(layer) for layer in layers}
+    alpha = _most_common(ranks.values())
+    adapter = _with_alphas(adapter, dict.fromkeys(layers, alpha) if component == "unet" else ranks)
     tensors: dict[str, np.ndarray] = {}
-    for layer in layers:
-        name = f"lora_unet_{lora_layouts.joined(slots[layer].tensor if original_names else layer)}"
-        arrays = _torch_arrays(adapter, layer, base_specs, dtype)
-        tensors[f"{name}.alpha"] = np.array(alpha, np.float32)
-        tensors[f"{name}.lora_down.weight"] = arrays["lora_A"]
-        tensors[f"{name}.lora_up.weight"] = arrays["lora_B"]
+    for name, slots in lora_layouts.original_layers(base_specs).items():
+        parts = {layer: _torch_arrays(adapter, layer, base_specs, dtype) for layer in slots if layer in ranks}
+        if original_names and parts and not lora_layouts.is_same(slots):
+            A, B = join({layer: (own["lora_A"], own["lora_B"]) for layer, own in parts.items()}, slots)
+            _add_kohya(tensors, name, A, B, len(A))
+            continue
+        for layer, own in parts.items():
+            of_layer = alpha if component == "unet" else ranks[layer]
+            _add_kohya(tensors, name if original_names else layer, own["lora_A"], own["lora_B"], of_layer)
     stated = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(alpha),
@@ -90,6 +99,13 @@ def write_kohya(
         is_v2 = base_model_version.startswith("sd_v2")
         stated |= {"ss_base_model_version": base_model_version, "ss_v2": str(is_v2)}
     _write(epath.Path(path), tensors, stated | dict(metadata))
+
+
+def _add_kohya(tensors: dict[str, np.ndarray], layer: str, A: np.ndarray, B: np.ndarray, alpha: int) -> None:
+    name = f"lora_unet_{lora_layouts.joined(layer)}"
+    tensors[f"{name}.alpha"] = np.array(alpha, np.float32)
+    tensors[f"{name}.lora_down.weight"] = A
+    tensors[f"{name}.lora_up.weight"] = B
 
 
 def _with_alphas(adapter: Adapter, alphas: Mapping[str, float]) -> Adapter:

@@ -88,7 +88,7 @@ def layer_slots(specs: Specs) -> dict[str, Slot]:
     return {
         name.rpartition(".")[0]: slot._replace(tensor=slot.tensor.rpartition(".")[0])
         for name, slot in slots_of(specs).items()
-        if not name.endswith(".bias")
+        if name.endswith(".weight")
     }
 
 

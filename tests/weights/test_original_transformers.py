@@ -14,14 +14,9 @@ from dpo_jax.weights import original
 from dpo_jax.weights.io import load_params, read_params
 from dpo_jax.weights.layout import Specs, torch_name
 from dpo_jax.weights.mapped_file import fetch
-from tests.weights.torch_transformers import full_size_shapes, params_of, specs_of, tiny
+from tests.weights.torch_transformers import CONVERTERS, full_size_shapes, params_of, specs_of, tiny
 
 PREFIX = "model.diffusion_model."
-CONVERTERS = {
-    "sd3": single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
-    "flux": single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
-    "z_image": single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
-}
 
 
 def numbered(specs: Specs) -> dict[str, np.ndarray]:

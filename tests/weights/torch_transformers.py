@@ -6,6 +6,7 @@ from functools import cache
 import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel, ModelMixin, SD3Transformer2DModel, ZImageTransformer2DModel
+from diffusers.loaders import single_file_utils
 
 from dpo_jax.weights.layout import ParamSpec, Specs, torch_name
 
@@ -77,6 +78,13 @@ TINY = {
         },
     ),
 }
+
+CONVERTERS = {
+    "sd3": single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
+    "flux": single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
+    "z_image": single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
+}
+"""Functions that read files of the original layout; FLUX.1's only at its own width."""
 
 
 @cache
