@@ -15,6 +15,11 @@ def dpo(inputs: LossInputs, *, beta: Scalar, label_smoothing: float = 0.0) -> Fl
     Soft preferences mix both directions, `-p log sigmoid(z) - (1 - p) log sigmoid(-z)`, which is the formula above at
     p = 1. Label smoothing moves p towards 1/2 by that share of labels which are taken to be wrong; this is conservative
     DPO. Published beta: 5000 in the released code, in the same unit; the paper prints 2000 for SD1.5.
+
+    Flow models take the same formula with errors of the velocity. The released code of flow_grpo for SD3.5-medium
+    (yifan123/flow_grpo, scripts/train_sd3_dpo.py) has `-0.5 beta ((e_w - e_ref_w) - (e_l - e_ref_l))` with MEAN squared
+    errors over C, H and W, which is z here: its beta of 100 is ours. LongCat-Image leaves the 1/2 out, so its 2000 is
+    our 4000. SimpleTuner's flow_dpo sums by default, so its beta times C * H * W is ours.
     """
     preference_BK = inputs.preference_BK
     smoothed_BK = (1 - label_smoothing) * preference_BK + label_smoothing * preference_BK[:, ::-1]

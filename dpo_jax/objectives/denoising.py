@@ -48,7 +48,7 @@ def draw(
         dtype: dtype of the noise.
         offset: size of offset noise: one more draw per channel, the same for all cells, which is part of the noise and
             of the target (`noise_offset` of the official Diffusion-DPO trainer).
-        shares: probability of each training timestep, such as `even_shares`; None draws them uniformly.
+        shares: probability of each training timestep, such as `densities.even_shares`; None draws them uniformly.
 
     Returns:
         t_B (int32) and noise_BHWC.

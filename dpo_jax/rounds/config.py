@@ -13,7 +13,10 @@ from dpo_jax.methods import Method, find_method
 from dpo_jax.training.config import Derived, check_settings, divide_batch
 from dpo_jax.training.defaults import FIELDS, choose_method, default_config, fields_of, method_of
 
-OF_DATA = ("data.", "validation.", "early_stop.", "checkpoint.best", "loss.log_snr_buckets", "loss.inversion_steps")
+OF_DATA = (
+    *("data.", "validation.", "early_stop.", "checkpoint.best", "loss.log_snr_buckets", "loss.inversion_steps"),
+    *("loss.timestep_density", "loss.timestep_mean", "loss.timestep_std", "loss.timestep_shift"),
+)
 """Beginnings of fields about a data set and its held-out pairs, and about noise that is added to its images."""
 READ_OF_DATA = ("data.batch_size", "data.micro_batch", "data.resolution")
 """The fields of `config.data` that rounds read: they have no data set."""

@@ -138,6 +138,20 @@ FIELDS = {
         at_least=0,
         at_most=1000,
     ),
+    "loss.timestep_density": Field(
+        "",
+        "Density of timesteps; empty takes logit_normal for flow models and uniform for all others.",
+        choices=("", "uniform", "logit_normal"),
+    ),
+    "loss.timestep_mean": Field(
+        0.0, "Mean of logit_normal; above 0 draws less noise, as logit_mean of diffusers' training scripts."
+    ),
+    "loss.timestep_std": Field(1.0, "Standard deviation of logit_normal.", **POSITIVE),
+    "loss.timestep_shift": Field(
+        1.0,
+        "Shift drawn timesteps to more noise (above 1) or less, besides the scheduler's shift; FLUX at 1024 px: 3.16.",
+        **POSITIVE,
+    ),
     "data.path": Field("", "Folder that dpo_jax.prepare wrote; random:N makes N pairs."),
     "data.batch_size": Field(2048, "Pairs per optimizer step, over all devices.", at_least=1, at_most=2**24),
     "data.micro_batch": Field(

@@ -34,6 +34,7 @@ from dpo_jax.training.step import (
     make_compare,
     make_train_step,
 )
+from dpo_jax.training.timesteps import timestep_shares
 from dpo_jax.weights.layout import Params
 
 
@@ -172,7 +173,7 @@ def on_pairs(config: ConfigDict, pipeline: Pipeline, placement: Placement, objec
         noise_offset=config.loss.noise_offset,
         input_perturbation=config.loss.input_perturbation,
         inversion_steps=config.loss.inversion_steps,
-        log_snr_buckets=config.loss.log_snr_buckets,
+        shares=timestep_shares(config.loss, pipeline.schedule),
         constrain=batch_constraint(placement.mesh),
         gather=functools.partial(pipeline.gather, placement),
     )

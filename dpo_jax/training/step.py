@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dpo_jax.batch import Conditioning, LossInputs, PreferenceBatch
-from dpo_jax.diffusion.densities import even_shares
 from dpo_jax.diffusion.schedule import Schedule
 from dpo_jax.methods.method import Objective
 from dpo_jax.methods.metrics import Metrics, pair_metrics, sums_by_noise
@@ -102,7 +102,7 @@ def make_compare(
     noise_offset: float = 0.0,
     input_perturbation: float = 0.0,
     inversion_steps: int = 0,
-    log_snr_buckets: int = 0,
+    shares: np.ndarray | None = None,
     constrain: Callable[[Any], Any] = lambda tree: tree,
     gather: Callable[[str, Params], Params] = lambda component, params: params,
 ) -> Compare:
@@ -121,12 +121,10 @@ def make_compare(
         noise_offset: see `denoising.draw`; while training only.
         input_perturbation: see `denoising.perturb`; while training only.
         inversion_steps: see `denoising.compare_denoising`; while training only.
-        log_snr_buckets: see `even_shares`, while training only; 0 draws timesteps uniformly.
+        shares: see `denoising.draw`; while training only.
         constrain: keeps the inputs of the networks split over devices along their leading axis, as the batch is.
         gather: brings the weights of a component that are split over devices together where they are used.
     """
-
-    shares = even_shares(schedule, log_snr_buckets) if log_snr_buckets else None
 
     def compare(
         params: Params, frozen: Frozen, batch: PreferenceBatch, step: jax.Array, training: bool = False

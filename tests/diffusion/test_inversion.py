@@ -19,6 +19,7 @@ KINDS = {
     "zero snr": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
 }
 for_kinds = pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
+FLOW = make_schedule({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0})
 N, SHAPE = 6, (2, 3, 4)
 
 
@@ -85,6 +86,30 @@ def test_a_perfect_network_gives_the_noise_that_is_known(x64, fields, num_steps)
         return jnp.where((now_N < 0).reshape(-1, 1, 1, 1), clean, at_level)
 
     np.testing.assert_allclose(invert(perfect, schedule, x0, t_N, num_steps), noise, rtol=1e-7, atol=1e-8)
+
+
+def test_a_flow_is_inverted_along_its_velocity(x64):
+    """A loop over single images: Euler's steps from level 0, the last one only as far as t."""
+    t_N = np.array([0, 100, 249, 250, 998, 999])
+    expected = np.zeros_like(images())
+    for n, t in enumerate(t_N):
+        x0 = x = images()[n : n + 1]
+        now = 0.0
+        for end in (*(end for end in (249, 499, 749, 999) if end < t), t):
+            sigma = FLOW.noise_T[end]
+            x, now = x + (sigma - now) * denoise(x, np.array([1000 * sigma])), sigma
+        expected[n] = ((x - (1 - now) * x0) / now)[0]
+
+    ours = invert(denoise, FLOW, jnp.asarray(images()), jnp.asarray(t_N), 4)
+
+    np.testing.assert_allclose(ours, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_a_perfect_flow_gives_the_noise_that_is_known(x64):
+    x0, noise = jnp.asarray(images()), jnp.asarray(images(1))
+    t_N = jnp.array([0, 50, 150, 333, 399, 999])
+    found = invert(lambda x_NHWC, t_N: noise - x0, FLOW, x0, t_N, 3)
+    np.testing.assert_allclose(found, noise, rtol=1e-7, atol=1e-8)
 
 
 def test_log_ratios_are_of_the_noise_that_the_policy_finds_and_no_gradient_passes_through_it(x64):

@@ -7,10 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from dpo_jax.diffusion.densities import even_shares
 from dpo_jax.diffusion.schedule import add_noise, make_schedule, training_target
 from dpo_jax.diffusion.variance_preserving import VARIANCE_PRESERVING
 
@@ -23,7 +20,6 @@ CONFIGS = {
     "sd2": SD15 | {"prediction_type": "v_prediction"},
     "zero snr": SD15 | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
 }
-ZERO_SNR = make_schedule(CONFIGS["zero snr"])
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -154,47 +150,3 @@ def test_what_each_known_scheduler_saves_is_read(name, tmp_path):
     getattr(diffusers, name).from_config(SD15 | {"clip_sample": False}).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "scheduler_config.json").read_text())
     np.testing.assert_array_equal(make_schedule(saved).signal_T, make_schedule(SD15).signal_T)
-
-
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("buckets", [1, 4, 10, 1000])
-def test_buckets_of_log_snr_have_equal_shares(config, buckets):
-    schedule = make_schedule(config)
-    shares = even_shares(schedule, buckets)
-    with np.errstate(divide="ignore"):
-        log_snr_T = np.log(schedule.signal_T**2 / schedule.noise_T**2)
-    finite = log_snr_T[np.isfinite(log_snr_T)]
-    edges = np.linspace(finite.min(), finite.max(), buckets + 1)
-    expected, filled = np.zeros(len(log_snr_T)), 0
-    for b in range(buckets):
-        is_in = (log_snr_T >= (edges[b] if b else -np.inf)) & (log_snr_T < edges[b + 1] if b + 1 < buckets else True)
-        expected += is_in / max(is_in.sum(), 1)
-        filled += is_in.any()
-    if buckets <= 10:  # more buckets have edges that rounding moves over a timestep
-        np.testing.assert_allclose(shares, expected / filled, rtol=1e-9)
-    assert shares.min() > 0
-    assert shares.sum() == pytest.approx(1, abs=1e-12)
-    if buckets == 1:
-        np.testing.assert_allclose(shares, 1 / len(log_snr_T), rtol=1e-12)
-
-
-def test_few_training_timesteps_have_shares_too():
-    """SDXL-Turbo trains on four timesteps, of which the last is pure noise and counts to the one before."""
-    turbo = make_schedule(SD15, training_timesteps=(249, 499, 749, 999), zero_terminal_snr=True)
-    np.testing.assert_allclose(even_shares(turbo, 10), [1 / 3, 1 / 3, 1 / 6, 1 / 6])
-    refiner = make_schedule(SD15, training_timesteps=range(200))
-    log_snr_T = np.log(refiner.signal_T[:200] ** 2 / refiner.noise_T[:200] ** 2)
-    counts, _ = np.histogram(log_snr_T, bins=2)
-    np.testing.assert_allclose(even_shares(refiner, 2)[[0, 199]], 0.5 / counts[::-1])
-    for one in (0, 999):
-        assert even_shares(make_schedule(SD15, training_timesteps=[one], zero_terminal_snr=True), 10) == [1]
-
-
-@given(timesteps=st.lists(st.integers(0, 999), min_size=1, max_size=50, unique=True), buckets=st.integers(1, 1000))
-@settings(max_examples=30, deadline=None, derandomize=True, database=None)
-def test_shares_are_probabilities(timesteps, buckets):
-    schedule = ZERO_SNR._replace(training_timesteps=np.asarray(timesteps, np.int32))
-    shares = even_shares(schedule, buckets)
-    assert shares.sum() == pytest.approx(1, abs=1e-12)
-    assert shares.min() >= 1 / (buckets * len(timesteps)) - 1e-12
-    assert shares.max() <= 1

@@ -6,13 +6,19 @@ import numpy as np
 import pytest
 
 from dpo_jax.batch import Conditioning
+from dpo_jax.cli import flatten
 from dpo_jax.diffusion.densities import even_shares
 from dpo_jax.diffusion.schedule import make_schedule
+from dpo_jax.methods import find_method
+from dpo_jax.methods.dpo import dpo
+from dpo_jax.methods.metrics import sums_by_noise
 from dpo_jax.objectives.denoising import compare_denoising, draw, keys_for, perturb
+from dpo_jax.training.defaults import default_config, with_fields
 
 SCHEDULE = make_schedule(
     {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 )
+FLOW = make_schedule({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0})
 B, K, H, W, C = 3, 2, 4, 5, 4
 
 
@@ -33,27 +39,75 @@ def inputs():
     return jax.tree.map(jnp.asarray, arrays)
 
 
+EXTRAS = {
+    "loss.timestep_weights": "min_snr",
+    "loss.auto_beta": True,
+    "loss.winner_penalty": 0.5,
+    "loss.anchor": 0.1,
+    "loss.pair_clip": 1.5,
+}
 POLICY, REFERENCE = {"x": jnp.array(0.9), "t": jnp.array(1e-3)}, {"x": jnp.array(1.1), "t": jnp.array(2e-3)}
 
 
-def test_each_candidate_is_scored_with_its_prompts_noise_time_and_caption(x64):
+@pytest.mark.parametrize("schedule", [SCHEDULE, FLOW], ids=["noise", "flow"])
+def test_each_candidate_is_scored_with_its_prompts_noise_time_and_caption(x64, schedule):
     latents_BKHWC, noise_BHWC, t_B, conditioning = inputs()
     expected = {}
     for name, params in (("policy", POLICY), ("reference", REFERENCE)):
         expected[name] = np.zeros((B, K))
         for b in range(B):
             for k in range(K):
-                x = SCHEDULE.signal_T[t_B[b]] * latents_BKHWC[b, k] + SCHEDULE.noise_T[t_B[b]] * noise_BHWC[b]
-                shift = (
-                    params["t"] * t_B[b] + conditioning.context_NLD[b, 0, 0] + conditioning.time_ids_NT[b * K + k, 0]
-                )
-                expected[name][b, k] = np.mean((params["x"] * x + shift - noise_BHWC[b]) ** 2)
+                x0, noise, level = latents_BKHWC[b, k], noise_BHWC[b], schedule.noise_T[t_B[b]]
+                x, target, time = schedule.signal_T[t_B[b]] * x0 + level * noise, noise, t_B[b]
+                if schedule is FLOW:
+                    x, target, time = (1 - level) * x0 + level * noise, noise - x0, float(np.float32(1000) * np.float32(level))
+                shift = params["t"] * time + conditioning.context_NLD[b, 0, 0] + conditioning.time_ids_NT[b * K + k, 0]
+                expected[name][b, k] = np.mean((params["x"] * x + shift - target) ** 2)
 
-    log_ratios = compare_denoising(denoise, POLICY, REFERENCE, SCHEDULE, *inputs())
+    log_ratios = compare_denoising(denoise, POLICY, REFERENCE, schedule, *inputs())
 
     np.testing.assert_allclose(log_ratios.error_BK, expected["policy"], rtol=1e-9)
     np.testing.assert_allclose(log_ratios.reference_error_BK, expected["reference"], rtol=1e-9)
     np.testing.assert_allclose(log_ratios.log_ratio_BK, (expected["reference"] - expected["policy"]) / 2, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["dpo", "sft", "linear_dpo"])
+def test_pure_noise_of_a_flow_has_finite_losses_gradients_and_metrics(name):
+    """Its log-SNR is minus infinity."""
+    latents_BKHWC, noise_BHWC, _, conditioning = inputs()
+    objective = find_method(name).objective(
+        flatten(with_fields(default_config(), {"loss.name": name} | ({} if name == "sft" else EXTRAS)))
+    )
+    batch = {"preference_BK": jnp.array([[1.0, 0.0]] * B), "valid_BK": jnp.ones((B, K), bool), "weight_B": jnp.ones(B)}
+
+    def loss(policy):
+        t_B = jnp.array([0, 998, 999])
+        found = compare_denoising(denoise, policy, REFERENCE, FLOW, latents_BKHWC, noise_BHWC, t_B, conditioning)
+        found = found._replace(**batch, running={"reference_error": jnp.ones(()), "abs_margin": jnp.ones(())})
+        metrics = objective.metrics(found)
+        return objective.loss(found).sum(), (found.log_snr_B, metrics, sums_by_noise(metrics, found))
+
+    (value, (log_snr_B, *metrics)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(POLICY)
+    assert np.isneginf(log_snr_B[2])
+    assert np.all(np.isfinite(log_snr_B[:2]))
+    for number in jax.tree.leaves((value, metrics, gradient)):
+        assert np.all(np.isfinite(number))
+    np.testing.assert_array_equal(metrics[1]["weight/by_noise"], [1, 0, 0, 2])
+
+
+def test_equal_weights_give_a_loss_of_log_2_to_the_last_bit_in_bfloat16():
+    """The policy has float32 masters, and the reference is stored in bfloat16."""
+    policy = {name: jnp.asarray(x, jnp.float32) for name, x in POLICY.items()}
+    reference = {name: x.astype(jnp.bfloat16) for name, x in policy.items()}
+
+    def network(params, x_NHWC, t_N, conditioning):
+        rounded = {name: x.astype(jnp.bfloat16) for name, x in params.items()}
+        return denoise(rounded, x_NHWC.astype(jnp.bfloat16), t_N, conditioning).astype(jnp.bfloat16)
+
+    latents_BKHWC, noise_BHWC, t_B, conditioning = inputs()
+    found = compare_denoising(network, policy, reference, FLOW, latents_BKHWC, noise_BHWC, t_B, conditioning)
+    loss_B = dpo(found._replace(preference_BK=jnp.array([[1.0, 0.0]] * B)), beta=2000.0)
+    np.testing.assert_array_equal(loss_B, np.full(B, np.log(np.float32(2))))
 
 
 def test_a_small_difference_is_not_lost_in_the_rounding_of_two_errors():

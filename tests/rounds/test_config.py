@@ -63,6 +63,7 @@ PUBLISHED = {"data.batch_size": 1, "data.micro_batch": 1, "online.prompts_per_ro
         ({"loss.name": "ddop"}, r"config\.loss\.name='ddop' is not a method\. Did you mean ddpo\?"),
         ({"data.path": "runs/data"}, r"config\.data\.path=runs/data has no effect: d3po learns from images that"),
         ({"loss.log_snr_buckets": 10}, r"config\.loss\.log_snr_buckets=10 has no effect"),
+        ({"loss.timestep_shift": 3.0}, r"config\.loss\.timestep_shift=3\.0 has no effect"),
         ({"loss.inversion_steps": 10}, r"config\.loss\.inversion_steps=10 has no effect"),
         ({"validation.every": 5}, r"config\.validation\.every=5, but there are no held-out pairs"),
         ({"data.micro_batch": 0}, r"config\.data\.micro_batch=0 lets a plan choose"),

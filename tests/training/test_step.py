@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from dpo_jax.diffusion.densities import even_shares
 from dpo_jax.methods import METHODS
 from dpo_jax.methods.metrics import pair_metrics
 from dpo_jax.training.micro_batches import split_micro_batches
@@ -41,7 +42,12 @@ def test_policy_equal_to_reference_has_loss_log_2(params):
 def test_only_training_offsets_noise_perturbs_inputs_draws_by_log_snr_and_inverts(params):
     plain = make_compare(encode, denoise, SCHEDULE, DPO, seed=3)
     log_ratios = {"plain": plain(perturbed(params), frozen_like(params), make_batch(), jnp.int32(0), training=True)}
-    changes = {"noise_offset": 0.1, "input_perturbation": 0.1, "log_snr_buckets": 10, "inversion_steps": 4}
+    changes = {
+        "noise_offset": 0.1,
+        "input_perturbation": 0.1,
+        "shares": even_shares(SCHEDULE, 10),
+        "inversion_steps": 4,
+    }
     for name, value in changes.items():
         compute = make_compare(encode, denoise, SCHEDULE, DPO, seed=3, **{name: value})
         held_out = compute(perturbed(params), frozen_like(params), make_batch(), jnp.int32(0))
