@@ -144,7 +144,10 @@ FIELDS = {
         choices=("", "uniform", "logit_normal"),
     ),
     "loss.timestep_mean": Field(
-        0.0, "Mean of logit_normal; above 0 draws less noise, as logit_mean of diffusers' training scripts."
+        0.0,
+        "Mean of logit_normal; above 0 draws less noise, as logit_mean of diffusers' training scripts.",
+        at_least=-10,
+        at_most=10,
     ),
     "loss.timestep_std": Field(1.0, "Standard deviation of logit_normal.", **POSITIVE),
     "loss.timestep_shift": Field(

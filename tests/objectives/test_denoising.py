@@ -60,7 +60,11 @@ def test_each_candidate_is_scored_with_its_prompts_noise_time_and_caption(x64, s
                 x0, noise, level = latents_BKHWC[b, k], noise_BHWC[b], schedule.noise_T[t_B[b]]
                 x, target, time = schedule.signal_T[t_B[b]] * x0 + level * noise, noise, t_B[b]
                 if schedule is FLOW:
-                    x, target, time = (1 - level) * x0 + level * noise, noise - x0, float(np.float32(1000) * np.float32(level))
+                    x, target, time = (
+                        (1 - level) * x0 + level * noise,
+                        noise - x0,
+                        float(np.float32(1000) * np.float32(level)),
+                    )
                 shift = params["t"] * time + conditioning.context_NLD[b, 0, 0] + conditioning.time_ids_NT[b * K + k, 0]
                 expected[name][b, k] = np.mean((params["x"] * x + shift - target) ** 2)
 
