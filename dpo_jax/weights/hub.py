@@ -18,11 +18,11 @@ from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
 from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.hub import errors_told
-from dpo_jax.weights.io import CONVERT_PICKLE, PICKLES, SAFETENSORS, preferred_weights
+from dpo_jax.weights.io import CONVERT_PICKLE, PICKLES, VARIANTS, preferred_weights
 from dpo_jax.weights.lora_metadata import FILES, PEFT_CONFIG
 
-NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
-WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2")
+NETWORKS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
 
 HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<file>.+\.safetensors))?(@(?P<revision>[\w./-]+))?"
@@ -49,7 +49,7 @@ def find_model(
         name: an existing folder or file, which is returned unchanged, or a hub id: `owner/name`, also with
             `/file.safetensors` or `@revision` at its end.
         revision: branch, tag or commit on the hub, if `name` has none.
-        variant: "fp16" fetches the half-precision weights, if the repository has them.
+        variant: "fp16" or "bf16" fetches the half-precision weights, if the repository has them.
         only: components that are needed, for example {"unet"}; all by default. A repository of one component, with its
             config.json at the root, is fetched in any case.
         weights: False fetches only configs and tokenizers.
@@ -103,8 +103,9 @@ def files_to_fetch(
     Raises:
         UserError: a network has no weights that dpo_jax can read, or there is no network; the message names `where`.
     """
-    if variant and not any(f".{variant}." in file for file in SAFETENSORS):
-        raise UserError(f"{where}: variant={variant!r} is not known; set it to 'fp16' or leave it empty")
+    if variant and variant not in VARIANTS:
+        known = " or ".join(map(repr, VARIANTS))
+        raise UserError(f"{where}: variant={variant!r} is not known; set it to {known}, or leave it empty")
     names_in = defaultdict(set)
     for file in repo_files:
         folder, _, name = file.rpartition("/")

@@ -41,15 +41,18 @@ from dpo_jax.weights.scaled import multiplied
 
 Sharding = Callable[[str, ParamSpec], jax.sharding.Sharding]
 
+VARIANTS = ("fp16", "bf16")
 SAFETENSORS = (  # in order of preference; the index of a sharded checkpoint names its files
     "diffusion_pytorch_model.safetensors",
     "model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
     "model.safetensors.index.json",
-    "diffusion_pytorch_model.fp16.safetensors",
-    "model.fp16.safetensors",
-    "diffusion_pytorch_model.safetensors.index.fp16.json",
-    "model.safetensors.index.fp16.json",
+    *(
+        f"{stem}.{ending}"
+        for variant in VARIANTS
+        for ending in (f"{variant}.safetensors", f"safetensors.index.{variant}.json")
+        for stem in ("diffusion_pytorch_model", "model")
+    ),
 )
 LEGACY_FLAX = ("diffusion_flax_model.msgpack", "flax_model.msgpack")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")

@@ -105,6 +105,40 @@ FLAX_SDXL = listing(
     vae="config.json diffusion_flax_model.msgpack",
 )
 
+
+def shards(stem: str, count: int, variant: str = "") -> str:
+    """The index and the files of a network in several files."""
+    label = f".{variant}" if variant else ""
+    files = [f"{stem}{label}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    return " ".join([f"{stem}.safetensors.index{label}.json", *files])
+
+
+TOKENIZER_T5 = "special_tokens_map.json tokenizer.json tokenizer_config.json"
+T5, T5_HALF = f"config.json {shards('model', 2)}", f"config.json {shards('model', 2, 'fp16')}"
+SD3 = listing(
+    root=".gitattributes LICENSE.md README.md model_index.json sd3demo.jpg",
+    scheduler="scheduler_config.json",
+    text_encoder=TRANSFORMERS,
+    text_encoder_2=TRANSFORMERS,
+    text_encoder_3=f"{T5} {shards('model', 2, 'fp16')}",
+    tokenizer=TOKENIZER,
+    tokenizer_2=TOKENIZER,
+    tokenizer_3=f"{TOKENIZER_T5} spiece.model",
+    transformer="config.json diffusion_pytorch_model.safetensors",
+    vae="config.json diffusion_pytorch_model.safetensors",
+)
+FLUX_TRANSFORMER = f"config.json {shards('diffusion_pytorch_model', 3)}"
+FLUX = listing(
+    root=".gitattributes LICENSE.md README.md ae.safetensors dev_grid.jpg flux1-dev.safetensors model_index.json",
+    scheduler="scheduler_config.json",
+    text_encoder="config.json model.safetensors",
+    text_encoder_2=T5,
+    tokenizer=TOKENIZER,
+    tokenizer_2=f"{TOKENIZER_T5} spiece.model",
+    transformer=FLUX_TRANSFORMER,
+    vae="config.json diffusion_pytorch_model.safetensors",
+)
+
 SMALL = {"root": "model_index.json", "scheduler": "scheduler_config.json"}
 PLAIN = "config.json diffusion_pytorch_model.safetensors"
 HALF = "config.json diffusion_pytorch_model.fp16.safetensors"
@@ -116,6 +150,10 @@ REFINERS_CLIP = SMALL | {"tokenizer_2": TOKENIZER}
 PLAIN_SDXL = TWO_CLIPS | {"unet": PLAIN, "vae": PLAIN, "text_encoder": CLIP_PLAIN, "text_encoder_2": CLIP_PLAIN}
 HALF_SDXL = TWO_CLIPS | {"unet": HALF, "vae": HALF, "text_encoder": CLIP_HALF, "text_encoder_2": CLIP_HALF}
 FLAX_CLIP = "config.json flax_model.msgpack"
+FLOW_SD3 = TWO_CLIPS | {"tokenizer_3": TOKENIZER_T5, "transformer": PLAIN, "vae": PLAIN}
+PLAIN_SD3 = FLOW_SD3 | {"text_encoder": CLIP_PLAIN, "text_encoder_2": CLIP_PLAIN, "text_encoder_3": T5}
+HALF_SD3 = FLOW_SD3 | {"text_encoder": CLIP_HALF, "text_encoder_2": CLIP_HALF, "text_encoder_3": T5_HALF}
+PLAIN_FLUX = ONE_CLIP | {"tokenizer_2": TOKENIZER_T5, "transformer": FLUX_TRANSFORMER, "vae": PLAIN}
 
 
 @pytest.mark.parametrize(
@@ -127,6 +165,9 @@ FLAX_CLIP = "config.json flax_model.msgpack"
         (SDXL, "fp16", HALF_SDXL),
         (TURBO, "", PLAIN_SDXL),
         (REFINER, "fp16", REFINERS_CLIP | {"unet": HALF, "vae": HALF, "text_encoder_2": CLIP_HALF}),
+        (SD3, "", PLAIN_SD3),
+        (SD3, "fp16", HALF_SD3),
+        (FLUX, "bf16", PLAIN_FLUX | {"text_encoder": CLIP_PLAIN, "text_encoder_2": T5}),
         (VAE_FP16_FIX, "", {"root": PLAIN}),
         (VAE_FP16_FIX, "fp16", {"root": PLAIN}),
         (DPO_UNET, "", {"unet": PLAIN}),
@@ -136,7 +177,10 @@ FLAX_CLIP = "config.json flax_model.msgpack"
             TWO_CLIPS | {"unet": FLAX, "vae": FLAX, "text_encoder": FLAX_CLIP, "text_encoder_2": FLAX_CLIP},
         ),
     ],
-    ids=["sd15", "sd15-fp16", "sdxl", "sdxl-fp16", "turbo", "refiner-fp16", "vae", "vae-fp16", "unet", "flax"],
+    ids=[
+        *("sd15", "sd15-fp16", "sdxl", "sdxl-fp16", "turbo", "refiner-fp16", "sd3", "sd3-fp16", "flux", "vae"),
+        *("vae-fp16", "unet", "flax"),
+    ],
 )
 def test_published_repositories_are_fetched_without_what_is_not_read(
     repo_files: list[str], variant: str, expected: dict[str, str]
@@ -213,7 +257,9 @@ def test_repositories_that_hold_nothing_to_read(repo_files: list[str], message: 
 
 
 def test_an_unknown_variant() -> None:
-    with pytest.raises(ValueError, match="a/b: variant='fp61' is not known; set it to 'fp16' or leave it empty"):
+    with pytest.raises(
+        ValueError, match="a/b: variant='fp61' is not known; set it to 'fp16' or 'bf16', or leave it empty"
+    ):
         files_to_fetch(SD15, "a/b", variant="fp61")
 
 
