@@ -13,12 +13,28 @@ from torch.utils.flop_counter import FlopCounterMode
 from dpo_jax.batch import Conditioning
 from dpo_jax.models.execution import Execution
 from dpo_jax.models.families import PUBLISHED
-from dpo_jax.models.network import Network
+from dpo_jax.models.network import Network, network_of
 from dpo_jax.models.operations import AGAIN
 from dpo_jax.models.random_model import UNET_SDXL
+from dpo_jax.models.sd3_transformer import SD3Transformer2DModel, SD3TransformerConfig
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.planning.program import Program, kept_bytes, peak_bytes
+
+SD3 = {
+    "attention_head_dim": 16,
+    "caption_projection_dim": 64,
+    "dual_attention_layers": [0],
+    "in_channels": 4,
+    "joint_attention_dim": 80,
+    "num_attention_heads": 4,
+    "num_layers": 3,
+    "out_channels": 4,
+    "pooled_projection_dim": 40,
+    "pos_embed_max_size": 16,
+    "qk_norm": "rms_norm",
+    "sample_size": 32,
+}
 
 
 def trace(function, *shapes, dtype=jnp.float32) -> Program:
@@ -31,14 +47,33 @@ def unet_program(
     """Return the program of the sum of a UNet's output for two images, or of a `transform` of it."""
     config = UNetConfig.from_dict(config, "config.json")
     unet = Network.build(lambda rngs: UNet2DConditionModel(config, dtype=dtype, rngs=rngs), config)
-    params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in unet.specs.items()}
+    return denoiser_program(unet, transform, cells, tokens, features)
+
+
+def denoiser_program(network, transform, cells=16, tokens=5, features=(80, 40)) -> Program:
+    params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in network.specs.items()}
     shapes = [(2, cells, cells, 4), (2,), (2, tokens, features[0]), (2, features[1]), (2, 6)]
     x, t, context, pooled, ids = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
 
     def loss(params, x, t, conditioning):
-        return unet(params, x, t, conditioning).sum()
+        return network(params, x, t, conditioning).sum()
 
     return Program(jax.make_jaxpr(transform(loss))(params, x, t, Conditioning(context, pooled, ids)))
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+def test_operations_of_a_joint_transformer_are_those_that_pytorch_counts(gradient: bool) -> None:
+    with torch.device("meta"):
+        model = diffusers.SD3Transformer2DModel.from_config(SD3)
+        inputs = torch.zeros(2, 4, 32, 32), torch.zeros(2, 5, 80), torch.zeros(2, 40), torch.zeros(2)
+        with FlopCounterMode(display=False) as counter:
+            y = model(*inputs).sample
+            if gradient:
+                y.sum().backward()
+    config = SD3TransformerConfig.from_dict(SD3, "config.json")
+    network = network_of(SD3Transformer2DModel, config, execution=Execution(scan=True), dtype="float32")
+    program = denoiser_program(network, jax.grad if gradient else lambda loss: loss, cells=32)
+    assert program.flops(without=AGAIN) == pytest.approx(counter.get_total_flops(), rel=2e-3 if gradient else 1e-9)
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
