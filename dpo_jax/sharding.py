@@ -29,11 +29,17 @@ Rules = Sequence[tuple[str, Sequence[str | None]]]
 
 TENSOR_RULES: Rules = (
     # Heads and hidden features are split where they are computed and summed where they are used.
-    (r"\.attn\d\.to_[qkv]\.kernel$", (None, "tensor")),
-    (r"\.attn\d\.to_out\.0\.kernel$", ("tensor", None)),
-    (r"\.ff\.net\.0\.proj\.kernel$", (None, "tensor")),
-    (r"\.ff\.net\.0\.proj\.bias$", ("tensor",)),
-    (r"\.ff\.net\.2\.kernel$", ("tensor", None)),
+    (r"\.att(n\d?|ention)\.(to_[qkv]|add_[qkv]_proj)\.kernel$", (None, "tensor")),
+    (r"\.att(n\d?|ention)\.(to_[qkv]|add_[qkv]_proj)\.bias$", ("tensor",)),
+    (r"\.att(n\d?|ention)\.(to_out\.0|to_add_out)\.kernel$", ("tensor", None)),
+    (r"\.ff(_context)?\.net\.0\.proj\.kernel$", (None, "tensor")),
+    (r"\.ff(_context)?\.net\.0\.proj\.bias$", ("tensor",)),
+    (r"\.ff(_context)?\.net\.2\.kernel$", ("tensor", None)),
+    (r"\.feed_forward\.w[13]\.kernel$", (None, "tensor")),
+    (r"\.feed_forward\.w2\.kernel$", ("tensor", None)),
+    # Modulations are small, but the layers that make them hold a third of a joint transformer's weights.
+    (r"\.norm1?(_context)?\.linear\.kernel$", (None, "tensor")),
+    (r"\.norm1?(_context)?\.linear\.bias$", ("tensor",)),
     (r"\.resnets\.\d+\.conv1\.kernel$", (None, None, None, "tensor")),
     (r"\.resnets\.\d+\.time_emb_proj\.kernel$", (None, "tensor")),
     (r"\.resnets\.\d+\.(conv1|time_emb_proj|norm2)\.(bias|scale)$", ("tensor",)),

@@ -10,9 +10,12 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from dpo_jax.models.families import PUBLISHED
+from dpo_jax.models.flux_transformer import FluxTransformer2DModel, FluxTransformerConfig
 from dpo_jax.models.network import Network
+from dpo_jax.models.sd3_transformer import SD3Transformer2DModel, SD3TransformerConfig
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
+from dpo_jax.models.z_image_transformer import ZImageTransformer2DModel, ZImageTransformerConfig
 from dpo_jax.sharding import AXES, SMALL, TENSOR_RULES, Placement, make_mesh
 from dpo_jax.weights.layout import ParamSpec
 
@@ -61,21 +64,44 @@ def test_rules_come_first_and_fsdp_takes_another_axis():
         placed((320, 640), LINEAR, to_q, rules=(("to_q", ("model", None)),))
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_every_rule_finds_something_to_split_in_the_published_unets(name):
-    config = UNetConfig.from_dict(json.loads((PUBLISHED / name / "unet" / "config.json").read_text()), name)
-    network = Network.build(lambda rngs: UNet2DConditionModel(config, dtype=jnp.float32, rngs=rngs), config)
+def network(module, config):
+    return Network.build(lambda rngs: module(config, dtype=jnp.float32, rngs=rngs), config)
 
-    def share(sizes, rules=TENSOR_RULES):
-        """Return the number of elements that a device holds."""
-        placement = Placement(AbstractMesh(sizes, AXES), rules)
-        held = sum(math.prod(placement(name, spec).shard_shape(spec.shape)) for name, spec in network.specs.items())
-        return held / sum(math.prod(spec.shape) for spec in network.specs.values())
 
-    assert share((1, 16, 1)) < 1 / 15.5
-    assert share((1, 1, 4)) < 0.35  # what no rule names is copied
+@pytest.fixture(scope="module")
+def networks():
+    """Return UNets as published, and transformers as wide as published with few layers."""
+    unets = {
+        name: UNetConfig.from_dict(json.loads((PUBLISHED / name / "unet" / "config.json").read_text()), name)
+        for name in ("sd15", "sdxl")
+    }
+    sd3 = SD3TransformerConfig(
+        num_attention_heads=24, caption_projection_dim=1536, num_layers=6, dual_attention_layers=(0, 1, 2)
+    )
+    return {
+        **{name: network(UNet2DConditionModel, config) for name, config in unets.items()},
+        "sd3": network(SD3Transformer2DModel, sd3),
+        "flux": network(FluxTransformer2DModel, FluxTransformerConfig(num_layers=2, num_single_layers=1)),
+        "z_image": network(ZImageTransformer2DModel, ZImageTransformerConfig(n_layers=2)),
+    }
+
+
+def held_share(network, sizes, rules=TENSOR_RULES):
+    """Return the share of a network's elements that a device holds."""
+    placement = Placement(AbstractMesh(sizes, AXES), rules)
+    held = sum(math.prod(placement(name, spec).shard_shape(spec.shape)) for name, spec in network.specs.items())
+    return held / sum(math.prod(spec.shape) for spec in network.specs.values())
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux", "z_image"])
+def test_rules_split_most_of_the_published_denoisers(networks, name):
+    assert held_share(networks[name], (1, 16, 1)) < 1 / 15.5
+    assert held_share(networks[name], (1, 1, 4)) < 0.4  # what no rule names is copied
+
+
+def test_every_rule_finds_something_to_split(networks):
     for rule in TENSOR_RULES:
-        assert share((1, 1, 4), (rule,)) < 1, rule
+        assert any(held_share(network, (1, 1, 4), (rule,)) < 1 for network in networks.values()), rule
 
 
 def test_statistics_lie_where_their_parameter_lies():
