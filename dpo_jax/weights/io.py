@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.files import check_regular, look_at, new_folder, read_json, write_whole
 from dpo_jax.weights import flax_msgpack, original, safetensors_file
+from dpo_jax.weights.file_kinds import kind_of
 from dpo_jax.weights.finite import is_finite, refuse_nonfinite
 from dpo_jax.weights.layout import (
     Params,
@@ -163,7 +164,10 @@ def read_params(path: epath.PathLike, specs: Specs, *, prefix: str = "", variant
         if names
     ]
     if problems:
-        raise UserError(f"{path} does not hold the model that its config describes: {'; '.join(problems)}")
+        kind = kind_of(stored.arrays)
+        is_other = kind is not None and kind != (kind_of([torch_name(name) for name in specs]) or kind)
+        holds = f"holds {kind}, not the model" if is_other else "does not hold the model"
+        raise UserError(f"{path} {holds} that its config describes: {'; '.join(problems)}")
     return found
 
 

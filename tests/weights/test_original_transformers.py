@@ -11,6 +11,7 @@ from etils import epath
 from safetensors.torch import load_file, save_file
 
 from dpo_jax.weights import original
+from dpo_jax.weights.file_kinds import kind_of
 from dpo_jax.weights.io import load_params, read_params
 from dpo_jax.weights.layout import Specs, torch_name
 from dpo_jax.weights.mapped_file import fetch
@@ -120,6 +121,38 @@ def test_fused_tensors_of_another_width(tiny_file: tuple[Path, Specs, dict[str, 
     save_file(stored | {name: stored[name][: len(stored[name]) // 3].contiguous()}, path)
     with pytest.raises(ValueError, match=r"3 misshapen: .*to_q.weight \(stored as .*, the model needs (48|72) rows\)"):
         load_params(path, specs, dtype="float32", prefix=PREFIX)
+
+
+@pytest.mark.parametrize(
+    ("held", "wanted", "message"),
+    [
+        ("sd3", "flux", r"holds the transformer of SD3, not the model that its config describes: .*missing: "),
+        ("flux", "z_image", r"holds the transformer of FLUX\.1, not the model that its config describes: "),
+        ("z_image", "sd3", "holds the transformer of Z-Image, not the model that its config describes: "),
+    ],
+)
+def test_a_file_of_another_family_is_named(held: str, wanted: str, message: str, tmp_path: Path) -> None:
+    specs = {name: specs_of({key: x.shape for key, x in tiny(name).state_dict().items()}) for name in (held, wanted)}
+    path = tmp_path / "model.safetensors"
+    original.write(epath.Path(path), {PREFIX: (numbered(specs[held]), specs[held])}, dtype=None)
+    with pytest.raises(ValueError, match=message):
+        load_params(path, specs[wanted], dtype="float32", prefix=PREFIX)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("double_blocks.0.img_attn.qkv.weight", "the transformer of FLUX.1"),
+        ("transformer_blocks.0.norm1_context.linear.bias", "the transformer of SD3"),
+        ("model.diffusion_model.single_stream_modulation.lin.weight", "the transformer of FLUX.2"),
+        ("model.layers.0.mlp.gate_proj.weight", "a language model such as Qwen3"),
+        ("text_encoders.t5xxl.transformer.encoder.block.0.layer.0.layer_norm.weight", "a T5 text encoder"),
+        ("vae.decoder.conv_in.weight", "a VAE"),
+        ("x", None),
+    ],
+)
+def test_kinds_of_files(name: str, kind: str | None) -> None:
+    assert kind_of([name, "beside"]) == kind
 
 
 def test_whole_files_of_flow_models(tmp_path: Path) -> None:

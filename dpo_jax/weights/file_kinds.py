@@ -1,0 +1,25 @@
+"""Tells from the names of tensors what a file of weights holds, so that errors can say it."""
+
+import re
+from collections.abc import Collection
+
+_KINDS = {  # the first match counts
+    r"^lora_|^lycoris_|\blora_(A|B|up|down)\b|\.lora\.": "a LoRA, which is trained on top of a model",
+    r"^control_model\.|controlnet|^control_(layers|all_x_embedder)": "a ControlNet",
+    r"single_stream_modulation\.": "the transformer of FLUX.2",
+    r"distilled_guidance_layer\.": "the transformer of Chroma",
+    r"txt_norm\.|txt_in\.text_norm\.": "the transformer of Qwen-Image",
+    r"double_blocks\.|single_transformer_blocks\.": "the transformer of FLUX.1",
+    r"joint_blocks\.|transformer_blocks\.0\.norm1_context": "the transformer of SD3",
+    r"noise_refiner\.": "the transformer of Z-Image",
+    r"input_blocks\.|^down_blocks\.": "a UNet",
+    r"^(first_stage_model\.|vae\.)?decoder\.": "a VAE",
+    r"\bencoder\.block\.\d+\.layer\.": "a T5 text encoder",
+    r"layers\.\d+\.mlp\.gate_proj\.": "a language model such as Qwen3",
+    r"text_model\.|resblocks\.": "a CLIP text encoder",
+}
+
+
+def kind_of(names: Collection[str]) -> str | None:
+    """Return what a file with tensors of these names holds, or None if it is not known."""
+    return next((kind for sign, kind in _KINDS.items() if any(re.search(sign, name) for name in names)), None)
