@@ -22,6 +22,7 @@ from dpo_jax.data.load.inputs import CachedInputs, Inputs, RawInputs
 from dpo_jax.data.load.pipeline import make_iterator
 from dpo_jax.data.load.records import open_records
 from dpo_jax.data.store import latents
+from dpo_jax.data.tokenizer_files import TokenizerSpec
 from dpo_jax.data.tokenizers import load_tokenizers
 
 BATCH_SIZE = 8
@@ -30,7 +31,11 @@ CORES = len(os.sched_getaffinity(0))
 
 @contextlib.contextmanager
 def ours(case: Case) -> Iterator[Iterator[Any]]:
-    inputs = RawInputs(case.resolution, load_tokenizers(case.folder / "tokenizers", TOKENIZERS), random_flip=case.flip)
+    inputs = RawInputs(
+        case.resolution,
+        load_tokenizers(case.folder / "tokenizers", [*map(TokenizerSpec, TOKENIZERS)]),
+        random_flip=case.flip,
+    )
     with our_batches(case, inputs) as batches:
         yield batches
 

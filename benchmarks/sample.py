@@ -202,7 +202,8 @@ def write_full_size(family: str, folder: Path) -> None:
 
     from dpo_jax.models.families import FAMILIES, PUBLISHED
     from dpo_jax.models.pipeline import load_pipeline
-    from dpo_jax.models.random_model import WORDS, byte_vocabulary, random_params, write_tokenizer
+    from dpo_jax.models.random_model import random_params
+    from dpo_jax.models.random_tokenizers import WORDS, byte_vocabulary, write_clip_tokenizer
     from dpo_jax.weights.io import save_component
 
     shutil.copytree(PUBLISHED / family, folder)
@@ -216,7 +217,7 @@ def write_full_size(family: str, folder: Path) -> None:
     for encoder in FAMILIES[family].text_encoders:
         # SDXL's second tokenizer pads with "!", its first token.
         padding = {"pad_token": "!"} if encoder.tokenizer == "tokenizer_2" else {}
-        write_tokenizer(pipeline.folder / encoder.tokenizer, vocabulary, merges, max_tokens=77, **padding)
+        write_clip_tokenizer(pipeline.folder / encoder.tokenizer, vocabulary, merges, max_tokens=77, **padding)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Axes: N captions, L tokens, D hidden width, P pooled width (D, or the width of t
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +93,7 @@ class CLIPTextConfig(LayersConfig):
     projection_dim: Width = 512
     with_projection: bool = False
     """True for CLIPTextModelWithProjection of transformers: `pooled` goes through `text_projection`."""
+    tokenizer_kind: ClassVar[str] = "clip"
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], where: str) -> "CLIPTextConfig":

@@ -19,6 +19,8 @@ class TextEncoder(NamedTuple):
     """The field of `clip.TextOutput` that becomes `Conditioning.context_NLD` or a part of it."""
     original_prefix: str
     """Prefix of the encoder's names in a single file of the original layout."""
+    length: int | None = None
+    """Tokens of a caption, with padding; None for as many as the tokenizer states."""
 
 
 class Marks(NamedTuple):

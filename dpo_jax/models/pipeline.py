@@ -19,7 +19,7 @@ from etils import epath
 from jax.typing import DTypeLike
 
 from dpo_jax.batch import Conditioning
-from dpo_jax.data.tokenizer_files import read_length
+from dpo_jax.data.tokenizer_files import TokenizerSpec, read_length
 from dpo_jax.diffusion.schedule import Schedule, make_schedule
 from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.files import conform, read_json
@@ -199,10 +199,13 @@ class Pipeline:
         return ORIGINAL_PREFIXES | {encoder.folder: encoder.original_prefix for encoder in self.family.text_encoders}
 
     @property
-    def text_sizes(self) -> list[tuple[int, int]]:
-        """(number of tokens, number of positions) that each text encoder has embeddings for."""
+    def tokenizers(self) -> list[TokenizerSpec]:
+        """The tokenizers, one per text encoder."""
         configs = [encoder.config for encoder in self.text_encoders]
-        return [(config.vocab_size, config.max_position_embeddings) for config in configs]
+        return [
+            TokenizerSpec(name, config.tokenizer_kind, length, config.vocab_size, config.max_position_embeddings)
+            for name, length, config in zip(self.tokenizer_names, self.text_lengths, configs, strict=True)
+        ]
 
     def read(self, component: str) -> dict[str, np.ndarray]:
         """Return the weights of one component as they are stored; see `weights.io.read_params`."""
@@ -238,7 +241,12 @@ class Pipeline:
         """
         paths = {name: path for name, path in self.weights.items() if components is None or name in components}
         small = [self.folder / name for name in ("scheduler", *self.tokenizer_names)]
-        configs = [path for folder in small for path in sorted(folder.iterdir()) if path.suffix in (".json", ".txt")]
+        configs = [
+            path
+            for folder in small
+            for path in sorted(folder.iterdir())
+            if path.suffix in (".json", ".txt", ".model", ".jinja")
+        ]
         configs += [_config_path(self.folder, path, name) for name, path in paths.items()]
         weights = [file for path in paths.values() for file in files_of(path, self.variant)]
         return f"{self.family.name}-{fingerprint([*configs, *weights])}"
@@ -299,7 +307,9 @@ def load_pipeline(
         # Two places state this; diffusers uses this one.
         clip = dataclasses.replace(clip, with_projection=model_index[encoder.folder][1].endswith("WithProjection"))
         text_encoders.append(network_of(CLIPTextModel, clip, dtype=dtype))
-        text_lengths.append(read_length(Path(folder / encoder.tokenizer)) or clip.max_position_embeddings)
+        text_lengths.append(
+            encoder.length or read_length(Path(folder / encoder.tokenizer)) or clip.max_position_embeddings
+        )
     _check_widths(found, unet_config, [encoder.config for encoder in text_encoders], weights)
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
     scheduler_config = _with_marks(_json(scheduler_path), names, str(path), str(scheduler_path) if model_config else "")

@@ -4,7 +4,6 @@ They have images of 32x32 pixels, latents of 8x8x4, captions of at most 16 token
 parameters.
 """
 
-import json
 import math
 from typing import Any
 
@@ -13,19 +12,24 @@ from etils import epath
 from jax.typing import DTypeLike
 
 from dpo_jax.errors import UserError
-from dpo_jax.files import new_folder, write_whole
+from dpo_jax.files import new_folder
 from dpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from dpo_jax.models.families import FAMILIES
 from dpo_jax.models.network import network_of
+from dpo_jax.models.random_tokenizers import (
+    END,
+    MAX_TOKENS,
+    START,
+    WORDS,
+    byte_vocabulary,
+    write_clip_tokenizer,
+    write_json,
+)
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.models.vae import AutoencoderKL, VAEConfig
 from dpo_jax.weights.io import save_component
 from dpo_jax.weights.layout import Specs
-
-MAX_TOKENS = 16
-WORDS = ("a", "red", "green", "blue", "circle", "square", "photo", "of", "the")
-START, END = "<|startoftext|>", "<|endoftext|>"
 
 VAE = {
     "_class_name": "AutoencoderKL",
@@ -149,46 +153,11 @@ def write_random_model(family: str, folder: epath.PathLike, *, seed: int = 0, dt
             _write(target / encoder.folder, clip, CLIPTextModel, clip_config, seed + 2 + number, dtype)
             # SDXL's second tokenizer pads with "!", the first token of its vocabulary.
             pad_token = "!" if encoder.tokenizer == "tokenizer_2" else END
-            write_tokenizer(target / encoder.tokenizer, vocabulary, merges, pad_token=pad_token)
+            write_clip_tokenizer(target / encoder.tokenizer, vocabulary, merges, pad_token=pad_token)
             model_index[encoder.folder] = ["transformers", clip["architectures"][0]]
             model_index[encoder.tokenizer] = ["transformers", "CLIPTokenizer"]
-        _write_json(target / "scheduler" / "scheduler_config.json", scheduler)
-        _write_json(target / "model_index.json", model_index)
-
-
-def byte_vocabulary(words: tuple[str, ...]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return the vocabulary and merges of a CLIP tokenizer that knows every byte and `words`, merged from left to
-    right.
-
-    The order is that of CLIP: the byte characters, the same at the end of a word, the merges, the two special tokens.
-    """
-    # GPT-2 maps the 68 bytes that are blanks or control characters to the characters from 256 on.
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    characters = [chr(byte) for byte in printable] + [chr(256 + number) for number in range(256 - len(printable))]
-    merges: dict[tuple[str, str], None] = {}
-    for word in words:
-        letters = [*word[:-1], word[-1] + "</w>"]
-        for end in range(1, len(letters)):
-            merges["".join(letters[:end]), letters[end]] = None
-    tokens = [*characters, *(character + "</w>" for character in characters), *map("".join, merges), START, END]
-    return {token: index for index, token in enumerate(tokens)}, list(merges)
-
-
-def write_tokenizer(
-    folder: epath.Path,
-    vocabulary: dict[str, int],
-    merges: list[tuple[str, str]],
-    *,
-    pad_token: str = END,
-    max_tokens: int = MAX_TOKENS,
-) -> None:
-    """Write the files that transformers' CLIPTokenizer reads."""
-    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
-    config = {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True, "model_max_length": max_tokens, **special}
-    _write_json(folder / "vocab.json", vocabulary)
-    write_whole(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
-    _write_json(folder / "special_tokens_map.json", special)
-    _write_json(folder / "tokenizer_config.json", config)
+        write_json(target / "scheduler" / "scheduler_config.json", scheduler)
+        write_json(target / "model_index.json", model_index)
 
 
 def random_params(specs: Specs, seed: int) -> dict[str, np.ndarray]:
@@ -207,7 +176,3 @@ def _write(
 ) -> None:
     specs = network_of(module, config, dtype="float32").specs
     save_component(folder, config_json, random_params(specs, seed), specs, dtype=dtype)
-
-
-def _write_json(path: epath.Path, value: Any) -> None:
-    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -70,8 +70,9 @@ def save_pipeline(
                 _copy(source, target / name)
         scheduler = target / "scheduler" / "scheduler_config.json"
         write_whole(scheduler, json.dumps(_portable(dict(pipeline.scheduler_config)), indent=2) + "\n")
-        for tokenizer in pipeline.tokenizer_names:
-            _complete_tokenizer(target / tokenizer)
+        for tokenizer in pipeline.tokenizers:
+            if tokenizer.kind != "t5":  # which has no byte pairs
+                _complete_tokenizer(target / tokenizer.name)
         write_whole(target / "model_index.json", json.dumps(model_index, indent=2) + "\n")
         write_whole(target / "README.md", card)
 
@@ -195,7 +196,7 @@ class _BytePairs(TypedDict):
 
 
 class _Tokenizer(TypedDict):
-    """The byte-pair vocabulary of CLIP in tokenizer.json."""
+    """The byte-pair vocabulary of CLIP and Qwen in tokenizer.json."""
 
     model: _BytePairs
     added_tokens: NotRequired[list[_AddedToken]]

@@ -17,6 +17,7 @@ from etils import epath
 from flax import nnx
 from jax.typing import DTypeLike
 
+from dpo_jax.data.tokenizer_files import TokenizerSpec
 from dpo_jax.data.tokenizers import load_tokenizers
 from dpo_jax.errors import UserError
 from dpo_jax.files import read_json
@@ -91,9 +92,9 @@ class CLIPJudge:
         weights = find_weights(source)
         config = _read_config(find_beside(weights, ("config.json",), ("config.json",), kind.processor))
         tokenizer = find_beside(weights, CLIP_TOKENIZER, ("tokenizer.json", "vocab.json"), kind.processor)
-        self._tokenizer = load_tokenizers(
-            str(tokenizer), ["."], [(config.text.vocab_size, config.text.max_position_embeddings)]
-        )
+        num_tokens, num_positions = config.text.vocab_size, config.text.max_position_embeddings
+        spec = TokenizerSpec(".", num_tokens=num_tokens, num_positions=num_positions)
+        self._tokenizer = load_tokenizers(str(tokenizer), [spec])
         self._batches = Batches(settings)
         network, self._params, scale = _load_clip(weights, config, settings, self._batches)
         self._kind, self._size = kind, config.vision.image_size

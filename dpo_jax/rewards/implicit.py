@@ -90,7 +90,7 @@ def open_implicit(source: str, settings: Settings) -> Reward:
         return BETA * total_N / DRAWS
 
     jitted = jax.jit(on_mesh(placement.mesh, rate), out_shardings=replicated(placement.mesh))
-    tokenizers = load_tokenizers(reference.folder, reference.tokenizer_names, reference.text_sizes)
+    tokenizers = load_tokenizers(reference.folder, reference.tokenizers)
 
     def score(images: Images, captions: Sequence[str]) -> np.ndarray:
         def load(some: slice) -> tuple[np.ndarray, np.ndarray]:

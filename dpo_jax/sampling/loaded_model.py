@@ -51,7 +51,7 @@ class LoadedModel:
 
     @functools.cached_property
     def tokenizers(self) -> Tokenizers:
-        return load_tokenizers(self.pipeline.folder, self.pipeline.tokenizer_names, self.pipeline.text_sizes)
+        return load_tokenizers(self.pipeline.folder, self.pipeline.tokenizers)
 
     def generator(self, sampling: Sampling, *, resolution: int, batch_size: int) -> Generator:
         """Return a generator, which loads no weights yet; call it with `unet`."""

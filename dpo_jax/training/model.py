@@ -139,7 +139,7 @@ def load_encoders(config: ConfigDict, pipeline: Pipeline, placement: Placement) 
 
 
 def load_tokenizers_of(pipeline: Pipeline) -> Tokenizers:
-    return load_tokenizers(pipeline.folder, pipeline.tokenizer_names, pipeline.text_sizes)
+    return load_tokenizers(pipeline.folder, pipeline.tokenizers)
 
 
 def make_generator(

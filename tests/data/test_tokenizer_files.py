@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from transformers import CLIPTokenizer
 
-from dpo_jax.data.tokenizer_files import check_tokenizer
+from dpo_jax.data.tokenizer_files import TokenizerSpec, check_tokenizer
 from dpo_jax.data.tokenizers import load_tokenizers
+
+SPEC = TokenizerSpec("tokenizer")
 
 
 @pytest.fixture
@@ -66,49 +68,49 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 1\n"
 def test_damaged_files(folder: Path, file: str, content: str, message: str) -> None:
     (folder / file).write_text(content)
     with pytest.raises(ValueError, match=rf"tokenizer/{file}.*{message}") as error:
-        load_tokenizers(folder.parent, ["tokenizer"])
+        load_tokenizers(folder.parent, [SPEC])
     assert "\n" not in str(error.value)
 
 
 def test_bytes_that_are_not_text(folder: Path) -> None:
     (folder / "merges.txt").write_bytes(b"#version: 0.2\nc\xff a\n")
     with pytest.raises(ValueError, match=r"merges.txt, line 2 is not valid UTF-8 \(byte 0xff\)"):
-        load_tokenizers(folder.parent, ["tokenizer"])
+        load_tokenizers(folder.parent, [SPEC])
 
 
 def test_what_only_the_library_finds(folder: Path) -> None:
     CLIPTokenizer.from_pretrained(folder).save_pretrained(folder)
     change(folder / "tokenizer.json", lambda whole: whole | {"normalizer": {"type": "Unheard"}})
     with pytest.raises(ValueError, match=r"the tokenizer at .*tokenizer cannot be read \("):
-        load_tokenizers(folder.parent, ["tokenizer"])
+        load_tokenizers(folder.parent, [SPEC])
 
 
 def test_a_caption_that_has_no_end(folder: Path) -> None:
     specials = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
     change(folder / "tokenizer_config.json", lambda settings: settings | specials)
     with pytest.raises(ValueError, match=r"cannot mark where a caption begins and ends: bos_token is '<\|endoftext"):
-        load_tokenizers(folder.parent, ["tokenizer"])
+        load_tokenizers(folder.parent, [SPEC])
 
 
 def test_more_tokens_than_embeddings(folder: Path) -> None:
     count = len(json.loads((folder / "vocab.json").read_text()))
-    load_tokenizers(folder.parent, ["tokenizer"], [(count, 8)])
+    load_tokenizers(folder.parent, [SPEC._replace(num_tokens=count, num_positions=8)])
     with pytest.raises(
         ValueError, match=rf"tokenizer has more tokens .*'.*' is number {count - 1}, .* is {count - 1};"
     ):
-        load_tokenizers(folder.parent, ["tokenizer"], [(count - 1, 8)])
+        load_tokenizers(folder.parent, [SPEC._replace(num_tokens=count - 1, num_positions=8)])
     with pytest.raises(
         ValueError, match=r"makes 8 tokens of a caption, .* has 7 positions \(max_position_embeddings\)"
     ):
-        load_tokenizers(folder.parent, ["tokenizer"], [(count, 7)])
+        load_tokenizers(folder.parent, [SPEC._replace(num_tokens=count, num_positions=7)])
     (folder / "added_tokens.json").write_text(json.dumps({"<sks>": count}))
     with pytest.raises(ValueError, match=rf"'<sks>' is number {count}, and the encoder's vocab_size is {count}"):
-        load_tokenizers(folder.parent, ["tokenizer"], [(count, 8)])
+        load_tokenizers(folder.parent, [SPEC._replace(num_tokens=count, num_positions=8)])
 
 
 @pytest.mark.parametrize("kind", ["as it is", "saved by transformers", "CRLF"])
 def test_sound_files_are_taken_however_they_are_written(folder: Path, kind: str) -> None:
-    expected = load_tokenizers(folder.parent, ["tokenizer"])(["cat dog"])
+    expected = load_tokenizers(folder.parent, [SPEC])(["cat dog"])
     if kind == "saved by transformers":
         CLIPTokenizer.from_pretrained(folder).save_pretrained(folder)
         assert (folder / "tokenizer.json").exists()
@@ -116,4 +118,4 @@ def test_sound_files_are_taken_however_they_are_written(folder: Path, kind: str)
         for file in ("vocab.json", "merges.txt"):
             (folder / file).write_bytes((folder / file).read_bytes().replace(b"\n", b"\r\n"))
     check_tokenizer(folder)
-    assert (load_tokenizers(folder.parent, ["tokenizer"])(["cat dog"]) == expected).all()
+    assert (load_tokenizers(folder.parent, [SPEC])(["cat dog"]) == expected).all()

@@ -29,7 +29,7 @@ def test_exported_folder_draws_the_same_image_in_pytorch(tmp_path):
     generator = Generator(
         pipeline,
         lambda: weights,
-        load_tokenizers(pipeline.folder, ["tokenizer", "tokenizer_2"]),
+        load_tokenizers(pipeline.folder, pipeline.tokenizers),
         Placement(make_mesh()),
         Sampling(steps=20, guidance=2.5),
         resolution=32,

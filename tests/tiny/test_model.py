@@ -48,7 +48,7 @@ def test_vae_reconstructs_held_out_images(pipeline):
 
 
 def test_text_encoders_keep_words_apart(pipeline):
-    tokenizers = load_tokenizers(FOLDER, ["tokenizer", "tokenizer_2"])
+    tokenizers = load_tokenizers(FOLDER, pipeline.tokenizers)
     words = [*world.COLOURS, *world.SHAPES, "top", "bottom", "left", "right"]
     for e, (name, token_ids_NL) in enumerate(
         zip(["text_encoder", "text_encoder_2"], split_token_ids(pipeline, tokenizers(words)), strict=True)

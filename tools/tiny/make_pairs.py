@@ -32,7 +32,7 @@ def main() -> None:
     pipeline = load_pipeline(MODEL.value, dtype=jnp.float32)
     weights = {component: pipeline.load(component, dtype=jnp.float32) for component in pipeline.components}
     unet = weights.pop("unet")
-    tokenizers = load_tokenizers(MODEL.value, pipeline.tokenizer_names)
+    tokenizers = load_tokenizers(MODEL.value, pipeline.tokenizers)
     generator = Generator(
         pipeline,
         lambda: weights,
