@@ -26,12 +26,17 @@ from dpo_jax.weights.scaled import multiplied
 NO_PART = re.compile(
     r"^(logit_scale|attn_mask|text_projection)$|^blip\.(text|vision)_proj\.|\bposition_ids$|^(loss|model_ema)\."
     r"|^norm_final\.weight$|^encoder\.embed_tokens\.weight$"  # Z-Image's unused norm; T5's table once more
+    r"|^spiece_model$"  # T5's tokenizer, which ComfyUI stores beside it
     r"|^lm_head\.weight$"  # of Qwen3's language model
 )
 # For a text encoder also the image half of its CLIP, and the projection that not every model uses.
 NO_TEXT = re.compile(r"^(visual_projection|text_projection)\.weight$|^(vision_model|visual)\.")
 # Other prefixes of a component's names: in files of that component alone, and in ComfyUI's files of flow models.
-ALIASES = {"model.diffusion_model.": ("diffusion_model.",), "first_stage_model.": ("vae.",)}
+ALIASES = {
+    "model.diffusion_model.": ("diffusion_model.",),
+    "first_stage_model.": ("vae.",),
+    "vae.": ("first_stage_model.",),
+}
 WHOLE_MODEL = (
     *("model.diffusion_model.", "first_stage_model.", "vae.", "text_encoders."),
     *("cond_stage_model.", "conditioner.embedders."),

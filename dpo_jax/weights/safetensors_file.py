@@ -150,7 +150,10 @@ def _open(path: epath.Path) -> tuple[np.ndarray, Header, dict[str, str], int]:
 
 def _view(data: np.ndarray, name: str, entry: Entry, path: epath.Path) -> np.ndarray:
     if entry.dtype not in DTYPES:
-        raise UserError(f"{path}: {name} is stored as {entry.dtype}; supported are {', '.join(DTYPES)}")
+        raise UserError(
+            f"{path}: {name} is stored as {entry.dtype}; supported are {', '.join(DTYPES)}, so use a copy of the model "
+            "in one of these"
+        )
     start, end = entry.data_offsets
     dtype, shape = DTYPES[entry.dtype], tuple(entry.shape)
     if end - start != math.prod(shape) * dtype.itemsize:

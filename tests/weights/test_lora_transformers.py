@@ -226,6 +226,28 @@ def test_dotted_names_of_the_original(prefix: str, tmp_path: Path) -> None:
     assert_same(deltas(one, SPECS["flux"]), deltas(two, SPECS["flux"]))
 
 
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        *("transformer.", "diffusion_model.", "base_model.model.", "base_model.model.transformer.", ""),
+        *("lora_unet_", "lora_transformer_", "lycoris_"),
+    ],
+)
+@pytest.mark.parametrize("name", PIPELINES)
+def test_current_names_under_all_prefixes(name: str, prefix: str, tmp_path: Path) -> None:
+    """OneTrainer, ai-toolkit, SimpleTuner and PEFT write diffusers' names under these."""
+    specs = SPECS[name]
+    adapter = random_adapter(specs, layers_of(specs))
+    write_for_diffusers(tmp_path / FILE, adapter, specs)
+    stored = {}
+    for key, tensor in load_file(tmp_path / FILE).items():
+        layer, part = key.removeprefix("transformer.").split(".lora_")
+        stored[f"{prefix}{layer.replace('.', '_') if prefix.endswith('_') else layer}.lora_{part}"] = tensor
+    save_file(stored, tmp_path / "renamed.safetensors")
+    expected = read_lora(tmp_path / FILE, specs, "transformer")
+    assert_same(probed(read_lora(tmp_path / "renamed.safetensors", specs, "transformer")), probed(expected))
+
+
 @pytest.mark.parametrize("name", ["sd3", "z_image"])
 def test_web_uis_get_the_rows_that_they_expect(name: str, tmp_path: Path) -> None:
     """Web UIs add B A to the original's weights: what diffusers' converters make of that is our difference."""

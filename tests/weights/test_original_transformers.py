@@ -172,12 +172,14 @@ def test_whole_files_of_flow_models(tmp_path: Path) -> None:
         f"{prefixes[1]}text_model.final_layer_norm.weight",
     }
     table = stored[f"{prefixes[0]}shared.weight"]
-    extra = {f"{prefixes[0]}encoder.embed_tokens.weight": table.clone(), f"{prefixes[1]}logit_scale": torch.zeros(())}
+    extra = {f"{prefixes[0]}encoder.embed_tokens.weight": table.clone(), f"{prefixes[0]}spiece_model": torch.ones(3)}
+    extra |= {f"{prefixes[1]}logit_scale": torch.zeros(())}
     save_file(stored | extra | {"vae.encoder.x": torch.ones(3)}, path)
     for prefix, (own, specs) in parts.items():
         assert_same(load_params(path, specs, dtype="float32", prefix=prefix), own)
     vae = specs_of({"encoder.x": torch.Size([3])})
-    assert load_params(path, vae, dtype="float32", prefix="first_stage_model.")["encoder.x"].sum() == 3
+    for prefix in ("first_stage_model.", "vae."):
+        assert load_params(path, vae, dtype="float32", prefix=prefix)["encoder.x"].sum() == 3
     with pytest.raises(ValueError, match=r"none of its tensors begins with model\.diffusion_model"):
         load_params(path, vae, dtype="float32", prefix=PREFIX)
     with pytest.raises(ValueError, match=r"text_projection that is not the identity.*--format=diffusers"):

@@ -129,6 +129,9 @@ def test_numbers_that_are_no_weights(tmp_path: Path) -> None:
     save_file({"a.weight": WEIGHT.to(torch.uint8)}, path)
     with pytest.raises(ValueError, match=r"1 misshapen: a.weight \(stored as uint8, which is not floating point\)"):
         load_params(path, specs_of({"a.weight": WEIGHT.shape}), dtype="float32")
+    save_file({"a.weight": WEIGHT.to(torch.int8)}, path)
+    with pytest.raises(ValueError, match=r"a.weight is stored as I8; supported are .*, so use a copy of the model"):
+        load_params(path, specs_of({"a.weight": WEIGHT.shape}), dtype="float32")
     save_file({"a.scale_weight": torch.ones(())}, path)
     with pytest.raises(ValueError, match=r"holds the scale a.scale_weight, but not a.weight; copy it again"):
         load_params(path, specs_of({"a.weight": WEIGHT.shape}), dtype="float32")
