@@ -121,7 +121,7 @@ def files_to_fetch(
     wanted = ["model_index.json"] if is_pipeline else []
     for folder in WITHOUT_WEIGHTS:
         if _is_wanted(folder, only):
-            wanted += [f"{folder}/{name}" for name in sorted(names_in[folder]) if name.endswith((".json", ".txt"))]
+            wanted += [f"{folder}/{name}" for name in sorted(names_in[folder]) if _is_read(name, names_in[folder])]
     unreadable, pickled = [], False
     for network in networks:
         names = names_in[network]
@@ -160,6 +160,11 @@ def _is_wanted(folder: str, only: Collection[str] | None) -> bool:
     return only is None or folder in only
 
 
+def _is_read(name: str, names: Collection[str]) -> bool:
+    """Return whether this file of a scheduler or a tokenizer is read; sentencepiece's is if there is no other."""
+    return name.endswith((".json", ".txt", ".jinja")) or (name == "spiece.model" and "tokenizer.json" not in names)
+
+
 def _one_set_of_weights(names: Collection[str], variant: str) -> list[str]:
     """Return the names of the preferred file of weights, or of an index and its shards; [] if there are no weights."""
     first = preferred_weights(names, variant)
@@ -176,7 +181,7 @@ def _patterns(file: str | None, only: Collection[str] | None, weights: bool) -> 
     """Return arguments of `hf download` that fetch these files, and copies that only a list of files would exclude."""
     if file:
         return file
-    patterns = ["*.json", "*.txt"]
+    patterns = ["*.json", "*.txt", "*.jinja", "*spiece.model"]
     if weights:  # files at the root of a whole model hold all of it once more
         patterns.append("*/*.safetensors" if only is None else "*.safetensors")
     return " ".join(f"--include '{pattern}'" for pattern in patterns)

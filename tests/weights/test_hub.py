@@ -188,6 +188,14 @@ def test_published_repositories_are_fetched_without_what_is_not_read(
     assert sorted(files_to_fetch(repo_files, "a/b", variant=variant)) == sorted(listing(**expected))
 
 
+def test_every_kind_of_tokenizer_comes_whole() -> None:
+    repo_files = ["model_index.json", "vae/config.json", "tokenizer/spiece.model", "tokenizer_2/chat_template.jinja"]
+    repo_files += ["tokenizer_3/spiece.model", "tokenizer_3/tokenizer.json", "tokenizer/README.md"]
+    wanted = files_to_fetch(repo_files, "a/b", weights=False)
+    read = {"tokenizer/spiece.model", "tokenizer_2/chat_template.jinja", "tokenizer_3/tokenizer.json"}
+    assert {*wanted} == {"model_index.json", "vae/config.json", *read}
+
+
 def test_some_components_or_configs_alone() -> None:
     assert files_to_fetch(SDXL, "a/b", only={"vae"}) == listing(root="model_index.json", vae=PLAIN)
     assert files_to_fetch([*SDXL, *VAE_FP16_FIX], "a/b", only={"vae"}) == listing(root="model_index.json", vae=PLAIN)
@@ -433,7 +441,8 @@ def test_a_hub_out_of_reach(hub: Hub) -> None:
     assert str(raised.value).replace("[Errno 111] ", "") == (
         "there is no folder or file models/sdxl, and some files of the model models/sdxl are neither in the cache nor "
         "reachable on the hub (Connection refused); on a machine with a network run: hf download models/sdxl "
-        "--include '*.json' --include '*.txt' --include '*/*.safetensors' --local-dir models/sdxl, and "
+        "--include '*.json' --include '*.txt' --include '*.jinja' --include '*spiece.model' "
+        "--include '*/*.safetensors' --local-dir models/sdxl, and "
         "give the path of that folder"
     )
     with pytest.raises(
