@@ -14,7 +14,8 @@ Metrics = dict[str, jax.Array]
 
 LOG_SNR_EDGES = (0.0, -2.0, -4.0)
 """Logarithms of the signal-to-noise ratio that part the four noise levels, from little noise to much. Of SD's 1000
-timesteps, they are those below 355, 650, 875, and the rest."""
+timesteps, they are those below 355, 650, 875, and the rest; of flow models, the levels sigma below 0.5, 0.73, 0.88,
+and the rest."""
 BY_NOISE = "/by_noise"
 """End of the names of sums by noise level."""
 WEIGHT_BY_NOISE = f"weight{BY_NOISE}"

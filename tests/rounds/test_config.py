@@ -1,14 +1,19 @@
 """Each wrong config is told in a sentence; and the plan's counts are those of the networks' runs."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
 
 from dpo_jax.cli import load_config
+from dpo_jax.diffusion.schedule import make_schedule
+from dpo_jax.errors import UserError
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.rewards import JUDGES
 from dpo_jax.rounds.config import check, first_branch, needs_reference, round_sizes
 from dpo_jax.rounds.loop import learn
+from dpo_jax.rounds.method import sampler_table
 from dpo_jax.sampling.prompts import read_prompts
 from dpo_jax.training import config as training_config
 
@@ -111,6 +116,12 @@ def test_wrong_configs_are_one_sentence(online, fields, message):
     with pytest.raises(ValueError, match=message) as error:
         check(online(**fields))
     assert "\n" not in str(error.value)
+
+
+def test_flow_models_do_not_learn_online_yet(online):
+    flow = make_schedule({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000})
+    with pytest.raises(UserError, match=r"cannot take with flow models yet; train on judged pairs"):
+        sampler_table(online(), SimpleNamespace(sampling_schedule=flow))
 
 
 @pytest.mark.parametrize(
