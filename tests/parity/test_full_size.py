@@ -1,8 +1,9 @@
-"""Every network of SD1.5 and SDXL at full size, random weights, float32: PyTorch's outputs and ours.
+"""Networks at full size, random weights, float32: PyTorch's outputs and ours, of every network of SD1.5 and SDXL, and
+of SD3.5-medium's transformer.
 
-The model is a folder as published ones are, 4 and 7 GB large. The frameworks run one after the other, a process for
+The model is a folder as published ones are, 4 to 7 GB large. The frameworks run one after the other, a process for
 each network that starts this file and reports its number of parameters and its peak memory. SD1.5 takes three minutes
-and 4 GB of memory, SDXL seven and 12.
+and 4 GB of memory, SDXL seven and 12, SD3.5-medium's transformer three and 13.
 
 N samples, H x W pixels or latent cells, C channels, L tokens, D context width, P pooled width, T time ids.
 """
@@ -27,9 +28,11 @@ import pytest
 from dpo_jax.batch import Conditioning
 from dpo_jax.models import random_model
 from dpo_jax.models.families import PUBLISHED
+from dpo_jax.models.network import Network, network_of
 from dpo_jax.models.pipeline import load_pipeline
 from dpo_jax.models.random_model import random_params, write_random_model
-from dpo_jax.weights.io import save_component
+from dpo_jax.models.sd3_transformer import SD3Transformer2DModel, SD3TransformerConfig
+from dpo_jax.weights.io import load_params, save_component
 from dpo_jax.weights.layout import Specs
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +68,22 @@ CLIP_BIG_G = CLIP_L | {
     "num_hidden_layers": 32,
     "projection_dim": 1280,
 }
+SD35_MEDIUM = {
+    "_class_name": "SD3Transformer2DModel",
+    "attention_head_dim": 64,
+    "caption_projection_dim": 1536,
+    "dual_attention_layers": list(range(13)),
+    "in_channels": 16,
+    "joint_attention_dim": 4096,
+    "num_attention_heads": 24,
+    "num_layers": 24,
+    "out_channels": 16,
+    "patch_size": 2,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "qk_norm": "rms_norm",
+    "sample_size": 128,
+}
 START, END = 49406, 49407
 
 # Family -> component -> config.json, and how many parameters the published model has.
@@ -80,9 +99,10 @@ MODELS: dict[str, dict[str, tuple[dict[str, Any], int]]] = {
         "text_encoder": (CLIP_L, 123_060_480),
         "text_encoder_2": (CLIP_BIG_G, 694_659_840),
     },
+    "sd35_medium": {"transformer": (SD35_MEDIUM, 2_243_171_520 + 384**2 * 1536)},
 }
 # Family -> dtype on disk, and the largest file: SDXL's UNet, stored in half the size, comes in two.
-STORED = {"sd15": ("float32", 10 * 10**9), "sdxl": ("float16", 3 * 10**9)}
+STORED = {"sd15": ("float32", 10 * 10**9), "sdxl": ("float16", 3 * 10**9), "sd35_medium": ("float16", 3 * 10**9)}
 
 
 class RandomParams(Mapping[str, np.ndarray]):
@@ -101,10 +121,20 @@ class RandomParams(Mapping[str, np.ndarray]):
         return len(self.specs)
 
 
+def sd3_transformer() -> Network:
+    config = SD3TransformerConfig.from_dict(SD35_MEDIUM, "transformer")
+    return network_of(SD3Transformer2DModel, config, dtype="float32")
+
+
 def write_model(family: str, folder: Path) -> None:
-    """A tiny model in which every network is replaced by that of full size."""
-    write_random_model(family, folder)
+    """A tiny model in which every network is replaced by that of full size, or one network alone."""
     dtype, max_shard_bytes = STORED[family]
+    if family == "sd35_medium":
+        specs = sd3_transformer().specs
+        params = RandomParams(specs)
+        save_component(folder / "transformer", SD35_MEDIUM, params, specs, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        return
+    write_random_model(family, folder)
     for name, (config, _) in MODELS[family].items():
         (folder / name / "config.json").write_text(json.dumps(config))
     for name, network in load_pipeline(folder, dtype="float32").components.items():
@@ -126,6 +156,10 @@ def make_inputs(family: str, component: str) -> dict[str, np.ndarray]:
             time_ids_NT = np.array([[1024, 1024, 0, 0, 1024, 1024], [768, 1152, 16, 32, 832, 1216]], np.float32)
             inputs |= {"pooled_NP": normal(2, 1280), "time_ids_NT": time_ids_NT}
         return inputs
+    if component == "transformer":
+        context_NLD, pooled_NP = normal(2, 77 + 128, 4096), normal(2, 2048)
+        t_N = np.array([20.5, 981.25], np.float32)
+        return {"x_NHWC": normal(2, 32, 32, 16), "t_N": t_N, "context_NLD": context_NLD, "pooled_NP": pooled_NP}
     if component == "vae":
         return {"images_NHWC": np.tanh(normal(1, 256, 256, 3)), "latents_NHWC": normal(1, 32, 32, 4)}
     # SDXL's second tokenizer pads with its first token.
@@ -138,7 +172,9 @@ def make_inputs(family: str, component: str) -> dict[str, np.ndarray]:
 def run_torch(folder: Path, component: str, inputs: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
     import torch
 
-    library, class_name = json.loads((folder / "model_index.json").read_text())[component]
+    library, class_name = "diffusers", "SD3Transformer2DModel"
+    if component != "transformer":
+        library, class_name = json.loads((folder / "model_index.json").read_text())[component]
     model_class = getattr(importlib.import_module(library), class_name)
     model = model_class.from_pretrained(folder, subfolder=component, torch_dtype=torch.float32)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -149,6 +185,9 @@ def run_torch(folder: Path, component: str, inputs: dict[str, np.ndarray]) -> tu
             added = {"text_embeds": tensors.get("pooled_NP"), "time_ids": tensors.get("time_ids_NT")}
             output = model(tensors["x_NHWC"], tensors["t_N"], tensors["context_NLD"], added_cond_kwargs=added)
             outputs = {"prediction_NHWC": output.sample}
+        elif component == "transformer":
+            x_NCHW, t_N, context_NLD, pooled_NP = tensors.values()
+            outputs = {"prediction_NHWC": model(x_NCHW, context_NLD, pooled_NP, t_N).sample}
         elif component == "vae":
             posterior = model.encode(tensors["images_NHWC"]).latent_dist
             images = model.decode(tensors["latents_NHWC"]).sample
@@ -159,11 +198,16 @@ def run_torch(folder: Path, component: str, inputs: dict[str, np.ndarray]) -> tu
             states = {"last_hidden_NLD": output.last_hidden_state, "penultimate_NLD": output.hidden_states[-2]}
             outputs = states | {"pooled_NP": pooled_NP}
     outputs = {name: x.permute(0, 2, 3, 1) if name.endswith("NHWC") else x for name, x in outputs.items()}
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count = sum(tensor.numel() for name, tensor in model.state_dict().items() if not name.endswith("position_ids"))
     return {name: x.numpy() for name, x in outputs.items()}, count
 
 
 def run_jax(folder: Path, component: str, inputs: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
+    if component == "transformer":
+        network, (x_NHWC, t_N, *conditioning) = sd3_transformer(), inputs.values()
+        params = load_params(folder / component, network.specs, dtype="float32")
+        prediction_NHWC = jax.jit(network)(params, x_NHWC, t_N, Conditioning(*conditioning))
+        return {"prediction_NHWC": np.asarray(prediction_NHWC)}, sum(value.size for value in params.values())
     pipeline = load_pipeline(folder, dtype="float32")
     params = pipeline.load(component, dtype="float32")
     if component == "unet":
