@@ -32,14 +32,15 @@ TENSOR_RULES: Rules = (
     (r"\.att(n\d?|ention)\.(to_[qkv]|add_[qkv]_proj)\.kernel$", (None, "tensor")),
     (r"\.att(n\d?|ention)\.(to_[qkv]|add_[qkv]_proj)\.bias$", ("tensor",)),
     (r"\.att(n\d?|ention)\.(to_out\.0|to_add_out)\.kernel$", ("tensor", None)),
-    (r"\.ff(_context)?\.net\.0\.proj\.kernel$", (None, "tensor")),
-    (r"\.ff(_context)?\.net\.0\.proj\.bias$", ("tensor",)),
+    (r"\.(ff(_context)?\.net\.0\.proj|proj_mlp)\.kernel$", (None, "tensor")),
+    (r"\.(ff(_context)?\.net\.0\.proj|proj_mlp)\.bias$", ("tensor",)),
     (r"\.ff(_context)?\.net\.2\.kernel$", ("tensor", None)),
+    (r"\bsingle_transformer_blocks\.\d+\.proj_out\.kernel$", ("tensor", None)),
     (r"\.feed_forward\.w[13]\.kernel$", (None, "tensor")),
     (r"\.feed_forward\.w2\.kernel$", ("tensor", None)),
-    # Modulations are small, but the layers that make them hold a third of a joint transformer's weights.
-    (r"\.norm1?(_context)?\.linear\.kernel$", (None, "tensor")),
-    (r"\.norm1?(_context)?\.linear\.bias$", ("tensor",)),
+    # The layers that make modulations hold a third of a joint transformer's weights. Their inputs are split, because a
+    # sum without tokens costs nothing, and split modulations would have the tokens split as they are and moved.
+    (r"\.(norm1?(_context)?\.linear|adaLN_modulation\.\d)\.kernel$", ("tensor", None)),
     (r"\.resnets\.\d+\.conv1\.kernel$", (None, None, None, "tensor")),
     (r"\.resnets\.\d+\.time_emb_proj\.kernel$", (None, "tensor")),
     (r"\.resnets\.\d+\.(conv1|time_emb_proj|norm2)\.(bias|scale)$", ("tensor",)),
