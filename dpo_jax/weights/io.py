@@ -1,8 +1,8 @@
 """Reads one component (`unet/`, `vae/`, `text_encoder/`) into parameters, and writes it.
 
 It reads a folder of safetensors (also sharded, or of the `fp16` variant), a folder of legacy Flax msgpack, or one file
-that holds the whole model in the original layout. It writes safetensors in PyTorch's layout with diffusers' file names.
-Pickles (.bin, .ckpt) are refused because opening one runs code.
+that holds the whole model in the original layout; fp8 weights are multiplied by their scales. It writes safetensors in
+PyTorch's layout with diffusers' file names. Pickles (.bin, .ckpt) are refused because opening one runs code.
 """
 
 import functools

@@ -44,6 +44,9 @@ WHOLE_MODEL = (
 # SD3 takes the caption from CLIP-L without a projection. Its files hold none; diffusers' folders hold an identity.
 CLIP_L_OF_SD3, PROJECTION = "text_encoders.clip_l.transformer.", "text_projection.weight"
 
+# T5's table is in files under both names that transformers ties; diffusers reads files with one of them wrongly.
+TWICE = {"shared.weight": ("encoder.embed_tokens.weight",)}
+
 
 def is_no_part(name: str, specs: Specs) -> bool:
     """Return whether a tensor called `name`, which the network of `specs` has no place for, may be left out."""
@@ -111,7 +114,8 @@ def write(
                 _check_identity(params[name])
                 continue
             slot = Slot.whole(torch_name(name), spec) if own_names else slots[torch_name(name)]
-            sources.setdefault(prefix + slot.tensor, []).append(_Source(params, name, spec, slot))
+            for tensor in (slot.tensor, *TWICE.get(slot.tensor, ())):
+                sources.setdefault(prefix + tensor, []).append(_Source(params, name, spec, slot))
     header = {}
     for tensor, parts in sources.items():
         parts.sort(key=lambda part: part.slot.rows.start)

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.loaders import single_file_utils
 from etils import epath
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from dpo_jax.weights import original
 from dpo_jax.weights.file_kinds import kind_of
@@ -168,12 +170,11 @@ def test_whole_files_of_flow_models(tmp_path: Path) -> None:
     stored = load_file(path)
     assert stored.keys() == {
         f"{prefixes[0]}shared.weight",
+        f"{prefixes[0]}encoder.embed_tokens.weight",
         f"{prefixes[0]}encoder.final_layer_norm.weight",
         f"{prefixes[1]}text_model.final_layer_norm.weight",
     }
-    table = stored[f"{prefixes[0]}shared.weight"]
-    extra = {f"{prefixes[0]}encoder.embed_tokens.weight": table.clone(), f"{prefixes[0]}spiece_model": torch.ones(3)}
-    extra |= {f"{prefixes[1]}logit_scale": torch.zeros(())}
+    extra = {f"{prefixes[0]}spiece_model": torch.ones(3), f"{prefixes[1]}logit_scale": torch.zeros(())}
     save_file(stored | extra | {"vae.encoder.x": torch.ones(3)}, path)
     for prefix, (own, specs) in parts.items():
         assert_same(load_params(path, specs, dtype="float32", prefix=prefix), own)
@@ -184,3 +185,59 @@ def test_whole_files_of_flow_models(tmp_path: Path) -> None:
         load_params(path, vae, dtype="float32", prefix=PREFIX)
     with pytest.raises(ValueError, match=r"text_projection that is not the identity.*--format=diffusers"):
         original.write(epath.Path(path), {prefixes[1]: (numbered(clip), clip)}, dtype=None)
+
+
+def test_diffusers_opens_a_whole_file_of_sd3(tmp_path: Path) -> None:
+    """Transformer, VAE and the three text encoders, which have transformers' names."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 9,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 6,
+    }
+    clips = [
+        CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=width, projection_dim=width, **sizes)).eval()
+        for width in (4, 8)
+    ]
+    clips[0].text_projection.weight.data = torch.eye(4)
+    t5 = T5EncoderModel(T5Config(vocab_size=9, d_model=6, d_kv=3, d_ff=8, num_layers=2, num_heads=2)).eval()
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4),
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        latent_channels=4,
+        norm_num_groups=2,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    networks = {
+        "transformer": (PREFIX, tiny("sd3")),
+        "vae": ("first_stage_model.", vae),
+        "text_encoder": ("text_encoders.clip_l.transformer.", clips[0]),
+        "text_encoder_2": ("text_encoders.clip_g.transformer.", clips[1]),
+        "text_encoder_3": ("text_encoders.t5xxl.transformer.", t5),
+    }
+    others = dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3"))
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipeline = StableDiffusion3Pipeline(
+        **{name: network for name, (_, network) in networks.items()}, scheduler=scheduler, **others
+    )
+    pipeline.save_pretrained(tmp_path / "folder")
+    parts = {}
+    for prefix, network in networks.values():
+        state = {name: x for name, x in network.state_dict().items() if name != "encoder.embed_tokens.weight"}
+        parts[prefix] = params_of(state), specs_of({name: x.shape for name, x in state.items()})
+    original.write(epath.Path(tmp_path / "sd3.safetensors"), parts, dtype=None)
+    read = StableDiffusion3Pipeline.from_single_file(
+        tmp_path / "sd3.safetensors", config=str(tmp_path / "folder"), local_files_only=True, **others
+    )
+    for name, (prefix, network) in networks.items():
+        state, theirs = network.state_dict(), getattr(read, name).state_dict()
+        assert state.keys() == theirs.keys()
+        for key, tensor in state.items():
+            torch.testing.assert_close(theirs[key], tensor, rtol=0, atol=0, msg=f"{name}: {key}")
+        own, specs = parts[prefix]
+        assert_same(load_params(tmp_path / "sd3.safetensors", specs, dtype="float32", prefix=prefix), own)
