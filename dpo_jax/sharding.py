@@ -144,9 +144,10 @@ class Placement:
         """Return the sharding of a parameter: what a rule says, and one more axis that is split by fsdp.
 
         That is PyTorch's first axis if fsdp divides it, otherwise the largest that it divides. Small parameters are
-        copied along fsdp, and all parameters along axes that the mesh does not divide. A part of PyTorch's first axis
-        is contiguous in a safetensors file, so a process reads its share only. In legacy Flax files such a part is
-        spread over the tensor, and each process reads all of it.
+        copied along fsdp, as are tables that are not trained: layers read a part of them, but would gather the whole.
+        All parameters are copied along axes that the mesh does not divide. A part of PyTorch's first axis is contiguous
+        in a safetensors file, so a process reads its share only. In legacy Flax files such a part is spread over the
+        tensor, and each process reads all of it.
         """
         return self._named(self._axes(name, spec))
 
@@ -222,7 +223,7 @@ class Placement:
                     for axis, size in zip(rule, spec.shape, strict=True)
                 ]
                 break
-        if "fsdp" not in axes and math.prod(spec.shape) >= SMALL:
+        if "fsdp" not in axes and math.prod(spec.shape) >= SMALL and spec.is_trainable:
             self._split(axes, "fsdp", spec)
         return axes
 

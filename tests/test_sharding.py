@@ -44,6 +44,11 @@ def test_splits_what_lies_together_on_disk(shape, torch_axes, axes):
     assert placed(shape, torch_axes) == PartitionSpec(*axes)
 
 
+def test_copies_tables_that_are_not_trained():
+    table = ParamSpec((1, 1024, 64), (0, 1, 2), is_trainable=False)
+    assert Placement(AbstractMesh((1, 4, 1), AXES))("pos_embed.pos_embed", table).spec == PartitionSpec()
+
+
 def test_copies_everything_where_nothing_is_to_be_split():
     assert placed((1280, 320), LINEAR, sizes=(4, 1, 1)) == PartitionSpec()
 
@@ -87,10 +92,11 @@ def networks():
 
 
 def held_share(network, sizes, rules=TENSOR_RULES):
-    """Return the share of a network's elements that a device holds."""
+    """Return the share of a network's trained elements that a device holds."""
     placement = Placement(AbstractMesh(sizes, AXES), rules)
-    held = sum(math.prod(placement(name, spec).shard_shape(spec.shape)) for name, spec in network.specs.items())
-    return held / sum(math.prod(spec.shape) for spec in network.specs.values())
+    trained = {name: spec for name, spec in network.specs.items() if spec.is_trainable}
+    held = sum(math.prod(placement(name, spec).shard_shape(spec.shape)) for name, spec in trained.items())
+    return held / sum(math.prod(spec.shape) for spec in trained.values())
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux", "z_image"])
