@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.models.execution import POLICIES
+from dpo_jax.training.run import open_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,21 +52,25 @@ def test_policy_and_reference_round_alike(config: str, remat: str, data: Path, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["configs/tiny.py", "configs/tiny.py:lora"])
-def test_200_steps_are_those_of_float32_within_noise(config: str, data: Path, tmp_path: Path) -> None:
-    """The demo's loss curve in bfloat16 is nearer to that in float32 than a curve with another order of the data."""
+def test_200_steps_learn_what_those_of_float32_learn(config: str, data: Path, tmp_path: Path) -> None:
+    """The demo's update in bfloat16 is near to that in float32, and that of another order of the data is not.
+
+    The losses themselves are less near. A prediction of only 256 numbers, each rounded, gives a logit with noise of
+    some standard deviation s, which raises the mean of -log sigmoid by s^2 / 8, here about 0.01.
+    """
     settings: dict[str, object] = {"data.path": data, "steps": 200}
-    curves = {
-        name: run(config, tmp_path / name, **settings, **fields)
-        for name, fields in {
-            "float32": {},
-            "bfloat16": {"dtype": "bfloat16"},
-            "another seed": {"seed": 1},
-        }.items()
-    }
-    assert {len(curve) for curve in curves.values()} == {200}
-    smooth = {name: np.convolve(curve, np.ones(20) / 20, "valid") for name, curve in curves.items()}
-    away = {name: np.abs(curve - smooth["float32"]).mean() for name, curve in smooth.items()}
+    losses, updates = {}, {}
+    for name, fields in {"float32": {}, "bfloat16": {"dtype": "bfloat16"}, "another seed": {"seed": 1}}.items():
+        losses[name] = run(config, tmp_path / name, **settings, **fields)
+        trained = open_run(tmp_path / name)
+        base = trained.pipeline.read("unet")
+        change = [np.asarray(trained.merged[weight], np.float64) - base[weight] for weight in base]
+        updates[name] = np.concatenate([array.ravel() for array in change])
+    assert {len(curve) for curve in losses.values()} == {200}
+    smooth = {name: np.convolve(curve, np.ones(20) / 20, "valid") for name, curve in losses.items()}
     fell = smooth["float32"][0] - smooth["float32"][-1]
-    print({name: round(float(curve[-1]), 4) for name, curve in smooth.items()}, away, fell)
-    assert fell > 5 * away["bfloat16"]
-    assert 0 < away["bfloat16"] < away["another seed"] / 3
+    assert fell > 5 * np.abs(smooth["bfloat16"] - smooth["float32"]).mean()
+    length = np.linalg.norm(updates["float32"])
+    away = {name: np.linalg.norm(update - updates["float32"]) / length for name, update in updates.items()}
+    print({name: round(float(curve[-1]), 4) for name, curve in smooth.items()}, away)
+    assert 0 < away["bfloat16"] < 0.2 < 1 < away["another seed"]
