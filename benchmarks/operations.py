@@ -127,9 +127,9 @@ def distinct_operations(mode: Mode) -> dict[Operation, int]:
 
     config = load(mode)
     pipeline = open_structure(config)
-    unet, images = pipeline.unet.config, 2 * mode.pairs
+    unet, images = pipeline.denoiser.config, 2 * mode.pairs
     cells = config.data.resolution // pipeline.vae_factor
-    weights = {name: jax.ShapeDtypeStruct(spec.shape, pipeline.dtype) for name, spec in pipeline.unet.specs.items()}
+    weights = {name: jax.ShapeDtypeStruct(spec.shape, pipeline.dtype) for name, spec in pipeline.denoiser.specs.items()}
     x_NHWC = jax.ShapeDtypeStruct((images, cells, cells, unet.in_channels), pipeline.dtype)
     conditioning = abstract_conditioning(pipeline, images)
     traced = jax.make_jaxpr(pipeline.denoise)(weights, x_NHWC, jax.ShapeDtypeStruct((images,), jnp.int32), conditioning)

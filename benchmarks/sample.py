@@ -155,7 +155,7 @@ def ours(folder: str, mode: Mode, sampler: str, steps: int, seconds: float) -> d
     sampling = Sampling(steps, mode.guidance, sampler)
     generator = opened.generator(sampling, resolution=mode.resolution, batch_size=mode.batch_size)
 
-    unet, _ = opened.unet, opened.encoders  # loaded before the clock starts
+    unet, _ = opened.denoiser, opened.encoders  # loaded before the clock starts
 
     def draw(captions: list[str], seed: int) -> Any:
         return generator(unet, captions, range(seed * len(captions), (seed + 1) * len(captions)))

@@ -315,7 +315,7 @@ class PeerShapes(NamedTuple):
 
         config = load(mode)
         pipeline = open_structure(config)
-        unet, encoded = pipeline.unet.config, config.data.resolution // pipeline.vae_factor
+        unet, encoded = pipeline.denoiser.config, config.data.resolution // pipeline.vae_factor
         with tempfile.TemporaryDirectory() as temporary:
             folder = PUBLISHED / pipeline.family.name
             if config.model.startswith("random:"):

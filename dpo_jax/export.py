@@ -7,6 +7,7 @@
 What --output holds, by format:
   diffusers  a complete folder for DiffusionPipeline.from_pretrained; a LoRA is merged into its UNet
   unet       the UNet alone, for UNet2DConditionModel.from_pretrained; a LoRA is merged into it
+  transformer  the same for models whose denoiser is a transformer
   single     NAME.safetensors: the whole model in one file of the original layout, for web UIs; a LoRA is merged
   lora       pytorch_lora_weights.safetensors, for pipe.load_lora_weights, PEFT and OneTrainer; not for web UIs
   kohya      NAME.safetensors: the LoRA under kohya's names, for web UIs; diffusers and OneTrainer open it too
@@ -45,7 +46,10 @@ LORA = flags.DEFINE_string("lora", None, "LoRA to add (with --model): a file, it
 section("Output")
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write. It must not exist.", required=True)
 FORMAT = flags.DEFINE_enum(
-    "format", "diffusers", ["diffusers", "unet", "single", "lora", "kohya"], "Format to write; see above."
+    "format",
+    "diffusers",
+    ["diffusers", "unet", "transformer", "single", "lora", "kohya"],
+    "Format to write; see above.",
 )
 DTYPE = flags.DEFINE_enum(
     "dtype",
@@ -83,6 +87,7 @@ MODEL_CONFIG = flags.DEFINE_string(
 REVISION = flags.DEFINE_string("revision", "", "Branch, tag or commit of the hub id.")
 VARIANT = flags.DEFINE_string("variant", "", "Set of weights to fetch from the hub, for example fp16.")
 UNET = flags.DEFINE_string("unet", "", "Another UNet (with --model): a folder, a file, or a hub id.")
+TRANSFORMER = flags.DEFINE_string("transformer", "", "The same for models whose denoiser is a transformer.")
 VAE = flags.DEFINE_string("vae", "", "Another VAE (with --model): a folder, a file, or a hub id.")
 ALLOW_NONFINITE = flags.DEFINE_bool("allow_nonfinite", False, "Export weights that hold NaN or infinity, too.")
 
@@ -90,7 +95,7 @@ ALLOW_NONFINITE = flags.DEFINE_bool("allow_nonfinite", False, "Export weights th
 def main() -> None:
     if (WORKDIR.value is None) == (MODEL.value is None):
         raise UserError("give either --workdir (a training run) or --model (a model to convert), and not both")
-    of_model = (LORA, FAMILY, MODEL_CONFIG, REVISION, VARIANT, UNET, VAE)
+    of_model = (LORA, FAMILY, MODEL_CONFIG, REVISION, VARIANT, UNET, TRANSFORMER, VAE)
     given = [flag.name for flag in of_model if flag.value]
     if WORKDIR.value is not None and given:
         raise UserError(f"--{given[0]} goes with --model; a training run has its own. Leave it out")
@@ -127,6 +132,7 @@ def read_exportable() -> "Exportable":
         revision=REVISION.value,
         variant=VARIANT.value,
         unet=UNET.value,
+        transformer=TRANSFORMER.value,
         vae=VAE.value,
         allow_nonfinite=ALLOW_NONFINITE.value,
     )

@@ -123,6 +123,7 @@ FSDP = flags.DEFINE_integer("fsdp", 1, "Devices that share one copy of the model
 UNET = flags.DEFINE_string(
     "unet", "", "UNet to use instead of the model's own (with --model): a folder, file or hub id."
 )
+TRANSFORMER = flags.DEFINE_string("transformer", "", "The same for models whose denoiser is a transformer.")
 VAE = flags.DEFINE_string("vae", "", "VAE to use instead of the model's own (with --model): a folder, file or hub id.")
 FAMILY = flags.DEFINE_string(
     "family", None, "Model family (with --model), where the files do not tell it; for example sdxl_turbo."
@@ -139,7 +140,7 @@ VARIANT = flags.DEFINE_string(
 ALLOW_NONFINITE = flags.DEFINE_bool(
     "allow_nonfinite", False, "Draw even if weights contain NaN or infinity; the images may be black."
 )
-OF_MODEL = (UNET, VAE, FAMILY, MODEL_CONFIG, REVISION, VARIANT, DTYPE, VAE_DTYPE, ATTENTION)
+OF_MODEL = (UNET, TRANSFORMER, VAE, FAMILY, MODEL_CONFIG, REVISION, VARIANT, DTYPE, VAE_DTYPE, ATTENTION)
 
 
 def main() -> None:
@@ -216,7 +217,7 @@ def draw_all() -> None:
             bar.say(f"{cut} of {len(prompts)} prompts are longer than the model can read; their ends are cut off")
         drawn = draw(
             generator,
-            model.unet,
+            model.denoiser,
             entries,
             OUTPUT.value,
             begin_from=[file for file in begin_from for _ in range(SEEDS.value)] or None,
@@ -243,6 +244,7 @@ def load_named_model() -> "LoadedModel":
         attention=ATTENTION.value or "xla",
         fsdp=FSDP.value,
         unet=UNET.value,
+        transformer=TRANSFORMER.value,
         vae=VAE.value,
         family=FAMILY.value,
         model_config=MODEL_CONFIG.value,

@@ -259,7 +259,7 @@ def draw_all(
         begin_folder(folders[name], {"model": model.fingerprint, "seed": request.seed, **settings})
         generator = model.generator(sampling, resolution=resolution, batch_size=request.batch_size)
         show = functools.partial(bar.show, f"drawing by {name}")
-        draw(generator, model.unet, entries, folders[name], on_progress=show)
+        draw(generator, model.denoiser, entries, folders[name], on_progress=show)
     return settings | {"models": fingerprints}
 
 

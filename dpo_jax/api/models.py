@@ -41,7 +41,8 @@ def load_model(
         attention: kernel, as `config.attention`.
         fsdp: number of devices that one copy of the weights is split over.
         allow_nonfinite: load weights even if they hold NaN or infinity.
-        options: `unet`, `vae`, `family`, `model_config`, `revision` and `variant`, as the flags of `dpo_jax.sample`.
+        options: `unet`, `transformer`, `vae`, `family`, `model_config`, `revision` and `variant`, as the flags of
+            `dpo_jax.sample`.
 
     Raises:
         UserError: there is no such model, or its files cannot be used.
@@ -116,7 +117,7 @@ def export(
     Args:
         source: work directory of a training run, diffusers folder, hub id or single .safetensors file.
         output: folder to write; it must not exist.
-        format: "diffusers", "unet", "single", "lora" or "kohya"; see `dpo_jax export --help`.
+        format: "diffusers", "unet", "transformer", "single", "lora" or "kohya"; see `dpo_jax export --help`.
         step: for a training run: the step whose checkpoint to export, "best", or "" for the newest.
         lora: for a model: LoRA to merge or to rewrite.
         dtype: of all weights; by default float32 for trained models, otherwise as the files hold them.
@@ -126,7 +127,8 @@ def export(
         push_to_hub: OWNER/NAME of a new model repository on the hub, to which the folder is uploaded; needs a login.
         hub_private: whether that repository is private.
         allow_nonfinite: export weights that hold NaN or infinity, too.
-        options: `unet`, `vae`, `family`, `model_config`, `revision` and `variant`, as the flags of `dpo_jax.export`.
+        options: `unet`, `transformer`, `vae`, `family`, `model_config`, `revision` and `variant`, as the flags of
+            `dpo_jax.export`.
 
     Raises:
         UserError: `output` exists, the model cannot be opened, the format cannot hold it, or the hub does not let this

@@ -1,8 +1,9 @@
-"""Maps captions to conditioning: token ids to the inputs that the UNet attends to.
+"""Maps captions to conditioning: token ids to the inputs that the denoiser attends to.
 
 Axes: N captions or candidates, L tokens, D context width, P pooled width, T time ids.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -23,7 +24,7 @@ NEGATIVE_AESTHETIC_SCORE = 2.5
 def encode_text(
     pipeline: Pipeline, encoders: Mapping[str, Params], token_ids_NL: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Run every text encoder of the family: (context_NLD, pooled_NP); P = 0 if the UNet takes no pooled embedding.
+    """Run every text encoder of the family: (context_NLD, pooled_NP); P = 0 if the denoiser takes no pooled embedding.
 
     The family states which hidden state is the context.
     """
@@ -34,7 +35,7 @@ def encode_text(
     for encoder, network, own_NL in zip(family.text_encoders, pipeline.text_encoders, each_NL, strict=True):
         output = network(encoders[encoder.folder], own_NL)
         contexts.append(getattr(output, encoder.context))
-        if family.num_time_ids:
+        if pipeline.denoiser.config.pooled_features:
             pooled_NP = output.pooled_NP
     return jnp.concatenate(contexts, axis=-1), pooled_NP
 
@@ -46,6 +47,17 @@ def split_token_ids(pipeline: Pipeline, token_ids_NL: jax.Array) -> list[jax.Arr
     return jnp.split(token_ids_NL, np.cumsum(lengths)[:-1], axis=1)
 
 
+def text_shapes(pipeline: Pipeline) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of context_LD and pooled_P of a caption."""
+    encoders = {
+        encoder.folder: {name: jax.ShapeDtypeStruct(spec.shape, pipeline.dtype) for name, spec in network.specs.items()}
+        for encoder, network in zip(pipeline.family.text_encoders, pipeline.text_encoders, strict=True)
+    }
+    token_ids_1L = jax.ShapeDtypeStruct((1, sum(pipeline.text_lengths)), jnp.int32)
+    context, pooled = jax.eval_shape(functools.partial(encode_text, pipeline), encoders, token_ids_1L)
+    return context.shape[1:], pooled.shape[1:]
+
+
 def condition(
     family: Family,
     context_NLD: jax.Array,
@@ -53,7 +65,7 @@ def condition(
     size_cond_N6: jax.Array,
     aesthetic_score: float = REFINER_AESTHETIC_SCORE,
 ) -> Conditioning:
-    """Return the conditioning of the family's UNet; captions and sizes may have different lengths along N.
+    """Return the conditioning of the family's denoiser; captions and sizes may have different lengths along N.
 
     Time ids are (height, width, crop top, crop left, target height, target width) or, if the family has five,
     (height, width, crop top, crop left, `aesthetic_score`).

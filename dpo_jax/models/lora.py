@@ -31,21 +31,21 @@ Adapters = dict[str, LowRank]
 """Adapter sizes by the name of the layer, for example `down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q`."""
 
 
-def find_targets(unet: Network, pattern: str, *, rank: int, alpha: float) -> Adapters:
+def find_targets(denoiser: Network, pattern: str, *, rank: int, alpha: float) -> Adapters:
     """Return an adapter for every linear and convolution layer whose name contains a match of `pattern`.
 
     Raises a UserError if the pattern is not a regular expression or matches nothing.
     """
     if rank < 1:
         raise UserError(f"a LoRA of rank {rank} has no weights; give a rank of at least 1")
-    layers = [name.removesuffix(".kernel") for name in unet.specs if name.endswith(".kernel")]
+    layers = [name.removesuffix(".kernel") for name in denoiser.specs if name.endswith(".kernel")]
     try:
         adapters = {layer: LowRank(rank, alpha) for layer in layers if re.search(pattern, layer)}
     except re.error as error:
         raise UserError(f"the LoRA targets {pattern!r} are not a regular expression: {error}") from error
     if not adapters:
         raise UserError(
-            f"the LoRA targets {pattern!r} match no layer of the UNet; an example of a name is {layers[-2]}"
+            f"the LoRA targets {pattern!r} match no layer of the model; an example of a name is {layers[-2]}"
         )
     return adapters
 

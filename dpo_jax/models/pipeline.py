@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pydantic
 from etils import epath
+from flax import nnx
 from jax.typing import DTypeLike
 
 from dpo_jax.batch import Conditioning
@@ -25,22 +26,23 @@ from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.files import conform, read_json
 from dpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from dpo_jax.models.config_json import MAX_BYTES
+from dpo_jax.models.denoiser import DenoiserConfig
 from dpo_jax.models.execution import PLAIN, Execution
 from dpo_jax.models.families import (
-    ORIGINAL_PREFIXES,
     PUBLISHED,
     V_PRED,
+    VAE_PREFIX,
     ZERO_TERMINAL_SNR,
     Family,
     Marks,
     check_classes,
     family_of_single_file,
+    find_denoiser,
     find_family,
     has_component,
 )
 from dpo_jax.models.lora import Adapters, add_lora, lora_specs, round_as_adapted, set_dropout_keys
 from dpo_jax.models.network import Network, network_of
-from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.models.vae import AutoencoderKL, VAEConfig
 from dpo_jax.sharding import Placement
@@ -58,7 +60,7 @@ class Pipeline:
     weights: Mapping[str, epath.Path]
     """Path of each component's weights: its folder, or a single file."""
     family: Family
-    unet: Network
+    denoiser: Network
     vae: Network
     text_encoders: tuple[Network, ...]
     text_lengths: tuple[int, ...]
@@ -70,7 +72,7 @@ class Pipeline:
     force_zeros_for_empty_prompt: bool
     """True if an empty caption is embedded as zeros and not by the text encoders (SDXL)."""
     dtype: jnp.dtype
-    """Compute dtype of UNet and text encoders."""
+    """Compute dtype of denoiser and text encoders."""
     scheduler_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The scheduler's config, with the settings that a single file states by empty tensors."""
     variant: str = ""
@@ -78,73 +80,86 @@ class Pipeline:
     allow_nonfinite: bool = False
     """True if weights may hold NaN and infinity."""
     execution: Execution = PLAIN
-    """Settings of the execution of the UNet's blocks."""
+    """Settings of the execution of the denoiser's blocks."""
     adapters: Adapters = dataclasses.field(default_factory=dict)
-    """The layers of the UNet that have a LoRA; see `with_lora`."""
-    adapted_unet: Network | None = None
-    """The UNet with that LoRA."""
+    """The layers of the denoiser that have a LoRA; see `with_lora`."""
+    adapted_denoiser: Network | None = None
+    """The denoiser with that LoRA."""
 
     def denoise(
         self,
-        unet_params: Params,
+        denoiser_params: Params,
         x_NHWC: jax.Array,
         t_N: jax.Array,
         conditioning: Conditioning,
         dropout_keys_N: jax.Array | None = None,
     ) -> jax.Array:
-        """Return the UNet's prediction [N, H, W, C] in the compute dtype, with a LoRA if the parameters hold one.
+        """Return the denoiser's prediction [N, H, W, C] in the compute dtype, with a LoRA if the parameters hold one.
 
         All weights are first rounded to the compute dtype, also those of the norms, which are then used in float32: a
         policy's float32 masters must compute exactly what a reference stored in bfloat16 computes. `dropout_keys_N`
         turns the LoRA's dropout on.
         """
-        rounded = {name: value.astype(self.dtype) for name, value in unet_params.items()}
-        has_lora = len(unet_params) > len(self.unet.specs)
-        network = self.adapted_unet if has_lora and self.adapted_unet is not None else self.unet
-        unet = network.bind(rounded)
+        rounded = {name: value.astype(self.dtype) for name, value in denoiser_params.items()}
+        has_lora = len(denoiser_params) > len(self.denoiser.specs)
+        network = self.adapted_denoiser if has_lora and self.adapted_denoiser is not None else self.denoiser
+        denoiser = network.bind(rounded)
         if dropout_keys_N is not None:
-            set_dropout_keys(unet, dropout_keys_N)
-        return unet(x_NHWC, t_N, conditioning)
+            set_dropout_keys(denoiser, dropout_keys_N)
+        return denoiser(x_NHWC, t_N, conditioning)
 
     def gather(self, placement: Placement, component: str, params: Params) -> Params:
         """Return, inside jit, the weights of a component as its layers use them; see `Placement.gathered`.
 
-        Weights of the UNet are rounded to the compute dtype before devices exchange them.
+        Weights of the denoiser, which is also called "denoiser" here, are rounded to the compute dtype before devices
+        exchange them.
         """
-        specs = self.components[component].specs
-        if component == "unet":
-            specs = (self.adapted_unet or self.unet).specs
+        if component not in ("denoiser", self.denoiser_name):
+            specs = self.components[component].specs
+        else:
+            specs = (self.adapted_denoiser or self.denoiser).specs
             params = {name: x.astype(self.dtype) for name, x in params.items()}
         return {name: placement.gathered(name, specs[name], x) for name, x in params.items()}
 
     def with_lora(self, adapters: Adapters, dropout: float = 0.0) -> "Pipeline":
-        """Return this model with a LoRA in the named layers of its UNet."""
+        """Return this model with a LoRA in the named layers of its denoiser."""
 
-        def make(rngs: Any) -> UNet2DConditionModel:
-            return UNet2DConditionModel(self.unet.config, execution=self.execution, dtype=self.dtype, rngs=rngs)
+        module, options = self.family.denoiser.module, {"execution": self.execution, "dtype": self.dtype}
 
-        def make_adapted(rngs: Any) -> UNet2DConditionModel:
-            unet = make(rngs)
-            add_lora(unet, adapters, dropout, rngs)
-            return unet
+        def make_adapted(rngs: nnx.Rngs) -> nnx.Module:
+            denoiser = module(config, rngs=rngs, **options)
+            add_lora(denoiser, adapters, dropout, rngs)
+            return denoiser
 
-        def make_plain(rngs: Any) -> UNet2DConditionModel:
-            unet = make(rngs)
-            round_as_adapted(unet, adapters)
-            return unet
+        def make_plain(rngs: nnx.Rngs) -> nnx.Module:
+            denoiser = module(config, rngs=rngs, **options)
+            round_as_adapted(denoiser, adapters)
+            return denoiser
 
-        config = self.unet.config
+        config = self.denoiser.config
         return dataclasses.replace(
             self,
             adapters=adapters,
-            unet=Network.build(make_plain, config),
-            adapted_unet=Network.build(make_adapted, config),
+            denoiser=Network.build(make_plain, config),
+            adapted_denoiser=Network.build(make_adapted, config),
         )
 
     @property
     def trained_specs(self) -> Specs:
-        """Shapes of the trained weights: the LoRA if there is one, otherwise the UNet."""
-        return self.unet.specs if self.adapted_unet is None else lora_specs(self.adapted_unet)
+        """Shapes of the trained weights: the LoRA if there is one, otherwise the denoiser without fixed tables."""
+        if self.adapted_denoiser is not None:
+            return lora_specs(self.adapted_denoiser)
+        return {name: spec for name, spec in self.denoiser.specs.items() if spec.is_trainable}
+
+    @property
+    def untrained_specs(self) -> Specs:
+        """Shapes of the weights of the denoiser that are not trained."""
+        return {name: spec for name, spec in self.denoiser.specs.items() if name not in self.trained_specs}
+
+    @property
+    def denoiser_name(self) -> str:
+        """Name of the denoiser's folder: "unet" or "transformer"."""
+        return self.family.denoiser.folder
 
     @property
     def class_name(self) -> str:
@@ -153,7 +168,7 @@ class Pipeline:
 
     @property
     def predicts_velocity(self) -> bool:
-        """True if the UNet predicts the velocity and not the noise."""
+        """True if the denoiser predicts the velocity and not the noise."""
         return bool(self.schedule.target_x0_T.any())
 
     @property
@@ -168,19 +183,21 @@ class Pipeline:
 
     @property
     def is_of_published_size(self) -> bool:
-        """True if the UNet has the widths of the family's published UNet."""
-        path = epath.Path(PUBLISHED / self.family.name / "unet" / "config.json")
-        published = UNetConfig.from_dict(_json(path), str(path))
-        ours = self.unet.config
-        return (ours.block_out_channels, ours.cross_attention_dim) == (
-            published.block_out_channels,
-            published.cross_attention_dim,
-        )
+        """True if the denoiser has the shapes of the family's published one."""
+        path = epath.Path(PUBLISHED / self.family.name / self.denoiser_name / "config.json")
+        kind = self.family.denoiser
+        published = network_of(kind.module, kind.config.from_dict(_json(path), str(path)), dtype=self.dtype)
+        return published.specs == self.denoiser.specs
 
     @property
     def vae_factor(self) -> int:
         """Pixels per latent cell along each axis."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def trained_resolution(self) -> int:
+        """Height and width in pixels of the images that the model was trained on."""
+        return int(self.denoiser.config.trained_cells) * self.vae_factor
 
     @property
     def tokenizer_names(self) -> tuple[str, ...]:
@@ -191,12 +208,13 @@ class Pipeline:
     def components(self) -> dict[str, Network]:
         """Every network by the name of its folder."""
         names = [encoder.folder for encoder in self.family.text_encoders]
-        return {"unet": self.unet, "vae": self.vae, **dict(zip(names, self.text_encoders, strict=True))}
+        return {self.denoiser_name: self.denoiser, "vae": self.vae, **dict(zip(names, self.text_encoders, strict=True))}
 
     @property
     def original_prefixes(self) -> dict[str, str]:
         """Prefix of each component's names in a single file of the original layout."""
-        return ORIGINAL_PREFIXES | {encoder.folder: encoder.original_prefix for encoder in self.family.text_encoders}
+        own = {self.denoiser_name: self.family.denoiser.original_prefix, "vae": VAE_PREFIX}
+        return own | {encoder.folder: encoder.original_prefix for encoder in self.family.text_encoders}
 
     @property
     def tokenizers(self) -> list[TokenizerSpec]:
@@ -219,16 +237,19 @@ class Pipeline:
         dtype: DTypeLike,
         sharding: Sharding | None = None,
         path: epath.Path | None = None,
+        only: Collection[str] | None = None,
     ) -> Params:
-        """Return the parameters of one component, from `path` if given; see `weights.io.load_params`."""
+        """Return the parameters of one component, all or `only` some, from `path` if given; see `load_params`."""
         specs, prefix = self.components[component].specs, self.original_prefixes[component]
         path = path or self.weights[component]
-        options: dict[str, Any] = {"variant": self.variant, "allow_nonfinite": self.allow_nonfinite}
+        options: dict[str, Any] = {"variant": self.variant, "allow_nonfinite": self.allow_nonfinite, "only": only}
         return load_params(path, specs, dtype=dtype, sharding=sharding, prefix=prefix, **options)
 
-    def unet_config(self, path: epath.Path) -> UNetConfig:
-        """Return the config of the UNet at `path`, its folder or a single file."""
-        return UNetConfig.from_dict(*_config(self.folder, path, "unet"))
+    def has_denoiser_like(self, path: epath.Path) -> bool:
+        """Return whether the denoiser at `path`, its folder or a single file, has the same weights' shapes."""
+        kind = self.family.denoiser
+        config = kind.config.from_dict(*_config(self.folder, path, self.denoiser_name))
+        return network_of(kind.module, config, dtype=self.dtype).specs == self.denoiser.specs
 
     def config(self, component: str) -> dict[str, Any]:
         """Return the component's config.json."""
@@ -259,6 +280,7 @@ def load_pipeline(
     vae_dtype: DTypeLike | None = None,
     family: str | None = None,
     unet: str = "",
+    transformer: str = "",
     vae: str = "",
     model_config: str = "",
     revision: str = "",
@@ -276,12 +298,13 @@ def load_pipeline(
         vae_dtype: compute dtype of the VAE, if it differs.
         family: a name in `families.FAMILIES`, needed where the contents do not tell (SDXL-Turbo).
         unet: another UNet to start from: its folder or file, a model's folder or file, or a hub id of either.
+        transformer: the same for a model whose denoiser is a transformer.
         vae: another VAE, given in the same way.
         model_config: the folder or hub id whose configs and tokenizers belong to a single file; by default the
             family's published model.
         revision: branch, tag or commit on the hub.
         variant: which of several sets of weights to fetch from the hub, for example "fp16".
-        execution: how the UNet's blocks are executed.
+        execution: how the denoiser's blocks are executed.
         allow_nonfinite: load weights even if they hold NaN or infinity.
     """
     path = find_model(str(model), revision=revision, variant=variant)
@@ -292,14 +315,16 @@ def load_pipeline(
         family, folder = of_file.name, _configs_of_file(path, of_file, model_config, V_PRED in names)
     model_index = read_model_index(folder)
     _check_parts(folder, model_index)
+    kind = find_denoiser(model_index, str(folder))
+    other = _other_denoiser({"unet": unet, "transformer": transformer}, kind.folder, path)
     weights = {
-        "unet": find_component(unet, "unet") if unet else path_of(path, "unet"),
+        kind.folder: find_component(other, kind.folder) if other else path_of(path, kind.folder),
         "vae": find_component(vae, "vae") if vae else path_of(path, "vae"),
     }
-    unet_config = UNetConfig.from_dict(*_config(folder, weights["unet"], "unet"))
+    config: DenoiserConfig = kind.config.from_dict(*_config(folder, weights[kind.folder], kind.folder))
     vae_config = VAEConfig.from_dict(*_config(folder, weights["vae"], "vae"))
-    _check_channels(folder, unet_config, vae_config)
-    found = find_family(model_index, unet_config, str(weights["unet"] if unet else folder), family)
+    _check_channels(folder, kind.folder, config, vae_config)
+    found = find_family(model_index, kind, config, str(weights[kind.folder] if other else folder), family)
     text_encoders, text_lengths = [], []
     for encoder in found.text_encoders:
         weights[encoder.folder] = path_of(path, encoder.folder)
@@ -310,7 +335,7 @@ def load_pipeline(
         text_lengths.append(
             encoder.length or read_length(Path(folder / encoder.tokenizer)) or clip.max_position_embeddings
         )
-    _check_widths(found, unet_config, [encoder.config for encoder in text_encoders], weights)
+    _check_widths(found, config, [encoder.config for encoder in text_encoders], weights)
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
     scheduler_config = _with_marks(_json(scheduler_path), names, str(path), str(scheduler_path) if model_config else "")
     make = functools.partial(make_schedule, scheduler_config, where=str(scheduler_path))
@@ -318,7 +343,7 @@ def load_pipeline(
         folder=folder,
         weights=weights,
         family=found,
-        unet=network_of(UNet2DConditionModel, unet_config, dtype=dtype, execution=execution),
+        denoiser=network_of(kind.module, config, dtype=dtype, execution=execution),
         vae=network_of(AutoencoderKL, vae_config, dtype=vae_dtype or dtype),
         text_encoders=tuple(text_encoders),
         text_lengths=tuple(text_lengths),
@@ -384,6 +409,7 @@ class ModelIndex(pydantic.BaseModel):
 
     class_name: Annotated[str, pydantic.Field(alias="_class_name")]
     unet: Part | None = None
+    transformer: Part | None = None
     vae: Part | None = None
     scheduler: Part | None = None
     text_encoder: Part | None = None
@@ -395,7 +421,7 @@ class ModelIndex(pydantic.BaseModel):
 
 def _check_parts(folder: epath.Path, model_index: Mapping[str, Any]) -> None:
     """Raise a UserError if a model lacks a component that every model needs."""
-    absent = [name for name in ("unet", "vae", "scheduler") if not has_component(model_index, name)]
+    absent = [name for name in ("vae", "scheduler") if not has_component(model_index, name)]
     if absent:
         raise UserError(
             f"{folder} is a {model_index.get('_class_name')} without {', '.join(absent)}; only Stable Diffusion 1, 2 "
@@ -424,7 +450,7 @@ def _config_path(folder: epath.Path, weights: epath.Path, component: str) -> epa
 def _family_of_file(path: epath.Path, names: Collection[str], family: str | None, *, has_vae: bool) -> Family:
     """Return the family of a single file; UserError if the file has no VAE and no other one is given."""
     found = family_of_single_file(names, str(path), family)
-    if not has_vae and not any(name.startswith(ORIGINAL_PREFIXES["vae"]) for name in names):
+    if not has_vae and not any(name.startswith(VAE_PREFIX) for name in names):
         raise UserError(f"{path} has no VAE; give one as --vae (config.vae in training): a folder, file or hub id")
     return found
 
@@ -433,7 +459,7 @@ def _configs_of_file(path: epath.Path, family: Family, model_config: str, predic
     """Return the folder of the configs and tokenizers that belong to a single file."""
     if family.has_unlike_siblings and not model_config and not predicts_velocity:
         raise UserError(
-            f"{path} is a file of the family {family.name}, and does not say what the UNet predicts; set model_config "
+            f"{path} is a file of the family {family.name}, and does not say what it predicts; set model_config "
             f"to {family.published} (768 pixels, velocity) or to {family.published}-base (512 pixels, noise)"
         )
     try:
@@ -467,37 +493,49 @@ def _with_marks(config: dict[str, Any], names: Collection[str], path: str, named
     return config | said
 
 
-def _check_channels(folder: epath.Path, unet: UNetConfig, vae: VAEConfig) -> None:
-    """Raise a UserError if the UNet does not predict what it takes, or takes more than the VAE makes."""
-    if unet.in_channels != vae.latent_channels:
+def _other_denoiser(given: Mapping[str, str], folder: str, model: epath.Path) -> str:
+    """Return the denoiser that the user named in place of the model's own, or ""."""
+    for name, other in given.items():
+        if other and name != folder:
+            raise UserError(
+                f"{name}={other} was given, but the denoiser of {model} is a {folder}; set {folder} instead"
+            )
+    return given[folder]
+
+
+def _check_channels(folder: epath.Path, name: str, config: DenoiserConfig, vae: VAEConfig) -> None:
+    """Raise a UserError if the denoiser does not predict what it takes, or takes more than the VAE makes."""
+    if config.latent_channels != vae.latent_channels:
         raise UserError(
-            f"{folder}: the UNet takes {unet.in_channels} channels, but the VAE makes "
+            f"{folder}: the {name} takes {config.latent_channels} channels, but the VAE makes "
             f"{vae.latent_channels}; models that take an image beside the noise (inpainting, upscaling) are not "
             "supported"
         )
-    if unet.out_channels != unet.in_channels:
+    if isinstance(config, UNetConfig) and config.out_channels != config.in_channels:
         raise UserError(
-            f"{folder}: the UNet takes {unet.in_channels} channels and predicts {unet.out_channels}; the "
+            f"{folder}: the unet takes {config.in_channels} channels and predicts {config.out_channels}; the "
             "two must be equal"
         )
 
 
 def _check_widths(
-    family: Family, unet: UNetConfig, clips: Sequence[CLIPTextConfig], weights: Mapping[str, epath.Path]
+    family: Family, config: DenoiserConfig, clips: Sequence[CLIPTextConfig], weights: Mapping[str, epath.Path]
 ) -> None:
-    """Raise a UserError, before anything is read, if the UNet does not fit the output of the text encoders."""
+    """Raise a UserError, before anything is read, if the denoiser does not fit the output of the text encoders."""
+    name = family.denoiser.folder
     context = sum(clip.hidden_size for clip in clips)
-    if set(unet.cross_attention_dim) != {context}:
+    if config.context_features != context:
         raise UserError(
-            f"the UNet in {weights['unet']} attends to {unet.cross_attention_dim[0]} features per token, but the text "
+            f"the {name} in {weights[name]} attends to {config.context_features} features per token, but the text "
             f"encoders of {family.name} make {context}; it belongs to another family"
         )
-    if unet.addition_embed_type is not None:
-        pooled = clips[-1].projection_dim if clips[-1].with_projection else clips[-1].hidden_size
-        made = pooled + family.num_time_ids * (unet.addition_time_embed_dim or 0)
-        if made != unet.projection_class_embeddings_input_dim:
+    if config.pooled_features:
+        made = clips[-1].projection_dim if clips[-1].with_projection else clips[-1].hidden_size
+        if isinstance(config, UNetConfig):
+            made += family.num_time_ids * (config.addition_time_embed_dim or 0)
+        if made != config.pooled_features:
             raise UserError(
-                f"the UNet in {weights['unet']} takes {unet.projection_class_embeddings_input_dim} added features, but "
+                f"the {name} in {weights[name]} takes {config.pooled_features} added features, but "
                 f"{family.name} makes {made}; it belongs to another family"
             )
 

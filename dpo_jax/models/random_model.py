@@ -25,8 +25,6 @@ from dpo_jax.models.random_tokenizers import (
     write_clip_tokenizer,
     write_json,
 )
-from dpo_jax.models.unet import UNet2DConditionModel
-from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.models.vae import AutoencoderKL, VAEConfig
 from dpo_jax.weights.io import save_component
 from dpo_jax.weights.layout import Specs
@@ -120,7 +118,7 @@ SD_PIPELINE = {
     "safety_checker": [None, None],
 }
 
-# By family: model_index.json without its components, UNet, text encoders, scheduler.
+# By family: model_index.json without its components, denoiser, text encoders, scheduler.
 RANDOM_MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[dict[str, Any], ...], dict[str, Any]]] = {
     "sd15": (SD_PIPELINE, UNET, (CLIP_L,), DDIM),
     "sd21": (SD_PIPELINE, UNET_SD21, (OPEN_CLIP,), DDIM | {"prediction_type": "v_prediction"}),
@@ -134,17 +132,18 @@ def write_random_model(family: str, folder: epath.PathLike, *, seed: int = 0, dt
     """Write a complete diffusers folder of the named family. Raises a UserError if `folder` exists and is not empty."""
     if family not in RANDOM_MODELS:
         raise UserError(f"unknown model family {family!r}, expected one of {', '.join(RANDOM_MODELS)}")
-    model_index, unet, text_encoders, scheduler = RANDOM_MODELS[family]
+    model_index, denoiser, text_encoders, scheduler = RANDOM_MODELS[family]
     vocabulary, merges = byte_vocabulary(WORDS)
     model_index = model_index | {
-        "unet": ["diffusers", unet["_class_name"]],
+        FAMILIES[family].denoiser.folder: ["diffusers", denoiser["_class_name"]],
         "vae": ["diffusers", VAE["_class_name"]],
         "scheduler": ["diffusers", scheduler["_class_name"]],
     }
     with new_folder(folder) as target:
-        unet_config = UNetConfig.from_dict(unet, "unet")
         vae_config = VAEConfig.from_dict(VAE, "vae")
-        _write(target / "unet", unet, UNet2DConditionModel, unet_config, seed, dtype)
+        kind = FAMILIES[family].denoiser
+        config = kind.config.from_dict(denoiser, kind.folder)
+        _write(target / kind.folder, denoiser, kind.module, config, seed, dtype)
         _write(target / "vae", VAE, AutoencoderKL, vae_config, seed + 1, dtype)
         for number, (encoder, clip) in enumerate(zip(FAMILIES[family].text_encoders, text_encoders, strict=True)):
             ids = {"bos_token_id": vocabulary[START], "eos_token_id": vocabulary[END], "pad_token_id": vocabulary[END]}

@@ -32,14 +32,14 @@ Weights = Mapping[str, jax.Array | np.ndarray]
 def save_pipeline(
     pipeline: Pipeline,
     output: epath.PathLike,
-    unet: Weights,
+    denoiser: Weights,
     *,
     dtype: DTypeLike | None,
     card: str,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     others: Mapping[str, Weights] = MappingProxyType({}),
 ) -> None:
-    """Write a complete PyTorch diffusers folder with `unet` as its UNet; it is written completely or not at all.
+    """Write a complete PyTorch diffusers folder with this `denoiser`; it is written completely or not at all.
 
     The other networks, scheduler, tokenizers and a PyTorch safety checker are the model's own. Paths that configs were
     read from are removed from them.
@@ -47,7 +47,7 @@ def save_pipeline(
     Args:
         pipeline: the model.
         output: the folder; a UserError if it exists and is not empty.
-        unet: the UNet's weights in dpo_jax's layout.
+        denoiser: the denoiser's weights in dpo_jax's layout.
         dtype: dtype of all weights; None keeps each tensor's own.
         card: the text of README.md.
         max_shard_bytes: weights beyond this size are split over several files.
@@ -60,7 +60,7 @@ def save_pipeline(
         for name in [name for name, value in model_index.items() if isinstance(value, list)]:
             source = pipeline.folder / name
             if name in networks:
-                weights = unet if name == "unet" else others.get(name) or pipeline.read(name)
+                weights = denoiser if name == pipeline.denoiser_name else others.get(name) or pipeline.read(name)
                 config, specs = _config(pipeline, name, dtype), networks[name].specs
                 with _naming(pipeline, {name: ""}):
                     save_component(target / name, config, weights, specs, dtype=dtype, **options)
@@ -77,26 +77,26 @@ def save_pipeline(
         write_whole(target / "README.md", card)
 
 
-def save_unet(
+def save_denoiser(
     pipeline: Pipeline,
     output: epath.PathLike,
-    unet: Weights,
+    denoiser: Weights,
     *,
     dtype: DTypeLike | None,
     card: str,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write the UNet alone, a folder for `UNet2DConditionModel.from_pretrained`; arguments as in `save_pipeline`."""
-    config, specs = _config(pipeline, "unet", dtype), pipeline.unet.specs
+    """Write the denoiser alone, a folder for `from_pretrained` of its class; arguments as in `save_pipeline`."""
+    config, specs = _config(pipeline, pipeline.denoiser_name, dtype), pipeline.denoiser.specs
     options: dict[str, Any] = {"max_shard_bytes": max_shard_bytes, "allow_nonfinite": pipeline.allow_nonfinite}
-    with _naming(pipeline, {"unet": ""}):
-        save_component(output, config, unet, specs, dtype=dtype, card=card, **options)
+    with _naming(pipeline, {pipeline.denoiser_name: ""}):
+        save_component(output, config, denoiser, specs, dtype=dtype, card=card, **options)
 
 
 def save_single_file(
     pipeline: Pipeline,
     output: epath.PathLike,
-    unet: Weights,
+    denoiser: Weights,
     *,
     dtype: DTypeLike | None,
     card: str,
@@ -112,7 +112,10 @@ def save_single_file(
     prefixes = pipeline.original_prefixes
     with new_folder(output) as target:
         components = {
-            prefixes[name]: (unet if name == "unet" else others.get(name) or pipeline.read(name), network.specs)
+            prefixes[name]: (
+                denoiser if name == pipeline.denoiser_name else others.get(name) or pipeline.read(name),
+                network.specs,
+            )
             for name, network in pipeline.components.items()
         }
         file = f"{epath.Path(output).name}.safetensors"
@@ -132,7 +135,7 @@ def _naming(pipeline: Pipeline, prefixes: Mapping[str, str]) -> Iterator[None]:
     except NotFinite as error:
         component = next(name for name, prefix in prefixes.items() if error.name.startswith(prefix))
         files = files_of(pipeline.weights[component], pipeline.variant)
-        changed = ", or what was trained or merged into it" if component == "unet" else ""
+        changed = ", or what was trained or merged into it" if component == pipeline.denoiser_name else ""
         raise UserError(f"{files[0]}{changed}: {error}") from None
 
 

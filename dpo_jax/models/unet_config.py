@@ -41,6 +41,26 @@ class UNetConfig:
     projection_class_embeddings_input_dim: Width | None = None
     """Width of the pooled caption plus that of all embedded time ids."""
 
+    @property
+    def latent_channels(self) -> int:
+        return self.in_channels
+
+    @property
+    def context_features(self) -> int:
+        return self.cross_attention_dim[0]
+
+    @property
+    def pooled_features(self) -> int:
+        return self.projection_class_embeddings_input_dim or 0
+
+    @property
+    def size_multiple(self) -> int:
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def trained_cells(self) -> int:
+        return self.sample_size or 64
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], where: str) -> "UNetConfig":
         """Read a config.json. Raises a UserError that names `where` and the field that is not supported."""

@@ -71,7 +71,7 @@ class Holdings:
     optimizer: float
     ema: float
     moving_reference: float
-    frozen_unet: float
+    frozen_denoiser: float
     """Reference, base of a LoRA, or both."""
     encoders: float
     batch: float
@@ -80,7 +80,7 @@ class Holdings:
     frozen_elsewhere: float
     """Bytes of the frozen weights, and of a moving reference as it is sent, that only other devices hold."""
     gathered: float
-    """The trained UNet, or the base of a LoRA, as layers use it from the forward to the backward pass."""
+    """The trained denoiser, or the base of a LoRA, as layers use it from the forward to the backward pass."""
     reference_gathered: float
     """The reference, if it has weights of its own, as layers use it."""
     scan: bool
@@ -235,7 +235,7 @@ def measure_holdings(config: ConfigDict, pipeline: Pipeline, num_devices: int) -
     derived = resolve(config, device_count=num_devices, process_count=1)
     experiment = compose(config, derived, pipeline, Placement(_mesh(shape), rules_of(mesh.rules)))
     state, frozen = experiment.abstract_state(), experiment.frozen
-    unets = [frozen.base, frozen.reference]
+    denoisers = [frozen.base, frozen.reference]
     changing = {name: x for name, x in state.params.items() if experiment.rate_factors[name]}
     moving = state.reference.params if state.reference else {}
 
@@ -249,8 +249,8 @@ def measure_holdings(config: ConfigDict, pipeline: Pipeline, num_devices: int) -
         optimizer=held_bytes(state.opt_state),
         ema=held_bytes(state.ema),
         moving_reference=held_bytes(moving),
-        frozen_unet=held_bytes(unets),
-        encoders=held_bytes(frozen) - held_bytes(unets),
+        frozen_denoiser=held_bytes(denoisers),
+        encoders=held_bytes(frozen) - held_bytes(denoisers),
         batch=held_bytes(experiment.abstract_batch()),
         trained_elsewhere=missing_bytes(state.params),
         frozen_elsewhere=missing_bytes(frozen) + missing_bytes(moving) / 4 * pipeline.dtype.itemsize,
@@ -311,7 +311,7 @@ def memory_by_kind(
         "gradients": h.gradients * (2 if accumulation > 1 else 1),  # of one micro-batch, and the sum
         "trained weights, rounded": (h.trained + h.moving_reference) / 4 * h.compute_bytes,
         "weights gathered": h.gathered + (h.reference_gathered if h.scan and accumulation > 1 else 0),
-        "reference and frozen UNet": h.frozen_unet,
+        "reference and frozen denoiser": h.frozen_denoiser,
         "VAE and text encoders": h.encoders,
         "batch": h.batch,
         "activations": work.activation_bytes * pairs,

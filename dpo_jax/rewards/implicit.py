@@ -35,25 +35,25 @@ DRAWS = 10
 def open_implicit(source: str, settings: Settings) -> Reward:
     """Open the reward of `TUNED:REFERENCE`, two models (folders, hub ids or files) that `load_pipeline` opens.
 
-    Both use the reference's VAE, text encoders and schedule. Raises UserError where the structures of the UNets differ.
+    Both use the reference's VAE, text encoders and schedule. Raises UserError where their denoisers' structures differ.
     """
     # The colon of gs://bucket does not count.
     names = re.split(r":(?!//)", source)
     if len(names) != 2 or not all(names):
         raise UserError(f"the judge implicit={source} needs two models, as in implicit=TUNED:REFERENCE")
     tuned, reference = (load_pipeline(name, dtype=settings.dtype) for name in names)
-    if tuned.unet.specs != reference.unet.specs:
+    if tuned.denoiser.specs != reference.denoiser.specs:
         raise UserError(
-            f"the UNets of {names[0]} and {names[1]} have different structures; give a tuned model and the one it was "
-            "tuned from"
+            f"the {tuned.denoiser_name} of {names[0]} and that of {names[1]} have different structures; give a tuned "
+            "model and the one it was tuned from"
         )
     batches = Batches(settings)
     placement, family, vae = batches.placement, reference.family, reference.vae
     weights: Any = {
         name: reference.load(name, dtype=settings.dtype, sharding=placement) for name in reference.components
     }
-    weights["policy"] = tuned.load("unet", dtype=settings.dtype, sharding=placement)
-    resolution = (reference.unet.config.sample_size or 64) * reference.vae_factor
+    weights["policy"] = tuned.load(tuned.denoiser_name, dtype=settings.dtype, sharding=placement)
+    resolution = reference.trained_resolution
     sizes_16 = jnp.array([[resolution, resolution, 0, 0, resolution, resolution]], jnp.float32)
     # All images get the same noises, so that images of one caption are compared fairly. The timesteps are evenly spaced
     # over those trained on; the paper draws them at random, which needs more of them for the same precision.
@@ -62,7 +62,7 @@ def open_implicit(source: str, settings: Settings) -> Reward:
 
     def rate(weights: Any, images_NHWC: jax.Array, token_ids_NL: jax.Array) -> jax.Array:
         weights = {
-            name: reference.gather(placement, "unet" if name == "policy" else name, params)
+            name: reference.gather(placement, "denoiser" if name == "policy" else name, params)
             for name, params in weights.items()
         }
         N = len(images_NHWC)
@@ -77,7 +77,7 @@ def open_implicit(source: str, settings: Settings) -> Reward:
             log_ratios = compare_denoising(
                 reference.denoise,
                 weights["policy"],
-                weights["unet"],
+                weights[reference.denoiser_name],
                 reference.schedule,
                 latents_N1hwC,
                 jnp.broadcast_to(noise_hwC, (N, *noise_hwC.shape)),

@@ -1,6 +1,5 @@
 """The judges that an online config names: of images, and of latents."""
 
-import dataclasses
 import re
 
 from etils import epath
@@ -36,10 +35,10 @@ def open_judges(config: ConfigDict) -> list[Judge]:
 
 
 def find_latent_judge(config: ConfigDict, pipeline: Pipeline) -> dict[str, epath.Path]:
-    """Return where the UNets "tuned" and "reference" of `online.latent_judge` are; empty without a latent judge.
+    """Return where the denoisers "tuned" and "reference" of `online.latent_judge` are; empty without a latent judge.
 
     Raises:
-        UserError: one of them is missing, or is not a UNet like the policy's.
+        UserError: one of them is missing, or is not a denoiser like the policy's.
     """
     spec = config.online.latent_judge
     if not spec:
@@ -47,28 +46,28 @@ def find_latent_judge(config: ConfigDict, pipeline: Pipeline) -> dict[str, epath
     tuned, *rest = re.split(r":(?!//)", spec)  # not the colon of gs://bucket
     if not tuned or len(rest) > 1:
         raise UserError(
-            f"config.online.latent_judge={spec} must be TUNED:REFERENCE, two UNets or models, or TUNED alone"
+            f"config.online.latent_judge={spec} must be TUNED:REFERENCE, two models or denoisers, or TUNED alone"
         )
-    paths = {"tuned": find_component(tuned, "unet"), "reference": pipeline.weights["unet"]}
+    name = pipeline.denoiser_name
+    paths = {"tuned": find_component(tuned, name), "reference": pipeline.weights[name]}
     if rest and rest[0]:
-        paths["reference"] = find_component(rest[0], "unet")
+        paths["reference"] = find_component(rest[0], name)
     for path in paths.values():
-        found = dataclasses.replace(pipeline.unet_config(path), sample_size=pipeline.unet.config.sample_size)
-        if found != pipeline.unet.config:
+        if not pipeline.has_denoiser_like(path):
             raise UserError(
-                f"config.online.latent_judge={spec}: {path} has another architecture than the UNet of {config.model}"
+                f"config.online.latent_judge={spec}: {path} has another architecture than the {name} of {config.model}"
             )
     return paths
 
 
 def latent_judge_fingerprints(paths: dict[str, epath.Path], variant: str) -> dict[str, str]:
-    """Return fields for config.json about the UNets that `find_latent_judge` returned."""
+    """Return fields for config.json about the denoisers that `find_latent_judge` returned."""
     return {f"fingerprints.latent_judge.{role}": fingerprint(files_of(path, variant)) for role, path in paths.items()}
 
 
 def load_latent_judge(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> dict[str, Params]:
-    """Load the UNets that `find_latent_judge` returns."""
+    """Load the denoisers that `find_latent_judge` returns."""
     return {
-        role: pipeline.load("unet", dtype=pipeline.dtype, sharding=placement, path=path)
+        role: pipeline.load(pipeline.denoiser_name, dtype=pipeline.dtype, sharding=placement, path=path)
         for role, path in find_latent_judge(config, pipeline).items()
     }

@@ -71,8 +71,8 @@ def on_trajectories(config: ConfigDict, pipeline: Pipeline, placement: Placement
         transitions, conditioning = constrain((sampled.transitions, conditioning))
         inputs = compare_transitions(
             denoise,
-            gather("unet", frozen.policy(params)),
-            gather("unet", frozen.whole_reference()) if objective.needs_reference else None,
+            gather("denoiser", frozen.policy(params)),
+            gather("denoiser", frozen.whole_reference()) if objective.needs_reference else None,
             table,
             transitions,
             conditioning,

@@ -110,7 +110,7 @@ def make_rollout(
     table, K = sampler_table(config, pipeline), online.candidates
     steps_S = learned_steps(config, table)
     cells = resolution // pipeline.vae_factor
-    latent_shape = (cells, cells, pipeline.unet.config.in_channels)
+    latent_shape = (cells, cells, pipeline.denoiser.config.latent_channels)
     conditionings = make_conditionings(pipeline, negative_1L, online.guidance)
     size_cond_16 = jnp.array([[resolution, resolution, 0, 0, resolution, resolution]], jnp.float32)
     split, gather = batch_constraint(mesh), functools.partial(pipeline.gather, placement)
@@ -119,7 +119,7 @@ def make_rollout(
         params: Params, frozen: Frozen, latent_judge: dict[str, Params], token_ids_BL: jax.Array, number_B: jax.Array
     ) -> tuple[Transitions, jax.Array, jax.Array | None, jax.Array]:
         B = len(number_B)
-        unet = gather("unet", frozen.policy(params))
+        denoiser = gather("denoiser", frozen.policy(params))
         encoders = {name: gather(name, weights) for name, weights in frozen.encoders.items()}
         both = split(conditionings(encoders, token_ids_BL, jnp.tile(size_cond_16, (B, 1))))
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.seed), number_B)
@@ -128,11 +128,11 @@ def make_rollout(
 
         def guided(rows: int) -> Denoiser:
             conditioning, unconditional = split(per_candidate(both, B, rows // B))
-            bound = functools.partial(pipeline.denoise, unet)
+            bound = functools.partial(pipeline.denoise, denoiser)
             return classifier_free_guidance(bound, conditioning, unconditional, online.guidance)
 
         def plain(weights: Params) -> Denoiser:
-            whole = gather("unet", weights)
+            whole = gather("denoiser", weights)
             return lambda x_BhwC, t_B: pipeline.denoise(whole, x_BhwC, t_B, both[0])
 
         def decoded(latents_BKhwC: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -80,7 +80,7 @@ def begin_folder(folder: epath.PathLike, settings: Mapping[str, Any]) -> None:
 
 def draw(
     generator: Generator,
-    unet: Params,
+    denoiser: Params,
     entries: Sequence[Entry],
     folder: epath.PathLike,
     *,
@@ -91,7 +91,7 @@ def draw(
 
     Args:
         generator: draws the images.
-        unet: weights of the UNet.
+        denoiser: weights of the denoiser.
         entries: the images to draw, and the names of their files.
         folder: exists, and is seen by all processes; the first process writes.
         begin_from: images to start from, one per entry; without them drawing starts from noise.
@@ -106,7 +106,7 @@ def draw(
     done = 0
     with ThreadPoolExecutor(WRITERS) as writers:
         writing: list[Any] = []
-        for batch in generator.batches(unet, captions, seeds, images):
+        for batch in generator.batches(denoiser, captions, seeds, images):
             for written in writing:  # the previous batch, so that memory holds no more than two
                 written.result()
             names = [entries[i].image for i in missing[done : done + len(batch)]]

@@ -47,25 +47,25 @@ class Sampling:
 def plan_sampling(pipeline: Pipeline, sampling: Sampling, resolution: int) -> tuple[tuple[int, int, int], SamplerTable]:
     """Return the shape of an image's latents and the sampler's table; raises UserError where the model cannot do it."""
     cells, rest = divmod(resolution, pipeline.vae_factor)
-    halvings = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-    if rest or cells % halvings or cells < 1:
-        raise UserError(f"resolution={resolution} must be a multiple of {pipeline.vae_factor * halvings} pixels")
+    multiple = pipeline.denoiser.config.size_multiple
+    if rest or cells % multiple or cells < 1:
+        raise UserError(f"resolution={resolution} must be a multiple of {pipeline.vae_factor * multiple} pixels")
     table = make_table(
         sampling.sampler,
         pipeline.sampling_schedule,
         sampling.steps,
         eta=sampling.eta,
         strength=sampling.strength,
-        image_tokens=(cells // halvings) ** 2,
+        image_tokens=(cells // multiple) ** 2,
     )
-    return (cells, cells, pipeline.unet.config.in_channels), table
+    return (cells, cells, pipeline.denoiser.config.latent_channels), table
 
 
 class Generator:
     """Samples images from captions and seeds.
 
-    It compiles once for all captions, seeds and UNet weights (again for weights with a LoRA, and for images to start
-    from). Up to rounding, the image of a caption and seed depends neither on the batch nor on the devices.
+    It compiles once for all captions, seeds and weights (again for weights with a LoRA, and for images to start from).
+    Up to rounding, the image of a caption and seed depends neither on the batch nor on the devices.
 
     Args:
         pipeline: the model's structure.
@@ -96,7 +96,7 @@ class Generator:
     ):
         self._encoders = encoders
         self._report = report
-        self._components = set(pipeline.components) - {"unet"}
+        self._components = set(pipeline.components) - {pipeline.denoiser_name}
         self._tokenizers = tokenizers
         self._mesh = mesh = placement.mesh
         self.resolution = resolution
@@ -113,18 +113,18 @@ class Generator:
         split = batch_constraint(mesh)
 
         def generate(
-            unet: Params,
+            denoiser: Params,
             frozen: Mapping[str, Params],
             token_ids_NL: jax.Array,
             seeds_N: jax.Array,
             images_NHWC: jax.Array | None,
         ) -> tuple[jax.Array, jax.Array]:
-            unet = pipeline.gather(placement, "unet", unet)
+            denoiser = pipeline.gather(placement, "denoiser", denoiser)
             frozen = {name: pipeline.gather(placement, name, params) for name, params in frozen.items()}
             sizes_N6 = jnp.tile(size_cond_16, (len(token_ids_NL), 1))
             conditioning, unconditional = split(conditionings(frozen, token_ids_NL, sizes_N6))
             denoise = classifier_free_guidance(
-                lambda x, t, c: pipeline.denoise(unet, x, t, c),
+                lambda x, t, c: pipeline.denoise(denoiser, x, t, c),
                 conditioning,
                 unconditional,
                 sampling.guidance,
@@ -150,17 +150,17 @@ class Generator:
 
     def __call__(
         self,
-        unet: Params,
+        denoiser: Params,
         captions: Sequence[str],
         seeds: Sequence[int],
         images: Sequence[np.ndarray] | None = None,
     ) -> np.ndarray:
         """Return uint8 images [N, H, W, 3], one for each pair of caption and seed; see `batches`."""
-        return np.concatenate(list(self.batches(unet, captions, seeds, images)))
+        return np.concatenate(list(self.batches(denoiser, captions, seeds, images)))
 
     def batches(
         self,
-        unet: Params,
+        denoiser: Params,
         captions: Sequence[str],
         seeds: Sequence[int],
         images: Sequence[np.ndarray] | None = None,
@@ -168,7 +168,7 @@ class Generator:
         """Yield the images in order, uint8 [up to `batch_size`, H, W, 3] at a time, while the next batch is computed.
 
         Args:
-            unet: weights of the UNet, distributed as `placement` says.
+            denoiser: weights of the denoiser, distributed as `placement` says.
             captions: one per image.
             seeds: one per image, 0 to `MAX_SEED`; all randomness follows from it.
             images: images to start from, uint8 [H, W, 3] of `resolution`; None starts from noise.
@@ -193,7 +193,7 @@ class Generator:
                 np.array([seeds[i] for i in padded], np.uint32),
                 None if images is None else np.stack([images[i] for i in padded]),
             )
-            batch = self._generate(unet, frozen, *jax.device_put(examples, batch_sharding(self._mesh)))
+            batch = self._generate(denoiser, frozen, *jax.device_put(examples, batch_sharding(self._mesh)))
             if pending is not None:
                 yield fetched(*pending)
             pending = batch, of_batch

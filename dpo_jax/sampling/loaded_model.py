@@ -32,7 +32,7 @@ class LoadedModel:
     placement: Placement
     fingerprint: str
     """Identifies the model, its LoRA, and the step of a training run."""
-    load_unet: Callable[[], Params]
+    load_denoiser: Callable[[], Params]
     load_encoders: Callable[[], Mapping[str, Params]]
     sampling: Sampling
     """How images are sampled by default."""
@@ -40,9 +40,9 @@ class LoadedModel:
     """Height and width of images by default, in pixels."""
 
     @functools.cached_property
-    def unet(self) -> Params:
-        """Weights of the UNet, in the compute dtype, distributed as `placement` says."""
-        return self.load_unet()
+    def denoiser(self) -> Params:
+        """Weights of the denoiser, in the compute dtype, distributed as `placement` says."""
+        return self.load_denoiser()
 
     @functools.cached_property
     def encoders(self) -> Mapping[str, Params]:
@@ -54,7 +54,7 @@ class LoadedModel:
         return load_tokenizers(self.pipeline.folder, self.pipeline.tokenizers)
 
     def generator(self, sampling: Sampling, *, resolution: int, batch_size: int) -> Generator:
-        """Return a generator, which loads no weights yet; call it with `unet`."""
+        """Return a generator, which loads no weights yet; call it with `denoiser`."""
         return Generator(
             self.pipeline,
             lambda: self.encoders,
@@ -119,7 +119,7 @@ class LoadedModel:
         numbers = [seed + n for _ in prompts for n in range(seeds)]
         if not captions:
             return []
-        return [Image.fromarray(image) for image in generator(self.unet, captions, numbers)]
+        return [Image.fromarray(image) for image in generator(self.denoiser, captions, numbers)]
 
 
 def open_model(
@@ -146,22 +146,22 @@ def open_model(
     Raises MissingFileError or UserError as `load_pipeline` does.
     """
     pipeline = load_pipeline(model, dtype=dtype, vae_dtype=vae_dtype, **options)
-    placement = Placement(make_mesh(fsdp=fsdp))
+    placement, name = Placement(make_mesh(fsdp=fsdp)), pipeline.denoiser_name
     adapters = read_lora_for(pipeline, lora) if lora else {}
 
-    def load_unet() -> Params:
+    def load_denoiser() -> Params:
         if lora:
-            return add_lora(pipeline.read("unet"), pipeline, placement, "unet", adapters["unet"], lora_scale)
-        return pipeline.load("unet", dtype=dtype, sharding=placement)
+            return add_lora(pipeline.read(name), pipeline, placement, name, adapters[name], lora_scale)
+        return pipeline.load(name, dtype=dtype, sharding=placement)
 
     return LoadedModel(
         pipeline,
         placement,
         pipeline.fingerprint() + lora_mark(lora, lora_scale),
-        load_unet,
+        load_denoiser,
         lambda: load_encoders(pipeline, placement, vae_dtype or dtype, adapters, lora_scale),
         Sampling(pipeline.family.sampling_steps, pipeline.family.guidance),
-        (pipeline.unet.config.sample_size or 64) * pipeline.vae_factor,
+        pipeline.trained_resolution,
     )
 
 
@@ -175,16 +175,16 @@ def load_encoders(
     """Return the weights of the VAE and the text encoders, with `scale` times what a LoRA adds to them."""
     encoders = {}
     for name in pipeline.components:
-        if name in adapters and name != "unet" and not adapters[name].is_empty:
+        if name in adapters and name != pipeline.denoiser_name and not adapters[name].is_empty:
             encoders[name] = add_lora(pipeline.read(name), pipeline, placement, name, adapters[name], scale)
-        elif name != "unet":
+        elif name != pipeline.denoiser_name:
             dtype = vae_dtype if name == "vae" else pipeline.dtype
             encoders[name] = pipeline.load(name, dtype=dtype, sharding=placement)
     return encoders
 
 
 def read_lora_for(pipeline: Pipeline, lora: str) -> dict[str, Adapter]:
-    """Return what a LoRA adds to the UNet and the text encoders of a model; see `read_adapters`."""
+    """Return what a LoRA adds to the denoiser and the text encoders of a model; see `read_adapters`."""
     specs = {name: network.specs for name, network in pipeline.components.items() if name != "vae"}
     return read_adapters(find_lora(lora), specs, allow_nonfinite=pipeline.allow_nonfinite)
 

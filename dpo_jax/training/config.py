@@ -32,6 +32,7 @@ FREE_TO_CHANGE = (
     "revision",
     "variant",
     "unet",
+    "transformer",
     "vae",
     "reference",
     "model_config",

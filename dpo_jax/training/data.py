@@ -92,7 +92,7 @@ def encoding_facts(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
     views = choose_views(data.encoded_views, random_crop=data.random_crop, random_flip=data.random_flip)
     return {
         "family": pipeline.family.name,
-        "models": pipeline.fingerprint([name for name in pipeline.components if name != "unet"]),
+        "models": pipeline.fingerprint([name for name in pipeline.components if name != pipeline.denoiser_name]),
         "dtype": config.dtype,
         "vae_dtype": config.vae_dtype,
         "resolution": data.resolution,

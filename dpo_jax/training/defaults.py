@@ -43,7 +43,7 @@ FALLING = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 
 GROUPS = {
     "": "The run and its model",
-    "lora": "Low-rank adapters; with lora.rank=0 the whole UNet is trained",
+    "lora": "Low-rank adapters; with lora.rank=0 the whole denoiser is trained",
     "ema": "Moving average of the trained weights",
     "moving_reference": "A reference that follows the policy; held-out pairs are then compared with it, too",
     "loss": "Method",
@@ -70,7 +70,8 @@ FIELDS = {
     "model_config": Field("", "For a single file: folder or hub id of its configs; empty takes the published ones."),
     "vae": Field("", "Another VAE: folder, file or hub id, for example madebyollin/sdxl-vae-fp16-fix."),
     "unet": Field("", "Another UNet to start from, for policy and reference: folder, file or hub id."),
-    "reference": Field("", "Another UNet for the reference alone; empty takes what the policy starts from."),
+    "transformer": Field("", "The same for models whose denoiser is a transformer."),
+    "reference": Field("", "Another one for the reference alone; empty takes what the policy starts from."),
     "steps": Field(2000, "Number of optimizer steps; online 0, since they follow from the rounds.", **NOT_NEGATIVE),
     "seed": Field(
         0, "Seed of shuffling, augmentation, timesteps, noise and posterior samples.", at_least=0, at_most=2**32 - 1
@@ -89,7 +90,7 @@ FIELDS = {
         choices=("xla", "cudnn", "splash"),
     ),
     "log_every": Field(10, "Steps between two lines of metrics.", **COUNT),
-    "lora.rank": Field(0, "Rank of the adapters; 0 trains the whole UNet.", at_least=0, at_most=2**16),
+    "lora.rank": Field(0, "Rank of the adapters; 0 trains the whole denoiser.", at_least=0, at_most=2**16),
     "lora.alpha": Field(
         0.0, "The output of an adapter is scaled by alpha / rank; 0 means alpha = rank.", **NOT_NEGATIVE
     ),

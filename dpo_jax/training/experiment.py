@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from dpo_jax.batch import Cached, Conditioning, PreferenceBatch, Raw
 from dpo_jax.cli import flatten
 from dpo_jax.encode.images import encode_images, sample_posterior
-from dpo_jax.encode.text import condition, encode_text
+from dpo_jax.encode.text import condition, encode_text, text_shapes
 from dpo_jax.methods import find_method
 from dpo_jax.methods.method import Objective
 from dpo_jax.models.pipeline import Pipeline
@@ -55,7 +55,7 @@ class Experiment:
     frozen: Frozen
     """The weights that are never trained; from `compose`, only their shapes and shardings."""
     adapter: Params | None = None
-    """The LoRA that training begins with, on the host; None if the whole UNet is trained."""
+    """The LoRA that training begins with, on the host; None if the whole denoiser is trained."""
 
     @property
     def mesh(self) -> Mesh:
@@ -103,9 +103,8 @@ class Experiment:
         """Return the shapes and shardings of a batch whose prompts have one caption each."""
         fields = flatten(self.config)
         B, K, M = self.config.data.batch_size, find_method(self.config.loss.name).images_per_example(fields), 1
-        size, unet = self.config.data.resolution, self.pipeline.unet.config
+        size = self.config.data.resolution
         cells = size // self.pipeline.vae_factor
-        L = self.pipeline.text_lengths[0]
         split = batch_sharding(self.mesh)
 
         def array(dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
@@ -117,12 +116,12 @@ class Experiment:
             token_ids_BML=array(jnp.int32, M, sum(self.pipeline.text_lengths)),
         )
         if self.config.data.encoded_views:
-            time_ids = self.pipeline.family.num_time_ids
-            pooled = (unet.projection_class_embeddings_input_dim or 0) - time_ids * (unet.addition_time_embed_dim or 0)
+            channels = self.pipeline.denoiser.config.latent_channels
+            context, pooled = text_shapes(self.pipeline)
             inputs = Cached(
-                array(jnp.bfloat16, K, cells, cells, 2 * unet.in_channels),
-                array(jnp.bfloat16, M, L, unet.cross_attention_dim[0]),
-                array(jnp.bfloat16, M, pooled),
+                array(jnp.bfloat16, K, cells, cells, 2 * channels),
+                array(jnp.bfloat16, M, *context),
+                array(jnp.bfloat16, M, *pooled),
             )
         return PreferenceBatch(
             inputs=inputs,
@@ -135,12 +134,14 @@ class Experiment:
         )
 
     def initial_state(self) -> TrainState:
-        """Return the state before the first step: the float32 UNet or initial LoRA, and a new optimizer state."""
+        """Return the state before the first step: the float32 denoiser or initial LoRA, and a new optimizer state."""
         place = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         if self.adapter is not None:
             params = jax.device_put(self.adapter, place.params)
         else:
-            params = self.pipeline.load("unet", dtype=jnp.float32, sharding=self.placement)
+            params = self.pipeline.load(
+                self.pipeline.denoiser_name, dtype=jnp.float32, sharding=self.placement, only=place.params
+            )
         return TrainState(
             step=jax.device_put(jnp.zeros((), jnp.int32), replicated(self.mesh)),
             params=params,
@@ -182,7 +183,7 @@ def on_pairs(config: ConfigDict, pipeline: Pipeline, placement: Placement, objec
 def build(config: ConfigDict, derived: Derived, pipeline: Pipeline, make: MakeCompare = on_pairs) -> Experiment:
     """Return the experiment with its frozen weights loaded; UserError if the config names weights that do not fit."""
     composed = compose(config, derived, pipeline, make_placement(config), make)
-    adapter = initial_adapter(config, pipeline) if pipeline.adapted_unet is not None else None
+    adapter = initial_adapter(config, pipeline) if pipeline.adapted_denoiser is not None else None
     frozen = load_frozen(config, pipeline, composed.placement, composed.frozen, adapter)
     return dataclasses.replace(composed, frozen=frozen, adapter=adapter)
 

@@ -11,8 +11,9 @@ from jax.typing import DTypeLike
 from dpo_jax.cli import flatten
 from dpo_jax.errors import UserError
 from dpo_jax.files import new_folder, write_whole
+from dpo_jax.models.families import DENOISERS
 from dpo_jax.models.pipeline import Pipeline, load_pipeline
-from dpo_jax.models.save import Weights, save_pipeline, save_single_file, save_unet
+from dpo_jax.models.save import Weights, save_denoiser, save_pipeline, save_single_file
 from dpo_jax.sampling.loaded_model import read_lora_for
 from dpo_jax.training.metrics import last_scores, last_validation
 from dpo_jax.training.model import load_tokenizers_of
@@ -32,14 +33,14 @@ class Exportable:
 
     title: str
     pipeline: Pipeline
-    unet: Weights
-    """The whole UNet, with the LoRA merged if there is one."""
+    denoiser: Weights
+    """The whole denoiser, with the LoRA merged if there is one."""
     adapter: Adapter | None
     card: Mapping[str, Any]
     """The facts that `model_card` reads."""
     dtype: str | None
     """Default dtype of all weights; None keeps the dtype that each is stored in. There is one dtype for all because
-    PyTorch cannot run a float32 UNet after a float16 text encoder."""
+    PyTorch cannot run a float32 denoiser after a float16 text encoder."""
     text_encoders: Mapping[str, Weights] = dataclasses.field(default_factory=dict)
     """Text encoders that the LoRA changes, with it merged, by the names of their folders."""
 
@@ -56,18 +57,19 @@ def exportable_model(model: str, *, lora: str | None, **options: Any) -> Exporta
     """Return a model as it is, or with a LoRA; `options` are those of `load_pipeline`."""
     pipeline = load_pipeline(model, dtype="float32", **options)
     load_tokenizers_of(pipeline)  # they are copied: damaged ones are reported now, not when the copy is opened
-    unet = pipeline.read("unet")
+    name = pipeline.denoiser_name
+    denoiser = pipeline.read(name)
     if lora is None:
-        return Exportable(model, pipeline, unet, None, {"model": model}, dtype=None)
+        return Exportable(model, pipeline, denoiser, None, {"model": model}, dtype=None)
     adapters = read_lora_for(pipeline, lora)
     text_encoders = {
-        name: Merged(pipeline.read(name), adapter)
-        for name, adapter in adapters.items()
-        if name != "unet" and not adapter.is_empty
+        encoder: Merged(pipeline.read(encoder), adapter)
+        for encoder, adapter in adapters.items()
+        if encoder != name and not adapter.is_empty
     }
-    adapter = adapters["unet"]
+    adapter = adapters[name]
     card = {"model": model, "lora": lora}
-    merged = Merged(unet, adapter)
+    merged = Merged(denoiser, adapter)
     return Exportable(f"{model} with {lora}", pipeline, merged, adapter, card, "float32", text_encoders)
 
 
@@ -80,7 +82,7 @@ def origin(exportable: Exportable, license: str = "", base_model: str = "") -> O
 def remarks(exportable: Exportable, format: str, source: Origin) -> list[str]:
     """Return what users of the export should know, a sentence or two each."""
     found = [source.remark] if source.remark else []
-    if exportable.text_encoders and format in ("unet", "lora", "kohya"):
+    if exportable.text_encoders and format not in ("diffusers", "single"):
         found.append(
             f"The LoRA also changes the text encoders, but --format={format} leaves that out; --format=diffusers and "
             "--format=single merge it."
@@ -115,31 +117,33 @@ def export(
         UserError: `output` exists, or the format cannot hold the model.
     """
     output = epath.Path(output)
-    pipeline, unet, adapter = exportable.pipeline, exportable.unet, exportable.adapter
+    pipeline, denoiser, adapter = exportable.pipeline, exportable.denoiser, exportable.adapter
     dtype = dtype or exportable.dtype
-    held = np.dtype(dtype or next(iter(unet.values())).dtype).name
+    held = np.dtype(dtype or next(iter(denoiser.values())).dtype).name
     source = origin(exportable, license, base_model)
     said = remarks(exportable, format, source)
     card = model_card(exportable.card, pipeline, format, output.name, held, source, said, repo)
     if format == "diffusers":
         options: dict[str, Any] = {"max_shard_bytes": max_shard_bytes, "others": exportable.text_encoders}
-        save_pipeline(pipeline, output, unet, dtype=dtype, card=card, **options)
+        save_pipeline(pipeline, output, denoiser, dtype=dtype, card=card, **options)
         return output
-    if format == "unet":
-        save_unet(pipeline, output, unet, dtype=dtype, card=card, max_shard_bytes=max_shard_bytes)
+    if format in DENOISERS:
+        if format != pipeline.denoiser_name:
+            raise UserError(f"--format={format}: this model has no {format}; choose --format={pipeline.denoiser_name}")
+        save_denoiser(pipeline, output, denoiser, dtype=dtype, card=card, max_shard_bytes=max_shard_bytes)
         return output
     metadata = model_spec(exportable.card, pipeline, format, output.name, source)
     if format == "single":
         options = {"others": exportable.text_encoders, "metadata": metadata}
-        return save_single_file(pipeline, output, unet, dtype=dtype, card=card, **options)
+        return save_single_file(pipeline, output, denoiser, dtype=dtype, card=card, **options)
     if adapter is None:
         raise UserError(
-            f"--format={format} writes a LoRA, but {exportable.title} has none: the whole UNet was trained; "
-            "choose --format=diffusers, unet or single"
+            f"--format={format} writes a LoRA, but {exportable.title} has none: the whole {pipeline.denoiser_name} was "
+            f"trained; choose --format=diffusers, {pipeline.denoiser_name} or single"
         )
     check_low_rank(adapter, str(exportable.card.get("lora", exportable.title)))
     assert dtype is not None  # models with a LoRA have a default
-    specs = pipeline.unet.specs
+    specs = pipeline.denoiser.specs
     file = LORA_FILE if format == "lora" else f"{output.name}.safetensors"
     with new_folder(output) as target:
         if format == "lora":

@@ -1,6 +1,6 @@
 """Opens the models that a config names: their structure, their LoRA, and the frozen weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -48,6 +48,7 @@ def open_model(config: ConfigDict, workdir: epath.PathLike) -> Pipeline:
         vae_dtype=jnp.dtype(config.vae_dtype),
         family=family,
         unet=config.unet,
+        transformer=config.transformer,
         vae=config.vae,
         model_config=config.model_config,
         revision=config.revision,
@@ -58,7 +59,7 @@ def open_model(config: ConfigDict, workdir: epath.PathLike) -> Pipeline:
         raise UserError(f"data.resolution={config.data.resolution} is not a multiple of {pipeline.vae_factor}")
     lora = config.lora
     if lora.init:
-        adapter = read_lora(find_lora(lora.init), pipeline.unet.specs)
+        adapter = read_lora(find_lora(lora.init), pipeline.denoiser.specs)
         adapters = {layer: LowRank(adapter.rank(layer), alpha) for layer, alpha in adapter.alphas.items()}
         ranks = sorted({size.rank for size in adapters.values()})
         if lora.rank and ranks != [lora.rank]:
@@ -67,7 +68,7 @@ def open_model(config: ConfigDict, workdir: epath.PathLike) -> Pipeline:
             )
         return pipeline.with_lora(adapters, lora.dropout)
     if lora.rank:
-        adapters = find_targets(pipeline.unet, lora.targets, rank=lora.rank, alpha=lora.alpha or lora.rank)
+        adapters = find_targets(pipeline.denoiser, lora.targets, rank=lora.rank, alpha=lora.alpha or lora.rank)
         return pipeline.with_lora(adapters, lora.dropout)
     return pipeline
 
@@ -77,32 +78,37 @@ def initial_adapter(config: ConfigDict, pipeline: Pipeline) -> Params:
     specs = pipeline.trained_specs
     if not config.lora.init:
         return jax.device_get(init_lora(specs, config.seed, config.lora.initializer))
-    params = read_lora(find_lora(config.lora.init), pipeline.unet.specs).params
+    params = read_lora(find_lora(config.lora.init), pipeline.denoiser.specs).params
     return jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))
 
 
-def load_unet(pipeline: Pipeline, placement: Placement, path: epath.Path | None = None) -> Params:
-    """Return the model's UNet, or the one at `path`, in the compute dtype, as all frozen weights are."""
-    return pipeline.load("unet", dtype=pipeline.dtype, sharding=placement, path=path)
+def load_denoiser(
+    pipeline: Pipeline, placement: Placement, path: epath.Path | None = None, only: Collection[str] | None = None
+) -> Params:
+    """Return the model's denoiser, or the one at `path`, in the compute dtype, as all frozen weights are."""
+    return pipeline.load(pipeline.denoiser_name, dtype=pipeline.dtype, sharding=placement, path=path, only=only)
 
 
 def abstract_frozen(config: ConfigDict, pipeline: Pipeline, placement: Placement, *, needs_reference: bool) -> Frozen:
     """Return the shapes and shardings of all weights that a training step reads and does not change.
 
-    With a LoRA, `base` is the UNet that it starts from; the reference is that UNet, too, and `reference` holds only the
-    weights that differ from it.
+    With a LoRA, `base` is the denoiser that it starts from; the reference is that denoiser, too, and `reference` holds
+    only the weights that differ from it. Otherwise `base` holds only fixed tables.
     """
     dtypes = {"vae": jnp.dtype(config.vae_dtype)}
     encoders, reference = {}, {}
     if not config.data.get("encoded_views"):
-        encoders = {name: network.specs for name, network in pipeline.components.items() if name != "unet"}
+        encoders = {
+            name: network.specs for name, network in pipeline.components.items() if name != pipeline.denoiser_name
+        }
     if needs_reference:
         reference = {
-            **(pipeline.unet.specs if config.reference or pipeline.adapted_unet is None else {}),
+            **(pipeline.denoiser.specs if config.reference else {}),
+            **(pipeline.trained_specs if pipeline.adapted_denoiser is None else {}),
             **(pipeline.trained_specs if config.lora.init_reference else {}),
         }
     return Frozen(
-        base=abstract_params({} if pipeline.adapted_unet is None else pipeline.unet.specs, pipeline.dtype, placement),
+        base=abstract_params(pipeline.untrained_specs, pipeline.dtype, placement),
         reference=abstract_params(reference, pipeline.dtype, placement),
         encoders={
             name: abstract_params(specs, dtypes.get(name, pipeline.dtype), placement)
@@ -116,14 +122,14 @@ def load_frozen(
 ) -> Frozen:
     """Return the weights whose shapes `abstract` gives; see `abstract_frozen`."""
     encoders = load_encoders(config, pipeline, placement) if abstract.encoders else {}
-    base = load_unet(pipeline, placement) if abstract.base else {}
+    base = load_denoiser(pipeline, placement, only=abstract.base) if abstract.base else {}
     reference: Params = {}
     if not abstract.reference:
         return Frozen(base, reference, encoders)
     if config.reference:
-        reference = load_unet(pipeline, placement, find_component(config.reference, "unet"))
+        reference = load_denoiser(pipeline, placement, find_component(config.reference, pipeline.denoiser_name))
     elif adapter is None:
-        reference = load_unet(pipeline, placement)
+        reference = load_denoiser(pipeline, placement, only=abstract.reference)
     if config.lora.init_reference:
         assert adapter is not None  # checked by `config.check_settings`
         reference |= {
@@ -184,7 +190,7 @@ def model_fingerprints(config: ConfigDict, pipeline: Pipeline) -> dict[str, str]
     """Return fields for config.json: digests of the files of the models that a run begins with."""
     digests = {"fingerprints.model": pipeline.fingerprint()}
     if config.reference:
-        reference = find_component(config.reference, "unet")
+        reference = find_component(config.reference, pipeline.denoiser_name)
         digests["fingerprints.reference"] = fingerprint(files_of(reference, pipeline.variant))
     if config.lora.init:
         digests["fingerprints.lora"] = fingerprint(lora_files_of(find_lora(config.lora.init)))

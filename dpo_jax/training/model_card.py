@@ -12,6 +12,7 @@ from typing_extensions import TypedDict
 from dpo_jax import __version__
 from dpo_jax.files import conform, read_json
 from dpo_jax.methods import METHODS
+from dpo_jax.models.families import DENOISERS
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.models.save import unlike_published
 from dpo_jax.training.figures import SAMPLES, is_by_noise
@@ -19,9 +20,9 @@ from dpo_jax.training.model_origin import Origin, public_name, without_paths
 
 USE = {
     "diffusers": "pipe = diffusers.DiffusionPipeline.from_pretrained({folder!r}{dtype})",
-    "unet": (
-        "unet = diffusers.UNet2DConditionModel.from_pretrained({folder!r}{dtype})\n"
-        "pipe = diffusers.{base}, unet=unet{dtype})"
+    "denoiser": (
+        "{denoiser} = diffusers.{denoiser_class}.from_pretrained({folder!r}{dtype})\n"
+        "pipe = diffusers.{base}, {denoiser}={denoiser}{dtype})"
     ),
     "single": "pipe = diffusers.{pipeline}.from_single_file({file!r}{dtype})",
     "lora": "pipe = diffusers.{base})\npipe.load_lora_weights({folder!r})",
@@ -73,12 +74,14 @@ def model_card(
     )
     # By default diffusers opens half-precision weights in float32, and transformers does not.
     is_half = dtype != "float32" and not _is_lora(format)
-    use = USE[format].format(
+    use = USE["denoiser" if format in DENOISERS else format].format(
         folder=repo or name,
         name=f"{name}.safetensors",
         file=f"https://huggingface.co/{repo}/blob/main/{name}.safetensors" if repo else f"{name}/{name}.safetensors",
         base=f"{pipeline.class_name}.from_{'single_file' if is_single else 'pretrained'}({model!r}",
         pipeline=pipeline.class_name,
+        denoiser=pipeline.denoiser_name,
+        denoiser_class=pipeline.family.denoiser.class_name,
         dtype=f", torch_dtype=torch.{dtype}" if is_half else "",
     )
     # diffusers opens a single file with the scheduler of the published model.
@@ -96,8 +99,10 @@ def model_card(
     if not config:
         with_lora = f" with {public_name(facts['lora'])}" if facts.get("lora") else ""
         return "\n".join([*parts, f"Converted from {model}{with_lora} by dpo_jax {__version__}.\n"])
-    what = "A LoRA" if config["lora.rank"] or config["lora.init"] else "All UNet weights"
-    others = "".join(f", with the {part} of {public_name(config[part])}" for part in ("unet", "vae") if config[part])
+    what = "A LoRA" if config["lora.rank"] or config["lora.init"] else f"All weights of the {pipeline.denoiser_name}"
+    others = "".join(
+        f", with the {part} of {public_name(config[part])}" for part in (*DENOISERS, "vae") if config.get(part)
+    )
     method, step = _method(config["loss.name"]), facts["step"]
     version = f" {config['dpo_jax_version']}" if "dpo_jax_version" in config else ""  # runs of 0.1.0 may have none
     parts.insert(1, f"{what} of {model}{others}, trained by {method} for {step} steps with dpo_jax{version}.\n")

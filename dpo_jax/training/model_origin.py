@@ -90,7 +90,7 @@ def model_spec(facts: Mapping[str, Any], pipeline: Pipeline, format: str, title:
     """
     config = facts.get("config") or {}
     is_lora = format in ("lora", "kohya")
-    size = config.get("data.resolution") or (pipeline.unet.config.sample_size or 64) * pipeline.vae_factor
+    size = config.get("data.resolution") or pipeline.trained_resolution
     # kohya's scripts and SwarmUI tell a LoRA by the ending; diffusers' names are another implementation's.
     is_original = format == "single" or (format == "kohya" and pipeline.family.original_layer_names)
     trained = f"Trained for {facts['step']} steps with dpo_jax" if config else "Converted by dpo_jax"

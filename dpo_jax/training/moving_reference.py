@@ -12,7 +12,7 @@ class MovingReference(NamedTuple):
     """The part of the reference that moves, in a training state."""
 
     params: Any
-    """The reference's counterpart of the trained weights (`Params`), float32: a whole UNet, or a LoRA."""
+    """The reference's counterpart of the trained weights (`Params`), float32: a whole denoiser, or a LoRA."""
     updates: Any
     """int32 scalar: the number of updates of the policy since the reference moved."""
 

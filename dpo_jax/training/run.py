@@ -23,7 +23,7 @@ from dpo_jax.training.model import (
     abstract_params,
     for_sampling,
     initial_adapter,
-    load_unet,
+    load_denoiser,
     open_model,
     sampling_of,
 )
@@ -40,52 +40,55 @@ class Run:
     pipeline: Pipeline
     placement: Placement
     params: Params
-    """Trained weights in float32, of the whole UNet or of a LoRA; their moving average if `ema.decay` is set."""
+    """Trained weights in float32, of the whole denoiser or of a LoRA; their moving average if `ema.decay` is set."""
     step: int
 
     @functools.cached_property
     def base(self) -> Params:
-        """The UNet that training began with, in the compute dtype, with its initial LoRA if `lora.init` named one."""
-        unet = load_unet(self.pipeline, self.placement)
-        return unet | initial_adapter(self.config, self.pipeline) if self.config.lora.init else unet
+        """The denoiser that training began with, in the compute dtype, and the LoRA that `lora.init` named."""
+        denoiser = load_denoiser(self.pipeline, self.placement)
+        return denoiser | initial_adapter(self.config, self.pipeline) if self.config.lora.init else denoiser
 
     @functools.cached_property
     def policy(self) -> Params:
-        """The trained UNet, in the compute dtype."""
+        """The trained denoiser, in the compute dtype."""
         tuned = for_sampling(self.pipeline, self.params)
-        return tuned if self.pipeline.adapted_unet is None else self.base | tuned
+        return self.base | tuned if self.pipeline.untrained_specs else tuned
 
     @property
     def adapter(self) -> Adapter | None:
-        """The trained LoRA, or None if the whole UNet was trained."""
-        adapted = self.pipeline.adapted_unet
+        """The trained LoRA, or None if the whole denoiser was trained."""
+        adapted = self.pipeline.adapted_denoiser
         if adapted is None:
             return None
         return Adapter(jax.device_get(self.params), {name: size.alpha for name, size in self.pipeline.adapters.items()})
 
     @property
     def merged(self) -> Mapping[str, Array]:
-        """The trained UNet in float32, with the LoRA merged into its kernels."""
-        return self.params if self.adapter is None else Merged(self.pipeline.read("unet"), self.adapter)
+        """The trained denoiser in float32, with the LoRA merged into its kernels."""
+        stored = self.pipeline.read(self.pipeline.denoiser_name)
+        if self.adapter is not None:
+            return Merged(stored, self.adapter)
+        return {name: stored[name] for name in self.pipeline.untrained_specs} | self.params
 
     def load_model(self, *, lora: str = "", lora_scale: float = 1.0) -> LoadedModel:
         """Return the trained model to draw with, with a further LoRA where one is named."""
-        pipeline, placement = self.pipeline, self.placement
+        pipeline, placement, name = self.pipeline, self.placement, self.pipeline.denoiser_name
         # What a continued run may change is no other model; fingerprints tell of other weights.
-        fields = {name: value for name, value in flatten(self.config).items() if not is_free(name)}
+        fields = {field: value for field, value in flatten(self.config).items() if not is_free(field)}
         config = json.dumps(fields, sort_keys=True)
         adapters = read_lora_for(pipeline, lora) if lora else {}
 
-        def load_unet() -> Params:
+        def load_denoiser() -> Params:
             if lora:
-                return add_lora(self.merged, pipeline, placement, "unet", adapters["unet"], lora_scale)
+                return add_lora(self.merged, pipeline, placement, name, adapters[name], lora_scale)
             return self.policy
 
         return LoadedModel(
             pipeline,
             placement,
             f"run {hashlib.sha256(config.encode()).hexdigest()[:16]}, step {self.step}{lora_mark(lora, lora_scale)}",
-            load_unet,
+            load_denoiser,
             lambda: load_encoders(pipeline, placement, self.config.vae_dtype, adapters, lora_scale),
             sampling_of(self.config),
             self.config.data.resolution,

@@ -14,7 +14,7 @@ from dpo_jax.rewards.together import ask_together
 from dpo_jax.sampling.generate import Generator
 from dpo_jax.training.experiment import Experiment
 from dpo_jax.training.figures import score_figure
-from dpo_jax.training.model import for_sampling, load_encoders, load_unet, make_generator
+from dpo_jax.training.model import for_sampling, load_denoiser, load_encoders, make_generator
 from dpo_jax.training.watch import count_blank
 from dpo_jax.weights.layout import Params
 
@@ -97,7 +97,7 @@ class SampleGrids:
         if self._has_reference:
             return e.frozen.whole_reference()
         if e.adapter is None:
-            return load_unet(e.pipeline, e.placement)  # read again, and kept only while its images are drawn
+            return load_denoiser(e.pipeline, e.placement)  # read again, and kept only while its images are drawn
         return e.frozen.policy(for_sampling(e.pipeline, e.adapter) if self.config.lora.init else {})
 
     def _encoders(self) -> Mapping[str, Params]:

@@ -56,7 +56,7 @@ class Frozen:
     """The weights that are never trained, in the compute dtype."""
 
     base: Params = dataclasses.field(default_factory=dict)
-    """The UNet that a LoRA is added to; empty if the whole UNet is trained."""
+    """What is not trained of the denoiser: all of it with a LoRA, otherwise at most fixed tables."""
     reference: Params = dataclasses.field(default_factory=dict)
     """The weights of the reference that differ from `base`."""
     encoders: Mapping[str, Params] = dataclasses.field(default_factory=dict)
@@ -81,7 +81,7 @@ class TrainState(NamedTuple):
     step: Any
     """int32 scalar: the number of optimizer steps made."""
     params: Any
-    """The trained weights (`Params`), float32: the whole UNet, or a LoRA."""
+    """The trained weights (`Params`), float32: the whole denoiser, or a LoRA."""
     opt_state: optax.OptState
     ema: Any
     """Moving average of the trained weights; empty where `ema.decay` is 0."""
@@ -151,8 +151,8 @@ def make_compare(
         latents_BKHWC, conditioning, t_B, noise_BHWC, perturbed_BHWC, cell_weight_BKHW = constrain(
             (latents_BKHWC, conditioning, t_B, noise_BHWC, perturbed_BHWC, batch.cell_weight_BKhw)
         )
-        policy = gather("unet", frozen.policy(params))
-        reference = gather("unet", frozen.whole_reference()) if objective.needs_reference else None
+        policy = gather("denoiser", frozen.policy(params))
+        reference = gather("denoiser", frozen.whole_reference()) if objective.needs_reference else None
         inputs = compare_denoising(
             denoise,
             policy,

@@ -102,8 +102,11 @@ def load_params(
     prefix: str = "",
     variant: str = "",
     allow_nonfinite: bool = False,
+    only: Collection[str] | None = None,
 ) -> Params:
     """Read the parameters that `specs` names from `path`, cast them to `dtype` and place them tensor by tensor.
+
+    `only` are the names of those that are wanted; by default all.
 
     With `sharding` (name, spec -> placement), each process reads from disk only the slices that its devices hold;
     without it, everything goes to the default device. `path`, `prefix`, `variant` and errors are as in `read_params`.
@@ -121,6 +124,7 @@ def load_params(
     params = {
         name: _place(array, functools.partial(cast, name), sharding and sharding(name, specs[name]))
         for name, array in stored.items()
+        if only is None or name in only
     }
     if nonfinite:
         files = weight_files(epath.Path(path), variant) if epath.Path(path).is_dir() else [path]

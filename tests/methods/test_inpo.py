@@ -32,7 +32,7 @@ def test_a_plan_counts_one_evaluation_of_the_policy_per_step_and_no_memory(tiny_
     config = tiny_config("sd15")
     pipeline = open_structure(config)
     x_NHWC, context_NLD = jnp.zeros((2, 8, 8, 4)), jnp.zeros((2, pipeline.text_lengths[0], 32))
-    arguments = pipeline.unet.specs, x_NHWC, jnp.zeros(2, jnp.int32), Conditioning(context_NLD)
+    arguments = pipeline.denoiser.specs, x_NHWC, jnp.zeros(2, jnp.int32), Conditioning(context_NLD)
     shapes = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in arguments[0].items()}
     forward = Program(jax.make_jaxpr(pipeline.denoise)(shapes, *arguments[1:])).flops()
     without, with_steps = (measure_work(replaced(config, {"loss.inversion_steps": steps}), "gpu") for steps in (0, 3))

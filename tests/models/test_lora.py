@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @cache
 def opened(folder: str, dtype: str, pattern: str, dropout: float = 0.0) -> Pipeline:
     pipeline = load_pipeline(folder, dtype=dtype)
-    return pipeline.with_lora(find_targets(pipeline.unet, pattern, rank=RANK, alpha=ALPHA), dropout)
+    return pipeline.with_lora(find_targets(pipeline.denoiser, pattern, rank=RANK, alpha=ALPHA), dropout)
 
 
 def inputs(dtype: str) -> tuple[jax.Array, jax.Array, Conditioning]:
@@ -121,7 +121,7 @@ def test_what_a_new_adapter_adds_survives_bfloat16(make: type[Linear | Conv], si
 @pytest.mark.parametrize(("initializer", "pefts"), [("kaiming", True), ("gaussian", "gaussian")])
 def test_initial_values_are_distributed_as_pefts(folder: str, initializer: str, pefts: bool | str) -> None:
     pipeline = load_pipeline(folder, dtype="float32")
-    pipeline = pipeline.with_lora(find_targets(pipeline.unet, EVERY_KIND, rank=16, alpha=16))
+    pipeline = pipeline.with_lora(find_targets(pipeline.denoiser, EVERY_KIND, rank=16, alpha=16))
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     torch.manual_seed(0)
     unet.add_adapter(peft.LoraConfig(r=16, target_modules=rf".*({EVERY_KIND})", init_lora_weights=pefts))

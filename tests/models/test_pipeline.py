@@ -101,7 +101,7 @@ def test_another_kind_of_pipeline(sdxl: Path) -> None:
 
 def test_inpainting_model(sdxl: Path) -> None:
     edit(sdxl / "unet" / "config.json", in_channels=9)
-    with pytest.raises(ValueError, match=r"UNet takes 9 channels, but the VAE makes 4; .*inpainting"):
+    with pytest.raises(ValueError, match=r"unet takes 9 channels, but the VAE makes 4; .*inpainting"):
         load_pipeline(sdxl, dtype="float32")
 
 
@@ -174,7 +174,7 @@ def test_a_single_file_of_sd21_does_not_say_what_it_predicts(tmp_path: Path) -> 
     write_random_model("sd21", tmp_path / "model")
     pipeline = load_pipeline(tmp_path / "model", dtype="float32")
     file = save_single_file(pipeline, tmp_path / "one", pipeline.read("unet"), dtype=None, card="")
-    with pytest.raises(ValueError, match=r"does not say what the UNet predicts; set model_config to sd2-community"):
+    with pytest.raises(ValueError, match=r"does not say what it predicts; set model_config to sd2-community"):
         load_pipeline(file, dtype="float32")
     found = load_pipeline(file, dtype="float32", model_config=str(tmp_path / "model"))
     assert found.family.name == "sd21"

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from dpo_jax.models.families import FAMILIES
 from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.models.random_model import write_random_model
-from dpo_jax.models.save import save_pipeline, save_single_file, save_unet
+from dpo_jax.models.save import save_denoiser, save_pipeline, save_single_file
 from dpo_jax.weights import original
 from dpo_jax.weights.layout import OLD_VAE_ATTENTION
 
@@ -281,7 +281,7 @@ def test_the_given_unet_is_written_and_all_else_as_it_was(
 ) -> None:
     tuned = {name: 2 * value for name, value in sdxl_pipeline.read("unet").items()}
     save_pipeline(sdxl_pipeline, tmp_path / "whole", tuned, dtype="float32", card=CARD)
-    save_unet(sdxl_pipeline, tmp_path / "unet", tuned, dtype="float32", card=CARD)
+    save_denoiser(sdxl_pipeline, tmp_path / "unet", tuned, dtype="float32", card=CARD)
     save_single_file(sdxl_pipeline, tmp_path / "single", tuned, dtype="float32", card=CARD)
     single = load_pipeline(tmp_path / "single/single.safetensors", dtype="float32", model_config=str(sdxl_folder)).read(
         "unet"
@@ -309,7 +309,7 @@ def test_a_base_held_as_fp16_variant_gets_plain_names(sdxl: Path, sdxl_folder: P
     assert_same_model(save(load_pipeline(sdxl, dtype="float32"), tmp_path / "ours"), sdxl_folder)
 
 
-@pytest.mark.parametrize("write", [save_pipeline, save_unet, save_single_file])
+@pytest.mark.parametrize("write", [save_pipeline, save_denoiser, save_single_file])
 def test_a_failed_save_leaves_nothing(write: Callable, sdxl_pipeline: Pipeline, tmp_path: Path) -> None:
     unet = sdxl_pipeline.read("unet")
     last = list(unet)[-1]
@@ -318,7 +318,7 @@ def test_a_failed_save_leaves_nothing(write: Callable, sdxl_pipeline: Pipeline, 
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("write", [save_pipeline, save_unet, save_single_file])
+@pytest.mark.parametrize("write", [save_pipeline, save_denoiser, save_single_file])
 def test_nothing_is_overwritten(write: Callable, sdxl_pipeline: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="already exists and is not an empty folder"):

@@ -48,7 +48,7 @@ def nothing_ran(model: Path) -> bool:
 def test_drawing_and_exporting_run_nothing_of_it(stranger: Path, tmp_path: Path) -> None:
     opened = open_model(str(stranger), dtype=jnp.float32)
     generator = opened.generator(Sampling(1, 0.0, "ddim"), resolution=32, batch_size=1)
-    generator(opened.unet, ["a red circle"], [0])
+    generator(opened.denoiser, ["a red circle"], [0])
     options: dict[str, Any] = {"dtype": None, "max_shard_bytes": 10**9}
     export(exportable_model(str(stranger), lora=None), tmp_path / "exported", format="diffusers", **options)
     assert nothing_ran(stranger)

@@ -62,7 +62,7 @@ def test_memory_is_that_of_real_arrays(tmp_path: Path, monkeypatch: pytest.Monke
     planned = make_plan(measure_holdings(config, pipeline, 8), WORK["none"], machine, batch_size=8, pairs=1).memory
     assert {kind: planned[kind] for kind in real} == real
     assert planned["gradients"] == real["trained weights, float32"]
-    assert planned["weights gathered"] == 4 * sum(math.prod(spec.shape) for spec in pipeline.unet.specs.values())
+    assert planned["weights gathered"] == 4 * sum(math.prod(spec.shape) for spec in pipeline.denoiser.specs.values())
 
 
 GIB = 2**30

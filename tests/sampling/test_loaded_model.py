@@ -25,21 +25,21 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     write_random_model("sdxl", folder / "model")
     pipeline = load_pipeline(folder / "model", dtype="float32")
-    adapters = find_targets(pipeline.unet, r"to_q$|to_v$|ff\.net\.2$|conv1$", rank=4, alpha=2.0)
+    adapters = find_targets(pipeline.denoiser, r"to_q$|to_v$|ff\.net\.2$|conv1$", rank=4, alpha=2.0)
     random = np.random.default_rng(0)
     params = {
         name: random.normal(0, 0.3, spec.shape).astype(np.float32)
         for name, spec in pipeline.with_lora(adapters).trained_specs.items()
     }
     adapter = Adapter(params, {layer: size.alpha for layer, size in adapters.items()})
-    write_peft(folder / "lora.safetensors", adapter, pipeline.unet.specs, dtype=np.float32)
+    write_peft(folder / "lora.safetensors", adapter, pipeline.denoiser.specs, dtype=np.float32)
     return folder
 
 
 def draw(folder, **options):
     opened = open_model(str(folder / "model"), dtype=jnp.float32, **options)
     generator = opened.generator(SAMPLING, resolution=opened.resolution, batch_size=1)
-    return opened, generator, generator(opened.unet, ["a red circle"], [7])
+    return opened, generator, generator(opened.denoiser, ["a red circle"], [7])
 
 
 def test_a_lora_at_any_scale_is_that_of_diffusers(folder):
@@ -98,10 +98,10 @@ def test_images_that_are_not_finite_are_an_error_or_reported(folder, tmp_path, c
     with pytest.raises(
         ValueError, match=r"unet/diffusion_pytorch_model.safetensors holds numbers .* in conv_out\.bias"
     ):
-        _ = opened.unet
+        _ = opened.denoiser
 
     allowed = open_model(str(tmp_path / "model"), dtype=jnp.float32, allow_nonfinite=True)
-    drawn = allowed.generator(sampling, resolution=32, batch_size=2)(allowed.unet, ["a", "b", "c"], [5, 6, 7])
+    drawn = allowed.generator(sampling, resolution=32, batch_size=2)(allowed.denoiser, ["a", "b", "c"], [5, 6, 7])
     assert drawn.shape == (3, 32, 32, 3)
     told = capsys.readouterr().err
     assert "the image of 'a', seed 5 and 1 more came out black: its values are not finite" in told
@@ -110,8 +110,8 @@ def test_images_that_are_not_finite_are_an_error_or_reported(folder, tmp_path, c
     opened = open_model(str(folder / "model"), dtype=jnp.float32)
     generator = opened.generator(sampling, resolution=32, batch_size=2)
     with pytest.raises(ValueError, match=r"the image of 'a', seed 5 and 1 more came out black"):
-        generator(allowed.unet, ["a", "b", "c"], [5, 6, 7])
-    generator(opened.unet, ["a"], [5])
+        generator(allowed.denoiser, ["a", "b", "c"], [5, 6, 7])
+    generator(opened.denoiser, ["a"], [5])
 
 
 def test_a_model_that_is_not_finite_with_a_lora(folder, tmp_path):
@@ -122,4 +122,4 @@ def test_a_model_that_is_not_finite_with_a_lora(folder, tmp_path):
     save_file(weights, file)
     opened = open_model(str(tmp_path / "model"), dtype=jnp.float32, lora=str(folder / "lora.safetensors"))
     with pytest.raises(ValueError, match=r"unet holds numbers that are not finite as float32 .* in conv_in\.weight"):
-        _ = opened.unet
+        _ = opened.denoiser

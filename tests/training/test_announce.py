@@ -10,7 +10,7 @@ from dpo_jax.training import sample_grids
 from dpo_jax.training.announce import announce_config, announce_epochs, config_table
 from dpo_jax.training.config import default_config
 from dpo_jax.training.loop import Loop
-from dpo_jax.training.model import load_unet
+from dpo_jax.training.model import load_denoiser
 from dpo_jax.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def test_the_first_grid_is_of_step_0_and_shows_the_base_beside_the_policy(
             drawn.append(params)
             return np.zeros((len(captions), 8, 8, 3), np.uint8)
 
-        base.update(load_unet(pipeline, placement))
+        base.update(load_denoiser(pipeline, placement))
         return generate
 
     def grid(rows, columns):

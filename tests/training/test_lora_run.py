@@ -76,7 +76,7 @@ def test_a_run_is_drawn_with_and_takes_a_further_lora(trained, tmp_path):
 
     def draw(opened):
         return opened.generator(opened.sampling, resolution=opened.resolution, batch_size=2)(
-            opened.unet, captions, seeds
+            opened.denoiser, captions, seeds
         ).astype(int)
 
     encoders = load_encoders(run.config, run.pipeline, run.placement)

@@ -65,7 +65,7 @@ def save_lora(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, st
 def lora_with_text(pipeline: Pipeline, path: Path) -> Path:
     """Write a LoRA of one layer of the UNet and one of each text encoder, under kohya's names."""
     random = np.random.default_rng(0)
-    layers = {f"lora_unet_{TO_Q.replace('.', '_')}": pipeline.unet.specs[f"{TO_Q}.kernel"].torch_shape}
+    layers = {f"lora_unet_{TO_Q.replace('.', '_')}": pipeline.denoiser.specs[f"{TO_Q}.kernel"].torch_shape}
     mlp = "text_model.encoder.layers.0.mlp.fc1"
     for number, encoder in enumerate(pipeline.text_encoders, 1):
         layers[f"lora_te{number}_{mlp.replace('.', '_')}"] = encoder.specs[f"{mlp}.kernel"].torch_shape

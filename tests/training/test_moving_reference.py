@@ -17,7 +17,7 @@ from dpo_jax.planning.topology import parse_topology
 from dpo_jax.training.checkpoint import Checkpoints, restore
 from dpo_jax.training.config import check, resolve
 from dpo_jax.training.experiment import build
-from dpo_jax.training.model import load_unet, open_model
+from dpo_jax.training.model import load_denoiser, open_model
 from dpo_jax.training.moving_reference import first_reference
 from dpo_jax.training.sample_grids import SampleGrids
 from dpo_jax.training.step import TrainState, make_compare, make_train_step
@@ -96,7 +96,7 @@ def test_a_run_begins_with_a_copy_of_the_policy_in_float32(tiny_config, tmp_path
     whole = experiment.frozen.with_reference(state.reference).whole_reference()
     assert whole.keys() == experiment.frozen.policy(state.params).keys()
     grids = SampleGrids(experiment, print)
-    base = load_unet(experiment.pipeline, experiment.placement)
+    base = load_denoiser(experiment.pipeline, experiment.placement)
     jax.tree.map(np.testing.assert_array_equal, grids._compared_with(), base)
 
 
@@ -138,7 +138,7 @@ def test_a_plan_counts_a_moving_reference_in_place_of_the_fixed_one(tiny_config)
     memory, before = plans[0].memory, plans[1].memory
     trained = memory["trained weights, float32"]
     assert (memory["moving reference"], before["moving reference"]) == (trained, 0)
-    assert (memory["reference and frozen UNet"], before["reference and frozen UNet"]) == (0, trained / 2)
+    assert (memory["reference and frozen denoiser"], before["reference and frozen denoiser"]) == (0, trained / 2)
     assert memory["trained weights, rounded"] - before["trained weights, rounded"] == trained / 2
     sent, sent_before = ([c.received_bytes for c in plan.collectives if c.axis == "fsdp"] for plan in plans)
     assert sent == sent_before, "devices exchange rounded weights of both"

@@ -1,0 +1,49 @@
+"""What the rest of the program knows of a denoiser: the network that a family trains, whatever its architecture."""
+
+from typing import Any, NamedTuple, Protocol
+
+
+class DenoiserConfig(Protocol):
+    """The properties that every denoiser's config has, beside its own fields."""
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that it takes and predicts."""
+
+    @property
+    def context_features(self) -> int:
+        """Width of `Conditioning.context_NLD`."""
+
+    @property
+    def pooled_features(self) -> int:
+        """Width of what is added to the time embedding: the pooled caption and embedded time ids; 0 for nothing."""
+
+    @property
+    def size_multiple(self) -> int:
+        """Number that divides height and width of the latents."""
+
+    @property
+    def trained_cells(self) -> int:
+        """Height and width of the latents that the model was trained on."""
+
+
+class Denoiser(NamedTuple):
+    """An architecture of denoisers: its class, and the names that it has in folders and files."""
+
+    folder: str
+    """Its folder, and diffusers' name of the component: "unet" or "transformer"."""
+    module: Any
+    """The class, called with its config, `execution`, `dtype` and `rngs`.
+
+    Its call takes latents x_NHWC, timesteps t_N from 0 to the last training timestep, and a `Conditioning`, and returns
+    the prediction_NHWC of the schedule's target.
+    """
+    config: Any
+    """Its config, a `DenoiserConfig` with `from_dict(config_json, where)`."""
+    original_prefix: str
+    """Prefix of its names in a single file of the original layout."""
+
+    @property
+    def class_name(self) -> str:
+        """The class in PyTorch diffusers."""
+        return self.module.__name__
