@@ -187,8 +187,8 @@ def test_sd15_and_sd21_differ_in_their_unets(tmp_path: Path) -> None:
 
 
 def test_unknown_scheduler(sdxl: Path) -> None:
-    edit(sdxl / "scheduler" / "scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler")
-    with pytest.raises(ValueError, match=r"sdxl/scheduler/scheduler_config.json: the scheduler FlowMatchEuler"):
+    edit(sdxl / "scheduler" / "scheduler_config.json", _class_name="EDMEulerScheduler")
+    with pytest.raises(ValueError, match=r"sdxl/scheduler/scheduler_config.json: the scheduler EDMEuler"):
         load_pipeline(sdxl, dtype="float32")
 
 
