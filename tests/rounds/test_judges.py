@@ -75,7 +75,7 @@ def test_a_latent_judge_is_found_where_a_unet_is(online, unets, tmp_path):
         (
             f"{hub}:{bare}:{hub}",
             ValueError,
-            r"latent_judge=.* must be TUNED:REFERENCE, two UNets",
+            r"latent_judge=.* must be TUNED:REFERENCE, two models",
         ),
         (f":{hub}", ValueError, r"must be TUNED:REFERENCE"),
         (f"{hub}:{unets / 'other'}", ValueError, r"other/unet has another architecture than the UNet of random:sd15"),
