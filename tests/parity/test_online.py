@@ -90,7 +90,7 @@ class Torch:
         timesteps = self.timesteps[torch.as_tensor(steps)]
         context, pooled, time_ids = (
             torch.cat([torch.from_numpy(u), torch.from_numpy(c)])
-            for u, c in zip(unconditional, conditioning, strict=True)
+            for u, c in zip(unconditional[:3], conditioning[:3], strict=True)
         )
         added = {"text_embeds": pooled, "time_ids": time_ids}
         both = unet(torch.cat([x, x]), torch.cat([timesteps, timesteps]), context, added_cond_kwargs=added).sample

@@ -105,7 +105,7 @@ def torch_trajectory(inputs: Inputs, name: str) -> tuple[list[float], dict[str, 
     latents = torch.from_numpy(np.concatenate([inputs.latents_BKHWC[:, 0], inputs.latents_BKHWC[:, 1]]))
     latents = latents.permute(0, 3, 1, 2)
     context, pooled, time_ids = (
-        torch.from_numpy(array).repeat(2, *[1] * (array.ndim - 1)) for array in inputs.conditioning
+        torch.from_numpy(array).repeat(2, *[1] * (array.ndim - 1)) for array in inputs.conditioning[:3]
     )
     noise = torch.from_numpy(inputs.noise_BHWC).permute(0, 3, 1, 2).repeat(2, 1, 1, 1)
     timesteps = torch.from_numpy(inputs.t_B).long().repeat(2)
@@ -221,7 +221,7 @@ def torch_lora_trajectory(inputs: Inputs) -> tuple[list[float], dict[str, np.nda
     latents = torch.from_numpy(np.concatenate([inputs.latents_BKHWC[:, 0], inputs.latents_BKHWC[:, 1]]))
     latents = latents.permute(0, 3, 1, 2)
     context, pooled, time_ids = (
-        torch.from_numpy(array).repeat(2, *[1] * (array.ndim - 1)) for array in inputs.conditioning
+        torch.from_numpy(array).repeat(2, *[1] * (array.ndim - 1)) for array in inputs.conditioning[:3]
     )
     noise = torch.from_numpy(inputs.noise_BHWC).permute(0, 3, 1, 2).repeat(2, 1, 1, 1)
     timesteps = torch.from_numpy(inputs.t_B).long().repeat(2)
