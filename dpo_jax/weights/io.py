@@ -210,16 +210,20 @@ def save_component(
         if card is not None:
             write_whole(target / "README.md", card)
         for file, names in zip(files, shards, strict=True):
-            header = {torch_name(name): (specs[name].torch_shape, dtypes[name]) for name in names}
+            ours = {torch_name(name): name for name in names}
+            header = safetensors_file.in_order(
+                {key: (specs[name].torch_shape, dtypes[name]) for key, name in ours.items()}
+            )
             tensors = (
-                (torch_name(name), to_torch(fetch(params[name]), specs[name]).astype(dtypes[name])) for name in names
+                (key, to_torch(fetch(params[ours[key]]), specs[ours[key]]).astype(dtype))
+                for key, (_, dtype) in header.items()
             )
             safetensors_file.write(target / file, tensors, header, allow_nonfinite=allow_nonfinite)
         if len(shards) > 1:
             total = sum(math.prod(spec.shape) * dtypes[name].itemsize for name, spec in specs.items())
             weight_map = {torch_name(name): file for file, names in zip(files, shards, strict=True) for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            write_whole(target / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+            write_whole(target / f"{stem}.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def fingerprint(files: Iterable[epath.Path], *, places: int = 64, chunk: int = 2**14) -> str:

@@ -130,8 +130,8 @@ def _torch_arrays(adapter: Adapter, layer: str, base_specs: Specs, dtype: DTypeL
 
 
 def _write(path: epath.Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    header = {name: (array.shape, array.dtype) for name, array in tensors.items()}
-    safetensors_file.write(path, tensors.items(), header, metadata)
+    header = safetensors_file.in_order({name: (array.shape, array.dtype) for name, array in tensors.items()})
+    safetensors_file.write(path, ((name, tensors[name]) for name in header), header, metadata)
 
 
 def _most_common(values: Iterable[Number]) -> Number:

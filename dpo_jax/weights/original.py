@@ -116,21 +116,24 @@ def write(
             slot = Slot.whole(torch_name(name), spec) if own_names else slots[torch_name(name)]
             for tensor in (slot.tensor, *TWICE.get(slot.tensor, ())):
                 sources.setdefault(prefix + tensor, []).append(_Source(params, name, spec, slot))
-    header = {}
+    header: dict[str, tuple] = {mark: ((0,), np.dtype(np.float32)) for mark in marks}
     for tensor, parts in sources.items():
         parts.sort(key=lambda part: part.slot.rows.start)
         # Arrays of the right shape that take no memory.
         shape = _joined([part.slot.put(np.broadcast_to(np.int8(0), part.spec.torch_shape)) for part in parts]).shape
         header[tensor] = (shape, np.dtype(dtype or parts[0].params[parts[0].name].dtype))
 
+    header = safetensors_file.in_order(header)
+
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for tensor, parts in sources.items():
-            arrays = [part.slot.put(to_torch(fetch(part.params[part.name]), part.spec)) for part in parts]
-            yield tensor, _joined(arrays).astype(header[tensor][1])
+        for tensor, (_, of_tensor) in header.items():
+            if tensor in sources:
+                parts = sources[tensor]
+                arrays = [part.slot.put(to_torch(fetch(part.params[part.name]), part.spec)) for part in parts]
+                yield tensor, _joined(arrays).astype(of_tensor)
+            else:
+                yield tensor, np.zeros(0, of_tensor)
 
-        yield from ((mark, np.zeros(0, np.float32)) for mark in marks)
-
-    header |= {mark: ((0,), np.dtype(np.float32)) for mark in marks}
     safetensors_file.write(path, tensors(), header, metadata, allow_nonfinite=allow_nonfinite)
 
 

@@ -20,15 +20,15 @@ from dpo_jax.files import check_regular, conform, decode_text, parse_json, what_
 from dpo_jax.weights.finite import is_finite
 from dpo_jax.weights.mapped_file import open_bytes
 
-DTYPES = {
+DTYPES = {  # in the order in which the safetensors library writes tensors
+    "I64": np.dtype(np.int64),
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
+    "I32": np.dtype(np.int32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
@@ -84,6 +84,12 @@ def read_metadata(path: epath.Path) -> dict[str, str]:
     return _open(path)[2]
 
 
+def in_order(header: Mapping[str, tuple]) -> dict[str, tuple]:
+    """Return the header of `write` in the order of the safetensors library, whose files are then the same bytes."""
+    places = {dtype: place for place, dtype in enumerate(DTYPES.values())}
+    return dict(sorted(header.items(), key=lambda item: (places[item[1][1]], item[0])))
+
+
 def write(
     path: epath.Path,
     tensors: Iterable[tuple[str, np.ndarray]],
@@ -104,7 +110,7 @@ def write(
         end = start + math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": dtype_names[dtype], "shape": list(shape), "data_offsets": [start, end]}
         start = end
-    encoded = json.dumps(entries).encode()
+    encoded = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with writing(path) as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)

@@ -32,7 +32,7 @@ def changed(**fields: Any) -> dict[str, Any]:
     ("header", "message"),
     [
         (changed(dtype=7), "a.dtype: input should be a valid string, not 7"),
-        (changed(dtype="F4"), "a is stored as F4; supported are F64"),
+        (changed(dtype="F4"), "a is stored as F4; supported are I64"),
         (changed(shape=None), "a.shape: input should be a valid list, not None"),
         (changed(shape=[-2]), "a.shape.0: input should be greater than or equal to 0, not -2"),
         (changed(shape=[2**63, 2**63]), "a.shape.0: input should be less than"),
