@@ -136,6 +136,8 @@ def _dynamically_shifted(
 def _respaced(sigma_S: Float[np.ndarray, " S"], fields: Mapping[str, Any]) -> Float[np.ndarray, " S"]:
     """Return as many levels between the same ends, spaced as one of the three fields says, if it is set."""
     first, last, num_steps = sigma_S[0].item(), sigma_S[-1].item(), len(sigma_S)
+    if not (first > 0 and last > 0):  # `sampling_sigmas` refuses these
+        return sigma_S
     if fields["use_karras_sigmas"]:  # arXiv 2206.00364, equation 5
         ends = [sigma ** (1 / 7.0) for sigma in (first, last)]
         return (ends[0] + np.linspace(0, 1, num_steps) * (ends[1] - ends[0])) ** 7.0

@@ -41,6 +41,7 @@ CONFIGS = {
     "beta": SD3 | {"use_beta_sigmas": True},
     "short": {"num_train_timesteps": 37, "shift": 1.7},
 }
+BELOW_ZERO = FLUX | {"time_shift_type": "linear", "base_shift": -3.0}
 for_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
@@ -241,7 +242,9 @@ def test_a_file_that_is_not_supported_is_an_error(fields, message):
     [
         (FLUX, {}, "use_dynamic_shifting=True; it needs the number of tokens"),
         (SD3 | {"shift_terminal": 0.1}, {"num_steps": 1}, "num_steps=1 .* gives noise levels from nan to nan"),
-        (FLUX | {"time_shift_type": "linear", "base_shift": -3.0}, {"image_tokens": 256}, "must fall from at most 1"),
+        (BELOW_ZERO, {"image_tokens": 256}, "must fall from at most 1"),
+        (BELOW_ZERO | {"use_exponential_sigmas": True}, {"image_tokens": 256}, "must fall from at most 1"),
+        (BELOW_ZERO | {"use_karras_sigmas": True}, {"image_tokens": 256}, "must fall from at most 1"),
         (SD3, {"eta": 0.5}, "eta=0.5 goes with the sampler ddim, but the sampler is flow_euler"),
         (SD3, {"num_steps": 1001}, "num_steps=1001"),
         (SD3, {"strength": 1e-30}, "less than one step"),

@@ -4,7 +4,6 @@ S steps, B pairs, K = 2 candidates, H x W latent cells, C channels, L tokens, D 
 """
 
 import copy
-import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -249,7 +248,7 @@ def test_a_run_begins_at_log_2_to_the_last_bit_in_bfloat16() -> None:
     reference = {name: x.astype(jnp.bfloat16) for name, x in policy.items()}
     schedule = make_schedule({"_class_name": "FlowMatchEulerDiscreteScheduler"} | SCHEDULER)
 
-    @functools.partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def losses(policy: Params, reference: Params) -> jax.Array:
         def denoise(params: Params, *inputs: Any) -> jax.Array:
             return network({name: x.astype(jnp.bfloat16) for name, x in params.items()}, *inputs)
