@@ -60,8 +60,9 @@ class Tokenizers:
         return np.stack([self._token_ids(caption) for caption in captions])
 
     def count_cut(self, captions: Iterable[str]) -> int:
-        """Return how many of these captions are too long for the model, which then does not see their end."""
-        return sum(any(tokenizer(caption)[1] for tokenizer in self._tokenizers) for caption in captions)
+        """Return how many of these captions are too long for every text encoder, so that the model does not see their
+        end."""
+        return sum(all(tokenizer(caption)[1] for tokenizer in self._tokenizers) for caption in captions)
 
     def _tokenize(self, caption: str) -> np.ndarray:
         return np.concatenate([tokenizer(caption)[0] for tokenizer in self._tokenizers])

@@ -188,6 +188,13 @@ def test_encoders_of_different_lengths_follow_each_other(t5_folder: Path, qwen_f
     np.testing.assert_array_equal(both(CAPTIONS), np.concatenate(alone, axis=1))
 
 
+def test_a_caption_is_cut_if_no_encoder_sees_its_end(t5_folder: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(t5_folder / "tokenizer", tmp_path / name)
+    tokenizers = load_tokenizers(tmp_path, [T5, T5._replace(name="tokenizer_2", length=60)])
+    assert tokenizers.count_cut(["a cat", "a cat " * 10, "a cat " * 100]) == 1
+
+
 def write_spiece(folder: Path, **changes: Any) -> Path:
     """Replace tokenizer.json by the sentencepiece model that holds the same."""
     stored = json.loads((folder / "tokenizer.json").read_text())
