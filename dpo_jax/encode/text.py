@@ -26,25 +26,18 @@ def encode_text(
 ) -> tuple[jax.Array, jax.Array]:
     """Run every text encoder of the family: (context_NLD, pooled_NP); P = 0 if the denoiser takes no pooled embedding.
 
-    The family states which outputs these are made of, and along which axis the contexts are concatenated. Narrower ones
-    are filled with zeros where tokens are.
+    The family states which hidden state is the context.
     """
-    contexts: list[list[jax.Array]] = []
-    pooled: list[jax.Array] = []
+    family = pipeline.family
+    contexts = []
+    pooled_NP = jnp.zeros((len(token_ids_NL), 0), pipeline.dtype)
     each_NL = split_token_ids(pipeline, token_ids_NL)
-    for encoder, network, own_NL in zip(pipeline.family.text_encoders, pipeline.text_encoders, each_NL, strict=True):
+    for encoder, network, own_NL in zip(family.text_encoders, pipeline.text_encoders, each_NL, strict=True):
         output = network(encoders[encoder.folder], own_NL)
-        if encoder.context and (encoder.adds_tokens or not contexts):
-            contexts.append([])
-        if encoder.context:
-            contexts[-1].append(getattr(output, encoder.context))
-        if encoder.is_pooled:
-            pooled.append(output.pooled_NP)
-    joined = [jnp.concatenate(parts, axis=-1) for parts in contexts]
-    widest = max(part_NLD.shape[-1] for part_NLD in joined)
-    filled = [jnp.pad(part_NLD, ((0, 0), (0, 0), (0, widest - part_NLD.shape[-1]))) for part_NLD in joined]
-    none_N0 = jnp.zeros((len(token_ids_NL), 0), pipeline.dtype)
-    return jnp.concatenate(filled, axis=1), jnp.concatenate(pooled, axis=-1) if pooled else none_N0
+        contexts.append(getattr(output, encoder.context))
+        if pipeline.denoiser.config.pooled_features:
+            pooled_NP = output.pooled_NP
+    return jnp.concatenate(contexts, axis=-1), pooled_NP
 
 
 def split_token_ids(pipeline: Pipeline, token_ids_NL: jax.Array) -> list[jax.Array]:
@@ -77,15 +70,13 @@ def condition(
     Time ids are (height, width, crop top, crop left, target height, target width) or, if the family has five,
     (height, width, crop top, crop left, `aesthetic_score`).
     """
-    pooled = pooled_NP if pooled_NP.shape[-1] else None
-    is_token_NL = (context_NLD != 0).any(-1) if family.masks_padding else None
     if not family.num_time_ids:
-        return Conditioning(context_NLD, pooled, is_token_NL=is_token_NL)
+        return Conditioning(context_NLD)
     time_ids_NT = size_cond_N6
     if family.num_time_ids == 5:
         score_N1 = jnp.full((len(size_cond_N6), 1), aesthetic_score, size_cond_N6.dtype)
         time_ids_NT = jnp.concatenate([size_cond_N6[:, :4], score_N1], axis=1)
-    return Conditioning(context_NLD, pooled, time_ids_NT, is_token_NL)
+    return Conditioning(context_NLD, pooled_NP, time_ids_NT)
 
 
 def make_conditionings(

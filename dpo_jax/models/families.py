@@ -18,15 +18,11 @@ class TextEncoder(NamedTuple):
     folder: str
     tokenizer: str
     context: str
-    """The field of the encoder's output that becomes `Conditioning.context_NLD` or a part of it; "" for none."""
+    """The field of `clip.TextOutput` that becomes `Conditioning.context_NLD` or a part of it."""
     original_prefix: str
     """Prefix of the encoder's names in a single file of the original layout."""
     length: int | None = None
     """Tokens of a caption, with padding; None for as many as the tokenizer states."""
-    is_pooled: bool = False
-    """True if `Conditioning.pooled_NP` is, or ends in, this encoder's pooled output."""
-    adds_tokens: bool = False
-    """True if its context follows that of the encoders before along the tokens; otherwise along the features."""
 
 
 class Marks(NamedTuple):
@@ -58,7 +54,7 @@ class Family:
     name: str
     denoiser: Denoiser
     text_encoders: tuple[TextEncoder, ...]
-    """The text encoders, in the order in which their contexts and pooled outputs are concatenated."""
+    """The text encoders, in the order in which their contexts are concatenated."""
     published: str
     """Hub id of the model whose configs and tokenizers fit a single file of this family."""
     license: License
@@ -72,9 +68,7 @@ class Family:
     """True if kohya's LoRA files name layers as the original single file does; False if as diffusers does."""
     num_time_ids: int = 0
     """Numbers of size conditioning. 6: original size, crop, target size. 5: original size, crop, aesthetic score. 0:
-    no time ids."""
-    masks_padding: bool = False
-    """True if the denoiser reads no padding of captions; their context is 0 at padding, and nowhere else."""
+    neither time ids nor a pooled caption. The pooled caption comes from the last text encoder."""
     sampling_steps: int = 30
     guidance: float = 7.5
     """Default guidance scale of sampling, in diffusers' definition."""
@@ -118,28 +112,9 @@ SD15_CLIP = TextEncoder("text_encoder", "tokenizer", "last_hidden_NLD", "cond_st
 SD21_CLIP = TextEncoder("text_encoder", "tokenizer", "last_hidden_NLD", "cond_stage_model.model.")
 SDXL_CLIPS = (
     TextEncoder("text_encoder", "tokenizer", "penultimate_NLD", "conditioner.embedders.0.transformer."),
-    TextEncoder("text_encoder_2", "tokenizer_2", "penultimate_NLD", "conditioner.embedders.1.model.", is_pooled=True),
+    TextEncoder("text_encoder_2", "tokenizer_2", "penultimate_NLD", "conditioner.embedders.1.model."),
 )
-REFINER_CLIP = SDXL_CLIPS[1]._replace(original_prefix="conditioner.embedders.0.model.")
-SD3_ENCODERS = (
-    TextEncoder("text_encoder", "tokenizer", "penultimate_NLD", "text_encoders.clip_l.transformer.", is_pooled=True),
-    TextEncoder(
-        "text_encoder_2", "tokenizer_2", "penultimate_NLD", "text_encoders.clip_g.transformer.", is_pooled=True
-    ),
-    TextEncoder(
-        *("text_encoder_3", "tokenizer_3", "last_hidden_NLD", "text_encoders.t5xxl.transformer."),
-        length=256,
-        adds_tokens=True,
-    ),
-)
-# FLUX.1-schnell was trained with 256 tokens of T5.
-FLUX_ENCODERS = (
-    TextEncoder("text_encoder", "tokenizer", "", "text_encoders.clip_l.transformer.", is_pooled=True),
-    TextEncoder("text_encoder_2", "tokenizer_2", "last_hidden_NLD", "text_encoders.t5xxl.transformer.", length=512),
-)
-Z_IMAGE_ENCODERS = (
-    TextEncoder("text_encoder", "tokenizer", "penultimate_NLD", "text_encoders.qwen3_4b.transformer.", length=512),
-)
+REFINER_CLIP = TextEncoder("text_encoder_2", "tokenizer_2", "penultimate_NLD", "conditioner.embedders.0.model.")
 
 FAMILIES = {
     family.name: family
