@@ -25,6 +25,20 @@ from dpo_jax.weights.lora_write import write_kohya, write_peft
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name that diffusers gives a LoRA's file and looks for first."""
+OTHER_PROGRAMS = {
+    "unet": {
+        "lora": "This file is for diffusers, PEFT and OneTrainer. Web UIs (ComfyUI, AUTOMATIC1111, Forge) do not read "
+        "its names; --format=kohya writes one file for them and for diffusers.",
+        "kohya": "This file is for web UIs (ComfyUI, AUTOMATIC1111, Forge); diffusers and OneTrainer open it too.",
+    },
+    "transformer": {
+        "lora": "This file is for diffusers, PEFT, OneTrainer and ComfyUI; --format=kohya writes one for Forge and "
+        "kohya's scripts.",
+        "kohya": "This file is for web UIs (ComfyUI, Forge) and kohya's scripts. diffusers opens such files of FLUX.1 "
+        "and Z-Image, but not of SD3; --format=lora writes one for it.",
+    },
+}
+"""Which programs read a LoRA of a denoiser, by its component's name and the format."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +101,8 @@ def remarks(exportable: Exportable, format: str, source: Origin) -> list[str]:
             f"The LoRA also changes the text encoders, but --format={format} leaves that out; --format=diffusers and "
             "--format=single merge it."
         )
-    if format == "lora":
-        found.append(
-            "This file is for diffusers, PEFT and OneTrainer. Web UIs (ComfyUI, AUTOMATIC1111, Forge) do not read its "
-            "names; --format=kohya writes one file for them and for diffusers."
-        )
-    if format == "kohya":
-        found.append("This file is for web UIs (ComfyUI, AUTOMATIC1111, Forge); diffusers and OneTrainer open it too.")
+    if format in ("lora", "kohya"):
+        found.append(OTHER_PROGRAMS[exportable.pipeline.denoiser_name][format])
     return found
 
 
@@ -147,7 +156,7 @@ def export(
     file = LORA_FILE if format == "lora" else f"{output.name}.safetensors"
     with new_folder(output) as target:
         if format == "lora":
-            write_peft(target / file, adapter, specs, dtype=dtype, metadata=metadata)
+            write_peft(target / file, adapter, specs, dtype=dtype, component=pipeline.denoiser_name, metadata=metadata)
         else:
             write_kohya(
                 target / file,
@@ -155,6 +164,7 @@ def export(
                 specs,
                 dtype=dtype,
                 original_names=pipeline.family.original_layer_names,
+                component=pipeline.denoiser_name,
                 base_model_version=pipeline.marks.base_model_version,
                 metadata=metadata,
             )

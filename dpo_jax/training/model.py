@@ -59,7 +59,7 @@ def open_model(config: ConfigDict, workdir: epath.PathLike) -> Pipeline:
         raise UserError(f"data.resolution={config.data.resolution} is not a multiple of {pipeline.vae_factor}")
     lora = config.lora
     if lora.init:
-        adapter = read_lora(find_lora(lora.init), pipeline.denoiser.specs)
+        adapter = read_lora(find_lora(lora.init), pipeline.denoiser.specs, pipeline.denoiser_name)
         adapters = {layer: LowRank(adapter.rank(layer), alpha) for layer, alpha in adapter.alphas.items()}
         ranks = sorted({size.rank for size in adapters.values()})
         if lora.rank and ranks != [lora.rank]:
@@ -78,7 +78,7 @@ def initial_adapter(config: ConfigDict, pipeline: Pipeline) -> Params:
     specs = pipeline.trained_specs
     if not config.lora.init:
         return jax.device_get(init_lora(specs, config.seed, config.lora.initializer))
-    params = read_lora(find_lora(config.lora.init), pipeline.denoiser.specs).params
+    params = read_lora(find_lora(config.lora.init), pipeline.denoiser.specs, pipeline.denoiser_name).params
     return jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))
 
 

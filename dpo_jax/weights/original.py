@@ -65,7 +65,7 @@ def read(path: epath.Path, specs: Specs, prefix: str) -> tuple[dict[str, np.ndar
 
     Raises a UserError if the file holds other components of a whole model but not this one.
     """
-    stored = multiplied(safetensors_file.read(path), path)
+    stored = safetensors_file.read(path)
     arrays = stored
     for beginning in (prefix, *ALIASES.get(prefix, ())):
         found = {name.removeprefix(beginning): array for name, array in stored.items() if name.startswith(beginning)}
@@ -74,7 +74,7 @@ def read(path: epath.Path, specs: Specs, prefix: str) -> tuple[dict[str, np.ndar
             break
     if arrays is stored and any(name.startswith(WHOLE_MODEL) for name in stored):
         raise UserError(f"{path} lacks a part of the model: none of its tensors begins with {prefix}")
-    slots = slots_of(specs)
+    arrays, slots = multiplied(arrays, path), slots_of(specs)
     dropped_layer = f"transformer.resblocks.{count(specs, 'text_model.encoder.layers')}."
     found = {name: arrays[slot.tensor] for name, slot in slots.items() if slot.tensor in arrays}
     theirs = {slots[name].tensor for name in found}

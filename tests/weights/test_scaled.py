@@ -124,6 +124,15 @@ def test_other_ways_to_quantise_are_refused(tensors: dict, message: str, tmp_pat
             load_params(place, specs, dtype="float32")
 
 
+def test_other_components_may_be_quantised(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({f"{PREFIX}a.weight": WEIGHT, "text_encoders.t5xxl.transformer.a.weight.absmax": WEIGHT}, path)
+    specs = specs_of({"a.weight": WEIGHT.shape})
+    assert load_params(path, specs, dtype="float32", prefix=PREFIX)["a.kernel"].sum() == WEIGHT.numel()
+    with pytest.raises(ValueError, match="bitsandbytes"):
+        load_params(path, specs, dtype="float32", prefix="text_encoders.t5xxl.transformer.")
+
+
 def test_numbers_that_are_no_weights(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a.weight": WEIGHT.to(torch.uint8)}, path)
