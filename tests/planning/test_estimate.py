@@ -44,7 +44,7 @@ print(json.dumps({
     "trained weights, float32": held(state.params),
     "optimizer state": held(state.opt_state),
     "moving average": held(state.ema),
-    "reference and frozen UNet": held(experiment.frozen.reference),
+    "reference and frozen denoiser": held(experiment.frozen.reference),
     "VAE and text encoders": held(experiment.frozen.encoders),
 }))
 """
