@@ -29,6 +29,7 @@ from dpo_jax.weights.original_slots import Slot
 
 Array = np.ndarray | jax.Array
 LACKING = "layers that it lacks"
+NO_RANK = "of rank 0, so it has no weights"
 
 
 class Adapter(NamedTuple):
@@ -211,7 +212,7 @@ def _read_layer(
         raise _Incomplete(f"only {', '.join(sorted(of_weight)) or 'alpha'}")
     rank = rank_of(of_weight)
     if rank == 0:
-        raise _Misshapen("of rank 0, so it has no weights")
+        raise _Misshapen(NO_RANK)
     alpha, rank = (1.0, 1) if rank is None else (_alpha(stored_alpha, place, rank, stated), rank)
     if "lora_mid" in of_weight:
         down, mid = of_weight["lora_A"], of_weight.pop("lora_mid")
@@ -252,8 +253,10 @@ def _read_original_layer(
     elif "lora_mid" in parts:
         raise _Misshapen("a lora_mid of several layers at once is not supported")
     else:
-        rank = len(parts["lora_A"])
-        scale = _alpha(parts.get("alpha"), place, rank, stated) / rank if rank else 0.0
+        rank = rank_of(parts)
+        if not rank:
+            raise _Misshapen(NO_RANK)
+        scale = _alpha(parts.get("alpha"), place, rank, stated) / rank
         try:
             divided = divide(parts["lora_A"], parts["lora_B"], slots)
         except ValueError as error:

@@ -168,11 +168,11 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean(folder: str) -> None:
 @pytest.mark.parametrize(
     ("pattern", "rank", "message"),
     [
-        ("to_qq", 4, r"'to_qq' match no layer of the UNet; an example of a name is up_blocks"),
+        ("to_qq", 4, r"'to_qq' match no layer of the model; an example of a name is up_blocks"),
         ("attn(", 4, r"'attn\(' are not a regular expression"),
         ("attn1", 0, "a LoRA of rank 0 has no weights"),
     ],
 )
 def test_targets_that_cannot_be(folder: str, pattern: str, rank: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        find_targets(load_pipeline(folder, dtype="float32").unet, pattern, rank=rank, alpha=1.0)
+        find_targets(load_pipeline(folder, dtype="float32").denoiser, pattern, rank=rank, alpha=1.0)

@@ -128,7 +128,7 @@ def test_configs_with_a_byte_order_mark(model: Path) -> None:
 @pytest.mark.parametrize("sample_size", [[8, 12], [12, 8], 8.0, 8])
 def test_sample_size_in_every_form(model: Path, sample_size: object) -> None:
     edit(model / "unet/config.json", sample_size=sample_size)
-    assert opened(model).unet.config.sample_size == 8
+    assert opened(model).denoiser.config.sample_size == 8
 
 
 def test_the_class_in_model_index_decides_about_the_projection(model: Path) -> None:

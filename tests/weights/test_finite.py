@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from dpo_jax.models.pipeline import load_pipeline
 from dpo_jax.models.random_model import write_random_model
-from dpo_jax.models.save import save_pipeline, save_single_file, save_unet
+from dpo_jax.models.save import save_denoiser, save_pipeline, save_single_file
 from dpo_jax.weights import safetensors_file
 from dpo_jax.weights.finite import is_finite
 from dpo_jax.weights.io import load_params, save_component
@@ -111,6 +111,6 @@ def test_exports_name_the_file_that_the_tensor_came_from(tmp_path: Path) -> None
         save_single_file(pipeline, tmp_path / "single", unet, dtype=None, card="")
     unet["conv_in.bias"] = np.full_like(unet["conv_in.bias"], np.inf)
     with pytest.raises(ValueError, match=rf"unet/{FILE}, or what was trained or merged into it: conv_in\.bias as"):
-        save_unet(pipeline, tmp_path / "unet", unet, dtype=None, card="")
+        save_denoiser(pipeline, tmp_path / "unet", unet, dtype=None, card="")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     save_pipeline(dataclasses.replace(pipeline, allow_nonfinite=True), tmp_path / "x", unet, dtype=None, card="")

@@ -269,6 +269,8 @@ def test_web_uis_get_the_rows_that_they_expect(name: str, tmp_path: Path) -> Non
             file[key] = lora[f"{part}.lora_up.weight"] @ down
             changed += 1
     assert changed == len(lora) / 3
+    names = {"sd3": "joint_blocks_0_x_block_attn2_qkv", "z_image": "noise_refiner_0_attention_qkv"}
+    assert f"lora_unet_{names[name]}.alpha" in lora
     converted = {key.removesuffix(".weight"): tensor.numpy() for key, tensor in CONVERTERS[name](file).items()}
     expected = deltas(adapter, specs)
     assert_same({layer: converted[layer] for layer in expected}, expected)
@@ -326,6 +328,8 @@ Q = "transformer.transformer_blocks.1.attn.to_q"
             {f"{QKV}.{DOWN}": (4, 16), f"{QKV}.{UP}": (32, 4)},
             r"img_attn.qkv \(.* B as \(32, 4\), the model needs 48 out",
         ),
+        ({f"{QKV}.{DOWN}": (), f"{QKV}.{UP}": (48, 4)}, r"img_attn.qkv \(of rank 0, so it has no weights\)"),
+        ({f"{QKV}.{DOWN}": (0, 16), f"{QKV}.{UP}": (48, 0)}, "1 misshapen: .*of rank 0"),
         ({f"{QKV}.{DOWN}": (4, 16)}, r"1 incomplete: .*img_attn.qkv \(only lora_A\)"),
         ({f"{QKV}.{DOWN}": (4, 16), f"{QKV}.{UP}": (48, 4), f"{QKV}.alpha": (2,)}, r"alpha is stored as \(2,\)"),
         ({f"{QKV}.{DOWN}": (4, 16), f"{QKV}.{UP}": (48, 4), f"{QKV}.lora_mid.weight": (4, 4)}, "a lora_mid of several"),

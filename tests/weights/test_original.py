@@ -18,7 +18,7 @@ from etils import epath
 from safetensors.torch import load_file, save_file
 
 from dpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from dpo_jax.models.families import FAMILIES, ORIGINAL_PREFIXES, PUBLISHED, family_of_single_file
+from dpo_jax.models.families import FAMILIES, PUBLISHED, UNET, VAE_PREFIX, family_of_single_file
 from dpo_jax.models.network import Network
 from dpo_jax.models.random_model import RANDOM_MODELS, VAE, random_params, write_random_model
 from dpo_jax.models.unet import UNet2DConditionModel
@@ -151,8 +151,8 @@ def test_files_at_full_size_are_known_by_what_they_hold(
 ) -> None:
     encoders = FAMILIES[family].text_encoders
     all_specs = {
-        ORIGINAL_PREFIXES["unet"]: published_unet_specs(family),
-        ORIGINAL_PREFIXES["vae"]: published_vae_specs(),
+        UNET.original_prefix: published_unet_specs(family),
+        VAE_PREFIX: published_vae_specs(),
         **{e.original_prefix: clip_specs(c) for e, c in zip(encoders, PUBLISHED_CLIPS[family], strict=True)},
     }
     written: dict[str, torch.Tensor] = {}
@@ -193,7 +193,7 @@ def components(family: str, folder: Path) -> Components:
     """Parameters and specs of each component by its prefix."""
     _, unet, clips, _ = RANDOM_MODELS[family]
     encoders = FAMILIES[family].text_encoders
-    parts = {"unet": (ORIGINAL_PREFIXES["unet"], unet_specs(unet)), "vae": (ORIGINAL_PREFIXES["vae"], vae_specs(VAE))}
+    parts = {"unet": (UNET.original_prefix, unet_specs(unet)), "vae": (VAE_PREFIX, vae_specs(VAE))}
     for encoder in encoders:
         config_json = json.loads((folder / encoder.folder / "config.json").read_text())
         specs = clip_specs(CLIPTextConfig.from_dict(config_json, encoder.folder))
@@ -320,7 +320,7 @@ def test_all_that_does_not_fit_is_reported_at_once(tmp_path: Path) -> None:
     assert "q_proj.bias (stored as (13,), the model needs 12 rows)" in message
 
 
-UNET = "model.diffusion_model.input_blocks.0.0.weight"
+UNET_TENSOR = "model.diffusion_model.input_blocks.0.0.weight"
 CLIP_OF = {family.name: f"{family.text_encoders[-1].original_prefix}x" for family in FAMILIES.values()}
 
 
@@ -332,18 +332,18 @@ CLIP_OF = {family.name: f"{family.text_encoders[-1].original_prefix}x" for famil
         (["model.diffusion_model.joint_blocks.0.x", "text_encoders.clip_l.x"], None, "holds SD3 or Flux"),
         (["model.diffusion_model.double_blocks.0.img_attn.x"], "sdxl", "holds SD3 or Flux"),
         (["control_model.input_blocks.0.0.weight"], None, "holds a ControlNet"),
-        ([UNET], None, "holds a UNet without text encoders"),
+        ([UNET_TENSOR], None, "holds a UNet without text encoders"),
         (["down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"], None, "holds a UNet without text encoders"),
         (["encoder.conv_in.weight", "decoder.conv_in.weight"], None, "holds a VAE alone"),
         (["text_model.final_layer_norm.bias"], None, "holds a text encoder alone"),
         (["b", "d", "c", "a"], None, "holds tensors such as a, b, c;"),
         (
-            [UNET, CLIP_OF["sdxl_refiner"], "edm_mean"],
+            [UNET_TENSOR, CLIP_OF["sdxl_refiner"], "edm_mean"],
             None,
             "holds a tensor edm_mean, so it has the noise",
         ),
-        ([UNET, CLIP_OF["sd15"]], "sd21", "holds a model of the family sd15, not sd21; leave the family out"),
-        ([UNET, CLIP_OF["sdxl"]], None, r"has the text encoders \['conditioner.embedders.1.model.'\], which no"),
+        ([UNET_TENSOR, CLIP_OF["sd15"]], "sd21", "holds a model of the family sd15, not sd21; leave the family out"),
+        ([UNET_TENSOR, CLIP_OF["sdxl"]], None, r"has the text encoders \['conditioner.embedders.1.model.'\], which no"),
     ],
 )
 def test_a_file_of_something_else_is_named(names: list[str], name: str | None, message: str) -> None:
