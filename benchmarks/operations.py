@@ -164,7 +164,7 @@ def abstract_conditioning(pipeline: Any, images: int) -> Any:
     }
 
     def make(frozen: Any, tokens: Any, sizes: Any) -> Any:
-        return condition(pipeline.family, *encode_text(pipeline, frozen, tokens), sizes)
+        return condition(pipeline, encode_text(pipeline, frozen, tokens), sizes)
 
     return jax.eval_shape(make, frozen, tokens, jax.ShapeDtypeStruct((images, 6), jnp.float32))
 

@@ -213,8 +213,8 @@ class DatasetEncoder:
             return {"moments": moments_MhwC.reshape(-1, len(views), *moments_MhwC.shape[1:])}
 
         def embeddings(params: Mapping[str, Params], token_ids_NL: jax.Array) -> Mapping[str, jax.Array]:
-            context_NLD, pooled_NP = encode_text(pipeline, params, token_ids_NL)
-            return {"context": context_NLD, "pooled": pooled_NP}
+            text = encode_text(pipeline, params, token_ids_NL)
+            return {"context": text.context_NLD, "pooled": text.pooled_NP}
 
         def read_captions(positions: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
             for start in range(0, len(positions), batch_size):

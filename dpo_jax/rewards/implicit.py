@@ -48,7 +48,7 @@ def open_implicit(source: str, settings: Settings) -> Reward:
             "model and the one it was tuned from"
         )
     batches = Batches(settings)
-    placement, family, vae = batches.placement, reference.family, reference.vae
+    placement, vae = batches.placement, reference.vae
     weights: Any = {
         name: reference.load(name, dtype=settings.dtype, sharding=placement) for name in reference.components
     }
@@ -69,7 +69,7 @@ def open_implicit(source: str, settings: Settings) -> Reward:
         moments_NhwC = posterior_moments(vae, weights["vae"], images_NHWC)
         keys_N = jnp.broadcast_to(jax.random.key(0), N)
         latents_N1hwC = sample_posterior(vae, moments_NhwC[:, None], keys_N)
-        conditioning = condition(family, *encode_text(reference, weights, token_ids_NL), jnp.tile(sizes_16, (N, 1)))
+        conditioning = condition(reference, encode_text(reference, weights, token_ids_NL), jnp.tile(sizes_16, (N, 1)))
 
         def of_draw(total_N: jax.Array, draw: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
             d, t = draw

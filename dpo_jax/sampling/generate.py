@@ -127,7 +127,7 @@ class Generator:
                 lambda x, t, c: pipeline.denoise(denoiser, x, t, c),
                 conditioning,
                 unconditional,
-                sampling.guidance,
+                pipeline.guidance_scale(sampling.guidance),
                 sampling.guidance_rescale,
             )
             keys_N = jax.vmap(jax.random.key)(seeds_N)

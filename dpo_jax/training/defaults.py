@@ -72,6 +72,9 @@ FIELDS = {
     "unet": Field("", "Another UNet to start from, for policy and reference: folder, file or hub id."),
     "transformer": Field("", "The same for models whose denoiser is a transformer."),
     "reference": Field("", "Another one for the reference alone; empty takes what the policy starts from."),
+    "guidance": Field(
+        3.5, "Guidance scale that a model distilled from guidance (FLUX.1-dev) is told in training.", at_least=0.0
+    ),
     "steps": Field(2000, "Number of optimizer steps; online 0, since they follow from the rounds.", **NOT_NEGATIVE),
     "seed": Field(
         0, "Seed of shuffling, augmentation, timesteps, noise and posterior samples.", at_least=0, at_most=2**32 - 1
@@ -174,6 +177,11 @@ FIELDS = {
     ),
     "data.mask_floor": Field(0.0, "Weight of what is black in a mask, where white has 1.", **SHARE),
     "data.caption_dropout": Field(0.2, "Share of captions replaced by the empty one.", **SHARE),
+    "data.text_length": Field(
+        0,
+        "Tokens of a caption for T5 or Qwen3; 0 takes the family's: SD3 256, FLUX.1-dev and Z-Image 512.",
+        **NOT_NEGATIVE,
+    ),
     "data.caption_lines": Field(False, "Take each line of a caption as a caption of its own and draw one each time."),
     "data.size_conditioning": Field(
         "constant",

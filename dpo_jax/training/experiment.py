@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from dpo_jax.batch import Cached, Conditioning, PreferenceBatch, Raw
 from dpo_jax.cli import flatten
 from dpo_jax.encode.images import encode_images, sample_posterior
-from dpo_jax.encode.text import condition, encode_text, text_shapes
+from dpo_jax.encode.text import condition, encode_text, stored_text
 from dpo_jax.methods import find_method
 from dpo_jax.methods.method import Objective
 from dpo_jax.models.pipeline import Pipeline
@@ -117,7 +117,7 @@ class Experiment:
         )
         if self.config.data.encoded_views:
             channels = self.pipeline.denoiser.config.latent_channels
-            context, pooled = text_shapes(self.pipeline)
+            context, pooled = self.pipeline.text_shapes
             inputs = Cached(
                 array(jnp.bfloat16, K, cells, cells, 2 * channels),
                 array(jnp.bfloat16, M, *context),
@@ -165,7 +165,7 @@ MakeCompare = Callable[[ConfigDict, Pipeline, Placement, Objective], Compare]
 def on_pairs(config: ConfigDict, pipeline: Pipeline, placement: Placement, objective: Objective) -> Compare:
     """Return the comparison of denoising errors, over the images of a data set."""
     return make_compare(
-        make_encode(pipeline),
+        make_encode(pipeline, config.guidance),
         pipeline.denoise,
         pipeline.schedule,
         objective,
@@ -232,8 +232,11 @@ def compose(
     )
 
 
-def make_encode(pipeline: Pipeline) -> Encode:
-    """Return the function that makes latents and conditioning of a batch: of images and captions, or of stored ones."""
+def make_encode(pipeline: Pipeline, guidance: float) -> Encode:
+    """Return the function that makes latents and conditioning of a batch: of images and captions, or of stored ones.
+
+    A model that was distilled from guidance is told the scale `guidance`.
+    """
 
     def encode(
         encoders: Mapping[str, Params], batch: PreferenceBatch, keys_B: jax.Array
@@ -241,15 +244,14 @@ def make_encode(pipeline: Pipeline) -> Encode:
         inputs, size_cond_N6 = batch.inputs, fold(batch.size_cond_BK6)
         if isinstance(inputs, Cached):
             latents_BKhwC = sample_posterior(pipeline.vae, inputs.moments_BKhwC, keys_B)
-            context_NLD = fold(inputs.context_BMLD).astype(pipeline.dtype)
-            pooled_NP = fold(inputs.pooled_BMP).astype(pipeline.dtype)
+            text = stored_text(pipeline, fold(inputs.context_BMLD), fold(inputs.pooled_BMP))
         else:
             assert isinstance(inputs, Raw), "batches of trajectories have a method of their own"
             latents_BKhwC = encode_images(
                 pipeline.vae, encoders["vae"], inputs.images_BKHWC, inputs.mirrored_BK, keys_B
             )
-            context_NLD, pooled_NP = encode_text(pipeline, encoders, fold(inputs.token_ids_BML))
-        return latents_BKhwC, condition(pipeline.family, context_NLD, pooled_NP, size_cond_N6)
+            text = encode_text(pipeline, encoders, fold(inputs.token_ids_BML))
+        return latents_BKhwC, condition(pipeline, text, size_cond_N6, guidance=guidance)
 
     def fold(x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])  # not -1, which fails where a width is 0

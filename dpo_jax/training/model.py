@@ -50,6 +50,7 @@ def open_model(config: ConfigDict, workdir: epath.PathLike) -> Pipeline:
         unet=config.unet,
         transformer=config.transformer,
         vae=config.vae,
+        text_length=config.data.text_length,
         model_config=config.model_config,
         revision=config.revision,
         variant=config.variant,

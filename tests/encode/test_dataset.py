@@ -99,7 +99,7 @@ def test_stored_numbers_are_those_of_the_models(config, tmp_path: Path, family: 
         assert len({both[i] for both in seen}) == 3 * len(data.images) - squares > 2 * len(data.images)
     captions = sorted({*data.records["caption"].to_pylist(), "mine", "yours", ""})
     for caption in captions:
-        context_NLD, pooled_NP = encode_text(pipeline, encoders, jnp.asarray(tokenizers([caption])))
+        context_NLD, pooled_NP, _ = encode_text(pipeline, encoders, jnp.asarray(tokenizers([caption])))
         context_LD, pooled_P = text_of(encodings, caption)
         assert_rounded(context_LD, context_NLD[0])
         assert_rounded(pooled_P, pooled_NP[0])

@@ -45,7 +45,7 @@ def test_it_is_the_mean_difference_of_errors_times_half_beta(tuned, images):
     base = models[1]
     frozen = {name: base.load(name, dtype=jnp.float32) for name in base.components if name != "unet"}
     tokens = load_tokenizers(base.folder, base.tokenizers)(CAPTIONS[:1])
-    conditioning = condition(base.family, *encode_text(base, frozen, tokens), jnp.array([[32.0, 32, 0, 0, 32, 32]]))
+    conditioning = condition(base, encode_text(base, frozen, tokens), jnp.array([[32.0, 32, 0, 0, 32, 32]]))
     mean, logvar = base.vae(frozen["vae"], to_unit_range(images[0][None], jnp.float32), method="encode")
     noise = jax.random.normal(jax.random.key(0), mean.shape)
     latents = (mean + jnp.exp(logvar / 2) * noise[..., :]) * base.vae.config.scaling_factor
