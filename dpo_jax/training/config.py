@@ -105,6 +105,8 @@ def _tiny(c: ConfigDict, *, family: str) -> None:
     c.data.batch_size = 8  # one for each device of most hosts
     c.data.micro_batch = 64  # all at once
     c.data.resolution = 32
+    c.data.text_length = min(c.data.text_length, 40)
+    c.data.encoded_views = 0  # made pairs are not stored
     c.optimizer.warmup_steps = 2
     c.checkpoint.every = 2
     c.validation.every = 4
