@@ -3,8 +3,8 @@
 No run with preference pairs was published for this model, so the values follow released code of flow models:
 timesteps as in diffusers' FLUX scripts, which train at the unshifted levels (LongCat-Image shifts them;
 `loss.timestep_shift`), and the LoRA as in flow_grpo, at a tenth of its rate. `loss.safeguard` keeps the winner's
-error from rising (arXiv 2511.03317). `:schnell` trains FLUX.1-schnell, which is Apache-2.0. `:full` trains all weights, for
-eight GPUs or more. `:tiny` runs each in seconds.
+error from rising (arXiv 2511.03317). `:schnell` trains FLUX.1-schnell, which is Apache-2.0. `:full` trains all
+weights, for eight GPUs or more. `:tiny` runs each in seconds.
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,10 @@
 """Stable Diffusion 3.5 medium with Diffusion-DPO for flow models, on Pick-a-Pic v2.
 
 No full run with preference pairs was published for this model, so the values follow released code of flow models:
-timesteps as in diffusers' SD3 scripts, and the loss as in flow_grpo's train_sd3_dpo.py. Its beta of 100 is for rates of
-3e-4; the full run takes Diffusion-DPO's 2000 with a rate like LongCat-Image's. `loss.safeguard` keeps the winner's
-error from rising (arXiv 2511.03317). `:lora` trains a LoRA with flow_grpo's settings. `:tiny` runs either in seconds. Other
-sizes: --config.model=stabilityai/stable-diffusion-3.5-large.
+timesteps as in diffusers' SD3 scripts, and the loss as in flow_grpo's train_sd3_dpo.py. Its beta of 100 is for rates
+of 3e-4; the full run takes Diffusion-DPO's 2000 with a rate like LongCat-Image's. `loss.safeguard` keeps the winner's
+error from rising (arXiv 2511.03317). `:lora` trains a LoRA with flow_grpo's settings. `:tiny` runs either in seconds.
+Other sizes: --config.model=stabilityai/stable-diffusion-3.5-large.
 """
 
 from ml_collections import ConfigDict
