@@ -103,9 +103,15 @@ class Family:
         """Return whether the denoiser's config has the family's values of `config_fields`."""
         return all(getattr(config, field) == value for field, value in self.config_fields.items())
 
+    def published_denoiser(self, hub_id: str) -> Path:
+        """Return the folder with the config of the denoiser of a published model of this family."""
+        other = PUBLISHED / hub_id.partition("/")[2] / self.denoiser.folder
+        return other if other.exists() else PUBLISHED / self.name / self.denoiser.folder
+
 
 PUBLISHED = Path(__file__).parent / "published"
-"""Holds one folder per family with the configs of its published model, without weights."""
+"""Holds the configs of published models, without weights: one folder per family, and one with the denoiser alone for
+each further model of `Family.also_published` whose denoiser has other shapes, under the name of its repository."""
 
 VAE_PREFIX = "first_stage_model."
 """Prefix of the VAE's names in a single file of the original layout."""

@@ -29,7 +29,6 @@ from dpo_jax.models.config_json import MAX_BYTES
 from dpo_jax.models.denoiser import DenoiserConfig
 from dpo_jax.models.execution import PLAIN, Execution
 from dpo_jax.models.families import (
-    PUBLISHED,
     SUPPORTED,
     V_PRED,
     VAE_PREFIX,
@@ -185,11 +184,10 @@ class Pipeline:
 
     @property
     def is_of_published_size(self) -> bool:
-        """True if the denoiser has the shapes of the family's published one."""
-        path = epath.Path(PUBLISHED / self.family.name / self.denoiser_name / "config.json")
-        kind = self.family.denoiser
-        published = network_of(kind.module, kind.config.from_dict(_json(path), str(path)), dtype=self.dtype)
-        return published.specs == self.denoiser.specs
+        """True if the denoiser has the shapes of one of the family's published models."""
+        family = self.family
+        folders = {family.published_denoiser(hub_id): None for hub_id in (family.published, *family.also_published)}
+        return any(self.has_denoiser_like(epath.Path(folder)) for folder in folders)
 
     @property
     def vae_factor(self) -> int:

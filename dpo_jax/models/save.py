@@ -140,7 +140,12 @@ def _naming(pipeline: Pipeline, prefixes: Mapping[str, str]) -> Iterator[None]:
 
 
 def unlike_published(pipeline: Pipeline) -> dict[str, bool]:
-    """Return which marks for web UIs hold for the model but not for the published model of its family."""
+    """Return which marks for web UIs hold for the model but not for the published model of its family.
+
+    None does for a flow model: there is no other target and no other end of the schedule.
+    """
+    if pipeline.schedule.is_flow:
+        return {V_PRED: False, ZERO_TERMINAL_SNR: False}
     path = epath.Path(PUBLISHED / pipeline.family.name / "scheduler" / "scheduler_config.json")
     published = json.loads(path.read_text())
     return {

@@ -17,12 +17,14 @@ def open_structure(config: ConfigDict) -> Pipeline:
     A published model that is not a local folder, and a denoiser or VAE named in its place, get the structure that the
     package knows for the family.
     """
-    known = {family.published: family.name for family in FAMILIES.values()}
+    known = {name: family for family in FAMILIES.values() for name in (family.published, *family.also_published)}
     if config.model in known and not Path(config.model).exists():
         family = known[config.model]
         own = {
             name: config[name] if config[name] and Path(config[name]).exists() else "" for name in (*DENOISERS, "vae")
         }
-        config = replaced(config, {"model": str(PUBLISHED / family), "family": family, **own})
+        denoiser = family.denoiser.folder
+        own[denoiser] = own[denoiser] or str(family.published_denoiser(config.model))
+        config = replaced(config, {"model": str(PUBLISHED / family.name), "family": family.name, **own})
     with tempfile.TemporaryDirectory() as folder:
         return open_model(config, folder)
