@@ -31,6 +31,10 @@ Adapters = dict[str, LowRank]
 """Adapter sizes by the name of the layer, for example `down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q`."""
 
 
+ATTENTION = "(to_[qkv]|to_out.0|add_[qkv]_proj|to_add_out)$"
+"""A pattern that finds the attention layers of every family."""
+
+
 def find_targets(denoiser: Network, pattern: str, *, rank: int, alpha: float) -> Adapters:
     """Return an adapter for every linear and convolution layer whose name contains a match of `pattern`.
 
@@ -44,8 +48,10 @@ def find_targets(denoiser: Network, pattern: str, *, rank: int, alpha: float) ->
     except re.error as error:
         raise UserError(f"the LoRA targets {pattern!r} are not a regular expression: {error}") from error
     if not adapters:
+        example = next((layer for layer in layers if layer.endswith(".to_q")), layers[-2])
         raise UserError(
-            f"the LoRA targets {pattern!r} match no layer of the model; an example of a name is {layers[-2]}"
+            f"the LoRA targets {pattern!r} match no layer of the model, whose layers have names such as {example}. Set "
+            f"lora.targets to a pattern that they contain, such as {ATTENTION!r}"
         )
     return adapters
 

@@ -90,6 +90,8 @@ def encoding_facts(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
     """Return everything that stored latents depend on; they are stored and found by it."""
     data = config.data
     views = choose_views(data.encoded_views, random_crop=data.random_crop, random_flip=data.random_flip)
+    encoders = zip(pipeline.family.text_encoders, pipeline.text_lengths, strict=True)
+    chosen = [length for encoder, length in encoders if encoder.length]
     return {
         "family": pipeline.family.name,
         "models": pipeline.fingerprint([name for name in pipeline.components if name != pipeline.denoiser_name]),
@@ -98,7 +100,9 @@ def encoding_facts(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
         "resolution": data.resolution,
         "views": [view._asdict() for view in views],
         "data": data_fingerprint(data.path),
-        **({"caption_lines": True} if data.caption_lines else {}),  # data stored by older versions has no such fact
+        # Data stored by older versions has neither of these facts.
+        **({"caption_lines": True} if data.caption_lines else {}),
+        **({"text_length": chosen[0]} if chosen else {}),
     }
 
 

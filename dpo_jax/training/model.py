@@ -14,12 +14,13 @@ from ml_collections import ConfigDict
 from dpo_jax.data.tokenizers import Tokenizers, load_tokenizers
 from dpo_jax.errors import UserError
 from dpo_jax.models.execution import Execution
-from dpo_jax.models.lora import LowRank, find_targets, init_lora
+from dpo_jax.models.lora import ATTENTION, LowRank, find_targets, init_lora
 from dpo_jax.models.pipeline import Pipeline, files_of, find_component, load_pipeline
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.sampling import loaded_model
 from dpo_jax.sampling.generate import Generator, Sampling
 from dpo_jax.sharding import Placement, make_mesh, rules_of
+from dpo_jax.training.defaults import FIELDS
 from dpo_jax.training.step import Frozen
 from dpo_jax.weights.hub import find_lora
 from dpo_jax.weights.io import fingerprint
@@ -69,6 +70,11 @@ def open_model(config: ConfigDict, workdir: epath.PathLike) -> Pipeline:
             )
         return pipeline.with_lora(adapters, lora.dropout)
     if lora.rank:
+        if lora.targets == FIELDS["lora.targets"].default and pipeline.denoiser_name != "unet":
+            raise UserError(
+                f"config.lora.targets={lora.targets!r} is the default, which is for UNets, but the denoiser of this "
+                f"model is a {pipeline.denoiser_name}. Set lora.targets, for example to {ATTENTION!r}"
+            )
         adapters = find_targets(pipeline.denoiser, lora.targets, rank=lora.rank, alpha=lora.alpha or lora.rank)
         return pipeline.with_lora(adapters, lora.dropout)
     return pipeline

@@ -41,8 +41,9 @@ STEPS_BEFORE_SPIKES = 10
 
 
 PARAMETER_GROUPS = {
-    "feed_forward": r"\.ff\.",
-    "attention": r"attentions\.",
+    "feed_forward": r"\.ff(_context)?\.|\.feed_forward\.|^single_transformer_blocks\.\d+\.proj_",
+    "attention": r"attentions\.|\.attn2?\.|\.attention\.",
+    "modulation": r"norm\w*\.linear\.|\.adaLN_modulation\.",
     "embeddings": r"emb",
     "convolutions": r"conv|resnets\.",
     "other": r"",

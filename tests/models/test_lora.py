@@ -1,5 +1,6 @@
 """LoRA matches PyTorch's peft in outputs, gradients and initial values; and properties that the trainer relies on."""
 
+import re
 from functools import cache
 
 import diffusers
@@ -12,8 +13,12 @@ import torch
 from flax import nnx
 
 from dpo_jax.batch import Conditioning
+from dpo_jax.errors import UserError
+from dpo_jax.models import random_model
+from dpo_jax.models.families import FAMILIES
 from dpo_jax.models.layers import Conv, Linear
 from dpo_jax.models.lora import LowRank, add_lora, find_targets, init_lora
+from dpo_jax.models.network import network_of
 from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.weights.layout import from_torch, torch_name
@@ -42,6 +47,25 @@ def inputs(dtype: str) -> tuple[jax.Array, jax.Array, Conditioning]:
     random = np.random.default_rng(0)
     x_NHWC, context_NLD = random.normal(size=(2, 8, 8, 4)), random.normal(size=(2, 5, 32))
     return jnp.asarray(x_NHWC, dtype), jnp.asarray([10, 900]), Conditioning(jnp.asarray(context_NLD, dtype))
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "layer"),
+    [
+        ("sd15", random_model.UNET, "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"),
+        ("sd3", random_model.SD3, "transformer_blocks.0.attn.to_q"),
+        ("flux", random_model.FLUX, "transformer_blocks.0.attn.to_q"),
+        ("z_image", random_model.Z_IMAGE, "layers.0.attention.to_q"),
+    ],
+)
+def test_targets_that_match_nothing_are_answered_with_those_of_attention(family, config, layer) -> None:
+    kind = FAMILIES[family].denoiser
+    denoiser = network_of(kind.module, kind.config.from_dict(config, family), dtype=jnp.float32)
+    with pytest.raises(UserError, match="match no layer of the model, whose layers have names such as") as error:
+        find_targets(denoiser, "to_z", rank=4, alpha=4.0)
+    example, advised = re.findall(r"names such as (\S+)\. Set lora.targets .* such as '(.*)'$", str(error.value))[0]
+    assert f"{example}.kernel" in denoiser.specs
+    assert {example, layer} <= find_targets(denoiser, advised, rank=4, alpha=4.0).keys()
 
 
 def test_outputs_and_gradients_are_those_of_peft(folder: str, x64: None) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from dpo_jax.data.store.prepared import open_prepared
 from dpo_jax.training.config import resolve
-from dpo_jax.training.data import make_inputs, open_training_batches
+from dpo_jax.training.data import encoding_facts, make_inputs, open_training_batches
 from dpo_jax.training.encoding import encode_data
 from dpo_jax.training.experiment import build, compose, make_encode
 from dpo_jax.training.model import load_encoders, make_placement, open_model
@@ -158,6 +158,24 @@ def test_encodings_of_something_else_are_refused(config, tmp_path: Path, changed
     with pytest.raises(FileNotFoundError, match=f"no stored latents for this model and these settings.*{message}"):
         train(config("sd15", **changed), tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("family", ["sd35", "flux", "zimage"])
+def test_encodings_are_those_of_a_length_of_captions_and_of_any_guidance(config, tmp_path: Path, family: str) -> None:
+    def facts(**fields: object):
+        chosen = config(family, **fields)
+        return encoding_facts(chosen, open_model(chosen, tmp_path))
+
+    longer, own = facts(**{"data.text_length": 41}), facts(**{"data.text_length": 0})
+    assert longer["text_length"] == 41
+    assert own["text_length"] == {"sd35": 256, "flux": 512, "zimage": 512}[family]
+    assert longer | {"text_length": own["text_length"]} == own == facts(guidance=1.0, **{"data.text_length": 0})
+
+
+def test_encodings_of_older_versions_are_found(config, tmp_path: Path) -> None:
+    """Stable Diffusion and SDXL read as many tokens as CLIP has, which is no fact."""
+    chosen = config("sdxl")
+    assert "text_length" not in encoding_facts(chosen, open_model(chosen, tmp_path))
 
 
 def test_missing_and_damaged_files_are_told_before_training_and_mended(config, tmp_path: Path) -> None:

@@ -85,6 +85,42 @@ def test_gradient_norms_of_groups_add_up() -> None:
     assert gradient_norms({names[0]: grads[names[0]]}) == {}, "it would repeat the norm of the whole gradient"
 
 
+@pytest.mark.parametrize(
+    ("group", "names"),
+    [
+        (
+            "attention",
+            ("transformer_blocks.0.attn.add_q_proj", "transformer_blocks.0.attn2.to_q", "layers.1.attention.to_q"),
+        ),
+        (
+            "feed_forward",
+            (
+                *("transformer_blocks.0.ff.net.2", "transformer_blocks.0.ff_context.net.0.proj"),
+                *("single_transformer_blocks.2.proj_mlp", "single_transformer_blocks.2.proj_out"),
+                "noise_refiner.0.feed_forward.w1",
+            ),
+        ),
+        (
+            "modulation",
+            (
+                *("transformer_blocks.0.norm1.linear", "transformer_blocks.0.norm1_context.linear", "norm_out.linear"),
+                *("single_transformer_blocks.2.norm.linear", "layers.1.adaLN_modulation.0"),
+                "all_final_layer.2-1.adaLN_modulation.1",
+            ),
+        ),
+        (
+            "embeddings",
+            ("pos_embed.proj", "time_text_embed.guidance_embedder.linear_1", "cap_embedder.1", "x_embedder"),
+        ),
+        ("other", ("proj_out", "all_final_layer.2-1.linear", "x_pad_token")),
+    ],
+)
+def test_layers_of_transformers_are_in_the_groups_of_their_kind(group: str, names: tuple[str, ...]) -> None:
+    grads = {f"{name}.kernel": jnp.ones(1) for name in names}
+    norms = gradient_norms(grads | {"mid_block.resnets.0.conv1.kernel": jnp.ones(1)})
+    assert norms.keys() == {f"gradient_norm/{group}", "gradient_norm/convolutions"}
+
+
 def test_monitors_add_no_product_to_the_step() -> None:
     inputs = inputs_at([1.0, -1.0], [0.2, 0.3])
     jaxpr = str(jax.make_jaxpr(lambda inputs: sums_by_noise(pair_metrics(inputs), inputs))(inputs))

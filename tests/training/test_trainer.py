@@ -40,6 +40,7 @@ def state_of(workdir, step):
 
 
 ONLINE = ("d3po", "tiny_online")  # those of tests/rounds/test_loop.py
+FLOWS = ("sd35", "flux", "zimage")  # those of test_flow_run.py
 CONFIGS = ("sd15", "sd21", "sdxl", "sdxl_refiner", "sdxl_turbo", "tiny")
 
 
@@ -63,7 +64,7 @@ def test_tiny_variant_of_every_config_trains_validates_and_samples(tiny_config, 
 
 
 def test_configs_that_the_test_above_runs_are_all_there_are():
-    assert {path.stem for path in (ROOT / "configs").glob("*.py")} == {*CONFIGS, *ONLINE}
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} == {*CONFIGS, *FLOWS, *ONLINE}
 
 
 def test_variants_of_configs():
@@ -143,6 +144,7 @@ def test_refuses_the_work_directory_of_another_config(tiny_config, one_step):
         ({"attention": "cudnn"}, r'config.attention="cudnn" takes bfloat16, not config.dtype=float32'),
         ({"attention": "cudnn", "dtype": "bfloat16"}, r'config.attention="cudnn" needs a GPU'),
         ({"lora.rank": 4, "lora.targets": "to_z"}, r"'to_z' match no layer"),
+        ({"lora.rank": 4, "model": "random:sd3"}, r"default, which is for UNets, .* Set lora.targets, .* to '\(to_\["),
         ({"lora.init_reference": True}, r"config.lora.init names no LoRA"),
         ({"lora.init": "nowhere"}, r"no folder or file nowhere"),
         ({"reference": "nowhere"}, r"no folder or file nowhere"),
