@@ -24,12 +24,17 @@ def check_controls(results):
 
 
 def check_ranking(results):
-    """Judges, the implicit reward and a panel of raters put three models in the order that is known."""
-    assert len(results) == 3
+    """Judges, the implicit reward and a panel of raters put three models in the order that is known.
+
+    Five raters who often err cannot tell the full run from half of it, but what they say agrees with the exact judge.
+    """
+    exact, _, raters = results.values()
     for judge, rows in results.items():
         assert set(rows) == {"half over base", "full over base", "full over half"}
         for pair, row in rows.items():
-            assert row["low"] > 0.5, (judge, pair, row)
+            known = "rate" if rows is raters and pair == "full over half" else "low"
+            assert row[known] > 0.5, (judge, pair, row)
+    assert raters["full over half"]["low"] < exact["full over half"]["rate"] < raters["full over half"]["high"]
 
 
 both = pytest.mark.parametrize(("name", "check"), [("controls", check_controls), ("ranking", check_ranking)])

@@ -232,7 +232,7 @@ def compose(
     )
 
 
-def make_encode(pipeline: Pipeline, guidance: float) -> Encode:
+def make_encode(pipeline: Pipeline, guidance: float = 1.0) -> Encode:
     """Return the function that makes latents and conditioning of a batch: of images and captions, or of stored ones.
 
     A model that was distilled from guidance is told the scale `guidance`.
