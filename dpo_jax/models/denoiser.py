@@ -27,6 +27,10 @@ class DenoiserConfig(Protocol):
         """Height and width of the latents that the model was trained on."""
 
 
+DENOISER_PREFIX = "model.diffusion_model."
+"""Prefix of the denoiser's names in a single file of the whole model in the original layout."""
+
+
 class Denoiser(NamedTuple):
     """An architecture of denoisers: its class, and the names that it has in folders and files."""
 
@@ -40,8 +44,10 @@ class Denoiser(NamedTuple):
     """
     config: Any
     """Its config, a `DenoiserConfig` with `from_dict(config_json, where)`."""
-    original_prefix: str
-    """Prefix of its names in a single file of the original layout."""
+    kind: str
+    """What `weights.file_kinds.kind_of` says of files that hold it."""
+    is_alone_in_files: bool = False
+    """True if files of the original layout hold it alone, without a prefix; False if they hold the whole model."""
 
     @property
     def class_name(self) -> str:

@@ -36,6 +36,18 @@ class Marks(NamedTuple):
     """Value of kohya's `ss_base_model_version` in a LoRA file."""
     architecture: str
     """Value of ModelSpec's `modelspec.architecture` (https://github.com/Stability-AI/ModelSpec)."""
+    implementation: str = "https://github.com/Stability-AI/generative-models"
+    """Value of `modelspec.implementation` for files of the original layout."""
+
+
+class Version(NamedTuple):
+    """One of several published models of a family, whose layers differ."""
+
+    published: str
+    """Its hub id."""
+    marks: Marks
+    layer: str
+    """Pattern of a parameter's name, in diffusers' or the original layout, that the versions after it lack."""
 
 
 class License(NamedTuple):
@@ -78,6 +90,8 @@ class Family:
     marks: Marks
     marks_of_velocity: Marks | None = None
     """Marks of the family's models that predict velocity, if they differ from `marks`."""
+    versions: tuple[Version, ...] = ()
+    """The published models, if their layers differ; the first that matches counts."""
     also_published: tuple[str, ...] = ()
     """Hub ids of further models under the same licence: other versions, and copies."""
     original_layer_names: bool = True
@@ -98,6 +112,17 @@ class Family:
     """Values of fields of the denoiser's config that tell the family from another one with the same components."""
     timestep_spacing: str = ""
     """"trailing" if diffusers' pipeline computes the levels of a flow model's sampling steps itself."""
+    vae_prefix: str = "first_stage_model."
+    """Prefix of the VAE's names in a single file of the original layout."""
+    note: str = ""
+    """A sentence for model cards on how diffusers draws with the model."""
+
+    def version(self, names: Collection[str]) -> Version:
+        """Return the version that a model with parameters of these `names` is."""
+        for version in self.versions:
+            if any(re.search(version.layer, name) for name in names):
+                return version
+        return Version(self.published, self.marks, "")
 
     def is_for(self, config: DenoiserConfig) -> bool:
         """Return whether the denoiser's config has the family's values of `config_fields`."""
@@ -113,13 +138,18 @@ PUBLISHED = Path(__file__).parent / "published"
 """Holds the configs of published models, without weights: one folder per family, and one with the denoiser alone for
 each further model of `Family.also_published` whose denoiser has other shapes, under the name of its repository."""
 
-VAE_PREFIX = "first_stage_model."
-"""Prefix of the VAE's names in a single file of the original layout."""
-
-UNET = Denoiser("unet", UNet2DConditionModel, UNetConfig, "model.diffusion_model.")
-SD3_TRANSFORMER = Denoiser("transformer", SD3Transformer2DModel, SD3TransformerConfig, "model.diffusion_model.")
-FLUX_TRANSFORMER = Denoiser("transformer", FluxTransformer2DModel, FluxTransformerConfig, "")
-Z_IMAGE_TRANSFORMER = Denoiser("transformer", ZImageTransformer2DModel, ZImageTransformerConfig, "")
+UNET = Denoiser("unet", UNet2DConditionModel, UNetConfig, "a UNet")
+SD3_TRANSFORMER = Denoiser("transformer", SD3Transformer2DModel, SD3TransformerConfig, "the transformer of SD3")
+FLUX_TRANSFORMER = Denoiser(
+    "transformer", FluxTransformer2DModel, FluxTransformerConfig, "the transformer of FLUX.1", is_alone_in_files=True
+)
+Z_IMAGE_TRANSFORMER = Denoiser(
+    "transformer",
+    ZImageTransformer2DModel,
+    ZImageTransformerConfig,
+    "the transformer of Z-Image",
+    is_alone_in_files=True,
+)
 DENOISERS = {"unet": (UNET,), "transformer": (SD3_TRANSFORMER, FLUX_TRANSFORMER, Z_IMAGE_TRANSFORMER)}
 """Architectures of denoisers by the component's name."""
 SUPPORTED = "Stable Diffusion 1, 2, XL (base, Turbo, refiner) and 3, FLUX.1 and Z-Image"
@@ -147,7 +177,12 @@ def _flux_encoders(length: int) -> tuple[TextEncoder, TextEncoder]:
     )
 
 
-QWEN = TextEncoder("text_encoder", "tokenizer", "text_encoders.qwen3_4b.transformer.", "qwen3", 512)
+Z_IMAGE_MARKS = Marks("z_image", "Z-Image", "https://github.com/Tongyi-MAI/Z-Image")
+Z_IMAGE_NOTE = (
+    "For this model, the `guidance_scale` of diffusers is the guidance of dpo_jax minus 1: 4 draws what dpo_jax draws "
+    "with 5, and 0 is no guidance."
+)
+QWEN = TextEncoder("text_encoder", "tokenizer", "text_encoders.qwen3_4b.transformer.model.", "qwen3", 512)
 
 FAMILIES = {
     family.name: family
@@ -230,7 +265,24 @@ FAMILIES = {
             SD3,
             "stabilityai/stable-diffusion-3.5-medium",
             SAI_COMMUNITY,
-            Marks("sd3.5_medium", "stable-diffusion-v3-medium"),
+            Marks("5-medium", "stable-diffusion-3-5-medium"),
+            versions=(
+                Version(
+                    "stabilityai/stable-diffusion-3.5-medium",
+                    Marks("5-medium", "stable-diffusion-3-5-medium"),
+                    r"\battn2\.",
+                ),
+                Version(
+                    "stabilityai/stable-diffusion-3.5-large",
+                    Marks("5-large", "stable-diffusion-3-5-large"),
+                    r"\b(norm|ln)_k\.",
+                ),
+                Version(
+                    "stabilityai/stable-diffusion-3-medium-diffusers",
+                    Marks("medium", "stable-diffusion-3-medium"),
+                    "",
+                ),
+            ),
             also_published=(
                 "stabilityai/stable-diffusion-3.5-large",
                 "stabilityai/stable-diffusion-3-medium-diffusers",
@@ -245,11 +297,12 @@ FAMILIES = {
             FLUX,
             "black-forest-labs/FLUX.1-dev",
             FLUX_DEV,
-            Marks("flux1", "flux-1-dev"),
+            Marks("flux1", "flux-1-dev", "https://github.com/black-forest-labs/flux"),
             sampling_steps=28,
             guidance=3.5,
             config_fields={"guidance_embeds": True},
             timestep_spacing="trailing",
+            vae_prefix="vae.",
         ),
         Family(
             "flux_schnell",
@@ -258,13 +311,13 @@ FAMILIES = {
             FLUX,
             "black-forest-labs/FLUX.1-schnell",
             APACHE,
-            Marks("flux1", "flux-1-schnell"),
+            Marks("flux1", "flux-1-schnell", "https://github.com/black-forest-labs/flux"),
             sampling_steps=4,
             guidance=0.0,
             config_fields={"guidance_embeds": False},
             timestep_spacing="trailing",
+            vae_prefix="vae.",
         ),
-        # diffusers' guidance for Z-Image is this one minus 1.
         Family(
             "z_image",
             Z_IMAGE_TRANSFORMER,
@@ -272,10 +325,12 @@ FAMILIES = {
             Z_IMAGE,
             "Tongyi-MAI/Z-Image",
             APACHE,
-            Marks("zimage", "z-image"),
+            Z_IMAGE_MARKS,
             sampling_steps=50,
             guidance=5.0,
             timestep_spacing="trailing",
+            vae_prefix="vae.",
+            note=Z_IMAGE_NOTE,
         ),
         Family(
             "z_image_turbo",
@@ -284,10 +339,12 @@ FAMILIES = {
             Z_IMAGE,
             "Tongyi-MAI/Z-Image-Turbo",
             APACHE,
-            Marks("zimage", "z-image-turbo"),
+            Z_IMAGE_MARKS,
             sampling_steps=8,
             guidance=0.0,
             timestep_spacing="trailing",
+            vae_prefix="vae.",
+            note=Z_IMAGE_NOTE,
         ),
     )
 }
@@ -337,32 +394,6 @@ def find_family(
     return family
 
 
-def family_of_single_file(names: Collection[str], where: str, name: str | None = None) -> Family:
-    """Return the family called `name`, or the one that the tensor names of a single file match.
-
-    SDXL-Turbo has the same tensors as SDXL, so it is found by name only. Raises a UserError if the file at `where`
-    holds something else or lacks something that the family needs.
-    """
-    present = {prefix for prefix in _ENCODER_PREFIXES if any(tensor.startswith(prefix) for tensor in names)}
-    if not present or not any(tensor.startswith(UNET.original_prefix) for tensor in names):
-        found = next((what for sign, what in _OTHER_FILES.items() if any(re.search(sign, n) for n in names)), None)
-        found = found or f"tensors such as {', '.join(sorted(names)[:3])}"
-        raise UserError(
-            f"{where} holds {found}; a model that is one file must hold the UNet and the text encoders of Stable "
-            "Diffusion 1, 2 or XL in the original layout"
-        )
-    for sign, what in _OTHER_SCHEDULES.items():
-        if sign in names:
-            raise UserError(f"{where} holds a tensor {sign}, so it {what}, which is not supported")
-    fitting = {family.name: family for family in FAMILIES.values() if _original_prefixes(family) == present}
-    if not fitting:
-        raise UserError(f"{where} has the text encoders {sorted(present)}, which no supported family has together")
-    name = name or next(iter(fitting))
-    if name not in fitting:
-        raise UserError(f"{where} holds a model of the family {' or '.join(fitting)}, not {name}; leave the family out")
-    return fitting[name]
-
-
 def has_component(model_index: Mapping[str, Any], name: str) -> bool:
     """Return whether model_index.json lists the component; absent ones are written as [null, null]."""
     return (model_index.get(name) or [None])[0] is not None
@@ -384,27 +415,3 @@ def check_classes(model_index: Mapping[str, Any], denoiser: Denoiser, family: Fa
             library, found = model_index[name]
             expected = " or ".join(f"{of}.{kind}" for of, kind in known if not kind.startswith("Flax"))
             raise UserError(f"{where}: {name} is {library}.{found}, and only {expected} is supported")
-
-
-def _original_prefixes(family: Family) -> set[str]:
-    return {encoder.original_prefix for encoder in family.text_encoders}
-
-
-_ENCODER_PREFIXES = set().union(*map(_original_prefixes, FAMILIES.values()))
-
-# Patterns of tensor names that tell what else a .safetensors file may be; the first match counts.
-_OTHER_FILES = {
-    r"^lora_|\blora_(A|B|up|down)\b|\.lora\.": "a LoRA, which is trained on top of a model",
-    r"joint_blocks\.|double_blocks\.|transformer_blocks\.0\.norm1_context": "SD3 or Flux, whose denoiser is no UNet",
-    r"^control_model\.|controlnet": "a ControlNet",
-    r"input_blocks\.|^down_blocks\.": "a UNet without text encoders (give the model that it belongs to, and "
-    "this file as --unet, or config.unet in training)",
-    r"^(first_stage_model\.)?decoder\.": "a VAE alone",
-    r"text_model\.|resblocks\.": "a text encoder alone",
-}
-# Empty tensors by which descendants of SDXL tell web UIs that the whole model has another noise schedule or target.
-V_PRED, ZERO_TERMINAL_SNR = "v_pred", "ztsnr"
-_OTHER_SCHEDULES = {
-    "edm_mean": "has the noise schedule of EDM",
-    "edm_vpred.sigma_max": "has the noise schedule of EDM",
-}

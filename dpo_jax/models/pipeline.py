@@ -26,23 +26,20 @@ from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.files import conform, read_json
 from dpo_jax.models.clip import CLIPTextConfig
 from dpo_jax.models.config_json import MAX_BYTES
-from dpo_jax.models.denoiser import DenoiserConfig
+from dpo_jax.models.denoiser import DENOISER_PREFIX, DenoiserConfig
 from dpo_jax.models.execution import PLAIN, Execution
 from dpo_jax.models.families import (
     SUPPORTED,
-    V_PRED,
-    VAE_PREFIX,
-    ZERO_TERMINAL_SNR,
     Family,
     Marks,
     check_classes,
-    family_of_single_file,
     find_denoiser,
     find_family,
     has_component,
 )
 from dpo_jax.models.lora import Adapters, add_lora, lora_specs, round_as_adapted, set_dropout_keys
 from dpo_jax.models.network import Network, network_of
+from dpo_jax.models.single_file import beside_file, configs_of_file, family_of_single_file, with_marks
 from dpo_jax.models.text_encoders import KINDS
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.models.vae import AutoencoderKL, VAEConfig
@@ -180,7 +177,8 @@ class Pipeline:
     @property
     def marks(self) -> Marks:
         """Metadata by which web UIs recognise the model."""
-        return (self.family.marks_of_velocity if self.predicts_velocity else None) or self.family.marks
+        of_velocity = self.family.marks_of_velocity if self.predicts_velocity else None
+        return of_velocity or self.family.version(self.denoiser.specs).marks
 
     @property
     def is_of_published_size(self) -> bool:
@@ -229,7 +227,7 @@ class Pipeline:
     @property
     def original_prefixes(self) -> dict[str, str]:
         """Prefix of each component's names in a single file of the original layout."""
-        own = {self.denoiser_name: self.family.denoiser.original_prefix, "vae": VAE_PREFIX}
+        own = {self.denoiser_name: DENOISER_PREFIX, "vae": self.family.vae_prefix}
         return own | {encoder.folder: encoder.original_prefix for encoder in self.family.text_encoders}
 
     @property
@@ -327,17 +325,18 @@ def load_pipeline(
     """
     path = find_model(str(model), revision=revision, variant=variant)
     names = set() if path.is_dir() else tensor_names(path)
-    folder = path
+    folder, beside = path, {}
     if not path.is_dir():
-        of_file = _family_of_file(path, names, family, has_vae=bool(vae))
-        family, folder = of_file.name, _configs_of_file(path, of_file, model_config, V_PRED in names)
+        of_file = family_of_single_file(names, str(path), family)
+        beside = beside_file(path, of_file, names, model_config, variant, given=("vae",) if vae else ())
+        family, folder = of_file.name, configs_of_file(path, of_file, names, model_config)
     model_index = read_model_index(folder)
     _check_parts(folder, model_index)
     kind = find_denoiser(model_index, str(folder))
     other = _other_denoiser({"unet": unet, "transformer": transformer}, kind.folder, path)
     weights = {
         kind.folder: find_component(other, kind.folder) if other else path_of(path, kind.folder),
-        "vae": find_component(vae, "vae") if vae else path_of(path, "vae"),
+        "vae": find_component(vae, "vae") if vae else beside.get("vae") or path_of(path, "vae"),
     }
     config: DenoiserConfig = kind.config.from_dict(*_config(folder, weights[kind.folder], kind.folder))
     vae_config = VAEConfig.from_dict(*_config(folder, weights["vae"], "vae"))
@@ -346,7 +345,7 @@ def load_pipeline(
     check_classes(model_index, kind, found, str(folder / "model_index.json"))
     text_encoders, text_lengths = [], []
     for encoder in found.text_encoders:
-        weights[encoder.folder] = path_of(path, encoder.folder)
+        weights[encoder.folder] = beside.get(encoder.folder) or path_of(path, encoder.folder)
         text_kind = KINDS[encoder.kind]
         text_config = text_kind.config.from_dict(*_config(folder, weights[encoder.folder], encoder.folder))
         if isinstance(text_config, CLIPTextConfig):  # two places state this; diffusers uses this one
@@ -359,7 +358,7 @@ def load_pipeline(
         raise UserError(f"text_length={text_length}: {found.name} reads as many tokens as its CLIP has; leave it at 0")
     _check_widths(found, config, [encoder.config for encoder in text_encoders], weights)
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
-    scheduler_config = _with_marks(_json(scheduler_path), names, str(path), str(scheduler_path) if model_config else "")
+    scheduler_config = with_marks(_json(scheduler_path), names, str(path), str(scheduler_path) if model_config else "")
     make = functools.partial(
         make_schedule, scheduler_config, timestep_spacing=found.timestep_spacing, where=str(scheduler_path)
     )
@@ -469,52 +468,6 @@ def _config(folder: epath.Path, weights: epath.Path, component: str) -> tuple[di
 
 def _config_path(folder: epath.Path, weights: epath.Path, component: str) -> epath.Path:
     return (weights if weights.is_dir() else folder / component) / "config.json"
-
-
-def _family_of_file(path: epath.Path, names: Collection[str], family: str | None, *, has_vae: bool) -> Family:
-    """Return the family of a single file; UserError if the file has no VAE and no other one is given."""
-    found = family_of_single_file(names, str(path), family)
-    if not has_vae and not any(name.startswith(VAE_PREFIX) for name in names):
-        raise UserError(f"{path} has no VAE; give one as --vae (config.vae in training): a folder, file or hub id")
-    return found
-
-
-def _configs_of_file(path: epath.Path, family: Family, model_config: str, predicts_velocity: bool) -> epath.Path:
-    """Return the folder of the configs and tokenizers that belong to a single file."""
-    if family.has_unlike_siblings and not model_config and not predicts_velocity:
-        raise UserError(
-            f"{path} is a file of the family {family.name}, and does not say what it predicts; set model_config "
-            f"to {family.published} (768 pixels, velocity) or to {family.published}-base (512 pixels, noise)"
-        )
-    try:
-        return find_model(model_config or family.published, weights=False)
-    except OSError as error:
-        raise MissingFileError(
-            f"{path} has no configs and tokenizers; set model_config to a folder or hub id that has them ({error})"
-        ) from error
-
-
-def _with_marks(config: dict[str, Any], names: Collection[str], path: str, named: str) -> dict[str, Any]:
-    """Return the scheduler's config with the settings that the empty tensors of a single file state.
-
-    These tensors, V_PRED and ZERO_TERMINAL_SNR, override the published model's config. Raises a UserError if they
-    contradict the config that the user `named`.
-    """
-    said: dict[str, Any] = {}
-    if V_PRED in names:
-        said["prediction_type"] = "v_prediction"
-    if ZERO_TERMINAL_SNR in names:
-        said["rescale_betas_zero_snr"] = True
-    for field, value in said.items():
-        if named and config.get(field, value) != value:
-            mark = V_PRED if field == "prediction_type" else ZERO_TERMINAL_SNR
-            raise UserError(
-                f"{path} holds the tensor {mark}, which says {field}={value!r}, but {named} says {config[field]!r}; "
-                "take the configs that belong to this model, or correct that file"
-            )
-    if "rescale_betas_zero_snr" in said and (not named or "timestep_spacing" not in config):
-        said["timestep_spacing"] = "trailing"  # sampling has to begin in pure noise, as training did
-    return config | said
 
 
 def _other_denoiser(given: Mapping[str, str], folder: str, model: epath.Path) -> str:

@@ -123,7 +123,7 @@ QWEN3 = {
     "rope_theta": 1_000_000.0,
     "tie_word_embeddings": True,
 }
-SD3_CLIPS = (CLIP_L | {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": 24}, CLIP_BIG_G)
+SD3_CLIPS = (CLIP_L | {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": 32}, CLIP_BIG_G)
 VAE_FLOW = VAE | {
     "latent_channels": 16,
     "scaling_factor": 1.5305,
@@ -142,7 +142,7 @@ SD3 = {
     "num_layers": 3,
     "out_channels": 16,
     "patch_size": 2,
-    "pooled_projection_dim": 24 + 40,
+    "pooled_projection_dim": 32 + 40,
     "pos_embed_max_size": 6,
     "qk_norm": "rms_norm",
     "sample_size": 8,
@@ -283,13 +283,18 @@ WRITE_TOKENIZER: dict[str, Callable[[epath.Path], Config]] = {
 
 
 def random_params(specs: Specs, seed: int) -> dict[str, np.ndarray]:
-    """Return kernels with variance 1 / fan_in, and scales and biases away from 1 and 0, so that tests notice each."""
+    """Return kernels with variance 1 / fan_in, and scales and biases away from 1 and 0, so that tests notice each.
+
+    A square text_projection is the identity, as that of SD3's first text encoder, whose single files hold none.
+    """
     random = np.random.default_rng(seed)
     params = {}
     for name, spec in specs.items():
         std = math.prod(spec.shape[:-1]) ** -0.5 if name.endswith(".kernel") else 0.1
         center = 1.0 if name.endswith(".scale") else 0.0
         params[name] = random.normal(center, std, spec.shape).astype(np.float32)
+        if name == "text_projection.kernel" and len(set(spec.shape)) == 1:
+            params[name] = np.eye(len(params[name]), dtype=np.float32)
     return params
 
 

@@ -19,8 +19,9 @@ from typing_extensions import TypedDict
 
 from dpo_jax.errors import UserError
 from dpo_jax.files import new_folder, read_json, write_whole
-from dpo_jax.models.families import PUBLISHED, V_PRED, ZERO_TERMINAL_SNR
+from dpo_jax.models.families import PUBLISHED
 from dpo_jax.models.pipeline import Pipeline, files_of, read_model_index
+from dpo_jax.models.single_file import V_PRED, ZERO_TERMINAL_SNR
 from dpo_jax.weights import original
 from dpo_jax.weights.hub import HUB_ID
 from dpo_jax.weights.io import LEGACY_FLAX, MAX_SHARD_BYTES, PICKLES, save_component
@@ -105,11 +106,13 @@ def save_single_file(
 ) -> epath.Path:
     """Write `output`/NAME.safetensors, the whole model in the original layout, which web UIs read; return its path.
 
-    NAME is that of the folder; `metadata` goes into the file's header, and the other arguments are those of
-    `save_pipeline`. If the model predicts v or its schedule ends in pure noise, and the published model of the family
-    does not, the file holds the empty tensors by which web UIs recognise this.
+    For FLUX.1 and Z-Image, whose published files hold the transformer alone, it holds that alone. NAME is that of the
+    folder; `metadata` goes into the file's header, and the other arguments are those of `save_pipeline`. If the model
+    predicts v or its schedule ends in pure noise, and the published model of the family does not, the file holds the
+    empty tensors by which web UIs recognise this.
     """
-    prefixes = pipeline.original_prefixes
+    is_alone = pipeline.family.denoiser.is_alone_in_files
+    prefixes = {pipeline.denoiser_name: ""} if is_alone else pipeline.original_prefixes
     with new_folder(output) as target:
         components = {
             prefixes[name]: (
@@ -117,6 +120,7 @@ def save_single_file(
                 network.specs,
             )
             for name, network in pipeline.components.items()
+            if name in prefixes
         }
         file = f"{epath.Path(output).name}.safetensors"
         marks = [mark for mark, is_so in unlike_published(pipeline).items() if is_so]
