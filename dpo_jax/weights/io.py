@@ -198,6 +198,9 @@ def save_component(
     Raises a UserError if `folder` exists and is not empty, and for NaN and infinity unless `allow_nonfinite`.
     """
     stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
+    # A language model of transformers holds the network that encodes text as its `model`.
+    is_within = any(name.endswith("ForCausalLM") for name in config.get("architectures") or ())
+    keys = {name: f"model.{torch_name(name)}" if is_within else torch_name(name) for name in specs}
     dtypes = {name: np.dtype(dtype or params[name].dtype) for name in specs}
     shards = _shards(specs, dtypes, max_shard_bytes)
     files = (
@@ -210,7 +213,7 @@ def save_component(
         if card is not None:
             write_whole(target / "README.md", card)
         for file, names in zip(files, shards, strict=True):
-            ours = {torch_name(name): name for name in names}
+            ours = {keys[name]: name for name in names}
             header = safetensors_file.in_order(
                 {key: (specs[name].torch_shape, dtypes[name]) for key, name in ours.items()}
             )
@@ -221,7 +224,7 @@ def save_component(
             safetensors_file.write(target / file, tensors, header, allow_nonfinite=allow_nonfinite)
         if len(shards) > 1:
             total = sum(math.prod(spec.shape) * dtypes[name].itemsize for name, spec in specs.items())
-            weight_map = {torch_name(name): file for file, names in zip(files, shards, strict=True) for name in names}
+            weight_map = {keys[name]: file for file, names in zip(files, shards, strict=True) for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_whole(target / f"{stem}.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
 

@@ -45,7 +45,8 @@ def test_torch_opens_and_draws_with_every_random_model(opened: Pipeline) -> None
     oracle = diffusers.DiffusionPipeline.from_pretrained(opened.folder)
     for name, network in opened.components.items():
         state = getattr(oracle, name).state_dict()
-        assert sum(np.prod(spec.shape) for spec in network.specs.values()) == sum(v.numel() for v in state.values())
+        sizes = {tensor.data_ptr(): tensor.numel() for tensor in state.values()}  # tied weights have two names
+        assert sum(np.prod(spec.shape) for spec in network.specs.values()) == sum(sizes.values())
         params = opened.load(name, dtype="float32")
         largest = max(state, key=lambda key: state[key].numel())
         assert any(np.isclose(p.sum(), state[largest].sum(), rtol=1e-4) for p in params.values())
@@ -54,14 +55,15 @@ def test_torch_opens_and_draws_with_every_random_model(opened: Pipeline) -> None
     assert opened.schedule.training_timesteps.tolist() == list(opened.family.training_timesteps or range(1000))
 
     oracle.set_progress_bar_config(disable=True)
-    oracle.scheduler = diffusers.DDIMScheduler.from_config(oracle.scheduler.config)
+    if not opened.schedule.is_flow:
+        oracle.scheduler = diffusers.DDIMScheduler.from_config(oracle.scheduler.config)
     latents = torch.zeros(1, 4, 8, 8) if opened.family.name == "sdxl_refiner" else None
     size = {"image": latents, "strength": 0.9} if latents is not None else {"height": 32, "width": 32}
     result = oracle("a red circle", num_inference_steps=2, output_type="np", **size)
     assert result.images.shape == (1, 32, 32, 3)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "sdxl_refiner"])
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "sdxl_refiner", "sd3", "flux", "flux_schnell", "z_image"])
 def test_family_is_found_from_the_folder(name: str, tmp_path: Path) -> None:
     write_random_model(name, tmp_path / "model")
     assert load_pipeline(tmp_path / "model", dtype="float32").family.name == name
@@ -95,7 +97,7 @@ def test_an_incomplete_folder(sdxl: Path) -> None:
 
 def test_another_kind_of_pipeline(sdxl: Path) -> None:
     edit(sdxl / "model_index.json", _class_name="FluxPipeline", unet=[None, None])
-    with pytest.raises(ValueError, match="is a FluxPipeline without unet; only Stable Diffusion 1, 2 and XL"):
+    with pytest.raises(ValueError, match="is of the class FluxPipeline and has no unet or transformer; supported are"):
         load_pipeline(sdxl, dtype="float32")
 
 
@@ -109,10 +111,7 @@ def test_inpainting_model(sdxl: Path) -> None:
     ("family", "message"),
     [
         ("sdxl_large", "unknown model family 'sdxl_large', expected one of sd15, sd21, sdxl"),
-        (
-            "sd15",
-            r"sd15 has the text encoders \['text_encoder'\], this folder has .*'text_encoder_2'\]",
-        ),
+        ("sd15", r"sdxl holds a model of the family sdxl, not sd15; leave the family out"),
     ],
 )
 def test_wrong_family(sdxl: Path, family: str, message: str) -> None:
@@ -199,5 +198,5 @@ def test_family_and_unet_must_agree(sdxl: Path) -> None:
 
 
 def test_unknown_random_family(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown model family 'sd3'"):
-        write_random_model("sd3", tmp_path / "model")
+    with pytest.raises(ValueError, match="unknown model family 'sd4'"):
+        write_random_model("sd4", tmp_path / "model")
