@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dpo_jax.models.families import V_PRED, ZERO_TERMINAL_SNR
 from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.models.save import save_single_file
+from dpo_jax.models.single_file import V_PRED, ZERO_TERMINAL_SNR
 
 SCHEDULER = "scheduler/scheduler_config.json"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 1\n"

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from dpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from dpo_jax.models.denoiser import DENOISER_PREFIX
 from dpo_jax.models.families import FAMILIES, PUBLISHED, UNET
-from dpo_jax.models.single_file import VAE_PREFIXES, absent_from_file, family_of_single_file
 from dpo_jax.models.network import Network
 from dpo_jax.models.random_model import RANDOM_MODELS, VAE, random_params, write_random_model
+from dpo_jax.models.single_file import VAE_PREFIXES, absent_from_file, family_of_single_file
 from dpo_jax.models.unet import UNet2DConditionModel
 from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.models.vae import AutoencoderKL, VAEConfig
