@@ -25,7 +25,7 @@ cluster.join()
 from dpo_jax.training import trainer
 from dpo_jax.training.defaults import with_fields
 sharding.SMALL = 1024  # or nothing of this model would be split
-config = load_config("configs/sd15.py:tiny")
+config = load_config(f"configs/{fields.pop('config', 'sd15')}.py:tiny")
 config.steps, config.data.batch_size, config.optimizer.epsilon = 10, 16, 1e-2
 config.validation.every = config.sample.every = 0
 config.checkpoint.every = 10
@@ -40,7 +40,10 @@ MESHES = {
     "data": {},
     "fsdp": {"mesh.fsdp": 8},
     "tensor": {"mesh.fsdp": 2, "mesh.tensor": 2},
+    "eight": {"mesh.data": 8, "mesh.fsdp": 1},
+    "two_by_four": {"mesh.data": 2, "mesh.fsdp": 4},
 }
+FLOWS = ({"config": "sd35"}, {"config": "flux", **LORA}, {"config": "zimage", **LORA})
 
 
 def train(workdir: Path, fields: dict, *, processes: int, devices: int) -> list[list[float]]:
@@ -97,19 +100,25 @@ def assert_same(workdir: Path, losses: list[list[float]], expected) -> None:
         pytest.param("tensor", {}, 1),  # all three axes
         *(
             pytest.param(mesh, fields, processes, marks=pytest.mark.slow)
-            for mesh in MESHES
+            for mesh in ("data", "fsdp", "tensor")
             for fields in ({}, LORA)
             for processes in (1, 2)
             if (mesh, fields, processes) != ("tensor", {}, 1)
         ),
         pytest.param("fsdp", FOLLOWS, 1, marks=pytest.mark.slow),
         pytest.param("fsdp", KTO, 1, marks=pytest.mark.slow),
+        *(
+            pytest.param(mesh, fields, 1, marks=pytest.mark.slow)
+            for fields in FLOWS
+            for mesh in ("eight", "two_by_four")
+        ),
     ],
     ids=lambda value: {
         json.dumps(LORA): "lora",
         json.dumps(FOLLOWS): "follows",
         json.dumps(KTO): "kto",
         "{}": "full",
+        **{json.dumps(fields): fields["config"] for fields in FLOWS},
     }.get(json.dumps(value), str(value)),
 )
 def test_eight_devices_agree_with_one(on_one_device, tmp_path: Path, mesh: str, fields: dict, processes: int) -> None:

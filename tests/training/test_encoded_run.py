@@ -47,7 +47,10 @@ def losses(workdir: Path) -> list[float]:
     return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize(
+    "family",
+    ["sd15", "sdxl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd35", "flux")), "zimage"],
+)
 def test_inputs_agree_to_bfloat16_rounding(config, tmp_path: Path, family: str) -> None:
     """Latents and conditioning of the same examples, with flips, dropped and own captions, and real sizes."""
     fields = {"data.size_conditioning": "real", "data.caption_dropout": 0.3, "data.batch_size": 8}
@@ -81,9 +84,9 @@ def test_inputs_agree_to_bfloat16_rounding(config, tmp_path: Path, family: str) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd35", "flux", "zimage"])
 def test_losses_agree(config, tmp_path: Path, family: str) -> None:
-    fields = {"optimizer.learning_rate": 1e-4}
+    fields = {"optimizer.learning_rate": 1e-4, "lora.rank": 0, "lora.alpha": 0.0}
     train(encoded(config(family, **fields)), tmp_path / "stored")
     train(config(family, **fields, **{"data.encoded_views": 0}), tmp_path / "fresh")
     ours, expected = losses(tmp_path / "stored"), losses(tmp_path / "fresh")

@@ -195,6 +195,7 @@ def test_export_and_evaluate_need_a_run(tmp_path):
         open_run(tmp_path)
 
 
+FULL_AND_LORA = {"sd35": ("tiny", "lora,tiny"), "flux": ("full,tiny", "tiny"), "zimage": ("full,tiny", "tiny")}
 NO_YNN = "--xla_cpu_experimental_ynn_fusion_type="  # what it fuses on CPUs keeps float32 where it likes
 
 
@@ -207,17 +208,19 @@ NO_YNN = "--xla_cpu_experimental_ynn_fusion_type="  # what it fuses on CPUs keep
         ("sd15", "tiny", 4, f"{os.environ['XLA_FLAGS']} {NO_YNN}"),
         ("sd15", "tiny", 4, NO_YNN),
         ("sdxl", "lora,tiny", 4, NO_YNN),
+        *((name, variant, 4, "") for name in ("sd35", "flux", "zimage") for variant in FULL_AND_LORA[name]),
     ],
 )
 @pytest.mark.slow
 def test_loss_before_the_first_update_is_log_2_in_bfloat16(tmp_path, name, variant, batch, xla_flags):
     """Float32 weights and a bfloat16 reference must round alike: beta = 5000 would show any difference."""
     fields = ["steps=1", "dtype=bfloat16", "vae_dtype=bfloat16", "validation.every=0", "sample.every=0"]
+    fields += ["loss.beta=5000.0"] if name in FLOWS else []
     command = [sys.executable, "-m", "dpo_jax.train", f"--config=configs/{name}.py:{variant}", f"--workdir={tmp_path}"]
     command += [f"--config.{field}" for field in [*fields, f"data.batch_size={batch}"]]
     environment = os.environ | {"XLA_FLAGS": xla_flags}
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=environment)
-    assert load_config(f"{ROOT}/configs/{name}.py").loss.beta == 5000
+    assert json.loads((tmp_path / "config.json").read_text())["loss.beta"] == 5000
     assert metrics_of(tmp_path)[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
