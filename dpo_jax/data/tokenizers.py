@@ -42,12 +42,16 @@ class CompiledTokenizer:
             ids_L = np.where(np.asarray(encoding.attention_mask, bool), ids_L, np.int32(PADDING))
         return ids_L, bool(encoding.overflowing)
 
+    def count(self, caption: str) -> int:
+        """Return the tokens of a caption without padding, after it is cut."""
+        return sum(self.tokenizer.encode(self.to_text(caption)).attention_mask)
+
 
 class Tokenizers:
     """One tokenizer per text encoder, each mapping a caption to (ids, whether it was cut); safe to share between
     threads."""
 
-    def __init__(self, tokenizers: Sequence[Callable[[str], tuple[np.ndarray, bool]]]):
+    def __init__(self, tokenizers: Sequence[CompiledTokenizer]):
         self._tokenizers = tuple(tokenizers)
         self._token_ids = functools.lru_cache(CAPTIONS_KEPT)(self._tokenize)
 
@@ -63,6 +67,10 @@ class Tokenizers:
         """Return how many of these captions are too long for every text encoder, so that the model does not see their
         end."""
         return sum(all(tokenizer(caption)[1] for tokenizer in self._tokenizers) for caption in captions)
+
+    def longest(self, captions: Sequence[str]) -> tuple[int, ...]:
+        """Return for each text encoder the tokens of the longest caption without padding, after it is cut."""
+        return tuple(max(map(tokenizer.count, captions), default=0) for tokenizer in self._tokenizers)
 
     def _tokenize(self, caption: str) -> np.ndarray:
         return np.concatenate([tokenizer(caption)[0] for tokenizer in self._tokenizers])

@@ -204,6 +204,7 @@ class DatasetEncoder:
     ):
         self.folder = folder
         self._captions = captions = distinct_captions(prepared, caption_lines=caption_lines)
+        self._lengths = lines_on_lengths(pipeline, tokenizers, captions.to_pylist())
         mirrored_V = jnp.asarray([view.flip for view in views])
 
         def moments(params: Params, images_NVHWC: jax.Array) -> Mapping[str, jax.Array]:
@@ -233,7 +234,7 @@ class DatasetEncoder:
         ]
 
     def __str__(self) -> str:
-        lines = []
+        lines = [*self._lengths]
         for table in self.tables:
             done = f", {table.count - table.missing_rows} done" if table.missing_rows < table.count else ""
             lines.append(
@@ -283,6 +284,21 @@ class DatasetEncoder:
     def _free(self) -> int:
         existing = next(folder for folder in self.folder.parents if folder.exists())
         return shutil.disk_usage(existing).free
+
+
+def lines_on_lengths(pipeline: Pipeline, tokenizers: Tokenizers, captions: Sequence[str]) -> list[str]:
+    """Return a line on the longest caption for each text encoder whose number of tokens users choose: CLIP's is fixed.
+
+    All tokens are stored, padding too, so a smaller `data.text_length` takes less space.
+    """
+    encoders = pipeline.family.text_encoders
+    if not any(encoder.length for encoder in encoders):
+        return []
+    return [
+        f"tokens       at most {longest} in a caption, of the {length} that are stored (data.text_length)"
+        for encoder, longest, length in zip(encoders, tokenizers.longest(captions), pipeline.text_lengths, strict=True)
+        if encoder.length
+    ]
 
 
 def _check_finite(tensor: np.ndarray, what: str) -> None:

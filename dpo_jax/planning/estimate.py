@@ -7,6 +7,7 @@ computation as long as it lasts.
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any, cast
 
 import jax
@@ -85,7 +86,8 @@ class Holdings:
     """The reference, if it has weights of its own, as layers use it."""
     scan: bool
     """Whether equal blocks run as one loop. The compiler then gathers their weights, and those of the reference, before
-    the first micro-batch; otherwise in each micro-batch, when they are needed."""
+    the first micro-batch; otherwise in each micro-batch, when they are needed. A loop reads the weights of all its
+    blocks from one array, so frozen weights that are not gathered are copied; trained ones are rounded into it."""
     compute_bytes: int
     """Bytes per number in the compute dtype."""
     parameters: int
@@ -203,24 +205,33 @@ def measure_work(config: ConfigDict, kind: str, model_flops: float | None = None
         kind: of the device, "tpu" or "gpu".
         model_flops: the operations without repetitions, if they are known; otherwise they are traced as well.
     """
+    return measure_works(config, [kind], model_flops)[kind]
+
+
+def measure_works(config: ConfigDict, kinds: Iterable[str], model_flops: float | None = None) -> dict[str, Work]:
+    """Return `measure_work` on each of several kinds of device; only the bytes of activations differ."""
     config = replaced(config, {"attention": "xla"})
-    program, activation_bytes = _trace_pair(config, kind)
+    program, weights = _trace_pair(config)
     if model_flops is None:
         plain = program
         if config.remat != "none":
-            plain, _ = _trace_pair(replaced(config, {"remat": "none"}), kind)
+            plain, _ = _trace_pair(replaced(config, {"remat": "none"}))
         model_flops = plain.flops(without=AGAIN)
     products = list(program.products())
     convolution_flops = sums_by_kind(products)["convolution"].flops
-    return Work(
-        config.remat,
-        program.flops(),
-        model_flops,
-        activation_bytes,
-        len(products),
-        convolution_flops,
-        find_method(config.loss.name).images_per_example(flatten(config)),
-    )
+    images = find_method(config.loss.name).images_per_example(flatten(config))
+    return {
+        kind: Work(
+            config.remat,
+            program.flops(),
+            model_flops,
+            peak_bytes(program, weights, by_library=kind == "gpu"),
+            len(products),
+            convolution_flops,
+            images,
+        )
+        for kind in kinds
+    }
 
 
 def measure_holdings(config: ConfigDict, pipeline: Pipeline, num_devices: int) -> Holdings:
@@ -311,6 +322,7 @@ def memory_by_kind(
         "gradients": h.gradients * (2 if accumulation > 1 else 1),  # of one micro-batch, and the sum
         "trained weights, rounded": (h.trained + h.moving_reference) / 4 * h.compute_bytes,
         "weights gathered": h.gathered + (h.reference_gathered if h.scan and accumulation > 1 else 0),
+        "frozen weights, joined for the loop": h.frozen_denoiser if h.scan and h.mesh["fsdp"] == 1 else 0,
         "reference and frozen denoiser": h.frozen_denoiser,
         "VAE and text encoders": h.encoders,
         "batch": h.batch,
@@ -360,8 +372,8 @@ def _size(specs: Any) -> int:
     return sum(math.prod(spec.shape) for spec in specs.values())
 
 
-def _trace_pair(config: ConfigDict, kind: str) -> tuple[Program, float]:
-    """Return the program of the gradient of one pair on one device, and the bytes of its activations."""
+def _trace_pair(config: ConfigDict) -> tuple[Program, list[int]]:
+    """Return the program of the gradient of one pair on one device, and which of its inputs are weights."""
     one = replaced(config, {"data.batch_size": 1, "data.micro_batch": 1})
     derived = resolve(one, device_count=1, process_count=1)
     experiment = compose(one, derived, open_structure(one), Placement(_mesh((1, 1, 1))))
@@ -374,5 +386,4 @@ def _trace_pair(config: ConfigDict, kind: str) -> tuple[Program, float]:
     weights = state.params, experiment.frozen.with_reference(state.reference)
     traced = jax.make_jaxpr(jax.grad(loss))(*weights, experiment.abstract_batch(), jax.ShapeDtypeStruct((), jnp.int32))
     program = Program(traced)
-    num_weights = len(jax.tree.leaves(weights))
-    return program, peak_bytes(program, program.inputs[:num_weights], by_library=kind == "gpu")
+    return program, program.inputs[: len(jax.tree.leaves(weights))]

@@ -58,7 +58,7 @@ def test_a_caption_is_tokenized_once_and_its_ids_cannot_be_spoilt() -> None:
         calls.append(caption)
         return np.array([len(calls)]), False
 
-    tokenizers = Tokenizers([tokenize])
+    tokenizers = Tokenizers([tokenize])  # type: ignore[list-item]
     tokenizers(["a", "b"])[:] = 0
     assert tokenizers(["b", "a", "a"]).tolist() == [[2], [1], [1]]
     assert calls == ["a", "b"]

@@ -20,8 +20,11 @@ from dpo_jax.data.images import View
 from dpo_jax.data.store import latents
 from dpo_jax.data.store.latents import StoredLatents, choose_views
 from dpo_jax.data.store.prepared import open_prepared
+from dpo_jax.encode.dataset import lines_on_lengths
 from dpo_jax.encode.images import posterior_moments
 from dpo_jax.encode.text import encode_text
+from dpo_jax.models.pipeline import load_pipeline
+from dpo_jax.models.random_model import write_random_model
 from dpo_jax.sharding import Placement, make_mesh
 from dpo_jax.training.encoding import encode_data
 from dpo_jax.training.model import load_encoders, load_tokenizers_of, open_model
@@ -112,6 +115,19 @@ def test_stored_numbers_are_those_of_the_models(config, tmp_path: Path, family: 
     assert f"images       {len(data.images)} x " in said[0]
     assert f"captions     {len(captions)} x " in said[0]
     assert size == pytest.approx(len(data.images) * 3 * moments_of(encodings, 0, 0).nbytes, rel=0.1)
+
+
+@pytest.mark.parametrize(("family", "length", "padding"), [("sd15", 0, 0), ("sd3", 256, 0), ("z_image", 512, -1)])
+def test_a_summary_says_how_long_captions_are_where_users_choose_it(
+    tmp_path: Path, family: str, length: int, padding: int
+) -> None:
+    write_random_model(family, tmp_path / "model")
+    pipeline, captions = load_pipeline(tmp_path / "model", dtype="float32"), ["", "two red dogs", "a"]
+    tokenizers = load_tokenizers_of(pipeline)
+    longest = (tokenizers(captions)[:, -length:] != padding).sum(axis=1).max()
+    assert lines_on_lengths(pipeline, tokenizers, captions) == [
+        f"tokens       at most {longest} in a caption, of the {length} that are stored (data.text_length)"
+    ] * (length > 0)
 
 
 def test_the_files_open_in_pytorch(config) -> None:

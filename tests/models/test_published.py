@@ -31,6 +31,8 @@ SIZES = {
     "z_image": (Z_IMAGE, VAE, QWEN3),
     "z_image_turbo": (Z_IMAGE, VAE, QWEN3),
 }
+# What the denoiser reads of a caption: tokens and features, and pooled features.
+TEXTS = {"sd3": ((77 + 256, 4096), (2048,)), "flux": ((512, 4096), (768,)), "flux_schnell": ((256, 4096), (768,))}
 OTHER_SD3 = {
     "stabilityai/stable-diffusion-3.5-large": 8_056_627_520 + 192**2 * 2432,
     "stabilityai/stable-diffusion-3-medium-diffusers": 2_028_328_000 + 192**2 * 1536,
@@ -75,6 +77,7 @@ def test_networks_have_the_names_and_shapes_of_pytorch(family: str) -> None:
         }
         assert ours == theirs, component
     assert hasattr(diffusers, model_index["_class_name"])
+    assert pipeline.text_shapes == TEXTS.get(family, ((512, 2560), (0,)))
     assert pipeline.is_of_published_size
     assert not any(unlike_published(pipeline).values())
 
