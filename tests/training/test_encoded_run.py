@@ -58,7 +58,7 @@ def test_inputs_agree_to_bfloat16_rounding(config, tmp_path: Path, family: str) 
     pipeline, derived = open_model(config, tmp_path), resolve(config, device_count=1, process_count=1)
     placement = make_placement(config)
     encoders = load_encoders(config, pipeline, placement)
-    encode = jax.jit(make_encode(pipeline))
+    encode = jax.jit(make_encode(pipeline, config.guidance))
     found = []
     for views in (2, 0):
         config.data.encoded_views = views
@@ -118,7 +118,7 @@ def test_each_epoch_samples_the_posterior_anew(config, tmp_path: Path) -> None:
     assert agrees(first)
     rows = [{row.tobytes(): i for i, row in enumerate(batch.inputs.moments_BKhwC)} for batch in (first, second)]
     assert rows[0].keys() == rows[1].keys()
-    encode = make_encode(pipeline)
+    encode = make_encode(pipeline, config.guidance)
     latents = [encode({}, batch, jax.vmap(jax.random.key)(jnp.asarray(batch.index_B)))[0] for batch in (first, second)]
     for moments, i in rows[0].items():
         assert not np.array_equal(latents[0][i], latents[1][rows[1][moments]])
