@@ -32,6 +32,7 @@ from dpo_jax.models.families import (
     SUPPORTED,
     Family,
     Marks,
+    Version,
     check_classes,
     find_denoiser,
     find_family,
@@ -177,8 +178,12 @@ class Pipeline:
     @property
     def marks(self) -> Marks:
         """Metadata by which web UIs recognise the model."""
-        of_velocity = self.family.marks_of_velocity if self.predicts_velocity else None
-        return of_velocity or self.family.version(self.denoiser.specs).marks
+        return (self.family.marks_of_velocity if self.predicts_velocity else None) or self.version.marks
+
+    @property
+    def version(self) -> Version:
+        """The published model of the family that has the layers of this one."""
+        return self.family.version(self.denoiser.specs)
 
     @property
     def is_of_published_size(self) -> bool:

@@ -96,11 +96,15 @@ def origin(exportable: Exportable, license: str = "", base_model: str = "") -> O
 def remarks(exportable: Exportable, format: str, source: Origin) -> list[str]:
     """Return what users of the export should know, a sentence or two each."""
     found = [source.remark] if source.remark else []
-    if exportable.text_encoders and format not in ("diffusers", "single"):
+    whole = ["diffusers"] if exportable.pipeline.family.denoiser.is_alone_in_files else ["diffusers", "single"]
+    if exportable.text_encoders and format not in whole:
+        others = " and ".join(f"--format={name}" for name in whole)
         found.append(
-            f"The LoRA also changes the text encoders, but --format={format} leaves that out; --format=diffusers and "
-            "--format=single merge it."
+            f"The LoRA also changes the text encoders, but --format={format} leaves that out; {others} "
+            f"{'merge' if len(whole) > 1 else 'merges'} it."
         )
+    if format == "single" and format not in whole:
+        found.append("This file holds the transformer alone, as the published one does.")
     if format in ("lora", "kohya"):
         found.append(OTHER_PROGRAMS[exportable.pipeline.denoiser_name][format])
     return found

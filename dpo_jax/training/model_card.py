@@ -25,6 +25,11 @@ USE = {
         "pipe = diffusers.{base}, {denoiser}={denoiser}{dtype})"
     ),
     "single": "pipe = diffusers.{pipeline}.from_single_file({file!r}{dtype})",
+    "denoiser in a file": (
+        "{denoiser} = diffusers.{denoiser_class}.from_single_file(\n"
+        "    {file!r}, config={whole!r}, subfolder={denoiser!r}{dtype}\n)\n"
+        "pipe = diffusers.{base}, {denoiser}={denoiser}{dtype})"
+    ),
     "lora": "pipe = diffusers.{base})\npipe.load_lora_weights({folder!r})",
     "kohya": "pipe = diffusers.{base})\npipe.load_lora_weights({folder!r}, weight_name={name!r})",
 }
@@ -56,8 +61,10 @@ def model_card(
     """
     config = facts.get("config")
     source = config["model"] if config else facts["model"]
-    is_single = ".safetensors" in source
+    is_single, is_flow = ".safetensors" in source, pipeline.schedule.is_flow
     model, license = public_name(source), origin.license
+    # A file of a flow model may lack text encoders, which diffusers does not look for elsewhere.
+    whole = pipeline.version.published if is_single and is_flow else model
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
@@ -74,18 +81,23 @@ def model_card(
     )
     # By default diffusers opens half-precision weights in float32, and transformers does not.
     is_half = dtype != "float32" and not _is_lora(format)
-    use = USE["denoiser" if format in DENOISERS else format].format(
+    kind = "denoiser" if format in DENOISERS else format
+    if format == "single" and pipeline.family.denoiser.is_alone_in_files:
+        kind = "denoiser in a file"
+    use = USE[kind].format(
         folder=repo or name,
         name=f"{name}.safetensors",
         file=f"https://huggingface.co/{repo}/blob/main/{name}.safetensors" if repo else f"{name}/{name}.safetensors",
-        base=f"{pipeline.class_name}.from_{'single_file' if is_single else 'pretrained'}({model!r}",
+        base=f"{pipeline.class_name}.from_{'single_file' if is_single and not is_flow else 'pretrained'}({whole!r}",
+        whole=whole,
         pipeline=pipeline.class_name,
         denoiser=pipeline.denoiser_name,
         denoiser_class=pipeline.family.denoiser.class_name,
         dtype=f", torch_dtype=torch.{dtype}" if is_half else "",
     )
     # diffusers opens a single file with the scheduler of the published model.
-    if any(unlike_published(pipeline).values()) and (format == "single" or (is_single and format != "diffusers")):
+    is_unlike = any(unlike_published(pipeline).values()) or (is_flow and kind == "single")
+    if is_unlike and (format == "single" or (is_single and format != "diffusers")):
         arguments = ", ".join(f"{field}={value!r}" for field, value in _scheduler(pipeline).items())
         scheduler = pipeline.schedule.class_name
         use += f"\npipe.scheduler = diffusers.{scheduler}.from_config(pipe.scheduler.config, {arguments})"
@@ -95,6 +107,7 @@ def model_card(
         f"---\n{data.to_yaml()}\n---\n\n# {repo.rpartition('/')[2] or name}\n",
         f"```python\n{imports}\n{use}\n```\n",
     ]
+    remarks = [*remarks, *([pipeline.family.note] if pipeline.family.note else [])]
     parts += [f"Scheduler: {pipeline.schedule.class_name}, {settings}.\n", *(f"{remark}\n" for remark in remarks)]
     if not config:
         with_lora = f" with {public_name(facts['lora'])}" if facts.get("lora") else ""
@@ -116,6 +129,9 @@ def model_card(
 
 def _scheduler(pipeline: Pipeline) -> dict[str, Any]:
     """Return the noise schedule under the names of diffusers' fields."""
+    if pipeline.schedule.is_flow:
+        shifts = ("shift", "use_dynamic_shifting", "base_shift", "max_shift")
+        return {name: pipeline.scheduler_config[name] for name in shifts if name in pipeline.scheduler_config}
     fields: dict[str, Any] = {"prediction_type": "v_prediction" if pipeline.predicts_velocity else "epsilon"}
     if pipeline.ends_in_noise:
         fields["rescale_betas_zero_snr"] = True

@@ -53,7 +53,7 @@ def origin_of(model: str, pipeline: Pipeline, license: str = "", base_model: str
     return Origin(
         base,
         family.license,
-        f"The licence is that of {family.published}, the usual base of this family. If {what} has another, "
+        f"The licence is that of {pipeline.version.published}, the usual base of this family. If {what} has another, "
         f"state it with --license{_and_base(base)}.",
     )
 
@@ -97,13 +97,14 @@ def model_spec(facts: Mapping[str, Any], pipeline: Pipeline, format: str, title:
     fields = {
         "sai_model_spec": "1.0.0",
         "architecture": pipeline.marks.architecture + ("/lora" if is_lora else ""),
-        "implementation": "https://github.com/Stability-AI/generative-models" if is_original else "diffusers",
+        "implementation": pipeline.marks.implementation if is_original else "diffusers",
         "title": title,
         "description": trained,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "resolution": f"{size}x{size}",
-        "prediction_type": "v" if pipeline.predicts_velocity else "epsilon",
     }
+    if not pipeline.schedule.is_flow:  # the specification has no value for it
+        fields["prediction_type"] = "v" if pipeline.predicts_velocity else "epsilon"
     if origin.license:
         fields["license"] = origin.license.name or origin.license.id
     return {f"modelspec.{name}": value for name, value in fields.items()}

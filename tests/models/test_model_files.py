@@ -191,7 +191,7 @@ def test_marks_that_the_configs_contradict(
 
 
 def test_marks_win_over_the_published_configs(written: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dpo_jax.models import pipeline as module
+    from dpo_jax.models import single_file as module
 
     find = module.find_model
     monkeypatch.setattr(
