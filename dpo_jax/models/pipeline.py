@@ -268,6 +268,8 @@ class Pipeline:
         """Return whether the denoiser at `path`, its folder or a single file, has the same weights' shapes."""
         kind = self.family.denoiser
         config = kind.config.from_dict(*_config(self.folder, path, self.denoiser_name))
+        if _widths(config) != _widths(self.denoiser.config):  # building a large network takes seconds
+            return False
         return network_of(kind.module, config, dtype=self.dtype).specs == self.denoiser.specs
 
     def config(self, component: str) -> dict[str, Any]:
@@ -483,6 +485,11 @@ def _other_denoiser(given: Mapping[str, str], folder: str, model: epath.Path) ->
                 f"{name}={other} was given, but the denoiser of {model} is a {folder}; set {folder} instead"
             )
     return given[folder]
+
+
+def _widths(config: DenoiserConfig) -> tuple[int, int, int]:
+    """Return the features of what a denoiser takes."""
+    return config.latent_channels, config.context_features, config.pooled_features
 
 
 def _check_channels(folder: epath.Path, name: str, config: DenoiserConfig, vae: VAEConfig) -> None:

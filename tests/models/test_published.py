@@ -14,11 +14,14 @@ import pytest
 import torch
 import transformers
 
+from dpo_jax.cli import load_config, replaced
 from dpo_jax.models.families import FAMILIES, PUBLISHED
-from dpo_jax.models.pipeline import Pipeline, load_pipeline
+from dpo_jax.models.pipeline import load_pipeline
 from dpo_jax.models.save import unlike_published
+from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.weights.layout import torch_aliases
 
+ROOT = Path(__file__).parents[2]
 VAE, CLIP_L, T5, QWEN3 = 83_819_683, 123_060_480, 4_762_310_656, 4_022_468_096
 CLIPS = (CLIP_L + 768 * 768, 694_659_840)
 FLUX, Z_IMAGE = 11_901_408_320, 6_154_908_736
@@ -37,10 +40,6 @@ OTHER_SD3 = {
     "stabilityai/stable-diffusion-3.5-large": 8_056_627_520 + 192**2 * 2432,
     "stabilityai/stable-diffusion-3-medium-diffusers": 2_028_328_000 + 192**2 * 1536,
 }
-
-
-def opened(family: str, **options: str) -> Pipeline:
-    return load_pipeline(PUBLISHED / family, family=family, dtype=jnp.bfloat16, **options)
 
 
 @functools.cache
@@ -66,7 +65,7 @@ def each(names: Iterable[str]) -> list[Any]:
 
 @pytest.mark.parametrize("family", each(SIZES))
 def test_networks_have_the_names_and_shapes_of_pytorch(family: str) -> None:
-    pipeline = opened(family)
+    pipeline = load_pipeline(PUBLISHED / family, family=family, dtype=jnp.bfloat16)
     model_index = json.loads((PUBLISHED / family / "model_index.json").read_text())
     for (component, network), size in zip(pipeline.components.items(), SIZES[family], strict=True):
         assert sum(math.prod(spec.shape) for spec in network.specs.values()) == size, component
@@ -85,7 +84,8 @@ def test_networks_have_the_names_and_shapes_of_pytorch(family: str) -> None:
 @pytest.mark.parametrize("hub_id", each(OTHER_SD3))
 def test_other_versions_of_sd3_have_transformers_of_their_own(hub_id: str) -> None:
     folder = FAMILIES["sd3"].published_denoiser(hub_id)
-    pipeline = opened("sd3", transformer=str(folder))
+    config = replaced(load_config(str(ROOT / "configs/sd35.py")), {"model": hub_id})
+    pipeline = open_structure(config)  # as plan does, without the hub
     specs = pipeline.denoiser.specs
     assert sum(math.prod(spec.shape) for spec in specs.values()) == OTHER_SD3[hub_id]
     theirs = torch_shapes("SD3Transformer2DModel", (folder / "config.json").read_text())
