@@ -382,7 +382,10 @@ def find_family(
     if not found:
         family = FAMILIES[name] if name else alike[0]
         needed = sorted(encoder.folder for encoder in family.text_encoders)
-        raise UserError(f"{where}: {family.name} has the text encoders {needed}, this folder has {sorted(present)}")
+        raise UserError(
+            f"{where}: {family.name} has the text encoders {needed}, this folder has {sorted(present)}; take one "
+            "with all of them"
+        )
     if name is not None and name not in found:
         raise UserError(f"{where} holds a model of the family {found[0]}, not {name}; leave the family out")
     family = FAMILIES[name or found[0]]

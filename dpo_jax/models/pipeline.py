@@ -26,7 +26,7 @@ from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.files import conform, read_json
 from dpo_jax.models.clip import CLIPTextConfig
 from dpo_jax.models.config_json import MAX_BYTES
-from dpo_jax.models.denoiser import DENOISER_PREFIX, DenoiserConfig
+from dpo_jax.models.denoiser import DENOISER_PREFIX, Denoiser, DenoiserConfig
 from dpo_jax.models.execution import PLAIN, Execution
 from dpo_jax.models.families import (
     SUPPORTED,
@@ -339,12 +339,14 @@ def load_pipeline(
         family, folder = of_file.name, configs_of_file(path, of_file, names, model_config)
     model_index = read_model_index(folder)
     _check_parts(folder, model_index)
-    kind = find_denoiser(model_index, str(folder))
+    kind = find_denoiser(model_index, str(folder / "model_index.json"))
     other = _other_denoiser({"unet": unet, "transformer": transformer}, kind.folder, path)
     weights = {
         kind.folder: find_component(other, kind.folder) if other else path_of(path, kind.folder),
         "vae": find_component(vae, "vae") if vae else beside.get("vae") or path_of(path, "vae"),
     }
+    if other:
+        _check_class(folder, weights[kind.folder], kind)
     config: DenoiserConfig = kind.config.from_dict(*_config(folder, weights[kind.folder], kind.folder))
     vae_config = VAEConfig.from_dict(*_config(folder, weights["vae"], "vae"))
     _check_channels(folder, kind.folder, config, vae_config)
@@ -490,6 +492,14 @@ def _other_denoiser(given: Mapping[str, str], folder: str, model: epath.Path) ->
 def _widths(config: DenoiserConfig) -> tuple[int, int, int]:
     """Return the features of what a denoiser takes."""
     return config.latent_channels, config.context_features, config.pooled_features
+
+
+def _check_class(folder: epath.Path, weights: epath.Path, denoiser: Denoiser) -> None:
+    """Raise a UserError if the denoiser that the user named has another architecture than that of the model."""
+    config, where = _config(folder, weights, denoiser.folder)
+    name = str(config.get("_class_name", denoiser.class_name)).removeprefix("Flax")
+    if name != denoiser.class_name:
+        raise UserError(f"{where} describes a {name}, but the {denoiser.folder} of {folder} is a {denoiser.class_name}")
 
 
 def _check_channels(folder: epath.Path, name: str, config: DenoiserConfig, vae: VAEConfig) -> None:

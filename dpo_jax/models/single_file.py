@@ -11,7 +11,7 @@ from dpo_jax.models.denoiser import DENOISER_PREFIX
 from dpo_jax.models.families import FAMILIES, UNET, Family
 from dpo_jax.weights.file_kinds import kind_of
 from dpo_jax.weights.hub import find_model
-from dpo_jax.weights.io import weight_files
+from dpo_jax.weights.io import preferred_weights
 
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 """Prefixes of the VAE's names; SD3 and older models have the first one."""
@@ -116,15 +116,15 @@ def beside_file(
     if family.denoiser is UNET:
         raise UserError(f"{path} has no VAE; give one as --vae (config.vae in training): a folder, file or hub id")
     model = model_config or family.version(names).published
+    advice = f"set model_config to a folder or hub id of a whole model of the family {family.name}"
     try:
         folder = find_model(model, only=absent, variant=variant)
-        for name in absent:
-            weight_files(folder / name, variant)
     except OSError as error:
-        raise MissingFileError(
-            f"{path} holds no {' and no '.join(absent)}, and {model} has no weights of them; set model_config to a "
-            f"folder or hub id of a whole model of the family {family.name} ({error})"
-        ) from error
+        raise MissingFileError(f"{path} holds no {' and no '.join(absent)}; {advice} ({error})") from error
+    for name in absent:
+        held = {file.name for file in (folder / name).iterdir()} if (folder / name).is_dir() else set()
+        if preferred_weights(held, variant) is None:
+            raise MissingFileError(f"{path} holds no {name}, and there are no weights in {folder / name}; {advice}")
     return {name: folder / name for name in absent}
 
 

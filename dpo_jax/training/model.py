@@ -59,6 +59,12 @@ def open_model(config: ConfigDict, workdir: epath.PathLike) -> Pipeline:
     )
     if config.data.resolution % pipeline.vae_factor:
         raise UserError(f"data.resolution={config.data.resolution} is not a multiple of {pipeline.vae_factor}")
+    told = FIELDS["guidance"].default
+    if config.guidance != told and not pipeline.is_told_guidance:
+        raise UserError(
+            f"config.guidance={config.guidance} is for models that are told a guidance scale, such as FLUX.1-dev, and "
+            f"this {pipeline.family.name} is not. Leave it at {told}; sample.guidance is the scale of sampling"
+        )
     lora = config.lora
     if lora.init:
         adapter = read_lora(find_lora(lora.init), pipeline.denoiser.specs, pipeline.denoiser_name)

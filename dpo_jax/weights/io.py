@@ -168,10 +168,10 @@ def read_params(path: epath.PathLike, specs: Specs, *, prefix: str = "", variant
         if names
     ]
     if problems:
-        kind = kind_of(stored.arrays)
-        is_other = kind is not None and kind != (kind_of([torch_name(name) for name in specs]) or kind)
-        holds = f"holds {kind}, not the model" if is_other else "does not hold the model"
-        raise UserError(f"{path} {holds} that its config describes: {'; '.join(problems)}")
+        kind, wanted = kind_of(stored.arrays), kind_of([torch_name(name) for name in specs])
+        if kind and wanted and kind != wanted:
+            raise UserError(f"{path} holds {kind}; a file or folder of {wanted} is needed here")
+        raise UserError(f"{path} does not hold the model that its config describes: {'; '.join(problems)}")
     return found
 
 

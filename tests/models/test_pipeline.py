@@ -197,6 +197,87 @@ def test_family_and_unet_must_agree(sdxl: Path) -> None:
         load_pipeline(sdxl, dtype="float32")
 
 
+@pytest.fixture(scope="module")
+def flow_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of random models, and flux.safetensors, the transformer of one of them."""
+    folder = tmp_path_factory.mktemp("flow")
+    for family in ("sd15", "sd3", "flux", "flux_schnell"):
+        write_random_model(family, folder / family)
+    flux = load_pipeline(folder / "flux", dtype="float32")
+    file = save_single_file(flux, folder / "single", flux.read("transformer"), dtype=None, card="")
+    Path(file).rename(folder / "flux.safetensors")
+    shutil.copytree(folder / "flux", folder / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("sd15", {"transformer": "sd3"}, r"the denoiser of .*sd15 is a unet; set unet instead$"),
+        ("sd3", {"unet": "sd15"}, r"the denoiser of .*sd3 is a transformer; set transformer instead$"),
+        (
+            "sd3",
+            {"transformer": "flux"},
+            r"describes a FluxTr.*, but the transformer of .*sd3 is a SD3Tr\w+$",
+        ),
+        (
+            "sd15",
+            {"unet": "flux.safetensors"},
+            r"holds the transformer of FLUX.1; a file or folder of a UNet is",
+        ),
+        ("sd3", {"transformer": "flux.safetensors"}, r"holds the transformer of FLUX.1; .* of SD3 is needed here$"),
+        ("sd3", {"family": "flux"}, r"sd3 holds a model of the family sd3, not flux; leave the family out$"),
+        ("flux", {"family": "flux_schnell"}, r"flux holds a model of the family flux, not flux_schnell; leave"),
+        ("flux.safetensors", {"family": "sd3"}, r"holds a model of the family flux, not sd3; leave the family out$"),
+        ("flux.safetensors", {"model_config": "sd3"}, r"sd3 holds a model of the family sd3, not flux; leave"),
+        (
+            "flux.safetensors",
+            {"model_config": "configs"},
+            r"holds no text_encoder, and there are no weights in .*configs/text_encoder; set model_config to a folder "
+            r"or hub id of a whole model of the family flux$",
+        ),
+    ],
+)
+def test_parts_of_another_family(model: str, options: dict[str, str], message: str, flow_models: Path) -> None:
+    options = {name: value if name == "family" else str(flow_models / value) for name, value in options.items()}
+
+    def read() -> None:
+        opened = load_pipeline(flow_models / model, dtype="float32", **options)
+        opened.read(opened.denoiser_name)
+
+    with pytest.raises(ValueError, match=message):
+        read()
+
+
+@pytest.mark.parametrize("name", ["Flux2Transformer2DModel", "QwenImageTransformer2DModel"])
+def test_transformers_that_are_not_supported(name: str, flow_models: Path, tmp_path: Path) -> None:
+    model_index = json.loads((flow_models / "flux" / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(model_index | {"transformer": ["diffusers", name]}))
+    with pytest.raises(ValueError, match=rf"model_index.json: transformer is diffusers.{name}, and only .*SD3.* or .*"):
+        load_pipeline(tmp_path, dtype="float32")
+
+
+def test_sd3_without_t5(flow_models: Path, tmp_path: Path) -> None:
+    shutil.copytree(flow_models / "sd3", tmp_path / "sd3")
+    edit(tmp_path / "sd3" / "model_index.json", text_encoder_3=[None, None], tokenizer_3=[None, None])
+    with pytest.raises(ValueError, match=r"sd3 has the text encoders .*_3'\], .*; take one with all of them"):
+        load_pipeline(tmp_path / "sd3", dtype="float32")
+
+
+def test_a_transformers_file_takes_the_rest_from_the_model_of_its_configs(flow_models: Path) -> None:
+    file = flow_models / "flux.safetensors"
+    opened = load_pipeline(file, dtype="float32", model_config=str(flow_models / "flux"))
+    assert Path(opened.weights["transformer"]) == file
+    assert {Path(path).parent for name, path in opened.weights.items() if name != "transformer"} == {
+        flow_models / "flux"
+    }
+    # Another VAE needs no VAE there.
+    shutil.copytree(flow_models / "flux", flow_models / "no_vae")
+    shutil.rmtree(flow_models / "no_vae" / "vae")
+    options = {"model_config": str(flow_models / "no_vae"), "vae": str(flow_models / "sd3")}
+    assert Path(load_pipeline(file, dtype="float32", **options).weights["vae"]) == flow_models / "sd3" / "vae"
+
+
 def test_unknown_random_family(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown model family 'sd4'"):
         write_random_model("sd4", tmp_path / "model")

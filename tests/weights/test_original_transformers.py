@@ -145,9 +145,13 @@ def test_fused_tensors_of_another_width(tiny_file: tuple[Path, Specs, dict[str, 
 @pytest.mark.parametrize(
     ("held", "wanted", "message"),
     [
-        ("sd3", "flux", r"holds the transformer of SD3, not the model that its config describes: .*missing: "),
-        ("flux", "z_image", r"holds the transformer of FLUX\.1, not the model that its config describes: "),
-        ("z_image", "sd3", "holds the transformer of Z-Image, not the model that its config describes: "),
+        ("sd3", "flux", r"holds the transformer of SD3; a file or folder of the transformer of FLUX\.1 is needed"),
+        ("flux", "z_image", r"holds the transformer of FLUX\.1; .* of the transformer of Z-Image is needed here"),
+        (
+            "z_image",
+            "sd3",
+            "holds the transformer of Z-Image; .* of the transformer of SD3 is needed here",
+        ),
     ],
 )
 def test_a_file_of_another_family_is_named(held: str, wanted: str, message: str, tmp_path: Path) -> None:
