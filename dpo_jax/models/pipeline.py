@@ -6,15 +6,13 @@ The source is a diffusers folder (PyTorch or legacy Flax), the hub id of one, or
 
 import dataclasses
 import functools
-import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pydantic
 from etils import epath
 from flax import nnx
 from jax.typing import DTypeLike
@@ -22,10 +20,8 @@ from jax.typing import DTypeLike
 from dpo_jax.batch import Conditioning
 from dpo_jax.data.tokenizer_files import TokenizerSpec, read_length
 from dpo_jax.diffusion.schedule import Schedule, make_schedule
-from dpo_jax.errors import MissingFileError, UserError
-from dpo_jax.files import conform, read_json
+from dpo_jax.errors import UserError
 from dpo_jax.models.clip import CLIPTextConfig
-from dpo_jax.models.config_json import MAX_BYTES
 from dpo_jax.models.denoiser import DENOISER_PREFIX, Denoiser, DenoiserConfig
 from dpo_jax.models.execution import PLAIN, Execution
 from dpo_jax.models.families import (
@@ -39,6 +35,15 @@ from dpo_jax.models.families import (
     has_component,
 )
 from dpo_jax.models.lora import Adapters, add_lora, lora_specs, round_as_adapted, set_dropout_keys
+from dpo_jax.models.model_folder import (
+    component_config,
+    config_path,
+    files_of,
+    find_component,
+    path_of,
+    read_config_json,
+    read_model_index,
+)
 from dpo_jax.models.network import Network, network_of
 from dpo_jax.models.single_file import beside_file, configs_of_file, family_of_single_file, with_marks
 from dpo_jax.models.text_encoders import KINDS
@@ -46,7 +51,7 @@ from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.models.vae import AutoencoderKL, VAEConfig
 from dpo_jax.sharding import Placement
 from dpo_jax.weights.hub import find_model
-from dpo_jax.weights.io import Sharding, fingerprint, load_params, read_params, tensor_names, weight_files
+from dpo_jax.weights.io import Sharding, fingerprint, load_params, read_params, tensor_names
 from dpo_jax.weights.layout import Params, Specs
 
 
@@ -267,14 +272,14 @@ class Pipeline:
     def has_denoiser_like(self, path: epath.Path) -> bool:
         """Return whether the denoiser at `path`, its folder or a single file, has the same weights' shapes."""
         kind = self.family.denoiser
-        config = kind.config.from_dict(*_config(self.folder, path, self.denoiser_name))
+        config = kind.config.from_dict(*component_config(self.folder, path, self.denoiser_name))
         if _widths(config) != _widths(self.denoiser.config):  # building a large network takes seconds
             return False
         return network_of(kind.module, config, dtype=self.dtype).specs == self.denoiser.specs
 
     def config(self, component: str) -> dict[str, Any]:
         """Return the component's config.json."""
-        return _config(self.folder, self.weights[component], component)[0]
+        return component_config(self.folder, self.weights[component], component)[0]
 
     def fingerprint(self, components: Sequence[str] | None = None) -> str:
         """Return the family and a digest of the files of all or some components; it changes when the model changes.
@@ -289,7 +294,7 @@ class Pipeline:
             for path in sorted(folder.iterdir())
             if path.suffix in (".json", ".txt", ".model", ".jinja")
         ]
-        configs += [_config_path(self.folder, path, name) for name, path in paths.items()]
+        configs += [config_path(self.folder, path, name) for name, path in paths.items()]
         weights = [file for path in paths.values() for file in files_of(path, self.variant)]
         return f"{self.family.name}-{fingerprint([*configs, *weights])}"
 
@@ -347,8 +352,8 @@ def load_pipeline(
     }
     if other:
         _check_class(folder, weights[kind.folder], kind)
-    config: DenoiserConfig = kind.config.from_dict(*_config(folder, weights[kind.folder], kind.folder))
-    vae_config = VAEConfig.from_dict(*_config(folder, weights["vae"], "vae"))
+    config: DenoiserConfig = kind.config.from_dict(*component_config(folder, weights[kind.folder], kind.folder))
+    vae_config = VAEConfig.from_dict(*component_config(folder, weights["vae"], "vae"))
     _check_channels(folder, kind.folder, config, vae_config)
     found = find_family(model_index, kind, config, str(weights[kind.folder] if other else folder), family)
     check_classes(model_index, kind, found, str(folder / "model_index.json"))
@@ -356,7 +361,7 @@ def load_pipeline(
     for encoder in found.text_encoders:
         weights[encoder.folder] = beside.get(encoder.folder) or path_of(path, encoder.folder)
         text_kind = KINDS[encoder.kind]
-        text_config = text_kind.config.from_dict(*_config(folder, weights[encoder.folder], encoder.folder))
+        text_config = text_kind.config.from_dict(*component_config(folder, weights[encoder.folder], encoder.folder))
         if isinstance(text_config, CLIPTextConfig):  # two places state this; diffusers uses this one
             with_projection = model_index[encoder.folder][1].endswith("WithProjection")
             text_config = dataclasses.replace(text_config, with_projection=with_projection)
@@ -367,7 +372,9 @@ def load_pipeline(
         raise UserError(f"text_length={text_length}: {found.name} reads as many tokens as its CLIP has; leave it at 0")
     _check_widths(found, config, [encoder.config for encoder in text_encoders], weights)
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
-    scheduler_config = with_marks(_json(scheduler_path), names, str(path), str(scheduler_path) if model_config else "")
+    scheduler_config = with_marks(
+        read_config_json(scheduler_path), names, str(path), str(scheduler_path) if model_config else ""
+    )
     make = functools.partial(
         make_schedule, scheduler_config, timestep_spacing=found.timestep_spacing, where=str(scheduler_path)
     )
@@ -390,68 +397,6 @@ def load_pipeline(
     )
 
 
-def find_component(name: str, component: str) -> epath.Path:
-    """Return the folder or file of one component, by its own name or its model's, local or on the hub."""
-    return path_of(find_model(name, only={component}), component)
-
-
-def files_of(path: epath.Path, variant: str = "") -> list[epath.Path]:
-    """Return the files with the weights of a component: those in its folder, or the single file."""
-    return weight_files(path, variant) if path.is_dir() else [path]
-
-
-def path_of(model: epath.Path, component: str) -> epath.Path:
-    """Return the path of a model's component: the single file, its subfolder, or a folder that holds it alone."""
-    _refuse_work_directory(model)
-    alone = not (model / "model_index.json").exists() and (model / "config.json").exists()
-    return model if model.is_file() or alone else model / component
-
-
-def read_model_index(folder: epath.Path) -> dict[str, Any]:
-    """Return the folder's list of components; MissingFileError if there is none."""
-    path = folder / "model_index.json"
-    _refuse_work_directory(folder)
-    files = [file.name for file in folder.iterdir() if file.suffix == ".safetensors"] if folder.is_dir() else []
-    if not path.exists() and files:
-        raise MissingFileError(
-            f"{folder} is not a diffusers model folder; if the model is {files[0]}, give the path of that file"
-        )
-    if not path.exists():
-        raise MissingFileError(
-            f"{folder} is not a diffusers model folder: {path} does not exist; give the path of a downloaded model, "
-            f"for example from: hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir {folder}"
-        )
-    model_index = _json(path)
-    conform(model_index, ModelIndex, str(path))
-    for name, value in model_index.items():
-        if isinstance(value, list):
-            conform({name: value}, dict[str, Part], str(path))
-            if not re.fullmatch(r"\w+", name):
-                raise UserError(f"{path}: {name!r} is not the name of a component")
-    return model_index
-
-
-Part = Annotated[list[str | None], pydantic.Field(min_length=2, max_length=2)]
-"""A component's [library, class]."""
-
-
-class ModelIndex(pydantic.BaseModel):
-    """The fields of model_index.json that are read."""
-
-    class_name: Annotated[str, pydantic.Field(alias="_class_name")]
-    unet: Part | None = None
-    transformer: Part | None = None
-    vae: Part | None = None
-    scheduler: Part | None = None
-    text_encoder: Part | None = None
-    text_encoder_2: Part | None = None
-    tokenizer: Part | None = None
-    tokenizer_2: Part | None = None
-    text_encoder_3: Part | None = None
-    tokenizer_3: Part | None = None
-    force_zeros_for_empty_prompt: bool | None = None
-
-
 def _check_parts(folder: epath.Path, model_index: Mapping[str, Any]) -> None:
     """Raise a UserError if a model lacks a component that every model needs."""
     absent = [name for name in ("vae", "scheduler") if not has_component(model_index, name)]
@@ -459,24 +404,6 @@ def _check_parts(folder: epath.Path, model_index: Mapping[str, Any]) -> None:
         raise UserError(
             f"{folder} is a {model_index.get('_class_name')} without {', '.join(absent)}; supported are {SUPPORTED}"
         )
-
-
-def _refuse_work_directory(folder: epath.Path) -> None:
-    if (folder / "checkpoints").exists():
-        raise UserError(
-            f"{folder} is the work directory of a training run; export it first: "
-            f"python -m dpo_jax.export --workdir={folder} --output=NEW_FOLDER"
-        )
-
-
-def _config(folder: epath.Path, weights: epath.Path, component: str) -> tuple[dict[str, Any], str]:
-    """Return the component's config and its path, for error messages; the configs of a single file are in `folder`."""
-    path = _config_path(folder, weights, component)
-    return _json(path), str(path)
-
-
-def _config_path(folder: epath.Path, weights: epath.Path, component: str) -> epath.Path:
-    return (weights if weights.is_dir() else folder / component) / "config.json"
 
 
 def _other_denoiser(given: Mapping[str, str], folder: str, model: epath.Path) -> str:
@@ -496,7 +423,7 @@ def _widths(config: DenoiserConfig) -> tuple[int, int, int]:
 
 def _check_class(folder: epath.Path, weights: epath.Path, denoiser: Denoiser) -> None:
     """Raise a UserError if the denoiser that the user named has another architecture than that of the model."""
-    config, where = _config(folder, weights, denoiser.folder)
+    config, where = component_config(folder, weights, denoiser.folder)
     name = str(config.get("_class_name", denoiser.class_name)).removeprefix("Flax")
     if name != denoiser.class_name:
         raise UserError(f"{where} describes a {name}, but the {denoiser.folder} of {folder} is a {denoiser.class_name}")
@@ -536,11 +463,3 @@ def _check_widths(
                 f"the {name} in {weights[name]} takes {config.pooled_features} added features, but "
                 f"{family.name} makes {made}; it belongs to another family"
             )
-
-
-def _json(path: epath.Path) -> dict[str, Any]:
-    if not path.exists():
-        raise MissingFileError(
-            f"{path} does not exist, but model_index.json lists {path.parent.name}; download the model again"
-        )
-    return read_json(path, dict[str, Any], MAX_BYTES)

@@ -20,7 +20,8 @@ from typing_extensions import TypedDict
 from dpo_jax.errors import UserError
 from dpo_jax.files import new_folder, read_json, write_whole
 from dpo_jax.models.families import PUBLISHED
-from dpo_jax.models.pipeline import Pipeline, files_of, read_model_index
+from dpo_jax.models.model_folder import files_of, read_model_index
+from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.models.single_file import V_PRED, ZERO_TERMINAL_SNR
 from dpo_jax.weights import original
 from dpo_jax.weights.hub import HUB_ID

@@ -6,7 +6,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dpo_jax.errors import MissingFileError, UserError
-from dpo_jax.models.pipeline import Pipeline, files_of, find_component
+from dpo_jax.models.model_folder import files_of, find_component
+from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.rewards import JUDGES, Judge, open_judge
 from dpo_jax.sharding import Placement
 from dpo_jax.weights.io import fingerprint

@@ -15,7 +15,8 @@ from dpo_jax.data.tokenizers import Tokenizers, load_tokenizers
 from dpo_jax.errors import UserError
 from dpo_jax.models.execution import Execution
 from dpo_jax.models.lora import ATTENTION, LowRank, find_targets, init_lora
-from dpo_jax.models.pipeline import Pipeline, files_of, find_component, load_pipeline
+from dpo_jax.models.model_folder import files_of, find_component
+from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.sampling import loaded_model
 from dpo_jax.sampling.generate import Generator, Sampling
