@@ -1,11 +1,11 @@
 """Compares the demo's run with controls, to see whether the preferences make the difference.
 
-  python benchmarks/controls.py --output=runs/controls
+  python benchmarks/controls.py --output=runs/controls [--flow]
 
 Runs Diffusion-DPO (the loss as published) of all weights and of a LoRA, plain fine-tuning on the preferred images
 (SFT), and Diffusion-DPO with swapped and with shuffled labels, all from the same base, pairs, steps and seeds, and
-compares them with the base and with each other. It takes about ten minutes on two CPU cores. Writes
-OUTPUT/controls.json; the last result is committed beside this file.
+compares them with the base and with each other. With --flow the base is the tiny flow model. It takes about ten minutes
+on two CPU cores. Writes OUTPUT/controls.json, or controls_flow.json; the last results are committed beside this file.
 """
 
 import json
@@ -21,17 +21,21 @@ from dpo_jax.errors import UserError
 
 OUTPUT = flags.DEFINE_string("output", None, "New folder for the runs and controls.json.", required=True)
 SEEDS = flags.DEFINE_integer("seeds", 20, "Images per held-out prompt and model.")
+FLOW = flags.DEFINE_bool("flow", False, "Tune the tiny flow model and not the tiny SDXL.")
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = "--config.loss.safeguard=none"
 """The loss as published, which the controls are about."""
 RUNS = {
-    "sft": ["--config=configs/tiny.py", "--config.loss.name=sft"],
-    "dpo": ["--config=configs/tiny.py", PUBLISHED],
-    "lora": ["--config=configs/tiny.py:lora", PUBLISHED],
-    "swapped": ["--config=configs/tiny.py", PUBLISHED, "--config.data.relabel=swapped"],
-    "shuffled": ["--config=configs/tiny.py", PUBLISHED, "--config.data.relabel=shuffled"],
+    "sft": ["", "--config.loss.name=sft"],
+    "dpo": ["", PUBLISHED],
+    "lora": [":lora", PUBLISHED],
+    "swapped": ["", PUBLISHED, "--config.data.relabel=swapped"],
+    "shuffled": ["", PUBLISHED, "--config.data.relabel=shuffled"],
 }
+"""Each run's variant of the config, and what it changes."""
+MORE_SEEDS = {f"dpo_seed_{seed}": ["", PUBLISHED, f"--config.seed={seed}"] for seed in (1, 2)}
+"""Further runs with --flow."""
 
 
 def main() -> None:
@@ -47,16 +51,19 @@ def main() -> None:
         f"--output={data}",
         "--validation_fraction=0.1",
     )
-    for name, arguments in RUNS.items():
+    config, base = ("tiny_flow", "dpo_jax/tiny/flow_model") if FLOW.value else ("tiny", "dpo_jax/tiny/model")
+    runs = RUNS | (MORE_SEEDS if FLOW.value else {})
+    for name, (variant, *arguments) in runs.items():
         run(
             "dpo_jax.train",
+            f"--config=configs/{config}.py{variant}",
             *arguments,
             f"--workdir={output / name}",
             f"--config.data.path={data}",
             "--config.sample.every=0",
         )
 
-    models = ["base=dpo_jax/tiny/model", *(f"{name}={output / name}" for name in RUNS)]
+    models = [f"base={base}", *(f"{name}={output / name}" for name in runs)]
     run(
         "dpo_jax.evaluate",
         f"--models={','.join(models)}",
@@ -81,7 +88,7 @@ def main() -> None:
             "base_score": judged["models"][over]["mean"],
             "tuned_score": judged["models"][of]["mean"],
         }
-    (output / "controls.json").write_text(json.dumps(results, indent=2) + "\n")
+    (output / f"controls{'_flow' if FLOW.value else ''}.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 def run(module: str, *arguments: str) -> None:

@@ -57,7 +57,7 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert wheel.name == f"dpo_jax-{dpo_jax.__version__}-py3-none-any.whl"
-    assert 5e6 < wheel.stat().st_size < 7e6  # 3.1 MB are the tiny model, 3.1 MB its pairs
+    assert 8e6 < wheel.stat().st_size < 10e6  # 3.1 MB each are the tiny SDXL, the tiny flow model, and their pairs
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     metadata = f"dpo_jax-{dpo_jax.__version__}.dist-info"
@@ -68,7 +68,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     expected = set(tracked.split()) - {"dpo_jax/configs"}
     expected |= {f"dpo_jax/configs/{file.name}" for file in (ROOT / "configs").glob("*.py")}
     assert {name for name in names if name.startswith("dpo_jax/")} == expected
-    for name in ("configs/sdxl.py", "py.typed", "tiny/model/unet/config.json", "voting/pages/vote.html"):
+    for name in ("configs/sdxl.py", "py.typed", "tiny/flow_model/transformer/config.json", "voting/pages/vote.html"):
         assert f"dpo_jax/{name}" in names
     with zipfile.ZipFile(wheel) as archive:
         assert "dpo_jax = dpo_jax.__main__:main" in archive.read(f"{metadata}/entry_points.txt").decode()

@@ -26,7 +26,8 @@ class TextEncoder(NamedTuple):
     kind: str = "clip"
     """Its architecture, a key of `text_encoders.KINDS`."""
     length: int | None = None
-    """Tokens of a caption, with padding; None for as many as the tokenizer states. Users may choose another number."""
+    """Tokens of a caption, with padding; fewer if the tokenizer states fewer. None for as many as the tokenizer states.
+    Users may choose another number."""
 
 
 class Marks(NamedTuple):

@@ -327,7 +327,8 @@ def load_pipeline(
         unet: another UNet to start from: its folder or file, a model's folder or file, or a hub id of either.
         transformer: the same for a model whose denoiser is a transformer.
         vae: another VAE, given in the same way.
-        text_length: tokens of a caption for T5 or Qwen3; 0 for the family's own number.
+        text_length: tokens of a caption for T5 or Qwen3; 0 for the family's own number, or that of the tokenizer if it
+            is smaller.
         model_config: the folder or hub id whose configs and tokenizers belong to a single file; by default the
             family's published model.
         revision: branch, tag or commit on the hub.
@@ -366,8 +367,11 @@ def load_pipeline(
             with_projection = model_index[encoder.folder][1].endswith("WithProjection")
             text_config = dataclasses.replace(text_config, with_projection=with_projection)
         text_encoders.append(network_of(text_kind.module, text_config, dtype=dtype))
-        own = (text_length or encoder.length) if encoder.length else read_length(Path(folder / encoder.tokenizer))
-        text_lengths.append(own or text_config.max_position_embeddings)
+        stated = read_length(Path(folder / encoder.tokenizer))
+        if encoder.length:  # T5 and Qwen3
+            text_lengths.append(text_length or min(encoder.length, stated or encoder.length))
+        else:
+            text_lengths.append(stated or text_config.max_position_embeddings)
     if text_length and not any(encoder.length for encoder in found.text_encoders):
         raise UserError(f"text_length={text_length}: {found.name} reads as many tokens as its CLIP has; leave it at 0")
     _check_widths(found, config, [encoder.config for encoder in text_encoders], weights)

@@ -1,6 +1,7 @@
 """Tokenizers of tiny random models: a few hundred tokens, the same at each call, in the files of published ones."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from etils import epath
@@ -53,14 +54,14 @@ def write_clip_tokenizer(
     write_json(folder / "tokenizer_config.json", config)
 
 
-def write_t5_tokenizer(folder: epath.Path, *, max_tokens: int = MAX_TOKENS) -> int:
+def write_t5_tokenizer(folder: epath.Path, words: Iterable[str] = WORDS, *, max_tokens: int = 512) -> int:
     """Write the files that transformers' T5Tokenizer reads, and return the number of tokens.
 
-    It knows the letters of Latin-1 and `WORDS`; other letters are unknown tokens, as they are for T5.
+    It knows the letters of Latin-1 and `words`; other letters are unknown tokens, as they are for T5.
     """
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     pieces = [(token, 0.0) for token in special.values()]
-    pieces += [(SPACE + word, -2.0) for word in WORDS] + [(SPACE, -4.0)] + [(chr(byte), -6.0) for byte in PRINTABLE]
+    pieces += [(SPACE + word, -2.0) for word in words] + [(SPACE, -4.0)] + [(chr(byte), -6.0) for byte in PRINTABLE]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
     metaspace = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always", split=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), metaspace])

@@ -1,1 +1,1 @@
-"""The tiny world: captioned images of shapes, their exact judge, and an SDXL-shaped model to tune on a laptop."""
+"""The tiny world: captioned images of shapes, their exact judge, and an SDXL and a flow model to tune on a laptop."""

@@ -69,6 +69,14 @@ def test_family_is_found_from_the_folder(name: str, tmp_path: Path) -> None:
     assert load_pipeline(tmp_path / "model", dtype="float32").family.name == name
 
 
+def test_a_tokenizer_may_state_fewer_tokens_than_the_family(tmp_path: Path) -> None:
+    write_random_model("sd3", tmp_path / "model")
+    assert load_pipeline(tmp_path / "model", dtype="float32").text_lengths == (16, 16, 256)  # it states 512
+    edit(tmp_path / "model" / "tokenizer_3" / "tokenizer_config.json", model_max_length=12)
+    assert load_pipeline(tmp_path / "model", dtype="float32").text_lengths == (16, 16, 12)
+    assert load_pipeline(tmp_path / "model", dtype="float32", text_length=20).text_lengths == (16, 16, 20)
+
+
 def test_turbo_ends_in_pure_noise(sdxl: Path) -> None:
     assert load_pipeline(sdxl, dtype="float32").schedule.signal_T[-1] > 0.05
     assert load_pipeline(sdxl, dtype="float32", family="sdxl_turbo").schedule.signal_T[-1] == 0

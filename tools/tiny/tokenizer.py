@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from etils import epath
 
 from dpo_jax.files import write_whole
+from dpo_jax.models.random_tokenizers import write_t5_tokenizer
 from dpo_jax.tiny import world
 
 NUM_TOKENS = 1024
@@ -64,12 +65,16 @@ def learn_merges(words: Iterable[str], num_merges: int) -> list[tuple[str, str]]
     return merges
 
 
+def words() -> list[str]:
+    """Return all words of prompts, some of them many times."""
+    return PROMPT_WORDS.split() + " ".join(world.captions()).split()
+
+
 def save(folder: epath.PathLike, *, pad_token: str = END) -> int:
     """Write the tokenizer's four files; return its number of tokens."""
     characters = byte_characters()
     alphabet = characters + [character + "</w>" for character in characters]
-    words = PROMPT_WORDS.split() + " ".join(world.captions()).split()
-    merges = learn_merges(words, NUM_TOKENS - len(alphabet) - 2)
+    merges = learn_merges(words(), NUM_TOKENS - len(alphabet) - 2)
     tokens = [*alphabet, *("".join(pair) for pair in merges), START, END]
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_LENGTH, "do_lower_case": True, **special}
@@ -81,3 +86,8 @@ def save(folder: epath.PathLike, *, pad_token: str = END) -> int:
     write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
     write_whole(folder / "special_tokens_map.json", json.dumps(special, indent=2) + "\n")
     return len(tokens)
+
+
+def save_t5(folder: epath.PathLike) -> int:
+    """Write a tokenizer in T5's format, which spells words that it does not know; return its number of tokens."""
+    return write_t5_tokenizer(epath.Path(folder), dict.fromkeys(words()), max_tokens=MAX_LENGTH)
