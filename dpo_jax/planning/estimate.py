@@ -81,7 +81,7 @@ class Holdings:
     frozen_elsewhere: float
     """Bytes of the frozen weights, and of a moving reference as it is sent, that only other devices hold."""
     gathered: float
-    """The trained denoiser, or the base of a LoRA, as layers use it from the forward to the backward pass."""
+    """The trained denoiser, or a LoRA and its base, as layers use it from the forward to the backward pass."""
     reference_gathered: float
     """The reference, if it has weights of its own, as layers use it."""
     scan: bool
@@ -265,8 +265,8 @@ def measure_holdings(config: ConfigDict, pipeline: Pipeline, num_devices: int) -
         batch=held_bytes(experiment.abstract_batch()),
         trained_elsewhere=missing_bytes(state.params),
         frozen_elsewhere=missing_bytes(frozen) + missing_bytes(moving) / 4 * pipeline.dtype.itemsize,
-        gathered=gathered(frozen.base or state.params),
-        reference_gathered=gathered(frozen.reference or ({} if frozen.base else moving)),
+        gathered=gathered((frozen.base, state.params)),
+        reference_gathered=gathered(frozen.reference or moving),
         scan=config.scan,
         compute_bytes=pipeline.dtype.itemsize,
         parameters=sum(_size(network.specs) for network in pipeline.components.values()),

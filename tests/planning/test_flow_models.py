@@ -80,6 +80,7 @@ def test_memory_of_sd35_is_that_of_its_weights(is_lora: bool) -> None:
         assert held.trained_parameters < MEDIUM_SIZE / 100
     else:
         assert held.trained_parameters == MEDIUM_SIZE
+        assert measure_holdings(config, pipeline, 8).gathered == 2 * (MEDIUM_SIZE + MEDIUM_TABLE)
     assert (held.trained, held.gradients, held.optimizer) == pytest.approx(
         tuple(bytes * held.trained_parameters for bytes in (4, 4, 8)), rel=1e-6
     )
