@@ -8,7 +8,8 @@ What --output holds, by format:
   diffusers  a complete folder for DiffusionPipeline.from_pretrained; a LoRA is merged into its UNet
   unet       the UNet alone, for UNet2DConditionModel.from_pretrained; a LoRA is merged into it
   transformer  the same for models whose denoiser is a transformer
-  single     NAME.safetensors: the whole model in one file of the original layout, for web UIs; a LoRA is merged
+  single     NAME.safetensors: the whole model in one file of the original layout, for web UIs; a LoRA is merged.
+             Of FLUX.1 and Z-Image, the transformer alone, as their published files
   lora       pytorch_lora_weights.safetensors, for pipe.load_lora_weights, PEFT and OneTrainer; not for web UIs
   kohya      NAME.safetensors: the LoRA under kohya's names, for web UIs; diffusers and OneTrainer open it too
 Beside these lies a model card, README.md, with the licence and the base model. NAME is the name of the folder.
@@ -82,7 +83,8 @@ FAMILY = flags.DEFINE_string("family", None, "Family of the model, if its files 
 MODEL_CONFIG = flags.DEFINE_string(
     "model_config",
     "",
-    "Folder or hub id with the configs and tokenizers of a single file. Default: the published ones.",
+    "Folder or hub id with the configs and tokenizers of a single file, and with the text encoders and the VAE that a "
+    "file of SD3, FLUX.1 or Z-Image lacks. Default: the published model.",
 )
 REVISION = flags.DEFINE_string("revision", "", "Branch, tag or commit of the hub id.")
 VARIANT = flags.DEFINE_string("variant", "", "Set of weights to fetch from the hub, for example fp16.")

@@ -67,7 +67,11 @@ FIELDS = {
     "family": Field("", "Model family, where the files cannot tell it: sdxl_turbo."),
     "revision": Field("", "Branch, tag or commit of a hub id."),
     "variant": Field("", "Set of weights to fetch from the hub, for example fp16."),
-    "model_config": Field("", "For a single file: folder or hub id of its configs; empty takes the published ones."),
+    "model_config": Field(
+        "",
+        "For a single file: folder or hub id of its configs, and of the networks that a file of SD3, FLUX.1 or Z-Image "
+        "lacks; empty takes the published model.",
+    ),
     "vae": Field("", "Another VAE: folder, file or hub id, for example madebyollin/sdxl-vae-fp16-fix."),
     "unet": Field("", "Another UNet to start from, for policy and reference: folder, file or hub id."),
     "transformer": Field("", "The same for models whose denoiser is a transformer."),

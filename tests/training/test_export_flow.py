@@ -1,7 +1,7 @@
 """Exported flow models open in diffusers, which draws the same images as dpo_jax for the same noise."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +17,9 @@ from dpo_jax.models.pipeline import load_pipeline
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.sampling.generate import Generator, Sampling
 from dpo_jax.sharding import Placement, make_mesh
-from dpo_jax.training.export import Exportable, export, exportable_model
-from dpo_jax.training.model import load_tokenizers_of
+from dpo_jax.training.export import Exportable, export, exportable_model, exportable_run
+from dpo_jax.training.model import load_tokenizers_of, open_model
+from dpo_jax.training.trainer import train
 from dpo_jax.weights.layout import Specs
 from dpo_jax.weights.lora_files import Adapter
 from dpo_jax.weights.lora_write import write_peft
@@ -205,3 +206,26 @@ def test_files_say_what_they_are(exported: Exported) -> None:
     with safe_open(exported.folder / "single" / "single.safetensors", "np") as opened:
         beginnings = {re.match(r"(model\.)?\w+", name)[0] for name in opened.keys()}  # noqa: SIM118
     assert (beginnings == whole) if whole else not beginnings & {"vae", "text_encoders", "first_stage_model"}
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_run_of_all_weights_is_exported_with_its_fixed_table(tiny_config: Callable, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    train(tiny_config("sd35", steps=1, **{"ema.decay": 0.0}), workdir)
+    tuned = exportable_run(workdir)
+    folder = export(tuned, tmp_path / "tuned", format="diffusers", dtype=None, max_shard_bytes=10**10)
+    base, state = state_of(workdir / "model" / "transformer"), state_of(Path(folder) / "transformer")
+    assert state.keys() == base.keys()
+    assert torch.equal(state["pos_embed.pos_embed"], base["pos_embed.pos_embed"])
+    assert sum(not torch.equal(state[name], base[name]) for name in base) == 1
+    opened = diffusers.SD3Transformer2DModel.from_pretrained(Path(folder) / "transformer")
+    assert_same(opened.state_dict(), state)
+    card = (Path(folder) / "README.md").read_text()
+    assert "All weights of the transformer of random:sd3, trained by" in card
+    single = export(tuned, tmp_path / "one", format="single", dtype=None, max_shard_bytes=10**10)
+    assert torch.equal(load_file(single)["model.diffusion_model.pos_embed"], base["pos_embed.pos_embed"])
+
+
+def test_a_scale_for_a_model_that_is_not_told_one(tiny_config: Callable, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config.guidance=1.0 is for models that are told .* this sd3 is not. Leave"):
+        open_model(tiny_config("sd35", guidance=1.0), tmp_path)
