@@ -131,7 +131,8 @@ FAMILY = flags.DEFINE_string(
 MODEL_CONFIG = flags.DEFINE_string(
     "model_config",
     "",
-    "Folder or hub id of configs and tokenizers for a model that is a single file. Default: the published model's.",
+    "Folder or hub id of the configs and tokenizers for a model that is a single file, and of the text encoders and "
+    "the VAE that a file of SD3, FLUX.1 or Z-Image lacks. Default: the published model.",
 )
 REVISION = flags.DEFINE_string("revision", "", "Branch, tag or commit of a hub id (with --model).")
 VARIANT = flags.DEFINE_string(

@@ -84,7 +84,7 @@ def read(path: epath.Path, specs: Specs, prefix: str) -> tuple[dict[str, np.ndar
         if name not in theirs and (name in slots or not is_no_part(name, specs)) and not name.startswith(dropped_layer)
     }
     if prefix == CLIP_L_OF_SD3 and PROJECTION in slots:
-        beside = next(iter(found.values()), np.zeros(0, np.float32))
+        beside = next(iter((others | found).values()), np.zeros(0, np.float32))
         others[PROJECTION] = np.eye(slots[PROJECTION].total, dtype=beside.dtype)
     return others | found, {name: slots[name] for name in found}
 
