@@ -172,7 +172,9 @@ def test_encodings_are_those_of_a_length_of_captions_and_of_any_guidance(config,
     longer, own = facts(**{"data.text_length": 41}), facts(**{"data.text_length": 0})
     assert longer["text_length"] == 41
     assert own["text_length"] == {"sd35": 256, "flux": 512, "zimage": 512}[family]
-    assert longer | {"text_length": own["text_length"]} == own == facts(guidance=1.0, **{"data.text_length": 0})
+    assert longer | {"text_length": own["text_length"]} == own
+    if family == "flux":  # the others are not told a scale
+        assert own == facts(guidance=1.0, **{"data.text_length": 0})
 
 
 def test_encodings_of_older_versions_are_found(config, tmp_path: Path) -> None:

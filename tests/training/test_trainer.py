@@ -41,7 +41,7 @@ def state_of(workdir, step):
 
 ONLINE = ("d3po", "tiny_online")  # those of tests/rounds/test_loop.py
 FLOWS = ("sd35", "flux", "zimage")  # those of test_flow_run.py
-CONFIGS = ("sd15", "sd21", "sdxl", "sdxl_refiner", "sdxl_turbo", "tiny")
+CONFIGS = ("sd15", "sd21", "sdxl", "sdxl_refiner", "sdxl_turbo", "tiny", "tiny_flow")
 
 
 @pytest.mark.parametrize(
