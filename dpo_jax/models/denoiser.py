@@ -53,3 +53,19 @@ class Denoiser(NamedTuple):
     def class_name(self) -> str:
         """The class in PyTorch diffusers."""
         return self.module.__name__
+
+
+OTHER_PROGRAMS = {
+    "unet": {
+        "lora": "This file is for diffusers, PEFT and OneTrainer. Web UIs (ComfyUI, AUTOMATIC1111, Forge) do not read "
+        "its names; --format=kohya writes one file for them and for diffusers.",
+        "kohya": "This file is for web UIs (ComfyUI, AUTOMATIC1111, Forge); diffusers and OneTrainer open it too.",
+    },
+    "transformer": {
+        "lora": "This file is for diffusers, PEFT, OneTrainer and ComfyUI; --format=kohya writes one for Forge and "
+        "kohya's scripts.",
+        "kohya": "This file is for web UIs (ComfyUI, Forge) and kohya's scripts. diffusers opens such files of FLUX.1 "
+        "and Z-Image, but not of SD3; --format=lora writes one for it.",
+    },
+}
+"""Which programs read a LoRA of a denoiser, by its component's name and the format."""

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from dpo_jax.cli import flatten
 from dpo_jax.errors import UserError
 from dpo_jax.files import new_folder, write_whole
+from dpo_jax.models.denoiser import OTHER_PROGRAMS
 from dpo_jax.models.families import DENOISERS
 from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.models.save import Weights, save_denoiser, save_pipeline, save_single_file
@@ -25,20 +26,6 @@ from dpo_jax.weights.lora_write import write_kohya, write_peft
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name that diffusers gives a LoRA's file and looks for first."""
-OTHER_PROGRAMS = {
-    "unet": {
-        "lora": "This file is for diffusers, PEFT and OneTrainer. Web UIs (ComfyUI, AUTOMATIC1111, Forge) do not read "
-        "its names; --format=kohya writes one file for them and for diffusers.",
-        "kohya": "This file is for web UIs (ComfyUI, AUTOMATIC1111, Forge); diffusers and OneTrainer open it too.",
-    },
-    "transformer": {
-        "lora": "This file is for diffusers, PEFT, OneTrainer and ComfyUI; --format=kohya writes one for Forge and "
-        "kohya's scripts.",
-        "kohya": "This file is for web UIs (ComfyUI, Forge) and kohya's scripts. diffusers opens such files of FLUX.1 "
-        "and Z-Image, but not of SD3; --format=lora writes one for it.",
-    },
-}
-"""Which programs read a LoRA of a denoiser, by its component's name and the format."""
 
 
 @dataclasses.dataclass(frozen=True)

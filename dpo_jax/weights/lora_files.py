@@ -16,7 +16,7 @@ from etils import epath
 
 from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.streams import warn
-from dpo_jax.weights import lora_layouts, safetensors_file
+from dpo_jax.weights import file_kinds, lora_layouts, safetensors_file
 from dpo_jax.weights.finite import is_finite
 from dpo_jax.weights.io import PICKLES, first_several
 from dpo_jax.weights.layout import ParamSpec, Specs, from_torch
@@ -130,7 +130,7 @@ def read_adapters(
             problems["misshapen"].append(f"{place.layer} ({error})")
         except _StoredTwice as error:
             problems["stored twice"].append(str(error))
-    made_for = stated.made_for or lora_layouts.family_of(problems.get(LACKING, ()))
+    made_for = stated.made_for or file_kinds.family_of_lora(problems.get(LACKING, ()))
     is_for_denoiser = any(place.component == denoiser for place in layers)
     _check_found(path, made_for, problems, left_out, "UNet" if denoiser == "unet" else denoiser, is_for_denoiser)
     return {component: Adapter(*parts) for component, parts in found.items()}

@@ -80,15 +80,9 @@ FOR_OTHERS = {
 _FOR_DENOISERS = {
     "unet": ("a UNet", r"(.*[._])?((down|up|input|output)_blocks|mid_block|middle_block)[._]"),
     "transformer": (
-        "a transformer such as SD3's or FLUX.1's",
+        "a transformer",
         r"lora_transformer_|(base_model\.model\.)?transformer\.|.*(double|single|joint)_(transformer_)?blocks[._]",
     ),
-}
-# Patterns of layers that only the transformers of one family have.
-_FAMILIES = {
-    "FLUX.1": r"(^|[._])(double_blocks|single_blocks|single_transformer_blocks)[._]",
-    "SD3": r"(^|[._])(joint_blocks[._]|transformer_blocks[._]\d+[._]attn2[._])",
-    "Z-Image": r"(^|[._])(layers|noise_refiner|context_refiner)[._]\d+[._](attention|feed_forward|adaLN)",
 }
 
 
@@ -117,12 +111,6 @@ def for_others(key: str, denoiser: str) -> str | None:
     """Return what a tensor is for if its name shows that it is not for `denoiser`, or None."""
     signs = FOR_OTHERS | dict(of for name, of in _FOR_DENOISERS.items() if name != denoiser)
     return next((owner for owner, sign in signs.items() if re.match(sign, key)), None)
-
-
-def family_of(keys: Iterable[str]) -> str | None:
-    """Return the family whose transformer alone has the layers of a file, or None."""
-    keys = list(keys)
-    return next((family for family, sign in _FAMILIES.items() if any(re.search(sign, key) for key in keys)), None)
 
 
 def stored_names(component: str, specs: Specs) -> dict[str, Place]:
