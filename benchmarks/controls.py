@@ -4,8 +4,9 @@
 
 Runs Diffusion-DPO (the loss as published) of all weights and of a LoRA, plain fine-tuning on the preferred images
 (SFT), and Diffusion-DPO with swapped and with shuffled labels, all from the same base, pairs, steps and seeds, and
-compares them with the base and with each other. With --flow the base is the tiny flow model. It takes about ten minutes
-on two CPU cores. Writes OUTPUT/controls.json, or controls_flow.json; the last results are committed beside this file.
+compares them with the base and with each other. With --flow the base is the tiny flow model, the loss is that of the
+demo, and two more seeds take the place of the LoRA. It takes about ten minutes on two CPU cores. Writes
+OUTPUT/controls.json, or controls_flow.json; the last results are committed beside this file.
 """
 
 import json
@@ -34,8 +35,15 @@ RUNS = {
     "shuffled": ["", PUBLISHED, "--config.data.relabel=shuffled"],
 }
 """Each run's variant of the config, and what it changes."""
-MORE_SEEDS = {f"dpo_seed_{seed}": ["", PUBLISHED, f"--config.seed={seed}"] for seed in (1, 2)}
-"""Further runs with --flow."""
+FLOW_RUNS = {
+    "sft": ["", "--config.loss.name=sft"],
+    "dpo": [""],
+    "swapped": ["", "--config.data.relabel=swapped"],
+    "shuffled": ["", "--config.data.relabel=shuffled"],
+    "dpo_seed_1": ["", "--config.seed=1"],
+    "dpo_seed_2": ["", "--config.seed=2"],
+}
+"""The runs of the flow model, with the loss of the demo, and with further seeds."""
 
 
 def main() -> None:
@@ -43,16 +51,15 @@ def main() -> None:
     os.chdir(ROOT)  # the config names its folders from there
     if output.exists():
         raise UserError(f"{output} already exists. Choose another --output or remove it")
+    config, kind, runs = ("tiny_flow", "flow_", FLOW_RUNS) if FLOW.value else ("tiny", "", RUNS)
     data = output / "data"
     run(
         "dpo_jax.prepare",
         "--source=pickapic",
-        "--input=dpo_jax/tiny/pairs.parquet",
+        f"--input=dpo_jax/tiny/{kind}pairs.parquet",
         f"--output={data}",
         "--validation_fraction=0.1",
     )
-    config, base = ("tiny_flow", "dpo_jax/tiny/flow_model") if FLOW.value else ("tiny", "dpo_jax/tiny/model")
-    runs = RUNS | (MORE_SEEDS if FLOW.value else {})
     for name, (variant, *arguments) in runs.items():
         run(
             "dpo_jax.train",
@@ -63,7 +70,7 @@ def main() -> None:
             "--config.sample.every=0",
         )
 
-    models = [f"base={base}", *(f"{name}={output / name}" for name in runs)]
+    models = [f"base=dpo_jax/tiny/{kind}model", *(f"{name}={output / name}" for name in runs)]
     run(
         "dpo_jax.evaluate",
         f"--models={','.join(models)}",

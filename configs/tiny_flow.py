@@ -1,7 +1,7 @@
 """A tiny flow model of a small captioned world, with the structure of Stable Diffusion 3.5.
 
-The data are those of configs/tiny.py. `:lora` trains a LoRA. `:base` trained the base model itself, by plain flow
-matching on captioned images.
+Its pairs are its own images, labelled by the exact judge. `:lora` trains a LoRA. `:base` trained the base model itself,
+by plain flow matching on captioned images.
 """
 
 from ml_collections import ConfigDict
@@ -15,6 +15,10 @@ from dpo_jax.training.config import apply_variants, choose_method, tiny
 def get_config(arg: str | None = None) -> ConfigDict:
     c = tiny_sdxl.get_config()
     c.model = package_path("dpo_jax/tiny/flow_model")
+    c.steps = 100  # 14 times through the 234 pairs that are not held out
+    c.loss.beta = 500.0
+    c.data.path = "runs/tiny_flow/data"
+    c.optimizer.learning_rate = 2e-4  # a tenth of that of the base
     return apply_variants(c, arg, {"base": base, "lora": lora, "tiny": tiny("sd3")})
 
 

@@ -3,9 +3,9 @@
 # With --flow the model is a flow model with the structure of Stable Diffusion 3.5, otherwise it has that of SDXL.
 started=$(date +%s)
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh" ""
-name=tiny model=dpo_jax/tiny/model
+name=tiny kind=
 if [ "${1:-}" = --flow ]; then
-  name=tiny_flow model=dpo_jax/tiny/flow_model
+  name=tiny_flow kind=flow_
   shift
 fi
 workdir=${1:-runs/$name}
@@ -14,11 +14,11 @@ if [ -e "$workdir" ]; then
   exit 1
 fi
 
-python -m dpo_jax.prepare --source=pickapic --input=dpo_jax/tiny/pairs.parquet --output="$workdir/data" \
+python -m dpo_jax.prepare --source=pickapic --input="dpo_jax/tiny/${kind}pairs.parquet" --output="$workdir/data" \
   --validation_fraction=0.1
 python -m dpo_jax.train --config="configs/$name.py" --workdir="$workdir" --config.data.path="$workdir/data"
 python -m dpo_jax.export --workdir="$workdir" --output="$workdir/exported"
-python -m dpo_jax.evaluate --models=base="$model",tuned="$workdir/exported" \
+python -m dpo_jax.evaluate --models=base="dpo_jax/tiny/${kind}model",tuned="$workdir/exported" \
   --prompts=dpo_jax/tiny/heldout.txt --judges=shapes --seeds=20 --steps=20 --guidance=2.5 --batch_size=32 \
   --output="$workdir" --curves="$workdir" --since="$started"
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the base model and the preference pairs in dpo_jax/tiny. It takes about ten minutes on 2 CPU cores.
-# With --flow it makes the flow model beside them, from the VAE of that base. Its pairs are the same.
+# With --flow it makes the flow model beside them, from the VAE of that base.
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh" ""
 work=runs/make_tiny
 
@@ -12,9 +12,11 @@ if [ "${1:-}" = --flow ]; then
   python -m dpo_jax.train --config=configs/tiny_flow.py:base --workdir=$work/flow_base \
     --config.model=$work/flow_untrained --config.data.path=$work/flow_data
   python -m dpo_jax.export --workdir=$work/flow_base --output=$work/flow_model --dtype=float16
+  python -m tools.tiny.make_pairs --seeds=16 --pairs=260 --model=$work/flow_model --output=$work/flow_pairs.parquet
   rm -rf dpo_jax/tiny/flow_model
   cp -r $work/flow_model dpo_jax/tiny/flow_model
   rm dpo_jax/tiny/flow_model/README.md
+  cp $work/flow_pairs.parquet dpo_jax/tiny/
   exit
 fi
 

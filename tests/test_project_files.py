@@ -57,7 +57,8 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert wheel.name == f"dpo_jax-{dpo_jax.__version__}-py3-none-any.whl"
-    assert 8e6 < wheel.stat().st_size < 10e6  # 3.1 MB each are the tiny SDXL, the tiny flow model, and their pairs
+    # 3.1 MB each are the tiny SDXL, its pairs and the tiny flow model, 0.8 MB the pairs of the latter.
+    assert 8e6 < wheel.stat().st_size < 10.5e6
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     metadata = f"dpo_jax-{dpo_jax.__version__}.dist-info"

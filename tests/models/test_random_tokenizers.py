@@ -27,7 +27,7 @@ def test_small_and_the_same_at_each_call(tmp_path: Path, kind: str) -> None:
 
 
 def test_t5_knows_words_and_letters(tmp_path: Path) -> None:
-    write_t5_tokenizer(tmp_path / "t")
+    write_t5_tokenizer(tmp_path / "t", max_tokens=16)
     tokenizer = T5Tokenizer.from_pretrained(tmp_path / "t")
     assert tokenizer.tokenize("a red circle") == ["▁a", "▁red", "▁circle"]
     letters = "".join(map(chr, PRINTABLE))

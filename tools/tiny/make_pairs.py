@@ -23,7 +23,7 @@ MODEL = flags.DEFINE_string("model", None, "The base model's folder.", required=
 OUTPUT = flags.DEFINE_string("output", None, "Parquet file to write.", required=True)
 PAIRS = flags.DEFINE_integer("pairs", 1000, "Maximum number of pairs.")
 SEEDS = flags.DEFINE_integer("seeds", 36, "Images to draw per caption.")
-STEPS = flags.DEFINE_integer("steps", 20, "DDIM steps.")
+STEPS = flags.DEFINE_integer("steps", 20, "Sampling steps, of DDIM or, for a flow model, of its own sampler.")
 GUIDANCE = flags.DEFINE_float("guidance", 2.5, "Classifier-free guidance scale.")
 
 
@@ -31,20 +31,20 @@ def main() -> None:
     """Draw the images, judge them, and write the pairs."""
     pipeline = load_pipeline(MODEL.value, dtype=jnp.float32)
     weights = {component: pipeline.load(component, dtype=jnp.float32) for component in pipeline.components}
-    unet = weights.pop("unet")
+    denoiser = weights.pop(pipeline.denoiser_name)
     tokenizers = load_tokenizers(MODEL.value, pipeline.tokenizers)
     generator = Generator(
         pipeline,
         lambda: weights,
         tokenizers,
         Placement(make_mesh()),
-        Sampling(STEPS.value, GUIDANCE.value, "ddim"),
+        Sampling(STEPS.value, GUIDANCE.value, "" if pipeline.schedule.is_flow else "ddim"),
         resolution=world.SIZE,
         batch_size=64,
     )
 
     def sample(captions: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        return generator(unet, captions, seeds)
+        return generator(denoiser, captions, seeds)
 
     captions, _ = world.split()
     judged = pairs.judged_pairs(sample, captions, SEEDS.value, PAIRS.value)
