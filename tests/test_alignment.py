@@ -37,18 +37,30 @@ def check_ranking(results):
     assert raters["full over half"]["low"] < exact["full over half"]["rate"] < raters["full over half"]["high"]
 
 
-both = pytest.mark.parametrize(("name", "check"), [("controls", check_controls), ("ranking", check_ranking)])
+def check_flow(results):
+    """The same of the flow model, whose policy is tuned with three seeds."""
+    for run in ("dpo", "dpo_seed_1", "dpo_seed_2"):
+        assert results[f"{run} over base"]["win_rate_low"] > 0.52, run
+    assert results["dpo over base"]["win_rate"] > results["sft over base"]["win_rate"]
+    assert results["swapped over base"]["win_rate_high"] < 0.5
+    shuffled = results["shuffled over base"]
+    assert shuffled["win_rate_low"] <= 0.5 <= shuffled["win_rate_high"]
+
+
+CHECKS = [("controls", check_controls), ("controls_flow", check_flow), ("ranking", check_ranking)]
+each = pytest.mark.parametrize(("name", "check"), CHECKS)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@both
+@each
 def test_a_run_shows_it(tmp_path, name, check):
-    command = [sys.executable, f"benchmarks/{name}.py", f"--output={tmp_path / name}"]
+    flow = ["--flow"] if name.endswith("_flow") else []
+    command = [sys.executable, f"benchmarks/{name.removesuffix('_flow')}.py", f"--output={tmp_path / name}", *flow]
     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "XLA_FLAGS": ""})
     check(json.loads((tmp_path / name / f"{name}.json").read_text()))
 
 
-@both
+@each
 def test_committed_figures_say_the_same(name, check):
     check(json.loads((ROOT / "benchmarks" / f"{name}.json").read_text()))
