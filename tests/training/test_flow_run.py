@@ -28,7 +28,7 @@ TABLE = "pos_embed.pos_embed"
 """Stable Diffusion 3's positions, which are stored and never trained."""
 LOG_2 = float(np.float32(math.log(2)))
 RATE = {"optimizer.learning_rate": 1e-3, "loss.beta": 5000.0}
-LORA = {"lora.rank": 4, "lora.targets": r"to_[qkv]$", **RATE}
+LORA = {"lora.alpha": 0.0, "lora.rank": 4, "lora.targets": r"to_[qkv]$", **RATE}
 FULL = {"lora.rank": 0, "lora.alpha": 0.0, **RATE}
 
 
