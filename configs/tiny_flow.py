@@ -19,6 +19,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.loss.beta = 500.0
     c.data.path = "runs/tiny_flow/data"
     c.optimizer.learning_rate = 2e-4  # a tenth of that of the base
+    c.sample.sampler = ""  # flow_euler, the scheduler's own
     return apply_variants(c, arg, {"base": base, "lora": lora, "tiny": tiny("sd3")})
 
 
