@@ -69,8 +69,7 @@ FIELDS = {
     "variant": Field("", "Set of weights to fetch from the hub, for example fp16."),
     "model_config": Field(
         "",
-        "For a single file: folder or hub id of its configs, and of the networks that a file of SD3, FLUX.1 or Z-Image "
-        "lacks; empty takes the published model.",
+        "For a single file: the model of its configs and of networks that it lacks; empty takes the published one.",
     ),
     "vae": Field("", "Another VAE: folder, file or hub id, for example madebyollin/sdxl-vae-fp16-fix."),
     "unet": Field("", "Another UNet to start from, for policy and reference: folder, file or hub id."),

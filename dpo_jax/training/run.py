@@ -73,7 +73,7 @@ class Run:
 
     def load_model(self, *, lora: str = "", lora_scale: float = 1.0) -> LoadedModel:
         """Return the trained model to draw with, with a further LoRA where one is named."""
-        pipeline, placement, name = self.pipeline, self.placement, self.pipeline.denoiser_name
+        pipeline, placement = self.pipeline, self.placement
         # What a continued run may change is no other model; fingerprints tell of other weights.
         fields = {field: value for field, value in flatten(self.config).items() if not is_free(field)}
         config = json.dumps(fields, sort_keys=True)
@@ -81,6 +81,7 @@ class Run:
 
         def load_denoiser() -> Params:
             if lora:
+                name = pipeline.denoiser_name
                 return add_lora(self.merged, pipeline, placement, name, adapters[name], lora_scale)
             return self.policy
 

@@ -192,7 +192,7 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean(folder: str) -> None:
 @pytest.mark.parametrize(
     ("pattern", "rank", "message"),
     [
-        ("to_qq", 4, r"'to_qq' match no layer of the model; an example of a name is up_blocks"),
+        ("to_qq", 4, r"'to_qq' match no layer of the model, whose layers have names such as down_blocks"),
         ("attn(", 4, r"'attn\(' are not a regular expression"),
         ("attn1", 0, "a LoRA of rank 0 has no weights"),
     ],

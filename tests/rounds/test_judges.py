@@ -78,7 +78,7 @@ def test_a_latent_judge_is_found_where_a_unet_is(online, unets, tmp_path):
             r"latent_judge=.* must be TUNED:REFERENCE, two models",
         ),
         (f":{hub}", ValueError, r"must be TUNED:REFERENCE"),
-        (f"{hub}:{unets / 'other'}", ValueError, r"other/unet has another architecture than the UNet of random:sd15"),
+        (f"{hub}:{unets / 'other'}", ValueError, r"other/unet has another architecture than the unet of random:sd15"),
         ("runs/gone/exported", FileNotFoundError, r"no folder or file runs/gone/exported"),
     ):
         config.online.latent_judge = spec
