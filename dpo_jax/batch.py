@@ -81,6 +81,10 @@ class PreferenceBatch(NamedTuple):
     """float32: weight of each latent cell in the error of its image, with a mean of 1; None if all count alike."""
 
 
+TOLD_GUIDANCE = 3.5
+"""Guidance scale that released scripts tell FLUX.1-dev in training."""
+
+
 class Conditioning(NamedTuple):
     """Conditioning of the denoiser, one row per prompt (N = B) or per candidate (N = B * K)."""
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.batch import Conditioning
+from dpo_jax.batch import TOLD_GUIDANCE, Conditioning
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.models.text_encoders import TextEmbedding
 from dpo_jax.weights.layout import Params
@@ -50,7 +50,7 @@ def condition(
     size_cond_N6: jax.Array,
     *,
     aesthetic_score: float = REFINER_AESTHETIC_SCORE,
-    guidance: float = 1.0,
+    guidance: float = TOLD_GUIDANCE,
 ) -> Conditioning:
     """Return the conditioning of the family's denoiser; captions and sizes may have different lengths along N.
 

@@ -28,6 +28,7 @@ from dpo_jax.models.families import (
     SUPPORTED,
     Family,
     Marks,
+    TextEncoder,
     Version,
     check_classes,
     find_denoiser,
@@ -158,7 +159,8 @@ class Pipeline:
     @property
     def untrained_specs(self) -> Specs:
         """Shapes of the weights of the denoiser that are not trained."""
-        return {name: spec for name, spec in self.denoiser.specs.items() if name not in self.trained_specs}
+        trained = self.trained_specs
+        return {name: spec for name, spec in self.denoiser.specs.items() if name not in trained}
 
     @property
     def denoiser_name(self) -> str:
@@ -358,22 +360,19 @@ def load_pipeline(
     _check_channels(folder, kind.folder, config, vae_config)
     found = find_family(model_index, kind, config, str(weights[kind.folder] if other else folder), family)
     check_classes(model_index, kind, found, str(folder / "model_index.json"))
-    text_encoders, text_lengths = [], []
-    for encoder in found.text_encoders:
-        weights[encoder.folder] = beside.get(encoder.folder) or path_of(path, encoder.folder)
-        text_kind = KINDS[encoder.kind]
-        text_config = text_kind.config.from_dict(*component_config(folder, weights[encoder.folder], encoder.folder))
-        if isinstance(text_config, CLIPTextConfig):  # two places state this; diffusers uses this one
-            with_projection = model_index[encoder.folder][1].endswith("WithProjection")
-            text_config = dataclasses.replace(text_config, with_projection=with_projection)
-        text_encoders.append(network_of(text_kind.module, text_config, dtype=dtype))
-        stated = read_length(Path(folder / encoder.tokenizer))
-        if encoder.length:  # T5 and Qwen3
-            text_lengths.append(text_length or min(encoder.length, stated or encoder.length))
-        else:
-            text_lengths.append(stated or text_config.max_position_embeddings)
     if text_length and not any(encoder.length for encoder in found.text_encoders):
         raise UserError(f"text_length={text_length}: {found.name} reads as many tokens as its CLIP has; leave it at 0")
+    weights |= {
+        encoder.folder: beside.get(encoder.folder) or path_of(path, encoder.folder) for encoder in found.text_encoders
+    }
+    text_encoders = [
+        _open_text_encoder(folder, weights[encoder.folder], encoder, model_index, dtype)
+        for encoder in found.text_encoders
+    ]
+    text_lengths = [
+        _text_length(folder, encoder, network.config, text_length)
+        for encoder, network in zip(found.text_encoders, text_encoders, strict=True)
+    ]
     _check_widths(found, config, [encoder.config for encoder in text_encoders], weights)
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
     scheduler_config = with_marks(
@@ -399,6 +398,25 @@ def load_pipeline(
         allow_nonfinite=allow_nonfinite,
         execution=execution,
     )
+
+
+def _open_text_encoder(
+    folder: epath.Path, weights: epath.Path, encoder: TextEncoder, model_index: Mapping[str, Any], dtype: DTypeLike
+) -> Network:
+    kind = KINDS[encoder.kind]
+    config = kind.config.from_dict(*component_config(folder, weights, encoder.folder))
+    if isinstance(config, CLIPTextConfig):  # two places state this; diffusers uses this one
+        with_projection = model_index[encoder.folder][1].endswith("WithProjection")
+        config = dataclasses.replace(config, with_projection=with_projection)
+    return network_of(kind.module, config, dtype=dtype)
+
+
+def _text_length(folder: epath.Path, encoder: TextEncoder, config: Any, chosen: int) -> int:
+    """Return the tokens of a caption for a text encoder, where users may have `chosen` a number for T5 or Qwen3."""
+    stated = read_length(Path(folder / encoder.tokenizer))
+    if encoder.length:
+        return chosen or min(encoder.length, stated or encoder.length)
+    return stated or int(config.max_position_embeddings)
 
 
 def _check_parts(folder: epath.Path, model_index: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dpo_jax.batch import TOLD_GUIDANCE
 from dpo_jax.cli import check_fields_exist, flatten, replaced, unflatten
 from dpo_jax.data.load.pair_weights import WEIGHTS
 from dpo_jax.errors import UserError
@@ -76,7 +77,9 @@ FIELDS = {
     "transformer": Field("", "The same for models whose denoiser is a transformer."),
     "reference": Field("", "Another one for the reference alone; empty takes what the policy starts from."),
     "guidance": Field(
-        3.5, "Guidance scale that a model distilled from guidance (FLUX.1-dev) is told in training.", at_least=0.0
+        TOLD_GUIDANCE,
+        "Guidance scale that a model distilled from guidance (FLUX.1-dev) is told in training.",
+        at_least=0.0,
     ),
     "steps": Field(2000, "Number of optimizer steps; online 0, since they follow from the rounds.", **NOT_NEGATIVE),
     "seed": Field(

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from dpo_jax.batch import Cached, Conditioning, PreferenceBatch, Raw
+from dpo_jax.batch import TOLD_GUIDANCE, Cached, Conditioning, PreferenceBatch, Raw
 from dpo_jax.cli import flatten
 from dpo_jax.encode.images import encode_images, sample_posterior
 from dpo_jax.encode.text import condition, encode_text, stored_text
@@ -232,7 +232,7 @@ def compose(
     )
 
 
-def make_encode(pipeline: Pipeline, guidance: float = 1.0) -> Encode:
+def make_encode(pipeline: Pipeline, guidance: float = TOLD_GUIDANCE) -> Encode:
     """Return the function that makes latents and conditioning of a batch: of images and captions, or of stored ones.
 
     A model that was distilled from guidance is told the scale `guidance`.

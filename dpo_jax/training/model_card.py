@@ -61,10 +61,7 @@ def model_card(
     """
     config = facts.get("config")
     source = config["model"] if config else facts["model"]
-    is_single, is_flow = ".safetensors" in source, pipeline.schedule.is_flow
     model, license = public_name(source), origin.license
-    # A file of a flow model may lack text encoders, which diffusers does not look for elsewhere.
-    whole = pipeline.version.published if is_single and is_flow else model
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
@@ -79,6 +76,36 @@ def model_card(
             *(["lora"] if _is_lora(format) else []),
         ],
     )
+    settings = ", ".join(f"`{field}={value}`" for field, value in _scheduler(pipeline).items())
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n\n# {repo.rpartition('/')[2] or name}\n",
+        f"```python\n{_code(pipeline, source, format, name, dtype, repo)}\n```\n",
+    ]
+    remarks = [*remarks, *([pipeline.family.note] if pipeline.family.note else [])]
+    parts += [f"Scheduler: {pipeline.schedule.class_name}, {settings}.\n", *(f"{remark}\n" for remark in remarks)]
+    if not config:
+        with_lora = f" with {public_name(facts['lora'])}" if facts.get("lora") else ""
+        return "\n".join([*parts, f"Converted from {model}{with_lora} by dpo_jax {__version__}.\n"])
+    what = "A LoRA" if config["lora.rank"] or config["lora.init"] else f"All weights of the {pipeline.denoiser_name}"
+    others = "".join(
+        f", with the {part} of {public_name(config[part])}" for part in (*DENOISERS, "vae") if config.get(part)
+    )
+    method, step = _method(config["loss.name"]), facts["step"]
+    version = f" {config['dpo_jax_version']}" if "dpo_jax_version" in config else ""  # runs of 0.1.0 may have none
+    parts.insert(1, f"{what} of {model}{others}, trained by {method} for {step} steps with dpo_jax{version}.\n")
+    if facts.get("result"):
+        parts.append("## Measured\n\n" + "\n".join(_measured(facts["result"])) + "\n")
+    parts += _figures("Held-out pairs", facts["validation"], "validation/", step)
+    parts += _figures("Scores of samples drawn in training", facts.get("scores", {}), SAMPLES, step)
+    parts.append(f"## Config\n\n```json\n{json.dumps(without_paths(config), indent=2)}\n```\n")
+    return "\n".join(parts)
+
+
+def _code(pipeline: Pipeline, source: str, format: str, name: str, dtype: str, repo: str) -> str:
+    """Return the Python that opens an export of a model that came from `source`; the rest is as in `model_card`."""
+    is_single, is_flow = ".safetensors" in source, pipeline.schedule.is_flow
+    # A file of a flow model may lack text encoders, which diffusers does not look for elsewhere.
+    whole = pipeline.version.published if is_single and is_flow else public_name(source)
     # By default diffusers opens half-precision weights in float32, and transformers does not.
     is_half = dtype != "float32" and not _is_lora(format)
     kind = "denoiser" if format in DENOISERS else format
@@ -102,29 +129,7 @@ def model_card(
         scheduler = pipeline.schedule.class_name
         use += f"\npipe.scheduler = diffusers.{scheduler}.from_config(pipe.scheduler.config, {arguments})"
     imports = "import diffusers\nimport torch\n" if is_half else "import diffusers\n"
-    settings = ", ".join(f"`{field}={value}`" for field, value in _scheduler(pipeline).items())
-    parts = [
-        f"---\n{data.to_yaml()}\n---\n\n# {repo.rpartition('/')[2] or name}\n",
-        f"```python\n{imports}\n{use}\n```\n",
-    ]
-    remarks = [*remarks, *([pipeline.family.note] if pipeline.family.note else [])]
-    parts += [f"Scheduler: {pipeline.schedule.class_name}, {settings}.\n", *(f"{remark}\n" for remark in remarks)]
-    if not config:
-        with_lora = f" with {public_name(facts['lora'])}" if facts.get("lora") else ""
-        return "\n".join([*parts, f"Converted from {model}{with_lora} by dpo_jax {__version__}.\n"])
-    what = "A LoRA" if config["lora.rank"] or config["lora.init"] else f"All weights of the {pipeline.denoiser_name}"
-    others = "".join(
-        f", with the {part} of {public_name(config[part])}" for part in (*DENOISERS, "vae") if config.get(part)
-    )
-    method, step = _method(config["loss.name"]), facts["step"]
-    version = f" {config['dpo_jax_version']}" if "dpo_jax_version" in config else ""  # runs of 0.1.0 may have none
-    parts.insert(1, f"{what} of {model}{others}, trained by {method} for {step} steps with dpo_jax{version}.\n")
-    if facts.get("result"):
-        parts.append("## Measured\n\n" + "\n".join(_measured(facts["result"])) + "\n")
-    parts += _figures("Held-out pairs", facts["validation"], "validation/", step)
-    parts += _figures("Scores of samples drawn in training", facts.get("scores", {}), SAMPLES, step)
-    parts.append(f"## Config\n\n```json\n{json.dumps(without_paths(config), indent=2)}\n```\n")
-    return "\n".join(parts)
+    return f"{imports}\n{use}"
 
 
 def _scheduler(pipeline: Pipeline) -> dict[str, Any]:

@@ -53,7 +53,10 @@ class Run:
     def policy(self) -> Params:
         """The trained denoiser, in the compute dtype."""
         tuned = for_sampling(self.pipeline, self.params)
-        return self.base | tuned if self.pipeline.untrained_specs else tuned
+        if self.pipeline.adapted_denoiser is not None:
+            return self.base | tuned
+        tables = self.pipeline.untrained_specs
+        return load_denoiser(self.pipeline, self.placement, only=tables) | tuned if tables else tuned
 
     @property
     def adapter(self) -> Adapter | None:
@@ -66,10 +69,15 @@ class Run:
     @property
     def merged(self) -> Mapping[str, Array]:
         """The trained denoiser in float32, with the LoRA merged into its kernels."""
+        adapter, tables = self.adapter, self.pipeline.untrained_specs
+        if adapter is None and not tables:
+            return self.params
         stored = self.pipeline.read(self.pipeline.denoiser_name)
-        if self.adapter is not None:
-            return Merged(stored, self.adapter)
-        return {name: stored[name] for name in self.pipeline.untrained_specs} | self.params
+        return (
+            Merged(stored, adapter)
+            if adapter is not None
+            else {**{name: stored[name] for name in tables}, **self.params}
+        )
 
     def load_model(self, *, lora: str = "", lora_scale: float = 1.0) -> LoadedModel:
         """Return the trained model to draw with, with a further LoRA where one is named."""
