@@ -16,10 +16,9 @@ import importlib
 import os
 import sys
 import types
-import warnings
 from typing import TYPE_CHECKING, Any
 
-from dpo_jax import interrupts
+from dpo_jax import backend, interrupts
 
 if TYPE_CHECKING:
     from dpo_jax.api.evaluation import evaluate as evaluate
@@ -67,25 +66,4 @@ class _Package(types.ModuleType):
 sys.modules[__name__].__class__ = _Package
 
 
-def _round_bfloat16_exactly() -> None:
-    """Set an XLA flag, without which beta = 5000 turns rounding into a first loss of 2.3 instead of log 2.
-
-    XLA otherwise keeps bfloat16 intermediates in float32 wherever a fusion can, so that the forward passes of policy
-    and reference round differently although their weights are equal. It reads the variable when the first backend
-    starts. On CPUs the fusions of YNNPACK do the same in larger batches in any case; configs for CPUs use float32.
-    """
-    flag = "--xla_allow_excess_precision"
-    if flag in os.environ.get("XLA_FLAGS", ""):
-        return
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=false".strip()
-    bridge = sys.modules.get("jax._src.xla_bridge")
-    if bridge is not None and getattr(bridge, "backends_are_initialized", bool)():
-        warnings.warn(
-            "JAX was started before dpo_jax was imported, so the XLA flag that dpo_jax sets has no effect, and losses "
-            f"in bfloat16 can be wrong. Import dpo_jax before JAX is used, or set XLA_FLAGS={flag}=false.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-
-
-_round_bfloat16_exactly()
+backend.set_variables()

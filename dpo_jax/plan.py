@@ -26,7 +26,8 @@ CONFIG = cli.define_config("Experiment to plan:", choose_method)
 TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,
-    "Chips to plan for, for example v5e:16x16, v5p:4x4x4, v6e:8x8, tpu7x:4x4x4, h200:8, or h100:8x4 (4 hosts of 8).",
+    "Chips to plan for, for example v5e:16x16, v5p:4x4x4, h200:8, h100:8x4 (4 hosts of 8) or rtx4090:1; this for those "
+    "of this machine.",
     required=True,
 )
 
@@ -49,7 +50,9 @@ def main() -> None:
     if CONFIG.value is None:
         raise UserError("--config is missing. Name a config or a file, for example --config=sdxl")
     # Without an accelerator JAX offers the compiler for GPUs only if the platform is named.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if TOPOLOGY.value != "this":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from dpo_jax.models.kernels import choose
     from dpo_jax.planning.compiled import compile_step, summarize
     from dpo_jax.planning.estimate import make_plan, measure_holdings, measure_work
     from dpo_jax.planning.model_shapes import open_structure
@@ -59,12 +62,15 @@ def main() -> None:
 
     config, topology = CONFIG.value, parse_topology(TOPOLOGY.value)
     check_values(config)
+    config = cli.replaced(
+        config, {"attention": choose(config.attention, config.dtype, topology.device.attention or topology.device.kind)}
+    )
     if FIT.value:
         config, plan = fit(config, topology, UTILISATION.value, say)
     else:
         if config.remat == "auto" or config.data.micro_batch == 0:
             device = topology.device
-            config = choose_settings(config, device.kind, topology.num_devices, device.hbm_gib * GIB)
+            config = choose_settings(config, device.kind, topology.num_devices, device.usable_gib * GIB)
         pipeline = open_structure(config)
         derived = resolve(config, device_count=topology.num_devices, process_count=1)
         holdings = measure_holdings(config, pipeline, topology.num_devices)

@@ -116,8 +116,8 @@ VAE_DTYPE = flags.DEFINE_enum(
 ATTENTION = flags.DEFINE_enum(
     "attention",
     None,
-    ["xla", "cudnn"],
-    "Attention implementation (with --model); cudnn is a fused kernel for GPUs in bfloat16. Default: xla.",
+    ["auto", "xla", "cudnn", "splash"],
+    "Attention kernel (with --model). Default: auto, which takes cudnn on NVIDIA GPUs in bfloat16, splash on TPUs.",
 )
 FSDP = flags.DEFINE_integer("fsdp", 1, "Devices that share one copy of the model's weights (with --model).", 1)
 UNET = flags.DEFINE_string(
@@ -242,7 +242,7 @@ def load_named_model() -> "LoadedModel":
         lora_scale=LORA_SCALE.value,
         dtype=DTYPE.value,
         vae_dtype=VAE_DTYPE.value,
-        attention=ATTENTION.value or "xla",
+        attention=ATTENTION.value or "auto",
         fsdp=FSDP.value,
         unet=UNET.value,
         transformer=TRANSFORMER.value,

@@ -164,7 +164,8 @@ class Placement:
 
         @jax.custom_vjp
         def gather(x: jax.Array) -> jax.Array:
-            return jax.lax.with_sharding_constraint(x, whole)
+            # Split first, or the compiler may exchange what x was rounded from, in float32.
+            return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, own), whole)
 
         gather.defvjp(
             lambda x: (gather(x), None), lambda _, gradient: (jax.lax.with_sharding_constraint(gradient, own),)

@@ -16,6 +16,7 @@ from absl import flags
 from PIL import Image
 
 import dpo_jax
+from dpo_jax import backend
 from dpo_jax.api import training
 from dpo_jax.errors import ExistingFileError, UserError
 from dpo_jax.training.preemption import Notice
@@ -50,10 +51,10 @@ def test_jax_that_was_started_before_is_warned_of(monkeypatch):
     jax.devices()
     monkeypatch.setenv("XLA_FLAGS", "--xla_other=1")
     with pytest.warns(RuntimeWarning, match="JAX was started before dpo_jax was imported"):
-        dpo_jax._round_bfloat16_exactly()
+        backend.set_variables()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        dpo_jax._round_bfloat16_exactly()  # the flag is there now
+        backend.set_variables()  # the flag is there now
 
 
 def test_train_takes_names_of_configs_and_replaces_fields(monkeypatch, tmp_path):

@@ -22,7 +22,7 @@ def load_model(
     lora_scale: float = 1.0,
     dtype: str | None = None,
     vae_dtype: str | None = None,
-    attention: str = "xla",
+    attention: str = "auto",
     fsdp: int = 1,
     allow_nonfinite: bool = False,
     **options: Any,

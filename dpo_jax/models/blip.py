@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from dpo_jax.models.attention import attention
 from dpo_jax.models.clip import CLIPMLP, LayersConfig, gelu
 from dpo_jax.models.layers import Conv, Embedding, LayerNorm, Linear, make_param
-from dpo_jax.models.operations import attention
 from dpo_jax.models.score_head import ScoreMLP
 
 

@@ -17,9 +17,9 @@ from jax.typing import DTypeLike
 
 from dpo_jax.errors import UserError
 from dpo_jax.files import conform
+from dpo_jax.models.attention import attention
 from dpo_jax.models.config_json import Depth, Positive, TokenId, Vocabulary, Width, read_config
 from dpo_jax.models.layers import Embedding, LayerNorm, Linear
-from dpo_jax.models.operations import attention
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:

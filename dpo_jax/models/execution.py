@@ -49,7 +49,7 @@ class Execution(NamedTuple):
     """True compiles consecutive transformer blocks once, as the body of a loop. Compilation is several times faster,
     but the compiler can precompute less and must keep more together."""
     attention: str = "xla"
-    """Implementation of attention; see `operations.attention`."""
+    """Implementation of attention; see `attention.attention`."""
 
     def run(self, block: Callable[..., Values], *args: Any) -> Values:
         """Return `block(*args)`; the backward pass recomputes everything that the policy does not keep."""
@@ -82,6 +82,8 @@ class Execution(NamedTuple):
 
 
 PLAIN = Execution()
+FASTEST = Execution(attention="auto")
+"""For `load_pipeline`, which chooses the kernel for the devices of the process; see `kernels.choose`."""
 
 
 def attention_result(x: jax.Array) -> jax.Array:

@@ -10,12 +10,38 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from dpo_jax.models.execution import ATTENTION, attention_result
 from dpo_jax.sharding import DATA_AXES
 
 SPLASH_BLOCKS = (512, 256, 128)
 """Numbers of queries or keys that splash attention works on at a time; see `_block`."""
+
+
+def choose(attention: str, dtype: DTypeLike, platform: str | None = None) -> str:
+    """Return the implementation of attention: `attention`, or for "auto" the fastest of the platform.
+
+    Args:
+        attention: "auto", "xla" or a name in `KERNELS`.
+        dtype: compute dtype.
+        platform: "gpu" for NVIDIA GPUs that cuDNN's kernel supports, "tpu" or another; by default that of this process.
+    """
+    if attention != "auto":
+        return attention
+    platform = platform or _platform()
+    if platform == "gpu" and jnp.dtype(dtype).itemsize == 2:
+        return "cudnn"
+    return "splash" if platform == "tpu" else "xla"
+
+
+def _platform() -> str:
+    """Return the platform of this process; "other gpu" for those of AMD and NVIDIA's before Ampere (2020)."""
+    if jax.default_backend() != "gpu":
+        return jax.default_backend()
+    device = jax.local_devices()[0]
+    is_amd = "rocm" in device.client.platform_version.lower()
+    return "other gpu" if is_amd or float(device.compute_capability) < 8.0 else "gpu"
 
 
 class Kernel(NamedTuple):

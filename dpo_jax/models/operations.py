@@ -1,9 +1,8 @@
-"""Normalisation, modulation, gating and attention with hand-written derivatives that keep less for the backward pass.
+"""Normalisation, modulation and gating with hand-written derivatives that keep less for the backward pass.
 
 Plain autodiff keeps intermediate values, most of them in float32. These functions keep their inputs in the dtype they
 came in and a few statistics, and recompute the rest: elementwise operations, which the compiler fuses into their
-consumers, and the product of queries and keys, so that no array of queries by keys lasts until the backward pass
-(Rabe and Staats, arXiv 2112.05682; Dao et al., arXiv 2205.14135).
+consumers.
 
 Statistics and sums use `accumulation_dtype`. Only first derivatives in reverse mode are supported, which is what the
 gradient of a loss needs.
@@ -11,20 +10,13 @@ gradient of a loss needs.
 
 import functools
 import math
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from dpo_jax.models.execution import attention_result
-from dpo_jax.models.kernels import KERNELS, split_heads
-
-ATTENTION = "attention"
-"""Name scope of attention's products and softmax."""
 Kept = TypeVar("Kept")
-AGAIN = "again"
-"""Name scope of products that are computed a second time for the backward pass."""
 
 
 def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -45,14 +37,124 @@ def group_norm(
     x: jax.Array, scale_C: jax.Array, bias_C: jax.Array, num_groups: int, epsilon: float, *, silu: bool = False
 ) -> jax.Array:
     """Group normalisation (Wu and He, arXiv 1803.08494) over all axes but the first, channels last; SiLU if `silu`."""
-    groups = (num_groups, x.shape[-1] // num_groups)
-    grouped = x.reshape(x.shape[0], -1, *groups)
-    return _norm(grouped, scale_C.reshape(groups), bias_C.reshape(groups), (1, 3), epsilon, silu).reshape(x.shape)
+    x_NLC = x.reshape(x.shape[0], -1, x.shape[-1])
+    return _group_norm(x_NLC, scale_C, bias_C, num_groups, epsilon, silu).reshape(x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _group_norm(
+    x_NLC: jax.Array, scale_C: jax.Array, bias_C: jax.Array, num_groups: int, epsilon: float, silu: bool
+) -> jax.Array:
+    return _group_norm_forward(x_NLC, scale_C, bias_C, num_groups, epsilon, silu)[0]
+
+
+def _group_norm_forward(
+    x_NLC: jax.Array, scale_C: jax.Array, bias_C: jax.Array, num_groups: int, epsilon: float, silu: bool
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """One pass over x sums each channel and its squares; small arrays [N, C] then give the statistics of the groups.
+
+    The sums are of differences from the channel's first value: those of the values themselves would lose the variance
+    of channels whose mean is large.
+    """
+    high, channels = accumulation_dtype(x_NLC.dtype), x_NLC.shape[-1]
+    first_N1C = x_NLC[:, :1].astype(high)
+    difference_NLC = x_NLC.astype(high) - first_N1C
+    shift_NC, square_NC = difference_NLC.mean(1), jnp.square(difference_NLC).mean(1)
+    mean_NC, variance_NC = first_N1C[:, 0] + shift_NC, jnp.maximum(square_NC - jnp.square(shift_NC), 0)
+    mean_NG = _mean_of_groups(mean_NC, num_groups)
+    between_NC = mean_NC - _to_channels(mean_NG, channels)
+    variance_NG = _mean_of_groups(variance_NC + jnp.square(between_NC), num_groups)
+    inverse_std_NG = jax.lax.rsqrt(variance_NG + epsilon)
+    mean_N1C, inverse_std_N1C = (_to_channels(x_NG, channels)[:, None] for x_NG in (mean_NG, inverse_std_NG))
+    y_NLC = (x_NLC.astype(high) - mean_N1C) * inverse_std_N1C * scale_C.astype(high) + bias_C.astype(high)
+    kept = x_NLC, mean_NG, inverse_std_NG, scale_C, bias_C
+    return (jax.nn.silu(y_NLC) if silu else y_NLC).astype(x_NLC.dtype), kept
+
+
+def _group_norm_backward(
+    num_groups: int, epsilon: float, silu: bool, kept: tuple[jax.Array, ...], dy_NLC: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One pass over x and dy sums each channel, another gives dx; both compute the derivative of SiLU."""
+    x_NLC, mean_NG, inverse_std_NG, scale_C, bias_C = kept
+    high, channels = accumulation_dtype(x_NLC.dtype), x_NLC.shape[-1]
+    mean_N1C, inverse_std_N1C = (_to_channels(x_NG, channels)[:, None] for x_NG in (mean_NG, inverse_std_NG))
+    inputs = as_kept((x_NLC, dy_NLC, mean_N1C, inverse_std_N1C, scale_C, bias_C))
+    # Kept apart from the sums over images, or the compiler would make four passes of these two.
+    sums = jax.lax.platform_dependent(
+        *inputs,
+        default=functools.partial(sums_of_slopes, silu=silu),
+        cuda=functools.partial(sums_of_slopes_at_once, silu=silu),
+    )
+    dbias_NC, dscale_NC = as_kept(sums)
+    # The components of the gradient that would change the mean or the variance of a group are removed.
+    factor_C = scale_C.astype(high)
+    of_mean_NG, of_variance_NG = (
+        _mean_of_groups(sum_NC * factor_C, num_groups) / x_NLC.shape[1] for sum_NC in (dbias_NC, dscale_NC)
+    )
+    # Once more from the inputs: kept for the second pass, slopes and normed values would be two arrays in float32.
+    inputs, of_mean_NG, of_variance_NG = as_kept((inputs, of_mean_NG, of_variance_NG))
+    slope_NLC, normed_NLC = _slopes(*inputs, silu=silu)
+    of_mean_N1C, of_variance_N1C = (_to_channels(x_NG, channels)[:, None] for x_NG in (of_mean_NG, of_variance_NG))
+    dx_NLC = (slope_NLC * factor_C - of_mean_N1C - normed_NLC * of_variance_N1C) * inputs[3]
+    return (
+        dx_NLC.astype(x_NLC.dtype),
+        dscale_NC.sum(0).astype(scale_C.dtype),
+        dbias_NC.sum(0).astype(bias_C.dtype),
+    )
+
+
+_group_norm.defvjp(_group_norm_forward, _group_norm_backward)
+
+
+def _slopes(
+    x: jax.Array,
+    dy: jax.Array,
+    mean: jax.Array,
+    inverse_std: jax.Array,
+    scale_C: jax.Array,
+    bias_C: jax.Array,
+    *,
+    silu: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the gradient before SiLU, and the normed values. All but the last two are [N, ..., C] or broadcast."""
+    normed, dy = (x.astype(mean.dtype) - mean) * inverse_std, dy.astype(mean.dtype)
+    if silu:
+        y = normed * scale_C.astype(mean.dtype) + bias_C.astype(mean.dtype)
+        sigmoid = jax.nn.sigmoid(y)
+        dy = dy * sigmoid * (1 + y * (1 - sigmoid))
+    return dy, normed
+
+
+def sums_of_slopes(*inputs: jax.Array, silu: bool) -> tuple[jax.Array, jax.Array]:
+    """Return the sums [N, C] over L of the gradient before SiLU, and of its product with the normed values."""
+    slope_NLC, normed_NLC = _slopes(*inputs, silu=silu)
+    return slope_NLC.sum(1), (slope_NLC * normed_NLC).sum(1)
+
+
+def sums_of_slopes_at_once(*inputs: jax.Array, silu: bool) -> tuple[jax.Array, jax.Array]:
+    """Return the same by one reduction over two copies.
+
+    XLA's compiler for GPUs writes the slopes to memory, in float32, if two reductions read them.
+    """
+    of_pixels, of_channels = inputs[:4], inputs[4:]
+    twice = (jnp.broadcast_to(x[:, :, None], (*x.shape[:2], 2, x.shape[2])) for x in of_pixels)
+    slope_NL2C, normed_NL2C = _slopes(*twice, *of_channels, silu=silu)
+    factor_NL2C = jnp.where(jnp.arange(2)[:, None] == 0, 1, normed_NL2C)
+    sums_N2C = (slope_NL2C * factor_NL2C).sum(1)
+    return sums_N2C[:, 0], sums_N2C[:, 1]
+
+
+def _mean_of_groups(x_NC: jax.Array, num_groups: int) -> jax.Array:
+    return x_NC.reshape(x_NC.shape[0], num_groups, -1).mean(-1)
+
+
+def _to_channels(x_NG: jax.Array, channels: int) -> jax.Array:
+    return jnp.repeat(x_NG, channels // x_NG.shape[1], axis=1)
 
 
 def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array, epsilon: float) -> jax.Array:
     """Layer normalisation (Ba et al., arXiv 1607.06450) over the last axis."""
-    return _norm(x, scale_D, bias_D, (-1,), epsilon, False)
+    return _norm(x, scale_D, bias_D, epsilon)
 
 
 def modulated_layer_norm(
@@ -61,42 +163,36 @@ def modulated_layer_norm(
     """Layer normalisation without parameters, times `1 + scale`, plus `shift` (Peebles and Xie, arXiv 2212.09748)."""
     scale_N1D = 1 + scale_N1D.astype(accumulation_dtype(x_NLD.dtype))
     shift_N1D = jnp.zeros_like(scale_N1D) if shift_N1D is None else shift_N1D
-    return _norm(x_NLD, scale_N1D, shift_N1D, (-1,), epsilon, False)
+    return _norm(x_NLD, scale_N1D, shift_N1D, epsilon)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _norm(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, axes: tuple[int, ...], epsilon: float, silu: bool
-) -> jax.Array:
-    """Normalise to zero mean and unit variance over `axes`; `scale` and `bias` are broadcast to `x`."""
-    return _norm_forward(x, scale, bias, axes, epsilon, silu)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    """Normalise to zero mean and unit variance over the last axis; `scale` and `bias` are broadcast to `x`."""
+    return _norm_forward(x, scale, bias, epsilon)[0]
 
 
 def _norm_forward(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, axes: tuple[int, ...], epsilon: float, silu: bool
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     high = accumulation_dtype(x.dtype)
-    mean = x.astype(high).mean(axes, keepdims=True)
-    variance = jnp.square(x.astype(high) - mean).mean(axes, keepdims=True)
+    mean = x.astype(high).mean(-1, keepdims=True)
+    variance = jnp.square(x.astype(high) - mean).mean(-1, keepdims=True)
     inverse_std = jax.lax.rsqrt(variance + epsilon)
     y = (x.astype(high) - mean) * inverse_std * scale.astype(high) + bias.astype(high)
-    return (jax.nn.silu(y) if silu else y).astype(x.dtype), (x, mean, inverse_std, scale, bias)
+    return y.astype(x.dtype), (x, mean, inverse_std, scale, bias)
 
 
 def _norm_backward(
-    axes: tuple[int, ...], epsilon: float, silu: bool, kept: tuple[jax.Array, ...], dy: jax.Array
+    epsilon: float, kept: tuple[jax.Array, ...], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, mean, inverse_std, scale, bias = as_kept(kept)
     high = accumulation_dtype(x.dtype)
     normed, dy = (x.astype(high) - mean) * inverse_std, dy.astype(high)
-    if silu:
-        y = normed * scale.astype(high) + bias.astype(high)
-        sigmoid = jax.nn.sigmoid(y)
-        dy = dy * sigmoid * (1 + y * (1 - sigmoid))
     dscale, dbias = _sum_to(dy * normed, scale.shape), _sum_to(dy, bias.shape)
     dnormed = dy * scale.astype(high)
     # Remove the components of the gradient that would change the mean or the variance.
-    dx = dnormed - dnormed.mean(axes, keepdims=True) - normed * (dnormed * normed).mean(axes, keepdims=True)
+    dx = dnormed - dnormed.mean(-1, keepdims=True) - normed * (dnormed * normed).mean(-1, keepdims=True)
     return (dx * inverse_std).astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
 
 
@@ -197,20 +293,27 @@ def geglu(x: jax.Array) -> jax.Array:
 
 def _geglu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     value, gate = jnp.split(x.astype(accumulation_dtype(x.dtype)), 2, axis=-1)
-    return (value * jax.nn.gelu(gate, approximate=False)).astype(x.dtype), x
+    return (value * gate * _normal_cdf(gate)).astype(x.dtype), x
 
 
 def _geglu_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    """One elementwise pass, in which each number of dx is computed from both halves of x."""
     x, high = as_kept(x), accumulation_dtype(x.dtype)
-    value, gate = jnp.split(x.astype(high), 2, axis=-1)
-    dy = dy.astype(high)
-    below = jax.scipy.stats.norm.cdf(gate)
+    halves = x.reshape(*dy.shape[:-1], 2, dy.shape[-1]).astype(high)
+    value, gate, dy = halves[..., :1, :], halves[..., 1:, :], dy[..., None, :].astype(high)
+    below = _normal_cdf(gate)
     density = jnp.exp(-jnp.square(gate) / 2) / math.sqrt(2 * math.pi)
-    dvalue, dgate = dy * gate * below, dy * value * (below + gate * density)
-    return (jnp.concatenate([dvalue, dgate], axis=-1).astype(x.dtype),)
+    is_value = jnp.arange(2)[:, None] == 0
+    dhalves = dy * jnp.where(is_value, gate * below, value * (below + gate * density))
+    return (dhalves.astype(x.dtype).reshape(x.shape),)
 
 
 geglu.defvjp(_geglu_forward, _geglu_backward)
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    """Return P(X <= x) as PyTorch's gelu computes it; that of JAX is exact far below 0, and several times as long."""
+    return (1 + jax.lax.erf(x * math.sqrt(0.5))) / 2
 
 
 @jax.custom_vjp
@@ -234,159 +337,3 @@ def _swiglu_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[
 
 
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
-
-
-def attention(
-    query_NQD: jax.Array,
-    key_NSD: jax.Array,
-    value_NSD: jax.Array,
-    num_heads: int,
-    *,
-    num_keys_N: jax.Array | None = None,
-    is_causal: bool = False,
-    implementation: str = "xla",
-) -> jax.Array:
-    """Return multi-head scaled dot-product attention [N, Q, D] (Vaswani et al., arXiv 1706.03762, section 3.2).
-
-    If `num_keys_N` (int32) is given, an image's keys after its first `num_keys_N` are padding, which nothing attends
-    to. The first key always counts, so that no result is NaN.
-
-    "xla" is written out because `jax.nn.dot_product_attention` computes the softmax in float32 even for float64 inputs.
-    A name in `kernels.KERNELS` uses that kernel for the inputs that it supports; other inputs and the causal attention
-    of captions use "xla".
-    """
-    if num_keys_N is not None:
-        num_keys_N = jnp.maximum(num_keys_N, 1)
-    if implementation != "xla" and not is_causal:
-        kernel = KERNELS[implementation]
-        if kernel.takes(query_NQD, key_NSD, num_heads):
-            return kernel.attend(query_NQD, key_NSD, value_NSD, num_heads, num_keys_N)
-    return _attention(query_NQD, key_NSD, value_NSD, num_keys_N, num_heads, is_causal)
-
-
-LOGITS_BYTES = 2**27
-"""Memory limit for one image's products of queries and keys; above it, the queries are processed in blocks."""
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(
-    query_NQD: jax.Array,
-    key_NSD: jax.Array,
-    value_NSD: jax.Array,
-    num_keys_N: jax.Array | None,
-    num_heads: int,
-    is_causal: bool,
-) -> jax.Array:
-    return _attention_forward(query_NQD, key_NSD, value_NSD, num_keys_N, num_heads, is_causal)[0]
-
-
-@jax.named_scope(ATTENTION)
-def _attention_forward(
-    query_NQD: jax.Array,
-    key_NSD: jax.Array,
-    value_NSD: jax.Array,
-    num_keys_N: jax.Array | None,
-    num_heads: int,
-    is_causal: bool,
-) -> tuple[jax.Array, tuple[Any, ...]]:
-    query_NQhd, key_NShd, value_NShd = (split_heads(x, num_heads) for x in (query_NQD, key_NSD, value_NSD))
-
-    def of_block(query_NQhd: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits_NhQS = _logits(query_NQhd, key_NShd, num_keys_N, is_causal)
-        highest_NhQ1 = logits_NhQS.max(axis=-1, keepdims=True)
-        weights_NhQS = jnp.exp(logits_NhQS - highest_NhQ1)
-        sum_NhQ1 = weights_NhQS.sum(axis=-1, keepdims=True)
-        weights_NhQS = (weights_NhQS / sum_NhQ1).astype(value_NShd.dtype)
-        result_NQhd = jnp.einsum("NhQS,NShd->NQhd", weights_NhQS, value_NShd)
-        return result_NQhd, (highest_NhQ1 + jnp.log(sum_NhQ1))[..., 0].swapaxes(1, 2)
-
-    blocks = _num_blocks(query_NQhd, key_NShd, is_causal)
-    if blocks == 1:
-        result_NQhd, log_sum_NQh = of_block(query_NQhd)
-    else:
-        of_blocks = jax.lax.map(of_block, _split(query_NQhd, blocks))
-        result_NQhd, log_sum_NQh = (_join(x_BNQ, query_NQD.shape[1]) for x_BNQ in of_blocks)
-    # Both get one name: rematerialization that keeps the result needs the sums too, or it would recompute both.
-    result_NQD = attention_result(result_NQhd.reshape(query_NQD.shape))
-    log_sum_NQh = attention_result(log_sum_NQh)
-    # Kept with the heads side by side because a TPU pads the last axis to 128.
-    return result_NQD, (query_NQD, key_NSD, value_NSD, result_NQD, log_sum_NQh, num_keys_N)
-
-
-@jax.named_scope(ATTENTION)
-def _attention_backward(
-    num_heads: int, is_causal: bool, kept: tuple[Any, ...], dresult_NQD: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    *flat, log_sum_NQh, num_keys_N = as_kept(kept)
-    query_NQhd, key_NShd, value_NShd, result_NQhd, dresult_NQhd = (
-        split_heads(x, num_heads) for x in (*flat, dresult_NQD)
-    )
-    high, low = log_sum_NQh.dtype, query_NQhd.dtype
-    # The derivative of the softmax: the weights sum to 1, so their common change is subtracted.
-    together_NQh = jnp.einsum("NQhd,NQhd->NQh", dresult_NQhd, result_NQhd, preferred_element_type=high)
-
-    def of_block(
-        sums: tuple[jax.Array, jax.Array], block: tuple[jax.Array, ...]
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        query_NQhd, log_sum_NQh, dresult_NQhd, together_NQh = block
-        with jax.named_scope(AGAIN):
-            logits_NhQS = _logits(query_NQhd, key_NShd, num_keys_N, is_causal)
-        weights_NhQS = jnp.exp(logits_NhQS - log_sum_NQh.swapaxes(1, 2)[..., None])
-        dvalue_NShd = jnp.einsum("NhQS,NQhd->NShd", weights_NhQS.astype(low), dresult_NQhd, preferred_element_type=high)
-        dweights_NhQS = jnp.einsum("NQhd,NShd->NhQS", dresult_NQhd, value_NShd, preferred_element_type=high)
-        dlogits_NhQS = weights_NhQS * (dweights_NhQS - together_NQh.swapaxes(1, 2)[..., None])
-        dlogits_NhQS = (dlogits_NhQS * query_NQhd.shape[-1] ** -0.5).astype(low)
-        dkey_NShd = jnp.einsum("NhQS,NQhd->NShd", dlogits_NhQS, query_NQhd, preferred_element_type=high)
-        dquery_NQhd = jnp.einsum("NhQS,NShd->NQhd", dlogits_NhQS, key_NShd)
-        return (sums[0] + dkey_NShd, sums[1] + dvalue_NShd), dquery_NQhd
-
-    blocks = _num_blocks(query_NQhd, key_NShd, is_causal)
-    of_queries = query_NQhd, log_sum_NQh, dresult_NQhd, together_NQh
-    zeros = jnp.zeros(key_NShd.shape, high), jnp.zeros(value_NShd.shape, high)
-    if blocks == 1:
-        (dkey_NShd, dvalue_NShd), dquery_NQhd = of_block(zeros, of_queries)
-    else:
-        split = tuple(_split(x, blocks) for x in of_queries)
-        (dkey_NShd, dvalue_NShd), dquery_BNQhd = jax.lax.scan(of_block, zeros, split)
-        dquery_NQhd = _join(dquery_BNQhd, query_NQhd.shape[1])
-    dquery_NQD, dkey_NSD, dvalue_NSD = (x.reshape(*x.shape[:2], -1) for x in (dquery_NQhd, dkey_NShd, dvalue_NShd))
-    return dquery_NQD, dkey_NSD.astype(low), dvalue_NSD.astype(low), None
-
-
-_attention.defvjp(_attention_forward, _attention_backward)
-
-
-def _logits(query_NQhd: jax.Array, key_NShd: jax.Array, num_keys_N: jax.Array | None, is_causal: bool) -> jax.Array:
-    high = accumulation_dtype(query_NQhd.dtype)
-    logits_NhQS = jnp.einsum("NQhd,NShd->NhQS", query_NQhd, key_NShd, preferred_element_type=high)
-    logits_NhQS *= query_NQhd.shape[-1] ** -0.5
-    if num_keys_N is not None:
-        is_key_NS = jnp.arange(key_NShd.shape[1]) < num_keys_N[:, None]
-        logits_NhQS = jnp.where(is_key_NS[:, None, None, :], logits_NhQS, -jnp.inf)
-    if not is_causal:
-        return logits_NhQS
-    queries, keys = logits_NhQS.shape[-2:]
-    sees_QS = jnp.tri(queries, keys, dtype=bool)
-    return jnp.where(sees_QS, logits_NhQS, -jnp.inf)
-
-
-def _num_blocks(query_NQhd: jax.Array, key_NShd: jax.Array, is_causal: bool) -> int:
-    """Return a number of blocks of queries whose products fit into LOGITS_BYTES: a divisor if one is near."""
-    _, queries, heads, _ = query_NQhd.shape
-    size = heads * queries * key_NShd.shape[1] * accumulation_dtype(query_NQhd.dtype).itemsize
-    if is_causal:  # a block would need its offset, and captions are short
-        return 1
-    needed = min(-(-size // LOGITS_BYTES), queries)
-    return next((n for n in range(needed, 2 * needed) if queries % n == 0), needed)
-
-
-def _split(x_NQ: jax.Array, blocks: int) -> jax.Array:
-    """Reshape [N, Q, ...] to [blocks, N, Q / blocks, ...]; zeros fill the last block."""
-    n, queries, *rest = x_NQ.shape
-    x_NQ = jnp.pad(x_NQ, ((0, 0), (0, -queries % blocks), *[(0, 0)] * len(rest)))
-    return jnp.moveaxis(x_NQ.reshape(n, blocks, -1, *rest), 1, 0)
-
-
-def _join(x_BNQ: jax.Array, queries: int) -> jax.Array:
-    """Undo `_split`."""
-    return jnp.moveaxis(x_BNQ, 0, 1).reshape(x_BNQ.shape[1], -1, *x_BNQ.shape[3:])[:, :queries]

@@ -23,7 +23,7 @@ from dpo_jax.diffusion.schedule import Schedule, make_schedule
 from dpo_jax.errors import UserError
 from dpo_jax.models.clip import CLIPTextConfig
 from dpo_jax.models.denoiser import DENOISER_PREFIX, Denoiser, DenoiserConfig
-from dpo_jax.models.execution import PLAIN, Execution
+from dpo_jax.models.execution import FASTEST, PLAIN, Execution
 from dpo_jax.models.families import (
     SUPPORTED,
     Family,
@@ -35,6 +35,7 @@ from dpo_jax.models.families import (
     find_family,
     has_component,
 )
+from dpo_jax.models.kernels import choose
 from dpo_jax.models.lora import Adapters, add_lora, lora_specs, round_as_adapted, set_dropout_keys
 from dpo_jax.models.model_folder import (
     component_config,
@@ -314,7 +315,7 @@ def load_pipeline(
     model_config: str = "",
     revision: str = "",
     variant: str = "",
-    execution: Execution = PLAIN,
+    execution: Execution = FASTEST,
     allow_nonfinite: bool = False,
 ) -> Pipeline:
     """Read the configs of a model and build its networks, which compute in `dtype` (VAE: `vae_dtype`).
@@ -381,6 +382,7 @@ def load_pipeline(
     make = functools.partial(
         make_schedule, scheduler_config, timestep_spacing=found.timestep_spacing, where=str(scheduler_path)
     )
+    execution = execution._replace(attention=choose(execution.attention, dtype))
     return Pipeline(
         folder=folder,
         weights=weights,

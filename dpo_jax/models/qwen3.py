@@ -17,11 +17,12 @@ from jax.typing import DTypeLike
 
 from dpo_jax.errors import UserError
 from dpo_jax.files import conform
+from dpo_jax.models.attention import attention
 from dpo_jax.models.clip import METADATA
 from dpo_jax.models.config_json import Depth, Positive, Vocabulary, Width, read_config
 from dpo_jax.models.kernels import split_heads
 from dpo_jax.models.layers import Embedding, Linear, RMSNorm
-from dpo_jax.models.operations import accumulation_dtype, attention
+from dpo_jax.models.operations import accumulation_dtype
 
 Positions = Annotated[int, pydantic.Field(ge=1, le=2**24)]
 

@@ -15,10 +15,11 @@ from jax.typing import DTypeLike
 
 from dpo_jax.batch import Conditioning
 from dpo_jax.errors import UserError
+from dpo_jax.models.attention import attention
 from dpo_jax.models.execution import Execution
 from dpo_jax.models.kernels import split_heads
 from dpo_jax.models.layers import Linear, RMSNorm
-from dpo_jax.models.operations import attention, gated_add, gelu_tanh, modulated_layer_norm
+from dpo_jax.models.operations import gated_add, gelu_tanh, modulated_layer_norm
 
 Streams = tuple[jax.Array, jax.Array]
 """Image tokens and caption tokens."""
@@ -134,7 +135,7 @@ class Attention(nnx.Module):
         rotary: Rotary | None,
         num_keys_N: jax.Array | None = None,
     ) -> jax.Array:
-        """Return attention with rotated queries and keys, before the last projection; see `operations.attention`."""
+        """Return attention with rotated queries and keys, before the last projection; see `attention.attention`."""
         if rotary is not None:
             query_NLD, key_NLD = (
                 rotate(split_heads(x_NLD, self.num_heads), rotary).reshape(x_NLD.shape)

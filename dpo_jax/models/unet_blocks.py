@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from dpo_jax.models.attention import attention
 from dpo_jax.models.execution import Execution
 from dpo_jax.models.layers import Conv, GroupNorm, LayerNorm, Linear
-from dpo_jax.models.operations import attention, geglu
+from dpo_jax.models.operations import geglu
 from dpo_jax.models.unet_config import UNetConfig
 
 

@@ -181,7 +181,7 @@ _SUPPORTED: dict[str, Any] = {
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
-    # SD2.1 asks for float32 attention scores; `operations.attention` always accumulates them in float32 or wider.
+    # SD2.1 asks for float32 attention scores; `attention.attention` always accumulates them in float32 or wider.
     "upcast_attention": (None, False, True),
 }
 

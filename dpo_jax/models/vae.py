@@ -14,9 +14,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from dpo_jax.errors import UserError
+from dpo_jax.models.attention import attention
 from dpo_jax.models.config_json import Depth, Finite, Positive, Width, read_config, shown
 from dpo_jax.models.layers import Conv, GroupNorm, Linear
-from dpo_jax.models.operations import attention
 
 EPSILON = 1e-6
 MAX_LAYERS = 64

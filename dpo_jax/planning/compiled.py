@@ -101,6 +101,11 @@ def described_devices(topology: Topology) -> Any:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         raise UserError('--compile needs the GPU compiler. Run pip install "jax[cuda12]"; it needs no GPU')
+    if "h100" not in topology.name and "h200" not in topology.name:
+        raise UserError(
+            f"--compile knows the compiler's description of h100, h200 and TPUs, not of {topology.name}. Leave it out, "
+            "or run it for h100"
+        )
     per_host, hosts = topology.shape
     return topologies.get_topology_desc(
         "", "cuda", target_config=hopper(topology), topology=f"1x{hosts}x{per_host}"

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from dpo_jax.cli import flatten, replaced
 from dpo_jax.errors import UserError
 from dpo_jax.methods import find_method
-from dpo_jax.models.operations import AGAIN
+from dpo_jax.models.attention import AGAIN
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.products import sums_by_kind
@@ -138,7 +138,7 @@ class Plan:
 
     @property
     def hbm_limit_bytes(self) -> float:
-        return self.topology.device.hbm_gib * GIB
+        return self.topology.device.usable_gib * GIB
 
     @property
     def fits(self) -> bool:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from dpo_jax.models.operations import ATTENTION
+from dpo_jax.models.attention import ATTENTION
 from dpo_jax.planning.products import Product, Window, convolution_flops, kind_of
 
 DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
@@ -110,6 +110,7 @@ def _computations(text: str) -> dict[str, Computation]:
         elif line.startswith("}"):
             current = None
         elif current is not None:
+            line = re.sub(r"/\*index=\d+\*/", "", line)  # printed before every fifth operand
             found = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][a-z\-]*)\(([^)]*)", line)
             if found:
                 operands = tuple(operand.strip().removeprefix("%") for operand in found[4].split(","))
@@ -226,7 +227,9 @@ def _read_of(fused: Computation, number: int, shape: str) -> str:
     """Return the shapes that a fusion reads of an operand: its slices, or all of it."""
     parts = fused.instructions.values()
     parameter = next((p for p in parts if p.operation == "parameter" and p.operands == (str(number),)), None)
-    users = [part for part in parts if parameter and parameter.name in part.operands]
+    same = {parameter.name} if parameter else set()
+    same |= {part.name for part in parts if part.operation == "bitcast" and part.operands[0] in same}
+    users = [part for part in parts if same & {*part.operands} and part.name not in same]
     return " ".join(user.shape for user in users) if users and all(u.operation in CUTS for u in users) else shape
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo_jax.models.operations import AGAIN, ATTENTION
+from dpo_jax.models.attention import AGAIN, ATTENTION
 
 KINDS = ("convolution", "linear", "attention", "done again")
 """Convolutions and linear layers with their derivatives; attention's products of queries, keys and values; and whatever

@@ -21,7 +21,7 @@ def as_text(config: ConfigDict, plan: Plan) -> str:
         "",
         "Memory per device (computed)              GiB",
         *(f"  {kind:34} {size / GIB:9.2f}" for kind, size in plan.memory.items() if size),
-        f"  {'total':34} {plan.hbm_bytes / GIB:9.2f} of {device.hbm_gib}: "
+        f"  {'total':34} {plan.hbm_bytes / GIB:9.2f} of {device.usable_gib:.1f}: "
         + ("fits" if plan.fits else f"does not fit with {SPARE:.0%} free"),
         "",
         f"Work per {unit.removesuffix('s')} (computed): {plan.work.model_flops / 1e12:.2f} TFLOP"

@@ -83,7 +83,7 @@ def choose(config: ConfigDict, works: Sequence[Work], topology: Topology, utilis
         least = min(plans, key=lambda plan: plan.hbm_bytes)
         raise UserError(
             f"no settings fit {topology.name}: the least memory is {least.hbm_bytes / GIB:.1f} GiB per device, more "
-            f"than {1 - SPARE:.0%} of its {topology.device.hbm_gib} GiB. Choose more devices, or larger ones"
+            f"than {1 - SPARE:.0%} of its {topology.device.usable_gib:.1f} GiB. Choose more devices, or larger ones"
         )
     fastest = min(plan.step_seconds for plan in fitting)
     fast = [plan for plan in fitting if plan.step_seconds <= 1.01 * fastest]

@@ -89,8 +89,13 @@ def announce_experiment(experiment: Experiment, workdir: epath.Path, start: int)
     trained = sum(math.prod(spec.shape) for name, spec in experiment.pipeline.trained_specs.items() if factors[name])
     print(f"derived: {derived}")
     print(f"batch:   {describe_batch(experiment.config, experiment.derived, jax.process_count())}")
-    print(f"devices: {experiment.mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(experiment.mesh.shape)}")
-    print(f"model:   {experiment.config.model} ({experiment.pipeline.family.name}), {trained:,} trained parameters")
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    memory = f", {limit / 2**30:.1f} GiB of each for JAX" if limit else ""
+    print(
+        f"devices: {experiment.mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(experiment.mesh.shape)}{memory}"
+    )
+    model = f"{experiment.config.model} ({experiment.pipeline.family.name}), {trained:,} trained parameters"
+    print(f"model:   {model}, attention by {experiment.pipeline.execution.attention}")
     table = experiment.placement.table(experiment.pipeline.trained_specs)
     write_whole(workdir / "sharding.txt", f"{table}\n")
     print(f"weights: {table.splitlines()[0]}, each in {workdir / 'sharding.txt'}")

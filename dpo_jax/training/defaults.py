@@ -94,9 +94,9 @@ FIELDS = {
     ),
     "scan": Field(False, "Compile equal transformer blocks once, as a loop: for TPUs, where compilation is slow."),
     "attention": Field(
-        "xla",
-        "Attention kernel: cudnn is for GPUs (bfloat16, heads of up to 128 features), splash for TPUs.",
-        choices=("xla", "cudnn", "splash"),
+        "auto",
+        "Attention kernel; auto takes cudnn on NVIDIA GPUs in bfloat16, splash on TPUs, and xla elsewhere.",
+        choices=("auto", "xla", "cudnn", "splash"),
     ),
     "log_every": Field(10, "Steps between two lines of metrics.", **COUNT),
     "lora.rank": Field(0, "Rank of the adapters; 0 trains the whole denoiser.", at_least=0, at_most=2**16),

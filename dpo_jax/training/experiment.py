@@ -67,6 +67,7 @@ class Experiment:
             self.compare,
             self.objective,
             self.optimizer,
+            compute_dtype=self.pipeline.dtype,
             accumulation=self.derived.accumulation,
             ema_decay=self.config.ema.decay,
             skip_spikes=self.config.optimizer.skip_spikes,

@@ -15,11 +15,11 @@ from dpo_jax.training.side_gradients import squares_of_slopes
 from dpo_jax.weights.layout import Params
 
 
-def sum_over(gradient: Callable[[Any], tuple[Params, Metrics]], micro: Any, params: Params) -> tuple[Params, Metrics]:
-    """Return the sum over micro-batches, [A, ...], of their gradients and metrics."""
+def sum_over(gradient: Callable[[Any], tuple[Params, Metrics]], micro: Any, like: Params) -> tuple[Params, Metrics]:
+    """Return the sum over micro-batches, [A, ...], of their metrics and of their gradients, in the dtypes of `like`."""
     _, no_sums = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], micro))
-    zeros = jax.tree.map(jnp.zeros_like, (params, no_sums))  # zeros_like keeps the sharding of the parameters
-    add = jax.tree_util.Partial(jax.tree.map, jnp.add)
+    zeros = jax.tree.map(jnp.zeros_like, (like, no_sums))  # zeros_like keeps the sharding of the parameters
+    add = jax.tree_util.Partial(jax.tree.map, lambda total, one: total + one.astype(total.dtype))
     total, _ = jax.lax.scan(lambda total, one: (add(total, gradient(one)), None), zeros, micro)
     return total
 
@@ -29,6 +29,7 @@ def gradient_of_whole_batch(
     summed: Callable[[LossInputs], tuple[jax.Array, Metrics]],
     params: Params,
     micro: PreferenceBatch,
+    like: Params,
 ) -> tuple[Params, Metrics]:
     """Return gradient and metrics of a loss in which a prompt's share depends on prompts of other micro-batches.
 
@@ -62,7 +63,7 @@ def gradient_of_whole_batch(
 
         return jax.grad(along_slopes, has_aux=True)(params)
 
-    grads, squares = sum_over(gradient, (micro, split_micro_batches(slope_BK, count)), params)
+    grads, squares = sum_over(gradient, (micro, split_micro_batches(slope_BK, count)), like)
     return grads, sums | squares
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import DTypeLike
 
 from dpo_jax.batch import Conditioning, LossInputs, PreferenceBatch
 from dpo_jax.diffusion.schedule import Schedule
@@ -178,6 +179,7 @@ def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     *,
+    compute_dtype: DTypeLike | None = None,
     accumulation: int = 1,
     ema_decay: float = 0.0,
     skip_spikes: float = 0.0,
@@ -186,6 +188,9 @@ def make_train_step(
     reference_decay: float = 0.0,
 ) -> Callable[[TrainState, Frozen, PreferenceBatch], tuple[TrainState, Metrics]]:
     """Return `step(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
+
+    The trained weights are rounded once to `compute_dtype`, the dtype of the model's layers, if it is given; gradients
+    are taken there, and summed in the dtype of the weights.
 
     The loss is the mean over the batch weighted by `weight_B`. With accumulation the batch is cut into micro-batches
     whose gradients are summed before the one update, which gives the gradient of the whole batch.
@@ -213,26 +218,30 @@ def make_train_step(
 
     def step(state: TrainState, frozen: Frozen, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
         running = current_means(state.running)
-        changing = {name: x for name, x in state.params.items() if name not in frozen_names}
+        rounded = round_once(state.params, compute_dtype)
+        changing, rounded_changing = (
+            {name: x for name, x in params.items() if name not in frozen_names} for params in (state.params, rounded)
+        )
         if state.reference:
             reference = follow(state.reference, state.params, every=reference_every, decay=reference_decay)
             state, frozen = state._replace(reference=reference), frozen.with_reference(reference)
 
         def inputs_of(params: Params, batch: PreferenceBatch) -> LossInputs:
-            return compare(state.params | params, frozen, batch, state.step, training=True)._replace(running=running)
+            return compare(rounded | params, frozen, batch, state.step, training=True)._replace(running=running)
 
         def gradient(batch: PreferenceBatch) -> tuple[Params, Metrics]:
-            return jax.grad(lambda params: summed(inputs_of(params, batch)), has_aux=True)(changing)
+            return jax.grad(lambda params: summed(inputs_of(params, batch)), has_aux=True)(rounded_changing)
 
         if accumulation == 1:  # XLA's CPU backend runs convolution gradients inside a scan far slower
             grads, sums = gradient(batch)
         else:
             micro = jax.tree.map(lambda x: split_micro_batches(x, accumulation), batch)
             if objective.over_whole_batch:
-                grads, sums = gradient_of_whole_batch(inputs_of, summed, changing, micro)
+                grads, sums = gradient_of_whole_batch(inputs_of, summed, rounded_changing, micro, like=changing)
             else:
-                grads, sums = sum_over(gradient, micro, changing)
+                grads, sums = sum_over(gradient, micro, like=changing)
 
+        grads = jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, changing)
         weight = jnp.sum(prompt_weights(batch, objective.num_candidates))
         total_weight = jnp.maximum(weight, 1e-8)
         grads, metrics = jax.tree.map(lambda x: x / total_weight.astype(x.dtype), (grads, sums))
@@ -258,6 +267,16 @@ def make_train_step(
         return kept._replace(step=state.step + 1), metrics
 
     return step
+
+
+def round_once(params: Params, dtype: DTypeLike | None) -> Params:
+    """Return the weights in the dtype of the model's layers, as one array each for all micro-batches and devices.
+
+    Without the barrier the compiler rounds again wherever a weight is read, and devices exchange float32.
+    """
+    if dtype is None or all(x.dtype == dtype for x in params.values()):
+        return params
+    return jax.lax.optimization_barrier({name: x.astype(dtype) for name, x in params.items()})
 
 
 def is_spike(norm: jax.Array, running: Any, factor: float) -> jax.Array:

@@ -4,7 +4,7 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.models import kernels
-from dpo_jax.models.operations import attention
+from dpo_jax.models.attention import attention
 from dpo_jax.planning.compiled import described_devices
 from dpo_jax.planning.topology import parse_topology
 
@@ -49,6 +49,48 @@ def test_arguments_of_cudnns_attention(queries: int, keys: int, monkeypatch: pyt
         for fused, plain in zip(*of_both, strict=True):
             assert np.linalg.norm(fused - plain) < 0.01 * np.linalg.norm(plain)
     assert called_with == [("cudnn", -(-queries // 8) * 8, -(-keys // 8) * 8)] * 2  # even numbers
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "chosen"),
+    [
+        ("gpu", "bfloat16", "cudnn"),
+        ("gpu", "float32", "xla"),
+        ("tpu", "bfloat16", "splash"),
+        ("other gpu", "bfloat16", "xla"),
+        (None, "bfloat16", "xla"),
+    ],
+)
+def test_auto_chooses_the_kernel_of_the_platform(platform: str | None, dtype: str, chosen: str) -> None:
+    assert kernels.choose("auto", dtype, platform) == chosen
+    assert kernels.choose("xla", dtype, platform) == "xla"
+
+
+class Card(NamedTuple):
+    """What `kernels.choose` asks of a device."""
+
+    compute_capability: str
+    platform_version: str = "PJRT C API cuda 12090"
+
+    @property
+    def client(self) -> "Card":
+        return self
+
+
+@pytest.mark.parametrize(
+    ("card", "chosen"),
+    [
+        (Card("9.0"), "cudnn"),
+        (Card("12.0"), "cudnn"),
+        (Card("8.0"), "cudnn"),
+        (Card("7.5"), "xla"),
+        (Card("gfx942", "PJRT C API rocm 60300"), "xla"),
+    ],
+)
+def test_auto_chooses_for_the_devices_of_this_process(monkeypatch: pytest.MonkeyPatch, card: Card, chosen: str) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [card])
+    assert kernels.choose("auto", jnp.bfloat16) == chosen
 
 
 @pytest.mark.parametrize(("features", "dtype"), [(2 * 160, jnp.bfloat16), (2 * 20, jnp.bfloat16), (32, jnp.float32)])
@@ -98,7 +140,7 @@ import dpo_jax, jax, functools
 jax.config.update("jax_num_cpu_devices", 8)
 import jax.numpy as jnp
 from dpo_jax.models import kernels
-from dpo_jax.models.operations import attention
+from dpo_jax.models.attention import attention
 from dpo_jax.sharding import batch_sharding, make_mesh, on_mesh
 mesh = make_mesh(2, 2, 2)
 keys = jax.random.split(jax.random.key(0), 3)

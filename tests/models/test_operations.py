@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from dpo_jax.models import attention as attention_module
 from dpo_jax.models import operations
+from dpo_jax.models.attention import attention
 from dpo_jax.models.operations import (
-    attention,
     gated_add,
     geglu,
     gelu_tanh,
@@ -146,6 +147,37 @@ def test_values_and_gradients_are_those_of_pytorch(name: str) -> None:
         np.testing.assert_allclose(gradient, tensor.grad.numpy(), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize("mean", [30.0, 3e3])
+def test_a_large_mean_does_not_hide_the_variance(dtype: jnp.dtype, error: float, mean: float) -> None:
+    """The mean of the squares is up to 10^7 times the variance here, which float32 cannot tell from it."""
+    x, scale, bias, upstream = numbers((2, 32, 32, 16), CHANNELS, CHANNELS, (2, 32, 32, 16))
+    means_C = mean * np.repeat([1.0, -0.5, 0.25, 1.0], 4)  # each group has one of its own
+    arrays = [jnp.asarray(a, dtype) for a in (x + means_C, scale, bias, upstream)]
+    exact = [torch.from_numpy(np.asarray(a, np.float64)).requires_grad_() for a in arrays]
+    oracle = torch_group_norm(True)(*exact[:3])
+    oracle.backward(exact[3].detach())
+    value, pull = jax.vjp(lambda *a: group_norm(*a, 4, 1e-5, silu=True), *arrays[:3])
+    error += mean * 2**-24  # a mean in float32
+    for found, wanted in zip((value, *pull(arrays[3])), (oracle, *(x.grad for x in exact[:3])), strict=True):
+        expected = wanted.detach().numpy()
+        np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=error * np.abs(expected).max())
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("silu", [False, True])
+def test_the_sums_for_gpus_are_those_for_other_devices(silu: bool) -> None:
+    x, dy, mean, inverse_std, scale, bias = map(
+        jnp.asarray, numbers((2, 30, 16), (2, 30, 16), (2, 1, 16), (2, 1, 16), CHANNELS, CHANNELS)
+    )
+    for at_once, one_by_one in zip(
+        operations.sums_of_slopes_at_once(x, dy, mean, inverse_std, scale, bias, silu=silu),
+        operations.sums_of_slopes(x, dy, mean, inverse_std, scale, bias, silu=silu),
+        strict=True,
+    ):
+        np.testing.assert_allclose(at_once, one_by_one, rtol=1e-12)
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("limit", "blocks"),
@@ -154,7 +186,7 @@ def test_values_and_gradients_are_those_of_pytorch(name: str) -> None:
 )
 def test_attention_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch, limit: int, blocks: int) -> None:
     _, _, arrays = CASES["attention to the first keys"]
-    monkeypatch.setattr(operations, "LOGITS_BYTES", limit)
+    monkeypatch.setattr(attention_module, "LOGITS_BYTES", limit)
     pull = jax.make_jaxpr(lambda *a: jax.vjp(lambda *a: attention(*a, 2), *a)[1](a[0]))(*map(jnp.asarray, arrays))
     loops = {eqn.params["length"] for eqn in pull.eqns if eqn.primitive.name == "scan"}
     assert loops == ({blocks} if blocks > 1 else set())

@@ -157,6 +157,15 @@ CONVOLUTION = """
 )
 
 
+def test_operands_after_the_fifth_are_read() -> None:
+    text = """ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %f = f32[8]{0} fusion(%a, %a, %a, %a, %a, /*index=5*/%a), kind=kLoop, calls=%add
+}
+"""
+    assert sum(count_traffic(text).values()) == 7 * 8 * 4
+
+
 def test_convolutions_of_cudnn_are_those_that_were_traced() -> None:
     window = "window={size=3x3 stride=2x1 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f"
     found = sums_by_kind(products(entry(CONVOLUTION.replace("WINDOW", window))))

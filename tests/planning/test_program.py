@@ -11,10 +11,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_jax.batch import Conditioning
+from dpo_jax.models.attention import AGAIN
 from dpo_jax.models.execution import Execution
 from dpo_jax.models.families import PUBLISHED
 from dpo_jax.models.network import Network, network_of
-from dpo_jax.models.operations import AGAIN
 from dpo_jax.models.random_model import UNET_SDXL
 from dpo_jax.models.sd3_transformer import SD3Transformer2DModel, SD3TransformerConfig
 from dpo_jax.models.unet import UNet2DConditionModel

@@ -1,8 +1,12 @@
 """Topologies have names, and their links take the time that their rates say."""
 
+from typing import NamedTuple
+
+import jax
 import pytest
 
-from dpo_jax.planning.topology import DEVICES, parse_topology
+from dpo_jax.backend import MEMORY_FRACTION
+from dpo_jax.planning.topology import DEVICES, GIB, kind_of, parse_topology
 
 
 def test_counts() -> None:
@@ -44,5 +48,54 @@ def test_gpus_of_a_host_share_what_comes_from_others() -> None:
 def test_every_device_has_sane_figures() -> None:
     for device in DEVICES.values():
         assert 10 < device.hbm_gib < 200
-        assert 100 < device.tflops < 3000
+        assert 70 < device.tflops < 3000
         assert device.link_gb_s < device.hbm_gb_s
+        assert device.usable_gib <= device.hbm_gib
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "name"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100 80GB PCIe", "a100-80"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA RTX 6000 Ada Generation", "rtx6000ada"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "rtxpro6000"),
+        ("AMD Instinct MI300X", "mi300x"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("TPU7x", "tpu7x"),
+        ("Tesla T4", None),
+        ("cpu", None),
+    ],
+)
+def test_devices_are_known_by_the_names_that_jax_gives(device_kind: str, name: str | None) -> None:
+    assert kind_of(device_kind) == name
+
+
+class Card(NamedTuple):
+    """What `this_machine` asks of a device."""
+
+    device_kind: str = "NVIDIA GeForce RTX 4090"
+
+    def memory_stats(self) -> dict[str, int]:
+        return {"bytes_limit": 20 * GIB}
+
+
+def test_this_machine_has_the_memory_that_jax_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "devices", lambda: [Card()] * 4)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    machine = parse_topology("this")
+    assert (machine.name, machine.shape) == ("rtx4090:2x2", (2, 2))
+    assert machine.device.usable_gib == pytest.approx(20)
+    assert DEVICES["rtx4090"].usable_gib == pytest.approx(23.5 * MEMORY_FRACTION)
+
+
+def test_a_machine_without_accelerators_is_told() -> None:
+    with pytest.raises(ValueError, match=r"cpu is not in the table of devices\. Name one"):
+        parse_topology("this")
