@@ -30,8 +30,8 @@ SECONDS = flags.DEFINE_float("seconds", 0.2, "Seconds to repeat each operation."
 JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
 
 PRODUCTS = {"conv_general_dilated": "convolution", "dot_general": "linear"}
-BY_HAND = {"_norm": "norm", "geglu": "geglu", "_attention": "attention"}
-"""Functions of `models/operations.py` with derivatives of their own, each timed as one operation."""
+BY_HAND = {"_norm": "norm", "_group_norm": "norm", "geglu": "geglu", "_attention": "attention"}
+"""Functions of `models/operations.py` and `models/attention.py` with derivatives of their own, each timed as one operation."""
 
 
 class Operation(NamedTuple):
@@ -126,6 +126,7 @@ def distinct_operations(mode: Mode) -> dict[Operation, int]:
     from dpo_jax.planning.model_shapes import open_structure
 
     config = load(mode)
+    config.attention = "xla"  # the library's kernel is timed beside it
     pipeline = open_structure(config)
     unet, images = pipeline.denoiser.config, 2 * mode.pairs
     cells = config.data.resolution // pipeline.vae_factor
@@ -156,8 +157,7 @@ def abstract_conditioning(pipeline: Any, images: int) -> Any:
 
     from dpo_jax.encode.text import condition, encode_text
 
-    length = max(encoder.config.max_position_embeddings for encoder in pipeline.text_encoders)
-    tokens = jax.ShapeDtypeStruct((images, len(pipeline.text_encoders), length), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((images, sum(pipeline.text_lengths)), jnp.int32)
     frozen = {
         name: {key: jax.ShapeDtypeStruct(spec.shape, pipeline.dtype) for key, spec in network.specs.items()}
         for name, network in pipeline.components.items()
@@ -175,13 +175,17 @@ def equations(jaxpr: Any) -> Iterator[tuple[str, Any]]:
         name = eqn.primitive.name
         if name in PRODUCTS:
             yield PRODUCTS[name], eqn
-        elif name == "custom_vjp_call":
-            function = eqn.params["call_jaxpr"].jaxpr.debug_info.func_src_info.split(" at ")[0]
-            yield BY_HAND[function], eqn
+        elif name == "custom_vjp_call" and (kind := BY_HAND.get(function_of(eqn))):
+            yield kind, eqn
         else:
             for inner in eqn.params.values():
                 if hasattr(inner, "jaxpr"):
                     yield from equations(inner.jaxpr)
+
+
+def function_of(eqn: Any) -> str:
+    """Return the name of a function with a derivative of its own."""
+    return eqn.params["call_jaxpr"].jaxpr.debug_info.func_src_info.split(" at ")[0]
 
 
 def alone(eqn: Any) -> Callable[..., Any]:

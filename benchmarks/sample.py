@@ -145,13 +145,11 @@ def timed(draw: Callable[[list[str], int], Any], mode: Mode, seconds: float, dev
 def ours(folder: str, mode: Mode, sampler: str, steps: int, seconds: float) -> dict[str, Any]:
     import jax
 
-    from dpo_jax.models.execution import Execution
     from dpo_jax.sampling.generate import Sampling
     from dpo_jax.sampling.loaded_model import open_model
 
     device = jax.devices()[0]
-    attention = "cudnn" if device.platform == "gpu" and mode.dtype == "bfloat16" else "xla"
-    opened = open_model(folder, dtype=mode.dtype, execution=Execution(attention=attention))
+    opened = open_model(folder, dtype=mode.dtype)
     sampling = Sampling(steps, mode.guidance, sampler)
     generator = opened.generator(sampling, resolution=mode.resolution, batch_size=mode.batch_size)
 

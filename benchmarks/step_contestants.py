@@ -120,8 +120,6 @@ def ours(mode: Mode, seconds: float) -> dict[str, Any]:
 
     device = jax.devices()[0]
     config = load(mode)
-    if device.platform == "gpu" and config.dtype == "bfloat16":
-        config.attention = "cudnn"
     pipeline = open_structure(config)
     placement = Placement(make_mesh(1, 1, 1, [device]), rules_of(config.mesh.rules))
     experiment = compose(config, resolve(config, device_count=1, process_count=1), pipeline, placement)

@@ -8,6 +8,7 @@ in double precision.
 A parameter's `torch_axes` gives the order of its axes in a PyTorch checkpoint; see `weights/layout.py`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -45,6 +46,37 @@ def make_param(
     key = jax.random.fold_in(stream.key[...], stream.count[...])
     stream.count.set_value(stream.count[...] + 1)
     return nnx.Param(init(key, tuple(shape), jnp.float32), torch_axes=axes, is_trainable=is_trainable)
+
+
+def summed_in(dtype: DTypeLike, product: Callable[..., jax.Array], x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Return `product(x, kernel)`, a matrix product or convolution, in a `dtype` as wide as theirs or wider.
+
+    The products of the derivative read the gradient in the dtype of x, from which it comes: products of float32 would
+    take several times as long.
+    """
+    return product(x, kernel) if x.dtype == dtype else _summed_wide(jnp.dtype(dtype), product, x, kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _summed_wide(dtype: jnp.dtype, product: Callable[..., jax.Array], x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return product(x, kernel, preferred_element_type=dtype)
+
+
+def _summed_wide_forward(
+    dtype: jnp.dtype, product: Callable[..., jax.Array], x: jax.Array, kernel: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _summed_wide(dtype, product, x, kernel), (x, kernel)
+
+
+def _summed_wide_backward(
+    dtype: jnp.dtype, product: Callable[..., jax.Array], kept: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    _, pull = jax.vjp(product, *kept)
+    dx, dkernel = pull(dy.astype(kept[0].dtype))
+    return dx, dkernel
+
+
+_summed_wide.defvjp(_summed_wide_forward, _summed_wide_backward)
 
 
 class Adaptable(nnx.Module):
@@ -118,7 +150,7 @@ class Linear(Adaptable):
 
     def own_output(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(self.rounded).astype(self.dtype)
-        y = jnp.matmul(x.astype(self.dtype), kernel, preferred_element_type=self.sum_dtype)
+        y = summed_in(self.sum_dtype, jnp.matmul, x.astype(self.dtype), kernel)
         return y if self.bias is None else y + self.bias[...].astype(self.rounded).astype(self.sum_dtype)
 
     def make_low_rank(self, rank: int, rngs: nnx.Rngs) -> tuple[Adaptable, Adaptable]:
@@ -152,14 +184,14 @@ class Conv(Adaptable):
         self.dtype = dtype
 
     def own_output(self, x_NHWC: jax.Array) -> jax.Array:
-        y_NHWC = jax.lax.conv_general_dilated(
-            x_NHWC.astype(self.dtype),
-            self.kernel[...].astype(self.dtype),
+        convolve = functools.partial(
+            jax.lax.conv_general_dilated,
             window_strides=(self.stride, self.stride),
             padding=self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            preferred_element_type=self.sum_dtype,
         )
+        kernel = self.kernel[...].astype(self.dtype)
+        y_NHWC = summed_in(self.sum_dtype, convolve, x_NHWC.astype(self.dtype), kernel)
         if self.bias is None:
             return y_NHWC
         return y_NHWC + self.bias[...].astype(self.dtype).astype(self.sum_dtype)

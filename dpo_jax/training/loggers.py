@@ -4,6 +4,7 @@ Each logger imports its library when it is opened, so a run needs only the libra
 `metrics.MetricWriter` reports their errors, which never stop a run.
 """
 
+import contextlib
 import csv
 import dataclasses
 import importlib.util
@@ -11,8 +12,9 @@ import io
 import json
 import os
 import secrets
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,6 +57,19 @@ class Logger(Protocol):
     def close(self, *, failed: bool) -> None: ...
 
 
+@contextlib.contextmanager
+def without_torch() -> Iterator[None]:
+    """Hide PyTorch, where it is not imported yet, from tensorboardX, which would import it: that takes 1.5 s."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
 class TensorBoard:
     """Events in WORKDIR/tensorboard, written at once: tensorboardX's own queue waits forever if its thread fails."""
 
@@ -62,10 +77,11 @@ class TensorBoard:
 
     def __init__(self, run: RunInfo):
         """Hide the events after step `run.start` that a killed run wrote."""
-        from tensorboardX import summary
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.record_writer import directory_check
+        with without_torch():
+            from tensorboardX import summary
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.record_writer import directory_check
 
         self._summary, self._event = summary, Event
         folder = run.workdir / "tensorboard"

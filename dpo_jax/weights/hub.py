@@ -13,8 +13,6 @@ from collections.abc import Collection
 from pathlib import Path
 
 from etils import epath
-from huggingface_hub import get_cached_repo_tree, snapshot_download
-from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
 from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.hub import errors_told
@@ -74,6 +72,8 @@ def find_model(
         f"hf download {repo} {options} --local-dir models/{repo.partition('/')[2]}, and give the path of that "
         f"{'file' if file else 'folder'}"
     )
+    from huggingface_hub import snapshot_download  # 0.2 s that local models do not need
+
     with errors_told(name, repo, "model", revision=revision, download=download, besides=absent):
         if file is None and not files:
             return _fetch_folder(repo, revision or None, variant, only, weights)
@@ -139,6 +139,9 @@ def files_to_fetch(
 def _fetch_folder(
     repo: str, revision: str | None, variant: str, only: Collection[str] | None, weights: bool
 ) -> epath.Path:
+    from huggingface_hub import get_cached_repo_tree, snapshot_download
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
     # Fetching the configs makes the hub's library list the repository and keep the list for use without a network.
     configs = ["model_index.json", "config.json"]
     configs += [f"{folder}/config.json" for folder in NETWORKS if _is_wanted(folder, only)]

@@ -196,7 +196,7 @@ def _move_shards(
         name=image_store.NAME, version=VERSION, data_dir=str(target), module_name=__name__
     )
     info = tfds.core.DatasetInfo(
-        builder=identity, features=image_store.FEATURES, description="Images of prepared records."
+        builder=identity, features=image_store.features(), description="Images of prepared records."
     )
     info.set_file_format("parquet")
     lengths, size = [part.owned for part in stored], sum(shard.stat().st_size for shard in shards)

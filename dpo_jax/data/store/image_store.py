@@ -10,6 +10,7 @@ is named there: a folder that somebody else made would run their code. So both J
 """
 
 import bisect
+import functools
 import hashlib
 import itertools
 import mmap
@@ -21,9 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
-import tensorflow_datasets as tfds
 import xxhash
-from tensorflow_datasets.proto import tf_example_pb2
 
 from dpo_jax import files
 from dpo_jax.data.images import DamagedImage
@@ -32,7 +31,6 @@ from dpo_jax.data.store.arrow_rows import RowReader
 from dpo_jax.errors import UserError
 
 NAME, SPLIT = "preference_images", "images"  # TFDS reserves "all"
-FEATURES = tfds.features.FeaturesDict({"image": tfds.features.Image()})
 SCHEMA = pa.schema({"data": pa.binary()})
 GROUP_BYTES = 2**22
 """Bytes buffered before a write."""
@@ -55,7 +53,7 @@ FEATURES_JSON: dict[str, Any] = {
     },
     "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
 }
-"""The text that TFDS writes for `FEATURES`; no other `features.json` is accepted."""
+"""The text that TFDS writes for `features()`; no other `features.json` is accepted."""
 
 
 class _Split(pydantic.BaseModel):
@@ -109,7 +107,7 @@ class Writer:
         self.close()
 
     def add(self, image: bytes | memoryview) -> None:
-        example = FEATURES.serialize_example(FEATURES.encode_example({"image": bytes(image)}))
+        example = features().serialize_example(features().encode_example({"image": bytes(image)}))
         self._examples.append(example)
         self._bytes += len(example)
         if self._bytes >= GROUP_BYTES:
@@ -125,8 +123,18 @@ class Writer:
         self._examples, self._bytes = [], 0
 
 
+@functools.cache
+def features() -> Any:
+    """Return what TFDS stores of an image. It is imported here since training never needs it, and it takes 0.2 s."""
+    import tensorflow_datasets as tfds
+
+    return tfds.features.FeaturesDict({"image": tfds.features.Image()})
+
+
 def read_in_order(file: Path) -> Iterator[bytes]:
     """Yield the images of a file by reading it as Parquet."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
     with pq.ParquetFile(file) as table:
         for rows in table.iter_batches(ROWS_AT_ONCE, use_threads=False):
             for row in rows["data"]:
