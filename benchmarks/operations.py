@@ -31,7 +31,7 @@ JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
 
 PRODUCTS = {"conv_general_dilated": "convolution", "dot_general": "linear"}
 BY_HAND = {"_norm": "norm", "_group_norm": "norm", "geglu": "geglu", "_attention": "attention"}
-"""Functions of `models/operations.py` and `models/attention.py` with derivatives of their own, each timed as one operation."""
+"""Functions of `models/` with derivatives of their own, each timed as one operation."""
 
 
 class Operation(NamedTuple):
