@@ -1,4 +1,4 @@
-"""Preparing ten times the records takes no more memory, and two workers share a small input."""
+"""Preparing ten times the records takes hardly more memory, and two workers share a small input."""
 
 import json
 import subprocess
@@ -22,7 +22,9 @@ def check(results, *, records, rounds, worker):
     assert [(result["case"], result["records"], result["workers"]) for result in results] == cases
     once, ten_times = results[:2]
     assert ten_times["images"] == 20 * records
-    assert 0.9 < ten_times["main_bytes"] / once["main_bytes"] < 1.05
+    # The contact sheet needs the places and checksums of all images, 24 bytes each, and the list of held-out prompts a
+    # number for each of them.
+    assert ten_times["main_bytes"] - once["main_bytes"] < 200 * 9 * records + 2e6
     assert 0.9 < ten_times["worker_bytes"] / once["worker_bytes"] < worker
 
 
