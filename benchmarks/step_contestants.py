@@ -37,6 +37,8 @@ MODES = {
     "sd15-full": Mode("configs/sd15.py", 64, 16),
     "sd15-lora": Mode("configs/sd15.py:lora", 64, 16),
     "tiny": Mode("configs/sdxl.py:tiny", 4, 4, "float32", 16),
+    "tiny-sd15": Mode("configs/sd15.py:tiny", 4, 4, "float32", 8),
+    "tiny-sd15-lora": Mode("configs/sd15.py:lora,tiny", 4, 4, "float32", 8),
 }
 
 

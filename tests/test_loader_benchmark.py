@@ -53,7 +53,7 @@ def test_memory_is_flat(tmp_path: Path) -> None:
     few, many = results
     assert (few["records"], many["records"]) == (20_000, 200_000)
     small, large = (found["bytes_after_batches"] for found in results)
-    # The index of a chosen record takes 8 bytes; place, checksum and size of an image 32, and a record has two; the rest
-    # is what choosing left unused.
+    # The index of a chosen record takes 8 bytes; place, checksum and size of an image 32, and a record has two of them;
+    # the rest is what choosing left unused.
     assert large["500"] - small["500"] < 130 * 180_000
     assert large["500"] - large["50"] < 20e6
