@@ -24,17 +24,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
+from first_contact_stages import BUDGET as DEFAULT_BUDGET
+from first_contact_stages import STAGES, Lines, Stage, spend
 from step_contestants import MODES, Mode, ceilings, count_work, load, peer, timed
 
 from dpo_jax import cli
 
 OUTPUT = flags.DEFINE_string("output", None, "Folder of the figures, new or to be continued.", required=True)
-BUDGET = flags.DEFINE_float("budget", 640.0, "Seconds for everything.", lower_bound=10)
+BUDGET = flags.DEFINE_float("budget", DEFAULT_BUDGET, "Seconds for everything.", lower_bound=10)
 BEFORE = flags.DEFINE_string("before", "", "Older checkout of this project, whose SDXL step is timed as well.")
 TINY = flags.DEFINE_bool("tiny", False, "Small models, to rehearse on CPUs.")
 ONLY = flags.DEFINE_list("only", [], "Stages to run. Default: all.")
@@ -45,37 +47,6 @@ RESULT = "RESULT "
 """Begins a line with what a stage has found; the last one counts."""
 MEMORY = "0.8"
 """Share of the GPU's memory for a stage; the process that compiles the next program tries kernels in the rest."""
-
-
-class Stage(NamedTuple):
-    """A measurement in a process of its own."""
-
-    name: str
-    kind: str
-    """"ceilings", "ours", or a peer of `step_contestants`."""
-    mode: str = ""
-    fewest: float = 30
-    """Seconds without which it is not worth starting."""
-    most: float = 60
-    attention: str = "auto"
-    before: bool = False
-    """Whether it runs the code of --before."""
-
-
-STAGES = (
-    Stage("ceilings", "ceilings", fewest=15),
-    Stage("sd15-full", "ours", "sd15-full", 60, 200),
-    Stage("sdxl-full", "ours", "sdxl-full", 100, 300),
-    Stage("sdxl-full-before", "ours", "sdxl-full", 100, 300, attention="cudnn", before=True),
-    Stage("sdxl-full-P2", "P2", "sdxl-full", 100, 240),
-    Stage("sdxl-full-again", "ours", "sdxl-full", 30, 90),
-    Stage("sd15-full-P2", "P2", "sd15-full", 60, 150),
-    Stage("sd15-full-again", "ours", "sd15-full", 20, 60),
-    Stage("sd15-lora", "ours", "sd15-lora", 60, 120),
-    Stage("sdxl-lora", "ours", "sdxl-lora", 80, 180),
-    Stage("sd15-full-xla", "ours", "sd15-full", 60, 120, attention="xla"),
-    Stage("sd15-full-P0", "P0", "sd15-full", 40, 60),
-)
 
 
 def main() -> None:
@@ -89,47 +60,8 @@ def main() -> None:
         BUDGET.value,
         Lines(output / "results.jsonl"),
         Processes(output),
+        share=0.1 if TINY.value else 1.0,
     )
-
-
-class Lines:
-    """The results in a file, one line for each stage."""
-
-    def __init__(self, file: Path):
-        self.file = file
-
-    def done(self) -> set[str]:
-        """Return the stages that need not run again: those that have found something, or cannot run here."""
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        return {row["stage"] for row in map(json.loads, lines) if "failed" not in row}
-
-    def add(self, row: dict[str, Any]) -> None:
-        with self.file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
-
-
-def spend(
-    stages: Sequence[Stage],
-    budget: float,
-    lines: Lines,
-    processes: Any,
-    clock: Callable[[], float] = time.monotonic,
-) -> None:
-    """Run the stages that have no result yet, in their order, and end within the budget."""
-    began, done = clock(), lines.done()
-    missing = [stage for stage in stages if stage.name not in done]
-    for number, stage in enumerate(missing):
-        left = budget - (clock() - began)
-        fewest = stage.fewest / (10 if TINY.value else 1)
-        if left < fewest:
-            print(f"{stage.name} is left out: {left:.0f} s are left, and it needs {fewest:.0f}", flush=True)
-            continue
-        started = clock()
-        following = next((later for later in missing[number + 1 :] if later.kind == "ours"), None)
-        found = processes.measure(stage, following, min(stage.most, left))
-        lines.add({"stage": stage.name, **found, "seconds": round(clock() - started, 1)})
-    processes.stop()
 
 
 class Processes:
@@ -213,7 +145,8 @@ def run_stage(stage: Stage) -> None:
         for found in measure_step(stage, mode, seconds):
             say(found)
     else:
-        say({"mode": stage.mode} | peer(stage.kind, mode, seconds))
+        found = {"mode": stage.mode} | peer(stage.kind, mode, seconds)
+        say(found if "failed" in found else found | {"tflop_a_pair": count_work(mode) / 1e12})
 
 
 def say(found: dict[str, Any]) -> None:
@@ -293,8 +226,7 @@ def measure_step(stage: Stage, mode: Mode, seconds: float) -> Iterator[dict[str,
         "compile_seconds": made.compile_seconds,
         "first_step_seconds": figures["first_step_seconds"],
     }
-    tflop = count_work(mode) / 1e12
-    found |= {"tflop_a_pair": tflop, "tflops": tflop * pairs_a_second}
+    found["tflop_a_pair"] = count_work(mode) / 1e12
     yield found
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
