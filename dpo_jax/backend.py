@@ -20,6 +20,9 @@ weights are equal. On CPUs the fusions of YNNPACK do the same in larger batches 
 float32."""
 
 GPU_FLAGS = {
+    # Queries, keys and values are three products: what XLA makes of them, one product, is cut up again by copies, since
+    # attention reads whole arrays. As compiled for an H200, a transformer block of SDXL moves 5% less without it.
+    "xla_gpu_dot_merger_threshold_mb": "0",
     # Collectives run beside the computation: FSDP gathers the next block's weights during this one. Not tried on GPUs.
     "xla_gpu_enable_latency_hiding_scheduler": "true",
 }

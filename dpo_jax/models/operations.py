@@ -10,6 +10,7 @@ gradient of a loss needs.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import TypeVar
 
 import jax
@@ -17,6 +18,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 Kept = TypeVar("Kept")
+
+
+PART = 128
+"""Numbers that are added before sums are kept; see `_sum_in_two`."""
 
 
 def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -51,16 +56,11 @@ def _group_norm(
 def _group_norm_forward(
     x_NLC: jax.Array, scale_C: jax.Array, bias_C: jax.Array, num_groups: int, epsilon: float, silu: bool
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """One pass over x sums each channel and its squares; small arrays [N, C] then give the statistics of the groups.
-
-    The sums are of differences from the channel's first value: those of the values themselves would lose the variance
-    of channels whose mean is large.
-    """
+    """One pass over x gives the statistics of each channel, and these small arrays [N, C] those of the groups."""
     high, channels = accumulation_dtype(x_NLC.dtype), x_NLC.shape[-1]
-    first_N1C = x_NLC[:, :1].astype(high)
-    difference_NLC = x_NLC.astype(high) - first_N1C
-    shift_NC, square_NC = difference_NLC.mean(1), jnp.square(difference_NLC).mean(1)
-    mean_NC, variance_NC = first_N1C[:, 0] + shift_NC, jnp.maximum(square_NC - jnp.square(shift_NC), 0)
+    mean_NC, variance_NC = jax.lax.platform_dependent(
+        x_NLC, default=_moments, cuda=functools.partial(_moments, add=_sum_in_two)
+    )
     mean_NG = _mean_of_groups(mean_NC, num_groups)
     between_NC = mean_NC - _to_channels(mean_NG, channels)
     variance_NG = _mean_of_groups(variance_NC + jnp.square(between_NC), num_groups)
@@ -106,6 +106,23 @@ def _group_norm_backward(
 _group_norm.defvjp(_group_norm_forward, _group_norm_backward)
 
 
+def _add(x_NL: jax.Array) -> jax.Array:
+    return x_NL.sum(1)
+
+
+def _moments(x_NLC: jax.Array, add: Callable[[jax.Array], jax.Array] = _add) -> tuple[jax.Array, jax.Array]:
+    """Return mean and variance of each channel, [N, C], in one pass.
+
+    The sums are of differences from the channel's first value: those of the values themselves would lose the variance
+    of channels whose mean is large.
+    """
+    high, length = accumulation_dtype(x_NLC.dtype), x_NLC.shape[1]
+    first_N1C = x_NLC[:, :1].astype(high)
+    difference_NLC = x_NLC.astype(high) - first_N1C
+    shift_NC, square_NC = add(difference_NLC) / length, add(jnp.square(difference_NLC)) / length
+    return first_N1C[:, 0] + shift_NC, jnp.maximum(square_NC - jnp.square(shift_NC), 0)
+
+
 def _slopes(
     x: jax.Array,
     dy: jax.Array,
@@ -140,8 +157,20 @@ def sums_of_slopes_at_once(*inputs: jax.Array, silu: bool) -> tuple[jax.Array, j
     twice = (jnp.broadcast_to(x[:, :, None], (*x.shape[:2], 2, x.shape[2])) for x in of_pixels)
     slope_NL2C, normed_NL2C = _slopes(*twice, *of_channels, silu=silu)
     factor_NL2C = jnp.where(jnp.arange(2)[:, None] == 0, 1, normed_NL2C)
-    sums_N2C = (slope_NL2C * factor_NL2C).sum(1)
+    sums_N2C = _sum_in_two(slope_NL2C * factor_NL2C)
     return sums_N2C[:, 0], sums_N2C[:, 1]
+
+
+def _sum_in_two(x_NL: jax.Array) -> jax.Array:
+    """Return the sum over L, first over parts of at most `PART` and then over these.
+
+    XLA for GPUs writes what it adds to memory, in float32, where one sum over L would keep too few threads busy.
+    """
+    n, length = x_NL.shape[:2]
+    part = max(size for size in range(1, PART + 1) if length % size == 0 and (2 * size <= length or size == 1))
+    if part < 8:
+        return x_NL.sum(1)
+    return as_kept(x_NL.reshape(n, length // part, part, *x_NL.shape[2:]).sum(2)).sum(1)
 
 
 def _mean_of_groups(x_NC: jax.Array, num_groups: int) -> jax.Array:
@@ -176,6 +205,7 @@ def _norm_forward(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     high = accumulation_dtype(x.dtype)
+    # Not in one pass as in `_moments`: XLA for GPUs knows this form and makes one kernel of the forward pass.
     mean = x.astype(high).mean(-1, keepdims=True)
     variance = jnp.square(x.astype(high) - mean).mean(-1, keepdims=True)
     inverse_std = jax.lax.rsqrt(variance + epsilon)
