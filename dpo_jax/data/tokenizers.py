@@ -11,9 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch, at every start
-from transformers import CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
-
 from dpo_jax.data.tokenizer_files import TokenizerSpec, check_tokenizer, read_length, read_spiece
 from dpo_jax.errors import UserError
 
@@ -156,17 +153,25 @@ def _check_chat(wrapper: Any, folder: Path) -> None:
         )
 
 
-def _from_pretrained(wrapper: Any, folder: Path) -> Any:
-    return wrapper.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+def _class(name: str) -> Any:
+    """Return a class of transformers, whose import takes a second and which embeddings that are stored do not need."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
+    import transformers
+
+    return getattr(transformers, name)
+
+
+def _from_pretrained(name: str, folder: Path) -> Any:
+    return _class(name).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _read_t5(folder: Path) -> Any:
     """Read tokenizer.json or, without the package sentencepiece, which transformers asks for, spiece.model."""
     if (folder / "tokenizer.json").exists():
-        return _from_pretrained(T5Tokenizer, folder)
+        return _from_pretrained("T5Tokenizer", folder)
     pieces, normalization = read_spiece(folder / "spiece.model")
     extra = [(f"<extra_id_{number}>", 0.0) for number in reversed(range(100))]
-    return T5Tokenizer([*pieces, *extra], _spm_precompiled_charsmap=normalization)
+    return _class("T5Tokenizer")([*pieces, *extra], _spm_precompiled_charsmap=normalization)
 
 
 def _chat(wrapper: Any) -> Callable[[str], str]:
@@ -193,7 +198,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "clip": Kind(functools.partial(_from_pretrained, CLIPTokenizer), _check_begin_and_end),
+    "clip": Kind(functools.partial(_from_pretrained, "CLIPTokenizer"), _check_begin_and_end),
     "t5": Kind(_read_t5, _check_end),
-    "qwen": Kind(functools.partial(_from_pretrained, Qwen2Tokenizer), _check_chat, _chat, is_padding_masked=True),
+    "qwen": Kind(functools.partial(_from_pretrained, "Qwen2Tokenizer"), _check_chat, _chat, is_padding_masked=True),
 }

@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 
 from dpo_jax.data.images import DamagedImage
 from dpo_jax.data.load.records import open_records
-from dpo_jax.data.store.image_store import FEATURES, FEATURES_JSON, MAX_SHARDS
+from dpo_jax.data.store.image_store import FEATURES_JSON, MAX_SHARDS, features
 from dpo_jax.data.store.prepared import RECORDS as SCHEMA
 from dpo_jax.data.store.prepared import PreparedData, open_prepared
 from dpo_jax.data.store.scores import candidates, write_scores
@@ -84,7 +84,7 @@ def test_the_classes_it_names_are_not_imported(
 
 
 def test_what_tfds_writes_is_what_is_expected(tmp_path: Path) -> None:
-    FEATURES.save_config(tmp_path)
+    features().save_config(tmp_path)
     assert json.loads((tmp_path / "features.json").read_text()) == FEATURES_JSON
 
 
