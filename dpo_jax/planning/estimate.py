@@ -6,6 +6,7 @@ computation as long as it lasts.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any, cast
@@ -16,6 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
 from dpo_jax.cli import flatten, replaced
+from dpo_jax.encode.images import decode_latents
 from dpo_jax.errors import UserError
 from dpo_jax.methods import find_method
 from dpo_jax.models.attention import AGAIN
@@ -27,6 +29,7 @@ from dpo_jax.planning.topology import GIB, Topology
 from dpo_jax.sharding import AXES, Placement, mesh_shape, rules_of
 from dpo_jax.training.config import resolve
 from dpo_jax.training.experiment import compose
+from dpo_jax.training.sample_grids import IMAGES_AT_A_TIME, images_of_grid
 
 SPARE = 0.1
 """Share of the memory that a plan leaves free."""
@@ -59,6 +62,8 @@ class Work:
     """Operations of the convolutions alone."""
     images: int = 2
     """Images of an example: two of a pair."""
+    decoding_bytes: float = 0.0
+    """Most bytes that the VAE's decoder needs at a time for an image."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +97,10 @@ class Holdings:
     """Bytes per number in the compute dtype."""
     parameters: int
     trained_parameters: int
+    drawn_images: int = 0
+    """Images of a grid at a time on each device; 0 without grids."""
+    drawing_encoders: float = 0.0
+    """VAE and text encoders, which are loaded to draw a grid even if training does without them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +133,9 @@ class Plan:
     parameters: int
     trained_parameters: int
     memory: dict[str, float]
-    """Bytes per device, by kind."""
+    """Bytes per device of a training step, by kind."""
+    drawing: dict[str, float]
+    """Bytes per device while an image grid is drawn, by kind; empty if none is."""
     work: Work
     collectives: list[Collective]
     compute_seconds: float
@@ -134,7 +145,8 @@ class Plan:
 
     @property
     def hbm_bytes(self) -> float:
-        return sum(self.memory.values())
+        """The most memory at any time: of a training step, or of an image grid."""
+        return max(sum(self.memory.values()), sum(self.drawing.values()))
 
     @property
     def hbm_limit_bytes(self) -> float:
@@ -182,6 +194,7 @@ class Plan:
             "hbm_gib": self.hbm_bytes / GIB,
             "hbm_limit_gib": self.hbm_limit_bytes / GIB,
             "hbm_gib_by_kind": {kind: size / GIB for kind, size in self.memory.items()},
+            "drawing_gib_by_kind": {kind: size / GIB for kind, size in self.drawing.items()},
             "fits": self.fits,
             "tflop_per_pair": self.work.model_flops / 1e12,
             "tflop_done_per_pair": self.work.flops / 1e12,
@@ -220,6 +233,7 @@ def measure_works(config: ConfigDict, kinds: Iterable[str], model_flops: float |
     products = list(program.products())
     convolution_flops = sums_by_kind(products)["convolution"].flops
     images = find_method(config.loss.name).images_per_example(flatten(config))
+    decoding, vae_weights = _trace_decoding(config)
     return {
         kind: Work(
             config.remat,
@@ -229,6 +243,7 @@ def measure_works(config: ConfigDict, kinds: Iterable[str], model_flops: float |
             len(products),
             convolution_flops,
             images,
+            peak_bytes(decoding, vae_weights, by_library=kind == "gpu"),
         )
         for kind in kinds
     }
@@ -271,6 +286,12 @@ def measure_holdings(config: ConfigDict, pipeline: Pipeline, num_devices: int) -
         compute_bytes=pipeline.dtype.itemsize,
         parameters=sum(_size(network.specs) for network in pipeline.components.values()),
         trained_parameters=_size(pipeline.trained_specs),
+        drawn_images=min(-(-images_of_grid(config) // (shape[0] * shape[1])), IMAGES_AT_A_TIME),
+        drawing_encoders=sum(
+            _size(network.specs) * jnp.dtype(config.vae_dtype if name == "vae" else pipeline.dtype).itemsize
+            for name, network in pipeline.components.items()
+            if name != pipeline.denoiser_name
+        ),
     )
 
 
@@ -302,6 +323,7 @@ def make_plan(
         parameters=h.parameters,
         trained_parameters=h.trained_parameters,
         memory=memory_by_kind(h, work, device.kind, pairs=pairs, accumulation=accumulation),
+        drawing=drawing_by_kind(h, work),
         work=work,
         collectives=predict_collectives(holdings, accumulation, topology),
         compute_seconds=flops / (device.tflops * 1e12 * utilisation),
@@ -328,6 +350,20 @@ def memory_by_kind(
         "batch": h.batch,
         "activations": work.activation_bytes * pairs,
         "program (from its size, assumed)": PROGRAM_BYTES * work.num_products if device_kind == "tpu" else 0,
+    }
+
+
+def drawing_by_kind(holdings: Holdings, work: Work) -> dict[str, float]:
+    """Return the bytes that a device needs while an image grid of the policy is drawn, by kind; {} if none is."""
+    h = holdings
+    if not h.drawn_images:
+        return {}
+    return {
+        "training state": h.trained + h.optimizer + h.ema + h.moving_reference + h.frozen_denoiser,
+        "trained weights, rounded": h.trained / 4 * h.compute_bytes,
+        "weights gathered": h.gathered,
+        "VAE and text encoders": max(h.encoders, h.drawing_encoders),
+        f"decoding {h.drawn_images} images at a time": work.decoding_bytes * h.drawn_images,
     }
 
 
@@ -370,6 +406,17 @@ def _local(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
 
 def _size(specs: Any) -> int:
     return sum(math.prod(spec.shape) for spec in specs.values())
+
+
+def _trace_decoding(config: ConfigDict) -> tuple[Program, list[int]]:
+    """Return the program that decodes the latents of one image, and which of its inputs are weights."""
+    pipeline = open_structure(config)
+    dtype = jnp.dtype(config.vae_dtype)
+    weights = {name: jax.ShapeDtypeStruct(spec.shape, dtype) for name, spec in pipeline.vae.specs.items()}
+    cells = config.data.resolution // pipeline.vae_factor
+    latents_NhwC = jax.ShapeDtypeStruct((1, cells, cells, pipeline.denoiser.config.latent_channels), jnp.float32)
+    program = Program(jax.make_jaxpr(functools.partial(decode_latents, pipeline.vae))(weights, latents_NhwC))
+    return program, program.inputs[: len(weights)]
 
 
 def _trace_pair(config: ConfigDict) -> tuple[Program, list[int]]:

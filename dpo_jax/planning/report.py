@@ -13,6 +13,8 @@ def as_text(config: ConfigDict, plan: Plan) -> str:
     topology, device, unit = plan.topology, plan.topology.device, find_method(config.loss.name).unit
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     devices = plan.mesh["data"] * plan.mesh["fsdp"]
+    is_drawing = sum(plan.drawing.values()) > sum(plan.memory.values())
+    advice = ". Lower sample.seeds, or set sample.every=0" if is_drawing else ""
     lines = [
         f"{config.model} on {topology.name}: {topology.num_chips} chips, mesh {mesh}, remat={plan.remat}",
         f"{plan.parameters:,} parameters, {plan.trained_parameters:,} of them trained",
@@ -21,8 +23,10 @@ def as_text(config: ConfigDict, plan: Plan) -> str:
         "",
         "Memory per device (computed)              GiB",
         *(f"  {kind:34} {size / GIB:9.2f}" for kind, size in plan.memory.items() if size),
-        f"  {'total':34} {plan.hbm_bytes / GIB:9.2f} of {device.usable_gib:.1f}: "
-        + ("fits" if plan.fits else f"does not fit with {SPARE:.0%} free"),
+        f"  {'total':34} {sum(plan.memory.values()) / GIB:9.2f}",
+        f"  {'while image grids are drawn':34} {sum(plan.drawing.values()) / GIB:9.2f}" if plan.drawing else None,
+        f"  {'the most of these':34} {plan.hbm_bytes / GIB:9.2f} of {device.usable_gib:.1f}: "
+        + ("fits" if plan.fits else f"does not fit with {SPARE:.0%} free{advice}"),
         "",
         f"Work per {unit.removesuffix('s')} (computed): {plan.work.model_flops / 1e12:.2f} TFLOP"
         + (f", {plan.work.flops / 1e12:.2f} including what remat repeats" if plan.remat != "none" else ""),
@@ -45,7 +49,7 @@ def as_text(config: ConfigDict, plan: Plan) -> str:
         f"  --config.remat={plan.remat} --config.data.micro_batch={plan.micro_batch_per_device} "
         f"--config.mesh.data={plan.mesh['data']} --config.mesh.fsdp={plan.mesh['fsdp']}",
     ]
-    return "\n".join(lines)
+    return "\n".join(line for line in lines if line is not None)
 
 
 def compiled_text(plan: Plan, compiled: Compiled) -> str:

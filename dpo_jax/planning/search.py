@@ -15,6 +15,7 @@ from dpo_jax.planning.estimate import (
     Holdings,
     Plan,
     Work,
+    drawing_by_kind,
     make_plan,
     measure_holdings,
     measure_work,
@@ -130,7 +131,7 @@ def choose_settings(config: ConfigDict, kind: str, num_devices: int, hbm_bytes: 
         work = measure_work(replaced(config, {"remat": remat}), kind, model_flops=0.0)
         for pairs in sizes:
             memory = memory_by_kind(held, work, kind, pairs=pairs, accumulation=share // pairs)
-            needed = sum(memory.values())
+            needed = max(sum(memory.values()), sum(drawing_by_kind(held, work).values()))
             if needed <= (1 - SPARE) * hbm_bytes:
                 return replaced(config, {"remat": remat, "data.micro_batch": pairs})
     raise UserError(

@@ -12,11 +12,20 @@ from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.rewards import Judge, open_judge
 from dpo_jax.rewards.together import ask_together
 from dpo_jax.sampling.generate import Generator
+from dpo_jax.sharding import batch_parts
 from dpo_jax.training.experiment import Experiment
 from dpo_jax.training.figures import score_figure
 from dpo_jax.training.model import for_sampling, load_denoiser, load_encoders, make_generator
 from dpo_jax.training.watch import count_blank
 from dpo_jax.weights.layout import Params
+
+IMAGES_AT_A_TIME = 4
+"""Images of a grid that a device draws at a time; the VAE's decoder needs 1 GiB or more for each of SDXL's."""
+
+
+def images_of_grid(config: ConfigDict) -> int:
+    """Return the number of images of the policy in a grid; 0 if none is drawn."""
+    return len(config.sample.prompts) * config.sample.seeds if config.sample.every else 0
 
 
 def open_sample_judge(config: ConfigDict) -> Judge | None:
@@ -69,8 +78,9 @@ class SampleGrids:
         seeds = list(range(len(captions)))
         if self._generator is None:
             e = self.experiment
+            batch_size = min(len(captions), IMAGES_AT_A_TIME * batch_parts(e.mesh))
             self._generator = make_generator(
-                self.config, e.pipeline, self._encoders, e.placement, batch_size=len(captions), report=self.report
+                self.config, e.pipeline, self._encoders, e.placement, batch_size=batch_size, report=self.report
             )
             self._compared_images = self._generator(self._compared_with(), captions, seeds)
             if self.judge:
