@@ -1,5 +1,6 @@
 """The memory of a plan is that of real arrays on eight devices, and its figures agree with each other."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -12,7 +13,7 @@ import pytest
 from dpo_jax.cli import load_config, replaced
 from dpo_jax.errors import UserError
 from dpo_jax.planning import search
-from dpo_jax.planning.estimate import Work, make_plan, measure_holdings, measure_work
+from dpo_jax.planning.estimate import Plan, Work, make_plan, measure_holdings, measure_work
 from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.report import as_text
 from dpo_jax.planning.search import choose_settings, settle
@@ -255,3 +256,30 @@ def test_settings_are_those_for_the_devices_that_are_here(lora, monkeypatch: pyt
     assert said == ["remat=attention and data.micro_batch=1 fit the 3.0 GiB of each device"]
     lora.remat, lora.data.micro_batch = "dots", 2
     assert settle(lora, said.append) is lora
+
+
+def test_image_grids_count_too(lora) -> None:
+    """While a grid is drawn, a device holds the state, the encoders, and the images that it decodes at a time."""
+    lora.data.batch_size, lora.sample.prompts, lora.sample.seeds = 8, ("a", "b", "c"), 2
+    pipeline, work = open_structure(lora), dataclasses.replace(WORK["block"], decoding_bytes=3 * GIB)
+    encoders = [network.specs for name, network in pipeline.components.items() if name != pipeline.denoiser_name]
+
+    def plan(devices: int) -> Plan:
+        machine = parse_topology(f"h100:{devices}")
+        return make_plan(measure_holdings(lora, pipeline, devices), work, machine, batch_size=8, pairs=1)
+
+    assert plan(1).drawing["decoding 4 images at a time"] == 12 * GIB
+    assert plan(4).drawing["decoding 2 images at a time"] == 6 * GIB
+    assert plan(1).hbm_bytes == sum(plan(1).drawing.values()) > sum(plan(1).memory.values())
+    of_encoders = sum(math.prod(spec.shape) for specs in encoders for spec in specs.values())
+    assert plan(1).drawing["VAE and text encoders"] == 4 * of_encoders
+    assert "while image grids are drawn" in as_text(lora, plan(1))
+    lora.sample.every = 0
+    assert plan(1).drawing == {}
+    assert "while image grids" not in as_text(lora, plan(1))
+
+
+def test_the_decoder_is_traced(lora) -> None:
+    """Its largest array, in float32 with the most channels at full size, is there at least once."""
+    size, channels = lora.data.resolution, open_structure(lora).vae.config.block_out_channels[0]
+    assert measure_work(lora, "gpu").decoding_bytes > size * size * channels * 4
