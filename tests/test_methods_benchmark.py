@@ -24,3 +24,12 @@ def test_one_run_and_a_lost_one(tmp_path: Path) -> None:
     assert len((tmp_path / "methods.md").read_text().splitlines()) == 4
     assert (tmp_path / "methods.png").read_bytes().startswith(b"\x89PNG")
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_stable_default_bears_rates_that_ruin_the_published_loss() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "stability.json").read_text())["rows"]
+    of = {name: [row for row in rows if row["setting"] == name] for name in ("plain", "stable")}
+    assert [row["runs"] for row in rows] == [8] * 6
+    assert [row["below_base"] for row in of["stable"]] == [0, 0, 0]
+    assert of["plain"][-1]["below_base"] == 8
+    assert max(row["win_rate"] for row in of["stable"]) >= max(row["win_rate"] for row in of["plain"])

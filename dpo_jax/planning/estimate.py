@@ -341,7 +341,8 @@ def memory_by_kind(
         "optimizer state": h.optimizer,
         "moving average": h.ema,
         "moving reference": h.moving_reference,
-        "gradients": h.gradients * (2 if accumulation > 1 else 1),  # of one micro-batch, and the sum
+        # The sum and, rounded, those of one micro-batch.
+        "gradients": h.gradients * (1 + h.compute_bytes / 4 if accumulation > 1 else 1),
         "trained weights, rounded": (h.trained + h.moving_reference) / 4 * h.compute_bytes,
         "weights gathered": h.gathered + (h.reference_gathered if h.scan and accumulation > 1 else 0),
         "frozen weights, joined for the loop": h.frozen_denoiser if h.scan and h.mesh["fsdp"] == 1 else 0,
