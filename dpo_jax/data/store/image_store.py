@@ -35,6 +35,8 @@ SCHEMA = pa.schema({"data": pa.binary()})
 GROUP_BYTES = 2**22
 """Bytes buffered before a write."""
 ROWS_AT_ONCE = 8
+BUFFER_BYTES = 2**20
+"""Read at a time; pyarrow would otherwise keep every row group that it has read until the last."""
 
 INFO, FEATURES_FILE = "dataset_info.json", "features.json"
 MAX_SHARDS = 100_000
@@ -135,7 +137,7 @@ def read_in_order(file: Path) -> Iterator[bytes]:
     """Yield the images of a file by reading it as Parquet."""
     from tensorflow_datasets.proto import tf_example_pb2
 
-    with pq.ParquetFile(file) as table:
+    with pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False) as table:
         for rows in table.iter_batches(ROWS_AT_ONCE, use_threads=False):
             for row in rows["data"]:
                 yield tf_example_pb2.Example.FromString(row.as_py()).features.feature["image"].bytes_list.value[0]
