@@ -364,7 +364,7 @@ def drawing_by_kind(holdings: Holdings, work: Work) -> dict[str, float]:
         "trained weights, rounded": h.trained / 4 * h.compute_bytes,
         "weights gathered": h.gathered,
         "VAE and text encoders": max(h.encoders, h.drawing_encoders),
-        f"decoding {h.drawn_images} images at a time": work.decoding_bytes * h.drawn_images,
+        f"decoding {h.drawn_images} image{'s' * (h.drawn_images > 1)} at a time": work.decoding_bytes * h.drawn_images,
     }
 
 

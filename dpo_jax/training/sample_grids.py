@@ -19,8 +19,9 @@ from dpo_jax.training.model import for_sampling, load_denoiser, load_encoders, m
 from dpo_jax.training.watch import count_blank
 from dpo_jax.weights.layout import Params
 
-IMAGES_AT_A_TIME = 4
-"""Images of a grid that a device draws at a time; the VAE's decoder needs 1 GiB or more for each of SDXL's."""
+IMAGES_AT_A_TIME = 2
+"""Images of a grid that a device draws at a time. The VAE's decoder needs 2.5 GiB for each of SDXL's in float32, while
+the state of the training is in memory."""
 
 
 def images_of_grid(config: ConfigDict) -> int:
