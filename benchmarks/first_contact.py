@@ -56,7 +56,7 @@ def main() -> None:
     output = Path(OUTPUT.value).absolute()
     output.mkdir(parents=True, exist_ok=True)
     spend(
-        [stage for stage in STAGES if not ONLY.value or stage.name in ONLY.value],
+        [s for s in STAGES if (not ONLY.value or s.name in ONLY.value) and (BEFORE.value or not s.before)],
         BUDGET.value,
         Lines(output / "results.jsonl"),
         Processes(output),
@@ -73,8 +73,6 @@ class Processes:
 
     def measure(self, stage: Stage, following: Stage | None, seconds: float) -> dict[str, Any]:
         """Return what the stage found within the time, or why it found nothing; begin to compile the following one."""
-        if stage.before and not BEFORE.value:
-            return {"left_out": "--before names no checkout"}
         if stage.kind.startswith("P") and not all(map(importlib.util.find_spec, ("torch", "diffusers"))):
             return {"left_out": "torch or diffusers is missing"}
         ends = time.monotonic() + seconds
@@ -83,12 +81,11 @@ class Processes:
                 self.compiling[1].wait(seconds)
             self.stop()
         process = self._start(stage)
-        if following and not self.compiling and not (following.before and not BEFORE.value):
+        if following and not self.compiling:
             self.compiling = following, self._start(following, "--compile")
-        ended: dict[str, Any] = {}
         try:
             process.wait(max(1.0, ends - time.monotonic()))
-            ended = {"exit_code": process.returncode} if process.returncode else {}
+            ended: dict[str, Any] = {"exit_code": process.returncode} if process.returncode else {}
         except subprocess.TimeoutExpired:
             stop(process)
             ended = {"out_of_time": True}

@@ -58,8 +58,8 @@ class Lines:
         self.file = file
 
     def done(self) -> set[str]:
-        """Return the stages that need not run again: those that have found something, or cannot run here."""
-        return {row["stage"] for row in self.read() if "failed" not in row}
+        """Return the stages that need not run again, since they have found something."""
+        return {row["stage"] for row in self.read() if not {"failed", "left_out"} & row.keys()}
 
     def read(self) -> list[dict[str, Any]]:
         lines = self.file.read_text().splitlines() if self.file.exists() else []

@@ -62,9 +62,8 @@ def main() -> None:
 
     config, topology = CONFIG.value, parse_topology(TOPOLOGY.value)
     check_values(config)
-    config = cli.replaced(
-        config, {"attention": choose(config.attention, config.dtype, topology.device.attention or topology.device.kind)}
-    )
+    attention = choose(config.attention, config.dtype, topology.device.platform)
+    config = cli.replaced(config, {"attention": attention})
     if FIT.value:
         config, plan = fit(config, topology, UTILISATION.value, say)
     else:

@@ -69,8 +69,9 @@ def test_what_says_most_comes_first_and_the_rest_follows_later(tmp_path: Path) -
     assert [row["stage"] for row in found] == first.ran + later.ran
 
 
-def test_a_stage_that_failed_runs_again(tmp_path: Path) -> None:
-    spend(tmp_path, Machine({"ceilings": 1e9}), 50)
+@pytest.mark.parametrize("row", [{"failed": "", "out_of_time": True}, {"left_out": "torch is missing"}], ids=str)
+def test_a_stage_without_figures_runs_again(tmp_path: Path, row: dict[str, Any]) -> None:
+    (tmp_path / "results.jsonl").write_text(json.dumps({"stage": "ceilings"} | row) + "\n")
     machine = Machine({"ceilings": 5})
     spend(tmp_path, machine, 20)
     assert machine.ran == ["ceilings"]

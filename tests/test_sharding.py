@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -156,3 +159,26 @@ def test_a_mesh_takes_what_is_left():
         ValueError, match=r"mesh.data=3 x mesh.fsdp=5 x mesh.tensor=1 does not make \d+ devices\. Set one"
     ):
         make_mesh(data=3, fsdp=5)
+
+
+ROOT = Path(__file__).parents[1]
+GATHER = """
+import re
+import dpo_jax, jax, jax.numpy as jnp
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_enable_x64", True)
+from dpo_jax.sharding import Placement, batch_sharding, make_mesh
+from dpo_jax.weights.layout import ParamSpec
+spec = ParamSpec((512, 512), (1, 0))
+placement = Placement(make_mesh(1, 8, 1))
+weights = jax.ShapeDtypeStruct(spec.shape, jnp.float64, sharding=placement("kernel", spec))
+x = jax.ShapeDtypeStruct((64, 512), jnp.float32, sharding=batch_sharding(placement.mesh))
+multiply = jax.jit(lambda w, x: x @ placement.gathered("kernel", spec, w.astype(jnp.float32)))
+print(re.findall(r"= (\\w+)\\[\\S+ all-gather\\(", multiply.lower(weights, x).compile().as_text()))
+"""
+
+
+def test_devices_exchange_rounded_weights():
+    """CPUs have no collectives in bfloat16, so masters are float64 here and layers float32."""
+    done = subprocess.run([sys.executable, "-c", GATHER], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "['f32']"

@@ -59,7 +59,9 @@ def _group_norm_forward(
     """One pass over x gives the statistics of each channel, and these small arrays [N, C] those of the groups."""
     high, channels = accumulation_dtype(x_NLC.dtype), x_NLC.shape[-1]
     mean_NC, variance_NC = jax.lax.platform_dependent(
-        x_NLC, default=_moments, cuda=functools.partial(_moments, add=_sum_in_two)
+        x_NLC,
+        default=functools.partial(_moments, add=lambda x_NLC: x_NLC.sum(1)),
+        cuda=functools.partial(_moments, add=_sum_in_two),
     )
     mean_NG = _mean_of_groups(mean_NC, num_groups)
     between_NC = mean_NC - _to_channels(mean_NG, channels)
@@ -106,11 +108,7 @@ def _group_norm_backward(
 _group_norm.defvjp(_group_norm_forward, _group_norm_backward)
 
 
-def _add(x_NL: jax.Array) -> jax.Array:
-    return x_NL.sum(1)
-
-
-def _moments(x_NLC: jax.Array, add: Callable[[jax.Array], jax.Array] = _add) -> tuple[jax.Array, jax.Array]:
+def _moments(x_NLC: jax.Array, *, add: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Return mean and variance of each channel, [N, C], in one pass.
 
     The sums are of differences from the channel's first value: those of the values themselves would lose the variance

@@ -40,8 +40,12 @@ class Device(NamedTuple):
     """Devices per chip, as chips are sold."""
     network_gb_s: float = 0.0
     """What a GPU can receive from other hosts, in 10^9 bytes/s."""
-    attention: str = ""
-    """Attention kernel that "auto" chooses for it; "" the one of its kind."""
+    is_amd: bool = False
+
+    @property
+    def platform(self) -> str:
+        """Its platform for `kernels.choose`."""
+        return "other gpu" if self.is_amd else self.kind
 
     @property
     def usable_gib(self) -> float:
@@ -50,9 +54,9 @@ class Device(NamedTuple):
 
 
 def _gpu(
-    hbm_gib: float, tflops: float, hbm_gb_s: float, link_gb_s: float, network_gb_s: float = 50.0, attention: str = ""
+    hbm_gib: float, tflops: float, hbm_gb_s: float, link_gb_s: float, network_gb_s: float = 50.0, is_amd: bool = False
 ) -> Device:
-    return Device("gpu", hbm_gib, tflops, hbm_gb_s, link_gb_s, 2, 1, 0.4, 1, network_gb_s, attention)
+    return Device("gpu", hbm_gib, tflops, hbm_gb_s, link_gb_s, 2, 1, 0.4, 1, network_gb_s, is_amd)
 
 
 # 256-wide matrix units are idle more often at Stable Diffusion's widths of 320 to 1280 and heads of 40 to 160.
@@ -73,7 +77,7 @@ DEVICES = {
     "rtx3090": _gpu(23.6, 71, 936, 32, 1),
     "rtx4090": _gpu(23.5, 165, 1008, 32, 1),
     "rtx5090": _gpu(31.4, 210, 1792, 64, 1),
-    "mi300x": _gpu(191.5, 1307, 5300, 448, attention="xla"),
+    "mi300x": _gpu(191.5, 1307, 5300, 448, is_amd=True),
 }
 
 

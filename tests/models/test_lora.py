@@ -17,10 +17,11 @@ from dpo_jax.errors import UserError
 from dpo_jax.models import random_model
 from dpo_jax.models.families import FAMILIES
 from dpo_jax.models.layers import Conv, Linear
-from dpo_jax.models.lora import LowRank, add_lora, find_targets, init_lora
+from dpo_jax.models.lora import LowRank, add_lora, find_targets, init_lora, is_lora
 from dpo_jax.models.network import network_of
 from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.models.random_model import write_random_model
+from dpo_jax.planning.program import Program
 from dpo_jax.weights.layout import from_torch, torch_name
 
 ATTENTION = r"attn[12]\.(to_q|to_k|to_v|to_out\.0)$"
@@ -200,3 +201,20 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean(folder: str) -> None:
 def test_targets_that_cannot_be(folder: str, pattern: str, rank: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_targets(load_pipeline(folder, dtype="float32").denoiser, pattern, rank=rank, alpha=1.0)
+
+
+def test_products_of_the_derivative_read_bfloat16(folder: str) -> None:
+    """Products of float32, as the sums are, would take several times as long."""
+    pipeline = opened(folder, "bfloat16", EVERY_KIND)
+    params = {name: jnp.zeros(spec.shape, jnp.bfloat16) for name, spec in pipeline.adapted_denoiser.specs.items()}
+    traced = jax.make_jaxpr(jax.grad(lambda p: pipeline.denoise(p, *inputs("bfloat16")).astype(jnp.float32).sum()))
+    adapted = {spec.shape for name, spec in pipeline.trained_specs.items() if is_lora(name)}
+    program = Program(traced(params))
+    read = [
+        {program.avals[variable].dtype.name for variable in operation.inputs}
+        for operation in program.operations
+        if operation.name in ("dot_general", "conv_general_dilated")
+        and adapted & {program.avals[variable].shape for variable in operation.inputs}
+    ]
+    assert len(read) > 2 * len(pipeline.adapters)
+    assert all(dtypes == {"bfloat16"} for dtypes in read)

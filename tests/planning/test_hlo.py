@@ -203,7 +203,8 @@ TRAFFIC = """HloModule made_up
 
 %cut (r: f32[8,4]) -> f32[2,4] {
   %r = f32[8,4]{1,0} parameter(0)
-  %v = f32[2,4]{1,0} slice(%r), slice={[2:4], [0:4]}
+  %same = f32[8,4]{1,0} bitcast(%r)
+  %v = f32[2,4]{1,0} slice(%same), slice={[2:4], [0:4]}
   ROOT %m = f32[2,4]{1,0} negate(%v)
 }
 

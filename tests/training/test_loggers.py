@@ -2,6 +2,8 @@
 
 import csv
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -185,3 +187,20 @@ def test_trackio_continues_the_same_run(tmp_path, monkeypatch) -> None:
         (4, "validation/accuracy"),
     ]
     assert len(list((tmp_path / "trackio" / "media").rglob("*.png"))) == 2
+
+
+START = """
+import sys
+from pathlib import Path
+import dpo_jax.training.trainer
+from dpo_jax.training.loggers import RunInfo, TensorBoard
+TensorBoard(RunInfo(Path(sys.argv[1]), "run", "project", {}, 0, [], False))
+late = ("torch", "transformers", "tensorflow_datasets", "tensorflow", "diffusers", "matplotlib")
+print([name for name in late if name in sys.modules])
+"""
+
+
+def test_a_run_starts_without_slow_imports(tmp_path: Path) -> None:
+    """PyTorch takes 1.5 s, transformers 1 s; tensorboardX imports PyTorch where it finds it."""
+    done = subprocess.run([sys.executable, "-c", START, tmp_path], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -239,3 +239,21 @@ def test_padding_and_lists_of_one_have_no_part_in_a_step(params):
 def test_micro_batches_take_rows_by_stride():
     x = np.arange(6)
     np.testing.assert_array_equal(split_micro_batches(x, 2), [[0, 2, 4], [1, 3, 5]])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_weights_are_rounded_once_and_gradients_summed_wide(params, accumulation):
+    """Layers see rounded weights; the trained ones, and what is added to them, keep their dtype."""
+    seen: list[set[jnp.dtype]] = []
+
+    def compute(params, *args, **kwargs):
+        seen.append({x.dtype for x in params.values()})
+        return make_compare(encode, denoise, SCHEDULE, DPO, seed=3)(params, *args, **kwargs)
+
+    optimizer = optax.sgd(1e-2)
+    step = make_train_step(compute, DPO, optimizer, compute_dtype=jnp.bfloat16, accumulation=accumulation)
+    wide = {name: x.astype(jnp.float32) for name, x in params.items()}
+    state, _ = jax.jit(step)(TrainState(jnp.int32(0), wide, optimizer.init(wide), {}), frozen_like(wide), make_batch())
+    assert all(dtypes == {jnp.dtype("bfloat16")} for dtypes in seen)
+    assert {x.dtype for x in state.params.values()} == {jnp.dtype("float32")}
+    assert any((state.params[name] != x).any() for name, x in wide.items())
