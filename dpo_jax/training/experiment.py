@@ -21,6 +21,7 @@ from dpo_jax.methods.method import Objective
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sharding import Placement, batch_constraint, batch_sharding, on_mesh, replicated
 from dpo_jax.training.config import Derived
+from dpo_jax.training.joined import ELEMENTWISE, Joining
 from dpo_jax.training.model import abstract_frozen, abstract_params, initial_adapter, load_frozen, make_placement
 from dpo_jax.training.moving_reference import first_reference
 from dpo_jax.training.optim import learning_rate_schedule, make_optimizer
@@ -61,10 +62,22 @@ class Experiment:
     def mesh(self) -> Mesh:
         return self.placement.mesh
 
+    @property
+    def joins(self) -> bool:
+        """Whether the step updates all parameters as a few vectors: those of a LoRA that one device holds whole."""
+        return (
+            self.pipeline.adapted_denoiser is not None
+            and self.mesh.size == 1
+            and self.config.optimizer.name in ELEMENTWISE
+            and all(factor == 1 for factor in self.rate_factors.values())
+            and not self.config.moving_reference.every
+        )
+
     def train_step(self) -> jax.stages.Wrapped:
         """Return `step(state, frozen, batch) -> (state, metrics)`, jitted; it donates the state's memory."""
+        joining = Joining(self.pipeline.trained_specs) if self.joins else None
         step = make_train_step(
-            self.compare,
+            joining.within(self.compare) if joining else self.compare,
             self.objective,
             self.optimizer,
             compute_dtype=self.pipeline.dtype,
@@ -75,6 +88,8 @@ class Experiment:
             reference_every=self.config.moving_reference.every,
             reference_decay=self.config.moving_reference.decay,
         )
+        if joining:
+            step = joining.around(step)
         place = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         return jax.jit(step, donate_argnums=0, out_shardings=(place, replicated(self.mesh)))
 

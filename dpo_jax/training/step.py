@@ -52,6 +52,11 @@ PARAMETER_GROUPS = {
 """Groups of parameters whose gradients have a norm of their own: patterns of names, of which the first match counts."""
 
 
+def group_of(name: str) -> str:
+    """Return the group of a parameter; a vector that holds all parameters of a group has the name of the group."""
+    return next(group for group, pattern in PARAMETER_GROUPS.items() if group == name or re.search(pattern, name))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Frozen:
@@ -289,8 +294,7 @@ def gradient_norms(grads: Params) -> Metrics:
     """Return the norm of the gradient of each group of parameters; empty if there is one group."""
     groups: dict[str, Params] = {}
     for name, grad in grads.items():
-        group = next(group for group, pattern in PARAMETER_GROUPS.items() if re.search(pattern, name))
-        groups.setdefault(group, {})[name] = grad
+        groups.setdefault(group_of(name), {})[name] = grad
     if len(groups) == 1:
         return {}
     return {f"gradient_norm/{group}": optax.tree.norm(of_group) for group, of_group in groups.items()}
