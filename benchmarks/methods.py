@@ -135,8 +135,10 @@ def measure(run: Run, fields: dict[str, object], output: Path) -> dict[str, floa
     found |= {"diversity": tuned["diversity"] / base["diversity"], "drift": tuned["distance_to_first"]}
     validations = [line for line in read_metrics(workdir) if is_validation(line)]
     first, last = validations[0], validations[-1]
-    found["winner_error_rise"] = last["validation/error_winner"] / first["validation/error_winner"] - 1
-    found["accuracy"] = last.get("validation/pair_accuracy", float("nan"))
+    winner = "validation/error_winner"  # which a method of single votes does not tell
+    if winner in last:
+        found["winner_error_rise"] = last[winner] / first[winner] - 1
+    found["accuracy"] = last.get("validation/pair_accuracy") or last["validation/vote_accuracy"]
     shutil.rmtree(workdir / "checkpoints")
     return found
 
@@ -164,7 +166,7 @@ def summary(results: list[tuple[Run, dict[str, float]]]) -> list[dict[str, objec
         row: dict[str, object] = {"setting": setting, "rate": RATE * factor, "runs": len(found), "below_base": lost}
         row["win_rates"] = [each["win_rate"] for each in whole]
         names = ("win_rate", "low", "high", "accuracy", "winner_error_rise", "diversity", "drift", "seconds")
-        row |= {name: statistics.median(each[name] for each in whole) for name in names if whole}
+        row |= {name: statistics.median(each[name] for each in whole) for name in names if whole and name in whole[0]}
         rows.append(row)
     return rows
 
@@ -196,7 +198,7 @@ def as_table(rows: list[dict]) -> str:
             figures = [
                 f"{row['win_rate']:.1%} [{row['low']:.1%}, {row['high']:.1%}]",
                 f"{row['accuracy']:.1%}",
-                f"{row['winner_error_rise']:+.1%}",
+                f"{row['winner_error_rise']:+.1%}" if "winner_error_rise" in row else "",
                 f"{row['drift']:.3g}",
                 f"{row['diversity']:.1%}",
                 f"{row['seconds']:.0f}",

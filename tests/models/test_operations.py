@@ -179,6 +179,13 @@ def test_the_sums_for_gpus_are_those_for_other_devices(silu: bool) -> None:
 
 
 @pytest.mark.usefixtures("x64")
+def test_the_slopes_of_geglu_for_gpus_are_those_for_other_devices() -> None:
+    x, dy = map(jnp.asarray, numbers((3, 5, 16), (3, 5, 8)))
+    slopes = operations.geglu_slopes(x, dy)
+    np.testing.assert_allclose(operations.geglu_slopes_at_once(x, dy), slopes, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("limit", "blocks"),
     # Seven queries make two blocks with one row of zeros; five are needed, but seven are near and need no zeros.
