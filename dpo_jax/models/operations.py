@@ -11,7 +11,7 @@ gradient of a loss needs.
 import functools
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,11 @@ def as_kept(tree: Kept) -> Kept:
     return jax.lax.optimization_barrier(tree)
 
 
+def _by_device(*args: Any, others: Callable[..., Any], gpus: Callable[..., Any]) -> Any:
+    """Return the same of either function, of which XLA for GPUs makes less traffic of the second."""
+    return jax.lax.platform_dependent(*args, default=others, cuda=gpus, rocm=gpus)
+
+
 def group_norm(
     x: jax.Array, scale_C: jax.Array, bias_C: jax.Array, num_groups: int, epsilon: float, *, silu: bool = False
 ) -> jax.Array:
@@ -58,10 +63,10 @@ def _group_norm_forward(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """One pass over x gives the statistics of each channel, and these small arrays [N, C] those of the groups."""
     high, channels = accumulation_dtype(x_NLC.dtype), x_NLC.shape[-1]
-    mean_NC, variance_NC = jax.lax.platform_dependent(
+    mean_NC, variance_NC = _by_device(
         x_NLC,
-        default=functools.partial(_moments, add=lambda x_NLC: x_NLC.sum(1)),
-        cuda=functools.partial(_moments, add=_sum_in_two),
+        others=functools.partial(_moments, add=lambda x_NLC: x_NLC.sum(1)),
+        gpus=functools.partial(_moments, add=_sum_in_two),
     )
     mean_NG = _mean_of_groups(mean_NC, num_groups)
     between_NC = mean_NC - _to_channels(mean_NG, channels)
@@ -82,10 +87,10 @@ def _group_norm_backward(
     mean_N1C, inverse_std_N1C = (_to_channels(x_NG, channels)[:, None] for x_NG in (mean_NG, inverse_std_NG))
     inputs = as_kept((x_NLC, dy_NLC, mean_N1C, inverse_std_N1C, scale_C, bias_C))
     # Kept apart from the sums over images, or the compiler would make four passes of these two.
-    sums = jax.lax.platform_dependent(
+    sums = _by_device(
         *inputs,
-        default=functools.partial(sums_of_slopes, silu=silu),
-        cuda=functools.partial(sums_of_slopes_at_once, silu=silu),
+        others=functools.partial(sums_of_slopes, silu=silu),
+        gpus=functools.partial(sums_of_slopes_at_once, silu=silu),
     )
     dbias_NC, dscale_NC = as_kept(sums)
     # The components of the gradient that would change the mean or the variance of a group are removed.
@@ -325,7 +330,7 @@ def _geglu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _geglu_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
-    return (jax.lax.platform_dependent(as_kept(x), dy, default=geglu_slopes, cuda=geglu_slopes_at_once),)
+    return (_by_device(as_kept(x), dy, others=geglu_slopes, gpus=geglu_slopes_at_once),)
 
 
 def geglu_slopes(x: jax.Array, dy: jax.Array) -> jax.Array:
