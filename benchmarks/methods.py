@@ -135,10 +135,11 @@ def measure(run: Run, fields: dict[str, object], output: Path) -> dict[str, floa
     found |= {"diversity": tuned["diversity"] / base["diversity"], "drift": tuned["distance_to_first"]}
     validations = [line for line in read_metrics(workdir) if is_validation(line)]
     first, last = validations[0], validations[-1]
-    winner = "validation/error_winner"  # which a method of single votes does not tell
-    if winner in last:
+    winner = "validation/error_winner"
+    if winner in last:  # a method of single images does not tell it, nor SFT an accuracy
         found["winner_error_rise"] = last[winner] / first[winner] - 1
-    found["accuracy"] = last.get("validation/pair_accuracy") or last["validation/vote_accuracy"]
+    for name in {"validation/pair_accuracy", "validation/vote_accuracy"}.intersection(last):
+        found["accuracy"] = last[name]
     shutil.rmtree(workdir / "checkpoints")
     return found
 
@@ -197,7 +198,7 @@ def as_table(rows: list[dict]) -> str:
         if "win_rate" in row:
             figures = [
                 f"{row['win_rate']:.1%} [{row['low']:.1%}, {row['high']:.1%}]",
-                f"{row['accuracy']:.1%}",
+                f"{row['accuracy']:.1%}" if "accuracy" in row else "",
                 f"{row['winner_error_rise']:+.1%}" if "winner_error_rise" in row else "",
                 f"{row['drift']:.3g}",
                 f"{row['diversity']:.1%}",

@@ -20,7 +20,8 @@ from dpo_jax.cli import flatten, replaced
 from dpo_jax.encode.images import decode_latents
 from dpo_jax.errors import UserError
 from dpo_jax.methods import find_method
-from dpo_jax.models.attention import AGAIN
+from dpo_jax.models.attention import AGAIN, ATTENTION
+from dpo_jax.models.kernels import choose
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.products import sums_by_kind
@@ -211,10 +212,12 @@ class Plan:
 
 
 def measure_work(config: ConfigDict, kind: str, model_flops: float | None = None) -> Work:
-    """Trace the gradient of one pair and count its work. Attention is counted as XLA computes it.
+    """Trace the gradient of one pair and count its work.
+
+    Operations of attention are counted as XLA computes it, also where a kernel does, whose values take no memory.
 
     Args:
-        config: its `remat` decides what the backward pass repeats.
+        config: its `remat` decides what the backward pass repeats; `attention` "auto" is taken as for NVIDIA's GPUs.
         kind: of the device, "tpu" or "gpu".
         model_flops: the operations without repetitions, if they are known; otherwise they are traced as well.
     """
@@ -223,6 +226,7 @@ def measure_work(config: ConfigDict, kind: str, model_flops: float | None = None
 
 def measure_works(config: ConfigDict, kinds: Iterable[str], model_flops: float | None = None) -> dict[str, Work]:
     """Return `measure_work` on each of several kinds of device; only the bytes of activations differ."""
+    attention = {kind: choose(config.attention, config.dtype, kind) for kind in kinds}
     config = replaced(config, {"attention": "xla"})
     program, weights = _trace_pair(config)
     if model_flops is None:
@@ -239,13 +243,13 @@ def measure_works(config: ConfigDict, kinds: Iterable[str], model_flops: float |
             config.remat,
             program.flops(),
             model_flops,
-            peak_bytes(program, weights, by_library=kind == "gpu"),
+            peak_bytes(program, weights, by_library=kind == "gpu", fused=ATTENTION if name != "xla" else None),
             len(products),
             convolution_flops,
             images,
             peak_bytes(decoding, vae_weights, by_library=kind == "gpu"),
         )
-        for kind in kinds
+        for kind, name in attention.items()
     }
 
 
@@ -341,8 +345,7 @@ def memory_by_kind(
         "optimizer state": h.optimizer,
         "moving average": h.ema,
         "moving reference": h.moving_reference,
-        # The sum and, rounded, those of one micro-batch.
-        "gradients": h.gradients * (1 + h.compute_bytes / 4 if accumulation > 1 else 1),
+        "gradients": h.gradients,  # their sum, to which those of a micro-batch are added as they come
         "trained weights, rounded": (h.trained + h.moving_reference) / 4 * h.compute_bytes,
         "weights gathered": h.gathered + (h.reference_gathered if h.scan and accumulation > 1 else 0),
         "frozen weights, joined for the loop": h.frozen_denoiser if h.scan and h.mesh["fsdp"] == 1 else 0,

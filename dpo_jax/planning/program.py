@@ -65,9 +65,7 @@ class Program:
 
         `without` leaves out operations that were traced in a scope of that name (`jax.named_scope`).
         """
-        # The scope of a derivative reads transpose(jvp(name)).
-        left_out = re.compile(rf"\b{without}\b") if without else None
-        counted = (op for op in self.operations if not (left_out and left_out.search(op.scope)))
+        counted = (op for op in self.operations if not (without and _is_within(op, without)))
         return sum(self._flops(operation, without) for operation in counted)
 
     def _flops(self, operation: Operation, without: str | None) -> float:
@@ -164,7 +162,7 @@ def _convolution_flops(params: dict[str, Any], avals: list[Any]) -> float:
     return convolution_flops(outputs, kernel[numbers.rhs_spec[1]], inputs, taps, out, along)
 
 
-def peak_bytes(program: Program, weights: Iterable[int], *, by_library: bool = False) -> int:
+def peak_bytes(program: Program, weights: Iterable[int], *, by_library: bool = False, fused: str | None = None) -> int:
     """Return the most bytes that intermediate values take at any time, without the inputs and the outputs.
 
     Args:
@@ -172,9 +170,12 @@ def peak_bytes(program: Program, weights: Iterable[int], *, by_library: bool = F
         weights: inputs that are parameters. Values computed from them alone (rounded weights), and values that become
             outputs by elementwise operations alone (gradients), are not counted: they depend on the sharding.
         by_library: whether products read their operands from memory, as on GPUs.
+        fused: a scope (`jax.named_scope`) whose operations are one kernel, which keeps what only they read to itself.
     """
     uncounted = set(program.inputs) | _made_of(program, set(weights)) | _gradients(program)
-    sources = _sources(program, uncounted, _read_by_products(program) if by_library else set())
+    inside = _only_within(program, fused) if fused else set()
+    existing = _read_by_products(program) if by_library else set()
+    sources = _sources(program, uncounted, existing, inside)
     last_read: dict[int, int] = {}
     for time, operation in enumerate(program.operations):
         for variable in operation.inputs:
@@ -189,9 +190,9 @@ def peak_bytes(program: Program, weights: Iterable[int], *, by_library: bool = F
     held = peak = 0
     for time, operation in enumerate(program.operations):
         held += sum(program.bytes(v) for v in operation.outputs if v in last_read)
-        is_loop = operation.name == "scan"
-        inside = peak_bytes(Program(operation.params["jaxpr"]), (), by_library=by_library) if is_loop else 0
-        peak = max(peak, held + inside)
+        is_loop = operation.name == "scan" and not (fused and _is_within(operation, fused))
+        loop = peak_bytes(Program(operation.params["jaxpr"]), (), by_library=by_library, fused=fused) if is_loop else 0
+        peak = max(peak, held + loop)
         held -= sum(program.bytes(v) for v in freed.get(time, []))
     return peak
 
@@ -203,7 +204,7 @@ def kept_bytes(program: Program, weights: Iterable[int], *, by_library: bool = F
     `weights` and `by_library` are those of `peak_bytes`.
     """
     uncounted = set(program.inputs) | _made_of(program, set(weights))
-    sources = _sources(program, uncounted, _read_by_products(program) if by_library else set())
+    sources = _sources(program, uncounted, _read_by_products(program) if by_library else set(), set())
     kept = frozenset().union(*(sources.get(variable, frozenset()) for variable in program.outputs))
     return sum(program.bytes(variable) for variable in kept)
 
@@ -220,10 +221,22 @@ def _read_by_products(program: Program) -> set[int]:
     return read
 
 
-def _sources(program: Program, uncounted: set[int], existing: set[int]) -> dict[int, frozenset[int]]:
+def _is_within(operation: Operation, scope: str) -> bool:
+    return re.search(rf"\b{scope}\b", operation.scope) is not None  # of a derivative it reads transpose(jvp(scope))
+
+
+def _only_within(program: Program, scope: str) -> set[int]:
+    """Return the variables that only operations of a scope make and read."""
+    within = [operation for operation in program.operations if _is_within(operation, scope)]
+    made = {variable for operation in within for variable in operation.outputs}
+    others = (operation for operation in program.operations if not _is_within(operation, scope))
+    return made.difference(program.outputs, *(operation.inputs for operation in others))
+
+
+def _sources(program: Program, uncounted: set[int], existing: set[int], inside: set[int]) -> dict[int, frozenset[int]]:
     """Return for each variable the variables in memory it comes from: itself, or those it is computed from again.
 
-    Variables in `existing` are in memory in any case.
+    Variables in `existing` are in memory in any case, those in `inside` never.
     """
     sources: dict[int, frozenset[int]] = {}
     for operation in program.operations:
@@ -234,7 +247,7 @@ def _sources(program: Program, uncounted: set[int], existing: set[int]) -> dict[
                 continue
             joins = max(sizes, default=0) <= program.bytes(variable) < 0.75 * sum(sizes)
             exists = joins or operation.name not in ELEMENTWISE or variable in existing
-            sources[variable] = frozenset([variable]) if exists else made_of
+            sources[variable] = frozenset([variable]) if exists and variable not in inside else made_of
     return sources
 
 

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax.cli import replaced
 from dpo_jax.errors import UserError
+from dpo_jax.models import kernels
 from dpo_jax.models.execution import POLICIES
 from dpo_jax.planning.estimate import (
     SPARE,
@@ -106,7 +107,9 @@ def settle(config: ConfigDict, say: Callable[[str], None]) -> ConfigDict:
     )
     if not limits.min():
         return replaced(config, {"remat": "none"}) if config.remat == "auto" else config
-    chosen = choose_settings(config, jax.default_backend(), jax.device_count(), float(limits.min()))
+    attending = replaced(config, {"attention": kernels.choose(config.attention, config.dtype)})
+    found = choose_settings(attending, jax.default_backend(), jax.device_count(), float(limits.min()))
+    chosen = replaced(config, {"remat": found.remat, "data.micro_batch": found.data.micro_batch})
     if jax.process_index() == 0:
         settings = f"remat={chosen.remat} and data.micro_batch={chosen.data.micro_batch}"
         say(f"{settings} fit the {limits.min() / GIB:.1f} GiB of each device")

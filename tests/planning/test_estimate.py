@@ -204,6 +204,10 @@ def test_work_is_counted_without_kernels_that_cannot_be_looked_into(lora) -> Non
     lora.attention = "splash"
     assert measure_work(lora, "tpu") == plain
     assert plain.flops > plain.model_flops > 0
+    lora.attention = "xla"  # its products of queries and keys are in memory
+    written_out = measure_work(lora, "tpu")
+    assert written_out.activation_bytes > plain.activation_bytes
+    assert dataclasses.replace(written_out, activation_bytes=plain.activation_bytes) == plain
 
 
 @pytest.fixture

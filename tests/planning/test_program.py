@@ -11,7 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_jax.batch import Conditioning
-from dpo_jax.models.attention import AGAIN
+from dpo_jax.models import attention as attention_module
+from dpo_jax.models.attention import AGAIN, attention
 from dpo_jax.models.execution import Execution
 from dpo_jax.models.families import PUBLISHED
 from dpo_jax.models.network import Network, network_of
@@ -205,3 +206,23 @@ def test_rounded_weights_and_gradients_are_not_activations() -> None:
 
     program = trace(jax.grad(loss), (1000, 16), (8, 1000))
     assert peak_bytes(program, program.inputs[:1]) < 1000 * 16
+
+
+@pytest.mark.parametrize("limit", [2**27, 2**14], ids=["whole", "in blocks"])
+def test_a_kernel_of_attention_keeps_what_only_it_reads(monkeypatch, limit):
+    """Which is more than all that is read outside: the products of 512 queries and keys."""
+    monkeypatch.setattr(attention_module, "LOGITS_BYTES", limit)
+
+    def loss(x_NLD, kernel):
+        query, key, value = jnp.split(x_NLD @ kernel, 3, axis=-1)
+        return jnp.square(attention(query, key, value, 2)).sum()
+
+    program = trace(jax.grad(loss), (1, 512, 32), (32, 96))
+    weights = program.inputs[1:]
+    (written_out, fused) = (
+        peak_bytes(program, weights, by_library=True, fused=fused) for fused in (None, attention_module.ATTENTION)
+    )
+    array = 512 * 32 * 4
+    products_of_block = min(limit, 2 * 512 * 512 * 4)
+    assert 6 * array < fused < 10 * array  # q, k, v, the result and gradients
+    assert written_out > fused + products_of_block / 2
