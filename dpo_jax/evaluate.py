@@ -61,7 +61,7 @@ GUIDANCE = flags.DEFINE_float("guidance", None, "Classifier-free guidance scale.
 SAMPLER = flags.DEFINE_enum(
     "sampler",
     None,
-    ["ddim", "euler", "euler_ancestral", "dpmsolver++", "lcm", "flow_euler"],
+    ["ddim", "euler", "euler_ancestral", "dpmsolver++", "lcm", "flow_euler", "flow_sde", "flow_cps"],
     "Sampler. Default: that of the first model.",
 )
 RESOLUTION = flags.DEFINE_integer(

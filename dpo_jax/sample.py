@@ -54,7 +54,7 @@ section("Sampling")
 SAMPLER = flags.DEFINE_enum(
     "sampler",
     None,
-    ["ddim", "euler", "euler_ancestral", "dpmsolver++", "lcm", "flow_euler"],
+    ["ddim", "euler", "euler_ancestral", "dpmsolver++", "lcm", "flow_euler", "flow_sde", "flow_cps"],
     "Sampler. Default: the model's own scheduler, or ddim if it is none of these; with --workdir the config's.",
 )
 STEPS = flags.DEFINE_integer(

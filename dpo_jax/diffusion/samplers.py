@@ -23,6 +23,7 @@ def make_table(
     num_steps: int,
     *,
     eta: float = 0.0,
+    noise_level: float = 0.0,
     strength: float = 1.0,
     image_tokens: int | None = None,
 ) -> SamplerTable:
@@ -33,6 +34,7 @@ def make_table(
         schedule: schedule of the model.
         num_steps: number of denoising steps.
         eta: for DDIM: 0 is deterministic, 1 adds as much noise as DDPM.
+        noise_level: for flow_sde and flow_cps: how much noise their steps add; 0 takes the published level.
         strength: share of the steps to run, the last ones, for latents that start as a noisy image (SDEdit, arXiv
             2108.01073). As in diffusers, the number of steps is rounded down, and for flow models that of the skipped
             ones.
@@ -45,27 +47,32 @@ def make_table(
     name = sampler or own_sampler(schedule)
     if name not in SAMPLERS:
         raise UserError(f"there is no sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
-    if schedule.is_flow and name != "flow_euler":
-        raise UserError(f"the sampler {name} does not sample flow models; choose flow_euler")
-    if name == "flow_euler" and not schedule.is_flow:
+    if schedule.is_flow and name not in FLOW_SAMPLERS:
+        raise UserError(f"the sampler {name} does not sample flow models; choose one of {', '.join(FLOW_SAMPLERS)}")
+    if name in FLOW_SAMPLERS and not schedule.is_flow:
         raise UserError(
-            f"the sampler flow_euler is for flow models, but the model's scheduler is {schedule.class_name}; choose "
+            f"the sampler {name} is for flow models, but the model's scheduler is {schedule.class_name}; choose "
             f"another one, for example {own_sampler(schedule)}"
         )
     if not 0 < num_steps <= len(schedule.signal_T):
         raise UserError(f"num_steps={num_steps} must be between 1 and {len(schedule.signal_T)}")
     if eta and name != "ddim":
         raise UserError(f"eta={eta} goes with the sampler ddim, but the sampler is {name}; set eta to 0")
+    if noise_level and name not in NOISY_FLOW_SAMPLERS:
+        raise UserError(
+            f"noise_level={noise_level} goes with the samplers {' and '.join(NOISY_FLOW_SAMPLERS)}, but the sampler is "
+            f"{name}; set noise_level to 0"
+        )
     if not 0 < strength <= 1:
         raise UserError(f"strength={strength} is a share of the steps; it must be above 0 and at most 1")
     taken = num_steps - int(num_steps - num_steps * strength) if schedule.is_flow else int(num_steps * strength)
     if not taken:
         raise UserError(f"strength={strength} of num_steps={num_steps} is less than one step; raise either")
-    if name == "flow_euler":
-        table = flow_euler(schedule, num_steps, image_tokens)
-    else:
-        table = ddim(schedule, num_steps, eta) if eta else SAMPLERS[name](schedule, num_steps)
-    return _last(table, taken)
+    amount = {"eta": eta, "noise_level": noise_level}
+    options: dict[str, Any] = {option: value for option, value in amount.items() if value}
+    if schedule.is_flow:
+        options["image_tokens"] = image_tokens
+    return _last(SAMPLERS[name](schedule, num_steps, **options), taken)
 
 
 def ddim(schedule: Schedule, num_steps: int, eta: float = 0.0) -> SamplerTable:
@@ -148,31 +155,71 @@ def lcm(schedule: Schedule, num_steps: int) -> SamplerTable:
     return SamplerTable(1.0, steps._replace(a=next_signal_S * skip_S, b=next_signal_S * out_S, d=fresh_S))
 
 
-def flow_euler(schedule: Schedule, num_steps: int, image_tokens: int | None = None) -> SamplerTable:
+def flow_euler(schedule: Schedule, num_steps: int, *, image_tokens: int | None = None) -> SamplerTable:
     """Return the table of Euler's method for flow matching: diffusers' `FlowMatchEulerDiscreteScheduler`.
 
     A step is `x' = x + (sigma' - sigma) v`, or with `stochastic_sampling` in the scheduler's file
     `x' = (1 - sigma') x0 + sigma' z`. See `flow_matching.sampling_sigmas` for the levels.
     """
-    fields = schedule.sampler_fields
-    sigma_V = flow_matching.sampling_sigmas(fields, schedule.timestep_spacing, num_steps, image_tokens)
-    t_S = sigma_V[:-1] * np.float32(len(schedule.signal_T))
-    noise_V = sigma_V.astype(np.float64)
-    steps = _begin(schedule, t_S, 1 - noise_V[:-1], noise_V[:-1])
-    next_signal_S, next_noise_S = 1 - noise_V[1:], noise_V[1:]
-    if fields["stochastic_sampling"]:
-        return SamplerTable(1.0, steps._replace(b=next_signal_S, d=next_noise_S))
-    return SamplerTable(1.0, _towards(steps, next_signal_S, next_noise_S))
+    steps, next_noise_S = _begin_flow(schedule, num_steps, image_tokens)
+    if schedule.sampler_fields["stochastic_sampling"]:
+        return SamplerTable(1.0, steps._replace(b=1 - next_noise_S, d=next_noise_S))
+    return SamplerTable(1.0, _towards(steps, 1 - next_noise_S, next_noise_S))
 
 
-SAMPLERS: dict[str, Callable[[Schedule, int], SamplerTable]] = {
+def flow_sde(
+    schedule: Schedule, num_steps: int, *, image_tokens: int | None = None, noise_level: float = 0.7
+) -> SamplerTable:
+    """Return the table of Flow-GRPO's SDE steps (arXiv 2505.05470), at the levels of `flow_euler`.
+
+    With `dt = sigma' - sigma` below 0 and `g = noise_level sqrt(sigma / (1 - sigma))`, a step is
+    `x' = x (1 + g^2 dt / (2 sigma)) + v dt (1 + g^2 (1 - sigma) / (2 sigma)) + g sqrt(-dt) z`. At sigma = 1, where g
+    has no value, 1 - sigma is taken from the second level, as in the released code
+    (https://github.com/yifan123/flow_grpo). As there, the last step adds noise too, which nothing removes from the
+    image; the last step of `flow_cps` adds none.
+    """
+    steps, next_noise_S = _begin_flow(schedule, num_steps, image_tokens)
+    sigma_S, dt_S = steps.noise, next_noise_S - steps.noise
+    variance_S = noise_level**2 * sigma_S / (1 - np.where(sigma_S == 1, next_noise_S[0], sigma_S))  # g^2
+    # v = (x - x0) / sigma
+    velocity_S = dt_S * (1 + variance_S * (1 - sigma_S) / (2 * sigma_S)) / sigma_S
+    a_S = 1 + variance_S * dt_S / (2 * sigma_S) + velocity_S
+    return SamplerTable(1.0, steps._replace(a=a_S, b=-velocity_S, d=np.sqrt(-variance_S * dt_S)))
+
+
+def flow_cps(
+    schedule: Schedule, num_steps: int, *, image_tokens: int | None = None, noise_level: float = 0.8
+) -> SamplerTable:
+    """Return the table of coefficients-preserving sampling (CPS, arXiv 2509.05952), at the levels of `flow_euler`.
+
+    With `g = sigma' sin(noise_level pi / 2)` and `x1 = x + (1 - sigma) v`, the noise that the network predicts, a step
+    is `x' = (1 - sigma') x0 + sqrt(sigma'^2 - g^2) x1 + g z`: the latents have signal and noise of level sigma', as the
+    network expects. The last step, to sigma' = 0, adds no noise.
+    """
+    if noise_level > 1:
+        raise UserError(
+            f"noise_level={noise_level} of the sampler flow_cps is a share of the noise; set it to at most 1"
+        )
+    steps, next_noise_S = _begin_flow(schedule, num_steps, image_tokens)
+    fresh_S = next_noise_S * np.sin(noise_level * np.pi / 2)
+    a_S = np.sqrt(np.maximum(next_noise_S**2 - fresh_S**2, 0)) / steps.noise
+    return SamplerTable(1.0, steps._replace(a=a_S, b=1 - next_noise_S - a_S * steps.signal, d=fresh_S))
+
+
+SAMPLERS: dict[str, Callable[..., SamplerTable]] = {
     "ddim": ddim,
     "euler": euler,
     "euler_ancestral": euler_ancestral,
     "dpmsolver++": dpmsolver_multistep,
     "lcm": lcm,
     "flow_euler": flow_euler,
+    "flow_sde": flow_sde,
+    "flow_cps": flow_cps,
 }
+FLOW_SAMPLERS = ("flow_euler", "flow_sde", "flow_cps")
+"""The samplers of flow models, which sample no other models."""
+NOISY_FLOW_SAMPLERS = ("flow_sde", "flow_cps")
+"""Those that add noise, by `noise_level`; its defaults are the published ones."""
 SAMPLER_OF_CLASS = {
     "EulerDiscreteScheduler": "euler",
     "EulerAncestralDiscreteScheduler": "euler_ancestral",
@@ -253,6 +300,15 @@ def _following(schedule: Schedule, steps: Steps) -> tuple[Float[np.ndarray, " S"
         )
     signal, noise = (1.0, 0.0) if final == "zero" else (schedule.signal_T[0], schedule.noise_T[0])
     return np.append(steps.signal[1:], signal), np.append(steps.noise[1:], noise)
+
+
+def _begin_flow(schedule: Schedule, num_steps: int, image_tokens: int | None) -> tuple[Steps, Float[np.ndarray, " S"]]:
+    """Return the beginnings of a flow model's steps, and the noise levels that they lead to."""
+    fields = schedule.sampler_fields
+    sigma_V = flow_matching.sampling_sigmas(fields, schedule.timestep_spacing, num_steps, image_tokens)
+    t_S = sigma_V[:-1] * np.float32(len(schedule.signal_T))
+    noise_V = sigma_V.astype(np.float64)
+    return _begin(schedule, t_S, 1 - noise_V[:-1], noise_V[:-1]), noise_V[1:]
 
 
 def _begin(

@@ -38,7 +38,10 @@ def random_steps(table: SamplerTable) -> Int[np.ndarray, " _"]:
     """Return the steps whose transitions have a probability, int32 in order; UserError if there are none."""
     (random,) = np.nonzero(table.steps.d)
     if not len(random):
-        raise UserError("this sampler adds no noise, so its steps have no probability; choose ddim with eta above 0")
+        raise UserError(
+            "this sampler adds no noise, so its steps have no probability; choose ddim with eta above 0, or flow_sde "
+            "or flow_cps for flow models"
+        )
     assert not np.any(table.steps.c[random]), "a transition must depend on nothing before it"
     return random.astype(np.int32)
 

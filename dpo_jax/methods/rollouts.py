@@ -2,7 +2,7 @@
 
 from dpo_jax.fields import COUNT, NOT_ALL, NOT_NEGATIVE, SHARE, Field
 
-SAMPLERS = ("ddim", "euler", "euler_ancestral", "dpmsolver++", "lcm", "flow_euler")
+SAMPLERS = ("ddim", "euler", "euler_ancestral", "dpmsolver++", "lcm", "flow_euler", "flow_sde", "flow_cps")
 
 ROLLOUT_FIELDS = {
     "online.rounds": Field(400, "Rounds of sampling, judging and training.", **COUNT),
@@ -19,11 +19,16 @@ ROLLOUT_FIELDS = {
     ),
     "online.sampler": Field(
         "ddim",
-        "Sampler; it must add noise: ddim or euler_ancestral.",
+        "Sampler; it must add noise: ddim or euler_ancestral, and flow_sde or flow_cps for flow models.",
         choices=SAMPLERS,
     ),
     "online.sampling_steps": Field(20, "Denoising steps per image.", **COUNT),
     "online.eta": Field(1.0, "Share of fresh noise in each step of ddim; above 0, so that steps are random.", **SHARE),
+    "online.noise_level": Field(
+        0.0,
+        "Noise of flow_sde and flow_cps; 0 takes the published 0.7 and 0.8. Above 1 for flow_sde only.",
+        **NOT_NEGATIVE,
+    ),
     "online.guidance": Field(5.0, "Classifier-free guidance scale of sampling and training.", **NOT_NEGATIVE),
     "online.train_guided": Field(
         True, "Train with guidance; without it policy and reference need half of the evaluations."

@@ -46,19 +46,25 @@ class Sampling:
 
 def plan_sampling(pipeline: Pipeline, sampling: Sampling, resolution: int) -> tuple[tuple[int, int, int], SamplerTable]:
     """Return the shape of an image's latents and the sampler's table; raises UserError where the model cannot do it."""
-    cells, rest = divmod(resolution, pipeline.vae_factor)
-    multiple = pipeline.denoiser.config.size_multiple
-    if rest or cells % multiple or cells < 1:
-        raise UserError(f"resolution={resolution} must be a multiple of {pipeline.vae_factor * multiple} pixels")
+    cells, image_tokens = latent_sizes(pipeline, resolution)
     table = make_table(
         sampling.sampler,
         pipeline.sampling_schedule,
         sampling.steps,
         eta=sampling.eta,
         strength=sampling.strength,
-        image_tokens=(cells // multiple) ** 2,
+        image_tokens=image_tokens,
     )
     return (cells, cells, pipeline.denoiser.config.latent_channels), table
+
+
+def latent_sizes(pipeline: Pipeline, resolution: int) -> tuple[int, int]:
+    """Return an image's latent cells per side and its number of tokens; UserError if the resolution does not fit."""
+    cells, rest = divmod(resolution, pipeline.vae_factor)
+    multiple = pipeline.denoiser.config.size_multiple
+    if rest or cells % multiple or cells < 1:
+        raise UserError(f"resolution={resolution} must be a multiple of {pipeline.vae_factor * multiple} pixels")
+    return cells, (cells // multiple) ** 2
 
 
 class Generator:

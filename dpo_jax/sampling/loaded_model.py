@@ -93,8 +93,9 @@ class LoadedModel:
             prompts: one prompt or several.
             seeds: number of images of each prompt, from seeds that follow each other.
             seed: first seed.
-            sampler: "ddim", "euler", "euler_ancestral", "dpmsolver++" or "lcm", and for flow models "flow_euler"; by
-                default the one of the model, as with `steps`, `guidance` and `resolution` (in pixels).
+            sampler: "ddim", "euler", "euler_ancestral", "dpmsolver++" or "lcm", and for flow models "flow_euler",
+                "flow_sde" or "flow_cps"; by default the one of the model, as with `steps`, `guidance` and `resolution`
+                (in pixels).
             steps: denoising steps.
             guidance: classifier-free guidance scale; 1 or less turns it off.
             guidance_rescale: how far guided predictions are brought back to the spread of plain ones, 0 to 1.

@@ -15,7 +15,7 @@ from diffusers.pipelines.flux.pipeline_flux_img2img import FluxImg2ImgPipeline
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 
 from dpo_jax.diffusion.flow_matching import sampling_sigmas
-from dpo_jax.diffusion.samplers import SAMPLERS, make_table, own_sampler
+from dpo_jax.diffusion.samplers import FLOW_SAMPLERS, SAMPLERS, make_table, own_sampler
 from dpo_jax.diffusion.schedule import add_noise, log_snr, make_schedule, network_times, training_target
 from dpo_jax.diffusion.steps import sample, starting_latents, step_noise
 
@@ -208,14 +208,15 @@ def test_the_image_is_read_off_the_velocity(x64):
         np.testing.assert_allclose(p * (signal * x0 + level * noise) + q * (noise - x0), x0, rtol=1e-12, atol=1e-12)
 
 
-def test_only_flow_euler_samples_flow_models():
+def test_flow_samplers_and_no_others_sample_flow_models():
     vp = make_schedule(json.loads(diffusers.EulerDiscreteScheduler().to_json_string()))
     assert own_sampler(flow(SD3)) == "flow_euler"
     assert own_sampler(flow(CONFIGS["karras"])) == "flow_euler"
     for name in SAMPLERS:
         wrong, message = (vp, "is for flow models, but the model's scheduler is EulerDiscreteScheduler.*example euler")
-        if name != "flow_euler":
-            wrong, message = flow(SD3), rf"the sampler {re.escape(name)} does not sample flow models; choose flow_euler"
+        if name not in FLOW_SAMPLERS:
+            wrong = flow(SD3)
+            message = rf"the sampler {re.escape(name)} does not sample flow models; choose one of flow_euler, flow_sde,"
         with pytest.raises(ValueError, match=message):
             make_table(name, wrong, 5)
 

@@ -12,7 +12,7 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import
 
 from dpo_jax.batch import Conditioning
 from dpo_jax.diffusion.guidance import classifier_free_guidance, with_guidance
-from dpo_jax.diffusion.samplers import SAMPLER_OF_CLASS, SAMPLERS, make_table, own_sampler
+from dpo_jax.diffusion.samplers import FLOW_SAMPLERS, SAMPLER_OF_CLASS, SAMPLERS, make_table, own_sampler
 from dpo_jax.diffusion.schedule import add_noise, make_schedule, training_target
 from dpo_jax.diffusion.steps import sample, starting_latents, step_mean, step_noise
 
@@ -181,7 +181,7 @@ def test_the_default_is_the_sampler_that_the_file_means():
 
     np.testing.assert_array_equal(make_table("", euler, 5).steps.t, make_table("euler", euler, 5).steps.t)
     assert make_table("ddim", euler, 5).steps.t[0] != make_table("", euler, 5).steps.t[0]
-    assert CLASSES.keys() | {"flow_euler"} == SAMPLERS.keys()
+    assert CLASSES.keys() | set(FLOW_SAMPLERS) == SAMPLERS.keys()
     for name, theirs in CLASSES.items():
         assert own_sampler(make_schedule(BETAS | {"_class_name": theirs.__name__})) == name
     assert own_sampler(make_schedule(BETAS | {"_class_name": "PNDMScheduler"})) == "ddim"
