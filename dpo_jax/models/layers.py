@@ -51,10 +51,12 @@ def make_param(
 def summed_in(dtype: DTypeLike, product: Callable[..., jax.Array], x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Return `product(x, kernel)`, a matrix product or convolution, in a `dtype` as wide as theirs or wider.
 
-    The products of the derivative read the gradient in the dtype of x, from which it comes: products of float32 would
-    take several times as long.
+    The products of the derivative are computed in the dtype of the kernel, where its gradient is needed: products of
+    float32 would take several times as long, and devices would exchange float32.
     """
-    return product(x, kernel) if x.dtype == dtype else _summed_wide(jnp.dtype(dtype), product, x, kernel)
+    if x.dtype == kernel.dtype == dtype:
+        return product(x, kernel)
+    return _summed_wide(jnp.dtype(dtype), product, x, kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -71,9 +73,10 @@ def _summed_wide_forward(
 def _summed_wide_backward(
     dtype: jnp.dtype, product: Callable[..., jax.Array], kept: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    _, pull = jax.vjp(product, *kept)
-    dx, dkernel = pull(dy.astype(kept[0].dtype))
-    return dx, dkernel
+    x, kernel = kept
+    _, pull = jax.vjp(product, x.astype(kernel.dtype), kernel)
+    dx, dkernel = pull(dy.astype(kernel.dtype))
+    return dx.astype(x.dtype), dkernel
 
 
 _summed_wide.defvjp(_summed_wide_forward, _summed_wide_backward)
@@ -130,8 +133,8 @@ class Adaptable(nnx.Module):
 class Linear(Adaptable):
     """`y = x @ kernel + bias` over the last axis.
 
-    The parameters are rounded to the dtype `rounded` before they are cast to the compute `dtype`; None rounds to
-    `dtype`.
+    The parameters are rounded to the dtype `rounded`, in which their gradients are computed, and multiplied in the
+    compute `dtype`; None rounds to `dtype`.
     """
 
     def __init__(
@@ -149,7 +152,7 @@ class Linear(Adaptable):
         self.dtype, self.rounded = dtype, rounded or dtype
 
     def own_output(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...].astype(self.rounded).astype(self.dtype)
+        kernel = self.kernel[...].astype(self.rounded)
         y = summed_in(self.sum_dtype, jnp.matmul, x.astype(self.dtype), kernel)
         return y if self.bias is None else y + self.bias[...].astype(self.rounded).astype(self.sum_dtype)
 
