@@ -59,10 +59,23 @@ class Sampled(NamedTuple):
     """Advantage of each image: its reward compared with the rewards expected for its prompt."""
 
 
+class DrawnImages(NamedTuple):
+    """Images that the model itself drew, without the way that led to them, for online learning."""
+
+    x0_BKhwC: Float[Array, "B K h w C"]
+    """Clean latents."""
+    step_B: Int[Array, " B"]
+    """int32: row of the sampler's table whose noise level is added."""
+    token_ids_BML: Int[Array, "B M L"]
+    """int32 token ids for all text encoders, one encoder's after the other's along L; M = 1."""
+    advantage_BK: Float[Array, "B K"]
+    """Advantage of each image, as in `Sampled`."""
+
+
 class PreferenceBatch(NamedTuple):
     """One batch of prompts with K candidates each: best first, or in any order if the model sampled them."""
 
-    inputs: Raw | Cached | Sampled
+    inputs: Raw | Cached | Sampled | DrawnImages
     size_cond_BK6: Float[Array, "B K 6"]
     """float32 (original height, original width, crop top, crop left, target height, target width)."""
     preference_BK: Float[Array, "B K *R"]
@@ -103,8 +116,9 @@ class Conditioning(NamedTuple):
 class LossInputs(NamedTuple):
     """Everything that a loss may read of a batch; what it does not read is not computed.
 
-    Numbers are float32 (float64 in tests). Fields of the other kind of learning are None: offline, from images of a
-    data set, there are errors and predictions; online, from images that the model drew, probabilities.
+    Numbers are float32 (float64 in tests). Fields of the other kinds of learning are None: offline, from images of a
+    data set, there are errors and predictions; online, from steps that drew an image, probabilities; online, from
+    the drawn images alone, predictions and advantages.
     """
 
     log_ratio_BK: Float[Array, "B K"]
@@ -140,6 +154,10 @@ class LossInputs(NamedTuple):
     """Log-probability of the transition with the weights that sampled it."""
     advantage_BK: Float[Array, "B K"] = None
     """Advantage of the image."""
+    old_prediction_BKHWC: Float[Array, "B K H W C"] = None
+    """What the policy that drew the images predicts, without a gradient."""
+    x0_per_prediction_B: Float[Array, " B"] = None
+    """By how much the image that follows from a prediction changes with the prediction, a negative number."""
     kl_BK: Float[Array, " B #K"] = None
     """KL divergence of the policy's transition from the reference's, the mean over its dimensions; K is 1 if all
     candidates share the latents before the step."""

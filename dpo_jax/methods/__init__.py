@@ -15,6 +15,7 @@ from dpo_jax.methods.linear_dpo import LINEAR_DPO
 from dpo_jax.methods.lpo import LPO
 from dpo_jax.methods.mapo import MAPO
 from dpo_jax.methods.method import Method as Method
+from dpo_jax.methods.nft import NFT
 from dpo_jax.methods.plackett_luce import PLACKETT_LUCE
 from dpo_jax.methods.sft import SFT
 from dpo_jax.methods.smpo import SMPO
@@ -23,7 +24,7 @@ from dpo_jax.nearest import nearest
 from dpo_jax.user_code import import_object
 
 OFFLINE = (DPO, IPO, HINGE, DMPO, LINEAR_DPO, SMPO, INPO, MAPO, PLACKETT_LUCE, SFT, KTO)
-ONLINE = (D3PO, DDPO, DPOK, GRPO, SPO, LPO)
+ONLINE = (D3PO, DDPO, DPOK, GRPO, NFT, SPO, LPO)
 METHODS = {method.name: method for method in (*OFFLINE, *ONLINE)}
 
 

@@ -49,6 +49,12 @@ class Method:
     """Number of candidates that enter the step, the best ones; None for all."""
     reads_advantages: bool = False
     """Whether it learns from the advantages of rewards, and not from which candidate is preferred; rollouts only."""
+    reads_transitions: bool = True
+    """Whether it learns from the steps that drew an image, which must add noise; otherwise from the image alone, after
+    noise is added again, so that any sampler may draw it. Rollouts only."""
+    old_decay: Callable[[Mapping[str, Any], jax.Array], jax.Array] | None = None
+    """`old_decay(config, updates)`: how much of the policy that draws the images remains at the end of a round, the
+    rest of which the trained policy replaces. None if the trained policy itself draws. Rollouts only."""
     over_whole_batch: bool = False
     """Whether the loss of a prompt depends on others. Then it sees the whole batch, over all devices and micro-batches,
     which costs a second evaluation of the policy if there are several micro-batches; and it must be a function of

@@ -136,7 +136,9 @@ def _problems_of_rounds(config: ConfigDict, method: Method) -> Iterator[str]:
             f"config.online.evaluate_every={online.evaluate_every} needs judges, but online.judges is empty. Name "
             "judges, or set evaluate_every=0 if people judge"
         )
-    if not online.train_guided and not has_reference:
+    if online.branching and not method.reads_transitions:
+        yield f"config.online.branching makes candidates of single steps, which {name} does not read. Set it to False"
+    if not online.train_guided and not has_reference and method.reads_transitions:
         yield (
             "config.online.train_guided=False computes probabilities without guidance, but with "
             f'loss.name="{name}" and online.reference="{online.reference}" they are compared with those of '
@@ -188,7 +190,7 @@ def round_sizes(config: ConfigDict, learned_steps: np.ndarray, *, device_count: 
         )
     pairs = K * (K - 1) // 2 if online.update_by == "pair" else 1
     P = online.prompts_per_round
-    networks = 1 + needs_reference(config)
+    networks = 1 + needs_reference(config) + (find_method(config.loss.name).old_decay is not None)
     if online.branching:  # candidates of a step begin alike, but what becomes of each is looked at
         training = P * T * networks
         seen = S - first_branch(config)

@@ -25,7 +25,7 @@ from typing_extensions import TypedDict
 
 from dpo_jax.errors import UserError
 from dpo_jax.files import check_regular, read_json, what_it_is, write_whole
-from dpo_jax.rounds.rollout import StoredTrajectory
+from dpo_jax.rounds.rollout import StoredImages, StoredTrajectory
 from dpo_jax.sampling.grid import save_png
 from dpo_jax.sampling.image_folder import Entry, image_name, write_list
 
@@ -85,8 +85,10 @@ class RoundFolder:
         for entry, image_HWC in zip(self._entries(prompt, len(images_KHWC)), images_KHWC, strict=True):
             save_png(self.images / entry.image, Image.fromarray(image_HWC))
 
-    def write_trajectory(self, prompt: int, trajectory: StoredTrajectory, rewards: Rewards | None) -> None:
-        """Write the trajectory of a prompt, the last of its files."""
+    def write_trajectory(
+        self, prompt: int, trajectory: StoredTrajectory | StoredImages, rewards: Rewards | None
+    ) -> None:
+        """Write the trajectory of a prompt, or its end alone, the last of its files."""
         said = {} if rewards is None else {k: v for k, v in rewards._asdict().items() if v is not None}
         buffer = io.BytesIO()
         np.savez(buffer, **trajectory._asdict(), **said)
@@ -100,6 +102,13 @@ class RoundFolder:
         if found.x_SJhwC.shape[2:] != found.next_x_SKhwC.shape[2:] or not all(np.isfinite(x).all() for x in found):
             raise self._damaged(prompt, "its numbers are not finite, or its latents differ in size")
         return found
+
+    def read_latents(self, prompt: int, candidates: int) -> np.ndarray:
+        """Read the clean latents of a prompt, [K, h, w, C]; UserError if they are damaged or of another round."""
+        (x0_KhwC,) = self._read(prompt, {"x0_KhwC": (candidates, 0, 0, 0)}).values()
+        if not np.isfinite(x0_KhwC).all():
+            raise self._damaged(prompt, "its numbers are not finite")
+        return x0_KhwC
 
     def read_rewards(self, shown: tuple[int, int], steps: tuple[int, int, int] | None) -> list[Rewards]:
         """Read the rewards of every prompt from the files of the trajectories.

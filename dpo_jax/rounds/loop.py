@@ -27,7 +27,7 @@ from dpo_jax.rounds.config import RoundSizes, check, online_config, round_sizes
 from dpo_jax.rounds.feedback import decided, learnable, read_feedback
 from dpo_jax.rounds.folder import Rewards, RoundFolder
 from dpo_jax.rounds.judges import find_latent_judge, latent_judge_fingerprints, open_judges
-from dpo_jax.rounds.method import learned_steps, on_trajectories, sampler_table
+from dpo_jax.rounds.method import learned_steps, on_rounds, sampler_table
 from dpo_jax.rounds.result import Result
 from dpo_jax.rounds.rollout import Drawn, Rollout
 from dpo_jax.rounds.updates import Updates
@@ -89,9 +89,9 @@ def learn(config: ConfigDict, workdir: epath.PathLike, stage: str = "", feedback
         digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
         fingerprints = latent_judge_fingerprints(find_latent_judge(config, pipeline), pipeline.variant)
         fields = begin(config, workdir, pipeline, online_config(), fingerprints | {"fingerprints.prompts": digest})
-        composed = compose(config, plan.derived, pipeline, make_placement(config), on_trajectories)
+        composed = compose(config, plan.derived, pipeline, make_placement(config), on_rounds)
         check_room(config, workdir, composed.abstract_state())
-        experiment = build(config, plan.derived, pipeline, on_trajectories)
+        experiment = build(config, plan.derived, pipeline, on_rounds)
         with running(experiment, workdir, fields, notice, clock, judge=sample_judge) as (loop, state, _):
             Rounds(loop, plan, prompts, judges, steps_S, feedback, fresh).run(state, stage)
 
@@ -250,7 +250,7 @@ class Rounds:
             numbers = [folder.number * total + p for p in batch]
             captions = [folder.prompts[p] for p in batch]
             with cluster.watched(f"to sample prompt {numbers[0]}") if i else contextlib.nullcontext():
-                drawn = self._rollout(state.params, frozen, captions, numbers)
+                drawn = self._rollout(state.drawing, frozen, captions, numbers)
             rewards = self._judge(drawn, captions)
             new = [(b, p) for b, p in enumerate(batch) if p in missing]
             for b, p in new if cluster.is_first() else []:

@@ -1,4 +1,4 @@
-"""What a loss reads of the transitions of images that the model itself drew."""
+"""What a loss reads of images that the model itself drew: of the steps that drew them, or of the images alone."""
 
 import functools
 
@@ -6,15 +6,18 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpo_jax.batch import LossInputs, PreferenceBatch, Sampled
+from dpo_jax.batch import DrawnImages, LossInputs, PreferenceBatch, Sampled
 from dpo_jax.diffusion.guidance import with_guidance
 from dpo_jax.diffusion.samplers import make_table
 from dpo_jax.diffusion.steps import SamplerTable
 from dpo_jax.diffusion.trajectories import random_steps
 from dpo_jax.encode.text import make_conditionings
 from dpo_jax.errors import UserError
+from dpo_jax.methods import find_method
 from dpo_jax.methods.method import Objective
 from dpo_jax.models.pipeline import Pipeline
+from dpo_jax.objectives.denoising import keys_for
+from dpo_jax.objectives.drawn import compare_predictions
 from dpo_jax.objectives.transitions import compare_transitions
 from dpo_jax.rounds.config import first_branch
 from dpo_jax.sharding import Placement, batch_constraint
@@ -27,9 +30,12 @@ def sampler_table(config: ConfigDict, pipeline: Pipeline) -> SamplerTable:
     """Return the table of the sampler that draws a round's images.
 
     Raises:
-        UserError: the sampler adds no noise, or the model is a flow model.
+        UserError: the method learns from the sampler's steps, and these add no noise, or the model is a flow model.
     """
     online = config.online
+    if not find_method(config.loss.name).reads_transitions:
+        eta = online.eta if online.sampler == "ddim" else 0.0
+        return make_table(online.sampler, pipeline.sampling_schedule, online.sampling_steps, eta=eta)
     if pipeline.sampling_schedule.is_flow:
         raise UserError(
             "online training needs steps that add noise, which dpo_jax cannot take with flow models yet; train on "
@@ -42,7 +48,13 @@ def sampler_table(config: ConfigDict, pipeline: Pipeline) -> SamplerTable:
 
 
 def learned_steps(config: ConfigDict, table: SamplerTable) -> np.ndarray:
-    """Return the rows of the table whose transitions can be trained on: random, and not before candidates part."""
+    """Return the rows of the table that can be trained on.
+
+    These are the random ones, and not those before candidates part; or, for a method that adds noise to the drawn
+    images, all with noise.
+    """
+    if not find_method(config.loss.name).reads_transitions:
+        return np.flatnonzero(table.steps.noise).astype(np.int32)
     steps_S = random_steps(table)
     kept_S = steps_S[steps_S >= first_branch(config)]
     if not len(kept_S):
@@ -53,8 +65,52 @@ def learned_steps(config: ConfigDict, table: SamplerTable) -> np.ndarray:
     return kept_S
 
 
+def on_rounds(config: ConfigDict, pipeline: Pipeline, placement: Placement, objective: Objective) -> Compare:
+    """Return what the config's method compares, over images that the model drew; the counterpart of `on_pairs`."""
+    on_drawn = on_trajectories if find_method(config.loss.name).reads_transitions else on_images
+    return on_drawn(config, pipeline, placement, objective)
+
+
+def on_images(config: ConfigDict, pipeline: Pipeline, placement: Placement, objective: Objective) -> Compare:
+    """Return the comparison of predictions, over drawn images to which noise is added again.
+
+    Each image has noise of its own, which depends on (seed, step, place in the batch) alone.
+    """
+    guidance = config.online.guidance if config.online.train_guided else 1.0
+    table = sampler_table(config, pipeline)
+    conditionings = make_conditionings(pipeline, load_tokenizers_of(pipeline)([""]), guidance)
+    denoise = with_guidance(pipeline.denoise, guidance)
+    constrain, gather = batch_constraint(placement.mesh), functools.partial(pipeline.gather, placement)
+
+    def compare(
+        params: Params, frozen: Frozen, batch: PreferenceBatch, step: jax.Array, training: bool = False
+    ) -> LossInputs:
+        drawn = batch.inputs
+        assert isinstance(drawn, DrawnImages)
+        encoders = {name: gather(name, weights) for name, weights in frozen.encoders.items() if name != "vae"}
+        conditioning = conditionings(encoders, drawn.token_ids_BML[:, 0], batch.size_cond_BK6[:, 0])
+        keys_B = keys_for(jax.random.fold_in(jax.random.key(config.seed), step), batch.index_B)
+        shape, dtype = drawn.x0_BKhwC.shape[1:], drawn.x0_BKhwC.dtype
+        noise_BKhwC = jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys_B)
+        x0_BKhwC, noise_BKhwC, conditioning = constrain((drawn.x0_BKhwC, noise_BKhwC, conditioning))
+        inputs = compare_predictions(
+            denoise,
+            gather("denoiser", frozen.policy(params)),
+            gather("denoiser", frozen.whole_old()),
+            gather("denoiser", frozen.whole_reference()) if objective.needs_reference else None,
+            table,
+            x0_BKhwC,
+            noise_BKhwC,
+            drawn.step_B,
+            conditioning,
+        )
+        return with_batch(inputs, batch)._replace(advantage_BK=drawn.advantage_BK)
+
+    return compare
+
+
 def on_trajectories(config: ConfigDict, pipeline: Pipeline, placement: Placement, objective: Objective) -> Compare:
-    """Return the comparison of log-probabilities, over images that the model drew; the counterpart of `on_pairs`."""
+    """Return the comparison of log-probabilities, over the steps that drew the images."""
     guidance = config.online.guidance if config.online.train_guided else 1.0
     table = sampler_table(config, pipeline)
     conditionings = make_conditionings(pipeline, load_tokenizers_of(pipeline)([""]), guidance)

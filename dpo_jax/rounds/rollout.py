@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax.batch import Transitions
 from dpo_jax.diffusion.guidance import classifier_free_guidance
-from dpo_jax.diffusion.steps import Denoiser, starting_latents
+from dpo_jax.diffusion.steps import Denoiser, sample, starting_latents
 from dpo_jax.diffusion.trajectories import (
     branch,
     explore,
@@ -27,6 +27,7 @@ from dpo_jax.diffusion.trajectories import (
 from dpo_jax.encode.images import decode_latents
 from dpo_jax.encode.text import make_conditionings
 from dpo_jax.errors import UserError
+from dpo_jax.methods import find_method
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.objectives.denoising import per_candidate
 from dpo_jax.rounds.config import first_branch
@@ -39,17 +40,23 @@ from dpo_jax.weights.layout import Params
 
 
 class StoredTrajectory(NamedTuple):
-    """How one prompt was sampled, on the host."""
+    """How one prompt was sampled; on the host, or inside jit of a batch, [B, ...]."""
 
-    x_SJhwC: np.ndarray
-    next_x_SKhwC: np.ndarray
-    log_prob_SK: np.ndarray
+    x_SJhwC: Any
+    next_x_SKhwC: Any
+    log_prob_SK: Any
+
+
+class StoredImages(NamedTuple):
+    """The images of one prompt, as clean latents, for a method that does not read how they were sampled."""
+
+    x0_KhwC: Any
 
 
 class Drawn(NamedTuple):
     """What one call sampled."""
 
-    trajectories: dict[int, StoredTrajectory]
+    trajectories: dict[int, StoredTrajectory | StoredImages]
     """By position in the call: those of the prompts whose rows are on this process."""
     images_BKHWC: np.ndarray
     """uint8, on every process; of branching one a prompt."""
@@ -83,17 +90,15 @@ class Rollout:
         padded = [i % count for i in range(self.batch_size)]
         rows = self._tokenizers([captions[i] for i in padded]), np.array([numbers[i] for i in padded], np.int32)
         given = jax.device_put(rows, batch_sharding(self._mesh))
-        transitions, images_BKHWC, seen_BSK, finite_B = self._rollout(params, frozen, self._latent_judge, *given)
+        stored, images_BKHWC, seen_BSK, finite_B = self._rollout(params, frozen, self._latent_judge, *given)
         black = np.flatnonzero(~jax.device_get(finite_B)[:count])
         if black.size:
             raise UserError(
                 f"images of {black.size} prompts, the first {captions[black[0]]!r}, came out black: their numbers are "
                 "not finite (NaN or infinity); try dtype and vae_dtype float32, or a lower optimizer.learning_rate"
             )
-        local = zip(*(_rows(x) for x in (transitions[0], transitions[1], transitions[3])), strict=True)
-        trajectories = {
-            row: StoredTrajectory(x, next_x, log_prob) for (row, x), (_, next_x), (_, log_prob) in local if row < count
-        }
+        local = zip(*map(_rows, stored), strict=True)
+        trajectories = {rows[0][0]: type(stored)(*(x for _, x in rows)) for rows in local if rows[0][0] < count}
         images_BKHWC, seen_BSK = jax.device_get((images_BKHWC, seen_BSK))
         return Drawn(trajectories, images_BKHWC[:count], None if seen_BSK is None else seen_BSK[:count])
 
@@ -101,13 +106,14 @@ class Rollout:
 def make_rollout(
     config: ConfigDict, pipeline: Pipeline, placement: Placement, negative_1L: np.ndarray
 ) -> jax.stages.Wrapped:
-    """`(params, frozen, latent_judge, token_ids_BL, number_B) -> (transitions, images, seen, finite_B)`, jitted.
+    """`(params, frozen, latent_judge, token_ids_BL, number_B) -> (stored, images, seen, finite_B)`, jitted.
 
-    The transitions are [B, S, ...], the rest as in `Drawn`; `finite_B` tells whether all numbers of a prompt's images
-    are finite.
+    `stored` has the arrays of a `StoredTrajectory` or `StoredImages` for each prompt, [B, ...]; the rest is as in
+    `Drawn`; `finite_B` tells whether all numbers of a prompt's images are finite.
     """
     online, resolution, mesh = config.online, config.data.resolution, placement.mesh
     table, K = sampler_table(config, pipeline), online.candidates
+    reads_transitions = find_method(config.loss.name).reads_transitions
     steps_S = learned_steps(config, table)
     cells = resolution // pipeline.vae_factor
     latent_shape = (cells, cells, pipeline.denoiser.config.latent_channels)
@@ -117,7 +123,7 @@ def make_rollout(
 
     def rollout(
         params: Params, frozen: Frozen, latent_judge: dict[str, Params], token_ids_BL: jax.Array, number_B: jax.Array
-    ) -> tuple[Transitions, jax.Array, jax.Array | None, jax.Array]:
+    ) -> tuple[StoredTrajectory | StoredImages, jax.Array, jax.Array | None, jax.Array]:
         B = len(number_B)
         denoiser = gather("denoiser", frozen.policy(params))
         encoders = {name: gather(name, weights) for name, weights in frozen.encoders.items()}
@@ -141,12 +147,22 @@ def make_rollout(
             shape_BK = latents_BKhwC.shape[:2]
             return images_NHWC.reshape(*shape_BK, *images_NHWC.shape[1:]), finite_N.reshape(shape_BK).all(axis=1)
 
+        if not reads_transitions:
+            # Without noise in the steps, candidates differ by the noise that they begin with.
+            keys_BK = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(noise_keys_B, jnp.arange(K))
+            noise_NhwC = jax.vmap(lambda key: jax.random.normal(key, latent_shape))(keys_BK.reshape(-1))
+            _, step_keys_N = branch(x_BhwC, step_keys_B, K)
+            x0_NhwC = sample(guided(B * K), table, starting_latents(table, noise_NhwC), step_keys_N)
+            x0_BKhwC = x0_NhwC.reshape(B, K, *latent_shape)
+            images_BKHWC, finite_B = decoded(x0_BKhwC)
+            return StoredImages(x0_BKhwC), images_BKHWC, None, finite_B
+
         if not online.branching:
             trajectory = sample_trajectory(guided(B * K), table, *branch(x_BhwC, step_keys_B, K))
             transitions = jax.vmap(lambda step: transitions_at(trajectory, jnp.full(B, step)))(jnp.asarray(steps_S))
             x0_BKhwC = trajectory.latents_VNHWC[-1].reshape(B, K, *latent_shape)
             images_BKHWC, finite_B = decoded(x0_BKhwC)
-            return prompts_first(transitions), images_BKHWC, None, finite_B
+            return stored(transitions), images_BKHWC, None, finite_B
 
         look = see_images(guided(B * K))
         if latent_judge:
@@ -160,7 +176,11 @@ def make_rollout(
         if not latent_judge:
             seen_SBK, finite_SB = jax.lax.map(decoded, seen_SBK)
             finite_B &= finite_SB.all(axis=0)
-        return prompts_first(transitions), images_BKHWC, prompts_first(seen_SBK), finite_B
+        return stored(transitions), images_BKHWC, prompts_first(seen_SBK), finite_B
+
+    def stored(transitions_S: Transitions) -> StoredTrajectory:
+        first = prompts_first(transitions_S)
+        return StoredTrajectory(first.x_BKHWC, first.next_x_BKHWC, first.log_prob_BK)
 
     def prompts_first(tree: Any) -> Any:
         return jax.tree.map(lambda x_SB: jnp.swapaxes(x_SB, 0, 1), tree)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpo_jax.batch import PreferenceBatch, Sampled, Transitions
+from dpo_jax.batch import DrawnImages, PreferenceBatch, Sampled, Transitions
 from dpo_jax.methods import find_method
 from dpo_jax.rounds.config import RoundSizes
 from dpo_jax.rounds.feedback import is_decided
@@ -84,15 +84,6 @@ class Updates:
         if T < S:
             rng = np.random.default_rng([self._config.seed, self._folder.number, epoch, p])
             chosen_T = np.sort(rng.choice(S, T, replace=False))
-        K, branches = self._config.online.candidates, self._config.online.branching
-        trajectory = self._folder.read_trajectory(p, S, K, 1 if branches else K)
-        x_TJHWC, shared = trajectory.x_SJhwC[chosen_T], trajectory.x_SJhwC.shape[1] == 1
-        transitions = Transitions(
-            x_TJHWC if shared else x_TJHWC[:, candidates_K],
-            trajectory.next_x_SKhwC[chosen_T][:, candidates_K],
-            self._steps_S[chosen_T],
-            trajectory.log_prob_SK[chosen_T][:, candidates_K],
-        )
         rewards_SKR, advantages_SK = self._rewards_PSKR[p][:, candidates_K], self._advantages_PSK[p][:, candidates_K]
         each_T = chosen_T if len(rewards_SKR) > 1 else np.zeros(T, int)
         preference_TKR = rewards_SKR[each_T]
@@ -101,17 +92,33 @@ class Updates:
         skips = self._plan.pairs > 1 or not self._config.online.judges
         is_undecided = skips and not self._decides(rewards_SKR[0])
         return PreferenceBatch(
-            inputs=Sampled(
-                transitions,
-                np.broadcast_to(self._token_ids_PL[p], (T, 1, self._token_ids_PL.shape[1])),
-                advantages_SK[each_T],
-            ),
+            inputs=self._inputs(p, chosen_T, candidates_K, advantages_SK[each_T]),
             size_cond_BK6=np.tile(np.array([size, size, 0, 0, size, size], np.float32), (T, len(candidates_K), 1)),
             preference_BK=preference_TKR,
             valid_BK=np.ones((T, len(candidates_K)), bool),
             weight_B=np.full(T, 0.0 if is_undecided else 1.0, np.float32),
             index_B=np.zeros(T, np.int32),
         )
+
+    def _inputs(
+        self, p: int, chosen_T: np.ndarray, candidates_K: np.ndarray, advantage_TK: np.ndarray
+    ) -> Sampled | DrawnImages:
+        """What the step reads of a prompt's candidates: their transitions at the chosen steps, or the images alone."""
+        T, S, K = len(chosen_T), len(self._steps_S), self._config.online.candidates
+        token_ids_TML = np.broadcast_to(self._token_ids_PL[p], (T, 1, self._token_ids_PL.shape[1]))
+        if not find_method(self._config.loss.name).reads_transitions:
+            x0_KhwC = self._folder.read_latents(p, K)[candidates_K]
+            x0_TKhwC = np.broadcast_to(x0_KhwC, (T, *x0_KhwC.shape))
+            return DrawnImages(x0_TKhwC, self._steps_S[chosen_T], token_ids_TML, advantage_TK)
+        trajectory = self._folder.read_trajectory(p, S, K, 1 if self._config.online.branching else K)
+        x_TJHWC, shared = trajectory.x_SJhwC[chosen_T], trajectory.x_SJhwC.shape[1] == 1
+        transitions = Transitions(
+            x_TJHWC if shared else x_TJHWC[:, candidates_K],
+            trajectory.next_x_SKhwC[chosen_T][:, candidates_K],
+            self._steps_S[chosen_T],
+            trajectory.log_prob_SK[chosen_T][:, candidates_K],
+        )
+        return Sampled(transitions, token_ids_TML, advantage_TK)
 
     def _decides(self, rewards_KR: np.ndarray) -> bool:
         """Whether a candidate is better than another (`preferences.is_preferred`); for advantages, known."""

@@ -16,7 +16,7 @@ from dpo_jax.batch import TOLD_GUIDANCE, Cached, Conditioning, PreferenceBatch, 
 from dpo_jax.cli import flatten
 from dpo_jax.encode.images import encode_images, sample_posterior
 from dpo_jax.encode.text import condition, encode_text, stored_text
-from dpo_jax.methods import find_method
+from dpo_jax.methods import Method, find_method
 from dpo_jax.methods.method import Objective
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sharding import Placement, batch_constraint, batch_sharding, on_mesh, replicated
@@ -63,6 +63,10 @@ class Experiment:
         return self.placement.mesh
 
     @property
+    def method(self) -> Method:
+        return find_method(self.config.loss.name)
+
+    @property
     def joins(self) -> bool:
         """Whether the step updates all parameters as a few vectors: those of a LoRA that one device holds whole."""
         return (
@@ -87,11 +91,20 @@ class Experiment:
             frozen_names=frozen_names(self.rate_factors),
             reference_every=self.config.moving_reference.every,
             reference_decay=self.config.moving_reference.decay,
+            **self._old_policy(),
         )
         if joining:
             step = joining.around(step)
         place = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         return jax.jit(step, donate_argnums=0, out_shardings=(place, replicated(self.mesh)))
+
+    def _old_policy(self) -> dict[str, Any]:
+        """The arguments of `make_train_step` about a policy that draws the images beside the trained one."""
+        decay = self.method.old_decay
+        if decay is None:
+            return {}
+        every = self.config.steps // self.config.online.rounds
+        return {"old_every": every, "old_decay": functools.partial(decay, flatten(self.config))}
 
     def abstract_state(self) -> Any:
         """Return the shapes and shardings of the training state."""
@@ -104,6 +117,7 @@ class Experiment:
             ema=params if self.config.ema.decay else {},
             running=jax.eval_shape(self._no_means),
             reference=jax.eval_shape(first_reference, params) if self.config.moving_reference.every else None,
+            old=params if self.method.old_decay else None,
         )
         shardings = TrainState(
             step=replicated(self.mesh),
@@ -112,6 +126,7 @@ class Experiment:
             ema=self.placement.state(specs, state.ema, over_data=True),
             running=jax.tree.map(lambda _: replicated(self.mesh), state.running),
             reference=self.placement.state(specs, state.reference),
+            old=self.placement.state(specs, state.old),
         )
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
@@ -167,6 +182,7 @@ class Experiment:
             reference=jax.device_put(first_reference(params), place.reference)
             if self.config.moving_reference.every
             else None,
+            old=jax.device_put(jax.tree.map(jnp.copy, params), place.old) if self.method.old_decay else None,
         )
 
     def _no_means(self) -> dict[str, tuple[jax.Array, jax.Array]]:

@@ -58,8 +58,8 @@ class Joining:
         return _replace_dicts(tree, self.groups, differentiable)
 
     def within(self, compare: Compare) -> Compare:
-        """Return the comparison with the joined parameters as its first argument."""
-        return lambda params, *args, **kwargs: compare(self.cut(params), *args, **kwargs)
+        """Return the comparison with joined parameters, also where they are of the policy that drew."""
+        return lambda params, frozen, *args, **kwargs: compare(self.cut(params), self.cut(frozen), *args, **kwargs)
 
     def around(self, step: Callable[..., tuple[Any, Metrics]]) -> Callable[..., tuple[Any, Metrics]]:
         """Return the step, which sees joined parameters, as a step whose state has its arrays by name."""

@@ -68,6 +68,8 @@ class Frozen:
     """The weights of the reference that differ from `base`."""
     encoders: Mapping[str, Params] = dataclasses.field(default_factory=dict)
     """The VAE and the text encoders by component; empty if training reads stored latents and embeddings."""
+    old: Params = dataclasses.field(default_factory=dict)
+    """The weights of the policy that drew the images that differ from `base`, if it is not the trained one."""
 
     def policy(self, params: Params) -> Params:
         """Return the weights of the policy: the trained ones and, with a LoRA, those that it is added to."""
@@ -76,6 +78,10 @@ class Frozen:
     def whole_reference(self) -> Params:
         """Return all weights that the policy is compared with."""
         return self.base | self.reference
+
+    def whole_old(self) -> Params:
+        """Return all weights that drew the images."""
+        return self.base | self.old
 
     def with_reference(self, moving: MovingReference | None) -> "Frozen":
         """Return the weights with a reference that moves, if there is one, at its present place."""
@@ -96,6 +102,13 @@ class TrainState(NamedTuple):
     """Running means over steps that the method reads, each as (weighted sum, total weight); see `Method.running`."""
     reference: MovingReference | None = None
     """The reference, if it moves; otherwise it is a part of `Frozen`."""
+    old: Any = None
+    """The policy that draws the images (`Params`), if the method keeps one beside the trained policy."""
+
+    @property
+    def drawing(self) -> Any:
+        """The weights that images of a round are drawn with."""
+        return self.params if self.old is None else self.old
 
 
 def make_compare(
@@ -191,6 +204,8 @@ def make_train_step(
     frozen_names: Collection[str] = (),
     reference_every: int = 0,
     reference_decay: float = 0.0,
+    old_every: int = 0,
+    old_decay: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Callable[[TrainState, Frozen, PreferenceBatch], tuple[TrainState, Metrics]]:
     """Return `step(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -211,6 +226,9 @@ def make_train_step(
 
     If `state.reference` is set, it moves before the step that follows `reference_every` updates; see
     `moving_reference.follow`. A step that makes no update does not count.
+
+    If `state.old` is set, `old_decay(step + 1)` of it remains after every `old_every` steps, and the policy replaces
+    the rest.
     """
 
     def summed(inputs: LossInputs) -> tuple[jax.Array, Metrics]:
@@ -230,6 +248,8 @@ def make_train_step(
         if state.reference:
             reference = follow(state.reference, state.params, every=reference_every, decay=reference_decay)
             state, frozen = state._replace(reference=reference), frozen.with_reference(reference)
+        if state.old is not None:
+            frozen = dataclasses.replace(frozen, old=round_once(state.old, compute_dtype))
 
         def inputs_of(params: Params, batch: PreferenceBatch) -> LossInputs:
             return compare(rounded | params, frozen, batch, state.step, training=True)._replace(running=running)
@@ -269,9 +289,23 @@ def make_train_step(
         if state.reference:
             new = new._replace(reference=state.reference._replace(updates=state.reference.updates + 1))
         kept = jax.tree.map(lambda new, old: jnp.where(changes, new, old), new, state)
-        return kept._replace(step=state.step + 1), metrics
+        kept = kept._replace(step=state.step + 1)
+        if old_decay is not None:
+            remains = jnp.where(kept.step % old_every == 0, old_decay(kept.step), 1.0)
+            kept = kept._replace(old=interpolate(kept.params, kept.old, remains))
+        return kept, metrics
 
     return step
+
+
+def interpolate(start: Params, end: Params, share: jax.Array) -> Params:
+    """Return `(1 - share) start + share end`, exactly the one or the other where the share is 0 or 1."""
+
+    def between(x: jax.Array, y: jax.Array) -> jax.Array:
+        mixed = x + share.astype(x.dtype) * (y - x)
+        return jnp.where(share == 1, y, mixed)
+
+    return jax.tree.map(between, start, end)
 
 
 def round_once(params: Params, dtype: DTypeLike | None) -> Params:

@@ -35,8 +35,10 @@ learn(replaced(config, fields), workdir)
 """
 
 SPO = {"online.branching": True, "online.best_and_worst": True}
+NFT = {"loss.name": "nft", "online.advantage": "group", "online.timesteps": 0.75, "loss.kl_weight": 0.1}
 FULL = {"lora.rank": 0, "optimizer.learning_rate": 1e-3}
-NAMES = {json.dumps(fields): name for fields, name in (({}, "lora"), (SPO, "spo"), (FULL, "full"))}
+NAMED = {"lora": {}, "spo": SPO, "nft": NFT, "full": FULL}
+NAMES = {json.dumps(fields): name for name, fields in NAMED.items()}
 MESHES = {"data": {}, "fsdp": {"mesh.data": 2, "mesh.fsdp": 4}}
 
 
@@ -74,7 +76,7 @@ def on_one_device(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "fields", "processes"),
-    [pytest.param(mesh, fields, processes) for mesh in MESHES for fields in ({}, SPO, FULL) for processes in (1, 2)],
+    [pytest.param(mesh, fields, processes) for mesh in MESHES for fields in NAMED.values() for processes in (1, 2)],
     ids=lambda value: NAMES.get(json.dumps(value)) if isinstance(value, dict) else str(value),
 )
 def test_eight_devices_agree_with_one(on_one_device, tmp_path: Path, mesh: str, fields: dict, processes: int) -> None:

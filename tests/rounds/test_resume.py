@@ -54,6 +54,28 @@ def test_a_killed_run_ends_with_the_same_parameters(online, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_killed_run_draws_with_the_same_policy_again(online, tmp_path):
+    """DiffusionNFT draws with a policy that lags behind; the checkpoint has both."""
+    arguments = (
+        *ARGUMENTS,
+        "--config.loss.name=nft",
+        "--config.optimizer.learning_rate=1e-2",
+        "--config.loss.old_decay_rate=0.05",
+    )
+    assert online("whole", arguments=arguments) == 0
+    assert online("stopped", "sampled", "1", "SIGKILL", arguments=arguments) == -9
+    assert online("stopped", "trained", "5", "SIGKILL", arguments=arguments) == -9
+    assert online("stopped", "sampled", "1", "SIGKILL", arguments=arguments) == -9  # of the second round
+    assert online("stopped", arguments=arguments) == 0
+
+    assert_alike(tmp_path / "whole", tmp_path / "stopped", images=(0, 32))
+    whole, stopped = (parameters(tmp_path / name, 16) for name in ("whole", "stopped"))
+    for name, value in whole["old"].items():
+        np.testing.assert_array_equal(np.asarray(value), np.asarray(stopped["old"][name]))
+    assert any(np.any(whole["old"][name] != x) for name, x in whole["params"].items())
+
+
+@pytest.mark.slow
 def test_a_run_that_is_told_to_stop_ends_with_the_same_parameters(online, tmp_path):
     assert online("whole") == 0
 
