@@ -1,7 +1,8 @@
 """The tiny model learns online from the exact judge of its small captioned world, on two CPU cores in minutes.
 
 Without a variant the method is D3PO; `:ddpo`, `:dpok`, `:grpo`, `:spo` and `:lpo` are others. `:compressibility`
-rewards images that are small as a JPEG. `:tiny` runs any of them in seconds.
+rewards images that are small as a JPEG. `:flow` trains the tiny flow model instead. `:tiny` runs any of them in
+seconds.
 """
 
 import functools
@@ -44,6 +45,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "spo": functools.partial(choose_method, name="spo"),
         "lpo": lpo,
         "compressibility": compressibility,
+        "flow": flow,
         "tiny": tiny,
     }
     return apply_variants(c, arg, variants)
@@ -62,6 +64,12 @@ def lpo(c: ConfigDict) -> None:
 def compressibility(c: ConfigDict) -> None:
     c.online.judges = ("jpeg_compressibility",)
     c.optimizer.learning_rate = 2e-4  # with 5e-5 the files hardly shrink within 15 rounds
+
+
+def flow(c: ConfigDict) -> None:
+    """With CPS: noise that nothing removes from the image, as the SDE leaves it, would be judged too."""
+    c.model = package_path("dpo_jax/tiny/flow_model")
+    c.online.sampler = "flow_cps"
 
 
 def tiny(c: ConfigDict) -> None:

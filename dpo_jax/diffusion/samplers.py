@@ -195,6 +195,9 @@ def flow_cps(
     With `g = sigma' sin(noise_level pi / 2)` and `x1 = x + (1 - sigma) v`, the noise that the network predicts, a step
     is `x' = (1 - sigma') x0 + sqrt(sigma'^2 - g^2) x1 + g z`: the latents have signal and noise of level sigma', as the
     network expects. The last step, to sigma' = 0, adds no noise.
+
+    As in released code, log-probabilities are `-(x' - mean)^2`, up to a constant: 2 g^2 times those of the normal
+    distribution, by which the steps with the least noise would outweigh all others.
     """
     if noise_level > 1:
         raise UserError(
@@ -203,7 +206,8 @@ def flow_cps(
     steps, next_noise_S = _begin_flow(schedule, num_steps, image_tokens)
     fresh_S = next_noise_S * np.sin(noise_level * np.pi / 2)
     a_S = np.sqrt(np.maximum(next_noise_S**2 - fresh_S**2, 0)) / steps.noise
-    return SamplerTable(1.0, steps._replace(a=a_S, b=1 - next_noise_S - a_S * steps.signal, d=fresh_S))
+    b_S = 1 - next_noise_S - a_S * steps.signal
+    return SamplerTable(1.0, steps._replace(a=a_S, b=b_S, d=fresh_S, w=2 * fresh_S**2))
 
 
 SAMPLERS: dict[str, Callable[..., SamplerTable]] = {
@@ -325,7 +329,8 @@ def _begin(
             "sample with the model's own schedule, without zero_terminal_snr"
         )
     p_S, q_S = target_noise_S / determinant_S, -noise_S / determinant_S
-    return Steps(t_S.astype(np.float32), signal_S, noise_S, p_S, q_S, *np.zeros((4, len(t_S))))
+    a_S = b_S = c_S = d_S = np.zeros(len(t_S))
+    return Steps(t_S.astype(np.float32), signal_S, noise_S, p_S, q_S, a_S, b_S, c_S, d_S, np.ones(len(t_S)))
 
 
 def _towards(

@@ -42,6 +42,8 @@ class Steps(NamedTuple):
     c: Float[Any, "..."]
     d: Float[Any, "..."]
     """x' = a x + b x0 + c x0_before + d z."""
+    w: Float[Any, "..."]
+    """Factor of the step's log-probability in training, 1 for most samplers."""
 
 
 class SamplerTable(NamedTuple):

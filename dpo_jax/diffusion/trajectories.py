@@ -229,7 +229,7 @@ def transition_mean(
 
 
 def log_prob(step: Steps, mean: Float[Array, "*#N H W C"], next_x: Float[Array, "*#N H W C"]) -> Float[Array, "*N"]:
-    """Return `log N(next_x; mean, d^2)`, the mean over the last three axes; 0 without gradient if d is 0.
+    """Return `w log N(next_x; mean, d^2)`, the mean over the last three axes; 0 without gradient if d is 0.
 
     It matches `ddim_step_with_logprob` of https://github.com/kvablack/ddpo-pytorch except for d = 0, which gives NaN
     there.
@@ -237,7 +237,7 @@ def log_prob(step: Steps, mean: Float[Array, "*#N H W C"], next_x: Float[Array, 
     deviation = jnp.where(step.d > 0, step.d, 1)
     distance = jnp.square((next_x - mean) / deviation).mean(axis=(-3, -2, -1)) / 2
     log_density = -distance - _per_image(jnp.log(deviation)) - math.log(2 * math.pi) / 2
-    return jnp.where(_per_image(step.d) > 0, log_density, 0)
+    return jnp.where(_per_image(step.d) > 0, _per_image(step.w) * log_density, 0)
 
 
 def kl_divergence(

@@ -18,7 +18,7 @@ OF_DATA = (
     *("loss.timestep_density", "loss.timestep_mean", "loss.timestep_std", "loss.timestep_shift"),
 )
 """Beginnings of fields about a data set and its held-out pairs, and about noise that is added to its images."""
-READ_OF_DATA = ("data.batch_size", "data.micro_batch", "data.resolution")
+READ_OF_DATA = ("data.batch_size", "data.micro_batch", "data.resolution", "data.text_length")
 """The fields of `config.data` that rounds read: they have no data set."""
 
 

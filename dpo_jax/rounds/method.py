@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax.batch import DrawnImages, LossInputs, PreferenceBatch, Sampled
 from dpo_jax.diffusion.guidance import with_guidance
-from dpo_jax.diffusion.samplers import make_table
+from dpo_jax.diffusion.samplers import FLOW_SAMPLERS, make_table
 from dpo_jax.diffusion.steps import SamplerTable
 from dpo_jax.diffusion.trajectories import random_steps
 from dpo_jax.encode.text import make_conditionings
@@ -20,6 +20,7 @@ from dpo_jax.objectives.denoising import keys_for
 from dpo_jax.objectives.drawn import compare_predictions
 from dpo_jax.objectives.transitions import compare_transitions
 from dpo_jax.rounds.config import first_branch
+from dpo_jax.sampling.generate import latent_sizes
 from dpo_jax.sharding import Placement, batch_constraint
 from dpo_jax.training.model import load_tokenizers_of
 from dpo_jax.training.step import Compare, Frozen, with_batch
@@ -30,20 +31,27 @@ def sampler_table(config: ConfigDict, pipeline: Pipeline) -> SamplerTable:
     """Return the table of the sampler that draws a round's images.
 
     Raises:
-        UserError: the method learns from the sampler's steps, and these add no noise, or the model is a flow model.
+        UserError: the sampler is not one for this model, or adds no noise although the method learns from its steps.
     """
-    online = config.online
-    if not find_method(config.loss.name).reads_transitions:
-        eta = online.eta if online.sampler == "ddim" else 0.0
-        return make_table(online.sampler, pipeline.sampling_schedule, online.sampling_steps, eta=eta)
-    if pipeline.sampling_schedule.is_flow:
+    online, is_flow = config.online, pipeline.sampling_schedule.is_flow
+    reads_transitions = find_method(config.loss.name).reads_transitions
+    if is_flow != (online.sampler in FLOW_SAMPLERS):
+        of_flow = "flow_cps or flow_sde" if reads_transitions else "flow_euler"
+        kind, choice = ("a flow model", of_flow) if is_flow else ("not a flow model", "ddim")
         raise UserError(
-            "online training needs steps that add noise, which dpo_jax cannot take with flow models yet; train on "
-            "judged pairs, with dpo_jax.train"
+            f"config.online.sampler={online.sampler} cannot sample {config.model}, which is {kind}. Set online.sampler "
+            f"to {choice}"
         )
-    eta = online.eta if online.sampler == "ddim" else 0.0
-    table = make_table(online.sampler, pipeline.sampling_schedule, online.sampling_steps, eta=eta)
-    random_steps(table)
+    table = make_table(
+        online.sampler,
+        pipeline.sampling_schedule,
+        online.sampling_steps,
+        eta=online.eta if online.sampler == "ddim" else 0.0,
+        noise_level=online.noise_level,
+        image_tokens=latent_sizes(pipeline, config.data.resolution)[1],
+    )
+    if reads_transitions:
+        random_steps(table)
     return table
 
 
@@ -51,16 +59,19 @@ def learned_steps(config: ConfigDict, table: SamplerTable) -> np.ndarray:
     """Return the rows of the table that can be trained on.
 
     These are the random ones, and not those before candidates part; or, for a method that adds noise to the drawn
-    images, all with noise.
+    images, all with noise. The last step of flow_sde is not trained on, as in Flow-GRPO's released code: it has so
+    little noise that its log-probability would outweigh those of all others.
     """
     if not find_method(config.loss.name).reads_transitions:
         return np.flatnonzero(table.steps.noise).astype(np.int32)
     steps_S = random_steps(table)
     kept_S = steps_S[steps_S >= first_branch(config)]
+    if config.online.sampler == "flow_sde":
+        kept_S = kept_S[kept_S < len(table.steps.t) - 1]
     if not len(kept_S):
         raise UserError(
             f"config.online.branch_after={config.online.branch_after} with {config.online.sampling_steps} steps leaves "
-            "no step to train on. Set a smaller share"
+            "no step to train on. Set a smaller share, or more steps"
         )
     return kept_S
 
@@ -79,7 +90,7 @@ def on_images(config: ConfigDict, pipeline: Pipeline, placement: Placement, obje
     guidance = config.online.guidance if config.online.train_guided else 1.0
     table = sampler_table(config, pipeline)
     conditionings = make_conditionings(pipeline, load_tokenizers_of(pipeline)([""]), guidance)
-    denoise = with_guidance(pipeline.denoise, guidance)
+    denoise = with_guidance(pipeline.denoise, pipeline.guidance_scale(guidance))
     constrain, gather = batch_constraint(placement.mesh), functools.partial(pipeline.gather, placement)
 
     def compare(
@@ -114,7 +125,7 @@ def on_trajectories(config: ConfigDict, pipeline: Pipeline, placement: Placement
     guidance = config.online.guidance if config.online.train_guided else 1.0
     table = sampler_table(config, pipeline)
     conditionings = make_conditionings(pipeline, load_tokenizers_of(pipeline)([""]), guidance)
-    denoise = with_guidance(pipeline.denoise, guidance)
+    denoise = with_guidance(pipeline.denoise, pipeline.guidance_scale(guidance))
     constrain, gather = batch_constraint(placement.mesh), functools.partial(pipeline.gather, placement)
 
     def compare(

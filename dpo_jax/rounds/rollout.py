@@ -135,7 +135,8 @@ def make_rollout(
         def guided(rows: int) -> Denoiser:
             conditioning, unconditional = split(per_candidate(both, B, rows // B))
             bound = functools.partial(pipeline.denoise, denoiser)
-            return classifier_free_guidance(bound, conditioning, unconditional, online.guidance)
+            scale = pipeline.guidance_scale(online.guidance)
+            return classifier_free_guidance(bound, conditioning, unconditional, scale)
 
         def plain(weights: Params) -> Denoiser:
             whole = gather("denoiser", weights)

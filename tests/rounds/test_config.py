@@ -17,6 +17,8 @@ from dpo_jax.rounds.method import sampler_table
 from dpo_jax.sampling.prompts import read_prompts
 from dpo_jax.training import config as training_config
 
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 STEPS = np.arange(20, dtype=np.int32)
 ALONE = {"device_count": 1, "process_count": 1}
 PUBLISHED = {"data.batch_size": 1, "data.micro_batch": 1, "online.prompts_per_round": 20}
@@ -118,16 +120,32 @@ def test_wrong_configs_are_one_sentence(online, fields, message):
     assert "\n" not in str(error.value)
 
 
-def test_flow_models_do_not_learn_online_yet(online):
-    flow = make_schedule({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000})
-    with pytest.raises(UserError, match=r"cannot take with flow models yet; train on judged pairs"):
-        sampler_table(online(), SimpleNamespace(sampling_schedule=flow))
+@pytest.mark.parametrize(
+    ("schedule", "sampler", "message"),
+    [
+        (
+            FLOW,
+            "ddim",
+            r"sampler=ddim cannot sample .*, which is a flow model\. Set online\.sampler to flow_cps or flow_sd",
+        ),
+        (BETAS, "flow_sde", r"sampler=flow_sde cannot sample .*, which is not a flow model\. Set .* to ddim$"),
+        (FLOW, "flow_euler", r"this sampler adds no noise.* flow_sde or flow_cps for flow models$"),
+    ],
+)
+def test_a_sampler_for_other_models_is_one_sentence(online, schedule, sampler, message):
+    pipeline = SimpleNamespace(
+        sampling_schedule=make_schedule(schedule | {"num_train_timesteps": 1000}),
+        vae_factor=8,
+        denoiser=SimpleNamespace(config=SimpleNamespace(size_multiple=2)),
+    )
+    with pytest.raises(UserError, match=message):
+        sampler_table(online(**{"online.sampler": sampler}), pipeline)
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        *("tiny_online", "tiny_online:ddpo", "tiny_online:grpo", "tiny_online:lpo"),
+        *("tiny_online", "tiny_online:ddpo", "tiny_online:grpo", "tiny_online:lpo", "tiny_online:flow"),
         *("d3po", "d3po:ddpo", "d3po:dpok", "d3po:grpo", "d3po:spo", "d3po:lpo", "d3po:hands", "d3po:safety"),
     ],
 )

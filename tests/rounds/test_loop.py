@@ -17,6 +17,8 @@ METHODS = [
     *(pytest.param(method, marks=pytest.mark.slow) for method in ("", "dpok,", "grpo,", "spo,", "incompressibility,")),
 ]
 
+FLOW_METHODS = ["", "ddpo,", "dpok,", "grpo,", "spo,"]
+
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(online, tmp_path, method):
@@ -37,7 +39,9 @@ def test_every_method(online, tmp_path, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["", "ddpo,", "dpok,", "grpo,", "spo,", "compressibility,"])
+@pytest.mark.parametrize(
+    "method", ["", "ddpo,", "dpok,", "grpo,", "spo,", "compressibility,", *(f"{m}flow," for m in FLOW_METHODS)]
+)
 def test_the_tiny_world_by_every_method(online, tmp_path, method):
     check_run(online(f"tiny_online:{method}tiny"), tmp_path)
 

@@ -15,13 +15,13 @@ from dpo_jax.cli import replaced
 from dpo_jax.diffusion.guidance import classifier_free_guidance
 from dpo_jax.diffusion.schedule import make_schedule
 from dpo_jax.diffusion.steps import sample, starting_latents
-from dpo_jax.diffusion.trajectories import branch, random_steps
+from dpo_jax.diffusion.trajectories import branch
 from dpo_jax.encode.images import decode_latents
 from dpo_jax.encode.text import make_conditionings
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.rounds.config import round_sizes
 from dpo_jax.rounds.folder import RoundFolder
-from dpo_jax.rounds.method import on_trajectories, sampler_table
+from dpo_jax.rounds.method import learned_steps, on_trajectories, sampler_table
 from dpo_jax.rounds.rollout import Rollout
 from dpo_jax.rounds.updates import Updates
 from dpo_jax.training.experiment import build
@@ -39,7 +39,7 @@ class LoadedModel:
         self.config = config
         self.pipeline = dataclasses.replace(open_model(config, workdir), **pipeline_fields)
         self.table = sampler_table(config, self.pipeline)
-        self.steps_S = random_steps(self.table)
+        self.steps_S = learned_steps(config, self.table)
         self.plan = round_sizes(config, self.steps_S, device_count=1, process_count=1)
         self.experiment = build(config, self.plan.derived, self.pipeline, on_trajectories)
         self.params = self.experiment.initial_state().params
@@ -173,11 +173,11 @@ def test_what_becomes_of_a_prompt_does_not_depend_on_its_place(opened):
 
 
 def largest_log_ratio(o, tmp_path, rows_at_a_time=B):
-    """Recomputed by the policy that sampled; of B rows, as in sampling, or of all timesteps in one batch, B * S."""
+    """Recomputed by the policy that sampled; of B rows, as in sampling, or of all timesteps in one batch."""
     batch = o.batches(RoundFolder(tmp_path, 0, CAPTIONS))
     score = jax.jit(lambda params, frozen, batch: o.experiment.compare(params, frozen, batch, jnp.int32(0)))
     largest = 0.0
-    for rows in np.arange(B * S).reshape(B, S).T.reshape(-1, rows_at_a_time):
+    for rows in np.arange(len(batch.weight_B)).reshape(B, -1).T.reshape(-1, rows_at_a_time):
         scores = score(o.params, o.experiment.frozen, jax.tree.map(lambda x, rows=rows: x[rows], batch))
         assert scores.log_prob_BK.shape == (rows_at_a_time, K)
         assert scores.log_prob_BK.dtype == jnp.float32
@@ -202,6 +202,26 @@ def quick(self, unet, x_NHWC, t_N, conditioning, dropout_keys_N=None):
     """In place of the network: something that depends on x, t and the caption, and compiles in no time."""
     shift_N = 1e-4 * t_N + 0.1 * conditioning.context_NLD.mean(axis=(1, 2))
     return 0.9 * x_NHWC + shift_N[:, None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("family", "sampler"),
+    # Three text encoders, and one that is told the guidance scale instead of being guided.
+    [("sd3", "flow_sde"), ("flux", "flow_cps")],
+)
+def test_flow_models_are_sampled_with_noise_and_all_steps_but_the_last_are_trained_on(
+    online, tmp_path, monkeypatch, family, sampler
+):
+    monkeypatch.setattr(Pipeline, "denoise", quick)
+    fields = {"model": f"random:{family}", "online.sampler": sampler, "data.text_length": 20}
+    o = LoadedModel(online(**FIELDS | fields), tmp_path)
+
+    np.testing.assert_array_equal(o.steps_S, np.arange(S - 1))
+    assert (o.table.steps.d[-1] > 0) == (sampler == "flow_sde")
+    for trajectory in o.drawn.trajectories.values():
+        assert trajectory.x_SJhwC.shape == (S - 1, K, 8, 8, 16)
+        assert not np.array_equal(trajectory.next_x_SKhwC[0, 0], trajectory.next_x_SKhwC[0, 1])
+    assert largest_log_ratio(o, tmp_path) <= 1e-6
 
 
 def test_a_last_step_without_noise_makes_the_image_and_is_not_trained_on(online, tmp_path, monkeypatch):
