@@ -1,8 +1,8 @@
 """The tiny model learns online from the exact judge of its small captioned world, on two CPU cores in minutes.
 
 Without a variant the method is D3PO; `:ddpo`, `:dpok`, `:grpo`, `:spo` and `:lpo` are others. `:compressibility`
-rewards images that are small as a JPEG. `:flow` trains the tiny flow model instead. `:tiny` runs any of them in
-seconds.
+rewards images that are small as a JPEG. `:flow` trains the tiny flow model instead, also by `:flow_grpo`. `:tiny` runs
+any of them in seconds.
 """
 
 import functools
@@ -41,7 +41,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.sample.prompts = ("a red circle at the top left", "a blue square at the bottom right")
     c.sample.guidance = 2.5
     variants: dict[str, Variant] = {
-        **{name: functools.partial(policy_gradient, method=name) for name in ("ddpo", "dpok", "grpo")},
+        **{name: functools.partial(policy_gradient, method=name) for name in ("ddpo", "dpok", "grpo", "flow_grpo")},
         "spo": functools.partial(choose_method, name="spo"),
         "lpo": lpo,
         "compressibility": compressibility,
@@ -53,6 +53,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def policy_gradient(c: ConfigDict, *, method: str) -> None:
     choose_method(c, method)
+    if method == "flow_grpo":
+        flow(c)
     c.loss.clip = 0.1  # this model takes large steps: two thirds of the ratios are beyond the released 1e-4
 
 
@@ -67,9 +69,10 @@ def compressibility(c: ConfigDict) -> None:
 
 
 def flow(c: ConfigDict) -> None:
-    """With CPS: noise that nothing removes from the image, as the SDE leaves it, would be judged too."""
+    """Other methods than Flow-GRPO have no sampler for flow models of their own."""
     c.model = package_path("dpo_jax/tiny/flow_model")
-    c.online.sampler = "flow_cps"
+    if c.online.sampler == "ddim":
+        c.online.sampler = "flow_cps"
 
 
 def tiny(c: ConfigDict) -> None:

@@ -161,6 +161,8 @@ class LossInputs(NamedTuple):
     kl_BK: Float[Array, " B #K"] = None
     """KL divergence of the policy's transition from the reference's, the mean over its dimensions; K is 1 if all
     candidates share the latents before the step."""
+    level_fall_B: Float[Array, " B"] = None
+    """By how much a transition lowers the noise level: the length |dt| of a flow model's step."""
     is_clamped_BK: Bool[Array, "B K"] = None
     """bool: whether the log-ratio is at or beyond the bounds that it is clamped to."""
     running: Mapping[str, Array] = {}

@@ -6,6 +6,7 @@ from dpo_jax.methods.ddpo import DDPO
 from dpo_jax.methods.dmpo import DMPO
 from dpo_jax.methods.dpo import DPO
 from dpo_jax.methods.dpok import DPOK
+from dpo_jax.methods.flow_grpo import FLOW_GRPO
 from dpo_jax.methods.grpo import GRPO
 from dpo_jax.methods.hinge import HINGE
 from dpo_jax.methods.inpo import INPO
@@ -24,7 +25,7 @@ from dpo_jax.nearest import nearest
 from dpo_jax.user_code import import_object
 
 OFFLINE = (DPO, IPO, HINGE, DMPO, LINEAR_DPO, SMPO, INPO, MAPO, PLACKETT_LUCE, SFT, KTO)
-ONLINE = (D3PO, DDPO, DPOK, GRPO, NFT, SPO, LPO)
+ONLINE = (D3PO, DDPO, DPOK, GRPO, FLOW_GRPO, NFT, SPO, LPO)
 METHODS = {method.name: method for method in (*OFFLINE, *ONLINE)}
 
 

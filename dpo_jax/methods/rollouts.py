@@ -67,8 +67,9 @@ ROLLOUT_FIELDS = {
     "online.clip": Field(0.1, "How far the ratio to the reference may be from 1 (D3PO, SPO, LPO).", above=0, below=1),
     "online.advantage": Field(
         "prompt",
-        "Advantages from the last rewards of the prompt (DDPO) or from its group of candidates (GRPO).",
-        choices=("prompt", "group"),
+        "Advantages from the last rewards of the prompt (DDPO), or from its group of candidates (GRPO), divided by the "
+        "standard deviation of all rewards of the round if it is round (Flow-GRPO).",
+        choices=("prompt", "group", "round"),
     ),
 }
 """By dotted path, in the order in which --help lists them. The defaults are those of D3PO's released code."""

@@ -48,11 +48,20 @@ class PromptStatistics:
         return advantages_N
 
 
-def group_advantages(rewards_BK: Real[np.ndarray, "B K"], *, epsilon: float = 1e-4) -> Float[np.ndarray, "B K"]:
+def group_advantages(
+    rewards_BK: Real[np.ndarray, "B K"], *, std: float | None = None, epsilon: float = 1e-4
+) -> Float[np.ndarray, "B K"]:
     """Return `(reward - mean) / (std + epsilon)` over the candidates of a prompt (arXiv 2402.03300, section 4.1.2).
 
     This is GRPO's advantage; the standard deviation divides by K. Equal rewards give zero advantages.
+
+    Args:
+        rewards_BK: rewards of the candidates.
+        std: standard deviation to divide by; None for that of the prompt's own candidates. With that of all rewards, as
+            Flow-GRPO's code has it, a prompt whose candidates hardly differ has small advantages.
+        epsilon: what is added to the standard deviation.
     """
     rewards_BK = np.asarray(rewards_BK, np.float64)
-    mean_B1, std_B1 = rewards_BK.mean(axis=1, keepdims=True), rewards_BK.std(axis=1, keepdims=True)
+    mean_B1 = rewards_BK.mean(axis=1, keepdims=True)
+    std_B1 = rewards_BK.std(axis=1, keepdims=True) if std is None else std
     return (rewards_BK - mean_B1) / (std_B1 + epsilon)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from dpo_jax.batch import LossInputs, Transitions
@@ -56,6 +57,7 @@ def compare_transitions(
         reference_BKHWC = jax.lax.stop_gradient(_mean(denoise, reference, step, transitions, conditioning))
         reference_log_prob_BK = log_prob(step, reference_BKHWC, transitions.next_x_BKHWC)
         kl_BK = kl_divergence(step, mean_BKHWC, reference_BKHWC)
+    fall_S = -np.diff(table.steps.noise, append=0)
     # This clamps the ratio without an exp, which could overflow.
     low, high = math.log(1 - clip), math.log(1 + clip)
     log_ratio_BK = clamp(log_prob_BK - reference_log_prob_BK, low, high)
@@ -64,6 +66,7 @@ def compare_transitions(
         log_prob_BK=log_prob_BK,
         old_log_prob_BK=transitions.log_prob_BK,
         kl_BK=kl_BK,
+        level_fall_B=jnp.asarray(fall_S, log_prob_BK.dtype)[transitions.step_B],
         is_clamped_BK=(log_ratio_BK <= low) | (log_ratio_BK >= high),
     )
 

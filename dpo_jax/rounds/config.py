@@ -138,7 +138,8 @@ def _problems_of_rounds(config: ConfigDict, method: Method) -> Iterator[str]:
         )
     if online.branching and not method.reads_transitions:
         yield f"config.online.branching makes candidates of single steps, which {name} does not read. Set it to False"
-    if not online.train_guided and not has_reference and method.reads_transitions:
+    compares_with_sampled = method.reads_transitions and (takes_advantages or not has_reference)
+    if not online.train_guided and compares_with_sampled:
         yield (
             "config.online.train_guided=False computes probabilities without guidance, but with "
             f'loss.name="{name}" and online.reference="{online.reference}" they are compared with those of '

@@ -111,7 +111,9 @@ def learnable(
     """
     if find_method(config.loss.name).reads_advantages:
         each_R = itertools.zip_longest(np.moveaxis(rewards_PSKR, -1, 0), statistics_R)
-        mean_PSK = np.mean([advantages(rewards_PSK, prompts, known) for rewards_PSK, known in each_R], axis=0)
+        over_round = config.online.advantage == "round"
+        each = [advantages(rewards_PSK, prompts, known, over_round=over_round) for rewards_PSK, known in each_R]
+        mean_PSK = np.mean(each, axis=0)
         return combined(rewards_PSKR)[..., None], mean_PSK
     if config.online.combine == "mean":
         rewards_PSKR = combined(rewards_PSKR)[..., None]
@@ -135,10 +137,13 @@ def decided(config: ConfigDict, rewards_PSKR: np.ndarray, advantages_PSK: np.nda
     return np.array([is_decided(rewards_SKR) for rewards_SKR in rewards_PSKR])
 
 
-def advantages(rewards_PSK: np.ndarray, prompts: Sequence[str], statistics: PromptStatistics | None) -> np.ndarray:
+def advantages(
+    rewards_PSK: np.ndarray, prompts: Sequence[str], statistics: PromptStatistics | None, *, over_round: bool = False
+) -> np.ndarray:
     """Return the advantage of each reward by the statistics of its prompt, or of its group of candidates without any.
 
-    Unknown rewards (NaN) have advantage 0. The rewards are added to the statistics.
+    Unknown rewards (NaN) have advantage 0. The rewards are added to the statistics. With `over_round`, the standard
+    deviation is that of all rewards and not of the group's.
     """
     P, S, K = rewards_PSK.shape
     known_PSK = ~np.isnan(rewards_PSK)
@@ -147,7 +152,8 @@ def advantages(rewards_PSK: np.ndarray, prompts: Sequence[str], statistics: Prom
         named = [prompts[p] for p, _, _ in np.argwhere(known_PSK)]
         result_PSK[known_PSK] = statistics.advantages(named, rewards_PSK[known_PSK])
         return result_PSK
+    std = float(np.std(rewards_PSK[known_PSK])) if over_round and known_PSK.any() else None
     for p, s in np.argwhere(known_PSK.sum(axis=-1) > 1):
         known_K = known_PSK[p, s]
-        result_PSK[p, s, known_K] = group_advantages(rewards_PSK[p, s, known_K][None])[0]
+        result_PSK[p, s, known_K] = group_advantages(rewards_PSK[p, s, known_K][None], std=std)[0]
     return result_PSK

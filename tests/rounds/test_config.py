@@ -103,6 +103,12 @@ PUBLISHED = {"data.batch_size": 1, "data.micro_batch": 1, "online.prompts_per_ro
             r'train_guided=False computes .* online\.reference="round" .*\. Set online\.train_guided=True',
         ),
         ({"online.train_guided": False, "loss.name": "ddpo"}, r'train_guided=False .* loss\.name="ddpo" and'),
+        ({"online.train_guided": False, "loss.name": "flow_grpo"}, r'train_guided=False .* loss\.name="flow_grpo" and'),
+        ({"loss.name": "flow_grpo", "online.reference": "round"}, r"kl_weight=0\.004 needs a reference network\. Set"),
+        (
+            {"loss.name": "flow_grpo", "loss.divergence": "released", "online.sampler": "flow_cps"},
+            r'divergence="released" is that of the steps of flow_sde, .* Set loss\.divergence="exact"$',
+        ),
         (
             {"online.evaluate_every": 2, "online.judges": ()},
             r"evaluate_every=2 needs judges, but online\.judges is empty",
@@ -146,6 +152,7 @@ def test_a_sampler_for_other_models_is_one_sentence(online, schedule, sampler, m
     "name",
     [
         *("tiny_online", "tiny_online:ddpo", "tiny_online:grpo", "tiny_online:lpo", "tiny_online:flow"),
+        *("flow_grpo", "flow_grpo:cps", "flow_grpo:flux", "flow_grpo:cps,flux", "tiny_online:flow_grpo"),
         *("d3po", "d3po:ddpo", "d3po:dpok", "d3po:grpo", "d3po:spo", "d3po:lpo", "d3po:hands", "d3po:safety"),
     ],
 )
@@ -287,6 +294,7 @@ def test_who_needs_a_reference(online):
         ("ddpo", "initial", False),
         ("ddpo", "round", False),
         ("dpok", "initial", True),
+        ("flow_grpo", "initial", True),
     ]:
         assert needs_reference(online(**{"loss.name": name, "online.reference": reference})) == needs
 

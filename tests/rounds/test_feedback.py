@@ -149,6 +149,20 @@ def test_advantages_of_each_step_by_itself_in_a_group():
         np.testing.assert_allclose(found[p, s], (of_group - of_group.mean()) / (of_group.std() + 1e-4), rtol=1e-12)
 
 
+def test_advantages_over_the_deviation_of_all_rewards_of_the_round(online):
+    """As `global_std` of Flow-GRPO's code has it; a prompt whose candidates hardly differ has small advantages."""
+    rewards_PSK = np.array([[[1.0, 2, 6]], [[4, 4, 4.01]], [[NAN, 1, 3]], [[NAN, NAN, 8]]])
+    config = online("tiny_online:grpo,tiny", **{"online.advantage": "round"})
+
+    _, found = learnable(config, rewards_PSK[..., None], ["a", "b", "c", "d"], [])
+
+    spread = np.std(rewards_PSK[~np.isnan(rewards_PSK)]) + 1e-4
+    np.testing.assert_allclose(found[0, 0], np.array([-2, -1, 3]) / spread, rtol=1e-12)
+    assert np.abs(found[1]).max() < 0.01
+    np.testing.assert_allclose(found[2, 0], [0, -1 / spread, 1 / spread], rtol=1e-12)
+    np.testing.assert_array_equal(found[3], np.zeros((1, 3)))
+
+
 def test_advantages_by_the_last_rewards_of_the_prompt():
     """In the order of prompts, steps and candidates, NaN left out; a prompt that is there twice is one."""
     prompts, statistics = ["a", "b", "a"], PromptStatistics(buffer_size=6, min_count=3)

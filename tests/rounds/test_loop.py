@@ -12,22 +12,26 @@ from dpo_jax.rounds.result import FIELDS
 from dpo_jax.sampling.image_folder import read_list
 from dpo_jax.training.run import open_run
 
-METHODS = [
-    "ddpo,",  # D3PO is learned by in test_people.py, branching is run in test_config.py
-    *(pytest.param(method, marks=pytest.mark.slow) for method in ("", "dpok,", "grpo,", "spo,", "incompressibility,")),
+SLOW = [
+    *(f"d3po:{method}" for method in ("", "ddpo,", "dpok,", "grpo,", "spo,", "incompressibility,")),
+    *("flow_grpo:cps,", "flow_grpo:flux,"),
+]
+CONFIGS = [
+    "flow_grpo:",  # D3PO is learned by in test_people.py, branching is run in test_config.py
+    *(pytest.param(config, marks=pytest.mark.slow) for config in SLOW),
 ]
 
-FLOW_METHODS = ["", "ddpo,", "dpok,", "grpo,", "spo,"]
+FLOW_METHODS = ["", "ddpo,", "dpok,", "grpo,", "flow_grpo,", "spo,"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method(online, tmp_path, method):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_method(online, tmp_path, name):
     """The tasks differ in their judges and prompts; see test_config.py."""
     prompts = tmp_path / "fresh.txt"
     prompts.write_text("an owl\na koala\nan otter\n")
     fields = {"online.evaluate_every": 3, "online.evaluation_prompts": str(prompts)}
     workdir = tmp_path / "run"
-    config = online(f"d3po:{method}tiny", **fields)
+    config = online(f"{name}tiny", **fields)
     check_run(config, workdir)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     evaluated = [(row["evaluation/round"], row["step"]) for row in rows if "evaluation/round" in row]
