@@ -47,6 +47,8 @@ class Transitions(NamedTuple):
     """int32: row of the sampler's table."""
     log_prob_BK: Float[Array, "B K"]
     """Log-probability of the transition with the weights that sampled it."""
+    old_mean_BKHWC: Float[Array, " B #K H W C"] | None = None
+    """Mean of the latents after the step with the weights that sampled; None if the method does not read it."""
 
 
 class Sampled(NamedTuple):
@@ -161,6 +163,11 @@ class LossInputs(NamedTuple):
     kl_BK: Float[Array, " B #K"] = None
     """KL divergence of the policy's transition from the reference's, the mean over its dimensions; K is 1 if all
     candidates share the latents before the step."""
+    old_kl_BK: Float[Array, " B #K"] | None = None
+    """The same divergence from the transition of the weights that sampled; None if the method reads no old means."""
+    standard_log_ratio_BK: Float[Array, "B K"] | None = None
+    """How far the mean has moved along the noise that was drawn, the mean over its dimensions: a log-ratio whose scale
+    does not depend on the step (GRPO-Guard); None if the method reads no old means."""
     level_fall_B: Float[Array, " B"] = None
     """By how much a transition lowers the noise level: the length |dt| of a flow model's step."""
     is_clamped_BK: Bool[Array, "B K"] = None

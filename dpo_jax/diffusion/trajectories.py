@@ -32,6 +32,8 @@ class Trajectory(NamedTuple):
     """Latents from the noise to the clean latents; step s leads from row s to row s + 1."""
     log_prob_SN: Float[Any, "S N"]
     """Log-probability of each step with the weights that sampled; 0 for a step without noise."""
+    mean_SNHWC: Float[Any, "S N H W C"] | None = None
+    """Mean of the latents after each step, which the noise is added to."""
 
 
 def random_steps(table: SamplerTable) -> Int[np.ndarray, " _"]:
@@ -78,11 +80,11 @@ def sample_trajectory(
         x_NHWC: Float[Array, "N H W C"],
         mean_NHWC: Float[Array, "N H W C"],
         next_x_NHWC: Float[Array, "N H W C"],
-    ) -> tuple[Float[Array, "N H W C"], Float[Array, " N"]]:
-        return x_NHWC, log_prob(step, mean_NHWC, next_x_NHWC)
+    ) -> tuple[Float[Array, "N H W C"], Float[Array, "N H W C"], Float[Array, " N"]]:
+        return x_NHWC, mean_NHWC, log_prob(step, mean_NHWC, next_x_NHWC)
 
-    x0_NHWC, (x_SNHWC, log_prob_SN) = walk(denoise, table, x_NHWC, keys_N, record)
-    return Trajectory(jnp.concatenate([x_SNHWC, x0_NHWC[None]]), log_prob_SN)
+    x0_NHWC, (x_SNHWC, mean_SNHWC, log_prob_SN) = walk(denoise, table, x_NHWC, keys_N, record)
+    return Trajectory(jnp.concatenate([x_SNHWC, x0_NHWC[None]]), log_prob_SN, mean_SNHWC)
 
 
 class Exploration(NamedTuple):
@@ -94,6 +96,8 @@ class Exploration(NamedTuple):
     """Latents of the candidates after each step."""
     log_prob_SBK: Float[Any, "S B K"]
     """Log-probability of each candidate's step; 0 for a step without noise."""
+    mean_SBHWC: Float[Any, "S B H W C"]
+    """Mean of the latents after each step, which the candidates' noise is added to."""
     seen_SBK: Float[Any, "S B K ..."]
     """Results of `look` on the candidates."""
     x0_BHWC: Float[Any, "B H W C"]
@@ -153,15 +157,15 @@ def explore(
             seen_BK = jax.lax.cond(i >= first, look, lambda *_: jnp.zeros(nothing.shape, nothing.dtype), *given)
         else:
             seen_BK = look(*given)
-        return next_x_BKHWC[jnp.arange(B), chosen_B], (x_BHWC, next_x_BKHWC, log_prob_BK, seen_BK)
+        return next_x_BKHWC[jnp.arange(B), chosen_B], (x_BHWC, next_x_BKHWC, log_prob_BK, mean_BHWC, seen_BK)
 
     def on_device(steps: Steps) -> Steps:
         return Steps(jnp.asarray(steps.t, jnp.float32), *(jnp.asarray(values_S, dtype) for values_S in steps[1:]))
 
     inputs = jnp.arange(S), on_device(table.steps), on_device(following)
     x0_BHWC, records = jax.lax.scan(take, x_BHWC.astype(dtype), inputs)
-    x_SBHWC, next_x_SBKHWC, log_prob_SBK, seen_SBK = records
-    return Exploration(x_SBHWC, next_x_SBKHWC, log_prob_SBK, seen_SBK, x0_BHWC)
+    x_SBHWC, next_x_SBKHWC, log_prob_SBK, mean_SBHWC, seen_SBK = records
+    return Exploration(x_SBHWC, next_x_SBKHWC, log_prob_SBK, mean_SBHWC, seen_SBK, x0_BHWC)
 
 
 def see_images(denoise: Denoiser) -> Look:
@@ -201,13 +205,14 @@ def transitions_at(trajectory: Trajectory, step_B: Int[Array, " B"]) -> Transiti
     The images of the trajectory are B prompts times K candidates, the candidates of a prompt next to each other.
     """
     B = len(step_B)
-    latents_VBKHWC, log_prob_SBK = (x.reshape(len(x), B, -1, *x.shape[2:]) for x in trajectory)
+    of_prompts = jax.tree.map(lambda x: x.reshape(len(x), B, -1, *x.shape[2:]), trajectory)
     prompt_B = jnp.arange(B)
     return Transitions(
-        latents_VBKHWC[step_B, prompt_B],
-        latents_VBKHWC[step_B + 1, prompt_B],
+        of_prompts.latents_VNHWC[step_B, prompt_B],
+        of_prompts.latents_VNHWC[step_B + 1, prompt_B],
         step_B,
-        log_prob_SBK[step_B, prompt_B],
+        of_prompts.log_prob_SN[step_B, prompt_B],
+        None if trajectory.mean_SNHWC is None else of_prompts.mean_SNHWC[step_B, prompt_B],
     )
 
 

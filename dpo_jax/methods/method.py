@@ -52,6 +52,9 @@ class Method:
     reads_transitions: bool = True
     """Whether it learns from the steps that drew an image, which must add noise; otherwise from the image alone, after
     noise is added again, so that any sampler may draw it. Rollouts only."""
+    reads_old_means: Callable[[Mapping[str, Any]], bool] = lambda fields: False
+    """Whether, with a config's fields, it reads the means of the steps of the policy that sampled, which are then
+    stored. Rollouts only."""
     old_decay: Callable[[Mapping[str, Any], jax.Array], jax.Array] | None = None
     """`old_decay(config, updates)`: how much of the policy that draws the images remains at the end of a round, the
     rest of which the trained policy replaces. None if the trained policy itself draws. Rollouts only."""

@@ -57,6 +57,11 @@ def compare_transitions(
         reference_BKHWC = jax.lax.stop_gradient(_mean(denoise, reference, step, transitions, conditioning))
         reference_log_prob_BK = log_prob(step, reference_BKHWC, transitions.next_x_BKHWC)
         kl_BK = kl_divergence(step, mean_BKHWC, reference_BKHWC)
+    old_kl_BK = standard_log_ratio_BK = None
+    if transitions.old_mean_BKHWC is not None:
+        old_kl_BK = kl_divergence(step, mean_BKHWC, transitions.old_mean_BKHWC)
+        noise_BKHWC = (transitions.next_x_BKHWC - transitions.old_mean_BKHWC) / jnp.where(step.d > 0, step.d, 1)
+        standard_log_ratio_BK = ((mean_BKHWC - transitions.old_mean_BKHWC) * noise_BKHWC).mean(axis=(-3, -2, -1))
     fall_S = -np.diff(table.steps.noise, append=0)
     # This clamps the ratio without an exp, which could overflow.
     low, high = math.log(1 - clip), math.log(1 + clip)
@@ -66,6 +71,8 @@ def compare_transitions(
         log_prob_BK=log_prob_BK,
         old_log_prob_BK=transitions.log_prob_BK,
         kl_BK=kl_BK,
+        old_kl_BK=old_kl_BK,
+        standard_log_ratio_BK=standard_log_ratio_BK,
         level_fall_B=jnp.asarray(fall_S, log_prob_BK.dtype)[transitions.step_B],
         is_clamped_BK=(log_ratio_BK <= low) | (log_ratio_BK >= high),
     )

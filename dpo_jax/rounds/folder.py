@@ -91,17 +91,23 @@ class RoundFolder:
         """Write the trajectory of a prompt, or its end alone, the last of its files."""
         said = {} if rewards is None else {k: v for k, v in rewards._asdict().items() if v is not None}
         buffer = io.BytesIO()
-        np.savez(buffer, **trajectory._asdict(), **said)
+        stored = {name: value for name, value in trajectory._asdict().items() if value is not None}
+        np.savez(buffer, **stored, **said)
         write_whole(self._file(prompt), buffer.getvalue())
 
-    def read_trajectory(self, prompt: int, steps: int, candidates: int, beginnings: int) -> StoredTrajectory:
+    def read_trajectory(
+        self, prompt: int, steps: int, candidates: int, beginnings: int, *, with_means: bool = False
+    ) -> StoredTrajectory:
         """Read the trajectory of a prompt, with S, K and J as given; UserError if it is damaged or of another round."""
         SJ, SK = (steps, beginnings), (steps, candidates)
         shapes = {"x_SJhwC": (*SJ, 0, 0, 0), "next_x_SKhwC": (*SK, 0, 0, 0), "log_prob_SK": SK}
-        found = StoredTrajectory(**self._read(prompt, shapes))
-        if found.x_SJhwC.shape[2:] != found.next_x_SKhwC.shape[2:] or not all(np.isfinite(x).all() for x in found):
+        if with_means:
+            shapes["mean_SJhwC"] = shapes["x_SJhwC"]
+        found = self._read(prompt, shapes)
+        sizes = {x.shape[2:] for x in found.values() if x.ndim == 5}
+        if len(sizes) > 1 or not all(np.isfinite(x).all() for x in found.values()):
             raise self._damaged(prompt, "its numbers are not finite, or its latents differ in size")
-        return found
+        return StoredTrajectory(**found)
 
     def read_latents(self, prompt: int, candidates: int) -> np.ndarray:
         """Read the clean latents of a prompt, [K, h, w, C]; UserError if they are damaged or of another round."""

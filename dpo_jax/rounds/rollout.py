@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax.batch import Transitions
+from dpo_jax.cli import flatten
 from dpo_jax.diffusion.guidance import classifier_free_guidance
 from dpo_jax.diffusion.steps import Denoiser, sample, starting_latents
 from dpo_jax.diffusion.trajectories import (
@@ -45,6 +46,8 @@ class StoredTrajectory(NamedTuple):
     x_SJhwC: Any
     next_x_SKhwC: Any
     log_prob_SK: Any
+    mean_SJhwC: Any = None
+    """None if the method does not read it."""
 
 
 class StoredImages(NamedTuple):
@@ -97,7 +100,7 @@ class Rollout:
                 f"images of {black.size} prompts, the first {captions[black[0]]!r}, came out black: their numbers are "
                 "not finite (NaN or infinity); try dtype and vae_dtype float32, or a lower optimizer.learning_rate"
             )
-        local = zip(*map(_rows, stored), strict=True)
+        local = zip(*(_rows(x) for x in stored if x is not None), strict=True)
         trajectories = {rows[0][0]: type(stored)(*(x for _, x in rows)) for rows in local if rows[0][0] < count}
         images_BKHWC, seen_BSK = jax.device_get((images_BKHWC, seen_BSK))
         return Drawn(trajectories, images_BKHWC[:count], None if seen_BSK is None else seen_BSK[:count])
@@ -113,7 +116,8 @@ def make_rollout(
     """
     online, resolution, mesh = config.online, config.data.resolution, placement.mesh
     table, K = sampler_table(config, pipeline), online.candidates
-    reads_transitions = find_method(config.loss.name).reads_transitions
+    method = find_method(config.loss.name)
+    reads_transitions, reads_old_means = method.reads_transitions, method.reads_old_means(flatten(config))
     steps_S = learned_steps(config, table)
     cells = resolution // pipeline.vae_factor
     latent_shape = (cells, cells, pipeline.denoiser.config.latent_channels)
@@ -171,7 +175,8 @@ def make_rollout(
         found = explore(guided(B), table, x_BhwC, step_keys_B, K, look, first_branch(config))
         kept = jax.tree.map(lambda x_SB: x_SB[steps_S], found._replace(x0_BHWC=None))
         step_SB = jnp.broadcast_to(jnp.asarray(steps_S)[:, None], (len(steps_S), B))
-        transitions = Transitions(kept.x_SBHWC[:, :, None], kept.next_x_SBKHWC, step_SB, kept.log_prob_SBK)
+        x_SB1hwC, mean_SB1hwC = kept.x_SBHWC[:, :, None], kept.mean_SBHWC[:, :, None]
+        transitions = Transitions(x_SB1hwC, kept.next_x_SBKHWC, step_SB, kept.log_prob_SBK, mean_SB1hwC)
         images_BKHWC, finite_B = decoded(found.x0_BHWC[:, None])
         seen_SBK = kept.seen_SBK
         if not latent_judge:
@@ -181,7 +186,8 @@ def make_rollout(
 
     def stored(transitions_S: Transitions) -> StoredTrajectory:
         first = prompts_first(transitions_S)
-        return StoredTrajectory(first.x_BKHWC, first.next_x_BKHWC, first.log_prob_BK)
+        mean = first.old_mean_BKHWC if reads_old_means else None
+        return StoredTrajectory(first.x_BKHWC, first.next_x_BKHWC, first.log_prob_BK, mean)
 
     def prompts_first(tree: Any) -> Any:
         return jax.tree.map(lambda x_SB: jnp.swapaxes(x_SB, 0, 1), tree)

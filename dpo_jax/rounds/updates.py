@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax.batch import DrawnImages, PreferenceBatch, Sampled, Transitions
+from dpo_jax.cli import flatten
 from dpo_jax.methods import find_method
 from dpo_jax.rounds.config import RoundSizes
 from dpo_jax.rounds.feedback import is_decided
@@ -106,17 +107,20 @@ class Updates:
         """What the step reads of a prompt's candidates: their transitions at the chosen steps, or the images alone."""
         T, S, K = len(chosen_T), len(self._steps_S), self._config.online.candidates
         token_ids_TML = np.broadcast_to(self._token_ids_PL[p], (T, 1, self._token_ids_PL.shape[1]))
-        if not find_method(self._config.loss.name).reads_transitions:
+        method = find_method(self._config.loss.name)
+        if not method.reads_transitions:
             x0_KhwC = self._folder.read_latents(p, K)[candidates_K]
             x0_TKhwC = np.broadcast_to(x0_KhwC, (T, *x0_KhwC.shape))
             return DrawnImages(x0_TKhwC, self._steps_S[chosen_T], token_ids_TML, advantage_TK)
-        trajectory = self._folder.read_trajectory(p, S, K, 1 if self._config.online.branching else K)
-        x_TJHWC, shared = trajectory.x_SJhwC[chosen_T], trajectory.x_SJhwC.shape[1] == 1
+        J, with_means = 1 if self._config.online.branching else K, method.reads_old_means(flatten(self._config))
+        trajectory = self._folder.read_trajectory(p, S, K, J, with_means=with_means)
+        of_J = candidates_K if J == K else np.zeros(1, int)  # with branching, candidates share x and the mean
         transitions = Transitions(
-            x_TJHWC if shared else x_TJHWC[:, candidates_K],
+            trajectory.x_SJhwC[chosen_T][:, of_J],
             trajectory.next_x_SKhwC[chosen_T][:, candidates_K],
             self._steps_S[chosen_T],
             trajectory.log_prob_SK[chosen_T][:, candidates_K],
+            trajectory.mean_SJhwC[chosen_T][:, of_J] if with_means else None,
         )
         return Sampled(transitions, token_ids_TML, advantage_TK)
 

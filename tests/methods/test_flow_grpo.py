@@ -1,5 +1,7 @@
 """Flow-GRPO's loss and its gradient, from the latents of a step, against the released formulas in PyTorch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,21 +53,28 @@ class Case:
     def log_prob(self, mean):
         return torch.distributions.Normal(mean, self.k).log_prob(self.next_x).mean(dim=(2, 3, 4))
 
+    @functools.cached_property
+    def as_jax(self):
+        names = ("x", "next_x", "old_log_prob", "old_mean", "moved", "reference", "advantage")
+        return {name: jnp.asarray(np.asarray(getattr(self, name)), self.dtype) for name in names}
+
+    def inputs(self, velocity, *, kl_weight, ratio="clip", **fields):
+        given = self.as_jax
+        old_mean = given["old_mean"] if ratio != "clip" else None
+        transitions = Transitions(given["x"], given["next_x"], jnp.asarray(STEP_B), given["old_log_prob"], old_mean)
+        reference = given["reference"] if kl_weight else None
+        inputs = compare_transitions(denoise, velocity, reference, TABLE, transitions, {})
+        return inputs._replace(advantage_BK=given["advantage"], preference_BK=given["advantage"])
+
     def ours(self, **fields):
         """Return loss_B, and the gradient of its sum with respect to the velocities."""
         objective = FLOW_GRPO.objective({f"loss.{name}": value for name, value in fields.items()})
-        as_jax = {
-            name: jnp.asarray(np.asarray(getattr(self, name)), self.dtype) for name in set(self.__dict__) - {"dtype"}
-        }
-        transitions = Transitions(as_jax["x"], as_jax["next_x"], jnp.asarray(STEP_B), as_jax["old_log_prob"])
 
         def total(velocity):
-            reference = as_jax["reference"] if fields["kl_weight"] else None
-            inputs = compare_transitions(denoise, velocity, reference, TABLE, transitions, {})
-            loss_B = objective.loss(inputs._replace(advantage_BK=as_jax["advantage"]))
+            loss_B = objective.loss(self.inputs(velocity, **fields))
             return loss_B.sum(), loss_B
 
-        gradient, loss_B = jax.grad(total, has_aux=True)(as_jax["moved"])
+        gradient, loss_B = jax.grad(total, has_aux=True)(self.as_jax["moved"])
         return loss_B, gradient
 
     def theirs(self, loss_BK):
@@ -100,4 +109,44 @@ def test_value_and_gradient_are_the_released_ones(x64, kl_weight, divergence, dt
         case.theirs(loss_BK),
     )
     np.testing.assert_allclose(loss_B, expected_B, rtol=tolerance, atol=tolerance)
+    expected = expected.numpy()
     np.testing.assert_allclose(gradient, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
+
+
+def guard(case, mean):
+    """As in `train_sd3_GRPO_Guard.py` of the released code, for each image by itself."""
+    std, dt = case.k.view(B, 1), case.dt.view(B, 1)
+    ratio_mean_bias = ((mean - case.old_mean) ** 2).mean(dim=(2, 3, 4)) / (2 * std**2)
+    ratio = torch.exp((case.log_prob(mean) - case.old_log_prob + ratio_mean_bias) * std)
+    advantages = torch.clamp(torch.from_numpy(case.advantage), -5, 5)
+    clipped = -advantages * torch.clamp(ratio, 1 - 2e-5, 1 + 2e-5)
+    return torch.maximum(-advantages * ratio, clipped) / -dt, (ratio - 1).abs() > 2e-5
+
+
+def mask(case, mean):
+    """As in Flow-DPPO."""
+    kl = ((mean - case.old_mean) ** 2).mean(dim=(2, 3, 4)) / (2 * case.k.view(B, 1) ** 2)
+    ratio = torch.exp(case.log_prob(mean) - case.old_log_prob)
+    advantages = torch.clamp(torch.from_numpy(case.advantage), -5, 5)
+    outwards = torch.where(advantages > 0, ratio > 1, ratio < 1)
+    masked = (kl >= 1e-7) & outwards
+    return torch.where(masked, 0, -advantages * ratio), masked
+
+
+@pytest.mark.parametrize("rule", [guard, mask])
+def test_rules_for_the_ratio_are_the_released_ones(x64, rule):
+    case, stopped = Case(), []
+
+    def loss_BK(mean):
+        loss_BK, stopped_BK = rule(case, mean)
+        stopped.append(stopped_BK)
+        return loss_BK
+
+    fields = {"kl_weight": 0.0, "ratio": rule.__name__, "clip": 2e-5, "drift": 1e-7}
+    (loss_B, gradient), (expected_B, expected) = case.ours(**fields), case.theirs(loss_BK)
+    np.testing.assert_allclose(loss_B, expected_B, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(gradient, expected.numpy(), rtol=1e-9, atol=1e-9 * np.abs(expected.numpy()).max())
+    assert 0.1 < stopped[0].double().mean() < 0.9
+    found = case.inputs(case.as_jax["moved"], **fields)
+    clipped_B = FLOW_GRPO.objective({f"loss.{name}": value for name, value in fields.items()}).metrics(found)
+    np.testing.assert_allclose(clipped_B["policy/clipped"], stopped[0].double().mean(dim=1))

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from dpo_jax.cli import load_config
+from dpo_jax.cli import flatten, load_config
+from dpo_jax.methods import find_method
 from dpo_jax.rounds.config import round_sizes
 from dpo_jax.rounds.folder import RoundFolder
 from dpo_jax.rounds.rollout import StoredTrajectory
@@ -42,6 +43,7 @@ class Made:
         self.plan = round_sizes(config, self.steps_S, device_count=1, process_count=1)
         self.folder = RoundFolder(workdir, number, [f"prompt {p}" for p in range(P)])
         self.token_ids_PL = np.arange(P * L, dtype=np.int32).reshape(P, L)
+        self.with_means = find_method(config.loss.name).reads_old_means(flatten(config))
         J = 1 if config.online.branching else K
         for p in range(P):
             of_SK = 100 * p + 10 * np.arange(num_steps)[:, None] + np.arange(K)
@@ -49,7 +51,8 @@ class Made:
                 np.broadcast_to((of_SK + shift)[..., None, None, None], (num_steps, K, 2, 2, 4)).astype(np.float32)
                 for shift in (0.25, 0.5)
             )
-            trajectory = StoredTrajectory(x_SKhwC[:, :J], next_x_SKhwC, -of_SK.astype(np.float32))
+            mean_SJhwC = x_SKhwC[:, :J] + 0.125 if self.with_means else None
+            trajectory = StoredTrajectory(x_SKhwC[:, :J], next_x_SKhwC, -of_SK.astype(np.float32), mean_SJhwC)
             self.folder.write_trajectory(p, trajectory, None)
 
     def updates(self, rewards_PSKR: np.ndarray | None = None, *, advantages=None, step: int = 0) -> Updates:

@@ -18,7 +18,8 @@ K, S, R = 3, 4, 2
 
 def trajectory(p: int) -> StoredTrajectory:
     rng = np.random.default_rng(p)
-    arrays = rng.normal(size=(S, K, 2, 2, 4)), rng.normal(size=(S, K, 2, 2, 4)), rng.normal(size=(S, K))
+    shapes = (S, K, 2, 2, 4), (S, K, 2, 2, 4), (S, K), (S, K, 2, 2, 4)
+    arrays = [rng.normal(size=shape) for shape in shapes]
     return StoredTrajectory(*(array.astype(np.float32) for array in arrays))
 
 
@@ -42,9 +43,10 @@ def test_what_was_sampled_comes_back(folder, tmp_path):
     assert folder.missing() == []
 
     for p in range(3):
-        for found, expected in zip(folder.read_trajectory(p, S, K, K), trajectory(p), strict=True):
+        for found, expected in zip(folder.read_trajectory(p, S, K, K, with_means=True), trajectory(p), strict=True):
             assert found.dtype == np.float32
             np.testing.assert_array_equal(found, expected)
+    assert folder.read_trajectory(0, S, K, K).mean_SJhwC is None
     first, second, _ = folder.read_rewards((K, R), None)
     np.testing.assert_array_equal(first.shown_KR, rewards.shown_KR)
     assert first.steps_SKR is second.steps_SKR is None

@@ -100,7 +100,7 @@ def test_candidates_begin_alike_and_each_step_leads_to_the_next(opened):
     assert drawn.seen_BSK is None
     for b, trajectory in drawn.trajectories.items():
         assert trajectory.x_SJhwC.shape == trajectory.next_x_SKhwC.shape == (S, K, 8, 8, 4)
-        assert {array.dtype for array in trajectory} == {np.dtype(np.float32)}
+        assert {array.dtype for array in trajectory[:3]} == {np.dtype(np.float32)}
         for k in range(K):
             np.testing.assert_allclose(trajectory.x_SJhwC[0, k], x_BhwC[b], atol=1e-6)
         np.testing.assert_array_equal(trajectory.x_SJhwC[1:], trajectory.next_x_SKhwC[:-1])
@@ -163,7 +163,7 @@ def test_what_becomes_of_a_prompt_does_not_depend_on_its_place(opened):
     assert list(alone.trajectories) == [0]
     assert alone.images_BKHWC.shape == (1, K, 32, 32, 3)
     for place, other in ((1, swapped.trajectories[0]), (0, swapped.trajectories[1]), (1, alone.trajectories[0])):
-        for found, expected in zip(other, o.drawn.trajectories[place], strict=True):
+        for found, expected in zip(other[:3], o.drawn.trajectories[place][:3], strict=True):
             np.testing.assert_allclose(found, expected, atol=1e-4)
     images = swapped.images_BKHWC[0].astype(int), alone.images_BKHWC[0].astype(int)
     for found in images:
@@ -182,6 +182,8 @@ def largest_log_ratio(o, tmp_path, rows_at_a_time=B):
         assert scores.log_prob_BK.shape == (rows_at_a_time, K)
         assert scores.log_prob_BK.dtype == jnp.float32
         largest = max(largest, np.abs(scores.log_prob_BK - scores.old_log_prob_BK).max())
+        if scores.old_kl_BK is not None:
+            largest = max(largest, scores.old_kl_BK.max(), np.abs(scores.standard_log_ratio_BK).max())
     return largest
 
 
@@ -205,15 +207,17 @@ def quick(self, unet, x_NHWC, t_N, conditioning, dropout_keys_N=None):
 
 
 @pytest.mark.parametrize(
-    ("family", "sampler"),
-    # Three text encoders, and one that is told the guidance scale instead of being guided.
-    [("sd3", "flow_sde"), ("flux", "flow_cps")],
+    ("family", "method", "sampler"),
+    # Three text encoders, and a model that is told the guidance scale instead of being guided.
+    [("sd3", "flow_grpo", "flow_sde"), ("flux", "d3po", "flow_cps")],
 )
 def test_flow_models_are_sampled_with_noise_and_all_steps_but_the_last_are_trained_on(
-    online, tmp_path, monkeypatch, family, sampler
+    online, tmp_path, monkeypatch, family, method, sampler
 ):
     monkeypatch.setattr(Pipeline, "denoise", quick)
-    fields = {"model": f"random:{family}", "online.sampler": sampler, "data.text_length": 20}
+    fields = {"model": f"random:{family}", "loss.name": method, "online.sampler": sampler, "data.text_length": 20}
+    if method == "flow_grpo":
+        fields["loss.ratio"] = "guard"
     o = LoadedModel(online(**FIELDS | fields), tmp_path)
 
     np.testing.assert_array_equal(o.steps_S, np.arange(S - 1))
@@ -221,6 +225,7 @@ def test_flow_models_are_sampled_with_noise_and_all_steps_but_the_last_are_train
     for trajectory in o.drawn.trajectories.values():
         assert trajectory.x_SJhwC.shape == (S - 1, K, 8, 8, 16)
         assert not np.array_equal(trajectory.next_x_SKhwC[0, 0], trajectory.next_x_SKhwC[0, 1])
+        assert (trajectory.mean_SJhwC is None) == (method == "d3po")
     assert largest_log_ratio(o, tmp_path) <= 1e-6
 
 

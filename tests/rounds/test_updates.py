@@ -164,6 +164,19 @@ def test_branching_has_rewards_of_each_step_and_one_beginning(made_round):
             np.testing.assert_array_equal(batch.inputs.advantage_BK[b], advantages_PSK[prompt, step].astype(np.float32))
 
 
+@pytest.mark.parametrize("branching", [False, True])
+def test_means_of_the_policy_that_sampled_are_read_if_the_method_reads_them(made_round, branching):
+    fields = {"loss.name": "flow_grpo", "online.candidates": 3, "online.branching": branching}
+    for ratio in ("clip", "guard"):
+        batch = next(made_round(**fields, **{"loss.ratio": ratio}).updates())
+        transitions = batch.inputs.transitions
+        if ratio == "clip":
+            assert transitions.old_mean_BKHWC is None
+        else:
+            assert transitions.old_mean_BKHWC.shape == (2 * 5, 1 if branching else 3, 2, 2, 4)
+            np.testing.assert_array_equal(transitions.old_mean_BKHWC, transitions.x_BKHWC + 0.125)
+
+
 @pytest.mark.parametrize("update", ["prompt", "pair"])
 def test_from_any_step_on_the_batches_are_those_of_a_run_without_a_stop(made_round, update):
     fields = {"online.update_by": update, "online.reference": "round", "online.timesteps": 0.6, "online.epochs": 2}
