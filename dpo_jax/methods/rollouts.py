@@ -12,6 +12,27 @@ ROLLOUT_FIELDS = {
     "online.prompts_per_round": Field(20, "Prompts per round.", at_least=1, at_most=2**20),
     "online.candidates": Field(2, "Images per prompt, from the same starting noise.", at_least=1, at_most=2**10),
     "online.judges": Field(("jpeg_compressibility",), "Judges, as evaluate --judges takes them; () asks people."),
+    "online.watched_judges": Field(
+        (), "Judges that score every round and are never trained on: they tell when a trained judge is exploited."
+    ),
+    "online.watched_fall": Field(
+        0.05,
+        "Warn when a watched judge falls by this share of its value in the first round while a judge rises; 0 never.",
+        **NOT_ALL,
+    ),
+    "online.watched_stop": Field(
+        0.075,
+        "End the run when it falls by this share, a round after the warning or later; 0 never ends it.",
+        **NOT_ALL,
+    ),
+    "online.diversity_fall": Field(
+        0.5, "Warn when the diversity of a prompt's images falls by this share while a judge rises; 0 never.", **NOT_ALL
+    ),
+    "online.diversity_stop": Field(
+        0.0,
+        "End the run when the diversity falls by this share, a round after the warning or later; 0 never.",
+        **NOT_ALL,
+    ),
     "online.combine": Field(
         "pareto",
         "How several judges combine: pareto (better for one, worse for none) or mean; advantages take the mean.",

@@ -10,6 +10,7 @@ from dpo_jax.cli import flatten
 from dpo_jax.errors import UserError
 from dpo_jax.fields import check_fields
 from dpo_jax.methods import Method, find_method
+from dpo_jax.rewards import find_judge
 from dpo_jax.training.config import Derived, check_settings, divide_batch
 from dpo_jax.training.defaults import FIELDS, choose_method, default_config, fields_of, method_of
 
@@ -72,7 +73,12 @@ def check(config: ConfigDict) -> None:
     if not config.model:
         raise UserError("config.model is empty; set it in the config file or with --config.model=...")
     check_settings(config)
-    for problem in (*_problems_of_training(config, method), *_problems_of_rounds(config, method)):
+    problems = (
+        *_problems_of_training(config, method),
+        *_problems_of_rounds(config, method),
+        *_problems_of_guard(config),
+    )
+    for problem in problems:
         raise UserError(problem)
 
 
@@ -171,6 +177,38 @@ def _problems_of_rounds(config: ConfigDict, method: Method) -> Iterator[str]:
         )
 
 
+def _problems_of_guard(config: ConfigDict) -> Iterator[str]:
+    """Yield what is wrong with the fields of the guard against exploited judges, as sentences with the remedy."""
+    online = config.online
+    if online.watched_judges and not online.judges:
+        yield (
+            f"config.online.watched_judges={online.watched_judges} are compared with the judges that the run trains "
+            "on, but online.judges is empty. Name judges there, or leave watched_judges out if people judge"
+        )
+    trained = [_source_of(spec) for spec in online.judges]
+    for spec in online.watched_judges:
+        if _source_of(spec) in trained:
+            yield (
+                f"config.online.watched_judges has {spec}, which online.judges trains on, so watching it tells "
+                "nothing. Remove it from one of them"
+            )
+    for kind in ("watched", "diversity"):
+        fall, stop = online[f"{kind}_fall"], online[f"{kind}_stop"]
+        if stop and stop < fall:
+            yield (
+                f"config.online.{kind}_stop={stop:g} would end the run before it warns at "
+                f"online.{kind}_fall={fall:g}. Set {kind}_stop to {fall:g} or more, or to 0 to never end it"
+            )
+
+
+def _source_of(spec: str) -> tuple[str, str]:
+    """Return a judge's name and source; the spec itself where there is no such judge, which opening it tells."""
+    try:
+        return find_judge(spec)
+    except UserError:
+        return spec, ""
+
+
 def round_sizes(config: ConfigDict, learned_steps: np.ndarray, *, device_count: int, process_count: int) -> RoundSizes:
     """Derive the sizes of a round and check them; raises UserError with the values and the remedy.
 
@@ -209,6 +247,11 @@ def round_sizes(config: ConfigDict, learned_steps: np.ndarray, *, device_count: 
         images=images,
         evaluations=sampling + online.epochs * training,
     )
+
+
+def images_per_prompt(config: ConfigDict) -> int:
+    """Return the number of images of a prompt that a round shows and stores."""
+    return 1 if config.online.branching else int(config.online.candidates)
 
 
 def first_branch(config: ConfigDict) -> int:

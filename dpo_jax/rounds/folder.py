@@ -2,20 +2,21 @@
 
   images/           PNG files and `prompts.jsonl`, as `dpo_jax.sample` writes them: people vote on these
   trajectories/     one .npz file per prompt, with the rewards of judges; removed when no checkpoint needs them
-  scores.json       the scores that the round is trained on; it stays
+  scores.json       the scores that the round is trained on, and the figures that are only watched; it stays
+  best_and_worst.png  some prompts' best and worst images
   feedback*.json    scores by people, see `feedback.py`
 
 A prompt's files are written whole, the trajectory last: a prompt with a trajectory is done, and a stopped run continues
 with the next prompt. Trajectories are always written to the disk: a resumed run needs them, and the operating system's
 cache makes reading them cheap.
 
-Axes: P prompts, K candidates, S learned steps, R rewards, J as in `rollout.py`.
+Axes: P prompts, K candidates, S learned steps, R rewards, W watched judges, J as in `rollout.py`.
 """
 
 import io
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired
 
 import numpy as np
 import pydantic
@@ -37,6 +38,8 @@ class Rewards(NamedTuple):
     """Rewards of its images."""
     steps_SKR: np.ndarray | None = None
     """With branching: rewards of the image or latents that each candidate of each step predicts."""
+    watched_KW: np.ndarray | None = None
+    """Scores of its images by judges that are only watched, if there are any."""
 
 
 class _Said(TypedDict):
@@ -45,6 +48,10 @@ class _Said(TypedDict):
     judges: list[str]
     prompts: list[str]
     scores: list[list[list[pydantic.FiniteFloat | None]]]
+    watched_judges: NotRequired[list[str]]
+    watched: NotRequired[list[list[list[pydantic.FiniteFloat]]]]
+    diversity: NotRequired[list[pydantic.FiniteFloat | None]]
+    drift: NotRequired[pydantic.FiniteFloat]
 
 
 def read_said(file: epath.PathLike, number: int) -> dict[str, Any]:
@@ -52,10 +59,18 @@ def read_said(file: epath.PathLike, number: int) -> dict[str, Any]:
     found: dict[str, Any] = read_json(file, _Said)
     if found["round"] != number:
         raise UserError(f"{file} belongs to round {found['round']}, not {number}. Restore it from a backup")
-    counts = {len(of_prompt) for of_prompt in found["scores"]}
-    judged = {len(said) for of_prompt in found["scores"] for said in of_prompt}
-    if len(found["scores"]) != len(found["prompts"]) or len(counts) != 1 or judged != {len(found["judges"])}:
-        raise UserError(f"{file} is damaged: its scores are not [prompt][candidate][judge]. Restore it from a backup")
+    for scores, judges in (("scores", "judges"), ("watched", "watched_judges")):
+        if scores != "scores" and scores not in found:
+            continue
+        counts = {len(of_prompt) for of_prompt in found[scores]}
+        judged = {len(said) for of_prompt in found[scores] for said in of_prompt}
+        is_whole = len(found[scores]) == len(found["prompts"]) and judged == {len(found.get(judges, ()))}
+        if not is_whole or len(counts) != 1:
+            raise UserError(
+                f"{file} is damaged: its {scores} are not [prompt][candidate][judge]. Restore it from a backup"
+            )
+    if len(found.get("diversity", found["prompts"])) != len(found["prompts"]):
+        raise UserError(f"{file} is damaged: its diversity is not [prompt]. Restore it from a backup")
     return found
 
 
@@ -116,18 +131,27 @@ class RoundFolder:
             raise self._damaged(prompt, "its numbers are not finite")
         return x0_KhwC
 
-    def read_rewards(self, shown: tuple[int, int], steps: tuple[int, int, int] | None) -> list[Rewards]:
+    def read_rewards(
+        self, shown: tuple[int, int], steps: tuple[int, int, int] | None, watched: tuple[int, int] | None = None
+    ) -> list[Rewards]:
         """Read the rewards of every prompt from the files of the trajectories.
 
         Args:
             shown: shape K, R of `shown_KR`.
             steps: shape S, K, R of `steps_SKR`; None without branching.
+            watched: shape K, W of `watched_KW`; None without watched judges.
 
         Raises:
             UserError: a file is damaged or belongs to another round.
         """
-        shapes: dict[str, tuple[int, ...]] = {"shown_KR": shown} | ({} if steps is None else {"steps_SKR": steps})
+        shapes: dict[str, tuple[int, ...]] = {"shown_KR": shown}
+        shapes |= {} if steps is None else {"steps_SKR": steps}
+        shapes |= {} if watched is None else {"watched_KW": watched}
         return [Rewards(**self._read(p, shapes)) for p in range(len(self.prompts))]
+
+    def image_files(self, images_per_prompt: int) -> list[epath.Path]:
+        """Return the files of the round's images, prompt after prompt."""
+        return [self.images / e.image for p in range(len(self.prompts)) for e in self._entries(p, images_per_prompt)]
 
     def write_list(self, images_per_prompt: int) -> None:
         """Write `prompts.jsonl`, when all images are there."""

@@ -1,6 +1,8 @@
 """The judges that an online config names: of images, and of latents."""
 
 import re
+from collections.abc import Callable
+from typing import TypeVar
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -8,31 +10,42 @@ from ml_collections import ConfigDict
 from dpo_jax.errors import MissingFileError, UserError
 from dpo_jax.models.model_folder import files_of, find_component
 from dpo_jax.models.pipeline import Pipeline
-from dpo_jax.rewards import JUDGES, Judge, open_judge
+from dpo_jax.rewards import JUDGES, Judge, find_judge, open_judge
 from dpo_jax.sharding import Placement
 from dpo_jax.weights.io import fingerprint
 from dpo_jax.weights.layout import Params
 
+_Found = TypeVar("_Found")
 
-def open_judges(config: ConfigDict) -> list[Judge]:
-    """Open the judges of `online.judges`; errors name the field and what to write.
+
+def open_judges(config: ConfigDict) -> tuple[list[Judge], list[Judge]]:
+    """Open the judges of `online.judges` and of `online.watched_judges`; errors name the field and what to write.
 
     Judges compute in float32 whatever the model's dtype: candidates differ in details only, and their order counts.
     """
-    judges = []
-    for spec in config.online.judges:
+    fields = ("judges", "watched_judges")
+    for field in fields:  # before any of them is loaded
+        _each(config, field, find_judge)
+    judges, watched = (_each(config, field, open_judge) for field in fields)
+    return judges, watched
+
+
+def _each(config: ConfigDict, field: str, function: Callable[[str], _Found]) -> list[_Found]:
+    """Return the function's results for the judges of a field of `config.online`."""
+    found = []
+    for spec in config.online[field]:
         try:
-            judges.append(open_judge(spec))
+            found.append(function(spec))
         except (UserError, FileNotFoundError) as error:
             name = spec.partition("=")[0]
             known = JUDGES.get(name)
             example = f"{name}={'SOURCE' if known.needs else ''}".rstrip("=") if known else "jpeg_compressibility"
             kind = type(error) if isinstance(error, UserError) else MissingFileError
             raise kind(
-                f"config.online.judges={config.online.judges}: {error}; write for example "
-                f"--config.online.judges=\"('{example}',)\""
+                f"config.online.{field}={config.online[field]}: {error}; write for example "
+                f"--config.online.{field}=\"('{example}',)\""
             ) from error
-    return judges
+    return found
 
 
 def find_latent_judge(config: ConfigDict, pipeline: Pipeline) -> dict[str, epath.Path]:

@@ -23,12 +23,12 @@ from dpo_jax.methods import find_method
 from dpo_jax.objectives.advantages import PromptStatistics
 from dpo_jax.rewards import Judge
 from dpo_jax.rewards.together import ask_together
-from dpo_jax.rounds.config import RoundSizes, check, online_config, round_sizes
-from dpo_jax.rounds.feedback import decided, learnable, read_feedback
+from dpo_jax.rounds.config import RoundSizes, check, images_per_prompt, online_config, round_sizes
+from dpo_jax.rounds.feedback import decided, learnable
 from dpo_jax.rounds.folder import Rewards, RoundFolder
 from dpo_jax.rounds.judges import find_latent_judge, latent_judge_fingerprints, open_judges
 from dpo_jax.rounds.method import learned_steps, on_rounds, sampler_table
-from dpo_jax.rounds.result import Result
+from dpo_jax.rounds.notes import Notes
 from dpo_jax.rounds.rollout import Drawn, Rollout
 from dpo_jax.rounds.updates import Updates
 from dpo_jax.sampling.prompts import read_prompts
@@ -80,7 +80,8 @@ def learn(config: ConfigDict, workdir: epath.PathLike, stage: str = "", feedback
         else []
     )
     with Notice.awaited() as notice, cluster.locked(workdir, "python -m dpo_jax.online"):
-        judges, sample_judge = open_judges(config), open_sample_judge(config)
+        judges, watched = open_judges(config)
+        sample_judge = open_sample_judge(config)
         pipeline = open_model(config, workdir)
         check_grids(config, pipeline)
         steps_S = learned_steps(config, sampler_table(config, pipeline))
@@ -93,7 +94,7 @@ def learn(config: ConfigDict, workdir: epath.PathLike, stage: str = "", feedback
         check_room(config, workdir, composed.abstract_state())
         experiment = build(config, plan.derived, pipeline, on_rounds)
         with running(experiment, workdir, fields, notice, clock, judge=sample_judge) as (loop, state, _):
-            Rounds(loop, plan, prompts, judges, steps_S, feedback, fresh).run(state, stage)
+            Rounds(loop, plan, prompts, judges, steps_S, feedback, fresh, watched).run(state, stage)
 
 
 class Rounds:
@@ -111,10 +112,13 @@ class Rounds:
         steps_S: np.ndarray,
         feedback: Sequence[str],
         fresh: Sequence[str] = (),
+        watched: Sequence[Judge] = (),
     ):
         self._fresh = fresh
         """Prompts to evaluate with."""
         self._loop, self._plan, self._prompts, self._judges = loop, plan, prompts, judges
+        self._watched = watched
+        """Judges that are never trained on."""
         self._steps_S, self._feedback = steps_S, [epath.Path(file) for file in feedback]
         self._config, self._workdir, self._say = loop.config, loop.workdir, loop.bar.say
         experiment = loop.experiment
@@ -122,7 +126,7 @@ class Rounds:
         self._tokenizers = load_tokenizers_of(experiment.pipeline)
         self._names = list(self._config.online.judges) or ["people"]
         remembers = find_method(self._config.loss.name).reads_advantages and self._config.online.advantage == "prompt"
-        self._result = Result(self._workdir, self._config, plan)
+        self._notes = Notes(loop, plan, self._feedback)
         self._kept = 0
         """The first round whose trajectories may still be there."""
         self._idle: int | None = 0
@@ -166,7 +170,9 @@ class Rounds:
             if stage == "sample" or not is_judged:
                 self._ask(folder)
                 return state
-            rewards_PSKR = self._judged(folder, step)
+            rewards_PSKR, stops = self._judged(folder, step)
+            if stops:
+                return state
             learned = learnable(self._config, rewards_PSKR, folder.prompts, self._statistics_R)
             self._tell_undecided(number, decided(self._config, *learned))
             token_ids_PL = self._tokenizers(folder.prompts)
@@ -264,7 +270,7 @@ class Rounds:
             missing = missing.difference(batch)
             self._loop.bar.note(f"sampling round {folder.number + 1}: {total - len(missing)}/{total} prompts")
         if cluster.is_first():
-            folder.write_list(1 if self._config.online.branching else self._config.online.candidates)
+            folder.write_list(images_per_prompt(self._config))
         cluster.wait("sampled the round")
 
     def _judge(self, drawn: Drawn, captions: Sequence[str]) -> list[Rewards]:
@@ -272,20 +278,28 @@ class Rounds:
         if not self._judges:
             return []
         shown_BKR = self._scores(drawn.images_BKHWC, captions)
+        found = [Rewards(shown_KR) for shown_KR in shown_BKR]
+        if self._watched:
+            watched_BKW = self._scores(drawn.images_BKHWC, captions, self._watched)
+            found = [of_prompt._replace(watched_KW=w) for of_prompt, w in zip(found, watched_BKW, strict=True)]
         if drawn.seen_BSK is None:
-            return [Rewards(shown_KR) for shown_KR in shown_BKR]
+            return found
         if self._config.online.latent_judge:
-            return [Rewards(*of_prompt) for of_prompt in zip(shown_BKR, drawn.seen_BSK[..., None], strict=True)]
+            return [
+                of_prompt._replace(steps_SKR=s) for of_prompt, s in zip(found, drawn.seen_BSK[..., None], strict=True)
+            ]
         return [
-            Rewards(shown_KR, self._scores(images_SKHWC, [caption] * len(images_SKHWC)))
-            for shown_KR, images_SKHWC, caption in zip(shown_BKR, drawn.seen_BSK, captions, strict=True)
+            of_prompt._replace(steps_SKR=self._scores(images_SKHWC, [caption] * len(images_SKHWC)))
+            for of_prompt, images_SKHWC, caption in zip(found, drawn.seen_BSK, captions, strict=True)
         ]
 
-    def _scores(self, images_BKHWC: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-        """Return scores [B, K, R]."""
+    def _scores(
+        self, images_BKHWC: np.ndarray, captions: Sequence[str], judges: Sequence[Judge] | None = None
+    ) -> np.ndarray:
+        """Return scores [B, K, R], by default of the judges that are trained on."""
         B, K = images_BKHWC.shape[:2]
         images, each = images_BKHWC.reshape(B * K, *images_BKHWC.shape[2:]), [c for c in captions for _ in range(K)]
-        return np.moveaxis(ask_together(self._judges, images, each), 0, -1).reshape(B, K, -1)
+        return np.moveaxis(ask_together(judges or self._judges, images, each), 0, -1).reshape(B, K, -1)
 
     def _ask(self, folder: RoundFolder) -> None:
         """Print what to do with a sampled round."""
@@ -302,40 +316,24 @@ class Rounds:
                 f"Or write the scores, [prompt][candidate], to {file} yourself."
             )
 
-    def _judged(self, folder: RoundFolder, step: int) -> np.ndarray:
-        """Return rewards_PSKR of the round. The scores are stored once, and hold when the run is resumed."""
+    def _judged(self, folder: RoundFolder, step: int) -> tuple[np.ndarray, bool]:
+        """Return rewards_PSKR of the round, and whether the run ends before training on it.
+
+        The scores are stored once, and hold when the run is resumed.
+        """
         online, steps = self._config.online, None
         if online.branching:
             steps = len(self._steps_S), online.candidates, 1 if online.latent_judge else len(self._names)
-        found = folder.read_rewards(self._shape_KR, steps) if self._judges else []
+        watched = (images_per_prompt(self._config), len(self._watched)) if self._watched else None
+        found = folder.read_rewards(self._shape_KR, steps, watched) if self._judges else []
+        best, stops = -1, False
         with cluster.together(f"storing the scores of round {folder.number + 1}"):
             if cluster.is_first():
-                self._note(folder, step, found)
+                best, stops = self._notes.note(folder, step, found)
+        conclusion = cluster.says_first(np.array([best, stops]))
+        self._loop.checkpoints.best.step = int(conclusion[0])
         of_steps = [rewards.steps_SKR for rewards in found if rewards.steps_SKR is not None]
-        return np.stack(of_steps) if of_steps else self._shown(folder)[:, None]
-
-    def _note(self, folder: RoundFolder, step: int, found: Sequence[Rewards]) -> None:
-        """Into the round's folder, the metrics and `result.json`; what a kill has kept from some of them as well."""
-        start = folder.number * self._plan.updates
-        noted_PKR = folder.read_scores(self._shape_KR)
-        # Of judges what is beside the trajectories counts: the rounds may have been begun anew.
-        shown_PKR = self._said(folder, found) if noted_PKR is None or self._judges or self._feedback else noted_PKR
-        is_new = noted_PKR is None or not np.array_equal(shown_PKR, noted_PKR, equal_nan=True)
-        if is_new and noted_PKR is not None and step > start and self._feedback:
-            raise UserError(
-                f"--feedback differs from {folder.path / 'scores.json'}, with which round {folder.number + 1} is "
-                f"already trained up to step {step}. Leave out --feedback to continue with those scores, or start in "
-                "another --workdir"
-            )
-        if is_new:
-            folder.write_scores({"round": folder.number, "step": start, "judges": self._names}, shown_PKR)
-        means = {name: float(np.nanmean(shown_PKR[..., r])) for r, name in enumerate(self._names)}
-        if is_new or all(row.get("online/round") != folder.number for row in read_metrics(self._workdir)):
-            scalars = {f"online/{name}": mean for name, mean in means.items()}
-            self._loop.writer.scalars(start, {"online/round": folder.number, **scalars})
-        self._result.write(folder.number)
-        said = "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
-        self._say(f"round {folder.number + 1}/{self._config.online.rounds} at step {start}: {said}")
+        return np.stack(of_steps) if of_steps else self._shown(folder)[:, None], bool(conclusion[1])
 
     def _tell_undecided(self, number: int, decided_P: np.ndarray) -> None:
         """Print how many prompts of a round teach nothing; UserError if no prompt of `MOST_IDLE` rounds did."""
@@ -359,13 +357,6 @@ class Rounds:
     def _count_idle(self, is_decided: bool) -> None:
         self._idle = None if is_decided or self._idle is None else self._idle + 1
 
-    def _said(self, folder: RoundFolder, found: Sequence[Rewards]) -> np.ndarray:
-        """shown_PKR: by judges, as it was found, or by people."""
-        if self._judges:
-            return np.stack([rewards.shown_KR for rewards in found])
-        files = self._feedback or folder.feedback()
-        return read_feedback(files, len(folder.prompts), self._config.online.candidates)[..., None]
-
     def _shown(self, folder: RoundFolder) -> np.ndarray:
         """[P, K, R], from `scores.json`."""
         shown_PKR = np.zeros((len(folder.prompts), *self._shape_KR))
@@ -377,7 +368,7 @@ class Rounds:
     @property
     def _shape_KR(self) -> tuple[int, int]:
         """Images of a prompt, and scores of each."""
-        return 1 if self._config.online.branching else self._config.online.candidates, len(self._names)
+        return images_per_prompt(self._config), len(self._names)
 
     def _remove_trajectories(self, last: int) -> None:
         """Remove the trajectories of rounds up to `last`, unless a checkpoint is in the middle of the round."""

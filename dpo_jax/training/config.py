@@ -60,6 +60,10 @@ FREE_TO_CHANGE = (
     "online.evaluate_every",
     "online.evaluation_prompts",
     "online.latent_judge",
+    "online.watched_fall",
+    "online.watched_stop",
+    "online.diversity_fall",
+    "online.diversity_stop",
     "dpo_jax_version",
 )
 

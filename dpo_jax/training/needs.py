@@ -69,7 +69,7 @@ def _check_room(config: ConfigDict, workdir: epath.Path, state: Any) -> None:
     more = -(-left // config.checkpoint.every)
     if keep:  # the oldest is removed when the next one is whole
         newest = [step for step in steps if not keep_every or step % keep_every]
-        also = (left // keep_every if keep_every else 0) + bool(config.checkpoint.best)
+        also = (left // keep_every if keep_every else 0) + bool(config.checkpoint.best or "online" in config)
         more = min(max(keep + 1 - len(newest), 1) + also, more)
     if free < more * size:
         warn(

@@ -2,12 +2,15 @@
 
 import math
 import sys
+from typing import NotRequired
 
 import numpy as np
 from etils import epath
+from typing_extensions import TypedDict
 
 from dpo_jax import cluster
 from dpo_jax.errors import UserError
+from dpo_jax.files import read_json
 from dpo_jax.streams import warn
 from dpo_jax.training.checkpoint import finished_steps, read_config
 from dpo_jax.training.figures import score_figure
@@ -38,13 +41,15 @@ def best_step(workdir: epath.PathLike) -> int:
     """Return the kept checkpoint that is best by `checkpoint.best`, or by pair accuracy, the earliest of equals.
 
     Runs without pairs to order (SFT) are compared by the error of the held-out images, the lowest first; runs without
-    held-out data by the judge's score of their samples. Prints the step, and warns if another step, whose checkpoint
-    was not kept, was better.
+    held-out data by the judge's score of their samples. The result of a run of `dpo_jax.online` names its best round.
+    Prints the step, and warns if another step, whose checkpoint was not kept, was better.
 
     Raises:
         UserError: the run has no such figures, or none of a step with a checkpoint.
     """
     kept, config = finished_steps(workdir), read_config(workdir) or {}
+    if (step := _best_of_rounds(workdir)) is not None:
+        return step
     rows = [
         {name: value for name, value in row.items() if math.isfinite(value)}  # NaN cannot be compared
         for row in read_metrics(workdir)
@@ -82,6 +87,34 @@ def best_step(workdir: epath.PathLike) -> int:
             when = f"step {overall}" if overall else "step 0, before training"
             warn(f"{name} was better at {when} ({values[overall]:.4g}), but there is no checkpoint of that step")
     return best
+
+
+class _Best(TypedDict):
+    round: int
+    step: int
+
+
+class _BestOfRounds(TypedDict):
+    """The part of the result of `dpo_jax.online` that names the best round."""
+
+    best: NotRequired[_Best]
+
+
+def _best_of_rounds(workdir: epath.PathLike) -> int | None:
+    """Return the step of the checkpoint that drew the best round's images; None if the run's result names none."""
+    file = epath.Path(workdir) / "result.json"
+    found: _BestOfRounds = read_json(file, _BestOfRounds) if file.exists() else {}
+    if "best" not in found:
+        return None
+    number, step = found["best"]["round"] + 1, found["best"]["step"]
+    if step not in finished_steps(workdir):
+        why = "the model drew them before training" if not step else f"there is no checkpoint of step {step}"
+        raise UserError(
+            f"--step=best: the best images of {workdir} are those of round {number}, but {why}; {_steps_told(workdir)}"
+        )
+    if cluster.is_first():
+        print(f"step {step} drew the best images, those of round {number}", file=sys.stderr)
+    return step
 
 
 def _steps_told(workdir: epath.PathLike) -> str:

@@ -103,7 +103,7 @@ class Watch:
                 "blank",
                 step,
                 f"{blank} of {count} samples are of one colour, saturated or all alike, unlike those that they are "
-                f"compared with: see {file}. The model is damaged. In a new --workdir, {self._remedy()}",
+                f"compared with: see {file}. The model is damaged. In a new --workdir, {remedy(self.config)}",
             )
 
     def best(self, metric: str, steps: Iterable[int]) -> int:
@@ -156,7 +156,9 @@ class Watch:
             found.append(f"mean score of the samples by {self.config.sample.judge}: {scores}")
         text = "; ".join(found)
         if told and self._is_too_high(told[1]):
-            text += f". The model denoises preferred images worse than before. In a new --workdir, {self._remedy()}"
+            text += (
+                f". The model denoises preferred images worse than before. In a new --workdir, {remedy(self.config)}"
+            )
         return text
 
     def scores(self, step: int) -> str:
@@ -190,25 +192,26 @@ class Watch:
                 "winner",
                 step,
                 f"the winner's error is {_compared(rise, than)} on {where}, so the model gets worse at the images that "
-                f"it should prefer. In a new --workdir, {self._remedy()}",
+                f"it should prefer. In a new --workdir, {remedy(self.config)}",
             )
-
-    def _remedy(self) -> str:
-        """Return what to change, as the end of a sentence."""
-        fields = flatten(self.config)
-        changes = [f"lower optimizer.learning_rate (now {fields['optimizer.learning_rate']:g})"]
-        if "loss.beta" in fields:
-            changes.append(f"raise loss.beta (now {fields['loss.beta']:g})")
-        if fields.get("loss.safeguard") == "none":
-            changes.append("set loss.safeguard=pair")
-        elif "loss.safeguard" in fields:
-            changes.append(f"raise loss.safeguard_margin (now {fields['loss.safeguard_margin']:g})")
-        return " or ".join(changes)
 
     def _warn(self, kind: str, step: int, message: str) -> None:
         if kind not in self._told or step >= self._told[kind] + REPEAT:
             self._told[kind] = step
             self.say(f"warning: step {step}: {message}")
+
+
+def remedy(config: ConfigDict) -> str:
+    """Return what to change so that the policy moves less, as the end of a sentence."""
+    fields = flatten(config)
+    changes = [f"lower optimizer.learning_rate (now {fields['optimizer.learning_rate']:g})"]
+    if "loss.beta" in fields:
+        changes.append(f"raise loss.beta (now {fields['loss.beta']:g})")
+    if fields.get("loss.safeguard") == "none":
+        changes.append("set loss.safeguard=pair")
+    elif "loss.safeguard" in fields:
+        changes.append(f"raise loss.safeguard_margin (now {fields['loss.safeguard_margin']:g})")
+    return " or ".join(changes)
 
 
 def is_blank(images_NHWC: np.ndarray) -> np.ndarray:

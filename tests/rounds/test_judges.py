@@ -37,7 +37,9 @@ def test_a_bug_of_a_judge_keeps_its_class(online, monkeypatch):
 
 def test_judges_are_opened_in_order(online):
     names = ("jpeg_incompressibility", "jpeg_compressibility")
-    assert [judge.name for judge in open_judges(online(**{"online.judges": names}))] == list(names)
+    judges, watched = open_judges(online(**{"online.judges": names, "online.watched_judges": ("shapes",)}))
+    assert [judge.name for judge in judges] == list(names)
+    assert [judge.name for judge in watched] == ["shapes"]
 
 
 LPO = {"online.branching": True, "online.best_and_worst": True, "sample.every": 0}
