@@ -15,6 +15,10 @@ The variants of a config are tasks and methods: configs/d3po.py:alignment,ddpo h
 Tasks for people use D3PO. The variant :tiny runs in seconds. The same command continues a run that has stopped, also in
 the middle of a round; every round ends with a checkpoint. On SIGTERM the run saves a checkpoint and exits with code 75.
 
+A judge can be exploited: its scores rise while the images get worse. --config.online.watched_judges="('pickscore',)"
+names judges that score every round and are never trained on. The run warns when they fall while a trained judge rises,
+and ends if they fall further. --step=best of dpo_jax.export, sample and evaluate takes the best round's checkpoint.
+
 The work directory receives config.json, rounds/ (all images and scores), checkpoints/, tensorboard/, metrics.jsonl,
 samples/ and result.json, which has the score of the images of each round. These images are drawn before the update of
 their round, so result.json does not show the effect of the last one. dpo_jax.export, sample and evaluate take the work

@@ -55,6 +55,11 @@ def test_what_was_sampled_comes_back(folder, tmp_path):
     for p in range(3):
         folder.write_trajectory(p, trajectory(p), rewards)
     np.testing.assert_array_equal(folder.read_rewards((K, R), (S, K, R))[1].steps_SKR, rewards.steps_SKR)
+    with pytest.raises(ValueError, match=r"00000\.npz cannot be read \('watched_KW is not a file in the archive'\)"):
+        folder.read_rewards((K, R), None, (K, 1))
+    for p in range(3):
+        folder.write_trajectory(p, trajectory(p), rewards._replace(watched_KW=np.full((K, 1), float(p))))
+    assert [np.unique(found.watched_KW) for found in folder.read_rewards((K, R), None, (K, 1))] == [0, 1, 2]
     assert RoundFolder(tmp_path, 3, PROMPTS).missing() == []  # a later start sees the same
     assert RoundFolder(tmp_path, 4, PROMPTS).missing() == [0, 1, 2]
 
@@ -196,6 +201,31 @@ def test_damaged_scores_are_named(folder, old, new, message):
         folder.read_scores((2, R))
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[[7.0], [8.0]]", "[[7.0]]", r"its watched are not \[prompt\]\[candidate\]\[judge\]"),
+        ('["shapes"]', '["shapes", "x"]', r"its watched are not \[prompt\]\[candidate\]\[judge\]"),
+        ('"watched_judges"', '"watched_judge"', r"its watched are not \[prompt\]\[candidate\]\[judge\]"),
+        ("0.5, null", "0.5", r"its diversity is not \[prompt\]"),
+        ("8.0", "Infinity", "watched.0.1.0: input should be a finite number"),
+    ],
+)
+def test_damaged_watched_scores_are_named(folder, old, new, message):
+    watched = {
+        "watched_judges": ["shapes"],
+        "watched": [[[7.0], [8.0]]] * 3,
+        "diversity": [0.5, None, 0.25],
+        "drift": 1,
+    }
+    folder.write_scores({"round": 3, "step": 12, "judges": ["a"], **watched}, np.ones((3, 2, 1)))
+    file = folder.path / "scores.json"
+    assert read_said(file, 3)["watched"] == watched["watched"]
+    file.write_text(file.read_text().replace(old, new, 1))
+    with pytest.raises(ValueError, match=f"scores.json.*{message}"):
+        read_said(file, 3)
+
+
 def test_images_are_found_by_others_and_asked_about_prompt_by_prompt(folder):
     for p in (2, 0, 1):  # in whatever order they were sampled
         folder.write_images(p, images_KHWC(p))
@@ -203,6 +233,7 @@ def test_images_are_found_by_others_and_asked_about_prompt_by_prompt(folder):
 
     entries = read_list(folder.images)
     assert [(entry.prompt, entry.seed) for entry in entries] == [(text, k) for text in PROMPTS for k in range(K)]
+    assert folder.image_files(K) == [folder.images / entry.image for entry in entries]
     for i, entry in enumerate(entries):
         np.testing.assert_array_equal(read_image(folder.images / entry.image), images_KHWC(i // K)[i % K])
     for mode in ("points", "rank"):

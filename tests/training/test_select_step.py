@@ -71,6 +71,26 @@ def test_best_is_the_checkpoint_with_the_best_held_out_figure(
     assert last_validation(run, best)["step"] == best
 
 
+def test_the_result_of_online_learning_names_the_best_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def name(number: int, step: int) -> None:
+        (run / "result.json").write_text(json.dumps({"rounds": [], "best": {"round": number, "step": step}}))
+
+    name(2, 4)
+    assert select_step(run, "best") == 4
+    assert capsys.readouterr().err == "step 4 drew the best images, those of round 3\n"
+    name(0, 0)
+    with pytest.raises(ValueError, match=r"are those of round 1, but the model drew them before training; its checkpo"):
+        select_step(run, "best")
+    name(4, 8)
+    with pytest.raises(
+        ValueError, match=r"are those of round 5, but there is no checkpoint of step 8; its checkpoints"
+    ):
+        select_step(run, "best")
+    (run / "result.json").write_text('{"rounds": []}')
+    write_figures(run, "validation/pair_accuracy", {2: 0.6})
+    assert select_step(run, "best") == 2
+
+
 def test_what_cannot_be_read_is_told_with_the_steps_that_there_are(run: Path) -> None:
     for step, message in (
         ("3", r"--step=3: .* has no checkpoint of that step; its checkpoints are of steps 2, 4, 6$"),
