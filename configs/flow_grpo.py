@@ -1,9 +1,10 @@
 """A LoRA for Stable Diffusion 3.5 medium with Flow-GRPO (arXiv 2505.05470), with its released values for PickScore.
 
-`:cps` samples by CPS (arXiv 2509.05952), which leaves no noise in the images; `:flux` trains FLUX.1-dev. `:tiny` runs
-any of them in seconds. The released code draws from prompts of Pick-a-Pic; name a file of yours with
---config.online.prompts=FILE. T5 takes 8.9 GiB of each device's memory; --config.mesh.fsdp=-1 splits it over all of
-them.
+`:cps` samples by CPS (arXiv 2509.05952), which leaves no noise in the images; `:fast` adds noise in two steps alone and
+trains on them; `:guard` is GRPO-Guard (arXiv 2510.22319); `:flux` trains FLUX.1-dev. `:tiny` runs any of them in
+seconds. The released code draws from prompts of Pick-a-Pic; name a file of yours with
+--config.online.prompts=FILE. T5 takes 8.9 GiB of each device's memory; --config.mesh.fsdp=-1 splits it over all
+devices.
 """
 
 from ml_collections import ConfigDict
@@ -37,12 +38,28 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.sample.sampler = ""  # flow_euler, the scheduler's own
     c.sample.steps = 28
     c.sample.guidance = 4.5
-    return apply_variants(c, arg, {"cps": cps, "flux": flux, "tiny": tiny})
+    return apply_variants(c, arg, {"cps": cps, "fast": fast, "guard": guard, "flux": flux, "tiny": tiny})
 
 
 def cps(c: ConfigDict) -> None:
     c.online.sampler = "flow_cps"
     c.loss.clip = 1e-5
+
+
+def fast(c: ConfigDict) -> None:
+    """Flow-GRPO-Fast, without a reference, as in the released code."""
+    c.online.window = 2
+    c.loss.clip = 1e-5
+    c.loss.kl_weight = 0.0
+    if c.online.sampler == "flow_sde":
+        c.online.noise_level = 0.8
+
+
+def guard(c: ConfigDict) -> None:
+    c.loss.ratio = "guard"
+    c.loss.clip = 2e-6
+    c.loss.kl_weight = 0.0
+    c.optimizer.learning_rate = 1e-4
 
 
 def flux(c: ConfigDict) -> None:

@@ -83,7 +83,7 @@ def walk(
     Raises a UserError as `sample` does.
     """
     steps = table.steps
-    is_random = bool(np.any(steps.d))
+    is_random = adds_noise(table)
     if is_random and keys_N is None:
         raise UserError("this sampler adds noise at each step, so it needs keys_N, one key per image")
     # Latents stay float32 or wider between the steps, whatever the dtype of the network.
@@ -104,6 +104,11 @@ def walk(
     inputs = jnp.arange(len(steps.t)), on_device
     (x0_NHWC, _), records = jax.lax.scan(take, (x_NHWC, jnp.zeros_like(x_NHWC)), inputs)
     return x0_NHWC, records
+
+
+def adds_noise(table: SamplerTable) -> bool:
+    """Whether a step adds noise; numbers that are computed inside jit are not known, and may."""
+    return isinstance(table.steps.d, jax.Array) or bool(np.any(table.steps.d))
 
 
 def starting_latents(

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from dpo_jax.batch import Transitions
-from dpo_jax.diffusion.steps import Denoiser, SamplerTable, Steps, step_mean, step_noise, walk
+from dpo_jax.diffusion.steps import Denoiser, SamplerTable, Steps, adds_noise, step_mean, step_noise, walk
 from dpo_jax.errors import UserError
 
 
@@ -73,7 +73,8 @@ def sample_trajectory(
     Raises:
         UserError: the sampler adds no noise.
     """
-    random_steps(table)
+    if not adds_noise(table):
+        random_steps(table)  # tells what to do
 
     def record(
         step: Steps,

@@ -50,6 +50,12 @@ ROLLOUT_FIELDS = {
         "Noise of flow_sde and flow_cps; 0 takes the published 0.7 and 0.8. Above 1 for flow_sde only.",
         **NOT_NEGATIVE,
     ),
+    "online.window": Field(
+        0,
+        "Flow-GRPO-Fast: consecutive steps that add noise and are trained on, at a random place in the first half; 0 "
+        "takes all.",
+        **NOT_NEGATIVE,
+    ),
     "online.guidance": Field(5.0, "Classifier-free guidance scale of sampling and training.", **NOT_NEGATIVE),
     "online.train_guided": Field(
         True, "Train with guidance; without it policy and reference need half of the evaluations."

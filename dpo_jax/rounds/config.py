@@ -11,6 +11,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.fields import check_fields
 from dpo_jax.methods import Method, find_method
 from dpo_jax.rewards import find_judge
+from dpo_jax.rounds import window
 from dpo_jax.training.config import Derived, check_settings, divide_batch
 from dpo_jax.training.defaults import FIELDS, choose_method, default_config, fields_of, method_of
 
@@ -170,6 +171,7 @@ def _problems_of_rounds(config: ConfigDict, method: Method) -> Iterator[str]:
         yield (
             f"config.online.best_and_worst keeps one pair of candidates, but {name} learns from all. Set it to False"
         )
+    yield from window.problems(config, method)
     if online.margin and not online.best_and_worst:
         yield (
             f"config.online.margin={online.margin} applies to the best and the worst candidate, so it needs "

@@ -31,6 +31,7 @@ from dpo_jax.rounds.method import learned_steps, on_rounds, sampler_table
 from dpo_jax.rounds.notes import Notes
 from dpo_jax.rounds.rollout import Drawn, Rollout
 from dpo_jax.rounds.updates import Updates
+from dpo_jax.rounds.window import window_steps
 from dpo_jax.sampling.prompts import read_prompts
 from dpo_jax.training.experiment import build, compose
 from dpo_jax.training.loggers import check_libraries
@@ -176,7 +177,8 @@ class Rounds:
             learned = learnable(self._config, rewards_PSKR, folder.prompts, self._statistics_R)
             self._tell_undecided(number, decided(self._config, *learned))
             token_ids_PL = self._tokenizers(folder.prompts)
-            updates = Updates(self._config, self._plan, folder, self._steps_S, token_ids_PL, *learned, step=step)
+            steps_S = window_steps(self._config, number) if self._config.online.window else self._steps_S
+            updates = Updates(self._config, self._plan, folder, steps_S, token_ids_PL, *learned, step=step)
             state = self._loop.run(state, updates, end=(number + 1) * self._plan.updates)
             self._remove_trajectories(number)
             if stage == "train":
@@ -256,7 +258,7 @@ class Rounds:
             numbers = [folder.number * total + p for p in batch]
             captions = [folder.prompts[p] for p in batch]
             with cluster.watched(f"to sample prompt {numbers[0]}") if i else contextlib.nullcontext():
-                drawn = self._rollout(state.drawing, frozen, captions, numbers)
+                drawn = self._rollout(state.drawing, frozen, captions, numbers, folder.number)
             rewards = self._judge(drawn, captions)
             new = [(b, p) for b, p in enumerate(batch) if p in missing]
             for b, p in new if cluster.is_first() else []:

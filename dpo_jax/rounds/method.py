@@ -20,6 +20,7 @@ from dpo_jax.objectives.denoising import keys_for
 from dpo_jax.objectives.drawn import compare_predictions
 from dpo_jax.objectives.transitions import compare_transitions
 from dpo_jax.rounds.config import first_branch
+from dpo_jax.rounds.window import PLAIN_SAMPLERS, window_steps
 from dpo_jax.sampling.generate import latent_sizes
 from dpo_jax.sharding import Placement, batch_constraint
 from dpo_jax.training.model import load_tokenizers_of
@@ -55,8 +56,26 @@ def sampler_table(config: ConfigDict, pipeline: Pipeline) -> SamplerTable:
     return table
 
 
+def plain_table(config: ConfigDict, pipeline: Pipeline) -> SamplerTable:
+    """Return the table of the steps outside of the window, which add no noise.
+
+    Raises:
+        UserError: the scheduler's file has them add noise.
+    """
+    online = config.online
+    image_tokens = latent_sizes(pipeline, config.data.resolution)[1]
+    sampler = PLAIN_SAMPLERS[online.sampler]
+    table = make_table(sampler, pipeline.sampling_schedule, online.sampling_steps, image_tokens=image_tokens)
+    if np.any(table.steps.d):
+        raise UserError(
+            f"config.online.window={online.window}, but the model's scheduler has stochastic_sampling=True, so all "
+            "steps add noise. Set window to 0"
+        )
+    return table
+
+
 def learned_steps(config: ConfigDict, table: SamplerTable) -> np.ndarray:
-    """Return the rows of the table that can be trained on.
+    """Return the rows of the table that can be trained on; with a window, those of the first round.
 
     These are the random ones, and not those before candidates part; or, for a method that adds noise to the drawn
     images, all with noise. The last step of flow_sde is not trained on, as in Flow-GRPO's released code: it has so
@@ -64,6 +83,8 @@ def learned_steps(config: ConfigDict, table: SamplerTable) -> np.ndarray:
     """
     if not find_method(config.loss.name).reads_transitions:
         return np.flatnonzero(table.steps.noise).astype(np.int32)
+    if config.online.window:
+        return window_steps(config, 0)
     steps_S = random_steps(table)
     kept_S = steps_S[steps_S >= first_branch(config)]
     if config.online.sampler == "flow_sde":

@@ -33,7 +33,8 @@ from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.objectives.denoising import per_candidate
 from dpo_jax.rounds.config import first_branch
 from dpo_jax.rounds.judges import load_latent_judge
-from dpo_jax.rounds.method import learned_steps, sampler_table
+from dpo_jax.rounds.method import learned_steps, plain_table, sampler_table
+from dpo_jax.rounds.window import window_steps, with_window
 from dpo_jax.sharding import Placement, batch_constraint, batch_parts, batch_sharding, on_mesh, replicated
 from dpo_jax.training.model import load_tokenizers_of
 from dpo_jax.training.step import Frozen
@@ -80,6 +81,7 @@ class Rollout:
     """
 
     def __init__(self, config: ConfigDict, pipeline: Pipeline, placement: Placement):
+        self._config = config
         self._mesh, self._tokenizers = placement.mesh, load_tokenizers_of(pipeline)
         parts = batch_parts(placement.mesh)
         self.batch_size = -(-config.online.prompts_at_a_time // parts) * parts
@@ -87,13 +89,27 @@ class Rollout:
         self._latent_judge = load_latent_judge(config, pipeline, placement)
         self._rollout = make_rollout(config, pipeline, placement, self._tokenizers([""]))
 
-    def __call__(self, params: Params, frozen: Frozen, captions: Sequence[str], numbers: Sequence[int]) -> Drawn:
-        """Sample up to `batch_size` prompts; all randomness of a prompt follows from its number."""
+    def __call__(
+        self,
+        params: Params,
+        frozen: Frozen,
+        captions: Sequence[str],
+        numbers: Sequence[int],
+        round_number: int | None = None,
+    ) -> Drawn:
+        """Sample up to `batch_size` prompts; all randomness of a prompt follows from its number.
+
+        With `online.window`, only the steps of the round's window add noise; none does without a `round_number`.
+        """
         count = len(captions)
         padded = [i % count for i in range(self.batch_size)]
         rows = self._tokenizers([captions[i] for i in padded]), np.array([numbers[i] for i in padded], np.int32)
         given = jax.device_put(rows, batch_sharding(self._mesh))
-        stored, images_BKHWC, seen_BSK, finite_B = self._rollout(params, frozen, self._latent_judge, *given)
+        window_S = None
+        if self._config.online.window:
+            outside_S = np.full(self._config.online.window, self._config.online.sampling_steps, np.int32)
+            window_S = outside_S if round_number is None else window_steps(self._config, round_number)
+        stored, images_BKHWC, seen_BSK, finite_B = self._rollout(params, frozen, self._latent_judge, *given, window_S)
         black = np.flatnonzero(~jax.device_get(finite_B)[:count])
         if black.size:
             raise UserError(
@@ -109,15 +125,17 @@ class Rollout:
 def make_rollout(
     config: ConfigDict, pipeline: Pipeline, placement: Placement, negative_1L: np.ndarray
 ) -> jax.stages.Wrapped:
-    """`(params, frozen, latent_judge, token_ids_BL, number_B) -> (stored, images, seen, finite_B)`, jitted.
+    """`(params, frozen, latent_judge, token_ids_BL, number_B, window_S) -> (stored, images, seen, finite_B)`, jitted.
 
     `stored` has the arrays of a `StoredTrajectory` or `StoredImages` for each prompt, [B, ...]; the rest is as in
-    `Drawn`; `finite_B` tells whether all numbers of a prompt's images are finite.
+    `Drawn`; `finite_B` tells whether all numbers of a prompt's images are finite. `window_S` are the steps that add
+    noise; None for those of the sampler.
     """
     online, resolution, mesh = config.online, config.data.resolution, placement.mesh
     table, K = sampler_table(config, pipeline), online.candidates
     method = find_method(config.loss.name)
     reads_transitions, reads_old_means = method.reads_transitions, method.reads_old_means(flatten(config))
+    outside = plain_table(config, pipeline) if online.window else table
     steps_S = learned_steps(config, table)
     cells = resolution // pipeline.vae_factor
     latent_shape = (cells, cells, pipeline.denoiser.config.latent_channels)
@@ -126,7 +144,12 @@ def make_rollout(
     split, gather = batch_constraint(mesh), functools.partial(pipeline.gather, placement)
 
     def rollout(
-        params: Params, frozen: Frozen, latent_judge: dict[str, Params], token_ids_BL: jax.Array, number_B: jax.Array
+        params: Params,
+        frozen: Frozen,
+        latent_judge: dict[str, Params],
+        token_ids_BL: jax.Array,
+        number_B: jax.Array,
+        window_S: jax.Array | None,
     ) -> tuple[StoredTrajectory | StoredImages, jax.Array, jax.Array | None, jax.Array]:
         B = len(number_B)
         denoiser = gather("denoiser", frozen.policy(params))
@@ -163,8 +186,12 @@ def make_rollout(
             return StoredImages(x0_BKhwC), images_BKHWC, None, finite_B
 
         if not online.branching:
-            trajectory = sample_trajectory(guided(B * K), table, *branch(x_BhwC, step_keys_B, K))
-            transitions = jax.vmap(lambda step: transitions_at(trajectory, jnp.full(B, step)))(jnp.asarray(steps_S))
+            taken, kept_S = table, jnp.asarray(steps_S)
+            if window_S is not None:
+                is_noisy_S = jnp.isin(jnp.arange(online.sampling_steps), window_S)
+                taken, kept_S = with_window(table, outside, is_noisy_S), window_S
+            trajectory = sample_trajectory(guided(B * K), taken, *branch(x_BhwC, step_keys_B, K))
+            transitions = jax.vmap(lambda step: transitions_at(trajectory, jnp.full(B, step)))(kept_S)
             x0_BKhwC = trajectory.latents_VNHWC[-1].reshape(B, K, *latent_shape)
             images_BKHWC, finite_B = decoded(x0_BKhwC)
             return stored(transitions), images_BKHWC, None, finite_B

@@ -25,7 +25,7 @@ class Updates:
         config: the experiment's config.
         plan: sizes of its rounds.
         folder: folder of the round.
-        steps_S: rows of the sampler's table that can be trained on, as `learned_steps` returns them.
+        steps_S: rows of the sampler's table that can be trained on, as `learned_steps` or `window_steps` returns them.
         token_ids_PL: tokens of the round's prompts.
         rewards_PSKR: rewards by which candidates are preferred; S is 1 if all steps share them.
         advantages_PSK: advantages; S is 1 if all steps share them.

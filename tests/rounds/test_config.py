@@ -117,6 +117,19 @@ PUBLISHED = {"data.batch_size": 1, "data.micro_batch": 1, "online.prompts_per_ro
             {"online.latent_judge": "a:b"},
             r"latent_judge judges single steps, so it needs config\.online\.branching=True",
         ),
+        ({"online.window": 3, "online.sampling_steps": 4}, r"window=3 must fit into the first half .* to at most 2$"),
+        (
+            {"online.window": 1, "online.branching": True, "loss.name": "spo"},
+            r"window=1 does not go with online\.branching\. Set it to 0$",
+        ),
+        (
+            {"online.window": 1, "loss.name": "nft"},
+            r"window=1 does not go with nft, which learns from the images alone",
+        ),
+        (
+            {"online.window": 1, "online.sampler": "euler_ancestral"},
+            r"window=1 is for the samplers ddim, flow_sde, flow_cps, but online\.sampler=euler_ancestral\.",
+        ),
         ({"attention": "cudnn"}, r'attention="cudnn" takes bfloat16'),
     ],
 )
@@ -153,6 +166,7 @@ def test_a_sampler_for_other_models_is_one_sentence(online, schedule, sampler, m
     [
         *("tiny_online", "tiny_online:ddpo", "tiny_online:grpo", "tiny_online:lpo", "tiny_online:flow"),
         *("flow_grpo", "flow_grpo:cps", "flow_grpo:flux", "flow_grpo:cps,flux", "tiny_online:flow_grpo"),
+        *("flow_grpo:fast", "flow_grpo:cps,fast", "flow_grpo:guard"),
         *("d3po", "d3po:ddpo", "d3po:dpok", "d3po:grpo", "d3po:spo", "d3po:lpo", "d3po:hands", "d3po:safety"),
     ],
 )

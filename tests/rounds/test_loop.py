@@ -14,7 +14,7 @@ from dpo_jax.training.run import open_run
 
 SLOW = [
     *(f"d3po:{method}" for method in ("", "ddpo,", "dpok,", "grpo,", "spo,", "incompressibility,")),
-    *("flow_grpo:cps,", "flow_grpo:flux,"),
+    *("flow_grpo:cps,fast,", "flow_grpo:flux,guard,"),
 ]
 CONFIGS = [
     "flow_grpo:",  # D3PO is learned by in test_people.py, branching is run in test_config.py

@@ -118,7 +118,9 @@ def test_a_killed_run_goes_on_with_what_it_knew_of_each_prompt(online, tmp_path)
 @pytest.mark.slow
 def test_a_killed_run_of_a_flow_model_ends_with_the_same_parameters(online, tmp_path):
     arguments = (
-        "--config=configs/tiny_online.py:grpo,flow,tiny",
+        "--config=configs/tiny_online.py:flow_grpo,tiny",
+        "--config.loss.ratio=guard",
+        "--config.online.window=1",
         "--config.online.prompts_at_a_time=2",
         "--config.online.epochs=2",
         "--config.checkpoint.every=3",

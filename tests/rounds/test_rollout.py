@@ -13,6 +13,7 @@ import pytest
 
 from dpo_jax.cli import replaced
 from dpo_jax.diffusion.guidance import classifier_free_guidance
+from dpo_jax.diffusion.samplers import make_table
 from dpo_jax.diffusion.schedule import make_schedule
 from dpo_jax.diffusion.steps import sample, starting_latents
 from dpo_jax.diffusion.trajectories import branch
@@ -24,6 +25,7 @@ from dpo_jax.rounds.folder import RoundFolder
 from dpo_jax.rounds.method import learned_steps, on_trajectories, sampler_table
 from dpo_jax.rounds.rollout import Rollout
 from dpo_jax.rounds.updates import Updates
+from dpo_jax.rounds.window import window_steps
 from dpo_jax.training.experiment import build
 from dpo_jax.training.model import load_tokenizers_of, open_model
 
@@ -226,6 +228,49 @@ def test_flow_models_are_sampled_with_noise_and_all_steps_but_the_last_are_train
         assert trajectory.x_SJhwC.shape == (S - 1, K, 8, 8, 16)
         assert not np.array_equal(trajectory.next_x_SKhwC[0, 0], trajectory.next_x_SKhwC[0, 1])
         assert (trajectory.mean_SJhwC is None) == (method == "d3po")
+    assert largest_log_ratio(o, tmp_path) <= 1e-6
+
+
+def test_only_the_steps_of_a_round_s_window_add_noise(online, tmp_path, monkeypatch):
+    """And one program draws all rounds, wherever their window is."""
+    monkeypatch.setattr(Pipeline, "denoise", quick)
+    fields = {"loss.name": "flow_grpo", "online.window": 1, "online.guidance": 1.0, "model": "random:sd3"}
+    o = LoadedModel(online(**FIELDS | fields), tmp_path)
+    assert (len(o.steps_S), o.plan.timesteps) == (1, 1)
+    numbers = {window_steps(o.config, number).item(): number for number in range(20)}
+    assert sorted(numbers) == [0, 1]  # the first half of 4 steps
+    euler = make_table("flow_euler", o.pipeline.sampling_schedule, S).steps
+    conditioning = make_conditionings(o.pipeline, o.rollout._tokenizers([""]), 1.0)(
+        o.experiment.frozen.encoders, o.rollout._tokenizers(CAPTIONS), jnp.zeros((B, 6))
+    )[0]
+    each = jax.tree.map(lambda x: jnp.repeat(x, K, axis=0), conditioning)
+
+    def by_euler(latents_NhwC, steps):
+        for s in steps:
+            velocity = quick(None, None, latents_NhwC, jnp.full(B * K, euler.t[s]), each)
+            latents_NhwC = euler.a[s] * latents_NhwC + euler.b[s] * (latents_NhwC - euler.noise[s] * velocity)
+        return latents_NhwC
+
+    keys = [jax.random.fold_in(jax.random.key(o.config.seed), number) for number in NUMBERS]
+    noises = jnp.stack([jax.random.normal(jax.random.fold_in(key, 0), (8, 8, 16)) for key in keys])
+    start_NhwC = jnp.repeat(noises, K, axis=0)
+    for first, number in numbers.items():
+        drawn = o.rollout(o.params, o.experiment.frozen, CAPTIONS, NUMBERS, number)
+        x_NhwC, next_x_NhwC = (
+            np.concatenate([getattr(drawn.trajectories[b], name)[0] for b in range(B)])
+            for name in ("x_SJhwC", "next_x_SKhwC")
+        )
+        np.testing.assert_allclose(x_NhwC, by_euler(start_NhwC, range(first)), atol=1e-5)
+        deviation = (next_x_NhwC[0] - next_x_NhwC[1]).std() / np.sqrt(2)
+        np.testing.assert_allclose(deviation, o.table.steps.d[first], rtol=0.1)
+        images = o.decode(by_euler(next_x_NhwC, range(first + 1, S)))
+        assert np.abs(images.astype(int) - drawn.images_BKHWC.reshape(images.shape).astype(int)).max() <= 1
+    without = o.rollout(o.params, o.experiment.frozen, CAPTIONS, NUMBERS)
+    assert np.abs(np.diff(without.images_BKHWC.astype(int), axis=1)).max() <= 1
+    assert o.rollout._rollout._cache_size() == 1
+
+    o.steps_S = window_steps(o.config, number)
+    o.__dict__["drawn"] = drawn  # of that round
     assert largest_log_ratio(o, tmp_path) <= 1e-6
 
 
