@@ -30,9 +30,12 @@ def flow_grpo(
 
     - clip: that of `ddpo`, as in the released code (https://github.com/yifan123/flow_grpo).
     - guard: `ddpo` with GRPO-Guard's ratio, which has the same scale in all steps and, unlike the usual one, a mean of
-      about 1, divided by |dt|, the length of the step (arXiv 2510.22319).
+      about 1, divided by |dt|, the length of the step (arXiv 2510.22319). The published clip is 2e-6.
     - mask: Flow-DPPO's `-A ratio`, without a gradient where the policy's step diverges from the one that sampled by
       `drift` or more, and following A would move the ratio further from 1.
+
+    guard and mask read the means of the steps of the policy that sampled, so a round takes half as much more space on
+    the disk.
 
     The divergence is the KL divergence of the two normal distributions of a step, the mean over its dimensions. The
     released code divides by the variance per unit of time instead of that of the step, so that it counts |dt| times as
@@ -110,22 +113,20 @@ FLOW_GRPO = dataclasses.replace(
     fields={
         "kl_weight": Field(
             0.004,
-            "Weight of the divergence from the reference; 0 needs no reference. The published 0.04 is for "
-            'divergence="released", about a tenth of the exact one with 10 steps.',
+            "Weight of the divergence from the reference; published: 0.04 for the released divergence.",
             at_least=0,
         ),
         "divergence": Field(
             "exact",
-            "KL divergence of a step, exact or as released, times the length of the step.",
+            "KL divergence of a step: exact, or as released, which is the exact one times the length of the step.",
             choices=("exact", "released"),
         ),
         "ratio": Field(
             "clip",
-            "What holds the policy near the one that sampled: clip (PPO), guard (GRPO-Guard; the published clip is "
-            "2e-6) or mask (Flow-DPPO). The last two store half as much again.",
+            "How the policy is kept near the one that sampled: clip (PPO), guard (GRPO-Guard) or mask (Flow-DPPO).",
             choices=("clip", "guard", "mask"),
         ),
-        "drift": Field(1e-5, 'With ratio="mask": the divergence of a step from which on it is masked.', above=0),
+        "drift": Field(1e-5, "Divergence of a step from the one that sampled, from which on mask stops it.", above=0),
         **DDPO.fields,
     },
     sets={

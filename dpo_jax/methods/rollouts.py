@@ -52,8 +52,7 @@ ROLLOUT_FIELDS = {
     ),
     "online.window": Field(
         0,
-        "Flow-GRPO-Fast: consecutive steps that add noise and are trained on, at a random place in the first half; 0 "
-        "takes all.",
+        "Flow-GRPO-Fast: only so many steps of the first half add noise and are trained on; 0 takes all.",
         **NOT_NEGATIVE,
     ),
     "online.guidance": Field(5.0, "Classifier-free guidance scale of sampling and training.", **NOT_NEGATIVE),
@@ -94,8 +93,7 @@ ROLLOUT_FIELDS = {
     "online.clip": Field(0.1, "How far the ratio to the reference may be from 1 (D3PO, SPO, LPO).", above=0, below=1),
     "online.advantage": Field(
         "prompt",
-        "Advantages from the last rewards of the prompt (DDPO), or from its group of candidates (GRPO), divided by the "
-        "standard deviation of all rewards of the round if it is round (Flow-GRPO).",
+        "Advantages from the prompt's last rewards, its candidates, or these over the round's deviation.",
         choices=("prompt", "group", "round"),
     ),
 }
