@@ -52,6 +52,8 @@ METHODS = {
     "DDPO": Method("ddpo", 32 * 4),
     "DPOK": Method("dpok", 32 * 4),
     "GRPO": Method("grpo", 32 * 4),
+    "NFT": Method("nft", 32 * 4),
+    "DGPO": Method("dgpo", 32 * 4),
     "SPO": Method("spo", 8 * (4 * 10 + 1), fields=("--config.online.prompts_per_round=8",)),
     "D3PO (small files)": Method("compressibility", 32 * 4, "jpeg_compressibility"),
     "DDPO (small files)": Method("compressibility,ddpo", 32 * 4, "jpeg_compressibility"),

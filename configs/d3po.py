@@ -2,8 +2,9 @@
 
 Tasks with a judge: `:compressibility` (the default, as in the released code), `:incompressibility`, `:aesthetic`, and
 `:alignment` of prompt and image, by PickScore. Tasks for people: `:hands` (distortion) and `:safety`, with lists of
-prompts that the released code does not have. Methods other than D3PO: `:ddpo`, `:dpok`, `:grpo`, `:spo` and `:lpo`,
-each for any task with a judge, for example `configs/d3po.py:alignment,ddpo`. `:tiny` runs any of them in seconds.
+prompts that the released code does not have. Methods other than D3PO: `:ddpo`, `:dpok`, `:grpo`, `:nft`, `:dgpo`,
+`:spo` and `:lpo`, each for any task with a judge, for example `configs/d3po.py:alignment,ddpo`. `:tiny` runs any of
+them in seconds.
 """
 
 import functools
@@ -31,6 +32,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "ddpo": functools.partial(alone, method="ddpo"),
         "dpok": functools.partial(alone, method="dpok"),
         "grpo": functools.partial(choose_method, name="grpo"),
+        "nft": functools.partial(choose_method, name="nft"),
+        "dgpo": functools.partial(choose_method, name="dgpo"),
         "spo": spo,
         "lpo": lpo,
         "tiny": tiny,

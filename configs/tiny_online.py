@@ -1,8 +1,8 @@
 """The tiny model learns online from the exact judge of its small captioned world, on two CPU cores in minutes.
 
-Without a variant the method is D3PO; `:ddpo`, `:dpok`, `:grpo`, `:spo` and `:lpo` are others. `:compressibility`
-rewards images that are small as a JPEG. `:flow` trains the tiny flow model instead, also by `:flow_grpo`. `:tiny` runs
-any of them in seconds.
+Without a variant the method is D3PO; `:ddpo`, `:dpok`, `:grpo`, `:nft`, `:dgpo`, `:spo` and `:lpo` are others.
+`:compressibility` rewards images that are small as a JPEG. `:flow` trains the tiny flow model instead, also by
+`:flow_grpo`. `:tiny` runs any of them in seconds.
 """
 
 import functools
@@ -42,6 +42,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.sample.guidance = 2.5
     variants: dict[str, Variant] = {
         **{name: functools.partial(policy_gradient, method=name) for name in ("ddpo", "dpok", "grpo", "flow_grpo")},
+        **{name: functools.partial(of_images, method=name) for name in ("nft", "dgpo")},
         "spo": functools.partial(choose_method, name="spo"),
         "lpo": lpo,
         "compressibility": compressibility,
@@ -56,6 +57,17 @@ def policy_gradient(c: ConfigDict, *, method: str) -> None:
     if method == "flow_grpo":
         flow(c)
     c.loss.clip = 0.1  # this model takes large steps: two thirds of the ratios are beyond the released 1e-4
+
+
+def of_images(c: ConfigDict, *, method: str) -> None:
+    """Half of the evaluations: no step is kept, so few steps of a good sampler draw the images."""
+    choose_method(c, method)
+    c.loss.kl_weight = 0.0
+    c.online.candidates = 4
+    c.online.sampler = "dpmsolver++"
+    c.online.sampling_steps = 5
+    c.online.guidance = 2.5
+    c.online.timesteps = 0.2  # one noise level of each image
 
 
 def lpo(c: ConfigDict) -> None:

@@ -3,6 +3,7 @@
 from dpo_jax.errors import UserError
 from dpo_jax.methods.d3po import D3PO
 from dpo_jax.methods.ddpo import DDPO
+from dpo_jax.methods.dgpo import DGPO
 from dpo_jax.methods.dmpo import DMPO
 from dpo_jax.methods.dpo import DPO
 from dpo_jax.methods.dpok import DPOK
@@ -25,7 +26,7 @@ from dpo_jax.nearest import nearest
 from dpo_jax.user_code import import_object
 
 OFFLINE = (DPO, IPO, HINGE, DMPO, LINEAR_DPO, SMPO, INPO, MAPO, PLACKETT_LUCE, SFT, KTO)
-ONLINE = (D3PO, DDPO, DPOK, GRPO, FLOW_GRPO, NFT, SPO, LPO)
+ONLINE = (D3PO, DDPO, DPOK, GRPO, FLOW_GRPO, NFT, DGPO, SPO, LPO)
 METHODS = {method.name: method for method in (*OFFLINE, *ONLINE)}
 
 

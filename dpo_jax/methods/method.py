@@ -55,6 +55,8 @@ class Method:
     reads_old_means: Callable[[Mapping[str, Any]], bool] = lambda fields: False
     """Whether, with a config's fields, it reads the means of the steps of the policy that sampled, which are then
     stored. Rollouts only."""
+    shares_noise: bool = False
+    """Whether all candidates of a prompt get the same noise where it does not read transitions."""
     old_decay: Callable[[Mapping[str, Any], jax.Array], jax.Array] | None = None
     """`old_decay(config, updates)`: how much of the policy that draws the images remains at the end of a round, the
     rest of which the trained policy replaces. None if the trained policy itself draws. Rollouts only."""

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -106,9 +107,10 @@ def on_rounds(config: ConfigDict, pipeline: Pipeline, placement: Placement, obje
 def on_images(config: ConfigDict, pipeline: Pipeline, placement: Placement, objective: Objective) -> Compare:
     """Return the comparison of predictions, over drawn images to which noise is added again.
 
-    Each image has noise of its own, which depends on (seed, step, place in the batch) alone.
+    Each image has noise of its own, or shares it with the other candidates if the method says so. It depends on (seed,
+    step, place in the batch) alone.
     """
-    guidance = config.online.guidance if config.online.train_guided else 1.0
+    method, guidance = find_method(config.loss.name), config.online.guidance if config.online.train_guided else 1.0
     table = sampler_table(config, pipeline)
     conditionings = make_conditionings(pipeline, load_tokenizers_of(pipeline)([""]), guidance)
     denoise = with_guidance(pipeline.denoise, pipeline.guidance_scale(guidance))
@@ -122,8 +124,10 @@ def on_images(config: ConfigDict, pipeline: Pipeline, placement: Placement, obje
         encoders = {name: gather(name, weights) for name, weights in frozen.encoders.items() if name != "vae"}
         conditioning = conditionings(encoders, drawn.token_ids_BML[:, 0], batch.size_cond_BK6[:, 0])
         keys_B = keys_for(jax.random.fold_in(jax.random.key(config.seed), step), batch.index_B)
-        shape, dtype = drawn.x0_BKhwC.shape[1:], drawn.x0_BKhwC.dtype
-        noise_BKhwC = jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys_B)
+        _, K, *latent_shape = drawn.x0_BKhwC.shape
+        draws = 1 if method.shares_noise else K
+        draw = functools.partial(jax.random.normal, shape=(draws, *latent_shape), dtype=drawn.x0_BKhwC.dtype)
+        noise_BKhwC = jnp.broadcast_to(jax.vmap(draw)(keys_B), drawn.x0_BKhwC.shape)
         x0_BKhwC, noise_BKhwC, conditioning = constrain((drawn.x0_BKhwC, noise_BKhwC, conditioning))
         inputs = compare_predictions(
             denoise,

@@ -1,4 +1,4 @@
-"""DiffusionNFT's loss, against its released code written in PyTorch, and what it reads of drawn images."""
+"""DiffusionNFT's and DGPO's losses, against their released code in PyTorch, and what they read of drawn images."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,8 @@ import torch
 from dpo_jax.batch import Conditioning, LossInputs
 from dpo_jax.diffusion.samplers import make_table
 from dpo_jax.diffusion.schedule import add_noise, make_schedule, training_target
+from dpo_jax.methods.dgpo import dgpo
+from dpo_jax.methods.dpo import dpo
 from dpo_jax.methods.nft import NFT, nft, old_decay
 from dpo_jax.objectives.drawn import compare_predictions
 
@@ -103,6 +105,49 @@ def test_while_the_policy_is_the_one_that_drew_it_follows_the_advantage(inputs, 
     np.testing.assert_allclose(found, jax.grad(weighted)(inputs.prediction_BKHWC), rtol=1e-9, atol=1e-15)
     nothing = jax.grad(loss)(inputs.prediction_BKHWC, jnp.zeros(SHAPE[:2]))
     np.testing.assert_allclose(nothing, 0, atol=1e-15)
+
+
+@pytest.mark.parametrize(("beta", "clip", "kl_weight"), [(100.0, 0.01, 0.0), (0.5, 0.02, 0.3)])
+def test_dgpos_gradient_is_that_of_the_released_code(inputs, beta, clip, kl_weight) -> None:
+    """Of scripts/train_sd3_dgpo.py (https://github.com/Luo-Yihong/DGPO): the sigmoid of the group is a weight."""
+    near = inputs.prediction_BKHWC + 0.05 * (inputs.old_prediction_BKHWC - inputs.prediction_BKHWC)
+    inputs = inputs._replace(old_prediction_BKHWC=near)
+    old, reference, target, advantage = (
+        torch.from_numpy(np.array(x))
+        for x in (near, inputs.reference_prediction_BKHWC, inputs.target_BKHWC, inputs.advantage_BK)
+    )
+    prediction = torch.from_numpy(np.array(inputs.prediction_BKHWC)).requires_grad_()
+    error, old_error, reference_error = (((x - target) ** 2).mean(dim=(2, 3, 4)) for x in (prediction, old, reference))
+    advantage = torch.clamp(advantage, -5, 5)
+    group = (advantage * beta * (error - reference_error)).mean(dim=1, keepdim=True)
+    ratio = torch.exp(old_error - error).detach()
+    dropped = ((advantage > 0) & (ratio > 1 + clip)) | ((advantage < 0) & (ratio < 1 - clip))
+    assert 0 < dropped.sum() < dropped.numel()
+    loss = torch.sigmoid(group).detach() * torch.where(dropped, error.detach(), error) * advantage
+    distance = ((prediction - reference) ** 2).mean(dim=(2, 3, 4))
+    (loss + kl_weight * distance).mean(dim=1).sum().backward()
+
+    def total(prediction_BKHWC):
+        error_BK = jnp.square(prediction_BKHWC - inputs.target_BKHWC).mean(axis=(2, 3, 4))
+        changed = inputs._replace(prediction_BKHWC=prediction_BKHWC, error_BK=error_BK)
+        return dgpo(changed, beta=beta, advantage_clip=5.0, clip=clip, kl_weight=kl_weight).sum()
+
+    found = jax.grad(total)(inputs.prediction_BKHWC)
+    np.testing.assert_allclose(found, prediction.grad.numpy(), rtol=1e-9, atol=1e-15)
+
+
+def test_dgpo_of_a_winner_and_a_loser_is_dpo(inputs) -> None:
+    two = jax.tree.map(lambda x: x[:, :2] if x.ndim > 1 else x, inputs)
+    reference_error_BK = jnp.square(two.reference_prediction_BKHWC - two.target_BKHWC).mean(axis=(2, 3, 4))
+    two = two._replace(
+        advantage_BK=jnp.tile(jnp.array([1.0, -1.0]), (SHAPE[0], 1)),
+        preference_BK=jnp.tile(jnp.array([1.0, 0.0]), (SHAPE[0], 1)),
+        old_prediction_BKHWC=two.prediction_BKHWC,
+        log_ratio_BK=-(two.error_BK - reference_error_BK) / 2,
+    )
+    expected_B = dpo(two, beta=3.0, label_smoothing=0.0)
+    found_B = dgpo(two, beta=3.0, advantage_clip=5.0, clip=0.01, kl_weight=0.0)
+    np.testing.assert_allclose(3.0 * found_B, expected_B, rtol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
