@@ -64,7 +64,7 @@ def of_images(c: ConfigDict, *, method: str) -> None:
     choose_method(c, method)
     c.loss.kl_weight = 0.0
     c.online.candidates = 4
-    c.online.sampler = "dpmsolver++"
+    c.online.sampler = "dpmsolver++" if c.online.sampler == "ddim" else "flow_euler"
     c.online.sampling_steps = 5
     c.online.guidance = 2.5
     c.online.timesteps = 0.2  # one noise level of each image
@@ -83,8 +83,8 @@ def compressibility(c: ConfigDict) -> None:
 def flow(c: ConfigDict) -> None:
     """Other methods than Flow-GRPO have no sampler for flow models of their own."""
     c.model = package_path("dpo_jax/tiny/flow_model")
-    if c.online.sampler == "ddim":
-        c.online.sampler = "flow_cps"
+    for_flows = {"ddim": "flow_cps", "dpmsolver++": "flow_euler"}
+    c.online.sampler = for_flows.get(c.online.sampler, c.online.sampler)
 
 
 def tiny(c: ConfigDict) -> None:

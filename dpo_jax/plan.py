@@ -5,21 +5,26 @@
 Memory, operations and traffic are computed from shapes and shardings, in seconds. The speed follows from an assumed
 share of the chip's peak rate. --fit searches for the fastest settings that fit. --compile compiles the real training
 step for these TPUs or GPUs, which takes tens of minutes for a whole model; it needs no chip, but the compiler:
-pip install "jax[tpu]" or "jax[cuda12]".
+pip install "jax[tpu]" or "jax[cuda12]". A config for dpo_jax.online is planned with the memory and the time of drawing
+a round's images.
 """
 
 import json
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from dpo_jax import cli
 from dpo_jax.command_help import section
 from dpo_jax.errors import UserError
 from dpo_jax.training.config import check_values, resolve
 from dpo_jax.training.defaults import choose_method
+
+if TYPE_CHECKING:
+    from dpo_jax.planning.topology import Topology
 
 section("Experiment and chips")
 CONFIG = cli.define_config("Experiment to plan:", choose_method)
@@ -61,6 +66,8 @@ def main() -> None:
     from dpo_jax.planning.topology import GIB, parse_topology
 
     config, topology = CONFIG.value, parse_topology(TOPOLOGY.value)
+    if "online" in config:
+        return main_of_rounds(config, topology)
     check_values(config)
     attention = choose(config.attention, config.dtype, topology.device.platform)
     config = cli.replaced(config, {"attention": attention})
@@ -94,6 +101,20 @@ def main() -> None:
             print(compiled_text(plan, compiled))
     if JSON.value:
         print(json.dumps(result, indent=2))
+
+
+def main_of_rounds(config: ConfigDict, topology: "Topology") -> None:
+    """Print the plan of a config for `dpo_jax.online`."""
+    from dpo_jax.planning.report import rounds_text
+    from dpo_jax.planning.rounds import plan_rounds
+    from dpo_jax.rounds.config import check
+
+    for flag, given in (("fit", FIT.value), ("compile", COMPILE.value)):
+        if given:
+            raise UserError(f"--{flag} is for dpo_jax.train; an online config is planned with the settings that it has")
+    check(config)
+    plan = plan_rounds(config, topology, UTILISATION.value)
+    print(json.dumps(plan.to_json(), indent=2) if JSON.value else rounds_text(config, plan))
 
 
 def say(message: str) -> None:

@@ -33,3 +33,15 @@ def test_the_stable_default_bears_rates_that_ruin_the_published_loss() -> None:
     assert [row["below_base"] for row in of["stable"]] == [0, 0, 0]
     assert of["plain"][-1]["below_base"] == 8
     assert max(row["win_rate"] for row in of["stable"]) >= max(row["win_rate"] for row in of["plain"])
+
+
+def test_ten_methods_with_three_seeds_each() -> None:
+    rows = {row["setting"]: row for row in json.loads((ROOT / "benchmarks" / "methods.json").read_text())["rows"]}
+    assert len(rows) == 10
+    assert {row["runs"] for row in rows.values()} == {3}
+    page = (ROOT / "docs" / "results.md").read_text()
+    for row in rows.values():
+        assert f"{row['win_rate']:.1%} [{row['low']:.1%}, {row['high']:.1%}]" in page
+    best = max(row["win_rate"] for row in rows.values())
+    assert rows["stable DPO"]["win_rate"] > best - 0.02
+    assert rows["stable DPO"]["winner_error_rise"] < 0 < rows["DPO"]["winner_error_rise"]

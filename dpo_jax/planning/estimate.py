@@ -8,7 +8,7 @@ computation as long as it lasts.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import jax
@@ -29,7 +29,7 @@ from dpo_jax.planning.program import Program, peak_bytes
 from dpo_jax.planning.topology import GIB, Topology
 from dpo_jax.sharding import AXES, Placement, mesh_shape, rules_of
 from dpo_jax.training.config import resolve
-from dpo_jax.training.experiment import compose
+from dpo_jax.training.experiment import Experiment, compose
 from dpo_jax.training.sample_grids import IMAGES_AT_A_TIME, images_of_grid
 
 SPARE = 0.1
@@ -102,6 +102,13 @@ class Holdings:
     """Images of a grid at a time on each device; 0 without grids."""
     drawing_encoders: float = 0.0
     """VAE and text encoders, which are loaded to draw a grid even if training does without them."""
+    old: float = 0.0
+    """The policy that draws the images of a round, if it is kept beside the trained one."""
+
+    @property
+    def state_bytes(self) -> tuple[float, ...]:
+        """The bytes of what is always held but the encoders."""
+        return self.trained, self.optimizer, self.ema, self.moving_reference, self.old, self.frozen_denoiser
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +163,11 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the share `SPARE` of the memory stays free."""
-        return self.hbm_bytes <= (1 - SPARE) * self.hbm_limit_bytes
+        return self.leaves_spare(self.hbm_bytes)
+
+    def leaves_spare(self, size: float) -> bool:
+        """Whether the share `SPARE` of the memory stays free of so many bytes."""
+        return size <= (1 - SPARE) * self.hbm_limit_bytes
 
     @property
     def collective_seconds(self) -> float:
@@ -224,30 +235,41 @@ def measure_work(config: ConfigDict, kind: str, model_flops: float | None = None
     return measure_works(config, [kind], model_flops)[kind]
 
 
-def measure_works(config: ConfigDict, kinds: Iterable[str], model_flops: float | None = None) -> dict[str, Work]:
-    """Return `measure_work` on each of several kinds of device; only the bytes of activations differ."""
+def measure_works(
+    config: ConfigDict,
+    kinds: Iterable[str],
+    model_flops: float | None = None,
+    trace: Callable[[ConfigDict], tuple[Program, list[int]]] | None = None,
+) -> dict[str, Work]:
+    """Return `measure_work` on each of several kinds of device; only the bytes of activations differ.
+
+    `trace` returns the program of an example's gradient, by default of a pair, and which of its inputs are weights.
+    """
+    trace = trace or _trace_pair
     attention = {kind: choose(config.attention, config.dtype, kind) for kind in kinds}
     config = replaced(config, {"attention": "xla"})
-    program, weights = _trace_pair(config)
+    program, weights = trace(config)
     if model_flops is None:
         plain = program
         if config.remat != "none":
-            plain, _ = _trace_pair(replaced(config, {"remat": "none"}))
+            plain, _ = trace(replaced(config, {"remat": "none"}))
         model_flops = plain.flops(without=AGAIN)
     products = list(program.products())
     convolution_flops = sums_by_kind(products)["convolution"].flops
-    images = find_method(config.loss.name).images_per_example(flatten(config))
+    method = find_method(config.loss.name)
+    drawn = method.learns_from == "rollouts"
+    images = config.online.candidates if drawn else method.images_per_example(flatten(config))
     decoding, vae_weights = _trace_decoding(config)
     return {
         kind: Work(
             config.remat,
             program.flops(),
             model_flops,
-            peak_bytes(program, weights, by_library=kind == "gpu", fused=ATTENTION if name != "xla" else None),
+            peak_bytes(program, weights, by_library=kind != "tpu", fused=ATTENTION if name != "xla" else None),
             len(products),
             convolution_flops,
             images,
-            peak_bytes(decoding, vae_weights, by_library=kind == "gpu"),
+            peak_bytes(decoding, vae_weights, by_library=kind != "tpu"),
         )
         for kind, name in attention.items()
     }
@@ -255,6 +277,14 @@ def measure_works(config: ConfigDict, kinds: Iterable[str], model_flops: float |
 
 def measure_holdings(config: ConfigDict, pipeline: Pipeline, num_devices: int) -> Holdings:
     """Compose the experiment on a mesh of that many devices, without allocating anything, and count its bytes."""
+    shape = planned_mesh(config, num_devices)
+    derived = resolve(config, device_count=num_devices, process_count=1)
+    experiment = compose(config, derived, pipeline, Placement(abstract_mesh(shape), rules_of(config.mesh.rules)))
+    return holdings_of(config, experiment, shape, held_bytes(experiment.abstract_batch()))
+
+
+def planned_mesh(config: ConfigDict, num_devices: int) -> tuple[int, int, int]:
+    """Return the sizes of the config's mesh on so many devices; UserError if they cannot be planned."""
     mesh = config.mesh
     shape = mesh_shape(mesh.data, mesh.fsdp, mesh.tensor, num_devices)
     if shape[2] > 1:
@@ -262,8 +292,14 @@ def measure_holdings(config: ConfigDict, pipeline: Pipeline, num_devices: int) -
             f"config.mesh.tensor={shape[2]} cannot be planned: its traffic within layers is not counted. Set "
             "config.mesh.tensor=1; to train with it, set config.remat and config.data.micro_batch yourself"
         )
-    derived = resolve(config, device_count=num_devices, process_count=1)
-    experiment = compose(config, derived, pipeline, Placement(_mesh(shape), rules_of(mesh.rules)))
+    return shape
+
+
+def holdings_of(
+    config: ConfigDict, experiment: Experiment, shape: tuple[int, int, int], batch_bytes: float
+) -> Holdings:
+    """Return what one device of a mesh of this shape holds of an experiment; its batch takes `batch_bytes`."""
+    pipeline = experiment.pipeline
     state, frozen = experiment.abstract_state(), experiment.frozen
     denoisers = [frozen.base, frozen.reference]
     changing = {name: x for name, x in state.params.items() if experiment.rate_factors[name]}
@@ -281,7 +317,7 @@ def measure_holdings(config: ConfigDict, pipeline: Pipeline, num_devices: int) -
         moving_reference=held_bytes(moving),
         frozen_denoiser=held_bytes(denoisers),
         encoders=held_bytes(frozen) - held_bytes(denoisers),
-        batch=held_bytes(experiment.abstract_batch()),
+        batch=batch_bytes,
         trained_elsewhere=missing_bytes(state.params),
         frozen_elsewhere=missing_bytes(frozen) + missing_bytes(moving) / 4 * pipeline.dtype.itemsize,
         gathered=gathered((frozen.base, state.params)),
@@ -296,6 +332,7 @@ def measure_holdings(config: ConfigDict, pipeline: Pipeline, num_devices: int) -
             for name, network in pipeline.components.items()
             if name != pipeline.denoiser_name
         ),
+        old=held_bytes(state.old),
     )
 
 
@@ -314,7 +351,7 @@ def make_plan(
     utilisation = utilisation or device.utilisation
     is_cut = device.kind == "tpu" and pairs * work.images < 2 * WHOLE_IMAGES
     flops = (work.flops + CUT_CONVOLUTIONS * work.convolution_flops * is_cut) * pairs * accumulation
-    state = h.gradients + h.optimizer + h.ema + h.moving_reference
+    state = h.gradients + h.optimizer + h.ema + h.moving_reference + h.old
     moved = 2 * state + h.gradients  # all read and written, gradients read
     return Plan(
         topology=topology,
@@ -345,6 +382,7 @@ def memory_by_kind(
         "optimizer state": h.optimizer,
         "moving average": h.ema,
         "moving reference": h.moving_reference,
+        "policy that draws": h.old * (1 + h.compute_bytes / 4),
         "gradients": h.gradients,  # their sum, to which those of a micro-batch are added as they come
         "trained weights, rounded": (h.trained + h.moving_reference) / 4 * h.compute_bytes,
         "weights gathered": h.gathered + (h.reference_gathered if h.scan and accumulation > 1 else 0),
@@ -363,7 +401,7 @@ def drawing_by_kind(holdings: Holdings, work: Work) -> dict[str, float]:
     if not h.drawn_images:
         return {}
     return {
-        "training state": h.trained + h.optimizer + h.ema + h.moving_reference + h.frozen_denoiser,
+        "training state": sum(h.state_bytes),
         "trained weights, rounded": h.trained / 4 * h.compute_bytes,
         "weights gathered": h.gathered,
         "VAE and text encoders": max(h.encoders, h.drawing_encoders),
@@ -399,7 +437,7 @@ def missing_bytes(tree: Any) -> float:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)) - held_bytes(tree)
 
 
-def _mesh(shape: tuple[int, ...]) -> Mesh:
+def abstract_mesh(shape: tuple[int, ...]) -> Mesh:
     """Return a mesh with names and sizes but no devices, which is enough for shapes and tracing."""
     return cast(Mesh, AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES)))
 
@@ -427,14 +465,19 @@ def _trace_pair(config: ConfigDict) -> tuple[Program, list[int]]:
     """Return the program of the gradient of one pair on one device, and which of its inputs are weights."""
     one = replaced(config, {"data.batch_size": 1, "data.micro_batch": 1})
     derived = resolve(one, device_count=1, process_count=1)
-    experiment = compose(one, derived, open_structure(one), Placement(_mesh((1, 1, 1))))
+    experiment = compose(one, derived, open_structure(one), Placement(abstract_mesh((1, 1, 1))))
+    return trace_gradient(experiment, experiment.abstract_batch())
+
+
+def trace_gradient(experiment: Experiment, batch: Any) -> tuple[Program, list[int]]:
+    """Return the program of the gradient of a batch on one device, and which of its inputs are weights."""
 
     def loss(params: Any, frozen: Any, batch: Any, step: jax.Array) -> jax.Array:
         inputs = experiment.compare(params, frozen, batch, step, training=True)
         return experiment.objective.loss(inputs._replace(running=experiment.objective.no_means())).sum()
 
     state = experiment.abstract_state()
-    weights = state.params, experiment.frozen.with_reference(state.reference)
-    traced = jax.make_jaxpr(jax.grad(loss))(*weights, experiment.abstract_batch(), jax.ShapeDtypeStruct((), jnp.int32))
+    weights = state.params, experiment.frozen.with_state(state)
+    traced = jax.make_jaxpr(jax.grad(loss))(*weights, batch, jax.ShapeDtypeStruct((), jnp.int32))
     program = Program(traced)
     return program, program.inputs[: len(jax.tree.leaves(weights))]

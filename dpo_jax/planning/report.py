@@ -5,12 +5,50 @@ from ml_collections import ConfigDict
 from dpo_jax.methods import find_method
 from dpo_jax.planning.compiled import Compiled
 from dpo_jax.planning.estimate import PAPER_PAIRS, SPARE, Plan
+from dpo_jax.planning.rounds import RoundPlan
 from dpo_jax.planning.topology import GIB
+
+
+def rounds_text(config: ConfigDict, plan: RoundPlan) -> str:
+    """Return the plan of an online run as text."""
+    step, sizes, rounds = plan.step, plan.sizes, config.online.rounds
+    seconds, device = plan.sampling_seconds + plan.training_seconds, step.topology.device
+    advice = f"does not fit with {SPARE:.0%} free. Lower online.prompts_at_a_time or online.candidates"
+    lines = [
+        *_of_step(config, step, "prompts x timesteps"),
+        "",
+        "Memory per device while images are drawn  GiB",
+        *(f"  {kind:34} {size / GIB:9.2f}" for kind, size in plan.sampling.items() if size),
+        f"  {'total':34} {sum(plan.sampling.values()) / GIB:9.2f}",
+        f"  {'the most at any time':34} {plan.hbm_bytes / GIB:9.2f} of {device.usable_gib:.1f}: "
+        + ("fits" if plan.fits else advice),
+        "",
+        f"A round: {sizes.images} images, {sizes.evaluations:,} evaluations of the denoiser, {sizes.updates} updates",
+        f"  drawn in {plan.sampling_seconds:.1f} s and trained on in {plan.training_seconds:.1f} s, at the assumed "
+        "share of the peak rate and without judges",
+        f"  {rounds} rounds: {rounds * seconds / 3600:,.1f} hours on {step.topology.name}",
+    ]
+    return "\n".join(lines)
 
 
 def as_text(config: ConfigDict, plan: Plan) -> str:
     """Return the plan as text, which says what is computed and what is assumed."""
-    topology, device, unit = plan.topology, plan.topology.device, find_method(config.loss.name).unit
+    topology, unit = plan.topology, find_method(config.loss.name).unit
+    lines = [
+        *_of_step(config, plan, unit),
+        f"  the paper's {PAPER_PAIRS:,} {unit} (2000 steps of 2048): {plan.chip_hours:,.0f} chip-hours, "
+        f"{plan.chip_hours / topology.num_chips:.1f} hours on {topology.name}",
+        "",
+        "Run it with",
+        f"  --config.remat={plan.remat} --config.data.micro_batch={plan.micro_batch_per_device} "
+        f"--config.mesh.data={plan.mesh['data']} --config.mesh.fsdp={plan.mesh['fsdp']}",
+    ]
+    return "\n".join(lines)
+
+
+def _of_step(config: ConfigDict, plan: Plan, unit: str) -> list[str]:
+    """The lines about an optimizer step, whose examples are called `unit`."""
+    topology, device = plan.topology, plan.topology.device
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     devices = plan.mesh["data"] * plan.mesh["fsdp"]
     is_drawing = sum(plan.drawing.values()) > sum(plan.memory.values())
@@ -28,7 +66,7 @@ def as_text(config: ConfigDict, plan: Plan) -> str:
         f"  {'the most of these':34} {plan.hbm_bytes / GIB:9.2f} of {device.usable_gib:.1f}: "
         + ("fits" if plan.fits else f"does not fit with {SPARE:.0%} free{advice}"),
         "",
-        f"Work per {unit.removesuffix('s')} (computed): {plan.work.model_flops / 1e12:.2f} TFLOP"
+        f"Work per {_one_of(unit)} (computed): {plan.work.model_flops / 1e12:.2f} TFLOP"
         + (f", {plan.work.flops / 1e12:.2f} including what remat repeats" if plan.remat != "none" else ""),
         "",
         f"{'Traffic per step (computed)':28}  {'axis':6} {'received':>12} {'times':>6} {'seconds at full rate':>21}",
@@ -42,14 +80,12 @@ def as_text(config: ConfigDict, plan: Plan) -> str:
         f"{plan.exposed_seconds:.3f} s do not overlap with it, update {plan.update_seconds:.3f} s",
         f"  {plan.step_seconds:.3f} s per step: {plan.pairs_per_second_per_chip:.2f} {unit}/s per chip, "
         f"{plan.pairs_per_second_per_chip * topology.num_chips:.1f} in total",
-        f"  the paper's {PAPER_PAIRS:,} {unit} (2000 steps of 2048): {plan.chip_hours:,.0f} chip-hours, "
-        f"{plan.chip_hours / topology.num_chips:.1f} hours on {topology.name}",
-        "",
-        "Run it with",
-        f"  --config.remat={plan.remat} --config.data.micro_batch={plan.micro_batch_per_device} "
-        f"--config.mesh.data={plan.mesh['data']} --config.mesh.fsdp={plan.mesh['fsdp']}",
     ]
-    return "\n".join(line for line in lines if line is not None)
+    return [line for line in lines if line is not None]
+
+
+def _one_of(unit: str) -> str:
+    return "prompt and timestep" if unit == "prompts x timesteps" else unit.removesuffix("s")
 
 
 def compiled_text(plan: Plan, compiled: Compiled) -> str:

@@ -5,9 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from dpo_jax.batch import DrawnImages, LossInputs, PreferenceBatch, Sampled
+from dpo_jax.batch import DrawnImages, LossInputs, PreferenceBatch, Sampled, Transitions
 from dpo_jax.diffusion.guidance import with_guidance
 from dpo_jax.diffusion.samplers import FLOW_SAMPLERS, make_table
 from dpo_jax.diffusion.steps import SamplerTable
@@ -98,13 +99,26 @@ def learned_steps(config: ConfigDict, table: SamplerTable) -> np.ndarray:
     return kept_S
 
 
-def on_rounds(config: ConfigDict, pipeline: Pipeline, placement: Placement, objective: Objective) -> Compare:
-    """Return what the config's method compares, over images that the model drew; the counterpart of `on_pairs`."""
+def on_rounds(
+    config: ConfigDict,
+    pipeline: Pipeline,
+    placement: Placement,
+    objective: Objective,
+    *,
+    empty_1L: np.ndarray | None = None,
+) -> Compare:
+    """Return what the config's method compares, over images that the model drew; the counterpart of `on_pairs`.
+
+    `empty_1L` are the tokens of the empty caption, by default those of the model's tokenizers.
+    """
     on_drawn = on_trajectories if find_method(config.loss.name).reads_transitions else on_images
-    return on_drawn(config, pipeline, placement, objective)
+    empty_1L = load_tokenizers_of(pipeline)([""]) if empty_1L is None else empty_1L
+    return on_drawn(config, pipeline, placement, objective, empty_1L)
 
 
-def on_images(config: ConfigDict, pipeline: Pipeline, placement: Placement, objective: Objective) -> Compare:
+def on_images(
+    config: ConfigDict, pipeline: Pipeline, placement: Placement, objective: Objective, empty_1L: np.ndarray
+) -> Compare:
     """Return the comparison of predictions, over drawn images to which noise is added again.
 
     Each image has noise of its own, or shares it with the other candidates if the method says so. It depends on (seed,
@@ -112,7 +126,7 @@ def on_images(config: ConfigDict, pipeline: Pipeline, placement: Placement, obje
     """
     method, guidance = find_method(config.loss.name), config.online.guidance if config.online.train_guided else 1.0
     table = sampler_table(config, pipeline)
-    conditionings = make_conditionings(pipeline, load_tokenizers_of(pipeline)([""]), guidance)
+    conditionings = make_conditionings(pipeline, empty_1L, guidance)
     denoise = with_guidance(pipeline.denoise, pipeline.guidance_scale(guidance))
     constrain, gather = batch_constraint(placement.mesh), functools.partial(pipeline.gather, placement)
 
@@ -145,11 +159,13 @@ def on_images(config: ConfigDict, pipeline: Pipeline, placement: Placement, obje
     return compare
 
 
-def on_trajectories(config: ConfigDict, pipeline: Pipeline, placement: Placement, objective: Objective) -> Compare:
+def on_trajectories(
+    config: ConfigDict, pipeline: Pipeline, placement: Placement, objective: Objective, empty_1L: np.ndarray
+) -> Compare:
     """Return the comparison of log-probabilities, over the steps that drew the images."""
     guidance = config.online.guidance if config.online.train_guided else 1.0
     table = sampler_table(config, pipeline)
-    conditionings = make_conditionings(pipeline, load_tokenizers_of(pipeline)([""]), guidance)
+    conditionings = make_conditionings(pipeline, empty_1L, guidance)
     denoise = with_guidance(pipeline.denoise, pipeline.guidance_scale(guidance))
     constrain, gather = batch_constraint(placement.mesh), functools.partial(pipeline.gather, placement)
 
@@ -173,3 +189,28 @@ def on_trajectories(config: ConfigDict, pipeline: Pipeline, placement: Placement
         return with_batch(inputs, batch)._replace(advantage_BK=sampled.advantage_BK)
 
     return compare
+
+
+def abstract_rows(config: ConfigDict, pipeline: Pipeline, rows: int) -> PreferenceBatch:
+    """Return the shapes of a batch of this many rows, one timestep of a prompt each."""
+    K, cells = config.online.candidates, config.data.resolution // pipeline.vae_factor
+    latent_shape = (cells, cells, pipeline.denoiser.config.latent_channels)
+
+    def array(dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *shape), dtype)
+
+    token_ids_BML, advantage_BK = array(jnp.int32, 1, sum(pipeline.text_lengths)), array(jnp.float32, K)
+    x_BKhwC, step_B = array(jnp.float32, K, *latent_shape), array(jnp.int32)
+    inputs: Sampled | DrawnImages = DrawnImages(x_BKhwC, step_B, token_ids_BML, advantage_BK)
+    if find_method(config.loss.name).reads_transitions:
+        before_BJhwC = array(jnp.float32, 1 if config.online.branching else K, *latent_shape)
+        transitions = Transitions(before_BJhwC, x_BKhwC, step_B, array(jnp.float32, K))
+        inputs = Sampled(transitions, token_ids_BML, advantage_BK)
+    return PreferenceBatch(
+        inputs=inputs,
+        size_cond_BK6=array(jnp.float32, K, 6),
+        preference_BK=array(jnp.float32, K, max(1, len(config.online.judges))),
+        valid_BK=array(jnp.bool_, K),
+        weight_B=array(jnp.float32),
+        index_B=array(jnp.int32),
+    )

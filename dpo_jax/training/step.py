@@ -87,6 +87,11 @@ class Frozen:
         """Return the weights with a reference that moves, if there is one, at its present place."""
         return dataclasses.replace(self, reference=self.reference | moving.params) if moving else self
 
+    def with_state(self, state: "TrainState") -> "Frozen":
+        """Return the weights with what moves of them at its present place."""
+        frozen = self.with_reference(state.reference)
+        return frozen if state.old is None else dataclasses.replace(frozen, old=state.old)
+
 
 class TrainState(NamedTuple):
     """Everything that changes from step to step. A checkpoint holds this and the position in the data."""

@@ -22,7 +22,7 @@ from dpo_jax.encode.text import make_conditionings
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.rounds.config import round_sizes
 from dpo_jax.rounds.folder import RoundFolder
-from dpo_jax.rounds.method import learned_steps, on_trajectories, sampler_table
+from dpo_jax.rounds.method import learned_steps, on_rounds, sampler_table
 from dpo_jax.rounds.rollout import Rollout
 from dpo_jax.rounds.updates import Updates
 from dpo_jax.rounds.window import window_steps
@@ -43,7 +43,7 @@ class LoadedModel:
         self.table = sampler_table(config, self.pipeline)
         self.steps_S = learned_steps(config, self.table)
         self.plan = round_sizes(config, self.steps_S, device_count=1, process_count=1)
-        self.experiment = build(config, self.plan.derived, self.pipeline, on_trajectories)
+        self.experiment = build(config, self.plan.derived, self.pipeline, on_rounds)
         self.params = self.experiment.initial_state().params
         self.rollout = Rollout(config, self.pipeline, self.experiment.placement)
 
@@ -151,7 +151,7 @@ def test_training_may_be_without_guidance(opened, tmp_path):
     batch = o.batches(RoundFolder(tmp_path, 0, CAPTIONS))
 
     def log_probs(**fields):
-        score = on_trajectories(replaced(o.config, fields), o.pipeline, o.experiment.placement, o.experiment.objective)
+        score = on_rounds(replaced(o.config, fields), o.pipeline, o.experiment.placement, o.experiment.objective)
         return np.asarray(jax.jit(score)(o.params, o.experiment.frozen, batch, jnp.int32(0)).log_prob_BK)
 
     unguided = log_probs(**{"online.train_guided": False})
