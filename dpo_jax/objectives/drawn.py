@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.batch import Conditioning, LossInputs
+from dpo_jax.batch import LossInputs
 from dpo_jax.diffusion.steps import SamplerTable
 from dpo_jax.diffusion.trajectories import steps_at
 from dpo_jax.objectives.denoising import Denoise, per_candidate
@@ -25,7 +25,7 @@ def compare_predictions(
     x0_BKHWC: Float[Array, "B K H W C"],
     noise_BKHWC: Float[Array, "B K H W C"],
     step_B: Int[Array, " B"],
-    conditioning: Conditioning,
+    conditioning: Any,
 ) -> LossInputs:
     """Return what policy, the policy that drew, and reference predict of the same noisy latents, and the target.
 
@@ -38,7 +38,7 @@ def compare_predictions(
         x0_BKHWC: clean latents.
         noise_BKHWC: noise, standard normal.
         step_B: rows of the table, shared by the candidates of a prompt; it has noise there.
-        conditioning: each field with B rows (shared by the candidates) or B * K (one per candidate).
+        conditioning: conditioning of `denoise`, each array with B rows (shared by the candidates) or B * K.
     """
     B, K = x0_BKHWC.shape[:2]
     step = steps_at(table, step_B, x0_BKHWC)
