@@ -53,8 +53,8 @@ def expected(random_params):
 @pytest.mark.parametrize(
     "execution",
     [
-        *(Execution("dots"), Execution("block", True)),
-        *(pytest.param(e, marks=pytest.mark.slow) for e in (Execution("attention"), Execution("block"))),
+        Execution("block", True),
+        *(pytest.param(Execution(name), marks=pytest.mark.slow) for name in ("dots", "attention", "block")),
         pytest.param(Execution(scan=True), marks=pytest.mark.slow),
     ],
     ids=str,

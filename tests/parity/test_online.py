@@ -47,7 +47,7 @@ def double_sinusoids(timesteps: torch.Tensor, embedding_dim: int, **_: Any) -> t
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-@pytest.fixture(params=[np.float64, np.float32])
+@pytest.fixture(params=[np.float64, pytest.param(np.float32, marks=pytest.mark.slow)])
 def dtype(request, monkeypatch):
     if request.param == np.float64:
         monkeypatch.setattr("diffusers.models.embeddings.get_timestep_embedding", double_sinusoids)

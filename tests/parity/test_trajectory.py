@@ -174,7 +174,7 @@ def our_trajectory(
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("adafactor", marks=pytest.mark.slow)])
 def test_twenty_steps_of_the_official_formula(name, monkeypatch):
     monkeypatch.setattr("diffusers.models.embeddings.get_timestep_embedding", double_sinusoids)
     config = UNetConfig.from_dict(UNET, "UNET")

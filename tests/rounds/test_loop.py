@@ -13,11 +13,11 @@ from dpo_jax.sampling.image_folder import read_list
 from dpo_jax.training.run import open_run
 
 SLOW = [
-    *(f"d3po:{method}" for method in ("", "ddpo,", "dpok,", "grpo,", "spo,", "incompressibility,")),
-    *("flow_grpo:cps,fast,", "flow_grpo:flux,guard,"),
+    *(f"d3po:{method}" for method in ("", "ddpo,", "dpok,", "grpo,", "dgpo,", "spo,", "incompressibility,")),
+    *("flow_grpo:cps,fast,", "flow_grpo:flux,guard,", "nft:"),
 ]
 CONFIGS = [
-    "flow_grpo:",  # D3PO is learned by in test_people.py, branching is run in test_config.py
+    *("flow_grpo:", "nft:sd15,"),  # D3PO is learned by in test_people.py, branching is run in test_config.py
     *(pytest.param(config, marks=pytest.mark.slow) for config in SLOW),
 ]
 
@@ -44,7 +44,19 @@ def test_every_method(online, tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method", ["", "ddpo,", "dpok,", "grpo,", "spo,", "compressibility,", *(f"{m}flow," for m in FLOW_METHODS)]
+    "method",
+    [
+        "",
+        "ddpo,",
+        "dpok,",
+        "grpo,",
+        "nft,",
+        "dgpo,",
+        "spo,",
+        "compressibility,",
+        "flow,nft,",
+        *(f"{m}flow," for m in FLOW_METHODS),
+    ],
 )
 def test_the_tiny_world_by_every_method(online, tmp_path, method):
     check_run(online(f"tiny_online:{method}tiny"), tmp_path)

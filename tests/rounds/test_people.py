@@ -160,6 +160,7 @@ def write(path: Path, rows) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_files_of_feedback_are_averaged_and_the_opposite_teaches_the_opposite(sampled, tmp_path):
     """Adam's first step is the sign of the gradient; of a LoRA's second factors, which begin as zeros."""
     config, workdir = sampled

@@ -161,8 +161,8 @@ def test_each_family_draws_what_diffusers_draws(models, with_our_noise, family, 
         ("sd15", Sampling(6, 4.0, "ddim", strength=0.6)),
         pytest.param("sd21", Sampling(6, 4.0, "dpmsolver++", strength=1.0), marks=pytest.mark.slow),
         pytest.param("sdxl", Sampling(6, 4.0, "euler", strength=0.5), marks=pytest.mark.slow),
-        ("sdxl_turbo", Sampling(4, 0.0, strength=0.5)),
-        ("sdxl_refiner", Sampling(10, 4.0, strength=0.3)),
+        pytest.param("sdxl_turbo", Sampling(4, 0.0, strength=0.5), marks=pytest.mark.slow),
+        pytest.param("sdxl_refiner", Sampling(10, 4.0, strength=0.3), marks=pytest.mark.slow),
     ],
 )
 def test_an_image_goes_on_as_in_diffusers(models, with_our_noise, family, sampling):

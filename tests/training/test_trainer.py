@@ -39,7 +39,7 @@ def state_of(workdir, step):
     return jax.tree.map(np.asarray, state), json.loads((folder / "position" / "metadata").read_text())
 
 
-ONLINE = ("d3po", "flow_grpo", "tiny_online")  # those of tests/rounds/test_loop.py
+ONLINE = ("d3po", "flow_grpo", "nft", "tiny_online")  # those of tests/rounds/test_loop.py
 FLOWS = ("sd35", "flux", "zimage")  # those of test_flow_run.py
 CONFIGS = ("sd15", "sd21", "sdxl", "sdxl_refiner", "sdxl_turbo", "tiny", "tiny_flow")
 
