@@ -95,7 +95,7 @@ NFT = Method(
         "old_decay_from": Field(0, "Updates after which something of it remains.", at_least=0),
     },
     sets={
-        "online.advantage": "group",
+        "online.advantage": "round",
         "online.candidates": 8,
         "online.guidance": 1.0,
         "online.eta": 0.0,

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from dpo_jax.batch import DrawnImages, LossInputs, PreferenceBatch, Sampled, Transitions
+from dpo_jax.cli import flatten
 from dpo_jax.diffusion.guidance import with_guidance
 from dpo_jax.diffusion.samplers import FLOW_SAMPLERS, make_table
 from dpo_jax.diffusion.steps import SamplerTable
@@ -202,9 +203,11 @@ def abstract_rows(config: ConfigDict, pipeline: Pipeline, rows: int) -> Preferen
     token_ids_BML, advantage_BK = array(jnp.int32, 1, sum(pipeline.text_lengths)), array(jnp.float32, K)
     x_BKhwC, step_B = array(jnp.float32, K, *latent_shape), array(jnp.int32)
     inputs: Sampled | DrawnImages = DrawnImages(x_BKhwC, step_B, token_ids_BML, advantage_BK)
-    if find_method(config.loss.name).reads_transitions:
+    method = find_method(config.loss.name)
+    if method.reads_transitions:
         before_BJhwC = array(jnp.float32, 1 if config.online.branching else K, *latent_shape)
-        transitions = Transitions(before_BJhwC, x_BKhwC, step_B, array(jnp.float32, K))
+        mean_BJhwC = before_BJhwC if method.reads_old_means(flatten(config)) else None
+        transitions = Transitions(before_BJhwC, x_BKhwC, step_B, array(jnp.float32, K), mean_BJhwC)
         inputs = Sampled(transitions, token_ids_BML, advantage_BK)
     return PreferenceBatch(
         inputs=inputs,
