@@ -92,7 +92,7 @@ def test_model_card_says_how_it_was_made_and_what_was_measured(run, tmp_path):
     ("spec", "tag"),
     [
         *(("sd15:tiny", "dpo"), ("d3po:tiny", "d3po"), ("d3po:ddpo,tiny", "ddpo"), ("d3po:dpok,tiny", "dpok")),
-        *(("d3po:grpo,tiny", "grpo"), ("d3po:spo,tiny", "spo"), ("d3po:lpo", "lpo")),
+        *(("d3po:grpo,tiny", "grpo"), ("d3po:spo,tiny", "spo"), ("d3po:lpo", "lpo"), ("flow_grpo:tiny", "flow_grpo")),
     ],
 )
 def test_model_card_names_the_method(run, spec, tag):
