@@ -84,7 +84,7 @@ def compressibility(c: ConfigDict) -> None:
 def flow(c: ConfigDict) -> None:
     """Other methods than Flow-GRPO have no sampler for flow models of their own."""
     c.model = package_path("dpo_jax/tiny/flow_model")
-    for_flows = {"ddim": "flow_cps", "dpmsolver++": "flow_euler"}
+    for_flows = {"ddim": "flow_sde", "dpmsolver++": "flow_euler"}
     c.online.sampler = for_flows.get(c.online.sampler, c.online.sampler)
 
 

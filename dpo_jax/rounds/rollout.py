@@ -108,7 +108,8 @@ class Rollout:
         window_S = None
         if self._config.online.window:
             outside_S = np.full(self._config.online.window, self._config.online.sampling_steps, np.int32)
-            window_S = outside_S if round_number is None else window_steps(self._config, round_number)
+            steps_S = outside_S if round_number is None else window_steps(self._config, round_number)
+            window_S = jax.device_put(steps_S, replicated(self._mesh))
         stored, images_BKHWC, seen_BSK, finite_B = self._rollout(params, frozen, self._latent_judge, *given, window_S)
         black = np.flatnonzero(~jax.device_get(finite_B)[:count])
         if black.size:
