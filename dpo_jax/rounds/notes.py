@@ -109,7 +109,8 @@ class Notes:
         fields["diversity"] = diversity_of_prompts(now_ND, folder.prompts)
         if folder.number == 0:
             self._first_ND = now_ND
-        elif self._first_ND is None:
+            return fields | {"drift": 0.0}
+        if self._first_ND is None:
             said = read_said(folder.path.parent / "00000" / "scores.json", 0)
             self._first_ND = features_of(RoundFolder(self._workdir, 0, said["prompts"]).image_files(self._images))
         if self._first_ND is not None:

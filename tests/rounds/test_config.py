@@ -165,6 +165,7 @@ def test_a_sampler_for_other_models_is_one_sentence(online, schedule, sampler, m
     "name",
     [
         *("tiny_online", "tiny_online:ddpo", "tiny_online:grpo", "tiny_online:lpo", "tiny_online:flow"),
+        "tiny_online:guarded",
         *("flow_grpo", "flow_grpo:cps", "flow_grpo:flux", "flow_grpo:cps,flux", "tiny_online:flow_grpo"),
         *("flow_grpo:fast", "flow_grpo:cps,fast", "flow_grpo:guard"),
         *("d3po", "d3po:ddpo", "d3po:dpok", "d3po:grpo", "d3po:spo", "d3po:lpo", "d3po:hands", "d3po:safety"),
