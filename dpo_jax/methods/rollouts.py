@@ -22,7 +22,7 @@ ROLLOUT_FIELDS = {
     ),
     "online.watched_stop": Field(
         0.075,
-        "End the run when it falls by this share, a round after the warning or later; 0 never ends it.",
+        "End the run when it falls by this share; 0 never ends it.",
         **NOT_ALL,
     ),
     "online.diversity_fall": Field(
@@ -30,7 +30,7 @@ ROLLOUT_FIELDS = {
     ),
     "online.diversity_stop": Field(
         0.0,
-        "End the run when the diversity falls by this share, a round after the warning or later; 0 never.",
+        "End the run when the diversity falls by this share; 0 never ends it.",
         **NOT_ALL,
     ),
     "online.combine": Field(

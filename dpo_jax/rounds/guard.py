@@ -7,7 +7,7 @@ drew before any training.
 Axes: P prompts of a round.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 
 from dpo_jax.training.watch import remedy
 
-NOISE = 3.0
-"""Standard errors that a fall must exceed to count. Rounds have few prompts, and runs hundreds of rounds."""
+WARNED, ENDED = 3.0, 4.0
+"""Standard errors that a fall must exceed for a warning, and for ending the run: rounds have few prompts, and runs
+hundreds of rounds."""
 DIVERSITY = "diversity"
 
 
@@ -41,14 +42,14 @@ class Change(NamedTuple):
     share: float
     """The difference as a share of the mean in the first round, or of its standard deviation over prompts if that is
     larger, as with judges whose scores are about 0."""
-    noise: float
-    """`NOISE` standard errors of the difference, in the same unit."""
+    error: float
+    """The standard error of the difference, in the same unit."""
     is_in_deviations: bool = False
     """Whether that unit is the standard deviation."""
 
-    def has_fallen(self, bound: float) -> bool:
-        """Whether it has fallen by more than `bound` and more than the noise; never if the bound is 0."""
-        return bool(bound) and -self.share > max(bound, self.noise)
+    def has_fallen(self, bound: float, errors: float) -> bool:
+        """Whether it has fallen by more than `bound` and this many standard errors; never if the bound is 0."""
+        return bool(bound) and -self.share > max(bound, errors * self.error)
 
     def __str__(self) -> str:
         size = f"{abs(self.share):.3g} standard deviations" if self.is_in_deviations else f"{abs(self.share):.1%}"
@@ -57,10 +58,14 @@ class Change(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """Shares of their value in the first round that watched judges and the diversity may lose; 0 for no bound."""
+    """How much may be lost."""
 
     watched: float
+    """Share of the value in the first round that watched judges may lose; 0 for no bound."""
     diversity: float
+    """The same of the diversity."""
+    errors: float
+    """Standard errors that a smaller loss may be of whatever the shares are."""
 
 
 class Alarm(NamedTuple):
@@ -90,38 +95,27 @@ class Verdict(NamedTuple):
 def verdict(config: ConfigDict, history: Sequence[RoundFigures]) -> Verdict:
     """Return the conclusions from the rounds so far, the last of which is not trained on yet.
 
-    A warning is of what was not past its bound in the round before. The run should end when a figure is past the bound
-    for this, and was past that of the warning in the round before: one round alone could be chance.
+    A warning is of what was not past its bound in the round before.
     """
     online, best, last = config.online, best_round(history), len(history) - 1
-    falls = Bounds(online.watched_fall, online.diversity_fall)
-    stops = Bounds(online.watched_stop, online.diversity_stop)
-    earlier = Bounds(*(fall or stop for fall, stop in zip(falls, stops, strict=True)))
-    known = {each.name for each in _fallen(alarm(history, last - 1, earlier))} if last else set()
-    lasting = _only(alarm(history, last, stops), known.__contains__)
-    if lasting:
-        fields = " or ".join(f"--config.online.{field}" for field in _stops(lasting))
+    falls = Bounds(online.watched_fall, online.diversity_fall, WARNED)
+    stops = Bounds(online.watched_stop, online.diversity_stop, ENDED)
+    if ended := alarm(history, last, stops):
+        fields = " or ".join(f"--config.online.{field}" for field in _stops(ended))
         return Verdict(
             best,
-            stop=f"{lasting}. {_exploits(lasting)}. To continue, run the same command with a larger {fields}; to do "
-            f"better, {_remedy(config, lasting)}",
+            stop=f"{ended}. {_exploits(ended)}. To continue, run the same command with a larger {fields}; to do "
+            f"better, {_remedy(config, ended)}",
         )
-    new = _only(alarm(history, last, falls), lambda name: name not in known)
-    if not new:
+    known = alarm(history, last - 1, falls) if last else None
+    told = {each.name for each in known.fallen} if known else set()
+    new = alarm(history, last, falls)
+    new = new and new._replace(fallen=[each for each in new.fallen if each.name not in told])
+    if not new or not new.fallen:
         return Verdict(best)
     ends = [f"{field}={online[field]:g}" for field in _stops(new) if online[field]]
-    told = f". The run ends past online.{' or online.'.join(ends)}" if ends else ""
-    return Verdict(best, f"round {last + 1}: {new}. {_exploits(new)}. To do better, {_remedy(config, new)}{told}")
-
-
-def _only(found: Alarm | None, is_wanted: Callable[[str], bool]) -> Alarm | None:
-    """Return an alarm of the figures with the wanted names; None if there are none."""
-    fallen = [each for each in _fallen(found) if is_wanted(each.name)]
-    return found._replace(fallen=fallen) if found and fallen else None
-
-
-def _fallen(found: Alarm | None) -> list[Change]:
-    return found.fallen if found else []
+    past = f". The run ends past online.{' or online.'.join(ends)}" if ends else ""
+    return Verdict(best, f"round {last + 1}: {new}. {_exploits(new)}. To do better, {_remedy(config, new)}{past}")
 
 
 def _exploits(found: Alarm) -> str:
@@ -160,7 +154,7 @@ def change(name: str, first: tuple[Sequence[str], np.ndarray], now: tuple[Sequen
     old, new = float(x_P.mean()), float(y_P.mean())
     spread = float(x_P.std())
     unit = max(abs(old), spread) or 1.0
-    return Change(name, old, new, (new - old) / unit, NOISE * error / unit, spread > abs(old))
+    return Change(name, old, new, (new - old) / unit, error / unit, spread > abs(old))
 
 
 def changes(history: Sequence[RoundFigures], number: int) -> tuple[list[Change], list[Change]]:
@@ -187,9 +181,8 @@ def alarm(history: Sequence[RoundFigures], number: int, bounds: Bounds) -> Alarm
     """Return what has fallen past its bound in a round, while a judge has risen that the run trains on; else None."""
     trained, watched = changes(history, number)
     risen = [each for each in trained if each.share > 0]
-    fallen = [
-        each for each in watched if each.has_fallen(bounds.diversity if each.name == DIVERSITY else bounds.watched)
-    ]
+    bound = {each.name: bounds.diversity if each.name == DIVERSITY else bounds.watched for each in watched}
+    fallen = [each for each in watched if each.has_fallen(bound[each.name], bounds.errors)]
     return Alarm(risen, fallen) if risen and fallen else None
 
 
