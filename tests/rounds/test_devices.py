@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json, sys
 from dpo_jax import cluster, sharding
-from dpo_jax.cli import load_config, replaced
+from dpo_jax.cli import load_config
+from dpo_jax.training.defaults import with_fields
 workdir, fields = sys.argv[1], json.loads(sys.argv[2])
 def brightness(images, captions):  # the bytes of a JPEG would turn rounding of one pixel into another order
     return [image.mean() for image in images]
@@ -31,13 +32,23 @@ config.online.rounds, config.online.epochs, config.data.batch_size, config.sampl
 config.online.prompts_per_round, config.online.candidates = 4, 3
 config.optimizer.learning_rate, config.optimizer.epsilon, config.loss.beta = 3e-2, 1e-2, 10.0
 config.online.judges = ("python=__main__:brightness",)
-learn(replaced(config, fields), workdir)
+learn(with_fields(config, fields), workdir)
 """
 
 SPO = {"online.branching": True, "online.best_and_worst": True}
 NFT = {"loss.name": "nft", "online.advantage": "group", "online.timesteps": 0.75, "loss.kl_weight": 0.1}
+WINDOW = {
+    **{"loss.name": "flow_grpo", "loss.ratio": "guard", "loss.clip": 0.1, "online.sampler": "ddim"},
+    **{
+        "online.candidates": 3,
+        "online.window": 2,
+        "online.sampling_steps": 4,
+        "data.batch_size": 4,
+        "online.epochs": 6,
+    },
+}
 FULL = {"lora.rank": 0, "optimizer.learning_rate": 1e-3}
-NAMED = {"lora": {}, "spo": SPO, "nft": NFT, "full": FULL}
+NAMED = {"lora": {}, "spo": SPO, "nft": NFT, "window": WINDOW, "full": FULL}
 NAMES = {json.dumps(fields): name for name, fields in NAMED.items()}
 MESHES = {"data": {}, "fsdp": {"mesh.data": 2, "mesh.fsdp": 4}}
 
@@ -86,9 +97,12 @@ def test_eight_devices_agree_with_one(on_one_device, tmp_path: Path, mesh: str, 
     assert np.abs(images - expected_images).max() <= 1
     assert len(losses) == 6
     assert abs(expected_losses[-1] - expected_losses[0]) > 1e-3
-    np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
+    # Advantages, unlike an order of candidates, pass on the rounding of images; and a policy gradient is 0 at first.
+    has_advantages = "loss.ratio" in fields
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-4, atol=5e-5 if has_advantages else 0)
     begun = {name: 0 for name in expected.params if ".lora_B." in name} or expected.base
     moved = max(np.abs(expected.params[name] - value).max() for name, value in begun.items())
     assert moved > 1e-3
+    apart = (2e-3 if has_advantages else 5e-4) * moved
     for name, value in expected.params.items():
-        np.testing.assert_allclose(run.params[name], value, rtol=1e-4, atol=5e-4 * moved, err_msg=name)
+        np.testing.assert_allclose(run.params[name], value, rtol=1e-4, atol=apart, err_msg=name)
