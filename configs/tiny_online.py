@@ -70,7 +70,8 @@ def of_images(c: ConfigDict, *, method: str) -> None:
     c.online.sampling_steps = 5
     c.online.guidance = 2.5
     c.online.timesteps = 0.2  # one noise level of each image
-    c.optimizer.learning_rate = 1e-4
+    if method == "dgpo":
+        c.optimizer.learning_rate = 1e-4
 
 
 def lpo(c: ConfigDict) -> None:
