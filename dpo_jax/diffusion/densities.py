@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import scipy.special
 from jaxtyping import Float
 
 from dpo_jax.diffusion.schedule import Schedule, log_snr_table
@@ -41,6 +40,8 @@ def density_shares(
         shift: moves draws to more noise if above 1, as if the training table of a flow were shifted once more
             (`flow_matching.shifted`): shifts multiply.
     """
+    import scipy.special  # a third of a second that most runs do not need
+
     order = np.argsort(-schedule.noise_T[schedule.training_timesteps], kind="stable")
     edges = np.arange(len(order) + 1) / len(order)
     with np.errstate(divide="ignore"):
