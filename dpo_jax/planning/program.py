@@ -128,8 +128,8 @@ class Program:
 
 
 def _called(eqn: Any) -> core.Jaxpr | None:
-    """Return the body of a call that is executed once, or None for a loop or another operation."""
-    if eqn.primitive.name in ("scan", "while", "cond"):
+    """Return the body of a call that is executed once, or None for a loop, a kernel or another operation."""
+    if eqn.primitive.name in ("scan", "while", "cond", "pallas_call"):
         return None
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         if name in eqn.params:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import torch
+from jax.experimental import pallas as pl
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_jax.batch import Conditioning
@@ -226,3 +227,15 @@ def test_a_kernel_of_attention_keeps_what_only_it_reads(monkeypatch, limit):
     products_of_block = min(limit, 2 * 512 * 512 * 4)
     assert 6 * array < fused < 10 * array  # q, k, v, the result and gradients
     assert written_out > fused + products_of_block / 2
+
+
+def test_a_kernel_in_pallas_is_one_operation() -> None:
+    """Its body has arguments of its own, such as results and scratch memory."""
+
+    def kernel(x_ref, y_ref):
+        y_ref[...] = 2 * x_ref[...]
+
+    double = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32), interpret=True)
+    program = trace(lambda x, w: double(x) @ w, (8, 128), (128, 4))
+    assert [operation.name for operation in program.operations] == ["pallas_call", "dot_general"]
+    assert peak_bytes(program, ()) == 8 * 128 * 4
