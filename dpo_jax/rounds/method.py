@@ -112,21 +112,10 @@ def on_rounds(
 
     `empty_1L` are the tokens of the empty caption, by default those of the model's tokenizers.
     """
-    on_drawn = on_trajectories if find_method(config.loss.name).reads_transitions else on_images
-    empty_1L = load_tokenizers_of(pipeline)([""]) if empty_1L is None else empty_1L
-    return on_drawn(config, pipeline, placement, objective, empty_1L)
-
-
-def on_images(
-    config: ConfigDict, pipeline: Pipeline, placement: Placement, objective: Objective, empty_1L: np.ndarray
-) -> Compare:
-    """Return the comparison of predictions, over drawn images to which noise is added again.
-
-    Each image has noise of its own, or shares it with the other candidates if the method says so. It depends on (seed,
-    step, place in the batch) alone.
-    """
-    method, guidance = find_method(config.loss.name), config.online.guidance if config.online.train_guided else 1.0
+    online, seed = config.online, config.seed
+    method, guidance = find_method(config.loss.name), online.guidance if online.train_guided else 1.0
     table = sampler_table(config, pipeline)
+    empty_1L = load_tokenizers_of(pipeline)([""]) if empty_1L is None else empty_1L
     conditionings = make_conditionings(pipeline, empty_1L, guidance)
     denoise = with_guidance(pipeline.denoise, pipeline.guidance_scale(guidance))
     constrain, gather = batch_constraint(placement.mesh), functools.partial(pipeline.gather, placement)
@@ -135,61 +124,33 @@ def on_images(
         params: Params, frozen: Frozen, batch: PreferenceBatch, step: jax.Array, training: bool = False
     ) -> LossInputs:
         drawn = batch.inputs
-        assert isinstance(drawn, DrawnImages)
+        assert isinstance(drawn, Sampled | DrawnImages)
         encoders = {name: gather(name, weights) for name, weights in frozen.encoders.items() if name != "vae"}
-        conditioning = conditionings(encoders, drawn.token_ids_BML[:, 0], batch.size_cond_BK6[:, 0])
-        keys_B = keys_for(jax.random.fold_in(jax.random.key(config.seed), step), batch.index_B)
-        _, K, *latent_shape = drawn.x0_BKhwC.shape
-        draws = 1 if method.shares_noise else K
-        draw = functools.partial(jax.random.normal, shape=(draws, *latent_shape), dtype=drawn.x0_BKhwC.dtype)
-        noise_BKhwC = jnp.broadcast_to(jax.vmap(draw)(keys_B), drawn.x0_BKhwC.shape)
-        x0_BKhwC, noise_BKhwC, conditioning = constrain((drawn.x0_BKhwC, noise_BKhwC, conditioning))
-        inputs = compare_predictions(
-            denoise,
-            gather("denoiser", frozen.policy(params)),
-            gather("denoiser", frozen.whole_old()),
-            gather("denoiser", frozen.whole_reference()) if objective.needs_reference else None,
-            table,
-            x0_BKhwC,
-            noise_BKhwC,
-            drawn.step_B,
-            conditioning,
-        )
+        conditioning = constrain(conditionings(encoders, drawn.token_ids_BML[:, 0], batch.size_cond_BK6[:, 0]))
+        policy = gather("denoiser", frozen.policy(params))
+        reference = gather("denoiser", frozen.whole_reference()) if objective.needs_reference else None
+        if isinstance(drawn, Sampled):
+            transitions = constrain(drawn.transitions)
+            inputs = compare_transitions(denoise, policy, reference, table, transitions, conditioning, clip=online.clip)
+        else:
+            keys_B = keys_for(jax.random.fold_in(jax.random.key(seed), step), batch.index_B)
+            noise_BKhwC = draw_noise(keys_B, drawn.x0_BKhwC, is_shared=method.shares_noise)
+            x0_BKhwC, noise_BKhwC = constrain((drawn.x0_BKhwC, noise_BKhwC))
+            old = gather("denoiser", frozen.whole_old())
+            inputs = compare_predictions(
+                denoise, policy, old, reference, table, x0_BKhwC, noise_BKhwC, drawn.step_B, conditioning
+            )
         return with_batch(inputs, batch)._replace(advantage_BK=drawn.advantage_BK)
 
     return compare
 
 
-def on_trajectories(
-    config: ConfigDict, pipeline: Pipeline, placement: Placement, objective: Objective, empty_1L: np.ndarray
-) -> Compare:
-    """Return the comparison of log-probabilities, over the steps that drew the images."""
-    guidance = config.online.guidance if config.online.train_guided else 1.0
-    table = sampler_table(config, pipeline)
-    conditionings = make_conditionings(pipeline, empty_1L, guidance)
-    denoise = with_guidance(pipeline.denoise, pipeline.guidance_scale(guidance))
-    constrain, gather = batch_constraint(placement.mesh), functools.partial(pipeline.gather, placement)
-
-    def compare(
-        params: Params, frozen: Frozen, batch: PreferenceBatch, step: jax.Array, training: bool = False
-    ) -> LossInputs:
-        sampled = batch.inputs
-        assert isinstance(sampled, Sampled)
-        encoders = {name: gather(name, weights) for name, weights in frozen.encoders.items() if name != "vae"}
-        conditioning = conditionings(encoders, sampled.token_ids_BML[:, 0], batch.size_cond_BK6[:, 0])
-        transitions, conditioning = constrain((sampled.transitions, conditioning))
-        inputs = compare_transitions(
-            denoise,
-            gather("denoiser", frozen.policy(params)),
-            gather("denoiser", frozen.whole_reference()) if objective.needs_reference else None,
-            table,
-            transitions,
-            conditioning,
-            clip=config.online.clip,
-        )
-        return with_batch(inputs, batch)._replace(advantage_BK=sampled.advantage_BK)
-
-    return compare
+def draw_noise(keys_B: jax.Array, x0_BKhwC: jax.Array, *, is_shared: bool) -> jax.Array:
+    """Return noise for each image, or the same for all candidates of a prompt, by the prompt's key alone."""
+    _, K, *latent_shape = x0_BKhwC.shape
+    shape = (1 if is_shared else K, *latent_shape)
+    noise = jax.vmap(lambda key: jax.random.normal(key, shape, x0_BKhwC.dtype))(keys_B)
+    return jnp.broadcast_to(noise, x0_BKhwC.shape)
 
 
 def abstract_rows(config: ConfigDict, pipeline: Pipeline, rows: int) -> PreferenceBatch:
