@@ -57,7 +57,7 @@ def tiny(c: ConfigDict) -> None:
     c.remat = "none"
     c.data.resolution = 32
     c.data.text_length = 0
-    c.data.batch_size = 2
+    c.data.batch_size = 1
     c.data.micro_batch = 64  # all at once
     c.online.judges = ("jpeg_compressibility",)  # other judges need weights
     c.online.rounds = 2

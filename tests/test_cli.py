@@ -109,7 +109,9 @@ def test_configs_have_names(monkeypatch, tmp_path):
     assert find_config("mine.py:tiny") == "mine.py:tiny"
     (tmp_path / "sdxl").mkdir()
     assert find_config("sdxl:tiny").endswith("/configs/sdxl.py:tiny")
-    with pytest.raises(FileNotFoundError, match="The configs that come with dpo_jax are d3po, flow_grpo, flux, sd15"):
+    with pytest.raises(
+        FileNotFoundError, match="The configs that come with dpo_jax are d3po, flow_grpo, flux, nft, sd15"
+    ):
         find_config("no/such/file.py")
 
 

@@ -130,6 +130,7 @@ def _trace_rollout(config: ConfigDict, sizes: RoundSizes, prompts: int) -> tuple
     token_ids_BL = jax.ShapeDtypeStruct((prompts, sum(pipeline.text_lengths)), jnp.int32)
     number_B = jax.ShapeDtypeStruct((prompts,), jnp.int32)
     judge: dict[str, Any] = {}
-    traced = jax.make_jaxpr(rollout)(state.drawing, experiment.frozen, judge, token_ids_BL, number_B)
+    window_S = jax.ShapeDtypeStruct((config.online.window,), jnp.int32) if config.online.window else None
+    traced = jax.make_jaxpr(rollout)(state.drawing, experiment.frozen, judge, token_ids_BL, number_B, window_S)
     program = Program(traced)
     return program, program.inputs[: len(jax.tree.leaves((state.drawing, experiment.frozen)))]

@@ -31,7 +31,7 @@ def said(monkeypatch):
 
         monkeypatch.setattr(owner, name, recorded)
 
-    record(Rollout, "__call__", lambda self, params, frozen, captions, numbers: f"drew {list(numbers)}")
+    record(Rollout, "__call__", lambda self, params, frozen, captions, numbers, number: f"drew {list(numbers)}")
     record(RoundFolder, "write_images", lambda self, p, images: f"images {p}")
     record(RoundFolder, "write_trajectory", lambda self, p, trajectory, rewards: f"trajectory {p}")
     record(loop.cluster, "wait", lambda name: name)
