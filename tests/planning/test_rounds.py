@@ -34,7 +34,7 @@ def test_memory_and_work_are_those_of_drawing_and_training(config, plan) -> None
     assert plan.sampling["training state"] == pytest.approx(state, abs=100)  # numbers of steps
     assert step.memory["reference and frozen denoiser"] == trained  # it reads the reference
     assert plan.sizes.images == prompts * K
-    assert step.batch_size == prompts * plan.sizes.timesteps
+    assert step.batch_size == config.data.batch_size * plan.sizes.timesteps
     networks = 3
     steps = config.online.sampling_steps
     assert plan.sizes.evaluations == prompts * K * (steps + plan.sizes.timesteps * networks)
