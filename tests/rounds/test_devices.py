@@ -36,7 +36,7 @@ learn(with_fields(config, fields), workdir)
 """
 
 SPO = {"online.branching": True, "online.best_and_worst": True}
-NFT = {"loss.name": "nft", "online.advantage": "group", "online.timesteps": 0.75, "loss.kl_weight": 0.1}
+NFT = {"loss.name": "nft", "online.timesteps": 1.0, "loss.kl_weight": 0.1}
 WINDOW = {
     **{"loss.name": "flow_grpo", "loss.ratio": "guard", "loss.clip": 0.1, "online.sampler": "ddim"},
     **{
