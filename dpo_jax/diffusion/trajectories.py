@@ -48,15 +48,16 @@ def random_steps(table: SamplerTable) -> Int[np.ndarray, " _"]:
     return random.astype(np.int32)
 
 
+def candidate_keys(keys_B: Key[Array, " B"], num_candidates: int) -> Key[Array, " N"]:
+    """Return the keys of each prompt's candidates: that of candidate k is `fold_in(key, k)`, whatever their number."""
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys_B, jnp.arange(num_candidates)).reshape(-1)
+
+
 def branch(
     x_BHWC: Float[Array, "B H W C"], keys_B: Key[Array, " B"], num_candidates: int
 ) -> tuple[Float[Array, "N H W C"], Key[Array, " N"]]:
-    """Return x_NHWC and keys_N of the candidates: those of a prompt begin with the same latents and have own keys.
-
-    The key of candidate k is `fold_in(key, k)`, whatever the number of candidates.
-    """
-    keys_BK = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys_B, jnp.arange(num_candidates))
-    return jnp.repeat(x_BHWC, num_candidates, axis=0), keys_BK.reshape(-1)
+    """Return x_NHWC and keys_N of the candidates: those of a prompt begin with the same latents and have own keys."""
+    return jnp.repeat(x_BHWC, num_candidates, axis=0), candidate_keys(keys_B, num_candidates)
 
 
 def sample_trajectory(

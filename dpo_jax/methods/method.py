@@ -96,8 +96,11 @@ class Method:
         return units.get(self.learns_from, "pairs")
 
     def images_per_example(self, config: Mapping[str, Any]) -> int:
-        """Return the number of images of an example of a data set, with padding, that runs with these fields read."""
-        return {"votes": 1, "lists": config.get("data.candidates", 2)}.get(self.learns_from, 2)
+        """Return the number of images of an example, with padding, that runs with these fields read."""
+        candidates = {"lists": "data.candidates", "rollouts": "online.candidates"}
+        if self.learns_from == "votes":
+            return 1
+        return config.get(candidates.get(self.learns_from, ""), 2)
 
     def keeps_reference(self, config: Mapping[str, Any]) -> bool:
         """Whether a run with these fields keeps a reference network."""

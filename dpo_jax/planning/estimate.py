@@ -257,8 +257,7 @@ def measure_works(
     products = list(program.products())
     convolution_flops = sums_by_kind(products)["convolution"].flops
     method = find_method(config.loss.name)
-    drawn = method.learns_from == "rollouts"
-    images = config.online.candidates if drawn else method.images_per_example(flatten(config))
+    images = method.images_per_example(flatten(config))
     decoding, vae_weights = _trace_decoding(config)
     return {
         kind: Work(

@@ -19,6 +19,7 @@ from dpo_jax.diffusion.guidance import classifier_free_guidance
 from dpo_jax.diffusion.steps import Denoiser, sample, starting_latents
 from dpo_jax.diffusion.trajectories import (
     branch,
+    candidate_keys,
     explore,
     sample_trajectory,
     see_images,
@@ -178,9 +179,8 @@ def make_rollout(
 
         if not reads_transitions:
             # Without noise in the steps, candidates differ by the noise that they begin with.
-            keys_BK = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(noise_keys_B, jnp.arange(K))
-            noise_NhwC = jax.vmap(lambda key: jax.random.normal(key, latent_shape))(keys_BK.reshape(-1))
-            _, step_keys_N = branch(x_BhwC, step_keys_B, K)
+            noise_keys_N, step_keys_N = candidate_keys(noise_keys_B, K), candidate_keys(step_keys_B, K)
+            noise_NhwC = jax.vmap(lambda key: jax.random.normal(key, latent_shape))(noise_keys_N)
             x0_NhwC = sample(guided(B * K), table, starting_latents(table, noise_NhwC), step_keys_N)
             x0_BKhwC = x0_NhwC.reshape(B, K, *latent_shape)
             images_BKHWC, finite_B = decoded(x0_BKhwC)

@@ -133,7 +133,7 @@ class Experiment:
     def abstract_batch(self) -> Any:
         """Return the shapes and shardings of a batch whose prompts have one caption each."""
         fields = flatten(self.config)
-        B, K, M = self.config.data.batch_size, find_method(self.config.loss.name).images_per_example(fields), 1
+        B, K, M = self.config.data.batch_size, self.method.images_per_example(fields), 1
         size = self.config.data.resolution
         cells = size // self.pipeline.vae_factor
         split = batch_sharding(self.mesh)
