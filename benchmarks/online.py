@@ -1,19 +1,22 @@
-"""Compares online methods on the tiny world: score against images judged and against UNet evaluations.
+"""Compares online methods on the tiny world: score against images judged and evaluations of the denoiser.
 
   python benchmarks/online.py --output=runs/online
 
-Every method starts from the same base and learns from the exact judge until the judge has seen the same number of
-images. The methods also learn from the size of JPEG files, and D3PO with both of its update rules on 7 candidates, with
-three seeds each. Then the base and all models draw the held-out captions, and the same judge scores them: means of all
-seeds with 95% confidence intervals over captions, and the rise of each seed, which differ by more than that. Writes
-OUTPUT/online.json, OUTPUT/online.md and OUTPUT/online.png, which has the scores in training against UNet evaluations
-and against updates; the last results are committed beside this file. It takes about two hours on two CPU cores; the
-same command continues. --only and --seeds run a part of it, and leave other rows in OUTPUT as they are.
+Every method starts from the same base, the tiny model or the tiny flow model, and learns from the exact judge until the
+judge has seen the same number of images. The methods also learn from the size of JPEG files, and D3PO with both of its
+update rules on 7 candidates, with three seeds each. Then the bases and all models draw the held-out captions, and the
+same judge scores them: means of all seeds with 95% confidence intervals over captions, and the rise of each seed, which
+differ by more than that. CPU seconds are those of a whole run, with compilation.
+
+Writes OUTPUT/online.json, OUTPUT/online.md and OUTPUT/online.png, which has the scores in training against evaluations;
+the last results are committed beside this file. It takes about three hours on two CPU cores; the same command
+continues. --only and --seeds run a part of it, and leave other rows in OUTPUT as they are.
 """
 
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +35,14 @@ IMAGES = flags.DEFINE_integer("images", 1920, "Images that the judge sees in a r
 ONLY = flags.DEFINE_list("only", [], "Names of methods to run. Default: all.")
 
 ROOT = Path(__file__).parents[1]
-BASE = "dpo_jax/tiny/model"
+BASES = {"tiny": "dpo_jax/tiny/model", "tiny flow": "dpo_jax/tiny/flow_model"}
+SAMPLERS = {"tiny": "ddim", "tiny flow": "flow_euler"}
+
+
+SECONDS = "cpu_seconds.json"
+"""A run's CPU seconds, in its work directory; what a kill ended does not count."""
+LEARNED = "learned"
+"""Marks a run that is done, so that looking at it again does not count."""
 
 
 class Method(NamedTuple):
@@ -43,6 +53,7 @@ class Method(NamedTuple):
     fields: tuple[str, ...] = ()
     share: float = 1.0
     """Share of --images that its judge sees."""
+    model: str = "tiny"
 
 
 SEVEN = ("--config.online.candidates=7", "--config.online.prompts_per_round=16", "--config.online.reference=round")
@@ -62,6 +73,17 @@ METHODS = {
     "D3PO of 7 (pair by pair at a seventh of the rate)": Method(
         "", 16 * 7, fields=(*SEVEN, *BY_PAIR, f"--config.optimizer.learning_rate={5e-5 / 7}"), share=1 / 3
     ),  # Adam's updates are as large as the rate, and there are seven times as many
+    **{
+        f"{name}, flow model": Method(",".join(["flow", *variant]), 32 * 4, fields=fields, model="tiny flow")
+        for name, variant, *fields in (
+            ("D3PO", ()),
+            ("DDPO", ("ddpo",)),
+            ("Flow-GRPO", ("flow_grpo",)),
+            ("Flow-GRPO (window of 2 steps)", ("flow_grpo",), "--config.online.window=2"),
+            ("NFT", ("nft",)),
+            ("DGPO", ("dgpo",)),
+        )
+    },
 }
 
 
@@ -96,26 +118,39 @@ def learn(method: Method, folder: Path, seed: int) -> None:
     rounds = -(-int(IMAGES.value * method.share) // method.images_a_round)
     config = f"configs/tiny_online.py{f':{method.variants}' if method.variants else ''}"
     fields = (f"--config.seed={seed}", f"--config.online.rounds={rounds}", *method.fields)
-    run("dpo_jax.online", f"--config={config}", f"--workdir={folder}", *fields)
+    seconds = folder / SECONDS
+    before = json.loads(seconds.read_text()) if seconds.exists() else 0.0
+    took = run("dpo_jax.online", f"--config={config}", f"--workdir={folder}", *fields)
+    if not (folder / LEARNED).exists():
+        seconds.write_text(json.dumps(before + took))
+        (folder / LEARNED).touch()
 
 
 def evaluate(output: Path, methods: dict[str, Method], seed: int) -> None:
     """Draw the same captions from the same noises with all models of a seed."""
-    models = [f"{workdir('', name, seed).name}={workdir(output, name, seed)}" for name in methods]
-    judges = sorted({method.judge for method in methods.values()}, reverse=True)
-    run(
-        "dpo_jax.evaluate",
-        f"--models=base={BASE},{','.join(models)}",
-        "--prompts=tiny_heldout",
-        f"--judges={','.join(judges)}",
-        f"--seeds={DRAWN.value}",
-        f"--seed={10**6 * (seed + 1)}",
-        "--sampler=ddim",
-        "--steps=20",
-        "--guidance=2.5",
-        "--batch_size=58",
-        f"--output={output / f'evaluation{seed}'}",
-    )
+    for model, base in BASES.items():
+        of_model = {name: method for name, method in methods.items() if method.model == model}
+        if not of_model:
+            continue
+        models = [f"{workdir('', name, seed).name}={workdir(output, name, seed)}" for name in of_model]
+        judges = sorted({method.judge for method in of_model.values()}, reverse=True)
+        run(
+            "dpo_jax.evaluate",
+            f"--models=base={base},{','.join(models)}",
+            "--prompts=tiny_heldout",
+            f"--judges={','.join(judges)}",
+            f"--seeds={DRAWN.value}",
+            f"--seed={10**6 * (seed + 1)}",
+            f"--sampler={SAMPLERS[model]}",
+            "--steps=20",
+            "--guidance=2.5",
+            "--batch_size=58",
+            f"--output={evaluation(output, model, seed)}",
+        )
+
+
+def evaluation(output: Path, model: str, seed: int) -> Path:
+    return output / f"evaluation_{model.replace(' ', '_')}{seed}"
 
 
 def row(output: Path, name: str, method: Method) -> dict[str, Any]:
@@ -125,7 +160,7 @@ def row(output: Path, name: str, method: Method) -> dict[str, Any]:
 
     base, tuned, prompts, rises = [], [], [], []
     for seed in range(SEEDS.value):
-        folder, model = output / f"evaluation{seed}", workdir("", name, seed).name
+        folder, model = evaluation(output, method.model, seed), workdir("", name, seed).name
         contest = match({m: folder / "images" / m for m in ("base", model)})
         before, after = (
             np.array(json.loads((folder / "scores" / method.judge / f"{m}.json").read_text())["scores"])
@@ -141,8 +176,10 @@ def row(output: Path, name: str, method: Method) -> dict[str, Any]:
     results = [json.loads((workdir(output, name, s) / "result.json").read_text()) for s in range(SEEDS.value)]
     curves = [[of_round["scores"][method.judge]["mean"] for of_round in result["rounds"]] for result in results]
     rounds = len(curves[0])
+    seconds = [json.loads((workdir(output, name, s) / SECONDS).read_text()) for s in range(SEEDS.value)]
     return {
         "method": name,
+        "model": method.model,
         "judge": method.judge,
         "base": float(base_N.mean()),
         "tuned": float(tuned_N.mean()),
@@ -151,47 +188,49 @@ def row(output: Path, name: str, method: Method) -> dict[str, Any]:
         "high": high,
         "rises": rises,
         **{total: rounds * value for total, value in results[0]["a_round"].items()},
+        "cpu_seconds": round(float(np.mean(seconds))),
         "curve": np.mean(curves, axis=0).round(4).tolist(),
     }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| method | judge | base | tuned | rise | of each seed | images judged | UNet evaluations | updates |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| method | judge | base | tuned | rise | of each seed | images judged | evaluations | updates | CPU seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         rise = f"{r['rise']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]"
         rises = " ".join(f"{value:+.3f}" for value in r["rises"])
         lines.append(
             f"| {r['method']} | {r['judge']} | {r['base']:.3f} | {r['tuned']:.3f} | {rise} | {rises} | "
-            f"{r['images']:,} | {r['unet_evaluations']:,} | {r['updates']:,} |"
+            f"{r['images']:,} | {r['unet_evaluations']:,} | {r['updates']:,} | {r['cpu_seconds']:,} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Plot the mean scores of the images of each round, by the exact judge, against the cost until then."""
+    """Plot the mean scores of the images of each round, by the exact judge, against the evaluations until then."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, (total, label) in zip(
-        axes, {"unet_evaluations": "UNet evaluations", "updates": "updates"}.items(), strict=True
-    ):
+    for axis, model in zip(figure.subplots(1, 2), BASES, strict=True):
         for r in rows:
-            if r["judge"] == "shapes":
+            if r["judge"] == "shapes" and r["model"] == model:
                 rounds = np.arange(len(r["curve"]))
-                axis.plot(rounds * r[total] / len(rounds), r["curve"], marker=".", label=r["method"])
-        axis.set_xlabel(label)
-    axes[0].set_ylabel("score of the images sampled in training")
-    axes[1].set_xscale("symlog", linthresh=10)
-    axes[1].legend(fontsize="small")
+                axis.plot(rounds * r["unet_evaluations"] / len(rounds), r["curve"], marker=".", label=r["method"])
+        axis.set_title(f"{model} model")
+        axis.set_xlabel("evaluations of the denoiser")
+        axis.legend(fontsize="small")
+        axis.set_ylabel("score of the images sampled in training")
     figure.savefig(file, dpi=80)
 
 
-def run(module: str, *arguments: str) -> None:
+def run(module: str, *arguments: str) -> float:
+    """Run a command and return the CPU seconds that it took."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", module, *arguments], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 if __name__ == "__main__":

@@ -36,6 +36,15 @@ class Cached(NamedTuple):
     """Pooled text embedding; its width is 0 if the family has none."""
 
 
+class EncodedText(NamedTuple):
+    """Captions encoded by the text encoders, in the compute dtype."""
+
+    context_BMLD: Float[Array, "B M L D"]
+    """Token embeddings, as the family composes them of all text encoders; 0 for padding that is not attended to."""
+    pooled_BMP: Float[Array, "B M P"]
+    """Pooled text embedding; its width is 0 if the family has none."""
+
+
 class Transitions(NamedTuple):
     """One step of the trajectory of each candidate; the candidates of a prompt share the step."""
 
@@ -55,8 +64,8 @@ class Sampled(NamedTuple):
     """Transitions of images that the model itself sampled, for online learning."""
 
     transitions: Transitions
-    token_ids_BML: Int[Array, "B M L"]
-    """int32 token ids for all text encoders, one encoder's after the other's along L; M = 1."""
+    text: Int[Array, "B M L"] | EncodedText
+    """The prompt, M = 1: encoded, or int32 token ids for all text encoders, one encoder's after the other's along L."""
     advantage_BK: Float[Array, "B K"]
     """Advantage of each image: its reward compared with the rewards expected for its prompt."""
 
@@ -68,8 +77,8 @@ class DrawnImages(NamedTuple):
     """Clean latents."""
     step_B: Int[Array, " B"]
     """int32: row of the sampler's table whose noise level is added."""
-    token_ids_BML: Int[Array, "B M L"]
-    """int32 token ids for all text encoders, one encoder's after the other's along L; M = 1."""
+    text: Int[Array, "B M L"] | EncodedText
+    """The prompt, as in `Sampled`."""
     advantage_BK: Float[Array, "B K"]
     """Advantage of each image, as in `Sampled`."""
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.batch import TOLD_GUIDANCE, Conditioning
+from dpo_jax.batch import TOLD_GUIDANCE, Conditioning, EncodedText
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.models.text_encoders import TextEmbedding
 from dpo_jax.weights.layout import Params
@@ -35,6 +35,13 @@ def stored_text(pipeline: Pipeline, context_NLD: jax.Array, pooled_NP: jax.Array
     """Return the embedding whose context and pooled output were stored; padding that is not attended to is 0."""
     is_token_NL = (context_NLD != 0).any(axis=-1) if pipeline.family.composition.masks_padding else None
     return TextEmbedding(context_NLD.astype(pipeline.dtype), pooled_NP.astype(pipeline.dtype), is_token_NL)
+
+
+def embed(pipeline: Pipeline, encoders: Mapping[str, Params], text: jax.Array | EncodedText) -> TextEmbedding:
+    """Return the embedding of captions: of token ids [N, L], which the encoders are run on, or of stored features."""
+    if isinstance(text, EncodedText):
+        return stored_text(pipeline, *text)
+    return encode_text(pipeline, encoders, text)
 
 
 def split_token_ids(pipeline: Pipeline, token_ids_NL: jax.Array) -> list[jax.Array]:
@@ -74,28 +81,30 @@ def condition(
 
 def make_conditionings(
     pipeline: Pipeline, negative_1L: np.ndarray, guidance: float, *, negative_is_empty: bool = True
-) -> Callable[[Mapping[str, Params], jax.Array, jax.Array], tuple[Conditioning, Conditioning | None]]:
-    """Return `f(encoders, token_ids_NL, size_cond_N6) -> (conditioning of the captions, negative conditioning)`, N
-    each.
+) -> Callable[..., tuple[Conditioning, Conditioning | None]]:
+    """Return `f(encoders, text, size_cond_N6, negative_text=None) -> (conditioning of the captions, negative
+    conditioning)`, N each; a text is token ids [N, L] or features [N, ...], see `embed`.
 
     Args:
         pipeline: the model's structure.
-        negative_1L: token ids of the caption that guidance leads away from.
+        negative_1L: token ids of the caption that guidance leads away from, unless `negative_text` has its features.
         guidance: guidance scale; at 1 or less, or if the model is told the scale, there is no negative conditioning.
         negative_is_empty: True if `negative_1L` is the empty caption, which some models embed as zeros.
     """
 
     def conditionings(
-        encoders: Mapping[str, Params], token_ids_NL: jax.Array, size_cond_N6: jax.Array
+        encoders: Mapping[str, Params],
+        text: jax.Array | EncodedText,
+        size_cond_N6: jax.Array,
+        negative_text: EncodedText | None = None,
     ) -> tuple[Conditioning, Conditioning | None]:
-        text = encode_text(pipeline, encoders, token_ids_NL)
-        conditioning = condition(pipeline, text, size_cond_N6, guidance=guidance)
+        conditioning = condition(pipeline, embed(pipeline, encoders, text), size_cond_N6, guidance=guidance)
         if pipeline.guidance_scale(guidance) <= 1:
             return conditioning, None
-        negative = encode_text(pipeline, encoders, jnp.asarray(negative_1L))
+        negative = embed(pipeline, encoders, jnp.asarray(negative_1L) if negative_text is None else negative_text)
         if negative_is_empty and pipeline.force_zeros_for_empty_prompt:
             negative = jax.tree.map(jnp.zeros_like, negative)
-        negative = jax.tree.map(lambda x_1: jnp.repeat(x_1, len(token_ids_NL), axis=0), negative)
+        negative = jax.tree.map(lambda x_1: jnp.repeat(x_1, len(size_cond_N6), axis=0), negative)
         return conditioning, condition(pipeline, negative, size_cond_N6, aesthetic_score=NEGATIVE_AESTHETIC_SCORE)
 
     return conditionings

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from dpo_jax.batch import DrawnImages, Sampled
 from dpo_jax.cli import replaced
 from dpo_jax.models.attention import ATTENTION
 from dpo_jax.models.kernels import choose
@@ -127,10 +128,12 @@ def _trace_rollout(config: ConfigDict, sizes: RoundSizes, prompts: int) -> tuple
     experiment = _composed(config, sizes, pipeline, (1, 1, 1))
     rollout = make_rollout(config, pipeline, experiment.placement, _no_caption(pipeline))
     state = experiment.abstract_state()
-    token_ids_BL = jax.ShapeDtypeStruct((prompts, sum(pipeline.text_lengths)), jnp.int32)
+    rows = abstract_rows(config, pipeline, prompts).inputs
+    assert isinstance(rows, Sampled | DrawnImages)
+    text = jax.tree.map(lambda x_BM: jax.ShapeDtypeStruct((prompts, *x_BM.shape[2:]), x_BM.dtype), rows.text)
     number_B = jax.ShapeDtypeStruct((prompts,), jnp.int32)
     judge: dict[str, Any] = {}
     window_S = jax.ShapeDtypeStruct((config.online.window,), jnp.int32) if config.online.window else None
-    traced = jax.make_jaxpr(rollout)(state.drawing, experiment.frozen, judge, token_ids_BL, number_B, window_S)
+    traced = jax.make_jaxpr(rollout)(state.drawing, experiment.frozen, judge, text, number_B, window_S)
     program = Program(traced)
     return program, program.inputs[: len(jax.tree.leaves((state.drawing, experiment.frozen)))]

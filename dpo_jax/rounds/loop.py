@@ -5,11 +5,11 @@ much of its training is done. What the round has sampled already is on disk, and
 by the weights that the round began with, which nothing has changed since.
 """
 
-import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -29,6 +29,7 @@ from dpo_jax.rounds.folder import Rewards, RoundFolder
 from dpo_jax.rounds.judges import find_latent_judge, latent_judge_fingerprints, open_judges
 from dpo_jax.rounds.method import learned_steps, on_rounds, sampler_table
 from dpo_jax.rounds.notes import Notes
+from dpo_jax.rounds.prompt_text import EncodedPrompts, TextOf, text_of_prompts
 from dpo_jax.rounds.rollout import Drawn, Rollout
 from dpo_jax.rounds.updates import Updates
 from dpo_jax.rounds.window import window_steps
@@ -37,7 +38,7 @@ from dpo_jax.training.experiment import build, compose
 from dpo_jax.training.loggers import check_libraries
 from dpo_jax.training.loop import Loop
 from dpo_jax.training.metrics import read_metrics
-from dpo_jax.training.model import load_tokenizers_of, make_placement, open_model
+from dpo_jax.training.model import make_placement, open_model
 from dpo_jax.training.needs import check_grids, check_room
 from dpo_jax.training.preemption import Notice, Preempted
 from dpo_jax.training.sample_grids import open_sample_judge
@@ -93,9 +94,12 @@ def learn(config: ConfigDict, workdir: epath.PathLike, stage: str = "", feedback
         fields = begin(config, workdir, pipeline, online_config(), fingerprints | {"fingerprints.prompts": digest})
         composed = compose(config, plan.derived, pipeline, make_placement(config), on_rounds)
         check_room(config, workdir, composed.abstract_state())
+        text_of = text_of_prompts(config, pipeline, composed.placement, [*prompts, *fresh])
         experiment = build(config, plan.derived, pipeline, on_rounds)
+        if isinstance(text_of, EncodedPrompts):
+            experiment = text_of.join(experiment)
         with running(experiment, workdir, fields, notice, clock, judge=sample_judge) as (loop, state, _):
-            Rounds(loop, plan, prompts, judges, steps_S, feedback, fresh, watched).run(state, stage)
+            Rounds(loop, plan, prompts, text_of, judges, steps_S, feedback, fresh, watched).run(state, stage)
 
 
 class Rounds:
@@ -109,6 +113,7 @@ class Rounds:
         loop: Loop,
         plan: RoundSizes,
         prompts: Sequence[str],
+        text_of: TextOf,
         judges: Sequence[Judge],
         steps_S: np.ndarray,
         feedback: Sequence[str],
@@ -123,8 +128,8 @@ class Rounds:
         self._steps_S, self._feedback = steps_S, [epath.Path(file) for file in feedback]
         self._config, self._workdir, self._say = loop.config, loop.workdir, loop.bar.say
         experiment = loop.experiment
-        self._rollout = Rollout(self._config, experiment.pipeline, experiment.placement)
-        self._tokenizers = load_tokenizers_of(experiment.pipeline)
+        self._rollout = Rollout(self._config, experiment.pipeline, experiment.placement, text_of)
+        self._text_of = text_of
         self._names = list(self._config.online.judges) or ["people"]
         remembers = find_method(self._config.loss.name).reads_advantages and self._config.online.advantage == "prompt"
         self._notes = Notes(loop, plan, self._feedback)
@@ -176,9 +181,10 @@ class Rounds:
                 return state
             learned = learnable(self._config, rewards_PSKR, folder.prompts, self._statistics_R)
             self._tell_undecided(number, decided(self._config, *learned))
-            token_ids_PL = self._tokenizers(folder.prompts)
             steps_S = window_steps(self._config, number) if self._config.online.window else self._steps_S
-            updates = Updates(self._config, self._plan, folder, steps_S, token_ids_PL, *learned, step=step)
+            updates = Updates(
+                self._config, self._plan, folder, steps_S, self._text_of(folder.prompts), *learned, step=step
+            )
             state = self._loop.run(state, updates, end=(number + 1) * self._plan.updates)
             self._remove_trajectories(number)
             if stage == "train":
@@ -209,7 +215,7 @@ class Rounds:
                 raise Preempted(f"preempted before round {number + 1}; run the same command again to continue")
             captions = self._fresh[start : start + size]
             numbers = [FIRST_FRESH + start + i for i in range(len(captions))]
-            drawn = self._rollout(state.params, self._loop.experiment.frozen, captions, numbers)
+            drawn = self._rollout(state.params, self._loop.experiment.frozen, captions, numbers)()
             scores_R += self._scores(drawn.images_BKHWC, captions).mean(axis=1).sum(axis=0)
             self._loop.bar.note(
                 f"evaluating before round {number + 1}: {start + len(captions)}/{len(self._fresh)} prompts"
@@ -247,33 +253,45 @@ class Rounds:
     def _sample(self, folder: RoundFolder, state: TrainState, missing: set[int]) -> None:
         """Sample what is missing of the round, and let the judges score it if there are any.
 
-        The batches are those of a round that is sampled from its start: others would round differently.
+        The batches are those of a round that is sampled from its start: others would round differently. A batch is
+        judged and written while the devices sample the next one.
         """
         size, total = self._rollout.batch_size, len(folder.prompts)
         frozen = self._loop.experiment.frozen
         batches = [range(start, min(start + size, total)) for start in range(0, total, size)]
-        for i, batch in enumerate(batch for batch in batches if missing.intersection(batch)):
+        begun: deque[tuple[range, Callable[[], Drawn]]] = deque()
+        for batch in [batch for batch in batches if missing.intersection(batch)]:
             if jax.process_count() == 1 and self._loop.notice.received():
                 raise Preempted(f"preempted in round {folder.number + 1}; run the same command again to continue")
             numbers = [folder.number * total + p for p in batch]
             captions = [folder.prompts[p] for p in batch]
-            with cluster.watched(f"to sample prompt {numbers[0]}") if i else contextlib.nullcontext():
-                drawn = self._rollout(state.drawing, frozen, captions, numbers, folder.number)
-            rewards = self._judge(drawn, captions)
-            new = [(b, p) for b, p in enumerate(batch) if p in missing]
-            for b, p in new if cluster.is_first() else []:
-                folder.write_images(p, drawn.images_BKHWC[b])
-            # A trajectory, whichever process wrote it, says that its images are there.
-            with cluster.watched(f"to write the images of prompt {numbers[0]}"):
-                cluster.wait("wrote images")
-            for b, p in new:
-                if b in drawn.trajectories:
-                    folder.write_trajectory(p, drawn.trajectories[b], rewards[b] if rewards else None)
-            missing = missing.difference(batch)
-            self._loop.bar.note(f"sampling round {folder.number + 1}: {total - len(missing)}/{total} prompts")
+            begun.append((batch, self._rollout(state.drawing, frozen, captions, numbers, folder.number)))
+            if len(begun) > 1:
+                missing = self._finish(folder, *begun.popleft(), missing)
+        for batch, drawn in begun:
+            missing = self._finish(folder, batch, drawn, missing)
         if cluster.is_first():
             folder.write_list(images_per_prompt(self._config))
         cluster.wait("sampled the round")
+
+    def _finish(self, folder: RoundFolder, batch: range, drawn: Callable[[], Drawn], missing: set[int]) -> set[int]:
+        """Let the judges score a batch and write what was missing of it; returns what is missing still."""
+        first, total = folder.number * len(folder.prompts) + batch.start, len(folder.prompts)
+        with cluster.watched(f"to sample prompt {first}"):
+            sampled = drawn()
+        rewards = self._judge(sampled, [folder.prompts[p] for p in batch])
+        new = [(b, p) for b, p in enumerate(batch) if p in missing]
+        for b, p in new if cluster.is_first() else []:
+            folder.write_images(p, sampled.images_BKHWC[b])
+        # A trajectory, whichever process wrote it, says that its images are there.
+        with cluster.watched(f"to write the images of prompt {first}"):
+            cluster.wait("wrote images")
+        for b, p in new:
+            if b in sampled.trajectories:
+                folder.write_trajectory(p, sampled.trajectories[b], rewards[b] if rewards else None)
+        missing = missing.difference(batch)
+        self._loop.bar.note(f"sampling round {folder.number + 1}: {total - len(missing)}/{total} prompts")
+        return missing
 
     def _judge(self, drawn: Drawn, captions: Sequence[str]) -> list[Rewards]:
         """Return the judges' rewards for each prompt's images; empty without judges."""

@@ -1,6 +1,7 @@
 """What a loss reads of images that the model itself drew: of the steps that drew them, or of the images alone."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from dpo_jax.batch import DrawnImages, LossInputs, PreferenceBatch, Sampled, Transitions
+from dpo_jax.batch import DrawnImages, EncodedText, LossInputs, PreferenceBatch, Sampled, Transitions
 from dpo_jax.cli import flatten
 from dpo_jax.diffusion.guidance import with_guidance
 from dpo_jax.diffusion.samplers import FLOW_SAMPLERS, make_table
@@ -26,7 +27,7 @@ from dpo_jax.rounds.config import first_branch
 from dpo_jax.rounds.window import PLAIN_SAMPLERS, window_steps
 from dpo_jax.sampling.generate import latent_sizes
 from dpo_jax.sharding import Placement, batch_constraint
-from dpo_jax.training.model import load_tokenizers_of
+from dpo_jax.training.model import load_tokenizers_of, reads_encoded_prompts
 from dpo_jax.training.step import Compare, Frozen, with_batch
 from dpo_jax.weights.layout import Params
 
@@ -126,7 +127,10 @@ def on_rounds(
         drawn = batch.inputs
         assert isinstance(drawn, Sampled | DrawnImages)
         encoders = {name: gather(name, weights) for name, weights in frozen.encoders.items() if name != "vae"}
-        conditioning = constrain(conditionings(encoders, drawn.token_ids_BML[:, 0], batch.size_cond_BK6[:, 0]))
+        text = jax.tree.map(lambda x_BM: x_BM[:, 0], drawn.text)
+        conditioning = constrain(
+            conditionings(encoders, text, batch.size_cond_BK6[:, 0], negative_text=frozen.negative_text)
+        )
         policy = gather("denoiser", frozen.policy(params))
         reference = gather("denoiser", frozen.whole_reference()) if objective.needs_reference else None
         if isinstance(drawn, Sampled):
@@ -161,15 +165,18 @@ def abstract_rows(config: ConfigDict, pipeline: Pipeline, rows: int) -> Preferen
     def array(dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, *shape), dtype)
 
-    token_ids_BML, advantage_BK = array(jnp.int32, 1, sum(pipeline.text_lengths)), array(jnp.float32, K)
+    advantage_BK = array(jnp.float32, K)
+    text: Any = array(jnp.int32, 1, sum(pipeline.text_lengths))
+    if reads_encoded_prompts(config):
+        text = EncodedText(*(array(pipeline.dtype, 1, *shape) for shape in pipeline.text_shapes))
     x_BKhwC, step_B = array(jnp.float32, K, *latent_shape), array(jnp.int32)
-    inputs: Sampled | DrawnImages = DrawnImages(x_BKhwC, step_B, token_ids_BML, advantage_BK)
+    inputs: Sampled | DrawnImages = DrawnImages(x_BKhwC, step_B, text, advantage_BK)
     method = find_method(config.loss.name)
     if method.reads_transitions:
         before_BJhwC = array(jnp.float32, 1 if config.online.branching else K, *latent_shape)
         mean_BJhwC = before_BJhwC if method.reads_old_means(flatten(config)) else None
         transitions = Transitions(before_BJhwC, x_BKhwC, step_B, array(jnp.float32, K), mean_BJhwC)
-        inputs = Sampled(transitions, token_ids_BML, advantage_BK)
+        inputs = Sampled(transitions, text, advantage_BK)
     return PreferenceBatch(
         inputs=inputs,
         size_cond_BK6=array(jnp.float32, K, 6),

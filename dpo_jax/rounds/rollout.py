@@ -5,7 +5,7 @@ K), L tokens, H x W pixels, h x w latent cells, C channels.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpo_jax.batch import Transitions
+from dpo_jax.batch import EncodedText, Transitions
 from dpo_jax.cli import flatten
 from dpo_jax.diffusion.guidance import classifier_free_guidance
 from dpo_jax.diffusion.steps import Denoiser, sample, starting_latents
@@ -35,6 +35,7 @@ from dpo_jax.objectives.denoising import per_candidate
 from dpo_jax.rounds.config import first_branch
 from dpo_jax.rounds.judges import load_latent_judge
 from dpo_jax.rounds.method import learned_steps, plain_table, sampler_table
+from dpo_jax.rounds.prompt_text import TextOf
 from dpo_jax.rounds.window import window_steps, with_window
 from dpo_jax.sharding import Placement, batch_constraint, batch_parts, batch_sharding, on_mesh, replicated
 from dpo_jax.training.model import load_tokenizers_of
@@ -77,18 +78,18 @@ class Rollout:
         config: of the experiment.
         pipeline: the model's structure.
         placement: where weights lie; every batch is split over its mesh.
+        text_of: what the rollout reads of captions.
 
     Raises ValueError or FileNotFoundError where the config names a judge in latents that is none.
     """
 
-    def __init__(self, config: ConfigDict, pipeline: Pipeline, placement: Placement):
-        self._config = config
-        self._mesh, self._tokenizers = placement.mesh, load_tokenizers_of(pipeline)
+    def __init__(self, config: ConfigDict, pipeline: Pipeline, placement: Placement, text_of: TextOf):
+        self._config, self._mesh, self._text_of = config, placement.mesh, text_of
         parts = batch_parts(placement.mesh)
         self.batch_size = -(-config.online.prompts_at_a_time // parts) * parts
         """Number of prompts that are sampled at a time."""
         self._latent_judge = load_latent_judge(config, pipeline, placement)
-        self._rollout = make_rollout(config, pipeline, placement, self._tokenizers([""]))
+        self._rollout = make_rollout(config, pipeline, placement, load_tokenizers_of(pipeline)([""]))
 
     def __call__(
         self,
@@ -97,21 +98,35 @@ class Rollout:
         captions: Sequence[str],
         numbers: Sequence[int],
         round_number: int | None = None,
-    ) -> Drawn:
-        """Sample up to `batch_size` prompts; all randomness of a prompt follows from its number.
+    ) -> Callable[[], Drawn]:
+        """Begin to sample up to `batch_size` prompts; all randomness of a prompt follows from its number.
 
         With `online.window`, only the steps of the round's window add noise; none does without a `round_number`.
+
+        Returns:
+            A function that waits for the images; UserError there if they are not finite.
         """
         count = len(captions)
         padded = [i % count for i in range(self.batch_size)]
-        rows = self._tokenizers([captions[i] for i in padded]), np.array([numbers[i] for i in padded], np.int32)
+        rows = self._text_of([captions[i] for i in padded]), np.array([numbers[i] for i in padded], np.int32)
         given = jax.device_put(rows, batch_sharding(self._mesh))
         window_S = None
         if self._config.online.window:
             outside_S = np.full(self._config.online.window, self._config.online.sampling_steps, np.int32)
             steps_S = outside_S if round_number is None else window_steps(self._config, round_number)
             window_S = jax.device_put(steps_S, replicated(self._mesh))
-        stored, images_BKHWC, seen_BSK, finite_B = self._rollout(params, frozen, self._latent_judge, *given, window_S)
+        results = self._rollout(params, frozen, self._latent_judge, *given, window_S)
+        return functools.partial(self._fetch, captions, *results)
+
+    def _fetch(
+        self,
+        captions: Sequence[str],
+        stored: StoredTrajectory | StoredImages,
+        images_BKHWC: jax.Array,
+        seen_BSK: jax.Array | None,
+        finite_B: jax.Array,
+    ) -> Drawn:
+        count = len(captions)
         black = np.flatnonzero(~jax.device_get(finite_B)[:count])
         if black.size:
             raise UserError(
@@ -120,18 +135,18 @@ class Rollout:
             )
         local = zip(*(_rows(x) for x in stored if x is not None), strict=True)
         trajectories = {rows[0][0]: type(stored)(*(x for _, x in rows)) for rows in local if rows[0][0] < count}
-        images_BKHWC, seen_BSK = jax.device_get((images_BKHWC, seen_BSK))
-        return Drawn(trajectories, images_BKHWC[:count], None if seen_BSK is None else seen_BSK[:count])
+        images, seen = jax.device_get((images_BKHWC, seen_BSK))
+        return Drawn(trajectories, images[:count], None if seen is None else seen[:count])
 
 
 def make_rollout(
     config: ConfigDict, pipeline: Pipeline, placement: Placement, negative_1L: np.ndarray
 ) -> jax.stages.Wrapped:
-    """`(params, frozen, latent_judge, token_ids_BL, number_B, window_S) -> (stored, images, seen, finite_B)`, jitted.
+    """`(params, frozen, latent_judge, text, number_B, window_S) -> (stored, images, seen, finite_B)`, jitted.
 
-    `stored` has the arrays of a `StoredTrajectory` or `StoredImages` for each prompt, [B, ...]; the rest is as in
-    `Drawn`; `finite_B` tells whether all numbers of a prompt's images are finite. `window_S` are the steps that add
-    noise; None for those of the sampler.
+    `text` are token ids [B, L] or features [B, ...]. `stored` has the arrays of a `StoredTrajectory` or `StoredImages`
+    for each prompt, [B, ...]; the rest is as in `Drawn`; `finite_B` tells whether all numbers of a prompt's images are
+    finite. `window_S` are the steps that add noise; None for those of the sampler.
     """
     online, resolution, mesh = config.online, config.data.resolution, placement.mesh
     table, K = sampler_table(config, pipeline), online.candidates
@@ -149,14 +164,14 @@ def make_rollout(
         params: Params,
         frozen: Frozen,
         latent_judge: dict[str, Params],
-        token_ids_BL: jax.Array,
+        text: jax.Array | EncodedText,
         number_B: jax.Array,
         window_S: jax.Array | None,
     ) -> tuple[StoredTrajectory | StoredImages, jax.Array, jax.Array | None, jax.Array]:
         B = len(number_B)
         denoiser = gather("denoiser", frozen.policy(params))
         encoders = {name: gather(name, weights) for name, weights in frozen.encoders.items()}
-        both = split(conditionings(encoders, token_ids_BL, jnp.tile(size_cond_16, (B, 1))))
+        both = split(conditionings(encoders, text, jnp.tile(size_cond_16, (B, 1)), negative_text=frozen.negative_text))
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.seed), number_B)
         noise_keys_B, step_keys_B = (jax.vmap(jax.random.fold_in, (0, None))(keys_B, i) for i in range(2))
         x_BhwC = starting_latents(table, jax.vmap(lambda key: jax.random.normal(key, latent_shape))(noise_keys_B))

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpo_jax.batch import DrawnImages, PreferenceBatch, Sampled, Transitions
+from dpo_jax.batch import DrawnImages, EncodedText, PreferenceBatch, Sampled, Transitions
 from dpo_jax.cli import flatten
 from dpo_jax.methods import find_method
 from dpo_jax.rounds.config import RoundSizes
@@ -26,7 +26,7 @@ class Updates:
         plan: sizes of its rounds.
         folder: folder of the round.
         steps_S: rows of the sampler's table that can be trained on, as `learned_steps` or `window_steps` returns them.
-        token_ids_PL: tokens of the round's prompts.
+        text_P: token ids or features of the round's prompts, [P, ...].
         rewards_PSKR: rewards by which candidates are preferred; S is 1 if all steps share them.
         advantages_PSK: advantages; S is 1 if all steps share them.
         step: number of optimizer steps made so far.
@@ -38,13 +38,13 @@ class Updates:
         plan: RoundSizes,
         folder: RoundFolder,
         steps_S: np.ndarray,
-        token_ids_PL: np.ndarray,
+        text_P: np.ndarray | EncodedText,
         rewards_PSKR: np.ndarray,
         advantages_PSK: np.ndarray,
         step: int,
     ):
         self._config, self._plan, self._folder, self._steps_S = config, plan, folder, steps_S
-        self._token_ids_PL = token_ids_PL
+        self._text_P = text_P
         self._rewards_PSKR, self._advantages_PSK = rewards_PSKR.astype(np.float32), advantages_PSK.astype(np.float32)
         self._step = step
         self._read_P = np.zeros(0, int)
@@ -106,12 +106,12 @@ class Updates:
     ) -> Sampled | DrawnImages:
         """What the step reads of a prompt's candidates: their transitions at the chosen steps, or the images alone."""
         T, S, K = len(chosen_T), len(self._steps_S), self._config.online.candidates
-        token_ids_TML = np.broadcast_to(self._token_ids_PL[p], (T, 1, self._token_ids_PL.shape[1]))
+        text_TM = jax.tree.map(lambda x_P: np.broadcast_to(x_P[p], (T, 1, *x_P.shape[1:])), self._text_P)
         method = find_method(self._config.loss.name)
         if not method.reads_transitions:
             x0_KhwC = self._folder.read_latents(p, K)[candidates_K]
             x0_TKhwC = np.broadcast_to(x0_KhwC, (T, *x0_KhwC.shape))
-            return DrawnImages(x0_TKhwC, self._steps_S[chosen_T], token_ids_TML, advantage_TK)
+            return DrawnImages(x0_TKhwC, self._steps_S[chosen_T], text_TM, advantage_TK)
         J, with_means = 1 if self._config.online.branching else K, method.reads_old_means(flatten(self._config))
         trajectory = self._folder.read_trajectory(p, S, K, J, with_means=with_means)
         of_J = candidates_K if J == K else np.zeros(1, int)  # with branching, candidates share x and the mean
@@ -122,7 +122,7 @@ class Updates:
             trajectory.log_prob_SK[chosen_T][:, candidates_K],
             trajectory.mean_SJhwC[chosen_T][:, of_J] if with_means else None,
         )
-        return Sampled(transitions, token_ids_TML, advantage_TK)
+        return Sampled(transitions, text_TM, advantage_TK)
 
     def _decides(self, rewards_KR: np.ndarray) -> bool:
         """Whether a candidate is better than another (`preferences.is_preferred`); for advantages, known."""

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -172,13 +172,16 @@ def load_encoders(
     vae_dtype: DTypeLike,
     adapters: Mapping[str, Adapter] = MappingProxyType({}),
     scale: float = 1.0,
+    only: Collection[str] | None = None,
 ) -> dict[str, Params]:
-    """Return the weights of the VAE and the text encoders, with `scale` times what a LoRA adds to them."""
+    """Return the weights of the VAE and the text encoders, all or `only` some, with `scale` times what a LoRA adds."""
     encoders = {}
     for name in pipeline.components:
-        if name in adapters and name != pipeline.denoiser_name and not adapters[name].is_empty:
+        if name == pipeline.denoiser_name or (only is not None and name not in only):
+            continue
+        if name in adapters and not adapters[name].is_empty:
             encoders[name] = add_lora(pipeline.read(name), pipeline, placement, name, adapters[name], scale)
-        elif name != pipeline.denoiser_name:
+        else:
             dtype = vae_dtype if name == "vae" else pipeline.dtype
             encoders[name] = pipeline.load(name, dtype=dtype, sharding=placement)
     return encoders

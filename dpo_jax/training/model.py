@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
+from dpo_jax.batch import EncodedText
 from dpo_jax.data.tokenizers import Tokenizers, load_tokenizers
 from dpo_jax.errors import UserError
 from dpo_jax.models.execution import Execution
@@ -20,7 +21,7 @@ from dpo_jax.models.pipeline import Pipeline, load_pipeline
 from dpo_jax.models.random_model import write_random_model
 from dpo_jax.sampling import loaded_model
 from dpo_jax.sampling.generate import Generator, Sampling
-from dpo_jax.sharding import Placement, make_mesh, rules_of
+from dpo_jax.sharding import Placement, make_mesh, replicated, rules_of
 from dpo_jax.training.defaults import FIELDS
 from dpo_jax.training.step import Frozen
 from dpo_jax.weights.hub import find_lora
@@ -110,11 +111,16 @@ def abstract_frozen(config: ConfigDict, pipeline: Pipeline, placement: Placement
     only the weights that differ from it. Otherwise `base` holds only fixed tables.
     """
     dtypes = {"vae": jnp.dtype(config.vae_dtype)}
-    encoders, reference = {}, {}
-    if not config.data.get("encoded_views"):
-        encoders = {
-            name: network.specs for name, network in pipeline.components.items() if name != pipeline.denoiser_name
-        }
+    reference: Specs = {}
+    names = [name for name in pipeline.components if name != pipeline.denoiser_name]
+    negative_text = None
+    if config.data.get("encoded_views"):
+        names = []
+    elif reads_encoded_prompts(config):
+        names, place = ["vae"], replicated(placement.mesh)
+        negative_text = EncodedText(
+            *(jax.ShapeDtypeStruct((1, *shape), pipeline.dtype, sharding=place) for shape in pipeline.text_shapes)
+        )
     if needs_reference:
         reference = {
             **(pipeline.denoiser.specs if config.reference else {}),
@@ -125,17 +131,23 @@ def abstract_frozen(config: ConfigDict, pipeline: Pipeline, placement: Placement
         base=abstract_params(pipeline.untrained_specs, pipeline.dtype, placement),
         reference=abstract_params(reference, pipeline.dtype, placement),
         encoders={
-            name: abstract_params(specs, dtypes.get(name, pipeline.dtype), placement)
-            for name, specs in encoders.items()
+            name: abstract_params(pipeline.components[name].specs, dtypes.get(name, pipeline.dtype), placement)
+            for name in names
         },
+        negative_text=negative_text,
     )
+
+
+def reads_encoded_prompts(config: ConfigDict) -> bool:
+    """Whether an online run encodes its prompts once, before the first round."""
+    return "online" in config and bool(config.online.encode_prompts)
 
 
 def load_frozen(
     config: ConfigDict, pipeline: Pipeline, placement: Placement, abstract: Frozen, adapter: Params | None
 ) -> Frozen:
     """Return the weights whose shapes `abstract` gives; see `abstract_frozen`."""
-    encoders = load_encoders(config, pipeline, placement) if abstract.encoders else {}
+    encoders = load_encoders(config, pipeline, placement, list(abstract.encoders))
     base = load_denoiser(pipeline, placement, only=abstract.base) if abstract.base else {}
     reference: Params = {}
     if not abstract.reference:
@@ -153,9 +165,11 @@ def load_frozen(
     return Frozen(base, reference, encoders)
 
 
-def load_encoders(config: ConfigDict, pipeline: Pipeline, placement: Placement) -> dict[str, Params]:
-    """Return the VAE and the text encoders."""
-    return loaded_model.load_encoders(pipeline, placement, config.vae_dtype)
+def load_encoders(
+    config: ConfigDict, pipeline: Pipeline, placement: Placement, only: Collection[str] | None = None
+) -> dict[str, Params]:
+    """Return the VAE and the text encoders, all or `only` some."""
+    return loaded_model.load_encoders(pipeline, placement, config.vae_dtype, only=only)
 
 
 def load_tokenizers_of(pipeline: Pipeline) -> Tokenizers:

@@ -114,7 +114,9 @@ class SampleGrids:
     def _encoders(self) -> Mapping[str, Params]:
         """Return the VAE and text encoders; a run on stored latents loads them only while it samples."""
         e = self.experiment
-        return e.frozen.encoders or load_encoders(self.config, e.pipeline, e.placement)
+        held = e.frozen.encoders
+        missing = e.pipeline.components.keys() - {e.pipeline.denoiser_name, *held}
+        return {**held, **load_encoders(self.config, e.pipeline, e.placement, missing)}
 
 
 def _mean_score(judge: Judge, images: np.ndarray, captions: Sequence[str]) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-from dpo_jax.batch import Conditioning, LossInputs, PreferenceBatch
+from dpo_jax.batch import Conditioning, EncodedText, LossInputs, PreferenceBatch
 from dpo_jax.diffusion.schedule import Schedule
 from dpo_jax.methods.method import Objective
 from dpo_jax.methods.metrics import Metrics, pair_metrics, sums_by_noise
@@ -67,7 +67,9 @@ class Frozen:
     reference: Params = dataclasses.field(default_factory=dict)
     """The weights of the reference that differ from `base`."""
     encoders: Mapping[str, Params] = dataclasses.field(default_factory=dict)
-    """The VAE and the text encoders by component; empty if training reads stored latents and embeddings."""
+    """The VAE and the text encoders by component; without those whose outputs training reads instead."""
+    negative_text: EncodedText | None = None
+    """What guidance leads away from, [1, ...], if training reads encoded captions and is guided."""
     old: Params = dataclasses.field(default_factory=dict)
     """The weights of the policy that drew the images that differ from `base`, if it is not the trained one."""
 

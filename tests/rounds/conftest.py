@@ -42,7 +42,7 @@ class Made:
         self.steps_S = np.arange(num_steps, dtype=np.int32) + 2  # rows of the sampler's table
         self.plan = round_sizes(config, self.steps_S, device_count=1, process_count=1)
         self.folder = RoundFolder(workdir, number, [f"prompt {p}" for p in range(P)])
-        self.token_ids_PL = np.arange(P * L, dtype=np.int32).reshape(P, L)
+        self.text_P = np.arange(P * L, dtype=np.int32).reshape(P, L)
         self.with_means = find_method(config.loss.name).reads_old_means(flatten(config))
         J = 1 if config.online.branching else K
         for p in range(P):
@@ -66,7 +66,7 @@ class Made:
             self.plan,
             self.folder,
             self.steps_S,
-            self.token_ids_PL,
+            self.text_P,
             rewards_PSKR,
             advantages,
             step=step + self.folder.number * self.plan.updates,

@@ -19,7 +19,7 @@ from dpo_jax.rounds.rollout import Rollout
 from dpo_jax.sampling.image_folder import read_list
 from dpo_jax.tiny import judge
 from dpo_jax.training.loop import Loop
-from dpo_jax.training.model import load_encoders
+from dpo_jax.training.model import load_encoders, load_tokenizers_of
 from dpo_jax.training.run import open_run
 from dpo_jax.training.step import Frozen
 
@@ -139,9 +139,9 @@ def assert_sampled_by(learned, workdir: Path) -> None:
     captions = [entry.prompt for entry in entries[::K]]
     on_disk = np.stack([read_image(workdir / "rounds/00001/images" / entry.image) for entry in entries]).astype(int)
     encoders = load_encoders(learned.config, learned.pipeline, learned.placement)
-    rollout = Rollout(learned.config, learned.pipeline, learned.placement)
+    rollout = Rollout(learned.config, learned.pipeline, learned.placement, load_tokenizers_of(learned.pipeline))
     for params, is_it in ((learned.params, True), (jax.tree.map(jnp.zeros_like, learned.params), False)):
-        drawn = rollout(params, Frozen(base=learned.base, encoders=encoders), captions, [P + p for p in range(P)])
+        drawn = rollout(params, Frozen(base=learned.base, encoders=encoders), captions, [P + p for p in range(P)])()
         difference = np.abs(drawn.images_BKHWC.reshape(on_disk.shape) - on_disk)
         assert (difference.max() <= 1) == is_it
 

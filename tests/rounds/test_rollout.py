@@ -19,14 +19,17 @@ from dpo_jax.diffusion.steps import sample, starting_latents
 from dpo_jax.diffusion.trajectories import branch
 from dpo_jax.encode.images import decode_latents
 from dpo_jax.encode.text import make_conditionings
+from dpo_jax.errors import UserError
 from dpo_jax.models.pipeline import Pipeline
+from dpo_jax.rounds import prompt_text
 from dpo_jax.rounds.config import round_sizes
 from dpo_jax.rounds.folder import RoundFolder
 from dpo_jax.rounds.method import learned_steps, on_rounds, sampler_table
+from dpo_jax.rounds.prompt_text import text_of_prompts
 from dpo_jax.rounds.rollout import Rollout
 from dpo_jax.rounds.updates import Updates
 from dpo_jax.rounds.window import window_steps
-from dpo_jax.training.experiment import build
+from dpo_jax.training.experiment import build, compose
 from dpo_jax.training.model import load_tokenizers_of, open_model
 
 CAPTIONS, NUMBERS = ["a red circle at the top left", "a blue square at the bottom right"], [5, 1_000_003]
@@ -45,10 +48,14 @@ class LoadedModel:
         self.plan = round_sizes(config, self.steps_S, device_count=1, process_count=1)
         self.experiment = build(config, self.plan.derived, self.pipeline, on_rounds)
         self.params = self.experiment.initial_state().params
-        self.rollout = Rollout(config, self.pipeline, self.experiment.placement)
+        self.tokenizers = load_tokenizers_of(self.pipeline)
+        self.text_of = text_of_prompts(config, self.pipeline, self.experiment.placement, CAPTIONS)
+        if config.online.encode_prompts:
+            self.experiment = self.text_of.join(self.experiment)
+        self.rollout = Rollout(config, self.pipeline, self.experiment.placement, self.text_of)
 
     def __call__(self, captions=CAPTIONS, numbers=NUMBERS):
-        return self.rollout(self.params, self.experiment.frozen, captions, numbers)
+        return self.rollout(self.params, self.experiment.frozen, captions, numbers)()
 
     @functools.cached_property
     def drawn(self):
@@ -68,9 +75,9 @@ class LoadedModel:
         """Both prompts with all their steps, in one batch."""
         for b, trajectory in self.drawn.trajectories.items():
             folder.write_trajectory(b, trajectory, None)
-        tokens = load_tokenizers_of(self.pipeline)(CAPTIONS)
+        text = self.text_of(CAPTIONS)
         rewards = np.zeros((B, 1, K, 1))
-        return next(Updates(self.config, self.plan, folder, self.steps_S, tokens, rewards, rewards[..., 0], step=0))
+        return next(Updates(self.config, self.plan, folder, self.steps_S, text, rewards, rewards[..., 0], step=0))
 
 
 FIELDS = {
@@ -80,6 +87,7 @@ FIELDS = {
     "online.candidates": K,
     "online.sampling_steps": S,
     "online.timesteps": 1.0,
+    "online.encode_prompts": False,
 }
 
 
@@ -117,7 +125,7 @@ def test_images_that_are_not_finite_are_an_error(opened):
     with pytest.raises(
         ValueError, match="images of 2 prompts, the first 'a red circle at the top left', came out black"
     ):
-        o.rollout(broken, o.experiment.frozen, CAPTIONS, NUMBERS)
+        o.rollout(broken, o.experiment.frozen, CAPTIONS, NUMBERS)()
 
 
 def test_images_are_those_of_the_sampler_and_of_the_last_latents(opened):
@@ -231,6 +239,38 @@ def test_flow_models_are_sampled_with_noise_and_all_steps_but_the_last_are_train
     assert largest_log_ratio(o, tmp_path) <= 1e-6
 
 
+def test_prompts_are_encoded_once_and_drawn_alike(online, tmp_path, monkeypatch):
+    """Of a model that attends to no padding; with guidance, whose empty caption is encoded, too."""
+    monkeypatch.setattr(Pipeline, "denoise", quick)
+    fields = {"model": "random:z_image", "online.sampler": "flow_cps", "data.text_length": 40}
+    by_tokens, encoded = (
+        LoadedModel(online(**FIELDS | fields | {"online.encode_prompts": once}), tmp_path) for once in (False, True)
+    )
+    assert list(encoded.experiment.frozen.encoders) == ["vae"]
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), encoded.experiment.frozen.negative_text) == (
+        jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract_of(encoded).negative_text)
+    )
+    for b, trajectory in by_tokens.drawn.trajectories.items():
+        for one, other in zip(trajectory[:3], encoded.drawn.trajectories[b][:3], strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+    assert not np.allclose(*(encoded.drawn.trajectories[b].log_prob_SK for b in range(B)), atol=1e-3)
+    assert largest_log_ratio(encoded, tmp_path) <= 1e-6
+    with pytest.raises(KeyError):
+        encoded.text_of(["another prompt"])
+
+
+def abstract_of(o):
+    return compose(o.config, o.plan.derived, o.pipeline, o.experiment.placement, on_rounds).frozen
+
+
+def test_prompts_too_many_for_the_memory_are_a_mistake_of_the_user(opened, monkeypatch):
+    o = opened()
+    config = replaced(o.config, {"online.encode_prompts": True})
+    monkeypatch.setattr(prompt_text, "MOST_OF_HOST", 0.0)
+    with pytest.raises(UserError, match=r"keeps the features of 3 prompts, .* Name fewer prompts, or set it to False"):
+        text_of_prompts(config, o.pipeline, o.experiment.placement, CAPTIONS)
+
+
 def test_only_the_steps_of_a_round_s_window_add_noise(online, tmp_path, monkeypatch):
     """And one program draws all rounds, wherever their window is."""
     monkeypatch.setattr(Pipeline, "denoise", quick)
@@ -240,8 +280,8 @@ def test_only_the_steps_of_a_round_s_window_add_noise(online, tmp_path, monkeypa
     numbers = {window_steps(o.config, number).item(): number for number in range(20)}
     assert sorted(numbers) == [0, 1]  # the first half of 4 steps
     euler = make_table("flow_euler", o.pipeline.sampling_schedule, S).steps
-    conditioning = make_conditionings(o.pipeline, o.rollout._tokenizers([""]), 1.0)(
-        o.experiment.frozen.encoders, o.rollout._tokenizers(CAPTIONS), jnp.zeros((B, 6))
+    conditioning = make_conditionings(o.pipeline, o.tokenizers([""]), 1.0)(
+        o.experiment.frozen.encoders, o.tokenizers(CAPTIONS), jnp.zeros((B, 6))
     )[0]
     each = jax.tree.map(lambda x: jnp.repeat(x, K, axis=0), conditioning)
 
@@ -255,7 +295,7 @@ def test_only_the_steps_of_a_round_s_window_add_noise(online, tmp_path, monkeypa
     noises = jnp.stack([jax.random.normal(jax.random.fold_in(key, 0), (8, 8, 16)) for key in keys])
     start_NhwC = jnp.repeat(noises, K, axis=0)
     for first, number in numbers.items():
-        drawn = o.rollout(o.params, o.experiment.frozen, CAPTIONS, NUMBERS, number)
+        drawn = o.rollout(o.params, o.experiment.frozen, CAPTIONS, NUMBERS, number)()
         x_NhwC, next_x_NhwC = (
             np.concatenate([getattr(drawn.trajectories[b], name)[0] for b in range(B)])
             for name in ("x_SJhwC", "next_x_SKhwC")
@@ -265,7 +305,7 @@ def test_only_the_steps_of_a_round_s_window_add_noise(online, tmp_path, monkeypa
         np.testing.assert_allclose(deviation, o.table.steps.d[first], rtol=0.1)
         images = o.decode(by_euler(next_x_NhwC, range(first + 1, S)))
         assert np.abs(images.astype(int) - drawn.images_BKHWC.reshape(images.shape).astype(int)).max() <= 1
-    without = o.rollout(o.params, o.experiment.frozen, CAPTIONS, NUMBERS)
+    without = o.rollout(o.params, o.experiment.frozen, CAPTIONS, NUMBERS)()
     assert np.abs(np.diff(without.images_BKHWC.astype(int), axis=1)).max() <= 1
     assert o.rollout._rollout._cache_size() == 1
 
@@ -289,7 +329,7 @@ def test_a_last_step_without_noise_makes_the_image_and_is_not_trained_on(online,
         assert trajectory.next_x_SKhwC.shape == (S - 1, K, 8, 8, 4)
         last = jnp.asarray(trajectory.next_x_SKhwC[-1])
         step = jax.tree.map(lambda values_S: values_S[-1], o.table.steps)
-        caption = o.rollout._tokenizers([CAPTIONS[b], ""])
+        caption = o.tokenizers([CAPTIONS[b], ""])
         both = make_conditionings(o.pipeline, caption[1:], 5.0)(
             o.experiment.frozen.encoders, caption[:1], jnp.zeros((1, 6))
         )
@@ -321,12 +361,12 @@ def test_branching_shows_what_each_candidate_is_about_to_become(opened):
     assert np.abs(images_BKHWC - drawn.seen_BSK[:, -1]).max() <= 1
     for b in range(B):
         assert min(np.abs(images_BKHWC[b, k] - drawn.images_BKHWC[b, 0]).max() for k in range(K)) <= 1
-    conditionings = make_conditionings(o.pipeline, o.rollout._tokenizers([""]), o.config.online.guidance)
+    conditionings = make_conditionings(o.pipeline, o.tokenizers([""]), o.config.online.guidance)
 
     @jax.jit
     def predicted(params, encoders, x_NhwC, t):
         both = conditionings(
-            encoders, jnp.asarray(np.repeat(o.rollout._tokenizers(CAPTIONS), K, axis=0)), jnp.tile(SIZE, (B * K, 1))
+            encoders, jnp.asarray(np.repeat(o.tokenizers(CAPTIONS), K, axis=0)), jnp.tile(SIZE, (B * K, 1))
         )
         denoise = classifier_free_guidance(
             lambda x, t, c: o.pipeline.denoise(params, x, t, c), *both, o.config.online.guidance

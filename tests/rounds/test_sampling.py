@@ -34,6 +34,7 @@ def said(monkeypatch):
     record(Rollout, "__call__", lambda self, params, frozen, captions, numbers, number: f"drew {list(numbers)}")
     record(RoundFolder, "write_images", lambda self, p, images: f"images {p}")
     record(RoundFolder, "write_trajectory", lambda self, p, trajectory, rewards: f"trajectory {p}")
+    record(loop.Rounds, "_judge", lambda self, drawn, captions: f"judged {len(captions)}")
     record(loop.cluster, "wait", lambda name: name)
     return events
 
@@ -49,6 +50,7 @@ def test_a_batch_that_was_cut_off_is_drawn_whole_and_only_what_is_missing_is_wri
 
     assert [event for event in said if "round" not in event] == [
         "drew [0, 1]",
+        "judged 2",
         "images 1",
         "wrote images",
         "trajectory 1",
@@ -58,11 +60,11 @@ def test_a_batch_that_was_cut_off_is_drawn_whole_and_only_what_is_missing_is_wri
             np.testing.assert_array_equal(values, arrays[name])
 
 
-def test_images_of_a_batch_are_there_before_any_of_its_trajectories(config, tmp_path, said):
-    """Which other processes may write."""
+def test_a_batch_is_judged_and_written_while_the_next_one_is_drawn(config, tmp_path, said):
+    """And its images are there before any of its trajectories, which other processes may write."""
     learn(config, tmp_path, "sample")
-    expected = []
+    finished = []
     for a, b in ((0, 1), (2, 3)):
         images, trajectories = ([f"{what} {p}" for p in (a, b)] for what in ("images", "trajectory"))
-        expected += [f"drew {[a, b]}", *images, "wrote images", *trajectories]
-    assert [event for event in said if "round" not in event] == expected
+        finished += ["judged 2", *images, "wrote images", *trajectories]
+    assert [event for event in said if "round" not in event] == ["drew [0, 1]", "drew [2, 3]", *finished]

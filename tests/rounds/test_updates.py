@@ -31,7 +31,7 @@ def rows_of(batch):
         expected = [100 * prompt + 10 * step + k + 0.25 for k in begun]
         np.testing.assert_array_equal(transitions.x_BKHWC[b, :, 0, 0, 0], expected)
         assert transitions.step_B[b] == step + 2
-        assert batch.inputs.token_ids_BML[b, 0, 0] == prompt * 6
+        assert batch.inputs.text[b, 0, 0] == prompt * 6
         found.append((prompt, step, tuple(candidates)))
     return found
 
@@ -63,7 +63,7 @@ def test_shapes_types_and_sizes(made_round):
     batch = next(made_round(**{"data.resolution": 64}).updates())
     assert agrees(batch)
     assert batch.inputs.transitions.x_BKHWC.shape == (10, 3, 2, 2, 4)
-    assert batch.inputs.token_ids_BML.shape == (10, 1, 6)
+    assert batch.inputs.text.shape == (10, 1, 6)
     assert batch.preference_BK.shape == (10, 3, 1)
     assert batch.inputs.advantage_BK.shape == (10, 3)
     np.testing.assert_array_equal(batch.size_cond_BK6, np.tile([64.0, 64, 0, 0, 64, 64], (10, 3, 1)))
