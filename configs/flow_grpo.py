@@ -3,8 +3,7 @@
 `:cps` samples by CPS (arXiv 2509.05952), which leaves no noise in the images; `:fast` adds noise in two steps alone and
 trains on them; `:guard` is GRPO-Guard (arXiv 2510.22319); `:flux` trains FLUX.1-dev. `:tiny` runs any of them in
 seconds. The released code draws from prompts of Pick-a-Pic; name a file of yours with
---config.online.prompts=FILE. T5 takes 8.9 GiB of each device's memory; --config.mesh.fsdp=-1 splits it over all
-devices.
+--config.online.prompts=FILE. T5 is needed before the first round and for image grids alone, and takes 8.9 GiB then.
 """
 
 from ml_collections import ConfigDict

@@ -9,9 +9,11 @@ pip install "jax[tpu]" or "jax[cuda12]". A config for dpo_jax.online is planned 
 a round's images.
 """
 
+import functools
 import json
 import os
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -24,6 +26,8 @@ from dpo_jax.training.config import check_values, resolve
 from dpo_jax.training.defaults import choose_method
 
 if TYPE_CHECKING:
+    from dpo_jax.planning.compiled import Compiled
+    from dpo_jax.planning.estimate import Plan
     from dpo_jax.planning.topology import Topology
 
 section("Experiment and chips")
@@ -58,10 +62,10 @@ def main() -> None:
     if TOPOLOGY.value != "this":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from dpo_jax.models.kernels import choose
-    from dpo_jax.planning.compiled import compile_step, summarize
+    from dpo_jax.planning.compiled import compile_step
     from dpo_jax.planning.estimate import make_plan, measure_holdings, measure_work
     from dpo_jax.planning.model_shapes import open_structure
-    from dpo_jax.planning.report import as_text, compiled_text
+    from dpo_jax.planning.report import as_text
     from dpo_jax.planning.search import choose_settings, fit
     from dpo_jax.planning.topology import GIB, parse_topology
 
@@ -93,28 +97,46 @@ def main() -> None:
     if not JSON.value:
         print(as_text(config, plan))
     if COMPILE.value:
-        say(f"compiling the step for {topology.name}")
-        began = time.monotonic()
-        compiled = compile_step(config, open_structure(config), topology)
-        result["compiled"] = summarize(compiled) | {"seconds": time.monotonic() - began}
-        if not JSON.value:
-            print(compiled_text(plan, compiled))
+        add_compiled(result, plan, functools.partial(compile_step, config, open_structure(config), topology))
     if JSON.value:
         print(json.dumps(result, indent=2))
 
 
 def main_of_rounds(config: ConfigDict, topology: "Topology") -> None:
     """Print the plan of a config for `dpo_jax.online`."""
+    from dpo_jax.models.kernels import choose
+    from dpo_jax.planning.compiled import compile_update
+    from dpo_jax.planning.model_shapes import open_structure
     from dpo_jax.planning.report import rounds_text
     from dpo_jax.planning.rounds import plan_rounds
     from dpo_jax.rounds.config import check
 
-    for flag, given in (("fit", FIT.value), ("compile", COMPILE.value)):
-        if given:
-            raise UserError(f"--{flag} is for dpo_jax.train; an online config is planned with the settings that it has")
+    if FIT.value:
+        raise UserError("--fit is for dpo_jax.train; an online config is planned with the settings that it has")
     check(config)
     plan = plan_rounds(config, topology, UTILISATION.value)
-    print(json.dumps(plan.to_json(), indent=2) if JSON.value else rounds_text(config, plan))
+    result: dict[str, Any] = plan.to_json()
+    if not JSON.value:
+        print(rounds_text(config, plan))
+    if COMPILE.value:
+        attention = choose(config.attention, config.dtype, topology.device.platform)
+        config = cli.replaced(config, {"attention": attention})
+        add_compiled(result, plan.step, functools.partial(compile_update, config, open_structure(config), topology))
+    if JSON.value:
+        print(json.dumps(result, indent=2))
+
+
+def add_compiled(result: dict[str, Any], plan: "Plan", compile_it: Callable[[], "Compiled"]) -> None:
+    """Compile a step, and add XLA's figures to the plan's JSON or print them beside its own."""
+    from dpo_jax.planning.compiled import summarize
+    from dpo_jax.planning.report import compiled_text
+
+    say(f"compiling the step for {plan.topology.name}")
+    began = time.monotonic()
+    compiled = compile_it()
+    result["compiled"] = summarize(compiled) | {"seconds": time.monotonic() - began}
+    if not JSON.value:
+        print(compiled_text(plan, compiled))
 
 
 def say(message: str) -> None:

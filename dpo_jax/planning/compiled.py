@@ -4,6 +4,7 @@ XLA compiles for a described topology as for a real one. It needs the compiler (
 `"jax[cuda12]"`), but no TPU or GPU.
 """
 
+import functools
 import importlib.util
 import os
 from typing import Any, NamedTuple
@@ -11,15 +12,20 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from dpo_jax.batch import PreferenceBatch
+from dpo_jax.cli import replaced
 from dpo_jax.errors import UserError
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.planning.hlo import count_collectives, count_traffic, products
 from dpo_jax.planning.products import Sums, sums_by_kind
 from dpo_jax.planning.program import Program
+from dpo_jax.planning.rounds import no_caption
 from dpo_jax.planning.topology import GIB, Topology
-from dpo_jax.sharding import Placement, make_mesh, rules_of
+from dpo_jax.rounds.config import round_sizes
+from dpo_jax.rounds.method import abstract_rows, learned_steps, on_rounds, sampler_table
+from dpo_jax.sharding import Placement, batch_sharding, make_mesh, rules_of
 from dpo_jax.training.config import resolve
-from dpo_jax.training.experiment import compose
+from dpo_jax.training.experiment import Experiment, compose
 
 
 class Compiled(NamedTuple):
@@ -48,11 +54,38 @@ def compile_step(config: ConfigDict, pipeline: Pipeline, topology: Topology) -> 
         UserError: the compiler for the device is missing, or the step does not fit its memory. Only the compiler for
             TPUs checks the memory.
     """
+    placement = described_placement(config, topology)
+    derived = resolve(config, device_count=placement.mesh.size, process_count=1)
+    experiment = compose(config, derived, pipeline, placement)
+    return compile_experiment(experiment, experiment.abstract_batch(), topology)
+
+
+def compile_update(config: ConfigDict, pipeline: Pipeline, topology: Topology) -> Compiled:
+    """Compile the update that `dpo_jax.online` makes; raises as `compile_step`."""
+    placement = described_placement(config, topology)
+    steps_S = learned_steps(config, sampler_table(config, pipeline))
+    sizes = round_sizes(config, steps_S, device_count=placement.mesh.size, process_count=1)
+    config = replaced(config, {"steps": config.online.rounds * sizes.updates})
+    make = functools.partial(on_rounds, empty_1L=no_caption(pipeline))
+    experiment = compose(config, sizes.derived, pipeline, placement, make)
+    split = batch_sharding(placement.mesh)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split),
+        abstract_rows(config, pipeline, config.data.batch_size * sizes.timesteps),
+    )
+    return compile_experiment(experiment, batch, topology)
+
+
+def described_placement(config: ConfigDict, topology: Topology) -> Placement:
+    """Return the config's mesh of a topology's devices; UserError if their compiler is not installed."""
     devices = described_devices(topology)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
-    derived = resolve(config, device_count=len(devices), process_count=1)
-    experiment = compose(config, derived, pipeline, Placement(mesh, rules_of(config.mesh.rules)))
-    arguments = experiment.abstract_state(), experiment.frozen, experiment.abstract_batch()
+    return Placement(mesh, rules_of(config.mesh.rules))
+
+
+def compile_experiment(experiment: Experiment, batch: PreferenceBatch, topology: Topology) -> Compiled:
+    """Compile an experiment's step for a batch of these shapes and shardings; see `compile_step`."""
+    arguments = experiment.abstract_state(), experiment.frozen, batch
     step = experiment.train_step()
     options: dict[str, str | bool] = {}
     if topology.device.kind == "gpu":  # without a GPU to try, XLA's own kernels for products fail for some sizes
@@ -71,7 +104,7 @@ def compile_step(config: ConfigDict, pipeline: Pipeline, topology: Topology) -> 
     assert memory is not None  # neither is None for described devices
     assert text is not None
     traced, found = Program(jax.make_jaxpr(step)(*arguments)), list(products(text))
-    share = 1 / len(devices)  # of the batch on each device
+    share = 1 / experiment.mesh.size  # of the batch on each device
     return Compiled(
         hbm_bytes=memory.argument_size_in_bytes
         + memory.output_size_in_bytes

@@ -106,11 +106,11 @@ def plan_rounds(config: ConfigDict, topology: Topology, utilisation: float | Non
 
 
 def _composed(config: ConfigDict, sizes: RoundSizes, pipeline: Pipeline, shape: tuple[int, int, int]) -> Experiment:
-    make = functools.partial(on_rounds, empty_1L=_no_caption(pipeline))
+    make = functools.partial(on_rounds, empty_1L=no_caption(pipeline))
     return compose(config, sizes.derived, pipeline, Placement(abstract_mesh(shape), rules_of(config.mesh.rules)), make)
 
 
-def _no_caption(pipeline: Pipeline) -> np.ndarray:
+def no_caption(pipeline: Pipeline) -> np.ndarray:
     """Return stand-ins for the tokens of an empty caption: the structure of a published model has no tokenizers."""
     return np.zeros((1, sum(pipeline.text_lengths)), np.int32)
 
@@ -126,7 +126,7 @@ def _trace_rollout(config: ConfigDict, sizes: RoundSizes, prompts: int) -> tuple
     """Return the program that draws the images of so many prompts, and which of its inputs are weights."""
     pipeline = open_structure(config)
     experiment = _composed(config, sizes, pipeline, (1, 1, 1))
-    rollout = make_rollout(config, pipeline, experiment.placement, _no_caption(pipeline))
+    rollout = make_rollout(config, pipeline, experiment.placement, no_caption(pipeline))
     state = experiment.abstract_state()
     rows = abstract_rows(config, pipeline, prompts).inputs
     assert isinstance(rows, Sampled | DrawnImages)

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from dpo_jax.cli import load_config
-from dpo_jax.planning.compiled import compile_step
+from dpo_jax.planning.compiled import compile_step, compile_update
 from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.topology import parse_topology
 
@@ -19,6 +19,21 @@ def test_a_compiler_that_is_missing_is_named(topology: str, monkeypatch: pytest.
     extra = "tpu" if COMPILERS[topology] == "libtpu" else "cuda12"
     with pytest.raises(ValueError, match=rf'pip install "jax\[{extra}\]"'):
         compile_step(config, open_structure(config), parse_topology(topology))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", COMPILERS)
+def test_an_update_of_online_learning_is_compiled_too(topology: str) -> None:
+    if importlib.util.find_spec(COMPILERS[topology]) is None:
+        pytest.skip(f"needs {COMPILERS[topology]}")
+    config = load_config("configs/nft.py:tiny")
+    config.data.batch_size = config.online.prompts_per_round = 4
+    config.dtype = config.vae_dtype = "bfloat16"
+    compiled = compile_update(config, open_structure(config), parse_topology(topology))
+    assert 0 < compiled.argument_bytes < compiled.hbm_bytes < 2**30
+    assert sum(s.flops for s in compiled.products.values()) == pytest.approx(
+        sum(s.flops for s in compiled.traced_products.values()), rel=0.03
+    )
 
 
 @pytest.mark.slow
