@@ -71,7 +71,7 @@ def of_images(c: ConfigDict, *, method: str) -> None:
     c.online.guidance = 2.5
     c.online.timesteps = 0.2  # one noise level of each image
     if method == "dgpo":
-        c.optimizer.learning_rate = 1e-4
+        c.optimizer.learning_rate *= 2
 
 
 def lpo(c: ConfigDict) -> None:
@@ -97,7 +97,10 @@ def guarded(c: ConfigDict) -> None:
 
 def flow(c: ConfigDict) -> None:
     """Other methods than Flow-GRPO have no sampler for flow models of their own."""
-    c.model = package_path("dpo_jax/tiny/flow_model")
+    model = package_path("dpo_jax/tiny/flow_model")
+    if c.model != model:
+        c.optimizer.learning_rate *= 4  # as much larger as in the demos of the two models
+    c.model = model
     for_flows = {"ddim": "flow_sde", "dpmsolver++": "flow_euler"}
     c.online.sampler = for_flows.get(c.online.sampler, c.online.sampler)
 

@@ -103,11 +103,11 @@ class Module:
 def _computations(text: str) -> dict[str, Computation]:
     computations: dict[str, Computation] = {}
     current: Computation | None = None
-    for line in text.splitlines():
+    for line in _joined_lines(text):
         header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
         if header:
             current = computations.setdefault(header[2], Computation(header[1] is not None, {}))
-        elif line.startswith("}"):
+        elif END.match(line):
             current = None
         elif current is not None:
             line = re.sub(r"/\*index=\d+\*/", "", line)  # printed before every fifth operand
@@ -116,6 +116,22 @@ def _computations(text: str) -> dict[str, Computation]:
                 operands = tuple(operand.strip().removeprefix("%") for operand in found[4].split(","))
                 current.instructions[found[1]] = Instruction(found[1], found[2], found[3], operands, line)
     return computations
+
+
+END = re.compile(r"\}($|, )")
+"""The line after a computation."""
+
+
+def _joined_lines(text: str) -> Iterator[str]:
+    """Yield the lines of a program, each instruction in one: the metadata of Pallas kernels has line breaks."""
+    held = ""
+    for line in text.splitlines():
+        if re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = |(?:ENTRY )?%?[\w.\-]+ \(.*\{$", line) or END.match(line):
+            yield held
+            held = line
+        else:
+            held += line
+    yield held
 
 
 def shapes(printed: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -180,6 +196,10 @@ ONLY_MOVES = {"copy", "transpose", "pad", "concatenate"} | CUTS
 FOR_FREE = {"parameter", "bitcast", "reshape", "tuple", "constant", "get-tuple-element", "convert"}
 
 
+ON_CHIP = re.compile(r"\w+\[[\d,]*\]\{[^{}]*S\(1\)[^{}]*\}")
+"""An array in a TPU's memory space 1, its vector memory."""
+
+
 WORK = ("products", "attention kernels", "reductions", "elementwise", "copies", "collectives")
 """Kinds of work of instructions."""
 
@@ -191,7 +211,7 @@ def work_of(module: Module, instruction: Instruction) -> tuple[str, str]:
     """
     called = module.computations.get(instruction.attribute("calls").removeprefix("%"))
     parts = list(called.instructions.values()) if called else [instruction]
-    inside = {part.operation for part in parts}
+    inside = {part.operation.removesuffix("-start") for part in parts}
     product = next((part for part in parts if part.operation in ("dot", "convolution")), None)
     if product or re.match(r"__(cudnn\$conv|cublas\$)", instruction.custom_call):
         return "products", _kind(product or instruction)
@@ -207,7 +227,8 @@ def work_of(module: Module, instruction: Instruction) -> tuple[str, str]:
 def count_traffic(text: str) -> dict[str, float]:
     """Return the bytes that a program's instructions read and write, by their work (WORK).
 
-    A fusion reads each operand once, and only the slices that it takes from it.
+    A fusion reads each operand once, and only the slices that it takes from it. Arrays that a TPU holds on the chip, in
+    another memory space, cost nothing; moving one there reads it once.
     """
     found = dict.fromkeys(WORK, 0.0)
     module = Module(text)
@@ -218,7 +239,12 @@ def count_traffic(text: str) -> dict[str, float]:
         read = [part.shape for name in instruction.operands if (part := computation.instructions.get(name))]
         if called:
             read = [_read_of(called, number, shape) for number, shape in enumerate(read)]
-        sizes = [num_bytes(*shape) for printed in (instruction.shape, *read) for shape in shapes(printed)]
+        # The start of an asynchronous copy returns the destination, its operand and a context.
+        written = instruction.shape
+        if instruction.operation == "copy-start":
+            written = written.partition("},")[0] + "}"
+        printed = (ON_CHIP.sub("", shape) for shape in (written, *read))
+        sizes = [num_bytes(*array) for shape in printed for array in shapes(shape)]
         found[work_of(module, instruction)[0]] += times * sum(sizes)
     return found
 

@@ -235,6 +235,27 @@ def test_traffic_is_what_instructions_read_and_write_by_what_they_do() -> None:
     }
 
 
+KERNEL = """HloModule kernel
+
+ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {
+  %x = bf16[8,4]{1,0:T(8,128)(2,1)} parameter(0)
+  %start = (bf16[8,4]{1,0:T(8,128)(2,1)S(1)}, bf16[8,4]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%x)
+  %near = bf16[8,4]{1,0:T(8,128)(2,1)S(1)} copy-done(%start)
+  %kernel = bf16[8,4]{1,0} custom-call(%near), custom_call_target="tpu_custom_call", frontend_attributes={metadata={
+"blocks": "512"
+}}, metadata={op_name="jit(step)/pallas_call"}
+  ROOT %away = bf16[8,4]{0,1} copy(%kernel), metadata={op_name="jit(step)/transpose"}
+}
+"""
+
+
+def test_what_follows_a_kernel_counts_and_what_lies_on_the_chip_does_not() -> None:
+    """A kernel's metadata has line breaks, which end no computation."""
+    traffic = {work: size for work, size in count_traffic(KERNEL).items() if size}
+    array = 8 * 4 * 2
+    assert traffic == {"copies": array + 2 * array, "attention kernels": array}
+
+
 @pytest.mark.slow
 def test_the_compiled_step_multiplies_as_often_as_the_traced_one() -> None:
     """The compiled step repeats exactly the products that the traced one repeats.
