@@ -20,7 +20,6 @@ link then contains a token. Votes become training data with
 
 import importlib.util
 import re
-import socket
 from pathlib import Path
 
 from absl import flags
@@ -134,7 +133,7 @@ def serve(paths: list[Path], questions: dict[str, Question]) -> None:
     from dpo_jax.voting.access import is_local
     from dpo_jax.voting.app import make_app, results_token
     from dpo_jax.voting.raters import MAX_NAME_LENGTH, Raters, clean_name, rater_link
-    from dpo_jax.voting.server import make_server
+    from dpo_jax.voting.server import link, listen, make_server
     from dpo_jax.voting.store import open_study
     from dpo_jax.voting.study import read_folder, warnings
     from dpo_jax.voting.survey import Survey
@@ -177,23 +176,6 @@ def serve(paths: list[Path], questions: dict[str, Question]) -> None:
             make_server(app).run(sockets=[listener])
         except KeyboardInterrupt:
             print(f"\nStopped with {len(store.votes())} votes in {store.path}. The same command continues.")
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens on the address. Raises UserError with the reason if that fails."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=128)
-    except OSError as error:
-        reason = (error.strerror or str(error)).partition(" (while")[0]  # Python repeats the address
-        raise UserError(f"cannot serve on {host}:{port} ({reason}); choose another --port or --host") from error
-
-
-def link(listener: socket.socket, path: str) -> str:
-    host, port = listener.getsockname()[:2]
-    if host in ("0.0.0.0", "::"):
-        host = socket.gethostname()
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}{path}"
 
 
 if __name__ == "__main__":

@@ -92,8 +92,9 @@ def read_prompts(source: epath.PathLike, *, repeated: bool = False) -> list[Prom
         source: a name in `BUNDLED`, or a path. The ending of the file's name decides how it is read:
             .txt      one prompt per line;
             .jsonl    lines of {"prompt": ..., "category": ...}; the category is optional;
-            .tsv      columns Prompt and Category (optional), without quoting, as PartiPrompts has them;
-            .csv      the same columns, with quotes around values that contain commas or line ends;
+            .tsv      columns Prompt (or text) and Category (optional), without quoting, as PartiPrompts has them;
+            .csv      the same columns, with quotes around values that contain commas or line ends; DPG-Bench's list of
+                      questions is such a file;
             .json     a list of prompts, as HPSv2's benchmark has them; the file's name is their category;
             .parquet  the captions of Pick-a-Pic's schema;
             a folder  all such files in it; the numbers of lines go on from file to file.
@@ -155,13 +156,14 @@ def _csv(file: epath.Path) -> Iterator[Prompt]:
 def _table(file: epath.Path, rows: "csv.DictReader[str]") -> Iterator[Prompt]:
     try:
         columns = {name.strip().lower(): name for name in rows.fieldnames or () if name}
-        if "prompt" not in columns:
+        column = columns.get("prompt", columns.get("text"))
+        if column is None:
             found = " ".join(", ".join(columns.values()).split())
-            raise UserError(f"{file} has no column Prompt; its columns are {found[:200]}")
+            raise UserError(f"{file} has no column Prompt or text; its columns are {found[:200]}")
         for index, row in enumerate(rows):
             category = row.get(columns.get("category", "")) or ""
             number = rows.line_num - 2 if rows.reader.dialect.quoting == csv.QUOTE_NONE else index
-            yield Prompt(row[columns["prompt"]] or "", category, number)
+            yield Prompt(row[column] or "", category, number)
     except csv.Error as error:
         raise UserError(f"{file}, line {rows.line_num + 1} cannot be read as a table: {error}") from None
 

@@ -2,11 +2,14 @@
 
 import asyncio
 import resource
+import socket
 from typing import Any, ClassVar
 
 import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+
+from dpo_jax.errors import UserError
 
 REQUEST_SECONDS = 15.0
 """Time from the first byte of a request (or from connecting) to its last byte."""
@@ -81,3 +84,21 @@ def make_server(app: Starlette) -> uvicorn.Server:
     switched_off: dict[str, Any] = {"ws": "none", "lifespan": "off", "server_header": False, "proxy_headers": False}
     config = uvicorn.Config(app, http=TimeoutProtocol, log_level="error", **switched_off)
     return uvicorn.Server(config)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on the address. Raises UserError with the reason if that fails."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=128)
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (while")[0]  # Python repeats the address
+        raise UserError(f"cannot serve on {host}:{port} ({reason}); choose another --port or --host") from error
+
+
+def link(listener: socket.socket, path: str) -> str:
+    """Return the address of a path, with the name of this machine if it is served on all addresses."""
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = socket.gethostname()
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}{path}"

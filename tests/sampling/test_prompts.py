@@ -106,7 +106,7 @@ def test_every_list_is_among_the_files_that_are_installed():
         ("a.jsonl", b'{"prompt": "\\ud83d"}\n', "line 1 is not valid JSON"),
         ("a.json", b'{"a": 1}', "should be a valid list"),
         ("a.json", b'["a", 1]', "1: input should be a valid string, not 1"),
-        ("a.tsv", b"text\tCategory\nx\ty\n", "no column Prompt"),
+        ("a.tsv", b"title\tCategory\nx\ty\n", "no column Prompt or text; its columns are title, Category"),
         ("a.csv", b'prompt\n"' + b"x" * 200_000 + b'"\n', "a.csv, line 2 cannot be read as a table"),
         ("a.parquet", b"PAR1 but not really", "not a readable parquet file"),
         ("a.yaml", b"x", "does not end in .txt, "),
@@ -169,6 +169,18 @@ def test_csv_has_quotes_and_rows_of_several_lines(tmp_path):
     (tmp_path / "a.csv").write_bytes(f"id,prompt,category\r\n{rows}".encode("utf-8-sig"))
     expected = [Prompt('red, "big"', "x", 0), Prompt("two\nlines", "", 1), Prompt("b", "y", 2)]
     assert read_prompts(tmp_path / "a.csv") == expected
+
+
+def test_dpg_bench_has_a_row_per_question_and_a_file_per_prompt(tmp_path):
+    rows = ['a,"a dog, on a rug",1,0,entity,Is there a dog?', 'a,"a dog, on a rug",2,1,entity,On a rug?']
+    rows += ["b,a cat,1,0,entity,Is there a cat?"]
+    columns = "item_id,text,proposition_id,dependency,category_broad,question_natural_language"
+    (tmp_path / "dpg_bench.csv").write_text("\n".join([columns, *rows]))
+    assert given_prompts([str(tmp_path / "dpg_bench.csv")]) == [Prompt("a dog, on a rug"), Prompt("a cat", "", 2)]
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "a.txt").write_text("a dog, on a rug")
+    (tmp_path / "prompts" / "b.txt").write_text("a cat")
+    assert read_prompts(tmp_path / "prompts") == [Prompt("a dog, on a rug"), Prompt("a cat", "", 1)]
 
 
 def test_the_files_of_a_folder_are_numbered_on(tmp_path):
