@@ -54,9 +54,12 @@ class Method(NamedTuple):
     share: float = 1.0
     """Share of --images that its judge sees."""
     model: str = "tiny"
+    guidance: float = 2.5
+    """Of the images that are compared, as of those that it learns from."""
 
 
 SEVEN = ("--config.online.candidates=7", "--config.online.prompts_per_round=16", "--config.online.reference=round")
+WINDOW = ("--config.online.window=2",)
 BY_PAIR = ("--config.online.update_by=pair",)
 METHODS = {
     "D3PO": Method("", 32 * 4),
@@ -73,17 +76,12 @@ METHODS = {
     "D3PO of 7 (pair by pair at a seventh of the rate)": Method(
         "", 16 * 7, fields=(*SEVEN, *BY_PAIR, f"--config.optimizer.learning_rate={5e-5 / 7}"), share=1 / 3
     ),  # Adam's updates are as large as the rate, and there are seven times as many
-    **{
-        f"{name}, flow model": Method(",".join(["flow", *variant]), 32 * 4, fields=fields, model="tiny flow")
-        for name, variant, *fields in (
-            ("D3PO", ()),
-            ("DDPO", ("ddpo",)),
-            ("Flow-GRPO", ("flow_grpo",)),
-            ("Flow-GRPO (window of 2 steps)", ("flow_grpo",), "--config.online.window=2"),
-            ("NFT", ("nft",)),
-            ("DGPO", ("dgpo",)),
-        )
-    },
+    "D3PO, flow model": Method("flow", 32 * 4, model="tiny flow"),
+    "DDPO, flow model": Method("flow,ddpo", 32 * 4, model="tiny flow"),
+    "Flow-GRPO, flow model": Method("flow_grpo", 32 * 4, model="tiny flow"),
+    "Flow-GRPO (window), flow model": Method("flow_grpo", 32 * 4, fields=WINDOW, model="tiny flow"),
+    "NFT, flow model": Method("flow,nft", 32 * 4, model="tiny flow", guidance=1.0),
+    "DGPO, flow model": Method("flow,dgpo", 32 * 4, model="tiny flow", guidance=1.0),
 }
 
 
@@ -128,29 +126,27 @@ def learn(method: Method, folder: Path, seed: int) -> None:
 
 def evaluate(output: Path, methods: dict[str, Method], seed: int) -> None:
     """Draw the same captions from the same noises with all models of a seed."""
-    for model, base in BASES.items():
-        of_model = {name: method for name, method in methods.items() if method.model == model}
-        if not of_model:
-            continue
-        models = [f"{workdir('', name, seed).name}={workdir(output, name, seed)}" for name in of_model]
-        judges = sorted({method.judge for method in of_model.values()}, reverse=True)
+    for model, guidance in sorted({(method.model, method.guidance) for method in methods.values()}):
+        alike = {name: m for name, m in methods.items() if (m.model, m.guidance) == (model, guidance)}
+        models = [f"{workdir('', name, seed).name}={workdir(output, name, seed)}" for name in alike]
+        judges = sorted({method.judge for method in alike.values()}, reverse=True)
         run(
             "dpo_jax.evaluate",
-            f"--models=base={base},{','.join(models)}",
+            f"--models=base={BASES[model]},{','.join(models)}",
             "--prompts=tiny_heldout",
             f"--judges={','.join(judges)}",
             f"--seeds={DRAWN.value}",
             f"--seed={10**6 * (seed + 1)}",
             f"--sampler={SAMPLERS[model]}",
             "--steps=20",
-            "--guidance=2.5",
+            f"--guidance={guidance}",
             "--batch_size=58",
-            f"--output={evaluation(output, model, seed)}",
+            f"--output={evaluation(output, next(iter(alike.values())), seed)}",
         )
 
 
-def evaluation(output: Path, model: str, seed: int) -> Path:
-    return output / f"evaluation_{model.replace(' ', '_')}{seed}"
+def evaluation(output: Path, method: Method, seed: int) -> Path:
+    return output / f"evaluation{seed}_{method.model.replace(' ', '_')}_{method.guidance:g}"
 
 
 def row(output: Path, name: str, method: Method) -> dict[str, Any]:
@@ -160,7 +156,7 @@ def row(output: Path, name: str, method: Method) -> dict[str, Any]:
 
     base, tuned, prompts, rises = [], [], [], []
     for seed in range(SEEDS.value):
-        folder, model = evaluation(output, method.model, seed), workdir("", name, seed).name
+        folder, model = evaluation(output, method, seed), workdir("", name, seed).name
         contest = match({m: folder / "images" / m for m in ("base", model)})
         before, after = (
             np.array(json.loads((folder / "scores" / method.judge / f"{m}.json").read_text())["scores"])
