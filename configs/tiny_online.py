@@ -60,6 +60,8 @@ def policy_gradient(c: ConfigDict, *, method: str) -> None:
     choose_method(c, method)
     if method == "flow_grpo":
         flow(c)
+        c.online.candidates = 4
+        c.online.guidance = 2.5
     c.loss.clip = 0.1  # this model takes large steps: two thirds of the ratios are beyond the released 1e-4
 
 
