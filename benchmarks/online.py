@@ -197,9 +197,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     for r in rows:
         rise = f"{r['rise']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]"
         rises = " ".join(f"{value:+.3f}" for value in r["rises"])
+        seconds = f"{r['cpu_seconds']:,}" if r["cpu_seconds"] is not None else "-"
         lines.append(
             f"| {r['method']} | {r['judge']} | {r['base']:.3f} | {r['tuned']:.3f} | {rise} | {rises} | "
-            f"{r['images']:,} | {r['unet_evaluations']:,} | {r['updates']:,} | {r['cpu_seconds']:,} |"
+            f"{r['images']:,} | {r['unet_evaluations']:,} | {r['updates']:,} | {seconds} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -56,6 +56,7 @@ FREE_TO_CHANGE = (
     "data.num_workers",
     "online.rounds",
     "online.prompts",
+    "online.encode_prompts",
     "online.prompts_at_a_time",
     "online.evaluate_every",
     "online.evaluation_prompts",
