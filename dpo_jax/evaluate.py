@@ -134,6 +134,11 @@ def tell(result: dict[str, Any], output: epath.Path) -> None:
             print(f"  {describe_win_rate(row['of'], row['over'], win_rate_in(row))}, {row['ties']} ties")
         for name, model in judged["models"].items():
             print(f"  {name}: mean score {model['mean']:.4g} [{model['low']:.4g}, {model['high']:.4g}]")
+            if model["categories"]:
+                by_category = ", ".join(
+                    f"{c} {of_category['mean']:.4g}" for c, of_category in model["categories"].items()
+                )
+                print(f"    {by_category}; mean of the categories {model['mean_of_categories']:.4g}")
     print()
     for name, of_run in result["pair_accuracies"].items():
         print(f"{name}: implicit accuracy on held-out pairs {of_run['accuracy']:.1%} (step {of_run['step']:.0f})")

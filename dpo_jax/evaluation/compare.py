@@ -113,11 +113,14 @@ def compare(contest: Contest, scores: Scores, features: Mapping[str, np.ndarray]
 
 
 def _judged(contest: Contest, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Return each model's mean score, and each later model's win rate over each earlier one."""
-    models = {}
+    """Return each model's mean score, also by category, and each later model's win rate over each earlier one."""
+    models: dict[str, dict[str, Any]] = {}
     for name, scores_N in scores.items():
-        mean, low, high = mean_over_prompts(contest.by_prompt(scores_N))
-        models[name] = {"mean": mean, "low": low, "high": high, "median": float(np.median(scores_N))}
+        by_category = {category: contest.by_prompt(scores_N, category) for category in contest.categories}
+        means = {category: _mean(values) for category, values in by_category.items() if len(values) > 1}
+        models[name] = _mean(contest.by_prompt(scores_N)) | {"median": float(np.median(scores_N)), "categories": means}
+        if means:  # as GenEval reports its overall score
+            models[name]["mean_of_categories"] = float(np.mean([of_category["mean"] for of_category in means.values()]))
     return {
         "models": models,
         "win_rates": [
@@ -125,6 +128,11 @@ def _judged(contest: Contest, scores: Mapping[str, np.ndarray]) -> dict[str, Any
             for over, of in itertools.combinations(scores, 2)
         ],
     }
+
+
+def _mean(values: Sequence[np.ndarray]) -> dict[str, float]:
+    mean, low, high = mean_over_prompts(values)
+    return {"mean": mean, "low": low, "high": high}
 
 
 def _win_rate(contest: Contest, scores_N: np.ndarray, other_N: np.ndarray) -> dict[str, Any]:

@@ -6,6 +6,7 @@ imported by the judges that need them.
 
 import dataclasses
 import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,7 +32,7 @@ class Judge(NamedTuple):
 
     Raises UserError if it cannot judge an image or a caption, EnvironmentFault if it cannot judge at all."""
     is_outside: bool = False
-    """Whether it runs outside of dpo_jax; it may be random and cost money, so one process can ask it for all."""
+    """Whether it runs outside of JAX; it may be random and cost money, so one process can ask it for all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,10 @@ class JudgeKind(NamedTuple):
     """The hub id that is used if nothing follows; only where the published files can be read as they are."""
     is_outside: bool = False
     """See `Judge.is_outside`."""
+    packages: tuple[str, ...] = ()
+    """Packages that it imports and that dpo_jax does not install by itself."""
+    extra: str = ""
+    """The extra of dpo_jax that installs them."""
 
 
 def open_judge(
@@ -98,7 +103,10 @@ def open_judge(
 
 
 def find_judge(spec: str) -> tuple[str, str]:
-    """Return the name of a spec's judge and its source; raises UserError where there is no such judge."""
+    """Return the name of a spec's judge and its source.
+
+    Raises UserError where there is no such judge, or it lacks a source or a package.
+    """
     name, separator, source = spec.partition("=")
     if name not in JUDGES:
         raise UserError(f"there is no judge {name!r}; choose one of {', '.join(JUDGES)}")
@@ -107,6 +115,12 @@ def find_judge(spec: str) -> tuple[str, str]:
         raise UserError(f"the judge {spec!r} takes nothing after its name; write {name}")
     if kind.needs and not source and not kind.default:
         raise UserError(f"the judge {name} needs {kind.needs}; write {name}=...")
+    missing = [package for package in kind.packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(
+            f"the judge {name} needs packages that are not installed; run pip install {' '.join(missing)}, or install "
+            f"dpo_jax with its extra {kind.extra}"
+        )
     return name, source or kind.default
 
 
@@ -169,6 +183,29 @@ JUDGES = {
         _from("rewards.implicit", "open_implicit"),
         "the implicit reward of a tuned model: how much better it denoises the image than its reference does",
         "two models, implicit=TUNED:REFERENCE",
+    ),
+    "geneval": JudgeKind(
+        _from("rewards.geneval_judge", "open_geneval"),
+        "GenEval: 1 if the image shows the objects, numbers, colours and positions that its prompt asks for, else 0",
+        "GenEval's evaluation_metadata.jsonl, or METADATA:DETECTOR:CLIP",
+        is_outside=True,
+        packages=("torch",),
+        extra="torch",
+    ),
+    "geneval_partial": JudgeKind(
+        _from("rewards.geneval_judge", "open_geneval_partial"),
+        "the reward of Flow-GRPO's GenEval task: the share of what the prompt asks for",
+        "GenEval's evaluation_metadata.jsonl, or METADATA:DETECTOR:CLIP",
+        is_outside=True,
+        packages=("torch",),
+        extra="torch",
+    ),
+    "ocr": JudgeKind(
+        _from("rewards.ocr", "open_ocr"),
+        "accuracy of rendered text, from 0 to 1: how much of the text quoted in the caption can be read in the image",
+        is_outside=True,
+        packages=("rapidocr", "onnxruntime", "rapidfuzz"),
+        extra="ocr",
     ),
     "jpeg_compressibility": JudgeKind(
         _from("rewards.jpeg", "open_compressibility"), "minus the size in kB of the image as a JPEG of quality 95"

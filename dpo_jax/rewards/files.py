@@ -12,8 +12,8 @@ CLIP_TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "merg
 CLIP_FILES = ("config.json", "model.safetensors", *CLIP_TOKENIZER)
 
 
-def find_weights(source: str) -> epath.Path:
-    """Return the folder of a CLIP in transformers' layout, or the .safetensors file, that a path or hub id names.
+def find_weights(source: str, model: str = "CLIPModel") -> epath.Path:
+    """Return the folder in transformers' layout, or the .safetensors file, that a path or hub id names.
 
     Raises MissingFileError where there is none; UserError with the command that converts it where it is a pickle.
     """
@@ -21,7 +21,7 @@ def find_weights(source: str) -> epath.Path:
     if path.is_dir() and preferred_weights([file.name for file in path.iterdir()]) is None:
         raise UserError(
             f"{source} has no model.safetensors; if it has a pytorch_model.bin, transformers converts it: python -c "
-            f"\"import transformers; transformers.CLIPModel.from_pretrained('{source}').save_pretrained('NEW_FOLDER')\""
+            f"\"import transformers; transformers.{model}.from_pretrained('{source}').save_pretrained('NEW_FOLDER')\""
         )
     return path
 

@@ -46,6 +46,7 @@ class Prompt(NamedTuple):
 class _Line(TypedDict):
     prompt: str
     category: NotRequired[str | int | float | None]
+    tag: NotRequired[str | None]
 
 
 def given_prompts(values: Sequence[str], *, repeated: bool = False) -> list[Prompt]:
@@ -91,7 +92,8 @@ def read_prompts(source: epath.PathLike, *, repeated: bool = False) -> list[Prom
     Args:
         source: a name in `BUNDLED`, or a path. The ending of the file's name decides how it is read:
             .txt      one prompt per line;
-            .jsonl    lines of {"prompt": ..., "category": ...}; the category is optional;
+            .jsonl    lines of {"prompt": ..., "category": ...}; the category is optional, and GenEval's metadata call
+                      it "tag";
             .tsv      columns Prompt (or text) and Category (optional), without quoting, as PartiPrompts has them;
             .csv      the same columns, with quotes around values that contain commas or line ends; DPG-Bench's list of
                       questions is such a file;
@@ -141,7 +143,7 @@ def _lines(file: epath.Path) -> Iterator[Prompt]:
 def _json_lines(file: epath.Path) -> Iterator[Prompt]:
     lines: Iterator[tuple[int, _Line]] = read_json_lines(file, _Line)
     for number, fields in lines:
-        category = fields.get("category")
+        category = fields.get("category", fields.get("tag"))
         yield Prompt(fields["prompt"], "" if category is None else str(category), number - 1)
 
 

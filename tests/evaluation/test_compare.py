@@ -67,6 +67,22 @@ def test_figures(folders):
     assert result["models"]["other"]["distance_to_first"] > 0
 
 
+def test_scores_by_category(tmp_path):
+    """The mean of the categories has one weight per category; the mean over prompts one per prompt."""
+    prompts = [Prompt(text, category) for text, category in zip("abcdefg", "xxxyyz ", strict=True)]
+    entries = [Entry(f"{prompt.text}.png", prompt.text, 0, prompt.category.strip()) for prompt in prompts]
+    contest = match({name: folder_of(tmp_path / name, entries) for name in ("one", "other")})
+    scores_N = np.array([1.0, 1, 0, 0, 0, 1, 1])
+    features = {name: np.eye(7) for name in contest.images}
+    result = compare(contest, {"geneval": {"one": scores_N, "other": 1 - scores_N}}, features)
+    of_one = result["judges"]["geneval"]["models"]["one"]
+    assert of_one["mean"] == pytest.approx(4 / 7)
+    means = {category: of_category["mean"] for category, of_category in of_one["categories"].items()}
+    assert means == {"x": pytest.approx(2 / 3), "y": 0}  # z has one prompt, too few for an interval
+    assert of_one["mean_of_categories"] == pytest.approx(1 / 3)
+    assert 0 <= of_one["categories"]["x"]["low"] < 2 / 3 < of_one["categories"]["x"]["high"] <= 1
+
+
 def test_every_later_model_is_compared_with_every_earlier_one(folders):
     contest = match(folders | {"third": folders["one"]})
     scores = {"judge": {name: np.full(3, float(i)) for i, name in enumerate(contest.images)}}

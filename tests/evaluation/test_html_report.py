@@ -64,6 +64,9 @@ def test_all_is_in_one_file(report):
     assert "prompt 3 &lt;b&gt;" in text
     for row in result["judges"]["bad"]["win_rates"]:
         assert f"{row['rate']:.1%}" in text
+    for of_model in result["judges"]["bad"]["models"].values():
+        means = [of_category["mean"] for of_category in of_model["categories"].values()]
+        assert all(f'<td class="n">{mean:.4g}</td>' in text for mean in [*means, of_model["mean_of_categories"]])
     assert "steps: 20; guidance: 0.0</p>" in text
     assert [file.name for file in path.parent.iterdir() if "partial" in file.name] == []
 

@@ -1,15 +1,19 @@
 """The table of judges, the specs that open them, and the judges without a network."""
 
+import importlib.util
 import io
 import re
 import subprocess
 import sys
+import tomllib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dpo_jax.rewards import JUDGES, JudgeKind, open_judge
+from dpo_jax.rewards import JUDGES, JudgeKind, find_judge, open_judge
+
+from ..conftest import ROOT
 
 BLACK = np.zeros((4, 6, 3), np.uint8)
 
@@ -36,6 +40,24 @@ def test_importing_the_table_starts_no_jax() -> None:
 def test_specs_that_name_no_judge(spec: str, message: str) -> None:
     with pytest.raises(ValueError, match=rf"^{re.escape(message)}.*\Z"):
         open_judge(spec)
+
+
+def test_a_missing_package_and_its_extra_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("torch", "rapidocr") else find(name))
+    for spec, message in (
+        ("ocr", "run pip install rapidocr, or install dpo_jax with its extra ocr"),
+        ("geneval=x.jsonl", "run pip install torch, or install dpo_jax with its extra torch"),
+    ):
+        with pytest.raises(ValueError, match=rf"^the judge \w+ needs packages that are not installed; {message}$"):
+            find_judge(spec)
+
+
+def test_extras_install_what_judges_import() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for judge in JUDGES.values():
+        installed = {re.split("[<>=]", requirement)[0] for requirement in extras.get(judge.extra, ())}
+        assert set(judge.packages) <= installed
 
 
 @pytest.mark.parametrize(

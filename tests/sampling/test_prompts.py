@@ -33,6 +33,18 @@ def test_partiprompts_keep_their_quotes_and_categories(tmp_path):
     ]
 
 
+def test_tags_of_genevals_metadata_are_categories(tmp_path):
+    (tmp_path / "m.jsonl").write_text(
+        '{"tag": "colors", "include": [{"class": "cow", "count": 1, "color": "red"}], "prompt": "a red cow"}\n'
+        '{"tag": "x", "category": "animals", "prompt": "a cow"}\n{"tag": null, "prompt": "a cat"}\n'
+    )
+    assert read_prompts(tmp_path / "m.jsonl") == [
+        Prompt("a red cow", "colors"),
+        Prompt("a cow", "animals", 1),
+        Prompt("a cat", "", 2),
+    ]
+
+
 def test_a_folder_of_hpsv2_lists_has_a_category_for_each(tmp_path):
     (tmp_path / "anime.json").write_text('["a girl", "a boy"]')
     (tmp_path / "photo.json").write_text('["a dog"]')
