@@ -63,9 +63,7 @@ ROLLOUT_FIELDS = {
         5, "Prompts sampled together, with all their candidates.", at_least=1, at_most=2**20
     ),
     "online.encode_prompts": Field(
-        True,
-        "Run the text encoders once for each prompt, before the first round, and not in every step: they leave the "
-        "memory of the devices, and the prompts' features stay in that of the host.",
+        True, "Run the text encoders once per prompt, before the first round; then they leave the devices."
     ),
     "online.evaluate_every": Field(
         0, "Rounds between two evaluations, also after the last round; 0 turns them off.", **NOT_NEGATIVE

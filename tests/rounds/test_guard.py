@@ -204,7 +204,7 @@ def untrained(monkeypatch):
     class Noise:
         batch_size = 4
 
-        def __init__(self, config, pipeline, placement):
+        def __init__(self, config, pipeline, placement, text_of):
             self.shape_SK = config.online.sampling_steps, config.online.candidates
 
         def __call__(self, params, frozen, captions, numbers, rounds=0):
@@ -212,7 +212,8 @@ def untrained(monkeypatch):
             latents = np.zeros((*self.shape_SK, 2, 2, 4), np.float32)
             trajectory = StoredTrajectory(latents, latents, np.zeros(self.shape_SK, np.float32))
             images = rng.integers(256, size=(len(captions), self.shape_SK[1], 32, 32, 3), dtype=np.uint8)
-            return Drawn(dict.fromkeys(range(len(captions)), trajectory), images, None)
+            drawn = Drawn(dict.fromkeys(range(len(captions)), trajectory), images, None)
+            return lambda: drawn
 
     def count(self, state, updates, end):
         for step in range(int(state.step) + 1, end + 1):
