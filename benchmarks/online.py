@@ -37,12 +37,8 @@ ONLY = flags.DEFINE_list("only", [], "Names of methods to run. Default: all.")
 ROOT = Path(__file__).parents[1]
 BASES = {"tiny": "dpo_jax/tiny/model", "tiny flow": "dpo_jax/tiny/flow_model"}
 SAMPLERS = {"tiny": "ddim", "tiny flow": "flow_euler"}
-
-
 SECONDS = "cpu_seconds.json"
-"""A run's CPU seconds, in its work directory; what a kill ended does not count."""
-LEARNED = "learned"
-"""Marks a run that is done, so that looking at it again does not count."""
+"""The CPU seconds of the call that completed a run, in its work directory."""
 
 
 class Method(NamedTuple):
@@ -116,12 +112,9 @@ def learn(method: Method, folder: Path, seed: int) -> None:
     rounds = -(-int(IMAGES.value * method.share) // method.images_a_round)
     config = f"configs/tiny_online.py{f':{method.variants}' if method.variants else ''}"
     fields = (f"--config.seed={seed}", f"--config.online.rounds={rounds}", *method.fields)
-    seconds = folder / SECONDS
-    before = json.loads(seconds.read_text()) if seconds.exists() else 0.0
-    took = run("dpo_jax.online", f"--config={config}", f"--workdir={folder}", *fields)
-    if not (folder / LEARNED).exists():
-        seconds.write_text(json.dumps(before + took))
-        (folder / LEARNED).touch()
+    seconds = run("dpo_jax.online", f"--config={config}", f"--workdir={folder}", *fields)
+    if not (folder / SECONDS).exists():
+        (folder / SECONDS).write_text(json.dumps(seconds))
 
 
 def evaluate(output: Path, methods: dict[str, Method], seed: int) -> None:
@@ -197,10 +190,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for r in rows:
         rise = f"{r['rise']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]"
         rises = " ".join(f"{value:+.3f}" for value in r["rises"])
-        seconds = f"{r['cpu_seconds']:,}" if r["cpu_seconds"] is not None else "-"
         lines.append(
             f"| {r['method']} | {r['judge']} | {r['base']:.3f} | {r['tuned']:.3f} | {rise} | {rises} | "
-            f"{r['images']:,} | {r['unet_evaluations']:,} | {r['updates']:,} | {seconds} |"
+            f"{r['images']:,} | {r['unet_evaluations']:,} | {r['updates']:,} | {r['cpu_seconds']:,} |"
         )
     return "\n".join(lines) + "\n"
 

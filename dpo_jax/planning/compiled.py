@@ -4,7 +4,6 @@ XLA compiles for a described topology as for a real one. It needs the compiler (
 `"jax[cuda12]"`), but no TPU or GPU.
 """
 
-import functools
 import importlib.util
 import os
 from typing import Any, NamedTuple
@@ -13,16 +12,14 @@ import jax
 from ml_collections import ConfigDict
 
 from dpo_jax.batch import PreferenceBatch
-from dpo_jax.cli import replaced
 from dpo_jax.errors import UserError
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.planning.hlo import count_collectives, count_traffic, products
 from dpo_jax.planning.products import Sums, sums_by_kind
 from dpo_jax.planning.program import Program
-from dpo_jax.planning.rounds import no_caption
+from dpo_jax.planning.rounds import compose_planned, with_sizes
 from dpo_jax.planning.topology import GIB, Topology
-from dpo_jax.rounds.config import round_sizes
-from dpo_jax.rounds.method import abstract_rows, learned_steps, on_rounds, sampler_table
+from dpo_jax.rounds.method import abstract_rows
 from dpo_jax.sharding import Placement, batch_sharding, make_mesh, rules_of
 from dpo_jax.training.config import resolve
 from dpo_jax.training.experiment import Experiment, compose
@@ -63,11 +60,8 @@ def compile_step(config: ConfigDict, pipeline: Pipeline, topology: Topology) -> 
 def compile_update(config: ConfigDict, pipeline: Pipeline, topology: Topology) -> Compiled:
     """Compile the update that `dpo_jax.online` makes; raises as `compile_step`."""
     placement = described_placement(config, topology)
-    steps_S = learned_steps(config, sampler_table(config, pipeline))
-    sizes = round_sizes(config, steps_S, device_count=placement.mesh.size, process_count=1)
-    config = replaced(config, {"steps": config.online.rounds * sizes.updates})
-    make = functools.partial(on_rounds, empty_1L=no_caption(pipeline))
-    experiment = compose(config, sizes.derived, pipeline, placement, make)
+    config, sizes = with_sizes(config, pipeline, placement.mesh.size)
+    experiment = compose_planned(config, sizes, pipeline, placement)
     split = batch_sharding(placement.mesh)
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split),

@@ -74,11 +74,9 @@ class RoundPlan:
 def plan_rounds(config: ConfigDict, topology: Topology, utilisation: float | None = None) -> RoundPlan:
     """Return the plan of an online config, without weights or devices."""
     pipeline = open_structure(config)
-    steps_S = learned_steps(config, sampler_table(config, pipeline))
-    sizes = round_sizes(config, steps_S, device_count=topology.num_devices, process_count=1)
-    config = replaced(config, {"steps": config.online.rounds * sizes.updates})
+    config, sizes = with_sizes(config, pipeline, topology.num_devices)
     shape = planned_mesh(config, topology.num_devices)
-    experiment = _composed(config, sizes, pipeline, shape)
+    experiment = compose_planned(config, sizes, pipeline, _placement(config, shape))
     rows = config.data.batch_size * sizes.timesteps
     batch = held_bytes(abstract_rows(config, pipeline, 1)) * rows / (shape[0] * shape[1])
     holdings = holdings_of(config, experiment, shape, batch)
@@ -105,12 +103,25 @@ def plan_rounds(config: ConfigDict, topology: Topology, utilisation: float | Non
     return RoundPlan(step, sampling, sizes, seconds)
 
 
-def _composed(config: ConfigDict, sizes: RoundSizes, pipeline: Pipeline, shape: tuple[int, int, int]) -> Experiment:
-    make = functools.partial(on_rounds, empty_1L=no_caption(pipeline))
-    return compose(config, sizes.derived, pipeline, Placement(abstract_mesh(shape), rules_of(config.mesh.rules)), make)
+def with_sizes(config: ConfigDict, pipeline: Pipeline, num_devices: int) -> tuple[ConfigDict, RoundSizes]:
+    """Return the config with the number of its steps, and the sizes of its rounds; raises as `round_sizes`."""
+    steps_S = learned_steps(config, sampler_table(config, pipeline))
+    sizes = round_sizes(config, steps_S, device_count=num_devices, process_count=1)
+    return replaced(config, {"steps": config.online.rounds * sizes.updates}), sizes
 
 
-def no_caption(pipeline: Pipeline) -> np.ndarray:
+def compose_planned(config: ConfigDict, sizes: RoundSizes, pipeline: Pipeline, placement: Placement) -> Experiment:
+    """Return the experiment of an online config, whose model need not be there."""
+    return compose(
+        config, sizes.derived, pipeline, placement, functools.partial(on_rounds, empty_1L=_no_caption(pipeline))
+    )
+
+
+def _placement(config: ConfigDict, shape: tuple[int, int, int]) -> Placement:
+    return Placement(abstract_mesh(shape), rules_of(config.mesh.rules))
+
+
+def _no_caption(pipeline: Pipeline) -> np.ndarray:
     """Return stand-ins for the tokens of an empty caption: the structure of a published model has no tokenizers."""
     return np.zeros((1, sum(pipeline.text_lengths)), np.int32)
 
@@ -118,15 +129,15 @@ def no_caption(pipeline: Pipeline) -> np.ndarray:
 def _trace_row(config: ConfigDict, sizes: RoundSizes) -> tuple[Program, list[int]]:
     """Return the program of the gradient of one prompt at one timestep, and which of its inputs are weights."""
     pipeline = open_structure(config)
-    experiment = _composed(config, sizes, pipeline, (1, 1, 1))
+    experiment = compose_planned(config, sizes, pipeline, _placement(config, (1, 1, 1)))
     return trace_gradient(experiment, abstract_rows(config, pipeline, 1))
 
 
 def _trace_rollout(config: ConfigDict, sizes: RoundSizes, prompts: int) -> tuple[Program, list[int]]:
     """Return the program that draws the images of so many prompts, and which of its inputs are weights."""
     pipeline = open_structure(config)
-    experiment = _composed(config, sizes, pipeline, (1, 1, 1))
-    rollout = make_rollout(config, pipeline, experiment.placement, no_caption(pipeline))
+    experiment = compose_planned(config, sizes, pipeline, _placement(config, (1, 1, 1)))
+    rollout = make_rollout(config, pipeline, experiment.placement, _no_caption(pipeline))
     state = experiment.abstract_state()
     rows = abstract_rows(config, pipeline, prompts).inputs
     assert isinstance(rows, Sampled | DrawnImages)

@@ -10,6 +10,10 @@ from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.topology import parse_topology
 
 COMPILERS = {"v5e:2x2": "libtpu", "h200:4": "jax_cuda12_plugin"}
+INSTALLED = [
+    pytest.param(topology, marks=pytest.mark.skipif(not importlib.util.find_spec(package), reason=f"needs {package}"))
+    for topology, package in COMPILERS.items()
+]
 
 
 @pytest.mark.parametrize("topology", COMPILERS)
@@ -22,10 +26,8 @@ def test_a_compiler_that_is_missing_is_named(topology: str, monkeypatch: pytest.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", COMPILERS)
+@pytest.mark.parametrize("topology", INSTALLED)
 def test_an_update_of_online_learning_is_compiled_too(topology: str) -> None:
-    if importlib.util.find_spec(COMPILERS[topology]) is None:
-        pytest.skip(f"needs {COMPILERS[topology]}")
     config = load_config("configs/nft.py:tiny")
     config.data.batch_size = config.online.prompts_per_round = 4
     config.dtype = config.vae_dtype = "bfloat16"
@@ -37,10 +39,8 @@ def test_an_update_of_online_learning_is_compiled_too(topology: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", COMPILERS)
+@pytest.mark.parametrize("topology", INSTALLED)
 def test_a_device_is_compiled_for_without_one(topology: str) -> None:
-    if importlib.util.find_spec(COMPILERS[topology]) is None:
-        pytest.skip(f"needs {COMPILERS[topology]}")
     config = load_config("configs/sd15.py:tiny")
     config.data.batch_size, config.data.micro_batch = 64, 8
     config.dtype = config.vae_dtype = "bfloat16"
