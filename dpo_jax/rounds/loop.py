@@ -8,7 +8,6 @@ by the weights that the round began with, which nothing has changed since.
 import hashlib
 import itertools
 import json
-from collections import deque
 from collections.abc import Callable, Sequence
 
 import jax
@@ -259,17 +258,17 @@ class Rounds:
         size, total = self._rollout.batch_size, len(folder.prompts)
         frozen = self._loop.experiment.frozen
         batches = [range(start, min(start + size, total)) for start in range(0, total, size)]
-        begun: deque[tuple[range, Callable[[], Drawn]]] = deque()
-        for batch in [batch for batch in batches if missing.intersection(batch)]:
+        begun: tuple[range, Callable[[], Drawn]] | None = None
+        for batch in [*(batch for batch in batches if missing.intersection(batch)), None]:
             if jax.process_count() == 1 and self._loop.notice.received():
                 raise Preempted(f"preempted in round {folder.number + 1}; run the same command again to continue")
-            numbers = [folder.number * total + p for p in batch]
-            captions = [folder.prompts[p] for p in batch]
-            begun.append((batch, self._rollout(state.drawing, frozen, captions, numbers, folder.number)))
-            if len(begun) > 1:
-                missing = self._finish(folder, *begun.popleft(), missing)
-        for batch, drawn in begun:
-            missing = self._finish(folder, batch, drawn, missing)
+            last, begun = begun, None
+            if batch is not None:
+                numbers = [folder.number * total + p for p in batch]
+                captions = [folder.prompts[p] for p in batch]
+                begun = batch, self._rollout(state.drawing, frozen, captions, numbers, folder.number)
+            if last is not None:
+                missing = self._finish(folder, *last, missing)
         if cluster.is_first():
             folder.write_list(images_per_prompt(self._config))
         cluster.wait("sampled the round")
