@@ -6,7 +6,7 @@ Every method starts from the same base, the tiny model or the tiny flow model, a
 judge has seen the same number of images. The methods also learn from the size of JPEG files, and D3PO with both of its
 update rules on 7 candidates, with three seeds each. Then the bases and all models draw the held-out captions, and the
 same judge scores them: means of all seeds with 95% confidence intervals over captions, and the rise of each seed, which
-differ by more than that. CPU seconds are those of a whole run, with compilation.
+differ by more than that. CPU seconds are those of a whole run, with compilation; old rows have none.
 
 Writes OUTPUT/online.json, OUTPUT/online.md and OUTPUT/online.png, which has the scores in training against evaluations;
 the last results are committed beside this file. It takes about three hours on two CPU cores; the same command
@@ -192,7 +192,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         rises = " ".join(f"{value:+.3f}" for value in r["rises"])
         lines.append(
             f"| {r['method']} | {r['judge']} | {r['base']:.3f} | {r['tuned']:.3f} | {rise} | {rises} | "
-            f"{r['images']:,} | {r['unet_evaluations']:,} | {r['updates']:,} | {r['cpu_seconds']:,} |"
+            f"{r['images']:,} | {r['unet_evaluations']:,} | {r['updates']:,} | {r['cpu_seconds'] or '-'} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -201,7 +201,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     """Plot the mean scores of the images of each round, by the exact judge, against the evaluations until then."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 6), layout="constrained")
     for axis, model in zip(figure.subplots(1, 2), BASES, strict=True):
         for r in rows:
             if r["judge"] == "shapes" and r["model"] == model:
@@ -209,7 +209,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
                 axis.plot(rounds * r["unet_evaluations"] / len(rounds), r["curve"], marker=".", label=r["method"])
         axis.set_title(f"{model} model")
         axis.set_xlabel("evaluations of the denoiser")
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
         axis.set_ylabel("score of the images sampled in training")
     figure.savefig(file, dpi=80)
 
