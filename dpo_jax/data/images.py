@@ -1,4 +1,4 @@
-"""Image files to pixels: what Pillow reads becomes upright RGB, then one square of the training resolution.
+"""Image files to pixels: what Pillow reads becomes upright RGB, then a square or rectangle of the training resolution.
 
 All commands read images here, so that a file looks the same to training, judges and raters, and is refused for the same
 reasons.
@@ -28,13 +28,17 @@ MAX_RATIO = 32  # `fit` resizes before it crops, so a longer strip would take gi
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
+Shape = tuple[int, int]
+"""(height, width) in pixels."""
+
+
 class View(NamedTuple):
     """Crop and mirroring of the candidates of a prompt; they share it, so that no candidate is favoured.
 
-    `top` and `left` are fractions in [0, 1) of the margin around the square in the resized image; None takes the
+    `top` and `left` are fractions in [0, 1) of the margin around the crop in the resized image; None takes the
     centre. Images are mirrored before they are cropped, as in diffusers' SDXL trainers. The official Diffusion-DPO
     trainer crops first, so its central crop is one column further where the margin is odd; random crops are the same.
-    Here the square is only cut from the other side, and the encoder mirrors it: see `encode.images.mirror`.
+    Here the crop is only cut from the other side, and the encoder mirrors it: see `encode.images.mirror`.
     """
 
     top: float | None = None
@@ -158,29 +162,40 @@ def _grey(image: Image.Image) -> Image.Image:
 
 
 def fit(image: Image.Image, resolution: int, view: View) -> tuple[np.ndarray, tuple[int, int]]:
-    """Resize the shorter side to `resolution` and cut a square: (pixels_HWC uint8, (crop top, crop left)).
+    """Return the square that `cover` cuts."""
+    return cover(image, (resolution, resolution), view)
 
-    The filter is bilinear (Pillow widens it when it shrinks an image), and the longer side is rounded down, as in the
-    official Diffusion-DPO trainer and diffusers' SDXL trainers. The offsets count resized pixels of the image that the
-    view shows, mirrored or not; the square itself is not mirrored.
+
+def cover(image: Image.Image, shape: Shape, view: View) -> tuple[np.ndarray, tuple[int, int]]:
+    """Resize an image until it just covers `shape`, and cut that: (pixels_HWC uint8, (crop top, crop left)).
+
+    The filter is bilinear (Pillow widens it when it shrinks an image), and the side that is cropped is rounded down, as
+    in the official Diffusion-DPO trainer and diffusers' SDXL trainers. The offsets count resized pixels of the image
+    that the view shows, mirrored or not; the result itself is not mirrored.
     """
-    shorter = min(image.size)
-    width, height = (int(resolution * side / shorter) for side in image.size)
+    height, width = _covering(image.height, image.width, shape)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
-    top, left = _offsets(height, width, resolution, view)
-    if image.size != (resolution, resolution):
-        column = _column(left, width, resolution, view)
-        image = image.crop((column, top, column + resolution, top + resolution))
+    top, left = _offsets(height, width, shape, view)
+    if (height, width) != shape:
+        column = _column(left, width, shape, view)
+        image = image.crop((column, top, column + shape[1], top + shape[0]))
     return np.asarray(image), (top, left)
 
 
+def _covering(height: int, width: int, shape: Shape) -> Shape:
+    """Return the size to which `cover` resizes an image of this size: one of its sides is that of the shape."""
+    if shape[0] * width >= shape[1] * height:
+        return shape[0], int(shape[0] * width / height)
+    return int(shape[1] * height / width), shape[1]
+
+
 Placement = tuple[tuple[int, int], tuple[int, int]]
-"""(height, width) of an image, and the (top, left) of its crop that `fit` returns."""
+"""(height, width) of an image, and the (top, left) of its crop that `cover` returns."""
 
 
-def read(data: ImageBytes, view: View, square_HWC: np.ndarray) -> Placement:
-    """Write `fit(decode(data), resolution, view)` into `square_HWC`.
+def read(data: ImageBytes, view: View, crop_HWC: np.ndarray) -> Placement:
+    """Write `cover(decode(data), shape, view)` into `crop_HWC`, which has that shape.
 
     The pixels are the same, but a JPEG takes two thirds of the time: Pillow keeps four bytes per pixel and copies them
     three times; simplejpeg writes RGB, and in place if there is nothing to resize or crop.
@@ -188,7 +203,7 @@ def read(data: ImageBytes, view: View, square_HWC: np.ndarray) -> Placement:
     Raises:
         DamagedImage: as `decode`.
     """
-    return _read(data, view, square_HWC, _size_if_plain(data))
+    return _read(data, view, crop_HWC, _size_if_plain(data))
 
 
 def read_all(images: Sequence[tuple[ImageBytes, View, np.ndarray]]) -> list[Placement]:
@@ -201,29 +216,29 @@ def read_all(images: Sequence[tuple[ImageBytes, View, np.ndarray]]) -> list[Plac
     return [_read(*image, size) for image, size in zip(images, sizes, strict=True)]
 
 
-def _read(data: ImageBytes, view: View, square_HWC: np.ndarray, size: tuple[int, int] | None) -> Placement:
+def _read(data: ImageBytes, view: View, crop_HWC: np.ndarray, size: Shape | None) -> Placement:
     """Read one image, given the size that `_size_if_plain` returned."""
     if size is not None:
         try:
-            return _read_plain(data, view, square_HWC, size)
+            return _read_plain(data, view, crop_HWC, size)
         except Exception:  # `decode` determines what is wrong with it
             pass
     image = decode(data)
-    square_HWC[:], offsets = fit(image, len(square_HWC), view)
+    crop_HWC[:], offsets = cover(image, crop_HWC.shape[:2], view)
     return (image.height, image.width), offsets
 
 
-def _read_plain(data: ImageBytes, view: View, square_HWC: np.ndarray, size: tuple[int, int]) -> Placement:
-    resolution = len(square_HWC)
-    if size == (resolution, resolution):
-        simplejpeg.decode_jpeg(data, buffer=square_HWC)
+def _read_plain(data: ImageBytes, view: View, crop_HWC: np.ndarray, size: Shape) -> Placement:
+    shape = crop_HWC.shape[:2]
+    if size == shape:
+        simplejpeg.decode_jpeg(data, buffer=crop_HWC)
         return size, (0, 0)
-    if min(size) == resolution:
-        top, left = _offsets(*size, resolution, view)
-        column = _column(left, size[1], resolution, view)
-        square_HWC[:] = simplejpeg.decode_jpeg(data)[top : top + resolution, column : column + resolution]
+    if size == _covering(*size, shape):
+        top, left = _offsets(*size, shape, view)
+        column = _column(left, size[1], shape, view)
+        crop_HWC[:] = simplejpeg.decode_jpeg(data)[top : top + shape[0], column : column + shape[1]]
         return size, (top, left)
-    square_HWC[:], offsets = fit(Image.fromarray(simplejpeg.decode_jpeg(data)), resolution, view)
+    crop_HWC[:], offsets = cover(Image.fromarray(simplejpeg.decode_jpeg(data)), shape, view)
     return size, offsets
 
 
@@ -280,20 +295,19 @@ def _size_in_plain_header(data: ImageBytes) -> tuple[int, int] | None:
     return size if head[at : at + 2] == bytes([0xFF, _PIXELS]) else None
 
 
-def _offsets(height: int, width: int, resolution: int, view: View) -> tuple[int, int]:
-    return _offset(height - resolution, view.top), _offset(width - resolution, view.left)
+def _offsets(height: int, width: int, shape: Shape, view: View) -> tuple[int, int]:
+    return _offset(height - shape[0], view.top), _offset(width - shape[1], view.left)
 
 
-def _column(left: int, width: int, resolution: int, view: View) -> int:
-    """Return the first column, in the image before mirroring, of the square that the view sees at `left`."""
-    return width - resolution - left if view.flip else left
+def _column(left: int, width: int, shape: Shape, view: View) -> int:
+    """Return the first column, in the image before mirroring, of the crop that the view sees at `left`."""
+    return width - shape[1] - left if view.flip else left
 
 
 def _offset(room: int, fraction: float | None) -> int:
     return round(room / 2) if fraction is None else int((room + 1) * fraction)
 
 
-def crop_offsets(height: int, width: int, resolution: int, view: View) -> tuple[int, int]:
-    """Return the offsets that `fit` gives for an upright image of this size."""
-    shorter = min(height, width)
-    return _offsets(int(resolution * height / shorter), int(resolution * width / shorter), resolution, view)
+def crop_offsets(height: int, width: int, shape: Shape, view: View) -> tuple[int, int]:
+    """Return the offsets that `cover` gives for an upright image of this size."""
+    return _offsets(*_covering(height, width, shape), shape, view)

@@ -8,7 +8,6 @@ tokens.
 """
 
 import datetime
-import functools
 import json
 import math
 import shutil
@@ -27,7 +26,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dpo_jax import files
-from dpo_jax.data.images import View
+from dpo_jax.data import buckets
+from dpo_jax.data.images import Shape, View
 from dpo_jax.data.load.views import view_batches
 from dpo_jax.data.store import checksums
 from dpo_jax.data.store.latents import (
@@ -36,6 +36,8 @@ from dpo_jax.data.store.latents import (
     LatentsFile,
     distinct_captions,
     file_name,
+    images_kind,
+    images_of,
     rows_a_file,
     with_checksums,
     write_captions,
@@ -184,8 +186,10 @@ class DatasetEncoder:
         encoders: weights of the VAE and the text encoders, on every device of `mesh`.
         mesh: the mesh of this process's devices.
         folder: folder that the encodings are written to.
+        resolution: side of the square that images are cropped to.
         views: views that are encoded of each image.
         num_workers: threads that decode images.
+        shapes: the shapes of buckets, which images are cropped to in place of the square.
     """
 
     def __init__(
@@ -201,6 +205,7 @@ class DatasetEncoder:
         views: Sequence[View],
         num_workers: int,
         caption_lines: bool = False,
+        shapes: Sequence[Shape] = (),
     ):
         self.folder = folder
         self._captions = captions = distinct_captions(prepared, caption_lines=caption_lines)
@@ -221,17 +226,27 @@ class DatasetEncoder:
             for start in range(0, len(positions), batch_size):
                 yield tokenizers(captions.take(pa.array(positions[start : start + batch_size])).to_pylist())
 
-        read_images = functools.partial(view_batches, prepared, views, resolution, num_workers)
-        count = len(prepared.images)
-        images_a_device = min(max(1, PIXELS_A_DEVICE // (len(views) * resolution**2)), -(-count // mesh.size))
+        def images_table(kind: str, images_R: np.ndarray, shape: Shape) -> Table:
+            def read(positions: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+                return view_batches(prepared, views, shape, num_workers, images_R[positions], batch_size)
+
+            count = len(images_R)
+            a_device = min(max(1, PIXELS_A_DEVICE // (len(views) * math.prod(shape))), -(-count // mesh.size))
+            batch_shape = (a_device * mesh.size, len(views), *shape, 3)
+            return Table(kind, count, read, moments, encoders["vae"], batch_shape, np.uint8, mesh, folder)
+
         captions_a_device = min(CAPTIONS_A_DEVICE, -(-len(captions) // mesh.size))
-        image_shape = (images_a_device * mesh.size, len(views), resolution, resolution, 3)
         token_shape = (captions_a_device * mesh.size, *tokenizers([""]).shape[1:])
         text = {name: params for name, params in encoders.items() if name != "vae"}
+        self._shapes = shapes
         self.tables = [
-            Table("captions", len(captions), read_captions, embeddings, text, token_shape, np.int32, mesh, folder),
-            Table("images", count, read_images, moments, encoders["vae"], image_shape, np.uint8, mesh, folder),
+            Table("captions", len(captions), read_captions, embeddings, text, token_shape, np.int32, mesh, folder)
         ]
+        if shapes:
+            found = zip(shapes, images_of(prepared, shapes), strict=True)
+            self.tables += [images_table(images_kind(shape), images_R, shape) for shape, images_R in found]
+        else:
+            self.tables.append(images_table("images", np.arange(len(prepared.images)), (resolution, resolution)))
 
     def __str__(self) -> str:
         lines = [*self._lengths]
@@ -267,11 +282,14 @@ class DatasetEncoder:
             table.fill([file for file in share if not file.is_whole], on_progress)
         multihost_utils.sync_global_devices("data set encoded")
         if jax.process_index() == 0:
-            tables = {
-                table.name: {"files": len(table.files), "rows_a_file": table.rows_a_file} for table in self.tables
-            }
+            captions, *images = [{"files": len(table.files), "rows_a_file": table.rows_a_file} for table in self.tables]
+            layouts: dict[str, Any] = {"captions": captions}
+            if self._shapes:
+                layouts["buckets"] = dict(zip(map(buckets.shown, self._shapes), images, strict=True))
+            else:
+                (layouts["images"],) = images
             digest = checksums.checksum(self.folder / CAPTIONS)
-            written = {"facts": dict(facts), **tables, "captions_checksum": digest}
+            written = {"facts": dict(facts), **layouts, "captions_checksum": digest}
             files.write_whole(self.folder / INDEX, json.dumps(written, indent=1) + "\n")
             for unfinished in self.folder.glob(".*"):  # left by runs that were killed
                 unfinished.unlink(missing_ok=True)

@@ -145,6 +145,7 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.{field} is empty; set it in the config file or with --config.{field}=...")
     check_settings(config)
     check_views(config)
+    check_buckets(config)
     if config.data.mask_floor and not config.data.masks:
         raise UserError(
             f"config.data.mask_floor={config.data.mask_floor} has no effect without masks; set data.masks=True, or "
@@ -359,6 +360,20 @@ def check_views(config: ConfigDict) -> None:
         raise UserError(
             f"config.data.encoded_views needs a prepared data set, not {data.path}, which each run makes anew; "
             "set encoded_views=0"
+        )
+
+
+def check_buckets(config: ConfigDict) -> None:
+    """Raise UserError where `data.buckets` meets an order of examples that batches of one shape would break."""
+    named = f'config.data.buckets="{config.data.buckets}" makes batches of images of one shape'
+    if config.data.buckets and config.data.order == "curriculum":
+        raise UserError(
+            f"{named}, which breaks the order of config.data.order=curriculum; set data.order=shuffled, or leave "
+            "data.buckets empty"
+        )
+    if config.data.buckets and find_method(config.loss.name).learns_from == "votes":
+        raise UserError(
+            f"{named}, but {config.loss.name} takes liked and disliked images in turn; leave data.buckets empty"
         )
 
 

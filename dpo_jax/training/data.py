@@ -1,26 +1,34 @@
-"""Opens the data that a config names: chooses pairs, and makes batches of them."""
+"""Opens the data that a config names: chooses pairs, and makes batches of them.
+
+Axes: N records, M candidates of all records together.
+"""
 
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from dpo_jax import cluster
 from dpo_jax.cli import flatten, replaced
+from dpo_jax.data import buckets
+from dpo_jax.data.images import Shape
 from dpo_jax.data.load.curriculum import CurriculumOrder
 from dpo_jax.data.load.inputs import CachedInputs, Inputs, RawInputs
 from dpo_jax.data.load.pipeline import NUM_WORKERS, BatchIterator, make_iterator, validation_batches
-from dpo_jax.data.load.records import PreparedRecords, TrainingRecords, open_records
+from dpo_jax.data.load.records import PreparedRecords, RandomRecords, TrainingRecords, open_records
 from dpo_jax.data.load.votes import VoteOrder, Votes
-from dpo_jax.data.store.latents import choose_views, open_latents
+from dpo_jax.data.store.latents import bucket_facts, choose_views, open_latents
+from dpo_jax.data.store.prepared import open_prepared
 from dpo_jax.data.store.scores import scores_file
 from dpo_jax.data.store.select import NothingChosenError
 from dpo_jax.methods import find_method
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.streams import warn
 from dpo_jax.training.announce import announce_epochs
+from dpo_jax.training.buckets import all_shapes, describe
 from dpo_jax.training.config import Derived
 from dpo_jax.training.model import load_tokenizers_of
 from dpo_jax.training.pair_scores import score_judge
@@ -33,7 +41,7 @@ def check_data(config: ConfigDict) -> ConfigDict:
     Returns the config. Where no pair is held out, as in small data sets, it turns validation off and says so. Warns
     where a part of every list would be padding.
     """
-    records = _training_pairs(config)
+    records: TrainingRecords = _training_pairs(config)
     _say_weights(records)
     _say_masks(records, config.data.masks)
     most = int(records.candidates()[0].max())
@@ -83,7 +91,25 @@ def make_inputs(config: ConfigDict, pipeline: Pipeline) -> Inputs:
     if data.encoded_views:
         return CachedInputs(open_latents(Path(data.path), encoding_facts(config, pipeline)))
     tokenizers = load_tokenizers_of(pipeline)
-    return RawInputs(data.resolution, tokenizers, data.random_crop, data.random_flip, pipeline.vae_factor)
+    shapes = bucket_shapes(config, pipeline)
+    return RawInputs(data.resolution, tokenizers, data.random_crop, data.random_flip, pipeline.vae_factor, shapes)
+
+
+def bucket_shapes(config: ConfigDict, pipeline: Pipeline) -> list[Shape]:
+    """Return the shapes that images are cropped to if the config has buckets; none for squares.
+
+    A bucket that would have fewer pairs than half a batch is left out, so that no batch is more than half empty.
+    """
+    if not config.data.buckets:
+        return []
+    shapes = all_shapes(config, pipeline)
+    return buckets.used_shapes(shapes, *_training_pairs(config).sizes(), least=config.data.batch_size / 2)
+
+
+def say_buckets(config: ConfigDict, inputs: Inputs) -> None:
+    """Print how many pairs each bucket has, and how much of their images is cropped away, if the config has buckets."""
+    if config.data.buckets:
+        _say(describe(inputs.shapes, *_training_pairs(config).sizes(), config.data.batch_size))
 
 
 def encoding_facts(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
@@ -100,7 +126,8 @@ def encoding_facts(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
         "resolution": data.resolution,
         "views": [view._asdict() for view in views],
         "data": data_fingerprint(data.path),
-        # Data stored by older versions has neither of these facts.
+        # Data stored by older versions has none of these facts.
+        **(bucket_facts(open_prepared(data.path), bucket_shapes(config, pipeline)) if data.buckets else {}),
         **({"caption_lines": True} if data.caption_lines else {}),
         **({"text_length": chosen[0]} if chosen else {}),
     }
@@ -141,20 +168,32 @@ def open_training_batches(config: ConfigDict, derived: Derived, inputs: Inputs) 
         positive_share=data.positive_share if _learns_from_votes(config) else None,
         curriculum=curriculum,
         num_workers=data.num_workers or NUM_WORKERS,
+        bucket_N=_bucket_N(records, inputs),
         **_options(config),
     )
 
 
 def open_validation_batches(config: ConfigDict, derived: Derived, inputs: Inputs) -> BatchIterator:
-    """Return this process's share of the held-out pairs, once, in order; padding in the last batch has weight 0."""
+    """Return this process's share of the first `validation.max_pairs` held-out pairs, once; padding has weight 0."""
     batch_size = derived.local_batch_size // derived.accumulation
-    records = _validation_pairs(config)
-    if _learns_from_votes(config):
-        records = Votes(records)
-    return validation_batches(records, inputs, batch_size=batch_size, **_options(config))
+    pairs = _validation_pairs(config)
+    records = Votes(pairs) if _learns_from_votes(config) else pairs
+    return validation_batches(
+        records,
+        inputs,
+        batch_size=batch_size,
+        bucket_N=_bucket_N(pairs, inputs),
+        most=config.validation.max_pairs,
+        **_options(config),
+    )
 
 
-def _training_pairs(config: ConfigDict) -> TrainingRecords:
+def _bucket_N(records: PreparedRecords | RandomRecords, inputs: Inputs) -> np.ndarray | None:
+    """Return the number of each record's shape among those of the inputs; None if there is only one."""
+    return buckets.nearest(inputs.shapes, *records.sizes()) if len(inputs.shapes) > 1 else None
+
+
+def _training_pairs(config: ConfigDict) -> PreparedRecords | RandomRecords:
     data = config.data
     return open_records(
         data.path,
@@ -168,7 +207,7 @@ def _training_pairs(config: ConfigDict) -> TrainingRecords:
     )
 
 
-def _validation_pairs(config: ConfigDict) -> TrainingRecords:
+def _validation_pairs(config: ConfigDict) -> PreparedRecords | RandomRecords:
     """Return the held-out pairs without ties, which have no right order."""
     return open_records(config.data.path, "validation", **_choices(config))
 

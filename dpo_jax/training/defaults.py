@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax.batch import TOLD_GUIDANCE
 from dpo_jax.cli import check_fields_exist, flatten, replaced, unflatten
+from dpo_jax.data import buckets
 from dpo_jax.data.load.pair_weights import WEIGHTS
 from dpo_jax.errors import UserError
 from dpo_jax.fields import (
@@ -174,6 +175,11 @@ FIELDS = {
         at_most=2**24,
     ),
     "data.resolution": Field(512, "Height and width of training images, in pixels.", at_least=1, at_most=2**14),
+    "data.buckets": Field(
+        "",
+        "Shapes to crop to in place of a square, of about the same area: sdxl or flux (published lists), or data.",
+        choices=("", *buckets.NAMES),
+    ),
     "data.random_crop": Field(
         False, "Crop at a random place, the same for all images of a pair; otherwise the centre."
     ),
@@ -191,7 +197,7 @@ FIELDS = {
     "data.caption_lines": Field(False, "Take each line of a caption as a caption of its own and draw one each time."),
     "data.size_conditioning": Field(
         "constant",
-        "Size input of SDXL: constant (the resolution, no crop) or real sizes and crops.",
+        "Size input of SDXL: constant (the size of the crop, as if nothing were cut) or real sizes and crops.",
         choices=("constant", "real"),
     ),
     "data.ties": Field(

@@ -17,7 +17,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.files import check_inside
 from dpo_jax.sharding import Placement, make_mesh
 from dpo_jax.training.config import check
-from dpo_jax.training.data import encoding_facts
+from dpo_jax.training.data import bucket_shapes, encoding_facts
 from dpo_jax.training.model import load_encoders, load_tokenizers_of, open_model
 
 
@@ -64,6 +64,7 @@ def encode_data(config: ConfigDict, workers: int | None, say: Callable[[str], No
             views=[View(**view) for view in facts["views"]],
             num_workers=workers or os.cpu_count() or 1,
             caption_lines=data.caption_lines,
+            shapes=bucket_shapes(config, pipeline),
         )
         say(str(encoder))
         encoder.run(facts, on_progress)

@@ -20,6 +20,7 @@ from dpo_jax.methods import Method, find_method
 from dpo_jax.methods.method import Objective
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.sharding import Placement, batch_constraint, batch_sharding, on_mesh, replicated
+from dpo_jax.training.buckets import largest_shape
 from dpo_jax.training.config import Derived
 from dpo_jax.training.joined import ELEMENTWISE, Joining
 from dpo_jax.training.model import abstract_frozen, abstract_params, initial_adapter, load_frozen, make_placement
@@ -131,18 +132,18 @@ class Experiment:
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
     def abstract_batch(self) -> Any:
-        """Return the shapes and shardings of a batch whose prompts have one caption each."""
+        """Return the shapes and shardings of a batch whose prompts have one caption each, with the largest images."""
         fields = flatten(self.config)
         B, K, M = self.config.data.batch_size, self.method.images_per_example(fields), 1
-        size = self.config.data.resolution
-        cells = size // self.pipeline.vae_factor
+        shape = largest_shape(self.config, self.pipeline)
+        cells = [side // self.pipeline.vae_factor for side in shape]
         split = batch_sharding(self.mesh)
 
         def array(dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((B, *shape), dtype, sharding=split)
 
         inputs: Raw | Cached = Raw(
-            images_BKHWC=array(jnp.uint8, K, size, size, 3),
+            images_BKHWC=array(jnp.uint8, K, *shape, 3),
             mirrored_BK=array(jnp.bool_, K),
             token_ids_BML=array(jnp.int32, M, sum(self.pipeline.text_lengths)),
         )
@@ -150,7 +151,7 @@ class Experiment:
             channels = self.pipeline.denoiser.config.latent_channels
             context, pooled = self.pipeline.text_shapes
             inputs = Cached(
-                array(jnp.bfloat16, K, cells, cells, 2 * channels),
+                array(jnp.bfloat16, K, *cells, 2 * channels),
                 array(jnp.bfloat16, M, *context),
                 array(jnp.bfloat16, M, *pooled),
             )
@@ -161,7 +162,7 @@ class Experiment:
             valid_BK=array(jnp.bool_, K),
             weight_B=array(jnp.float32),
             index_B=array(jnp.int32),
-            cell_weight_BKhw=array(jnp.float32, K, cells, cells) if self.config.data.masks else None,
+            cell_weight_BKhw=array(jnp.float32, K, *cells) if self.config.data.masks else None,
         )
 
     def initial_state(self) -> TrainState:

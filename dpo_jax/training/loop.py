@@ -1,7 +1,6 @@
 """The training loop: steps, metrics, validation, image grids and checkpoints."""
 
 import contextlib
-import itertools
 import math
 import time
 from collections.abc import Mapping
@@ -81,6 +80,8 @@ class Loop:
             make_eval_step(experiment.compare, experiment.objective.held_out_metrics),
             out_shardings=replicated(experiment.mesh),
         )
+        self._shapes: set[Any] = set()
+        """The shapes of batches that the training step was compiled for."""
         self._batches: Batches | None = None
         self._positions: dict[int, dict[str, int]] = {}
         """States of the batches before the last two steps."""
@@ -122,10 +123,9 @@ class Loop:
             self._positions[step] = batches.get_state()
             self._positions.pop(step - 2, None)
             batch = self.place(next(batches))
-            if self._began is None:
-                self.bar.say("compiling the training step (a minute or more for a full-size model's first start)")
-            # The first step is not watched: it compiles, for a time that differs between processes.
-            with cluster.watched(f"to begin step {step}") if self._began else contextlib.nullcontext():
+            compiles, before = self._compiles(batch), time.monotonic()
+            # A step that compiles is not watched: the time that it takes differs between processes.
+            with contextlib.nullcontext() if compiles else cluster.watched(f"to begin step {step}"):
                 state, metrics = self.train_step(state, self.experiment.frozen, batch)
             if pending is not None:  # one step later, so that the host never waits for the device
                 window.append(self._fetch(pending, step - 1))
@@ -138,15 +138,17 @@ class Loop:
             logs = step % config.log_every == 0 or step == end or stops
             validates = self._validates_at(step)
             samples = self._samples_at(step)
-            if self._began is None:
-                cluster.wait("first step compiled")
+            if compiles:
+                cluster.wait(f"step {step} compiled")
                 window.append(self._fetch(pending, step))
                 pending = None
+                timer, timed_from = timer + time.monotonic() - before, timed_from + 1  # compilation is not speed
+            if self._began is None:
                 if start == 0 and "train/loss" in window[-1]:
                     self._first_loss(float(window[-1]["train/loss"]))
                 self.clock.lap("first step")
                 self.bar.say(f"startup: {self.clock}")
-                timer, timed_from = time.monotonic(), step  # compilation is not speed
+                timer, timed_from = time.monotonic(), step
                 self._began = timer, step
             if not (saves or logs or validates or samples):
                 continue
@@ -180,6 +182,17 @@ class Loop:
                 break
             timer += time.monotonic() - paused
         return state
+
+    def _compiles(self, batch: PreferenceBatch) -> bool:
+        """Return whether the training step is compiled for this batch: the first one, or the first of a bucket."""
+        shapes = tuple(x.shape for x in jax.tree.leaves(batch.inputs))
+        is_new = shapes not in self._shapes
+        self._shapes.add(shapes)
+        if self._began is None:
+            self.bar.say("compiling the training step (a minute or more for a full-size model's first start)")
+        elif is_new and self.inputs is not None:
+            self.bar.say(f"compiling the training step for bucket {len(self._shapes)} of {len(self.inputs.shapes)}")
+        return self._began is None or (is_new and self.inputs is not None)
 
     def stop_reason(self, step: int) -> str:
         """Return why the run stops early after this step; empty if it does not."""
@@ -270,10 +283,8 @@ class Loop:
         sums: dict[str, Any] = {}
         weight = 0.0
         with open_validation_batches(self.config, experiment.derived, self.inputs) as batches:
-            pairs_a_batch = experiment.derived.local_batch_size // experiment.derived.accumulation * jax.process_count()
-            for batch in itertools.islice(batches, -(-validation.max_pairs // pairs_a_batch)):
-                counted = batch.weight_B * (batch.index_B < validation.max_pairs)
-                on_device = self.place(batch._replace(weight_B=counted.astype(np.float32)))
+            for batch in batches:
+                on_device = self.place(batch)
                 for number in range(validation.draws):
                     values, w = jax.device_get(self.eval_step(params, frozen, on_device, jnp.int32(number)))
                     weight += float(w)

@@ -32,7 +32,7 @@ from dpo_jax.streams import warn
 from dpo_jax.training.announce import announce_config, announce_experiment
 from dpo_jax.training.checkpoint import Checkpoints, read_config, restore, write_config
 from dpo_jax.training.config import check_same_experiment, default_config, resolve
-from dpo_jax.training.data import check_data, data_fingerprints, make_inputs, open_training_batches
+from dpo_jax.training.data import check_data, data_fingerprints, make_inputs, open_training_batches, say_buckets
 from dpo_jax.training.experiment import Experiment, build, compose
 from dpo_jax.training.loggers import check_libraries
 from dpo_jax.training.loop import Loop
@@ -63,6 +63,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
         judge = open_sample_judge(config)
         fields = begin(config, workdir, pipeline, default_config(), data_fingerprints(config))
         inputs = make_inputs(config, pipeline)
+        say_buckets(config, inputs)
         composed = compose(config, derived, pipeline, make_placement(config))
         check_room(config, workdir, composed.abstract_state())
         experiment = build(config, derived, pipeline)

@@ -266,9 +266,9 @@ def test_a_damaged_image_leaves_even_weights(masked: Path, monkeypatch: pytest.M
 def test_stored_latents_have_the_views_of_images() -> None:
     view = RawInputs(16, spell, random_flip=True).view
     views = [view(ViewDraws(0, 0, flip)) for flip in (0.9, 0.1)]
-    stored: Any = SimpleNamespace(views=views, resolution=16, row_shapes={"moments": (2, 2, 8)})
+    stored: Any = SimpleNamespace(views=views, shapes=[(16, 16)], moments_shape=lambda shape: (2, 2, 8))
     cached = CachedInputs(stored)
-    assert cached.cells == RawInputs(16, spell).cells == 2
+    assert cached.pixels_a_cell == RawInputs(16, spell).pixels_a_cell == 8
     for flip in (0.0, 0.4, 0.6, 0.99):
         draws = ViewDraws(0.5, 0.5, flip)
         assert cached.view(draws) == view(draws)

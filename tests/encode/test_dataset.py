@@ -39,13 +39,13 @@ def nothing(*_: object) -> None: ...
 
 
 def moments_of(encodings: StoredLatents, image: int, view: int) -> np.ndarray:
-    moments_hwC = np.empty(encodings.row_shapes["moments"], ml_dtypes.bfloat16)
+    moments_hwC = np.empty(encodings.moments_shape(), ml_dtypes.bfloat16)
     encodings.read_moments(image, view, moments_hwC)
     return moments_hwC
 
 
 def text_of(encodings: StoredLatents, caption: str) -> tuple[np.ndarray, np.ndarray]:
-    context_LD, pooled_P = (np.empty(encodings.row_shapes[name], ml_dtypes.bfloat16) for name in ("context", "pooled"))
+    context_LD, pooled_P = (np.empty(encodings.text_shapes[name], ml_dtypes.bfloat16) for name in ("context", "pooled"))
     encodings.read_text(caption, context_LD, pooled_P)
     return context_LD, pooled_P
 

@@ -131,7 +131,7 @@ def test_candidates_share_a_view_and_all_views_are_seen(config, tmp_path: Path) 
     encodings = inputs.stored
     sizes_I2 = open_prepared(config.data.path).sizes_I2
     oblong = [i for i in range(14) if sizes_I2[i, 0] != sizes_I2[i, 1]]  # of a square, crops are the whole
-    moments_hwC, stored = np.empty(encodings.row_shapes["moments"], ml_dtypes.bfloat16), {}
+    moments_hwC, stored = np.empty(encodings.moments_shape(), ml_dtypes.bfloat16), {}
     for i, view in itertools.product(oblong, range(4)):
         encodings.read_moments(i, view, moments_hwC)
         stored[moments_hwC.tobytes()] = view

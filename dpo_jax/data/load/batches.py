@@ -1,6 +1,6 @@
 """Makes batches of samples: what is quick is planned first, then threads write the inputs of each example in place.
 
-Axes: B prompts, K candidates (best first), h x w latent cells.
+Axes: B prompts, K candidates (best first), h x w latent cells, N records.
 """
 
 import dataclasses
@@ -47,7 +47,10 @@ class Skipped(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BatchBuilder:
-    """Turns samples into a batch: first everything that is quick, then the inputs of each example, in threads."""
+    """Turns samples into a batch: first everything that is quick, then the inputs of each example, in threads.
+
+    With `bucket_N`, the number of the shape of each record, all samples of a batch must have the same shape.
+    """
 
     inputs: Inputs
     records: TrainingRecords
@@ -55,17 +58,18 @@ class BatchBuilder:
     caption_lines: bool = False
     caption_dropout: float = 0.0
     mask_floor: float | None = None
+    bucket_N: np.ndarray | None = None
 
     def plan(self, samples: Sequence[Sample]) -> tuple[dict[str, np.ndarray], list[Example]]:
         """Return the fields of a batch except its inputs, and its examples; absent candidates are not valid."""
         records = [self.records[sample.number] for sample in samples]
-        B, K, size = len(samples), self.records.num_candidates, self.inputs.resolution
+        B, K, shape = len(samples), self.records.num_candidates, self._shape(samples[0])
         preference_BK, valid_BK = np.zeros((B, K), np.float32), np.zeros((B, K), bool)
         for b, record in enumerate(records):
             number = len(record["images"])
             preference_BK[b, :number], valid_BK[b, :number] = record["preference"], True
         size_cond_BK6 = np.empty((B, K, 6), np.float32)
-        size_cond_BK6[:] = size, size, 0, 0, size, size
+        size_cond_BK6[:] = *shape, 0, 0, *shape
         weights = [sample.counts * record["weight"] for sample, record in zip(samples, records, strict=True)]
         planned = {
             "size_cond_BK6": size_cond_BK6,
@@ -75,16 +79,20 @@ class BatchBuilder:
             "index_B": np.asarray([sample.position for sample in samples], np.int32),
         }
         if self.mask_floor is not None:
-            planned["cell_weight_BKhw"] = np.ones((B, K, self.inputs.cells, self.inputs.cells), np.float32)
-        return planned, [self._example(*each) for each in zip(range(B), samples, records, strict=True)]
+            cells = (side // self.inputs.pixels_a_cell for side in shape)
+            planned["cell_weight_BKhw"] = np.ones((B, K, *cells), np.float32)
+        return planned, [self._example(*each, shape) for each in zip(range(B), samples, records, strict=True)]
 
-    def _example(self, number: int, sample: Sample, record: dict[str, Any]) -> Example:
+    def _shape(self, sample: Sample) -> images.Shape:
+        return self.inputs.shapes[0 if self.bucket_N is None else self.bucket_N[sample.number]]
+
+    def _example(self, number: int, sample: Sample, record: dict[str, Any], shape: images.Shape) -> Example:
         captions = record["captions"] + [""] * (self.records.num_captions - len(record["captions"]))
         if sample.drop_caption < self.caption_dropout:
             captions = [""] * len(captions)
         elif self.caption_lines:
             captions = [self._line(caption, sample) for caption in captions]
-        return Example(number, sample.number, record, captions, sample.draws)
+        return Example(number, sample.number, record, captions, sample.draws, shape)
 
     def _line(self, caption: str, sample: Sample) -> str:
         """Draw a line of a caption with the number that kept the caption, which is uniform from the dropout to 1."""
@@ -92,8 +100,10 @@ class BatchBuilder:
         share = (sample.drop_caption - self.caption_dropout) / (1 - self.caption_dropout)
         return lines[0 if sample.draws is None else int(share * len(lines))]
 
-    def allocate(self, pool: Pool, batch_size: int) -> Raw | Cached:
-        return self.inputs.allocate(pool, batch_size, self.records.num_candidates, self.records.num_captions)
+    def allocate(self, pool: Pool, examples: Sequence[Example]) -> Raw | Cached:
+        records = self.records
+        shape = examples[0].shape
+        return self.inputs.allocate(pool, len(examples), records.num_candidates, records.num_captions, shape)
 
     def fill(self, batch: PreferenceBatch, examples: Sequence[Example]) -> list[Skipped]:
         """Write the inputs of examples into the batch, with 0 for candidates that a record lacks."""
@@ -126,12 +136,12 @@ class BatchBuilder:
     def _fill_weights(self, batch: PreferenceBatch, example: Example, floor: float) -> Skipped | None:
         """Write the weights of the latent cells of an example; those of images without a mask are 1 already."""
         assert batch.cell_weight_BKhw is not None
-        view, inputs, weight_Khw = self.inputs.view(example.draws), self.inputs, batch.cell_weight_BKhw[example.number]
+        view, weight_Khw = self.inputs.view(example.draws), batch.cell_weight_BKhw[example.number]
         for k, position in enumerate(example.record["masks"]):
             if position < 0:
                 continue
             (mask,) = self.records.read_images({"images": [position]})
-            weight_hw = cell_weights(mask, view, inputs.resolution, inputs.cells, floor)
+            weight_hw = cell_weights(mask, view, example.shape, self.inputs.pixels_a_cell, floor)
             if weight_hw is None:
                 weight_Khw[:] = 1
                 batch.weight_B[example.number] = 0

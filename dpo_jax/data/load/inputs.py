@@ -44,27 +44,31 @@ class Example(NamedTuple):
     captions: Sequence[str]
     draws: ViewDraws | None
     """None in validation: the crop is the centre, not mirrored."""
+    shape: images.Shape
+    """(height, width) of its images in the batch, in pixels."""
 
 
 class Inputs(Protocol):
     """Makes the inputs of a batch. Methods are called from several threads."""
 
     @property
-    def resolution(self) -> int:
-        """Side of the square images in pixels."""
+    def shapes(self) -> Sequence[images.Shape]:
+        """The shapes that images of a batch may have: one square, or those of the buckets."""
         ...
 
     @property
-    def cells(self) -> int:
-        """Side of their latents."""
+    def pixels_a_cell(self) -> int:
+        """Pixels along the side of a latent cell."""
         ...
 
     def view(self, draws: ViewDraws | None) -> images.View:
         """Return the view of the images of an example."""
         ...
 
-    def allocate(self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int) -> Raw | Cached:
-        """Return memory for a batch."""
+    def allocate(
+        self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int, shape: images.Shape
+    ) -> Raw | Cached:
+        """Return memory for a batch of images of one shape."""
         ...
 
     def fill(self, batch: Any, examples: Sequence[Example], read_images: ReadImages) -> list[np.ndarray]:
@@ -80,10 +84,12 @@ class RawInputs:
     """Decode, resize and crop images, and tokenise captions; the training step encodes them.
 
     Args:
+        resolution: side of the square that images are cropped to, in pixels.
         tokenizers: the tokenizers of the model.
         random_crop: draw the crop, once for all candidates of a prompt; otherwise take the centre.
         random_flip: mirror half of the examples, all their candidates alike.
         pixels_a_cell: pixels along the side of a latent cell.
+        buckets: the shapes that images are cropped to in place of the square.
     """
 
     resolution: int
@@ -91,14 +97,15 @@ class RawInputs:
     random_crop: bool = False
     random_flip: bool = False
     pixels_a_cell: int = 8
+    buckets: Sequence[images.Shape] = ()
 
     @property
-    def cells(self) -> int:
-        return self.resolution // self.pixels_a_cell
+    def shapes(self) -> Sequence[images.Shape]:
+        return self.buckets or ((self.resolution, self.resolution),)
 
-    def allocate(self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int) -> Raw:
+    def allocate(self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int, shape: images.Shape) -> Raw:
         L = self.tokenizers([""]).shape[1]
-        images_BKHWC = pool.empty((batch_size, num_candidates, self.resolution, self.resolution, 3), np.uint8)
+        images_BKHWC = pool.empty((batch_size, num_candidates, *shape, 3), np.uint8)
         token_ids_BML = np.empty((batch_size, num_captions, L), np.int32)
         return Raw(images_BKHWC, np.empty((batch_size, num_candidates), bool), token_ids_BML)
 
@@ -134,12 +141,13 @@ class CachedInputs:
     stored: StoredLatents
 
     @property
-    def resolution(self) -> int:
-        return self.stored.resolution
+    def shapes(self) -> Sequence[images.Shape]:
+        return self.stored.shapes
 
     @property
-    def cells(self) -> int:
-        return self.stored.row_shapes["moments"][0]
+    def pixels_a_cell(self) -> int:
+        shape = self.shapes[0]
+        return shape[0] // self.stored.moments_shape(shape)[0]
 
     def view(self, draws: ViewDraws | None) -> images.View:
         return self.stored.views[self._number(draws)]
@@ -148,12 +156,14 @@ class CachedInputs:
         """Return the number of the stored view; if there are two, the mirrored one where `RawInputs` would flip."""
         return 0 if draws is None else len(self.stored.views) - 1 - int(draws.flip * len(self.stored.views))
 
-    def allocate(self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int) -> Cached:
-        shapes = self.stored.row_shapes
+    def allocate(
+        self, pool: Pool, batch_size: int, num_candidates: int, num_captions: int, shape: images.Shape
+    ) -> Cached:
+        texts = self.stored.text_shapes
         return Cached(
-            pool.empty((batch_size, num_candidates, *shapes["moments"]), ml_dtypes.bfloat16),
-            pool.empty((batch_size, num_captions, *shapes["context"]), ml_dtypes.bfloat16),
-            pool.empty((batch_size, num_captions, *shapes["pooled"]), ml_dtypes.bfloat16),
+            pool.empty((batch_size, num_candidates, *self.stored.moments_shape(shape)), ml_dtypes.bfloat16),
+            pool.empty((batch_size, num_captions, *texts["context"]), ml_dtypes.bfloat16),
+            pool.empty((batch_size, num_captions, *texts["pooled"]), ml_dtypes.bfloat16),
         )
 
     def fill(self, batch: Cached, examples: Sequence[Example], read_images: ReadImages) -> list[np.ndarray]:
@@ -164,9 +174,9 @@ class CachedInputs:
         moments_KhwC = batch.moments_BKhwC[example.number]
         moments_KhwC[len(record["images"]) :] = 0
         for k, image in enumerate(record["images"]):
-            stored.read_moments(image, number, moments_KhwC[k])
+            stored.read_moments(image, number, moments_KhwC[k], example.shape)
         for m, caption in enumerate(example.captions):
             stored.read_text(caption, batch.context_BMLD[example.number, m], batch.pooled_BMP[example.number, m])
         view = stored.views[number]
-        offsets = [images.crop_offsets(height, width, self.resolution, view) for height, width in record["sizes"]]
+        offsets = [images.crop_offsets(height, width, example.shape, view) for height, width in record["sizes"]]
         return np.concatenate([record["sizes"], offsets], axis=1).astype(np.float32)

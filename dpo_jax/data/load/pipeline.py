@@ -3,7 +3,7 @@
 Every sample is a function of the seed and its position in one endless stream, so the samples of a run do not depend on
 the number of processes or workers, and an iterator resumes anywhere.
 
-Axes: B prompts, K candidates (best first), V views of an image, H x W pixels, C channels.
+Axes: N records, B prompts, K candidates (best first), V views of an image, H x W pixels, C channels.
 """
 
 import os
@@ -17,6 +17,7 @@ import numpy as np
 
 from dpo_jax.batch import PreferenceBatch
 from dpo_jax.data.load.batches import BatchBuilder, Sample, SizeConditioning, Skipped
+from dpo_jax.data.load.bucket_order import BucketOrder, in_buckets
 from dpo_jax.data.load.buffer_pool import Pool
 from dpo_jax.data.load.curriculum import CurriculumOrder
 from dpo_jax.data.load.inputs import Example, Inputs, ViewDraws
@@ -49,6 +50,7 @@ def make_iterator(
     positive_share: float | None = None,
     curriculum: CurriculumOrder | None = None,
     mask_floor: float | None = None,
+    bucket_N: np.ndarray | None = None,
     shard_index: int = 0,
     shard_count: int = 1,
     num_workers: int = NUM_WORKERS,
@@ -71,6 +73,8 @@ def make_iterator(
         mask_floor: give batches the weights of latent cells that `cell_weights` makes of the records' masks with this
             floor; None gives them none. An example with a mask that is black in its view has weight 0, unless the floor
             is above 0.
+        bucket_N: for each record, the number of its images' shape among those of the inputs. Every batch then has
+            images of one shape, in the order of `BucketOrder`; this needs neither votes nor a curriculum.
         shard_index: the number of this process; it reads positions `shard_index + n * shard_count` of the stream.
         num_workers: threads that fill batches. Decoding releases Python's lock, so threads use all cores and write in
             place; processes would have to copy their results.
@@ -78,7 +82,9 @@ def make_iterator(
     if relabel != "none":
         records = Relabelled(records, seed if relabel == "shuffled" else None)
     order: Any
-    if curriculum is not None:
+    if bucket_N is not None:
+        order = BucketOrder(bucket_N, seed, batch_size * shard_count)
+    elif curriculum is not None:
         order = curriculum
     elif positive_share is None:
         # Only indices go through Grain, which would measure the size of everything that a record holds.
@@ -86,11 +92,14 @@ def make_iterator(
     else:
         records = votes = Votes(records)
         order = VoteOrder(votes.liked_V, seed, positive_share)
-    builder = BatchBuilder(inputs, records, size_conditioning, caption_lines, caption_dropout, mask_floor)
+    builder = BatchBuilder(inputs, records, size_conditioning, caption_lines, caption_dropout, mask_floor, bucket_N)
 
     def samples(positions: range) -> list[Sample]:
         drawn = zip(positions, _draws(seed, positions).tolist(), strict=True)
-        return [Sample(at, order[at], drop_caption=drop, draws=ViewDraws(*of_view)) for at, (drop, *of_view) in drawn]
+        return [Sample(at, *look_up(order[at]), drop, ViewDraws(*of_view)) for at, (drop, *of_view) in drawn]
+
+    def look_up(found: Any) -> tuple[int, bool]:
+        return found if bucket_N is not None else (found, True)
 
     return BatchIterator(samples, len(order), builder, batch_size, shard_index, shard_count, num_workers)
 
@@ -103,21 +112,29 @@ def validation_batches(
     size_conditioning: SizeConditioning = "constant",
     caption_lines: bool = False,
     mask_floor: float | None = None,
+    bucket_N: np.ndarray | None = None,
+    most: int | None = None,
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> "BatchIterator":
-    """Return every record once, in order, with the centre crop; all processes end after the same number of batches.
+    """Return the first `most` records (by default all) once, with the centre crop.
 
-    The last batches are filled up with samples of weight 0. Arguments are as in `make_iterator`.
+    They come in order or, if they have several shapes, one shape after the other. The last batches, or the last of each
+    shape, are filled up with samples of weight 0, and all processes end after the same number of batches. The other
+    arguments are as in `make_iterator`. The position of a sample is that of its record, whatever the batches.
     """
     everyone = batch_size * shard_count
-    padded = -(-len(records) // everyone) * everyone
+    count = min(len(records), most or len(records))
+    places = [(at % len(records), at < count) for at in range(-(-count // everyone) * everyone)]
+    if bucket_N is not None:
+        places = in_buckets(bucket_N[:count], everyone)
 
     def samples(positions: range) -> list[Sample]:
-        return [Sample(at, at % len(records), counts=at < len(records)) for at in positions]
+        found = [(at, *places[at]) for at in positions]
+        return [Sample(number if counts else at, number, counts) for at, number, counts in found]
 
-    builder = BatchBuilder(inputs, records, size_conditioning, caption_lines, mask_floor=mask_floor)
-    return BatchIterator(samples, padded, builder, batch_size, shard_index, shard_count)
+    builder = BatchBuilder(inputs, records, size_conditioning, caption_lines, mask_floor=mask_floor, bucket_N=bucket_N)
+    return BatchIterator(samples, len(places), builder, batch_size, shard_index, shard_count)
 
 
 def _draws(seed: int, positions: range) -> np.ndarray:
@@ -220,7 +237,7 @@ class BatchIterator(Iterator[PreferenceBatch]):
     def _begin(self, planned: dict[str, np.ndarray], examples: list[Example]) -> None:
         """Have the threads fill a planned batch."""
         self._threads = self._threads or ThreadPoolExecutor(self._num_workers)
-        batch = PreferenceBatch(inputs=self._builder.allocate(self._pool, len(examples)), **planned)
+        batch = PreferenceBatch(inputs=self._builder.allocate(self._pool, examples), **planned)
         tasks = [
             self._threads.submit(self._builder.fill, batch, examples[first : first + EXAMPLES_PER_TASK])
             for first in range(0, len(examples), EXAMPLES_PER_TASK)

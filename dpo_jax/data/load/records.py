@@ -68,7 +68,7 @@ def open_records(
     pair_weights: PairWeights | None = None,
     masks: bool = False,
     **filters: Any,
-) -> TrainingRecords:
+) -> "PreparedRecords | RandomRecords":
     """Return the chosen records of one split of a prepared folder; `random:N` makes N random records, all chosen.
 
     Args:
@@ -179,6 +179,17 @@ class PreparedRecords:
             captions *= self.num_captions
         return record | {"captions": captions, "preference": preference, "weight": weight}
 
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return sizes_M2, (height, width) of all candidates of the records, and record_M, the records they are of.
+
+        Candidates that are not kept (see `num_candidates`) are among them.
+        """
+        image_M, record_M = self._prepared.candidate_images()
+        number_N = np.full(len(self._prepared), -1)
+        number_N[self._indices_N] = np.arange(len(self))
+        chosen_M = number_N[record_M] >= 0
+        return self._prepared.sizes_I2[image_M[chosen_M]], number_N[record_M[chosen_M]]
+
     def candidates(self) -> tuple[np.ndarray, np.ndarray]:
         records = self._prepared.records
         number_N, first_N, *_ = scores.candidates(records["images"])
@@ -216,10 +227,19 @@ class RandomRecords:
     def candidates(self) -> tuple[np.ndarray, np.ndarray]:
         return np.full(len(self), self.num_candidates), np.ones(len(self), np.float32)
 
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return sizes_M2 and record_M, as `PreparedRecords.sizes`."""
+        sizes_N2 = np.asarray([self._begin(number)[1] for number in range(len(self))])
+        return np.repeat(sizes_N2, self.num_candidates, axis=0), np.repeat(np.arange(len(self)), self.num_candidates)
+
+    def _begin(self, number: int) -> tuple[np.random.Generator, np.ndarray]:
+        """Return the generator of the noise of a record, and (height, width) of its images."""
+        rng = np.random.default_rng((self._seed, number))
+        return rng, rng.choice([48, 64, 80], 2)
+
     def read_images(self, record: dict[str, Any]) -> Sequence[images.ImageBytes]:
         positions, K = record["images"], self.num_candidates
-        rng = np.random.default_rng((self._seed, positions[0] // K))
-        height, width = rng.choice([48, 64, 80], 2)
+        rng, (height, width) = self._begin(positions[0] // K)
         made = [_noise_png(rng, height, width) for _ in range(K)]
         return [made[position % K] for position in positions]
 

@@ -17,7 +17,7 @@ from dpo_jax.errors import UserError
 def view_batches(
     prepared: PreparedData,
     views: Sequence[images.View],
-    resolution: int,
+    shape: images.Shape,
     num_workers: int,
     positions: np.ndarray,
     batch_size: int,
@@ -27,7 +27,7 @@ def view_batches(
     with ThreadPoolExecutor(num_workers) as threads:
         for start in range(0, len(positions), batch_size):
             some = positions[start : start + batch_size]
-            images_NVHWC = np.empty((len(some), len(views), resolution, resolution, 3), np.uint8)
+            images_NVHWC = np.empty((len(some), len(views), *shape, 3), np.uint8)
             rows = [
                 threads.submit(_read_views, prepared, int(position), views, images_VHWC)
                 for position, images_VHWC in zip(some, images_NVHWC, strict=True)

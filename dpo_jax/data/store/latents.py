@@ -6,12 +6,15 @@ PREPARED/encoded/NAME/
     captions.arrow             the distinct captions and the empty one, sorted
     captions-00000.safetensors their "context" and "pooled", in that order
 
+With buckets, images-832x1216-00000.safetensors and so on hold the images that are cropped to 832 x 1216 pixels (width x
+height), ascending by their number. An image of records with several shapes is stored in each of these.
+
 Images and captions are spread over files of equal length, except the last. Everything is bfloat16, except the XXH3 of
 each view's moments and of each caption's embeddings ("moments.xxh3" ..., int64), which is compared at every read.
 encoding.json holds the XXH3 of captions.arrow.
 
-Axes: I images, V views of each, S captions, h x w latent cells, C channels (the mean's, then the log variance's),
-L tokens, D context width, P pooled width.
+Axes: I images, V views of each, S captions, R rows of a table, M candidates of all records, h x w latent cells,
+C channels (the mean's, then the log variance's), L tokens, D context width, P pooled width.
 """
 
 import bisect
@@ -21,7 +24,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +36,8 @@ import xxhash
 from etils import epath
 
 from dpo_jax import files
-from dpo_jax.data.images import View
+from dpo_jax.data import buckets
+from dpo_jax.data.images import Shape, View
 from dpo_jax.data.store import checksums, table_checks
 from dpo_jax.data.store.arrow_file import map_table
 from dpo_jax.data.store.prepared import PreparedData, lines_of
@@ -68,6 +72,8 @@ class Settings(pydantic.BaseModel, extra="allow"):
     family: str
     resolution: Annotated[int, pydantic.Field(ge=1, le=2**16)]
     views: Annotated[list[_View], pydantic.Field(min_length=1, max_length=2**16)]
+    buckets: Annotated[str, pydantic.Field(pattern=buckets.PATTERN)] = ""
+    """The shapes that images are cropped to, such as "1216x832 832x1216"; empty for the square of `resolution`."""
 
 
 class FileLayout(pydantic.BaseModel):
@@ -81,7 +87,10 @@ class Index(pydantic.BaseModel):
     """The contents of `encoding.json`."""
 
     facts: Settings
-    images: FileLayout
+    images: FileLayout | None = None
+    """None with buckets."""
+    buckets: dict[str, FileLayout] = {}
+    """The images of each bucket, by its name in `facts`."""
     captions: FileLayout
     captions_checksum: checksums.Digest | None = None
     """Checksum of captions.arrow; None for latents of earlier versions."""
@@ -96,11 +105,13 @@ class StoredLatents:
     @property
     def facts(self) -> dict[str, Any]:
         """The models and settings that the latents were made with."""
-        return self._written.facts.model_dump()
+        return self._written.facts.model_dump(exclude_unset=True)  # older latents lack some
 
-    @property
-    def resolution(self) -> int:
-        return self._written.facts.resolution
+    @functools.cached_property
+    def shapes(self) -> list[Shape]:
+        """The shapes that images were cropped to: one square, or those of the buckets."""
+        facts = self._written.facts
+        return buckets.parse(facts.buckets) if facts.buckets else [(facts.resolution, facts.resolution)]
 
     @functools.cached_property
     def views(self) -> list[View]:
@@ -113,26 +124,31 @@ class StoredLatents:
 
     @property
     def files(self) -> "list[LatentsFile]":
-        return [*self._images, *self._texts]
+        return [file for table in (*self._images.values(), self._texts) for file in table.files]
 
     @property
-    def row_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the moments of one view, and of a caption's context and pooled embedding."""
-        return self._images[0].row_shapes | self._texts[0].row_shapes
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of a caption's context and pooled embedding."""
+        return self._texts.files[0].row_shapes
 
-    def read_moments(self, image: int, view: int, moments_hwC: np.ndarray) -> None:
-        """Read the moments of one view of an image from disk into `moments_hwC`."""
-        file, row = divmod(image, self._written.images.rows_a_file)
-        self._images[file].read("moments", row * len(self.views) + view, moments_hwC)
+    def moments_shape(self, shape: Shape | None = None) -> tuple[int, ...]:
+        """Return the shape of the moments of a view that was cropped to `shape`, by default to the first."""
+        return self._images[shape or self.shapes[0]].files[0].row_shapes["moments"]
+
+    def read_moments(self, image: int, view: int, moments_hwC: np.ndarray, shape: Shape | None = None) -> None:
+        """Read the moments of a view of an image, cropped to `shape`, from disk into `moments_hwC`."""
+        table = self._images[shape or self.shapes[0]]
+        file, row = divmod(table.row_of(image), table.layout.rows_a_file)
+        table.files[file].read("moments", row * len(self.views) + view, moments_hwC)
 
     def read_text(self, caption: str, context_LD: np.ndarray, pooled_P: np.ndarray) -> None:
         """Read the embeddings of a caption. Like `read_moments`, raise DamagedLatents if they are absent or damaged."""
         position = bisect.bisect_left(self._captions, caption)
         if position == len(self._captions) or self._captions[position] != caption:
             raise DamagedLatents(f"{self.folder / CAPTIONS} has no caption {caption!r}")
-        file, row = divmod(position, self._written.captions.rows_a_file)
-        self._texts[file].read("context", row, context_LD)
-        self._texts[file].read("pooled", row, pooled_P)
+        file, row = divmod(position, self._texts.layout.rows_a_file)
+        self._texts.files[file].read("context", row, context_LD)
+        self._texts.files[file].read("pooled", row, pooled_P)
 
     def check(self) -> None:
         """Raise ValueError if a file is missing, cut short or has other rows; takes some 0.1 ms per file."""
@@ -152,24 +168,19 @@ class StoredLatents:
             raise UserError(f"{CAPTIONS} has another checksum")
         if folder_of(self.folder.parents[1], self.facts) != self.folder:
             raise UserError(f"the facts in {INDEX} do not match the name of the folder")
-        images = pa.ipc.open_file(pa.memory_map(str(self.folder.parents[1] / "images.arrow")))
-        number = sum(images.get_batch(i).num_rows for i in range(images.num_record_batches))
-        sides = (
-            ("images", written.images, self._images, number),
-            ("captions", written.captions, self._texts, len(self._captions)),
-        )
-        for kind, table, opened, count in sides:
+        for table in (*self._images.values(), self._texts):
+            kind, opened, rows_a_file = table.kind, table.files, table.layout.rows_a_file
             rows = [file.rows for file in opened]
-            if rows[:-1] != [table.rows_a_file] * (len(rows) - 1) or not 0 < rows[-1] <= table.rows_a_file:
-                raise UserError(f"a file of {kind} does not have {table.rows_a_file} rows, as {INDEX} says")
-            if sum(rows) != count:
-                raise UserError(f"the files of {kind} have {sum(rows)} rows in all instead of {count}")
+            if rows[:-1] != [rows_a_file] * (len(rows) - 1) or not 0 < rows[-1] <= rows_a_file:
+                raise UserError(f"a file of {kind} does not have {rows_a_file} rows, as {INDEX} says")
+            if sum(rows) != table.count:
+                raise UserError(f"the files of {kind} have {sum(rows)} rows in all instead of {table.count}")
             if any(file.row_shapes != opened[0].row_shapes for file in opened):
                 raise UserError(f"the files of {kind} have rows of different shapes")
-        missing = {"moments", "context", "pooled"} - self.row_shapes.keys()
-        if missing:
-            raise UserError(f"no file has {' and '.join(sorted(missing))}")
-        if any(file.lead_shape[1:] != (len(self.views),) for file in self._images):
+            missing = ({"context", "pooled"} if table is self._texts else {"moments"}) - opened[0].row_shapes.keys()
+            if missing:
+                raise UserError(f"no file has {' and '.join(sorted(missing))}")
+        if any(file.lead_shape[1:] != (len(self.views),) for table in self._images.values() for file in table.files):
             raise UserError(f"a file of images does not have {len(self.views)} views, as {INDEX} says")
 
     @functools.cached_property
@@ -177,21 +188,57 @@ class StoredLatents:
         return files.read_json(self.folder / INDEX, Index, checksums.MAX_JSON)
 
     @functools.cached_property
-    def _images(self) -> list["LatentsFile"]:
-        return self._open("images")
+    def _images(self) -> dict[Shape, "_Table"]:
+        """The images by the shape that they were cropped to."""
+        written, data = self._written, self.folder.parents[1]
+        if not written.facts.buckets:
+            images = pa.ipc.open_file(pa.memory_map(str(data / "images.arrow")))
+            count = sum(images.get_batch(i).num_rows for i in range(images.num_record_batches))
+            return {self.shapes[0]: self._table("images", written.images, count)}
+        found = zip(self.shapes, images_of(PreparedData(data), self.shapes), strict=True)
+        return {
+            shape: self._table(images_kind(shape), written.buckets.get(buckets.shown(shape)), len(images_R), images_R)
+            for shape, images_R in found
+        }
 
     @functools.cached_property
-    def _texts(self) -> list["LatentsFile"]:
-        return self._open("captions")
+    def _texts(self) -> "_Table":
+        return self._table("captions", self._written.captions, len(self._captions))
 
-    def _open(self, kind: str) -> list["LatentsFile"]:
-        return [LatentsFile(self.folder / file_name(kind, i)) for i in range(getattr(self._written, kind).files)]
+    def _table(self, kind: str, layout: FileLayout | None, count: int, images_R: np.ndarray | None = None) -> "_Table":
+        if layout is None:
+            raise UserError(f"{self.folder / INDEX} does not say how many files of {kind} there are")
+        opened = [LatentsFile(self.folder / file_name(kind, i)) for i in range(layout.files)]
+        return _Table(kind, layout, opened, count, images_R)
 
     @functools.cached_property
     def _captions(self) -> "_Strings":
         table = map_table(self.folder / CAPTIONS, CAPTIONS_SCHEMA, "make it again")
         table_checks.validate(self.folder / CAPTIONS, table)
         return _Strings(table["caption"])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """The images, those of a bucket, or the captions, and the files that hold their rows."""
+
+    kind: str
+    """Beginning of the files' names."""
+    layout: FileLayout
+    files: "list[LatentsFile]"
+    count: int
+    """Rows that all files should have together."""
+    images_R: np.ndarray | None = None
+    """The image of each row, ascending; None if row and image have the same number."""
+
+    def row_of(self, image: int) -> int:
+        """Return the row of an image; raise DamagedLatents if there is none."""
+        if self.images_R is None:
+            return image
+        row = int(np.searchsorted(self.images_R, image))
+        if row == len(self.images_R) or self.images_R[row] != image:
+            raise DamagedLatents(f"image {image} is not among the stored {self.kind}")
+        return row
 
 
 class LatentsFile:
@@ -336,6 +383,26 @@ def choose_views(count: int, *, random_crop: bool, random_flip: bool) -> list[Vi
         view = View(top=float(top), left=float(left)) if random_crop else View()
         views.append(view._replace(flip=random_flip and number % 2 == 1))
     return views
+
+
+def images_kind(shape: Shape) -> str:
+    """Return the beginning of the names of the files with the images of a bucket."""
+    return f"images-{buckets.shown(shape)}"
+
+
+def images_of(prepared: PreparedData, shapes: Sequence[Shape]) -> list[np.ndarray]:
+    """Return, for each of the shapes, the images of all records that are cropped to it, ascending."""
+    image_M, record_M = prepared.candidate_images()
+    bucket_M = buckets.nearest(shapes, prepared.sizes_I2[image_M], record_M)[record_M]
+    return [np.unique(image_M[bucket_M == number]) for number in range(len(shapes))]
+
+
+def bucket_facts(prepared: PreparedData, shapes: Sequence[Shape]) -> dict[str, str]:
+    """Return the facts about buckets that stored latents depend on: the shapes, and a digest of the images of each."""
+    digest = hashlib.sha256()
+    for images_R in images_of(prepared, shapes):
+        digest.update(images_R.astype("<i8").tobytes() + b"|")
+    return {"buckets": " ".join(map(buckets.shown, shapes)), "bucket_images": digest.hexdigest()[:16]}
 
 
 def distinct_captions(prepared: PreparedData, *, caption_lines: bool = False) -> pa.Array:

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dpo_jax.data.store import checksums, scores, table_checks
 from dpo_jax.data.store.arrow_file import map_table
@@ -103,6 +104,11 @@ class PreparedData:
     def read_images(self, record: dict[str, Any]) -> list[memoryview]:
         """Return the image files of a record, bytes unchanged."""
         return [self.images[position] for position in record["images"]]
+
+    def candidate_images(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return image_M, the image of every candidate of all records, and record_M, its record."""
+        lists = self.records["images"]
+        return pc.list_flatten(lists).to_numpy(), scores.candidates(lists).record_M
 
     @property
     def has_masks(self) -> bool:
