@@ -58,7 +58,8 @@ def list_shapes(name: str, resolution: int, multiple: int) -> list[Shape]:
         shapes = {_scaled(shape, resolution, multiple) for shape in PUBLISHED[name]}
     else:
         step = max(multiple, min(STEP, resolution // STEPS_A_SIDE) // multiple * multiple)
-        shapes = set(_stepped(resolution, step))
+        square = resolution // multiple * multiple
+        shapes = {(square, square), *_stepped(resolution, step)}
     return sorted(shapes, key=lambda shape: (shape[0] / shape[1], shape))
 
 
@@ -75,7 +76,7 @@ def _stepped(resolution: int, step: int) -> list[Shape]:
     shapes = []
     for shorter in range(step, resolution + 1, step):
         longer = min(resolution**2 // shorter, MAX_RATIO * shorter) // step * step
-        if shorter * longer >= LEAST_AREA * resolution**2 or shorter + step > resolution:
+        if shorter * longer >= LEAST_AREA * resolution**2:
             shapes += [(shorter, longer), (longer, shorter)]
     return shapes
 

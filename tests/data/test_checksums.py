@@ -237,7 +237,7 @@ def test_a_damaged_image_is_named_when_it_would_be_encoded(data: Path) -> None:
     views = StoredLatents(folder_of(data, FACTS)).views
     message = r"image 7 of .*data cannot be encoded: the bytes of image 7 in .*parquet-00000-of-00002 have changed"
     with pytest.raises(ValueError, match=message):
-        list(view_batches(prepared, views, 16, 1, np.arange(24), 8))
+        list(view_batches(prepared, views, (16, 16), 1, np.arange(24), 8))
 
 
 def change_json(file: Path, change: Callable[[Any], object]) -> None:

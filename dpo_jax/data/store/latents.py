@@ -36,7 +36,7 @@ import xxhash
 from etils import epath
 
 from dpo_jax import files
-from dpo_jax.data import buckets
+from dpo_jax.data.buckets import PATTERN, nearest, parse, shown
 from dpo_jax.data.images import Shape, View
 from dpo_jax.data.store import checksums, table_checks
 from dpo_jax.data.store.arrow_file import map_table
@@ -72,7 +72,7 @@ class Settings(pydantic.BaseModel, extra="allow"):
     family: str
     resolution: Annotated[int, pydantic.Field(ge=1, le=2**16)]
     views: Annotated[list[_View], pydantic.Field(min_length=1, max_length=2**16)]
-    buckets: Annotated[str, pydantic.Field(pattern=buckets.PATTERN)] = ""
+    buckets: Annotated[str, pydantic.Field(pattern=PATTERN)] = ""
     """The shapes that images are cropped to, such as "1216x832 832x1216"; empty for the square of `resolution`."""
 
 
@@ -111,7 +111,7 @@ class StoredLatents:
     def shapes(self) -> list[Shape]:
         """The shapes that images were cropped to: one square, or those of the buckets."""
         facts = self._written.facts
-        return buckets.parse(facts.buckets) if facts.buckets else [(facts.resolution, facts.resolution)]
+        return parse(facts.buckets) if facts.buckets else [(facts.resolution, facts.resolution)]
 
     @functools.cached_property
     def views(self) -> list[View]:
@@ -197,7 +197,7 @@ class StoredLatents:
             return {self.shapes[0]: self._table("images", written.images, count)}
         found = zip(self.shapes, images_of(PreparedData(data), self.shapes), strict=True)
         return {
-            shape: self._table(images_kind(shape), written.buckets.get(buckets.shown(shape)), len(images_R), images_R)
+            shape: self._table(images_kind(shape), written.buckets.get(shown(shape)), len(images_R), images_R)
             for shape, images_R in found
         }
 
@@ -387,13 +387,13 @@ def choose_views(count: int, *, random_crop: bool, random_flip: bool) -> list[Vi
 
 def images_kind(shape: Shape) -> str:
     """Return the beginning of the names of the files with the images of a bucket."""
-    return f"images-{buckets.shown(shape)}"
+    return f"images-{shown(shape)}"
 
 
 def images_of(prepared: PreparedData, shapes: Sequence[Shape]) -> list[np.ndarray]:
     """Return, for each of the shapes, the images of all records that are cropped to it, ascending."""
     image_M, record_M = prepared.candidate_images()
-    bucket_M = buckets.nearest(shapes, prepared.sizes_I2[image_M], record_M)[record_M]
+    bucket_M = nearest(shapes, prepared.sizes_I2[image_M], record_M)[record_M]
     return [np.unique(image_M[bucket_M == number]) for number in range(len(shapes))]
 
 
@@ -402,7 +402,7 @@ def bucket_facts(prepared: PreparedData, shapes: Sequence[Shape]) -> dict[str, s
     digest = hashlib.sha256()
     for images_R in images_of(prepared, shapes):
         digest.update(images_R.astype("<i8").tobytes() + b"|")
-    return {"buckets": " ".join(map(buckets.shown, shapes)), "bucket_images": digest.hexdigest()[:16]}
+    return {"buckets": " ".join(map(shown, shapes)), "bucket_images": digest.hexdigest()[:16]}
 
 
 def distinct_captions(prepared: PreparedData, *, caption_lines: bool = False) -> pa.Array:
