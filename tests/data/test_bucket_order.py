@@ -152,13 +152,13 @@ def test_both_images_of_a_pair_are_in_the_bucket_that_crops_them_least(prepared:
         assert losses[bucket] == pytest.approx(min(losses))
 
 
-@pytest.mark.parametrize("case", range(6))
+@pytest.mark.parametrize("case", range(4))
 def test_every_pair_once_an_epoch_whatever_reads_and_wherever_it_stops(prepared: Path, case: int) -> None:
     """Stretches by 1, 2, 4 or 8 processes, all with 8 places in a batch of all."""
     rng = np.random.default_rng(case)
     _, of_buckets = opened(prepared)
     position, seen = 0, []
-    while len(seen) < 3 * BucketOrder(of_buckets["bucket_N"], case, 8).batches * 8:
+    while len(seen) < 2 * BucketOrder(of_buckets["bucket_N"], case, 8).batches * 8:
         processes, steps = int(rng.choice([1, 2, 4, 8])), int(rng.integers(1, 5))
         options = {"num_workers": int(rng.integers(1, 5)), "shard_count": processes, "seed": case, "position": position}
         shards = [
