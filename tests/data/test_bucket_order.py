@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from dpo_jax.data.buckets import nearest
 from dpo_jax.data.images import Shape, View, cover, decode
 from dpo_jax.data.load.bucket_order import BucketOrder, in_buckets
 from dpo_jax.data.load.inputs import RawInputs
+from dpo_jax.data.load.masks import cell_weights
 from dpo_jax.data.load.pipeline import make_iterator, validation_batches
 from dpo_jax.data.load.records import PreparedRecords, open_records
 
@@ -193,6 +195,21 @@ def test_a_batch_describes_its_records(prepared: Path) -> None:
             reds = batch.inputs.images_BKHWC[:, 0, 0, 0, 0]
             told = batches.describe(batch)
             assert all(f"prompt {red}'" in line for red, line in zip(reds, told, strict=True))
+
+
+@pytest.mark.parametrize("view", [View(), View(0.2, 0.9, flip=True)])
+def test_a_mask_is_cut_as_its_image(view: View) -> None:
+    """Each cell weighs what the mean of its pixels does, in the image as the model sees it."""
+    mask = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40), np.uint8)).convert("RGB")
+    file = encode(np.asarray(mask), "PNG")
+    weight_hw = cell_weights(file, view, (16, 24), 4, floor=0.25)
+    assert weight_hw is not None
+    crop_HWC, _ = cover(mask, (16, 24), view)
+    seen_HW = crop_HWC[:, ::-1, 0] if view.flip else crop_HWC[..., 0]
+    expected_hw = np.zeros((4, 6))
+    for h, w in itertools.product(range(4), range(6)):
+        expected_hw[h, w] = 0.25 + 0.75 * seen_HW[4 * h : 4 * h + 4, 4 * w : 4 * w + 4].mean() / 255
+    np.testing.assert_allclose(weight_hw, expected_hw / expected_hw.mean())
 
 
 @pytest.mark.parametrize("most", [None, 3, 100])

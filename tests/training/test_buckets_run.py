@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,12 +15,13 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from dpo_jax.data.images import View, cover, decode
+from dpo_jax.data.images import Shape, View, cover, decode
 from dpo_jax.data.load.records import open_records
 from dpo_jax.data.prepare import builder
 from dpo_jax.data.prepare.verify import verify
 from dpo_jax.data.sources import SOURCES
 from dpo_jax.errors import UserError
+from dpo_jax.training.buckets import largest_shape
 from dpo_jax.training.config import check, resolve
 from dpo_jax.training.data import make_inputs, open_training_batches, open_validation_batches
 from dpo_jax.training.encoding import encode_data
@@ -154,6 +156,16 @@ def test_stored_latents_of_buckets(tiny_config, shapes_data: Path, tmp_path: Pat
 def test_what_buckets_do_not_go_with(tiny_config, fields, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check(tiny_config("sd15", **{"data.buckets": "sdxl"} | fields))
+
+
+@pytest.mark.parametrize(
+    ("name", "patch", "largest"), [("", 1, (1024, 1024)), ("sdxl", 1, (1024, 1024)), ("flux", 2, (800, 1328))]
+)
+def test_plans_count_with_the_shape_of_most_pixels(tiny_config, name: str, patch: int, largest: Shape) -> None:
+    config = tiny_config("sd15", **{"data.buckets": name, "data.resolution": 1024})
+    denoiser = SimpleNamespace(config=SimpleNamespace(size_multiple=patch))
+    pipeline: Any = SimpleNamespace(vae_factor=8, denoiser=denoiser)
+    assert sorted(largest_shape(config, pipeline)) == sorted(largest)
 
 
 @pytest.mark.slow
