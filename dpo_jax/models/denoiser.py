@@ -26,6 +26,10 @@ class DenoiserConfig(Protocol):
     def trained_cells(self) -> int:
         """Height and width of the latents that the model was trained on."""
 
+    @property
+    def most_cells(self) -> int | None:
+        """The largest height and width of the latents that it has positions for; None for any."""
+
 
 DENOISER_PREFIX = "model.diffusion_model."
 """Prefix of the denoiser's names in a single file of the whole model in the original layout."""

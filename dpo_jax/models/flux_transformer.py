@@ -110,6 +110,10 @@ class FluxTransformerConfig:
         """Latent cells a side that the model was trained on."""
         return 128
 
+    @property
+    def most_cells(self) -> int | None:
+        return None
+
 
 # Fields that have no other value in FLUX.1-dev and -schnell. Models with more input than output channels also read an
 # image, for example FLUX.1-Fill.

@@ -102,6 +102,11 @@ class SD3TransformerConfig:
         """Latent cells per side that the model was trained on."""
         return self.sample_size
 
+    @property
+    def most_cells(self) -> int | None:
+        """The table of positions has so many rows and columns of patches."""
+        return self.pos_embed_max_size * self.patch_size
+
 
 class SD3Transformer2DModel(nnx.Module):
     """Predicts the velocity (noise minus clean latents) from noisy latents, their timestep and the caption."""

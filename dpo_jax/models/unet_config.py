@@ -61,6 +61,10 @@ class UNetConfig:
     def trained_cells(self) -> int:
         return self.sample_size or 64
 
+    @property
+    def most_cells(self) -> int | None:
+        return None
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], where: str) -> "UNetConfig":
         """Read a config.json. Raises a UserError that names `where` and the field that is not supported."""

@@ -115,6 +115,11 @@ class ZImageTransformerConfig:
         return 128
 
     @property
+    def most_cells(self) -> int | None:
+        """Rows and columns of patches have positions of their own."""
+        return min(self.axes_lens[1:]) * PATCH
+
+    @property
     def time_features(self) -> int:
         """Features of the time embedding."""
         return min(self.dim, TIME_FEATURES)

@@ -12,16 +12,23 @@ from ml_collections import ConfigDict
 from dpo_jax.data import buckets
 from dpo_jax.data.images import Shape
 from dpo_jax.data.load.bucket_order import BucketOrder
+from dpo_jax.errors import UserError
 from dpo_jax.models.pipeline import Pipeline
 
 
 def all_shapes(config: ConfigDict, pipeline: Pipeline) -> list[Shape]:
     """Return all shapes that the config and the model allow; the square alone if the config has no buckets."""
-    data = config.data
+    data, factor, denoiser = config.data, pipeline.vae_factor, pipeline.denoiser.config
     if not data.buckets:
         return [(data.resolution, data.resolution)]
-    multiple = pipeline.vae_factor * pipeline.denoiser.config.size_multiple
-    return buckets.list_shapes(data.buckets, data.resolution, multiple)
+    shapes = buckets.list_shapes(data.buckets, data.resolution, factor * denoiser.size_multiple)
+    most = factor * (denoiser.most_cells or max(map(max, shapes)))
+    if not (allowed := [shape for shape in shapes if max(shape) <= most]):
+        raise UserError(
+            f"config.data.resolution={data.resolution} is too large: this model has positions for {most} pixels "
+            "a side; set data.resolution lower"
+        )
+    return allowed
 
 
 def largest_shape(config: ConfigDict, pipeline: Pipeline) -> Shape:

@@ -21,7 +21,7 @@ from dpo_jax.data.prepare import builder
 from dpo_jax.data.prepare.verify import verify
 from dpo_jax.data.sources import SOURCES
 from dpo_jax.errors import UserError
-from dpo_jax.training.buckets import largest_shape
+from dpo_jax.training.buckets import all_shapes, largest_shape
 from dpo_jax.training.config import check, resolve
 from dpo_jax.training.data import make_inputs, open_training_batches, open_validation_batches
 from dpo_jax.training.encoding import encode_data
@@ -159,13 +159,25 @@ def test_what_buckets_do_not_go_with(tiny_config, fields, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "patch", "largest"), [("", 1, (1024, 1024)), ("sdxl", 1, (1024, 1024)), ("flux", 2, (800, 1328))]
+    ("name", "most_cells", "largest"),
+    [
+        ("", None, (1024, 1024)),
+        ("sdxl", None, (1024, 1024)),
+        ("flux", 192, (800, 1328)),
+        ("flux", 160, (1024, 1024)),
+        ("data", None, (1024, 1024)),
+    ],
 )
-def test_plans_count_with_the_shape_of_most_pixels(tiny_config, name: str, patch: int, largest: Shape) -> None:
+def test_plans_count_with_the_shape_of_most_pixels(tiny_config, name: str, most_cells, largest: Shape) -> None:
     config = tiny_config("sd15", **{"data.buckets": name, "data.resolution": 1024})
-    denoiser = SimpleNamespace(config=SimpleNamespace(size_multiple=patch))
+    denoiser = SimpleNamespace(config=SimpleNamespace(size_multiple=2, most_cells=most_cells))
     pipeline: Any = SimpleNamespace(vae_factor=8, denoiser=denoiser)
     assert sorted(largest_shape(config, pipeline)) == sorted(largest)
+    if name and most_cells:
+        assert max(map(max, all_shapes(config, pipeline))) <= 8 * most_cells
+        denoiser.config.most_cells = 64
+        with pytest.raises(UserError, match=r"resolution=1024 is too large: this model has positions for 512 pixels"):
+            all_shapes(config, pipeline)
 
 
 @pytest.mark.slow
@@ -190,11 +202,10 @@ def test_a_model_trains_on_all_shapes_and_is_exported(tiny_config, shapes_data: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sdxl", "sd35", "flux", "zimage"])
-def test_every_family_takes_its_shapes(tiny_config, shapes_data: Path, tmp_path: Path, family: str) -> None:
-    """Each family's own multiples: 64 pixels leave more than a square for all of them."""
-    name = "flux" if family in ("flux", "sd35") else "sdxl"
-    fields = {"data.path": str(shapes_data), "data.buckets": name, "data.resolution": 64, "steps": 3}
+@pytest.mark.parametrize("family", ["sd35", "flux", "zimage"])
+def test_transformers_take_flux_shapes(tiny_config, shapes_data: Path, tmp_path: Path, family: str) -> None:
+    """The tiny SD3 has positions for 48 pixels a side."""
+    fields = {"data.path": str(shapes_data), "data.buckets": "flux", "data.resolution": 32, "steps": 3}
     train(tiny_config(family, **fields), tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert np.isfinite([line["train/loss"] for line in lines if "train/loss" in line]).all()
