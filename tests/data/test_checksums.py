@@ -263,7 +263,13 @@ def change_json(file: Path, change: Callable[[Any], object]) -> None:
         (lambda x: x["facts"].update(views=[]), r"facts.views: list should have at least 1 item"),
         (lambda x: x["facts"].update(resolution=-1), r"facts.resolution: input should be greater"),
         (lambda x: x.update(captions_checksum="0" * 32), "captions.arrow has another checksum"),
-        (lambda x: x.clear(), "facts: field required; images: field required; captions: field required"),
+        (lambda x: x.clear(), "facts: field required; captions: field required"),
+        (lambda x: x.pop("images"), "does not say how many files of images there are"),
+        (lambda x: x["facts"].update(buckets="16x"), "facts.buckets: string should match pattern"),
+        (
+            lambda x: x["facts"].update(buckets="24x16"),
+            "the facts in encoding.json do not match the name of the folder",
+        ),
     ],
 )
 def test_what_encodings_say_of_themselves(data: Path, change: Callable[[Any], object], message: str) -> None:
