@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.errors import UserError
 from dpo_jax.weights.layout import ParamSpec, Specs
+from dpo_jax.weights.quantised import Held
 
 AXES = ("data", "fsdp", "tensor")
 DATA_AXES = ("data", "fsdp")
@@ -151,13 +152,23 @@ class Placement:
         """
         return self._named(self._axes(name, spec))
 
-    def gathered(self, name: str, spec: ParamSpec, x: jax.Array) -> jax.Array:
+    def of_parts(self, name: str, spec: ParamSpec, parts: Any) -> Any:
+        """Return the shardings of arrays that hold a parameter together, such as its numbers and their scales.
+
+        They have its axes, some of them shorter. An axis that the devices do not divide is copied.
+        """
+        return jax.tree.map(lambda part: self._named(self._axes_of_part(name, spec, part.shape)), parts)
+
+    def gathered(self, name: str, spec: ParamSpec, x: Held) -> Held:
         """Return, inside jit, a parameter as layers use it: whole along fsdp. Its gradient is scattered again.
 
         Without this the partitioner splits activations as the weights are split, not as the batch is, and then moves
         them: SDXL on 64 devices would need ten times their memory.
         """
-        axes = self._axes(name, spec)
+        return jax.tree.map(functools.partial(self._gathered, name, spec), x)
+
+    def _gathered(self, name: str, spec: ParamSpec, x: jax.Array) -> jax.Array:
+        axes = self._axes_of_part(name, spec, x.shape)
         own, whole = self._named(axes), self._named([None if axis == "fsdp" else axis for axis in axes])
         if own == whole:
             return x
@@ -227,6 +238,12 @@ class Placement:
         if "fsdp" not in axes and math.prod(spec.shape) >= SMALL and spec.is_trainable:
             self._split(axes, "fsdp", spec)
         return axes
+
+    def _axes_of_part(self, name: str, spec: ParamSpec, shape: Sequence[int]) -> list[Any]:
+        return [
+            axis if axis and size % self.mesh.shape[axis] == 0 else None
+            for axis, size in zip(self._axes(name, spec), shape, strict=True)
+        ]
 
     def _split(self, axes: list[Any], name: str, spec: ParamSpec) -> None:
         """Split one more axis by the mesh axis `name`, if it divides one."""

@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from qwix import QArray
 
 from dpo_jax.errors import UserError
-from dpo_jax.models.operations import group_norm, layer_norm, rms_norm
+from dpo_jax.models.operations import as_kept, group_norm, layer_norm, rms_norm
+from dpo_jax.weights.quantised import dequantise
 
 Initializer = Callable[..., jax.Array]
 
@@ -80,6 +82,43 @@ def _summed_wide_backward(
 
 
 _summed_wide.defvjp(_summed_wide_forward, _summed_wide_backward)
+
+
+def product_with(
+    kernel: nnx.Param, rounded: DTypeLike, dtype: DTypeLike, product: Callable[..., jax.Array], x: jax.Array
+) -> jax.Array:
+    """Return `product(x, kernel)` in `dtype`, as `summed_in`, with a kernel that is first rounded or multiplied out."""
+    held = kernel.get_value()
+    if isinstance(held, QArray):
+        return _product_with_quantised(rounded, dtype, product, x, held)
+    return summed_in(dtype, product, x, held.astype(rounded))
+
+
+def _product_with_quantised(
+    rounded: DTypeLike, dtype: DTypeLike, product: Callable[..., jax.Array], x: jax.Array, kernel: QArray
+) -> jax.Array:
+    """Return the product with a frozen kernel, which forward and backward pass each multiply out and do not keep.
+
+    The barriers tie that to the product's other factor. Otherwise the compiler would multiply out once for policy,
+    reference and backward pass, or before a loop, and keep the result, which is the whole model.
+    """
+    given = jax.ShapeDtypeStruct(x.shape, rounded)
+
+    @jax.custom_vjp
+    def multiply(x: jax.Array, kernel: QArray) -> jax.Array:
+        x, kernel = as_kept((x, kernel))
+        return product(x, dequantise(kernel, rounded), preferred_element_type=dtype)
+
+    def forward(x: jax.Array, kernel: QArray) -> tuple[jax.Array, QArray]:
+        return multiply(x, kernel), kernel
+
+    def backward(kernel: QArray, dy: jax.Array) -> tuple[jax.Array, None]:
+        dy, kernel = as_kept((dy.astype(rounded), kernel))
+        (dx,) = jax.linear_transpose(lambda x: product(x, dequantise(kernel, rounded)), given)(dy)
+        return dx, None
+
+    multiply.defvjp(forward, backward)
+    return multiply(x.astype(rounded), kernel)
 
 
 class Adaptable(nnx.Module):
@@ -152,8 +191,7 @@ class Linear(Adaptable):
         self.dtype, self.rounded = dtype, rounded or dtype
 
     def own_output(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...].astype(self.rounded)
-        y = summed_in(self.sum_dtype, jnp.matmul, x.astype(self.dtype), kernel)
+        y = product_with(self.kernel, self.rounded, self.sum_dtype, jnp.matmul, x.astype(self.dtype))
         return y if self.bias is None else y + self.bias[...].astype(self.rounded).astype(self.sum_dtype)
 
     def make_low_rank(self, rank: int, rngs: nnx.Rngs) -> tuple[Adaptable, Adaptable]:
@@ -193,8 +231,7 @@ class Conv(Adaptable):
             padding=self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        kernel = self.kernel[...].astype(self.dtype)
-        y_NHWC = summed_in(self.sum_dtype, convolve, x_NHWC.astype(self.dtype), kernel)
+        y_NHWC = product_with(self.kernel, self.dtype, self.sum_dtype, convolve, x_NHWC.astype(self.dtype))
         if self.bias is None:
             return y_NHWC
         return y_NHWC + self.bias[...].astype(self.dtype).astype(self.sum_dtype)

@@ -6,7 +6,7 @@ The source is a diffusers folder (PyTorch or legacy Flax), the hub id of one, or
 
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ from dpo_jax.sharding import Placement
 from dpo_jax.weights.hub import find_model
 from dpo_jax.weights.io import Sharding, fingerprint, load_params, read_params, tensor_names
 from dpo_jax.weights.layout import Params, Specs
+from dpo_jax.weights.quantised import Held, rounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +107,10 @@ class Pipeline:
         policy's float32 masters must compute exactly what a reference stored in bfloat16 computes. `dropout_keys_N`
         turns the LoRA's dropout on.
         """
-        rounded = {name: value.astype(self.dtype) for name, value in denoiser_params.items()}
+        weights = {name: rounded(value, self.dtype) for name, value in denoiser_params.items()}
         has_lora = len(denoiser_params) > len(self.denoiser.specs)
         network = self.adapted_denoiser if has_lora and self.adapted_denoiser is not None else self.denoiser
-        denoiser = network.bind(rounded)
+        denoiser = network.bind(weights)
         if dropout_keys_N is not None:
             set_dropout_keys(denoiser, dropout_keys_N)
         return denoiser(x_NHWC, t_N, conditioning)
@@ -124,7 +125,7 @@ class Pipeline:
             specs = self.components[component].specs
         else:
             specs = (self.adapted_denoiser or self.denoiser).specs
-            params = {name: x.astype(self.dtype) for name, x in params.items()}
+            params = {name: rounded(x, self.dtype) for name, x in params.items()}
         return {name: placement.gathered(name, specs[name], x) for name, x in params.items()}
 
     def with_lora(self, adapters: Adapters, dropout: float = 0.0) -> "Pipeline":
@@ -265,12 +266,13 @@ class Pipeline:
         sharding: Sharding | None = None,
         path: epath.Path | None = None,
         only: Collection[str] | None = None,
+        store: Callable[[str, jax.Array], Held] | None = None,
     ) -> Params:
         """Return the parameters of one component, all or `only` some, from `path` if given; see `load_params`."""
         specs, prefix = self.components[component].specs, self.original_prefixes[component]
         path = path or self.weights[component]
         options: dict[str, Any] = {"variant": self.variant, "allow_nonfinite": self.allow_nonfinite, "only": only}
-        return load_params(path, specs, dtype=dtype, sharding=sharding, prefix=prefix, **options)
+        return load_params(path, specs, dtype=dtype, sharding=sharding, prefix=prefix, store=store, **options)
 
     def has_denoiser_like(self, path: epath.Path) -> bool:
         """Return whether the denoiser at `path`, its folder or a single file, has the same weights' shapes."""

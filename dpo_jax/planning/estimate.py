@@ -25,7 +25,7 @@ from dpo_jax.models.kernels import choose
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.products import sums_by_kind
-from dpo_jax.planning.program import Program, peak_bytes
+from dpo_jax.planning.program import Program, peak_bytes, stored_bytes
 from dpo_jax.planning.topology import GIB, Topology
 from dpo_jax.sharding import AXES, Placement, mesh_shape, rules_of
 from dpo_jax.training.config import resolve
@@ -304,8 +304,9 @@ def holdings_of(
     changing = {name: x for name, x in state.params.items() if experiment.rate_factors[name]}
     moving = state.reference.params if state.reference else {}
 
-    def gathered(params: Any) -> float:
-        return sum(math.prod(x.shape) for x in jax.tree.leaves(params)) * pipeline.dtype.itemsize * (shape[1] > 1)
+    def gathered(frozen: Any, trained: Any = None) -> float:
+        rounded = sum(math.prod(x.shape) for x in jax.tree.leaves(trained)) * pipeline.dtype.itemsize
+        return (whole_bytes(frozen) + rounded) * (shape[1] > 1)
 
     return Holdings(
         mesh=dict(zip(AXES, shape, strict=True)),
@@ -319,8 +320,8 @@ def holdings_of(
         batch=batch_bytes,
         trained_elsewhere=missing_bytes(state.params),
         frozen_elsewhere=missing_bytes(frozen) + missing_bytes(moving) / 4 * pipeline.dtype.itemsize,
-        gathered=gathered((frozen.base, state.params)),
-        reference_gathered=gathered(frozen.reference or moving),
+        gathered=gathered(frozen.base, state.params),
+        reference_gathered=gathered(frozen.reference, moving),
         scan=config.scan,
         compute_bytes=pipeline.dtype.itemsize,
         parameters=sum(_size(network.specs) for network in pipeline.components.values()),
@@ -428,12 +429,17 @@ def predict_collectives(holdings: Holdings, accumulation: int, topology: Topolog
 
 def held_bytes(tree: Any) -> float:
     """Return the bytes that one device holds of a pytree of sharded shapes."""
-    return sum(math.prod(_local(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return sum(stored_bytes(jax.ShapeDtypeStruct(_local(x), x.dtype)) for x in jax.tree.leaves(tree))
 
 
 def missing_bytes(tree: Any) -> float:
     """Return the bytes of a pytree of sharded shapes that only other devices hold."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)) - held_bytes(tree)
+    return whole_bytes(tree) - held_bytes(tree)
+
+
+def whole_bytes(tree: Any) -> float:
+    """Return the bytes of a pytree of shapes on all devices together, without copies."""
+    return sum(map(stored_bytes, jax.tree.leaves(tree)))
 
 
 def abstract_mesh(shape: tuple[int, ...]) -> Mesh:

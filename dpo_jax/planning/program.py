@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 from jax.extend import core
 
 from dpo_jax.planning.products import Product, Window, convolution_flops, kind_of
@@ -31,6 +32,13 @@ ELEMENTWISE = {
 LAYOUT = {"reshape", "squeeze", "expand_dims", "transpose", "name", "optimization_barrier", "sharding_constraint"}
 """Elementwise operations that only change how an array is read."""
 PRODUCTS = {"dot_general", "conv_general_dilated"}
+
+
+def stored_bytes(aval: Any) -> int:
+    """Return the bytes of an array of this shape and dtype; of 4-bit integers, a byte holds two."""
+    is_key = jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended)
+    bits = 8 * aval.dtype.itemsize if is_key else jax.dtypes.itemsize_bits(aval.dtype)
+    return math.ceil(math.prod(aval.shape) * bits / 8)
 
 
 class Operation(NamedTuple):
@@ -58,7 +66,7 @@ class Program:
     def bytes(self, variable: int) -> int:
         """Return the bytes of a variable."""
         aval = self.avals[variable]
-        return math.prod(aval.shape) * aval.dtype.itemsize
+        return stored_bytes(aval)
 
     def flops(self, *, without: str | None = None) -> float:
         """Return the floating point operations of products and convolutions, 2 per multiplication and addition.

@@ -235,6 +235,11 @@ def check_settings(config: ConfigDict) -> None:
             f"config.scan=True runs equal blocks as one, but config.lora.dropout={config.lora.dropout} needs draws for "
             "each of them; set scan=False or lora.dropout=0"
         )
+    if config.memory.frozen and not (config.lora.rank or config.lora.init):
+        raise UserError(
+            f"config.memory.frozen={config.memory.frozen} stores in fewer bits what a LoRA is added to, but this run "
+            "trains the whole denoiser; set lora.rank, for example to 16, or leave memory.frozen empty"
+        )
     if config.attention == "cudnn" and config.dtype != "bfloat16":
         raise UserError(f'config.attention="cudnn" takes bfloat16, not config.dtype={config.dtype}; change one of them')
     if config.lora.init_reference and not config.lora.init:

@@ -36,6 +36,7 @@ from dpo_jax.methods.stability import PAIR_FIELDS
 from dpo_jax.training.loggers import LOGGERS
 from dpo_jax.training.optim import OPTIMIZERS
 from dpo_jax.training.watch import FIGURES, JUDGE
+from dpo_jax.weights.quantised import QTYPES
 
 DTYPE: dict[str, Any] = {"choices": ("float32", "bfloat16")}
 DEVICES: dict[str, Any] = {"at_least": -1, "wrong": are_devices}
@@ -52,6 +53,7 @@ GROUPS = {
     "data": "Data",
     "optimizer": "Optimizer",
     "mesh": "Division of the model and of the batch over devices",
+    "memory": "Memory: what is stored how, and where",
     "checkpoint": "Checkpoints",
     "monitor": "Warnings",
     "early_stop": "Early stopping",
@@ -302,6 +304,11 @@ FIELDS = {
     "mesh.tensor": Field(1, "Devices that share the work inside each layer of one copy.", **DEVICES),
     "mesh.rules": Field(
         (), "Sharding of parameters: ((regular expression, (mesh axis or None per dimension)), ...).", wrong=are_rules
+    ),
+    "memory.frozen": Field(
+        "",
+        "What a LoRA is added to in fewer bits: int8, float8 or nf4 (4 bits, as QLoRA); empty keeps it in dtype.",
+        choices=("", *QTYPES),
     ),
     "checkpoint.every": Field(200, "Steps between two checkpoints.", **COUNT),
     "checkpoint.keep": Field(3, "Number of newest checkpoints that stay; 0 keeps all.", **NOT_NEGATIVE),

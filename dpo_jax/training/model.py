@@ -1,6 +1,7 @@
 """Opens the models that a config names: their structure, their LoRA, and the frozen weights."""
 
 from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
+from qwix import QArray
 
 from dpo_jax.batch import EncodedText
 from dpo_jax.data.tokenizers import Tokenizers, load_tokenizers
@@ -28,6 +30,7 @@ from dpo_jax.weights.hub import find_lora
 from dpo_jax.weights.io import fingerprint
 from dpo_jax.weights.layout import Params, Specs
 from dpo_jax.weights.lora_files import lora_files_of, read_lora
+from dpo_jax.weights.quantised import QTYPES, Held, is_quantised, quantised_shape, quantiser
 
 
 def make_placement(config: ConfigDict) -> Placement:
@@ -98,19 +101,40 @@ def initial_adapter(config: ConfigDict, pipeline: Pipeline) -> Params:
 
 
 def load_denoiser(
-    pipeline: Pipeline, placement: Placement, path: epath.Path | None = None, only: Collection[str] | None = None
+    pipeline: Pipeline,
+    placement: Placement,
+    path: epath.Path | None = None,
+    only: Collection[str] | None = None,
+    like: Mapping[str, Any] = MappingProxyType({}),
 ) -> Params:
-    """Return the model's denoiser, or the one at `path`, in the compute dtype, as all frozen weights are."""
-    return pipeline.load(pipeline.denoiser_name, dtype=pipeline.dtype, sharding=placement, path=path, only=only)
+    """Return the model's denoiser, or the one at `path`, in the compute dtype; what `like` has quantised is quantised.
+
+    Each tensor is quantised on the devices before the next one is read.
+    """
+
+    def store(name: str, value: jax.Array) -> Held:
+        shapes = like.get(name)
+        if not isinstance(shapes, QArray):
+            return value
+        kind = next(kind for kind, qtype in QTYPES.items() if qtype == shapes.qtype)
+        return jax.block_until_ready(quantiser(kind, jax.tree.map(lambda x: x.sharding, shapes))(value))
+
+    return pipeline.load(
+        pipeline.denoiser_name, dtype=pipeline.dtype, sharding=placement, path=path, only=only, store=store
+    )
 
 
 def abstract_frozen(config: ConfigDict, pipeline: Pipeline, placement: Placement, *, needs_reference: bool) -> Frozen:
     """Return the shapes and shardings of all weights that a training step reads and does not change.
 
-    With a LoRA, `base` is the denoiser that it starts from; the reference is that denoiser, too, and `reference` holds
-    only the weights that differ from it. Otherwise `base` holds only fixed tables.
+    With a LoRA, `base` is the denoiser that it starts from, in fewer bits where `memory.frozen` says so; the reference
+    is that denoiser, too, and `reference` holds only the weights that differ from it. Otherwise `base` holds only fixed
+    tables.
     """
     dtypes = {"vae": jnp.dtype(config.vae_dtype)}
+    base = abstract_params(pipeline.untrained_specs, pipeline.dtype, placement)
+    if config.memory.frozen:
+        base |= abstract_quantised(pipeline.untrained_specs, config.memory.frozen, placement)
     reference: Specs = {}
     names = [name for name in pipeline.components if name != pipeline.denoiser_name]
     negative_text = None
@@ -127,9 +151,12 @@ def abstract_frozen(config: ConfigDict, pipeline: Pipeline, placement: Placement
             **(pipeline.trained_specs if pipeline.adapted_denoiser is None else {}),
             **(pipeline.trained_specs if config.lora.init_reference else {}),
         }
+    held_reference = abstract_params(reference, pipeline.dtype, placement)
+    if config.memory.frozen and reference and config.reference:
+        held_reference |= abstract_quantised(pipeline.denoiser.specs, config.memory.frozen, placement)
     return Frozen(
-        base=abstract_params(pipeline.untrained_specs, pipeline.dtype, placement),
-        reference=abstract_params(reference, pipeline.dtype, placement),
+        base=base,
+        reference=held_reference,
         encoders={
             name: abstract_params(pipeline.components[name].specs, dtypes.get(name, pipeline.dtype), placement)
             for name in names
@@ -148,12 +175,13 @@ def load_frozen(
 ) -> Frozen:
     """Return the weights whose shapes `abstract` gives; see `abstract_frozen`."""
     encoders = load_encoders(config, pipeline, placement, list(abstract.encoders))
-    base = load_denoiser(pipeline, placement, only=abstract.base) if abstract.base else {}
+    base = load_denoiser(pipeline, placement, only=abstract.base, like=abstract.base) if abstract.base else {}
     reference: Params = {}
     if not abstract.reference:
         return Frozen(base, reference, encoders)
     if config.reference:
-        reference = load_denoiser(pipeline, placement, find_component(config.reference, pipeline.denoiser_name))
+        path = find_component(config.reference, pipeline.denoiser_name)
+        reference = load_denoiser(pipeline, placement, path, like=abstract.reference)
     elif adapter is None:
         reference = load_denoiser(pipeline, placement, only=abstract.reference)
     if config.lora.init_reference:
@@ -212,6 +240,19 @@ def abstract_params(specs: Specs, dtype: DTypeLike, placement: Placement) -> Any
     return {
         name: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=placement(name, spec)) for name, spec in specs.items()
     }
+
+
+def abstract_quantised(specs: Specs, kind: str, placement: Placement) -> Any:
+    """Return the shapes and shardings of those weights that are quantised."""
+    quantised = {}
+    for name, spec in specs.items():
+        if is_quantised(name, spec):
+            shapes = quantised_shape(spec.shape, kind)
+            places = placement.of_parts(name, spec, shapes)
+            quantised[name] = jax.tree.map(
+                lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+            )
+    return quantised
 
 
 def model_fingerprints(config: ConfigDict, pipeline: Pipeline) -> dict[str, str]:

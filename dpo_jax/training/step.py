@@ -60,7 +60,7 @@ def group_of(name: str) -> str:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """The weights that are never trained, in the compute dtype."""
+    """The weights that are never trained, in the compute dtype; with a LoRA, `base` may be quantised."""
 
     base: Params = dataclasses.field(default_factory=dict)
     """What is not trained of the denoiser: all of it with a LoRA, otherwise at most fixed tables."""

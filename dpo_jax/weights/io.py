@@ -38,6 +38,7 @@ from dpo_jax.weights.layout import (
 )
 from dpo_jax.weights.mapped_file import fetch
 from dpo_jax.weights.original_slots import Slot
+from dpo_jax.weights.quantised import Held
 from dpo_jax.weights.scaled import multiplied
 
 Sharding = Callable[[str, ParamSpec], jax.sharding.Sharding]
@@ -103,10 +104,12 @@ def load_params(
     variant: str = "",
     allow_nonfinite: bool = False,
     only: Collection[str] | None = None,
+    store: Callable[[str, jax.Array], Held] | None = None,
 ) -> Params:
     """Read the parameters that `specs` names from `path`, cast them to `dtype` and place them tensor by tensor.
 
-    `only` are the names of those that are wanted; by default all.
+    `only` are the names of those that are wanted; by default all. `store` (name, array -> what is held of it) may
+    quantise each tensor before the next one is read.
 
     With `sharding` (name, spec -> placement), each process reads from disk only the slices that its devices hold;
     without it, everything goes to the default device. `path`, `prefix`, `variant` and errors are as in `read_params`.
@@ -121,11 +124,11 @@ def load_params(
             nonfinite[name] = None
         return array
 
-    params = {
-        name: _place(array, functools.partial(cast, name), sharding and sharding(name, specs[name]))
-        for name, array in stored.items()
-        if only is None or name in only
-    }
+    params: Params = {}
+    for name, array in stored.items():
+        if only is None or name in only:
+            placed = _place(array, functools.partial(cast, name), sharding and sharding(name, specs[name]))
+            params[name] = store(name, placed) if store else placed
     if nonfinite:
         files = weight_files(epath.Path(path), variant) if epath.Path(path).is_dir() else [path]
         refuse_nonfinite(map(torch_name, nonfinite), files[0] if len(files) == 1 else path, np.dtype(dtype).name)
