@@ -6,11 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from qwix import QArray
 
 from dpo_jax.batch import PreferenceBatch
 from dpo_jax.training.experiment import Experiment
 from dpo_jax.training.moving_reference import first_reference
 from dpo_jax.training.step import Frozen, TrainState
+from dpo_jax.weights.quantised import Held, quantise
 
 
 def random_state(experiment: Experiment) -> tuple[TrainState, Frozen]:
@@ -42,14 +44,15 @@ def random_weights(shapes: Any, seed: int) -> Any:
     def make(key: jax.Array) -> Any:
         numbers = jax.random.normal(key, (max(sizes) + len(sizes),), jnp.float32)
 
-        def weight(i: int, name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        def weight(i: int, name: str, shape: Any) -> Held:
             deviation = math.prod(shape.shape[:-1]) ** -0.5 if len(shape.shape) > 1 else 0.1
             part = numbers[i : i + sizes[i]].reshape(shape.shape) * deviation
-            return (part + name.endswith("scale")).astype(shape.dtype)
+            weight = (part + name.endswith("scale")).astype(shape.dtype)
+            return quantise(weight, shape.qtype) if isinstance(shape, QArray) else weight
 
         return {name: weight(i, name, shape) for i, (name, shape) in enumerate(shapes.items())}
 
-    return jax.jit(make, out_shardings={name: shape.sharding for name, shape in shapes.items()})(jax.random.key(seed))
+    return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))(jax.random.key(seed))
 
 
 def random_batch(experiment: Experiment, seed: int) -> PreferenceBatch:

@@ -116,8 +116,7 @@ def load_denoiser(
         shapes = like.get(name)
         if not isinstance(shapes, QArray):
             return value
-        kind = next(kind for kind, qtype in QTYPES.items() if qtype == shapes.qtype)
-        return jax.block_until_ready(quantiser(kind, jax.tree.map(lambda x: x.sharding, shapes))(value))
+        return jax.block_until_ready(quantiser(jax.tree.map(lambda x: x.sharding, shapes))(value))
 
     return pipeline.load(
         pipeline.denoiser_name, dtype=pipeline.dtype, sharding=placement, path=path, only=only, store=store
@@ -243,11 +242,11 @@ def abstract_params(specs: Specs, dtype: DTypeLike, placement: Placement) -> Any
 
 
 def abstract_quantised(specs: Specs, kind: str, placement: Placement) -> Any:
-    """Return the shapes and shardings of those weights that are quantised."""
+    """Return the shapes and shardings of those weights that `memory.frozen=kind` quantises."""
     quantised = {}
     for name, spec in specs.items():
         if is_quantised(name, spec):
-            shapes = quantised_shape(spec.shape, kind)
+            shapes = quantised_shape(spec.shape, QTYPES[kind])
             places = placement.of_parts(name, spec, shapes)
             quantised[name] = jax.tree.map(
                 lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places

@@ -46,14 +46,14 @@ def is_quantised(name: str, spec: ParamSpec) -> bool:
     return bool(name.endswith(".kernel") and math.prod(spec.shape) >= SMALL and BLOCKS.match(name))
 
 
-def quantise(kernel: jax.Array, kind: str) -> QArray:
-    """Return a kernel of shape [..., in, out] in a type of `QTYPES`.
+def quantise(kernel: jax.Array, qtype: Any) -> QArray:
+    """Return a kernel of shape [..., in, out] in one of the `QTYPES`.
 
     int8 and float8 have a scale for each output, and nf4 one for each block of `BLOCK` inputs of an output.
     """
     *_, inputs, output = range(kernel.ndim)
-    if kind != "nf4":
-        return qwix.quantize(kernel.astype(jnp.float32), QTYPES[kind], channelwise_axes=(output,))
+    if qtype != "nf4":
+        return qwix.quantize(kernel.astype(jnp.float32), qtype, channelwise_axes=(output,))
     return qwix.quantize(
         kernel.astype(jnp.float32),
         "nf4",
@@ -63,15 +63,15 @@ def quantise(kernel: jax.Array, kind: str) -> QArray:
 
 
 @functools.lru_cache(maxsize=1024)
-def quantiser(kind: str, places: QArray) -> Callable[[jax.Array], QArray]:
-    """Return `quantise`, compiled; `places` are the shardings of its result."""
-    return jax.jit(functools.partial(quantise, kind=kind), out_shardings=places)
+def quantiser(places: QArray) -> Callable[[jax.Array], QArray]:
+    """Return `quantise`, compiled, with a result of these shardings."""
+    return jax.jit(functools.partial(quantise, qtype=places.qtype), out_shardings=places)
 
 
 @functools.lru_cache(maxsize=1024)
-def quantised_shape(shape: tuple[int, ...], kind: str) -> QArray:
+def quantised_shape(shape: tuple[int, ...], qtype: Any) -> QArray:
     """Return the shapes and dtypes of a quantised kernel."""
-    return jax.eval_shape(functools.partial(quantise, kind=kind), jax.ShapeDtypeStruct(shape, jnp.float32))
+    return jax.eval_shape(functools.partial(quantise, qtype=qtype), jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 def dequantise(held: QArray, dtype: DTypeLike) -> jax.Array:
