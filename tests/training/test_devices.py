@@ -19,12 +19,13 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json, sys
 from dpo_jax import cluster, sharding
+from dpo_jax.weights import quantised
 from dpo_jax.cli import load_config
 workdir, fields = sys.argv[1], json.loads(sys.argv[2])
 cluster.join()
 from dpo_jax.training import trainer
 from dpo_jax.training.defaults import with_fields
-sharding.SMALL = 1024  # or nothing of this model would be split
+sharding.SMALL = quantised.SMALL = 1024  # or nothing of this model would be split or quantised
 config = load_config(f"configs/{fields.pop('config', 'sd15')}.py:tiny")
 config.steps, config.data.batch_size, config.optimizer.epsilon = 10, 16, 1e-2
 config.validation.every = config.sample.every = 0
@@ -43,6 +44,7 @@ MESHES = {
     "eight": {"mesh.data": 8, "mesh.fsdp": 1},
     "two_by_four": {"mesh.data": 2, "mesh.fsdp": 4},
 }
+QUANTISED = ({**LORA, "memory.frozen": "nf4"}, {"config": "flux", **LORA, "memory.frozen": "int8"})
 FLOWS = ({"config": "sd35"}, {"config": "flux", **LORA}, {"config": "zimage", **LORA})
 
 
@@ -112,6 +114,9 @@ def assert_same(workdir: Path, losses: list[list[float]], expected) -> None:
             for fields in FLOWS
             for mesh in ("eight", "two_by_four")
         ),
+        pytest.param("fsdp", QUANTISED[0], 1, marks=pytest.mark.slow),
+        pytest.param("tensor", QUANTISED[0], 1, marks=pytest.mark.slow),
+        pytest.param("two_by_four", QUANTISED[1], 1, marks=pytest.mark.slow),
     ],
     ids=lambda value: {
         json.dumps(LORA): "lora",
@@ -119,6 +124,7 @@ def assert_same(workdir: Path, losses: list[list[float]], expected) -> None:
         json.dumps(KTO): "kto",
         "{}": "full",
         **{json.dumps(fields): fields["config"] for fields in FLOWS},
+        **{json.dumps(fields): fields["memory.frozen"] for fields in QUANTISED},
     }.get(json.dumps(value), str(value)),
 )
 def test_eight_devices_agree_with_one(on_one_device, tmp_path: Path, mesh: str, fields: dict, processes: int) -> None:
