@@ -79,21 +79,11 @@ def dequantise(held: QArray, dtype: DTypeLike) -> jax.Array:
     if held.qtype != "nf4":
         return qwix.dequantize(held).astype(dtype)
     *outer, blocks, outputs = held.scale.shape
-    values = _look_up(held.qvalue.astype(jnp.uint8), NF4).reshape(*outer, blocks, -1, outputs)
+    table = [jax.lax.full(held.shape, value, jnp.float32) for value in NF4]
+    values = jax.lax.select_n(held.qvalue.astype(jnp.int32), *table).reshape(*outer, blocks, -1, outputs)
     return (values * held.scale[..., None, :]).reshape(held.shape).astype(dtype)
 
 
 def rounded(held: Held, dtype: DTypeLike) -> Held:
     """Return a weight in `dtype`; what is quantised stays as it is, and is rounded where it is multiplied out."""
     return held if isinstance(held, QArray) else held.astype(dtype)
-
-
-def _look_up(index: jax.Array, table: tuple[float, ...]) -> jax.Array:
-    """Return the entries of a table of 2^n numbers, in float32, by n selections of halves."""
-    values: list[Any] = [jnp.float32(value) for value in table]
-    bit = 1
-    while len(values) > 1:
-        is_odd = (index & bit) != 0
-        values = [jnp.where(is_odd, odd, even) for even, odd in zip(values[::2], values[1::2], strict=True)]
-        bit *= 2
-    return values[0]
