@@ -21,6 +21,7 @@ from dpo_jax.models.unet_config import UNetConfig
 from dpo_jax.models.z_image_transformer import ZImageTransformer2DModel, ZImageTransformerConfig
 from dpo_jax.sharding import AXES, SMALL, TENSOR_RULES, Placement, make_mesh
 from dpo_jax.weights.layout import ParamSpec
+from dpo_jax.weights.quantised import QTYPES, quantised_shape
 
 LINEAR, CONV, EMBEDDING = (1, 0), (3, 2, 0, 1), (0, 1)
 
@@ -127,6 +128,20 @@ def test_statistics_lie_where_their_parameter_lies():
     assert placement.state(conv, factors)["row"]["conv.kernel"].spec == PartitionSpec(None, None, None, "fsdp")
     vector = {"row": {"big.kernel": jax.ShapeDtypeStruct((512, 1), jnp.float32)}}
     assert placement.state(specs, vector)["row"]["big.kernel"].spec == PartitionSpec()
+
+
+def test_the_scales_of_a_quantised_parameter_lie_where_its_numbers_lie():
+    to_out = "mid_block.attn1.to_out.0.kernel"
+
+    def axes(kind, shape, sizes):
+        placement, held = Placement(AbstractMesh(sizes, AXES)), quantised_shape(shape, QTYPES[kind])
+        return [place.spec for place in jax.tree.leaves(placement.of_parts(to_out, ParamSpec(shape, LINEAR), held))]
+
+    assert axes("nf4", (640, 320), (1, 4, 1)) == [PartitionSpec(None, "fsdp")] * 2
+    assert axes("int8", (640, 320), (1, 4, 1)) == [PartitionSpec(None, "fsdp")] * 2
+    assert axes("int8", (640, 320), (1, 1, 4)) == [PartitionSpec("tensor"), PartitionSpec()]
+    assert axes("nf4", (1024, 320), (1, 1, 4)) == [PartitionSpec("tensor")] * 2
+    assert axes("nf4", (640, 320), (1, 1, 4)) == [PartitionSpec("tensor"), PartitionSpec()]  # of 10 blocks
 
 
 def test_copies_of_the_model_share_the_optimizer_state():

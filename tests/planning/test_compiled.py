@@ -1,6 +1,7 @@
 """The real step is compiled for devices that this machine does not have."""
 
 import importlib.util
+import math
 
 import pytest
 
@@ -36,6 +37,22 @@ def test_an_update_of_online_learning_is_compiled_too(topology: str) -> None:
     assert sum(s.flops for s in compiled.products.values()) == pytest.approx(
         sum(s.flops for s in compiled.traced_products.values()), rel=0.03
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("jax_cuda12_plugin"), reason="needs jax_cuda12_plugin")
+@pytest.mark.parametrize(("kind", "bits"), [("int8", 8), ("nf4", 4.5)])
+def test_quantised_weights_are_multiplied_out_one_by_one(kind: str, bits: float) -> None:
+    """The LoRA of SD1.5 with two micro-batches: the whole UNet in bfloat16 would be 1.6 GiB of the temporary values."""
+    config = load_config("configs/sd15.py:lora")
+    config.memory.frozen, config.remat = kind, "block"
+    config.data.batch_size, config.data.micro_batch, config.data.resolution = 2, 1, 256
+    config.data.encoded_views, config.data.random_flip = 1, False
+    pipeline = open_structure(config)
+    numbers = sum(math.prod(spec.shape) for spec in pipeline.denoiser.specs.values())
+    compiled = compile_step(config, pipeline, parse_topology("h200:1"))
+    assert bits / 8 * numbers < compiled.argument_bytes < 1.1 * bits / 8 * numbers
+    assert compiled.temporary_bytes < 0.6 * 2 * numbers
 
 
 @pytest.mark.slow

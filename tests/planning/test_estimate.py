@@ -18,6 +18,7 @@ from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.report import as_text
 from dpo_jax.planning.search import choose_settings, settle
 from dpo_jax.planning.topology import parse_topology
+from dpo_jax.weights.quantised import QTYPES, is_quantised, quantised_shape
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,6 +65,26 @@ def test_memory_is_that_of_real_arrays(tmp_path: Path, monkeypatch: pytest.Monke
     assert {kind: planned[kind] for kind in real} == real
     assert planned["gradients"] == real["trained weights, float32"]
     assert planned["weights gathered"] == 4 * sum(math.prod(spec.shape) for spec in pipeline.denoiser.specs.values())
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("int8", 8), ("nf4", 4)])
+def test_quantised_weights_are_counted_as_they_are_stored(
+    kind: str, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpo_jax.weights.quantised.SMALL", 1024)
+    config = load_config(str(ROOT / "configs/sd15.py:lora,tiny"))
+    config.mesh.data, config.mesh.fsdp = 1, 8
+    pipeline = open_structure(config)
+    shapes = [spec.shape for name, spec in pipeline.denoiser.specs.items() if is_quantised(name, spec)]
+    numbers = sum(map(math.prod, shapes))
+    scales = sum(quantised_shape(shape, QTYPES[kind]).scale.size for shape in shapes)
+    plain = measure_holdings(config, pipeline, 8)
+    config.memory.frozen = kind
+    quantised = measure_holdings(config, pipeline, 8)
+    saved = (4 - bits / 8) * numbers - 4 * scales  # tiny models are in float32, and too small to be split
+    assert saved > 2 * numbers
+    assert plain.gathered - quantised.gathered == saved
+    assert plain.frozen_denoiser - quantised.frozen_denoiser == saved
 
 
 GIB = 2**30
