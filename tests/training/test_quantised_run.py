@@ -36,7 +36,7 @@ ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.kernel"
 def _small_weights_too() -> Iterator[None]:
     """Quantise the weights of tiny models."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpo_jax.weights.quantised.SMALL", 2048)
+        patch.setattr("dpo_jax.weights.quantised.SMALL", 1024)
         yield
 
 
