@@ -62,6 +62,12 @@ def test_the_tiny_world_by_every_method(online, tmp_path, method):
     check_run(online(f"tiny_online:{method}tiny"), tmp_path)
 
 
+@pytest.mark.slow
+def test_images_are_drawn_and_learned_from_with_quantised_weights(online, tmp_path, monkeypatch):
+    monkeypatch.setattr("dpo_jax.weights.quantised.SMALL", 1024)
+    check_run(online("nft:sd15,tiny", **{"memory.frozen": "int8"}), tmp_path)
+
+
 def check_run(config, workdir):
     learn(config, workdir)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
