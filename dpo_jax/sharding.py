@@ -186,9 +186,10 @@ class Placement:
     def state(self, specs: Specs, state: Any, *, over_data: bool = False) -> Any:
         """Return shardings for a pytree of shapes in which the statistics of a parameter are keyed by its name.
 
-        An array with the axes of its parameter (parameter, moment, factored moment with reduced axes of size 1) is
-        split as the parameter is; others (step counters) are copied. With `over_data` the arrays are also split over
-        the copies of the model, each of which keeps and updates its part (ZeRO, arXiv 1910.02054, stage 1).
+        An array with the axes of its parameter (parameter, moment, factored moment with reduced axes of size 1, scales
+        of blocks) is split as the parameter is, where its own axes divide; others (step counters) are copied. With
+        `over_data` the arrays are also split over the copies of the model, each of which keeps and updates its part
+        (ZeRO, arXiv 1910.02054, stage 1).
         """
 
         def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -197,7 +198,8 @@ class Placement:
                 return replicated(self.mesh)
             spec = specs[names[-1]]
             axes = [
-                axis if size > 1 else None for axis, size in zip(self._axes(names[-1], spec), leaf.shape, strict=True)
+                axis if size > 1 and axis and size % self.mesh.shape[axis] == 0 else None
+                for axis, size in zip(self._axes(names[-1], spec), leaf.shape, strict=True)
             ]
             if over_data and math.prod(leaf.shape) >= SMALL:
                 self._split(axes, "data", ParamSpec(leaf.shape, spec.torch_axes))

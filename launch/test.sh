@@ -5,5 +5,5 @@ ruff check .
 ruff format --check .
 mypy
 lint-imports
-[ $# -gt 0 ] || set -- -n 2 --dist loadfile
+[ $# -gt 0 ] || set -- -n 2 --dist loadfile --no-loadscope-reorder
 exec python -m pytest "$@"

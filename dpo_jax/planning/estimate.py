@@ -96,6 +96,8 @@ class Holdings:
     blocks from one array, so frozen weights that are not gathered are copied; trained ones are rounded into it."""
     compute_bytes: int
     """Bytes per number in the compute dtype."""
+    master_bytes: int
+    """Bytes per number of the trained weights."""
     parameters: int
     trained_parameters: int
     drawn_images: int = 0
@@ -104,6 +106,15 @@ class Holdings:
     """VAE and text encoders, which are loaded to draw a grid even if training does without them."""
     old: float = 0.0
     """The policy that draws the images of a round, if it is kept beside the trained one."""
+
+    @property
+    def rounded(self) -> float:
+        """The trained weights in the compute dtype, where they are stored in another one."""
+        return self.in_compute_dtype(self.trained) if self.master_bytes != self.compute_bytes else 0.0
+
+    def in_compute_dtype(self, trained: float) -> float:
+        """Return the bytes that bytes of trained weights have in the compute dtype."""
+        return trained / self.master_bytes * self.compute_bytes
 
     @property
     def state_bytes(self) -> tuple[float, ...]:
@@ -324,6 +335,7 @@ def holdings_of(
         reference_gathered=gathered(frozen.reference, moving),
         scan=config.scan,
         compute_bytes=pipeline.dtype.itemsize,
+        master_bytes=jnp.dtype(config.memory.masters).itemsize,
         parameters=sum(_size(network.specs) for network in pipeline.components.values()),
         trained_parameters=_size(pipeline.trained_specs),
         drawn_images=min(-(-images_of_grid(config) // (shape[0] * shape[1])), IMAGES_AT_A_TIME),
@@ -378,13 +390,13 @@ def memory_by_kind(
     """Return the bytes that a device needs for `pairs` at a time, by kind."""
     h = holdings
     return {
-        "trained weights, float32": h.trained,
+        f"trained weights, {'float32' if h.master_bytes == 4 else 'bfloat16'}": h.trained,
         "optimizer state": h.optimizer,
         "moving average": h.ema,
         "moving reference": h.moving_reference,
         "policy that draws": h.old * (1 + h.compute_bytes / 4),
         "gradients": h.gradients,  # their sum, to which those of a micro-batch are added as they come
-        "trained weights, rounded": (h.trained + h.moving_reference) / 4 * h.compute_bytes,
+        "trained weights, rounded": h.rounded + h.moving_reference / 4 * h.compute_bytes,
         "weights gathered": h.gathered + (h.reference_gathered if h.scan and accumulation > 1 else 0),
         "frozen weights, joined for the loop": h.frozen_denoiser if h.scan and h.mesh["fsdp"] == 1 else 0,
         "reference and frozen denoiser": h.frozen_denoiser,
@@ -402,7 +414,7 @@ def drawing_by_kind(holdings: Holdings, work: Work) -> dict[str, float]:
         return {}
     return {
         "training state": sum(h.state_bytes),
-        "trained weights, rounded": h.trained / 4 * h.compute_bytes,
+        "trained weights, rounded": h.rounded,
         "weights gathered": h.gathered,
         "VAE and text encoders": max(h.encoders, h.drawing_encoders),
         f"decoding {h.drawn_images} image{'s' * (h.drawn_images > 1)} at a time": work.decoding_bytes * h.drawn_images,
@@ -412,7 +424,7 @@ def drawing_by_kind(holdings: Holdings, work: Work) -> dict[str, float]:
 def predict_collectives(holdings: Holdings, accumulation: int, topology: Topology) -> list[Collective]:
     """Return what jit's partitioner sends on a mesh of `data` and `fsdp`."""
     h = holdings
-    rounded = h.trained_elsewhere / 4 * h.compute_bytes
+    rounded = h.in_compute_dtype(h.trained_elsewhere)
     copies = 1 - 1 / h.mesh["data"]
     rows = [
         ("weights gathered", "fsdp", rounded + h.frozen_elsewhere, 1 if h.scan else accumulation, not h.scan),

@@ -91,7 +91,7 @@ def plan_rounds(config: ConfigDict, topology: Topology, utilisation: float | Non
     kernel = ATTENTION if choose(config.attention, config.dtype, platform) != "xla" else None
     sampling = {
         "training state": sum(holdings.state_bytes),
-        "trained weights, rounded": holdings.trained / 4 * holdings.compute_bytes,
+        "trained weights, rounded": holdings.rounded,
         "weights gathered": holdings.gathered,
         "VAE and text encoders": holdings.encoders,
         f"drawing {prompts * config.online.candidates} images": peak_bytes(

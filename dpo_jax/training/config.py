@@ -21,7 +21,7 @@ from dpo_jax.rewards import find_judge
 from dpo_jax.training.defaults import FALLING, fields_of, method_of
 from dpo_jax.training.defaults import choose_method as choose_method  # config files take these from here
 from dpo_jax.training.defaults import default_config as default_config
-from dpo_jax.training.optim import beta2_of
+from dpo_jax.training.optim import WITH_MOMENTS, beta2_of
 from dpo_jax.training.pair_scores import score_judge
 from dpo_jax.training.watch import JUDGE
 
@@ -219,6 +219,11 @@ def check_settings(config: ConfigDict) -> None:
         except UserError as error:
             raise UserError(f"config.sample.judge={config.sample.judge}: {error}") from error
     optimizer = config.optimizer
+    if optimizer.moments != "float32" and optimizer.name not in WITH_MOMENTS:
+        raise UserError(
+            f"config.optimizer.moments={optimizer.moments} is for {', '.join(WITH_MOMENTS)}, not for "
+            f"config.optimizer.name={optimizer.name}; set moments=float32"
+        )
     rate = peak_learning_rate(config) * max([1.0, *(factor for _, factor in optimizer.rates)])
     if rate * optimizer.weight_decay >= 1:
         raise UserError(

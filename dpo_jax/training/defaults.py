@@ -34,6 +34,7 @@ from dpo_jax.methods.plackett_luce import LIST_FIELDS
 from dpo_jax.methods.rollouts import ROLLOUT_FIELDS, SAMPLERS
 from dpo_jax.methods.stability import PAIR_FIELDS
 from dpo_jax.training.loggers import LOGGERS
+from dpo_jax.training.moments import MOMENTS
 from dpo_jax.training.optim import OPTIMIZERS
 from dpo_jax.training.watch import FIGURES, JUDGE
 from dpo_jax.weights.quantised import QTYPES
@@ -52,6 +53,7 @@ GROUPS = {
     "loss": "Method",
     "data": "Data",
     "optimizer": "Optimizer",
+    "memory": "Memory: what is stored how, and where",
     "mesh": "Division of the model and of the batch over devices",
     "memory": "Memory: what is stored how, and where",
     "checkpoint": "Checkpoints",
@@ -88,7 +90,9 @@ FIELDS = {
     "seed": Field(
         0, "Seed of shuffling, augmentation, timesteps, noise and posterior samples.", at_least=0, at_most=2**32 - 1
     ),
-    "dtype": Field("bfloat16", "Dtype of computing and of frozen models; trained weights are always float32.", **DTYPE),
+    "dtype": Field(
+        "bfloat16", "Dtype of computing and of frozen models; see memory.masters for trained weights.", **DTYPE
+    ),
     "vae_dtype": Field("bfloat16", "Dtype of the VAE; float32 for VAEs that lose detail in bfloat16.", **DTYPE),
     "remat": Field(
         "none",
@@ -285,6 +289,11 @@ FIELDS = {
         below=1,
         wrong=lambda v: None if v == -1 or v >= 0 else "must be -1, or at least 0 and below 1",
     ),
+    "optimizer.moments": Field(
+        "float32",
+        "Dtype of the moments between steps (AdamW, Lion, Muon): int8 has a scale for each 256 numbers or fewer.",
+        choices=MOMENTS,
+    ),
     "optimizer.epsilon": Field(
         1e-8, "Term added to the denominator (AdamW, Prodigy, and Muon except for matrices).", **POSITIVE
     ),
@@ -298,6 +307,11 @@ FIELDS = {
     ),
     "optimizer.max_skips": Field(
         3, "Steps in a row that may be skipped as spikes or not finite; one more ends the run.", **NOT_NEGATIVE
+    ),
+    "memory.masters": Field(
+        "float32",
+        "Dtype of the trained weights between steps; bfloat16 rounds updates and sums of gradients stochastically.",
+        **DTYPE,
     ),
     "mesh.data": Field(-1, "Copies of the model; -1 takes the devices that are left.", **DEVICES),
     "mesh.fsdp": Field(1, "Devices that one copy of the model is split over.", **DEVICES),

@@ -74,6 +74,7 @@ class Experiment:
             self.pipeline.adapted_denoiser is not None
             and self.mesh.size == 1
             and self.config.optimizer.name in ELEMENTWISE
+            and self.config.optimizer.moments == self.config.memory.masters == "float32"  # rounding goes by parameter
             and all(factor == 1 for factor in self.rate_factors.values())
             and not self.config.moving_reference.every
         )
@@ -92,6 +93,7 @@ class Experiment:
             frozen_names=frozen_names(self.rate_factors),
             reference_every=self.config.moving_reference.every,
             reference_decay=self.config.moving_reference.decay,
+            seed=self.config.seed,
             **self._old_policy(),
         )
         if joining:
@@ -110,15 +112,16 @@ class Experiment:
     def abstract_state(self) -> Any:
         """Return the shapes and shardings of the training state."""
         specs = self.pipeline.trained_specs
-        params = abstract_params(specs, jnp.float32, self.placement)
+        params = abstract_params(specs, jnp.dtype(self.config.memory.masters), self.placement)
+        averages = abstract_params(specs, jnp.float32, self.placement)  # moved by less than the last bit of bfloat16
         state = TrainState(
             step=jax.ShapeDtypeStruct((), jnp.int32),
             params=params,
             opt_state=jax.eval_shape(self.optimizer.init, params),
-            ema=params if self.config.ema.decay else {},
+            ema=averages if self.config.ema.decay else {},
             running=jax.eval_shape(self._no_means),
-            reference=jax.eval_shape(first_reference, params) if self.config.moving_reference.every else None,
-            old=params if self.method.old_decay else None,
+            reference=jax.eval_shape(first_reference, averages) if self.config.moving_reference.every else None,
+            old=averages if self.method.old_decay else None,
         )
         shardings = TrainState(
             step=replicated(self.mesh),
@@ -166,29 +169,34 @@ class Experiment:
         )
 
     def initial_state(self) -> TrainState:
-        """Return the state before the first step: the float32 denoiser or initial LoRA, and a new optimizer state."""
+        """Return the state before the first step: the denoiser or initial LoRA, and a new optimizer state."""
         place = jax.tree.map(lambda x: x.sharding, self.abstract_state())
+        dtype = jnp.dtype(self.config.memory.masters)
         if self.adapter is not None:
-            params = jax.device_put(self.adapter, place.params)
+            params = jax.device_put({name: x.astype(dtype) for name, x in self.adapter.items()}, place.params)
         else:
             params = self.pipeline.load(
-                self.pipeline.denoiser_name, dtype=jnp.float32, sharding=self.placement, only=place.params
+                self.pipeline.denoiser_name, dtype=dtype, sharding=self.placement, only=place.params
             )
         return TrainState(
             step=jax.device_put(jnp.zeros((), jnp.int32), replicated(self.mesh)),
             params=params,
             opt_state=jax.jit(self.optimizer.init, out_shardings=place.opt_state)(params),
-            ema=jax.device_put(jax.tree.map(jnp.copy, params), place.ema) if self.config.ema.decay else {},
+            ema=jax.device_put(_float32_copy(params), place.ema) if self.config.ema.decay else {},
             running=jax.device_put(self._no_means(), place.running),
-            reference=jax.device_put(first_reference(params), place.reference)
+            reference=jax.device_put(first_reference(_float32_copy(params)), place.reference)
             if self.config.moving_reference.every
             else None,
-            old=jax.device_put(jax.tree.map(jnp.copy, params), place.old) if self.method.old_decay else None,
+            old=jax.device_put(_float32_copy(params), place.old) if self.method.old_decay else None,
         )
 
     def _no_means(self) -> dict[str, tuple[jax.Array, jax.Array]]:
         names = [*self.objective.running, *([GRADIENT_NORM] if self.config.optimizer.skip_spikes else [])]
         return {name: (jnp.zeros(()), jnp.zeros(())) for name in names}
+
+
+def _float32_copy(params: Params) -> Params:
+    return jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)  # a copy also where it is float32
 
 
 MakeCompare = Callable[[ConfigDict, Pipeline, Placement, Objective], Compare]
@@ -245,6 +253,8 @@ def compose(
         epsilon=o.epsilon,
         weight_decay=o.weight_decay,
         clip_norm=o.clip_norm,
+        moments=o.moments,
+        seed=config.seed,
     )
     return Experiment(
         config=config,

@@ -11,16 +11,31 @@ import jax.numpy as jnp
 
 from dpo_jax.batch import LossInputs, PreferenceBatch
 from dpo_jax.methods.metrics import Metrics
+from dpo_jax.training.rounding import store, widened
 from dpo_jax.training.side_gradients import squares_of_slopes
 from dpo_jax.weights.layout import Params
 
 
-def sum_over(gradient: Callable[[Any], tuple[Params, Metrics]], micro: Any, like: Params) -> tuple[Params, Metrics]:
-    """Return the sum over micro-batches, [A, ...], of their metrics and of their gradients, in the dtypes of `like`."""
+def sum_over(
+    gradient: Callable[[Any], tuple[Params, Metrics]], micro: Any, like: Params, key: jax.Array
+) -> tuple[Params, Metrics]:
+    """Return the sum over micro-batches, [A, ...], of their metrics and of their gradients, in the dtypes of `like`.
+
+    Sums in bfloat16 are rounded stochastically by `key`: a sum of many loses none of them on average.
+    """
     _, no_sums = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], micro))
     zeros = jax.tree.map(jnp.zeros_like, (like, no_sums))  # zeros_like keeps the sharding of the parameters
-    add = jax.tree_util.Partial(jax.tree.map, lambda total, one: total + one.astype(total.dtype))
-    total, _ = jax.lax.scan(lambda total, one: (add(total, gradient(one)), None), zeros, micro)
+
+    def add(total: tuple[Params, Metrics], part: tuple[jax.Array, Any]) -> tuple[tuple[Params, Metrics], None]:
+        number, batch = part
+        (grads, sums), (grad, metrics) = total, gradient(batch)
+        added = jax.tree.map(jnp.add, widened(grads), widened(grad))
+        return (
+            store(added, grads, jax.random.fold_in(key, number)),
+            jax.tree.map(lambda total, one: total + one.astype(total.dtype), sums, metrics),
+        ), None
+
+    total, _ = jax.lax.scan(add, zeros, (jnp.arange(1, len(jax.tree.leaves(micro)[0]) + 1), micro))
     return total
 
 
@@ -30,6 +45,7 @@ def gradient_of_whole_batch(
     params: Params,
     micro: PreferenceBatch,
     like: Params,
+    key: jax.Array,
 ) -> tuple[Params, Metrics]:
     """Return gradient and metrics of a loss in which a prompt's share depends on prompts of other micro-batches.
 
@@ -63,7 +79,7 @@ def gradient_of_whole_batch(
 
         return jax.grad(along_slopes, has_aux=True)(params)
 
-    grads, squares = sum_over(gradient, (micro, split_micro_batches(slope_BK, count)), like)
+    grads, squares = sum_over(gradient, (micro, split_micro_batches(slope_BK, count)), like, key)
     return grads, sums | squares
 
 

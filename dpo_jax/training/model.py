@@ -106,10 +106,11 @@ def load_denoiser(
     path: epath.Path | None = None,
     only: Collection[str] | None = None,
     like: Mapping[str, Any] = MappingProxyType({}),
+    dtype: DTypeLike | None = None,
 ) -> Params:
-    """Return the model's denoiser, or the one at `path`, in the compute dtype; what `like` has quantised is quantised.
+    """Return the model's denoiser, or the one at `path`, by default in the compute dtype, as frozen weights are.
 
-    Each tensor is quantised on the devices before the next one is read.
+    What `like` has quantised is quantised: each tensor is quantised on the devices before the next one is read.
     """
 
     def store(name: str, value: jax.Array) -> Held:
@@ -119,7 +120,12 @@ def load_denoiser(
         return jax.block_until_ready(quantiser(jax.tree.map(lambda x: x.sharding, shapes))(value))
 
     return pipeline.load(
-        pipeline.denoiser_name, dtype=pipeline.dtype, sharding=placement, path=path, only=only, store=store
+        pipeline.denoiser_name,
+        dtype=dtype or pipeline.dtype,
+        sharding=placement,
+        path=path,
+        only=only,
+        store=store,
     )
 
 
@@ -150,7 +156,7 @@ def abstract_frozen(config: ConfigDict, pipeline: Pipeline, placement: Placement
             **(pipeline.trained_specs if pipeline.adapted_denoiser is None else {}),
             **(pipeline.trained_specs if config.lora.init_reference else {}),
         }
-    held_reference = abstract_params(reference, pipeline.dtype, placement)
+    held_reference = abstract_params(reference, reference_dtype(config, pipeline), placement)
     if config.memory.frozen and reference and config.reference:
         held_reference |= abstract_quantised(pipeline.denoiser.specs, config.memory.frozen, placement)
     return Frozen(
@@ -162,6 +168,15 @@ def abstract_frozen(config: ConfigDict, pipeline: Pipeline, placement: Placement
         },
         negative_text=negative_text,
     )
+
+
+def reference_dtype(config: ConfigDict, pipeline: Pipeline) -> jnp.dtype:
+    """Return what the reference is stored in: the compute dtype, or that of the policy's weights if it is rounder.
+
+    Both must round the model's weights alike, or the first loss would not be log 2.
+    """
+    stored = jnp.dtype(config.memory.masters)
+    return stored if stored == jnp.bfloat16 else pipeline.dtype
 
 
 def reads_encoded_prompts(config: ConfigDict) -> bool:
@@ -178,15 +193,16 @@ def load_frozen(
     reference: Params = {}
     if not abstract.reference:
         return Frozen(base, reference, encoders)
+    dtype = reference_dtype(config, pipeline)
     if config.reference:
         path = find_component(config.reference, pipeline.denoiser_name)
-        reference = load_denoiser(pipeline, placement, path, like=abstract.reference)
+        reference = load_denoiser(pipeline, placement, path, like=abstract.reference, dtype=dtype)
     elif adapter is None:
-        reference = load_denoiser(pipeline, placement, only=abstract.reference)
+        reference = load_denoiser(pipeline, placement, only=abstract.reference, dtype=dtype)
     if config.lora.init_reference:
         assert adapter is not None  # checked by `config.check_settings`
         reference |= {
-            name: jax.device_put(np.asarray(value, pipeline.dtype), placement(name, pipeline.trained_specs[name]))
+            name: jax.device_put(np.asarray(value, dtype), placement(name, pipeline.trained_specs[name]))
             for name, value in adapter.items()
         }
     return Frozen(base, reference, encoders)

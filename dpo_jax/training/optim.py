@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from dpo_jax.errors import UserError
+from dpo_jax.training.moments import with_stored_moments
+from dpo_jax.training.rounding import widened
 from dpo_jax.weights.layout import Params, Specs
 
 POLYNOMIAL_END = 1e-7
@@ -54,6 +56,8 @@ def learning_rate_schedule(
 
 OPTIMIZERS = {"adamw": "AdamW", "adafactor": "Adafactor", "lion": "Lion", "muon": "Muon", "prodigy": "Prodigy"}
 """The titles of the optimizers, by the name that a config has."""
+WITH_MOMENTS = ("adamw", "lion", "muon")
+"""The optimizers whose moments may be stored in fewer bits."""
 
 
 def beta2_of(name: str, beta2: float) -> float:
@@ -71,8 +75,12 @@ def make_optimizer(
     epsilon: float = 1e-8,
     weight_decay: float = 1e-2,
     clip_norm: float = 1.0,
+    moments: str = "float32",
+    seed: int = 0,
 ) -> optax.GradientTransformation:
     """Clip by the global norm, then the optimizer with decoupled weight decay times the learning rate.
+
+    Everything is computed in float32, and so are the updates, also for weights and gradients in bfloat16.
 
     Args:
         name: one of `OPTIMIZERS`.
@@ -89,25 +97,38 @@ def make_optimizer(
         epsilon: added to the square root of the second moment of AdamW, Prodigy and Muon's Adam.
         weight_decay: fraction of a parameter taken off per step and unit of learning rate.
         clip_norm: largest global gradient norm; infinity for none.
+        moments: what the moments of `WITH_MOMENTS` are stored as; see `moments.with_stored_moments`.
+        seed: of the rounding of moments.
     """
     if name not in OPTIMIZERS:
         raise UserError(f"{name!r} is not an optimizer; choose one of {', '.join(OPTIMIZERS)}")
     beta2 = beta2_of(name, beta2)
     clip = clip_by_global_norm(clip_norm)
     if name == "prodigy":
-        return optax.chain(clip, prodigy(learning_rate, beta1, beta2, epsilon, weight_decay))
+        return in_float32(optax.chain(clip, prodigy(learning_rate, beta1, beta2, epsilon, weight_decay)))
     preconditioners = {
         "adamw": optax.scale_by_adam(beta1, beta2, epsilon),
         "adafactor": scale_by_adafactor(specs),
         "lion": optax.scale_by_lion(beta1, beta2),
         "muon": scale_by_muon(specs, adam=optax.scale_by_adam(beta1, beta2, epsilon)),
     }
-    return optax.chain(
-        clip,
-        preconditioners[name],
-        optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
+    return in_float32(
+        optax.chain(
+            clip,
+            with_stored_moments(preconditioners[name], specs, moments, seed),
+            optax.add_decayed_weights(weight_decay),
+            optax.scale_by_learning_rate(learning_rate),
+        )
     )
+
+
+def in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Return an optimizer that sees weights and gradients in float32, whatever they are stored in."""
+
+    def update(grads: Params, state: optax.OptState, params: Params) -> tuple[Params, optax.OptState]:
+        return optimizer.update(widened(grads), state, widened(params))  # type: ignore[return-value]
+
+    return optax.GradientTransformation(lambda params: optimizer.init(widened(params)), update)  # type: ignore[arg-type]
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:

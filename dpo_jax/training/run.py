@@ -128,9 +128,10 @@ def open_run(workdir: epath.PathLike, step: str = "", *, allow_nonfinite: bool =
         )
     placement = Placement(make_mesh(data=1, fsdp=-1))  # use the devices of this machine, not those that trained
     item = "ema" if config.ema.decay else "params"
-    abstract = abstract_params(pipeline.trained_specs, jnp.float32, placement)
+    stored = jnp.float32 if config.ema.decay else jnp.dtype(config.memory.masters)
+    abstract = abstract_params(pipeline.trained_specs, stored, placement)
     params, found = restore_params(workdir, abstract, item, select_step(workdir, step))
-    return Run(config, pipeline, placement, params, found)
+    return Run(config, pipeline, placement, jax.tree.map(lambda x: x.astype(jnp.float32), params), found)
 
 
 def _checked(saved: dict[str, Any], workdir: epath.PathLike) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from dpo_jax.methods.metrics import Metrics, pair_metrics, sums_by_noise
 from dpo_jax.objectives.denoising import Denoise, compare_denoising, draw, keys_for, perturb
 from dpo_jax.training.micro_batches import gradient_of_whole_batch, split_micro_batches, sum_over
 from dpo_jax.training.moving_reference import MovingReference, follow
+from dpo_jax.training.rounding import store, widened
 from dpo_jax.training.side_gradients import side_norms, squares_of_loss
 from dpo_jax.weights.layout import Params
 
@@ -37,6 +38,8 @@ RUNNING_DECAY = 0.99
 """How much of a running mean remains after a step."""
 GRADIENT_NORM = "train/gradient_norm"
 """Name of the running mean of the gradient's norm."""
+ROUNDING = 2**32 - 1
+"""Stands for rounding among the draws of a seed; no step has this number."""
 STEPS_BEFORE_SPIKES = 10
 """Steps that the running mean has to know before a norm is compared with it."""
 
@@ -101,7 +104,7 @@ class TrainState(NamedTuple):
     step: Any
     """int32 scalar: the number of optimizer steps made."""
     params: Any
-    """The trained weights (`Params`), float32: the whole denoiser, or a LoRA."""
+    """The trained weights (`Params`), float32 or bfloat16: the whole denoiser, or a LoRA."""
     opt_state: optax.OptState
     ema: Any
     """Moving average of the trained weights; empty where `ema.decay` is 0."""
@@ -213,11 +216,13 @@ def make_train_step(
     reference_decay: float = 0.0,
     old_every: int = 0,
     old_decay: Callable[[jax.Array], jax.Array] | None = None,
+    seed: int = 0,
 ) -> Callable[[TrainState, Frozen, PreferenceBatch], tuple[TrainState, Metrics]]:
     """Return `step(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     The trained weights are rounded once to `compute_dtype`, the dtype of the model's layers, if it is given; gradients
-    are taken there, and summed in the dtype of the weights.
+    are taken there, and summed in the dtype of the weights. Weights in bfloat16, and sums of their gradients, are
+    rounded stochastically, by `seed` and step.
 
     The loss is the mean over the batch weighted by `weight_B`. With accumulation the batch is cut into micro-batches
     whose gradients are summed before the one update, which gives the gradient of the whole batch.
@@ -264,16 +269,19 @@ def make_train_step(
         def gradient(batch: PreferenceBatch) -> tuple[Params, Metrics]:
             return jax.grad(lambda params: summed(inputs_of(params, batch)), has_aux=True)(rounded_changing)
 
+        rounding_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), ROUNDING), state.step)
         if accumulation == 1:  # XLA's CPU backend runs convolution gradients inside a scan far slower
             grads, sums = gradient(batch)
         else:
             micro = jax.tree.map(lambda x: split_micro_batches(x, accumulation), batch)
             if objective.over_whole_batch:
-                grads, sums = gradient_of_whole_batch(inputs_of, summed, rounded_changing, micro, like=changing)
+                grads, sums = gradient_of_whole_batch(
+                    inputs_of, summed, rounded_changing, micro, like=changing, key=rounding_key
+                )
             else:
-                grads, sums = sum_over(gradient, micro, like=changing)
+                grads, sums = sum_over(gradient, micro, like=changing, key=rounding_key)
 
-        grads = jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, changing)
+        grads = widened(jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, changing))
         weight = jnp.sum(prompt_weights(batch, objective.num_candidates))
         total_weight = jnp.maximum(weight, 1e-8)
         grads, metrics = jax.tree.map(lambda x: x / total_weight.astype(x.dtype), (grads, sums))
@@ -290,7 +298,8 @@ def make_train_step(
         metrics["train/gradient_norm"] = norm
         metrics |= gradient_norms(grads) | side_norms(metrics, total_weight)
         metrics["train/update_norm"] = jnp.where(weight > 0, optax.tree.norm(updates), 0)
-        params = state.params | optax.apply_updates(changing, updates)
+        updated = jax.tree.map(jnp.add, widened(changing), updates)
+        params = state.params | store(updated, changing, jax.random.fold_in(rounding_key, 0))
         ema = moving_average(state.ema, params, state.step, ema_decay) if ema_decay else state.ema
         new = state._replace(params=params, opt_state=opt_state, ema=ema, running=running_means(state.running, means))
         if state.reference:
