@@ -66,7 +66,7 @@ def main() -> None:
     from dpo_jax.planning.estimate import make_plan, measure_holdings, measure_work
     from dpo_jax.planning.model_shapes import open_structure
     from dpo_jax.planning.report import as_text
-    from dpo_jax.planning.search import choose_settings, fit
+    from dpo_jax.planning.search import choose_settings, depends_on_memory, describe_choice, fit
     from dpo_jax.planning.topology import GIB, parse_topology
 
     config, topology = CONFIG.value, parse_topology(TOPOLOGY.value)
@@ -78,9 +78,11 @@ def main() -> None:
     if FIT.value:
         config, plan = fit(config, topology, UTILISATION.value, say)
     else:
-        if config.remat == "auto" or config.data.micro_batch == 0:
-            device = topology.device
+        if depends_on_memory(config):
+            device, asked = topology.device, config
             config = choose_settings(config, device.kind, topology.num_devices, device.usable_gib * GIB)
+            if config.memory.auto:
+                say(f"{describe_choice(asked, config)} fit {topology.name}")
         pipeline = open_structure(config)
         derived = resolve(config, device_count=topology.num_devices, process_count=1)
         holdings = measure_holdings(config, pipeline, topology.num_devices)

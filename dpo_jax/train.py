@@ -41,7 +41,7 @@ def main() -> None:
         if REPLAY.value:
             from dpo_jax.training.replay import replay
 
-            command.run(lambda: replay(training.settled(CONFIG.value), WORKDIR.value, REPLAY.value))
+            command.run(lambda: replay(training.settled(CONFIG.value, WORKDIR.value), WORKDIR.value, REPLAY.value))
             return
         command.run(lambda: training.train(CONFIG.value, WORKDIR.value))
 

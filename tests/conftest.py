@@ -48,7 +48,13 @@ for ignored in {signal.SIGINT, signal.SIGHUP}:
 gc.freeze()  # what is imported stays; and tracing makes so many objects that looking for cycles takes a tenth of it
 gc.set_threshold(100_000, 50, 50)
 ROOT = Path(__file__).parents[1]
-LONGEST = ("training/test_devices", "parity/test_trajectory", "rounds/test_resume", "parity/test_online", "test_trainer")
+LONGEST = (
+    "training/test_devices",
+    "parity/test_trajectory",
+    "rounds/test_resume",
+    "parity/test_online",
+    "test_trainer",
+)
 """Files that begin first, so that no process waits for another's last minutes."""
 torch.set_num_threads(1)  # the models are tiny, and more threads only wait for each other
 

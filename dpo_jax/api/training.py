@@ -40,13 +40,19 @@ def train(config: str | ConfigDict, workdir: epath.PathLike, fields: Mapping[str
     check(config)
     from dpo_jax.training import trainer
 
-    trainer.train(settled(config), workdir)
+    trainer.train(settled(config, workdir), workdir)
 
 
-def settled(config: ConfigDict) -> ConfigDict:
-    """Return the config in which a plan, which takes seconds, has chosen the fields that depend on the devices."""
-    if config.remat != "auto" and config.data.micro_batch:
+def settled(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
+    """Return the config in which a plan, which takes seconds, has chosen the fields that depend on the devices.
+
+    A run that goes on keeps what `memory.auto` chose when it began: another precision is another experiment.
+    """
+    if config.remat != "auto" and config.data.micro_batch and not config.memory.auto:
         return config
-    from dpo_jax.planning.search import settle
+    from dpo_jax.planning.search import PRECISION, settle
+    from dpo_jax.training.checkpoint import read_config
 
+    if config.memory.auto and (saved := read_config(workdir)):
+        config = cli.replaced(config, {name: saved[name] for name in PRECISION if name in saved})
     return settle(config, lambda message: print(message, flush=True))

@@ -7,7 +7,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dpo_jax.cli import replaced
+from dpo_jax.cli import flatten, replaced
 from dpo_jax.errors import UserError
 from dpo_jax.models import kernels
 from dpo_jax.models.execution import POLICIES
@@ -25,6 +25,7 @@ from dpo_jax.planning.estimate import (
 from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.topology import GIB, Topology
 from dpo_jax.training.config import resolve
+from dpo_jax.training.optim import WITH_MOMENTS
 
 
 def with_settings(config: ConfigDict, *, remat: str, pairs: int, data: int, fsdp: int) -> ConfigDict:
@@ -95,12 +96,13 @@ def choose(config: ConfigDict, works: Sequence[Work], topology: Topology, utilis
 
 
 def settle(config: ConfigDict, say: Callable[[str], None]) -> ConfigDict:
-    """Return the config with `remat="auto"` and `data.micro_batch=0` replaced by what fits the devices of this run.
+    """Return the config with what depends on memory replaced by what fits the devices of this run.
 
-    All processes of a run must call it. Devices without memory of their own, such as CPUs, rematerialize nothing and
-    have no limit on micro-batches.
+    These are `remat="auto"`, `data.micro_batch=0` and, with `memory.auto`, how weights and moments are stored. All
+    processes of a run must call it. Devices without memory of their own, such as CPUs, rematerialize nothing and have
+    no limits.
     """
-    if config.remat != "auto" and config.data.micro_batch:
+    if not depends_on_memory(config):
         return config
     limits = multihost_utils.process_allgather(
         np.array([(device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices()[:1]])
@@ -109,40 +111,81 @@ def settle(config: ConfigDict, say: Callable[[str], None]) -> ConfigDict:
         return replaced(config, {"remat": "none"}) if config.remat == "auto" else config
     attending = replaced(config, {"attention": kernels.choose(config.attention, config.dtype)})
     found = choose_settings(attending, jax.default_backend(), jax.device_count(), float(limits.min()))
-    chosen = replaced(config, {"remat": found.remat, "data.micro_batch": found.data.micro_batch})
+    chosen = replaced(found, {"attention": config.attention})
     if jax.process_index() == 0:
-        settings = f"remat={chosen.remat} and data.micro_batch={chosen.data.micro_batch}"
-        say(f"{settings} fit the {limits.min() / GIB:.1f} GiB of each device")
+        say(f"{describe_choice(config, chosen)} fit the {limits.min() / GIB:.1f} GiB of each device")
     return chosen
 
 
-def choose_settings(config: ConfigDict, kind: str, num_devices: int, hbm_bytes: float) -> ConfigDict:
-    """Return the config with `remat="auto"` and `data.micro_batch=0` replaced by what leaves `SPARE` of memory free.
+def depends_on_memory(config: ConfigDict) -> bool:
+    """Return whether a config leaves settings to be chosen by the memory of the devices."""
+    return config.memory.auto or config.remat == "auto" or not config.data.micro_batch
 
-    The policy is the one that repeats least, even if only one pair at a time fits with it; then the micro-batch is the
-    largest that fits.
+
+def describe_choice(config: ConfigDict, chosen: ConfigDict) -> str:
+    """Return the fields that `choose_settings` has set, and what they cost."""
+    before, after = flatten(config), flatten(chosen)
+    names = ["remat", "data.micro_batch", *(name for name in PRECISION if after[name] != before[name])]
+    told = [f"{name}={after[name]}" for name in names]
+    costs = [PRECISION[name] for name in names if name in PRECISION]
+    if config.memory.auto and chosen.remat != "none":
+        costs.append("rematerialization repeats a part of the operations")
+    return f"{', '.join(told[:-1])} and {told[-1]}" + (f" ({'; '.join(costs)})" if costs else "")
+
+
+def choose_settings(config: ConfigDict, kind: str, num_devices: int, hbm_bytes: float) -> ConfigDict:
+    """Return the config with what depends on memory replaced by what leaves `SPARE` of `hbm_bytes` free.
+
+    The first of `storages` is taken that fits; then the remat policy that repeats least, even if only one pair at a
+    time fits with it; then the largest micro-batch that fits.
 
     Raises:
         UserError: nothing fits.
     """
     plain = replaced(config, {"remat": "none"})
-    held = measure_holdings(plain, open_structure(plain), num_devices)
     derived = resolve(plain, device_count=num_devices, process_count=1)
     share = derived.micro_batch_per_device * derived.accumulation
     sizes = [derived.micro_batch_per_device] if config.data.micro_batch else _divisors(share)[::-1]
-    for remat in POLICIES if config.remat == "auto" else [config.remat]:
-        work = measure_work(replaced(config, {"remat": remat}), kind, model_flops=0.0)
-        for pairs in sizes:
-            memory = memory_by_kind(held, work, kind, pairs=pairs, accumulation=share // pairs)
-            needed = max(sum(memory.values()), sum(drawing_by_kind(held, work).values()))
-            if needed <= (1 - SPARE) * hbm_bytes:
-                return replaced(config, {"remat": remat, "data.micro_batch": pairs})
+    policies = list(POLICIES) if config.remat == "auto" or config.memory.auto else [config.remat]
+    works: dict[str, Work] = {}
+    for storage in storages(config):
+        stored = replaced(plain, storage)
+        held = measure_holdings(stored, open_structure(stored), num_devices)
+        for remat in policies:
+            if remat not in works:
+                works[remat] = measure_work(replaced(stored, {"remat": remat}), kind, model_flops=0.0)
+            for pairs in sizes:
+                memory = memory_by_kind(held, works[remat], kind, pairs=pairs, accumulation=share // pairs)
+                needed = max(sum(memory.values()), sum(drawing_by_kind(held, works[remat]).values()))
+                if needed <= (1 - SPARE) * hbm_bytes:
+                    return replaced(config, {"remat": remat, "data.micro_batch": pairs, **storage})
+    remedies = [
+        "Lower config.data.micro_batch, or raise config.mesh.fsdp" if sizes[-1] > 1 else "Raise config.mesh.fsdp"
+    ]
+    remedies += [] if config.memory.auto else ["set config.memory.auto=True"]
+    remedies += [] if len(policies) > 1 else ["set config.remat=auto"]
     raise UserError(
         f"with config.remat={remat} and {sizes[-1]} pairs at a time a device needs {needed / GIB:.1f} GiB, more than "
-        f"{1 - SPARE:.0%} of its {hbm_bytes / GIB:.1f} GiB. "
-        + ("Lower config.data.micro_batch, or raise config.mesh.fsdp" if sizes[-1] > 1 else "Raise config.mesh.fsdp")
-        + ("" if config.remat == "auto" else ", or set config.remat=auto")
+        f"{1 - SPARE:.0%} of its {hbm_bytes / GIB:.1f} GiB. {', or '.join(remedies)}"
     )
+
+
+PRECISION = {
+    "memory.masters": "updates are rounded stochastically",
+    "optimizer.moments": "moments are rounded to 8 bits at every step",
+}
+"""The fields that `memory.auto` may set besides remat and the micro-batch, with what each costs."""
+
+
+def storages(config: ConfigDict) -> list[dict[str, str]]:
+    """Return what `memory.auto` may store how, from what the config has to the least memory."""
+    found: list[dict[str, str]] = [{}]
+    if config.memory.auto:
+        if config.optimizer.name in WITH_MOMENTS and config.optimizer.moments == "float32":
+            found.append({"optimizer.moments": "int8"})
+        if config.dtype == "bfloat16" and config.memory.masters == "float32":
+            found += [before | {"memory.masters": "bfloat16"} for before in found]
+    return found
 
 
 def _divisors(number: int) -> list[int]:

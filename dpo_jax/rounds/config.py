@@ -92,8 +92,8 @@ def _problems_of_training(config: ConfigDict, method: Method) -> Iterator[str]:
             yield f"config.{path}={value} has no effect: {name} learns from images that the model draws. Remove it"
     if config.validation.every:
         yield f"config.validation.every={config.validation.every}, but there are no held-out pairs. Set it to 0"
-    if config.remat == "auto" or not config.data.micro_batch:
-        field = "data.micro_batch" if config.remat != "auto" else "remat"
+    if config.remat == "auto" or not config.data.micro_batch or config.memory.auto:
+        field = "remat" if config.remat == "auto" else "memory.auto" if config.memory.auto else "data.micro_batch"
         yield f"config.{field}={fields[field]} lets a plan choose, which only dpo_jax.train can. Choose a value"
     if problem := method.problem(fields):
         yield problem

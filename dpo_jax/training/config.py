@@ -41,6 +41,7 @@ FREE_TO_CHANGE = (
     "data.path",
     "data.micro_batch",
     "data.accumulation",  # the field of older runs, replaced by data.micro_batch
+    "memory.auto",
     "remat",
     "scan",
     "attention",

@@ -308,6 +308,10 @@ FIELDS = {
     "optimizer.max_skips": Field(
         3, "Steps in a row that may be skipped as spikes or not finite; one more ends the run.", **NOT_NEGATIVE
     ),
+    "memory.auto": Field(
+        False,
+        "Choose remat, the micro-batch and, where these do not suffice, the fields below by the memory of the devices.",
+    ),
     "memory.masters": Field(
         "float32",
         "Dtype of the trained weights between steps; bfloat16 rounds updates and sums of gradients stochastically.",

@@ -265,6 +265,40 @@ def test_a_micro_batch_of_0_is_the_largest_that_fits(lora) -> None:
 
 
 @pytest.mark.usefixtures("traced")
+def test_memory_auto_rounds_weights_and_moments_only_where_rematerialization_does_not_suffice(
+    lora, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora.memory.auto, lora.remat, lora.data.micro_batch, lora.dtype = True, "none", 1, "bfloat16"
+    held = search.measure_holdings(lora, None, 4)
+
+    def measure(config, pipeline, num_devices):
+        weights, moments = config.memory.masters == "float32", config.optimizer.moments == "float32"
+        return dataclasses.replace(held, trained=(1 + weights) * 4.0 * GIB, optimizer=(1 + moments) * 8.0 * GIB)
+
+    monkeypatch.setattr(search, "measure_holdings", measure)
+    found = []
+    for gib in (40, 28, 21, 15):
+        chosen = choose_settings(lora, "gpu", 4, gib * GIB)
+        found.append((chosen.remat, chosen.memory.masters, chosen.optimizer.moments))
+    assert found == [
+        ("none", "float32", "float32"),
+        ("block", "float32", "float32"),
+        ("attention", "float32", "int8"),
+        ("block", "bfloat16", "int8"),
+    ]
+    assert search.describe_choice(lora, chosen) == (
+        "remat=block, data.micro_batch=1, memory.masters=bfloat16 and optimizer.moments=int8 (updates are rounded "
+        "stochastically; moments are rounded to 8 bits at every step; rematerialization repeats a part of the "
+        "operations)"
+    )
+    with pytest.raises(UserError, match=r"remat=block .* Raise config\.mesh\.fsdp$"):
+        choose_settings(lora, "gpu", 4, 10 * GIB)
+    lora.memory.auto = False
+    with pytest.raises(UserError, match=r"set config\.memory\.auto=True, or set config\.remat=auto$"):
+        choose_settings(lora, "gpu", 4, 10 * GIB)
+
+
+@pytest.mark.usefixtures("traced")
 def test_settings_are_those_for_the_devices_that_are_here(lora, monkeypatch: pytest.MonkeyPatch) -> None:
     lora.remat, lora.data.micro_batch = "auto", 0
     said: list[str] = []

@@ -109,10 +109,10 @@ def is_planned():
     return any(name.startswith("dpo_jax.planning") for name in sys.modules)
 
 config = load_config("configs/sd15.py:tiny")
-assert settled(config) is config
+assert settled(config, "none") is config
 print(is_planned())
 config.data.micro_batch = 0
-settled(config)
+settled(config, "none")
 print(is_planned())
 """
 
