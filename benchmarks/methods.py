@@ -1,7 +1,9 @@
-"""Compares methods on the tiny world at equal steps, and how plain and stable DPO bear large learning rates.
+"""Compares methods on the tiny world at equal steps, how plain and stable DPO bear large learning rates, and ways to
+store weights and moments.
 
   python benchmarks/methods.py --table=methods --output=runs/methods       # ten methods, three seeds each
   python benchmarks/methods.py --table=stability --output=runs/stability   # 2 settings x 3 rates x 8 seeds
+  python benchmarks/methods.py --table=precision --output=runs/precision --steps=300   # 9 ways to store, three seeds
 
 All runs start from the same base and pairs. For each, the exact judge compares its images of held-out prompts with the
 base's, drawn from the same noise. OUTPUT/results.jsonl has a line per finished run; the same command continues with the
@@ -28,9 +30,9 @@ from absl import flags
 from dpo_jax import cli
 from dpo_jax.training.metrics import is_validation, read_metrics
 
-TABLE = flags.DEFINE_enum("table", None, ["methods", "stability"], "What to compare.", required=True)
+TABLE = flags.DEFINE_enum("table", None, ["methods", "stability", "precision"], "What to compare.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "Folder of the runs and results, new or to be continued.", required=True)
-SEEDS = flags.DEFINE_integer("seeds", 0, "Runs of each setting; 0 for 3 of each method, or 8 for the stability.", 0)
+SEEDS = flags.DEFINE_integer("seeds", 0, "Runs of each setting; 0 for 3, or 8 for the stability.", 0)
 STEPS = flags.DEFINE_integer("steps", 200, "Steps of each run.", 10)
 IMAGES = flags.DEFINE_integer("images", 20, "Images per held-out prompt.", 1)
 ONLY = flags.DEFINE_list("only", [], "Settings to run. Default: all.")
@@ -55,7 +57,22 @@ STABILITY: dict[str, dict[str, object]] = {
     "plain": PLAIN,
     "stable": {},
 }
-FACTORS = {"methods": (1,), "stability": (1, 3, 10)}
+BFLOAT16: dict[str, object] = {"memory.masters": "bfloat16"}
+INT8: dict[str, object] = {"optimizer.moments": "int8"}
+LORA: dict[str, object] = {"lora.rank": 8, "optimizer.learning_rate": 5e-4}
+PRECISION: dict[str, dict[str, object]] = {
+    "float32": {},
+    "bfloat16 weights, 8-bit moments": BFLOAT16 | INT8,
+    "LoRA": LORA,
+    "LoRA, nf4 base": LORA | {"memory.frozen": "nf4"},
+    "LoRA, int8 base": LORA | {"memory.frozen": "int8"},
+    "bfloat16 weights": BFLOAT16,
+    "8-bit moments": INT8,
+    "bfloat16 moments": {"optimizer.moments": "bfloat16"},
+    "bfloat16 weights, Adafactor": BFLOAT16 | {"optimizer.name": "adafactor"},
+}
+"""Whole denoisers, and LoRAs at ten times the rate."""
+FACTORS = {"methods": (1,), "stability": (1, 3, 10), "precision": (1,)}
 
 
 class Run(NamedTuple):
@@ -71,8 +88,8 @@ class Run(NamedTuple):
 def main() -> None:
     output = Path(OUTPUT.value).absolute()
     os.chdir(Path(__file__).parents[1])  # the config names its folders from there
-    settings = {"methods": METHODS, "stability": STABILITY}[TABLE.value]
-    seeds = range(SEEDS.value or {"methods": 3, "stability": 8}[TABLE.value])
+    settings = {"methods": METHODS, "stability": STABILITY, "precision": PRECISION}[TABLE.value]
+    seeds = range(SEEDS.value or {"methods": 3, "stability": 8, "precision": 3}[TABLE.value])
     chosen = {name: fields for name, fields in settings.items() if not ONLY.value or name in ONLY.value}
     runs = [Run(name, factor, seed) for seed in seeds for factor in FACTORS[TABLE.value] for name in chosen]
     output.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,6 @@ The 8 bits are those of bitsandbytes (arXiv 2110.02861): dynamic exponents, and 
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -112,44 +111,35 @@ def from_codes(stored: Codes, axis: int, *, signed: bool) -> jax.Array:
 def magnitude_code(x: jax.Array, *, signed: bool) -> jax.Array:
     """Return the number, as int32, of the magnitude nearest to `x` in [0, 1].
 
-    0 is the number of 0, and the last one that of 1. Each decade has twice as many as the one below it, at the centres
-    of as many equal parts: computed, because looking 256 values up is slow on TPUs.
+    0 is the number of 0, and the last one that of 1. Decades end at powers of ten, and each has twice as many numbers
+    as the one below it, at the centres of as many equal parts: computed, because looking values up is slow on TPUs.
     """
-    first = 1 if signed else 2
-    # Up to here the last magnitude of a decade is nearer than the first of the next.
-    ends = [10.0 ** (decade - DECADES + 1) * (1 + 0.9 / (first << decade)) for decade in range(DECADES - 1)]
-    count, start, scale = _of_decade([x > end for end in ends], first)
-    part = jnp.floor((x / scale - 0.1) / 0.9 * count)
-    code = start + jnp.clip(part, 0, count - 1).astype(jnp.int32)
-    last, top = first * (2**DECADES - 1) + 1, first << (DECADES - 1)
-    code = jnp.where(x > 1 - 0.225 / top, last, code)
+    first, last = _ends(signed)
+    decade = jnp.clip(jnp.ceil(jnp.log10(jnp.maximum(x, 1e-30))) + DECADES - 1, 0, DECADES - 1)
+    scale, count = jnp.exp2((decade - DECADES + 1) * math.log2(10)), first * jnp.exp2(decade)
+    part = jnp.clip(jnp.floor((x / scale - 0.1) / 0.9 * count), 0, count - 1)
+    # The last magnitude of the decade below is nearer than the first of this one up to here.
+    is_below = (x < scale / 10 * (1 + 1.8 / count)) & (decade > 0)
+    code = (count - first + 1 + part - is_below).astype(jnp.int32)
+    code = jnp.where(x > 1 - 0.225 / (first << (DECADES - 1)), last, code)
     return jnp.where(x < (0.1 + 0.45 / first) * 10.0 ** (1 - DECADES) / 2, 0, code)
 
 
 def magnitude(code: jax.Array, *, signed: bool) -> jax.Array:
     """Return the float32 magnitude of each number; see `magnitude_code`."""
-    first = 1 if signed else 2
-    starts = [first * (2**decade - 1) + 1 for decade in range(1, DECADES)]
-    count, start, scale = _of_decade([code >= start for start in starts], first)
-    value = (0.1 + 0.9 * ((code - start).astype(jnp.float32) + 0.5) / count) * scale
-    last = first * (2**DECADES - 1) + 1
+    first, last = _ends(signed)
+    place = (code + (first - 1)).astype(jnp.float32)  # from `first` x 2^decade on
+    bits = jax.lax.bitcast_convert_type(place / first, jnp.int32)
+    decade = ((bits >> 23) - 127).astype(jnp.float32)
+    count = first * jax.lax.bitcast_convert_type(bits & 0x7F800000, jnp.float32)
+    value = (0.1 + 0.9 * (place - count + 0.5) / count) * jnp.exp2((decade - DECADES + 1) * math.log2(10))
     return jnp.where(code == 0, 0.0, jnp.where(code == last, 1.0, value))
 
 
-def _of_decade(is_above: list[jax.Array], first: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the count of magnitudes, the number of the first, and the power of ten; `is_above[i]`: not in decade i."""
-
-    def select(value: Callable[[int], float], dtype: Any) -> jax.Array:
-        chosen = jnp.asarray(value(0), dtype)
-        for decade, above in enumerate(is_above, 1):
-            chosen = jnp.where(above, jnp.asarray(value(decade), dtype), chosen)
-        return chosen
-
-    return (
-        select(lambda decade: first << decade, jnp.float32),
-        select(lambda decade: first * (2**decade - 1) + 1, jnp.int32),
-        select(lambda decade: 10.0 ** (decade - DECADES + 1), jnp.float32),
-    )
+def _ends(signed: bool) -> tuple[int, int]:
+    """Return how many magnitudes the lowest decade has, and the number of 1."""
+    first = 1 if signed else 2
+    return first, first * (2**DECADES - 1) + 1
 
 
 def _blocked(x: jax.Array, axis: int, count: int = 0) -> jax.Array:

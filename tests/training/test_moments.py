@@ -43,7 +43,7 @@ def test_the_codes_are_those_of_bitsandbytes(signed):
     values = published_map(signed)
     positive = values[127:] if signed else values
     codes = jnp.arange(len(positive))
-    np.testing.assert_allclose(magnitude(codes, signed=signed), positive, rtol=2e-7)
+    np.testing.assert_allclose(magnitude(codes, signed=signed), positive, rtol=5e-7)
     np.testing.assert_array_equal(magnitude_code(jnp.asarray(positive.numpy()), signed=signed), codes)
 
     middles = (positive[1:].double() + positive[:-1].double()) / 2
