@@ -147,16 +147,17 @@ def choose_settings(config: ConfigDict, kind: str, num_devices: int, hbm_bytes: 
     share = derived.micro_batch_per_device * derived.accumulation
     sizes = [derived.micro_batch_per_device] if config.data.micro_batch else _divisors(share)[::-1]
     policies = list(POLICIES) if config.remat == "auto" or config.memory.auto else [config.remat]
-    works: dict[str, Work] = {}
+    works: dict[tuple[str, str], Work] = {}
     for storage in storages(config):
         stored = replaced(plain, storage)
         held = measure_holdings(stored, open_structure(stored), num_devices)
         for remat in policies:
-            if remat not in works:
-                works[remat] = measure_work(replaced(stored, {"remat": remat}), kind, model_flops=0.0)
+            key = remat, stored.memory.frozen  # how weights and moments are stored changes no other operation
+            if key not in works:
+                works[key] = measure_work(replaced(stored, {"remat": remat}), kind, model_flops=0.0)
             for pairs in sizes:
-                memory = memory_by_kind(held, works[remat], kind, pairs=pairs, accumulation=share // pairs)
-                needed = max(sum(memory.values()), sum(drawing_by_kind(held, works[remat]).values()))
+                memory = memory_by_kind(held, works[key], kind, pairs=pairs, accumulation=share // pairs)
+                needed = max(sum(memory.values()), sum(drawing_by_kind(held, works[key]).values()))
                 if needed <= (1 - SPARE) * hbm_bytes:
                     return replaced(config, {"remat": remat, "data.micro_batch": pairs, **storage})
     remedies = [
@@ -173,6 +174,7 @@ def choose_settings(config: ConfigDict, kind: str, num_devices: int, hbm_bytes: 
 PRECISION = {
     "memory.masters": "updates are rounded stochastically",
     "optimizer.moments": "moments are rounded to 8 bits at every step",
+    "memory.frozen": "the base is rounded once, and multiplied out wherever it is used",
 }
 """The fields that `memory.auto` may set besides remat and the micro-batch, with what each costs."""
 
@@ -180,6 +182,8 @@ PRECISION = {
 def storages(config: ConfigDict) -> list[dict[str, str]]:
     """Return what `memory.auto` may store how, from what the config has to the least memory."""
     found: list[dict[str, str]] = [{}]
+    if config.memory.auto and config.lora.rank:
+        return found + [{"memory.frozen": kind} for kind in ("int8", "nf4") if not config.memory.frozen]
     if config.memory.auto:
         if config.optimizer.name in WITH_MOMENTS and config.optimizer.moments == "float32":
             found.append({"optimizer.moments": "int8"})

@@ -55,7 +55,6 @@ GROUPS = {
     "optimizer": "Optimizer",
     "memory": "Memory: what is stored how, and where",
     "mesh": "Division of the model and of the batch over devices",
-    "memory": "Memory: what is stored how, and where",
     "checkpoint": "Checkpoints",
     "monitor": "Warnings",
     "early_stop": "Early stopping",

@@ -26,7 +26,7 @@ QTYPES: dict[str, Any] = {"int8": jnp.int8, "nf4": "nf4", "float8": jnp.float8_e
 """qwix's types by the values of `memory.frozen`."""
 BLOCK = 64
 """Numbers of an output that share a scale in nf4, as in QLoRA and bitsandbytes; fewer where 64 does not divide them."""
-SMALL = 2**16
+SMALL = 2**12
 """Weights with fewer numbers are not quantised."""
 BLOCKS = re.compile(r"^(\w*block|\w*blocks|layers|\w+_refiner)\.")
 """The names of what is within a denoiser's blocks. The layers around them, the first, the last and those of time and

@@ -269,6 +269,8 @@ def test_memory_auto_rounds_weights_and_moments_only_where_rematerialization_doe
     lora, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lora.memory.auto, lora.remat, lora.data.micro_batch, lora.dtype = True, "none", 1, "bfloat16"
+    assert search.storages(lora) == [{}, {"memory.frozen": "int8"}, {"memory.frozen": "nf4"}]
+    lora.lora.rank = 0
     held = search.measure_holdings(lora, None, 4)
 
     def measure(config, pipeline, num_devices):

@@ -27,10 +27,10 @@ STORED = {
     },
     "lora": {"memory.masters": "bfloat16", "optimizer.moments": "int8", "lora.rank": 2},
 }
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in STORED if name != "both"]
 
 
-@pytest.mark.parametrize("name", ["both", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STORED)
 def test_it_goes_on_bit_by_bit(name, tmp_path, tiny_config):
     fields = STORED[name] | {"optimizer.schedule": "constant", "data.micro_batch": 2, "checkpoint.every": 2}
     fields |= {"optimizer.learning_rate": 1e-3, "optimizer.scale_by_batch": False, "loss.beta": 100.0}
