@@ -1,7 +1,7 @@
 """Computes the memory that training takes on one GPU, one pair at a time, for the tables of the documentation.
 
   python benchmarks/memory.py
-  python benchmarks/memory.py --table=choices
+  python benchmarks/memory.py --choices
 
 It is the most of a step and of drawing an image grid. The first writes benchmarks/memory.json and prints the table of
 docs/memory.md, of which README.md has a part. The second writes benchmarks/memory_choices.json and prints what each way
@@ -30,7 +30,7 @@ from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.topology import GIB, parse_topology
 from dpo_jax.training.optim import OPTIMIZERS
 
-TABLE = flags.DEFINE_enum("table", "models", ["models", "choices"], "What to compute.")
+OF_CHOICES = flags.DEFINE_bool("choices", False, "Compute what each way to store weights and moments takes.")
 FILE = Path(__file__).with_suffix(".json")
 CHOICES_FILE = FILE.with_stem("memory_choices")
 PAIRS = 16
@@ -66,7 +66,7 @@ CARD = "h200:1"
 
 
 def main() -> None:
-    if TABLE.value == "choices":
+    if OF_CHOICES.value:
         rows = list(choices())
         CHOICES_FILE.write_text(json.dumps(rows, indent=1) + "\n")
         print(table_of_choices(rows))

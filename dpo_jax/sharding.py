@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from dpo_jax.errors import UserError
 from dpo_jax.weights.layout import ParamSpec, Specs
@@ -207,17 +209,17 @@ class Placement:
 
         return jax.tree_util.tree_map_with_path(place, state)
 
-    def table(self, specs: Specs) -> str:
-        """Return a table of name, shape, split and bytes per device of each parameter in float32, the sum first."""
-        rows = []
+    def table(self, specs: Specs, dtype: DTypeLike) -> str:
+        """Return a table of name, shape, split and bytes per device of each parameter, the sum first."""
+        dtype, rows = jnp.dtype(dtype), []
         for name, spec in specs.items():
             sharding = self(name, spec)
-            size = math.prod(sharding.shard_shape(spec.shape)) * 4
+            size = math.prod(sharding.shard_shape(spec.shape)) * dtype.itemsize
             split = ", ".join("-" if axis is None else str(axis) for axis in sharding.spec) or "copied"
             rows.append((size, name, " x ".join(map(str, spec.shape)), split))
-        whole = sum(math.prod(spec.shape) for spec in specs.values()) * 4
+        whole = sum(math.prod(spec.shape) for spec in specs.values()) * dtype.itemsize
         held = sum(size for size, *_ in rows)
-        lines = [f"{held / 2**20:,.1f} MiB per device of {whole / 2**20:,.1f} MiB in total (float32)"]
+        lines = [f"{held / 2**20:,.1f} MiB per device of {whole / 2**20:,.1f} MiB in total ({dtype.name})"]
         width = max(len(name) for _, name, *_ in rows)
         lines += [f"{name:{width}}  {shape:24} {split:24} {size:>13,}" for size, name, shape, split in rows]
         return "\n".join(lines)

@@ -1,5 +1,6 @@
 """The memory tables of the documentation are those that benchmarks/memory.py wrote last."""
 
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ from dpo_jax.training.config import check_values
 ROOT = Path(__file__).parents[1]
 
 
+@functools.cache
 def load_benchmark():
     spec = importlib.util.spec_from_file_location("memory_benchmark", ROOT / "benchmarks" / "memory.py")
     module = importlib.util.module_from_spec(spec)
@@ -32,6 +34,15 @@ def test_the_documentation_shows_the_computed_table():
     assert rows("docs/memory.md") == table
     without_last_column = [f"{line.rsplit('|', 2)[0]}|" for line in table]
     assert rows("README.md") == [line for line in without_last_column if "SD2.1" not in line]
+
+
+def test_the_documentation_shows_the_table_of_choices():
+    benchmark = load_benchmark()
+    table = benchmark.table_of_choices(json.loads(benchmark.CHOICES_FILE.read_text()))
+    assert table in (ROOT / "docs" / "memory.md").read_text()
+    for name, fields, ways in benchmark.CHOICES.values():
+        for stored in ways.values():
+            check_values(benchmark.config_of(name, benchmark.STORED | fields | stored))
 
 
 def test_all_rows_and_columns_are_configs():

@@ -160,7 +160,7 @@ def test_copies_of_the_model_share_the_optimizer_state():
 
 def test_the_table_says_where_each_parameter_lies():
     specs = {"big.kernel": ParamSpec((512, 256), LINEAR), "bias": ParamSpec((8,), (0,))}
-    summary, *rows = Placement(AbstractMesh((1, 4, 1), AXES)).table(specs).splitlines()
+    summary, *rows = Placement(AbstractMesh((1, 4, 1), AXES)).table(specs, "float32").splitlines()
     assert summary.startswith("0.1 MiB per device of 0.5 MiB in total")
     assert rows[0].split() == ["big.kernel", "512", "x", "256", "-,", "fsdp", "131,072"]
     assert rows[1].split() == ["bias", "8", "copied", "32"]

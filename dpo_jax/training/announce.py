@@ -96,7 +96,7 @@ def announce_experiment(experiment: Experiment, workdir: epath.Path, start: int)
     )
     model = f"{experiment.config.model} ({experiment.pipeline.family.name}), {trained:,} trained parameters"
     print(f"model:   {model}, attention by {experiment.pipeline.execution.attention}")
-    table = experiment.placement.table(experiment.pipeline.trained_specs)
+    table = experiment.placement.table(experiment.pipeline.trained_specs, experiment.config.memory.masters)
     write_whole(workdir / "sharding.txt", f"{table}\n")
     print(f"weights: {table.splitlines()[0]}, each in {workdir / 'sharding.txt'}")
     print(f"workdir: {workdir}, " + (f"continuing after step {start}" if start else "from the start"), flush=True)
