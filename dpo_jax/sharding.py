@@ -199,10 +199,7 @@ class Placement:
             if not names or leaf.ndim != len(specs[names[-1]].shape):
                 return replicated(self.mesh)
             spec = specs[names[-1]]
-            axes = [
-                axis if size > 1 and axis and size % self.mesh.shape[axis] == 0 else None
-                for axis, size in zip(self._axes(names[-1], spec), leaf.shape, strict=True)
-            ]
+            axes = self._axes_of_part(names[-1], spec, leaf.shape)
             if over_data and math.prod(leaf.shape) >= SMALL:
                 self._split(axes, "data", ParamSpec(leaf.shape, spec.torch_axes))
             return self._named(axes)
@@ -244,6 +241,7 @@ class Placement:
         return axes
 
     def _axes_of_part(self, name: str, spec: ParamSpec, shape: Sequence[int]) -> list[Any]:
+        """Return the same for an array with these axes, some of them shorter; what does not divide is copied."""
         return [
             axis if axis and size % self.mesh.shape[axis] == 0 else None
             for axis, size in zip(self._axes(name, spec), shape, strict=True)

@@ -25,7 +25,8 @@ from dpo_jax.models.kernels import choose
 from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.products import sums_by_kind
-from dpo_jax.planning.program import Program, peak_bytes, stored_bytes
+from dpo_jax.planning.program import Program, peak_bytes
+from dpo_jax.planning.sizes import held_bytes, missing_bytes, whole_bytes
 from dpo_jax.planning.topology import GIB, Topology
 from dpo_jax.sharding import AXES, Placement, mesh_shape, rules_of
 from dpo_jax.training.config import resolve
@@ -439,28 +440,9 @@ def predict_collectives(holdings: Holdings, accumulation: int, topology: Topolog
     ]
 
 
-def held_bytes(tree: Any) -> float:
-    """Return the bytes that one device holds of a pytree of sharded shapes."""
-    return sum(stored_bytes(jax.ShapeDtypeStruct(_local(x), x.dtype)) for x in jax.tree.leaves(tree))
-
-
-def missing_bytes(tree: Any) -> float:
-    """Return the bytes of a pytree of sharded shapes that only other devices hold."""
-    return whole_bytes(tree) - held_bytes(tree)
-
-
-def whole_bytes(tree: Any) -> float:
-    """Return the bytes of a pytree of shapes on all devices together, without copies."""
-    return sum(map(stored_bytes, jax.tree.leaves(tree)))
-
-
 def abstract_mesh(shape: tuple[int, ...]) -> Mesh:
     """Return a mesh with names and sizes but no devices, which is enough for shapes and tracing."""
     return cast(Mesh, AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES)))
-
-
-def _local(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    return x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
 
 
 def _size(specs: Any) -> int:

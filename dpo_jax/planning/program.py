@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import jax
 from jax.extend import core
 
 from dpo_jax.planning.products import Product, Window, convolution_flops, kind_of
+from dpo_jax.planning.sizes import stored_bytes
 
 HLO_NAMES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
 ELEMENTWISE = {
@@ -32,13 +32,6 @@ ELEMENTWISE = {
 LAYOUT = {"reshape", "squeeze", "expand_dims", "transpose", "name", "optimization_barrier", "sharding_constraint"}
 """Elementwise operations that only change how an array is read."""
 PRODUCTS = {"dot_general", "conv_general_dilated"}
-
-
-def stored_bytes(aval: Any) -> int:
-    """Return the bytes of an array of this shape and dtype; of 4-bit integers, a byte holds two."""
-    is_key = jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended)
-    bits = 8 * aval.dtype.itemsize if is_key else jax.dtypes.itemsize_bits(aval.dtype)
-    return math.ceil(math.prod(aval.shape) * bits / 8)
 
 
 class Operation(NamedTuple):

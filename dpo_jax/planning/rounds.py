@@ -17,7 +17,6 @@ from dpo_jax.models.pipeline import Pipeline
 from dpo_jax.planning.estimate import (
     Plan,
     abstract_mesh,
-    held_bytes,
     holdings_of,
     make_plan,
     measure_works,
@@ -26,6 +25,7 @@ from dpo_jax.planning.estimate import (
 )
 from dpo_jax.planning.model_shapes import open_structure
 from dpo_jax.planning.program import Program, peak_bytes
+from dpo_jax.planning.sizes import held_bytes
 from dpo_jax.planning.topology import Topology
 from dpo_jax.rounds.config import RoundSizes, round_sizes
 from dpo_jax.rounds.method import abstract_rows, learned_steps, on_rounds, sampler_table

@@ -182,13 +182,14 @@ PRECISION = {
 def storages(config: ConfigDict) -> list[dict[str, str]]:
     """Return what `memory.auto` may store how, from what the config has to the least memory."""
     found: list[dict[str, str]] = [{}]
-    if config.memory.auto and config.lora.rank:
+    if not config.memory.auto:
+        return found
+    if config.lora.rank or config.lora.init:
         return found + [{"memory.frozen": kind} for kind in ("int8", "nf4") if not config.memory.frozen]
-    if config.memory.auto:
-        if config.optimizer.name in WITH_MOMENTS and config.optimizer.moments == "float32":
-            found.append({"optimizer.moments": "int8"})
-        if config.dtype == "bfloat16" and config.memory.masters == "float32":
-            found += [before | {"memory.masters": "bfloat16"} for before in found]
+    if config.optimizer.name in WITH_MOMENTS and config.optimizer.moments == "float32":
+        found.append({"optimizer.moments": "int8"})
+    if config.dtype == "bfloat16" and config.memory.masters == "float32":
+        found += [before | {"memory.masters": "bfloat16"} for before in found]
     return found
 
 

@@ -309,7 +309,7 @@ FIELDS = {
     ),
     "memory.auto": Field(
         False,
-        "Choose remat, the micro-batch and, where these do not suffice, the fields below by the memory of the devices.",
+        "Choose by memory: remat, data.micro_batch=0 and, where these do not suffice, how weights are stored.",
     ),
     "memory.masters": Field(
         "float32",

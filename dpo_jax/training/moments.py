@@ -50,10 +50,10 @@ def with_stored_moments(
     def init(params: Params) -> tuple[jax.Array, optax.OptState]:
         return jnp.zeros((), jnp.int32), encode(inner.init(params), jnp.zeros((), jnp.int32))
 
-    def update(grads: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
+    def update(grads: Params, state: Any, params: Params | None = None) -> tuple[Any, Any]:
         step, stored = state
         updates, new = inner.update(grads, decode(stored), params)
-        return updates, (step + 1, encode(new, step + 1))  # type: ignore[return-value]
+        return updates, (step + 1, encode(new, step + 1))
 
     def encode(state: Any, step: jax.Array) -> Any:
         key = jax.random.fold_in(jax.random.key(seed), step)

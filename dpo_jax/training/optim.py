@@ -5,7 +5,7 @@ its parameter's name and has its parameter's rank, so that a sharding rule writt
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -125,8 +125,8 @@ def make_optimizer(
 def in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """Return an optimizer that sees weights and gradients in float32, whatever they are stored in."""
 
-    def update(grads: Params, state: optax.OptState, params: Params) -> tuple[Params, optax.OptState]:
-        return optimizer.update(widened(grads), state, widened(params))  # type: ignore[return-value]
+    def update(grads: Params, state: optax.OptState, params: Params) -> tuple[Any, optax.OptState]:
+        return optimizer.update(widened(grads), state, widened(params))
 
     return optax.GradientTransformation(lambda params: optimizer.init(widened(params)), update)  # type: ignore[arg-type]
 

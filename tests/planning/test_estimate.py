@@ -270,7 +270,9 @@ def test_memory_auto_rounds_weights_and_moments_only_where_rematerialization_doe
 ) -> None:
     lora.memory.auto, lora.remat, lora.data.micro_batch, lora.dtype = True, "none", 1, "bfloat16"
     assert search.storages(lora) == [{}, {"memory.frozen": "int8"}, {"memory.frozen": "nf4"}]
-    lora.lora.rank = 0
+    lora.lora.rank, lora.lora.init = 0, "a LoRA"
+    assert search.storages(lora)[1:] == [{"memory.frozen": "int8"}, {"memory.frozen": "nf4"}]
+    lora.lora.init = ""
     held = search.measure_holdings(lora, None, 4)
 
     def measure(config, pipeline, num_devices):

@@ -5,13 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from dpo_jax.api.training import settled
 from dpo_jax.cli import flatten, load_config, replaced
 from dpo_jax.errors import UserError
 from dpo_jax.rounds import config as rounds_config
 from dpo_jax.training import config as training_config
+from dpo_jax.training.checkpoint import write_config
 from dpo_jax.training.config import check_same_experiment, default_config, describe_batch, resolve
+from dpo_jax.training.micro_batches import sum_over
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,6 +102,28 @@ def test_a_run_that_had_an_accumulation_goes_on():
     check_same_experiment(fields, saved, "WORKDIR", default_config())
     with pytest.raises(UserError, match=r"data\.batch_size was 1024, now 2048"):
         check_same_experiment(fields, saved | {"data.batch_size": 1024}, "WORKDIR", default_config())
+
+
+def test_sums_in_bfloat16_lose_no_small_gradients():
+    """Rounded to the nearest, a sum would stop growing at 256 times what is added."""
+    like = {"kernel": jnp.zeros((64, 64), jnp.bfloat16)}
+
+    def gradient(batch):
+        return {"kernel": jnp.full((64, 64), 1.0, jnp.bfloat16) * batch}, {}
+
+    summed = jax.jit(lambda micro: sum_over(gradient, micro, like, jax.random.key(0))[0]["kernel"])
+    total = summed(jnp.ones((2000,), jnp.bfloat16))
+    assert total.dtype == jnp.bfloat16
+    assert float(total.astype(jnp.float32).mean()) == pytest.approx(2000, rel=0.01)
+
+
+def test_a_run_that_goes_on_keeps_what_memory_auto_chose(tmp_path):
+    config = load_config(f"{ROOT}/configs/sd15.py:tiny")
+    config.memory.auto = True
+    assert settled(config, tmp_path).memory.masters == "float32"
+    write_config(tmp_path, flatten(replaced(config, {"memory.masters": "bfloat16", "optimizer.moments": "int8"})))
+    kept = settled(config, tmp_path)
+    assert (kept.memory.masters, kept.optimizer.moments) == ("bfloat16", "int8")
 
 
 TRAIN = """

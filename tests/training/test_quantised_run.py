@@ -18,7 +18,7 @@ from dpo_jax.batch import Conditioning
 from dpo_jax.cli import flatten
 from dpo_jax.errors import UserError
 from dpo_jax.models.random_model import write_random_model
-from dpo_jax.planning.estimate import held_bytes
+from dpo_jax.planning.sizes import held_bytes
 from dpo_jax.training.config import check_same_experiment, default_config, resolve
 from dpo_jax.training.experiment import Experiment, build
 from dpo_jax.training.model import load_denoiser, open_model

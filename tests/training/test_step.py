@@ -257,3 +257,20 @@ def test_weights_are_rounded_once_and_gradients_summed_wide(params, accumulation
     assert all(dtypes == {jnp.dtype("bfloat16")} for dtypes in seen)
     assert {x.dtype for x in state.params.values()} == {jnp.dtype("float32")}
     assert any((state.params[name] != x).any() for name, x in wide.items())
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_weights_in_bfloat16_move_by_updates_below_their_last_bit(params, accumulation):
+    """Rounded to the nearest, they would stay where they are."""
+    optimizer = optax.GradientTransformation(
+        lambda params: (), lambda grads, state, params: (jax.tree.map(lambda x: jnp.full(x.shape, 1e-3), grads), state)
+    )
+    compute = make_compare(encode, denoise, SCHEDULE, DPO, seed=3)
+    step = jax.jit(make_train_step(compute, DPO, optimizer, accumulation=accumulation, seed=1))
+    start = {name: jnp.ones(x.shape, jnp.bfloat16) for name, x in params.items()}
+    state = TrainState(jnp.int32(0), start, (), {})
+    for _ in range(30):
+        state, _ = step(state, frozen_like(start), make_batch())
+    for name, x in state.params.items():
+        assert x.dtype == jnp.bfloat16
+        assert float(x.astype(jnp.float32).mean()) - 1 == pytest.approx(0.03, abs=0.01), name

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from dpo_jax.planning.program import stored_bytes
+from dpo_jax.planning.sizes import stored_bytes
 from dpo_jax.weights.layout import ParamSpec
 from dpo_jax.weights.quantised import BLOCK, NF4, QTYPES, dequantise, is_quantised, quantise, quantised_shape, rounded
 
