@@ -297,7 +297,8 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, changing)
         metrics["train/gradient_norm"] = norm
         metrics |= gradient_norms(grads) | side_norms(metrics, total_weight)
-        metrics["train/update_norm"] = jnp.where(weight > 0, optax.tree.norm(updates), 0)
+        updates, update_norm = with_norm(updates, changing)
+        metrics["train/update_norm"] = jnp.where(weight > 0, update_norm, 0)
         updated = jax.tree.map(jnp.add, widened(changing), updates)
         params = state.params | store(updated, changing, jax.random.fold_in(rounding_key, 0))
         ema = moving_average(state.ema, params, state.step, ema_decay) if ema_decay else state.ema
@@ -332,6 +333,22 @@ def round_once(params: Params, dtype: DTypeLike | None) -> Params:
     if dtype is None or all(x.dtype == dtype for x in params.values()):
         return params
     return jax.lax.optimization_barrier({name: x.astype(dtype) for name, x in params.items()})
+
+
+def with_norm(updates: Any, params: Params) -> tuple[Params, jax.Array]:
+    """Return the updates and their norm.
+
+    Where weights are in bfloat16, the update of a parameter is tied to the squares of those before it. Otherwise XLA
+    computes all updates before it rounds the first, which takes 6.5 bytes for each weight, as compiled for an H200 with
+    moments in 8 bits; tied, no more than three parameters have one at a time.
+    """
+    if all(x.dtype != jnp.bfloat16 for x in params.values()):
+        return updates, optax.tree.norm(updates)
+    square, tied = jnp.zeros(()), {}
+    for name, x in updates.items():
+        tied[name], square = jax.lax.optimization_barrier((x, square))
+        square += jnp.sum(jnp.square(tied[name]))
+    return tied, jnp.sqrt(square)
 
 
 def is_spike(norm: jax.Array, running: Any, factor: float) -> jax.Array:
