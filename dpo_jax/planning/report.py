@@ -2,11 +2,14 @@
 
 from ml_collections import ConfigDict
 
+from dpo_jax.cli import flatten
 from dpo_jax.methods import find_method
 from dpo_jax.planning.compiled import Compiled
 from dpo_jax.planning.estimate import PAPER_PAIRS, SPARE, Plan
 from dpo_jax.planning.rounds import RoundPlan
+from dpo_jax.planning.search import PRECISION
 from dpo_jax.planning.topology import GIB
+from dpo_jax.training.defaults import FIELDS
 
 
 def rounds_text(config: ConfigDict, plan: RoundPlan) -> str:
@@ -34,6 +37,9 @@ def rounds_text(config: ConfigDict, plan: RoundPlan) -> str:
 def as_text(config: ConfigDict, plan: Plan) -> str:
     """Return the plan as text, which says what is computed and what is assumed."""
     topology, unit = plan.topology, find_method(config.loss.name).unit
+    fields = flatten(config)
+    chosen = {name: fields[name] for name in PRECISION if fields[name] != FIELDS[name].default}
+    stored = "".join(f" --config.{name}={value}" for name, value in chosen.items())
     lines = [
         *_of_step(config, plan, unit),
         f"  the paper's {PAPER_PAIRS:,} {unit} (2000 steps of 2048): {plan.chip_hours:,.0f} chip-hours, "
@@ -41,7 +47,7 @@ def as_text(config: ConfigDict, plan: Plan) -> str:
         "",
         "Run it with",
         f"  --config.remat={plan.remat} --config.data.micro_batch={plan.micro_batch_per_device} "
-        f"--config.mesh.data={plan.mesh['data']} --config.mesh.fsdp={plan.mesh['fsdp']}",
+        f"--config.mesh.data={plan.mesh['data']} --config.mesh.fsdp={plan.mesh['fsdp']}" + stored,
     ]
     return "\n".join(lines)
 

@@ -218,6 +218,9 @@ def test_text_says_what_is_computed_and_what_is_assumed(lora) -> None:
     assert "8.00 TFLOP, 11.00 including what remat repeats" in text
     assert "products reach 40% of the peak rate (assumed)" in text
     assert "--config.remat=block --config.data.micro_batch=2 --config.mesh.data=16 --config.mesh.fsdp=1" in text
+    assert text.endswith("--config.mesh.fsdp=1")  # weights are stored as by default
+    stored = as_text(replaced(lora, {"memory.frozen": "nf4"}), plan)
+    assert stored == f"{text} --config.memory.frozen=nf4"
 
 
 def test_work_is_counted_without_kernels_that_cannot_be_looked_into(lora) -> None:
